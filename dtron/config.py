@@ -1,0 +1,279 @@
+"""What a run is: frozen dataclasses, one field per choice, checked once where they are made.
+
+A field is a flag (``--optim.lr 3e-4``); see cli.py. Presets are in presets.py. Sizes use the names of the
+logical axes, so that ``ModelConfig.dims()`` is all that a params declaration needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dtron.layers.mlp import Activation
+from dtron.layers.rope import Rope
+from dtron.mesh import MeshShape
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a transformer. Override one field of a preset with --model.FIELD."""
+
+    vocab: int = 4096
+    """words of the tokenizer; the embedding has this rounded up to vocab_multiple"""
+    embed: int = 256
+    """width of the residual stream"""
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    """heads of keys and values; fewer than heads is grouped-query attention"""
+    head_dim: int = 64
+    mlp: int = 704
+    """width of the feed-forward layer"""
+    activation: Activation = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    rope: Rope | None = field(default_factory=Rope)
+    """rotary positions; None: learned absolute positions"""
+    context: int = 2048
+    """longest sequence; learned positions have this many rows"""
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    bias: bool = False
+    """biases on all other matrices"""
+    tied: bool = False
+    """the output head is the token embedding"""
+    window: int | None = None
+    """sliding-window attention: tokens seen back, counting itself"""
+    softcap: float | None = None
+    """attention scores are bounded to this by tanh"""
+    z_loss: float = 0.0
+    init_std: float = 0.02
+    vocab_multiple: int = 128
+    """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
+    masked"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab",
+            "embed",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "context",
+            "vocab_multiple",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
+                f"use --model.kv-heads {_nearest_divisor(self.heads, self.kv_heads)}"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
+        for name in ("window", "softcap"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
+                )
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    def dims(self) -> dict[str, Any]:
+        """What declarations look names up in: sizes by logical axis, and the ``when`` conditions."""
+        return {
+            **{
+                name: getattr(self, name)
+                for name in ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp")
+            },
+            "vocab": self.padded_vocab,
+            "positions": self.context,
+            "init_std": self.init_std,
+            "gated": self.activation in ("swiglu", "geglu"),
+            "layernorm": self.norm == "layernorm",
+            "learned_positions": self.rope is None,
+            "untied": not self.tied,
+            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias")},
+        }
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays, then
+    decays"""
+    warmup: int = 20
+    """steps from 0 to lr"""
+    min_lr: float = 0.1
+    """the last step's rate, as a share of lr"""
+    decay: float = 0.2
+    """wsd: the share of steps that decay at the end"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """of matrices; norms and biases have none"""
+    clip: float = 1.0
+    """largest global gradient norm; 0: do not clip"""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("beta1", 0, 1),
+            ("beta2", 0, 1),
+            ("min_lr", 0, 1),
+            ("decay", 0, 1),
+            ("lr", 0, float("inf")),
+            ("warmup", 0, float("inf")),
+            ("eps", 0, float("inf")),
+            ("weight_decay", 0, float("inf")),
+            ("clip", 0, float("inf")),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)}: must be from {low} to {high}; change it"
+                )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    path: str | None = None
+    """a .txt, .jsonl or .parquet file, or a folder of them; None: the source of Python's standard library"""
+    tokenizer: str | None = None
+    """a tokenizer.json; None: a byte-level BPE of model.vocab words, trained on the text and cached"""
+    column: str = "text"
+    """the field of a .jsonl or column of a .parquet that holds the text"""
+    sequence: int = 256
+    """tokens per sample"""
+    document_mask: bool = False
+    """tokens attend within their document only, and positions restart in each"""
+    validation: float = 0.02
+    """share of the text held out"""
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise ValueError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"data.validation={self.validation}: a share between 0 and 1; change it")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run. The everyday flags are fields of this class; the rest are grouped below it."""
+
+    mesh: str = ""
+    """how the ranks are arranged, as dp=2,tp=2: axes dp_replicate, dp, tp, any order; dp is filled in when
+    left out"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also the weights in use"""
+    steps: int = 150
+    """optimizer steps of the whole run"""
+    batch: int = 16
+    """sequences per step, over all ranks"""
+    micro_batch: int | None = None
+    """sequences per rank at once; None: all of a rank's share"""
+    seed: int = 0
+    """of weights and data order"""
+    run_dir: str = "runs/latest"
+    """where metrics, the resolved config and checkpoints go"""
+    resume: bool = False
+    """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
+    save_every: int = 0
+    """steps between checkpoints; 0: none"""
+    simulate: bool = False
+    """run all ranks of the mesh in this one process, on the CPU"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or float64)"""
+    recompute: Recompute = "none"
+    """activations computed again in backward to save memory"""
+    reduce_bf16: bool = False
+    """accumulate and reduce gradients in bfloat16 instead of float32"""
+    log_every: int = 10
+    """steps between progress lines; metrics.jsonl has every step"""
+    eval_every: int = 50
+    """steps between measurements of the validation loss; 0: only at the end"""
+    sample: int = 60
+    """tokens of text to generate at the end; 0: none"""
+    tensorboard: bool = False
+    """also write TensorBoard events to run_dir"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("steps", 1),
+            ("batch", 1),
+            ("save_every", 0),
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("sample", 0),
+        ):
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
+                )
+
+
+def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
+    """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
+    remedy."""
+    for axis in ("pp", "cp"):
+        if getattr(mesh, axis) > 1:
+            what = {"pp": "pipeline stages are", "cp": "attention over context-parallel ranks is"}[axis]
+            raise ValueError(f"mesh {axis}={getattr(mesh, axis)}: {what} not there yet; leave {axis} out")
+    for name in ("heads", "kv_heads", "mlp"):
+        size = getattr(model, name)
+        if size % mesh.tp:
+            raise ValueError(
+                f"model.{name}={size} over tp={mesh.tp}: tp must divide {name}; "
+                f"use tp={_nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
+                f"{-(-size // mesh.tp) * mesh.tp}"
+            )
+    if sequence % mesh.tp:
+        raise ValueError(
+            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, which must "
+            f"divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
+        )
+    if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
+        raise ValueError(
+            f"model.vocab={model.vocab} over tp={mesh.tp}: some rank would hold no row; "
+            f"use --model.vocab-multiple {mesh.tp}"
+        )
+    if sequence > model.context:
+        raise ValueError(
+            f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
+            f"{model.context} or --model.context {sequence}"
+        )
+
+
+def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
+    """``(how many, rows in each over all data ranks)`` for a global batch. Raises ValueError where the batch
+    does not divide, with the nearest that does."""
+    if batch < 1 or (micro_batch is not None and micro_batch < 1):
+        raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
+    micro_batch = micro_batch or max(1, batch // mesh.data)
+    rows = micro_batch * mesh.data
+    if batch % rows:
+        down, up = batch // rows * rows, -(-batch // rows) * rows
+        near = up if down == 0 or up - batch < batch - down else down
+        raise ValueError(
+            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; use --batch {near}"
+        )
+    return batch // rows, rows
+
+
+def _nearest_divisor(n: int, near: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))

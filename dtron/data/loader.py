@@ -1,0 +1,121 @@
+"""Packing: one long array of tokens, cut into samples of equal length, in a shuffled order.
+
+Sample c of `tokens` is `tokens[c * S : c * S + S + 1]`: S inputs, and the same S shifted by one as targets,
+so neighbouring samples share one token and every token but the first is a target once an epoch. No sample
+is padded; the fewer than S tokens left at the end are dropped.
+
+The place in the data is one integer, the number of samples taken since the run began, and `rows` is a pure
+function of it. A checkpoint stores that integer and nothing else; a resumed run goes on with exactly the
+next sample; and global batch n is `rows(..., start=n * B, count=B)` however many devices share it.
+
+Left out: worker processes and prefetching (a batch is a few copies out of mapped memory), and mixing
+several corpora by weight.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dtron.data.cache import cache_dir
+from dtron.data.text import Documents
+from dtron.data.tokens import encode, end_id, get_tokenizer
+
+
+@dataclass(frozen=True, eq=False)  # eq=False: arrays do not compare to one truth value
+class Corpus:
+    """Token ids to learn from and, from the tail of the documents, ids to measure with."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: Tokenizer
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a document, for `document_ids`."""
+        return end_id(self.tokenizer)
+
+
+def load_corpus(
+    path: str | None,
+    column: str,
+    tokenizer_path: str | None,
+    vocab_size: int,
+    sequence: int,
+    validation_fraction: float = 0.02,
+    cache: Path | None = None,
+) -> Corpus:
+    """Tokens of the documents at `path`, split; both parts hold at least one sample.
+
+    A `validation_fraction` of 0 trains on everything and leaves `validation` empty.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"--data.validation_fraction {validation_fraction} is not in [0, 1); set it to the part of the text "
+            "to hold out, such as 0.02"
+        )
+    cache = cache if cache is not None else cache_dir()
+    docs = Documents(path, column, cache)
+    tokenizer = get_tokenizer(tokenizer_path, docs, vocab_size, cache)
+    tokens = encode(docs, tokenizer, cache)
+    cut = len(tokens) - int(len(tokens) * validation_fraction)
+    corpus = Corpus(tokens[:cut], tokens[cut:], tokenizer)
+    _check_length(corpus.train, sequence, "training")
+    if validation_fraction:
+        _check_length(corpus.validation, sequence, "validation", ", raise --data.validation_fraction")
+    return corpus
+
+
+def rows(
+    tokens: np.ndarray, sequence: int, seed: int, start: int, count: int, shuffle: bool = True
+) -> np.ndarray:
+    """Samples `start` to `start + count` of the run, int64 [count, sequence + 1].
+
+    Sample i is chunk `order[i % N]` of the N chunks, where each epoch i // N has its own order.
+    """
+    _check_length(tokens, sequence, "given")
+    if start < 0 or count < 0:
+        raise ValueError(f"start {start} and count {count} must not be negative; samples count from 0")
+    chunks = (len(tokens) - 1) // sequence
+    out = np.empty((count, sequence + 1), np.int64)
+    for row, sample in enumerate(range(start, start + count)):
+        epoch, place = divmod(sample, chunks)
+        first = int(_order(chunks, seed, epoch)[place] if shuffle else place) * sequence
+        out[row] = tokens[first : first + sequence + 1]
+    return out
+
+
+def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """For rows of tokens [B, S]: which document of its row each token is in, and its position there.
+
+    An end token belongs to the document that it ends. With these two, attention can be kept inside
+    documents. A row mostly starts in the middle of one; its positions start from 0 all the same.
+    """
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    begins = np.zeros(tokens.shape, bool)
+    if end is not None:
+        begins[:, 1:] = tokens[:, :-1] == end
+    starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return np.cumsum(begins, axis=1), places - starts
+
+
+@lru_cache(maxsize=4)  # this epoch's and the next one's, for training and for validation
+def _order(chunks: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, which numpy has frozen: a Generator's stream may change with numpy's version, and a run
+    # that resumes after an upgrade would see some samples twice.
+    state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    order = state.permutation(chunks)
+    order.flags.writeable = False  # shared by every caller
+    return order
+
+
+def _check_length(tokens: np.ndarray, sequence: int, name: str, remedy: str = "") -> None:
+    if sequence < 1:
+        raise ValueError(f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more")
+    if len(tokens) < sequence + 1:
+        raise ValueError(
+            f"the {name} text has {len(tokens)} tokens, and one sample takes {sequence + 1} (--data.sequence "
+            f"{sequence}, and one more for the last target); lower --data.sequence{remedy}, or give more text"
+        )

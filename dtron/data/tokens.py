@@ -1,0 +1,189 @@
+"""From documents to one long array of token ids, which is all that training reads.
+
+Without a tokenizer of the user's own, a byte-level BPE is trained on the documents: its alphabet is the 256
+bytes, so there is no unknown token and decoding gives back every text exactly. The ids of all documents are
+written one after the other, each document ended by the end-of-text token, as raw integers that are mapped
+into memory: start-up cost and memory do not grow with the corpus.
+
+Both results are cached, under keys that name their inputs (`dtron.data.cache`). Left out: normalisation and
+other tokenizer families. Make such a tokenizer with the `tokenizers` library and give its tokenizer.json.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dtron.data.cache import cached, digest
+from dtron.data.text import Documents
+
+END = "<|endoftext|>"
+
+# What other tokenizers call it; the first that the vocabulary has is taken.
+_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]")
+_PIECE = 1 << 20  # characters of one document encoded at once; a whole book is too much memory
+_BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
+_SAMPLE = 1 << 25  # characters to learn merges from: they settle long before, and counting costs memory
+
+
+def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache: Path) -> Tokenizer:
+    """The tokenizer.json at `path`, or (None) a byte-level BPE of at most `vocab_size` tokens for `docs`.
+
+    It learns from the first 32 million characters of `docs`, and is the same each time.
+    """
+    if path is not None:
+        return _load(path, vocab_size)
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if vocab_size < smallest:
+        raise ValueError(
+            f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each of "
+            f"256 bytes and the end of text; set --model.vocab {smallest} or more"
+        )
+    target = cache / f"tokenizer-{digest([_key(docs), str(vocab_size)])}.json"
+    return cached(target, _read_tokenizer, lambda file: _train(docs, vocab_size).save(str(file)))
+
+
+def end_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that ends a document, or None where the vocabulary has none that is known."""
+    ids = (tokenizer.token_to_id(name) for name in _ENDS)
+    return next((token for token in ids if token is not None), None)
+
+
+def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+    """All documents' ids, concatenated and read-only, each document ended by `end_id`.
+
+    A tokenizer without such a token gives documents that follow each other with nothing between. Text that
+    happens to spell a special token is encoded as ordinary text: only this function ends a document.
+    """
+    text = tokenizer.to_str()
+    dtype = np.dtype(np.uint16 if _size(tokenizer) <= 1 << 16 else np.uint32)
+    target = cache / f"tokens-{digest([_key(docs), text])}.{dtype}"
+    return cached(
+        target, lambda file: _read_tokens(file, dtype), lambda file: _write(file, docs, text, dtype)
+    )
+
+
+def _key(docs: Iterable[str]) -> str:
+    """Documents know theirs without reading; for anything else that holds strings, hash them."""
+    return docs.key if isinstance(docs, Documents) else digest(docs)
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """How many rows an embedding needs: ids may have gaps, so counting the tokens is not enough."""
+    return max(tokenizer.get_vocab_size(), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def _load(path: str, vocab_size: int) -> Tokenizer:
+    file = Path(path).expanduser()
+    if not path or not file.exists():
+        raise ValueError(
+            f"--data.tokenizer {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"--data.tokenizer {path!r} is not a valid tokenizer.json ({' '.join(str(error).split())[:100]}); "
+            "save one with `tokenizers`, or leave it out to train one"
+        ) from error
+    size = _size(tokenizer)
+    if size > vocab_size:
+        raise ValueError(
+            f"--data.tokenizer {path!r} has {size} tokens and the model only {vocab_size}; every token needs a "
+            f"row in the embedding, so set --model.vocab {size}"
+        )
+    return tokenizer
+
+
+def _train(docs: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_sample(docs), trainer)
+    return tokenizer
+
+
+def _sample(docs: Iterable[str]) -> Iterator[str]:
+    left = _SAMPLE
+    for piece, _ in _pieces(docs):
+        yield piece[:left]
+        left -= len(piece)
+        if left <= 0:
+            return
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:
+        return None
+
+
+def _pieces(docs: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Documents cut to at most `_PIECE` characters, after a line where possible; True with the last piece.
+
+    No merge crosses a cut, so about one token in a million characters differs from an encoding in one go.
+    """
+    for text in docs:
+        start = 0
+        while len(text) - start > _PIECE:
+            stop = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
+            yield text[start:stop], False
+            start = stop
+        yield text[start:], True
+
+
+def _batches(docs: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    batch, size = [], 0
+    for piece in _pieces(docs):
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
+    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is rebuilt."""
+    encoder = Tokenizer.from_str(tokenizer)  # a copy: the settings below are not for the caller's
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True  # spelled out in a document they are plain text
+    end = end_id(encoder)
+    closing = np.array([] if end is None else [end], dtype).tobytes()
+    check = 0
+    with file.open("wb") as out:
+        for batch in _batches(docs):
+            try:
+                encodings = encoder.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+            except Exception as error:  # the library raises nothing narrower
+                raise ValueError(
+                    f"--data.tokenizer cannot encode the documents ({' '.join(str(error).split())[:100]}); give "
+                    "one with an unknown token or a byte-level alphabet"
+                ) from error
+            for (_, last), encoding in zip(batch, encodings, strict=True):
+                data = np.array(encoding.ids, dtype).tobytes() + (closing if last else b"")
+                check = zlib.crc32(data, check)
+                out.write(data)
+        out.write(check.to_bytes(4, "little"))
+
+
+def _read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
+    try:
+        data = np.memmap(file, np.uint8, mode="r")
+    except (OSError, ValueError):  # missing, or empty, which cannot be mapped
+        return None
+    ids, check = data[:-4], data[-4:]
+    if len(check) < 4 or len(ids) % dtype.itemsize or zlib.crc32(ids) != int.from_bytes(check, "little"):
+        return None
+    return ids.view(dtype)

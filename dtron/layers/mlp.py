@@ -1,0 +1,50 @@
+"""The feed-forward layer: two matrices out, one back, and what tensor parallelism is in five lines.
+
+``w_gate`` and ``w_up`` are cut by columns and ``w_down`` by rows (Shoeybi et al. 2019, arXiv:1909.08053,
+figure 3a), so that the wide activation ``h_TF`` never leaves its rank: one all-gather of the tokens before,
+one reduce-scatter after (Korthikanti et al. 2022, arXiv:2205.05198, figure 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtron.layers.linear import linear
+from dtron.mesh import Layout
+from dtron.params import residual_out, weight, zeros
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """SwiGLU and GeGLU have a gate (Shazeer 2020, arXiv:2002.05202); GELU (Hendrycks & Gimpel 2016,
+    arXiv:1606.08415) and squared ReLU (So et al. 2021, arXiv:2109.08668) have none."""
+
+    w_gate: Tensor | None = weight("embed", "mlp", when="gated")
+    w_up: Tensor = weight("embed", "mlp")
+    w_down: Tensor = weight("mlp", "embed", init=residual_out)
+    b_up: Tensor | None = weight("mlp", init=zeros, when="bias")
+    b_down: Tensor | None = weight("act_embed", init=zeros, when="bias")
+
+
+def mlp(p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu") -> Tensor:
+    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+    x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+    h_TF = linear(x_TD, p.w_up, p.b_up)  # local
+    match activation:
+        case "swiglu":
+            h_TF = F.silu(x_TD @ p.w_gate) * h_TF
+        case "geglu":
+            h_TF = F.gelu(x_TD @ p.w_gate, approximate="tanh") * h_TF
+        case "gelu":
+            h_TF = F.gelu(h_TF, approximate="tanh")
+        case "relu2":
+            h_TF = F.relu(h_TF).square()
+    y_TD = h_TF @ p.w_down  # {+tp}: a sum still pending
+    y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+    return y_TD if p.b_down is None else y_TD + p.b_down

@@ -1,0 +1,81 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch it to longer contexts.
+
+A head's dims are taken as pairs (i, i + H/2) and pair i is turned by the angle ``position * frequency_i``,
+with frequencies falling geometrically from 1 to 1/theta. Stretching a model to a longer context means slowing
+the frequencies whose wavelength the original context could not fill:
+
+- Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
+- YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
+  original
+  context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
+
+Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
+and no layer knows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """theta: the base. scaling: none, llama3 or yarn, with the rest as the model cards have it; ``original``
+    is the context the model was first trained on, in tokens."""
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "llama3", "yarn"] = "none"
+    factor: float = 8.0
+    original: int = 8192
+    low: float = 1.0  # llama3: low_freq_factor
+    high: float = 4.0  # llama3: high_freq_factor
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully stretched
+    beta_fast: float = 32.0  # yarn: rotations above which it is kept
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1 or self.factor < 1 or self.original < 1 or self.high <= self.low:
+            raise ValueError(
+                f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
+                f"high={self.high}: theta must be over 1, factor and original at least 1, and low under high"
+            )
+
+
+def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+    """``[H/2]`` radians per token, and what cos and sin are multiplied by."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    freq = rope.theta**-pair
+    if rope.scaling == "none":
+        return freq.to(dtype), 1.0
+    if rope.scaling == "llama3":
+        rotations = rope.original * freq / (2 * math.pi)
+        keep = ((rotations - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+        return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), 1.0
+
+    def pair_with(rotations: float) -> float:
+        return head_dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair_with(rope.beta_fast)), 0)
+    last = min(math.ceil(pair_with(rope.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
+    keep = 1 - ramp.clamp(0, 1)
+    return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), 0.1 * math.log(rope.factor) + 1.0
+
+
+def rope_tables(rope: Rope, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the second. Once per
+    forward; every layer uses it. Rank-local."""
+    freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))
+    angle = positions_T[:, None].to(freq.dtype) * freq.to(positions_T.device)
+    return torch.cat([angle.cos() * scale, angle.sin() * scale], dim=-1)
+
+
+def rotate(x_TNH: Tensor, table_TH: Tensor) -> Tensor:
+    """Turn every head of every token by its angles. Rank-local."""
+    cos, sin = table_TH[:, None, :].chunk(2, dim=-1)
+    a, b = x_TNH.to(table_TH.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TNH.dtype)

@@ -1,0 +1,339 @@
+"""The mesh of devices and the one table that says how tensors lie on it.
+
+A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermost (slowest link) first:
+
+    pp            pipeline stages
+    dp_replicate  replicas of the whole sharded model (HSDP)
+    dp            data parallelism; the axis that ZeRO shards weights over
+    cp            context parallelism; each sequence is split
+    tp            tensor parallelism; adjacent ranks, because it communicates most
+
+A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
+``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it. That table is the
+whole description of data, tensor and sequence parallelism and of ZeRO: turning one off is editing a row, and
+the layers never ask which is on (the idea is that of logical axis rules in GSPMD, arXiv:2105.04663).
+
+A ``Layout`` is a mesh together with such a table. Its verbs are all a layer may use, and on one device
+(``Layout()``) each of them is the identity, so that the one-device program is the same program.
+
+Left out: a cost model that picks the mesh. The axes of size 1 are dropped from the DeviceMesh that tensors
+live on: a shorter mesh means fewer placements to plan and nothing to normalise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+
+# Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand;
+# they are semi-private, so they are imported here alone.
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import local_map
+
+AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = {
+    # activations
+    "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
+    "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
+    "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
+    # weights
+    "embed": ("dp",),  # the ZeRO row
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "head_dim": (),
+    "mlp": ("tp",),
+    "vocab": ("tp",),
+    "positions": (),
+}
+
+
+def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
+    """One placement per mesh axis for a tensor with these logical axes.
+
+    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an unknown
+    axis must never silently replicate.
+    """
+    where: dict[str, Placement] = {}
+    for dim, axis in enumerate(axes):
+        if axis is None:
+            continue
+        name = axis.removeprefix("+")
+        if name not in rules:
+            raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
+        for mesh_axis in rules[name]:
+            if mesh_axis in where:
+                raise ValueError(f"{axes}: two dims share mesh axis {mesh_axis!r}; change a row of the rules")
+            where[mesh_axis] = Partial() if axis.startswith("+") else Shard(dim)
+    return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The size of every mesh axis, in ``AXES`` order. ``MeshShape.parse("dp=8,tp=4")`` reads the text
+    form."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def data(self) -> int:
+        """How many ways the sequences of a batch are split."""
+        return self.dp_replicate * self.dp
+
+    def __str__(self) -> str:
+        return ",".join(f"{a}={n}" for a, n in self.sizes.items() if n > 1) or "dp=1"
+
+    @staticmethod
+    def parse(text: str, world: int | None = None) -> MeshShape:
+        """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world`` when left
+        out.
+
+        Raises ValueError for an unknown or repeated axis, a size that is no positive integer, and sizes whose
+        product is not ``world``.
+        """
+        sizes: dict[str, int] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            axis, _, size = (part.strip() for part in item.partition("="))
+            if axis not in AXES:
+                raise ValueError(
+                    f"mesh {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}, as in dp=2,tp=2"
+                )
+            if axis in sizes:
+                raise ValueError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
+            if not (size.isascii() and size.isdigit() and int(size) > 0):
+                raise ValueError(
+                    f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as in {axis}=2"
+                )
+            sizes[axis] = int(size)
+        shape = MeshShape(**sizes)
+        if world is None or shape.size == world:
+            return shape
+        if "dp" not in sizes and world % shape.size == 0:
+            return replace(shape, dp=world // shape.size)
+        remedy = (
+            f"start {shape.size} processes (torchrun --nproc-per-node {shape.size}), or add --simulate"
+            if "dp" in sizes or shape.size > world
+            else f"choose sizes whose product divides {world}"
+        )
+        raise ValueError(
+            f"mesh {text!r} has {shape.size} ranks and {world} {'is' if world == 1 else 'are'} running: {remedy}"
+        )
+
+
+def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
+    """The stage's DeviceMesh over the running processes: the axes larger than 1, or None on one device."""
+    axes = [(a, n) for a, n in shape.sizes.items() if n > 1 and a != "pp"]
+    if not axes:
+        return None
+    return init_device_mesh(device_type, [n for _, n in axes], mesh_dim_names=[a for a, _ in axes])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is the
+    identity.
+
+    ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
+    ``reduce`` the dtype that a weight's gradient is cast to before any reduction (None: the weight's own).
+
+    Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and ``"+vocab"``
+    says that a sum over the mesh axes of ``vocab`` is still pending.
+    """
+
+    mesh: DeviceMesh | None = None
+    rules: Rules = field(default_factory=lambda: RULES)
+    compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that are larger than 1, in the order of the placements."""
+        return tuple(self.mesh.mesh_dim_names) if self.mesh is not None else ()
+
+    def placements(self, *axes: str | None) -> tuple[Placement, ...]:
+        """One placement per mesh axis for a tensor with these logical axes; see ``place``."""
+        return place(self.rules, self.axes, *axes)
+
+    def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
+        """Redistribute an activation. Backward brings the gradient back to the placement x came with, which
+        is why a constrain that moves nothing in forward still matters: it pins where a gradient is
+        reduced."""
+        if self.mesh is None:
+            return x
+        return x.redistribute(self.mesh, self.placements(*axes))
+
+    def shard(self, x: Tensor, *axes: str | None) -> Tensor:
+        """A value that every rank holds whole becomes a sharded one. Communicates nothing."""
+        if self.mesh is None:
+            return x
+        own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(
+            x
+        )  # simulated ranks share x's memory
+        whole = DTensor.from_local(own, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        return whole.redistribute(self.mesh, self.placements(*axes))
+
+    def iota(self, axis: str, size: int, device: torch.device | str) -> Tensor:
+        """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
+        return self.shard(torch.arange(size, device=device), axis)
+
+    def gather(self, w: Tensor) -> Tensor:
+        """Undo the ZeRO shard of one weight and cast it for compute: an all-gather over the mesh axes of
+        ``embed``; in backward the gradient is reduce-scattered over them, and stays Partial over all others.
+        A weight that is ready already is returned as it is, without a trace in autograd."""
+        dtype = self.compute or w.dtype
+        if self.mesh is None:
+            return w.to(dtype)
+        placements = self._gathered(w)
+        if placements == w.placements and w.dtype == dtype:
+            return w
+        return _Gather.apply(w, placements, dtype, self.reduce or w.dtype)
+
+    def gathers(self, w: Tensor) -> bool:
+        """Whether ``gather`` would communicate for this weight."""
+        return self.mesh is not None and self._gathered(w) != w.placements
+
+    def _gathered(self, w: DTensor) -> tuple[Placement, ...]:
+        zero = self.rules["embed"]
+        return tuple(
+            Replicate() if axis in zero and p.is_shard() else p
+            for axis, p in zip(self.axes, w.placements, strict=True)
+        )
+
+    def local(
+        self,
+        fn: Callable,
+        ins: Sequence[tuple[str | None, ...] | None],
+        out: tuple[str | None, ...],
+    ) -> Callable:
+        """A local region: ``fn`` on each rank's own shards, with declared placements in and out.
+
+        The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
+        sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
+        Inputs that are None at call time are passed on. Raises ValueError where an input lies otherwise.
+        """
+        if self.mesh is None:
+            return fn
+        placements = [self.placements(*axes) if axes is not None else None for axes in ins]
+        given = [p for p in placements if p is not None]
+        split = [any(p[i].is_shard() for p in given) for i in range(self.mesh.ndim)]
+        gradients = [
+            p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
+            for p in placements
+        ]
+
+        def region(*args):
+            present = [arg is not None for arg in args]
+            pick = lambda xs: tuple(x for x, here in zip(xs, present, strict=True) if here)
+
+            def inner(*locals_):
+                rest = iter(locals_)
+                return fn(*(next(rest) if here else None for here in present))
+
+            return local_map(
+                inner,
+                out_placements=list(self.placements(*out)),
+                in_placements=pick(placements),
+                in_grad_placements=pick(gradients),
+                device_mesh=self.mesh,
+            )(*pick(args))
+
+        return region
+
+    def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
+        for mesh_axis in self.rules[axis]:
+            if mesh_axis in self.axes:
+                x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, self.axes.index(mesh_axis))))
+        return x
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather a weight; reduce-scatter its gradient over the gathered axes only.
+
+    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along
+    (dp_replicate, cp, and tp for a norm's scale), once per microbatch and before the reduce-scatter, on the
+    whole weight. Left Partial, those sums wait for the end of the step.
+    """
+
+    @staticmethod
+    def forward(ctx, w: DTensor, placements: tuple[Placement, ...], dtype: torch.dtype, reduce: torch.dtype):
+        ctx.before, ctx.reduce = w.placements, reduce
+        w = w.to(dtype)
+        return w.redistribute(w.device_mesh, placements)
+
+    @staticmethod
+    def backward(ctx, g: DTensor):
+        return _scatter(cast(g, ctx.reduce), ctx.before), None, None, None
+
+
+def _scatter(g: DTensor, placements: Sequence[Placement]) -> DTensor:
+    target = [p if p.is_shard() else now for p, now in zip(placements, g.placements, strict=True)]
+    return g if tuple(target) == g.placements else g.redistribute(g.device_mesh, target)
+
+
+def scatter(g: Tensor, w: Tensor) -> Tensor:
+    """Reduce-scatter a gradient to where its weight is sharded; what is Partial over other axes stays so."""
+    return _scatter(g, w.placements) if isinstance(g, DTensor) else g
+
+
+def reduce(g: Tensor, w: Tensor) -> Tensor:
+    """Bring a gradient to the placements of its weight: what shrinks it first, then the remaining sums."""
+    return scatter(g, w).redistribute(g.device_mesh, w.placements) if isinstance(g, DTensor) else g
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part, sharing memory. Not for use under autograd: a local region says where gradients
+    lie."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own would reduce it first, silently."""
+    if not isinstance(x, DTensor):
+        return x.to(dtype, copy=copy)
+    if x.dtype == dtype and not copy:
+        return x
+    part = x.to_local().to(dtype, copy=copy)
+    return DTensor.from_local(
+        part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
+def ones_like(x: Tensor) -> Tensor:
+    """1 on every rank, also where x is a pending sum: the gradient to start backward with."""
+    if not isinstance(x, DTensor):
+        return torch.ones_like(x)
+    mesh = x.device_mesh
+    return DTensor.from_local(torch.ones_like(x.to_local()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks too."""
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+    return x.reconcile() if hasattr(x, "reconcile") else x
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,179 @@
+"""The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like every layer.
+
+Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``forward`` is the whole model from a
+batch to the summed loss. What may vary between runs without changing the result, where weights are gathered
+and what is recomputed, is decided in ``_run_block`` alone.
+
+Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198, section
+5): ``full`` keeps a block's input and runs it again in backward; ``selective`` keeps the outputs of matrix
+products and attention and redoes the cheap rest. Under ZeRO-3 a block gathers its weights inside, and no
+gathered weight may wait for backward: so a block is always a recomputed region there, and ``none`` then means
+that everything but the gathers is kept. Dropout is absent by choice: models of today train without it, and
+recomputation needs no random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dtron.config import ModelConfig, Recompute
+from dtron.layers.attention import Attention, Mask, attention
+from dtron.layers.embedding import Embedding, embedding
+from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
+from dtron.layers.mlp import MLP, mlp
+from dtron.layers.norm import Norm, norm
+from dtron.layers.rope import rope_tables
+from dtron.mesh import Layout
+from dtron.params import declare, flat, gather, part, weight
+
+
+@dataclass(frozen=True)
+class Block:
+    norm_1: Norm = part()
+    attention: Attention = part()
+    norm_2: Norm = part()
+    mlp: MLP = part()
+
+
+@dataclass(frozen=True)
+class Transformer:
+    embedding: Embedding = part()
+    blocks: tuple[Block, ...] = part(count="layers")
+    norm: Norm = part()
+    w_head: Tensor | None = weight("vocab", "embed", when="untied")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A microbatch, token-major: rows of ``sequence`` tokens one after the other, ``[T@tokens]`` each. A
+    target is the next token, or IGNORE. ``documents_T`` is None where a row is one document."""
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    positions_T: Tensor
+    documents_T: Tensor | None
+    sequence: int
+
+
+def make_batch(
+    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None
+) -> Batch:
+    """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
+    shifted by one, targets. Every rank passes the same rows and keeps its own."""
+    tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
+    b, s = tokens.shape
+    if positions_BS is None:
+        positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
+    place = lambda t: layout.shard(t.flatten(), "tokens")
+    documents = None if documents_BS is None else place(documents_BS)
+    return Batch(place(tokens), place(targets), place(positions_BS), documents, s)
+
+
+def valid_tokens(rows_BS: Tensor) -> int:
+    """How many targets of these rows count."""
+    return int((rows_BS[:, 1:] != IGNORE).sum())
+
+
+def declare_model(model: ModelConfig) -> Transformer:
+    return declare(Transformer, model.dims())
+
+
+def block(
+    p: Block,
+    x_TD: Tensor,
+    table_TH: Tensor | None,
+    documents_T: Tensor | None,
+    mask: Mask,
+    m: ModelConfig,
+    layout: Layout,
+) -> Tensor:
+    """``x_TD [T@tokens_sp, D]`` -> the same."""
+    x_TD = x_TD + attention(
+        p.attention, norm(p.norm_1, x_TD, m.norm_eps), table_TH, documents_T, mask, layout, m.norm_eps
+    )
+    return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation)
+
+
+def forward(
+    p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute = "none"
+) -> Tensor:
+    """Summed loss over the batch's valid tokens, its sum over data ranks still pending."""
+    x_TD, w_head = _trunk(p, batch, m, layout, recompute)
+    loss = Loss(m.vocab, z=m.z_loss)
+    return cross_entropy(x_TD, w_head, batch.targets_T, loss, layout)
+
+
+def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+    """Logits ``[T@tokens, vocab]`` in float32 at least."""
+    x_TD, w_head = _trunk(p, batch, m, layout, "none")
+    return logits(x_TD, w_head, m.vocab, layout)
+
+
+def _trunk(
+    p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute
+) -> tuple[Tensor, Tensor]:
+    """Everything before the logits; and the gathered head."""
+    embed = gather(p.embedding, layout)
+    x_TD = embedding(embed, batch.tokens_T, batch.positions_T, layout)
+    table_TH = None
+    if m.rope is not None:
+        make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
+        table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
+    mask = Mask(batch.sequence, m.window, m.softcap)
+    for p_block in p.blocks:
+        x_TD = _run_block(p_block, x_TD, table_TH, batch.documents_T, mask, m, layout, recompute)
+    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
+    return x_TD, embed.w_tokens if p.w_head is None else layout.gather(p.w_head)
+
+
+def _run_block(
+    p: Block, x_TD, table_TH, documents_T, mask: Mask, m: ModelConfig, layout: Layout, recompute: Recompute
+):
+    kept = _Kept(recompute)
+
+    def run(p: Block, x_TD: Tensor) -> Tensor:
+        kept.gathering = True
+        p = gather(p, layout)  # ZeRO-3: an all-gather over dp; otherwise nothing is left to do
+        kept.gathering = False
+        return block(p, x_TD, table_TH, documents_T, mask, m, layout)
+
+    gathers = any(layout.gathers(w) for w in flat(p))
+    if (recompute == "none" and not gathers) or not torch.is_grad_enabled():
+        return run(p, x_TD)
+    context = (
+        {} if recompute == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+    )
+    return checkpoint(run, p, x_TD, use_reentrant=False, preserve_rng_state=False, **context)
+
+
+_MATMULS = ("mm", "addmm", "bmm", "_scaled_dot_product")
+
+
+class _Kept:
+    """Which results of a block are kept for backward: never a gathered weight; all else (``none``), or the
+    outputs of matrix products and attention (``selective``)."""
+
+    def __init__(self, recompute: Recompute):
+        self.all, self.gathering = recompute == "none", False
+
+    def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = not self.gathering and (self.all or op.overloadpacket.__name__.startswith(_MATMULS))
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def parameter_count(m: ModelConfig) -> int:
+    return sum(w.numel for w in flat(declare_model(m)))
+
+
+def flops_per_token(m: ModelConfig, sequence: int) -> float:
+    """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
+    are looked up), and 6 * layers * heads * head_dim * sequence for causal attention, half of the full square
+    (PaLM, arXiv:2204.02311, appendix B, halved)."""
+    spec = declare_model(m)
+    looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
+    return 6.0 * (parameter_count(m) - looked_up) + 6.0 * m.layers * m.heads * m.head_dim * sequence

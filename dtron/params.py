@@ -1,0 +1,183 @@
+"""Parameters are trees of tensors, and a layer's dataclass declares them.
+
+    @dataclass(frozen=True)
+    class MLP:
+        w_up: Tensor = weight("embed", "mlp")
+        w_down: Tensor = weight("mlp", "embed", init=residual_out)
+
+``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``Weight`` records:
+path, logical axes, sizes, initialiser. Everything else follows from that one tree: drawing the weights,
+placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims`` maps the names used in
+declarations (axes, ``when`` conditions, ``count``) to numbers; a model's config makes it, and so can a test.
+
+A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``: nothing
+here has state, and a layer can be called on any tree of the right shape, gradients and optimizer moments too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.mesh import Layout
+
+Dims = Mapping[str, Any]
+Init = Callable[["Weight", Dims, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
+    starts."""
+
+    path: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    init: Init
+
+    @property
+    def decays(self) -> bool:
+        """Matrices decay; norms and biases do not (their init is a constant)."""
+        return self.init not in (ones, zeros)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def normal(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+    """Normal of standard deviation ``dims["init_std"]``, 0.02 unless given (GPT-2)."""
+    x = torch.empty(w.shape, device=generator.device)
+    return x.normal_(0.0, dims.get("init_std", 0.02), generator=generator)
+
+
+def residual_out(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+    """``normal`` divided by sqrt(2 layers), so that the residual stream's variance does not grow with depth
+    (GPT-2, section 2.3)."""
+    return normal(w, dims, generator) / math.sqrt(2 * dims.get("layers", 1))
+
+
+def ones(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+    return torch.ones(w.shape, device=generator.device)
+
+
+def zeros(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+    return torch.zeros(w.shape, device=generator.device)
+
+
+def weight(*axes: str, init: Init = normal, when: str | None = None) -> Any:
+    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false."""
+    return field(metadata={"axes": axes, "init": init, "when": when})
+
+
+def part(*, count: str | None = None, when: str | None = None, **rename: str) -> Any:
+    """Declare a sub-layer of the annotated class: ``dims[count]`` of them in a tuple, or none where
+    ``dims[when]`` is false. ``rename`` gives its axes other names: a norm over heads is
+    ``part(act_embed="head_dim")``."""
+    return field(metadata={"count": count, "when": when, "rename": rename})
+
+
+def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
+    """The tree of ``Weight`` records of a params dataclass. Raises ValueError for a name that dims lacks."""
+    rename = rename or {}
+    hints = typing.get_type_hints(cls)
+    tree = {}
+    for f in fields(cls):
+        here, meta = f"{path}.{f.name}" if path else f.name, f.metadata
+        if meta["when"] and not _look_up(dims, meta["when"], here):
+            tree[f.name] = None
+        elif "axes" in meta:
+            axes = tuple(rename.get(a, a) for a in meta["axes"])
+            shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
+            tree[f.name] = Weight(here, axes, shape, meta["init"])
+        else:
+            sub = _layer_class(hints[f.name])
+            count = meta["count"]
+            if count is None:
+                tree[f.name] = declare(sub, dims, here, meta["rename"])
+            else:
+                n = _look_up(dims, count, here)
+                tree[f.name] = tuple(declare(sub, dims, f"{here}.{i}", meta["rename"]) for i in range(n))
+    return cls(**tree)
+
+
+def _look_up(dims: Dims, name: str, path: str) -> Any:
+    if name not in dims:
+        raise ValueError(f"{path}: dims has no {name!r}; it has {', '.join(dims)}")
+    return dims[name]
+
+
+def _layer_class(hint: Any) -> type:
+    """The params class inside ``Norm``, ``Norm | None`` or ``tuple[Block, ...]``."""
+    return next(c for c in (hint, *typing.get_args(hint)) if isinstance(c, type) and is_dataclass(c))
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """``(path, leaf)`` of every leaf, in declaration order; paths read like ``blocks.3.mlp.w_up``."""
+    if is_dataclass(tree) and not isinstance(tree, Weight):
+        children = [(f.name, getattr(tree, f.name)) for f in fields(tree)]
+    elif isinstance(tree, (tuple, list)):
+        children = [(str(i), child) for i, child in enumerate(tree)]
+    elif tree is None:
+        return
+    else:
+        yield path, tree
+        return
+    for name, child in children:
+        yield from leaves(child, f"{path}.{name}" if path else name)
+
+
+def flat(tree: Any) -> list[Any]:
+    return [leaf for _, leaf in leaves(tree)]
+
+
+def unflatten(like: Any, values: list[Any]) -> Any:
+    """A tree of the shape of ``like`` with these leaves, in the order of ``leaves``."""
+    rest = iter(values)
+
+    def build(tree: Any) -> Any:
+        if is_dataclass(tree) and not isinstance(tree, Weight):
+            return type(tree)(**{f.name: build(getattr(tree, f.name)) for f in fields(tree)})
+        if isinstance(tree, (tuple, list)):
+            return tuple(build(child) for child in tree)
+        return None if tree is None else next(rest)
+
+    return build(like)
+
+
+def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply ``fn`` leaf by leaf to trees of one shape."""
+    return unflatten(tree, [fn(*xs) for xs in zip(flat(tree), *(flat(o) for o in others), strict=True)])
+
+
+def draw(w: Weight, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
+    """One whole weight, float32: a function of (seed, path), so that no mesh can change it."""
+    digest = hashlib.sha256(f"{seed}/{w.path}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return w.init(w, dims, generator)
+
+
+def init(
+    spec: Any,
+    dims: Dims,
+    seed: int,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Any:
+    """Draw the weights of a declared tree one at a time and keep only this rank's shard of each."""
+    with torch.no_grad():
+        return tree_map(lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec)
+
+
+def gather(tree: Any, layout: Layout) -> Any:
+    """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
+    stage."""
+    return tree_map(layout.gather, tree)
