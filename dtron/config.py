@@ -25,10 +25,10 @@ class ModelConfig:
     embed: int = 256
     """width of the residual stream"""
     layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 8
+    kv_heads: int = 4
     """heads of keys and values; fewer than heads is grouped-query attention"""
-    head_dim: int = 64
+    head_dim: int = 32
     mlp: int = 704
     """width of the feed-forward layer"""
     activation: Activation = "swiglu"

@@ -22,6 +22,7 @@ live on: a shorter mesh means fewer placements to plan and nothing to normalise.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -36,6 +37,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
+
+# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is intended.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 
@@ -55,6 +59,11 @@ RULES: Rules = {
     "vocab": ("tp",),
     "positions": (),
 }
+
+
+def rules_for(zero: int) -> Rules:
+    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see step.py)."""
+    return {**RULES, "embed": ()} if zero == 0 else RULES
 
 
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
@@ -235,12 +244,7 @@ class Layout:
         if self.mesh is None:
             return fn
         placements = [self.placements(*axes) if axes is not None else None for axes in ins]
-        given = [p for p in placements if p is not None]
-        split = [any(p[i].is_shard() for p in given) for i in range(self.mesh.ndim)]
-        gradients = [
-            p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
-            for p in placements
-        ]
+        gradients = self.input_gradients(placements)
 
         def region(*args):
             present = [arg is not None for arg in args]
@@ -259,6 +263,15 @@ class Layout:
             )(*pick(args))
 
         return region
+
+    def input_gradients(self, placements: Sequence[tuple[Placement, ...] | None]) -> list[list[Placement] | None]:
+        """Where the gradients of a local region's inputs lie; see ``local``."""
+        given = [p for p in placements if p is not None]
+        split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
+        return [
+            p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
+            for p in placements
+        ]
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
@@ -320,12 +333,17 @@ def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
     )
 
 
-def ones_like(x: Tensor) -> Tensor:
-    """1 on every rank, also where x is a pending sum: the gradient to start backward with."""
-    if not isinstance(x, DTensor):
-        return torch.ones_like(x)
-    mesh = x.device_mesh
-    return DTensor.from_local(torch.ones_like(x.to_local()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+def _shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)  # simulated ranks would share x's memory
+    whole = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, placements)
+
+
+def shard_like(x: Tensor, y: Tensor) -> Tensor:
+    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a pending sum."""
+    if not isinstance(y, DTensor):
+        return x
+    return _shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
 
 
 def full(x: Tensor) -> Tensor:

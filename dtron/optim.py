@@ -4,9 +4,9 @@ schedules.
 The update is elementwise, so it never needs to know that a weight is sharded: it runs on each rank's own part
 in one fused kernel for the whole tree. Only the gradient norm looks across ranks: each rank sums the squares
 it holds, each square divided by the number of ranks that hold it too, and one all-reduce per mesh axis gives
-the exact global norm. The scale that clips is handed to the update; gradients are never rewritten for it.
+the exact global norm.
 
-``update`` consumes its arguments: params and state are overwritten in place and returned, as if donated.
+``adam_update`` consumes its arguments: gradients, params and state are overwritten in place, as if donated.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def adam_update(
         if not chosen:
             continue
         p, g, m, v = ([local(flat(tree)[i]) for i in chosen] for tree in (params, grads, state.m, state.v))
-        torch._foreach_mul_(g, scale)
+        if scale != 1.0:
+            torch._foreach_mul_(g, scale)
         torch._fused_adamw_(
             p,
             [x.to(y.dtype) for x, y in zip(g, p, strict=True)],

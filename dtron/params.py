@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dtron.mesh import Layout
+from dtron.simulate import paused
 
 Dims = Mapping[str, Any]
 Init = Callable[["Weight", Dims, torch.Generator], Tensor]
@@ -160,8 +161,9 @@ def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
 def draw(w: Weight, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
     """One whole weight, float32: a function of (seed, path), so that no mesh can change it."""
     digest = hashlib.sha256(f"{seed}/{w.path}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-    return w.init(w, dims, generator)
+    with paused():  # simulated ranks would draw one value each
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return w.init(w, dims, generator)
 
 
 def init(

@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_disable_local_tensor_mode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -37,8 +37,20 @@ def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
         yield mesh
 
 
+def one_rank(x: torch.Tensor) -> torch.Tensor:
+    """Rank 0's value of a simulated tensor; any other tensor as it is."""
+    return x._local_tensors[0] if isinstance(x, LocalTensor) else x
+
+
 def is_simulated(x: torch.Tensor) -> bool:
     return isinstance(x, LocalTensor)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside a simulation, make plain tensors again: for code that allocates and knows nothing of ranks."""
+    with maybe_disable_local_tensor_mode():
+        yield
 
 
 @cache

@@ -297,6 +297,20 @@ def test_errors_about_the_path(tmp_path: Path, cache: Path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(self))
         return real(self, *args, **kwargs)
 
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    scan = os.scandir
+
+    def refuse_folder(path):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse_folder)
+        one_line(
+            lambda: documents(str(locked), cache=cache), str(locked), "Permission denied", "allow this user"
+        )
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "read_bytes", lambda self: self.open("rb").read())
     one_line(lambda: documents(str(secret), cache=cache), str(secret), "Permission denied", "allow this user")

@@ -61,8 +61,8 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"the cache folder {str(folder)!r} cannot be written ({error.strerror or error}); set DTRON_CACHE to a "
-        "folder that this user may write, on a disk with room"
+        f"the cache folder {str(folder)!r} cannot be written ({error.strerror or error}); set DTRON_CACHE to "
+        "a folder that this user may write, on a disk with room"
     )
 
 

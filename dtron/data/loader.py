@@ -53,8 +53,8 @@ def load_corpus(
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"--data.validation_fraction {validation_fraction} is not in [0, 1); set it to the part of the text "
-            "to hold out, such as 0.02"
+            f"--data.validation_fraction {validation_fraction} is not in [0, 1); set it to the part of the "
+            "text to hold out, such as 0.02"
         )
     cache = cache if cache is not None else cache_dir()
     docs = Documents(path, column, cache)

@@ -61,9 +61,9 @@ class Documents:
     @cached_property
     def dataset(self) -> "datasets.Dataset":
         """All documents, one a row, in the column "text"."""
-        folder = self.cache / "datasets" / self.key
         import pyarrow
 
+        folder = self.cache / "datasets" / self.key
         try:
             return self._generate(folder)
         except (OSError, pyarrow.ArrowException):  # errors in the text are ValueErrors by now: HF's own cache
@@ -89,7 +89,6 @@ class Documents:
                     "where": where,
                     "strict": self.path is not None,
                 },
-                fingerprint=self.key,
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if type(error.__cause__) is ValueError or isinstance(error.__cause__, OSError):
@@ -111,6 +110,11 @@ def _import_datasets() -> Any:
 
     datasets.disable_progress_bars()
     return datasets
+
+
+def one_line(error: Exception) -> str:
+    """Another library's message, which may be long and of many lines, as part of ours."""
+    return " ".join(str(error).split())[:120]
 
 
 # ---------------------------------------------------------------------------------------- listing files
@@ -177,11 +181,11 @@ def _rows(files: tuple[Path, ...], column: str, where: str, strict: bool) -> Ite
         except UnicodeError as error:
             if strict:
                 raise ValueError(
-                    f"{str(file)!r} is not UTF-8 text ({' '.join(str(error).split())[:100]}); convert it, "
+                    f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
                     "for example with `iconv -t UTF-8`, or leave it out of --data.path"
                 ) from error
         except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())
+            reason = error.strerror or one_line(error)
             raise ValueError(
                 f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
                 "--data.path"
@@ -237,7 +241,8 @@ def _parse(source: str, where: str) -> Any:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a .json file"
+            f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a "
+            ".json file"
         ) from error
 
 
@@ -259,8 +264,8 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"{str(file)!r} is not a readable Parquet file ({' '.join(str(error).split())[:120]}); write it "
-                "again, or leave it out of --data.path"
+                f"{str(file)!r} is not a readable Parquet file ({one_line(error)}); write it again, "
+                " or leave it out of --data.path"
             ) from error
 
 

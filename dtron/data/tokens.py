@@ -17,12 +17,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
-from dtron.data.text import Documents
+from dtron.data.text import Documents, one_line
 
 END = "<|endoftext|>"
 
 # What other tokenizers call it; the first that the vocabulary has is taken.
-_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]")
+_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _PIECE = 1 << 20  # characters of one document encoded at once; a whole book is too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
 _SAMPLE = 1 << 25  # characters to learn merges from: they settle long before, and counting costs memory
@@ -38,8 +38,8 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < smallest:
         raise ValueError(
-            f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each of "
-            f"256 bytes and the end of text; set --model.vocab {smallest} or more"
+            f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each "
+            f"of 256 bytes and the end of text; set --model.vocab {smallest} or more"
         )
     target = cache / f"tokenizer-{digest([_key(docs), str(vocab_size)])}.json"
     return cached(target, _read_tokenizer, lambda file: _train(docs, vocab_size).save(str(file)))
@@ -85,14 +85,14 @@ def _load(path: str, vocab_size: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"--data.tokenizer {path!r} is not a valid tokenizer.json ({' '.join(str(error).split())[:100]}); "
+            f"--data.tokenizer {path!r} is not a valid tokenizer.json ({one_line(error)}); "
             "save one with `tokenizers`, or leave it out to train one"
         ) from error
     size = _size(tokenizer)
     if size > vocab_size:
         raise ValueError(
-            f"--data.tokenizer {path!r} has {size} tokens and the model only {vocab_size}; every token needs a "
-            f"row in the embedding, so set --model.vocab {size}"
+            f"--data.tokenizer {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
+            f"a row in the embedding, so set --model.vocab {size}"
         )
     return tokenizer
 
@@ -168,7 +168,7 @@ def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> 
                 encodings = encoder.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
             except Exception as error:  # the library raises nothing narrower
                 raise ValueError(
-                    f"--data.tokenizer cannot encode the documents ({' '.join(str(error).split())[:100]}); give "
+                    f"--data.tokenizer cannot encode the documents ({one_line(error)}); give "
                     "one with an unknown token or a byte-level alphabet"
                 ) from error
             for (_, last), encoding in zip(batch, encodings, strict=True):

@@ -1,0 +1,73 @@
+"""Counting what a program communicates: kind, mesh axis, number and bytes.
+
+A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in forward and in
+backward, on real ranks and on simulated ones. Tests assert these counts, so that communication can be added only
+on purpose; ``dtron.verify`` prints them.
+
+Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output of an
+all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import ExplicitRedistributionContext  # the guard; private, used here alone
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtron.simulate import one_rank
+
+_KINDS = {
+    "all_reduce": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast": "broadcast",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    kind: str
+    axis: str
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh axis)."""
+
+    def __init__(self, mesh: DeviceMesh | None):
+        super().__init__()
+        names = mesh.mesh_dim_names if mesh is not None else ()
+        self._axis = {mesh.get_group(name).group_name: name for name in names}
+        self.count: Counter[Collective] = Counter()
+        self.bytes: Counter[Collective] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # let DTensor come down to the collectives first
+        out = func(*args, **(kwargs or {}))
+        kind = _KINDS.get(func.overloadpacket.__name__)
+        if kind and func.namespace in ("_c10d_functional", "_dtensor", "c10d"):
+            group = next(self._axis[a] for a in reversed(args) if isinstance(a, str) and a in self._axis)
+            key = Collective(kind, group)
+            whole = one_rank(out if kind == "all_gather" else args[0])
+            self.count[key] += 1
+            self.bytes[key] += whole.numel() * whole.element_size()
+        return out
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items())) or "none"
+
+
+@contextmanager
+def no_hidden_communication() -> Iterator[None]:
+    """Inside, a redistribution that nobody wrote down raises: every collective of a forward is a ``constrain``, a
+    ``gather`` or a local region's own."""
+    with ExplicitRedistributionContext():
+        yield

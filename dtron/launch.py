@@ -1,0 +1,92 @@
+"""From a config to running ranks: which device, which dtype, which processes.
+
+Three ways in, one program after: one process and one device; several processes started by torchrun (gloo on CPU,
+NCCL on GPU); or all ranks simulated in this process. Everything that can be refused is refused before a process
+group exists, so that no rank is left waiting for one that has given up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dtron.config import RunConfig, check, microbatches
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
+from dtron.simulate import simulated
+
+TIMEOUT = timedelta(minutes=10)  # a rank that died is noticed after this at the latest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on this machine, checked."""
+
+    shape: MeshShape
+    device: str
+    compute: torch.dtype
+    master: torch.dtype
+    count: int  # microbatches per step
+    rows: int  # sequences in each, over all ranks
+
+    @property
+    def main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
+
+def plan(config: RunConfig) -> Plan:
+    """Raises ValueError for a mesh, batch, model or device that cannot be."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.simulate and world > 1:
+        raise ValueError(f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun")
+    shape = MeshShape.parse(config.mesh, None if config.simulate else world)
+    check(config.model, shape, config.data.sequence)
+    count, rows = microbatches(config.batch, config.micro_batch, shape)
+    device = _device(config)
+    gpu = device.startswith("cuda")
+    names = {"auto": torch.bfloat16 if gpu else torch.float32}
+    compute = names.get(config.dtype) or getattr(torch, config.dtype)
+    return Plan(shape, device, compute, torch.promote_types(compute, torch.float32), count, rows)
+
+
+def _device(config: RunConfig) -> str:
+    available = torch.cuda.is_available()
+    if config.simulate or config.device == "cpu" or (config.device == "auto" and not available):
+        if config.simulate and config.device == "cuda":
+            raise ValueError("--simulate --device cuda: simulated ranks run on the CPU; drop one of the two")
+        return "cpu"
+    if not available:
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise ValueError(f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu")
+    return f"cuda:{local}"
+
+
+@contextmanager
+def ranks(config: RunConfig, plan: Plan) -> Iterator[Layout]:
+    """Start the ranks and yield the layout of the run."""
+    rules = rules_for(config.zero)
+    compute = None if plan.compute == plan.master else plan.compute
+    reduce = torch.bfloat16 if config.reduce_bf16 else None
+    if config.simulate:
+        with simulated(plan.shape) as mesh:
+            yield Layout(mesh, rules, compute, reduce)
+        return
+    kind = plan.device.partition(":")[0]
+    if kind == "cuda":
+        torch.cuda.set_device(plan.device)
+    if plan.shape.size > 1:
+        backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
+        device_id = torch.device(plan.device) if kind == "cuda" else None
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    yield Layout(build_mesh(plan.shape, kind), rules, compute, reduce)
+    if dist.is_initialized():  # not on the way out of an error: the others may still be in a collective
+        dist.barrier()
+        dist.destroy_process_group()

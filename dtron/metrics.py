@@ -1,0 +1,130 @@
+"""What a run says of itself: a line to read, ``metrics.jsonl`` to plot, TensorBoard if asked.
+
+``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted device) are
+null. A resumed run first drops the steps after its checkpoint, so every step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+# Dense bf16 TFLOP/s by the vendors' datasheets, by a part of the device's name.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "MI300X": 1307.0}
+
+
+def peak_tflops(device: str) -> float | None:
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_gib(device: str) -> float:
+    """The most this process has held so far: on the GPU what torch allocated, on the CPU its resident set."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Metrics:
+    """Collects a run's steps. Only the main rank writes; the others pass ``main=False`` and nothing happens."""
+
+    def __init__(
+        self, run_dir: Path, device: str, ranks: int, flops_per_token: float, steps: int, start: int, main: bool,
+        tensorboard: bool = False, console: Console | None = None,
+    ):  # fmt: skip
+        self._device, self._ranks, self._flops = device, ranks, flops_per_token
+        self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
+        self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
+        self._clock, self._begun, self._first = time.perf_counter(), time.perf_counter(), start
+        if main:
+            path = run_dir / "metrics.jsonl"
+            kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._tokens = kept[-1]["tokens"] if kept else 0
+            self._file = path.open("a", buffering=1)
+            if tensorboard:
+                self._board = _tensorboard(run_dir)
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> dict[str, Any]:
+        """The record of a step that has just ended; ``tokens`` is how many it trained on, over all ranks."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._tokens += tokens
+        tflops = tokens * self._flops / seconds / self._ranks / 1e12
+        record = {
+            "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": self._tokens,
+            "tokens_per_s": tokens / seconds, "tflops_per_device": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "memory_gib": memory_gib(self._device), "step_seconds": seconds,
+        }  # fmt: skip
+        return record
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Put a step on file. The clock starts again here: validation and saving are no part of the next step."""
+        if self._main:
+            self._file.write(json.dumps(record) + "\n")
+            if self._board is not None:
+                for name, value in record.items():
+                    if value is not None and name != "step":
+                        self._board.add_scalar(name, value, record["step"])
+        self._clock = time.perf_counter()
+
+    def line(self, record: Mapping[str, Any]) -> None:
+        """The progress line of a step."""
+        done = record["step"] - self._first
+        left = (time.perf_counter() - self._begun) / max(done, 1) * (self._steps - record["step"])
+        mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+        self.say(
+            f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
+            f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {_short(record['tokens_per_s'])} tokens/s  "
+            f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  {record['memory_gib']:.1f} GiB  left {_clock(left)}"
+        )
+
+    def say(self, text: str) -> None:
+        if self._main:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of an earlier run; one that was cut off while it was written is dropped."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'") from error
+    return SummaryWriter(str(run_dir))
+
+
+def _short(n: float) -> str:
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,140 @@
+"""Train a transformer: the whole program, read from top to bottom.
+
+    python train.py                                                        # one device, text every machine has
+    torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3         # four processes
+    python train.py --simulate --mesh dp=8,tp=4 --steps 2                  # 32 ranks in this one process
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dtron import checkpoint
+from dtron.cli import parse, run_cli, save
+from dtron.config import RunConfig
+from dtron.data import Corpus, document_ids, load_corpus, rows
+from dtron.generate import generate
+from dtron.launch import Plan, plan, ranks
+from dtron.layers.loss import IGNORE
+from dtron.mesh import Layout, full
+from dtron.metrics import Metrics
+from dtron.model import Batch, declare_model, flops_per_token, forward, make_batch, parameter_count, valid_tokens
+from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
+from dtron.params import gather, init
+from dtron.step import gradients
+
+VALIDATION_ROWS = 32
+
+
+def main(argv: list[str]) -> int:
+    config = parse(argv)
+    here = plan(config)  # refuses what cannot be, before anything is started
+    d, run_dir = config.data, open_run(config, here)
+    corpus = load_corpus(d.path, d.column, d.tokenizer, config.model.vocab, d.sequence, d.validation)
+    with ranks(config, here) as layout:
+        train(config, here, layout, corpus, run_dir)
+    return 0
+
+
+def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir: Path) -> None:
+    m, spec = config.model, declare_model(config.model)
+    params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
+    state = checkpoint.TrainState(0, 0, params, adam_init(params))
+    if config.resume and (found := checkpoint.newest(run_dir)):
+        state = checkpoint.load(found, state, m, config.seed)
+    flops, n = flops_per_token(m, config.data.sequence), here.shape.size
+    metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
+    metrics.say(
+        f"{parameter_count(m):,} parameters on {here.shape} ({n} rank{'s' * (n > 1)}, {here.device}, "
+        f"{str(here.compute).removeprefix('torch.')}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
+        f"{config.batch} x {config.data.sequence} tokens a step in {here.count} microbatch{'es' * (here.count > 1)}"
+        + (f"; resumed at step {state.step}" if state.step else "")
+    )
+
+    def loss_fn(weights, batch):
+        return forward(weights, batch, m, layout, config.recompute)
+
+    while state.step < config.steps:
+        microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
+        loss, grads = gradients(loss_fn, state.params, microbatches, tokens, layout, config.zero)
+        norm, lr = global_norm(grads), learning_rate(config.optim, state.step, config.steps)
+        scale = clip_scale(norm, config.optim.clip)
+        params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim)
+        state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
+
+        last = state.step == config.steps
+        record = metrics.step(state.step, full(loss).item(), norm, lr, tokens)
+        if state.step % config.log_every == 0 or state.step == 1 or last:
+            metrics.line(record)
+        if last or (config.eval_every and state.step % config.eval_every == 0):
+            value = validate(state.params, corpus, config, here, layout)
+            metrics.say(f"step {state.step}: validation loss {value:.4f}")
+            record["validation_loss"] = value
+        if config.save_every and (last or state.step % config.save_every == 0):
+            metrics.say(f"saved {checkpoint.save(run_dir, state, m, config.seed)}")
+        metrics.write(record)
+    if config.sample:
+        metrics.say("sample: " + sample(state.params, corpus, config, here, layout))
+    metrics.close()
+
+
+def load(
+    tokens, start: int, config: RunConfig, here: Plan, layout: Layout, end: int | None, shuffle: bool = True
+) -> tuple[list[Batch], int]:
+    """The microbatches of the global batch that starts at sample ``start``, and its valid tokens. Which samples
+    those are depends on nothing but ``start``."""
+    d = config.data
+    batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
+    return split(batch, config, here, layout, end)
+
+
+def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None):
+    documents = positions = [None] * (batch.shape[0] // here.rows)
+    if config.data.document_mask:
+        ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
+        documents, positions = ids.split(here.rows), places.split(here.rows)
+    parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
+    return [make_batch(r, layout, d, p) for r, d, p in parts], valid_tokens(batch)
+
+
+@torch.no_grad()
+def validate(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> float:
+    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not count."""
+    d = config.data
+    held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, VALIDATION_ROWS, shuffle=False))
+    fill = -len(held) % here.rows
+    held = torch.cat([held, torch.full((fill, held.shape[1]), IGNORE)])
+    batches, tokens = split(held, config, here, layout, corpus.end_id)
+    weights = params if config.zero == 3 else gather(params, layout)
+    total = sum(full(forward(weights, batch, config.model, layout)).item() for batch in batches)
+    return total / tokens
+
+
+def sample(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> str:
+    prompt = corpus.tokenizer.encode("def ").ids
+    shape = here.shape
+    ids = generate(
+        params, prompt, config.sample, config.model, layout,
+        seed=config.seed, data_ranks=shape.data, tp=shape.tp, device=here.device,
+    )  # fmt: skip
+    return corpus.tokenizer.decode(ids)
+
+
+def open_run(config: RunConfig, here: Plan) -> Path:
+    """The run directory with the resolved config in it. Raises ValueError where it cannot be written, or where
+    there is nothing to resume."""
+    run_dir = Path(config.run_dir)
+    if config.resume and not checkpoint.newest(run_dir):
+        raise ValueError(f"--resume: {run_dir} holds no checkpoint; drop --resume, or train with --save-every")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if here.main:
+            save(config, run_dir / "config.json")
+    except OSError as error:
+        raise ValueError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another") from error
+    return run_dir
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))
