@@ -74,7 +74,9 @@ def save(run_dir: Path, state: TrainState, model: Any, seed: int) -> Path:
             part.rename(target)
         _wait()
     except OSError as error:
-        raise ValueError(f"{target}: cannot write the checkpoint ({error}); free space or use --run-dir") from error
+        raise ValueError(
+            f"{target}: cannot write the checkpoint ({error}); free space or use --run-dir"
+        ) from error
     return target
 
 
@@ -91,7 +93,9 @@ def load(path: Path, state: TrainState, model: Any, seed: int) -> TrainState:
             dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes(state))
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path}: cannot be read ({first}); delete it to resume from the one before") from error
+        raise ValueError(
+            f"{path}: cannot be read ({first}); delete it to resume from the one before"
+        ) from error
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, whole)
     return TrainState(
@@ -108,7 +112,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: no readable checkpoint ({error}); {remedy}") from error
     if version != FORMAT:
-        raise ValueError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
+        raise ValueError(
+            f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it"
+        )
     for name, size in files.items():
         file = path / name
         have = file.stat().st_size if file.is_file() else 0
@@ -127,7 +133,9 @@ def _same_model(path: Path, meta: dict[str, Any], model: Any, seed: int) -> None
                 f"use --model.{flag} {saved.get(name)}, or another --run-dir"
             )
     if meta["seed"] != seed:
-        raise ValueError(f"{path}: was trained with seed {meta['seed']}, not {seed}; use --seed {meta['seed']}")
+        raise ValueError(
+            f"{path}: was trained with seed {meta['seed']}, not {seed}; use --seed {meta['seed']}"
+        )
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -161,7 +169,9 @@ def _placed(state: TrainState, whole: dict[str, Tensor]) -> TrainState:
         return unflatten(tree, values)
 
     trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
-    return TrainState(state.step, state.samples, trees["params"], AdamState(state.opt.step, trees["m"], trees["v"]))
+    return TrainState(
+        state.step, state.samples, trees["params"], AdamState(state.opt.step, trees["m"], trees["v"])
+    )
 
 
 def _wait() -> None:

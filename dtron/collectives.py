@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import ExplicitRedistributionContext  # the guard; private, used here alone
+from torch.distributed.tensor._utils import (
+    ExplicitRedistributionContext,
+)  # the guard; private, used here alone
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.simulate import one_rank

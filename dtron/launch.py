@@ -43,7 +43,9 @@ def plan(config: RunConfig) -> Plan:
     """Raises ValueError for a mesh, batch, model or device that cannot be."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
-        raise ValueError(f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun")
+        raise ValueError(
+            f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
+        )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
     check(config.model, shape, config.data.sequence)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
@@ -65,7 +67,9 @@ def _device(config: RunConfig) -> str:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         have = torch.cuda.device_count()
-        raise ValueError(f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu")
+        raise ValueError(
+            f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu"
+        )
     return f"cuda:{local}"
 
 

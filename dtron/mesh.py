@@ -264,7 +264,9 @@ class Layout:
 
         return region
 
-    def input_gradients(self, placements: Sequence[tuple[Placement, ...] | None]) -> list[list[Placement] | None]:
+    def input_gradients(
+        self, placements: Sequence[tuple[Placement, ...] | None]
+    ) -> list[list[Placement] | None]:
         """Where the gradients of a local region's inputs lie; see ``local``."""
         given = [p for p in placements if p is not None]
         split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
@@ -334,7 +336,9 @@ def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
 
 
 def _shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)  # simulated ranks would share x's memory
+    own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(
+        x
+    )  # simulated ranks would share x's memory
     whole = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, placements)
 

@@ -116,7 +116,9 @@ def _tensorboard(run_dir: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'") from error
+        raise ValueError(
+            "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
+        ) from error
     return SummaryWriter(str(run_dir))
 
 

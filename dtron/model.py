@@ -162,7 +162,9 @@ class _Kept:
         self.all, self.gathering = recompute == "none", False
 
     def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = not self.gathering and (self.all or op.overloadpacket.__name__.startswith(_MATMULS))
+        wanted = self.all or op.overloadpacket.__name__.startswith(_MATMULS)
+        view = any(out.alias_info is not None for out in op._schema.returns)
+        keep = wanted and not view and not self.gathering
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

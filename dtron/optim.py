@@ -50,7 +50,9 @@ def adam_update(
             torch._foreach_mul_(g, scale)
         torch._fused_adamw_(
             p,
-            [x.to(y.dtype) for x, y in zip(g, p, strict=True)],
+            # The fused kernel walks memory without looking at strides, and an uneven shard's gradient is a slice
+            # of its padded buffer.
+            [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)],
             m,
             v,
             [],

@@ -44,7 +44,9 @@ def gradients(
     total, sums = None, None
     for microbatch in microbatches:
         loss = loss_fn(weights, microbatch) / tokens
-        grads = torch.autograd.grad(loss, flat(weights), shard_like(torch.ones((), dtype=loss.dtype, device=loss.device), loss))
+        grads = torch.autograd.grad(
+            loss, flat(weights), shard_like(torch.ones((), dtype=loss.dtype, device=loss.device), loss)
+        )
         again = sums is None and len(microbatches) > 1  # then later ones are added in place: own the memory
         grads = [
             cast(g, layout.reduce or p.dtype, copy=again) for g, p in zip(grads, flat(params), strict=True)

@@ -32,7 +32,9 @@ Axes = tuple[str | None, ...]
 Mutate = Callable[[Layout], Layout]
 
 
-def meshes(max_ranks: int = 8, axes: tuple[str, ...] = ("dp_replicate", "dp", "tp")) -> st.SearchStrategy[str]:
+def meshes(
+    max_ranks: int = 8, axes: tuple[str, ...] = ("dp_replicate", "dp", "tp")
+) -> st.SearchStrategy[str]:
     """Mesh texts of 2 to ``max_ranks`` ranks over these axes, prime sizes among them."""
     sizes = st.tuples(*(st.sampled_from([1, 1, 2, 3, 4]) for _ in axes))
     shapes = sizes.map(lambda ns: MeshShape(**dict(zip(axes, ns, strict=True))))
@@ -80,7 +82,9 @@ def run_layer(
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = mutate(Layout(device_mesh, rules_for(zero)))
         placed = tree_map(lambda w, s: layout.shard(w, *s.axes), whole, spec)
-        weights = tree_map(lambda w: w.detach().requires_grad_(), placed if zero == 3 else gather(placed, layout))
+        weights = tree_map(
+            lambda w: w.detach().requires_grad_(), placed if zero == 3 else gather(placed, layout)
+        )
         xs = [layout.shard(values[name], *axes) for name, axes in inputs.items()]
         xs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in xs]
         wanted = [x for x in xs if x.requires_grad]
@@ -119,7 +123,9 @@ def assert_equivalent(
     floor = 1e-6 * max(t.abs().max().item() for t in want.tensors.values())
     for name, tensor in want.tensors.items():
         error = relative_error(got.tensors[name], tensor, floor)
-        assert error <= tolerance, f"mesh {mesh}: {name} differs from one device by {error:.1e} (> {tolerance:.0e})"
+        assert error <= tolerance, (
+            f"mesh {mesh}: {name} differs from one device by {error:.1e} (> {tolerance:.0e})"
+        )
     return got
 
 
@@ -161,7 +167,9 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
 
 
-def _normal(axes: Axes, sizes: Mapping[str, int], generator: torch.Generator, shape: tuple | None = None) -> Tensor:
+def _normal(
+    axes: Axes, sizes: Mapping[str, int], generator: torch.Generator, shape: tuple | None = None
+) -> Tensor:
     shape = shape or tuple(sizes[a.removeprefix("act_")] for a in axes if a is not None)
     return torch.empty(tuple(shape), dtype=torch.float64).normal_(generator=generator)
 

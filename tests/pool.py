@@ -1,0 +1,75 @@
+"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once.
+
+A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside one process group
+and the ranks' results come back in rank order. A job that raises on any rank raises here, with its traceback.
+"""
+
+from __future__ import annotations
+
+import queue
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 4
+PATIENCE = 180  # seconds for one job before the pool counts as hung
+
+
+class Pool:
+    def __init__(self, folder: Path):
+        context = mp.get_context("spawn")
+        self._inbox = [context.Queue() for _ in range(RANKS)]
+        self._outbox = context.Queue()
+        store = str(folder / "store")
+        self._processes = [
+            context.Process(target=_work, args=(r, store, self._inbox[r], self._outbox), daemon=True)
+            for r in range(RANKS)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        for inbox in self._inbox:
+            inbox.put((job, args))
+        results: dict[int, Any] = {}
+        while len(results) < RANKS:
+            try:
+                rank, ok, value = self._outbox.get(timeout=PATIENCE)
+            except queue.Empty:
+                raise AssertionError(
+                    f"ranks {set(range(RANKS)) - set(results)} hang in {job.__name__}{args}"
+                ) from None
+            assert ok, f"rank {rank} failed in {job.__name__}:\n{value}"
+            results[rank] = value
+        return [results[r] for r in range(RANKS)]
+
+    def close(self) -> None:
+        for inbox in self._inbox:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            process.kill()
+
+
+def _work(rank: int, store: str, inbox, outbox) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=RANKS,
+        store=dist.FileStore(store, RANKS),
+        timeout=timedelta(seconds=60),
+    )
+    while (item := inbox.get()) is not None:
+        job, args = item
+        try:
+            outbox.put((rank, True, job(*args)))
+        except BaseException:
+            outbox.put((rank, False, traceback.format_exc()))
+    dist.destroy_process_group()

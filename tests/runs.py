@@ -1,0 +1,91 @@
+"""A few training steps on random tokens, as tests want them: on any layout, everything that happened returned."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtron.config import ModelConfig, RunConfig, microbatches
+from dtron.layers.loss import IGNORE
+from dtron.mesh import Layout, MeshShape, build_mesh, full, rules_for
+from dtron.model import declare_model, forward, make_batch, valid_tokens
+from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.params import flat, init, tree_map
+from dtron.simulate import paused, simulated
+from dtron.step import gradients
+
+MODEL = ModelConfig(
+    vocab=61,
+    embed=24,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=6,
+    mlp=40,
+    vocab_multiple=1,
+    qk_norm=True,
+    context=16,
+)
+
+
+@dataclass(frozen=True)
+class History:
+    losses: list[float]
+    norms: list[float]
+    initial: str  # digest of all initial weights
+    params: Any
+
+
+def train(
+    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu"
+) -> History:
+    m = config.model
+    spec = declare_model(m)
+    params = init(spec, m.dims(), config.seed, layout, dtype, device)
+    opt, initial = adam_init(params), digest(params)
+    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    losses, norms = [], []
+    for step in range(config.steps):
+        with paused():  # all ranks must draw the same
+            rows = random_rows(config, step).to(device)
+        batches = [make_batch(r, layout) for r in rows.chunk(count)]
+        loss, grads = gradients(
+            lambda w, b: forward(w, b, m, layout, config.recompute),
+            params, batches, valid_tokens(rows), layout, config.zero,
+        )  # fmt: skip
+        norm = global_norm(grads)
+        params, opt = adam_update(grads, opt, params, spec, 1e-2, clip_scale(norm, 1.0), config.optim)
+        losses.append(full(loss).item())
+        norms.append(norm)
+    return History(losses, norms, initial, tree_map(full, params))
+
+
+def simulate(mesh: str, config: RunConfig, dtype=torch.float32) -> History:
+    shape = MeshShape.parse(mesh)
+    with simulated(shape) as device_mesh:
+        return train(Layout(device_mesh, rules_for(config.zero)), shape, config, dtype)
+
+
+def on_pool(mesh: str, config: RunConfig, dtype=torch.float32) -> tuple[list[float], list[float], str]:
+    """A job for the pool: the same on real ranks."""
+    shape = MeshShape.parse(mesh)
+    history = train(Layout(build_mesh(shape, "cpu"), rules_for(config.zero)), shape, config, dtype)
+    return history.losses, history.norms, history.initial
+
+
+def random_rows(config: RunConfig, step: int) -> torch.Tensor:
+    """Step ``step``'s global batch, from a small set that can be learned; some targets do not count."""
+    g = torch.Generator().manual_seed(1000 * config.seed + step % 3)
+    rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
+    rows[::3, -5:] = IGNORE
+    return rows
+
+
+def digest(params: Any) -> str:
+    h = hashlib.sha256()
+    for w in flat(params):
+        h.update(full(w).contiguous().cpu().numpy().tobytes())
+    return h.hexdigest()
