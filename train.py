@@ -1,8 +1,10 @@
 """Train a transformer: the whole program, read from top to bottom.
 
-    python train.py                                                        # one device, text every machine has
+    python train.py                                                        # one device
     torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3         # four processes
     python train.py --simulate --mesh dp=8,tp=4 --steps 2                  # 32 ranks in this one process
+
+With no ``--data.path`` it reads text that every machine has: the source of Python's standard library.
 """
 
 import sys
@@ -19,7 +21,15 @@ from dtron.launch import Plan, plan, ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, full
 from dtron.metrics import Metrics
-from dtron.model import Batch, declare_model, flops_per_token, forward, make_batch, parameter_count, valid_tokens
+from dtron.model import (
+    Batch,
+    declare_model,
+    flops_per_token,
+    forward,
+    make_batch,
+    parameter_count,
+    valid_tokens,
+)
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import gather, init
 from dtron.step import gradients
@@ -45,12 +55,7 @@ def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir
         state = checkpoint.load(found, state, m, config.seed)
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
-    metrics.say(
-        f"{parameter_count(m):,} parameters on {here.shape} ({n} rank{'s' * (n > 1)}, {here.device}, "
-        f"{str(here.compute).removeprefix('torch.')}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
-        f"{config.batch} x {config.data.sequence} tokens a step in {here.count} microbatch{'es' * (here.count > 1)}"
-        + (f"; resumed at step {state.step}" if state.step else "")
-    )
+    metrics.say(describe(config, here, corpus, state.step))
 
     def loss_fn(weights, batch):
         return forward(weights, batch, m, layout, config.recompute)
@@ -79,11 +84,25 @@ def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir
     metrics.close()
 
 
+def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
+    n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    return (
+        f"{parameter_count(config.model):,} parameters on {here.shape} ({_count(n, 'rank')}, {here.device}, "
+        f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
+        f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
+        + (f"; resumed at step {step}" if step else "")
+    )
+
+
+def _count(n: int, noun: str, ending: str = "s") -> str:
+    return f"{n} {noun}{ending if n > 1 else ''}"
+
+
 def load(
     tokens, start: int, config: RunConfig, here: Plan, layout: Layout, end: int | None, shuffle: bool = True
 ) -> tuple[list[Batch], int]:
-    """The microbatches of the global batch that starts at sample ``start``, and its valid tokens. Which samples
-    those are depends on nothing but ``start``."""
+    """The microbatches of the global batch that starts at sample ``start``, and its valid tokens. Which
+    samples those are depends on nothing but ``start``."""
     d = config.data
     batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
     return split(batch, config, here, layout, end)
@@ -100,7 +119,8 @@ def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, en
 
 @torch.no_grad()
 def validate(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> float:
-    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not count."""
+    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
+    count."""
     d = config.data
     held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, VALIDATION_ROWS, shuffle=False))
     fill = -len(held) % here.rows
@@ -122,17 +142,21 @@ def sample(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout
 
 
 def open_run(config: RunConfig, here: Plan) -> Path:
-    """The run directory with the resolved config in it. Raises ValueError where it cannot be written, or where
-    there is nothing to resume."""
+    """The run directory with the resolved config in it. Raises ValueError where it cannot be written, or
+    where there is nothing to resume."""
     run_dir = Path(config.run_dir)
     if config.resume and not checkpoint.newest(run_dir):
-        raise ValueError(f"--resume: {run_dir} holds no checkpoint; drop --resume, or train with --save-every")
+        raise ValueError(
+            f"--resume: {run_dir} holds no checkpoint; drop --resume, or train with --save-every"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if here.main:
             save(config, run_dir / "config.json")
     except OSError as error:
-        raise ValueError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another") from error
+        raise ValueError(
+            f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another"
+        ) from error
     return run_dir
 
 

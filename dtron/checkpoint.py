@@ -1,12 +1,12 @@
 """Save and resume, on any mesh: a checkpoint is the tree of whole tensors, whoever holds which part.
 
-torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor and read back
-the ranges it needs, so the mesh and ZeRO stage that load need not be those that saved. Weights have the same
-paths and shapes on every mesh; nothing else is needed to make that true.
+torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor and read
+back the ranges it needs, so the mesh and ZeRO stage that load need not be those that saved. Weights have the
+same paths and shapes on every mesh; nothing else is needed to make that true.
 
-A checkpoint is the folder ``checkpoints/step-00000100``. It is written under another name and renamed when it is
-whole, and ``meta.json`` inside, written last, lists its files with their sizes: one that was cut short is refused
-with the remedy, not loaded. Left out for now: asynchronous writing and checksums.
+A checkpoint is the folder ``checkpoints/step-00000100``. It is written under another name and renamed when it
+is whole, and ``meta.json`` inside, written last, lists its files with their sizes: one that was cut short is
+refused with the remedy, not loaded. Left out for now: asynchronous writing and checksums.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def load(path: Path, state: TrainState, model: Any, seed: int) -> TrainState:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The checkpoint's ``meta.json``, with every file it lists present and of its size; ValueError otherwise."""
+    """The checkpoint's ``meta.json``, with every file it lists present and of its size; ValueError
+    otherwise."""
     remedy = "delete it to resume from the one before"
     try:
         meta = json.loads((path / "meta.json").read_text())

@@ -1,11 +1,12 @@
 """Counting what a program communicates: kind, mesh axis, number and bytes.
 
-A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in forward and in
-backward, on real ranks and on simulated ones. Tests assert these counts, so that communication can be added only
-on purpose; ``dtron.verify`` prints them.
+A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in forward
+and in backward, on real ranks and on simulated ones. Tests assert these counts, so that communication can be
+added only on purpose; ``dtron.verify`` prints them.
 
 Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output of an
-all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce twice that.
+all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce
+twice that.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Collective:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh axis)."""
+    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh
+    axis)."""
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
@@ -69,7 +71,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 @contextmanager
 def no_hidden_communication() -> Iterator[None]:
-    """Inside, a redistribution that nobody wrote down raises: every collective of a forward is a ``constrain``, a
-    ``gather`` or a local region's own."""
+    """Inside, a redistribution that nobody wrote down raises: every collective of a forward is a
+    ``constrain``, a ``gather`` or a local region's own."""
     with ExplicitRedistributionContext():
         yield

@@ -18,24 +18,28 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer. Override one field of a preset with --model.FIELD."""
+    """The shape of the transformer: a preset, and what overrides it."""
 
     vocab: int = 4096
     """words of the tokenizer; the embedding has this rounded up to vocab_multiple"""
     embed: int = 256
     """width of the residual stream"""
     layers: int = 4
+    """transformer blocks"""
     heads: int = 8
+    """attention heads (of queries)"""
     kv_heads: int = 4
     """heads of keys and values; fewer than heads is grouped-query attention"""
     head_dim: int = 32
+    """width of one head"""
     mlp: int = 704
     """width of the feed-forward layer"""
     activation: Activation = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
-    rope: Rope | None = field(default_factory=Rope)
-    """rotary positions; None: learned absolute positions"""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """how attention knows where a token is"""
+    rope: Rope = field(default_factory=Rope)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -73,7 +77,7 @@ class ModelConfig:
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {_nearest_divisor(self.heads, self.kv_heads)}"
             )
-        if self.rope is not None and self.head_dim % 2:
+        if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
         for name in ("window", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -97,7 +101,7 @@ class ModelConfig:
             "init_std": self.init_std,
             "gated": self.activation in ("swiglu", "geglu"),
             "layernorm": self.norm == "layernorm",
-            "learned_positions": self.rope is None,
+            "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias")},
         }
@@ -169,13 +173,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run. The everyday flags are fields of this class; the rest are grouped below it."""
+    """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2: axes dp_replicate, dp, tp, any order; dp is filled in when
-    left out"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes dp_replicate, dp, tp); a dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
-    """what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also the weights in use"""
+    """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
+    use"""
     steps: int = 150
     """optimizer steps of the whole run"""
     batch: int = 16
@@ -193,6 +197,7 @@ class RunConfig:
     simulate: bool = False
     """run all ranks of the mesh in this one process, on the CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or float64)"""
     recompute: Recompute = "none"
@@ -244,8 +249,8 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
             )
     if sequence % mesh.tp:
         raise ValueError(
-            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, which must "
-            f"divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
+            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, "
+            f"which must divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise ValueError(
@@ -270,7 +275,8 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
         down, up = batch // rows * rows, -(-batch // rows) * rows
         near = up if down == 0 or up - batch < batch - down else down
         raise ValueError(
-            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; use --batch {near}"
+            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "
+            f"use --batch {near}"
         )
     return batch // rows, rows
 

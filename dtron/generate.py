@@ -1,8 +1,8 @@
 """Text from a model, with the same sharded forward that trains it.
 
-Every new token runs the whole window again: no cache of keys and values, because this is for looking at a model
-while it trains, on whatever mesh it trains on, and not for serving. All ranks draw the same token, since all have
-the same logits and the same seed.
+Every new token runs the whole window again: no cache of keys and values, because this is for looking at a
+model while it trains, on whatever mesh it trains on, and not for serving. All ranks draw the same token,
+since all have the same logits and the same seed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def generate(
     tp: int = 1,
     device: str = "cpu",
 ) -> list[int]:
-    """``prompt`` and ``tokens`` new ones. Temperature 0 takes the likeliest. The window is the model's context at
-    most; older tokens fall out of it."""
+    """``prompt`` and ``tokens`` new ones. Temperature 0 takes the likeliest. The window is the model's
+    context at most; older tokens fall out of it."""
     window = min(-(-(len(prompt) + tokens) // tp) * tp, m.context // tp * tp)
     text, generator = list(prompt), torch.Generator().manual_seed(seed)
     for _ in range(tokens):

@@ -1,8 +1,8 @@
 """From a config to running ranks: which device, which dtype, which processes.
 
-Three ways in, one program after: one process and one device; several processes started by torchrun (gloo on CPU,
-NCCL on GPU); or all ranks simulated in this process. Everything that can be refused is refused before a process
-group exists, so that no rank is left waiting for one that has given up.
+Three ways in, one program after: one process and one device; several processes started by torchrun (gloo on
+CPU, NCCL on GPU); or all ranks simulated in this process. Everything that can be refused is refused before a
+process group exists, so that no rank is left waiting for one that has given up.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
-# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is intended.
+# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
+# intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
@@ -62,7 +63,8 @@ RULES: Rules = {
 
 
 def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see step.py)."""
+    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see
+    step.py)."""
     return {**RULES, "embed": ()} if zero == 0 else RULES
 
 
@@ -146,7 +148,8 @@ class MeshShape:
             else f"choose sizes whose product divides {world}"
         )
         raise ValueError(
-            f"mesh {text!r} has {shape.size} ranks and {world} {'is' if world == 1 else 'are'} running: {remedy}"
+            f"mesh {text!r} has {shape.size} ranks, but {world} {'is' if world == 1 else 'are'} running: "
+            f"{remedy}"
         )
 
 
@@ -344,7 +347,8 @@ def _shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTen
 
 
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a pending sum."""
+    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a pending
+    sum."""
     if not isinstance(y, DTensor):
         return x
     return _shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])

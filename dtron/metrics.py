@@ -1,7 +1,7 @@
 """What a run says of itself: a line to read, ``metrics.jsonl`` to plot, TensorBoard if asked.
 
-``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted device) are
-null. A resumed run first drops the steps after its checkpoint, so every step stands there once.
+``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted device)
+are null. A resumed run first drops the steps after its checkpoint, so every step stands there once.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def memory_gib(device: str) -> float:
 
 
 class Metrics:
-    """Collects a run's steps. Only the main rank writes; the others pass ``main=False`` and nothing happens."""
+    """Collects a run's steps. Only the main rank writes; the others pass ``main=False`` and nothing
+    happens."""
 
     def __init__(
-        self, run_dir: Path, device: str, ranks: int, flops_per_token: float, steps: int, start: int, main: bool,
-        tensorboard: bool = False, console: Console | None = None,
+        self, run_dir: Path, device: str, ranks: int, flops_per_token: float, steps: int, start: int, main:
+        bool, tensorboard: bool = False, console: Console | None = None,
     ):  # fmt: skip
         self._device, self._ranks, self._flops = device, ranks, flops_per_token
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
@@ -70,7 +71,8 @@ class Metrics:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Put a step on file. The clock starts again here: validation and saving are no part of the next step."""
+        """Put a step on file. The clock starts again here: validation and saving are no part of the next
+        step."""
         if self._main:
             self._file.write(json.dumps(record) + "\n")
             if self._board is not None:
@@ -86,8 +88,9 @@ class Metrics:
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         self.say(
             f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
-            f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {_short(record['tokens_per_s'])} tokens/s  "
-            f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  {record['memory_gib']:.1f} GiB  left {_clock(left)}"
+            f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{_short(record['tokens_per_s'])} tokens/s  {record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
+            f"{record['memory_gib']:.1f} GiB  left {_clock(left)}"
         )
 
     def say(self, text: str) -> None:

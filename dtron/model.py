@@ -121,7 +121,7 @@ def _trunk(
     embed = gather(p.embedding, layout)
     x_TD = embedding(embed, batch.tokens_T, batch.positions_T, layout)
     table_TH = None
-    if m.rope is not None:
+    if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     mask = Mask(batch.sequence, m.window, m.softcap)

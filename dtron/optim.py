@@ -50,8 +50,8 @@ def adam_update(
             torch._foreach_mul_(g, scale)
         torch._fused_adamw_(
             p,
-            # The fused kernel walks memory without looking at strides, and an uneven shard's gradient is a slice
-            # of its padded buffer.
+            # The fused kernel walks memory without looking at strides, and an uneven shard's gradient is a
+            # slice of its padded buffer.
             [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)],
             m,
             v,

@@ -4,12 +4,12 @@
     def test_my_layer(mesh, zero):
         assert_equivalent(my_layer, MyParams, mesh, {"embed": 16, "mlp": 24}, zero=zero)
 
-``assert_equivalent`` draws weights and inputs in float64, runs the function on one device and on simulated ranks, and
-compares the output, the gradient of every weight and the gradient of every input. The forward runs under the guard
-against hidden communication. What it can't see is a mistake that one device makes too.
+``assert_equivalent`` draws weights and inputs in float64, runs the function on one device and on simulated
+ranks, and compares the output, the gradient of every weight and the gradient of every input. The forward runs
+under the guard against hidden communication. What it can't see is a mistake that one device makes too.
 
-A check that cannot fail proves nothing, so mutant layouts break one thing on purpose (``dropped``, ``unsummed``), and
-``assert_caught`` demands that the comparison notices.
+A check that cannot fail proves nothing, so mutant layouts break one thing on purpose (``dropped``,
+``unsummed``), and ``assert_caught`` demands that the comparison notices.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def run_layer(
     mutate: Mutate = lambda layout: layout,
     make: Mapping[str, Callable[[torch.Generator], Tensor]] | None = None,
 ) -> Outcome:
-    """Run ``fn(params, *inputs, layout)`` forward and backward, in float64 on the simulated ``mesh`` (``"dp=1"``
-    is one device). ``inputs`` gives the logical axes of each; sizes are ``tokens`` and those in ``dims``, values
-    normal unless ``make`` has a function of a generator for the name. The output must lie as ``out`` says (None: as
-    the first input)."""
+    """Run ``fn(params, *inputs, layout)`` forward and backward, in float64 on the simulated ``mesh``
+    (``"dp=1"`` is one device). ``inputs`` gives the logical axes of each; sizes are ``tokens`` and those in
+    ``dims``, values normal unless ``make`` has a function of a generator for the name. The output must lie as
+    ``out`` says (None: as the first input)."""
     inputs = {"x": ("tokens_sp", "act_embed")} if inputs is None else inputs
     sizes = {**dims, "tokens": tokens, "tokens_sp": tokens}
     spec = declare(params, dims)
@@ -116,8 +116,9 @@ def assert_equivalent(
     mutate: Mutate = lambda layout: layout,
     **options: Any,
 ) -> Outcome:
-    """Raise AssertionError, naming the first tensor that differs, unless ``fn`` on the mesh gives the output and all
-    gradients of one device to ``tolerance``. Options are those of ``run_layer``; returns the mesh's Outcome."""
+    """Raise AssertionError, naming the first tensor that differs, unless ``fn`` on the mesh gives the output
+    and all gradients of one device to ``tolerance``. Options are those of ``run_layer``; returns the mesh's
+    Outcome."""
     want = run_layer(fn, params, "dp=1", dims, **options)
     got = run_layer(fn, params, mesh, dims, mutate=mutate, **options)
     floor = 1e-6 * max(t.abs().max().item() for t in want.tensors.values())

@@ -1,12 +1,12 @@
 """``python -m dtron.verify --mesh dp=2,tp=2``: is the sharding still right?
 
-Builds a model and one global batch, takes one optimizer step on one device and one on the simulated mesh, both in
-float64, and compares the loss, every gradient and every weight after the step. Two correct programs differ by the
-rounding of sums taken in another order, about 1e-15; a forgotten reduction differs by 0.1 to 1. Anything over
-1e-9 is a bug. Edit a layer, run this.
+Builds a model and one global batch, takes one optimizer step on one device and one on the simulated mesh,
+both in float64, and compares the loss, every gradient and every weight after the step. Two correct programs
+differ by the rounding of sums taken in another order, about 1e-15; a forgotten reduction differs by 0.1 to 1.
+Anything over 1e-9 is a bug. Edit a layer, run this.
 
-Also printed: what the step communicated, by kind and mesh axis. What a simulation cannot show is a mistake of the
-network or of a device; the tests repeat the comparison on real processes.
+Also printed: what the step communicated, by kind and mesh axis. What a simulation cannot show is a mistake of
+the network or of a device; the tests repeat the comparison on real processes.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def one_step(
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
-    """``(relative error of the loss, errors of every weight)``. What is zero but for rounding (a key's bias: softmax
-    does not see it) is measured against a small part of the largest gradient or weight instead of itself."""
+    """``(relative error of the loss, errors of every weight)``. What is zero but for rounding (a key's bias:
+    softmax does not see it) is measured against a small part of the largest gradient or weight instead of
+    itself."""
     g_floor = 1e-6 * max(g.abs().max().item() for g in flat(want.grads))
     w_floor = 1e-2 * max(w.abs().max().item() for w in flat(want.params))
     rows = [

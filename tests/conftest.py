@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean nothing here.
+# Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean nothing
+# here.
 settings.register_profile(
     "dtron", deadline=None, suppress_health_check=list(HealthCheck), derandomize=bool(os.environ.get("CI"))
 )

@@ -1,7 +1,8 @@
 """A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once.
 
-A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside one process group
-and the ranks' results come back in rank order. A job that raises on any rank raises here, with its traceback.
+A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside one process
+group and the ranks' results come back in rank order. A job that raises on any rank raises here, with its
+traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A few training steps on random tokens, as tests want them: on any layout, everything that happened returned."""
+"""A few training steps on random tokens, as tests want them: on any layout, everything that happened
+returned."""
 
 from __future__ import annotations
 

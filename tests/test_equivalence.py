@@ -1,5 +1,5 @@
-"""The promise, property-tested: forward, every gradient and the weights after a step are those of one device, to
-1e-9 in float64, on simulated ranks; and beside each property a mutant it must catch."""
+"""The promise, property-tested: forward, every gradient and the weights after a step are those of one device,
+to 1e-9 in float64, on simulated ranks; and beside each property a mutant it must catch."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def embedding_values(vocab: int):
 def test_embedding(mesh, zero, seed, vocab, learned):
     dims = {"vocab": vocab, "embed": 8, "positions": 7, "learned_positions": learned}
     assert_equivalent(
-        embedding, Embedding, mesh, dims, inputs=EMBEDDING_INPUTS, make=embedding_values(vocab), out=X, tokens=48,
-        zero=zero, seed=seed,
+        embedding, Embedding, mesh, dims, inputs=EMBEDDING_INPUTS, make=embedding_values(vocab), out=X,
+        tokens=48, zero=zero, seed=seed,
     )  # fmt: skip
 
 
@@ -184,8 +184,8 @@ def test_loss(mesh, zero, seed, vocab, padding, chunk, z):
     """Known bug elsewhere: a vocabulary that tp does not divide made the loss wrong by half."""
     assume(chunk > 1 or MeshShape.parse(mesh).size <= 4)
     assert_equivalent(
-        loss_layer(Loss(vocab, chunk, z)), Head, mesh, {"vocab": vocab + padding, "embed": 8}, inputs=LOSS_INPUTS,
-        make=loss_values(vocab), out=("+tokens",), tokens=48, zero=zero, seed=seed,
+        loss_layer(Loss(vocab, chunk, z)), Head, mesh, {"vocab": vocab + padding, "embed": 8},
+        inputs=LOSS_INPUTS, make=loss_values(vocab), out=("+tokens",), tokens=48, zero=zero, seed=seed,
     )  # fmt: skip
 
 
@@ -241,14 +241,14 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
     mesh=meshes(), group=st.sampled_from([1, 2, 3]), count=st.sampled_from([1, 2]),
     recompute=st.sampled_from(["none", "selective", "full"]), seed=st.integers(0, 99),
     activation=st.sampled_from(["swiglu", "gelu"]), norm=st.sampled_from(["rmsnorm", "layernorm"]),
-    qk_norm=st.booleans(), bias=st.booleans(), tied=st.booleans(), padded=st.booleans(), learned=st.booleans(),
-    z_loss=st.sampled_from([0.0, 1e-3]),
+    qk_norm=st.booleans(), bias=st.booleans(), tied=st.booleans(), padded=st.booleans(),
+    learned=st.booleans(), z_loss=st.sampled_from([0.0, 1e-3]),
 )  # fmt: skip
-def test_model(mesh, count, bias, padded, learned, **choices):
+def test_model(zero, mesh, count, bias, padded, learned, **choices):
     data = MeshShape.parse(mesh).data
     config = model_config(
         mesh, qkv_bias=bias, bias=bias, batch=2 * count * data, micro_batch=2,
-        vocab_multiple=8 if padded else 1, **({"rope": None} if learned else {}), **choices,
+        vocab_multiple=8 if padded else 1, positions="learned" if learned else "rotary", zero=zero, **choices,
     )  # fmt: skip
     assert_same_step(config)
 

@@ -1,5 +1,5 @@
-"""Change the mesh, not the result: ten steps, initial weights, and resuming, in float32, on simulated ranks and on
-real gloo processes."""
+"""Change the mesh, not the result: ten steps, initial weights, and resuming, in float32, on simulated ranks
+and on real gloo processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ten_steps_on_simulated_ranks(one_device, mesh, zero, micro_batch):
     ("mesh", "zero", "micro_batch"),
     [
         *((m, 1, None) for m in MESHES),
-        *(("dp=2,tp=2", z, 2) for z in (0, 1, 2, 3)),
+        *(("dp=2,tp=2", z, 2 if z == 2 else None) for z in (0, 1, 2, 3)),
         ("dp_replicate=2,dp=2", 3, 1),
     ],
 )
@@ -87,7 +87,8 @@ def test_another_seed_is_another_run(one_device):
 
 
 def test_bfloat16_gradients_reduced_in_float32_stay_close():
-    """Compute in bfloat16 with float32 masters: the loss follows float32's, on one device and under ZeRO-3."""
+    """Compute in bfloat16 with float32 masters: the loss follows float32's, on one device and under
+    ZeRO-3."""
     config = replace(TEN, zero=3, steps=3)
     want = train(Layout(), MeshShape(), config)
     one = train(Layout(compute=torch.bfloat16), MeshShape(), config)

@@ -1,0 +1,87 @@
+"""Known models by name, as their published config files describe them.
+
+The vocabulary is the published one; ``vocab_multiple`` pads the embedding's rows for speed without changing
+the model. A test counts the parameters of each and compares with the published number.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from dtron.config import ModelConfig
+from dtron.layers.rope import Rope
+
+
+def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
+    return ModelConfig(
+        vocab=vocab, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp,
+        norm_eps=eps, rope=rope, context=context, tied=tied,
+    )  # fmt: skip
+
+
+def _gpt2(embed, layers, heads):
+    return ModelConfig(
+        vocab=50257, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=64, mlp=4 * embed,
+        activation="gelu", norm="layernorm", positions="learned", context=1024, qkv_bias=True, bias=True,
+        tied=True,
+    )  # fmt: skip
+
+
+def _qwen2(embed, layers, heads, kv_heads, mlp, vocab, context, tied, head_dim=128):
+    llama = _llama(vocab, embed, layers, heads, kv_heads, mlp, context, Rope(1e6), tied, head_dim, 1e-6)
+    return replace(llama, qkv_bias=True)
+
+
+def _qwen3(embed, layers, heads, kv_heads, mlp, tied=False):
+    return replace(
+        _llama(151936, embed, layers, heads, kv_heads, mlp, 40960, Rope(1e6), tied, eps=1e-6), qk_norm=True
+    )
+
+
+def _stretched(factor: float) -> Rope:
+    """Llama 3.1 and 3.2: trained on 8,192 tokens, stretched to 131,072."""
+    return Rope(5e5, "llama3", factor, 8192, 1.0, 4.0)
+
+
+# fmt: off
+PRESETS: dict[str, ModelConfig] = {
+    "tiny":          ModelConfig(),
+    "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
+    #                       embed layers heads
+    "gpt2-124m":     _gpt2(   768,    12,   12),
+    "gpt2-350m":     _gpt2(  1024,    24,   16),
+    "gpt2-774m":     _gpt2(  1280,    36,   20),
+    "gpt2-1.5b":     _gpt2(  1600,    48,   25),
+    #                        vocab  embed layers heads kv    mlp  context
+    "llama2-7b":     _llama( 32000,  4096,    32,  32, 32, 11008,   4096, Rope()),
+    "llama2-13b":    _llama( 32000,  5120,    40,  40, 40, 13824,   4096, Rope()),
+    "llama2-70b":    _llama( 32000,  8192,    80,  64,  8, 28672,   4096, Rope()),
+    "llama3-8b":     _llama(128256,  4096,    32,  32,  8, 14336,   8192, Rope(5e5)),
+    "llama3-70b":    _llama(128256,  8192,    80,  64,  8, 28672,   8192, Rope(5e5)),
+    "llama3.1-8b":   _llama(128256,  4096,    32,  32,  8, 14336, 131072, _stretched(8)),
+    "llama3.1-70b":  _llama(128256,  8192,    80,  64,  8, 28672, 131072, _stretched(8)),
+    "llama3.1-405b": _llama(128256, 16384,   126, 128,  8, 53248, 131072, _stretched(8)),
+    "llama3.2-1b":   _llama(128256,  2048,    16,  32,  8,  8192, 131072, _stretched(32), True, head_dim=64),
+    "llama3.2-3b":   _llama(128256,  3072,    28,  24,  8,  8192, 131072, _stretched(32), True),
+    "mistral-7b":    replace(_llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope()), window=4096),
+    #                        embed layers heads kv   mlp   vocab context
+    "qwen2.5-0.5b":  _qwen2(   896,    24,  14,  2,  4864, 151936,  32768, tied=True, head_dim=64),
+    "qwen2.5-1.5b":  _qwen2(  1536,    28,  12,  2,  8960, 151936,  32768, tied=True),
+    "qwen2.5-7b":    _qwen2(  3584,    28,  28,  4, 18944, 152064,  32768, tied=False),
+    "qwen3-0.6b":    _qwen3(  1024,    28,  16,  8,  3072, tied=True),
+    "qwen3-1.7b":    _qwen3(  2048,    28,  16,  8,  6144, tied=True),
+    "qwen3-4b":      _qwen3(  2560,    36,  32,  8,  9728, tied=True),
+    "qwen3-8b":      _qwen3(  4096,    36,  32,  8, 12288),
+    "qwen3-14b":     _qwen3(  5120,    40,  40,  8, 17408),
+    "qwen3-32b":     _qwen3(  5120,    64,  64,  8, 25600),
+}
+# fmt: on
+
+
+def preset(name: str) -> ModelConfig:
+    """The model of this name. Raises ValueError for an unknown one, with the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)[:3]
+        raise ValueError(f"--model {name}: unknown; did you mean {' or '.join(near)}?")
+    return PRESETS[name]
