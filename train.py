@@ -7,7 +7,9 @@
 With no ``--data.path`` it reads text that every machine has: the source of Python's standard library.
 """
 
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,10 +18,11 @@ from dtron import checkpoint
 from dtron.cli import parse, run_cli, save
 from dtron.config import RunConfig
 from dtron.data import Corpus, document_ids, load_corpus, rows
+from dtron.dtensor import full
 from dtron.generate import generate
 from dtron.launch import Plan, plan, ranks
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, full
+from dtron.mesh import Layout, MeshShape
 from dtron.metrics import Metrics
 from dtron.model import (
     Batch,
@@ -31,7 +34,7 @@ from dtron.model import (
     valid_tokens,
 )
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
-from dtron.params import gather, init
+from dtron.params import gather, init, tree_map
 from dtron.step import gradients
 
 VALIDATION_ROWS = 32
@@ -40,7 +43,7 @@ VALIDATION_ROWS = 32
 def main(argv: list[str]) -> int:
     config = parse(argv)
     here = plan(config)  # refuses what cannot be, before anything is started
-    d, run_dir = config.data, open_run(config, here)
+    d, run_dir = config.data, open_run(config)
     corpus = load_corpus(d.path, d.column, d.tokenizer, config.model.vocab, d.sequence, d.validation)
     with ranks(config, here) as layout:
         train(config, here, layout, corpus, run_dir)
@@ -53,6 +56,8 @@ def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
     if config.resume and (found := checkpoint.newest(run_dir)):
         state = checkpoint.load(found, state, m, config.seed)
+    if here.main:
+        save(config, run_dir / "config.json")  # not earlier: a refused resume leaves the run as it was
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
     metrics.say(describe(config, here, corpus, state.step))
@@ -64,24 +69,35 @@ def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
         loss, grads = gradients(loss_fn, state.params, microbatches, tokens, layout, config.zero)
         norm, lr = global_norm(grads), learning_rate(config.optim, state.step, config.steps)
+        value = finite(full(loss).item() + 0 * norm, "loss or gradient", state.step + 1)
         scale = clip_scale(norm, config.optim.clip)
         params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
 
         last = state.step == config.steps
-        record = metrics.step(state.step, full(loss).item(), norm, lr, tokens)
+        record = metrics.step(state.step, value, norm, lr, tokens)
         if state.step % config.log_every == 0 or state.step == 1 or last:
             metrics.line(record)
         if last or (config.eval_every and state.step % config.eval_every == 0):
-            value = validate(state.params, corpus, config, here, layout)
-            metrics.say(f"step {state.step}: validation loss {value:.4f}")
-            record["validation_loss"] = value
+            held = validate(state.params, corpus, config, here, layout)
+            record["validation_loss"] = finite(held, "validation loss", state.step)
+            metrics.say(f"step {state.step}: validation loss {held:.4f}")
         if config.save_every and (last or state.step % config.save_every == 0):
             metrics.say(f"saved {checkpoint.save(run_dir, state, m, config.seed)}")
         metrics.write(record)
     if config.sample:
         metrics.say("sample: " + sample(state.params, corpus, config, here, layout))
     metrics.close()
+
+
+def finite(value: float, name: str, step: int) -> float:
+    """The value, or ValueError: every rank has the same, so all stop at once."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"step {step}: the {name} is not finite, the run has diverged; lower --optim.lr, raise "
+            "--optim.warmup, or resume from an earlier checkpoint"
+        )
+    return value
 
 
 def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
@@ -132,8 +148,10 @@ def validate(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layo
 
 
 def sample(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> str:
-    prompt = corpus.tokenizer.encode("def ").ids
-    shape = here.shape
+    """The start of the held-out text, and how the model goes on."""
+    prompt, shape = corpus.validation[:8].tolist(), here.shape
+    if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
+        params, layout, shape = tree_map(full, params), Layout(compute=layout.compute), MeshShape()
     ids = generate(
         params, prompt, config.sample, config.model, layout,
         seed=config.seed, data_ranks=shape.data, tp=shape.tp, device=here.device,
@@ -141,18 +159,22 @@ def sample(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout
     return corpus.tokenizer.decode(ids)
 
 
-def open_run(config: RunConfig, here: Plan) -> Path:
-    """The run directory with the resolved config in it. Raises ValueError where it cannot be written, or
-    where there is nothing to resume."""
+def open_run(config: RunConfig) -> Path:
+    """The run directory. Raises ValueError where it cannot be written, where there is nothing to resume, or
+    another run to spoil."""
     run_dir = Path(config.run_dir)
-    if config.resume and not checkpoint.newest(run_dir):
+    found = checkpoint.newest(run_dir)
+    if config.resume and not found:
+        raise ValueError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
+    if found and not config.resume:
         raise ValueError(
-            f"--resume: {run_dir} holds no checkpoint; drop --resume, or train with --save-every"
+            f"--run-dir {run_dir}: holds checkpoints of another run, up to {found.name}; go on from there "
+            "with --resume, choose another --run-dir, or delete it"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if here.main:
-            save(config, run_dir / "config.json")
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
     except OSError as error:
         raise ValueError(
             f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another"

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtron.mesh import full, rank, shard_like
+from dtron.dtensor import full, rank, shard_like
 from dtron.optim import AdamState
 from dtron.params import flat, leaves, unflatten
 from dtron.simulate import is_simulated, paused

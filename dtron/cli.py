@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -22,6 +23,7 @@ from dtron import __version__
 from dtron.config import RunConfig
 from dtron.presets import PRESETS, preset
 
+OTHERS_WAIT = 3.0  # seconds
 EXAMPLES = """examples:
   python train.py --model.layers 6 --optim.lr 5e-4
   torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3
@@ -78,14 +80,19 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except ValueError as error:
-        text = "error: " + " ".join(str(error).split())
+        text, code = "error: " + " ".join(str(error).split()), 2
     except KeyboardInterrupt:
-        text = "stopped"
-    if int(os.environ.get("RANK", 0)) == 0:  # every rank refuses the same config; say it once
-        print(text, file=sys.stderr, flush=True)
+        text, code = "stopped", 130
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what
+        # this rank alone has to say is still said.
+        time.sleep(OTHERS_WAIT)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
-        os._exit(130 if text == "stopped" else 2)  # not through a process group that others may wait in
-    return 130 if text == "stopped" else 2
+        os._exit(code)  # not through a process group that others may wait in
+    return code
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -123,7 +130,7 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(flag.lower(), known, n=1, cutoff=0.5)
             raise ValueError(
                 f"{word}: unknown flag; " + (f"did you mean {near[0]}?" if near else "see --help")
             )
@@ -131,7 +138,7 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
     found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word == flag:
             if following is None or following.startswith("--"):
                 raise ValueError(f"{flag}: needs a value, as in {flag} tiny; see --help")

@@ -11,16 +11,20 @@ twice that.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import (
-    ExplicitRedistributionContext,
-)  # the guard; private, used here alone
+
+# The guard is private to torch; it is imported here alone.
+from torch.distributed.tensor._utils import ExplicitRedistributionContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.simulate import one_rank
@@ -43,7 +47,7 @@ class Collective:
 
 class CollectiveCounter(TorchDispatchMode):
     """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh
-    axis)."""
+    axis), and ``c.order``, the collectives one after the other."""
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
@@ -51,6 +55,7 @@ class CollectiveCounter(TorchDispatchMode):
         self._axis = {mesh.get_group(name).group_name: name for name in names}
         self.count: Counter[Collective] = Counter()
         self.bytes: Counter[Collective] = Counter()
+        self.order: list[Collective] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -62,6 +67,7 @@ class CollectiveCounter(TorchDispatchMode):
             key = Collective(kind, group)
             whole = one_rank(out if kind == "all_gather" else args[0])
             self.count[key] += 1
+            self.order.append(key)
             self.bytes[key] += whole.numel() * whole.element_size()
         return out
 
@@ -69,9 +75,33 @@ class CollectiveCounter(TorchDispatchMode):
         return ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items())) or "none"
 
 
+class HiddenCommunication(RuntimeError):
+    """An operation would communicate, though no line says so."""
+
+
 @contextmanager
 def no_hidden_communication() -> Iterator[None]:
-    """Inside, a redistribution that nobody wrote down raises: every collective of a forward is a
-    ``constrain``, a ``gather`` or a local region's own."""
-    with ExplicitRedistributionContext():
-        yield
+    """Inside, a redistribution that nobody wrote down raises HiddenCommunication: every collective of a
+    forward is a ``constrain``, a ``gather`` or a local region's own."""
+    try:
+        with ExplicitRedistributionContext():
+            yield
+    except RuntimeError as error:
+        if "mplicit redistribution" not in str(error):
+            raise
+        raise HiddenCommunication(
+            f"{_own_line(error)}: DTensor would redistribute an operand of this line by itself; "
+            f"constrain it first, to where the operation needs it ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _own_line(error: BaseException) -> str:
+    """The innermost line of the traceback that is neither torch's nor this module's."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(torch_folder) and f.filename not in (__file__, contextlib.__file__)
+    ]
+    where = frames[-1]
+    return f"{where.filename}:{where.lineno}: {where.line}"

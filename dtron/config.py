@@ -79,6 +79,7 @@ class ModelConfig:
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
+        _under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(
@@ -130,21 +131,28 @@ class OptimConfig:
     """largest global gradient norm; 0: do not clip"""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("beta1", 0, 1),
-            ("beta2", 0, 1),
-            ("min_lr", 0, 1),
-            ("decay", 0, 1),
-            ("lr", 0, float("inf")),
-            ("warmup", 0, float("inf")),
-            ("eps", 0, float("inf")),
-            ("weight_decay", 0, float("inf")),
-            ("clip", 0, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"optim.{name}={getattr(self, name)}: must be from {low} to {high}; change it"
-                )
+        inf = float("inf")
+        _from_to(self, "optim", {"min_lr": (0, 1), "decay": (0, 1)})
+        _under(self, "optim", {"beta1": 1, "beta2": 1})
+        _under(self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")})
+        if self.eps == 0:
+            raise ValueError("optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8")
+
+
+def _from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) -> None:
+    for name, (low, high) in limits.items():
+        if not low <= getattr(config, name) <= high:  # so that NaN is refused
+            raise ValueError(
+                f"{prefix}.{name}={getattr(config, name)}: must be from {low} to {high}; change it"
+            )
+
+
+def _under(config: Any, prefix: str, limits: dict[str, float]) -> None:
+    for name, high in limits.items():
+        if not 0 <= getattr(config, name) < high:
+            raise ValueError(
+                f"{prefix}.{name}={getattr(config, name)}: must be from 0 to under {high}; change it"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
+            ("seed", 0),
             ("steps", 1),
             ("batch", 1),
             ("save_every", 0),
@@ -269,10 +278,11 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
     does not divide, with the nearest that does."""
     if batch < 1 or (micro_batch is not None and micro_batch < 1):
         raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
-    micro_batch = micro_batch or max(1, batch // mesh.data)
+    given, micro_batch = micro_batch is not None, micro_batch or max(1, batch // mesh.data)
     rows = micro_batch * mesh.data
     if batch % rows:
-        down, up = batch // rows * rows, -(-batch // rows) * rows
+        step = rows if given else mesh.data
+        down, up = batch // step * step, -(-batch // step) * step
         near = up if down == 0 or up - batch < batch - down else down
         raise ValueError(
             f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "

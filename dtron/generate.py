@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dtron.config import ModelConfig
-from dtron.mesh import Layout, full
+from dtron.dtensor import full
+from dtron.mesh import Layout
 from dtron.model import Transformer, make_batch, predict
 from dtron.simulate import paused
 

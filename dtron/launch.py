@@ -91,6 +91,6 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Layout]:
         device_id = torch.device(plan.device) if kind == "cuda" else None
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     yield Layout(build_mesh(plan.shape, kind), rules, compute, reduce)
-    if dist.is_initialized():  # not on the way out of an error: the others may still be in a collective
+    if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-import torch.distributed as dist
 
 # Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand;
 # they are semi-private, so they are imported here alone.
@@ -37,6 +36,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
+
+from dtron.dtensor import Gather, shard
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
@@ -132,7 +133,7 @@ class MeshShape:
                 )
             if axis in sizes:
                 raise ValueError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
-            if not (size.isascii() and size.isdigit() and int(size) > 0):
+            if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size) > 0):
                 raise ValueError(
                     f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as in {axis}=2"
                 )
@@ -199,11 +200,7 @@ class Layout:
         """A value that every rank holds whole becomes a sharded one. Communicates nothing."""
         if self.mesh is None:
             return x
-        own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(
-            x
-        )  # simulated ranks share x's memory
-        whole = DTensor.from_local(own, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        return whole.redistribute(self.mesh, self.placements(*axes))
+        return shard(x, self.mesh, self.placements(*axes))
 
     def iota(self, axis: str, size: int, device: torch.device | str) -> Tensor:
         """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
@@ -219,7 +216,7 @@ class Layout:
         placements = self._gathered(w)
         if placements == w.placements and w.dtype == dtype:
             return w
-        return _Gather.apply(w, placements, dtype, self.reduce or w.dtype)
+        return Gather.apply(w, placements, dtype, self.reduce or w.dtype)
 
     def gathers(self, w: Tensor) -> bool:
         """Whether ``gather`` would communicate for this weight."""
@@ -284,82 +281,3 @@ class Layout:
             if mesh_axis in self.axes:
                 x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, self.axes.index(mesh_axis))))
         return x
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather a weight; reduce-scatter its gradient over the gathered axes only.
-
-    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along
-    (dp_replicate, cp, and tp for a norm's scale), once per microbatch and before the reduce-scatter, on the
-    whole weight. Left Partial, those sums wait for the end of the step.
-    """
-
-    @staticmethod
-    def forward(ctx, w: DTensor, placements: tuple[Placement, ...], dtype: torch.dtype, reduce: torch.dtype):
-        ctx.before, ctx.reduce = w.placements, reduce
-        w = w.to(dtype)
-        return w.redistribute(w.device_mesh, placements)
-
-    @staticmethod
-    def backward(ctx, g: DTensor):
-        return _scatter(cast(g, ctx.reduce), ctx.before), None, None, None
-
-
-def _scatter(g: DTensor, placements: Sequence[Placement]) -> DTensor:
-    target = [p if p.is_shard() else now for p, now in zip(placements, g.placements, strict=True)]
-    return g if tuple(target) == g.placements else g.redistribute(g.device_mesh, target)
-
-
-def scatter(g: Tensor, w: Tensor) -> Tensor:
-    """Reduce-scatter a gradient to where its weight is sharded; what is Partial over other axes stays so."""
-    return _scatter(g, w.placements) if isinstance(g, DTensor) else g
-
-
-def reduce(g: Tensor, w: Tensor) -> Tensor:
-    """Bring a gradient to the placements of its weight: what shrinks it first, then the remaining sums."""
-    return scatter(g, w).redistribute(g.device_mesh, w.placements) if isinstance(g, DTensor) else g
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part, sharing memory. Not for use under autograd: a local region says where gradients
-    lie."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own would reduce it first, silently."""
-    if not isinstance(x, DTensor):
-        return x.to(dtype, copy=copy)
-    if x.dtype == dtype and not copy:
-        return x
-    part = x.to_local().to(dtype, copy=copy)
-    return DTensor.from_local(
-        part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
-
-
-def _shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(
-        x
-    )  # simulated ranks would share x's memory
-    whole = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(mesh, placements)
-
-
-def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a pending
-    sum."""
-    if not isinstance(y, DTensor):
-        return x
-    return _shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
-
-
-def full(x: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks too."""
-    if isinstance(x, DTensor):
-        x = x.full_tensor()
-    return x.reconcile() if hasattr(x, "reconcile") else x
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

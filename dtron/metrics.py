@@ -10,7 +10,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ class Metrics:
         if main:
             path = run_dir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with writing(path):
+                path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                self._file = path.open("a", buffering=1)
             self._tokens = kept[-1]["tokens"] if kept else 0
-            self._file = path.open("a", buffering=1)
             if tensorboard:
                 self._board = _tensorboard(run_dir)
 
@@ -74,7 +76,8 @@ class Metrics:
         """Put a step on file. The clock starts again here: validation and saving are no part of the next
         step."""
         if self._main:
-            self._file.write(json.dumps(record) + "\n")
+            with writing(self._file.name):
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
             if self._board is not None:
                 for name, value in record.items():
                     if value is not None and name != "step":
@@ -95,13 +98,24 @@ class Metrics:
 
     def say(self, text: str) -> None:
         if self._main:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """A file of the run that cannot be written (a full disk) is the user's to mend: a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); free space, or choose another --run-dir"
+        ) from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

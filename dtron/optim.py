@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial
 
 from dtron.config import OptimConfig
-from dtron.mesh import full, local
+from dtron.dtensor import full, local
 from dtron.params import flat, tree_map
 
 

@@ -141,16 +141,17 @@ def flat(tree: Any) -> list[Any]:
 
 def unflatten(like: Any, values: list[Any]) -> Any:
     """A tree of the shape of ``like`` with these leaves, in the order of ``leaves``."""
-    rest = iter(values)
+    return _build(like, iter(values))
 
-    def build(tree: Any) -> Any:
-        if is_dataclass(tree) and not isinstance(tree, Weight):
-            return type(tree)(**{f.name: build(getattr(tree, f.name)) for f in fields(tree)})
-        if isinstance(tree, (tuple, list)):
-            return tuple(build(child) for child in tree)
-        return None if tree is None else next(rest)
 
-    return build(like)
+def _build(like: Any, rest: Iterator[Any]) -> Any:
+    # Not a closure in unflatten: one that calls itself is a reference cycle, and would keep every tensor of
+    # the tree alive until the garbage collector runs.
+    if is_dataclass(like) and not isinstance(like, Weight):
+        return type(like)(**{f.name: _build(getattr(like, f.name), rest) for f in fields(like)})
+    if isinstance(like, (tuple, list)):
+        return tuple(_build(child, rest) for child in like)
+    return None if like is None else next(rest)
 
 
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:

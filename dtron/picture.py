@@ -3,7 +3,7 @@
 An SVG is text, so no library is needed to write one, and a figure that is drawn from live objects can be
 compared with the committed one by a test. A rank has one colour everywhere: its hue says which part of the
 tensor-parallel axis it is, its lightness which part of the rest. A piece that several ranks hold is cut into
-stripes of their colours.
+stripes of their colours, and grey where they are more than eight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from html import escape
 from dtron.mesh import MeshShape
 
 Range = list[tuple[int, int]]
-INK, PAPER, FAINT = "#222", "#fff", "#999"
+INK, PAPER, FAINT, MANY = "#222", "#fff", "#777", "#ddd"
 
 
 class Canvas:
@@ -49,9 +49,9 @@ class Canvas:
         self._add(y + 4, f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
 
     def arrow(self, x: float, y: float, length: float) -> None:
-        """Downwards from (x, y)."""
-        end = y + length
-        self._add(end, f'<path d="M{x:.1f} {y:.1f}V{end:.1f}m-4 -6l4 6l4 -6" fill="none" stroke="{INK}"/>')
+        """To the right from (x, y)."""
+        end = x + length
+        self._add(y + 4, f'<path d="M{x:.1f} {y:.1f}H{end:.1f}m-6 -4l6 4l-6 4" fill="none" stroke="{INK}"/>')
 
     def svg(self) -> str:
         height = self._height + 16
@@ -121,11 +121,11 @@ def draw_tensor(
     for ranges, ranks in holders.items():
         down, over = _box(ranges, whole, split)
         px, py, pw, ph = x + over[0] * w, top + down[0] * h, (over[1] - over[0]) * w, (down[1] - down[0]) * h
-        for i, rank in enumerate(ranks):
-            stripe = pw / len(ranks)
-            canvas.rect(px + i * stripe, py, stripe, ph, colour(rank, shape), line="none")
+        stripes = [colour(rank, shape) for rank in ranks] if len(ranks) <= 8 else [MANY]
+        for i, fill in enumerate(stripes):
+            canvas.rect(px + i * pw / len(stripes), py, pw / len(stripes), ph, fill, line="none")
         canvas.rect(px, py, pw, ph, dashed=bool(pending))
-        label = _ranks(ranks)
+        label = "all ranks" if len(ranks) == shape.size > 1 else _ranks(ranks)
         if ph >= 12 and pw >= 6 * len(label):
             canvas.text(px + pw / 2, py + ph / 2 + 4, label, size=11, anchor="middle")
     if pending:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.mesh import Layout, cast, local, reduce, scatter, shard_like
+from dtron.dtensor import cast, local, reduce, scatter, shard_like
+from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 
 

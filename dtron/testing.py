@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.collectives import CollectiveCounter, no_hidden_communication
-from dtron.mesh import Layout, MeshShape, full, reduce, rules_for, shard_like
+from dtron.dtensor import full, reduce, shard_like
+from dtron.mesh import Layout, MeshShape, rules_for
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.simulate import paused, simulated
 from dtron.verify import relative_error

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from dtron.config import ModelConfig, RunConfig, microbatches
+from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, MeshShape, build_mesh, full, rules_for
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
 from dtron.model import declare_model, forward, make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, init, tree_map
@@ -45,7 +46,8 @@ def train(
 ) -> History:
     m = config.model
     spec = declare_model(m)
-    params = init(spec, m.dims(), config.seed, layout, dtype, device)
+    params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
+    params = tree_map(lambda w: w.to(device), params)
     opt, initial = adam_init(params), digest(params)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     losses, norms = [], []

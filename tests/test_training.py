@@ -3,6 +3,7 @@ and on real gloo processes."""
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from runs import MODEL, digest, on_pool, simulate, train
 
 from dtron import checkpoint
 from dtron.config import DataConfig, RunConfig
-from dtron.mesh import Layout, MeshShape, build_mesh, full, rules_for
+from dtron.dtensor import full
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
 from dtron.model import declare_model
 from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
@@ -77,6 +79,27 @@ def test_real_and_simulated_ranks_agree_in_float64(pool):
     want = simulate("dp=4", config, torch.float64)
     for losses, _, _ in pool.run(on_pool, "dp=4", config, torch.float64):
         assert losses == pytest.approx(want.losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_leaves_no_tensor_behind(recompute):
+    """A reference cycle keeps a step's tensors until the garbage collector comes by: on a GPU, memory that
+    grows for a while."""
+
+    def alive() -> int:
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for steps in (1, 1, 4):  # the first fills torch's own caches
+            history = train(Layout(), MeshShape(), replace(TEN, steps=steps, recompute=recompute))
+            counts.append(alive())
+            del history
+    finally:
+        gc.enable()
+    assert counts[1] == counts[2]
 
 
 def test_another_seed_is_another_run(one_device):

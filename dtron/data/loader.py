@@ -53,7 +53,7 @@ def load_corpus(
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"--data.validation_fraction {validation_fraction} is not in [0, 1); set it to the part of the "
+            f"--data.validation {validation_fraction} is not in [0, 1); set it to the part of the "
             "text to hold out, such as 0.02"
         )
     cache = cache if cache is not None else cache_dir()
@@ -64,7 +64,7 @@ def load_corpus(
     corpus = Corpus(tokens[:cut], tokens[cut:], tokenizer)
     _check_length(corpus.train, sequence, "training")
     if validation_fraction:
-        _check_length(corpus.validation, sequence, "validation", ", raise --data.validation_fraction")
+        _check_length(corpus.validation, sequence, "validation", ", raise --data.validation")
     return corpus
 
 

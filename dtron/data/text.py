@@ -264,8 +264,8 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"{str(file)!r} is not a readable Parquet file ({one_line(error)}); write it again, "
-                " or leave it out of --data.path"
+                f"{str(file)!r} is not a readable Parquet file ({one_line(error)}); write it again "
+                "or leave it out of --data.path"
             ) from error
 
 

@@ -51,12 +51,8 @@ def cross_entropy(x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, l
 def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
     """All logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for training."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    region = layout.local(
-        lambda x, w: (x @ w.mT).to(torch.promote_types(x.dtype, torch.float32)),
-        (("tokens", "act_embed"), ("vocab", "act_embed")),
-        ("tokens", "vocab"),
-    )
-    return layout.constrain(region(x_TD, w_head), "tokens", None)[:, :vocab]  # all-gather over tp
+    logits_TV = (x_TD @ w_head.mT).to(torch.promote_types(x_TD.dtype, torch.float32))  # local
+    return layout.constrain(logits_TV, "tokens", None)[:, :vocab]  # all-gather over tp
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -82,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if train:
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
-                d_CV.scatter_add_(1, place_C[:, None], -(mine & counts)[:, None].to(wide))
+                d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
                 d_CV = d_CV.to(x_TD.dtype)
                 dx.append(d_CV @ w_VD)
                 dw += d_CV.mT @ x_CD

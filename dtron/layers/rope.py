@@ -38,10 +38,13 @@ class Rope:
     beta_fast: float = 32.0  # yarn: rotations above which it is kept
 
     def __post_init__(self) -> None:
-        if self.theta <= 1 or self.factor < 1 or self.original < 1 or self.high <= self.low:
+        fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
+        fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
+        if not fine:
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
-                f"high={self.high}: theta must be over 1, factor and original at least 1, and low under high"
+                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: theta must "
+                "be over 1, factor and original at least 1, low under high, beta_slow over 0 and under beta_fast"
             )
 
 

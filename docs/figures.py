@@ -1,0 +1,181 @@
+"""``python docs/figures.py`` draws every figure of these pages again, into docs/figures/.
+
+Nothing in them is drawn by hand: the pieces come from the placements of real DTensors on simulated ranks, and
+the collectives from a counter that watched a real step. A test draws them too and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dtron.collectives import Collective, CollectiveCounter
+from dtron.config import ModelConfig
+from dtron.layers.mlp import MLP, mlp
+from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.model import declare_model, forward, make_batch
+from dtron.params import declare, gather, init
+from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
+from dtron.show import coordinates, local_range, picture, rows, size, total
+from dtron.simulate import simulated
+from dtron.step import gradients
+
+FOLDER = Path(__file__).parent / "figures"
+COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "#d05050"}
+
+
+def pieces_of(x: Tensor) -> list:
+    """Which part of a DTensor each rank holds, from its own placements."""
+    sizes = tuple(x.device_mesh.shape)
+    return [(rank, local_range(x.shape, sizes, x.placements, at)) for rank, at in coordinates(sizes)]
+
+
+def pending(x: Tensor) -> str:
+    """The mesh axes over which a sum is pending."""
+    names = x.device_mesh.mesh_dim_names
+    return "+".join(a for a, p in zip(names, x.placements, strict=True) if p.is_partial())
+
+
+def draw(canvas: Canvas, x: float, y: float, name: str, dims: str, t: Tensor, shape: MeshShape) -> float:
+    """``dims`` has a letter for each dim; the caption adds the mesh axes that cut it. Returns the width."""
+    cut = [[] for _ in dims]
+    for axis, p in zip(t.device_mesh.mesh_dim_names, t.placements, strict=True):
+        if p.is_shard():
+            cut[p.dim].append(axis)
+    lies = ", ".join(d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, cut, strict=True))
+    w, _ = draw_tensor(canvas, x, y, name, f"[{lies}]", tuple(t.shape), pieces_of(t), shape, pending(t))
+    return w
+
+
+@dataclass(frozen=True)
+class Recorder(Layout):
+    """A layout that remembers what every constrain took and gave."""
+
+    seen: list = field(default_factory=list)
+
+    def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
+        y = super().constrain(x, *axes)
+        self.seen.append((x.detach(), y.detach()))
+        return y
+
+
+def layer(shape: MeshShape) -> str:
+    """An MLP's tensors on their way through it."""
+    dims = {"embed": 384, "mlp": 1280, "gated": True, "bias": False, "layers": 1}
+    with simulated(shape) as mesh:
+        layout = Recorder(mesh)
+        p = gather(init(declare(MLP, dims), dims, 0, layout), layout)
+        x = layout.shard(torch.ones(1024, 384), "tokens_sp", "act_embed")
+        with CollectiveCounter(mesh) as counter:
+            mlp(p, x, layout)
+        (x_before, x_after), (y_before, y_after) = layout.seen
+        canvas = Canvas(1180)
+        canvas.text(20, 28, f"An MLP on {shape}", bold=True, size=16)
+        draw_mesh(canvas, 20, 44, shape)
+        first, second = counter.order
+        steps = [
+            ("x_TD", "TD", x_before, first),
+            ("x_TD", "TD", x_after, "@"),
+            ("w_gate, w_up", "DF", p.w_up, "="),
+            ("h_TF", "TF", x_after @ p.w_up, "@"),
+            ("w_down", "FD", p.w_down, "="),
+            ("y_TD", "TD", y_before, second),
+            ("y_TD", "TD", y_after, ""),
+        ]
+        left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
+        for name, dims, tensor, then in steps:
+            left += draw(canvas, left, top, name, dims, tensor, shape) + 10
+            if isinstance(then, Collective):
+                arrow(canvas, left, top + 76, then)
+                left += 108
+            elif then:
+                canvas.text(left, top + 80, then, size=16, bold=True)
+                left += 26
+    return canvas.svg()
+
+
+def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
+    canvas.arrow(x, y, 98)
+    canvas.text(x, y - 8, collective.kind.replace("_", "-"), size=12, colour=COLOURS[collective.kind])
+    canvas.text(x, y + 16, f"over {collective.axis}", size=11, colour=FAINT)
+
+
+def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
+    """The collectives of one real step over dp in order, with a mark before each microbatch's forward, and
+    one where the last has ended."""
+    m = ModelConfig(vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1)
+    with simulated(shape) as mesh, CollectiveCounter(mesh) as counter:
+        layout = Layout(mesh, rules_for(zero))
+        params = init(declare_model(m), m.dims(), 0, layout)
+        batch = make_batch(torch.zeros(2, 9, dtype=torch.long), layout)
+
+        def loss_fn(weights, batch):
+            counter.order.append("forward")
+            loss = forward(weights, batch, m, layout)
+            counter.order.append("backward")
+            return loss
+
+        gradients(loss_fn, params, [batch] * microbatches, 16 * microbatches, layout, zero)
+    return counter.order
+
+
+def zero(shape: MeshShape) -> str:
+    """Above: what a rank keeps. Below: when it communicates."""
+    canvas, model = Canvas(1180), ModelConfig()
+    canvas.text(20, 28, f"What one rank of {shape} keeps, bf16 compute (model tiny)", bold=True, size=16)
+    kinds = (("weights", "#4a8fd0"), ("gradients", "#50b060"), ("optimizer", "#d0a050"))
+    most = sum(total(rows(model, shape, 0)))
+    for stage in range(4):
+        y, x = 44 + stage * 30, 90.0
+        canvas.text(20, y + 16, f"zero {stage}")
+        for (_, fill), n in zip(kinds, total(rows(model, shape, stage)), strict=True):
+            canvas.rect(x, y, 800 * n / most, 22, fill)
+            if 800 * n / most > 56:
+                canvas.text(x + 6, y + 15, size(n))
+            x += 800 * n / most
+        canvas.text(x + 14, y + 15, size(sum(total(rows(model, shape, stage)))), bold=True)
+    legend(canvas, 90, 180, kinds)
+    canvas.text(
+        20, 228, "One step of two microbatches on dp=2 (2 blocks), as it was recorded", bold=True, size=16
+    )
+    for stage in range(4):
+        y, x = 250 + stage * 46, 90.0
+        canvas.text(20, y + 16, f"zero {stage}")
+        for event in zero_step(stage, MeshShape(dp=2), 2):
+            if isinstance(event, str):
+                canvas.rect(x + 2, y - 2, 18, 26, "#eee")
+                canvas.text(x + 11, y + 15, event[0].upper(), anchor="middle", bold=True)
+                x += 22
+            else:
+                canvas.rect(x, y, 9, 22, COLOURS[event.kind])
+                x += 10
+    legend(canvas, 90, 250 + 4 * 46, [(k.replace("_", "-"), c) for k, c in COLOURS.items()])
+    canvas.text(500, 250 + 4 * 46 + 12, "F, B: a microbatch's forward and backward begin", colour=FAINT)
+    return canvas.svg()
+
+
+def legend(canvas: Canvas, x: float, y: float, entries) -> None:
+    for name, fill in entries:
+        canvas.rect(x, y, 14, 14, fill)
+        canvas.text(x + 20, y + 12, name)
+        x += 130
+
+
+def figures() -> dict[str, str]:
+    """Every figure by file name."""
+    return {
+        "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
+        "zero.svg": zero(MeshShape(dp=8)),
+        "tensor-parallelism.svg": layer(MeshShape(tp=4)),
+        "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
+    }
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, svg in figures().items():
+        (FOLDER / name).write_text(svg)
+        print(FOLDER / name)

@@ -1,0 +1,260 @@
+"""The command line: every flag is understood, every mistake is one line that names what was typed."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from dtron.cli import EXAMPLES, _flags, load, parse, run_cli, save
+from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.layers.rope import Rope
+from dtron.presets import PRESETS, preset
+
+KNOWN = ["--model", "--help", "--version", *_flags(RunConfig)]
+EVERYDAY = ["--mesh", "--model", "--zero", "--steps", "--seed", "--batch", "--micro-batch", "--run-dir"]
+EVERYDAY += ["--resume", "--save-every", "--simulate", "--device", "--dtype"]
+
+
+def refused(*argv: str) -> str:
+    """The message: a plain ValueError's, in one line."""
+    with pytest.raises(ValueError) as caught:
+        parse(argv)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError and message == " ".join(message.split())
+    assert not set(message) & set("│╭╰─\x1b")
+    return message
+
+
+def parsed(line: str) -> RunConfig:
+    return parse(line.split())
+
+
+def test_nothing_said_is_the_defaults():
+    assert parse([]) == RunConfig()
+    other = RunConfig(steps=7, data=DataConfig(sequence=32))
+    assert parse([], other) == other
+    assert parse(["--steps", "8"], other) == replace(other, steps=8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ("--mesh dp=2,tp=2", "mesh", "dp=2,tp=2"),
+        ("--mesh=dp=2,tp=2", "mesh", "dp=2,tp=2"),
+        ("--model llama3.2-1b", "model", PRESETS["llama3.2-1b"]),
+        ("--model=gpt2-124m", "model", PRESETS["gpt2-124m"]),
+        ("--zero 3", "zero", 3),
+        ("--steps 9", "steps", 9),
+        ("--steps=9", "steps", 9),
+        ("--seed 5", "seed", 5),
+        ("--batch 64", "batch", 64),
+        ("--micro-batch 2", "micro_batch", 2),
+        ("--micro-batch None", "micro_batch", None),
+        ("--run-dir some/where_else", "run_dir", "some/where_else"),
+        ("--resume", "resume", True),
+        ("--resume --no-resume", "resume", False),
+        ("--save-every 10", "save_every", 10),
+        ("--simulate", "simulate", True),
+        ("--device cpu", "device", "cpu"),
+        ("--dtype float64", "dtype", "float64"),
+        ("--recompute selective", "recompute", "selective"),
+        ("--sample 0", "sample", 0),
+        ("--micro_batch 2 --run_dir a_b", "run_dir", "a_b"),
+        ("--steps 3 --steps 4", "steps", 4),
+    ],
+)
+def test_a_flag_sets_its_field(argv, field, value):
+    got = parsed(argv)
+    assert getattr(got, field) == value
+    rest = {"micro_batch": got.micro_batch} if "micro_batch" in argv else {}
+    assert got == replace(RunConfig(), **{field: value}, **rest)
+
+
+def test_dotted_flags_override_one_field_of_a_group():
+    line = "--model.layers 4 --optim.lr 3e-4 --data.path x --data.document-mask --model.window 8"
+    got = parsed(line)
+    base = RunConfig()
+    assert got == replace(
+        base,
+        model=replace(base.model, layers=4, window=8),
+        optim=replace(base.optim, lr=3e-4),
+        data=replace(base.data, path="x", document_mask=True),
+    )
+    assert parse(["--model.rope.theta", "5e5"]).model == replace(ModelConfig(), rope=Rope(5e5))
+
+
+@pytest.mark.parametrize("spelling", ["kv-heads", "kv_heads"])
+def test_a_preset_and_its_overrides_come_in_any_order(spelling):
+    want = replace(preset("llama3-8b"), layers=2, kv_heads=4)
+    override = ["--model.layers", "2", f"--model.{spelling}=4"]
+    for name in (["--model", "llama3-8b"], ["--model=llama3-8b"]):
+        assert parse([*name, *override]).model == parse([*override, *name]).model == want
+
+
+def test_a_preset_given_twice_is_the_last():
+    assert parsed("--model llama3-8b --model gpt2-124m --seed 1").model == preset("gpt2-124m")
+
+
+def typos(flag: str) -> set[str]:
+    """One letter gone, wrong or swapped with the next, anywhere behind the dashes."""
+    places = range(2, len(flag))
+    made = {flag[:i] + middle + flag[i + 1 :] for i in places for middle in ("", "q")}
+    made |= {flag[:i] + flag[i + 1] + flag[i] + flag[i + 2 :] for i in places[:-1]}
+    return made - set(KNOWN)
+
+
+@pytest.mark.parametrize("flag", KNOWN)
+def test_every_typo_of_a_flag_names_the_flag(flag):
+    for typo in typos(flag):
+        # The digit of beta1 and beta2 is all that tells them apart; without it either may be meant.
+        meant = {flag} if "beta1" in typo else {flag, flag.replace("beta1", "beta2")}
+        assert refused("--steps", "3", typo, "1") in {
+            f"{typo}: unknown flag; did you mean {f}?" for f in meant
+        }
+
+
+def test_a_typo_is_named_as_it_was_typed():
+    for argv in (["--stpes"], ["--stpes", "3"], ["--seed", "1", "--stpes"]):
+        assert refused(*argv) == "--stpes: unknown flag; did you mean --steps?"
+    assert refused("--stpes=3").startswith("--stpes=3: unknown flag; did you mean --steps?")
+    assert refused("--run_dri", "x") == "--run_dri: unknown flag; did you mean --run-dir?"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--steps x", ["--steps", "'x'"]),
+        ("--steps", ["--steps", "Missing value"]),
+        ("--steps 1.5", ["--steps", "'1.5'"]),
+        ("--steps 0", ["--steps 0", "--steps 1"]),
+        ("--batch 0", ["--batch 0", "--batch 1"]),
+        ("--save-every -1", ["--save-every -1", "--save-every 0"]),
+        ("--log-every 0", ["--log-every 0", "--log-every 1"]),
+        ("--zero 4", ["--zero", "'4'", "'3'"]),
+        ("--zero=x", ["--zero", "'x'"]),
+        ("--device tpu", ["--device", "'tpu'", "'cpu'"]),
+        ("--dtype float16", ["--dtype", "'float16'", "'bfloat16'"]),
+        ("--micro-batch x", ["--micro-batch", "'x'"]),
+        ("--mesh", ["--mesh", "Missing value"]),
+        ("--run-dir --resume", ["--run-dir", "Missing value"]),
+        ("--model", ["--model:", "needs a value"]),
+        ("--model --steps 3", ["--model:", "needs a value"]),
+        ("--model lama3-8b", ["--model lama3-8b", "llama3-8b"]),
+        ("--model.layers 0", ["model.layers=0", "at least 1"]),
+        ("--model.layers", ["--model.layers", "Missing value"]),
+        ("--model.heads 6", ["model.heads=6", "--model.kv-heads 3"]),
+        ("--model.head-dim 3", ["model.head_dim=3", "even"]),
+        ("--model.activation relu", ["--model.activation", "'relu'", "'relu2'"]),
+        ("--model.window 0", ["model.window=0", "None"]),
+        ("--model.window x", ["--model.window", "'x'"]),
+        ("--model.rope.scaling ntk", ["--model.rope.scaling", "'ntk'", "'yarn'"]),
+        ("--model.rope.theta 0", ["rope", "theta=0.0"]),
+        ("--optim.lr -1", ["optim.lr=-1.0", "from 0"]),
+        ("--optim.lr nan", ["optim.lr=nan", "from 0"]),
+        ("--optim.lr fast", ["--optim.lr", "'fast'"]),
+        ("--optim.beta2 1.5", ["optim.beta2=1.5", "under 1"]),
+        ("--optim.schedule step", ["--optim.schedule", "'step'", "'wsd'"]),
+        ("--data.sequence 0", ["data.sequence=0", "at least 1"]),
+        ("--data.validation 1", ["data.validation=1.0", "between 0 and 1"]),
+        ("--seed -1", ["seed"]),
+        ("--model.init-std -1", ["model.init_std"]),
+        ("--simulate yes", ["yes"]),
+        ("stray", ["stray"]),
+        ("--mesh dp=2 tp=2", ["tp=2"]),
+        ("-x", ["-x: unknown flag"]),
+        ("--xyzzy", ["--xyzzy: unknown flag", "see --help"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_its_flag(argv, parts):
+    message = refused(*argv.split())
+    for part in parts:
+        assert part in message
+
+
+BOOLS = {flag.replace("no-", "", 1) for flag in KNOWN if re.search(r"[-.]no-", flag)}
+
+
+def test_every_flag_that_takes_a_value_demands_one():
+    switches = [flag for flag in KNOWN if flag.replace(".no-", ".").replace("--no-", "--") in BOOLS]
+    assert len(switches) == 2 * len(BOOLS)
+    for flag in set(KNOWN) - set(switches) - {"--help", "--version"}:
+        assert flag in refused("--seed", "1", flag)
+
+
+# ---- run_cli
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def raising(error: BaseException):
+    def main(argv: list[str]) -> int:
+        raise error
+
+    return main
+
+
+def test_run_cli_passes_the_arguments_and_the_exit_code(capsys):
+    seen = []
+    assert run_cli(lambda argv: seen.append(argv) or 7, ["--steps", "1"]) == 7
+    assert seen == [["--steps", "1"]] and capsys.readouterr() == ("", "")
+
+
+def test_run_cli_makes_a_value_error_one_line(capsys):
+    assert run_cli(raising(ValueError("first\n   second")), []) == 2
+    assert capsys.readouterr() == ("", "error: first second\n")
+    assert run_cli(lambda argv: parse(argv).steps, ["--stpes", "3"]) == 2
+    assert capsys.readouterr() == ("", "error: --stpes: unknown flag; did you mean --steps?\n")
+
+
+def test_run_cli_says_stopped_when_interrupted(capsys):
+    assert run_cli(raising(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr() == ("", "stopped\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), KeyError("bug"), OSError("bug")])
+def test_run_cli_lets_every_other_error_through(error, capsys):
+    with pytest.raises(type(error)) as caught:
+        run_cli(raising(error), [])
+    assert caught.value is error and capsys.readouterr() == ("", "")
+
+
+# ---- saved configs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_saved_config_loads_as_the_same(name, tmp_path):
+    config = parse(["--model", name, "--micro-batch", "2", "--mesh", "tp=2", "--data.path", 'a "b" ü.txt'])
+    save(config, tmp_path / "config.json")
+    assert load(tmp_path / "config.json") == config != RunConfig()
+    assert load(tmp_path / "config.json").model == preset(name)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_every_flag_and_the_examples(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--steps", "3", flag])
+    out, err = capsys.readouterr()
+    assert not stop.value.code and not err
+    for known in [*EVERYDAY, *_flags(RunConfig)]:
+        assert re.search(rf"(?<![\w.-]){re.escape(known)}(?![\w-])", out), known
+    assert out.rstrip().endswith(EXAMPLES) and "usage: train.py" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_the_examples_parse():
+    for line in EXAMPLES.splitlines()[1:]:
+        words = line.split()
+        assert parse(words[words.index("train.py") + 1 :]) != RunConfig()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--version"])
+    assert not stop.value.code and re.fullmatch(r"dtron \d+\.\d+\.\d+\n", capsys.readouterr().out)

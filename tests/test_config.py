@@ -1,0 +1,104 @@
+"""What a configuration that does not fit is told, and that the remedy works."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtron.config import ModelConfig, check, microbatches
+from dtron.mesh import Layout, MeshShape
+
+ONE, F64 = Layout(), torch.float64
+SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "remedy"),
+    [
+        ({"mesh": "tp=3"}, "model.heads=8 over tp=3.*use tp=2 or --model.heads 9", {"mesh": "tp=2"}),
+        ({"mesh": "tp=8"}, "model.kv_heads=4 over tp=8.*use tp=4 or --model.kv-heads 8", {"kv_heads": 8}),
+        ({"mesh": "dp=3,tp=2", "mlp": 7}, "model.mlp=7 over tp=2.*use tp=1 or --model.mlp 8", {"mlp": 8}),
+        ({"mesh": "tp=2", "sequence": 15}, "sequence=15 over tp=2.*--data.sequence 16", {"sequence": 16}),
+        ({"sequence": 2049}, "data.sequence=2049.*2048 or --model.context 2049", {"context": 2049}),
+        ({"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
+         "model.vocab=4 over tp=3.*use --model.vocab-multiple 3", {"vocab_multiple": 3}),
+        ({"mesh": "cp=2,dp=2"}, "mesh cp=2.*leave cp out", {"mesh": "dp=2"}),
+        ({"mesh": "pp=4"}, "mesh pp=4.*leave pp out", {"mesh": ""}),
+    ],
+)  # fmt: skip
+def test_check(values, message, remedy):
+    """Every error has the value and a remedy, and the remedy helps."""
+    run = lambda mesh="", sequence=24, **m: check(ModelConfig(**m), MeshShape.parse(mesh), sequence)
+    with pytest.raises(ValueError, match=message):
+        run(**values)
+    run(**values | remedy)
+
+
+@given(
+    batch=st.integers(1, 60), micro_batch=st.none() | st.integers(1, 9),
+    mesh=st.builds(MeshShape, dp_replicate=st.integers(1, 3), dp=st.integers(1, 4), tp=st.integers(1, 2)),
+)  # fmt: skip
+def test_microbatches(batch, micro_batch, mesh):
+    """They make up the batch exactly; or the error names a batch that they can."""
+    ranks = mesh.dp_replicate * mesh.dp
+    try:
+        count, rows = microbatches(batch, micro_batch, mesh)
+    except ValueError as error:
+        said = re.search(rf"batch={batch}:.* {ranks} data ranks; use --batch (\d+)", str(error))
+        batch = int(said[1])
+        count, rows = microbatches(batch, micro_batch, mesh)
+    assert count * rows == batch
+    assert rows == micro_batch * ranks if micro_batch else rows % ranks == 0
+
+
+def test_microbatches_suggest_the_nearest_batch():
+    with pytest.raises(ValueError, match="use --batch 9"):  # 3 ranks; 6 would do too, but 9 is nearer
+        microbatches(8, None, MeshShape(dp=3))
+
+
+@pytest.mark.parametrize(("batch", "micro_batch"), [(0, None), (4, 0)])
+def test_microbatches_are_not_empty(batch, micro_batch):
+    with pytest.raises(ValueError, match=f"batch={batch}, micro_batch={micro_batch}.*at least 1"):
+        microbatches(batch, micro_batch, MeshShape())
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "want"),
+    [
+        ("", None, MeshShape()),
+        ("", 6, MeshShape(dp=6)),
+        ("tp=2,dp=3", None, MeshShape(dp=3, tp=2)),
+        (" tp = 2 , dp_replicate=2,", 12, MeshShape(dp_replicate=2, dp=3, tp=2)),
+        ("tp=4", 4, MeshShape(tp=4)),
+    ],
+)
+def test_mesh_text(text, world, want):
+    assert MeshShape.parse(text, world) == MeshShape.parse(str(want)) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "message"),
+    [
+        ("ep=2", None, "'ep=2': unknown axis 'ep'; the axes are pp, dp_replicate, dp, cp, tp"),
+        ("4", None, "unknown axis '4'.*as in dp=2,tp=2"),
+        ("tp=2,tp=2", None, "'tp=2,tp=2': axis 'tp' is given twice; write it once"),
+        ("tp=0", None, "tp has size '0'.*positive integer, as in tp=2"),
+        ("tp=-1", None, "tp has size '-1'"),
+        ("dp=²", None, "dp has size '²'"),
+        ("dp", None, "dp has size ''"),
+        (
+            "dp=2",
+            4,
+            r"'dp=2' has 2 ranks, but 4 are running: start 2 processes \(torchrun --nproc-per-node 2",
+        ),
+        ("tp=4", 1, "has 4 ranks, but 1 is running.*or add --simulate"),
+        ("tp=2", 3, "has 2 ranks, but 3 are running: choose sizes whose product divides 3"),
+    ],
+)
+def test_bad_mesh_text(text, world, message):
+    with pytest.raises(ValueError, match=message):
+        MeshShape.parse(text, world)

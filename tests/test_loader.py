@@ -1,0 +1,159 @@
+"""dtron.data.loader: samples, their order and the split; and the whole of dtron.data in two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from texts import TEXTS, corpus, one_line
+
+from dtron.data import Documents, document_ids, load_corpus, rows
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def corpus_file(tmp_path: Path) -> Path:
+    return corpus(tmp_path)
+
+
+LENGTHS = st.integers(1, 9).flatmap(lambda s: st.tuples(st.just(s), st.integers(s + 1, 90)))
+
+
+@given(
+    LENGTHS,
+    st.integers(0, 2**40),
+    st.integers(0, 200),
+    st.lists(st.integers(0, 20), max_size=5),
+    st.booleans(),
+)
+def test_a_range_is_the_concatenation_of_its_pieces(lengths, seed, start, counts, shuffle):
+    sequence, length = lengths
+    data = np.arange(length, dtype=np.uint16)
+    whole = rows(data, sequence, seed, start, sum(counts), shuffle)
+    starts = start + np.cumsum([0, *counts])
+    pieces = [rows(data, sequence, seed, int(s), c, shuffle) for s, c in zip(starts, counts, strict=False)]
+    assert whole.dtype == np.int64 and whole.shape == (sum(counts), sequence + 1)
+    assert np.array_equal(whole, np.concatenate([whole[:0], *pieces]))
+
+
+@given(LENGTHS, st.integers(0, 2**40), st.integers(0, 3))
+def test_an_epoch_takes_every_chunk_once(lengths, seed, epoch):
+    sequence, length = lengths
+    chunks = (length - 1) // sequence
+    taken = rows(np.arange(length), sequence, seed, epoch * chunks, chunks)
+    assert sorted(taken[:, 0]) == [chunk * sequence for chunk in range(chunks)]
+    # Targets are inputs shifted by one, and the last target is the first input of the next chunk.
+    assert np.array_equal(taken[:, 1:], taken[:, :-1] + 1)
+    assert sorted(taken[:, 1:].ravel()) == list(range(1, chunks * sequence + 1))
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    data = np.arange(201)
+    first, second = rows(data, 2, 0, 0, 100), rows(data, 2, 0, 100, 100)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, rows(data, 2, 1, 0, 100))
+    assert np.array_equal(rows(data, 2, 0, 0, 100, shuffle=False)[:, 0], np.arange(0, 200, 2))
+    assert np.array_equal(rows(data, 2, 0, 100, 100, shuffle=False)[:, 0], np.arange(0, 200, 2))
+
+
+def test_the_order_is_a_fixed_one():
+    """A checkpoint stores only the position: another order here would make old runs resume wrongly."""
+    first, second = [14, 8, 12, 2, 10, 0, 4, 6], [14, 8, 6, 0, 2, 10, 4, 12]
+    assert rows(np.arange(17), 2, 7, 0, 16)[:, 0].tolist() == first + second
+
+
+def test_rows_rejects_what_it_cannot_serve():
+    one_line(lambda: rows(np.arange(8), 8, 0, 0, 1), "8 tokens", "9", "--data.sequence")
+    one_line(lambda: rows(np.arange(8), 0, 0, 0, 1), "--data.sequence 0", "1 or more")
+    one_line(lambda: rows(np.arange(8), 2, 0, -1, 1), "start -1", "count from 0")
+
+
+def test_document_ids_on_a_written_out_row():
+    given_rows = np.array([[5, 6, 0, 7, 0, 0, 8], [0, 1, 2, 3, 4, 5, 0]])
+    ids, positions = document_ids(given_rows, 0)
+    assert ids.tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+    ids, positions = document_ids(given_rows, None)
+    assert not ids.any() and positions.tolist() == [list(range(7))] * 2
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_document_ids_agree_with_a_loop(given_rows):
+    ids, positions = document_ids(np.array(given_rows), 0)
+    for row, row_ids, row_positions in zip(given_rows, ids, positions, strict=True):
+        document = position = 0
+        for token, got_id, got_position in zip(row, row_ids, row_positions, strict=True):
+            assert (got_id, got_position) == (document, position)
+            document, position = (document + 1, 0) if token == 0 else (document, position + 1)
+
+
+def test_a_corpus_is_split_and_comes_back_from_the_cache(corpus_file: Path, tmp_path: Path, monkeypatch):
+    first = load_corpus(str(corpus_file), "text", None, 400, 16, 0.1, tmp_path / "cache")
+    whole = np.concatenate([first.train, first.validation])
+    assert len(first.validation) == int(len(whole) * 0.1)
+    assert first.tokenizer.decode(whole) == "".join(TEXTS)
+    assert first.end_id == 0 and np.count_nonzero(whole == 0) == len(TEXTS)
+
+    monkeypatch.setattr(Documents, "__iter__", lambda self: pytest.fail("a cached start reads no text"))
+    second = load_corpus(str(corpus_file), "text", None, 400, 16, 0.1, tmp_path / "cache")
+    assert np.array_equal(second.train, first.train) and np.array_equal(second.validation, first.validation)
+    assert second.tokenizer.to_str() == first.tokenizer.to_str()
+    assert len(load_corpus(str(corpus_file), "text", None, 400, 16, 0.0, tmp_path / "cache").train) == len(
+        whole
+    )
+
+
+def test_corpus_errors(corpus_file: Path, cache: Path):
+    def load(sequence: int, fraction: float = 0.02):
+        return lambda: load_corpus(str(corpus_file), "text", None, 400, sequence, fraction, cache)
+
+    one_line(load(10**6), "the training text", str(10**6 + 1), "lower --data.sequence")
+    one_line(load(512), "the validation text", "513", "lower --data.sequence", "raise --data.validation, or")
+    one_line(load(0), "--data.sequence 0", "1 or more")
+    for fraction in (1.0, -0.1, float("nan")):
+        one_line(load(8, fraction), f"--data.validation {fraction} ", "[0, 1)", "0.02")
+
+
+SCRIPT = """
+import hashlib, socket, sys
+socket.getaddrinfo = socket.socket.connect = lambda *_, **__: sys.exit("reached for the network")
+from dtron.data import load_corpus
+corpus = load_corpus(sys.argv[1], "text", None, 400, 16)
+print(len(corpus.train), hashlib.sha256(corpus.train.tobytes()).hexdigest(), "datasets" in sys.modules)
+"""
+
+
+def test_two_processes_starting_at_once_agree(corpus_file: Path, tmp_path: Path):
+    root = str(Path(__file__).parents[1])
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "DTRON_CACHE": str(tmp_path / "cache"),
+        "HOME": str(tmp_path / "home"),  # to see that nothing is written outside our cache
+        "PYTHONPATH": root,
+    }
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRIPT, str(corpus_file)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+
+    def finish(process: subprocess.Popen) -> list[str]:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "Generating" not in err, "a progress bar from datasets"
+        return out.split()
+
+    first, second = [finish(process) for process in (start(), start())]
+    third = finish(start())
+    assert int(first[0]) > 1000 and first[:2] == second[:2] == third[:2]
+    assert third[2] == "False", "a cached start must not pay for importing datasets"
+    assert not (tmp_path / "home").exists()
+    assert not list((tmp_path / "cache").glob("*.tmp"))

@@ -1,0 +1,146 @@
+"""The optimizer, the learning rate, the initial weights and the counts, against independent definitions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dtron.config import ModelConfig, OptimConfig
+from dtron.mesh import Layout
+from dtron.model import Block, declare_model, flops_per_token, parameter_count
+from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
+from dtron.params import declare, flat, init, leaves, tree_map
+
+ONE, F64 = Layout(), torch.float64
+SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def tree(cls: type, **dims):
+    """Random weights, away from the ones and zeros where mistakes hide."""
+    absent = ("qk_norm", "qkv_bias", "bias", "layernorm", "learned_positions")
+    spec = declare(cls, dict.fromkeys(absent, False) | dims)
+    return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
+
+
+def close(got, want, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
+    """Equal values, and equal gradients of every input along one random direction."""
+
+
+def test_adam_is_torch_adamw():
+    config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3)
+    model = replace(SMALL, qk_norm=True, qkv_bias=True, bias=True, norm="layernorm")
+    spec = declare(Block, model.dims())
+    ours = init(spec, model.dims(), 0, ONE, F64)
+    theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
+    groups = {True: [], False: []}
+    for path, w in theirs.items():
+        groups[path.rpartition(".")[2].startswith("w_")].append(w)
+    theirs_step = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": 0.3}, {"params": groups[False], "weight_decay": 0.0}],
+        betas=(0.8, 0.9), eps=1e-3,
+    )  # fmt: skip
+    state = adam_init(ours)
+    for step in range(5):
+        lr = 0.1 / (step + 1)
+        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
+        for w, g in zip(theirs.values(), flat(grads), strict=True):
+            w.grad = 0.7 * g
+        for group in theirs_step.param_groups:
+            group["lr"] = lr
+        theirs_step.step()
+        ours, state = adam_update(grads, state, ours, spec, lr, 0.7, config)
+        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+
+
+@pytest.mark.parametrize("beta", ["beta1", "beta2"])
+def test_betas_are_under_one(beta):
+    """At 1 the correction of the bias divides 0 by 0: every weight would be nan after one step."""
+    with pytest.raises(ValueError, match=f"{beta}=1.0"):
+        OptimConfig(**{beta: 1.0})
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_is_that_of_torch(limit):
+    grads = (normal(3, 4).detach(), (normal(5).detach(), None))
+    theirs = [g.clone() for g in flat(grads)]
+    for w in theirs:
+        w.grad = w.clone()
+    norm = global_norm(grads)
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, limit).item(), rel=1e-14)
+    close([g * clip_scale(norm, limit) for g in flat(grads)], [w.grad for w in theirs], 1e-5)  # torch: + 1e-6
+    cases = {(5, 0): 1, (0, 1): 1, (0.5, 1): 1, (1, 1): 1, (4, 1): 0.25}  # (norm, limit): scale
+    assert {case: clip_scale(*case) for case in cases} == cases
+
+
+@given(
+    schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]), warmup=st.integers(0, 20),
+    rest=st.integers(2, 50), min_lr=st.floats(0, 1), decay=st.floats(0.01, 1),
+)  # fmt: skip
+def test_learning_rate(schedule, warmup, rest, min_lr, decay):
+    config = OptimConfig(3.0, schedule, warmup, min_lr, decay)
+    rates = [learning_rate(config, step, warmup + rest) for step in range(warmup + rest)]
+    assert rates[: warmup + 1] == pytest.approx([3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0])
+    assert rates[-1] == pytest.approx(3.0 if schedule == "constant" else 3.0 * min_lr)
+    assert all(a >= b * (1 - 1e-12) for a, b in pairwise(rates[warmup:]))
+
+
+def test_the_shapes_of_schedules():
+    rates = lambda name: [learning_rate(OptimConfig(1, name, 0, 0.2, 0.5), s, 5) for s in range(5)]
+    assert rates("constant") == [1] * 5
+    assert rates("linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert rates("cosine") == pytest.approx([0.6 + 0.4 * c for c in (1, 0.5**0.5, 0, -(0.5**0.5), -1)])
+    assert rates("wsd") == pytest.approx([1, 1, 1, 0.6, 0.2])
+
+
+def weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    return dict(leaves(init(declare_model(model), model.dims(), seed, ONE)))
+
+
+def test_a_weight_depends_on_seed_and_path_only():
+    small, deep, other = weights(SMALL), weights(replace(SMALL, layers=8)), weights(SMALL, seed=1)
+    for path, w in small.items():
+        # With four times the layers, what writes to the residual stream is the same draw, halved.
+        assert w.equal(deep[path] * (2 if path.endswith(("w_o", "w_down")) else 1)), path
+    drawn = [path for path in small if "w_" in path]
+    assert len({w[path].flatten()[0].item() for w in (small, other) for path in drawn}) == 2 * len(drawn)
+
+
+def test_initial_values():
+    model = replace(SMALL, embed=256, mlp=512, norm="layernorm", bias=True, qkv_bias=True, init_std=0.05)
+    for path, w in weights(model).items():
+        name = path.rpartition(".")[2]
+        if "w_" in name:
+            std = 0.05 / math.sqrt(2 * 2) if name in ("w_o", "w_down") else 0.05
+            assert w.std().item() == pytest.approx(std, rel=0.05), path
+            assert abs(w.mean().item()) < 5 * std / math.sqrt(w.numel()), path
+        else:
+            assert (w == (1 if name == "scale" else 0)).all(), path
+
+
+def test_parameter_count():
+    block = 2 * 256 * 8 * 32 + 2 * 256 * 4 * 32 + 3 * 256 * 704 + 2 * 256
+    assert parameter_count(ModelConfig()) == 2 * 4096 * 256 + 4 * block + 256
+
+
+@pytest.mark.parametrize(("tied", "positions"), [*product([False, True], ["rotary", "learned"])])
+def test_flops(tied, positions):
+    """The head multiplies, tied or not (its padding too); looking up tokens and positions does not."""
+    block = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40 + 2 * 24
+    scores = 2 * (4 * 6) * 100 / 2  # multiply-adds per token: with keys and with values, causal half of them
+    want = 6 * (56 * 24 + 2 * block + 24) + 2 * 3 * 2 * scores
+    assert flops_per_token(replace(SMALL, tied=tied, positions=positions), 100) == want

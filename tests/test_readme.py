@@ -1,0 +1,51 @@
+"""What the pages say is what the code is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dtron.cli import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_block(containing: str) -> str:
+    return next(code for language, code in BLOCKS if language == "python" and containing in code)
+
+
+@pytest.mark.parametrize(
+    ("containing", "file"), [("class MLP", "dtron/layers/mlp.py"), ("RULES: Rules", "dtron/mesh.py")]
+)
+def test_code_shown_is_the_code(containing, file):
+    assert python_block(containing) in (ROOT / file).read_text()
+
+
+def test_the_five_line_proof_runs():
+    scope = {}
+    exec(compile(python_block("def test_my_layer"), "README.md", "exec"), scope)
+    scope["test_my_layer"]()
+
+
+def test_the_two_commands_come_first():
+    assert [code.strip() for _, code in BLOCKS[:2]] == [
+        "pip install -e . && python train.py",
+        "pip install -e '.[test]' && pytest",
+    ]
+
+
+@pytest.mark.parametrize("line", re.findall(r"train\.py (--.*?)(?:  #.*)?$", README, re.M))
+def test_commands_shown_are_understood(line):
+    assert parse(line.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).exists(), link

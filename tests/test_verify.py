@@ -1,0 +1,76 @@
+"""python -m dtron.verify: it passes, and when something is broken it says which weight shows it first."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dtron import verify
+from dtron.cli import run_cli
+from dtron.params import leaves
+from dtron.testing import dropped, unsummed
+
+TINY = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2", "--model.vocab=300"]
+TINY += ["--model.head-dim=16", "--model.mlp=64", "--mesh=dp=2,tp=2", "--zero=3"]
+
+
+def run(capsys, *argv: str) -> tuple[int, str]:
+    code = run_cli(verify.main, [*TINY, *argv])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def spoil(monkeypatch, change: Callable[..., verify.StepResult]) -> list[verify.StepResult]:
+    """Let ``change`` take the step on the mesh instead; returns the two steps, once they are taken."""
+    step, taken = verify.one_step, []
+
+    def one_step(config, shape):
+        taken.append(change(step, config, shape) if shape.size > 1 else step(config, shape))
+        return taken[-1]
+
+    monkeypatch.setattr(verify, "one_step", one_step)
+    return taken
+
+
+def test_it_passes_and_shows_what_was_communicated(capsys):
+    code, out = run(capsys)
+    assert code == 0 and "mesh dp=2,tp=2, zero 3: the same result as one device" in out
+    for kind, axis in [("all_gather", "dp"), ("all_gather", "tp"), ("reduce_scatter", "dp")]:
+        assert re.search(rf"│ {kind} │ {axis} │ [1-9]\d* │ \d+\.\d+ │", out), out
+    assert "blocks.0.mlp.w_down" in out and "w_head" in out
+
+
+def test_a_reduction_forgotten_everywhere_fails_at_the_first_weight_it_touches(capsys, monkeypatch):
+    taken = spoil(monkeypatch, lambda step, *args: step(*args, mutate=unsummed))
+    code, out = run(capsys)
+    wrong = [row.path for row in verify.compare(*taken)[1] if row.grad > 1e-3]
+    assert code == 1 and len(wrong) > 3 and f"differs from one device, first in {wrong[0]} (" in out
+    assert "the same result" not in out
+
+
+def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monkeypatch):
+    """Without the first constrain of the MLP, its product would gather by itself."""
+    spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(3)))
+    code, out = run(capsys)
+    assert code == 1 and re.search(r"mlp\.py:\d+: h_TF = linear\(.*\): DTensor would redistribute", out)
+
+
+@pytest.mark.parametrize("tree", ["grads", "params"])
+@pytest.mark.parametrize("factor", [1 + 1e-8, float("nan")])
+@pytest.mark.parametrize("path", ["blocks.0.mlp.w_up", "w_head"])
+def test_one_wrong_gradient_or_weight_is_named(capsys, monkeypatch, tree, factor, path):
+    def change(step, *args: Any) -> verify.StepResult:
+        result = step(*args)
+        dict(leaves(getattr(result, tree)))[path].mul_(factor)
+        return result
+
+    spoil(monkeypatch, change)
+    code, out = run(capsys)
+    assert code == 1 and f"differs from one device, first in {path} (" in out
+
+
+def test_a_mesh_or_a_model_that_cannot_be_is_refused(capsys):
+    for argv in (["--mesh=dp=2,tp=4"], ["--mesh=xp=2"], ["--batch=3"], ["--stpes=3"]):
+        assert run_cli(verify.main, [*TINY, *argv]) == 2
+        out, err = capsys.readouterr()
+        assert re.fullmatch(r"error: [^\n]+\n", err) and not out
