@@ -89,19 +89,20 @@ def no_hidden_communication() -> Iterator[None]:
     except RuntimeError as error:
         if "mplicit redistribution" not in str(error):
             raise
+        what = str(error).splitlines()[0].partition(" while ")[0]
         raise HiddenCommunication(
-            f"{_own_line(error)}: DTensor would redistribute an operand of this line by itself; "
-            f"constrain it first, to where the operation needs it ({str(error).splitlines()[0]})"
+            f"{_own_lines(error)}: DTensor would redistribute an operand of this line by itself; constrain "
+            f"it first, to where the operation needs it ({what})"
         ) from error
 
 
-def _own_line(error: BaseException) -> str:
-    """The innermost line of the traceback that is neither torch's nor this module's."""
+def _own_lines(error: BaseException) -> str:
+    """The two innermost lines of the traceback that are neither torch's nor this module's."""
     torch_folder = str(Path(torch.__file__).parent)
+    others = (__file__, contextlib.__file__)
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(torch_folder) and f.filename not in (__file__, contextlib.__file__)
+        if not f.filename.startswith(torch_folder) and f.filename not in others
     ]
-    where = frames[-1]
-    return f"{where.filename}:{where.lineno}: {where.line}"
+    return ", in ".join(f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-2:]))

@@ -249,6 +249,12 @@ class Layout:
         def region(*args):
             present = [arg is not None for arg in args]
             pick = lambda xs: tuple(x for x, here in zip(xs, present, strict=True) if here)
+            for i, (x, lies) in enumerate(zip(pick(args), pick(placements), strict=True)):
+                if x.placements != lies:
+                    raise ValueError(
+                        f"input {i} of a local region lies {x.placements} over {self.axes}, but is declared "
+                        f"{pick(ins)[i]}, which is {lies}; constrain it first"
+                    )
 
             def inner(*locals_):
                 rest = iter(locals_)

@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     want = one_step(config, MeshShape())
     try:
         got = one_step(config, shape)
-    except HiddenCommunication as error:
+    except (HiddenCommunication, ValueError) as error:
         console.print(f"mesh {shape}, zero {config.zero}: {error}", markup=False, soft_wrap=True)
         return 1
     loss_error, rows = compare(want, got)

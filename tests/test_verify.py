@@ -49,10 +49,15 @@ def test_a_reduction_forgotten_everywhere_fails_at_the_first_weight_it_touches(c
 
 
 def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monkeypatch):
-    """Without the first constrain of the MLP, its product would gather by itself."""
+    """Without the first constrain of the MLP, its product would gather by itself; without that of the loss,
+    the local region would get another input than it declared."""
     spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(3)))
     code, out = run(capsys)
-    assert code == 1 and re.search(r"mlp\.py:\d+: h_TF = linear\(.*\): DTensor would redistribute", out)
+    assert code == 1 and re.search(r"in mlp\.py:\d+: h_TF = linear\(.*\).*: DTensor would redistribute", out)
+    monkeypatch.undo()
+    spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(5)))
+    code, out = run(capsys)
+    assert code == 1 and "input 0 of a local region lies" in out and "('tokens', 'act_embed')" in out
 
 
 @pytest.mark.parametrize("tree", ["grads", "params"])

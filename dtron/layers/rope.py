@@ -43,8 +43,8 @@ class Rope:
         if not fine:
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
-                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: theta must "
-                "be over 1, factor and original at least 1, low under high, beta_slow over 0 and under beta_fast"
+                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: theta must be "
+                "over 1, factor and original at least 1, low under high, 0 under beta_slow under beta_fast"
             )
 
 
