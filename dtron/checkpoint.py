@@ -73,9 +73,10 @@ def save(run_dir: Path, state: TrainState, model: Any, seed: int) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
         _wait()
-    except OSError as error:
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's writer raises all three
+        why = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"{target}: cannot write the checkpoint ({error}); free space or use --run-dir"
+            f"{target}: cannot write the checkpoint ({why}); free space, or choose another --run-dir"
         ) from error
     return target
 

@@ -35,15 +35,20 @@ class ModelConfig:
     mlp: int = 704
     """width of the feed-forward layer"""
     activation: Activation = "swiglu"
+    """of the feed-forward layer; swiglu and geglu have a gate"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """before attention, the feed-forward layer and the head"""
     norm_eps: float = 1e-5
+    """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
     """how attention knows where a token is"""
     rope: Rope = field(default_factory=Rope)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
+    """normalise every head's queries and keys"""
     qkv_bias: bool = False
+    """biases on queries, keys and values"""
     bias: bool = False
     """biases on all other matrices"""
     tied: bool = False
@@ -53,7 +58,9 @@ class ModelConfig:
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
     z_loss: float = 0.0
+    """weight of z-loss, logsumexp squared per token"""
     init_std: float = 0.02
+    """standard deviation of initial matrices"""
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
     masked"""
@@ -113,6 +120,7 @@ class OptimConfig:
     """AdamW and its learning rate."""
 
     lr: float = 1e-3
+    """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays, then
     decays"""
@@ -123,8 +131,11 @@ class OptimConfig:
     decay: float = 0.2
     """wsd: the share of steps that decay at the end"""
     beta1: float = 0.9
+    """decay of the first moment"""
     beta2: float = 0.95
+    """decay of the second moment"""
     eps: float = 1e-8
+    """added to the second moment's root"""
     weight_decay: float = 0.1
     """of matrices; norms and biases have none"""
     clip: float = 1.0

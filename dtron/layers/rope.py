@@ -6,8 +6,7 @@ the frequencies whose wavelength the original context could not fill:
 
 - Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
-  original
-  context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
+  original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
 
 Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
 and no layer knows.
@@ -25,17 +24,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: the base. scaling: none, llama3 or yarn, with the rest as the model cards have it; ``original``
-    is the context the model was first trained on, in tokens."""
+    """Rotary angles; the fields as model cards have them."""
 
     theta: float = 10_000.0
+    """base of the frequencies"""
     scaling: Literal["none", "llama3", "yarn"] = "none"
+    """how frequencies are slowed for contexts longer than the original"""
     factor: float = 8.0
+    """by how much"""
     original: int = 8192
-    low: float = 1.0  # llama3: low_freq_factor
-    high: float = 4.0  # llama3: high_freq_factor
-    beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully stretched
-    beta_fast: float = 32.0  # yarn: rotations above which it is kept
+    """tokens of the context first trained on"""
+    low: float = 1.0
+    """llama3: low_freq_factor"""
+    high: float = 4.0
+    """llama3: high_freq_factor"""
+    beta_slow: float = 1.0
+    """yarn: rotations over the original context below which a frequency is fully slowed"""
+    beta_fast: float = 32.0
+    """yarn: rotations above which it is kept"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
