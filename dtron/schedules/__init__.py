@@ -1,0 +1,42 @@
+"""Pipeline schedules: tables of actions, without a model and without torch. See table.py for the idea, and
+``python -m dtron.schedules compare`` for all of them side by side."""
+
+from __future__ import annotations
+
+import difflib
+
+from dtron.schedules.dualpipe import dualpipe_v
+from dtron.schedules.gpipe import gpipe
+from dtron.schedules.interleaved import interleaved
+from dtron.schedules.one_f_one_b import one_f_one_b
+from dtron.schedules.table import Action, Costs, Table, Timeline, check, peaks, simulate
+from dtron.schedules.zero_bubble import zb_h1, zb_v
+
+__all__ = ["SCHEDULES", "Action", "Costs", "Table", "Timeline", "check", "make", "peaks", "simulate"]
+
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-v": zb_v,
+    "dualpipe-v": dualpipe_v,
+}
+
+
+def stages_per_rank(name: str, virtual: int = 2) -> int:
+    """How many stages each rank has under a schedule."""
+    return {"interleaved": virtual, "zb-v": 2, "dualpipe-v": 2}.get(name, 1)
+
+
+def make(name: str, ranks: int, microbatches: int, virtual: int = 2) -> Table:
+    """The table of a schedule by name. Raises ValueError for an unknown name, and for sizes that cannot
+    be."""
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}")
+    for what, n in (("ranks", ranks), ("microbatches", microbatches), ("virtual", virtual)):
+        if n < 1:
+            raise ValueError(f"schedule {name}: {what}={n}; there must be at least 1")
+    extra = (virtual,) if name == "interleaved" else ()
+    return SCHEDULES[name](ranks, microbatches, *extra)

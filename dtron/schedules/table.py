@@ -1,0 +1,232 @@
+"""A pipeline schedule is a table: one row of actions per pipeline rank, executed from left to right.
+
+The model is cut into *stages*, the batch into *microbatches*. An action is one of
+
+    F  forward of a microbatch through a stage
+    B  its backward: the gradients of the stage's input and of its weights
+    I  the first half of a backward: the gradient of the input, which the stage before is waiting for
+    W  the second half: the gradients of the weights, which nobody is waiting for
+
+and a schedule is nothing but the order in which each rank does its actions. It moves no data and knows no
+time: a rank takes the next action of its row as soon as that action's input is there. So a schedule can be
+made, checked, timed and drawn without a model, and one runner executes them all (run.py).
+
+Left out: actions for communication. What must be sent follows from the table, because an action needs only
+
+    F(s, m)  <-  F(s-1, m)
+    B(s, m)  <-  F(s, m)  and  B(s+1, m), or I(s+1, m)       (I the same)
+    W(s, m)  <-  I(s, m)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+KINDS = "FBIW"
+
+
+class Action(NamedTuple):
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}(stage {self.stage}, microbatch {self.microbatch})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows[r]`` are the actions of pipeline rank r. Stages and microbatches count from 0."""
+
+    name: str
+    stages: int
+    microbatches: int
+    rows: tuple[tuple[Action, ...], ...]
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """The pipeline rank that has a stage."""
+        return {a.stage: rank for rank, row in enumerate(self.rows) for a in row}
+
+    @cached_property
+    def done_by(self) -> set[Action]:
+        return {a for row in self.rows for a in row}
+
+    @property
+    def per_rank(self) -> int:
+        """Stages on each rank."""
+        return self.stages // len(self.rows)
+
+    def stages_of(self, rank: int) -> list[int]:
+        return sorted(s for s, r in self.rank_of.items() if r == rank)
+
+    def needs(self, action: Action) -> list[Action]:
+        """The actions that must have ended before this one can start, beside those before it in its row."""
+        kind, s, m = action
+        if kind == "F":
+            return [Action("F", s - 1, m)] if s else []
+        if kind == "W":
+            return [Action("I", s, m)]
+        return [Action("F", s, m), *self.gradient_from(s, m)]
+
+    def gradient_from(self, stage: int, microbatch: int) -> list[Action]:
+        """The action of the next stage that makes the gradient of this one's output; none for the last."""
+        if stage == self.stages - 1:
+            return []
+        whole = Action("B", stage + 1, microbatch)
+        return [whole if whole in self.done_by else Action("I", stage + 1, microbatch)]
+
+
+def table(name: str, stages: int, microbatches: int, rows: Sequence[Sequence[Action]]) -> Table:
+    """A checked table. Raises ValueError where ``check`` does."""
+    made = Table(name, stages, microbatches, tuple(tuple(row) for row in rows))
+    check(made)
+    return made
+
+
+def row(stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: int) -> list[Action]:
+    """Spell a row: ``[("F0", 3), ("F1 I1 W1", 2)]`` is three forwards of the rank's first stage, then twice a
+    forward, an input gradient and a weight gradient of its second. Every kind takes the microbatches in
+    order; a bare ``W`` is the oldest I that still has no W. Microbatches from ``microbatches`` on are left
+    out, so that a schedule may be spelled for more than there are."""
+    next_one: dict[str, int] = {}
+    pending: list[tuple[int, int]] = []
+    actions = []
+    for pattern, times in phases:
+        for token in pattern.split() * times:
+            if token == "W":
+                if not pending:
+                    continue
+                stage, m = pending.pop(0)
+            else:
+                # A whole backward counts as its two halves, so that a later I or W goes on after it.
+                stage = stages[int(token[1])]
+                m = next_one.get(token.replace("B", "I"), 0)
+                for key in (token, token.replace("B", "I"), token.replace("B", "W")):
+                    next_one[key] = m + 1
+                if token[0] == "I":
+                    pending.append((stage, m))
+                elif token[0] == "W":
+                    pending.remove((stage, m))
+            actions.append(Action(token[0], stage, m))
+    return [a for a in actions if a.microbatch < microbatches]
+
+
+def check(t: Table) -> None:
+    """Raise ValueError, with the first thing that is wrong, unless every microbatch passes every stage once
+    in each direction, a stage's actions are all on one rank, and blocking receives never lock up."""
+    ranks: dict[int, int] = {}
+    seen: set[Action] = set()
+    for rank, actions in enumerate(t.rows):
+        for a in actions:
+            if a.kind not in KINDS or not 0 <= a.stage < t.stages or not 0 <= a.microbatch < t.microbatches:
+                raise ValueError(f"{t.name}, rank {rank}: {a} is no action of {_size(t)}")
+            if a in seen:
+                raise ValueError(f"{t.name}, rank {rank}: {a} is done twice")
+            if ranks.setdefault(a.stage, rank) != rank:
+                raise ValueError(f"{t.name}: stage {a.stage} is on rank {ranks[a.stage]} and on rank {rank}")
+            seen.add(a)
+    for stage in range(t.stages):
+        for m in range(t.microbatches):
+            have = "".join(k for k in KINDS if Action(k, stage, m) in seen)
+            if have not in ("FB", "FIW"):
+                raise ValueError(
+                    f"{t.name}: stage {stage}, microbatch {m} has {', '.join(have) or 'nothing'}; "
+                    "it needs F and B, or F, I and W"
+                )
+    for _ in in_order(t):
+        pass
+
+
+def in_order(t: Table) -> Iterator[tuple[int, Action]]:
+    """``(rank, action)`` of all actions in an order that respects every need, each row from left to right.
+    Raises ValueError where no rank can go on: a deadlock."""
+    done: set[Action] = set()
+    places = [0] * len(t.rows)
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(t.rows):
+            while places[rank] < len(actions) and all(n in done for n in t.needs(actions[places[rank]])):
+                yield rank, actions[places[rank]]
+                done.add(actions[places[rank]])
+                places[rank] += 1
+                moved = True
+    stuck = [(r, t.rows[r][p]) for r, p in enumerate(places) if p < len(t.rows[r])]
+    if stuck:
+        rank, a = stuck[0]
+        missing = next(n for n in t.needs(a) if n not in done)
+        raise ValueError(
+            f"{t.name}: deadlock; rank {rank} is at {a}, which waits for {missing} on rank "
+            f"{t.rank_of.get(missing.stage)}, and no rank can go on"
+        )
+
+
+def peaks(t: Table) -> list[int]:
+    """The most activations each rank keeps at once: a microbatch's, in a stage, from its F to its B or W."""
+    found = []
+    for actions in t.rows:
+        alive = most = 0
+        for a in actions:
+            alive += {"F": 1, "B": -1, "W": -1, "I": 0}[a.kind]
+            most = max(most, alive)
+        found.append(most)
+    return found
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Time of one stage's actions, and of moving an activation to another rank. A B takes I and W."""
+
+    F: float = 1.0
+    I: float = 1.0  # noqa: E741  (the field's letter)
+    W: float = 1.0
+    transfer: float = 0.0
+
+    def of(self, action: Action) -> float:
+        return self.I + self.W if action.kind == "B" else getattr(self, action.kind)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action starts and ends: ``spans[rank]`` is ``[(action, start, end)]``."""
+
+    table: Table
+    spans: list[list[tuple[Action, float, float]]]
+
+    @property
+    def makespan(self) -> float:
+        return max(end for spans in self.spans for _, _, end in spans)
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which nothing is done."""
+        busy = sum(end - start for spans in self.spans for _, start, end in spans)
+        return 1 - busy / (self.makespan * len(self.spans))
+
+    @property
+    def idle_inside(self) -> float:
+        """The longest time that a rank is idle between its first action and its last."""
+        return max(s[-1][2] - s[0][1] - sum(end - start for _, start, end in s) for s in self.spans)
+
+
+def simulate(t: Table, costs: Costs | Callable[[Action], float] = Costs(), transfer: float = 0.0) -> Timeline:
+    """Time a table. ``costs`` gives each action's time, by kind or, as a function, by stage too."""
+    if isinstance(costs, Costs):
+        costs, transfer = costs.of, costs.transfer
+    ends: dict[Action, float] = {}
+    spans: list[list] = [[] for _ in t.rows]
+    for rank, a in in_order(t):
+        ready = spans[rank][-1][2] if spans[rank] else 0.0
+        for n in t.needs(a):
+            ready = max(ready, ends[n] + (transfer if t.rank_of[n.stage] != rank else 0.0))
+        ends[a] = ready + costs(a)
+        spans[rank].append((a, ready, ends[a]))
+    return Timeline(t, spans)
+
+
+def _size(t: Table) -> str:
+    return f"{t.stages} stages and {t.microbatches} microbatches"
