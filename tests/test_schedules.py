@@ -176,6 +176,10 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
     else:
         order = cls(mine, m).pipeline_order
 
+    if name == "1f1b":  # torch lists the last rank's forwards from 1 up; it runs them from 0
+        last = [a for a in order[p - 1] if a is not None and a.computation_type.value == "F"]
+        order[p - 1] = [a._replace(microbatch_index=last.index(a)) if a in last else a for a in order[p - 1]]
+
     def actions(row):
         for a in row:
             for part in (a.sub_actions or (a,)) if a is not None else ():
@@ -195,8 +199,6 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
 def test_makespan_and_peaks_are_those_of_torchs_own(name, v, p):
     compared = 0
     for m in range(1, 4 * p + 2):
-        if name == "1f1b" and m == p:
-            continue  # what torch lists there lacks the last rank's first forward
         try:
             theirs = torchs(name, p, m, v)
         except ValueError as error:  # what torch does not support, it says
