@@ -10,6 +10,7 @@ With no ``--data.path`` it reads text that every machine has: the source of Pyth
 import math
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,22 +21,15 @@ from dtron.config import RunConfig
 from dtron.data import Corpus, document_ids, load_corpus, rows
 from dtron.dtensor import full
 from dtron.generate import generate
-from dtron.launch import Plan, plan, ranks
+from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, MeshShape
 from dtron.metrics import Metrics
-from dtron.model import (
-    Batch,
-    declare_model,
-    flops_per_token,
-    forward,
-    make_batch,
-    parameter_count,
-    valid_tokens,
-)
+from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
-from dtron.params import gather, init, tree_map
-from dtron.step import gradients
+from dtron.params import gather, init
+from dtron.pipeline import Pipeline, one_stage, program
+from dtron.step import evaluate, gradients
 
 VALIDATION_ROWS = 32
 
@@ -45,33 +39,45 @@ def main(argv: list[str]) -> int:
     here = plan(config)  # refuses what cannot be, before anything is started
     d, run_dir = config.data, open_run(config)
     corpus = load_corpus(d.path, d.column, d.tokenizer, config.model.vocab, d.sequence, d.validation)
-    with ranks(config, here) as layout:
-        train(config, here, layout, corpus, run_dir)
+    if d.document_mask and corpus.end_id is None:
+        raise ValueError(
+            f"--data.document-mask: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it "
+            "or drop the mask"
+        )
+    with ranks(config, here) as pipe:
+        train(config, here, pipe, corpus, run_dir)
     return 0
 
 
-def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir: Path) -> None:
-    m, spec = config.model, declare_model(config.model)
+def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir: Path) -> None:
+    m, spec, layout = config.model, pipe.spec, pipe.layout
+    identity = checkpoint.identity_of(config, corpus.digest())
+    same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
     params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
     if config.resume and (found := checkpoint.newest(run_dir)):
-        state = checkpoint.load(found, state, m, config.seed)
-    if here.main:
-        save(config, run_dir / "config.json")  # not earlier: a refused resume leaves the run as it was
+        state = checkpoint.load(found, state, spec, identity)
+        if state.step >= config.steps:
+            raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+    if here.main:  # not earlier: a refused resume leaves the run as it was
+        save(config, run_dir / "config.json")
+        corpus.tokenizer.save(str(run_dir / "tokenizer.json"))
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
     metrics.say(describe(config, here, corpus, state.step))
-
-    def loss_fn(weights, batch):
-        return forward(weights, batch, m, layout, config.recompute)
+    functions = program(m, layout, config.recompute, here.splits)
 
     while state.step < config.steps:
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
-        loss, grads = gradients(loss_fn, state.params, microbatches, tokens, layout, config.zero)
-        norm, lr = global_norm(grads), learning_rate(config.optim, state.step, config.steps)
-        value = finite(full(loss).item() + 0 * norm, "loss or gradient", state.step + 1)
+        loss, grads = gradients(
+            functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
+        )
+        norm, lr = global_norm(grads, spec, pipe.sum), learning_rate(config.optim, state.step, config.steps)
+        value = pipe.sum(0.0 if loss is None else full(loss).item())
+        finite(value + norm, "loss or gradient", state.step + 1)
         scale = clip_scale(norm, config.optim.clip)
         params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim)
+        del grads  # or they would wait for the next step's
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
 
         last = state.step == config.steps
@@ -79,14 +85,15 @@ def train(config: RunConfig, here: Plan, layout: Layout, corpus: Corpus, run_dir
         if state.step % config.log_every == 0 or state.step == 1 or last:
             metrics.line(record)
         if last or (config.eval_every and state.step % config.eval_every == 0):
-            held = validate(state.params, corpus, config, here, layout)
+            held = validate(state.params, corpus, config, here, pipe)
             record["validation_loss"] = finite(held, "validation loss", state.step)
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
-        if config.save_every and (last or state.step % config.save_every == 0):
-            metrics.say(f"saved {checkpoint.save(run_dir, state, m, config.seed)}")
         metrics.write(record)
+        if config.save_every and (last or state.step % config.save_every == 0):
+            metrics.say(f"saved {checkpoint.save(run_dir, state, spec, identity)}")
+            metrics.restart_clock()
     if config.sample:
-        metrics.say("sample: " + sample(state.params, corpus, config, here, layout))
+        metrics.say("sample: " + sample(state.params, corpus, config, here, pipe))
     metrics.close()
 
 
@@ -134,26 +141,29 @@ def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, en
 
 
 @torch.no_grad()
-def validate(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> float:
+def validate(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
     """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
     count."""
     d = config.data
-    held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, VALIDATION_ROWS, shuffle=False))
+    n = min(VALIDATION_ROWS, (len(corpus.validation) - 1) // d.sequence)
+    held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, n, shuffle=False))
     fill = -len(held) % here.rows
     held = torch.cat([held, torch.full((fill, held.shape[1]), IGNORE)])
-    batches, tokens = split(held, config, here, layout, corpus.end_id)
-    weights = params if config.zero == 3 else gather(params, layout)
-    total = sum(full(forward(weights, batch, config.model, layout)).item() for batch in batches)
-    return total / tokens
+    batches, tokens = split(held, config, here, pipe.layout, corpus.end_id)
+    weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
+    m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
+    total = evaluate(program(m, pipe.layout), weights, batches, pipe)
+    return pipe.sum(0.0 if total is None else full(total).item()) / tokens
 
 
-def sample(params, corpus: Corpus, config: RunConfig, here: Plan, layout: Layout) -> str:
+def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
     prompt, shape = corpus.validation[:8].tolist(), here.shape
     if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
-        params, layout, shape = tree_map(full, params), Layout(compute=layout.compute), MeshShape()
+        layout = Layout(compute=pipe.layout.compute)
+        params, pipe, shape = (pipe.whole(params),), one_stage(config.model, 1, layout), MeshShape()
     ids = generate(
-        params, prompt, config.sample, config.model, layout,
+        params, prompt, config.sample, config.model, pipe,
         seed=config.seed, data_ranks=shape.data, tp=shape.tp, device=here.device,
     )  # fmt: skip
     return corpus.tokenizer.decode(ids)

@@ -6,7 +6,7 @@ the collectives from a counter that watched a real step. A test draws them too a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from dtron.collectives import Collective, CollectiveCounter
 from dtron.config import ModelConfig
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, MeshShape, rules_for
-from dtron.model import declare_model, forward, make_batch
+from dtron.model import make_batch
 from dtron.params import declare, gather, init
 from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
+from dtron.pipeline import one_stage, program
 from dtron.show import coordinates, local_range, picture, rows, size, total
 from dtron.simulate import simulated
 from dtron.step import gradients
@@ -109,16 +110,21 @@ def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective
     m = ModelConfig(vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1)
     with simulated(shape) as mesh, CollectiveCounter(mesh) as counter:
         layout = Layout(mesh, rules_for(zero))
-        params = init(declare_model(m), m.dims(), 0, layout)
+        pipe, functions = one_stage(m, microbatches, layout), program(m, layout)
+        params = init(pipe.spec, m.dims(), 0, layout)
         batch = make_batch(torch.zeros(2, 9, dtype=torch.long), layout)
 
-        def loss_fn(weights, batch):
+        def enter(weights, batch):
             counter.order.append("forward")
-            loss = forward(weights, batch, m, layout)
+            return functions.enter(weights, batch)
+
+        def stage(weights, x, batch):
+            loss = functions.stage(weights, x, batch)
             counter.order.append("backward")
             return loss
 
-        gradients(loss_fn, params, [batch] * microbatches, 16 * microbatches, layout, zero)
+        marked = replace(functions, enter=enter, stage=stage)
+        gradients(marked, params, [batch] * microbatches, 16 * microbatches, pipe, zero)
     return counter.order
 
 

@@ -26,12 +26,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtron.dtensor import full, rank, shard_like
+from dtron.config import RunConfig
+from dtron.dtensor import full, local, rank, shard_like
 from dtron.optim import AdamState
-from dtron.params import flat, leaves, unflatten
+from dtron.params import flat, unflatten
 from dtron.simulate import is_simulated, paused
 
-FORMAT = 1
+FORMAT = 2
+
+Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def newest(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def save(run_dir: Path, state: TrainState, model: Any, seed: int) -> Path:
-    """Write the state; every rank calls this. Raises ValueError where the folder cannot be written."""
+def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
+    """Write the state; every rank calls this. ``spec``, the declared tree, names the weights. Raises
+    ValueError where the folder cannot be written."""
     target = folder(run_dir) / f"step-{state.step:08d}"
     part = target.with_suffix(".part")
     try:
@@ -64,41 +68,45 @@ def save(run_dir: Path, state: TrainState, model: Any, seed: int) -> Path:
             part.mkdir(parents=True)
         _wait()
         with paused(), _quiet():
-            dcp.save(_tensors(state), checkpoint_id=str(part), no_dist=not _processes(state))
+            dcp.save(_tensors(state, spec), checkpoint_id=str(part), no_dist=not _processes())
         if rank() == 0:
             files = {f.name: f.stat().st_size for f in sorted(part.iterdir())}
             meta = {"format": FORMAT, "step": state.step, "samples": state.samples, "updates": state.opt.step}
-            meta |= {"seed": seed, "model": asdict(model), "files": files}
+            meta |= {"identity": dict(identity), "files": files}
             (part / "meta.json").write_text(json.dumps(meta, indent=1))
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
         _wait()
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's writer raises all three
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         why = str(error).strip().splitlines()[-1]
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
+            raise
         raise ValueError(
             f"{target}: cannot write the checkpoint ({why}); free space, or choose another --run-dir"
         ) from error
     return target
 
 
-def load(path: Path, state: TrainState, model: Any, seed: int) -> TrainState:
+def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
     """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are overwritten.
 
-    Raises ValueError for a checkpoint of another model or seed, or one that is not whole.
+    Raises ValueError for a checkpoint of another model, seed or text, or one that is not whole.
     """
     meta = read_meta(path)
-    _same_model(path, meta, model, seed)
-    whole = _tensors(state)
+    _same(path, meta["identity"], identity)
+    whole = _tensors(state, spec)
     try:
         with paused(), _quiet():
-            dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes(state))
+            dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes())
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
         raise ValueError(
             f"{path}: cannot be read ({first}); delete it to resume from the one before"
         ) from error
     if any(is_simulated(t) for t in _locals(state)):
-        state = _placed(state, whole)
+        state = _placed(state, spec, whole)
+    else:
+        _fill_twins(state, spec, whole)
     return TrainState(
         meta["step"], meta["samples"], state.params, AdamState(meta["updates"], state.opt.m, state.opt.v)
     )
@@ -125,18 +133,33 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _same_model(path: Path, meta: dict[str, Any], model: Any, seed: int) -> None:
-    saved, now = meta["model"], json.loads(json.dumps(asdict(model)))
-    for name in now:
-        if saved.get(name) != now[name]:
-            flag = name.replace("_", "-")
+def identity_of(config: RunConfig, text: str) -> Identity:
+    """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
+
+    def flags(value: Any, prefix: str) -> Identity:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, child in value.items() for k, v in flags(child, f"{prefix}.{name}").items()}
+
+    same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
+    return flags(asdict(config.model), "model") | same
+
+
+def _same(path: Path, saved: Identity, now: Identity) -> None:
+    for name, value in now.items():
+        was = saved.get(name)
+        if was == value:
+            continue
+        if name == "text":
             raise ValueError(
-                f"{path}: is of a model with {name}={saved.get(name)}, this one has {name}={now[name]}; "
-                f"use --model.{flag} {saved.get(name)}, or another --run-dir"
+                f"{path}: was trained on other text, or with another tokenizer; give the --data.path and "
+                "--data.tokenizer it was started with, or another --run-dir"
             )
-    if meta["seed"] != seed:
+        stem, _, last = name.replace("_", "-").rpartition(".")
+        dot = f"--{stem}." if stem else "--"
+        flag = f"{dot}{'' if was else 'no-'}{last}" if isinstance(value, bool) else f"{dot}{last} {was}"
         raise ValueError(
-            f"{path}: was trained with seed {meta['seed']}, not {seed}; use --seed {meta['seed']}"
+            f"{path}: was made with {name}={was}, this run has {value}; use {flag}, or another --run-dir"
         )
 
 
@@ -148,27 +171,37 @@ def _locals(state: TrainState) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in flat(state.params)]
 
 
-def _processes(state: TrainState) -> bool:
-    """Whether several processes hold the state (simulated ranks are one)."""
-    return dist.is_initialized() and any(
-        isinstance(t, DTensor) and not is_simulated(t.to_local()) for t in flat(state.params)
-    )
+def _processes() -> bool:
+    """Whether the ranks are processes (simulated ranks are one)."""
+    return dist.is_initialized() and dist.get_backend() != "fake"
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Flat and by name; simulated tensors whole, all others as they lie."""
-    named = {f"{kind}.{path}": t for kind, tree in _trees(state).items() for path, t in leaves(tree)}
+def _tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
+    """By kind and path; simulated tensors whole, all others as they lie. Twins have one name."""
+    paths = [w.path for w in flat(spec)]
+    named: dict[str, Tensor] = {}
+    for kind, tree in _trees(state).items():
+        for path, t in zip(paths, flat(tree), strict=True):
+            named.setdefault(f"{kind}.{path}", t)
     if any(is_simulated(t) for t in _locals(state)):
         named = {name: full(t) for name, t in named.items()}
     return named
 
 
-def _placed(state: TrainState, whole: dict[str, Tensor]) -> TrainState:
+def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None:
+    """Where both copies of a tied weight are here, only the first has been read."""
+    for kind, tree in _trees(state).items():
+        for w, t in zip(flat(spec), flat(tree), strict=True):
+            if loaded[f"{kind}.{w.path}"] is not t:
+                local(t).copy_(local(loaded[f"{kind}.{w.path}"]))
+
+
+def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainState:
     """Simulated tensors that lie as those of ``state`` do, from whole ones."""
 
     def place(kind: str, tree: Any) -> Any:
-        values = [shard_like(whole[f"{kind}.{path}"], t) for path, t in leaves(tree)]
-        return unflatten(tree, values)
+        pairs = zip(flat(spec), flat(tree), strict=True)
+        return unflatten(tree, [shard_like(whole[f"{kind}.{w.path}"], t) for w, t in pairs])
 
     trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
     return TrainState(
@@ -177,7 +210,7 @@ def _placed(state: TrainState, whole: dict[str, Tensor]) -> TrainState:
 
 
 def _wait() -> None:
-    if dist.is_initialized() and dist.get_backend() != "fake":
+    if _processes():
         dist.barrier()
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -75,11 +76,13 @@ def _shallow(config: Any) -> dict[str, Any]:
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program: its ValueErrors are the user's, and become one line on stderr and exit code 2. Anything
-    else is a bug of ours and keeps its traceback."""
+    """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
+    Anything else is a bug of ours and keeps its traceback."""
     try:
         return main(argv)
     except ValueError as error:
+        if not _raised_by_us(error):
+            raise
         text, code = "error: " + " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         text, code = "stopped", 130
@@ -93,6 +96,13 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # not through a process group that others may wait in
     return code
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether dtron said so, and not a library that was called wrongly."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    package = Path(__file__).resolve().parent
+    return package in where.parents or where.parent == package.parent
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -130,10 +140,26 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
-            near = difflib.get_close_matches(flag.lower(), known, n=1, cutoff=0.5)
-            raise ValueError(
-                f"{word}: unknown flag; " + (f"did you mean {near[0]}?" if near else "see --help")
-            )
+            near = _nearest(flag.lower(), known)
+            raise ValueError(f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help"))
+
+
+# What other trainers call it.
+_ALIASES = {
+    "lr": "--optim.lr", "learning-rate": "--optim.lr", "precision": "--dtype", "epochs": "--steps",
+    "seq-length": "--data.sequence", "seq-len": "--data.sequence", "hidden-size": "--model.embed",
+    "num-layers": "--model.layers", "global-batch-size": "--batch", "micro-batch-size": "--micro-batch",
+    **dict.fromkeys(("tp", "dp", "pp", "cp", "gpus"), "--mesh"),
+}  # fmt: skip
+
+
+def _nearest(flag: str, known: Sequence[str]) -> str | None:
+    """The flag that was meant: what others call so, one whose last part is this, or one spelled alike."""
+    name = flag.lstrip("-")
+    if _ALIASES.get(name) in known:
+        return _ALIASES[name]
+    same_end = [k for k in known if k.rpartition(".")[2] == name]
+    return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:

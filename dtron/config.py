@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
-from dtron.mesh import MeshShape
 
 Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
-                f"use --model.kv-heads {_nearest_divisor(self.heads, self.kv_heads)}"
+                f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
@@ -191,11 +191,36 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How the model is cut into pipeline stages."""
+
+    virtual: int = 2
+    """interleaved: stages on each rank"""
+    split: str = ""
+    """blocks of each stage, as 7,9; empty: as even as FLOPs allow"""
+    gather: Literal["step", "microbatch"] = "step"
+    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and microbatch"""
+
+    def __post_init__(self) -> None:
+        if self.virtual < 1:
+            raise ValueError(f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it")
+        if not all(part.strip().isdigit() for part in filter(None, self.split.split(","))):
+            raise ValueError(
+                f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it"
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in filter(None, self.split.split(",")))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes dp_replicate, dp, tp); a dp left out takes the rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp); a dp left out takes the
+    rest"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
     use"""
@@ -204,7 +229,9 @@ class RunConfig:
     batch: int = 16
     """sequences per step, over all ranks"""
     micro_batch: int | None = None
-    """sequences per rank at once; None: all of a rank's share"""
+    """sequences per rank at once; None: all of a rank's share, or with pp a part that fills the pipeline"""
+    schedule: Schedule = "1f1b"
+    """pipeline schedule, for pp over 1; python -m dtron.schedules compare shows them"""
     seed: int = 0
     """of weights and data order"""
     run_dir: str = "runs/latest"
@@ -231,6 +258,9 @@ class RunConfig:
     """tokens of text to generate at the end; 0: none"""
     tensorboard: bool = False
     """also write TensorBoard events to run_dir"""
+    timeout: int = 600
+    """seconds after which a rank that does not answer counts as dead"""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -244,6 +274,7 @@ class RunConfig:
             ("log_every", 1),
             ("eval_every", 0),
             ("sample", 0),
+            ("timeout", 1),
         ):
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
@@ -252,55 +283,5 @@ class RunConfig:
                 )
 
 
-def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
-    """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
-    remedy."""
-    for axis in ("pp", "cp"):
-        if getattr(mesh, axis) > 1:
-            what = {"pp": "pipeline stages are", "cp": "attention over context-parallel ranks is"}[axis]
-            raise ValueError(f"mesh {axis}={getattr(mesh, axis)}: {what} not there yet; leave {axis} out")
-    for name in ("heads", "kv_heads", "mlp"):
-        size = getattr(model, name)
-        if size % mesh.tp:
-            raise ValueError(
-                f"model.{name}={size} over tp={mesh.tp}: tp must divide {name}; "
-                f"use tp={_nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
-                f"{-(-size // mesh.tp) * mesh.tp}"
-            )
-    if sequence % mesh.tp:
-        raise ValueError(
-            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, "
-            f"which must divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
-        )
-    if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
-        raise ValueError(
-            f"model.vocab={model.vocab} over tp={mesh.tp}: some rank would hold no row; "
-            f"use --model.vocab-multiple {mesh.tp}"
-        )
-    if sequence > model.context:
-        raise ValueError(
-            f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
-            f"{model.context} or --model.context {sequence}"
-        )
-
-
-def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
-    """``(how many, rows in each over all data ranks)`` for a global batch. Raises ValueError where the batch
-    does not divide, with the nearest that does."""
-    if batch < 1 or (micro_batch is not None and micro_batch < 1):
-        raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
-    given, micro_batch = micro_batch is not None, micro_batch or max(1, batch // mesh.data)
-    rows = micro_batch * mesh.data
-    if batch % rows:
-        step = rows if given else mesh.data
-        down, up = batch // step * step, -(-batch // step) * step
-        near = up if down == 0 or up - batch < batch - down else down
-        raise ValueError(
-            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "
-            f"use --batch {near}"
-        )
-    return batch // rows, rows
-
-
-def _nearest_divisor(n: int, near: int) -> int:
+def nearest_divisor(n: int, near: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))

@@ -7,23 +7,28 @@ since all have the same logits and the same seed.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from dtron.config import ModelConfig
 from dtron.dtensor import full
-from dtron.mesh import Layout
-from dtron.model import Transformer, make_batch, predict
+from dtron.model import Transformer, embed, make_batch, stage_logits
+from dtron.params import gather
+from dtron.pipeline import Pipeline
+from dtron.schedules.run import Program
 from dtron.simulate import paused
+from dtron.step import evaluate
 
 
 @torch.no_grad()
 def generate(
-    params: Transformer,
+    params: tuple[Transformer, ...],
     prompt: list[int],
     tokens: int,
     m: ModelConfig,
-    layout: Layout,
+    pipe: Pipeline,
     temperature: float = 0.8,
     seed: int = 0,
     data_ranks: int = 1,
@@ -33,14 +38,23 @@ def generate(
     """``prompt`` and ``tokens`` new ones. Temperature 0 takes the likeliest. The window is the model's
     context at most; older tokens fall out of it."""
     window = min(-(-(len(prompt) + tokens) // tp) * tp, m.context // tp * tp)
+    weights = gather(params, pipe.layout)
+    functions = Program(
+        partial(embed, m=m, layout=pipe.layout), partial(stage_logits, m=m, layout=pipe.layout)
+    )
     text, generator = list(prompt), torch.Generator().manual_seed(seed)
     for _ in range(tokens):
         seen = text[-window:]
         rows = torch.zeros(data_ranks, window + 1, dtype=torch.long)  # what comes after is not attended to
         rows[:, : len(seen)] = torch.tensor(seen)
-        logits = full(predict(params, make_batch(rows.to(device), layout), m, layout))
+        found = evaluate(functions, weights, [make_batch(rows.to(device), pipe.layout)], pipe)
         with paused():
-            text.append(_pick(logits[len(seen) - 1].float().cpu(), temperature, generator))
+            token = (
+                0
+                if found is None
+                else _pick(full(found)[len(seen) - 1].float().cpu(), temperature, generator)
+            )
+        text.append(int(pipe.sum(token)))  # from the last stage to all
     return text
 
 

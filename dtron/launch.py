@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dtron.config import RunConfig, check, microbatches
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
+from dtron.checks import check, microbatches
+from dtron.config import RunConfig
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
+from dtron.pipeline import Pipeline, on_ranks, pipeline
 from dtron.simulate import simulated
-
-TIMEOUT = timedelta(minutes=10)  # a rank that died is noticed after this at the latest
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Plan:
     master: torch.dtype
     count: int  # microbatches per step
     rows: int  # sequences in each, over all ranks
+    gather_each: bool  # ZeRO-3 gathers in every microbatch
+    splits: bool  # a backward can be made in two halves
 
     @property
     def main(self) -> bool:
@@ -49,11 +52,26 @@ def plan(config: RunConfig) -> Plan:
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
     check(config.model, shape, config.data.sequence)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
+    pipeline(config, shape, count, Layout())  # refuses a schedule or a split that cannot be
     device = _device(config)
     gpu = device.startswith("cuda")
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
-    return Plan(shape, device, compute, torch.promote_types(compute, torch.float32), count, rows)
+    return Plan(
+        shape,
+        device,
+        compute,
+        torch.promote_types(compute, torch.float32),
+        count,
+        rows,
+        *_choices(config, shape),
+    )
+
+
+def _choices(config: RunConfig, shape: MeshShape) -> tuple[bool, bool]:
+    """``(gather_each, splits)``. A block that gathers its weights is recomputed, and so cannot be split."""
+    each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
+    return each, not (each and shape.dp > 1)
 
 
 def _device(config: RunConfig) -> str:
@@ -73,15 +91,32 @@ def _device(config: RunConfig) -> str:
     return f"cuda:{local}"
 
 
+def same_on_all_ranks(values: dict[str, Any]) -> None:
+    """Raise ValueError unless every process has the same values: a flag or a file that differs between
+    machines would train on, and to nothing."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return
+    mine = {name: repr(value) for name, value in values.items()}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for name, value in found[0].items():
+        for rank, theirs in enumerate(found):
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; start all "
+                    "ranks with the same flags and files"
+                )
+
+
 @contextmanager
-def ranks(config: RunConfig, plan: Plan) -> Iterator[Layout]:
-    """Start the ranks and yield the layout of the run."""
+def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
+    """Start the ranks and yield the pipeline stages of this process, with their layout."""
     rules = rules_for(config.zero)
     compute = None if plan.compute == plan.master else plan.compute
     reduce = torch.bfloat16 if config.reduce_bf16 else None
     if config.simulate:
         with simulated(plan.shape) as mesh:
-            yield Layout(mesh, rules, compute, reduce)
+            yield pipeline(config, plan.shape, plan.count, Layout(mesh, rules, compute, reduce))
         return
     kind = plan.device.partition(":")[0]
     if kind == "cuda":
@@ -89,8 +124,12 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Layout]:
     if plan.shape.size > 1:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
-    yield Layout(build_mesh(plan.shape, kind), rules, compute, reduce)
+        timeout = timedelta(seconds=config.timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    mesh = build_mesh(plan.shape, kind)
+    layout = Layout(stage_mesh(mesh), rules, compute, reduce)
+    template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
+    yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template)
     if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

@@ -155,11 +155,17 @@ class MeshShape:
 
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
-    """The stage's DeviceMesh over the running processes: the axes larger than 1, or None on one device."""
-    axes = [(a, n) for a, n in shape.sizes.items() if n > 1 and a != "pp"]
+    """The DeviceMesh over the running processes: the axes larger than 1, or None on one device."""
+    axes = [(a, n) for a, n in shape.sizes.items() if n > 1]
     if not axes:
         return None
     return init_device_mesh(device_type, [n for _, n in axes], mesh_dim_names=[a for a, _ in axes])
+
+
+def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The part of a mesh that is one pipeline stage's: that of this process."""
+    axes = tuple(a for a in mesh.mesh_dim_names if a != "pp") if mesh is not None else ()
+    return mesh if mesh is None or len(axes) == mesh.ndim else mesh[axes] if axes else None
 
 
 @dataclass(frozen=True)
@@ -280,6 +286,27 @@ class Layout:
             p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
             for p in placements
         ]
+
+    def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
+        """A tensor from this rank's part of it. Not differentiable."""
+        if self.mesh is None:
+            return x
+        return DTensor.from_local(x, self.mesh, self.placements(*axes), run_check=False)
+
+    def to_local(self, x: Tensor, *axes: str | None) -> Tensor:
+        """This rank's part of a tensor that must lie as these axes say; ValueError otherwise. Not
+        differentiable."""
+        if self.mesh is None:
+            return x
+        if x.placements != self.placements(*axes):
+            raise ValueError(
+                f"a tensor lies {x.placements} over {self.axes}, not as {axes}; constrain it first"
+            )
+        return x.to_local()
+
+    def parts(self, axis: str) -> int:
+        """Into how many parts a logical axis is cut."""
+        return math.prod(self.mesh.size(self.axes.index(a)) for a in self.rules[axis] if a in self.axes)
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,16 @@ import torch
 from rich.console import Console
 
 # Dense bf16 TFLOP/s by the vendors' datasheets, by a part of the device's name.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "MI300X": 1307.0}
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "MI300X": 1307.0,
+}
 
 
 def peak_tflops(device: str) -> float | None:
@@ -33,7 +43,8 @@ def memory_gib(device: str) -> float:
     """The most this process has held so far: on the GPU what torch allocated, on the CPU its resident set."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Metrics:
@@ -56,7 +67,7 @@ class Metrics:
                 self._file = path.open("a", buffering=1)
             self._tokens = kept[-1]["tokens"] if kept else 0
             if tensorboard:
-                self._board = _tensorboard(run_dir)
+                self._board = _tensorboard(run_dir, start)
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> dict[str, Any]:
         """The record of a step that has just ended; ``tokens`` is how many it trained on, over all ranks."""
@@ -82,6 +93,10 @@ class Metrics:
                 for name, value in record.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, record["step"])
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What was done since the last step is no part of the next."""
         self._clock = time.perf_counter()
 
     def line(self, record: Mapping[str, Any]) -> None:
@@ -129,14 +144,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(run_dir: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
         ) from error
-    return SummaryWriter(str(run_dir))
+    return SummaryWriter(str(run_dir), purge_step=start + 1)
 
 
 def _short(n: float) -> str:

@@ -1,8 +1,8 @@
 """The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like every layer.
 
-Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``forward`` is the whole model from a
-batch to the summed loss. What may vary between runs without changing the result, where weights are gathered
-and what is recomputed, is decided in ``_run_block`` alone.
+Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``, once per
+pipeline stage, are the whole model from a batch to the summed loss. What may vary between runs without
+changing the result, where weights are gathered and what is recomputed, is decided in ``_run_block`` alone.
 
 Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198, section
 5): ``full`` keeps a block's input and runs it again in backward; ``selective`` keeps the outputs of matrix
@@ -42,9 +42,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Transformer:
-    embedding: Embedding = part()
+    """The model, or a stage of it with the rest missing; see pipeline.py."""
+
+    embedding: Embedding | None = part()
     blocks: tuple[Block, ...] = part(count="layers")
-    norm: Norm = part()
+    norm: Norm | None = part()
     w_head: Tensor | None = weight("vocab", "embed", when="untied")
 
 
@@ -99,27 +101,51 @@ def block(
     return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation)
 
 
+def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+    """What the first stage takes: ``x_TD [T@tokens_sp, D]``."""
+    return embedding(gather(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
+
+
+def stage(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute = "none"
+) -> Tensor:
+    """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
+    summed loss over the batch's valid tokens, its sum over data ranks still pending."""
+    x_TD = _blocks(p, x_TD, batch, m, layout, recompute)
+    if p.norm is None:
+        return x_TD
+    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
+    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+
+
+def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
+    x_TD = _blocks(p, x_TD, batch, m, layout, "none")
+    if p.norm is None:
+        return x_TD
+    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
+    return logits(x_TD, _head(p, layout), m.vocab, layout)
+
+
 def forward(
     p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute = "none"
 ) -> Tensor:
-    """Summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD, w_head = _trunk(p, batch, m, layout, recompute)
-    loss = Loss(m.vocab, z=m.z_loss)
-    return cross_entropy(x_TD, w_head, batch.targets_T, loss, layout)
+    """The whole model as one stage: the summed loss."""
+    return stage(p, embed(p, batch, m, layout), batch, m, layout, recompute)
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
-    """Logits ``[T@tokens, vocab]`` in float32 at least."""
-    x_TD, w_head = _trunk(p, batch, m, layout, "none")
-    return logits(x_TD, w_head, m.vocab, layout)
+    """The whole model as one stage: the logits."""
+    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)
 
 
-def _trunk(
-    p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute
-) -> tuple[Tensor, Tensor]:
-    """Everything before the logits; and the gathered head."""
-    embed = gather(p.embedding, layout)
-    x_TD = embedding(embed, batch.tokens_T, batch.positions_T, layout)
+def _head(p: Transformer, layout: Layout) -> Tensor:
+    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
+
+
+def _blocks(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute
+) -> Tensor:
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
@@ -127,8 +153,7 @@ def _trunk(
     mask = Mask(batch.sequence, m.window, m.softcap)
     for p_block in p.blocks:
         x_TD = _run_block(p_block, x_TD, table_TH, batch.documents_T, mask, m, layout, recompute)
-    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
-    return x_TD, embed.w_tokens if p.w_head is None else layout.gather(p.w_head)
+    return x_TD
 
 
 def _run_block(
@@ -178,4 +203,6 @@ def flops_per_token(m: ModelConfig, sequence: int) -> float:
     (PaLM, arXiv:2204.02311, appendix B, halved)."""
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
-    return 6.0 * (parameter_count(m) - looked_up) + 6.0 * m.layers * m.heads * m.head_dim * sequence
+    w = min(m.window or sequence, sequence)
+    attended = w - w * w / (2 * sequence)  # tokens, on average: half the sequence without a window
+    return 6.0 * (parameter_count(m) - looked_up) + 12.0 * m.layers * m.heads * m.head_dim * attended

@@ -12,6 +12,7 @@ the exact global norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,14 @@ def adam_update(
     return params, AdamState(step, state.m, state.v)
 
 
-def global_norm(grads: Any) -> float:
-    """The Euclidean norm of the whole gradient, exact on every mesh; float64 where the gradients are."""
+def global_norm(grads: Any, spec: Any = None, over_stages: Callable[[float], float] = lambda x: x) -> float:
+    """The Euclidean norm of the whole gradient, exact on every mesh; float64 where the gradients are. With
+    ``spec``, twins are left out; ``over_stages`` adds a number up over the pipeline ranks."""
     total, mesh = None, None
-    for g in flat(grads):
+    twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
+    for g, twin in zip(flat(grads), twins, strict=True):
+        if twin:
+            continue
         square = local(g).to(torch.promote_types(g.dtype, torch.float32)).square().sum()
         if isinstance(g, DTensor):
             mesh = g.device_mesh
@@ -81,7 +86,7 @@ def global_norm(grads: Any) -> float:
         total = square if total is None else total + square
     if mesh is not None:
         total = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return math.sqrt(full(total).item())
+    return math.sqrt(over_stages(full(total).item()))
 
 
 def clip_scale(norm: float, limit: float) -> float:

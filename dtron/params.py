@@ -36,12 +36,13 @@ Init = Callable[["Weight", Dims, torch.Generator], Tensor]
 @dataclass(frozen=True)
 class Weight:
     """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
-    starts."""
+    starts. ``twin``: another pipeline stage has the same weight, and counts it."""
 
     path: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Init
+    twin: bool = False
 
     @property
     def decays(self) -> bool:

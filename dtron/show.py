@@ -26,11 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dtron.config import ModelConfig, check
+from dtron.checks import check
+from dtron.config import ModelConfig
 from dtron.mesh import RULES, MeshShape, place, rules_for
-from dtron.model import declare_model
+from dtron.model import Transformer, declare_model
 from dtron.params import Weight, flat
 from dtron.picture import Canvas, draw_mesh, draw_tensor
+from dtron.pipeline import cut, layers_per_stage
 
 Placements = tuple
 
@@ -93,13 +95,17 @@ def local_range(
     return ranges
 
 
-def rows(model: ModelConfig, shape: MeshShape, zero: int, compute: int = 2, master: int = 4) -> list[Row]:
-    """A row for each weight; equal blocks share theirs. ``compute`` and ``master``: bytes per element."""
+def rows(
+    model: ModelConfig, shape: MeshShape, zero: int, compute: int = 2, master: int = 4,
+    spec: Transformer | None = None,
+) -> list[Row]:  # fmt: skip
+    """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
+    ``master``: bytes per element."""
     axes = [a for a, n in shape.sizes.items() if n > 1 and a != "pp"]
     sizes = [shape.sizes[a] for a in axes]
     first = [0] * len(axes)  # the first rank's part is never smaller than another's
     found = []
-    for w, path, count in _grouped(declare_model(model), model.layers):
+    for w, path, count in _grouped(spec or declare_model(model)):
         lies = place(rules_for(zero), axes, *w.axes)
         gathered = place(rules_for(0), axes, *w.axes)
         n, n_gathered = (math.prod(local_shape(w.shape, sizes, p, first)) for p in (lies, gathered))
@@ -120,13 +126,13 @@ def rows(model: ModelConfig, shape: MeshShape, zero: int, compute: int = 2, mast
     return found
 
 
-def _grouped(spec, layers: int) -> list[tuple[Weight, str, int]]:
+def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
     """Every weight, those of the blocks once for all of them."""
-    merged = replace(spec, blocks=spec.blocks[:1])
-    name = f"blocks.0-{layers - 1}" if layers > 1 else "blocks.0"
+    first, last = (flat(b)[0].path.split(".")[1] for b in (spec.blocks[0], spec.blocks[-1]))
+    old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
     return [
-        (w, w.path.replace("blocks.0", name, 1), layers if w.path.startswith("blocks.0.") else 1)
-        for w in flat(merged)
+        (w, w.path.replace(old, new, 1), len(spec.blocks) if w.path.startswith(old) else 1)
+        for w in flat(replace(spec, blocks=spec.blocks[:1]))
     ]
 
 
@@ -207,11 +213,16 @@ def main(argv: Sequence[str]) -> int:
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, shape.tp)
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    found = rows(config.model, shape, config.zero, compute)
     console = Console()
-    console.print(table(found, f"mesh {shape}: {shape.size} ranks, zero {config.zero}"))
-    whole = sum(total(found))
-    console.print(f"{size(whole)} on each rank, activations not counted; rules: {_rules_line(shape)}")
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 150))  # nobody wants a table wrapped in a file
+    stages = cut(config.model, layers_per_stage(config.model, shape.pp, shape.tp))
+    for number, spec in enumerate(stages):
+        found = rows(config.model, shape, config.zero, compute, spec=spec)
+        which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
+        console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
+        console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
+    console.print(f"rules: {_rules_line(shape)}")
     if config.svg:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))

@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dtron.checks import check, microbatches
 from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
-from dtron.config import DataConfig, RunConfig, check, microbatches
+from dtron.config import DataConfig, ModelConfig, PipelineConfig, Recompute, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, MeshShape, rules_for
-from dtron.model import declare_model, forward, make_batch, valid_tokens
+from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
+from dtron.pipeline import pipeline, program
+from dtron.schedules.run import Program
 from dtron.simulate import simulated
 from dtron.step import gradients
 
@@ -65,33 +68,48 @@ def one_step(
 ) -> StepResult:
     """The step that ``config`` describes, on simulated ranks (``MeshShape()`` is one device), in float64."""
     m = config.model
-    spec, dims = declare_model(m), m.dims()
-    whole = tree_map(lambda w: draw(w, dims, config.seed).double(), spec)
     rows = _random_rows(config)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     with simulated(shape) as mesh:
         layout = mutate(Layout(mesh, rules_for(config.zero)))
-        params = tree_map(lambda w, s: layout.shard(w.clone(), *s.axes), whole, spec)
-        batches = [make_batch(r, layout) for r in rows.chunk(count)]
-
-        def loss_fn(weights, batch):
-            with no_hidden_communication():
-                return forward(weights, batch, m, layout, config.recompute)
-
+        pipe = pipeline(config, shape, count, layout)
+        dims = m.dims()
+        params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
+        documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
+        parts = lambda x: [None] * count if x is None else x.chunk(count)
+        batches = [
+            make_batch(*one)
+            for one in zip(
+                rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
+            )
+        ]
+        each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
+        functions = _guarded(program(m, layout, config.recompute, not each or shape.dp == 1))
         with CollectiveCounter(mesh) as counter:
-            loss, grads = gradients(loss_fn, params, batches, valid_tokens(rows), layout, config.zero)
-            norm = global_norm(grads)
-        whole_grads = tree_map(lambda g: full(g).clone(), grads)  # the update consumes them
-        params, _ = adam_update(
-            grads,
-            adam_init(params),
-            params,
-            spec,
-            config.optim.lr,
-            clip_scale(norm, config.optim.clip),
-            config.optim,
-        )
-        return StepResult(full(loss).item(), norm, whole_grads, tree_map(full, params), counter)
+            loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
+            norm = global_norm(grads, pipe.spec)
+        whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
+        lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip)
+        params, _ = adam_update(grads, adam_init(params), params, pipe.spec, lr, scale, config.optim)
+        return StepResult(full(loss).item(), norm, whole_grads, pipe.whole(params), counter)
+
+
+def _guarded(functions: Program) -> Program:
+    """The same functions, under the guard against hidden communication."""
+
+    def guard(fn: Callable) -> Callable:
+        def guarded(*args):
+            with no_hidden_communication():
+                return fn(*args)
+
+        return guarded
+
+    return replace(functions, enter=guard(functions.enter), stage=guard(functions.stage))
+
+
+def on_one_device(config: RunConfig) -> RunConfig:
+    """The same step without a pipeline."""
+    return replace(config, schedule="1f1b", pipeline=PipelineConfig())
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
@@ -125,18 +143,63 @@ def _random_rows(config: RunConfig) -> Tensor:
     return rows
 
 
+def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
+    """``(document, position)`` of every token, a document beginning at about every tenth."""
+    g = torch.Generator().manual_seed(config.seed + 1)
+    begins = torch.rand(config.batch, config.data.sequence, generator=g) < 0.1
+    places = torch.arange(config.data.sequence).expand(begins.shape)
+    starts = torch.where(begins, places, 0).cummax(1).values
+    return begins.cumsum(1), places - starts
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Prove that one optimizer step on a mesh is that of one device, in float64, on simulated ranks."""
+
+    mesh: str = "dp=2,tp=2"
+    """the mesh to prove, as dp=2,tp=2,pp=2"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage"""
+    batch: int | None = None
+    """sequences in the step; None: a few microbatches"""
+    micro_batch: int | None = None
+    """sequences per rank at once"""
+    sequence: int = 32
+    """tokens per sequence"""
+    document_mask: bool = False
+    """several documents in a sequence, which attend within themselves only"""
+    recompute: Recompute = "none"
+    """activations computed again in backward"""
+    schedule: Schedule = "1f1b"
+    """pipeline schedule"""
+    seed: int = 0
+    """of weights and batch"""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def run(self) -> RunConfig:
+        """The training run whose step is taken."""
+        shape = MeshShape.parse(self.mesh)
+        micro_batch = self.micro_batch or (2 if shape.pp == 1 else 1)
+        count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # an odd number, that fills any pipeline
+        return RunConfig(
+            mesh=self.mesh, zero=self.zero, batch=self.batch or count * micro_batch * shape.data,
+            micro_batch=micro_batch, recompute=self.recompute, schedule=self.schedule, seed=self.seed,
+            pipeline=self.pipeline, model=self.model,
+            data=DataConfig(sequence=self.sequence, document_mask=self.document_mask),
+        )  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> int:
     from dtron.cli import parse  # tests import this module and need no command line
 
-    defaults = RunConfig(data=DataConfig(sequence=32))
-    config = parse(argv, defaults)
-    shape = MeshShape.parse(config.mesh or "dp=2,tp=2")
-    if "--batch" not in " ".join(argv):
-        config = replace(config, batch=4 * shape.data, micro_batch=config.micro_batch or 2)
+    config = parse(argv, VerifyConfig(), prog="python -m dtron.verify").run()
+    shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.sequence)
-    microbatches(config.batch, config.micro_batch, shape)
+    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    pipeline(config, shape, count, Layout())  # refuses what cannot be
     console = Console()
-    want = one_step(config, MeshShape())
+    want = one_step(on_one_device(config), MeshShape())
     try:
         got = one_step(config, shape)
     except (HiddenCommunication, ValueError) as error:

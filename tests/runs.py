@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from dtron.config import ModelConfig, RunConfig, microbatches
+from dtron.checks import microbatches
+from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
-from dtron.model import declare_model, forward, make_batch, valid_tokens
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
+from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, init, tree_map
+from dtron.pipeline import on_ranks, pipeline, program
 from dtron.simulate import paused, simulated
 from dtron.step import gradients
 
@@ -42,26 +44,27 @@ class History:
 
 
 def train(
-    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu"
+    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None
 ) -> History:
     m = config.model
-    spec = declare_model(m)
+    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
+    pipe = on_ranks(pipeline(config, shape, count, layout), mesh, template)
+    spec = pipe.spec
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
     opt, initial = adam_init(params), digest(params)
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
+    functions = program(m, layout, config.recompute, not (each and shape.dp > 1))
     losses, norms = [], []
     for step in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout) for r in rows.chunk(count)]
-        loss, grads = gradients(
-            lambda w, b: forward(w, b, m, layout, config.recompute),
-            params, batches, valid_tokens(rows), layout, config.zero,
-        )  # fmt: skip
-        norm = global_norm(grads)
+        loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
+        norm = global_norm(grads, spec, pipe.sum)
         params, opt = adam_update(grads, opt, params, spec, 1e-2, clip_scale(norm, 1.0), config.optim)
-        losses.append(full(loss).item())
+        losses.append(pipe.sum(0.0 if loss is None else full(loss).item()))
         norms.append(norm)
     return History(losses, norms, initial, tree_map(full, params))
 
@@ -75,7 +78,8 @@ def simulate(mesh: str, config: RunConfig, dtype=torch.float32) -> History:
 def on_pool(mesh: str, config: RunConfig, dtype=torch.float32) -> tuple[list[float], list[float], str]:
     """A job for the pool: the same on real ranks."""
     shape = MeshShape.parse(mesh)
-    history = train(Layout(build_mesh(shape, "cpu"), rules_for(config.zero)), shape, config, dtype)
+    whole = build_mesh(shape, "cpu")
+    history = train(Layout(stage_mesh(whole), rules_for(config.zero)), shape, config, dtype, mesh=whole)
     return history.losses, history.norms, history.initial
 
 

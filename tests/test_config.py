@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.config import ModelConfig, check, microbatches
+from dtron.checks import check, microbatches
+from dtron.config import ModelConfig
 from dtron.mesh import Layout, MeshShape
 
 ONE, F64 = Layout(), torch.float64
@@ -27,7 +28,6 @@ SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=
         ({"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
          "model.vocab=4 over tp=3.*use --model.vocab-multiple 3", {"vocab_multiple": 3}),
         ({"mesh": "cp=2,dp=2"}, "mesh cp=2.*leave cp out", {"mesh": "dp=2"}),
-        ({"mesh": "pp=4"}, "mesh pp=4.*leave pp out", {"mesh": ""}),
     ],
 )  # fmt: skip
 def test_check(values, message, remedy):

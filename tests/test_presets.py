@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from dtron.config import ModelConfig, check
+from dtron.checks import check
+from dtron.config import ModelConfig
 from dtron.mesh import MeshShape
 from dtron.model import declare_model, parameter_count
 from dtron.params import leaves

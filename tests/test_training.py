@@ -15,6 +15,7 @@ from runs import MODEL, digest, on_pool, simulate, train
 from dtron import checkpoint
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
+from dtron.layers.rope import Rope
 from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
 from dtron.model import declare_model
 from dtron.optim import adam_init
@@ -134,6 +135,9 @@ def test_gradients_may_be_reduced_in_bfloat16():
 # ---- checkpoints
 
 
+SPEC, SAME = declare_model(MODEL), checkpoint.identity_of(TEN, "text")
+
+
 def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
     params = init(declare_model(MODEL), MODEL.dims(), seed, layout)
     return checkpoint.TrainState(0, 0, params, adam_init(params))
@@ -153,12 +157,12 @@ def digests(state: checkpoint.TrainState) -> tuple[str, str, str]:
 
 def save_on_pool(mesh: str, zero: int, folder: str) -> None:
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    checkpoint.save(Path(folder), used(layout), MODEL, 3)
+    checkpoint.save(Path(folder), used(layout), SPEC, SAME)
 
 
 def load_on_pool(mesh: str, zero: int, folder: str) -> tuple:
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    state = checkpoint.load(checkpoint.newest(Path(folder)), fresh(layout), MODEL, 3)
+    state = checkpoint.load(checkpoint.newest(Path(folder)), fresh(layout), SPEC, SAME)
     return state.step, state.samples, state.opt.step, digests(state)
 
 
@@ -175,25 +179,26 @@ def test_a_checkpoint_of_real_ranks_loads_on_any_mesh(pool, tmp_path, saved, loa
         assert (step, samples, updates) == (7, 56, 7) and got == want
     for mesh in ("dp=1", "dp=3,tp=2"):  # one device, and simulated ranks that divide nothing
         with simulated(MeshShape.parse(mesh)) as device_mesh:
-            state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout(device_mesh)), MODEL, 3)
+            state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout(device_mesh)), SPEC, SAME)
             assert digests(state) == want
 
 
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])
 def test_a_checkpoint_of_simulated_ranks_loads_on_one_device(tmp_path, mesh):
     with simulated(MeshShape.parse(mesh)) as device_mesh:
-        checkpoint.save(tmp_path, used(Layout(device_mesh)), MODEL, 3)
-    state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout()), MODEL, 3)
+        checkpoint.save(tmp_path, used(Layout(device_mesh)), SPEC, SAME)
+    state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout()), SPEC, SAME)
     assert digests(state) == digests(used(Layout())) != digests(fresh(Layout()))
 
 
 def saved(tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path, used(Layout()), MODEL, 3)
+    return checkpoint.save(tmp_path, used(Layout()), SPEC, SAME)
 
 
-def refused(path: Path, model=MODEL, seed: int = 3) -> str:
+def refused(path: Path, **changes) -> str:
     with pytest.raises(ValueError) as error:
-        checkpoint.load(path, fresh(Layout()), model, seed)
+        config = replace(TEN, **changes)
+        checkpoint.load(path, fresh(Layout()), SPEC, checkpoint.identity_of(config, "text"))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
 
@@ -217,8 +222,13 @@ def test_a_corrupt_checkpoint_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
     path = saved(tmp_path)
-    assert "--model.mlp 40" in refused(path, replace(MODEL, mlp=48))
+    assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
+    assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
+    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=Rope(5e5)))
+    assert "--data.sequence 16" in refused(path, data=DataConfig(sequence=8))
     assert "--seed 3" in refused(path, seed=4)
+    with pytest.raises(ValueError, match="other text"):
+        checkpoint.load(path, fresh(Layout()), SPEC, SAME | {"text": "other"})
 
 
 def test_a_checkpoint_in_the_making_is_not_found(tmp_path):
@@ -234,7 +244,7 @@ def test_an_unwritable_folder_is_one_error(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ValueError, match="cannot write the checkpoint"):
-        checkpoint.save(blocked, used(Layout()), MODEL, 3)
+        checkpoint.save(blocked, used(Layout()), SPEC, SAME)
 
 
 def test_metrics_survive_a_resume_with_every_step_once(tmp_path):

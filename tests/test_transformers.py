@@ -16,9 +16,10 @@ from dtron.config import ModelConfig, OptimConfig
 from dtron.layers.loss import IGNORE
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import Transformer, declare_model, forward, make_batch, predict
+from dtron.model import Transformer, declare_model, make_batch, predict
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import Weight, tree_map
+from dtron.pipeline import one_stage, program
 from dtron.step import gradients
 
 hf = pytest.importorskip("transformers")
@@ -184,7 +185,8 @@ def test_training(name):
         want.append(loss.item())
 
         batches = [make_batch(half, ONE) for half in rows.chunk(2)]
-        loss, grads = gradients(lambda p, b: forward(p, b, m, ONE), params, batches, tokens, ONE, zero=1)
+        pipe = one_stage(m, len(batches), ONE)
+        loss, (grads,) = gradients(program(m, ONE), (params,), batches, tokens, pipe, zero=1)
         assert global_norm(grads) == pytest.approx(norm.item(), rel=1e-3)
         scale = clip_scale(global_norm(grads), config.clip)
         params, state = adam_update(grads, state, params, spec, config.lr, scale, config)

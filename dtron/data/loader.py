@@ -12,6 +12,7 @@ Left out: worker processes and prefetching (a batch is a few copies out of mappe
 several corpora by weight.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,14 @@ class Corpus:
     def end_id(self) -> int | None:
         """The token that ends a document, for `document_ids`."""
         return end_id(self.tokenizer)
+
+    def digest(self) -> str:
+        """Tells corpora apart: by their sizes, their tokenizer, and the tokens at both ends."""
+        h = hashlib.sha256(self.tokenizer.to_str().encode())
+        h.update(f"{self.train.size} {self.validation.size}".encode())
+        h.update(np.ascontiguousarray(self.train[:65536]).tobytes())
+        h.update(np.ascontiguousarray(self.validation[-65536:]).tobytes())
+        return h.hexdigest()[:16]
 
 
 def load_corpus(

@@ -1,0 +1,62 @@
+"""Whether a model, a mesh and a batch go together; asked once, before anything is started."""
+
+from __future__ import annotations
+
+from dtron.config import ModelConfig, nearest_divisor
+from dtron.mesh import MeshShape
+
+
+def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
+    """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
+    remedy."""
+    if mesh.cp > 1:
+        raise ValueError(
+            f"mesh cp={mesh.cp}: attention over context-parallel ranks is not there yet; leave cp out"
+        )
+    for name in ("heads", "kv_heads", "mlp"):
+        size = getattr(model, name)
+        if size % mesh.tp:
+            raise ValueError(
+                f"model.{name}={size} over tp={mesh.tp}: tp must divide {name}; "
+                f"use tp={nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
+                f"{-(-size // mesh.tp) * mesh.tp}"
+            )
+    if sequence % mesh.tp:
+        raise ValueError(
+            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, "
+            f"which must divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
+        )
+    if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
+        raise ValueError(
+            f"model.vocab={model.vocab} over tp={mesh.tp}: some rank would hold no row; "
+            f"use --model.vocab-multiple {mesh.tp}"
+        )
+    if sequence > model.context:
+        raise ValueError(
+            f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
+            f"{model.context} or --model.context {sequence}"
+        )
+
+
+def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
+    """``(how many, rows in each over all data ranks)`` for a global batch. Raises ValueError where the batch
+    does not divide, with the nearest that does."""
+    if batch < 1 or (micro_batch is not None and micro_batch < 1):
+        raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
+    given = micro_batch is not None
+    if not given:
+        share = max(1, batch // mesh.data)
+        enough = 2 * mesh.pp if mesh.pp > 1 else 1  # microbatches; with fewer a pipeline is mostly idle
+        micro_batch = max(
+            (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough), default=1
+        )
+    rows = micro_batch * mesh.data
+    if batch % rows:
+        step = rows if given else mesh.data
+        down, up = batch // step * step, -(-batch // step) * step
+        near = up if down == 0 or up - batch < batch - down else down
+        raise ValueError(
+            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "
+            f"use --batch {near}"
+        )
+    return batch // rows, rows

@@ -1,0 +1,203 @@
+"""The model cut into stages, and the stages of this process with what connects them to the others.
+
+A stage is a ``Transformer`` of which most is missing: the first has the embedding, the last the final norm
+and the head, each its share of the blocks. Paths stay those of the whole model (``blocks.7.mlp.w_up``), so
+initial weights and checkpoints do not know how it was cut. One device is a pipeline of one stage.
+
+Where head and embedding are tied, the first and the last stage have a copy each, of which the second is a
+*twin*: their gradients are added once a step, and so they stay equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtron.config import ModelConfig, RunConfig
+from dtron.dtensor import full, local
+from dtron.mesh import Layout, MeshShape
+from dtron.model import Batch, Transformer, declare_model, embed, stage
+from dtron.params import flat, tree_map
+from dtron.schedules import Table, make
+from dtron.schedules.run import Handed, Links, Program, Sent
+
+
+def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:
+    """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of the last
+    stage counts as the blocks it costs. Raises ValueError for a split that does not fit."""
+    if split:
+        if len(split) != stages or sum(split) != m.layers or min(split) < 1:
+            raise ValueError(
+                f"--pipeline.split {','.join(map(str, split))}: must be {stages} positive numbers, one per "
+                f"stage, that sum to model.layers={m.layers}; change it, or leave it out"
+            )
+        return list(split)
+    if stages > m.layers:
+        raise ValueError(
+            f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
+            f"(pp, --pipeline.virtual) or --model.layers {stages}"
+        )
+    weights = sum(w.numel for w in flat(declare_model(replace(m, layers=1)).blocks))
+    block = weights + m.heads * m.head_dim * sequence  # as multiplications per token
+    head_cost = m.padded_vocab * m.embed / block  # in blocks
+
+    def fits(most: float) -> list[int] | None:
+        """As many blocks as ``most`` allows, from the front; None if some are left over."""
+        room = [max(1, math.floor(most + 1e-9))] * (stages - 1) + [
+            max(1, math.floor(most - head_cost + 1e-9))
+        ]
+        return room if sum(room) >= m.layers else None
+
+    lows = sorted({n + extra for n in range(1, m.layers + 1) for extra in (0.0, head_cost)})
+    room = next(r for most in lows if (r := fits(most)))
+    while sum(room) > m.layers:  # take back where most is left, later stages first: they start later
+        widest = max(
+            range(stages), key=lambda s: (room[s] > 1, room[s] + (head_cost if s == stages - 1 else 0), s)
+        )
+        room[widest] -= 1
+    return room
+
+
+def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
+    """The declared weights of each stage."""
+    whole, found, start = declare_model(m), [], 0
+    for s, n in enumerate(layers):
+        first, last = s == 0, s == len(layers) - 1
+        embedding = whole.embedding if first else None
+        if last and not first and m.tied:
+            twin = replace(whole.embedding.w_tokens, twin=True)
+            embedding = replace(whole.embedding, w_tokens=twin, w_positions=None)
+        found.append(
+            replace(
+                whole,
+                embedding=embedding,
+                blocks=whole.blocks[start : start + n],
+                norm=whole.norm if last else None,
+                w_head=whole.w_head if last else None,
+            )
+        )
+        start += n
+    return found
+
+
+def program(m: ModelConfig, layout: Layout, recompute: str = "none", splits: bool = True) -> Program:
+    """The model's functions, for the runner."""
+    return Program(
+        partial(embed, m=m, layout=layout),
+        partial(stage, m=m, layout=layout, recompute=recompute),
+        splits and recompute == "none",
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of this process. ``rank`` is its pipeline rank, or None where all are here (one device, or
+    simulated). ``peers`` and ``groups`` are those of ``Sent``; ``template`` is a message of no tokens;
+    ``specs`` are the weights of every stage."""
+
+    table: Table
+    specs: tuple[Transformer, ...]
+    layout: Layout
+    rank: int | None = None
+    peers: tuple[int, ...] = ()
+    groups: tuple[Any, Any] | None = None
+    template: Tensor | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(range(len(self.table.rows))) if self.rank is None else [self.rank]
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages here, in the order in which params trees have them."""
+        return sorted(s for r in self.ranks for s in self.table.stages_of(r))
+
+    @property
+    def spec(self) -> tuple[Transformer, ...]:
+        """The declared weights of the stages here: the shape of every params tree."""
+        return tuple(self.specs[s] for s in self.stages)
+
+    def links(self, batch: Batch, table: Table | None = None) -> Links:
+        """What connects the stages for one step of microbatches like ``batch``."""
+        if self.rank is None:
+            return Handed()
+        tokens = batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
+        empty = lambda: self.template.new_empty(tokens, self.template.shape[1])
+        wrap = lambda x: self.layout.from_local(x, "tokens_sp", "act_embed")
+        unwrap = lambda x: self.layout.to_local(x, "tokens_sp", "act_embed")
+        return Sent(table or self.table, self.rank, self.peers, self.groups, empty, wrap, unwrap)
+
+    def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Add the gradients of a tied embedding's two copies, wherever they are."""
+        first, last = 0, self.table.stages - 1
+        twin = self.specs[last].embedding
+        if first == last or twin is None:
+            return grads
+        trees = dict(zip(self.stages, grads, strict=True))
+        of = lambda s: trees[s].embedding.w_tokens
+        if first in trees and last in trees:
+            total = of(first) + of(last)
+            sums = {first: total, last: total.clone()}
+        elif first in trees or last in trees:
+            mine = first if first in trees else last
+            other = self.peers[self.table.rank_of[last if mine == first else first]]
+            part = local(of(mine)).contiguous()
+            theirs = torch.empty_like(part)
+            down, up = self.groups
+            sends, receives = (down, up) if mine == first else (up, down)
+            works = [dist.isend(part, other, group=sends), dist.irecv(theirs, other, group=receives)]
+            for work in works:
+                work.wait()
+            local(of(mine)).add_(theirs)
+            sums = {mine: of(mine)}
+        else:
+            return grads
+        put = lambda tree, total: replace(tree, embedding=replace(tree.embedding, w_tokens=total))
+        return tuple(put(tree, sums[s]) if s in sums else tree for s, tree in trees.items())
+
+    def sum(self, value: float) -> float:
+        """A number summed over the pipeline ranks; float64."""
+        if self.rank is None:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.template.device)
+        dist.all_reduce(box, group=self.groups[0])
+        return box.item()
+
+    def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
+        """One tree of the whole model from those of all stages, where all are here."""
+        first, last = trees[0], trees[-1]
+        blocks = tuple(b for tree in trees for b in tree.blocks)
+        return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
+
+
+def on_ranks(pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor) -> Pipeline:
+    """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an activation
+    of no tokens, ``[0, D]``, in the dtype of computation."""
+    if mesh is None or "pp" not in mesh.mesh_dim_names:
+        return pipe
+    lines = mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
+    groups = tuple(dist.new_subgroups_by_enumeration(lines)[0] for _ in ("down", "up"))
+    mine = next(line for line in lines if dist.get_rank() in line)
+    return replace(
+        pipe, rank=mine.index(dist.get_rank()), peers=tuple(mine), groups=groups, template=template
+    )
+
+
+def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
+    """A pipeline of the whole model."""
+    return Pipeline(make("1f1b", 1, microbatches), tuple(cut(m, [m.layers])), layout)
+
+
+def pipeline(config: RunConfig, shape: MeshShape, microbatches: int, layout: Layout) -> Pipeline:
+    """The pipeline of a config, all ranks of it here. Raises ValueError for one that cannot be."""
+    t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
+    layers = layers_per_stage(config.model, t.stages, config.data.sequence, config.pipeline.layers)
+    return Pipeline(t, tuple(cut(config.model, layers)), layout)

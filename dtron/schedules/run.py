@@ -1,0 +1,248 @@
+"""The runner: executes any valid table, and knows no schedule by name.
+
+A stage is a function ``stage(params, x, batch) -> y``; the last one's y is the loss. F runs it and keeps the
+edge of autograd's graph that leads back from y; B is ``torch.autograd.grad`` along that edge; I and W are its
+halves (split.py). Nothing touches ``.grad``. What a microbatch keeps in a stage is dropped at its B or W, so
+no more is ever alive than ``peaks`` says of the table.
+
+What must travel between ranks follows from the table too. An activation goes to the rank of the next stage
+when its F has ended, a gradient to that of the stage before. ``Handed`` is for ranks in one process: a
+dictionary. ``Sent`` is for processes: it knows, from the rows of its neighbours, which messages will come and
+in which order, and posts each receive one message ahead, so that it arrives while the rank computes. Messages
+are local tensors of one known shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dtron.dtensor import shard_like
+from dtron.schedules.split import Later, backward, backward_input
+from dtron.schedules.table import Action, Table, in_order
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the first stage
+    takes (token embeddings); ``stage(params, x, batch) -> y`` is a stage, the last one's y a scalar loss.
+    ``splits`` is false where a backward can't be made in two halves, because the stage recomputes."""
+
+    enter: Callable[[Any, Any], Tensor]
+    stage: Callable[[Any, Tensor, Any], Tensor]
+    splits: bool = True
+
+
+class Links(Protocol):
+    """How a stage's output reaches the next stage. ``made`` is the action that made the tensor."""
+
+    def send(self, made: Action, x: Tensor) -> None: ...
+
+    def receive(self, made: Action) -> Tensor: ...
+
+    def finish(self) -> None:
+        """Wait for what is still on its way."""
+
+
+class Handed:
+    """All ranks are here."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Action, Tensor] = {}
+
+    def send(self, made: Action, x: Tensor) -> None:
+        self._waiting[made] = x
+
+    def receive(self, made: Action) -> Tensor:
+        return self._waiting.pop(made)
+
+    def finish(self) -> None:
+        assert not self._waiting, f"sent and never received: {list(self._waiting)}"
+
+
+class Sent:
+    """This process is pipeline rank ``rank`` of ``t``; stages that share it hand over, others send.
+
+    ``peers[r]`` is the process of pipeline rank r. Messages down the ranks and up have a process group each:
+    within one, NCCL keeps two ranks' messages in the order in which they were posted, and a rank that sends
+    while its neighbour does would wait for ever. ``empty()`` makes a buffer for one message, ``wrap`` turns
+    it into a stage's tensor, and ``unwrap`` the reverse."""
+
+    def __init__(
+        self, t: Table, rank: int, peers: Sequence[int], groups: tuple[Any, Any],
+        empty: Callable[[], Tensor], wrap: Callable[[Tensor], Tensor], unwrap: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self._t, self._rank, self._peers, self._groups = t, rank, peers, groups
+        self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
+        self._here = Handed()
+        self._leaving: list[tuple[Any, Tensor]] = []
+        self._coming: dict[Action, tuple[Any, Tensor]] = {}
+        self._to_post = {
+            r: [a for a in row if self._goal(a) == rank] for r, row in enumerate(t.rows) if r != rank
+        }
+        for r in self._to_post:
+            self._post(r)
+
+    def send(self, made: Action, x: Tensor) -> None:
+        goal = self._goal(made)
+        if goal == self._rank:
+            return self._here.send(made, x)
+        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+        part = self._unwrap(x).contiguous()
+        work = dist.isend(part, self._peers[goal], group=self._groups[goal < self._rank])
+        self._leaving.append((work, part))
+
+    def receive(self, made: Action) -> Tensor:
+        source = self._t.rank_of[made.stage]
+        if source == self._rank:
+            return self._here.receive(made)
+        while made not in self._coming:
+            self._post(source)
+        work, buffer = self._coming.pop(made)
+        self._wait(work, made)
+        self._post(source)
+        return self._wrap(buffer)
+
+    def finish(self) -> None:
+        self._here.finish()
+        for work, _ in self._leaving:
+            self._wait(work, None)
+
+    def _goal(self, made: Action) -> int | None:
+        """The rank that waits for what an action makes."""
+        stage = made.stage + {"F": 1, "B": -1, "I": -1, "W": -made.stage - 1}[made.kind]
+        return self._t.rank_of.get(stage)
+
+    def _post(self, source: int) -> None:
+        if self._to_post[source]:
+            made, buffer = self._to_post[source].pop(0), self._empty()
+            group = self._groups[self._rank < source]
+            self._coming[made] = (dist.irecv(buffer, self._peers[source], group=group), buffer)
+
+    def _wait(self, work: Any, made: Action | None) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            who = (
+                f"stage {made.stage} (pipeline rank {self._t.rank_of[made.stage]})" if made else "a neighbour"
+            )
+            raise ValueError(
+                f"pipeline rank {self._rank}: {who} does not answer, it has died or hangs "
+                f"({str(error).strip().splitlines()[0][:120]}); look at that rank's output"
+            ) from error
+
+
+@dataclass
+class Kept:
+    """What one microbatch keeps in one stage, from its F to its B or W."""
+
+    x: Tensor
+    y: GradientEdge
+    entered: Tensor | None  # the first stage's input, with its own graph
+    later: Later | None = None
+
+
+@dataclass
+class Outcome:
+    """``total``: the last stage's outputs, summed over microbatches; None where that stage is elsewhere.
+    ``peak``: the most activations that each rank here kept at once."""
+
+    total: Tensor | None
+    peak: dict[int, int]
+
+
+def run(
+    t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any],
+    flat: Mapping[int, Sequence[Tensor]], batches: Sequence[Any], links: Links,
+    take: Callable[[int, list[Tensor | None]], None],
+) -> Outcome:  # fmt: skip
+    """Execute the rows of ``ranks``, and hand ``take(stage, gradients)`` the gradients of each microbatch's
+    loss. ``weights[stage]`` are a stage's params as its function wants them, ``flat[stage]``
+    the tensors among them to differentiate by."""
+    kept: dict[tuple[int, int], Kept] = {}
+    alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+    total, unit = None, None
+    for rank, a in in_order(t):
+        if rank not in alive:
+            continue
+        stage, m, last = a.stage, a.microbatch, a.stage == t.stages - 1
+        if a.kind == "F":
+            entered = program.enter(weights[stage], batches[m]) if stage == 0 else None
+            x = (
+                entered.detach() if stage == 0 else links.receive(Action("F", stage - 1, m))
+            ).requires_grad_()
+            y = program.stage(weights[stage], x, batches[m])
+            kept[stage, m] = Kept(x, get_gradient_edge(y), entered)
+            alive[rank] += 1
+            peak[rank] = max(peak[rank], alive[rank])
+            y = y.detach()
+            if last:
+                total = y if total is None else total + y
+                unit = shard_like(torch.ones((), dtype=y.dtype, device=y.device), y)
+            else:
+                links.send(a, y)
+            continue
+        here = kept[stage, m]
+        if a.kind != "W":
+            g = unit if last else links.receive(*t.gradient_from(stage, m))
+            gx, here.later = (
+                backward_input(here.y, here.x, flat[stage], g)
+                if a.kind == "I" and program.splits
+                else backward(here.y, here.x, flat[stage], g)
+            )
+            here.y = None
+            if stage:
+                links.send(a, gx)
+            else:
+                here.later = _and_enter(here.later, get_gradient_edge(here.entered), gx, flat[stage])
+        if a.kind != "I":
+            take(stage, here.later())
+            here.later = None
+            del kept[stage, m]
+            alive[rank] -= 1
+    links.finish()
+    return Outcome(total, peak)
+
+
+@torch.no_grad()
+def run_forward(
+    t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any], batches: Sequence[Any],
+    links: Links,
+) -> Tensor | None:  # fmt: skip
+    """A table of forwards: the last stage's outputs, summed; None where that stage is elsewhere."""
+    total = None
+    for rank, a in in_order(t):
+        if rank not in ranks:
+            continue
+        stage, m = a.stage, a.microbatch
+        x = program.enter(weights[0], batches[m]) if stage == 0 else links.receive(Action("F", stage - 1, m))
+        y = program.stage(weights[stage], x, batches[m])
+        if stage == t.stages - 1:
+            total = y if total is None else total + y
+        else:
+            links.send(a, y)
+    links.finish()
+    return total
+
+
+def forward_table(t: Table, microbatches: int) -> Table:
+    """Forwards only, of any number of microbatches, on the ranks of ``t``."""
+    order = [Action("F", s, m) for m in range(microbatches) for s in range(t.stages)]
+    rows = (tuple(a for a in order if t.rank_of[a.stage] == rank) for rank in range(len(t.rows)))
+    return Table(f"forwards of {t.name}", t.stages, microbatches, tuple(rows))
+
+
+def _and_enter(later: Later, entered: GradientEdge, gx: Tensor, weights: Sequence[Tensor]) -> Later:
+    """The first stage's weights have a share in its input too."""
+
+    def both() -> list[Tensor | None]:
+        _, more = backward(entered, None, weights, gx)
+        return [a if b is None else b if a is None else a + b for a, b in zip(later(), more(), strict=True)]
+
+    return both
