@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from dtron import checkpoint
-from dtron.cli import parse, run_cli, save
+from dtron.cli import parse, save
 from dtron.config import RunConfig
 from dtron.data import Corpus, document_ids, load_corpus, rows
 from dtron.dtensor import full
+from dtron.entry import run_cli
 from dtron.generate import generate
 from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE

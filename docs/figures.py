@@ -20,6 +20,8 @@ from dtron.model import make_batch
 from dtron.params import declare, gather, init
 from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
 from dtron.pipeline import one_stage, program
+from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
+from dtron.schedules.draw import svg as timelines
 from dtron.show import coordinates, local_range, picture, rows, size, total
 from dtron.simulate import simulated
 from dtron.step import gradients
@@ -163,6 +165,17 @@ def zero(shape: MeshShape) -> str:
     return canvas.svg()
 
 
+def schedules(ranks: int, microbatches: int, costs: Costs) -> str:
+    """Every schedule on one scale of time; a thin stage takes as much less."""
+    lines = {}
+    for name in SCHEDULES:
+        t = make(name, ranks, microbatches)
+        n = t.per_rank
+        line = simulate(t, Costs(costs.F / n, costs.I / n, costs.W / n, costs.transfer))
+        lines[f"{name}: bubble {line.bubble:.1%}, at most {max(peaks(t)) / n:g} activations"] = line
+    return timelines(lines)
+
+
 def legend(canvas: Canvas, x: float, y: float, entries) -> None:
     for name, fill in entries:
         canvas.rect(x, y, 14, 14, fill)
@@ -177,6 +190,8 @@ def figures() -> dict[str, str]:
         "zero.svg": zero(MeshShape(dp=8)),
         "tensor-parallelism.svg": layer(MeshShape(tp=4)),
         "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
+        "schedules.svg": schedules(4, 8, Costs()),
+        "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 
 

@@ -9,13 +9,9 @@ import contextlib
 import difflib
 import io
 import json
-import os
 import re
-import sys
-import time
-import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +20,6 @@ from dtron import __version__
 from dtron.config import RunConfig
 from dtron.presets import PRESETS, preset
 
-OTHERS_WAIT = 3.0  # seconds
 EXAMPLES = """examples:
   python train.py --model.layers 6 --optim.lr 5e-4
   torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3
@@ -73,36 +68,6 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
 
 def _shallow(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config)}
-
-
-def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
-    Anything else is a bug of ours and keeps its traceback."""
-    try:
-        return main(argv)
-    except ValueError as error:
-        if not _raised_by_us(error):
-            raise
-        text, code = "error: " + " ".join(str(error).split()), 2
-    except KeyboardInterrupt:
-        text, code = "stopped", 130
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what
-        # this rank alone has to say is still said.
-        time.sleep(OTHERS_WAIT)
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
-    if "WORLD_SIZE" in os.environ:
-        os._exit(code)  # not through a process group that others may wait in
-    return code
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether dtron said so, and not a library that was called wrongly."""
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    package = Path(__file__).resolve().parent
-    return package in where.parents or where.parent == package.parent
 
 
 def save(config: RunConfig, path: Path) -> None:

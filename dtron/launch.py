@@ -118,18 +118,17 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
         with simulated(plan.shape) as mesh:
             yield pipeline(config, plan.shape, plan.count, Layout(mesh, rules, compute, reduce))
         return
-    kind = plan.device.partition(":")[0]
+    kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout)
     if kind == "cuda":
         torch.cuda.set_device(plan.device)
     if plan.shape.size > 1:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
-        timeout = timedelta(seconds=config.timeout)
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     mesh = build_mesh(plan.shape, kind)
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
-    yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template)
+    yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template, timeout)
     if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

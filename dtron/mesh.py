@@ -45,6 +45,11 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 
+
+class PlacementError(ValueError):
+    """A tensor lies elsewhere than was declared."""
+
+
 Rules = Mapping[str, tuple[str, ...]]
 
 RULES: Rules = {
@@ -257,7 +262,7 @@ class Layout:
             pick = lambda xs: tuple(x for x, here in zip(xs, present, strict=True) if here)
             for i, (x, lies) in enumerate(zip(pick(args), pick(placements), strict=True)):
                 if x.placements != lies:
-                    raise ValueError(
+                    raise PlacementError(
                         f"input {i} of a local region lies {x.placements} over {self.axes}, but is declared "
                         f"{pick(ins)[i]}, which is {lies}; constrain it first"
                     )
@@ -299,7 +304,7 @@ class Layout:
         if self.mesh is None:
             return x
         if x.placements != self.placements(*axes):
-            raise ValueError(
+            raise PlacementError(
                 f"a tensor lies {x.placements} over {self.axes}, not as {axes}; constrain it first"
             )
         return x.to_local()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -178,13 +179,16 @@ class Pipeline:
         return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
 
 
-def on_ranks(pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor) -> Pipeline:
+def on_ranks(
+    pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
+) -> Pipeline:
     """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an activation
     of no tokens, ``[0, D]``, in the dtype of computation."""
     if mesh is None or "pp" not in mesh.mesh_dim_names:
         return pipe
     lines = mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
-    groups = tuple(dist.new_subgroups_by_enumeration(lines)[0] for _ in ("down", "up"))
+    new = partial(dist.new_subgroups_by_enumeration, lines, timeout=timeout)
+    groups = (new()[0], new()[0])  # for messages down the ranks, and up
     mine = next(line for line in lines if dist.get_rank() in line)
     return replace(
         pipe, rank=mine.index(dist.get_rank()), peers=tuple(mine), groups=groups, template=template

@@ -240,6 +240,6 @@ def _rules_line(shape: MeshShape) -> str:
 
 
 if __name__ == "__main__":
-    from dtron.cli import run_cli
+    from dtron.entry import run_cli
 
     sys.exit(run_cli(main, sys.argv[1:]))

@@ -245,6 +245,6 @@ def _collective_table(counter: CollectiveCounter) -> Table:
 
 
 if __name__ == "__main__":
-    from dtron.cli import run_cli
+    from dtron.entry import run_cli
 
     sys.exit(run_cli(main, sys.argv[1:]))

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from dtron.cli import EXAMPLES, _flags, load, parse, run_cli, save
+from dtron.cli import EXAMPLES, _flags, load, parse, save
 from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.entry import run_cli
 from dtron.layers.rope import Rope
 from dtron.mesh import MeshShape
 from dtron.presets import PRESETS, preset

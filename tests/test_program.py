@@ -16,8 +16,9 @@ from texts import TEXTS, corpus, words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dtron import checkpoint
-from dtron.cli import load, parse, run_cli
+from dtron.cli import load, parse
 from dtron.data import get_tokenizer
+from dtron.entry import run_cli
 from dtron.launch import plan
 from dtron.metrics import Metrics
 
@@ -200,11 +201,11 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run_dir, one_device, f
     assert load(run_dir / "config.json").resume
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess:
+def torchrun(*argv: str, program: str = "train.py", **more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, str(ROOT / "train.py"), *TINY, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        [*command, str(ROOT / program), *TINY, *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
@@ -221,6 +222,45 @@ def test_processes_that_are_refused_say_so_once_and_end(run_dir):
     assert done.stderr.count("error: mesh 'dp=2,tp=2' has 4 ranks, but 2 are running") == 1, done.stderr
     assert not re.search(r'File "\S*(/train\.py|/dtron/)', done.stderr)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(("dies", "how"), [("0", "leaves"), ("1", "leaves"), ("1", "hangs")])
+def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how):
+    """Within the timeout, by the rank next to it; the subprocess's own limit would be the hang."""
+    pipe = ("--mesh=pp=2", "--model.layers=2", "--timeout=5", f"--run-dir={run_dir}")
+    done = torchrun(*pipe, program="tests/dying.py", DIES=dies, HOW=how)
+    assert done.returncode != 0
+    other = 1 - int(dies)
+    said = f"error: stage {other}: pipeline rank {dies} (stage {dies}) has died or hangs"
+    assert said in done.stderr and ("--timeout" in done.stderr) == (how == "hangs")
+
+
+def test_pipeline_processes_give_the_losses_of_one_device(run_dir):
+    model = ("--model.layers=2", "--model.tied")
+    want = losses(run(run_dir.with_name("one"), *model))
+    done = torchrun("--mesh=pp=2", "--schedule=zb-h1", *model, f"--run-dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    agree(records(run_dir), want)
+    assert done.stdout.count("sample: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("pp=2 1f1b", "pp=4 zb-h1"), ("pp=2,tp=2 interleaved", "pp=2 zb-v"), ("pp=4 gpipe", "dp=2,tp=2 1f1b")],
+)
+def test_a_run_resumes_on_another_pipeline(run_dir, first, then):
+    """Other pp, other schedule, other stages per rank; the tied embedding's two copies too."""
+
+    def flags(text: str) -> list[str]:
+        mesh, schedule = text.split()
+        model = ["--model.layers=4", "--model.tied", "--micro-batch=1"]
+        return ["--simulate", f"--mesh={mesh}", f"--schedule={schedule}", "--sample=0", *model]
+
+    plain = ["--model.layers=4", "--model.tied"]
+    want = losses(run(run_dir.with_name("one"), *plain))
+    agree(run(run_dir, "--save-every=2", *flags(first)), want)
+    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")
+    agree(run(run_dir, "--resume", *flags(then)), want)
 
 
 def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):

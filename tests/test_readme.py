@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtron.cli import parse
+from dtron.schedules.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,20 @@ def python_block(containing: str) -> str:
 )
 def test_code_shown_is_the_code(containing, file):
     assert python_block(containing) in (ROOT / file).read_text()
+
+
+def test_the_schedule_shown_is_the_schedule():
+    page = (ROOT / "docs" / "pipelining.md").read_text()
+    (shown,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert shown in (ROOT / "dtron" / "schedules" / "one_f_one_b.py").read_text()
+
+
+def test_the_comparison_shown_is_what_the_command_prints(capsys):
+    assert main(["compare", "--stages", "8", "--microbatches", "32", "-o", "/dev/null"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed]
+    page = (ROOT / "docs" / "pipelining.md").read_text()
+    assert len(cells) == 6 and all("| " + " | ".join(row) + " |" in page for row in cells)
 
 
 def test_the_five_line_proof_runs():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dtron import verify
-from dtron.cli import run_cli
+from dtron.entry import run_cli
 from dtron.params import leaves
 from dtron.testing import dropped, unsummed
 

@@ -102,11 +102,16 @@ def documents(path: str | None = None, column: str = "text", cache: Path | None 
 
 
 def _import_datasets() -> Any:
-    # Nothing here asks for the network; this holds `datasets` to it. It reads them once, on import, and
-    # what the user has set stays.
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        os.environ.setdefault(name, "1")
-    import datasets
+    # Nothing here asks for the network; this holds `datasets` to it. It reads them once, on import; what the
+    # user has set stays, and what others import later is not held to it.
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    ours = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "1"))
+    try:
+        import datasets
+    finally:
+        for name in ours:
+            del os.environ[name]
 
     datasets.disable_progress_bars()
     return datasets

@@ -3,7 +3,7 @@
 Without a tokenizer of the user's own, a byte-level BPE is trained on the documents: its alphabet is the 256
 bytes, so there is no unknown token and decoding gives back every text exactly. The ids of all documents are
 written one after the other, each document ended by the end-of-text token, as raw integers that are mapped
-into memory: start-up cost and memory do not grow with the corpus.
+into memory, which therefore does not grow with the corpus. A start reads the file once, for its checksum.
 
 Both results are cached, under keys that name their inputs (`dtron.data.cache`). Left out: normalisation and
 other tokenizer families. Make such a tokenizer with the `tokenizers` library and give its tokenizer.json.

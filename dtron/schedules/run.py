@@ -14,7 +14,8 @@ are local tensors of one known shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dtron.dtensor import shard_like
+from dtron.entry import LostRank
 from dtron.schedules.split import Later, backward, backward_input
 from dtron.schedules.table import Action, Table, in_order
 
@@ -94,9 +96,9 @@ class Sent:
         if goal == self._rank:
             return self._here.send(made, x)
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        part = self._unwrap(x).contiguous()
-        work = dist.isend(part, self._peers[goal], group=self._groups[goal < self._rank])
-        self._leaving.append((work, part))
+        part, group = self._unwrap(x).contiguous(), self._groups[goal < self._rank]
+        with self._naming(goal):
+            self._leaving.append((dist.isend(part, self._peers[goal], group=group), part))
 
     def receive(self, made: Action) -> Tensor:
         source = self._t.rank_of[made.stage]
@@ -105,14 +107,16 @@ class Sent:
         while made not in self._coming:
             self._post(source)
         work, buffer = self._coming.pop(made)
-        self._wait(work, made)
+        with self._naming(source, made.stage):
+            work.wait()
         self._post(source)
         return self._wrap(buffer)
 
     def finish(self) -> None:
         self._here.finish()
-        for work, _ in self._leaving:
-            self._wait(work, None)
+        with self._naming():
+            for work, _ in self._leaving:
+                work.wait()
 
     def _goal(self, made: Action) -> int | None:
         """The rank that waits for what an action makes."""
@@ -123,18 +127,22 @@ class Sent:
         if self._to_post[source]:
             made, buffer = self._to_post[source].pop(0), self._empty()
             group = self._groups[self._rank < source]
-            self._coming[made] = (dist.irecv(buffer, self._peers[source], group=group), buffer)
+            with self._naming(source, made.stage):
+                self._coming[made] = (dist.irecv(buffer, self._peers[source], group=group), buffer)
 
-    def _wait(self, work: Any, made: Action | None) -> None:
+    @contextmanager
+    def _naming(self, other: int | None = None, stage: int | None = None) -> Iterator[None]:
+        """A neighbour that has died, or hangs for longer than the timeout, is an error that names it."""
         try:
-            work.wait()
+            yield
         except RuntimeError as error:
-            who = (
-                f"stage {made.stage} (pipeline rank {self._t.rank_of[made.stage]})" if made else "a neighbour"
-            )
-            raise ValueError(
-                f"pipeline rank {self._rank}: {who} does not answer, it has died or hangs "
-                f"({str(error).strip().splitlines()[0][:120]}); look at that rank's output"
+            who = "a neighbour"
+            if other is not None:
+                s = self._t.stages_of(other)[0] if stage is None else stage
+                who = f"pipeline rank {other} (stage {s})"
+            why = "no answer within --timeout" if "imed out" in str(error) else "connection lost"
+            raise LostRank(
+                f"stage {self._t.stages_of(self._rank)[0]}: {who} has died or hangs ({why}); see what it said"
             ) from error
 
 

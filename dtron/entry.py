@@ -1,0 +1,47 @@
+"""How every command ends: what the user can mend is one line on stderr, and no rank is left hanging."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+OTHERS_WAIT = 3.0  # seconds
+
+
+class LostRank(ValueError):
+    """Another rank has died: each that notices says so at once, because it may be the only one left."""
+
+
+def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
+    Anything else is a bug of ours and keeps its traceback."""
+    try:
+        return main(argv)
+    except ValueError as error:
+        if not _raised_by_us(error):
+            raise
+        text, code, at_once = "error: " + " ".join(str(error).split()), 2, isinstance(error, LostRank)
+    except KeyboardInterrupt:
+        text, code, at_once = "stopped", 130, False
+    rank = int(os.environ.get("RANK", 0))
+    if rank and not at_once:
+        # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what
+        # this rank alone has to say is still said.
+        time.sleep(OTHERS_WAIT)
+    if rank:
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)  # not through a process group that others may wait in
+    return code
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether dtron said so, and not a library that was called wrongly."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    package = Path(__file__).resolve().parent
+    return package in where.parents or where.parent == package.parent

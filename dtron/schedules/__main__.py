@@ -1,0 +1,121 @@
+"""``python -m dtron.schedules compare --stages 8 --microbatches 32`` and ``... draw zb-v --stages 4``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
+from dtron.schedules import draw as pictures
+
+
+def timed(name: str, o: Namespace) -> Timeline:
+    """A schedule on ranks that all have the same layers: thin stages are as much shorter."""
+    t = make(name, o.stages, o.microbatches, o.virtual)
+    n = t.per_rank
+    return simulate(t, Costs(o.F / n, o.I / n, o.W / n, o.transfer))
+
+
+def compare(o: Namespace, console: Console) -> int:
+    """Every schedule that these sizes allow, in one table and one picture."""
+    lines: dict[str, Timeline] = {}
+    grid = Grid(
+        title=f"{o.stages} pipeline ranks, {o.microbatches} microbatches, F {o.F:g}, I {o.I:g}, W {o.W:g}"
+    )
+    for column in ("schedule", "stages per rank", "step", "bubble", "most activations", "sends per rank"):
+        grid.add_column(column, justify="left" if column == "schedule" else "right")
+    left_out = []
+    for name in SCHEDULES:
+        try:
+            line = lines[name] = timed(name, o)
+        except ValueError as error:
+            left_out.append(str(error))
+            continue
+        t = line.table
+        sends = sum(t.rank_of[s] != t.rank_of[s + 1] for s in range(t.stages - 1)) * 2 * t.microbatches
+        grid.add_row(
+            name, str(t.per_rank), f"{line.makespan:g}", f"{line.bubble:.1%}",
+            f"{max(peaks(t)) / t.per_rank:g}", f"{sends / o.stages:g}",
+        )  # fmt: skip
+    if not lines:
+        raise ValueError(left_out[0])
+    console.print(grid)
+    console.print(
+        "Most activations: of one microbatch through all of a rank's layers, on the rank with most."
+    )
+    for reason in left_out:
+        console.print(f"left out: {reason}")
+    for name, line in lines.items():
+        if o.out:
+            continue
+        console.print(f"\n{name}")
+        console.print(pictures.text(line), soft_wrap=True, highlight=False)
+    return save(o, {f"{n}: bubble {line.bubble:.1%}": line for n, line in lines.items()}, console)
+
+
+def draw(o: Namespace, console: Console) -> int:
+    line = timed(o.name, o)
+    title = f"{o.name}: {o.stages} ranks, {o.microbatches} microbatches, bubble {line.bubble:.1%}"
+    if not o.out:
+        console.print(title)
+        console.print(pictures.text(line), soft_wrap=True, highlight=False)
+    return save(o, {title: line}, console)
+
+
+def save(o: Namespace, lines: dict[str, Timeline], console: Console) -> int:
+    if o.out:
+        try:
+            Path(o.out).write_text(pictures.svg(lines))
+        except OSError as error:
+            raise ValueError(f"-o {o.out}: cannot be written ({error.strerror}); choose another") from error
+        console.print(f"drawn to {o.out}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dtron.schedules", description="Time pipeline schedules and draw them.")
+    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
+    one = commands.add_parser("draw", help="one schedule")
+    one.add_argument("name", choices=list(SCHEDULES))
+    for command in (commands.add_parser("compare", help="all of them, in a table and a picture"), one):
+        add = command.add_argument
+        add("--stages", type=int, default=4, metavar="N", help="pipeline ranks (4)")
+        add("--microbatches", type=int, default=8, metavar="N", help="per step (8)")
+        add("--virtual", type=int, default=2, metavar="N", help="interleaved: stages on each rank (2)")
+        for kind, what in (("F", "forward"), ("I", "input gradient"), ("W", "weight gradients")):
+            text = f"time of a rank's {what} of a microbatch (1)"
+            add(f"--{kind}", type=duration, default=1.0, metavar="T", help=text)
+        add("--transfer", type=duration, default=0.0, metavar="T", help="time to send an activation (0)")
+        add("-o", dest="out", default="", metavar="FILE.svg", help="draw to a file")
+    return made
+
+
+def duration(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def main(argv: Sequence[str]) -> int:
+    o = parser().parse_args(list(argv))
+    return {"compare": compare, "draw": draw}[o.command](o, Console())
+
+
+if __name__ == "__main__":
+    from dtron.entry import run_cli
+
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""train.py with one rank that leaves, or hangs, in the middle of a step; for test_program.py."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dtron.pipeline  # noqa: E402
+import train  # noqa: E402
+from dtron.entry import run_cli  # noqa: E402
+
+stage, calls = dtron.pipeline.stage, []
+
+
+def dying(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == os.environ["DIES"] and len(calls) == 6:
+        if os.environ["HOW"] == "leaves":
+            os._exit(9)
+        time.sleep(600)
+    return stage(*args, **kwargs)
+
+
+dtron.pipeline.stage = dying
+sys.exit(run_cli(train.main, sys.argv[1:]))
