@@ -69,13 +69,13 @@ def one_step(
     """The step that ``config`` describes, on simulated ranks (``MeshShape()`` is one device), in float64."""
     m = config.model
     rows = _random_rows(config)
+    documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     with simulated(shape) as mesh:
         layout = mutate(Layout(mesh, rules_for(config.zero)))
         pipe = pipeline(config, shape, count, layout)
         dims = m.dims()
         params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
-        documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
             make_batch(*one)

@@ -36,6 +36,15 @@ def test_ten_steps_in_bfloat16_follow_float32(recompute):
     assert got.losses[-1] < got.losses[0] - 0.5
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_pipeline_stages_on_one_gpu(schedule):
+    """The runner and backwards in halves; the stages share the GPU and hand over."""
+    config = replace(TEN, model=replace(MODEL, layers=4), schedule=schedule, batch=8, micro_batch=1)
+    want = train(Layout(compute=torch.bfloat16), MeshShape(), replace(config, schedule="1f1b"), device="cuda")
+    got = train(Layout(compute=torch.bfloat16), MeshShape(pp=2), config, device="cuda")
+    assert got.losses == pytest.approx(want.losses, rel=1e-3)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("documents", [False, True])
 def test_fused_attention_in_bfloat16_is_the_reference(window, documents):
@@ -66,7 +75,16 @@ def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
-@pytest.mark.parametrize("flags", ["--mesh dp=2 --zero 3", "--mesh tp=2", "--mesh dp=2 --zero 1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mesh dp=2 --zero 3",
+        "--mesh tp=2",
+        "--mesh dp=2 --zero 1",
+        "--mesh pp=2",
+        "--mesh pp=2 --schedule zb-v",
+    ],
+)
 def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
     want = losses(tmp_path / "one")
     got = losses(tmp_path / "two", *flags.split(), processes=2)

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dtron import verify
+from dtron.config import DataConfig
 from dtron.entry import run_cli
 from dtron.params import leaves
 from dtron.testing import dropped, unsummed
@@ -38,6 +40,14 @@ def test_it_passes_and_shows_what_was_communicated(capsys):
     for kind, axis in [("all_gather", "dp"), ("all_gather", "tp"), ("reduce_scatter", "dp")]:
         assert re.search(rf"│ {kind} │ {axis} │ [1-9]\d* │ \d+\.\d+ │", out), out
     assert "blocks.0.mlp.w_down" in out and "w_head" in out
+
+
+def test_documents_are_proved_too(capsys, monkeypatch):
+    """And with them the mask: a mesh step without it differs."""
+    assert run(capsys, "--document-mask")[0] == 0
+    bare = lambda step, config, shape: step(replace(config, data=DataConfig(sequence=32)), shape)
+    spoil(monkeypatch, bare)
+    assert run(capsys, "--document-mask")[0] == 1
 
 
 def test_a_reduction_forgotten_everywhere_fails_at_the_first_weight_it_touches(capsys, monkeypatch):
