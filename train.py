@@ -12,11 +12,14 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtron import checkpoint
 from dtron.cli import parse, save
+from dtron.compiled import compiled, compiled_rule
 from dtron.config import RunConfig
 from dtron.data import Corpus, document_ids, load_corpus, rows
 from dtron.dtensor import full
@@ -25,7 +28,7 @@ from dtron.generate import generate
 from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, MeshShape
-from dtron.metrics import Metrics
+from dtron.metrics import Metrics, mark
 from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import gather, init
@@ -66,33 +69,49 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
     metrics.say(describe(config, here, corpus, state.step))
-    functions = program(m, layout, config.recompute, here.splits)
+    functions, rule = program(m, layout, config.recompute, here.splits), None
+    if here.compile:
+        functions, rule = compiled(functions), compiled_rule()
 
+    def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
+        """Log a step. Here the host waits for it; by then the next one is on its way."""
+        value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
+        record = metrics.step(step, value, norm, lr, tokens, end)
+        if step % config.log_every == 0 or step in (1, config.steps):
+            metrics.line(record)
+        return record
+
+    launched = None  # the step that the device is working on
     while state.step < config.steps:
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
         loss, grads = gradients(
             functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
         )
-        norm, lr = global_norm(grads, spec, pipe.sum), learning_rate(config.optim, state.step, config.steps)
-        value = pipe.sum(0.0 if loss is None else full(loss).item())
-        finite(value + norm, "loss or gradient", state.step + 1)
-        scale = clip_scale(norm, config.optim.clip)
-        params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim)
+        norm = global_norm(grads, spec, pipe.sum) / tokens
+        lr = learning_rate(config.optim, state.step, config.steps)
+        scale = clip_scale(norm, config.optim.clip) / tokens
+        params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim, rule)
         del grads  # or they would wait for the next step's
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
+        if launched:
+            metrics.write(finish(*launched))
+        loss = pipe.sum(None if loss is None else full(loss))
+        launched = (state.step, loss, norm, lr, tokens, mark(here.device))
 
         last = state.step == config.steps
-        record = metrics.step(state.step, value, norm, lr, tokens)
-        if state.step % config.log_every == 0 or state.step == 1 or last:
-            metrics.line(record)
-        if last or (config.eval_every and state.step % config.eval_every == 0):
+        saves = config.save_every and (last or state.step % config.save_every == 0)
+        evaluates = last or (config.eval_every and state.step % config.eval_every == 0)
+        if not (saves or evaluates):
+            continue
+        record, launched = finish(*launched), None
+        if evaluates:
             held = validate(state.params, corpus, config, here, pipe)
             record["validation_loss"] = finite(held, "validation loss", state.step)
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
         metrics.write(record)
-        if config.save_every and (last or state.step % config.save_every == 0):
+        if saves:
             metrics.say(f"saved {checkpoint.save(run_dir, state, spec, identity)}")
-            metrics.restart_clock()
+        metrics.restart_clock()
     if config.sample:
         metrics.say("sample: " + sample(state.params, corpus, config, here, pipe))
     metrics.close()
@@ -154,7 +173,7 @@ def validate(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeli
     weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, batches, pipe)
-    return pipe.sum(0.0 if total is None else full(total).item()) / tokens
+    return pipe.sum(None if total is None else full(total)).item() / tokens
 
 
 def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> str:

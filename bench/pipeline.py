@@ -75,7 +75,7 @@ def main() -> None:
     for _ in range(o.steps):
         begin = clock(device)
         _, grads = gradients(functions, params, batches, tokens, pipe, 1)
-        scale = clip_scale(global_norm(grads, pipe.spec, pipe.sum), 1.0)
+        scale = clip_scale(global_norm(grads, pipe.spec, pipe.sum) / tokens, 1.0) / tokens
         middle = clock(device)
         params, opt = adam_update(grads, opt, params, pipe.spec, 1e-4, scale, config_optim)
         del grads

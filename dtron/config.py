@@ -248,6 +248,8 @@ class RunConfig:
     """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or float64)"""
     recompute: Recompute = "none"
     """activations computed again in backward to save memory"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile stages and the optimizer, once, in a minute or so; auto: on one GPU"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     log_every: int = 10

@@ -49,16 +49,15 @@ def generate(
         rows[:, : len(seen)] = torch.tensor(seen)
         found = evaluate(functions, weights, [make_batch(rows.to(device), pipe.layout)], pipe)
         with paused():
-            token = (
-                0
-                if found is None
-                else _pick(full(found)[len(seen) - 1].float().cpu(), temperature, generator)
-            )
-        text.append(int(pipe.sum(token)))  # from the last stage to all
+            token = None
+            if found is not None:
+                logits_V = full(found)[len(seen) - 1].float().cpu()
+                token = _pick(logits_V, temperature, generator).to(device)
+            text.append(int(pipe.sum(token)))  # from the last stage to all
     return text
 
 
-def _pick(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+def _pick(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+        return logits_V.argmax()
+    return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)[0]

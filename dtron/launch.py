@@ -36,6 +36,7 @@ class Plan:
     rows: int  # sequences in each, over all ranks
     gather_each: bool  # ZeRO-3 gathers in every microbatch
     splits: bool  # a backward can be made in two halves
+    compile: bool
 
     @property
     def main(self) -> bool:
@@ -68,10 +69,14 @@ def plan(config: RunConfig) -> Plan:
     )
 
 
-def _choices(config: RunConfig, shape: MeshShape) -> tuple[bool, bool]:
-    """``(gather_each, splits)``. A block that gathers its weights is recomputed, and so cannot be split."""
+def _choices(config: RunConfig, shape: MeshShape) -> tuple[bool, bool, bool]:
+    """``(gather_each, splits, compile)``. A block that gathers its weights is recomputed, and cannot be
+    split."""
     each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
-    return each, not (each and shape.dp > 1)
+    compile = config.compile == "on" or (
+        config.compile == "auto" and _device(config) != "cpu" and shape.size == 1
+    )
+    return each, not (each and shape.dp > 1), compile
 
 
 def _device(config: RunConfig) -> str:

@@ -311,7 +311,11 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
-        return math.prod(self.mesh.size(self.axes.index(a)) for a in self.rules[axis] if a in self.axes)
+        n = 1
+        for mesh_axis in self.rules[axis]:
+            if mesh_axis in self.axes:
+                n *= self.mesh.size(self.axes.index(mesh_axis))
+        return n
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""

@@ -47,6 +47,23 @@ def memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def mark(device: str) -> Any:
+    """A moment in the device's stream of work; nobody waits."""
+    if not device.startswith("cuda"):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(a: Any, b: Any) -> float:
+    """Seconds between two marks."""
+    if isinstance(a, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1e3
+
+
 class Metrics:
     """Collects a run's steps. Only the main rank writes; the others pass ``main=False`` and nothing
     happens."""
@@ -58,7 +75,7 @@ class Metrics:
         self._device, self._ranks, self._flops = device, ranks, flops_per_token
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
         self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
-        self._clock, self._begun, self._first = time.perf_counter(), time.perf_counter(), start
+        self._mark, self._begun, self._first = mark(device), time.perf_counter(), start
         if main:
             path = run_dir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
@@ -69,10 +86,13 @@ class Metrics:
             if tensorboard:
                 self._board = _tensorboard(run_dir, start)
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> dict[str, Any]:
-        """The record of a step that has just ended; ``tokens`` is how many it trained on, over all ranks."""
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+    def step(
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None
+    ) -> dict[str, Any]:
+        """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many it trained
+        on, over all ranks."""
+        end = mark(self._device) if end is None else end
+        seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
         tflops = tokens * self._flops / seconds / self._ranks / 1e12
         record = {
@@ -84,8 +104,7 @@ class Metrics:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Put a step on file. The clock starts again here: validation and saving are no part of the next
-        step."""
+        """Put a step on file."""
         if self._main:
             with writing(self._file.name):
                 self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -93,11 +112,10 @@ class Metrics:
                 for name, value in record.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, record["step"])
-        self.restart_clock()
 
     def restart_clock(self) -> None:
         """What was done since the last step is no part of the next."""
-        self._clock = time.perf_counter()
+        self._mark = mark(self._device)
 
     def line(self, record: Mapping[str, Any]) -> None:
         """The progress line of a step."""

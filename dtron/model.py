@@ -159,37 +159,50 @@ def _blocks(
 def _run_block(
     p: Block, x_TD, table_TH, documents_T, mask: Mask, m: ModelConfig, layout: Layout, recompute: Recompute
 ):
-    kept = _Kept(recompute)
-
     def run(p: Block, x_TD: Tensor) -> Tensor:
+        # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
+        return block(gather(p, layout), x_TD, table_TH, documents_T, mask, m, layout)
+
+    def run_all_kept(p: Block, x_TD: Tensor) -> Tensor:
         kept.gathering = True
-        p = gather(p, layout)  # ZeRO-3: an all-gather over dp; otherwise nothing is left to do
+        p = gather(p, layout)
         kept.gathering = False
         return block(p, x_TD, table_TH, documents_T, mask, m, layout)
 
-    gathers = any(layout.gathers(w) for w in flat(p))
-    if (recompute == "none" and not gathers) or not torch.is_grad_enabled():
+    region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if not torch.is_grad_enabled():
         return run(p, x_TD)
-    context = (
-        {} if recompute == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
-    )
-    return checkpoint(run, p, x_TD, use_reentrant=False, preserve_rng_state=False, **context)
+    if recompute == "full":
+        return region(run, p, x_TD)
+    if recompute == "selective":
+        return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
+    if torch.compiler.is_compiling() or not any(layout.gathers(w) for w in flat(p)):
+        return run(p, x_TD)  # a compiler decides by itself what to keep
+    kept = _AllKept()
+    return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
 _MATMULS = ("mm", "addmm", "bmm", "_scaled_dot_product")
 
 
-class _Kept:
-    """Which results of a block are kept for backward: never a gathered weight; all else (``none``), or the
-    outputs of matrix products and attention (``selective``)."""
+def _is_view(op) -> bool:
+    return any(out.alias_info is not None for out in op._schema.returns)
 
-    def __init__(self, recompute: Recompute):
-        self.all, self.gathering = recompute == "none", False
+
+def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Selective: keep the outputs of matrix products and attention."""
+    keep = op.overloadpacket.__name__.startswith(_MATMULS) and not _is_view(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _AllKept:
+    """Keep everything but gathered weights and views (of them, it may be)."""
+
+    def __init__(self):
+        self.gathering = False
 
     def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        wanted = self.all or op.overloadpacket.__name__.startswith(_MATMULS)
-        view = any(out.alias_info is not None for out in op._schema.returns)
-        keep = wanted and not view and not self.gathering
+        keep = not self.gathering and not _is_view(op)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from dtron.config import OptimConfig
 from dtron.dtensor import full, local
 from dtron.params import flat, tree_map
+from dtron.simulate import is_simulated
 
 
 @dataclass(frozen=True)
@@ -37,60 +39,94 @@ def adam_init(params: Any) -> AdamState:
     return AdamState(0, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
 
+Rule = Callable[..., None]
+
+
 def adam_update(
-    grads: Any, state: AdamState, params: Any, spec: Any, lr: float, scale: float, config: OptimConfig
-) -> tuple[Any, AdamState]:
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay."""
-    step = state.step + 1
-    for decays in (True, False):
-        chosen = [i for i, w in enumerate(flat(spec)) if w.decays == decays]
-        if not chosen:
-            continue
-        p, g, m, v = ([local(flat(tree)[i]) for i in chosen] for tree in (params, grads, state.m, state.v))
-        if scale != 1.0:
-            torch._foreach_mul_(g, scale)
-        torch._fused_adamw_(
-            p,
-            # The fused kernel walks memory without looking at strides, and an uneven shard's gradient is a
-            # slice of its padded buffer.
-            [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)],
-            m,
-            v,
-            [],
-            [torch.full((), float(step), device=x.device) for x in p],
-            lr=lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            weight_decay=config.weight_decay if decays else 0.0,
-            eps=config.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+    grads: Any, state: AdamState, params: Any, spec: Any, lr: float, scale: float | Tensor,
+    config: OptimConfig, rule: Rule | None = None,
+) -> tuple[Any, AdamState]:  # fmt: skip
+    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay. A scale
+    that is a tensor stays on its device: nothing waits for it. ``rule`` updates lists of local tensors:
+    ``fused`` (None), or ``written_out``, compiled."""
+    step, rule = state.step + 1, rule or fused
+    decays = [w.decays for w in flat(spec)]
+    ps, gs, ms, vs = ([local(x) for x in flat(tree)] for tree in (params, grads, state.m, state.v))
+    for wanted in (True, False):
+        p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d == wanted] for xs in (ps, gs, ms, vs))
+        if p:
+            number = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
+            rule(p, g, m, v, step, lr, number, config.weight_decay if wanted else 0.0, config)
     return params, AdamState(step, state.m, state.v)
 
 
-def global_norm(grads: Any, spec: Any = None, over_stages: Callable[[float], float] = lambda x: x) -> float:
-    """The Euclidean norm of the whole gradient, exact on every mesh; float64 where the gradients are. With
-    ``spec``, twins are left out; ``over_stages`` adds a number up over the pipeline ranks."""
-    total, mesh = None, None
+def fused(
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float, scale: Tensor,
+    weight_decay: float, config: OptimConfig,
+) -> None:  # fmt: skip
+    """torch's fused kernel, for all weights at once."""
+    # It walks memory without looking at strides, and an uneven shard's gradient is a slice of its padded
+    # buffer; and it divides by float32 only.
+    g = [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)]
+    divides = p[0].dtype == torch.float32 and not is_simulated(p[0])
+    if not divides:
+        torch._foreach_mul_(g, scale)
+    torch._fused_adamw_(
+        p, g, m, v, [], [torch.full((), float(step), device=x.device) for x in p],
+        lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=weight_decay, eps=config.eps,
+        amsgrad=False, maximize=False, grad_scale=1 / scale if divides else None,
+    )  # fmt: skip
+
+
+def written_out(
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float, scale: Tensor,
+    weight_decay: float, config: OptimConfig, each: Callable | None = None,
+) -> None:  # fmt: skip
+    """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over each weight
+    and takes gradients in any dtype, so that none has to be cast before."""
+    rate, corrected = torch.full_like(scale, lr), torch.full_like(scale, float(step))
+    c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
+    rest = (rate, scale, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
+    for one in zip(p, g, m, v, strict=True):
+        flat_one = (x.flatten(1) if x.ndim > 2 else x for x in one)  # so that few kinds have to be compiled
+        (each or adamw)(*flat_one, *rest)
+
+
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, scale: Tensor, c1: Tensor, c2: Tensor,
+    weight_decay: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
+    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias."""
+    g = g.to(p.dtype) * scale
+    m.copy_(beta1 * m + (1 - beta1) * g)
+    v.copy_(beta2 * v + (1 - beta2) * g * g)
+    p.copy_(p * (1 - lr * weight_decay) - lr * (m / c1) / ((v / c2).sqrt() + eps))
+
+
+def global_norm(
+    grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """The Euclidean norm of the whole gradient, exact on every mesh, a scalar that nobody has waited for;
+    float64 where the gradients are. With ``spec``, twins are left out; ``over_stages`` adds a number up over
+    the pipeline ranks."""
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
-    for g, twin in zip(flat(grads), twins, strict=True):
-        if twin:
-            continue
-        square = local(g).to(torch.promote_types(g.dtype, torch.float32)).square().sum()
-        if isinstance(g, DTensor):
-            mesh = g.device_mesh
-            square = square / math.prod(
-                n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard()
-            )
-        total = square if total is None else total + square
-    if mesh is not None:
-        total = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return math.sqrt(over_stages(full(total).item()))
+    counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
+    wide = torch.promote_types(counted[0].dtype, torch.float32)
+    squares = torch.stack(torch._foreach_norm([local(g) for g in counted], 2, wide)).square()
+    mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
+    if mesh is None:
+        return over_stages(squares.sum()).sqrt()
+    held = [  # by how many ranks each is held whole
+        math.prod(n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard())
+        for g in counted
+    ]
+    total = (squares / torch.tensor(held, dtype=wide, device=squares.device)).sum()
+    return over_stages(full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))).sqrt()
 
 
-def clip_scale(norm: float, limit: float) -> float:
-    return min(1.0, limit / norm) if limit > 0 and norm > 0 else 1.0
+def clip_scale(norm: Tensor, limit: float) -> Tensor:
+    """What to multiply gradients of this norm by, so that it is ``limit`` at most; 0 is no limit."""
+    return (limit / norm).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

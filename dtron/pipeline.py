@@ -164,13 +164,14 @@ class Pipeline:
         put = lambda tree, total: replace(tree, embedding=replace(tree.embedding, w_tokens=total))
         return tuple(put(tree, sums[s]) if s in sums else tree for s, tree in trees.items())
 
-    def sum(self, value: float) -> float:
-        """A number summed over the pipeline ranks; float64."""
+    def sum(self, value: Tensor | None) -> Tensor:
+        """A scalar summed over the pipeline ranks; None counts as 0."""
         if self.rank is None:
             return value
-        box = torch.tensor(value, dtype=torch.float64, device=self.template.device)
+        value = torch.zeros((), device=self.template.device) if value is None else value
+        box = value.to(torch.float64)
         dist.all_reduce(box, group=self.groups[0])
-        return box.item()
+        return box
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
         """One tree of the whole model from those of all stages, where all are here."""

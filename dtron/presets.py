@@ -48,6 +48,7 @@ def _stretched(factor: float) -> Rope:
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
+    "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it
     #                       embed layers heads
     "gpt2-124m":     _gpt2(   768,    12,   12),
     "gpt2-350m":     _gpt2(  1024,    24,   16),

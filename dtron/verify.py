@@ -87,11 +87,12 @@ def one_step(
         functions = _guarded(program(m, layout, config.recompute, not each or shape.dp == 1))
         with CollectiveCounter(mesh) as counter:
             loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
-            norm = global_norm(grads, pipe.spec)
+            tokens = valid_tokens(rows)
+            norm = global_norm(grads, pipe.spec) / tokens
         whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
-        lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip)
+        lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens
         params, _ = adam_update(grads, adam_init(params), params, pipe.spec, lr, scale, config.optim)
-        return StepResult(full(loss).item(), norm, whole_grads, pipe.whole(params), counter)
+        return StepResult(full(loss).item(), norm.item(), whole_grads, pipe.whole(params), counter)
 
 
 def _guarded(functions: Program) -> Program:

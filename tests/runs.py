@@ -62,10 +62,11 @@ def train(
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout) for r in rows.chunk(count)]
         loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
-        norm = global_norm(grads, spec, pipe.sum)
-        params, opt = adam_update(grads, opt, params, spec, 1e-2, clip_scale(norm, 1.0), config.optim)
-        losses.append(pipe.sum(0.0 if loss is None else full(loss).item()))
-        norms.append(norm)
+        norm = global_norm(grads, spec, pipe.sum) / valid_tokens(rows)
+        scale = clip_scale(norm, 1.0) / valid_tokens(rows)
+        params, opt = adam_update(grads, opt, params, spec, 1e-2, scale, config.optim)
+        losses.append(pipe.sum(None if loss is None else full(loss)).item())
+        norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))
 
 

@@ -81,10 +81,10 @@ def test_clipping_is_that_of_torch(limit):
     for w in theirs:
         w.grad = w.clone()
     norm = global_norm(grads)
-    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, limit).item(), rel=1e-14)
+    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, limit).item(), rel=1e-14)
     close([g * clip_scale(norm, limit) for g in flat(grads)], [w.grad for w in theirs], 1e-5)  # torch: + 1e-6
     cases = {(5, 0): 1, (0, 1): 1, (0.5, 1): 1, (1, 1): 1, (4, 1): 0.25}  # (norm, limit): scale
-    assert {case: clip_scale(*case) for case in cases} == cases
+    assert {(n, limit): clip_scale(torch.tensor(float(n)), limit).item() for n, limit in cases} == cases
 
 
 @given(

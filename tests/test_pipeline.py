@@ -292,7 +292,7 @@ def test_a_compiled_stage_gives_the_same():
             stage = torch.compile(functions.stage, backend="aot_eager", fullgraph=True)
             functions = replace(functions, stage=stage, splits=False)
         loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, 1)
-        found.append((loss.item(), global_norm(grads, pipe.spec)))
+        found.append((loss.item(), global_norm(grads, pipe.spec).item()))
     assert found[1] == pytest.approx(found[0], rel=1e-12)
 
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
@@ -125,4 +127,15 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     causal = mask.window is None and documents_BS is None
     bias = None if causal else allowed(mask, documents_BS, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+
+# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward, flash 271 and
+# 226.
+_FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]

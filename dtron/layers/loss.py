@@ -15,7 +15,7 @@ z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,11 +27,11 @@ IGNORE = -100  # a target that does not count
 
 @dataclass(frozen=True)
 class Loss:
-    """vocab: logits from here on are padding. chunk: tokens whose logits exist at once. z: weight of
-    z-loss."""
+    """vocab: logits from here on are padding. chunk: tokens whose logits exist at once; None: 2^27 logits'
+    worth, 0.5 GiB in float32, and half of the tokens at most. z: weight of z-loss."""
 
     vocab: int
-    chunk: int = 1024
+    chunk: int | None = None
     z: float = 0.0
 
 
@@ -39,6 +39,9 @@ def cross_entropy(x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, l
     """Summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a scalar, its sum over
     the ranks' tokens still pending. Tokens whose target is IGNORE count nothing."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+    if loss.chunk is None:
+        words, tokens = w_head.shape[0] // layout.parts("vocab"), x_TD.shape[0] // layout.parts("tokens")
+        loss = replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
     region = layout.local(
         lambda x, w, targets, ids: _ChunkedLoss.apply(x, w, targets, ids, loss, layout),

@@ -1,0 +1,142 @@
+"""Time training steps of one case and print one JSON line.
+
+    python bench/train.py --model bench-1.3b --rows 2 --sequence 4096
+    torchrun --nproc-per-node 2 bench/train.py --mesh dp=2 --zero 3 --model bench-1.3b --rows 2
+
+A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The median is
+of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
+waits for a step to end. The first carries compilation and is reported by itself. FLOPs are those of
+``flops_per_token``: causal, no recomputation. Host time is what the step takes until its last kernel is
+launched. Needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.compiled import compiled, compiled_rule
+from dtron.config import DataConfig, OptimConfig, RunConfig
+from dtron.launch import plan, ranks
+from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
+from dtron.model import flops_per_token, make_batch, parameter_count
+from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.params import init
+from dtron.pipeline import program
+from dtron.presets import preset
+from dtron.step import gradients
+
+
+def main() -> None:
+    o = arguments()
+    m = preset(o.model)
+    m = replace(m, layers=o.layers) if o.layers else m
+    config = RunConfig(
+        mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows, batch=o.rows *
+        o.microbatches, data=DataConfig(sequence=o.sequence), optim=OptimConfig(),
+    )  # fmt: skip
+    shape_size = int(os.environ.get("WORLD_SIZE", 1))
+    config = replace(config, batch=config.batch * data_ranks(o.mesh, shape_size))
+    here = plan(config)
+    with ranks(config, here) as pipe:
+        report = measure(o, config, here, pipe)
+    if here.main:
+        print(json.dumps(report))
+
+
+def data_ranks(mesh: str, world: int) -> int:
+    from dtron.mesh import MeshShape
+
+    return MeshShape.parse(mesh, world).data
+
+
+def measure(o, config: RunConfig, here, pipe) -> dict:
+    m, spec, layout = config.model, pipe.spec, pipe.layout
+    params = init(spec, m.dims(), 0, layout, here.master, here.device)
+    opt = adam_init(params)
+    functions = program(m, layout, config.recompute, here.splits)
+    functions, rule = (functions, None) if o.eager else (compiled(functions), compiled_rule())
+    generator = torch.Generator(here.device).manual_seed(0)
+    rows = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
+    batches = [make_batch(r, layout) for r in rows.split(here.rows)]
+    tokens, host, losses = config.batch * o.sequence, [], []
+
+    def step(params, opt):
+        loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
+        norm = global_norm(grads, spec, pipe.sum) / tokens
+        scale = clip_scale(norm, 1.0) / tokens
+        return loss, *adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)
+
+    marks = [mark(here.device)]
+    for _ in range(o.steps):
+        start = time.perf_counter()
+        loss, params, opt = step(params, opt)
+        host.append(time.perf_counter() - start)
+        marks.append(mark(here.device))
+        losses.append(pipe.sum(None if loss is None else whole(loss)))
+        if len(losses) == 1:
+            first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
+    times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
+    if o.profile:
+        profile(o.profile, lambda: step(params, opt))
+    seconds = statistics.median(times)
+    n = here.shape.size
+    tflops, peak = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12, peak_tflops(here.device)
+    return {
+        "model": o.model, "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
+        "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
+        "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
+        "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
+        "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
+        "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host[-12:]), 2),
+        "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
+    }  # fmt: skip
+
+
+def whole(loss: torch.Tensor) -> torch.Tensor:
+    from dtron.dtensor import full
+
+    return full(loss)
+
+
+def profile(path: str, step) -> None:
+    """A Chrome trace of one step, and its kernels by total time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
+        step()
+        torch.cuda.synchronize()
+    print(p.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    p.export_chrome_trace(path)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Time training steps of one case; one JSON line.")
+    p.add_argument("--model", default="bench-1.3b", help="a preset")
+    p.add_argument("--mesh", default="")
+    p.add_argument("--zero", type=int, default=1)
+    p.add_argument("--recompute", default="none")
+    p.add_argument("--eager", action="store_true", help="do not compile")
+    p.add_argument("--profile", default="", help="write a Chrome trace here, and print the kernels")
+    for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
+        p.add_argument(f"--{name}", type=int, default=default)
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

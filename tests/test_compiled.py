@@ -1,0 +1,73 @@
+"""Compiled functions give what eager ones give: gradients, updates, and nothing compiled twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import MODEL
+
+from dtron.compiled import compiled, compiled_rule
+from dtron.config import OptimConfig
+from dtron.mesh import Layout
+from dtron.model import make_batch
+from dtron.optim import adam_init, adam_update
+from dtron.params import flat, init, tree_map
+from dtron.pipeline import one_stage, program
+from dtron.step import gradients
+
+ONE = Layout()
+ROWS = torch.arange(4 * 17).view(4, 17) % 61
+
+
+def step(functions, model, count: int = 2):
+    pipe = one_stage(model, count, ONE)
+    params = init(pipe.spec, model.dims(), 0, ONE, torch.float64)
+    batches = [make_batch(r, ONE) for r in ROWS.chunk(count)]
+    return gradients(functions, params, batches, 64, pipe, 1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "choices", [{}, {"norm": "layernorm", "activation": "gelu", "bias": True, "window": 5}]
+)
+def test_gradients_are_those_of_eager(recompute, choices):
+    """Known silent error of a torch we support: gradients of exactly zero from a compiled custom function."""
+    model = replace(MODEL, **choices)
+    want_loss, want = step(program(model, ONE, recompute), model)
+    got_loss, got = step(compiled(program(model, ONE, recompute), "aot_eager"), model)
+    assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_compiled_again_after_the_first_step():
+    functions = compiled(program(MODEL, ONE), "aot_eager")
+    step(functions, MODEL)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(functions, MODEL)
+
+
+@pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])
+def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
+    model, config = MODEL, OptimConfig(weight_decay=0.3, eps=1e-3)
+    spec = one_stage(model, 1, ONE).spec
+    states = []
+    for rule in (None, compiled_rule("aot_eager")):
+        params = init(spec, model.dims(), 0, ONE, torch.float64)
+        opt = adam_init(params)
+        for number in range(3):
+            g = torch.Generator().manual_seed(number)
+            draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(gradients_dtype)
+            params, opt = adam_update(
+                tree_map(draw, params), opt, params, spec, 0.1 / (number + 1), 0.7, config, rule
+            )
+        states.append((params, opt))
+    (a, a_opt), (b, b_opt) = states
+    assert a_opt.step == b_opt.step == 3
+    for x, y in zip(
+        (*flat(a), *flat(a_opt.m), *flat(a_opt.v)), (*flat(b), *flat(b_opt.m), *flat(b_opt.v)), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
