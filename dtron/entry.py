@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-OTHERS_WAIT = 3.0  # seconds
+OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
 
 
 class LostRank(ValueError):
@@ -19,6 +21,9 @@ class LostRank(ValueError):
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
     Anything else is a bug of ours and keeps its traceback."""
+    if "WORLD_SIZE" in os.environ:
+        # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom they miss.
+        signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE, os._exit, [143]).start())
     try:
         return main(argv)
     except ValueError as error:
