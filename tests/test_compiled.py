@@ -10,9 +10,10 @@ from runs import MODEL
 
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
-from dtron.mesh import Layout
+from dtron.dtensor import full
+from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
 from dtron.model import make_batch
-from dtron.optim import adam_init, adam_update
+from dtron.optim import adam_init, adam_update, global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
 from dtron.step import gradients
@@ -71,3 +72,29 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         (*flat(a), *flat(a_opt.m), *flat(a_opt.v)), (*flat(b), *flat(b_opt.m), *flat(b_opt.v)), strict=True
     ):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def losses_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
+    """A job for the pool: three steps, with the stage compiled for this backend or not."""
+    shape = MeshShape.parse(mesh)
+    layout = Layout(build_mesh(shape, "cpu"), rules_for(zero))
+    pipe = one_stage(MODEL, 2, layout)
+    functions = program(MODEL, layout, splits=False)
+    functions = compiled(functions, backend) if backend else functions
+    params = init(pipe.spec, MODEL.dims(), 0, layout, torch.float64)
+    opt, found = adam_init(params), []
+    for _ in range(3):
+        batches = [make_batch(r, layout) for r in ROWS.chunk(2)]
+        loss, grads = gradients(functions, params, batches, 64, pipe, zero)
+        found += [full(loss).item(), global_norm(grads, pipe.spec).item()]
+        params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
+    return found
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 1), ("dp=2,tp=2", 3), ("tp=4", 1)])
+def test_sharded_stages_compile_too(pool, mesh, zero):
+    """DTensors in the trace, local kernels and collectives out of it; on real ranks."""
+    want = pool.run(losses_on_pool, mesh, zero, None)
+    got = pool.run(losses_on_pool, mesh, zero, "aot_eager")
+    assert got[0] == pytest.approx(want[0], rel=1e-12) and want[0] == pytest.approx(want[-1], rel=1e-12)
