@@ -39,7 +39,7 @@ PUBLISHED = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
 }
-OURS = {"tiny", "bench-1.3b"}
+OURS = {"tiny", "bench-1.3b", "bench-8b-width"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 
@@ -56,7 +56,11 @@ def test_every_preset_of_others_is_counted():
 
 def test_our_own_presets_are_what_their_names_say():
     assert preset("tiny") == ModelConfig()
-    assert 1.25e9 < parameter_count(preset("bench-1.3b")) < 1.35e9
+    assert parameter_count(preset("bench-1.3b")) == 1_266_780_160
+    wide, llama = preset("bench-8b-width"), preset("llama3-8b")
+    assert all(
+        getattr(wide, n) == getattr(llama, n) for n in ("embed", "heads", "kv_heads", "head_dim", "mlp")
+    )
 
 
 @each
