@@ -22,12 +22,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
-from dtron.config import DataConfig, OptimConfig, RunConfig
+from dtron.config import DataConfig, RunConfig
+from dtron.dtensor import full
 from dtron.launch import plan, ranks
+from dtron.mesh import MeshShape
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
@@ -41,23 +42,16 @@ def main() -> None:
     o = arguments()
     m = preset(o.model)
     m = replace(m, layers=o.layers) if o.layers else m
+    shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
-        mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows, batch=o.rows *
-        o.microbatches, data=DataConfig(sequence=o.sequence), optim=OptimConfig(),
+        mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
+        batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
-    shape_size = int(os.environ.get("WORLD_SIZE", 1))
-    config = replace(config, batch=config.batch * data_ranks(o.mesh, shape_size))
     here = plan(config)
     with ranks(config, here) as pipe:
         report = measure(o, config, here, pipe)
     if here.main:
         print(json.dumps(report))
-
-
-def data_ranks(mesh: str, world: int) -> int:
-    from dtron.mesh import MeshShape
-
-    return MeshShape.parse(mesh, world).data
 
 
 def measure(o, config: RunConfig, here, pipe) -> dict:
@@ -83,7 +77,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         loss, params, opt = step(params, opt)
         host.append(time.perf_counter() - start)
         marks.append(mark(here.device))
-        losses.append(pipe.sum(None if loss is None else whole(loss)))
+        losses.append(pipe.sum(None if loss is None else full(loss)))
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
     times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
@@ -103,12 +97,6 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
     }  # fmt: skip
-
-
-def whole(loss: torch.Tensor) -> torch.Tensor:
-    from dtron.dtensor import full
-
-    return full(loss)
 
 
 def profile(path: str, step) -> None:
@@ -138,5 +126,3 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dtron.checks import check, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
-from dtron.pipeline import Pipeline, on_ranks, pipeline
+from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
 from dtron.simulate import simulated
 
 
@@ -65,18 +65,14 @@ def plan(config: RunConfig) -> Plan:
         torch.promote_types(compute, torch.float32),
         count,
         rows,
-        *_choices(config, shape),
+        gathers_each(config, shape),
+        splits(config, shape),
+        _compiles(config, shape, device),
     )
 
 
-def _choices(config: RunConfig, shape: MeshShape) -> tuple[bool, bool, bool]:
-    """``(gather_each, splits, compile)``. A block that gathers its weights is recomputed, and cannot be
-    split."""
-    each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
-    compile = config.compile == "on" or (
-        config.compile == "auto" and _device(config) != "cpu" and shape.size == 1
-    )
-    return each, not (each and shape.dp > 1), compile
+def _compiles(config: RunConfig, shape: MeshShape, device: str) -> bool:
+    return config.compile == "on" or (config.compile == "auto" and device != "cpu" and shape.size == 1)
 
 
 def _device(config: RunConfig) -> str:

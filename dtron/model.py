@@ -111,20 +111,16 @@ def stage(
 ) -> Tensor:
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
     summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _blocks(p, x_TD, batch, m, layout, recompute)
+    x_TD = _trunk(p, x_TD, batch, m, layout, recompute)
     if p.norm is None:
         return x_TD
-    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
     return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
 
 
 def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _blocks(p, x_TD, batch, m, layout, "none")
-    if p.norm is None:
-        return x_TD
-    x_TD = norm(gather(p.norm, layout), x_TD, m.norm_eps)
-    return logits(x_TD, _head(p, layout), m.vocab, layout)
+    x_TD = _trunk(p, x_TD, batch, m, layout, "none")
+    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
 
 
 def forward(
@@ -143,9 +139,10 @@ def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
 
 
-def _blocks(
+def _trunk(
     p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute
 ) -> Tensor:
+    """The blocks, and in the last stage the norm before the head."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
@@ -153,7 +150,7 @@ def _blocks(
     mask = Mask(batch.sequence, m.window, m.softcap)
     for p_block in p.blocks:
         x_TD = _run_block(p_block, x_TD, table_TH, batch.documents_T, mask, m, layout, recompute)
-    return x_TD
+    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
 
 
 def _run_block(

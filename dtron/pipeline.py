@@ -196,6 +196,16 @@ def on_ranks(
     )
 
 
+def gathers_each(config: RunConfig, shape: MeshShape) -> bool:
+    """Whether ZeRO-3 gathers weights in every microbatch, and not once a step."""
+    return config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
+
+
+def splits(config: RunConfig, shape: MeshShape) -> bool:
+    """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
+    return not (gathers_each(config, shape) and shape.dp > 1)
+
+
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
     """A pipeline of the whole model."""
     return Pipeline(make("1f1b", 1, microbatches), tuple(cut(m, [m.layers])), layout)

@@ -30,7 +30,7 @@ from dtron.mesh import Layout, MeshShape, rules_for
 from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
-from dtron.pipeline import pipeline, program
+from dtron.pipeline import gathers_each, pipeline, program, splits
 from dtron.schedules.run import Program
 from dtron.simulate import simulated
 from dtron.step import gradients
@@ -83,11 +83,10 @@ def one_step(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )
         ]
-        each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
-        functions = _guarded(program(m, layout, config.recompute, not each or shape.dp == 1))
+        each, tokens = gathers_each(config, shape), valid_tokens(rows)
+        functions = _guarded(program(m, layout, config.recompute, splits(config, shape)))
         with CollectiveCounter(mesh) as counter:
-            loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
-            tokens = valid_tokens(rows)
+            loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, each)
             norm = global_norm(grads, pipe.spec) / tokens
         whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
         lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens

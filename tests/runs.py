@@ -17,7 +17,7 @@ from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
 from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import on_ranks, pipeline, program
+from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
 from dtron.simulate import paused, simulated
 from dtron.step import gradients
 
@@ -54,8 +54,8 @@ def train(
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
     opt, initial = adam_init(params), digest(params)
-    each = config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
-    functions = program(m, layout, config.recompute, not (each and shape.dp > 1))
+    each = gathers_each(config, shape)
+    functions = program(m, layout, config.recompute, splits(config, shape))
     losses, norms = [], []
     for step in range(config.steps):
         with paused():  # all ranks must draw the same

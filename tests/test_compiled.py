@@ -44,6 +44,14 @@ def test_gradients_are_those_of_eager(recompute, choices):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_compiled_stage_that_is_another_is_noticed():
+    """The comparison above can fail: with another epsilon in the compiled stage alone, it does."""
+    _, want = step(program(MODEL, ONE), MODEL)
+    _, got = step(compiled(program(replace(MODEL, norm_eps=1e-3), ONE), "aot_eager"), MODEL)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
+
+
 def test_nothing_is_compiled_again_after_the_first_step():
     functions = compiled(program(MODEL, ONE), "aot_eager")
     step(functions, MODEL)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.checks import check, microbatches
 from dtron.config import ModelConfig
-from dtron.mesh import Layout, MeshShape
-
-ONE, F64 = Layout(), torch.float64
-SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
+from dtron.mesh import MeshShape
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from values import F64, ONE, SMALL, close, normal
 
 from dtron.config import ModelConfig
 from dtron.layers.attention import Attention, Mask, attention, attention_fused, attention_reference
@@ -21,16 +22,8 @@ from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import Rope, frequencies, rope_tables, rotate
-from dtron.mesh import Layout
 from dtron.model import declare_model, make_batch, predict
 from dtron.params import declare, flat, init, tree_map
-
-ONE, F64 = Layout(), torch.float64
-SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def tree(cls: type, **dims):
@@ -38,10 +31,6 @@ def tree(cls: type, **dims):
     absent = ("qk_norm", "qkv_bias", "bias", "layernorm", "learned_positions")
     spec = declare(cls, dict.fromkeys(absent, False) | dims)
     return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
-
-
-def close(got, want, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:

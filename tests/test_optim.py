@@ -11,34 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from values import F64, ONE, SMALL, close, normal
 
 from dtron.config import ModelConfig, OptimConfig
-from dtron.mesh import Layout
 from dtron.model import Block, declare_model, flops_per_token, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import declare, flat, init, leaves, tree_map
-
-ONE, F64 = Layout(), torch.float64
-SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def tree(cls: type, **dims):
-    """Random weights, away from the ones and zeros where mistakes hide."""
-    absent = ("qk_norm", "qkv_bias", "bias", "layernorm", "learned_positions")
-    spec = declare(cls, dict.fromkeys(absent, False) | dims)
-    return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
-
-
-def close(got, want, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
-    """Equal values, and equal gradients of every input along one random direction."""
 
 
 def test_adam_is_torch_adamw():

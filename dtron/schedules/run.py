@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dtron.dtensor import shard_like
 from dtron.entry import LostRank
 from dtron.schedules.split import Later, backward, backward_input
-from dtron.schedules.table import Action, Table, in_order
+from dtron.schedules.table import Action, Table
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def run(
     kept: dict[tuple[int, int], Kept] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, unit = None, None
-    for rank, a in in_order(t):
+    for rank, a in t.order:
         if rank not in alive:
             continue
         stage, m, last = a.stage, a.microbatch, a.stage == t.stages - 1
@@ -192,7 +192,8 @@ def run(
             y = y.detach()
             if last:
                 total = y if total is None else total + y
-                unit = shard_like(torch.ones((), dtype=y.dtype, device=y.device), y)
+                if unit is None:
+                    unit = shard_like(torch.ones((), dtype=y.dtype, device=y.device), y)
             else:
                 links.send(a, y)
             continue
@@ -225,7 +226,7 @@ def run_forward(
 ) -> Tensor | None:  # fmt: skip
     """A table of forwards: the last stage's outputs, summed; None where that stage is elsewhere."""
     total = None
-    for rank, a in in_order(t):
+    for rank, a in t.order:
         if rank not in ranks:
             continue
         stage, m = a.stage, a.microbatch
