@@ -27,12 +27,13 @@ from dtron.entry import run_cli
 from dtron.generate import generate
 from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, MeshShape
+from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
 from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
+from dtron.shape import MeshShape
 from dtron.step import evaluate, gradients
 
 VALIDATION_ROWS = 32

@@ -26,7 +26,7 @@ from torch.autograd.graph import get_gradient_edge
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.config import OptimConfig, PipelineConfig, RunConfig
 from dtron.launch import same_on_all_ranks
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.metrics import memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
@@ -35,6 +35,7 @@ from dtron.pipeline import on_ranks, pipeline, program
 from dtron.presets import preset
 from dtron.schedules import SCHEDULES, simulate
 from dtron.schedules.split import backward, backward_input
+from dtron.shape import MeshShape
 from dtron.step import gradients
 
 

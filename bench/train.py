@@ -28,13 +28,13 @@ from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
 from dtron.launch import plan, ranks
-from dtron.mesh import MeshShape
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
+from dtron.shape import MeshShape
 from dtron.step import gradients
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from dtron.collectives import Collective, CollectiveCounter
 from dtron.config import ModelConfig
 from dtron.layers.mlp import MLP, mlp
-from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch
 from dtron.params import declare, gather, init
 from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
 from dtron.pipeline import one_stage, program
 from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
 from dtron.schedules.draw import svg as timelines
+from dtron.shape import MeshShape
 from dtron.show import coordinates, local_range, picture, rows, size, total
 from dtron.simulate import simulated
 from dtron.step import gradients

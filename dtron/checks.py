@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtron.config import ModelConfig, nearest_divisor
-from dtron.mesh import MeshShape
+from dtron.shape import MeshShape
 
 
 def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:

@@ -23,9 +23,8 @@ live on: a shorter mesh means fewer placements to plan and nothing to normalise.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,12 +37,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, shard
+from dtron.shape import MeshShape
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
-AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 
 
 class PlacementError(ValueError):
@@ -92,71 +90,6 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
                 raise ValueError(f"{axes}: two dims share mesh axis {mesh_axis!r}; change a row of the rules")
             where[mesh_axis] = Partial() if axis.startswith("+") else Shard(dim)
     return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
-
-
-@dataclass(frozen=True)
-class MeshShape:
-    """The size of every mesh axis, in ``AXES`` order. ``MeshShape.parse("dp=8,tp=4")`` reads the text
-    form."""
-
-    pp: int = 1
-    dp_replicate: int = 1
-    dp: int = 1
-    cp: int = 1
-    tp: int = 1
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.sizes.values())
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def data(self) -> int:
-        """How many ways the sequences of a batch are split."""
-        return self.dp_replicate * self.dp
-
-    def __str__(self) -> str:
-        return ",".join(f"{a}={n}" for a, n in self.sizes.items() if n > 1) or "dp=1"
-
-    @staticmethod
-    def parse(text: str, world: int | None = None) -> MeshShape:
-        """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world`` when left
-        out.
-
-        Raises ValueError for an unknown or repeated axis, a size that is no positive integer, and sizes whose
-        product is not ``world``.
-        """
-        sizes: dict[str, int] = {}
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            axis, _, size = (part.strip() for part in item.partition("="))
-            if axis not in AXES:
-                raise ValueError(
-                    f"mesh {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}, as in dp=2,tp=2"
-                )
-            if axis in sizes:
-                raise ValueError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
-            if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size) > 0):
-                raise ValueError(
-                    f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as in {axis}=2"
-                )
-            sizes[axis] = int(size)
-        shape = MeshShape(**sizes)
-        if world is None or shape.size == world:
-            return shape
-        if "dp" not in sizes and world % shape.size == 0:
-            return replace(shape, dp=world // shape.size)
-        remedy = (
-            f"start {shape.size} processes (torchrun --nproc-per-node {shape.size}), or add --simulate"
-            if "dp" in sizes or shape.size > world
-            else f"choose sizes whose product divides {world}"
-        )
-        raise ValueError(
-            f"mesh {text!r} has {shape.size} ranks, but {world} {'is' if world == 1 else 'are'} running: "
-            f"{remedy}"
-        )
 
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:

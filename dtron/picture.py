@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from dtron.mesh import MeshShape
+from dtron.shape import MeshShape
 from dtron.svg import FAINT, MANY, Canvas
 
 Range = list[tuple[int, int]]

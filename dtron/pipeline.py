@@ -24,11 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full, local
-from dtron.mesh import Layout, MeshShape
+from dtron.mesh import Layout
 from dtron.model import Batch, Transformer, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent
+from dtron.shape import MeshShape
 
 
 def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:

@@ -28,11 +28,12 @@ from rich.table import Table
 
 from dtron.checks import check
 from dtron.config import ModelConfig
-from dtron.mesh import RULES, MeshShape, place, rules_for
+from dtron.mesh import RULES, place, rules_for
 from dtron.model import Transformer, declare_model
 from dtron.params import Weight, flat
 from dtron.picture import Canvas, draw_mesh, draw_tensor
 from dtron.pipeline import cut, layers_per_stage
+from dtron.shape import MeshShape
 
 Placements = tuple
 

@@ -22,7 +22,7 @@ from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dtron.mesh import MeshShape
+from dtron.shape import MeshShape
 
 
 @contextmanager

@@ -26,12 +26,13 @@ from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_
 from dtron.config import DataConfig, ModelConfig, PipelineConfig, Recompute, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.pipeline import gathers_each, pipeline, program, splits
 from dtron.schedules.run import Program
+from dtron.shape import MeshShape
 from dtron.simulate import simulated
 from dtron.step import gradients
 

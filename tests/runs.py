@@ -13,11 +13,12 @@ from dtron.checks import microbatches
 from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
+from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
 from dtron.step import gradients
 

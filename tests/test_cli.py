@@ -9,8 +9,8 @@ from dtron.cli import EXAMPLES, _flags, load, parse, save
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.entry import run_cli
 from dtron.layers.rope import Rope
-from dtron.mesh import MeshShape
 from dtron.presets import PRESETS, preset
+from dtron.shape import MeshShape
 
 KNOWN = ["--model", "--help", "--version", *_flags(RunConfig)]
 EVERYDAY = ["--mesh", "--model", "--zero", "--steps", "--seed", "--batch", "--micro-batch", "--run-dir"]

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.layers.attention import Attention, Mask, attention
 from dtron.layers.mlp import MLP, mlp
-from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.mesh import Layout, rules_for
 from dtron.model import declare_model, forward, make_batch
 from dtron.params import flat, gather, init, tree_map
+from dtron.shape import MeshShape
 from dtron.simulate import one_rank, simulated
 from dtron.testing import run_layer
 from dtron.verify import one_step

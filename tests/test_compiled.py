@@ -11,11 +11,12 @@ from runs import MODEL
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
 from dtron.dtensor import full
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import make_batch
 from dtron.optim import adam_init, adam_update, global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
+from dtron.shape import MeshShape
 from dtron.step import gradients
 
 ONE = Layout()

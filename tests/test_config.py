@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dtron.checks import check, microbatches
 from dtron.config import ModelConfig
-from dtron.mesh import MeshShape
+from dtron.shape import MeshShape
 
 
 @pytest.mark.parametrize(

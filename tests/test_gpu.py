@@ -14,7 +14,8 @@ from runs import MODEL, train
 
 from dtron.config import DataConfig, RunConfig
 from dtron.layers.attention import Mask, attention_fused, attention_reference
-from dtron.mesh import Layout, MeshShape
+from dtron.mesh import Layout
+from dtron.shape import MeshShape
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.mesh import Layout, rules_for
 from dtron.model import declare_model, make_batch, valid_tokens
 from dtron.optim import global_norm
 from dtron.params import flat, init, tree_map
@@ -22,6 +22,7 @@ from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline,
 from dtron.schedules import SCHEDULES, make, peaks, stages_per_rank
 from dtron.schedules.run import Handed, Program, run
 from dtron.schedules.split import backward, backward_input
+from dtron.shape import MeshShape
 from dtron.simulate import simulated
 from dtron.step import gradients
 from dtron.testing import assert_caught

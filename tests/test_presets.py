@@ -7,10 +7,10 @@ import pytest
 
 from dtron.checks import check
 from dtron.config import ModelConfig
-from dtron.mesh import MeshShape
 from dtron.model import declare_model, parameter_count
 from dtron.params import leaves
 from dtron.presets import PRESETS, preset
+from dtron.shape import MeshShape
 
 # By the models' published weights, tied ones counted once.
 PUBLISHED = {

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtron.config import ModelConfig
-from dtron.mesh import Layout, MeshShape, rules_for
+from dtron.mesh import Layout, rules_for
 from dtron.model import declare_model
 from dtron.optim import adam_init
 from dtron.params import flat, init
+from dtron.shape import MeshShape
 from dtron.show import coordinates, local_range, main, picture, rows, size, total
 from dtron.simulate import simulated
 from dtron.testing import meshes

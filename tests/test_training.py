@@ -16,10 +16,11 @@ from dtron import checkpoint
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.rope import Rope
-from dtron.mesh import Layout, MeshShape, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import declare_model
 from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
+from dtron.shape import MeshShape
 from dtron.simulate import simulated
 
 TEN = RunConfig(model=MODEL, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
