@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from runs import MODEL, on_pool, simulate, train
@@ -317,3 +318,31 @@ def test_one_stage_is_a_pipeline():
         assert pipe.stages == [0] and len(pipe.spec) == 1
         config = replace(TEN, mesh="dp=2", batch=6, micro_batch=1)
         assert pipeline(config, MeshShape(dp=2), 3, layout).table.rows == pipe.table.rows
+
+
+def sends_on_pool(mesh: str, config: RunConfig) -> int:
+    """A job for the pool: how many messages this rank sends to another in one step."""
+    isend, count = dist.isend, 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return isend(*args, **kwargs)
+
+    dist.isend = counted
+    try:
+        on_pool(mesh, config)
+    finally:
+        dist.isend = isend
+    return count
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
+    """An activation down and a gradient up per microbatch and boundary; a tied weight's gradient once a
+    step, both ways. In the V of ZB-V the last rank turns without sending, and both copies are on rank 0."""
+    config = replace(TEN, model=replace(TEN.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1)
+    once = 1 if tied else 0
+    assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
+    assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
