@@ -70,7 +70,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
     metrics.say(describe(config, here, corpus, state.step))
-    functions, rule = program(m, layout, config.recompute, here.splits), None
+    functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
         functions, rule = compiled(functions), compiled_rule()
 

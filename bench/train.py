@@ -58,7 +58,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
     opt = adam_init(params)
-    functions = program(m, layout, config.recompute, here.splits)
+    functions = program(m, layout, config.how, here.splits)
     functions, rule = (functions, None) if o.eager else (compiled(functions), compiled_rule())
     generator = torch.Generator(here.device).manual_seed(0)
     rows = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)

@@ -97,7 +97,7 @@ def no_hidden_communication() -> Iterator[None]:
 
 
 def _own_lines(error: BaseException) -> str:
-    """The two innermost lines of the traceback that are neither torch's nor this module's."""
+    """The three innermost lines of the traceback that are neither torch's nor this module's."""
     torch_folder = str(Path(torch.__file__).parent)
     others = (__file__, contextlib.__file__)
     frames = [
@@ -105,4 +105,4 @@ def _own_lines(error: BaseException) -> str:
         for f in traceback.extract_tb(error.__traceback__)
         if not f.filename.startswith(torch_folder) and f.filename not in others
     ]
-    return ", in ".join(f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-2:]))
+    return ", in ".join(f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-3:]))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dtron.layers.attention import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 
-Recompute = Literal["none", "selective", "full"]
+Fp8 = Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
 
@@ -167,6 +168,37 @@ def _under(config: Any, prefix: str, limits: dict[str, float]) -> None:
 
 
 @dataclass(frozen=True)
+class How:
+    """What may differ between two runs of one model without changing the result, beyond rounding: what is
+    computed again in backward, which kernels attend, which products are made in FP8. Flags of the run."""
+
+    recompute: str = "none"
+    attention: AttentionPath = "auto"
+    fp8: Fp8 = "none"
+    fp8_ends: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recompute not in ("none", "selective", "full") and self.budget is None:
+            raise ValueError(
+                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
+                "use --recompute budget=0.5"
+            )
+
+    @property
+    def budget(self) -> float | None:
+        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
+        name, _, value = self.recompute.partition("=")
+        try:
+            share = float(value) if name == "budget" else -1.0
+        except ValueError:
+            return None
+        return share if 0 <= share <= 1 else None
+
+
+PLAIN = How()
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from."""
 
@@ -246,8 +278,16 @@ class RunConfig:
     """auto: a GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or float64)"""
-    recompute: Recompute = "none"
-    """activations computed again in backward to save memory"""
+    recompute: str = "none"
+    """activations computed again in backward to save memory: none, selective, full; or, compiled, budget=0.5:
+    keep half of what none keeps"""
+    attention: AttentionPath = "auto"
+    """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
+    fp8: Fp8 = "none"
+    """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the weight's
+    gradient in high precision"""
+    fp8_ends: bool = False
+    """in the first and the last block too, which are kept in high precision otherwise"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on one GPU"""
     reduce_bf16: bool = False
@@ -283,6 +323,11 @@ class RunConfig:
                 raise ValueError(
                     f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
                 )
+        How(self.recompute, self.attention, self.fp8, self.fp8_ends)  # refuses what cannot be
+
+    @property
+    def how(self) -> How:
+        return How(self.recompute, self.attention, self.fp8, self.fp8_ends)
 
 
 def nearest_divisor(n: int, near: int) -> int:

@@ -14,6 +14,7 @@ recomputation needs no random state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dtron.config import ModelConfig, Recompute
+from dtron.config import PLAIN, AttentionPath, How, ModelConfig
 from dtron.layers.attention import Attention, Mask, attention
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
@@ -93,12 +94,13 @@ def block(
     mask: Mask,
     m: ModelConfig,
     layout: Layout,
+    path: AttentionPath = "auto",
+    recipe: str | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same."""
-    x_TD = x_TD + attention(
-        p.attention, norm(p.norm_1, x_TD, m.norm_eps), table_TH, documents_T, mask, layout, m.norm_eps
-    )
-    return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation)
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``recipe``: matrix products in FP8, or None."""
+    h_TD = norm(p.norm_1, x_TD, m.norm_eps)
+    x_TD = x_TD + attention(p.attention, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
+    return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation, recipe)
 
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
@@ -107,11 +109,11 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 
 def stage(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute = "none"
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN
 ) -> Tensor:
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
     summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, recompute)
+    x_TD = _trunk(p, x_TD, batch, m, layout, how)
     if p.norm is None:
         return x_TD
     return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
@@ -119,15 +121,13 @@ def stage(
 
 def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, "none")
+    x_TD = _trunk(p, x_TD, batch, m, layout, PLAIN)
     return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
 
 
-def forward(
-    p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute = "none"
-) -> Tensor:
+def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
     """The whole model as one stage: the summed loss."""
-    return stage(p, embed(p, batch, m, layout), batch, m, layout, recompute)
+    return stage(p, embed(p, batch, m, layout), batch, m, layout, how)
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
@@ -139,32 +139,35 @@ def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
 
 
-def _trunk(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, recompute: Recompute
-) -> Tensor:
+def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
     """The blocks, and in the last stage the norm before the head."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     mask = Mask(batch.sequence, m.window, m.softcap)
-    for p_block in p.blocks:
-        x_TD = _run_block(p_block, x_TD, table_TH, batch.documents_T, mask, m, layout, recompute)
+    # With a tied head the last stage has an embedding too.
+    first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
+    for i, p_block in enumerate(p.blocks):
+        end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
+        recipe = None if how.fp8 == "none" or (end and not how.fp8_ends) else how.fp8
+        run = partial(block, mask=mask, m=m, layout=layout, path=how.attention, recipe=recipe)
+        x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
     return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
 
 
 def _run_block(
-    p: Block, x_TD, table_TH, documents_T, mask: Mask, m: ModelConfig, layout: Layout, recompute: Recompute
-):
+    block: Callable, p: Block, x_TD: Tensor, table_TH, documents_T, layout: Layout, recompute: str
+) -> Tensor:
     def run(p: Block, x_TD: Tensor) -> Tensor:
         # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
-        return block(gather(p, layout), x_TD, table_TH, documents_T, mask, m, layout)
+        return block(gather(p, layout), x_TD, table_TH, documents_T)
 
     def run_all_kept(p: Block, x_TD: Tensor) -> Tensor:
         kept.gathering = True
         p = gather(p, layout)
         kept.gathering = False
-        return block(p, x_TD, table_TH, documents_T, mask, m, layout)
+        return block(p, x_TD, table_TH, documents_T)
 
     region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.config import ModelConfig, RunConfig
+from dtron.config import PLAIN, How, ModelConfig, RunConfig
 from dtron.dtensor import full, local
 from dtron.mesh import Layout
 from dtron.model import Batch, Transformer, declare_model, embed, stage
@@ -90,12 +90,12 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
     return found
 
 
-def program(m: ModelConfig, layout: Layout, recompute: str = "none", splits: bool = True) -> Program:
+def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = True) -> Program:
     """The model's functions, for the runner."""
     return Program(
         partial(embed, m=m, layout=layout),
-        partial(stage, m=m, layout=layout, recompute=recompute),
-        splits and recompute == "none",
+        partial(stage, m=m, layout=layout, how=how),
+        splits and how.recompute == "none",
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dtron.checks import check, microbatches
 from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
-from dtron.config import DataConfig, ModelConfig, PipelineConfig, Recompute, RunConfig, Schedule
+from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, rules_for
@@ -85,7 +85,7 @@ def one_step(
             )
         ]
         each, tokens = gathers_each(config, shape), valid_tokens(rows)
-        functions = _guarded(program(m, layout, config.recompute, splits(config, shape)))
+        functions = _guarded(program(m, layout, config.how, splits(config, shape)))
         with CollectiveCounter(mesh) as counter:
             loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, each)
             norm = global_norm(grads, pipe.spec) / tokens
@@ -169,7 +169,7 @@ class VerifyConfig:
     """tokens per sequence"""
     document_mask: bool = False
     """several documents in a sequence, which attend within themselves only"""
-    recompute: Recompute = "none"
+    recompute: str = "none"
     """activations computed again in backward"""
     schedule: Schedule = "1f1b"
     """pipeline schedule"""

@@ -56,7 +56,7 @@ def train(
     params = tree_map(lambda w: w.to(device), params)
     opt, initial = adam_init(params), digest(params)
     each = gathers_each(config, shape)
-    functions = program(m, layout, config.recompute, splits(config, shape))
+    functions = program(m, layout, config.how, splits(config, shape))
     losses, norms = [], []
     for step in range(config.steps):
         with paused():  # all ranks must draw the same

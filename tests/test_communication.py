@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
+from dtron.config import How
 from dtron.layers.attention import Attention, Mask, attention
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
@@ -185,7 +186,7 @@ def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
             weights_used = replace(weights, blocks=gather(weights.blocks, layout))
             loss = forward(weights_used, batch, m, layout)
         else:
-            loss = forward(weights, batch, m, layout, recompute)
+            loss = forward(weights, batch, m, layout, How(recompute))
         gc.collect()
         refs = layout.rules["_gathered"]
         alive = sum(not r.expired() for r in refs)

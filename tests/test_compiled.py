@@ -9,7 +9,7 @@ import torch
 from runs import MODEL
 
 from dtron.compiled import compiled, compiled_rule
-from dtron.config import OptimConfig
+from dtron.config import How, OptimConfig
 from dtron.dtensor import full
 from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import make_batch
@@ -37,8 +37,8 @@ def step(functions, model, count: int = 2):
 def test_gradients_are_those_of_eager(recompute, choices):
     """Known silent error of a torch we support: gradients of exactly zero from a compiled custom function."""
     model = replace(MODEL, **choices)
-    want_loss, want = step(program(model, ONE, recompute), model)
-    got_loss, got = step(compiled(program(model, ONE, recompute), "aot_eager"), model)
+    want_loss, want = step(program(model, ONE, How(recompute)), model)
+    got_loss, got = step(compiled(program(model, ONE, How(recompute)), "aot_eager"), model)
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros
+
+AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,23 @@ def attention(
     mask: Mask,
     layout: Layout,
     eps: float = 1e-5,
+    path: AttentionPath = "auto",
+    recipe: str | None = None,
     core: Callable | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation) and
     ``documents_T`` the document of each token (None: one per sequence), both ``[T@tokens]``."""
     core = core or (attention_reference if mask.softcap else attention_fused)
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    q_TNH = linear(x_TD, p.w_q, p.b_q)  # local, and so are the next lines
-    k_TKH = linear(x_TD, p.w_k, p.b_k)
-    v_TKH = linear(x_TD, p.w_v, p.b_v)
+    q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
+    k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
+    v_TKH = linear(x_TD, p.w_v, p.b_v, recipe)
     if p.q_norm is not None:
         q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     region = layout.local(partial(_core, core=core, mask=mask), (q, kv, kv, ("tokens", None), ("tokens",)), q)
     o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T)
-    y_TD = linear_in(o_TNH, p.w_o)  # {+tp}: a sum still pending
+    y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o
 

@@ -32,19 +32,21 @@ class MLP:
     b_down: Tensor | None = weight("act_embed", init=zeros, when="bias")
 
 
-def mlp(p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu") -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+def mlp(
+    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: str | None = None
+) -> Tensor:
+    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    h_TF = linear(x_TD, p.w_up, p.b_up)  # local
+    h_TF = linear(x_TD, p.w_up, p.b_up, recipe)  # local
     match activation:
         case "swiglu":
-            h_TF = F.silu(x_TD @ p.w_gate) * h_TF
+            h_TF = F.silu(linear(x_TD, p.w_gate, recipe=recipe)) * h_TF
         case "geglu":
-            h_TF = F.gelu(x_TD @ p.w_gate, approximate="tanh") * h_TF
+            h_TF = F.gelu(linear(x_TD, p.w_gate, recipe=recipe), approximate="tanh") * h_TF
         case "gelu":
             h_TF = F.gelu(h_TF, approximate="tanh")
         case "relu2":
             h_TF = F.relu(h_TF).square()
-    y_TD = h_TF @ p.w_down  # {+tp}: a sum still pending
+    y_TD = linear(h_TF, p.w_down, recipe=recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_down is None else y_TD + p.b_down
