@@ -72,7 +72,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     metrics.say(describe(config, here, corpus, state.step))
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
-        functions, rule = compiled(functions), compiled_rule()
+        functions, rule = compiled(functions, layout, config.how), compiled_rule()
 
     def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""

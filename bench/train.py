@@ -58,8 +58,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
     opt = adam_init(params)
-    functions = program(m, layout, config.how, here.splits)
-    functions, rule = (functions, None) if o.eager else (compiled(functions), compiled_rule())
+    functions, rule = program(m, layout, config.how, here.splits), None
+    if not o.eager:
+        functions, rule = compiled(functions, layout, config.how), compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     rows = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
     batches = [make_batch(r, layout) for r in rows.split(here.rows)]

@@ -289,7 +289,7 @@ class RunConfig:
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile stages and the optimizer, once, in a minute or so; auto: on one GPU"""
+    """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     log_every: int = 10

@@ -7,16 +7,32 @@ function here is about one of these, takes a plain tensor too (one device), and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+# Two functions here decide in backward by where the gradient lies. torch.compile would trace that backward
+# early, with a gradient that it imagines to lie like the output: never pending, so never summed, silently.
+# ``allow_in_graph`` leaves them alone until real gradients are traced, but takes only tensors, numbers and
+# dtypes: so placements come as numbers.
 
 
+def code(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """Placements as numbers: the dim of a shard, -1 for whole, -2 for a pending sum."""
+    return tuple(p.dim if isinstance(p, Shard) else -1 if p.is_replicate() else -2 for p in placements)
+
+
+def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
+    return tuple(Shard(n) if n >= 0 else Replicate() if n == -1 else Partial() for n in numbers)
+
+
+@torch.compiler.allow_in_graph
 class Gather(torch.autograd.Function):
-    """All-gather a weight; reduce-scatter its gradient over the gathered axes only.
+    """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
 
     ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along
     (dp_replicate, cp, and tp for a norm's scale), once per microbatch and before the reduce-scatter, on the
@@ -24,35 +40,122 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w: DTensor, placements: tuple[Placement, ...], dtype: torch.dtype, reduce: torch.dtype):
+    def forward(ctx, w: DTensor, placements: tuple[int, ...], dtype: torch.dtype, reduce: torch.dtype):
         ctx.before, ctx.reduce = w.placements, reduce
         w = w.to(dtype)
-        return w.redistribute(w.device_mesh, placements)
+        return w.redistribute(w.device_mesh, _decode(placements))
 
     @staticmethod
     def backward(ctx, g: DTensor):
         return _scatter(cast(g, ctx.reduce), ctx.before), None, None, None
 
 
-def _scatter(g: DTensor, placements: Sequence[Placement]) -> DTensor:
-    target = [p if p.is_shard() else now for p, now in zip(placements, g.placements, strict=True)]
-    return g if tuple(target) == g.placements else g.redistribute(g.device_mesh, target)
+@dataclass(frozen=True)
+class Lies:
+    """Where a tensor lies: what makes a DTensor of a rank's part."""
+
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(x: DTensor) -> Lies:
+        return Lies(tuple(x.placements), x.shape, x.stride())
+
+    @property
+    def gradient(self) -> Lies:
+        """Of a weight: where it is whole, every rank has one summand of its gradient."""
+        return replace(self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements))
+
+    def scattered(self, goal: Sequence[Placement]) -> Lies:
+        """Of a gradient: after ``scatter_all``."""
+        return replace(self, placements=_scattered(self.placements, goal))
+
+    def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(
+            x, mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
 
 
-def scatter(g: Tensor, w: Tensor) -> Tensor:
-    """Reduce-scatter a gradient to where its weight is sharded; what is Partial over other axes stays so."""
-    return _scatter(g, w.placements) if isinstance(g, DTensor) else g
+@torch.compiler.allow_in_graph
+class Whole(torch.autograd.Function):
+    """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back as
+    ``Lies.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every microbatch."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        like: DTensor,
+        placements: tuple[int, ...],
+        shape: Sequence[int],
+        stride: Sequence[int],
+    ) -> DTensor:
+        lies = Lies(_decode(placements), torch.Size(shape), tuple(stride))
+        ctx.placements = lies.gradient.placements
+        return lies.whole(x, like.device_mesh)
+
+    @staticmethod
+    def backward(ctx, g: DTensor):
+        if tuple(g.placements) != ctx.placements:
+            raise ValueError(
+                f"the gradient of a weight lies {g.placements}, not {ctx.placements}: every rank must have a "
+                "summand of it where the weight is whole; constrain what it multiplies to tokens_sp"
+            )
+        return g.to_local(), None, None, None, None
 
 
-def reduce(g: Tensor, w: Tensor) -> Tensor:
-    """Bring a gradient to the placements of its weight: what shrinks it first, then the remaining sums."""
-    return scatter(g, w).redistribute(g.device_mesh, w.placements) if isinstance(g, DTensor) else g
+def _scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
+    return tuple(b if b.is_shard() else a for a, b in zip(now, goal, strict=True))
+
+
+def _scatter(g: DTensor, goal: Sequence[Placement]) -> DTensor:
+    target = _scattered(g.placements, goal)
+    return g if target == g.placements else g.redistribute(g.device_mesh, target)
+
+
+Goals = Sequence[Sequence[Placement]]
+
+
+def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
+    """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
+    so."""
+    return [_scatter(g, goal) for g, goal in zip(grads, goals, strict=True)]
+
+
+def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
+    """Bring gradients to the placements of their weights: what shrinks them first, then the remaining sums.
+    Small ones (norms, biases) are laid end to end for that: as many all-reduces as they are weights would
+    each wait for the slowest link's latency."""
+    found, small = scatter_all(grads, goals), {}
+    for i, (g, goal) in enumerate(zip(found, goals, strict=True)):
+        if g.placements == tuple(goal):
+            continue
+        if g.numel() < SMALL and not any(p.is_shard() for p in g.placements):
+            small.setdefault((g.placements, g.dtype), []).append(i)
+        else:
+            found[i] = g.redistribute(g.device_mesh, goal)
+    for (pending, _), where in small.items():
+        mesh, parts = found[where[0]].device_mesh, [found[i] for i in where]
+        line = torch.cat([x.to_local().flatten() for x in parts])
+        line = DTensor.from_local(line, mesh, pending, run_check=False).redistribute(
+            mesh, [Replicate()] * mesh.ndim
+        )
+        for i, x in zip(where, line.to_local().split([x.numel() for x in parts]), strict=True):
+            found[i] = DTensor.from_local(x.view(found[i].shape), mesh, line.placements, run_check=False)
+    return found
+
+
+SMALL = 2**20  # elements
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's part, sharing memory. Not for use under autograd: a local region says where gradients
     lie."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x
+    with torch.no_grad():
+        return x.to_local()
 
 
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:

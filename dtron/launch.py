@@ -57,6 +57,12 @@ def plan(config: RunConfig) -> Plan:
     pipeline(config, shape, count, Layout())  # refuses a schedule or a split that cannot be
     device = _device(config)
     gpu = device.startswith("cuda")
+    compiles = config.compile == "on" or (config.compile == "auto" and gpu)
+    if config.how.budget is not None and not compiles:
+        raise ValueError(
+            f"--recompute {config.recompute}: the compiler keeps to a budget, and nothing is compiled here; "
+            "use --compile on or --recompute selective"
+        )
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     return Plan(
@@ -68,12 +74,8 @@ def plan(config: RunConfig) -> Plan:
         rows,
         gathers_each(config, shape),
         splits(config, shape),
-        _compiles(config, shape, device),
+        compiles,
     )
-
-
-def _compiles(config: RunConfig, shape: MeshShape, device: str) -> bool:
-    return config.compile == "on" or (config.compile == "auto" and device != "cpu" and shape.size == 1)
 
 
 def _device(config: RunConfig) -> str:

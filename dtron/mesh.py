@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
-from dtron.dtensor import Gather, shard
+from dtron.dtensor import Gather, code, shard
 from dtron.shape import MeshShape
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
@@ -157,20 +157,21 @@ class Layout:
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
-        placements = self._gathered(w)
-        if placements == w.placements and w.dtype == dtype:
+        placements = self.gathered(w.placements)
+        if placements == tuple(w.placements) and w.dtype == dtype:
             return w
-        return Gather.apply(w, placements, dtype, self.reduce or w.dtype)
+        return Gather.apply(w, code(placements), dtype, self.reduce or w.dtype)
 
     def gathers(self, w: Tensor) -> bool:
         """Whether ``gather`` would communicate for this weight."""
-        return self.mesh is not None and self._gathered(w) != w.placements
+        return self.mesh is not None and self.gathered(w.placements) != tuple(w.placements)
 
-    def _gathered(self, w: DTensor) -> tuple[Placement, ...]:
+    def gathered(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+        """Where a weight that lies so lies once it is gathered."""
         zero = self.rules["embed"]
         return tuple(
             Replicate() if axis in zero and p.is_shard() else p
-            for axis, p in zip(self.axes, w.placements, strict=True)
+            for axis, p in zip(self.axes, placements, strict=True)
         )
 
     def local(

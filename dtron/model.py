@@ -30,7 +30,7 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
-from dtron.params import declare, flat, gather, part, weight
+from dtron.params import declare, flat, gather, part, unflatten, weight
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,10 @@ def _run_block(
         kept.gathering = False
         return block(p, x_TD, table_TH, documents_T)
 
+    def run_gathered(p: Block, x_TD: Tensor) -> Tensor:
+        gathered = region(lambda *ws: tuple(layout.gather(w) for w in ws), *flat(p))
+        return block(unflatten(p, list(gathered)), x_TD, table_TH, documents_T)
+
     region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
         return run(p, x_TD)
@@ -176,8 +180,10 @@ def _run_block(
         return region(run, p, x_TD)
     if recompute == "selective":
         return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
-    if torch.compiler.is_compiling() or not any(layout.gathers(w) for w in flat(p)):
-        return run(p, x_TD)  # a compiler decides by itself what to keep
+    if not any(layout.gathers(w) for w in flat(p)):
+        return run(p, x_TD)
+    if torch.compiler.is_compiling():
+        return run_gathered(p, x_TD)  # what else to keep, a compiler decides by itself
     kept = _AllKept()
     return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 

@@ -112,15 +112,17 @@ def global_norm(
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
     counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
     wide = torch.promote_types(counted[0].dtype, torch.float32)
-    squares = torch.stack(torch._foreach_norm([local(g) for g in counted], 2, wide)).square()
+    norms = torch._foreach_norm([local(g) for g in counted], 2, wide)
     mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
     if mesh is None:
-        return over_stages(squares.sum()).sqrt()
+        return over_stages(torch.stack(norms).square().sum()).sqrt()
     held = [  # by how many ranks each is held whole
         math.prod(n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard())
         for g in counted
     ]
-    total = (squares / torch.tensor(held, dtype=wide, device=squares.device)).sum()
+    # Scalars, because numbers that have to be sent to the device make the host wait for it.
+    torch._foreach_div_(norms, [math.sqrt(n) for n in held])
+    total = torch.stack(norms).square().sum()
     return over_stages(full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))).sqrt()
 
 

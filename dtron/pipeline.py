@@ -127,14 +127,16 @@ class Pipeline:
         """The declared weights of the stages here: the shape of every params tree."""
         return tuple(self.specs[s] for s in self.stages)
 
-    def links(self, batch: Batch, table: Table | None = None) -> Links:
-        """What connects the stages for one step of microbatches like ``batch``."""
+    def links(self, batch: Batch, table: Table | None = None, local: bool = False) -> Links:
+        """What connects the stages for one step of microbatches like ``batch``. ``local``: they take and give
+        each rank's own tensors."""
         if self.rank is None:
             return Handed()
         tokens = batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
         empty = lambda: self.template.new_empty(tokens, self.template.shape[1])
-        wrap = lambda x: self.layout.from_local(x, "tokens_sp", "act_embed")
-        unwrap = lambda x: self.layout.to_local(x, "tokens_sp", "act_embed")
+        lies = ("tokens_sp", "act_embed")
+        wrap = lambda x: x if local else self.layout.from_local(x, *lies)
+        unwrap = lambda x: x if local else self.layout.to_local(x, *lies)
         return Sent(table or self.table, self.rank, self.peers, self.groups, empty, wrap, unwrap)
 
     def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:

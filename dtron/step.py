@@ -18,15 +18,59 @@ set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dtron.dtensor import cast, local, reduce, scatter
+from dtron.dtensor import cast, local, reduce_all, scatter_all
+from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program, forward_table, run, run_forward
+
+
+class Hold(Protocol):
+    """What a program's functions take and give: DTensors (``Wholes``), or each rank's own tensors
+    (``compiled.OnLocals``). Gradients are lists in the order of a stage's weights, and ``params`` too."""
+
+    def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
+        """A stage's weights for its functions, and the tensors to differentiate by. ``once``: gather
+        them now, and not inside the functions."""
+
+    def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+        """Gradients shrunk to where the params are sharded."""
+
+    def reduce(
+        self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
+    ) -> list[Tensor]:
+        """Gradients, shrunk before or not, as tensors that lie like the params."""
+
+    def loss(self, total: Tensor) -> Tensor:
+        """The summed loss, its sum over data ranks pending."""
+
+
+@dataclass(frozen=True)
+class Wholes:
+    """Functions of DTensors, or of one device's tensors."""
+
+    layout: Layout
+
+    def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
+        weights = tree_map(_leaf, gather(params, self.layout) if once else params)
+        return weights, flat(weights)
+
+    def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+        return grads if self.layout.mesh is None else scatter_all(grads, [p.placements for p in params])
+
+    def reduce(
+        self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
+    ) -> list[Tensor]:
+        return grads if self.layout.mesh is None else reduce_all(grads, [p.placements for p in params])
+
+    def loss(self, total: Tensor) -> Tensor:
+        return total
 
 
 def gradients(
@@ -47,11 +91,12 @@ def gradients(
     params, with the params' placements, in the layout's reduce dtype (None: the params' own).
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
-    layout, inside = pipe.layout, zero == 3 and gather_each
-    weights = tree_map(_leaf, params if inside else gather(params, layout))
-    by_stage = dict(zip(pipe.stages, weights, strict=True))
-    targets = dict(zip(pipe.stages, (flat(p) for p in params), strict=True))
-    flat_weights = {s: flat(w) for s, w in by_stage.items()}
+    layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
+    leaves = {
+        s: hold.leaves(p, once=zero < 3 or not gather_each) for s, p in zip(pipe.stages, params, strict=True)
+    }
+    weights, tensors = ({s: pair[i] for s, pair in leaves.items()} for i in (0, 1))
+    targets = {s: flat(p) for s, p in zip(pipe.stages, params, strict=True)}
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
@@ -60,24 +105,23 @@ def gradients(
         # The first microbatch's are added to in place, so they must be nobody else's: two weights that are
         # added up have one and the same gradient.
         shared = len({id(g) for g in grads}) < len(grads)
-        grads = [_zeros(w) if g is None else g for g, w in zip(grads, flat_weights[stage], strict=True)]
+        grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if several or layout.mesh is not None or shared:  # otherwise nothing is ever added to them
             dtypes = [layout.reduce or p.dtype for p in ps]
             copy = first and (several or shared)
             grads = [cast(g, dtype, copy) for g, dtype in zip(grads, dtypes, strict=True)]
         if zero >= 2:
-            grads = [scatter(g, p) for g, p in zip(grads, ps, strict=True)]
+            grads = hold.scatter(weights[stage], grads, ps)
         if first:
             sums[stage] = grads
         else:
             torch._foreach_add_([local(s) for s in sums[stage]], [local(g) for g in grads])
 
-    links = pipe.links(microbatches[0])
-    out = run(pipe.table, pipe.ranks, functions, by_stage, flat_weights, microbatches, links, take)
-    found = unflatten(params, [g for s in pipe.stages for g in sums[s]])
-    sums.clear()
-    found = pipe.add_twins(tree_map(reduce, found, params))
-    return None if out.total is None else out.total / tokens, found
+    links = pipe.links(microbatches[0], local=functions.hold is not None)
+    out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
+    found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
+    found = pipe.add_twins(unflatten(params, found))
+    return None if out.total is None else hold.loss(out.total) / tokens, found
 
 
 def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline) -> Tensor | None:

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.collectives import CollectiveCounter, no_hidden_communication
-from dtron.dtensor import full, reduce, shard_like
+from dtron.dtensor import full, shard_like
 from dtron.mesh import Layout, PlacementError, rules_for
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
+from dtron.step import Wholes
 from dtron.verify import relative_error
 
 Axes = tuple[str | None, ...]
@@ -101,7 +102,7 @@ def run_layer(
             direction = shard_like(direction, y)
             grads = torch.autograd.grad(y, [*flat(weights), *wanted], direction)
             n = len(grads) - len(wanted)
-            reduced = tree_map(reduce, unflatten(weights, list(grads[:n])), placed)
+            reduced = unflatten(weights, Wholes(layout).reduce(None, list(grads[:n]), flat(placed), False))
         tensors = {"output": full(y.detach())}
         tensors |= {f"gradient of {path}": full(g) for path, g in leaves(reduced)}
         names = [name for name, x in zip(inputs, xs, strict=True) if x.requires_grad]

@@ -51,13 +51,11 @@ def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh,
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    small = (
-        0 if params is MLP else 2
-    )  # the norms of q and k: whole on every rank, one sum each over each axis
-    assert got.total.count[Collective("all_reduce", "tp")] == small
+    norms = params is Attention  # of q and k: whole on every rank, summed once over each axis, end to end
+    assert got.total.count[Collective("all_reduce", "tp")] == norms
     if dp:
         assert got.total.count[Collective("reduce_scatter", "dp")] == (weights if zero else 0)
-        assert got.total.count[Collective("all_reduce", "dp")] == small + (0 if zero else weights)
+        assert got.total.count[Collective("all_reduce", "dp")] == norms + (0 if zero else weights)
 
 
 def test_bytes_of_a_layer_follow_the_formula():

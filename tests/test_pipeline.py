@@ -72,7 +72,7 @@ def broken(change):
     def step(config, shape):
         links = Pipeline.links
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Pipeline, "links", lambda self, *args: change(links(self, *args)))
+            patch.setattr(Pipeline, "links", lambda self, *args, **named: change(links(self, *args, **named)))
             return one_step(config, shape)
 
     return step

@@ -34,11 +34,13 @@ from dtron.schedules.table import Action, Table
 class Program:
     """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the first stage
     takes (token embeddings); ``stage(params, x, batch) -> y`` is a stage, the last one's y a scalar loss.
-    ``splits`` is false where a backward can't be made in two halves, because the stage recomputes."""
+    ``splits`` is false where a backward can't be made in two halves, because the stage recomputes. ``hold``
+    makes of params what the functions take (None: they take the params as they are); see step.py."""
 
     enter: Callable[[Any, Any], Tensor]
     stage: Callable[[Any, Tensor, Any], Tensor]
     splits: bool = True
+    hold: Any = None
 
 
 class Links(Protocol):
