@@ -37,24 +37,33 @@ def compiled(
     mesh, options = layout.mesh, {}
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         options |= {f"aten_distributed_optimizations.{name}": overlap for name in OVERLAP}
-    compiler = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options or None)
-    compile = compiler if how.budget is None else lambda fn: _on_budget(compiler(fn), how.budget)
+    to = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options or None)
+    budget = 1.0 if how.budget is None else how.budget
+    compile = lambda fn: _with_settings(to(fn), budget)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
     here = OnLocals(functions, layout, compile)
     return Program(here.enter, here.stage, False, here)
 
 
-def _on_budget(fn: Callable, share: float) -> Callable:
-    """Let the partitioner, which decides what forward keeps for backward, keep this share of what it would,
-    and compute the rest again, cheapest first."""
+def _with_settings(fn: Callable, budget: float = 1.0) -> Callable:
+    """A compiled function with settings that torch has nowhere but in its global configs. ``budget``: the
+    share of what the partitioner would keep from forward for backward that it may keep; the rest is computed
+    again, cheapest first."""
 
     def run(*args):
-        with torch._functorch.config.patch(activation_memory_budget=share):
+        with (
+            torch._dynamo.config.patch(recompile_limit=SHAPES),
+            torch._functorch.config.patch(activation_memory_budget=budget),
+        ):
             return fn(*args)
 
     return run
 
+
+# Kinds of arguments (stages, shapes of weights) that a function may be compiled for. After 8 torch gives up,
+# to notice functions that never settle.
+SHAPES = 64
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
 
@@ -143,12 +152,4 @@ def compiled_rule(backend: str = "inductor") -> Rule:
     (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead of 70, and ran no
     faster; with one graph for any shape every step took 5 ms more.)"""
     each = torch.compile(adamw, fullgraph=True, dynamic=False, backend=backend)
-
-    def rule(*args) -> None:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            written_out(*args, each=each)
-
-    return rule
-
-
-SHAPES = 64  # that AdamW may be compiled for; torch gives up after 8, to notice functions that never settle
+    return _with_settings(partial(written_out, each=each))

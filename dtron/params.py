@@ -123,12 +123,15 @@ def _layer_class(hint: Any) -> type:
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """``(path, leaf)`` of every leaf, in declaration order; paths read like ``blocks.3.mlp.w_up``."""
-    if is_dataclass(tree) and not isinstance(tree, Weight):
+    if tree is None:
+        return
+    if isinstance(tree, (Tensor, Weight)):  # before the next question, which torch.compile 2.11 cannot ask
+        yield path, tree
+        return
+    if is_dataclass(tree):
         children = [(f.name, getattr(tree, f.name)) for f in fields(tree)]
     elif isinstance(tree, (tuple, list)):
         children = [(str(i), child) for i, child in enumerate(tree)]
-    elif tree is None:
-        return
     else:
         yield path, tree
         return
@@ -148,11 +151,15 @@ def unflatten(like: Any, values: list[Any]) -> Any:
 def _build(like: Any, rest: Iterator[Any]) -> Any:
     # Not a closure in unflatten: one that calls itself is a reference cycle, and would keep every tensor of
     # the tree alive until the garbage collector runs.
-    if is_dataclass(like) and not isinstance(like, Weight):
+    if like is None:
+        return None
+    if isinstance(like, (Tensor, Weight)):
+        return next(rest)
+    if is_dataclass(like):
         return type(like)(**{f.name: _build(getattr(like, f.name), rest) for f in fields(like)})
     if isinstance(like, (tuple, list)):
         return tuple(_build(child, rest) for child in like)
-    return None if like is None else next(rest)
+    return next(rest)
 
 
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:

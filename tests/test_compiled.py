@@ -23,6 +23,12 @@ ONE = Layout()
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """What other tests compiled."""
+    torch.compiler.reset()
+
+
 def step(functions, model, count: int = 2):
     pipe = one_stage(model, count, ONE)
     params = init(pipe.spec, model.dims(), 0, ONE, torch.float64)
