@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dtron.config import ModelConfig, nearest_divisor
+import torch
+
+from dtron.config import How, ModelConfig, nearest_divisor
+from dtron.model import declare_model
+from dtron.params import flat
 from dtron.shape import MeshShape
 
 
@@ -36,6 +40,38 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
             f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
             f"{model.context} or --model.context {sequence}"
         )
+
+
+def check_fp8(
+    how: How, model: ModelConfig, mesh: MeshShape, tokens: int, device: str, compute: torch.dtype
+) -> None:
+    """``tokens``: of a microbatch, on one rank. Raises ValueError where FP8 cannot be, or is asked for and
+    would be used nowhere."""
+    if how.fp8 == "none":
+        return
+    flag = f"--fp8 {how.fp8}"
+    if compute == torch.float64:
+        raise ValueError(f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two")
+    if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"{flag}: {name} has no FP8, which begins with capability 8.9; drop --fp8")
+    if model.layers < 3 and not how.fp8_ends:
+        raise ValueError(
+            f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
+            "has no other; use --fp8-ends, or drop --fp8"
+        )
+    recipe, weights = how.recipe(end=False), flat(declare_model(model).blocks[0])
+    others = [w.numel / model.embed / mesh.tp for w in weights if len(w.shape) > 1]  # the sizes beside embed
+    if not any(recipe.converts(tokens, model.embed, other) for other in others):
+        raise ValueError(
+            f"{flag}: no matrix of this model has {how.fp8_smallest} weights on a rank (at most "
+            f"{max(others) * model.embed:.0f}), and its sizes and the {tokens} tokens multiples of 16; drop "
+            "--fp8, or lower --fp8-smallest"
+        )
+    try:
+        import dtron.fp8.product  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
 from dtron.layers.attention import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 
-Fp8 = Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+Fp8 = Literal["none", Scaling]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
 
@@ -176,8 +177,11 @@ class How:
     attention: AttentionPath = "auto"
     fp8: Fp8 = "none"
     fp8_ends: bool = False
+    fp8_smallest: int = SMALLEST
 
     def __post_init__(self) -> None:
+        if self.fp8_smallest < 0:
+            raise ValueError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
         if self.recompute not in ("none", "selective", "full") and self.budget is None:
             raise ValueError(
                 f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
@@ -193,6 +197,12 @@ class How:
         except ValueError:
             return None
         return share if 0 <= share <= 1 else None
+
+    def recipe(self, end: bool) -> Recipe | None:
+        """For the products of a block; ``end``: the first or the last."""
+        if self.fp8 == "none" or (end and not self.fp8_ends):
+            return None
+        return Recipe(self.fp8, self.fp8_smallest)
 
 
 PLAIN = How()
@@ -288,6 +298,9 @@ class RunConfig:
     gradient in high precision"""
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
+    fp8_smallest: int = SMALLEST
+    """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
+    are"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     reduce_bf16: bool = False
@@ -323,11 +336,11 @@ class RunConfig:
                 raise ValueError(
                     f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
                 )
-        How(self.recompute, self.attention, self.fp8, self.fp8_ends)  # refuses what cannot be
+        _ = self.how  # refuses what cannot be
 
     @property
     def how(self) -> How:
-        return How(self.recompute, self.attention, self.fp8, self.fp8_ends)
+        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest)
 
 
 def nearest_divisor(n: int, near: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtron.checks import check, microbatches
+from dtron.checks import check, check_fp8, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -65,6 +65,8 @@ def plan(config: RunConfig) -> Plan:
         )
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
+    tokens = rows // shape.data * config.data.sequence // shape.cp
+    check_fp8(config.how, config.model, shape, tokens, device, compute)
     return Plan(
         shape,
         device,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dtron.config import PLAIN, AttentionPath, How, ModelConfig
+from dtron.fp8 import Recipe
 from dtron.layers.attention import Attention, Mask, attention
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
@@ -95,7 +96,7 @@ def block(
     m: ModelConfig,
     layout: Layout,
     path: AttentionPath = "auto",
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``recipe``: matrix products in FP8, or None."""
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
@@ -150,8 +151,7 @@ def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: L
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     for i, p_block in enumerate(p.blocks):
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        recipe = None if how.fp8 == "none" or (end and not how.fp8_ends) else how.fp8
-        run = partial(block, mask=mask, m=m, layout=layout, path=how.attention, recipe=recipe)
+        run = partial(block, mask=mask, m=m, layout=layout, path=how.attention, recipe=how.recipe(end))
         x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
     return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
 
@@ -188,7 +188,7 @@ def _run_block(
     return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
-_MATMULS = ("mm", "addmm", "bmm", "_scaled_dot_product")
+_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product")
 
 
 def _is_view(op) -> bool:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dtron.fp8 import Recipe
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
@@ -66,7 +67,7 @@ def attention(
     layout: Layout,
     eps: float = 1e-5,
     path: AttentionPath = "auto",
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     core: Callable | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation) and

@@ -13,6 +13,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.fp8 import Recipe
 from dtron.layers.linear import linear
 from dtron.mesh import Layout
 from dtron.params import residual_out, weight, zeros
@@ -33,7 +34,7 @@ class MLP:
 
 
 def mlp(
-    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: str | None = None
+    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: Recipe | None = None
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
