@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dtron.config import PLAIN, How
 from dtron.dtensor import Lies, Whole, code, local, reduce_all, scatter_all
+from dtron.fp8 import compile_options
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
 from dtron.params import flat, unflatten
@@ -34,9 +35,10 @@ def compiled(
 ) -> Program:
     """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
     them, and small ones put together."""
-    mesh, options = layout.mesh, {}
+    mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         options |= {f"aten_distributed_optimizations.{name}": overlap for name in OVERLAP}
+    options = options if backend == "inductor" else None
     to = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options or None)
     budget = 1.0 if how.budget is None else how.budget
     compile = lambda fn: _with_settings(to(fn), budget)

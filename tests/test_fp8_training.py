@@ -91,7 +91,7 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
     torch.compiler.reset()
     how = How(recompute, fp8=name, fp8_ends=True, fp8_smallest=0)
     want_loss, want = step(program(SIZES, ONE, how))
-    got_loss, got = step(compiled(program(SIZES, ONE, how), "aot_eager"))
+    got_loss, got = step(compiled(program(SIZES, ONE, how), ONE, how, "aot_eager"))
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0 and (a - b).norm() < 1e-3 * b.norm()
