@@ -33,10 +33,12 @@ from dtron.model import Batch, flops_per_token, make_batch, parameter_count, val
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
+from dtron.profile import Recorder
 from dtron.shape import MeshShape
 from dtron.step import evaluate, gradients
 
 VALIDATION_ROWS = 32
+PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
 
 
 def main(argv: list[str]) -> int:
@@ -70,6 +72,8 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
     metrics.say(describe(config, here, corpus, state.step))
+    recorded = min(PROFILED_STEP, config.steps - state.step) if config.profile else 0
+    recorder = Recorder(run_dir / "trace.json", recorded, here.device)
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
@@ -84,6 +88,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
 
     launched = None  # the step that the device is working on
     while state.step < config.steps:
+        recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
         loss, grads = gradients(
             functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
@@ -102,7 +107,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
         evaluates = last or (config.eval_every and state.step % config.eval_every == 0)
-        if not (saves or evaluates):
+        if not (recorder.end() or saves or evaluates):
             continue
         record, launched = finish(*launched), None
         if evaluates:

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import torch
@@ -87,6 +87,8 @@ def main() -> None:
     tflops, peak = per_gpu * flops_per_token(m, o.sequence) / 1e12, peak_tflops(device)
     report = {
         "model": o.model, "schedule": o.schedule, "pp": o.pp, "microbatches": o.microbatches, "rows": o.rows,
+        "mesh": str(shape), "zero": 1, "sequence": o.sequence, "recompute": "none", "compiled": False,
+        "dtype": str(compute).removeprefix("torch."), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__,
         "tokens_per_s_per_gpu": round(per_gpu), "tflops_per_gpu": round(tflops, 1),
         "mfu": round(tflops / peak, 4) if peak else None, "step_ms": round(1e3 * whole, 2),

@@ -18,22 +18,26 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
-from dtron.config import DataConfig, RunConfig
+from dtron.config import DataConfig, Fp8, RunConfig
 from dtron.dtensor import full
 from dtron.launch import plan, ranks
+from dtron.layers.attention import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
+from dtron.profile import Recorder, breakdown, rows, top
 from dtron.shape import MeshShape
 from dtron.step import gradients
 
@@ -45,6 +49,7 @@ def main() -> None:
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
+        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention,
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -62,8 +67,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     if not o.eager:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
-    rows = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout) for r in rows.split(here.rows)]
+    ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
+    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
     def step(params, opt):
@@ -83,14 +88,20 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
     times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
     if o.profile:
-        profile(o.profile, lambda: step(params, opt))
+        recorder = Recorder(Path(o.profile), 2, here.device, show)
+        for _ in range(2):
+            recorder.begin()
+            loss, params, opt = step(params, opt)
+            recorder.end()
     seconds = statistics.median(times)
     n = here.shape.size
     tflops, peak = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12, peak_tflops(here.device)
     return {
-        "model": o.model, "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
+        "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
+        "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
         "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
-        "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."),
+        "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
+        "fp8_ends": o.fp8_ends, "attention": o.attention, "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
@@ -100,16 +111,11 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     }  # fmt: skip
 
 
-def profile(path: str, step) -> None:
-    """A Chrome trace of one step, and its kernels by total time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
-        step()
-        torch.cuda.synchronize()
-    print(p.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
-    p.export_chrome_trace(path)
+def show(spans) -> None:
+    """Where the step's time went, and its kernels by total time."""
+    for part in rows(breakdown(spans)):
+        print("{:<24} {:>9} ms {:>7}".format(*part))
+    print("\n".join(top(spans, 25)))
 
 
 def arguments() -> argparse.Namespace:
@@ -118,8 +124,11 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--mesh", default="")
     p.add_argument("--zero", type=int, default=1)
     p.add_argument("--recompute", default="none")
+    p.add_argument("--fp8", default="none", choices=get_args(Fp8))
+    p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
+    p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
     p.add_argument("--eager", action="store_true", help="do not compile")
-    p.add_argument("--profile", default="", help="write a Chrome trace here, and print the kernels")
+    p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
         p.add_argument(f"--{name}", type=int, default=default)
     return p.parse_args()

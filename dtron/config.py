@@ -313,6 +313,8 @@ class RunConfig:
     """tokens of text to generate at the end; 0: none"""
     tensorboard: bool = False
     """also write TensorBoard events to run_dir"""
+    profile: bool = False
+    """record one step, the fifth or the last: a trace of each process in run_dir, and where its time went"""
     timeout: int = 600
     """seconds after which a rank that does not answer counts as dead"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

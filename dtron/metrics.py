@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Dense bf16 TFLOP/s by the vendors' datasheets, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -72,6 +74,8 @@ class Metrics:
         self, run_dir: Path, device: str, ranks: int, flops_per_token: float, steps: int, start: int, main:
         bool, tensorboard: bool = False, console: Console | None = None,
     ):  # fmt: skip
+        from rich.console import Console  # the benchmarks do without
+
         self._device, self._ranks, self._flops = device, ranks, flops_per_token
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
         self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None

@@ -21,6 +21,7 @@ from dtron.data import get_tokenizer
 from dtron.entry import run_cli
 from dtron.launch import plan
 from dtron.metrics import Metrics
+from dtron.profile import breakdown, read
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -162,6 +163,17 @@ def test_tensorboard_has_the_same_numbers(run_dir, one_device):
     assert set(board.Tags()["scalars"]) == KEYS - {"step", "mfu"} | {"validation_loss"}
 
 
+@pytest.mark.parametrize(("steps", "recorded"), [("7", 5), ("4", 4)])
+def test_a_profiled_run_shows_one_step_and_learns_the_same(run_dir, capsys, steps, recorded):
+    found = run(run_dir, "--profile", f"--steps={steps}", "--optim.schedule=constant")
+    assert [record["step"] for record in found] == list(range(1, int(steps) + 1))
+    assert losses(found) == losses(run(run_dir, f"--steps={steps}", "--optim.schedule=constant"))
+    assert capsys.readouterr().out.count("communication, hidden") == 1
+    names = [e["name"] for e in json.loads((run_dir / "trace.json").read_text())["traceEvents"]]
+    assert [n for n in names if n.startswith("ProfilerStep")] == [f"ProfilerStep#{recorded}"]
+    assert breakdown(read(run_dir / "trace.json")).matmul > 0
+
+
 # ---- many ranks
 
 
@@ -210,10 +222,14 @@ def torchrun(*argv: str, program: str = "train.py", **more: str) -> subprocess.C
 
 
 def test_two_processes_give_the_losses_of_one_device(run_dir, one_device):
-    done = torchrun("--mesh=dp=2", "--zero=3", f"--run-dir={run_dir}")
+    done = torchrun("--mesh=dp=2", "--zero=3", "--profile", f"--run-dir={run_dir}")
     assert done.returncode == 0, done.stderr
     agree(records(run_dir), one_device)
     assert done.stdout.count("step 4: validation loss") == 1
+    assert done.stdout.count("communication, exposed") == 1  # rank 0 alone says where the time went
+    for rank in range(2):
+        b = breakdown(read(run_dir / f"trace-rank{rank}.json"))
+        assert min(b.matmul, b.attention, b.elementwise, b.communication + b.hidden) > 0
 
 
 def test_processes_that_are_refused_say_so_once_and_end(run_dir):
