@@ -6,6 +6,8 @@ the collectives from a counter that watched a real step. A test draws them too a
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -177,6 +179,42 @@ def schedules(ranks: int, microbatches: int, costs: Costs) -> str:
     return timelines(lines)
 
 
+def curves() -> str:
+    """Above: measured losses. Below: each against the first, as a running mean of 20 steps."""
+    found = json.loads((FOLDER.parent.parent / "bench" / "curves.json").read_text())
+    losses = found["losses"]
+    steps, first = len(next(iter(losses.values()))), next(iter(losses))
+    tints = dict(zip(losses, ("#222", "#4a8fd0", "#50b060", "#d05050", "#d0a050"), strict=True))
+    canvas, across = Canvas(1180), lambda i: 70 + 1000 * i / (steps - 1)
+    title = (
+        f"The same {steps} steps, computed in {len(losses)} ways ({found['device']}, torch {found['torch']})"
+    )
+    canvas.text(20, 28, title, bold=True, size=16)
+    low, high = min(map(min, losses.values())), max(map(max, losses.values()))
+    down = lambda loss: 60 + 240 * (high - loss) / (high - low)
+    for loss in range(math.ceil(low), math.floor(high) + 1):
+        canvas.text(60, down(loss) + 4, f"{loss}", anchor="end", colour=FAINT)
+        canvas.line([(70, down(loss)), (1070, down(loss))], "#eee")
+    for name, values in losses.items():
+        canvas.line([(across(i), down(loss)) for i, loss in enumerate(values)], tints[name])
+    canvas.text(20, 340, f"Difference from {first}, mean of 20 steps", bold=True)
+    off = lambda share: 430 - 60 * share / 0.01
+    for share in (-0.01, 0.0, 0.01):
+        canvas.text(60, off(share) + 4, f"{share:+.0%}", anchor="end", colour=FAINT)
+        canvas.line([(70, off(share)), (1070, off(share))], "#eee")
+    for name, values in losses.items():
+        means = [(sum(a) / sum(b) - 1) for a, b in zip(windows(values), windows(losses[first]), strict=True)]
+        canvas.line([(across(i + 19), off(mean)) for i, mean in enumerate(means)], tints[name])
+    for row, (name, tint) in enumerate(tints.items()):
+        canvas.rect(880, 60 + 20 * row, 14, 14, tint)
+        canvas.text(900, 72 + 20 * row, name)
+    return canvas.svg()
+
+
+def windows(values: list[float]) -> list[list[float]]:
+    return [values[i : i + 20] for i in range(len(values) - 19)]
+
+
 def legend(canvas: Canvas, x: float, y: float, entries) -> None:
     for name, fill in entries:
         canvas.rect(x, y, 14, 14, fill)
@@ -192,6 +230,7 @@ def figures() -> dict[str, str]:
         "tensor-parallelism.svg": layer(MeshShape(tp=4)),
         "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
         "schedules.svg": schedules(4, 8, Costs()),
+        "losses.svg": curves(),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

@@ -41,6 +41,11 @@ class Canvas:
         end = x + length
         self._add(y + 4, f'<path d="M{x:.1f} {y:.1f}H{end:.1f}m-6 -4l6 4l-6 4" fill="none" stroke="{INK}"/>')
 
+    def line(self, points: list[tuple[float, float]], colour: str) -> None:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        box = f'points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"'
+        self._add(max(y for _, y in points), f"<polyline {box}/>")
+
     def svg(self) -> str:
         height = self._height + 16
         head = (
