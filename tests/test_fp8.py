@@ -1,17 +1,16 @@
-"""FP8 products: how far from exact they are, on one device, on a mesh and compiled; and which there are.
-
-An error is the norm of the difference over the norm of what it should be. e4m3 keeps 3 bits: a rounded value
-is off by .027 (root mean square), a product of two by .038; e5m2 is twice as coarse."""
+"""FP8 products: how far from exact they are, on one device, on a mesh and compiled; and which there are."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import ERRORS, NAMES, converted, operands
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -19,49 +18,20 @@ import dtron.fp8 as fp8
 from dtron.collectives import CollectiveCounter, no_hidden_communication
 from dtron.dtensor import full, shard, shard_like
 from dtron.fp8 import Recipe, matmul
+from dtron.fp8.__main__ import error, products, table
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import PlacementError
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 from dtron.testing import assert_caught, assert_equivalent, dropped
 
-ERRORS = {  # of y, and of the gradients of x and w
-    "tensorwise": (0.038, 0.059, 0.059),
-    "rowwise": (0.038, 0.038, 0.038),
-    "rowwise_with_gw_hp": (0.038, 0.038, 0.0017),  # bfloat16's own
-}
-NAMES = list(ERRORS)
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
-def run(fn, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The product and both gradients."""
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    y = fn(x, w)
-    return y.detach(), *torch.autograd.grad(y, (x, w), g)
-
-
-def operands(t: int = 256, i: int = 192, o: int = 320, dtype: torch.dtype = torch.float32, seed: int = 0):
-    return [draw(*shape, seed=seed + n, dtype=dtype) for n, shape in enumerate([(t, i), (i, o), (t, o)])]
-
-
-def converted(name: str):
-    return partial(matmul, recipe=Recipe(name, smallest=0))
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_those_of_the_recipe(name):
     """Neither larger nor, which would mean that it was not FP8, much smaller."""
     xs = operands(dtype=torch.bfloat16)
-    want = run(torch.matmul, *(x.double() for x in xs))
-    got = run(converted(name), *xs)
+    want = products(torch.matmul, *(x.double() for x in xs))
+    got = products(converted(name), *xs)
     for a, b, expected in zip(got, want, ERRORS[name], strict=True):
         assert a.dtype == torch.bfloat16 and 0.5 * expected < error(a, b) < 1.2 * expected
 
@@ -78,8 +48,8 @@ def test_it_is_what_torchao_computes(name, dtype):
     mm = LinearMMConfig(*3 * [ScaledMMConfig(emulate=True)])
     config = replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     xs = operands(dtype=dtype)
-    want = run(lambda x, w: matmul_with_hp_or_float8_args.apply(x, w, mm, config), *xs)
-    got = run(converted(name), *xs)
+    want = products(lambda x, w: matmul_with_hp_or_float8_args.apply(x, w, mm, config), *xs)
+    got = products(converted(name), *xs)
     for a, b in zip(got, want, strict=True):
         assert error(a, b) < (1e-6 if dtype == torch.float32 else 1e-4)
     assert [a.stride() for a in got] == [xs[2].stride(), xs[0].stride(), xs[1].stride()]
@@ -90,8 +60,8 @@ def test_it_is_what_torchao_computes(name, dtype):
 def test_no_magnitude_is_out_of_range(name, i, j, seed):
     """448 is e4m3's largest value; but to multiply an operand by a power of two changes nothing else."""
     x, w, g = operands(32, 48, 16, seed=seed)
-    y, dx, dw = run(converted(name), x, w, g)
-    got = run(converted(name), x * 2.0**i, w * 2.0**j, g)
+    y, dx, dw = products(converted(name), x, w, g)
+    got = products(converted(name), x * 2.0**i, w * 2.0**j, g)
     for a, b in zip(got, (y * 2.0 ** (i + j), dx * 2.0**j, dw * 2.0**i), strict=True):
         assert a.isfinite().all() and error(a, b) < 1e-5
 
@@ -109,11 +79,16 @@ def test_one_huge_row_ruins_all_others_unless_it_has_its_own_scale(row, power):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_is_asked_for_is_computed(name):
     x, w, g = operands(32, 32, 32)
-    _, dx, dw = run(converted(name), x, w, g)
+    _, dx, dw = products(converted(name), x, w, g)
     for one, other, want in [(x, w, dx), (w, x, dw)]:
         one = one.clone().requires_grad_()
         y = converted(name)(*((one, other) if want is dx else (other, one)))
         assert torch.autograd.grad(y, one, g)[0].equal(want)
+
+
+def test_the_errors_shown_are_those_of_the_command():
+    page = (Path(__file__).parent.parent / "docs" / "fp8.md").read_text()
+    assert "\n".join(table()) in page
 
 
 # --- which products ---
@@ -141,9 +116,9 @@ def test_which_products_are_converted(sizes, yes):
 )
 def test_others_are_plain_products(t, i, o):
     xs = operands(t, i, o)
-    want, got = run(torch.matmul, *xs), run(converted("rowwise"), *xs)
+    want, got = products(torch.matmul, *xs), products(converted("rowwise"), *xs)
     assert got[0].equal(want[0]) is ((t, i, o) != (16, 32, 32)) and got[2].shape == (i, o)
-    small = run(partial(matmul, recipe=Recipe("rowwise", i * o + 1)), *xs)
+    small = products(partial(matmul, recipe=Recipe("rowwise", i * o + 1)), *xs)
     assert all(a.equal(b) for a, b in zip(small, want, strict=True))
 
 
@@ -174,8 +149,8 @@ def on_mesh(name: str, mesh_text: str, pending: bool = False) -> tuple[list[Tens
         return [full(t.detach()) for t in (y, *grads)], counter
 
 
-def one_device(name: str) -> tuple[Tensor, ...]:
-    return run(converted(name), *operands(128, 64, 96))
+def one_device(name: str) -> list[Tensor]:
+    return products(converted(name), *operands(128, 64, 96))
 
 
 @pytest.mark.parametrize("mesh", CUTS)

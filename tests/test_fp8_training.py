@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from products import NAMES
 from runs import MODEL, on_pool, simulate, train
 
 from dtron.compiled import compiled
@@ -21,7 +22,6 @@ from dtron.pipeline import one_stage, program
 from dtron.shape import MeshShape
 from dtron.step import gradients
 
-NAMES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)
 PLAIN = RunConfig(model=SIZES, data=DataConfig(sequence=16), batch=8, micro_batch=1, steps=10, seed=3)
 FP8 = replace(PLAIN, fp8="rowwise", fp8_ends=True, fp8_smallest=0)
@@ -100,16 +100,15 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_gives_the_bits_of_eager(name):
-    """With our options; needs a C++ compiler."""
-    recipe = Recipe(name, 0)
+    """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused with it as
+    rounded as eager has it (tests/test_gpu_fp8.py has that). Needs a C++ compiler."""
+    recipe, g = Recipe(name, 0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
-    g = torch.Generator().manual_seed(0)
-    x, w = make(64, 96), make(96, 128)
-    fn = lambda x, w: torch.nn.functional.silu(matmul(x * 3, w, recipe))
+    x, w, fn = make(64, 96), make(96, 128), lambda x, w: matmul(x, w, recipe)
     both = []
     for f in (fn, torch.compile(fn, fullgraph=True, options=compile_options(recipe))):
         y = f(x, w)
-        both.append((y, *torch.autograd.grad(y.float().square().sum(), (x, w))))
+        both.append((y, *torch.autograd.grad(y, (x, w), y.detach())))
     assert all(a.abs().max() > 0 and a.equal(b) for a, b in zip(*both, strict=True))
 
 

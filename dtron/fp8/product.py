@@ -53,9 +53,9 @@ with _quietly():
     from torchao.float8.float8_ops import addmm_float8_unwrapped
     from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
-# Made here, because torch.compile cannot trace how they are made. Scales are powers of two (those of torchao's
-# own tensorwise recipe are not): a multiplication by one moves no bit of a mantissa, so ranks that scale their
-# shards differently still round like one device. Only values too small for FP8's normal range may differ.
+# Made here, because torch.compile cannot trace how they are made. Scales are powers of two (those of
+# torchao's own tensorwise recipe are not): multiplying by one moves no bit of a mantissa, so ranks that scale
+# their shards differently still round like one device. Only values under FP8's normal range may differ.
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in get_args(Scaling)

@@ -1,0 +1,115 @@
+"""How fast products are in FP8: one product, forward and both gradients, compiled, against bfloat16.
+
+    python bench/fp8.py
+    python bench/fp8.py --sizes 8192x4096x4096 16384x2048x5632 --recipes tensorwise
+
+Sizes are tokens x in x out. Prints a line of JSON per size and recipe, then a table. Several calls are
+captured in one CUDA graph, so that no product waits for the host; each has its own cast of the weight, as it
+has in a model. On a CPU, where FP8 is only imitated, the times mean nothing (``--device cpu`` tries the
+program). Needs torch, torchao and dtron, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+
+from dtron.fp8 import Recipe, compile_options, matmul
+from dtron.fp8.recipe import Scaling
+
+SIZES = [
+    "8192x2048x2048",
+    "8192x2048x5632",
+    "16384x2048x5632",
+    "8192x2048x11264",
+    "8192x4096x1024",
+    "8192x4096x4096",
+    "8192x4096x14336",
+    "8192x14336x4096",
+    "8192x4096x28672",
+    "16384x4096x14336",
+]
+
+
+def milliseconds(fn: Callable[[], object], calls: int, repeats: int, device: str) -> float:
+    """Of one call; the median of ``repeats`` measurements, each of ``calls`` calls."""
+    if device == "cpu":
+        fn()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn()
+            times.append((time.perf_counter() - start) * 1e3 / calls)
+        return statistics.median(times)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and lets cuBLAS allocate: neither can be captured
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            fn()
+    graph.replay()
+    begin, end = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for one, other in zip(begin, end, strict=True):
+        one.record()
+        graph.replay()
+        other.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(begin, end, strict=True)) / calls
+
+
+def measure(tokens: int, inner: int, outer: int, recipe: Recipe | None, args: argparse.Namespace) -> dict:
+    torch.compiler.reset()
+    make = lambda *shape: torch.randn(*shape, device=args.device, dtype=torch.bfloat16)
+    x, w = make(tokens, inner).requires_grad_(), make(inner, outer).requires_grad_()
+    g = make(tokens, outer)
+    product = torch.compile(
+        lambda x, w: matmul(x, w, recipe), fullgraph=True, dynamic=False, options=compile_options(recipe)
+    )
+    run = lambda: torch.autograd.grad(product(x, w), (x, w), g)
+    ms = milliseconds(run, args.calls, args.repeats, args.device)
+    return {
+        "size": f"{tokens}x{inner}x{outer}",
+        "recipe": recipe.name if recipe else "bfloat16",
+        "ms": round(ms, 4),
+        "tflops": round(6e-9 * tokens * inner * outer / ms, 1),
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Time products in FP8 against bfloat16, forward and backward.")
+    p.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x in x out, as 8192x4096x14336")
+    p.add_argument("--recipes", nargs="+", default=list(get_args(Scaling)), choices=get_args(Scaling))
+    p.add_argument("--calls", type=int, default=10, help="captured in one graph")
+    p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--device", default="cuda")
+    args = p.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        p.error(f"--device {args.device}: torch sees no GPU; use --device cpu")
+    name = torch.cuda.get_device_name() if args.device != "cpu" else "CPU"
+    rows = [f"{name}, torch {torch.__version__}", "", "| tokens x in x out | bf16 TFLOP/s | "]
+    rows[-1] += " | ".join(args.recipes) + " |"
+    rows.append("|---" * (2 + len(args.recipes)) + "|")
+    for size in args.sizes:
+        t, i, o = map(int, size.split("x"))
+        results = [measure(t, i, o, r, args) for r in (None, *(Recipe(n, 0) for n in args.recipes))]
+        for result in results:
+            print(json.dumps(result), flush=True)
+        plain, *others = results
+        times = " | ".join(f"{plain['ms'] / r['ms']:.2f}x" for r in others)
+        rows.append(f"| {t} x {i} x {o} | {plain['tflops']:.0f} | {times} |")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

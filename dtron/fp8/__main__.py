@@ -1,0 +1,49 @@
+"""``python -m dtron.fp8``: how far from exact each recipe is. On a CPU, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from dtron.fp8 import Recipe, matmul
+from dtron.fp8.recipe import Scaling
+
+
+def products(fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
+    """``fn(x, w)`` and the gradients of x and w, where ``g`` is the gradient of the product."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = fn(x, w)
+    return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The norm of the difference over the norm of what it should be."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def table(size: int = 1024) -> list[str]:
+    """Rows in Markdown: errors of products of normal values in bfloat16, against float64; and of the other
+    rows of the product when one row of x is a million times as large."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(size, size, generator=generator).bfloat16() for _ in range(3))
+    want = products(torch.matmul, x.double(), w.double(), g.double())
+    beside = x.clone()
+    beside[0] *= 2**20
+    rows = [
+        "| products in | y | gradient of x | gradient of w | y, beside a huge row |",
+        "|---|---|---|---|---|",
+    ]
+    for name in (None, *get_args(Scaling)):
+        fn = lambda x, w, name=name: matmul(x, w, name and Recipe(name, smallest=0))
+        errors = [error(a, b) for a, b in zip(products(fn, x, w, g), want, strict=True)]
+        errors.append(error(fn(beside, w)[1:], want[0][1:]))
+        cells = " | ".join(f"{e:.2g}" for e in errors)
+        rows.append(f"| {name or 'bfloat16'} | {cells} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

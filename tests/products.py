@@ -1,0 +1,32 @@
+"""What tests of FP8 products share: operands, errors and how large they should be."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dtron.fp8 import Recipe, matmul
+
+# Of y, and of the gradients of x and w. e4m3 keeps 3 bits: a rounded value is off by .027 (root mean square),
+# a product of two by .038; e5m2 is twice as coarse. The last is bfloat16's own.
+ERRORS = {
+    "tensorwise": (0.038, 0.059, 0.059),
+    "rowwise": (0.038, 0.038, 0.038),
+    "rowwise_with_gw_hp": (0.038, 0.038, 0.0017),
+}
+NAMES = list(ERRORS)
+
+
+def operands(
+    t: int = 256, i: int = 192, o: int = 320, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    """x, w and the gradient of the product."""
+    shapes = enumerate([(t, i), (i, o), (t, o)])
+    return [torch.randn(s, generator=torch.Generator().manual_seed(seed + n)).to(dtype) for n, s in shapes]
+
+
+def converted(name: str):
+    """The product in FP8, of whatever size."""
+    return partial(matmul, recipe=Recipe(name, smallest=0))

@@ -1,0 +1,80 @@
+"""FP8 on a GPU that has it: real kernels against float64. ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from products import ERRORS, NAMES, converted, operands
+from runs import MODEL, train
+
+from dtron.config import DataConfig, RunConfig
+from dtron.fp8 import Recipe, compile_options
+from dtron.fp8.__main__ import error, products
+from dtron.mesh import Layout
+from dtron.shape import MeshShape
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no FP8 here"
+    ),
+]
+
+
+def on_gpu(*sizes: int, dtype: torch.dtype = torch.bfloat16):
+    return [x.cuda() for x in operands(*sizes, dtype=dtype)]
+
+
+def compiled(fn, name: str):
+    torch.compiler.reset()
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=compile_options(Recipe(name)))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("sizes", [(256, 256, 256), (4096, 1024, 512), (512, 4096, 2048), (4096, 4096, 4096)])
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_those_of_the_recipe(name, sizes, compile):
+    xs = on_gpu(*sizes)
+    fn = compiled(converted(name), name) if compile else converted(name)
+    want, got = products(torch.matmul, *(x.double() for x in xs)), products(fn, *xs)
+    for a, b, like, expected in zip(got, want, (xs[2], *xs[:2]), ERRORS[name], strict=True):
+        assert a.dtype == torch.bfloat16 and a.stride() == like.stride()
+        assert 0.5 * expected < error(a, b) < 1.3 * expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_what_the_cpu_imitates(name):
+    """Fast accumulation keeps fewer bits of a sum than float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        got = products(converted(name), *on_gpu(512, 1024, 768, dtype=dtype))
+        want = products(converted(name), *operands(512, 1024, 768, dtype=dtype))
+        assert all(error(a.cpu(), b) < 5e-3 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_is_eager_where_it_is_fused_with_what_is_around(name):
+    fn = lambda x, w: torch.nn.functional.silu(converted(name)(x * 3, w))
+    xs = on_gpu(512, 1024, 768)
+    got, want = products(compiled(fn, name), *xs), products(fn, *xs)
+    assert all(a.isfinite().all() and error(a, b) < 5e-3 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_number_of_tokens_is_a_plain_product(name):
+    """The kernels would refuse it, and in backward only."""
+    xs = on_gpu(4104, 256, 256)
+    pairs = zip(products(converted(name), *xs), products(torch.matmul, *xs), strict=True)
+    assert all(a.equal(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_follow_bfloat16(name):
+    model = replace(MODEL, embed=64, head_dim=16, mlp=128)
+    config = RunConfig(model=model, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+    in_fp8 = replace(config, fp8=name, fp8_ends=True, fp8_smallest=0)
+    want, got = (
+        train(Layout(compute=torch.bfloat16), MeshShape(), c, device="cuda").losses for c in (config, in_fp8)
+    )
+    assert got == pytest.approx(want, rel=3e-2) and got != want
