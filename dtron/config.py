@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dtron.layers.attention import AttentionPath
+from dtron.layers.cores import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 
@@ -58,6 +58,8 @@ class ModelConfig:
     """sliding-window attention: tokens seen back, counting itself"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
+    sinks: bool = False
+    """each head has a learned score that attends to nothing"""
     z_loss: float = 0.0
     """weight of z-loss, logsumexp squared per token"""
     init_std: float = 0.02
@@ -112,7 +114,7 @@ class ModelConfig:
             "layernorm": self.norm == "layernorm",
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
-            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias")},
+            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
         }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtron.checks import check, microbatches
+from dtron.checks import check, check_attention, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -59,6 +59,7 @@ def plan(config: RunConfig) -> Plan:
     gpu = device.startswith("cuda")
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
+    check_attention(config.attention, config.model, compute, device)
     return Plan(
         shape,
         device,

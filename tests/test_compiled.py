@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from runs import MODEL
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from values import flex_on_cpu
 
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import How, OptimConfig
@@ -23,10 +27,15 @@ ONE = Layout()
 ROWS = torch.arange(4 * 17).view(4, 17) % 61
 
 
-def step(functions, model, count: int = 2):
+DOCUMENTS = (ROWS[:, :-1] % 5 == 0).cumsum(1)
+HARD = replace(MODEL, window=5, softcap=2.0, sinks=True)  # with documents, all that a mask can have
+
+
+def step(functions, model, count: int = 2, packed: bool = False):
     pipe = one_stage(model, count, ONE)
     params = init(pipe.spec, model.dims(), 0, ONE, torch.float64)
-    batches = [make_batch(r, ONE) for r in ROWS.chunk(count)]
+    documents = DOCUMENTS.chunk(count) if packed else [None] * count
+    batches = [make_batch(r, ONE, d) for r, d in zip(ROWS.chunk(count), documents, strict=True)]
     return gradients(functions, params, batches, 64, pipe, 1)
 
 
@@ -51,6 +60,49 @@ def test_a_compiled_stage_that_is_another_is_noticed():
     _, got = step(compiled(program(replace(MODEL, norm_eps=1e-3), ONE), "aot_eager"), MODEL)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_flex_in_a_compiled_stage(recompute):
+    """Every microbatch has its own documents, and nothing is compiled twice for that."""
+    want_loss, want = step(program(HARD, ONE, How(attention="reference")), HARD, packed=True)
+    functions = compiled(program(HARD, ONE, How(recompute, "flex")), "aot_eager")
+    with flex_on_cpu():
+        got_loss, got = step(functions, HARD, packed=True)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            step(functions, HARD, packed=True)
+    assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # its log-sum-exp is float32
+    _, other = step(program(HARD, ONE), HARD)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(flat(other)[0], flat(want)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
+)
+def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
+    """Not in every layer, and never again in backward; and selective recomputation keeps what flex made."""
+    graphs = []
+
+    def note(graph, _):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    sorts = []
+    for layers in (1, 2):
+        m = replace(HARD, layers=layers)
+        functions = compiled(program(m, ONE, How(recompute, "flex")), aot_autograd(fw_compiler=note))
+        with flex_on_cpu():
+            step(functions, m, count=1, packed=True)
+        forward, backward = graphs
+        assert forward.count("flex_attention") == backward.count("flex_attention_backward") == layers
+        assert backward.count("flex_attention") == layers * forward_again
+        assert not any("sort" in op for op in backward)
+        sorts.append(sum("sort" in op for op in forward))  # that is how torch orders a row's blocks
+        graphs.clear()
+    assert sorts[0] == sorts[1] > 0
 
 
 def test_nothing_is_compiled_again_after_the_first_step():
@@ -83,18 +135,21 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
-def losses_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
-    """A job for the pool: three steps, with the stage compiled for this backend or not."""
-    shape = MeshShape.parse(mesh)
+def losses_on_pool(mesh: str, zero: int, backend: str | None, path: str = "auto") -> list[float]:
+    """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
+    where a path is given."""
+    shape, m = MeshShape.parse(mesh), MODEL if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero))
-    pipe = one_stage(MODEL, 2, layout)
-    functions = program(MODEL, layout, splits=False)
+    pipe = one_stage(m, 2, layout)
+    functions = program(m, layout, How(attention=path), splits=False)
     functions = compiled(functions, backend) if backend else functions
-    params = init(pipe.spec, MODEL.dims(), 0, layout, torch.float64)
+    params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
     for _ in range(3):
-        batches = [make_batch(r, layout) for r in ROWS.chunk(2)]
-        loss, grads = gradients(functions, params, batches, 64, pipe, zero)
+        documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
+        batches = [make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)]
+        with flex_on_cpu() if path == "flex" else nullcontext():
+            loss, grads = gradients(functions, params, batches, 64, pipe, zero)
         found += [full(loss).item(), global_norm(grads, pipe.spec).item()]
         params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
     return found
@@ -107,3 +162,11 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
     want = pool.run(losses_on_pool, mesh, zero, None)
     got = pool.run(losses_on_pool, mesh, zero, "aot_eager")
     assert got[0] == pytest.approx(want[0], rel=1e-12) and want[0] == pytest.approx(want[-1], rel=1e-12)
+
+
+@pytest.mark.xdist_group("pool")
+def test_flex_in_sharded_stages(pool):
+    """Each rank makes the blocks of its own documents, outside what ZeRO-3 recomputes."""
+    want = pool.run(losses_on_pool, "dp=2,tp=2", 3, None, "reference")
+    got = pool.run(losses_on_pool, "dp=2,tp=2", 3, "aot_eager", "flex")
+    assert got[0] == pytest.approx(want[0], rel=1e-6)
