@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dtron.config import How, ModelConfig, nearest_divisor
+from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
 from dtron.model import declare_model
 from dtron.params import flat
 from dtron.shape import MeshShape
@@ -72,6 +73,25 @@ def check_fp8(
         import dtron.fp8.product  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
+
+
+def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str) -> None:
+    """Whether a path of attention that was asked for by name can do it. Raises ValueError where it cannot."""
+    cannot = None
+    if path == "sdpa":
+        if model.softcap is not None:
+            cannot = f"model.softcap={model.softcap}: torch's fused attention has no soft-cap"
+        elif model.sinks:
+            cannot = "model.sinks=True: torch's fused attention has no sinks"
+    elif path == "flex":
+        if device == "cpu":
+            cannot = "device=cpu: flex_attention has no backward there"
+        elif model.head_dim < LEAST_HEAD_DIM:
+            cannot = f"model.head_dim={model.head_dim}: its kernels take {LEAST_HEAD_DIM} and more"
+        elif dtype == torch.float64:
+            cannot = "dtype=float64: its kernels add up in float32"
+    if cannot:
+        raise ValueError(f"--attention {path} with {cannot}; use --attention auto")
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
-from dtron.layers.attention import AttentionPath
+from dtron.layers.cores import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 
@@ -59,6 +59,8 @@ class ModelConfig:
     """sliding-window attention: tokens seen back, counting itself"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
+    sinks: bool = False
+    """each head has a learned score that attends to nothing"""
     z_loss: float = 0.0
     """weight of z-loss, logsumexp squared per token"""
     init_std: float = 0.02
@@ -113,7 +115,7 @@ class ModelConfig:
             "layernorm": self.norm == "layernorm",
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
-            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias")},
+            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
         }
 
 

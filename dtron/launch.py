@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtron.checks import check, check_fp8, microbatches
+from dtron.checks import check, check_attention, check_fp8, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -67,6 +67,7 @@ def plan(config: RunConfig) -> Plan:
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     tokens = rows // shape.data * config.data.sequence // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
+    check_attention(config.attention, config.model, compute, device)
     return Plan(
         shape,
         device,

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dtron.config import PLAIN, AttentionPath, How, ModelConfig
 from dtron.fp8 import Recipe
-from dtron.layers.attention import Attention, Mask, attention
+from dtron.layers.attention import Attention, attention, prepare
+from dtron.layers.cores import Mask
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
 from dtron.layers.mlp import MLP, mlp
@@ -147,11 +148,12 @@ def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: L
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     mask = Mask(batch.sequence, m.window, m.softcap)
+    mask, path = prepare(mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention)
     # With a tied head the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     for i, p_block in enumerate(p.blocks):
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        run = partial(block, mask=mask, m=m, layout=layout, path=how.attention, recipe=how.recipe(end))
+        run = partial(block, mask=mask, m=m, layout=layout, path=path, recipe=how.recipe(end))
         x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
     return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
 
@@ -188,16 +190,17 @@ def _run_block(
     return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
-_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product")
+_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product", "flex_attention")
 
 
 def _is_view(op) -> bool:
-    return any(out.alias_info is not None for out in op._schema.returns)
+    schema = getattr(op, "_schema", None)  # flex_attention, an operator that takes functions, has none
+    return schema is not None and any(out.alias_info is not None for out in schema.returns)
 
 
 def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """Selective: keep the outputs of matrix products and attention."""
-    keep = op.overloadpacket.__name__.startswith(_MATMULS) and not _is_view(op)
+    keep = getattr(op, "overloadpacket", op).__name__.startswith(_MATMULS) and not _is_view(op)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.config import How
-from dtron.layers.attention import Attention, Mask, attention
+from dtron.layers.attention import Attention, attention
+from dtron.layers.cores import Mask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
 from dtron.model import declare_model, forward, make_batch
@@ -27,7 +28,7 @@ from dtron.testing import run_layer
 from dtron.verify import one_step
 
 DIMS = {"embed": 8, "mlp": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "layers": 1, "layernorm": False}
-DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True}
+DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True, "sinks": False}
 MLP_WEIGHTS, ATTENTION_WEIGHTS = 3, 4
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from runs import MODEL
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from values import flex_on_cpu
 
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import How, OptimConfig
@@ -29,10 +33,15 @@ def forget():
     torch.compiler.reset()
 
 
-def step(functions, model, count: int = 2):
+DOCUMENTS = (ROWS[:, :-1] % 5 == 0).cumsum(1)
+HARD = replace(MODEL, window=5, softcap=2.0, sinks=True)  # with documents, all that a mask can have
+
+
+def step(functions, model, count: int = 2, packed: bool = False):
     pipe = one_stage(model, count, ONE)
     params = init(pipe.spec, model.dims(), 0, ONE, torch.float64)
-    batches = [make_batch(r, ONE) for r in ROWS.chunk(count)]
+    documents = DOCUMENTS.chunk(count) if packed else [None] * count
+    batches = [make_batch(r, ONE, d) for r, d in zip(ROWS.chunk(count), documents, strict=True)]
     return gradients(functions, params, batches, 64, pipe, 1)
 
 
@@ -75,6 +84,51 @@ def test_a_compiled_stage_that_is_another_is_noticed():
         torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_flex_in_a_compiled_stage(recompute):
+    """Every microbatch has its own documents, and nothing is compiled twice for that."""
+    want_loss, want = step(program(HARD, ONE, How(attention="reference")), HARD, packed=True)
+    functions = compiled(program(HARD, ONE, How(recompute, "flex")), ONE, backend="aot_eager")
+    with flex_on_cpu():
+        got_loss, got = step(functions, HARD, packed=True)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            step(functions, HARD, packed=True)
+    assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # its log-sum-exp is float32
+    _, other = step(program(HARD, ONE), HARD)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(flat(other)[0], flat(want)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
+)
+def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
+    """Not in every layer, and never again in backward; and selective recomputation keeps what flex made."""
+    graphs = []
+
+    def note(graph, _):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    sorts = []
+    for layers in (1, 2):
+        m = replace(HARD, layers=layers)
+        functions = compiled(
+            program(m, ONE, How(recompute, "flex")), ONE, backend=aot_autograd(fw_compiler=note)
+        )
+        with flex_on_cpu():
+            step(functions, m, count=1, packed=True)
+        forward, backward = graphs
+        assert forward.count("flex_attention") == backward.count("flex_attention_backward") == layers
+        assert backward.count("flex_attention") == layers * forward_again
+        assert not any("sort" in op for op in backward)
+        sorts.append(sum("sort" in op for op in forward))  # that is how torch orders a row's blocks
+        graphs.clear()
+    assert sorts[0] == sorts[1] > 0
+
+
 def test_nothing_is_compiled_again_after_the_first_step():
     functions = compiled(program(MODEL, ONE), ONE, backend="aot_eager")
     step(functions, MODEL)
@@ -105,20 +159,22 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
-def steps_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
-    """A job for the pool: three steps, with the stage compiled for this backend or not. Weights are cast
-    where they are gathered, and gradients where they are reduced."""
+def steps_on_pool(mesh: str, zero: int, backend: str | None, path: str = "auto") -> list[float]:
+    """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
+    where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
     torch.compiler.reset()  # or jobs before this one would count as recompilations
-    shape = MeshShape.parse(mesh)
+    shape, m = MeshShape.parse(mesh), MODEL if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
-    pipe = one_stage(MODEL, 2, layout)
-    functions = program(MODEL, layout, splits=False)
+    pipe = one_stage(m, 2, layout)
+    functions = program(m, layout, How(attention=path), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
-    params = init(pipe.spec, MODEL.dims(), 0, layout, torch.float64)
+    params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
     for _ in range(3):
-        batches = [make_batch(r, layout) for r in ROWS.chunk(2)]
-        loss, grads = gradients(functions, params, batches, 64, pipe, zero)
+        documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
+        batches = [make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)]
+        with flex_on_cpu() if path == "flex" else nullcontext():
+            loss, grads = gradients(functions, params, batches, 64, pipe, zero)
         found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
         params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
     return found
@@ -175,3 +231,11 @@ def test_compiled_blocks_gather_again_in_backward(pool):
     matrices = sum(w.decays for w in flat(one_stage(MODEL, 1, ONE).spec[0].blocks))
     assert three.pop("all_gather_into_tensor") - two.pop("all_gather_into_tensor") == matrices > 0
     assert three == two
+
+
+@pytest.mark.xdist_group("pool")
+def test_flex_in_sharded_stages(pool):
+    """Each rank makes the blocks of its own documents, outside what ZeRO-3 recomputes."""
+    want = pool.run(steps_on_pool, "dp=2,tp=2", 3, None, "reference")
+    got = pool.run(steps_on_pool, "dp=2,tp=2", 3, "aot_eager", "flex")
+    assert got[0] == pytest.approx(want[0], rel=1e-4)

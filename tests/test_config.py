@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.checks import check, microbatches
+from dtron.checks import check, check_attention, microbatches
 from dtron.config import ModelConfig
 from dtron.shape import MeshShape
 
@@ -32,6 +33,25 @@ def test_check(values, message, remedy):
     with pytest.raises(ValueError, match=message):
         run(**values)
     run(**values | remedy)
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "dtype", "device", "message"),
+    [
+        ("sdpa", {"softcap": 30.0}, torch.float32, "cpu", "sdpa with model.softcap=30.0: .*no soft-cap"),
+        ("sdpa", {"sinks": True}, torch.bfloat16, "cuda:0", "sdpa with model.sinks=True: .*no sinks"),
+        ("flex", {}, torch.float32, "cpu", "flex with device=cpu: .*no backward"),
+        ("flex", {"head_dim": 8}, torch.bfloat16, "cuda:0", "flex with model.head_dim=8: .*16 and more"),
+        ("flex", {}, torch.float64, "cuda:0", "flex with dtype=float64: .*float32"),
+    ],
+)
+def test_a_path_of_attention_that_cannot(path, model, dtype, device, message):
+    with pytest.raises(ValueError, match=message + ".*; use --attention auto"):
+        check_attention(path, ModelConfig(**model), dtype, device)
+    for able in ("auto", "reference"):
+        check_attention(able, ModelConfig(**model), dtype, device)
+    check_attention("flex", ModelConfig(softcap=1.0, sinks=True, window=3), torch.bfloat16, "cuda:0")
+    check_attention("sdpa", ModelConfig(window=3), torch.float64, "cpu")
 
 
 @given(

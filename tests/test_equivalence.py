@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.config import DataConfig, ModelConfig, RunConfig
-from dtron.layers.attention import Attention, Mask, attention, attention_reference
+from dtron.layers.attention import Attention, attention
+from dtron.layers.cores import Mask
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
@@ -60,13 +61,13 @@ def test_mlp_mutants(number):
         assert_caught(lambda m=mesh: assert_equivalent(mlp, MLP, m, dims, mutate=dropped(number)))
 
 
-def attend(mask: Mask, core=None, rope: bool = True):
+def attend(mask: Mask, rope: bool = True, path="auto"):
     def layer(p, x, positions, documents, layout):
         table = None
         if rope:
             make = lambda t: rope_tables(Rope(), t, 6, torch.float64)
             table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
-        return attention(p, x, table, documents, mask, layout, core=core)
+        return attention(p, x, table, documents, mask, layout, path=path)
 
     return layer
 
@@ -84,25 +85,28 @@ def attention_values(sequence: int, tokens: int):
 @settings(max_examples=40)
 @given(
     mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), group=st.sampled_from([1, 2]),
-    kind=st.sampled_from(["fused", "reference"]), window=st.sampled_from([None, 5]), bias=st.booleans(),
+    path=st.sampled_from(["sdpa", "reference"]), window=st.sampled_from([None, 5]), bias=st.booleans(),
+    sinks=st.booleans(), softcap=st.sampled_from([None, 3.0]),
 )  # fmt: skip
-def test_attention(mesh, zero, seed, group, kind, window, bias):
+def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
+    assume(path == "reference" or not (sinks or softcap))
     tp, sequence = tp_of(mesh), 12
     tokens = 8 * sequence if MeshShape.parse(mesh).data not in (3, 6) else 6 * sequence
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
-    dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "layernorm": False}
-    mask = Mask(sequence, window, 3.0 if kind == "reference" else None)
+    dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
+    mask = Mask(sequence, window, softcap)
     assert_equivalent(
-        attend(mask), Attention, mesh, dims, inputs=ATTENTION_INPUTS, make=attention_values(sequence, tokens),
-        tokens=tokens, zero=zero, seed=seed,
+        attend(mask, path=path), Attention, mesh, dims, inputs=ATTENTION_INPUTS,
+        make=attention_values(sequence, tokens), tokens=tokens, zero=zero, seed=seed,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", [dropped(0), dropped(1)])
-def test_attention_mutants(mutant):
+@pytest.mark.parametrize(("mutant", "sinks"), [(dropped(0), False), (dropped(1), False), (unsummed, True)])
+def test_attention_mutants(mutant, sinks):
+    """Without sinks a rank's queries, keys and values are all its own, and there is no gradient to sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
-    dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "layernorm": False}
+    dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     check = lambda m: assert_equivalent(attend(Mask(12)), Attention, "dp=2,tp=2", dims, mutate=m, **options)
     check(lambda layout: layout)
@@ -112,12 +116,11 @@ def test_attention_mutants(mutant):
 def test_attention_that_leaks_over_a_window_is_caught():
     """The comparison sees the core: one that ignores the window on the mesh alone differs."""
     dims = {"embed": 10, "heads": 2, "kv_heads": 2, "head_dim": 6, "layers": 2}
-    dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "layernorm": False}
+    dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "layernorm": False}
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None
-        core = attention_reference
-        return attention(p, x, None, documents, Mask(12, window), layout, core=core)
+        return attention(p, x, None, documents, Mask(12, window), layout, path="reference")
 
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     assert_caught(lambda: assert_equivalent(layer, Attention, "tp=2", dims, **options))
@@ -243,7 +246,7 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
     recompute=st.sampled_from(["none", "selective", "full"]), seed=st.integers(0, 99),
     activation=st.sampled_from(["swiglu", "gelu"]), norm=st.sampled_from(["rmsnorm", "layernorm"]),
     qk_norm=st.booleans(), bias=st.booleans(), tied=st.booleans(), padded=st.booleans(),
-    learned=st.booleans(), z_loss=st.sampled_from([0.0, 1e-3]),
+    learned=st.booleans(), sinks=st.booleans(), z_loss=st.sampled_from([0.0, 1e-3]),
 )  # fmt: skip
 def test_model(zero, mesh, count, bias, padded, learned, **choices):
     data = MeshShape.parse(mesh).data

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -12,32 +10,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from values import F64, ONE, SMALL, close, normal
+from values import F64, ONE, close, normal, same, tree, turned
 
-from dtron.config import ModelConfig
-from dtron.layers.attention import Attention, Mask, attention, attention_fused, attention_reference
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import Rope, frequencies, rope_tables, rotate
-from dtron.model import declare_model, make_batch, predict
-from dtron.params import declare, flat, init, tree_map
-
-
-def tree(cls: type, **dims):
-    """Random weights, away from the ones and zeros where mistakes hide."""
-    absent = ("qk_norm", "qkv_bias", "bias", "layernorm", "learned_positions")
-    spec = declare(cls, dict.fromkeys(absent, False) | dims)
-    return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
-
-
-def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
-    """Equal values, and equal gradients of every input along one random direction."""
-    close(got, want)
-    direction = normal(*want.shape, seed=99).detach()
-    close(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(want, inputs, direction))
+from dtron.model import make_batch
+from dtron.params import declare, flat, init
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
@@ -58,13 +40,6 @@ def test_bfloat16_norms_have_float32_statistics(layernorm):
 
 
 ROPES = [Rope(), Rope(100.0, "llama3", 4.0, 64), Rope(100.0, "yarn", 4.0, 64, beta_fast=4.0)]
-
-
-def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
-    """Pairs (i, i + H/2) as complex numbers, times e^(i angle)."""
-    freq, scale = frequencies(rope, x.shape[-1], F64)
-    z = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * positions[:, None, None] * freq) * scale
-    return torch.cat([z.real, z.imag], dim=-1)
 
 
 @settings(max_examples=30)
@@ -121,94 +96,6 @@ def test_rotary_frequencies():
 def test_bad_rope_values(name, bad):
     with pytest.raises(ValueError, match=f"{name}={bad}.*at least 1, low under high"):
         Rope(**{name: bad})
-
-
-@settings(max_examples=40)
-@given(
-    b=st.integers(1, 3), kv=st.integers(1, 3), group=st.integers(1, 3), s=st.integers(1, 9),
-    window=st.none() | st.integers(1, 10), packed=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_fused_attention_is_the_reference(b, kv, group, s, window, packed, seed):
-    q, k, v = (normal(b, n, s, 4, seed=seed + 100 * i) for i, n in enumerate((kv * group, kv, kv)))
-    documents = (normal(b, s, seed=seed) > 0.5).cumsum(-1) if packed else None
-    fused, reference = (
-        f(q, k, v, documents, Mask(s, window)) for f in (attention_fused, attention_reference)
-    )
-    same(fused, reference, [q, k, v])
-
-
-@pytest.mark.parametrize("core", [attention_reference, attention_fused])
-@pytest.mark.parametrize("documents", [None, torch.tensor([[2, 2, 2, 0, 0, 0], [0, 1, 1, 1, 1, 0]])])
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_a_token_has_influence_where_it_may_be_seen_and_nowhere_else(core, documents, window):
-    q, k, v = (normal(2, 2, 6, 4, seed=i) for i in range(3))
-    run = lambda k, v: core(q, k, v, documents, Mask(6, window)).sum((1, 3))
-    k_slope, v_slope = torch.autograd.functional.jacobian(run, (k, v))
-    for x, i, y, j in product(range(2), range(6), range(2), range(6)):
-        seen = x == y and j <= i and (window is None or i - j < window)
-        seen = seen and (documents is None or documents[x, i] == documents[x, j])
-        assert (v_slope[x, i, y, :, j] != 0).all() if seen else (v_slope[x, i, y, :, j] == 0).all()
-        assert seen or (k_slope[x, i, y, :, j] == 0).all()
-
-
-def test_softcap():
-    """Values that are the identity give the probabilities; no two of a row differ by more than e^(2 cap)."""
-    q, k, eye = 30 * normal(1, 1, 8, 8), 30 * normal(1, 1, 8, 8, seed=1), torch.eye(8, dtype=F64)[None, None]
-    p = attention_reference(q, k, eye, None, Mask(8, softcap=1.5))[0, 0]
-    odds = (1.5 * torch.tanh(q[0, 0] @ k[0, 0].T / math.sqrt(8) / 1.5)).exp().tril()
-    close(p, odds / odds.sum(-1, keepdim=True))
-    assert all(row[: i + 1].max() / row[: i + 1].min() <= math.exp(3.0) + 1e-9 for i, row in enumerate(p))
-    with pytest.raises(ValueError, match="softcap=1.5.*use attention_reference"):
-        attention_fused(q, k, eye, None, Mask(8, softcap=1.5))
-
-
-@pytest.mark.parametrize("extras", [False, True])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_layer(extras, softcap):
-    """Projections, biases, norms of queries and keys, rotation, groups and output, in einsum."""
-    dims = dict(embed=10, heads=4, kv_heads=2, head_dim=6, qk_norm=extras, qkv_bias=extras, bias=extras)
-    p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
-    got = attention(
-        p, x, rope_tables(Rope(), positions, 6, F64), None, Mask(s, softcap=softcap), ONE, eps=0.1
-    )
-    q, k, v = (torch.einsum("td,dnh->tnh", x, w) for w in (p.w_q, p.w_k, p.w_v))
-    if extras:
-        q, k, v = q + p.b_q, k + p.b_k, v + p.b_v
-        q, k = F.rms_norm(q, (6,), p.q_norm.scale, 0.1), F.rms_norm(k, (6,), p.k_norm.scale, 0.1)
-    q, k = turned(q, positions, Rope()), turned(k, positions, Rope())
-    q, k, v = q.view(2, s, 2, 2, 6), k.view(2, s, 2, 6), v.view(2, s, 2, 6)  # queries: key head, then group
-    scores = torch.einsum("bikgh,bjkh->bkgij", q, k) / math.sqrt(6)
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    share = (scores + torch.full((s, s), -math.inf, dtype=F64).triu(1)).softmax(-1)
-    o = torch.einsum("bkgij,bjkh->bikgh", share, v).reshape(-1, 4, 6)
-    same(got, torch.einsum("tnh,nhd->td", o, p.w_o) + (p.b_o if extras else 0), [x, *flat(p)])
-
-
-def test_grouped_queries_are_repeated_keys_and_values():
-    p, x = tree(Attention, embed=10, heads=6, kv_heads=2, head_dim=4), normal(8, 10)
-    repeated = replace(p, w_k=p.w_k.repeat_interleave(3, 1), w_v=p.w_v.repeat_interleave(3, 1))
-    grouped, plain = (attention(w, x, None, None, Mask(4), ONE) for w in (p, repeated))
-    same(grouped, plain, [x, *flat(p)])
-
-
-def logits(model: ModelConfig, rows: Tensor, **data) -> Tensor:
-    p = init(declare_model(model), model.dims(), 3, ONE, F64)
-    return predict(p, make_batch(rows, ONE, **data), model, ONE).view(len(rows), -1, model.vocab)
-
-
-@pytest.mark.parametrize("changes", [{}, {"softcap": 1.0}, {"window": 20}, {"positions": "learned"}])
-def test_tokens_see_no_later_token_and_no_other_document(changes):
-    """In the whole model; with positions that restart, a document of a packed row is as it is alone."""
-    model, rows = replace(SMALL, init_std=0.3, **changes), torch.arange(22).view(2, 11)
-    changed = rows.clone()
-    changed[1, 6] = 49
-    before, after = logits(model, rows), logits(model, changed)
-    assert before[0].equal(after[0]) and before[1, :6].equal(after[1, :6])
-    assert ((before - after)[1, 6:].abs().amax(-1) > 1e-3).all()
-    documents, restart = torch.tensor([[0] * 4 + [1] * 6] * 2), torch.tensor([[*range(4), *range(6)]] * 2)
-    packed = logits(model, rows, documents_BS=documents, positions_BS=restart)
-    close(packed[:, :4], logits(model, rows[:, :5]))
-    close(packed[:, 4:], logits(model, rows[:, 4:]))
 
 
 def test_linear():

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.config import ModelConfig, OptimConfig
+from dtron.layers.attention import Attention, attention
+from dtron.layers.cores import Mask
 from dtron.layers.loss import IGNORE
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
@@ -194,3 +196,36 @@ def test_training(name):
         got.append(loss.item())
     assert got == pytest.approx(want, rel=1e-4)
     assert all(b < a for a, b in pairwise(got)) and got[-1] < 0.9 * got[0]
+
+
+def test_attention_with_sinks():
+    """gpt-oss's layer: sinks, biases, grouped queries and a sliding window."""
+    theirs = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss").GptOssAttention(
+        hf.GptOssConfig(
+            hidden_size=12, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            sliding_window=5, layer_types=["sliding_attention"], attn_implementation="eager",
+        ),
+        0,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for w in theirs.parameters():
+            w.copy_(torch.randn(w.shape, generator=g))
+    w = dict(theirs.named_parameters())
+    matrix = lambda x, n: w[f"{x}_proj.weight"].T.reshape(12, n, 8)
+    ours = Attention(
+        matrix("q", 4), matrix("k", 2), matrix("v", 2), w["o_proj.weight"].T.reshape(4, 8, 12),
+        *(w[f"{x}_proj.bias"].reshape(-1, 8) for x in "qkv"), w["o_proj.bias"], w["sinks"], None, None,
+    )  # fmt: skip
+    x = torch.randn(2, 16, 12, generator=g)
+    back = torch.arange(16)[:, None] - torch.arange(16)
+    hidden = torch.where((back >= 0) & (back < 5), 0.0, -torch.inf)
+    unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
+    want, _ = theirs(x, unturned, hidden)
+    run = lambda p, window: attention(p, x.flatten(0, 1), None, None, Mask(16, window), ONE).view(2, 16, 12)
+    torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
+    for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):
+        assert (wrong - want).abs().max() > 0.1
+    names = [name for name in w if name != "k_proj.bias"]  # a softmax does not see it: its gradient is noise
+    slopes = [torch.autograd.grad(y.square().sum(), [w[n] for n in names]) for y in (run(ours, 5), want)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-2)

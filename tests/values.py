@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from torch import Tensor
 
 from dtron.config import ModelConfig
+from dtron.layers.rope import Rope, frequencies
 from dtron.mesh import Layout
+from dtron.params import declare, tree_map
 
 ONE, F64 = Layout(), torch.float64
 SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
@@ -18,3 +24,39 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def close(got, want, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def tree(cls: type, **dims):
+    """Random weights, away from the ones and zeros where mistakes hide."""
+    absent = ("qk_norm", "qkv_bias", "bias", "sinks", "layernorm", "learned_positions")
+    spec = declare(cls, dict.fromkeys(absent, False) | dims)
+    return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
+
+
+def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
+    """Equal values, and equal gradients of every input along one random direction."""
+    close(got, want)
+    direction = normal(*want.shape, seed=99).detach()
+    close(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(want, inputs, direction))
+
+
+def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Pairs (i, i + H/2) as complex numbers, times e^(i angle)."""
+    freq, scale = frequencies(rope, x.shape[-1], F64)
+    z = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * positions[:, None, None] * freq) * scale
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+@contextmanager
+def flex_on_cpu() -> Iterator[None]:
+    """torch refuses flex_attention's backward on a CPU, for want of a fused kernel; written out, as it runs
+    uncompiled, it has one. So the functions that we give to flex can be tested without a GPU."""
+    compiles = {
+        "recompile_limit": 1000,
+        "accumulated_recompile_limit": 1000,
+        "automatic_dynamic_shapes": False,
+    }
+    refusal = mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    with refusal, torch._dynamo.config.patch(**compiles):
+        yield
+    torch._dynamo.reset()
