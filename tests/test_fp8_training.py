@@ -13,10 +13,12 @@ from runs import MODEL, on_pool, simulate, train
 
 from dtron.compiled import compiled
 from dtron.config import DataConfig, How, RunConfig
+from dtron.dtensor import full
 from dtron.fp8 import Recipe, compile_options, matmul
 from dtron.launch import plan
-from dtron.mesh import Layout
+from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import make_batch
+from dtron.optim import global_norm
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
 from dtron.shape import MeshShape
@@ -77,10 +79,12 @@ def test_real_ranks_do_what_simulated_ones_do(pool):
 ONE, TOKENS = Layout(), torch.arange(4 * 17).view(4, 17) % 61
 
 
-def step(functions):
-    pipe = one_stage(SIZES, 2, ONE)
-    params = init(pipe.spec, SIZES.dims(), 0, ONE, torch.float32)
-    return gradients(functions, params, [make_batch(r, ONE) for r in TOKENS.chunk(2)], 64, pipe, 1)
+def step(functions, layout: Layout = ONE, zero: int = 1):
+    """``(loss, gradients, spec)`` of two microbatches."""
+    pipe = one_stage(SIZES, 2, layout)
+    params = init(pipe.spec, SIZES.dims(), 0, layout, torch.float32)
+    batches = [make_batch(r, layout) for r in TOKENS.chunk(2)]
+    return *gradients(functions, params, batches, 64, pipe, zero), pipe.spec
 
 
 @pytest.mark.parametrize(
@@ -90,11 +94,30 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
     """The whole stage is one graph."""
     torch.compiler.reset()
     how = How(recompute, fp8=name, fp8_ends=True, fp8_smallest=0)
-    want_loss, want = step(program(SIZES, ONE, how))
-    got_loss, got = step(compiled(program(SIZES, ONE, how), ONE, how, "aot_eager"))
+    want_loss, want, _ = step(program(SIZES, ONE, how))
+    got_loss, got, _ = step(compiled(program(SIZES, ONE, how), ONE, how, "aot_eager"))
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0 and (a - b).norm() < 1e-3 * b.norm()
+
+
+def norms_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
+    """A job for the pool: a step's loss and the norm of its gradient."""
+    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
+    functions = program(SIZES, layout, FP8.how, splits=False)
+    loss, grads, spec = step(
+        compiled(functions, layout, FP8.how, backend) if backend else functions, layout, zero
+    )
+    return [full(loss).item(), global_norm(grads, spec).item()]
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 3), ("tp=4", 1)])
+def test_sharded_stages_compile_too(pool, mesh, zero):
+    """The local regions are part of the graph."""
+    want = pool.run(norms_on_pool, mesh, zero, None)
+    got = pool.run(norms_on_pool, mesh, zero, "aot_eager")
+    assert got[0] == pytest.approx(want[0], rel=1e-5) and want[0] == pytest.approx(want[-1], rel=1e-6)
 
 
 @pytest.mark.slow
