@@ -12,10 +12,15 @@ import pytest
 import torch
 from runs import MODEL, train
 
-from dtron.config import DataConfig, RunConfig
-from dtron.layers.attention import Mask, attention_fused, attention_reference
+from dtron.compiled import compiled
+from dtron.config import DataConfig, How, RunConfig
+from dtron.layers.cores import CORES, Mask, attention_reference
 from dtron.mesh import Layout
+from dtron.model import make_batch
+from dtron.params import flat, init, tree_map
+from dtron.pipeline import one_stage, program
 from dtron.shape import MeshShape
+from dtron.step import gradients
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -46,24 +51,110 @@ def test_pipeline_stages_on_one_gpu(schedule):
     assert got.losses == pytest.approx(want.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("documents", [False, True])
-def test_fused_attention_in_bfloat16_is_the_reference(window, documents):
+# Everything a mask can have, each alone and all at once: window, documents, soft-cap, sinks.
+MASKS = {
+    "causal": (None, False, None, False),
+    "window": (100, False, None, False),
+    "documents": (None, True, None, False),
+    "softcap": (None, False, 2.0, False),
+    "sinks": (None, False, None, True),
+    "window, documents": (100, True, None, False),
+    "all": (100, True, 2.0, True),
+}
+
+
+def inputs(sequence: int, documents: bool, sinks: bool, head_dim: int = 128):
+    """Queries, keys, values (and sinks) that bfloat16 holds, and documents."""
     g = torch.Generator("cuda").manual_seed(0)
-    q = torch.randn(2, 8, 512, 128, device="cuda", generator=g)
-    k, v = (torch.randn(2, 2, 512, 128, device="cuda", generator=g) for _ in range(2))
-    ids = (torch.rand(2, 512, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
-    mask = Mask(512, window)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
+    # As the layer has them: token-major, heads inside.
+    q, k, v = (draw(2, sequence, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
+    ids = (torch.rand(2, sequence, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
+    return [q, k, v, *([draw(8)] if sinks else [])], ids
 
-    def run(core, dtype):
-        xs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        y = core(*xs, ids, mask)
-        return y, *torch.autograd.grad(y, xs, torch.ones_like(y))
 
-    for want, got in zip(
-        run(attention_reference, torch.float32), run(attention_fused, torch.bfloat16), strict=True
-    ):
-        assert ((got.float() - want).norm() / want.norm()) < 1e-2
+def forward_and_backward(core, xs: list, ids, mask: Mask, dtype: torch.dtype) -> list:
+    xs = [x.detach().to(dtype).requires_grad_() for x in xs]
+    y = core(*xs[:3], ids, xs[3] if len(xs) > 3 else None, mask)
+    g = torch.Generator("cuda").manual_seed(1)
+    return [y, *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype))]
+
+
+def difference(core, xs: list, ids, mask: Mask, wrong: Mask | None = None) -> float:
+    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients, relative."""
+    want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
+    got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
+    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def _fresh():
+    """torch gives up on a function that it compiled for too many shapes."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("sequence", [512, 1000])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("path", ["sdpa", "flex"])
+def test_attention_in_bfloat16_is_the_reference(path, name, compile, sequence):
+    window, documents, softcap, sinks = MASKS[name]
+    if path == "sdpa" and (compile or softcap or sinks):
+        pytest.skip("sdpa has no soft-cap and no sinks, and compiled it is the same kernels")
+    core = CORES[path]
+    if compile:
+        core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
+    xs, ids = inputs(sequence, documents, sinks)
+    mask = Mask(sequence, window, softcap)
+    assert difference(core, xs, ids, mask) < 2e-2
+    assert difference(core, xs, ids, mask, replace(mask, window=50)) > 5e-2
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 256])
+def test_flex_takes_any_head_dim_from_16(head_dim):
+    window, documents, softcap, sinks = MASKS["all"]
+    xs, ids = inputs(300, documents, sinks, head_dim)
+    assert difference(CORES["flex"], xs, ids, Mask(300, window, softcap)) < 2e-2
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_flex_in_the_eager_program_makes_no_square_matrix():
+    """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
+    xs, ids = inputs(8192, True, True)
+    run = lambda: forward_and_backward(CORES["flex"], xs, ids, Mask(8192, 1000, 2.0), torch.bfloat16)
+    run()  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_of_a_model_with_every_mask(recompute, compile):
+    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the microbatches
+    have other documents."""
+    model = replace(MODEL, head_dim=16, context=200, window=50, softcap=2.0, sinks=True)
+    layout, g = Layout(), torch.Generator().manual_seed(0)
+    rows = torch.randint(model.vocab, (4, 201), generator=g).cuda()
+    documents = (torch.rand(4, 200, generator=g) < 0.02).cumsum(1).cuda()
+    batches = [make_batch(r, layout, d) for r, d in zip(rows.chunk(2), documents.chunk(2), strict=True)]
+    pipe = one_stage(model, 2, layout)
+    params = tree_map(lambda w: w.cuda(), init(pipe.spec, model.dims(), 0, layout))
+
+    def run(how: How, compile: bool) -> list:
+        functions = program(model, layout, how)
+        functions = compiled(functions) if compile else functions
+        loss, grads = gradients(functions, params, batches, 800, pipe, 1)
+        return [loss, *flat(grads)]
+
+    want = run(How(attention="reference"), False)
+    got = run(How(recompute), compile)
+    for a, b in zip(got, want, strict=True):
+        assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
 
 
 def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:
