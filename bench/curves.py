@@ -4,7 +4,8 @@
     python bench/curves.py --steps 20 --device cpu --out /tmp/curves.json
 
 Each way is train.py as a user would start it, with the default model, text and seed. FP8 is made to convert
-every block of this small model, which a run for speed would leave alone. Needs what train.py needs."""
+every block of this small model, which a run for speed would leave alone. All run at once: nothing is timed.
+Needs what train.py needs."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -35,7 +37,8 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--out", default=str(ROOT / "bench" / "curves.json"))
     o = p.parse_args()
-    losses = {name: curve(flags, o) for name, flags in WAYS.items()}
+    with ThreadPoolExecutor(len(WAYS)) as at_once:
+        losses = dict(zip(WAYS, at_once.map(lambda flags: curve(flags, o), WAYS.values()), strict=True))
     on_gpu = o.device != "cpu" and torch.cuda.is_available()
     where = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__}
     Path(o.out).write_text(json.dumps({**where, "date": str(date.today()), "losses": losses}) + "\n")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtron.collectives import Collective, CollectiveCounter
 from dtron.config import ModelConfig
+from dtron.layers.cores import Mask, allowed
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch
@@ -215,6 +216,47 @@ def windows(values: list[float]) -> list[list[float]]:
     return [values[i : i + 20] for i in range(len(values) - 19)]
 
 
+def masks() -> str:
+    """Who may see whom, by the function that the reference masks with; and, of longer sequences, which
+    blocks of 128 by 128 flex skips, computes without asking, or asks for every pair."""
+    small, long, block = 16, 2048, 128
+    kinds = [
+        ("causal", None, ()),
+        ("window of 5", 5, ()),
+        ("three documents", None, (0.35, 0.7)),
+        ("both", 5, (0.35, 0.7)),
+    ]
+    canvas, cell, fills = Canvas(900), 12, {"empty": "#f2f2f2", "full": "#4a8fd0", "some": "#a8cbec"}
+
+    def draw_square(x: float, y: float, filled: list[list[str]]) -> None:
+        canvas.rect(x, y, cell * len(filled), cell * len(filled), fills["empty"], line="#fff")
+        for i, row in enumerate(filled):
+            for j, kind in enumerate(row):
+                if kind == "empty":
+                    continue
+                canvas.rect(x + j * cell, y + i * cell, cell, cell, fills[kind], line="#fff")
+
+    def seen(sequence: int, window: int | None, cuts: tuple[float, ...]) -> Tensor:
+        place = torch.arange(sequence) / sequence
+        documents = sum((place >= cut).long() for cut in cuts)[None] if cuts else None
+        return allowed(Mask(sequence, window), documents, place.device)[0, 0]
+
+    canvas.text(20, 24, f"{small} tokens: the query of each row sees the keys in blue", bold=True)
+    canvas.text(20, 264, f"{long} tokens in blocks of {block} (window of {5 * 64})", bold=True)
+    for n, (name, window, cuts) in enumerate(kinds):
+        x = 20 + n * 216
+        canvas.text(x, 44, name, colour=FAINT)
+        draw_square(x, 52, [["full" if ok else "empty" for ok in row] for row in seen(small, window, cuts)])
+        blocks = seen(long, window and window * 64, cuts).unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        any_, all_ = blocks.any(3).any(1), blocks.all(3).all(1)
+        kind = lambda some, full: "full" if full else "some" if some else "empty"
+        draw_square(x, 274, [[kind(*at) for at in zip(*row)] for row in zip(any_, all_)])
+        canvas.text(x, 486, f"{any_.float().mean():.0%} of all blocks", colour=FAINT)
+    legend(canvas, 20, 504, [("skipped", fills["empty"]), ("some pairs", fills["some"])])
+    legend(canvas, 280, 504, [("all pairs", fills["full"])])
+    return canvas.svg()
+
+
 def legend(canvas: Canvas, x: float, y: float, entries) -> None:
     for name, fill in entries:
         canvas.rect(x, y, 14, 14, fill)
@@ -229,6 +271,7 @@ def figures() -> dict[str, str]:
         "zero.svg": zero(MeshShape(dp=8)),
         "tensor-parallelism.svg": layer(MeshShape(tp=4)),
         "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
+        "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
