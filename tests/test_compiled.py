@@ -185,10 +185,10 @@ def steps_on_pool(mesh: str, zero: int, backend: str | None, path: str = "auto")
     ("mesh", "zero"),
     [
         ("dp=2,tp=2", 1),
-        ("dp=2,tp=2", 2),
+        pytest.param("dp=2,tp=2", 2, marks=pytest.mark.slow),
         ("dp=2,tp=2", 3),
         ("dp_replicate=2,dp=2", 3),
-        ("tp=4", 1),
+        pytest.param("tp=4", 1, marks=pytest.mark.slow),
     ],
 )
 def test_sharded_stages_compile_too(pool, mesh, zero):

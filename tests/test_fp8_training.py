@@ -112,7 +112,9 @@ def norms_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
 
 
 @pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 3), ("tp=4", 1)])
+@pytest.mark.parametrize(
+    ("mesh", "zero"), [("dp=2,tp=2", 3), pytest.param("tp=4", 1, marks=pytest.mark.slow)]
+)
 def test_sharded_stages_compile_too(pool, mesh, zero):
     """The local regions are part of the graph."""
     want = pool.run(norms_on_pool, mesh, zero, None)
