@@ -2,7 +2,7 @@
 
 A stage is compiled whole, forward and backward, once per shape: ``fullgraph``, so nothing in it goes back to
 Python. Eager, a block is some thirty kernels that each read and write every activation; compiled, what stands
-between two matrix products is one. Across the boundary go each rank's own tensors. Inside, ``_Whole`` makes
+between two matrix products is one. Across the boundary go each rank's own tensors. Inside, ``Whole`` makes
 DTensors of them again; the tracer sees through these, and what is left is kernels and collectives. (DTensors
 across the boundary would be taken apart and put together again in every call: with 2 GPUs, tp=2 and 24 layers
 that took 190 ms a step.) The same is done with what a step does once: gathering weights, reducing gradients.
@@ -92,7 +92,8 @@ class OnLocals:
         return self._run(self._functions.stage, p.tree, p.lies, (x,), *_apart(batch))
 
     def leaves(self, params: Any, once: bool) -> tuple[Weights, list[Tensor]]:
-        tensors, lies = [local(w) for w in flat(params)], [Lies.of(w) for w in flat(params)]
+        weights = flat(params)
+        tensors, lies = [local(w) for w in weights], [Lies.of(w) for w in weights]
         if once:
             after = [replace(at, placements=self._layout.gathered(at.placements)) for at in lies]
             gather = lambda ws: [self._layout.gather(w) for w in ws]
@@ -119,13 +120,9 @@ class OnLocals:
         away = [i for i, (at, goal) in enumerate(zip(lies, goals, strict=True)) if at.placements != goal]
         if not away:
             return grads
-        moved = self._run_list(
-            fn, [grads[i] for i in away], [lies[i] for i in away], [goals[i] for i in away]
-        )
-        grads = list(grads)
-        for i, g in zip(away, moved, strict=True):
-            grads[i] = g
-        return grads
+        pick = lambda xs: [xs[i] for i in away]
+        moved = dict(zip(away, self._run_list(fn, pick(grads), pick(lies), pick(goals)), strict=True))
+        return [moved.get(i, g) for i, g in enumerate(grads)]
 
     # What is traced: locals in, DTensors, locals out.
 
