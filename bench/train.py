@@ -27,8 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
-from dtron.config import DataConfig, Fp8, RunConfig
+from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
+from dtron.how import Fp8
 from dtron.launch import plan, ranks
 from dtron.layers.attention import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops

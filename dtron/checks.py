@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dtron.config import How, ModelConfig, nearest_divisor
+from dtron.config import ModelConfig, nearest_divisor
+from dtron.how import How
 from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
 from dtron.model import declare_model
 from dtron.params import flat

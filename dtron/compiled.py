@@ -17,13 +17,13 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtron.config import PLAIN, How
 from dtron.dtensor import Lies, Whole, code, local, reduce_all, scatter_all
 from dtron.fp8 import compile_options
+from dtron.how import PLAIN, How
+from dtron.jit import jit
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
 from dtron.params import flat, unflatten
@@ -39,33 +39,13 @@ def compiled(
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         options |= {f"aten_distributed_optimizations.{name}": overlap for name in OVERLAP}
     options = options if backend == "inductor" else None
-    to = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options or None)
     budget = 1.0 if how.budget is None else how.budget
-    compile = lambda fn: _with_settings(to(fn), budget)
+    compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
     here = OnLocals(functions, layout, compile)
     return Program(here.enter, here.stage, False, here)
 
-
-def _with_settings(fn: Callable, budget: float = 1.0) -> Callable:
-    """A compiled function with settings that torch has nowhere but in its global configs. ``budget``: the
-    share of what the partitioner would keep from forward for backward that it may keep; the rest is computed
-    again, cheapest first."""
-
-    def run(*args):
-        with (
-            torch._dynamo.config.patch(recompile_limit=SHAPES),
-            torch._functorch.config.patch(activation_memory_budget=budget),
-        ):
-            return fn(*args)
-
-    return run
-
-
-# Kinds of arguments (stages, shapes of weights) that a function may be compiled for. After 8 torch gives up,
-# to notice functions that never settle.
-SHAPES = 64
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
 
@@ -150,5 +130,4 @@ def compiled_rule(backend: str = "inductor") -> Rule:
     """AdamW's update, compiled: see ``optim.written_out``. Once per shape, and a transformer has a dozen.
     (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead of 70, and ran no
     faster; with one graph for any shape every step took 5 ms more.)"""
-    each = torch.compile(adamw, fullgraph=True, dynamic=False, backend=backend)
-    return _with_settings(partial(written_out, each=each))
+    return partial(written_out, each=jit(adamw, backend=backend))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
+from dtron.fp8.recipe import SMALLEST
+from dtron.how import Fp8, How
 from dtron.layers.cores import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 
-Fp8 = Literal["none", Scaling]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
 
@@ -168,46 +168,6 @@ def _under(config: Any, prefix: str, limits: dict[str, float]) -> None:
             raise ValueError(
                 f"{prefix}.{name}={getattr(config, name)}: must be from 0 to under {high}; change it"
             )
-
-
-@dataclass(frozen=True)
-class How:
-    """What may differ between two runs of one model without changing the result, beyond rounding: what is
-    computed again in backward, which kernels attend, which products are made in FP8. Flags of the run."""
-
-    recompute: str = "none"
-    attention: AttentionPath = "auto"
-    fp8: Fp8 = "none"
-    fp8_ends: bool = False
-    fp8_smallest: int = SMALLEST
-
-    def __post_init__(self) -> None:
-        if self.fp8_smallest < 0:
-            raise ValueError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
-        if self.recompute not in ("none", "selective", "full") and self.budget is None:
-            raise ValueError(
-                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
-                "use --recompute budget=0.5"
-            )
-
-    @property
-    def budget(self) -> float | None:
-        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
-        name, _, value = self.recompute.partition("=")
-        try:
-            share = float(value) if name == "budget" else -1.0
-        except ValueError:
-            return None
-        return share if 0 <= share <= 1 else None
-
-    def recipe(self, end: bool) -> Recipe | None:
-        """For the products of a block; ``end``: the first or the last."""
-        if self.fp8 == "none" or (end and not self.fp8_ends):
-            return None
-        return Recipe(self.fp8, self.fp8_smallest)
-
-
-PLAIN = How()
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dtron.config import PLAIN, AttentionPath, How, ModelConfig
+from dtron.config import ModelConfig
 from dtron.fp8 import Recipe
+from dtron.how import PLAIN, How
 from dtron.layers.attention import Attention, attention, prepare
-from dtron.layers.cores import Mask
+from dtron.layers.cores import AttentionPath, Mask
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
 from dtron.layers.mlp import MLP, mlp

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.config import PLAIN, How, ModelConfig, RunConfig
+from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full, local
+from dtron.how import PLAIN, How
 from dtron.mesh import Layout
 from dtron.model import Batch, Transformer, declare_model, embed, stage
 from dtron.params import flat, tree_map

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
-from dtron.config import How
+from dtron.how import How
 from dtron.layers.attention import Attention, attention
 from dtron.layers.cores import Mask
 from dtron.layers.mlp import MLP, mlp

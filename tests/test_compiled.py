@@ -13,8 +13,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from values import flex_on_cpu
 
 from dtron.compiled import compiled, compiled_rule
-from dtron.config import How, OptimConfig
+from dtron.config import OptimConfig
 from dtron.dtensor import full
+from dtron.how import How
 from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import make_batch
 from dtron.optim import adam_init, adam_update

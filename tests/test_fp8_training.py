@@ -12,9 +12,10 @@ from products import NAMES
 from runs import MODEL, on_pool, simulate, train
 
 from dtron.compiled import compiled
-from dtron.config import DataConfig, How, RunConfig
+from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
 from dtron.fp8 import Recipe, compile_options, matmul
+from dtron.how import How
 from dtron.launch import plan
 from dtron.mesh import Layout, build_mesh, rules_for
 from dtron.model import make_batch

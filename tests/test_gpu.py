@@ -13,7 +13,8 @@ import torch
 from runs import MODEL, train
 
 from dtron.compiled import compiled
-from dtron.config import DataConfig, How, RunConfig
+from dtron.config import DataConfig, RunConfig
+from dtron.how import How
 from dtron.layers.cores import CORES, Mask, attention_reference
 from dtron.mesh import Layout
 from dtron.model import make_batch

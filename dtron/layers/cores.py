@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
 import torch
@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from dtron.jit import jit
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -158,20 +160,12 @@ _KERNEL = {"BACKEND": "TRITON"}
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:
     """The function, compiled where it runs on a GPU and no stage around it is being compiled."""
-    return fn if device.type != "cuda" or torch.compiler.is_compiling() else partial(_call_compiled, fn)
-
-
-def _call_compiled(fn: Callable, *args):
-    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-        return _compiled(fn)(*args)
-
-
-VARIANTS = 64  # masks and shapes that each may be compiled for in a process; torch gives up after 8
+    return fn if device.type != "cuda" or torch.compiler.is_compiling() else _compiled(fn)
 
 
 @cache
 def _compiled(fn: Callable) -> Callable:
-    return torch.compile(fn, fullgraph=True, dynamic=False)
+    return jit(fn)
 
 
 LEAST_HEAD_DIM = 16  # of flex's kernels on a GPU: the smallest a tensor core multiplies
