@@ -11,6 +11,7 @@ import math
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
 from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
+from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
 from dtron.shape import MeshShape
-from dtron.step import evaluate, gradients
+from dtron.step import evaluate
+from dtron.update import Recorded, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -77,6 +79,10 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
+    step = partial(
+        update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+    )
+    step = Recorded(step, here.device) if here.graph else step
 
     def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
@@ -90,18 +96,11 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     while state.step < config.steps:
         recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
-        loss, grads = gradients(
-            functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
-        )
-        norm = global_norm(grads, spec, pipe.sum) / tokens
         lr = learning_rate(config.optim, state.step, config.steps)
-        scale = clip_scale(norm, config.optim.clip) / tokens
-        params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim, rule)
-        del grads  # or they would wait for the next step's
+        loss, norm, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        loss = pipe.sum(None if loss is None else full(loss))
         launched = (state.step, loss, norm, lr, tokens, mark(here.device))
 
         last = state.step == config.steps

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -28,19 +29,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
-from dtron.dtensor import full
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
 from dtron.layers.attention import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.optim import adam_init
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
 from dtron.profile import Recorder, breakdown, rows, top
 from dtron.shape import MeshShape
-from dtron.step import gradients
+from dtron.update import Recorded, update
 
 
 def main() -> None:
@@ -66,23 +66,25 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     opt = adam_init(params)
     functions, rule = program(m, layout, config.how, here.splits), None
     if not o.eager:
-        functions, rule = compiled(functions, layout, config.how), compiled_rule()
+        functions = compiled(functions, layout, config.how, overlap=not o.no_overlap)
+        rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
     batches = [make_batch(r, layout) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
+    one = partial(update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each)
+    one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
+
     def step(params, opt):
-        loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
-        norm = global_norm(grads, spec, pipe.sum) / tokens
-        scale = clip_scale(norm, 1.0) / tokens
-        return loss, *adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)
+        loss, _, params, opt = one(params, opt, batches, tokens, 1e-4)
+        return loss, params, opt
 
     marks = [mark(here.device)]
     for _ in range(o.steps):
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))
-        losses.append(pipe.sum(None if loss is None else full(loss)))
+        losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
     times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
@@ -105,7 +107,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
         "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
         "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
-        "fp8_ends": o.fp8_ends, "attention": o.attention, "date": date.today().isoformat(),
+        "fp8_ends": o.fp8_ends, "attention": o.attention, "overlap": not o.no_overlap, 
+        "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
@@ -131,6 +134,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
+    p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
+    p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):

@@ -265,6 +265,8 @@ class RunConfig:
     are"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs, without pp"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     log_every: int = 10

@@ -38,6 +38,7 @@ class Plan:
     gather_each: bool  # ZeRO-3 gathers in every microbatch
     splits: bool  # a backward can be made in two halves
     compile: bool
+    graph: bool  # a step is recorded once and replayed
 
     @property
     def main(self) -> bool:
@@ -78,7 +79,15 @@ def plan(config: RunConfig) -> Plan:
         gathers_each(config, shape),
         splits(config, shape),
         compiles,
+        _records(config, compiles and gpu, shape),
     )
+
+
+def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
+    if config.graph == "on" and not (can and shape.pp == 1):
+        why = f"mesh {shape}: a pipeline is not recorded" if can else "it takes a GPU and compiled stages"
+        raise ValueError(f"--graph on: {why}; use --graph auto")
+    return config.graph != "off" and can and shape.pp == 1
 
 
 def _device(config: RunConfig) -> str:

@@ -43,20 +43,22 @@ Rule = Callable[..., None]
 
 
 def adam_update(
-    grads: Any, state: AdamState, params: Any, spec: Any, lr: float, scale: float | Tensor,
-    config: OptimConfig, rule: Rule | None = None,
+    grads: Any, state: AdamState, params: Any, spec: Any, lr: float | Tensor, scale: float | Tensor,
+    config: OptimConfig, rule: Rule | None = None, number: Tensor | None = None,
 ) -> tuple[Any, AdamState]:  # fmt: skip
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay. A scale
-    that is a tensor stays on its device: nothing waits for it. ``rule`` updates lists of local tensors:
-    ``fused`` (None), or ``written_out``, compiled."""
+    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay. A rate or
+    scale that is a tensor stays on its device: nothing waits for it; so does ``number``, which update this is
+    (None: the state knows). ``rule`` updates lists of local tensors: ``fused`` (None), or ``written_out``,
+    compiled."""
     step, rule = state.step + 1, rule or fused
     decays = [w.decays for w in flat(spec)]
     ps, gs, ms, vs = ([local(x) for x in flat(tree)] for tree in (params, grads, state.m, state.v))
     for wanted in (True, False):
         p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d == wanted] for xs in (ps, gs, ms, vs))
         if p:
-            number = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
-            rule(p, g, m, v, step, lr, number, config.weight_decay if wanted else 0.0, config)
+            factor = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
+            decay = config.weight_decay if wanted else 0.0
+            rule(p, g, m, v, step if number is None else number, lr, factor, decay, config)
     return params, AdamState(step, state.m, state.v)
 
 
@@ -79,12 +81,13 @@ def fused(
 
 
 def written_out(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float, scale: Tensor,
-    weight_decay: float, config: OptimConfig, each: Callable | None = None,
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int | Tensor,
+    lr: float | Tensor, scale: Tensor, weight_decay: float, config: OptimConfig, each: Callable | None = None,
 ) -> None:  # fmt: skip
     """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over each weight
     and takes gradients in any dtype, so that none has to be cast before."""
-    rate, corrected = torch.full_like(scale, lr), torch.full_like(scale, float(step))
+    here = lambda x: x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
+    rate, corrected = here(lr), here(step)
     c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
     rest = (rate, scale, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
     for one in zip(p, g, m, v, strict=True):

@@ -6,22 +6,26 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, train
+from runs import MODEL, random_rows, train
 
-from dtron.compiled import compiled
-from dtron.config import DataConfig, RunConfig
+from dtron.compiled import compiled, compiled_rule
+from dtron.config import DataConfig, OptimConfig, RunConfig
 from dtron.how import How
 from dtron.layers.cores import CORES, Mask, attention_reference
+from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
-from dtron.model import make_batch
+from dtron.model import make_batch, valid_tokens
+from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
 from dtron.shape import MeshShape
 from dtron.step import gradients
+from dtron.update import Recorded, update
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -156,6 +160,28 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
     got = run(How(recompute), compile)
     for a, b in zip(got, want, strict=True):
         assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_recorded_step_is_the_step(count):
+    """Replayed with other batches, rates and counts of tokens than those it was recorded with."""
+    config, layout = replace(TEN, batch=8, micro_batch=8 // count), Layout()
+    found = []
+    for record in (False, True):
+        pipe = one_stage(MODEL, count, layout)
+        params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
+        opt, functions = adam_init(params), compiled(program(MODEL, layout), layout)
+        step = partial(update, functions, pipe, 1, OptimConfig(), rule=compiled_rule())
+        step = Recorded(step, "cuda") if record else step
+        for number in range(8):
+            rows = random_rows(config, number)
+            rows[:number, -3:] = IGNORE
+            batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
+            loss, norm, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number))
+            found.append((loss.item(), norm.item()))
+        assert opt.step == 8
+    plain, recorded = found[:8], found[8:]
+    assert recorded == [pytest.approx(x, rel=1e-5) for x in plain] and len(set(plain)) == 8
 
 
 def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:

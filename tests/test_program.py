@@ -336,6 +336,7 @@ def refused(capsys, *argv: str) -> str:
         ("--micro-batch 3", ["batch=4", "micro_batch=3", "--batch 3"]),
         ("--micro-batch 0", ["micro_batch=0", "at least 1"]),
         ("--simulate --device cuda", ["--simulate --device cuda", "drop one"]),
+        ("--graph on", ["--graph on", "a GPU and compiled stages", "--graph auto"]),
         ("--data.sequence 4096", ["data.sequence=4096", "--model.context 4096"]),
         ("--data.validation 1e-4", ["validation text", "raise --data.validation,"]),
         ("--data.path /no/such.txt", ["--data.path '/no/such.txt'", "does not exist"]),
