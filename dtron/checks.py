@@ -19,7 +19,7 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
         raise ValueError(
             f"mesh cp={mesh.cp}: attention over context-parallel ranks is not there yet; leave cp out"
         )
-    for name in ("heads", "kv_heads", "mlp"):
+    for name in ("heads", "mlp") if model.latent else ("heads", "kv_heads", "mlp"):
         size = getattr(model, name)
         if size % mesh.tp:
             raise ValueError(
@@ -87,8 +87,8 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
     elif path == "flex":
         if device == "cpu":
             cannot = "device=cpu: flex_attention has no backward there"
-        elif model.head_dim < LEAST_HEAD_DIM:
-            cannot = f"model.head_dim={model.head_dim}: its kernels take {LEAST_HEAD_DIM} and more"
+        elif min(model.head_dims) < LEAST_HEAD_DIM:
+            cannot = f"heads of width {min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:

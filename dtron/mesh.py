@@ -55,11 +55,19 @@ RULES: Rules = {
     "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
     "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
+    "act_q_rank": (),
+    "act_kv_rank": (),
+    "kv_latent": (),
     # weights
-    "embed": ("dp",),  # the ZeRO row
+    "embed": ("dp",),  # the ZeRO rows: this,
+    "q_rank": ("dp",),  # and MLA's latents where they take its place
+    "kv_rank": ("dp",),
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "head_dim": (),
+    "qk_dim": (),
+    "kv_dim": (),
+    "v_dim": (),
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
@@ -67,9 +75,8 @@ RULES: Rules = {
 
 
 def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see
-    step.py)."""
-    return {**RULES, "embed": ()} if zero == 0 else RULES
+    """ZeRO stage 0 is the table with its ZeRO rows emptied; stages 1 to 3 share the table (see step.py)."""
+    return {**RULES, **dict.fromkeys(("embed", "q_rank", "kv_rank"), ())} if zero == 0 else RULES
 
 
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:

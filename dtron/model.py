@@ -29,6 +29,7 @@ from dtron.layers.attention import Attention, attention, prepare
 from dtron.layers.cores import AttentionPath, Mask
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
+from dtron.layers.mla import MLA, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
@@ -39,7 +40,8 @@ from dtron.params import declare, flat, gather, part, unflatten, weight
 @dataclass(frozen=True)
 class Block:
     norm_1: Norm = part()
-    attention: Attention = part()
+    attention: Attention | None = part(when="plain_attention")
+    mla: MLA | None = part(when="mla")
     norm_2: Norm = part()
     mlp: MLP = part()
 
@@ -101,8 +103,9 @@ def block(
     recipe: Recipe | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``recipe``: matrix products in FP8, or None."""
+    attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + attention(p.attention, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
+    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
     return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation, recipe)
 
 
@@ -146,10 +149,10 @@ def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: L
     """The blocks, and in the last stage the norm before the head."""
     table_TH = None
     if m.positions == "rotary":
-        make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
+        make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
-    mask = Mask(batch.sequence, m.window, m.softcap)
-    mask, path = prepare(mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention)
+    mask = Mask(batch.sequence, m.window, m.softcap, m.score_scale)
+    mask, path = prepare(mask, batch.documents_T, m.sinks, min(m.head_dims), x_TD, layout, how.attention)
     # With a tied head the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     for i, p_block in enumerate(p.blocks):
@@ -223,9 +226,9 @@ def parameter_count(m: ModelConfig) -> int:
 def flops_per_token(m: ModelConfig, sequence: int) -> float:
     """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
     are looked up), and 6 * layers * heads * head_dim * sequence for causal attention, half of the full square
-    (PaLM, arXiv:2204.02311, appendix B, halved)."""
+    (PaLM, arXiv:2204.02311, appendix B, halved); where values have another width, head_dim is the mean."""
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
     w = min(m.window or sequence, sequence)
     attended = w - w * w / (2 * sequence)  # tokens, on average: half the sequence without a window
-    return 6.0 * (parameter_count(m) - looked_up) + 12.0 * m.layers * m.heads * m.head_dim * attended
+    return 6.0 * (parameter_count(m) - looked_up) + 6.0 * m.layers * m.heads * sum(m.head_dims) * attended

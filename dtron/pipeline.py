@@ -49,7 +49,7 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
     weights = sum(w.numel for w in flat(declare_model(replace(m, layers=1)).blocks))
-    block = weights + m.heads * m.head_dim * sequence  # as multiplications per token
+    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token
     head_cost = m.padded_vocab * m.embed / block  # in blocks
 
     def fits(most: float) -> list[int] | None:
