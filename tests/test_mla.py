@@ -80,4 +80,7 @@ def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_r
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    print(got.total.count)
+    # What is whole on tp ranks, summed at the end: down-projections, and with the norms end to end what no dp
+    # cuts.
+    cut = (2 if q_rank else 1) if zero and dp else 0
+    assert got.total.count[Collective("all_reduce", "tp")] == 1 + cut
