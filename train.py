@@ -154,16 +154,18 @@ def load(
     samples those are depends on nothing but ``start``."""
     d = config.data
     batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
-    return split(batch, config, here, layout, end)
+    return split(batch, config, here, layout, end, config.model.mtp.depth)
 
 
-def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None):
+def split(
+    batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None, depth: int = 0
+):
     documents = positions = [None] * (batch.shape[0] // here.rows)
     if config.data.document_mask:
         ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
         documents, positions = ids.split(here.rows), places.split(here.rows)
     parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
-    return [make_batch(r, layout, d, p) for r, d, p in parts], valid_tokens(batch)
+    return [make_batch(r, layout, d, p, depth) for r, d, p in parts], valid_tokens(batch)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+    batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
     def step(params, opt):

@@ -15,6 +15,7 @@ from dtron.layers.cores import AttentionPath
 from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
+from dtron.mtp import Ahead
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
@@ -47,6 +48,7 @@ class ModelConfig:
     """how attention knows where a token is"""
     rope: Rope = field(default_factory=Rope)
     mla: Latent = field(default_factory=Latent)
+    mtp: Ahead = field(default_factory=Ahead)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -151,6 +153,7 @@ class ModelConfig:
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
             "plain_attention": not self.latent,
             **self.mla.dims(),
+            "mtp_depth": self.mtp.depth,
         }
 
 

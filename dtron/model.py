@@ -34,6 +34,7 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
+from dtron.mtp import look_ahead, module
 from dtron.params import declare, flat, gather, part, unflatten, weight
 
 
@@ -47,6 +48,18 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Module:
+    """Of multi-token prediction; see mtp.py."""
+
+    norm_h: Norm = part()
+    norm_token: Norm = part()
+    w_h: Tensor = weight("embed", "act_embed")
+    w_token: Tensor = weight("embed", "act_embed")
+    block: Block = part()
+    norm: Norm = part()
+
+
+@dataclass(frozen=True)
 class Transformer:
     """The model, or a stage of it with the rest missing; see pipeline.py."""
 
@@ -54,32 +67,42 @@ class Transformer:
     blocks: tuple[Block, ...] = part(count="layers")
     norm: Norm | None = part()
     w_head: Tensor | None = weight("vocab", "embed", when="untied")
+    mtp: tuple[Module, ...] = part(count="mtp_depth")
 
 
 @dataclass(frozen=True)
 class Batch:
     """A microbatch, token-major: rows of ``sequence`` tokens one after the other, ``[T@tokens]`` each. A
-    target is the next token, or IGNORE. ``documents_T`` is None where a row is one document."""
+    target is the next token, or IGNORE. ``documents_T`` is None where a row is one document. ``tokens_TA`` and
+    ``targets_TA [T@tokens, depth]`` are those further ahead, for multi-token prediction; None: without it."""
 
     tokens_T: Tensor
     targets_T: Tensor
     positions_T: Tensor
     documents_T: Tensor | None
     sequence: int
+    tokens_TA: Tensor | None = None
+    targets_TA: Tensor | None = None
 
 
 def make_batch(
-    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None
+    rows_BS: Tensor,
+    layout: Layout,
+    documents_BS: Tensor | None = None,
+    positions_BS: Tensor | None = None,
+    depth: int = 0,
 ) -> Batch:
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets. Every rank passes the same rows and keeps its own."""
+    shifted by one, targets; and for ``depth`` modules of multi-token prediction, shifted further. Every rank
+    passes the same rows and keeps its own."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
-    place = lambda t: layout.shard(t.flatten(), "tokens")
-    documents = None if documents_BS is None else place(documents_BS)
-    return Batch(place(tokens), place(targets), place(positions_BS), documents, s)
+    place = lambda t: None if t is None else layout.shard(t.flatten(0, 1), "tokens")
+    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
+    main = (place(t) for t in (tokens, targets, positions_BS, documents_BS))
+    return Batch(*main, s, *(place(t) for t in ahead))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
@@ -119,15 +142,18 @@ def stage(
 ) -> Tensor:
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
     summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, how)
+    at = _shared(batch, x_TD, m, layout, how)
+    x_TD = _trunk(p, x_TD, at, m, layout, how)
     if p.norm is None:
         return x_TD
-    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    w_head = _head(p, layout)
+    loss = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    return loss if batch.targets_TA is None else loss + _ahead(p, x_TD, w_head, batch, at, m, layout, how)
 
 
 def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, PLAIN)
+    x_TD = _trunk(p, x_TD, _shared(batch, x_TD, m, layout, PLAIN), m, layout, PLAIN)
     return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
 
 
@@ -145,39 +171,58 @@ def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
 
 
-def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
-    """The blocks, and in the last stage the norm before the head."""
+def _shared(batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: How) -> Callable:
+    """What the blocks of a stage have in common, made once: ``at(end)`` is ``block`` as a function of its params
+    and x alone. ``end``: of the first and the last of the model."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     mask = Mask(batch.sequence, m.window, m.softcap, m.score_scale)
     mask, path = prepare(mask, batch.documents_T, m.sinks, min(m.head_dims), x_TD, layout, how.attention)
-    # With a tied head the last stage has an embedding too.
+    given = dict(table_TH=table_TH, documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path)
+    return lambda end: partial(block, **given, recipe=how.recipe(end))
+
+
+def _trunk(p: Transformer, x_TD: Tensor, at: Callable, m: ModelConfig, layout: Layout, how: How) -> Tensor:
+    """The blocks, and in the last stage the norm before the head."""
+    # With a tied head, or predictions ahead, the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     for i, p_block in enumerate(p.blocks):
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        run = partial(block, mask=mask, m=m, layout=layout, path=path, recipe=how.recipe(end))
-        x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
+        x_TD = _run_block(at(end), p_block, x_TD, layout, how.recompute)
     return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
 
 
-def _run_block(
-    block: Callable, p: Block, x_TD: Tensor, table_TH, documents_T, layout: Layout, recompute: str
-) -> Tensor:
+def _ahead(
+    p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, at: Callable, m: ModelConfig, layout: Layout,
+    how: How,
+) -> Tensor:  # fmt: skip
+    """The weighted loss of multi-token prediction: like the main one a sum over tokens."""
+    w_tokens, losses = Embedding(layout.gather(p.embedding.w_tokens), None), []
+    for k, p_k in enumerate(p.mtp):
+        e_TD = embedding(w_tokens, batch.tokens_TA[:, k], batch.positions_T, layout)
+        run = partial(module, e_TD=e_TD, block=at(end=True), eps=m.norm_eps)
+        h_TD = _run_block(run, p_k, h_TD, layout, how.recompute)
+        losses.append(cross_entropy(h_TD, w_head, batch.targets_TA[:, k], Loss(m.vocab), layout))
+    first, *others = losses  # sum() would begin with 0, which is no pending sum
+    return sum(others, first) * (m.mtp.weight / len(losses))
+
+
+def _run_block(block: Callable, p: Block | Module, x_TD: Tensor, layout: Layout, recompute: str) -> Tensor:
     def run(p: Block, x_TD: Tensor) -> Tensor:
         # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
-        return block(gather(p, layout), x_TD, table_TH, documents_T)
+        return block(gather(p, layout), x_TD)
 
     def run_all_kept(p: Block, x_TD: Tensor) -> Tensor:
         kept.gathering = True
         p = gather(p, layout)
         kept.gathering = False
-        return block(p, x_TD, table_TH, documents_T)
+        return block(p, x_TD)
 
     def run_gathered(p: Block, x_TD: Tensor) -> Tensor:
         gathered = region(lambda *ws: tuple(layout.gather(w) for w in ws), *flat(p))
-        return block(unflatten(p, list(gathered)), x_TD, table_TH, documents_T)
+        return block(unflatten(p, list(gathered)), x_TD)
 
     region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
