@@ -72,9 +72,7 @@ def test_mla_mutants(mutant, q_rank):
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_rank, zero):
     latent, dp = replace(LATENT, q_rank=q_rank), MeshShape.parse(mesh).dp > 1
-    got = run_layer(
-        attend(Mask(12), latent), MLA, mesh, dims_of(latent, 4), zero=zero, **options(12, 48)
-    )
+    got = run_layer(attend(Mask(12), latent), MLA, mesh, dims_of(latent, 4), zero=zero, **options(12, 48))
     matrices = 5 if q_rank else 4
     gathered = matrices if zero == 3 and dp else 0
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)

@@ -59,9 +59,7 @@ class Latent:
                 f"{self.rope_dim}, v_dim={self.v_dim}: ranks are at least 0 and widths at least 1; raise them"
             )
         if self.rope_dim % 2:
-            raise ValueError(
-                f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even"
-            )
+            raise ValueError(f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even")
         if self.q_rank and not self.kv_rank:
             raise ValueError(
                 f"model.mla.q_rank={self.q_rank} with kv_rank=0, which is plain attention; give "
