@@ -26,7 +26,7 @@ from dtron.how import PLAIN, How
 from dtron.jit import jit
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
-from dtron.params import flat, unflatten
+from dtron.params import declared, flat, gather_all, unflatten
 from dtron.schedules.run import Program
 
 
@@ -75,8 +75,12 @@ class OnLocals:
         weights = flat(params)
         tensors, lies = [local(w) for w in weights], [Lies.of(w) for w in weights]
         if once:
-            after = [replace(at, placements=self._layout.gathered(at.placements)) for at in lies]
-            gather = lambda ws: [self._layout.gather(w) for w in ws]
+            of = declared(params)
+            after = [
+                at if d.frozen else replace(at, placements=self._layout.gathered(*d.axes))
+                for at, d in zip(lies, of, strict=True)
+            ]
+            gather = lambda ws: gather_all(ws, of, self._layout)
             tensors, lies = self._run_list(gather, tensors, lies), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         return Weights(unflatten(params, tensors), lies), tensors

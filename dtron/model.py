@@ -33,7 +33,7 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
-from dtron.params import declare, flat, gather, part, unflatten, weight
+from dtron.params import declare, declared, flat, gather, gather_all, part, unflatten, weight
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Ten
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
-    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
+    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
 def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
@@ -173,7 +173,7 @@ def _run_block(
         return block(p, x_TD, table_TH, documents_T)
 
     def run_gathered(p: Block, x_TD: Tensor) -> Tensor:
-        gathered = region(lambda *ws: tuple(layout.gather(w) for w in ws), *flat(p))
+        gathered = region(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
         return block(unflatten(p, list(gathered)), x_TD, table_TH, documents_T)
 
     region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -183,7 +183,7 @@ def _run_block(
         return region(run, p, x_TD)
     if recompute == "selective":
         return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
-    if not any(layout.gathers(w) for w in flat(p)):
+    if not any(layout.gathers(w, *d.axes) for w, d in zip(flat(p), declared(p), strict=True)):
         return run(p, x_TD)
     if torch.compiler.is_compiling():
         return run_gathered(p, x_TD)  # what else to keep, a compiler decides by itself
