@@ -90,7 +90,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     while state.step < config.steps:
         recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
-        loss, grads = gradients(
+        loss, grads, _ = gradients(
             functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
         )
         norm = global_norm(grads, spec, pipe.sum) / tokens

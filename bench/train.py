@@ -73,7 +73,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     tokens, host, losses = config.batch * o.sequence, [], []
 
     def step(params, opt):
-        loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
+        loss, grads, _ = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
         norm = global_norm(grads, spec, pipe.sum) / tokens
         scale = clip_scale(norm, 1.0) / tokens
         return loss, *adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)

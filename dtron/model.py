@@ -34,6 +34,7 @@ from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.params import declare, declared, flat, gather, gather_all, part, unflatten, weight
+from dtron.schedules.run import Extra
 
 
 @dataclass(frozen=True)
@@ -113,36 +114,42 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 def stage(
     p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN
-) -> Tensor:
+) -> tuple[Tensor, Extra | None]:
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
-    summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, how)
+    summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
+    to it."""
+    x_TD, extra = _trunk(p, x_TD, batch, m, layout, how)
     if p.norm is None:
-        return x_TD
-    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+        return x_TD, extra
+    loss = Loss(m.vocab, z=m.z_loss)
+    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, loss, layout), extra
 
 
-def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+def stage_logits(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout
+) -> tuple[Tensor, None]:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, PLAIN)
-    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
+    x_TD, _ = _trunk(p, x_TD, batch, m, layout, PLAIN)
+    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout), None
 
 
 def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
     """The whole model as one stage: the summed loss."""
-    return stage(p, embed(p, batch, m, layout), batch, m, layout, how)
+    return stage(p, embed(p, batch, m, layout), batch, m, layout, how)[0]
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """The whole model as one stage: the logits."""
-    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)
+    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
-def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
+def _trunk(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How
+) -> tuple[Tensor, Extra | None]:
     """The blocks, and in the last stage the norm before the head."""
     table_TH = None
     if m.positions == "rotary":
@@ -156,7 +163,7 @@ def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: L
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
         run = partial(block, mask=mask, m=m, layout=layout, path=path, recipe=how.recipe(end))
         x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
-    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
+    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps), None
 
 
 def _run_block(

@@ -50,6 +50,9 @@ class Hold(Protocol):
     def loss(self, total: Tensor) -> Tensor:
         """The summed loss, its sum over data ranks pending."""
 
+    def report(self, x: Tensor) -> Tensor:
+        """A number of a report, its sum over the ranks that have tokens pending."""
+
 
 @dataclass(frozen=True)
 class Wholes:
@@ -72,6 +75,12 @@ class Wholes:
     def loss(self, total: Tensor) -> Tensor:
         return total
 
+    def report(self, x: Tensor) -> Tensor:
+        return x
+
+
+Reports = dict[int, dict[str, Tensor]]
+
 
 def gradients(
     functions: Program,
@@ -81,14 +90,16 @@ def gradients(
     pipe: Pipeline,
     zero: int,
     gather_each: bool = True,
-) -> tuple[Tensor | None, Any]:
-    """``(loss, gradients)`` of a step: the microbatches' summed losses divided by ``tokens``, and the
-    gradients of the *sum*. Whoever uses these divides, in the same pass: the optimizer multiplies by a scale
-    anyway. (In bfloat16 backward, 1 / tokens would be off by up to 0.4 %.)
+) -> tuple[Tensor | None, Any, Reports]:
+    """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by ``tokens``, and
+    the gradients of the *sum*, of the loss and of what stages add to it. Whoever uses these divides, in the
+    same pass: the optimizer multiplies by a scale anyway. (In bfloat16 backward, 1 / tokens would be off by
+    up to 0.4 %.)
 
     ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
-    params, with the params' placements, in the layout's reduce dtype (None: the params' own).
+    params, with the params' placements, in the layout's reduce dtype (None: the params' own). Reports are
+    those of the stages here, by stage and name, summed over microbatches with the sum over ranks pending.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
@@ -121,7 +132,9 @@ def gradients(
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
     found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
     found = pipe.add_twins(unflatten(params, found))
-    return None if out.total is None else hold.loss(out.total) / tokens, found
+    loss = None if out.total is None else hold.loss(out.total) / tokens
+    reports = {s: {name: hold.report(x) for name, x in r.items()} for s, r in out.reports.items()}
+    return loss, found, reports
 
 
 def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline) -> Tensor | None:

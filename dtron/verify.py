@@ -87,7 +87,7 @@ def one_step(
         each, tokens = gathers_each(config, shape), valid_tokens(rows)
         functions = _guarded(program(m, layout, config.how, splits(config, shape)))
         with CollectiveCounter(mesh) as counter:
-            loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, each)
+            loss, grads, _ = gradients(functions, params, batches, tokens, pipe, config.zero, each)
             norm = global_norm(grads, pipe.spec) / tokens
         whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
         lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens

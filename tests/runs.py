@@ -62,7 +62,7 @@ def train(
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout) for r in rows.chunk(count)]
-        loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
+        loss, grads, _ = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
         norm = global_norm(grads, spec, pipe.sum) / valid_tokens(rows)
         scale = clip_scale(norm, 1.0) / valid_tokens(rows)
         params, opt = adam_update(grads, opt, params, spec, 1e-2, scale, config.optim)
