@@ -36,16 +36,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
-# Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand;
-# they are semi-private, so they are imported here alone.
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, code, shard
+from dtron.exchange import all_reduce
 from dtron.shape import MeshShape, is_part, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
@@ -217,9 +214,10 @@ class Layout:
         self,
         fn: Callable,
         ins: Sequence[tuple[str | None, ...] | None],
-        out: tuple[str | None, ...],
+        out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` on each rank's own shards, with declared placements in and out.
+        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a list of
+        them where ``fn`` gives several).
 
         The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
         sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
@@ -229,6 +227,8 @@ class Layout:
             return fn
         placements = [self.placements(*axes) if axes is not None else None for axes in ins]
         gradients = self.input_gradients(placements)
+        lie = lambda axes: list(self.placements(*axes))
+        outs = tuple(lie(axes) for axes in out) if isinstance(out, list) else lie(out)
 
         def region(*args):
             present = [arg is not None for arg in args]
@@ -246,7 +246,7 @@ class Layout:
 
             return local_map(
                 inner,
-                out_placements=list(self.placements(*out)),
+                out_placements=outs,
                 in_placements=pick(placements),
                 in_grad_placements=pick(gradients),
                 device_mesh=self.mesh,
@@ -292,6 +292,4 @@ class Layout:
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
-        for dim in self.dims(axis):
-            x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, dim)))
-        return x
+        return all_reduce(x, self.mesh, self.dims(axis), op)

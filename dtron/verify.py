@@ -109,8 +109,14 @@ def _guarded(functions: Program) -> Program:
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
-    """The same step without a pipeline."""
-    return replace(config, schedule="1f1b", pipeline=PipelineConfig())
+    """The same step without a pipeline. An auxiliary loss sees which tokens are in a micro-batch, so then
+    these are the same too."""
+    config = replace(config, schedule="1f1b", pipeline=PipelineConfig())
+    if not config.model.moe.aux_loss:
+        return config
+    return replace(
+        config, micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1]
+    )
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
