@@ -101,9 +101,6 @@ class OnLocals:
     def loss(self, total: Tensor) -> Tensor:
         return self._layout.from_local(total, "+tokens")
 
-    def report(self, x: Tensor) -> Tensor:
-        return self._layout.from_local(x, "+tokens_sp")
-
     def _move(self, fn: Callable, grads: list[Tensor], lies: list[Lies], params: list[DTensor]):
         """Only what is not there yet goes through the compiled function."""
         goals = [tuple(p.placements) for p in params]

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtron.dtensor import cast, local, reduce_all, scatter_all
+from dtron.dtensor import cast, full, local, reduce_all, scatter_all
 from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 from dtron.pipeline import Pipeline
@@ -50,9 +50,6 @@ class Hold(Protocol):
     def loss(self, total: Tensor) -> Tensor:
         """The summed loss, its sum over data ranks pending."""
 
-    def report(self, x: Tensor) -> Tensor:
-        """A number of a report, its sum over the ranks that have tokens pending."""
-
 
 @dataclass(frozen=True)
 class Wholes:
@@ -75,9 +72,6 @@ class Wholes:
     def loss(self, total: Tensor) -> Tensor:
         return total
 
-    def report(self, x: Tensor) -> Tensor:
-        return x
-
 
 Reports = dict[int, dict[str, Tensor]]
 
@@ -99,7 +93,7 @@ def gradients(
     ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
     params, with the params' placements, in the layout's reduce dtype (None: the params' own). Reports are
-    those of the stages here, by stage and name, summed over microbatches with the sum over ranks pending.
+    those of the stages here, by stage and name, summed over microbatches and ranks: plain tensors.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
@@ -133,8 +127,7 @@ def gradients(
     found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
     found = pipe.add_twins(unflatten(params, found))
     loss = None if out.total is None else hold.loss(out.total) / tokens
-    reports = {s: {name: hold.report(x) for name, x in r.items()} for s, r in out.reports.items()}
-    return loss, found, reports
+    return loss, found, {s: _summed(r, layout) for s, r in out.reports.items()}
 
 
 def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline) -> Tensor | None:
@@ -143,6 +136,14 @@ def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     return run_forward(t, pipe.ranks, functions, by_stage, microbatches, pipe.links(microbatches[0], t))
+
+
+def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Over the ranks that have tokens; laid end to end, one all-reduce per mesh axis."""
+    parts = [local(x) for x in report.values()]
+    line = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
+    split = line.split([x.numel() for x in parts])
+    return {name: x.view(part.shape) for name, part, x in zip(report, parts, split, strict=True)}
 
 
 def _leaf(w: Tensor) -> Tensor:

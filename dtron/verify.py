@@ -28,6 +28,7 @@ from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch, valid_tokens
+from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.pipeline import gathers_each, pipeline, program, splits
@@ -87,11 +88,12 @@ def one_step(
         each, tokens = gathers_each(config, shape), valid_tokens(rows)
         functions = _guarded(program(m, layout, config.how, splits(config, shape)))
         with CollectiveCounter(mesh) as counter:
-            loss, grads, _ = gradients(functions, params, batches, tokens, pipe, config.zero, each)
+            loss, grads, reports = gradients(functions, params, batches, tokens, pipe, config.zero, each)
             norm = global_norm(grads, pipe.spec) / tokens
         whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
         lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens
         params, _ = adam_update(grads, adam_init(params), params, pipe.spec, lr, scale, config.optim)
+        params = update_balance(params, reports, pipe, m.moe.bias_rate)
         return StepResult(full(loss).item(), norm.item(), whole_grads, pipe.whole(params), counter)
 
 
