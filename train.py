@@ -29,7 +29,9 @@ from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.moe.balance import describe_experts, expert_totals, update_balance
+from dtron.mtp import ahead_losses
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
@@ -78,10 +80,15 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
 
-    def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
+    def finish(
+        step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, ahead: Tensor | None,
+        experts: Tensor | None, end: Any,
+    ) -> dict:  # fmt: skip
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end)
+        record = metrics.step(step, value, norm, lr, tokens, end) | describe_experts(experts, m.moe)
+        for k, total in enumerate([] if ahead is None else ahead.tolist(), start=1):
+            record[f"ahead.{k}.loss"] = finite(total / tokens, f"loss of prediction {k} ahead", step)
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -90,19 +97,21 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     while state.step < config.steps:
         recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
-        loss, grads = gradients(
+        loss, grads, reports = gradients(
             functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
         )
         norm = global_norm(grads, spec, pipe.sum) / tokens
         lr = learning_rate(config.optim, state.step, config.steps)
         scale = clip_scale(norm, config.optim.clip) / tokens
         params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim, rule)
+        params = update_balance(params, reports, pipe, m.moe.bias_rate)
         del grads  # or they would wait for the next step's
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
         loss = pipe.sum(None if loss is None else full(loss))
-        launched = (state.step, loss, norm, lr, tokens, mark(here.device))
+        more = ahead_losses(reports, pipe, m.mtp.depth), expert_totals(reports, pipe, m.moe)
+        launched = (state.step, loss, norm, lr, tokens, *more, mark(here.device))
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -135,8 +144,11 @@ def finite(value: float, name: str, step: int) -> float:
 
 def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    parameters = f"{parameter_count(config.model):,} parameters"
+    if config.model.moe.experts:
+        parameters += f" ({active_count(config.model):,} for each token)"
     return (
-        f"{parameter_count(config.model):,} parameters on {here.shape} ({_count(n, 'rank')}, {here.device}, "
+        f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
         f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
         f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")

@@ -34,6 +34,7 @@ from dtron.launch import plan, ranks
 from dtron.layers.attention import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
+from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import init
 from dtron.pipeline import program
@@ -73,10 +74,13 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     tokens, host, losses = config.batch * o.sequence, [], []
 
     def step(params, opt):
-        loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
+        loss, grads, reports = gradients(
+            functions, params, batches, tokens, pipe, config.zero, here.gather_each
+        )
         norm = global_norm(grads, spec, pipe.sum) / tokens
         scale = clip_scale(norm, 1.0) / tokens
-        return loss, *adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)
+        params, opt = adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)
+        return loss, update_balance(params, reports, pipe, m.moe.bias_rate), opt
 
     marks = [mark(here.device)]
     for _ in range(o.steps):

@@ -88,7 +88,8 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
         if device == "cpu":
             cannot = "device=cpu: flex_attention has no backward there"
         elif min(model.head_dims) < LEAST_HEAD_DIM:
-            cannot = f"heads of width {min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
+            name = "heads of width " if model.latent else "model.head_dim="
+            cannot = f"{name}{min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:

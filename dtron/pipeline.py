@@ -4,9 +4,9 @@ A stage is a ``Transformer`` of which most is missing: the first has the embeddi
 and the head, each its share of the blocks. Paths stay those of the whole model (``blocks.7.mlp.w_up``), so
 initial weights and checkpoints do not know how it was cut. One device is a pipeline of one stage.
 
-Where head and embedding are tied, or the last stage predicts tokens ahead, the first and the last stage have a
-copy of the embedding each, of which the second is a *twin*: their gradients are added once a step, and so they
-stay equal.
+Where head and embedding are tied, or tokens further ahead are predicted, the first and the last stage have a
+copy of the embedding each, of which the second is a *twin*: their gradients are added once a step, and so
+they stay equal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full, local
 from dtron.how import PLAIN, How
 from dtron.mesh import Layout
-from dtron.model import Batch, Transformer, declare_model, embed, stage
+from dtron.model import Batch, Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent
@@ -49,8 +49,8 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
-    weights = sum(w.numel for w in flat(declare_model(replace(m, layers=1)).blocks))
-    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token
+    weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
+    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token, on average
     head = m.padded_vocab * m.embed / block  # in blocks
     head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 
@@ -100,6 +100,7 @@ def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = Tru
         partial(embed, m=m, layout=layout),
         partial(stage, m=m, layout=layout, how=how),
         splits and how.recompute == "none",
+        carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
     )
 
 

@@ -15,6 +15,7 @@ from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.model import make_batch, valid_tokens
+from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
@@ -62,10 +63,12 @@ def train(
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout, depth=m.mtp.depth) for r in rows.chunk(count)]
-        loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
-        norm = global_norm(grads, spec, pipe.sum) / valid_tokens(rows)
-        scale = clip_scale(norm, 1.0) / valid_tokens(rows)
+        tokens = valid_tokens(rows)
+        loss, grads, reports = gradients(functions, params, batches, tokens, pipe, config.zero, each)
+        norm = global_norm(grads, spec, pipe.sum) / tokens
+        scale = clip_scale(norm, 1.0) / tokens
         params, opt = adam_update(grads, opt, params, spec, 1e-2, scale, config.optim)
+        params = update_balance(params, reports, pipe, m.moe.bias_rate)
         losses.append(pipe.sum(None if loss is None else full(loss)).item())
         norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))

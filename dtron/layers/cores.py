@@ -7,7 +7,8 @@ fastest where the mask is plain causal, the same with a bias elsewhere, without 
 mask and skips the blocks of it that are empty; GPUs only, as torch has no backward for it on a CPU.
 
 All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N, mask) ->
-[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one ``auto`` is.
+[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one
+``auto`` is.
 
 A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the denominator
 of a head's softmax: a head that finds nothing gives its weight to the sink and adds little, where plain

@@ -86,9 +86,9 @@ class Latent:
 
 @dataclass(frozen=True)
 class MLA:
-    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every head's keys and
-    values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and ``q_rank`` as the dim of a
-    weight that ZeRO may cut; so for ``embed``."""
+    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every head's keys
+    and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and ``q_rank`` as the dim
+    of a weight that ZeRO may cut; as with ``embed``."""
 
     w_q_down: Tensor | None = weight("embed", "act_q_rank", when="q_rank")
     q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
@@ -111,7 +111,7 @@ def mla(
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles of ``rope_dim`` (its width);
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as ``rope_dim``;
     otherwise as ``attention``."""
     q_TR = x_TD  # local, and so are the next lines: each rank has its own tokens
     if p.w_q_down is not None:

@@ -6,9 +6,9 @@ the frequencies whose wavelength the original context could not fill:
 
 - Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
-  original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22). DeepSeek
-  gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores, so that it
-  counts for dims that are not rotated too: ``Rope.temperature``.
+  original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
+  DeepSeek gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores,
+  so that it counts for dims that are not rotated too: ``Rope.temperature``.
 
 Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
 and no layer knows.
@@ -47,7 +47,7 @@ class Rope:
     mscale: float = 1.0
     """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of mscale_all"""
     mscale_all: float = 0.0
-    """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1 (mscale_all_dim)"""
+    """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
@@ -56,9 +56,9 @@ class Rope:
         if not fine:
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
-                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, mscale={self.mscale}, "
-                f"mscale_all={self.mscale_all}: theta must be over 1, factor and original at least 1, low under "
-                "high, 0 under beta_slow under beta_fast, mscale and mscale_all at least 0"
+                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
+                f"mscale={self.mscale}, mscale_all={self.mscale_all}: theta must be over 1, factor and "
+                "original at least 1, low under high, 0 under beta_slow under beta_fast, mscales at least 0"
             )
 
     @property
