@@ -112,7 +112,9 @@ class _Collect(torch.autograd.Function):
     def forward(ctx, y, weights_TK, place_S, kept_S, slot_R, filled_R):
         ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
-        return (rows_TKD * weights_TK[:, :, None]).sum(1).to(y.dtype)
+        y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
+        # torch 2.11 compiles a custom function that ends in a cast to the same dtype into zero gradients.
+        return y_TD if y_TD.dtype == y.dtype else y_TD.to(y.dtype)
 
     @staticmethod
     def backward(ctx, g):

@@ -2,8 +2,8 @@
 
 The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows by its
 own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
-stands the slow and clear version, a loop over experts, which also serves float64: the kernel has none. Where
-every expert has the same number of rows they are a plain batched product.
+stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
+one of bfloat16. Where every expert has the same number of rows they are a plain batched product.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def product(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None) -> Te
     if ends_E is None:
         y = x @ w
         return y if b is None else y + b[:, None]
-    y = (looped if x.dtype == torch.float64 else grouped)(x, w, ends_E)
+    if x.dtype == torch.bfloat16:
+        y = grouped(x, w, ends_E)
+    else:
+        y = (masked if torch.compiler.is_compiling() else looped)(x, w, ends_E)
     if b is None:
         return y
     places = torch.arange(x.shape[0], device=x.device)
@@ -68,7 +71,7 @@ def product(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None) -> Te
 
 
 def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """In one kernel: float32 and bfloat16."""
+    """In one kernel."""
     return F.grouped_mm(x, w, offs=ends_E.to(torch.int32))
 
 
@@ -78,3 +81,13 @@ def looped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     parts = list(x.split([*counts, x.shape[0] - sum(counts)]))
     rest = parts.pop()
     return torch.cat([part @ w_e for part, w_e in zip(parts, w.unbind(), strict=True)] + [rest @ w[0] * 0])
+
+
+def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
+    """The same with shapes that no count decides, for a compiler: every expert multiplies all rows."""
+    place_R = torch.arange(x.shape[0], device=x.device)
+    y, before = x @ w[0] * 0, 0
+    for w_e, end in zip(w.unbind(), ends_E.unbind(), strict=True):
+        y = torch.where(((place_R >= before) & (place_R < end))[:, None], x @ w_e, y)
+        before = end
+    return y
