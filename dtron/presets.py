@@ -72,7 +72,9 @@ def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
     )  # fmt: skip
 
 
-_V2_LITE = MoE(64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence")
+_V2_LITE = MoE(
+    64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence"
+)
 _V3 = MoE(
     256, 8, 2048, dense_layers=3, score="sigmoid", scale=2.5, groups=8, group_top_k=4, shared=2048,
     aux_loss=0.0001, aux_level="sequence", bias_rate=0.001,
