@@ -30,7 +30,9 @@ from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.moe.balance import describe_experts, expert_totals
+from dtron.mtp import ahead_losses
 from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
@@ -80,14 +82,26 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     step = partial(
-        update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+        update,
+        functions,
+        pipe,
+        config.zero,
+        config.optim,
+        rule=rule,
+        gather_each=here.gather_each,
+        rate=m.moe.bias_rate,
     )
     step = Recorded(step, here.device) if here.graph else step
 
-    def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
+    def finish(
+        step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, ahead: Tensor | None,
+        experts: Tensor | None, end: Any,
+    ) -> dict:  # fmt: skip
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end)
+        record = metrics.step(step, value, norm, lr, tokens, end) | describe_experts(experts, m.moe)
+        for k, total in enumerate([] if ahead is None else ahead.tolist(), start=1):
+            record[f"ahead.{k}.loss"] = finite(total / tokens, f"loss of prediction {k} ahead", step)
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -97,11 +111,12 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
         recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, params, opt, reports = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        launched = (state.step, loss, norm, lr, tokens, mark(here.device))
+        more = ahead_losses(reports, pipe, m.mtp.depth), expert_totals(reports, pipe, m.moe)
+        launched = (state.step, loss, norm, lr, tokens, *more, mark(here.device))
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -134,8 +149,11 @@ def finite(value: float, name: str, step: int) -> float:
 
 def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    parameters = f"{parameter_count(config.model):,} parameters"
+    if config.model.moe.experts:
+        parameters += f" ({active_count(config.model):,} for each token)"
     return (
-        f"{parameter_count(config.model):,} parameters on {here.shape} ({_count(n, 'rank')}, {here.device}, "
+        f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
         f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
         f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")
@@ -153,16 +171,18 @@ def load(
     samples those are depends on nothing but ``start``."""
     d = config.data
     batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
-    return split(batch, config, here, layout, end)
+    return split(batch, config, here, layout, end, config.model.mtp.depth)
 
 
-def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None):
+def split(
+    batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None, depth: int = 0
+):
     documents = positions = [None] * (batch.shape[0] // here.rows)
     if config.data.document_mask:
         ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
         documents, positions = ids.split(here.rows), places.split(here.rows)
     parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
-    return [make_batch(r, layout, d, p) for r, d, p in parts], valid_tokens(batch)
+    return [make_batch(r, layout, d, p, depth) for r, d, p in parts], valid_tokens(batch)
 
 
 @torch.no_grad()

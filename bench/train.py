@@ -70,14 +70,23 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+    batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
-    one = partial(update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each)
+    one = partial(
+        update,
+        functions,
+        pipe,
+        config.zero,
+        config.optim,
+        rule=rule,
+        gather_each=here.gather_each,
+        rate=m.moe.bias_rate,
+    )
     one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
 
     def step(params, opt):
-        loss, _, params, opt = one(params, opt, batches, tokens, 1e-4)
+        loss, _, params, opt, _ = one(params, opt, batches, tokens, 1e-4)
         return loss, params, opt
 
     marks = [mark(here.device)]

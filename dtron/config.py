@@ -12,8 +12,12 @@ from typing import Any, Literal
 from dtron.fp8.recipe import SMALLEST
 from dtron.how import Fp8, How
 from dtron.layers.cores import AttentionPath
+from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.moe.dispatch import Dispatch
+from dtron.mtp import Ahead
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
@@ -45,6 +49,8 @@ class ModelConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     """how attention knows where a token is"""
     rope: Rope = field(default_factory=Rope)
+    mla: Latent = field(default_factory=Latent)
+    mtp: Ahead = field(default_factory=Ahead)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -57,6 +63,8 @@ class ModelConfig:
     """the output head is the token embedding"""
     window: int | None = None
     """sliding-window attention: tokens seen back, counting itself"""
+    full_every: int = 0
+    """with a window: every layer of this number has none, and sees all; 0: all layers have it"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
     sinks: bool = False
@@ -68,6 +76,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
     masked"""
+    moe: MoE = field(default_factory=MoE)
 
     def __post_init__(self) -> None:
         for name in (
@@ -83,12 +92,14 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
-        if self.heads % self.kv_heads:
+        if self.latent:
+            self._check_latent()
+        elif self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        if self.positions == "rotary" and not self.latent and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
         _under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
@@ -96,6 +107,42 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
+        if self.full_every < 0:
+            raise ValueError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+        if self.moe.experts and self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
+                "would have experts; use fewer, or --model.moe.experts 0"
+            )
+
+    def _check_latent(self) -> None:
+        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
+        for name, only in others.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
+                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                )
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean nothing."""
+        return self.mla.kv_rank > 0
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Widths of a head's queries and keys, and of its values."""
+        return (self.mla.qk_dim, self.mla.v_dim) if self.latent else (self.head_dim, self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.mla.rope_dim if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """What attention scores are multiplied by; None: 1 / sqrt(head_dim)."""
+        warm = self.rope.temperature if self.positions == "rotary" else 1.0
+        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
 
     @property
     def padded_vocab(self) -> int:
@@ -116,7 +163,33 @@ class ModelConfig:
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            "plain_attention": not self.latent,
+            **self.mla.dims(),
+            **self._expert_dims(),
+            "blocks": [self._block(i) for i in range(self.layers)],
+            "mtp_depth": self.mtp.depth,
+            "mtp": [self._block(self.layers + k) for k in range(self.mtp.depth)],
         }
+
+    def _expert_dims(self) -> dict[str, Any]:
+        c = self.moe
+        return {
+            "experts": c.experts,
+            "expert_embed": self.embed,
+            "expert_mlp": c.mlp,
+            "expert_bias": c.bias,
+            "router_bias": c.router_bias,
+            "balance_bias": c.bias_rate > 0,
+            "shared_mlp": c.shared,
+            "shared_expert": c.shared > 0,
+            "shared_gate": c.shared_gate,
+        }
+
+    def _block(self, i: int) -> dict[str, Any]:
+        """What layer i has of its own."""
+        sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
+        full = self.full_every and (i + 1) % self.full_every == 0
+        return {"sparse": sparse, "dense": not sparse, "window": None if full else self.window}
 
 
 @dataclass(frozen=True)
@@ -223,8 +296,8 @@ class RunConfig:
     """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp); a dp left out takes the
-    rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp, and ep, etp for experts); a
+    dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
     use"""
@@ -260,6 +333,10 @@ class RunConfig:
     gradient in high precision"""
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
+    dispatch: Dispatch = "auto"
+    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a fixed number
+    (static), or every rank gets all tokens of its group (allgather). auto: allgather where compiled, else
+    alltoall"""
     fp8_smallest: int = SMALLEST
     """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
     are"""
@@ -306,7 +383,7 @@ class RunConfig:
 
     @property
     def how(self) -> How:
-        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest)
+        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.dispatch)
 
 
 def nearest_divisor(n: int, near: int) -> int:

@@ -30,9 +30,10 @@ from dtron.optim import AdamState, Rule, adam_update, clip_scale, global_norm
 from dtron.params import flat, tree_map
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program
-from dtron.step import gradients
+from dtron.moe.balance import update_balance
+from dtron.step import Reports, gradients
 
-Result = tuple[Tensor, Tensor, Any, AdamState]
+Result = tuple[Tensor, Tensor, Any, AdamState, Reports]
 
 
 def update(
@@ -48,18 +49,20 @@ def update(
     rule: Rule | None = None,
     gather_each: bool = True,
     number: Tensor | None = None,
+    rate: float = 0.0,
 ) -> Result:
-    """``(loss, gradient norm, params, optimizer state)`` after a step; the last two are those given,
-    overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the norm a
+    """``(loss, gradient norm, params, optimizer state, reports)`` after a step; params and state are those
+    given, overwritten. ``rate``: of the balance bias of experts. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the norm a
     scalar that nobody has waited for. ``number``: which update this is, for the device to know (None: the
     state's)."""
-    total, grads = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
+    total, grads, reports = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
     params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number)
+    params = update_balance(params, reports, pipe, rate)
     del grads  # or they would wait for the next step's
     loss = pipe.sum(None if total is None else full(total)) / tokens
-    return loss, norm, params, opt
+    return loss, norm, params, opt, reports
 
 
 class Recorded:
@@ -85,13 +88,14 @@ class Recorded:
             self._graph = torch.cuda.CUDAGraph()
             # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                loss, norm, *_ = self._run(params, opt, *self._inputs)
+                loss, norm, _, _, self._reports = self._run(params, opt, *self._inputs)
                 self._outputs = torch.stack([loss.to(norm.dtype), norm])
         for there, here in zip(_tensors(self._inputs), _tensors((microbatches, numbers)), strict=True):
             local(there).copy_(local(here), non_blocking=True)
         self._graph.replay()
         loss, norm = self._outputs.clone().unbind()  # the next replay overwrites them
-        return loss, norm, params, replace(opt, step=opt.step + 1)
+        reports = {s: {name: x.clone() for name, x in r.items()} for s, r in self._reports.items()}
+        return loss, norm, params, replace(opt, step=opt.step + 1), reports
 
     def _run(self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor) -> Result:
         tokens, lr, number = numbers.unbind()

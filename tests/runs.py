@@ -61,9 +61,11 @@ def train(
     for step in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
-        batches = [make_batch(r, layout) for r in rows.chunk(count)]
+        batches = [make_batch(r, layout, depth=m.mtp.depth) for r in rows.chunk(count)]
         state = (params, opt, batches, valid_tokens(rows), 1e-2)
-        loss, norm, params, opt = update(functions, pipe, config.zero, config.optim, *state, gather_each=each)
+        loss, norm, params, opt, _ = update(
+            functions, pipe, config.zero, config.optim, *state, gather_each=each, rate=m.moe.bias_rate
+        )
         losses.append(loss.item())
         norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))

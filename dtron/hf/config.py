@@ -52,7 +52,9 @@ def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> Mod
         raise ValueError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
     for key, only in family.demands.items():
         if said.get(key, only) != only:
-            raise ValueError(f"{where}: {key} is {said[key]!r}, and dtron computes {family.kind} with {only!r}")
+            raise ValueError(
+                f"{where}: {key} is {said[key]!r}, and dtron computes {family.kind} with {only!r}"
+            )
     values = {}
     for ours, theirs in family.keys.items():
         if theirs not in said and theirs not in family.defaults:

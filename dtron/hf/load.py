@@ -129,7 +129,9 @@ class Source:
     def _part(self, where: Place, box: list[Range], dtype: torch.dtype) -> Tensor:
         """These ranges of our dims, from the file."""
         p = pattern(where.row.lies)
-        ranges = {axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis])) for axis, (a, b) in zip(p.ours, box)}
+        ranges = {
+            axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis])) for axis, (a, b) in zip(p.ours, box)
+        }
         experts = ranges[where.outside[0]] if where.outside else None
         out = torch.zeros([b - a for a, b in box], dtype=dtype)  # rows of the padded vocabulary are zero
         real = out[tuple(slice(ranges[axis][1] - ranges[axis][0]) for axis in p.ours)]
