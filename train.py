@@ -37,7 +37,6 @@ from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
-from dtron.shape import MeshShape
 from dtron.step import evaluate
 from dtron.update import Recorded, update
 
@@ -203,14 +202,12 @@ def validate(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeli
 
 def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
-    prompt, shape = corpus.validation[:8].tolist(), here.shape
+    prompt = corpus.validation[:8].tolist()
     if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
         layout = Layout(compute=pipe.layout.compute)
-        params, pipe, shape = (pipe.whole(params),), one_stage(config.model, 1, layout), MeshShape()
-    ids = generate(
-        params, prompt, config.sample, config.model, pipe,
-        seed=config.seed, data_ranks=shape.data, tp=shape.tp, device=here.device,
-    )  # fmt: skip
+        params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
+    tokens = min(config.sample, config.model.context - len(prompt))
+    (ids,) = generate(params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device)
     return corpus.tokenizer.decode(ids)
 
 

@@ -9,7 +9,7 @@ Dropout is absent by choice: models of today train without it, and recomputation
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,12 +19,13 @@ from dtron.config import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
 from dtron.layers.attention import Attention, attention, prepare
-from dtron.layers.cores import AttentionPath, Mask
+from dtron.layers.cores import AttentionPath, Mask, with_bias
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits, over_all
 from dtron.layers.mla import MLA, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.moe.dispatch import Dispatch
@@ -121,14 +122,14 @@ def declare_model(model: ModelConfig) -> Transformer:
 def block(
     p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
     documents_T: Tensor | None, mask: Mask, m: ModelConfig, layout: Layout, path: AttentionPath = "auto",
-    recipe: Recipe | None = None, dispatch: Dispatch = "auto",
+    recipe: Recipe | None = None, dispatch: Dispatch = "auto", past: Past | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
     loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
-    None."""
+    None; ``past``: keys and values of earlier tokens."""
     attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
+    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past)
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe),)
@@ -161,11 +162,25 @@ def stage(
 
 
 def stage_logits(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout
-) -> tuple[Tensor, None]:
-    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, PLAIN), m, layout)
-    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout), None
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout,
+    past: Sequence[Past] | None = None, last_B: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
+    for each block, the batch goes on from the tokens before, at its positions, and is added to it.
+    ``last_B [B@tokens]``: the token of each row whose logits are wanted, ``[B@tokens, vocab]``."""
+    how = PLAIN if past is None else replace(PLAIN, attention=with_bias(m.softcap, m.sinks))
+    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
+    if p.norm is None:
+        return x_TD, None
+    if last_B is not None:
+        x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+        ins = (("tokens", "act_embed"), ("tokens",))
+        x_TD = layout.local(partial(_pick_rows, sequence=batch.sequence), ins, ins[0])(x_TD, last_B)
+    return logits(x_TD, _head(p, layout), m.vocab, layout), None
+
+
+def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
+    return x_TD.unflatten(0, (-1, sequence))[torch.arange(len(places_B), device=x_TD.device), places_B]
 
 
 def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
@@ -187,7 +202,7 @@ Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
 
 def _runner(
     p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: How,
-    before: dict[str, Tensor] | None = None,
+    before: dict[str, Tensor] | None = None, past: Sequence[Past] | None = None,
 ) -> Run:  # fmt: skip
     """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i, end)`` gives x
     and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts; ``end``: it is the first or
@@ -214,6 +229,7 @@ def _runner(
                 block, seen=_seen(targets_T, batch, layout) if sparse[i] else None, table_TH=table_TH,
                 documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
                 recipe=how.recipe(end), dispatch=how.dispatch,
+                past=None if past is None else replace(past[i], places_T=batch.positions_T),
             )
         )  # fmt: skip
         load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None

@@ -17,6 +17,7 @@ from dtron.fp8 import Recipe
 from dtron.layers.cores import CORES, AttentionPath, Mask, choose, with_blocks
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past, recall
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros
@@ -47,10 +48,12 @@ def attention(
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation) and
     ``documents_T`` the document of each token (None: one per sequence), both ``[T@tokens]``. ``path``: the
-    kernels, see cores.py; ``recipe``: products in FP8, or None."""
+    kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and values of earlier tokens, to
+    which these are added; see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
@@ -58,12 +61,17 @@ def attention(
     if p.q_norm is not None:
         q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
-    ins = (q, kv, kv, ("tokens", None), ("tokens",), ("heads",))
+    ins = (q, kv, kv, ("tokens", None), ("tokens",), ("heads",), kv, kv, ("tokens",))
     region = layout.local(partial(core, path=path, mask=mask), ins, q)
-    o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks)
+    o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o
+
+
+def parts(past: Past | None) -> tuple[Tensor | None, ...]:
+    """What a local region takes of it."""
+    return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
 
 
 def prepare(
@@ -93,6 +101,9 @@ def core(
     table_TH: Tensor | None,
     documents_T: Tensor | None,
     sinks_N: Tensor | None,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    places_T: Tensor | None,
     path: AttentionPath,
     mask: Mask,
 ) -> Tensor:
@@ -100,7 +111,12 @@ def core(
     the output has theirs."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
-    q, k, v = (t.unflatten(0, (-1, mask.sequence)).transpose(1, 2) for t in (q_TNH, k_TKH, v_TKH))
+    unfold = lambda t: t.unflatten(0, (-1, mask.sequence)).transpose(1, 2)
+    q = unfold(q_TNH)
+    if past_k is None:
+        k, v = unfold(k_TKH), unfold(v_TKH)
+    else:
+        k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, mask.sequence))
     narrowest = min(q.shape[-1], v.shape[-1])
     path = choose(path, mask, documents is not None, sinks_N is not None, narrowest, q.dtype, q.device)

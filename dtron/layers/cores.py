@@ -39,12 +39,14 @@ class Mask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
     the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
-    multiplied by, before that (None: 1 / sqrt(H)). ``blocks`` is for flex alone, see ``with_blocks``."""
+    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` are the places of the queries at hand,
+    where they are not the whole sequence (see past.py). ``blocks`` is for flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    queries: Tensor | None = None
     blocks: BlockMask | None = None
 
     @property
@@ -65,11 +67,14 @@ def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tenso
 
 
 def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """``[B, 1, S, S]``, B = 1 without documents: True where query (row) may see key (column)."""
+    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
     rows = 1 if documents_BS is None else len(documents_BS)
-    i = torch.arange(mask.sequence, device=device)
+    j = torch.arange(mask.sequence, device=device)
+    i = j[:, None]
+    if mask.queries is not None:
+        rows, i = len(mask.queries), mask.queries[:, None, :, None]
     b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i[:, None], i).expand(rows, 1, -1, -1)
+    return sees(mask, documents_BS, b, i, j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(
@@ -98,7 +103,7 @@ def attention_sdpa(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
     k, v = repeated(k, q), repeated(v, q)
-    plain = not mask.windowed and documents_BS is None
+    plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale)
@@ -188,12 +193,17 @@ def choose(
     float64 a pretence. Any other path is itself."""
     if path != "auto":
         return path
-    bias_says_it = mask.softcap is None and not sinks
-    if bias_says_it and not documents and not mask.windowed:
+    slow = with_bias(mask.softcap, sinks)
+    if slow == "sdpa" and not documents and not mask.windowed:
         return "sdpa"
     if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"
-    return "sdpa" if bias_says_it else "reference"
+    return slow
+
+
+def with_bias(softcap: float | None, sinks: bool) -> AttentionPath:
+    """The path for a mask that is an explicit matrix: sdpa, where that says it all."""
+    return "sdpa" if softcap is None and not sinks else "reference"
 
 
 CORES = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}

@@ -15,7 +15,8 @@ and their gradients are sums pending over tp, like a norm's. What is then gather
 Heads are rotated by halves as everywhere here. DeepSeek's weights have pairs side by side, which is a
 permutation of the rotary columns of ``w_q_up`` and ``w_kv_down``: the business of whoever reads them.
 
-Left out: attention in the space of latents, with up-projections absorbed, which is for serving.
+Left out: attention in the space of latents, with up-projections absorbed, which is for serving. Generation
+here keeps keys and values of all heads (past.py).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor
 
 from dtron.fp8 import Recipe
-from dtron.layers.attention import core
+from dtron.layers.attention import core, parts
 from dtron.layers.cores import AttentionPath, Mask
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight
@@ -110,6 +112,7 @@ def mla(
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as ``rope_dim``;
     otherwise as ``attention``."""
@@ -126,10 +129,10 @@ def mla(
     heads, shared = ("tokens", "heads", None), ("tokens", None)
     region = layout.local(
         partial(_core, nope=q_TNH.shape[-1] - rotary, path=path, mask=mask),
-        (heads, heads, shared, shared, ("tokens",)),
+        (heads, heads, shared, shared, ("tokens",), heads, heads, ("tokens",)),
         heads,
     )
-    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T)
+    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
@@ -140,6 +143,9 @@ def _core(
     k_TH: Tensor,
     table_TH: Tensor,
     documents_T: Tensor | None,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    places_T: Tensor | None,
     nope: int,
     path: AttentionPath,
     mask: Mask,
@@ -149,4 +155,5 @@ def _core(
     turned_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
     q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)
     k_TNH = torch.cat([kv_TNH[..., :nope], turned_k], dim=-1)
-    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, path, mask)
+    past = past_k, past_v, places_T
+    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask)
