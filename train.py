@@ -30,7 +30,8 @@ from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count, valid_tokens
+from dtron.moe.balance import describe_experts
 from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
@@ -80,14 +81,16 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     step = partial(
-        update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
     )
     step = Recorded(step, here.device) if here.graph else step
 
-    def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
+    def finish(
+        step: int, loss: Tensor, norm: Tensor, experts: Tensor | None, lr: float, tokens: int, end: Any
+    ) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end)
+        record = metrics.step(step, value, norm, lr, tokens, end) | describe_experts(experts, m.moe)
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -97,11 +100,11 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
         recorder.begin()
         microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, experts, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        launched = (state.step, loss, norm, lr, tokens, mark(here.device))
+        launched = (state.step, loss, norm, experts, lr, tokens, mark(here.device))
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -134,8 +137,11 @@ def finite(value: float, name: str, step: int) -> float:
 
 def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    parameters = f"{parameter_count(config.model):,} parameters"
+    if config.model.moe.experts:
+        parameters += f" ({active_count(config.model):,} for each token)"
     return (
-        f"{parameter_count(config.model):,} parameters on {here.shape} ({_count(n, 'rank')}, {here.device}, "
+        f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
         f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
         f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")

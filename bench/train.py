@@ -73,11 +73,13 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     batches = [make_batch(r, layout) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
-    one = partial(update, functions, pipe, config.zero, config.optim, rule=rule, gather_each=here.gather_each)
+    one = partial(
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+    )
     one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
 
     def step(params, opt):
-        loss, _, params, opt = one(params, opt, batches, tokens, 1e-4)
+        loss, _, _, params, opt = one(params, opt, batches, tokens, 1e-4)
         return loss, params, opt
 
     marks = [mark(here.device)]

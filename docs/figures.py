@@ -125,9 +125,9 @@ def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective
             return functions.enter(weights, batch)
 
         def stage(weights, x, batch):
-            loss = functions.stage(weights, x, batch)
+            loss, extra = functions.stage(weights, x, batch)
             counter.order.append("backward")
-            return loss
+            return loss, extra
 
         marked = replace(functions, enter=enter, stage=stage)
         gradients(marked, params, [batch] * microbatches, 16 * microbatches, pipe, zero)

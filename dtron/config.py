@@ -14,6 +14,8 @@ from dtron.how import Fp8, How
 from dtron.layers.cores import AttentionPath
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.moe.dispatch import Dispatch
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
@@ -57,6 +59,8 @@ class ModelConfig:
     """the output head is the token embedding"""
     window: int | None = None
     """sliding-window attention: tokens seen back, counting itself"""
+    full_every: int = 0
+    """with a window: every layer of this number has none, and sees all; 0: all layers have it"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
     sinks: bool = False
@@ -68,6 +72,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
     masked"""
+    moe: MoE = field(default_factory=MoE)
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,6 +101,13 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
+        if self.full_every < 0:
+            raise ValueError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+        if self.moe.experts and self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
+                "would have experts; use fewer, or --model.moe.experts 0"
+            )
 
     @property
     def padded_vocab(self) -> int:
@@ -116,7 +128,29 @@ class ModelConfig:
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            **self._expert_dims(),
+            "blocks": [self._block(i) for i in range(self.layers)],
         }
+
+    def _expert_dims(self) -> dict[str, Any]:
+        c = self.moe
+        return {
+            "experts": c.experts,
+            "expert_embed": self.embed,
+            "expert_mlp": c.mlp,
+            "expert_bias": c.bias,
+            "router_bias": c.router_bias,
+            "balance_bias": c.bias_rate > 0,
+            "shared_mlp": c.shared,
+            "shared_expert": c.shared > 0,
+            "shared_gate": c.shared_gate,
+        }
+
+    def _block(self, i: int) -> dict[str, Any]:
+        """What layer i has of its own."""
+        sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
+        full = self.full_every and (i + 1) % self.full_every == 0
+        return {"sparse": sparse, "dense": not sparse, "window": None if full else self.window}
 
 
 @dataclass(frozen=True)
@@ -223,8 +257,8 @@ class RunConfig:
     """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp); a dp left out takes the
-    rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp, and ep, etp for experts); a
+    dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
     use"""
@@ -260,6 +294,10 @@ class RunConfig:
     gradient in high precision"""
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
+    dispatch: Dispatch = "auto"
+    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a fixed number
+    (static), or every rank gets all tokens of its group (allgather). auto: allgather where compiled, else
+    alltoall"""
     fp8_smallest: int = SMALLEST
     """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
     are"""
@@ -306,7 +344,7 @@ class RunConfig:
 
     @property
     def how(self) -> How:
-        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest)
+        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.dispatch)
 
 
 def nearest_divisor(n: int, near: int) -> int:

@@ -8,6 +8,14 @@ A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermo
     cp            context parallelism; each sequence is split
     tp            tensor parallelism; adjacent ranks, because it communicates most
 
+and, another way to name the ranks of dp, cp and tp together, for the weights of experts alone:
+
+    edp           data parallelism of experts; the axis that ZeRO shards them over
+    ep            expert parallelism; each rank has some of the experts
+    etp           tensor parallelism within each expert
+
+How one DeviceMesh has both views stands in shape.py: its dims are *atoms*, an axis is one or more of them.
+
 A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
 ``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it. That table is the
 whole description of data, tensor and sequence parallelism and of ZeRO: turning one off is editing a row, and
@@ -23,21 +31,19 @@ live on: a shorter mesh means fewer placements to plan and nothing to normalise.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
-# Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand;
-# they are semi-private, so they are imported here alone.
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, code, shard
-from dtron.shape import MeshShape
+from dtron.exchange import all_reduce
+from dtron.shape import MeshShape, is_part, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
@@ -63,13 +69,27 @@ RULES: Rules = {
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
+    # experts: their tokens, and their weights
+    "tokens_ep": ("dp_replicate", "edp", "ep"),
+    "experts": ("ep",),
+    "act_experts": (),  # what the router has for each expert
+    "expert_embed": ("edp",),  # the ZeRO row of experts
+    "expert_mlp": ("etp",),
+    "shared_mlp": ("tp",),  # of the expert that every token goes to
 }
+
+ZERO = ("embed", "expert_embed")  # the rows that shard a weight at rest, and are gathered for compute
 
 
 def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see
+    """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
     step.py)."""
-    return {**RULES, "embed": ()} if zero == 0 else RULES
+    return whole(RULES) if zero == 0 else RULES
+
+
+def whole(rules: Rules) -> Rules:
+    """The rules by which gathered weights lie."""
+    return {**rules, **dict.fromkeys(ZERO, ())}
 
 
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
@@ -85,19 +105,33 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
         name = axis.removeprefix("+")
         if name not in rules:
             raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
-        for mesh_axis in rules[name]:
-            if mesh_axis in where:
-                raise ValueError(f"{axes}: two dims share mesh axis {mesh_axis!r}; change a row of the rules")
-            where[mesh_axis] = Partial() if axis.startswith("+") else Shard(dim)
+        for atom in expand(rules[name], mesh_axes):
+            if atom in where:
+                raise ValueError(f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules")
+            where[atom] = Partial() if axis.startswith("+") else Shard(dim)
     return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
 
 
+def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
+    """The dims of a DeviceMesh that these axes are made of, in the mesh's order."""
+    return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))
+
+
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
-    """The DeviceMesh over the running processes: the axes larger than 1, or None on one device."""
-    axes = [(a, n) for a, n in shape.sizes.items() if n > 1]
-    if not axes:
+    """The DeviceMesh over the running processes: the atoms larger than 1, or None on one device."""
+    atoms = shape.atoms
+    if not atoms:
         return None
-    return init_device_mesh(device_type, [n for _, n in axes], mesh_dim_names=[a for a, _ in axes])
+    return init_device_mesh(device_type, list(atoms.values()), mesh_dim_names=list(atoms))
+
+
+def expert_ranks(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The ranks that tokens are sent between, as a mesh of one dim, ``ep``; None where there are none. The
+    first time, every process must call this: it makes a process group where ep is several atoms."""
+    atoms = parts(mesh.mesh_dim_names, "ep") if mesh is not None else ()
+    if not atoms:
+        return None
+    return mesh[atoms]._flatten("ep") if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -111,6 +145,7 @@ class Layout:
     """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is the
     identity.
 
+    ``experts``, made of the mesh, are the ranks that tokens are sent between, as a mesh of one dim.
     ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
     ``reduce`` the dtype that a weight's gradient is cast to before any reduction (None: the weight's own).
 
@@ -122,10 +157,14 @@ class Layout:
     rules: Rules = field(default_factory=lambda: RULES)
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
+    experts: DeviceMesh | None = field(init=False, default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", expert_ranks(self.mesh))
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes that are larger than 1, in the order of the placements."""
+        """The dims of the mesh (atoms, each larger than 1), in the order of the placements."""
         return tuple(self.mesh.mesh_dim_names) if self.mesh is not None else ()
 
     def placements(self, *axes: str | None) -> tuple[Placement, ...]:
@@ -150,37 +189,35 @@ class Layout:
         """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
         return self.shard(torch.arange(size, device=device), axis)
 
-    def gather(self, w: Tensor) -> Tensor:
-        """Undo the ZeRO shard of one weight and cast it for compute: an all-gather over the mesh axes of
-        ``embed``; in backward the gradient is reduce-scattered over them, and stays Partial over all others.
-        A weight that is ready already is returned as it is, without a trace in autograd."""
+    def gather(self, w: Tensor, *axes: str | None) -> Tensor:
+        """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an all-gather
+        over the mesh axes of ``embed`` or ``expert_embed``; in backward the gradient is reduce-scattered over
+        them, and stays Partial over all others. A weight that is ready already is returned as it is, without
+        a trace in autograd."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
-        placements = self.gathered(w.placements)
+        placements = self.gathered(*axes)
         if placements == tuple(w.placements) and w.dtype == dtype:
             return w
         return Gather.apply(w, code(placements), dtype, self.reduce or w.dtype)
 
-    def gathers(self, w: Tensor) -> bool:
+    def gathers(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` would communicate for this weight."""
-        return self.mesh is not None and self.gathered(w.placements) != tuple(w.placements)
+        return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
 
-    def gathered(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
-        """Where a weight that lies so lies once it is gathered."""
-        zero = self.rules["embed"]
-        return tuple(
-            Replicate() if axis in zero and p.is_shard() else p
-            for axis, p in zip(self.axes, placements, strict=True)
-        )
+    def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
+        """Where a weight with these logical axes lies once it is gathered."""
+        return place(whole(self.rules), self.axes, *axes)
 
     def local(
         self,
         fn: Callable,
         ins: Sequence[tuple[str | None, ...] | None],
-        out: tuple[str | None, ...],
+        out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` on each rank's own shards, with declared placements in and out.
+        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a list of
+        them where ``fn`` gives several).
 
         The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
         sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
@@ -190,6 +227,8 @@ class Layout:
             return fn
         placements = [self.placements(*axes) if axes is not None else None for axes in ins]
         gradients = self.input_gradients(placements)
+        lie = lambda axes: list(self.placements(*axes))
+        outs = tuple(lie(axes) for axes in out) if isinstance(out, list) else lie(out)
 
         def region(*args):
             present = [arg is not None for arg in args]
@@ -207,7 +246,7 @@ class Layout:
 
             return local_map(
                 inner,
-                out_placements=list(self.placements(*out)),
+                out_placements=outs,
                 in_placements=pick(placements),
                 in_grad_placements=pick(gradients),
                 device_mesh=self.mesh,
@@ -243,17 +282,14 @@ class Layout:
             )
         return x.to_local()
 
+    def dims(self, axis: str) -> tuple[int, ...]:
+        """The dims of the mesh that shard a logical axis."""
+        return tuple(self.axes.index(atom) for atom in expand(self.rules[axis], self.axes))
+
     def parts(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
-        n = 1
-        for mesh_axis in self.rules[axis]:
-            if mesh_axis in self.axes:
-                n *= self.mesh.size(self.axes.index(mesh_axis))
-        return n
+        return math.prod([self.mesh.size(dim) for dim in self.dims(axis)])
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
-        for mesh_axis in self.rules[axis]:
-            if mesh_axis in self.axes:
-                x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, self.axes.index(mesh_axis))))
-        return x
+        return all_reduce(x, self.mesh, self.dims(axis), op)

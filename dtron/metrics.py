@@ -129,7 +129,8 @@ class Metrics:
         self.say(
             f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{_short(record['tokens_per_s'])} tokens/s  {record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
+            f"{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
+            f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
             f"{record['memory_gib']:.1f} GiB  left {_clock(left)}"
         )
 
@@ -174,6 +175,15 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
             "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
         ) from error
     return SummaryWriter(str(run_dir), purge_step=start + 1)
+
+
+def _experts(record: Mapping[str, Any]) -> str:
+    """The most uneven layer of experts, and what was dropped."""
+    of = lambda name: [v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)]
+    if not (loads := of("load_max")):
+        return ""
+    dropped = max(of("dropped"))
+    return f"load {max(loads):.2f}x  " + (f"dropped {dropped:.1%}  " if dropped else "")
 
 
 def _short(n: float) -> str:

@@ -14,7 +14,7 @@ recomputation needs no random state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +33,10 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
-from dtron.params import declare, flat, gather, part, unflatten, weight
+from dtron.moe.dispatch import Dispatch
+from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.params import Weight, declare, declared, flat, gather, gather_all, part, unflatten, value, weight
+from dtron.schedules.run import Extra
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Block:
     norm_1: Norm = part()
     attention: Attention = part()
     norm_2: Norm = part()
-    mlp: MLP = part()
+    mlp: MLP | None = part(when="dense")
+    moe: MoELayer | None = part(when="sparse")
+    window: int | None = value("window")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Transformer:
     """The model, or a stage of it with the rest missing; see pipeline.py."""
 
     embedding: Embedding | None = part()
-    blocks: tuple[Block, ...] = part(count="layers")
+    blocks: tuple[Block, ...] = part(count="layers", each="blocks")
     norm: Norm | None = part()
     w_head: Tensor | None = weight("vocab", "embed", when="untied")
 
@@ -57,11 +62,13 @@ class Transformer:
 @dataclass(frozen=True)
 class Batch:
     """A microbatch, token-major: rows of ``sequence`` tokens one after the other, ``[T@tokens]`` each. A
-    target is the next token, or IGNORE. ``documents_T`` is None where a row is one document."""
+    target is the next token, or IGNORE; ``rows_T`` is the row of a token. ``documents_T`` is None where a row
+    is one document."""
 
     tokens_T: Tensor
     targets_T: Tensor
     positions_T: Tensor
+    rows_T: Tensor
     documents_T: Tensor | None
     sequence: int
 
@@ -75,9 +82,10 @@ def make_batch(
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
+    rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
     place = lambda t: layout.shard(t.flatten(), "tokens")
     documents = None if documents_BS is None else place(documents_BS)
-    return Batch(place(tokens), place(targets), place(positions_BS), documents, s)
+    return Batch(place(tokens), place(targets), place(positions_BS), place(rows), documents, s)
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
@@ -90,20 +98,20 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 
 def block(
-    p: Block,
-    x_TD: Tensor,
-    table_TH: Tensor | None,
-    documents_T: Tensor | None,
-    mask: Mask,
-    m: ModelConfig,
-    layout: Layout,
-    path: AttentionPath = "auto",
-    recipe: Recipe | None = None,
-) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``recipe``: matrix products in FP8, or None."""
+    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
+    documents_T: Tensor | None, mask: Mask, m: ModelConfig, layout: Layout, path: AttentionPath = "auto",
+    recipe: Recipe | None = None, dispatch: Dispatch = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
+    loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
+    None."""
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
     x_TD = x_TD + attention(p.attention, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
-    return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation, recipe)
+    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    if p.moe is None:
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe),)
+    y_TD, aux, report = moe(p.moe, h_TD, seen, m.moe, layout, before_E, dispatch, recipe)
+    return x_TD + y_TD, aux, *report
 
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
@@ -112,69 +120,113 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 
 def stage(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN
-) -> Tensor:
+    p: Transformer, x_TD: Tensor, batch: Batch, before: dict[str, Tensor] | None = None, *, m: ModelConfig,
+    layout: Layout, how: How = PLAIN,
+) -> tuple[Tensor, Extra | None]:  # fmt: skip
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
-    summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, how)
+    summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
+    to it and reports. ``before``: the reports of the step so far, where they matter."""
+    x_TD, extra = _trunk(p, x_TD, batch, m, layout, how, before)
     if p.norm is None:
-        return x_TD
-    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+        return x_TD, extra
+    loss = Loss(m.vocab, z=m.z_loss)
+    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, loss, layout), extra
 
 
-def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+def stage_logits(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout
+) -> tuple[Tensor, None]:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, PLAIN)
-    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
+    x_TD, _ = _trunk(p, x_TD, batch, m, layout, PLAIN)
+    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout), None
 
 
 def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
     """The whole model as one stage: the summed loss."""
-    return stage(p, embed(p, batch, m, layout), batch, m, layout, how)
+    return stage(p, embed(p, batch, m, layout), batch, m=m, layout=layout, how=how)[0]
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """The whole model as one stage: the logits."""
-    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)
+    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
-    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
+    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
-def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
+def _trunk(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How,
+    before: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Extra | None]:  # fmt: skip
     """The blocks, and in the last stage the norm before the head."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
-    mask = Mask(batch.sequence, m.window, m.softcap)
-    mask, path = prepare(mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention)
+    masks = {
+        window: prepare(
+            Mask(batch.sequence, window, m.softcap), batch.documents_T, m.sinks, m.head_dim, x_TD, layout,
+            how.attention,
+        )
+        for window in {p_block.window: None for p_block in p.blocks}  # in order, each once
+    }  # fmt: skip
+    seen = _seen(batch, layout) if m.moe.experts else None
     # With a tied head the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
+    extras = []
     for i, p_block in enumerate(p.blocks):
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        run = partial(block, mask=mask, m=m, layout=layout, path=path, recipe=how.recipe(end))
-        x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
-    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
+        mask, path = masks[p_block.window]
+        run = partial(
+            block, seen=seen, table_TH=table_TH, documents_T=batch.documents_T, mask=mask, m=m, layout=layout,
+            path=path, recipe=how.recipe(end), dispatch=how.dispatch,
+        )  # fmt: skip
+        load_E = _row(before["load"], len(extras), layout) if before and p_block.moe is not None else None
+        x_TD, *more = _run_block(run, p_block, x_TD, load_E, layout, how.recompute)
+        extras += [more] if more else []
+    x_TD = x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
+    return x_TD, _extra(extras, m, layout) if extras else None
+
+
+def _seen(batch: Batch, layout: Layout) -> Seen:
+    """Each rank takes its part: local."""
+    valid_T = layout.constrain(batch.targets_T != IGNORE, "tokens_sp")
+    rows = batch.tokens_T.shape[0] // batch.sequence
+    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows)
+
+
+def _extra(extras: Sequence[Sequence[Tensor]], m: ModelConfig, layout: Layout) -> Extra:
+    """Of a stage, from its layers of experts: what they add to the loss, and reports with a row for each."""
+    auxes, *reports = zip(*extras, strict=True)
+    pending = ("+tokens_sp",)
+    stack = layout.local(lambda *rows: torch.stack(rows), [pending] * len(auxes), pending)
+    aux = sum(auxes[1:], auxes[0]) if m.moe.aux_loss or m.moe.z_loss else None
+    names = ("load", "router", "dropped")
+    return Extra(aux, {name: stack(*(x.detach() for x in rows)) for name, rows in zip(names, reports)})
+
+
+def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
+    """Row i of a pending sum."""
+    return layout.local(lambda x: x[i], [("+tokens_sp",)], ("+tokens_sp",))(x)
 
 
 def _run_block(
-    block: Callable, p: Block, x_TD: Tensor, table_TH, documents_T, layout: Layout, recompute: str
-) -> Tensor:
-    def run(p: Block, x_TD: Tensor) -> Tensor:
+    block: Callable, p: Block, x_TD: Tensor, load_E: Tensor | None, layout: Layout, recompute: str
+) -> tuple[Tensor, ...]:
+    def run(p: Block, x_TD: Tensor) -> tuple[Tensor, ...]:
         # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
-        return block(gather(p, layout), x_TD, table_TH, documents_T)
+        return block(gather(p, layout), x_TD, load_E)
 
-    def run_all_kept(p: Block, x_TD: Tensor) -> Tensor:
+    def run_all_kept(p: Block, x_TD: Tensor) -> tuple[Tensor, ...]:
         kept.gathering = True
         p = gather(p, layout)
         kept.gathering = False
-        return block(p, x_TD, table_TH, documents_T)
+        return block(p, x_TD, load_E)
 
-    def run_gathered(p: Block, x_TD: Tensor) -> Tensor:
-        gathered = region(lambda *ws: tuple(layout.gather(w) for w in ws), *flat(p))
-        return block(unflatten(p, list(gathered)), x_TD, table_TH, documents_T)
+    def run_gathered(p: Block, x_TD: Tensor) -> tuple[Tensor, ...]:
+        gathered = region(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
+        return block(unflatten(p, list(gathered)), x_TD, load_E)
 
     region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
@@ -183,7 +235,7 @@ def _run_block(
         return region(run, p, x_TD)
     if recompute == "selective":
         return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
-    if not any(layout.gathers(w) for w in flat(p)):
+    if not any(layout.gathers(w, *d.axes) for w, d in zip(flat(p), declared(p), strict=True)):
         return run(p, x_TD)
     if torch.compiler.is_compiling():
         return run_gathered(p, x_TD)  # what else to keep, a compiler decides by itself
@@ -191,7 +243,7 @@ def _run_block(
     return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
-_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product", "flex_attention")
+_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "_scaled_dot_product", "flex_attention")
 
 
 def _is_view(op) -> bool:
@@ -220,12 +272,24 @@ def parameter_count(m: ModelConfig) -> int:
     return sum(w.numel for w in flat(declare_model(m)))
 
 
+def active(w: Weight, m: ModelConfig) -> float:
+    """How much of a weight a token is multiplied by: of experts, its top k."""
+    return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
+
+
+def active_count(m: ModelConfig) -> int:
+    """Parameters that one token uses."""
+    return round(sum(active(w, m) for w in flat(declare_model(m))))
+
+
 def flops_per_token(m: ModelConfig, sequence: int) -> float:
     """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
-    are looked up), and 6 * layers * heads * head_dim * sequence for causal attention, half of the full square
-    (PaLM, arXiv:2204.02311, appendix B, halved)."""
+    are looked up, and of experts those that a token goes to), and 6 * layers * heads * head_dim * sequence
+    for causal attention, half of the full square (PaLM, arXiv:2204.02311, appendix B, halved)."""
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
-    w = min(m.window or sequence, sequence)
-    attended = w - w * w / (2 * sequence)  # tokens, on average: half the sequence without a window
-    return 6.0 * (parameter_count(m) - looked_up) + 12.0 * m.layers * m.heads * m.head_dim * attended
+    attended = 0.0  # tokens, on average: half the sequence without a window
+    for p in spec.blocks:
+        w = min(p.window or sequence, sequence)
+        attended += w - w * w / (2 * sequence)
+    return 6.0 * (active_count(m) - looked_up) + 12.0 * m.heads * m.head_dim * attended

@@ -46,15 +46,15 @@ def adam_update(
     grads: Any, state: AdamState, params: Any, spec: Any, lr: float | Tensor, scale: float | Tensor,
     config: OptimConfig, rule: Rule | None = None, number: Tensor | None = None,
 ) -> tuple[Any, AdamState]:  # fmt: skip
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay. A rate or
-    scale that is a tensor stays on its device: nothing waits for it; so does ``number``, which update this is
-    (None: the state knows). ``rule`` updates lists of local tensors: ``fused`` (None), or ``written_out``,
-    compiled."""
+    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay, and which
+    are left alone. A rate or scale that is a tensor stays on its device: nothing waits for it; so does
+    ``number``, which update this is (None: the state knows). ``rule`` updates lists of local tensors:
+    ``fused`` (None), or ``written_out``, compiled."""
     step, rule = state.step + 1, rule or fused
-    decays = [w.decays for w in flat(spec)]
+    decays = [None if w.frozen else w.decays for w in flat(spec)]
     ps, gs, ms, vs = ([local(x) for x in flat(tree)] for tree in (params, grads, state.m, state.v))
     for wanted in (True, False):
-        p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d == wanted] for xs in (ps, gs, ms, vs))
+        p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d is wanted] for xs in (ps, gs, ms, vs))
         if p:
             factor = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
             decay = config.weight_decay if wanted else 0.0

@@ -26,7 +26,7 @@ from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full, local
 from dtron.how import PLAIN, How
 from dtron.mesh import Layout
-from dtron.model import Batch, Transformer, declare_model, embed, stage
+from dtron.model import Batch, Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent
@@ -48,8 +48,8 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
-    weights = sum(w.numel for w in flat(declare_model(replace(m, layers=1)).blocks))
-    block = weights + m.heads * m.head_dim * sequence  # as multiplications per token
+    weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
+    block = weights + m.heads * m.head_dim * sequence  # as multiplications per token, on average
     head_cost = m.padded_vocab * m.embed / block  # in blocks
 
     def fits(most: float) -> list[int] | None:
@@ -97,6 +97,7 @@ def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = Tru
         partial(embed, m=m, layout=layout),
         partial(stage, m=m, layout=layout, how=how),
         splits and how.recompute == "none",
+        carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
     )
 
 

@@ -71,7 +71,7 @@ class Row:
 def named_axes(w: Weight, shape: MeshShape, zero: int) -> str:
     """``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that cut it here."""
     rules = rules_for(zero)
-    cut = lambda axis: "+".join(a for a in rules[axis] if shape.sizes[a] > 1)
+    cut = lambda axis: "+".join(a for a in rules[axis] if shape.parts(a) > 1)
     return "[" + ", ".join(f"{axis}@{cut(axis)}" if cut(axis) else axis for axis in w.axes) + "]"
 
 
@@ -102,8 +102,8 @@ def rows(
 ) -> list[Row]:  # fmt: skip
     """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
     ``master``: bytes per element."""
-    axes = [a for a, n in shape.sizes.items() if n > 1 and a != "pp"]
-    sizes = [shape.sizes[a] for a in axes]
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
     first = [0] * len(axes)  # the first rank's part is never smaller than another's
     found = []
     for w, path, count in _grouped(spec or declare_model(model)):
@@ -175,8 +175,8 @@ def size(n: float) -> str:
 
 def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
     """SVG of the mesh and of every weight of one block, cut into the pieces that ranks hold."""
-    axes = [a for a, n in shape.sizes.items() if n > 1 and a != "pp"]
-    sizes = [shape.sizes[a] for a in axes]
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
     canvas = Canvas(940)
     canvas.text(20, 28, f"mesh {shape}: {shape.size} ranks", bold=True, size=16)
     y = draw_mesh(canvas, 20, 50, shape)
@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rules_line(shape: MeshShape) -> str:
-    live = {k: [a for a in v if shape.sizes[a] > 1] for k, v in RULES.items()}
+    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items()}
     return ", ".join(f"{k}@{'+'.join(v)}" for k, v in live.items() if v) or "one device"
 
 

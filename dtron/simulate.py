@@ -28,7 +28,7 @@ from dtron.shape import MeshShape
 @contextmanager
 def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
     """Run the body on ``shape.size`` simulated ranks; yields the stage's DeviceMesh (None for one rank)."""
-    axes = tuple((a, n) for a, n in shape.sizes.items() if n > 1 and a != "pp")
+    axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
         yield None
         return

@@ -63,7 +63,9 @@ def train(
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout) for r in rows.chunk(count)]
         state = (params, opt, batches, valid_tokens(rows), 1e-2)
-        loss, norm, params, opt = update(functions, pipe, config.zero, config.optim, *state, gather_each=each)
+        loss, norm, _, params, opt = update(
+            functions, pipe, m, config.zero, config.optim, *state, gather_each=each
+        )
         losses.append(loss.item())
         norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))

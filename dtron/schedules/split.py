@@ -25,24 +25,28 @@ Later = Callable[[], list[Tensor | None]]
 
 
 def backward(
-    y: GradientEdge, x: Tensor | None, weights: Sequence[Tensor], g: Tensor
+    ends: Sequence[GradientEdge], x: Tensor | None, weights: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[Tensor | None, Later]:
-    """Both halves at once; ``later()`` only hands over. None for what y does not depend on."""
+    """Both halves at once; ``later()`` only hands over. ``ends`` are what has gradients, ``gs`` these. None
+    for what no end depends on."""
     inputs = [*weights] if x is None else [x, *weights]
-    grads = list(torch.autograd.grad([y], inputs, [g], allow_unused=True))
+    grads = list(torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True))
     gx = None if x is None else grads.pop(0)
     return gx, lambda: grads
 
 
-def backward_input(y: GradientEdge, x: Tensor, weights: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Later]:
+def backward_input(
+    ends: Sequence[GradientEdge], x: Tensor, weights: Sequence[Tensor], gs: Sequence[Tensor]
+) -> tuple[Tensor, Later]:
     """``(gradient of x, later)``, where ``later()`` makes the gradients of the weights, once."""
-    joins = _joins(y.node, get_gradient_edge(x).node)
+    joins = _joins([end.node for end in ends], get_gradient_edge(x).node)
     opaque = [edge for node, edges in joins if _makes_all_at_once(node) for edge in edges]
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
     hooks = [node.register_prehook(lambda gs, node=node: arrived.update({node: gs})) for node, _ in plain]
     try:
-        gx, *made = torch.autograd.grad([y], [x, *opaque], [g], retain_graph=True, allow_unused=True)
+        inputs = [x, *opaque]
+        gx, *made = torch.autograd.grad(list(ends), inputs, list(gs), retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,10 +77,10 @@ def _makes_all_at_once(node: Node) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def _joins(root: Node, goal: Node) -> list[tuple[Node, list[GradientEdge]]]:
+def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, list[GradientEdge]]]:
     """The nodes that lead to ``goal`` and have children that do not, with the edges to those children."""
     leads: dict[Node, bool] = {goal: True}
-    stack = [root]
+    stack = list(roots)
     while stack:
         node = stack[-1]
         children = [child for child, _ in node.next_functions if child is not None]
