@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from texts import one_line
 
@@ -166,7 +166,7 @@ def theirs(megatron, prefix: Path, split: str, sequence: int, samples: int, seed
     config = gpt.GPTDatasetConfig(
         random_seed=seed, sequence_length=sequence, blend=([str(prefix)], None), split=split,
         tokenizer=Words(), reset_position_ids=reset, reset_attention_mask=reset, eod_mask_loss=False,
-        create_attention_mask=reset, path_to_cache=str(prefix.parent / "cache"), mid_level_dataset_surplus=0.005,
+        create_attention_mask=reset, path_to_cache=str(prefix.parent / "cache"),
     )  # fmt: skip
     data = indexed.IndexedDataset(str(prefix))
     low, high = (int(round(bound * float(len(data)))) for bound in config.split_matrix[0])
@@ -188,7 +188,7 @@ def agree(megatron, prefix: Path, split: str, sequence: int, samples: int, seed:
 
 
 def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
-    """One epoch, several, a last one apart; several seeds, lengths and splits; 10,000 samples and more each."""
+    """One epoch, several, a last one apart; seeds, lengths and splits; 10,000 samples and more each."""
     synthetic(tmp_path / "c", 0, 9000, 90)
     synthetic(tmp_path / "short", 1, 700, 60)
     kinds = [

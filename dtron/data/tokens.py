@@ -17,7 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
-from dtron.data.text import Documents, one_line
+from dtron.data.formats import one_line
+from dtron.data.text import Documents
 
 END = "<|endoftext|>"
 
