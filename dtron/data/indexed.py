@@ -67,7 +67,7 @@ class Indexed:
         self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
         self.code, sequences, documents = self._header()
         self.dtype = np.dtype(DTYPES[self.code])
-        index = np.memmap(self.idx, np.uint8, mode="r")
+        index = np.asarray(np.memmap(self.idx, np.uint8, mode="r"))  # a memmap's own slices are slow
         ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
         if len(index) not in (ends[-1], ends[-1] + sequences):  # a byte a sequence: multimodal
             state = "cut short" if len(index) < ends[-1] else "too long"
@@ -87,7 +87,7 @@ class Indexed:
         if size < need:
             raise self._bad(self.bin, f"is cut short: {size} bytes, where its .idx says {need}")
         self.starts = offsets // step
-        self.tokens = np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,))
+        self.tokens = np.asarray(np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,)))
 
     def _header(self) -> tuple[int, int, int]:
         for file, other in ((self.idx, self.bin), (self.bin, self.idx)):
