@@ -34,7 +34,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
-from dtron.data.formats import cells, one_line
+from dtron.data.formats import cells, one_line, understood
 from dtron.data.text import user_files
 from dtron.data.tokens import encoder_of, end_id, ids_of
 
@@ -88,13 +88,14 @@ class Chats:
         """Raises ValueError for a row that is no conversation with an assistant in it."""
         found = False
         for file in self.files:
-            for where, value in cells(file, self.column):
-                messages = _checked(value, where, self.column)
-                found = True
-                try:
-                    yield self.template(messages)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
+            with understood(file):
+                for where, value in cells(file, self.column):
+                    messages = _checked(value, where, self.column)
+                    found = True
+                    try:
+                        yield self.template(messages)
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from error
         if not found:
             raise ValueError(f"--data.path {self.path!r} holds no conversation; give a .jsonl of them")
 

@@ -164,7 +164,7 @@ def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: 
     if cut == len(kept):
         raise ValueError(
             f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have something to "
-            f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is less than one to "
+            f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is not one to "
             "validate with; raise --data.sequence or --data.validation, or give more"
         )
     pack = lambda part, shuffle: Fitted(tokens, starts[part], kept[part], d.sequence, seed, learn, shuffle)

@@ -7,7 +7,7 @@ inside columns.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ def texts(file: Path, column: str) -> Iterator[str]:
                 raise _not_text(repr(str(file)), column, str(kind))
             yield from (text for text in column_of.to_pylist() if text)
         return
-    for where, text in cells(file, column):
+    yield from _strings(cells(file, column), column)
+
+
+def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
+    """``texts`` of some lines of a .jsonl file, of which ``first`` (from 1) is the number of the first."""
+    return _strings(_named(file, _line_rows(file, lines, first), column), column)
+
+
+def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
+    for where, text in found:
         if text is not None and not isinstance(text, str):
             raise _not_text(where, column, type(text).__name__)
         if text:
@@ -41,21 +50,22 @@ def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     """Where each row stands (for an error to say) and what it has in the column."""
     match file.suffix.lower():
         case ".jsonl" | ".json":
-            for where, row in _json_rows(file):
-                where = f"{str(file)!r} {where}"
-                if not isinstance(row, dict):
-                    raise _not_row(where, column, row)
-                if column not in row:
-                    raise _missing(where, column, list(row))
-                yield where, row[column]
+            yield from _named(file, _json_rows(file), column)
         case ".parquet" | ".arrow":
             values = (v for _, column_of in _columns(file, column) for v in column_of.to_pylist())
             yield from ((f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1))
-        case _:
-            yield (
-                repr(str(file)),
-                file.read_bytes().decode("utf-8-sig"),
-            )  # bytes: line endings stay as they are
+        case _:  # as bytes, so that line endings stay what they are
+            yield repr(str(file)), file.read_bytes().decode("utf-8-sig")
+
+
+def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
+    for where, row in found:
+        where = f"{str(file)!r} {where}"
+        if not isinstance(row, dict):
+            raise _not_row(where, column, row)
+        if column not in row:
+            raise _missing(where, column, list(row))
+        yield where, row[column]
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -69,10 +79,14 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
             return
         lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield f"line {number}", _parse(text, f"{str(file)!r} line {number}")
+        yield from _line_rows(file, lines, 1)
+
+
+def _line_rows(file: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=first):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
+            yield f"line {number}", _parse(text, f"{str(file)!r} line {number}")
 
 
 def _parse(source: str, where: str) -> Any:
@@ -109,6 +123,24 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
                 batches = table = ipc.open_stream(source)
             _has(file, table.schema, column)
             yield from ((table.schema.field(column).type, batch.column(column)) for batch in batches)
+
+
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as a ValueError that says what to do."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise ValueError(
+            f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
+            "for example with `iconv -t UTF-8`, or leave it out of --data.path"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise ValueError(
+            f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
+            "--data.path"
+        ) from error
 
 
 @contextmanager

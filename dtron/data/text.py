@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import cache_dir, digest, unwritable
-from dtron.data.formats import NOT_ROWS, SUFFIXES, one_line, texts
+from dtron.data.formats import NOT_ROWS, SUFFIXES, texts, understood
 
 if TYPE_CHECKING:
     import datasets
@@ -187,21 +187,13 @@ def _rows(files: tuple[Path, ...], column: str, where: str, strict: bool) -> Ite
     empty = True
     for file in files:
         try:
-            for text in texts(file, column):
-                if text.strip():
-                    empty = False
-                    yield {"text": text}
-        except UnicodeError as error:
-            if strict:
-                raise ValueError(
-                    f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
-                    "for example with `iconv -t UTF-8`, or leave it out of --data.path"
-                ) from error
-        except OSError as error:
-            reason = error.strerror or one_line(error)
-            raise ValueError(
-                f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
-                "--data.path"
-            ) from error
+            with understood(file):
+                for text in texts(file, column):
+                    if text.strip():
+                        empty = False
+                        yield {"text": text}
+        except ValueError as error:
+            if strict or not isinstance(error.__cause__, UnicodeError):
+                raise
     if empty:
         raise ValueError(f"{where} holds no text at all; {_GIVE} with some text in it")

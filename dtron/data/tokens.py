@@ -35,7 +35,7 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     It learns from the first 32 million characters of `docs`, and is the same each time.
     """
     if path is not None:
-        return _load(path, vocab_size)
+        return load_tokenizer(path, vocab_size)
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < smallest:
         raise ValueError(
@@ -76,25 +76,26 @@ def vocab_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab_size(), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def _load(path: str, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: str, vocab_size: int | None = None, flag: str = "--data.tokenizer") -> Tokenizer:
+    """The tokenizer.json at `path`, or in that folder; of at most `vocab_size` words, where that is given."""
     file = Path(path).expanduser()
     if path and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
     if not path or not file.exists():
         raise ValueError(
-            f"--data.tokenizer {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
+            f"{flag} {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"--data.tokenizer {path!r} is not a valid tokenizer.json ({one_line(error)}); "
+            f"{flag} {path!r} is not a valid tokenizer.json ({one_line(error)}); "
             "save one with `tokenizers`, or leave it out to train one"
         ) from error
     size = vocab_of(tokenizer)
-    if size > vocab_size:
+    if vocab_size is not None and size > vocab_size:
         raise ValueError(
-            f"--data.tokenizer {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
+            f"{flag} {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
             f"a row in the embedding, so set --model.vocab {size}"
         )
     return tokenizer
