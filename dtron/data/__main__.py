@@ -1,4 +1,4 @@
-"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``; ``... info corpus``"""
+"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``, and ``info``."""
 
 from __future__ import annotations
 

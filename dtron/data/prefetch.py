@@ -26,11 +26,11 @@ class Prefetch(Generic[T]):
         self._found: SimpleQueue = SimpleQueue()
         self._room = threading.Semaphore(depth)
         stop = threading.Event()
-        work = threading.Thread(
+        self._thread = threading.Thread(
             target=_work, args=(make, numbers, self._found, self._room, stop), name="data", daemon=True
         )
         self._end = weakref.finalize(self, _end, stop, self._room)
-        work.start()
+        self._thread.start()
 
     def next(self) -> T:
         start = time.perf_counter()

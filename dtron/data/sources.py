@@ -184,13 +184,9 @@ class Mixed:
 
     def rows(self, start: int, count: int) -> Rows:
         before, chosen = self.blend.choose(start, count)
-        parts, where = [], []
-        for number, source in enumerate(self.sources):
-            (places,) = np.nonzero(chosen == number)
-            if len(places):
-                parts.append(source.rows(before[number], len(places)))
-                where.append(places)
-        back = np.argsort(np.concatenate(where)) if where else []
+        where = [np.flatnonzero(chosen == number) for number in range(len(self.sources))]
+        parts = [s.rows(n, len(places)) for s, n, places in zip(self.sources, before, where, strict=True)]
+        back = np.argsort(np.concatenate(where))
         return _each(_together(parts), lambda x: x[back])
 
     def digest(self) -> str:

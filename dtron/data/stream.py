@@ -56,7 +56,7 @@ class Stream:
         """Raises ValueError for text that cannot be read, when it comes to it."""
         if self.count:
             numbers = [self.first + i % self.count for i in range(start, start + count)]
-            out = np.concatenate([self._take(number, 1) for number in numbers])
+            out = np.concatenate([self._take(0, 0), *(self._take(number, 1) for number in numbers)])
         else:
             out = self._take(self.first + start, count)
         return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
@@ -68,6 +68,8 @@ class Stream:
 
     def _take(self, number: int, count: int) -> np.ndarray:
         s = self.sequence
+        if not count:
+            return np.empty((0, s + 1), np.int64)
         if number != self._next:
             place, document = max(known for known in self._known if known[0] <= number * s)
             self._pieces, self._left = self._from(document, place), np.empty(0, np.int64)
