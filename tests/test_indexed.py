@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import one_line
 
+from dtron.data import order
 from dtron.data.indexed import DTYPES, HEADER, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.order import in_order, make_order, most_samples, plan_epochs, split_documents
 
@@ -200,3 +201,18 @@ def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
         agree(megatron, tmp_path / "short", "1", 8, 10_300, 3),
     ]
     assert {epochs == 1 for epochs, _ in kinds} == {apart for _, apart in kinds} == {True, False}
+
+
+@pytest.mark.parametrize("mutant", ["share", "epochs", "seed"])
+def test_another_rule_is_caught(megatron, tmp_path, monkeypatch, mutant):
+    synthetic(tmp_path / "c", 1, 300, 60)
+    agree(megatron, tmp_path / "c", "1", 8, 2_000, 3)
+    if mutant == "share":
+        monkeypatch.setattr(order, "APART", 0.7)
+    elif mutant == "epochs":
+        monkeypatch.setattr(order, "plan_epochs", lambda *a: (plan_epochs(*a)[0], False))
+    else:
+        shuffled = order._shuffled
+        monkeypatch.setattr(order, "_shuffled", lambda v, random: shuffled(v, np.random.RandomState(3)))
+    with pytest.raises(AssertionError):
+        agree(megatron, tmp_path / "c", "1", 8, 2_000, 3)
