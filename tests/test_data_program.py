@@ -161,7 +161,7 @@ def test_what_is_refused_is_one_line(folder, run_dir, capsys):
     assert "'-1 tokens' does not begin with a weight" in refused("--data.path=-1 tokens, 2 notes.txt")
     assert "'no' does not exist" in refused("--data.path=1 no, 2 notes.txt")
     assert "--data.split '1,x'" in refused("--data.path=tokens", "--data.split=1,x")
-    assert "the validation text has 0 tokens" in refused("--data.path=tokens", "--data.split=1")
+    assert "the 'tokens.bin' validation text has 0 tokens" in refused("--data.path=tokens", "--data.split=1")
     assert "larger share by --data.validation" in refused("--data.path=tokens", "--data.validation=0.0001")
     assert "tokens have no roles" in refused("--data.path=tokens", "--data.chat")
     assert "line 1" in (said := refused("--data.chat")) and "'messages'" in said

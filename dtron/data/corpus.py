@@ -181,7 +181,7 @@ def _indexed(d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int) 
     flag = "--data.validation" if d.split is None else "--data.split"
     for name, a, b in (("training", low, cut), ("validation", cut, high)):
         size = int(data.lengths[a:b].sum(dtype=np.int64))
-        check_length(size, d.sequence, name, f", give it a larger share by {flag}")
+        check_length(size, d.sequence, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}")
     first = Packed(data, low, cut, d.sequence, seed, samples, vocab, d.marked)
     held = Packed(data, cut, high, d.sequence, 0, 1, vocab, d.marked, shuffle=False)
     for source in (first, held):  # a wrong tokenizer shows at once; every row is looked at again when read

@@ -11,78 +11,17 @@ next sample; and global batch n is `rows(..., start=n * B, count=B)` however man
 Left out: worker processes (a batch is a few copies out of mapped memory).
 """
 
-import hashlib
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
-from dtron.data.cache import cache_dir
-from dtron.data.text import Documents
-from dtron.data.tokens import encode, end_id, get_tokenizer
-
-
-@dataclass(frozen=True, eq=False)  # eq=False: arrays do not compare to one truth value
-class Corpus:
-    """Token ids to learn from and, from the tail of the documents, ids to measure with."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    tokenizer: Tokenizer
-
-    @property
-    def end_id(self) -> int | None:
-        """The token that ends a document, for `document_ids`."""
-        return end_id(self.tokenizer)
-
-    def digest(self) -> str:
-        """Tells corpora apart: by their sizes, their tokenizer, and the tokens at both ends."""
-        h = hashlib.sha256(self.tokenizer.to_str().encode())
-        h.update(f"{self.train.size} {self.validation.size}".encode())
-        h.update(np.ascontiguousarray(self.train[:65536]).tobytes())
-        h.update(np.ascontiguousarray(self.validation[-65536:]).tobytes())
-        return h.hexdigest()[:16]
-
-
-def load_corpus(
-    path: str | None,
-    column: str,
-    tokenizer_path: str | None,
-    vocab_size: int,
-    sequence: int,
-    validation_fraction: float = 0.02,
-    cache: Path | None = None,
-) -> Corpus:
-    """Tokens of the documents at `path`, split; both parts hold at least one sample.
-
-    A `validation_fraction` of 0 trains on everything and leaves `validation` empty.
-    """
-    _check_fraction(validation_fraction)
-    cache = cache if cache is not None else cache_dir()
-    docs = Documents(path, column, cache)
-    tokenizer = get_tokenizer(tokenizer_path, docs, vocab_size, cache)
-    tokens = encode(docs, tokenizer, cache)
-    return Corpus(*split_text(tokens, sequence, validation_fraction), tokenizer)
 
 
 def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """A part to train on, and from the tail a `fraction` to measure with; each holds at least one sample."""
-    _check_fraction(fraction)
     cut = len(tokens) - int(len(tokens) * fraction)
     check_length(cut, sequence, "training")
-    if fraction:
-        check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
+    check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
     return tokens[:cut], tokens[cut:]
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 <= fraction < 1:
-        raise ValueError(
-            f"--data.validation {fraction} is not in [0, 1); set it to the part of the "
-            "text to hold out, such as 0.02"
-        )
 
 
 def rows(
