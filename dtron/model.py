@@ -74,11 +74,18 @@ class Batch:
 
 
 def make_batch(
-    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None
+    rows_BS: Tensor,
+    layout: Layout,
+    documents_BS: Tensor | None = None,
+    positions_BS: Tensor | None = None,
+    counted_BS: Tensor | None = None,
 ) -> Batch:
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets. Every rank passes the same rows and keeps its own."""
+    shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss. Every rank
+    passes the same rows and keeps its own."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
+    if counted_BS is not None:
+        targets = targets.masked_fill(~counted_BS, IGNORE)
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
