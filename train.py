@@ -22,17 +22,15 @@ from dtron import checkpoint
 from dtron.cli import parse, save
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import RunConfig
-from dtron.data import Corpus, document_ids, load_corpus, rows
+from dtron.data import Data, Prefetch, Rows, open_data
 from dtron.dtensor import full
 from dtron.entry import run_cli
 from dtron.generate import generate
 from dtron.launch import Plan, plan, ranks, same_on_all_ranks
-from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count, valid_tokens
-from dtron.moe.balance import describe_experts, expert_totals
-from dtron.mtp import ahead_losses
+from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count
+from dtron.moe.balance import describe_experts
 from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
@@ -47,21 +45,18 @@ PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behi
 def main(argv: list[str]) -> int:
     config = parse(argv)
     here = plan(config)  # refuses what cannot be, before anything is started
-    d, run_dir = config.data, open_run(config)
-    corpus = load_corpus(d.path, d.column, d.tokenizer, config.model.vocab, d.sequence, d.validation)
-    if d.document_mask and corpus.end_id is None:
-        raise ValueError(
-            f"--data.document-mask: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it "
-            "or drop the mask"
-        )
+    run_dir = open_run(config)
+    data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
     with ranks(config, here) as pipe:
-        train(config, here, pipe, corpus, run_dir)
+        train(config, here, pipe, data, run_dir)
     return 0
 
 
-def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir: Path) -> None:
+def train(config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path) -> None:
     m, spec, layout = config.model, pipe.spec, pipe.layout
-    identity = checkpoint.identity_of(config, corpus.digest())
+    identity = checkpoint.identity_of(config, data.digest())
+    if data.samples is not None:
+        identity["data.samples"] = data.samples
     same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
     params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
@@ -71,51 +66,45 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
     if here.main:  # not earlier: a refused resume leaves the run as it was
         save(config, run_dir / "config.json")
-        corpus.tokenizer.save(str(run_dir / "tokenizer.json"))
+        if data.tokenizer is not None:
+            data.tokenizer.save(str(run_dir / "tokenizer.json"))
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
-    metrics.say(describe(config, here, corpus, state.step))
+    metrics.say(describe(config, here, data, state.step))
     recorded = min(PROFILED_STEP, config.steps - state.step) if config.profile else 0
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     step = partial(
-        update,
-        functions,
-        pipe,
-        config.zero,
-        config.optim,
-        rule=rule,
-        gather_each=here.gather_each,
-        rate=m.moe.bias_rate,
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
     )
     step = Recorded(step, here.device) if here.graph else step
 
     def finish(
-        step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, ahead: Tensor | None,
-        experts: Tensor | None, end: Any,
+        step: int, loss: Tensor, norm: Tensor, experts: Tensor | None, lr: float, tokens: int, end: Any,
+        waited: float,
     ) -> dict:  # fmt: skip
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end) | describe_experts(experts, m.moe)
-        for k, total in enumerate([] if ahead is None else ahead.tolist(), start=1):
-            record[f"ahead.{k}.loss"] = finite(total / tokens, f"loss of prediction {k} ahead", step)
+        record = metrics.step(step, value, norm, lr, tokens, end, waited) | describe_experts(experts, m.moe)
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
 
+    ahead = range(state.samples, config.steps * config.batch, config.batch)
+    batches = Prefetch(lambda start: load(data.train.rows(start, config.batch), config, here), ahead)
     launched = None  # the step that the device is working on
     while state.step < config.steps:
         recorder.begin()
-        microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
+        columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
+        microbatches = split(columns, here, layout, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, params, opt, reports = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, experts, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        more = ahead_losses(reports, pipe, m.mtp.depth), expert_totals(reports, pipe, m.moe)
-        launched = (state.step, loss, norm, lr, tokens, *more, mark(here.device))
+        launched = (state.step, loss, norm, experts, lr, tokens, mark(here.device), batches.waited)
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -124,7 +113,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
             continue
         record, launched = finish(*launched), None
         if evaluates:
-            held = validate(state.params, corpus, config, here, pipe)
+            held = validate(state.params, data, config, here, pipe)
             record["validation_loss"] = finite(held, "validation loss", state.step)
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
         metrics.write(record)
@@ -132,7 +121,7 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
             metrics.say(f"saved {checkpoint.save(run_dir, state, spec, identity)}")
         metrics.restart_clock()
     if config.sample:
-        metrics.say("sample: " + sample(state.params, corpus, config, here, pipe))
+        metrics.say("sample: " + sample(state.params, data, config, here, pipe))
     metrics.close()
 
 
@@ -146,14 +135,15 @@ def finite(value: float, name: str, step: int) -> float:
     return value
 
 
-def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
+def describe(config: RunConfig, here: Plan, data: Data, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    size = f"{data.train.size:,} tokens" if data.train.size else "a stream"
     parameters = f"{parameter_count(config.model):,} parameters"
     if config.model.moe.experts:
         parameters += f" ({active_count(config.model):,} for each token)"
     return (
         f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
-        f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
+        f"{compute}, zero {config.zero}); {size} of text; "
         f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")
     )
@@ -163,52 +153,45 @@ def _count(n: int, noun: str, ending: str = "s") -> str:
     return f"{n} {noun}{ending if n > 1 else ''}"
 
 
-def load(
-    tokens, start: int, config: RunConfig, here: Plan, layout: Layout, end: int | None, shuffle: bool = True
-) -> tuple[list[Batch], int]:
-    """The microbatches of the global batch that starts at sample ``start``, and its valid tokens. Which
-    samples those are depends on nothing but ``start``."""
-    d = config.data
-    batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
-    return split(batch, config, here, layout, end, config.model.mtp.depth)
+def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None], int]:
+    """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
+    This runs ahead, in a thread of its own."""
+    d, gpu = config.data, here.device.startswith("cuda")
+    columns = rows.tokens, rows.documents if d.masked else None, rows.positions if d.restarts else None
+    tensors = [None if x is None else torch.from_numpy(x) for x in (*columns, rows.counted)]
+    return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
 
 
-def split(
-    batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None, depth: int = 0
-):
-    documents = positions = [None] * (batch.shape[0] // here.rows)
-    if config.data.document_mask:
-        ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
-        documents, positions = ids.split(here.rows), places.split(here.rows)
-    parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
-    return [make_batch(r, layout, d, p, depth) for r, d, p in parts], valid_tokens(batch)
+def split(columns: list[Tensor | None], here: Plan, layout: Layout, depth: int = 0) -> list[Batch]:
+    """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
+    count = len(columns[0]) // here.rows
+    on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
+    parts = [[None] * count if x is None else on_device(x) for x in columns]
+    return [make_batch(rows, layout, *others, depth=depth) for rows, *others in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
-def validate(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
+def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
     """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
     count."""
-    d = config.data
-    n = min(VALIDATION_ROWS, (len(corpus.validation) - 1) // d.sequence)
-    held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, n, shuffle=False))
-    fill = -len(held) % here.rows
-    held = torch.cat([held, torch.full((fill, held.shape[1]), IGNORE)])
-    batches, tokens = split(held, config, here, pipe.layout, corpus.end_id)
+    held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
+    columns, tokens = load(held.filled(here.rows), config, here)
+    batches = split(columns, here, pipe.layout)
     weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, batches, pipe)
     return pipe.sum(None if total is None else full(total)).item() / tokens
 
 
-def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
+def sample(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
-    prompt = corpus.validation[:8].tolist()
+    prompt = data.validation.rows(0, 1).tokens[0, :8].tolist()
     if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
         layout = Layout(compute=pipe.layout.compute)
         params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
     tokens = min(config.sample, config.model.context - len(prompt))
     (ids,) = generate(params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device)
-    return corpus.tokenizer.decode(ids)
+    return data.decode(ids)
 
 
 def open_run(config: RunConfig) -> Path:

@@ -54,7 +54,7 @@ def functions(way: str, m, layout: Layout) -> Program:
         return compiled(whole, layout)
 
     def one(p_block, x_TD, table_TH, mask):
-        return block(p_block, x_TD, table_TH, None, mask, m, layout, "sdpa")
+        return block(p_block, x_TD, None, None, table_TH, None, mask, m, layout, "sdpa")[0]
 
     if way == "block":
         return replace(
@@ -70,7 +70,7 @@ def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
     mask, _ = prepare(mask, None, m.sinks, m.head_dim, x_TD, layout, "sdpa")
     for p_block in p.blocks:
         x_TD = one(p_block, x_TD, table, mask)
-    return last(p.norm, p.w_head, x_TD, batch.targets_T)
+    return last(p.norm, p.w_head, x_TD, batch.targets_T), None
 
 
 def head(p_norm, w_head, x_TD, targets_T, m, layout: Layout):
@@ -90,7 +90,7 @@ def measure(o: argparse.Namespace) -> dict:
     start = time.perf_counter()
     marks, norms = [mark(device)], []
     for step in range(o.steps):
-        _, grads = gradients(run, params, batches, ids.numel(), pipe, 1)
+        _, grads, _ = gradients(run, params, batches, ids.numel(), pipe, 1)
         norms.append(torch.stack(torch._foreach_norm(flat(grads))).norm())
         del grads
         marks.append(mark(device))

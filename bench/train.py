@@ -7,7 +7,8 @@ A step is everything: gather, forward, backward, gradient norm, clipping, AdamW.
 of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
 waits for a step to end. The first carries compilation and is reported by itself. FLOPs are those of
 ``flops_per_token``: causal, no recomputation. Host time is what a step from an idle device takes until its
-last kernel is launched, the median of 3. Needs torch and numpy alone."""
+last kernel is launched, the median of 3. With --data batches come from a file, as in train.py, and the line
+has the share of time that the host waited for them. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from datetime import date
@@ -24,11 +26,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
+from dtron.data import Indexed, Prefetch, Writer
+from dtron.data.indexed import token_dtype
+from dtron.data.sources import Packed
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
 from dtron.layers.attention import AttentionPath
@@ -70,27 +76,25 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
-    tokens, host, losses = config.batch * o.sequence, [], []
+    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+    tokens, host, losses, waited = config.batch * o.sequence, [], [], []
+    ahead = reading(config, here, o.steps) if o.data else None
 
     one = partial(
-        update,
-        functions,
-        pipe,
-        config.zero,
-        config.optim,
-        rule=rule,
-        gather_each=here.gather_each,
-        rate=m.moe.bias_rate,
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
     )
     one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
 
-    def step(params, opt):
-        loss, _, params, opt, _ = one(params, opt, batches, tokens, 1e-4)
+    def step(params, opt):  # with the batches of now
+        loss, _, _, params, opt = one(params, opt, batches, tokens, 1e-4)
         return loss, params, opt
 
     marks = [mark(here.device)]
     for _ in range(o.steps):
+        if ahead is not None:
+            ids = ahead.next().to(here.device, non_blocking=True)
+            batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+            waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))
         losses.append(loss)
@@ -124,7 +128,27 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
+        "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
+
+
+def reading(config: RunConfig, here, steps: int) -> Prefetch:
+    """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has been opened,
+    read ahead as train.py does; with documents of 500 tokens on average."""
+    random, m, s = np.random.default_rng(0), config.model, config.data.sequence
+    with tempfile.TemporaryDirectory() as folder:
+        with Writer(Path(folder) / "tokens", token_dtype(m.vocab)) as out:
+            while sum(out.lengths) < 2 * config.batch * s:
+                for n in random.integers(1, 1000, 200):
+                    out.document(random.integers(0, m.vocab, n))
+        data = Indexed(Path(folder) / "tokens")
+    source = Packed(data, 0, len(data), s, 0, steps * config.batch, m.vocab, False)
+
+    def load(start: int) -> torch.Tensor:
+        rows = torch.from_numpy(source.rows(start, config.batch).tokens)
+        return rows.pin_memory() if here.device != "cpu" else rows
+
+    return Prefetch(load, range(0, steps * config.batch, config.batch))
 
 
 def show(spans) -> None:
@@ -146,6 +170,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
     p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")
+    p.add_argument("--data", action="store_true", help="read each step's batch from a .bin/.idx made here")
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
         p.add_argument(f"--{name}", type=int, default=default)

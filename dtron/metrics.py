@@ -91,10 +91,10 @@ class Metrics:
                 self._board = _tensorboard(run_dir, start)
 
     def step(
-        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None, waited=0.0
     ) -> dict[str, Any]:
         """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many it trained
-        on, over all ranks."""
+        on, over all ranks, and ``waited`` how many seconds this rank's host stood still for its data."""
         end = mark(self._device) if end is None else end
         seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
@@ -104,6 +104,7 @@ class Metrics:
             "tokens_per_s": tokens / seconds, "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory_gib": memory_gib(self._device), "step_seconds": seconds,
+            "data_wait": min(waited / seconds, 1.0),
         }  # fmt: skip
         return record
 

@@ -94,12 +94,15 @@ class Batch:
 
 def make_batch(
     rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None,
-    depth: int = 0,
+    counted_BS: Tensor | None = None, depth: int = 0,
 ) -> Batch:  # fmt: skip
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets; and for ``depth`` modules of multi-token prediction, shifted further. Every rank
+    shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss; and for
+    ``depth`` modules of multi-token prediction, shifted further. Every rank
     passes the same rows and keeps its own."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
+    if counted_BS is not None:
+        targets = targets.masked_fill(~counted_BS, IGNORE)
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)

@@ -23,22 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.config import OptimConfig
+from dtron.config import ModelConfig, OptimConfig
 from dtron.dtensor import full, local
 from dtron.model import Batch
+from dtron.moe.balance import expert_totals, update_balance
 from dtron.optim import AdamState, Rule, adam_update, clip_scale, global_norm
 from dtron.params import flat, tree_map
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program
-from dtron.moe.balance import update_balance
-from dtron.step import Reports, gradients
+from dtron.step import gradients
 
-Result = tuple[Tensor, Tensor, Any, AdamState, Reports]
+Result = tuple[Tensor, Tensor, Tensor | None, Any, AdamState]
 
 
 def update(
     functions: Program,
     pipe: Pipeline,
+    m: ModelConfig,
     zero: int,
     optim: OptimConfig,
     params: Any,
@@ -49,20 +50,19 @@ def update(
     rule: Rule | None = None,
     gather_each: bool = True,
     number: Tensor | None = None,
-    rate: float = 0.0,
 ) -> Result:
-    """``(loss, gradient norm, params, optimizer state, reports)`` after a step; params and state are those
-    given, overwritten. ``rate``: of the balance bias of experts. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the norm a
-    scalar that nobody has waited for. ``number``: which update this is, for the device to know (None: the
-    state's)."""
+    """``(loss, gradient norm, expert totals, params, optimizer state)`` after a step; the last two are those
+    given, overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the
+    norm a scalar that nobody has waited for; for the totals see moe/balance.py. ``number``: which update this
+    is, for the device to know (None: the state's)."""
     total, grads, reports = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
     params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number)
-    params = update_balance(params, reports, pipe, rate)
     del grads  # or they would wait for the next step's
+    params = update_balance(params, reports, pipe, m.moe.bias_rate)
     loss = pipe.sum(None if total is None else full(total)) / tokens
-    return loss, norm, params, opt, reports
+    return loss, norm, expert_totals(reports, pipe, m.moe), params, opt
 
 
 class Recorded:
@@ -88,14 +88,12 @@ class Recorded:
             self._graph = torch.cuda.CUDAGraph()
             # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                loss, norm, _, _, self._reports = self._run(params, opt, *self._inputs)
-                self._outputs = torch.stack([loss.to(norm.dtype), norm])
+                self._outputs = self._run(params, opt, *self._inputs)[:3]
         for there, here in zip(_tensors(self._inputs), _tensors((microbatches, numbers)), strict=True):
             local(there).copy_(local(here), non_blocking=True)
         self._graph.replay()
-        loss, norm = self._outputs.clone().unbind()  # the next replay overwrites them
-        reports = {s: {name: x.clone() for name, x in r.items()} for s, r in self._reports.items()}
-        return loss, norm, params, replace(opt, step=opt.step + 1), reports
+        mine = (x if x is None else x.clone() for x in self._outputs)  # the next replay overwrites them
+        return *mine, params, replace(opt, step=opt.step + 1)
 
     def _run(self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor) -> Result:
         tokens, lr, number = numbers.unbind()

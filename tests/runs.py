@@ -63,8 +63,8 @@ def train(
             rows = random_rows(config, step).to(device)
         batches = [make_batch(r, layout, depth=m.mtp.depth) for r in rows.chunk(count)]
         state = (params, opt, batches, valid_tokens(rows), 1e-2)
-        loss, norm, params, opt, _ = update(
-            functions, pipe, config.zero, config.optim, *state, gather_each=each, rate=m.moe.bias_rate
+        loss, norm, _, params, opt = update(
+            functions, pipe, m, config.zero, config.optim, *state, gather_each=each
         )
         losses.append(loss.item())
         norms.append(norm.item())

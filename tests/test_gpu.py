@@ -171,13 +171,13 @@ def test_a_recorded_step_is_the_step(count):
         pipe = one_stage(MODEL, count, layout)
         params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
         opt, functions = adam_init(params), compiled(program(MODEL, layout), layout)
-        step = partial(update, functions, pipe, 1, OptimConfig(), rule=compiled_rule())
+        step = partial(update, functions, pipe, MODEL, 1, OptimConfig(), rule=compiled_rule())
         step = Recorded(step, "cuda") if record else step
         for number in range(8):
             rows = random_rows(config, number)
             rows[:number, -3:] = IGNORE
             batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
-            loss, norm, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number))
+            loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number))
             found.append((loss.item(), norm.item()))
         assert opt.step == 8
     plain, recorded = found[:8], found[8:]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from dtron import checkpoint
 from dtron.cli import load, parse
 from dtron.data import get_tokenizer
+from dtron.data.sources import Chunks
 from dtron.entry import run_cli
 from dtron.launch import plan
 from dtron.metrics import Metrics
@@ -36,7 +37,7 @@ TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample=5"]
 TINY += ["--optim.lr=5e-3", "--optim.warmup=1"]  # steps long enough that a wrong one shows in the next loss
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
-KEYS |= {"memory_gib", "step_seconds"}
+KEYS |= {"memory_gib", "step_seconds", "data_wait"}
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +205,8 @@ def test_the_document_mask_is_the_same_on_every_mesh(run_dir, one_device):
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run_dir, one_device, first, then, monkeypatch):
     agree(run(run_dir, "--save-every=2", *first), one_device)
     shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
-    starts, rows = [], train.rows
-    monkeypatch.setattr(train, "rows", lambda *a, **k: starts.append(a[3]) or rows(*a, **k))
+    starts, rows = [], Chunks.rows
+    monkeypatch.setattr(Chunks, "rows", lambda self, start, n: starts.append(start) or rows(self, start, n))
     found = run(run_dir, "--resume", *then)
     agree(found, one_device)
     assert starts[:2] == [8, 12]  # samples: two steps of four are behind it
