@@ -26,6 +26,7 @@ from dtron.data import Data, Prefetch, Rows, open_data
 from dtron.dtensor import full
 from dtron.entry import run_cli
 from dtron.generate import generate
+from dtron.hf import Source, keep_origin
 from dtron.launch import Plan, plan, ranks, same_on_all_ranks
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
@@ -47,18 +48,25 @@ def main(argv: list[str]) -> int:
     here = plan(config)  # refuses what cannot be, before anything is started
     run_dir = open_run(config)
     data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
+    begin = Source(config.init_from, config.model) if config.init_from and not config.resume else None
     with ranks(config, here) as pipe:
-        train(config, here, pipe, data, run_dir)
+        train(config, here, pipe, data, run_dir, begin)
     return 0
 
 
-def train(config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path) -> None:
+def train(
+    config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path, begin: Source | None = None
+) -> None:
+    """``begin``: the weights to begin with (None: random ones)."""
     m, spec, layout = config.model, pipe.spec, pipe.layout
     identity = checkpoint.identity_of(config, data.digest())
     if data.samples is not None:
         identity["data.samples"] = data.samples
     same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
-    params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
+    if begin is not None:
+        params = begin.load(spec, layout, here.master, here.device)
+    else:
+        params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
     if config.resume and (found := checkpoint.newest(run_dir)):
         state = checkpoint.load(found, state, spec, identity)
@@ -66,6 +74,8 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Pa
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
     if here.main:  # not earlier: a refused resume leaves the run as it was
         save(config, run_dir / "config.json")
+        if begin is not None:
+            keep_origin(begin.folder, run_dir)
         if data.tokenizer is not None:
             data.tokenizer.save(str(run_dir / "tokenizer.json"))
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size

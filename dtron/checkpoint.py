@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -28,8 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from dtron.config import RunConfig
 from dtron.dtensor import full, local, rank, shard_like
+from dtron.mesh import Layout
 from dtron.optim import AdamState
-from dtron.params import flat, unflatten
+from dtron.own import lay, own_box
+from dtron.params import Weight, flat, tree_map, unflatten
 from dtron.simulate import is_simulated, paused
 
 FORMAT = 2
@@ -131,6 +134,41 @@ def read_meta(path: Path) -> dict[str, Any]:
         if have != size:
             raise ValueError(f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {remedy}")
     return meta
+
+
+def read_weight(path: Path, w: Weight) -> Tensor:
+    """One whole weight, float32; nothing else is read."""
+    into = torch.empty(w.shape)
+    read_into(path, w, into)
+    return into
+
+
+def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
+    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it."""
+
+    def one(w: Weight) -> Tensor:
+        box = own_box(w, layout, device)
+        with paused():
+            if box is None:
+                x = read_weight(path, w)
+            else:
+                x = torch.empty([b - a for a, b in box], device=device)
+                read_into(path, w, lay(x, w, layout, box))
+            x = x.to(device, dtype)
+        return lay(x, w, layout, box)
+
+    with torch.no_grad():
+        return tree_map(one, spec)
+
+
+def read_into(path: Path, w: Weight, into: Tensor) -> None:
+    """The part of a weight that this rank has of ``into``. Asks no other rank."""
+    try:
+        with _quiet():
+            dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        first = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
 
 
 def identity_of(config: RunConfig, text: str) -> Identity:

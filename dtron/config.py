@@ -353,6 +353,8 @@ class RunConfig:
     """of weights and data order"""
     run_dir: str = "runs/latest"
     """where metrics, the resolved config and checkpoints go"""
+    init_from: str | None = None
+    """begin with the weights, and the model, of a Hugging Face folder (config.json and safetensors)"""
     resume: bool = False
     """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
     save_every: int = 0

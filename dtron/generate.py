@@ -12,22 +12,37 @@ as pages of cache, rows that come and go, and speculation.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
-from collections.abc import Sequence, Set
+from argparse import Namespace
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from dtron.config import ModelConfig
+from dtron import checkpoint
+from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.data.tokens import end_id, load_tokenizer
 from dtron.dtensor import full
+from dtron.entry import run_cli
+from dtron.hf.config import CONFIG
+from dtron.hf.export import read_run
+from dtron.hf.load import Source
+from dtron.hf.safetensors import read_json
+from dtron.launch import plan, ranks
 from dtron.layers.past import Past, empty_past
 from dtron.mesh import Layout
 from dtron.model import Transformer, embed, make_batch, stage_logits
 from dtron.params import gather
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program
+from dtron.shape import MeshShape
 from dtron.simulate import paused
 from dtron.step import evaluate
 
@@ -149,8 +164,108 @@ def check_prompts(prompts: Sequence[Sequence[int]], tokens: int, m: ModelConfig)
     return longest
 
 
-if __name__ == "__main__":
-    from dtron.entry import run_cli
-    from dtron.generating import main
+def run(o: Namespace) -> int:
+    """The command."""
+    check_sampling(o.tokens, o.temperature, o.top_p)
+    folder = Path(o.folder)
+    opened, m = _open(folder)
+    tokenizer = load_tokenizer(str(folder), flag="--from")
+    prompts = [tokenizer.encode(text).ids for text in o.prompt]
+    check_prompts(prompts, o.tokens, m)
+    config = RunConfig(
+        mesh=o.mesh, simulate=o.simulate, device=o.device, dtype=o.dtype, zero=0, compile="off", graph="off",
+        model=m,
+    )  # fmt: skip
+    shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
+    if shape.cp > 1:
+        raise ValueError(f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp")
+    # A plan is one of training: the smallest batch that this mesh takes.
+    sequence = DataConfig(sequence=min(shape.tp, m.context))
+    config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=sequence)
+    here = plan(config)
+    ends = _ends(folder, tokenizer)
+    with ranks(config, here) as pipe:
+        weights = opened(pipe.spec, pipe.layout, here.compute, here.device)
+        texts = generate(
+            weights, prompts, o.tokens, m, pipe, o.temperature, o.top_p, o.seed, here.device, ends
+        )  # fmt: skip
+    if here.main:
+        for ids in texts:
+            print(tokenizer.decode(ids), flush=True)
+    return 0
 
+
+def _open(folder: Path) -> tuple[Callable[..., Any], ModelConfig]:
+    """What loads the weights of a run directory or a Hugging Face folder, and their model."""
+    if checkpoint.folder(folder).is_dir():
+        config, found = read_run(folder)
+        checkpoint.read_meta(found)  # it is whole
+        return partial(checkpoint.load_params, found), config.model
+    source = Source(folder)
+    return source.load, source.model
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """The tokens after which a text has ended."""
+    for name in ("generation_config.json", CONFIG):
+        if (folder / name).is_file():
+            said = read_json(folder / name).get("eos_token_id")
+            if said is not None:
+                return set(said) if isinstance(said, list) else {said}
+    end = end_id(tokenizer)
+    return set() if end is None else {end}
+
+
+def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
+    if tokens < 1:
+        raise ValueError(f"--tokens {tokens}: at least 1 is generated; raise it")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature {temperature}: must be from 0, the likeliest token; change it")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dtron.generate", description="Text from a model, on any mesh.")
+    add = made.add_argument
+    add(
+        "--from",
+        dest="folder",
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face folder, or a run directory",
+    )
+    add(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be repeated"
+    )
+    add("--tokens", type=int, default=64, metavar="N", help="new tokens at most (64)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (0.8)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest of this probability (1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    add("--mesh", default="", metavar="MESH", help="how the ranks are arranged, as tp=2")
+    add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    dtypes = ["auto", "float32", "bfloat16", "float64"]
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    return run(parser().parse_args(list(argv)))
+
+
+if __name__ == "__main__":
     sys.exit(run_cli(main, sys.argv[1:]))

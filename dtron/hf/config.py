@@ -15,12 +15,16 @@ from dtron.config import ModelConfig
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.safetensors import read_json
 from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.mtp import Ahead
 
 CONFIG = "config.json"
 
 # What a flag may change of a model that is loaded: neither its weights nor, where it was trained, its function.
-FREE = ("context", "window", "rope", "z_loss", "init_std", "vocab_multiple")
-_UNSAID = ("z_loss", "init_std", "vocab_multiple")  # in a config.json
+FREE = (
+    "context", "window", "rope", "z_loss", "init_std", "vocab_multiple", "mtp", "moe.aux_loss",
+    "moe.aux_level", "moe.z_loss", "moe.bias_rate", "moe.capacity",
+)  # fmt: skip
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -57,40 +61,50 @@ def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> Mod
             )
     values = {}
     for ours, theirs in family.keys.items():
-        if theirs not in said and theirs not in family.defaults:
-            raise ValueError(f"{where}: lacks {theirs}, which every {family.kind} has; download it again")
-        values[ours] = said.get(theirs, family.defaults.get(theirs))
+        names = theirs.split("|")
+        found = next((name for name in names if name in said), None)
+        if found is None and names[0] not in family.defaults:
+            raise ValueError(f"{where}: lacks {names[0]}, which every {family.kind} has; download it again")
+        values[ours] = family.defaults.get(names[0]) if found is None else said[found]
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
     values["mlp"] = values.get("mlp") or 4 * values["embed"]
     values |= family.fixed
+    try:
+        values |= family.read(said, values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
     if values.get("positions", "rotary") == "rotary":
         values["rope"] = _rope(said, values["context"], where)
+        if values["rope"].mscale_all and not values.get("mla.kv_rank"):
+            raise ValueError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
     try:
         return build(values)
     except TypeError as error:
         raise ValueError(f"{where}: a value has another type than it must have ({error})") from error
 
 
-def build(values: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig with these fields; ``moe.experts`` is a field of a field."""
-    m = ModelConfig()
+def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelConfig:
+    """``start`` (None: the default) with these fields; ``moe.experts`` is a field of a field."""
+    m = start or ModelConfig()
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         group, _, inner = name.rpartition(".")
         groups.setdefault(group, {})[inner] = value
     own = groups.pop("", {})
-    return replace(m, **own, **{g: replace(getattr(m, g), **inner) for g, inner in groups.items()})
+    parts = {g: replace(own.get(g, getattr(m, g)), **inner) for g, inner in groups.items()}
+    return replace(m, **own | parts)
 
 
 def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     """What config.json says of this model. Raises ValueError where the family has no word for something."""
-    said = {theirs: _get(m, ours) for ours, theirs in family.keys.items()}
+    said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
+    said |= family.write(m)
     if m.positions == "rotary":
         said |= _rope_said(m.rope)
     again = from_hf(said, family)
-    different = _difference(again, m)
+    different = _difference(_spoken(again), _spoken(m))
     if different:
         name, theirs, ours = different
         raise ValueError(f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other")
@@ -112,14 +126,34 @@ def best_family(m: ModelConfig) -> Family:
 
 def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, Any] | None:
     """``(field, in the checkpoint, by flag)`` of the first field that flags may not change."""
-    free = {name: getattr(flags, name) for name in FREE}
-    return _difference(replace(loaded, **free), flags)
+    return _difference(build({name: _get(flags, name) for name in FREE}, loaded), flags)
+
+
+def _spoken(m: ModelConfig) -> ModelConfig:
+    """What a config.json says of it: all that only matters in training, or means nothing in this model, is as
+    in any other."""
+    same = {
+        "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0, "moe.aux_level": "micro_batch",
+        "moe.z_loss": 0.0, "moe.capacity": 0.0, "moe.balanced": False, "mtp": Ahead(),
+        "moe.bias_rate": float(m.moe.bias_rate > 0),
+    }  # fmt: skip
+    if m.moe.experts and not m.moe.dense_layers:
+        same["mlp"] = 1
+    if not m.moe.experts:
+        same["moe"] = MoE()
+    if m.latent:
+        same |= {"kv_heads": 1, "head_dim": 2}
+    if m.positions != "rotary":
+        same["rope"] = Rope()
+    elif m.rope.scaling == "none":
+        same["rope"] = Rope(m.rope.theta)
+    return build(same, m)
 
 
 def _difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
     for f in fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        if prefix + f.name in _UNSAID or x == y:
+        if x == y:
             continue
         if is_dataclass(x):
             found = _difference(x, y, f"{prefix}{f.name}.")
@@ -144,7 +178,7 @@ _STRETCHED = {
     },
     "yarn": {
         "factor": "factor", "original": "original_max_position_embeddings", "beta_slow": "beta_slow",
-        "beta_fast": "beta_fast",
+        "beta_fast": "beta_fast", "mscale": "mscale", "mscale_all": "mscale_all_dim", "truncate": "truncate",
     },
 }  # fmt: skip
 
@@ -170,5 +204,9 @@ def _rope_said(rope: Rope) -> dict[str, Any]:
     """As transformers had it before version 5, which that reads too."""
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
-    stretched = {theirs: getattr(rope, ours) for ours, theirs in _STRETCHED[rope.scaling].items()}
+    names, usual = _STRETCHED[rope.scaling], Rope()
+    unsaid = [
+        name for name in ("mscale", "mscale_all", "truncate") if getattr(rope, name) == getattr(usual, name)
+    ]
+    stretched = {theirs: getattr(rope, ours) for ours, theirs in names.items() if ours not in unsaid}
     return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.scaling, **stretched}}

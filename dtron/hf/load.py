@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from dtron.config import ModelConfig
-from dtron.dtensor import Lies
 from dtron.hf.config import read_config
 from dtron.hf.families import Family, Row
 from dtron.hf.pattern import Range, halves, pattern
 from dtron.hf.safetensors import Reader
 from dtron.mesh import Layout
 from dtron.model import declare_model
+from dtron.own import lay, own_box
 from dtron.params import Weight, flat, tree_map
-from dtron.simulate import is_simulated, paused
+from dtron.simulate import paused
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ class Place:
 
 def place(w: Weight, family: Family, m: ModelConfig) -> Place:
     """Raises ValueError where the family has no such weight."""
-    block = re.search(r"\.(\d+)\.", w.path)
+    block = re.match(r"(\w+)\.(\d+)\.", w.path)
     row = family.weights.get(re.sub(r"\.\d+\.", ".{l}.", w.path, count=1))
     if row is None:
         raise ValueError(f"{w.path}: a {family.kind} has no such weight; choose another family or model")
     if block:
-        row = row._replace(name=row.name.replace("{l}", block[1]))
+        number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
+        row = row._replace(name=row.name.replace("{l}", str(number)))
     sizes = dict(zip(pattern(row.lies).ours, w.shape, strict=True))
     return Place(row, sizes | ({"v": m.vocab} if "v" in sizes else {}))
 
@@ -95,6 +96,7 @@ class Source:
         if lost:
             raise ValueError(f"{self.folder}: lacks {_some(lost)}; download it again")
         skipped = [*self.family.ignored, *([r"lm_head\.weight"] if self.model.tied else [])]
+        skipped = [p.replace("{layers}", str(self.model.layers)) for p in skipped]
         extra = [n for n in have if n not in wanted and not any(re.fullmatch(p, n) for p in skipped)]
         if extra:
             kind = self.family.kind
@@ -113,18 +115,11 @@ class Source:
             return tree_map(lambda w: self._weight(w, layout, dtype, device), spec)
 
     def _weight(self, w: Weight, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
-        where, whole = place(w, self.family, self.model), [(0, n) for n in w.shape]
-        if layout.mesh is None:
-            return self._part(where, whole, dtype).to(device)
-        ids = [layout.to_local(layout.iota(a, n, device), a) for a, n in zip(w.axes, w.shape, strict=True)]
-        if any(is_simulated(i) for i in ids):  # all ranks are here
-            with paused():
-                x = self._part(where, whole, dtype)
-            return layout.shard(x, *w.axes)
-        mine = [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in ids]
-        x = self._part(where, mine, dtype).to(device)
-        size = torch.empty(w.shape, device="meta")
-        return Lies(layout.placements(*w.axes), size.shape, size.stride()).whole(x, layout.mesh)
+        box = own_box(w, layout, device)
+        with paused():  # where ranks are simulated, they share what is read
+            where = place(w, self.family, self.model)
+            x = self._part(where, box or [(0, n) for n in w.shape], dtype).to(device)
+        return lay(x, w, layout, box)
 
     def _part(self, where: Place, box: list[Range], dtype: torch.dtype) -> Tensor:
         """These ranges of our dims, from the file."""

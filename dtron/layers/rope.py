@@ -48,6 +48,8 @@ class Rope:
     """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of mscale_all"""
     mscale_all: float = 0.0
     """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
+    truncate: bool = True
+    """yarn: the ramp begins and ends at a pair, and not between two (gpt-oss)"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
@@ -84,8 +86,10 @@ def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -
     def pair_with(rotations: float) -> float:
         return head_dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first = max(math.floor(pair_with(rope.beta_fast)), 0)
-    last = min(math.ceil(pair_with(rope.beta_slow)), head_dim - 1)
+    first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
     keep = 1 - ramp.clamp(0, 1)
     scale = rope.stretch(rope.mscale) / rope.stretch(rope.mscale_all)
