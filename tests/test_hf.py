@@ -1,4 +1,4 @@
-"""Every family of models: the same logits as Hugging Face transformers, the same text, and back to the bit."""
+"""Every family: the same logits as Hugging Face transformers, the same text, and back to the bit."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dtron.mtp import Ahead
 
 CONFIG = "config.json"
 
-# What a flag may change of a model that is loaded: neither its weights nor, where it was trained, its function.
+# What a flag may change of a model that is loaded: how it is trained, and how far it sees.
 FREE = (
     "context", "window", "rope", "z_loss", "init_std", "vocab_multiple", "mtp", "moe.aux_loss",
     "moe.aux_level", "moe.z_loss", "moe.bias_rate", "moe.capacity",
@@ -133,8 +133,9 @@ def _spoken(m: ModelConfig) -> ModelConfig:
     """What a config.json says of it: all that only matters in training, or means nothing in this model, is as
     in any other."""
     same = {
-        "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0, "moe.aux_level": "micro_batch",
-        "moe.z_loss": 0.0, "moe.capacity": 0.0, "moe.balanced": False, "mtp": Ahead(),
+        "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
+        "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
+        "moe.capacity": 0.0, "moe.balanced": False, "mtp": Ahead(),
         "moe.bias_rate": float(m.moe.bias_rate > 0),
     }  # fmt: skip
     if m.moe.experts and not m.moe.dense_layers:

@@ -25,11 +25,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """``kind`` and ``architecture``: as config.json has them. ``keys``: our fields by theirs. ``defaults``: of
-    keys that config.json may lack. ``fixed``: fields that all models of the family share. ``demands``: keys for
-    which we compute one value only; one that is not there has it. ``ignored``: tensors that are no weights of
-    the model, ``{layers}`` the number of its blocks. ``read(said, fields)`` and ``write(model)`` are for what is
-    no table: more fields, and more keys."""
+    """``kind`` and ``architecture``: as config.json has them. ``keys``: our fields by theirs, ``a|b`` where
+    it has had two names. ``defaults``: of keys that config.json may lack. ``fixed``: fields that all models of
+    the family share. ``demands``: keys for which we compute one value only; one that is not there has it.
+    ``ignored``: tensors that are no weights of the model, ``{later}`` a number that its blocks end before.
+    ``read(said, fields)`` and ``write(model)`` are for what is no table: more fields, and more keys."""
 
     kind: str
     architecture: str
@@ -259,7 +259,9 @@ FAMILIES = (
     ),
     Family(
         "qwen3_moe", "Qwen3MoeForCausalLM", _ENDS | _NORMS | _ATTENTION | _EXPERTS,
-        _LLAMA_KEYS | _MOE | {"moe.experts": "num_experts|num_local_experts", "moe.normalize": "norm_topk_prob"},
+        _LLAMA_KEYS
+        | _MOE
+        | {"moe.experts": "num_experts|num_local_experts", "moe.normalize": "norm_topk_prob"},
         _LEFT_OUT | {"norm_topk_prob": False}, {"qk_norm": True},
         _SILU | _NO_WINDOW | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
@@ -283,7 +285,7 @@ FAMILIES = (
         "deepseek_v3", "DeepseekV3ForCausalLM", _ENDS | _DEEPSEEK_BLOCK | _module(_DEEPSEEK_BLOCK),
         _DEEPSEEK_KEYS, _LEFT_OUT, {"moe.score": "sigmoid", "moe.bias_rate": 0.001},
         _DEEPSEEK_DEMANDS | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
-        ignored=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{layers}\..*"),
+        ignored=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{later}\..*"),
         read=_read_deepseek, write=_write_deepseek,
     ),
 )  # fmt: skip

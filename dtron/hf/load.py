@@ -30,8 +30,8 @@ from dtron.simulate import paused
 
 @dataclass(frozen=True)
 class Place:
-    """Where one weight of ours is: ``row`` with the block's number filled in, and the sizes of the axes in its
-    pattern."""
+    """Where one weight of ours is: ``row`` with the block's number filled in, and the sizes of the axes in
+    its pattern."""
 
     row: Row
     sizes: dict[str, int]
@@ -96,8 +96,7 @@ class Source:
         if lost:
             raise ValueError(f"{self.folder}: lacks {_some(lost)}; download it again")
         skipped = [*self.family.ignored, *([r"lm_head\.weight"] if self.model.tied else [])]
-        skipped = [p.replace("{layers}", str(self.model.layers)) for p in skipped]
-        extra = [n for n in have if n not in wanted and not any(re.fullmatch(p, n) for p in skipped)]
+        extra = [n for n in have if n not in wanted and not any(self._skips(p, n) for p in skipped)]
         if extra:
             kind = self.family.kind
             raise ValueError(f"{self.folder}: has {_some(extra)}, which dtron's {kind} does not know")
@@ -108,6 +107,10 @@ class Source:
                     f"{e.file}: {name} is {list(e.shape)}, and by config.json must be {list(shape)}; "
                     "they are not of one model, download both again"
                 )
+
+    def _skips(self, text: str, name: str) -> bool:
+        found = re.fullmatch(text.replace("{later}", r"(?P<later>\d+)"), name)
+        return bool(found) and int(found.groupdict().get("later", self.model.layers)) >= self.model.layers
 
     def load(self, spec: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
         """A tree of weights like ``spec``, the declared ones, in ``dtype``, that lie as the layout says."""

@@ -5,8 +5,8 @@
     "e d (f 0/2) -> e d f"    ours is every second column of theirs
     "f d -> e d f"            e is not in theirs: it stands in the name, one tensor for each
 
-A pattern is read both ways. What makes it more than a transposition is that it also answers which box of their
-tensor a *part* of ours is made from, so that a rank reads its part alone.
+A pattern is read both ways. What makes it more than a transposition is that it also answers which box of
+their tensor a *part* of ours is made from, so that a rank reads its part alone.
 """
 
 from __future__ import annotations

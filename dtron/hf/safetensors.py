@@ -1,13 +1,13 @@
 """The safetensors format, read by ranges of bytes and written as a stream.
 
-A file is eight bytes (the length of the header, little-endian), the header, and the tensors' bytes one after
-the other. The header is JSON: per tensor its dtype, its shape and where its bytes begin and end. Nothing in it
-can be executed, which is the point of the format; a pickled checkpoint is refused.
+A file is eight bytes (the length of the header, little-endian), the header, and the tensors' bytes one
+after the other. The header is JSON: per tensor its dtype, its shape and where its bytes begin and end.
+Nothing in it can be executed, which is the point of the format; a pickled checkpoint is refused.
 
 The ``safetensors`` library writes a file whose tensors are all in memory, and reads slices through a memory
-map, where nobody knows what was read. Here a rank reads with ``pread`` exactly the runs of bytes that its part
-of a tensor is made of, and counts them, and tensors are written as they come. A checkpoint of several files
-has an index, ``model.safetensors.index.json``, that names the file of each tensor.
+map, where nobody knows what was read. Here a rank reads with ``pread`` exactly the runs of bytes that its
+part of a tensor is made of, and counts them, and tensors are written as they come. A checkpoint of several
+files has an index, ``model.safetensors.index.json``, that names the file of each tensor.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def attention(
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation) and
     ``documents_T`` the document of each token (None: one per sequence), both ``[T@tokens]``. ``path``: the
-    kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and values of earlier tokens, to
-    which these are added; see past.py."""
+    kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and values of earlier tokens,
+    to which these are added; see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
