@@ -57,7 +57,8 @@ _MIXTRAL = replace(
     _llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope(1e6)), moe=MoE(8, 2, 14336, aux_loss=0.02)
 )
 _GPT_OSS = replace(
-    _llama(201088, 2880, 24, 64, 8, 2880, 131072, Rope(1.5e5, "yarn", 32.0, 4096), head_dim=64),
+    _llama(201088, 2880, 24, 64, 8, 2880, 131072, Rope(1.5e5), head_dim=64),
+    rope=Rope(1.5e5, "yarn", 32.0, 4096, truncate=False),
     qkv_bias=True, bias=True, sinks=True, window=128, full_every=2,
     moe=MoE(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
             aux_loss=0.001),

@@ -26,8 +26,8 @@ class Row(NamedTuple):
 @dataclass(frozen=True)
 class Family:
     """``kind`` and ``architecture``: as config.json has them. ``keys``: our fields by theirs, ``a|b`` where
-    it has had two names. ``defaults``: of keys that config.json may lack. ``fixed``: fields that all models of
-    the family share. ``demands``: keys for which we compute one value only; one that is not there has it.
+    it has had two names. ``defaults``: of keys that config.json may lack. ``fixed``: fields that all models
+    of the family share. ``demands``: keys for which we compute one value only; one that is not there has it.
     ``ignored``: tensors that are no weights of the model, ``{later}`` a number that its blocks end before.
     ``read(said, fields)`` and ``write(model)`` are for what is no table: more fields, and more keys."""
 
