@@ -53,15 +53,17 @@ def update(
 ) -> Result:
     """``(loss, gradient norm, expert totals, params, optimizer state)`` after a step; the last two are those
     given, overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the
-    norm a scalar that nobody has waited for; for the totals see moe/balance.py. ``number``: which update this
+    norm a scalar that nobody has waited for; for the totals see moe/balance.py. A
+    step whose loss or norm is not finite moves no weight. ``number``: which update this
     is, for the device to know (None: the state's)."""
     total, grads, reports = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
+    loss = pipe.sum(None if total is None else full(total)) / tokens
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
-    params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number)
+    ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
+    params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number, ok)
     del grads  # or they would wait for the next step's
-    params = update_balance(params, reports, pipe, m.moe.bias_rate)
-    loss = pipe.sum(None if total is None else full(total)) / tokens
+    params = update_balance(params, reports, pipe, m.moe.bias_rate, ok)
     return loss, norm, expert_totals(reports, pipe, m.moe), params, opt
 
 

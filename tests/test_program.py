@@ -37,7 +37,7 @@ TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample=5"]
 TINY += ["--optim.lr=5e-3", "--optim.warmup=1"]  # steps long enough that a wrong one shows in the next loss
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
-KEYS |= {"memory_gib", "step_seconds", "data_wait"}
+KEYS |= {"memory_gib", "step_seconds", "data_wait", "skipped"}
 
 
 @pytest.fixture(scope="module")
