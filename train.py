@@ -187,6 +187,8 @@ def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None]
     """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
     This runs ahead, in a thread of its own."""
     d, gpu = config.data, here.device.startswith("cuda")
+    if gpu:
+        torch.cuda.set_device(here.device)  # for this thread; pinned memory belongs to a device
     columns = rows.tokens, rows.documents if d.masked else None, rows.positions if d.restarts else None
     tensors = [None if x is None else torch.from_numpy(x) for x in (*columns, rows.counted)]
     return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid

@@ -146,7 +146,10 @@ def reading(config: RunConfig, here, steps: int) -> Prefetch:
 
     def load(start: int) -> torch.Tensor:
         rows = torch.from_numpy(source.rows(start, config.batch).tokens)
-        return rows.pin_memory() if here.device != "cpu" else rows
+        if here.device == "cpu":
+            return rows
+        torch.cuda.set_device(here.device)  # for this thread
+        return rows.pin_memory()
 
     return Prefetch(load, range(0, steps * config.batch, config.batch))
 
