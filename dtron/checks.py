@@ -19,7 +19,9 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
         raise ValueError(
             f"mesh cp={mesh.cp}: attention over context-parallel ranks is not there yet; leave cp out"
         )
-    for name in ("heads", "kv_heads", "mlp"):
+    check_experts(model, mesh)
+    dense = not model.moe.experts or model.moe.dense_layers
+    for name in ("heads", "kv_heads", *["mlp"] * bool(dense)):
         size = getattr(model, name)
         if size % mesh.tp:
             raise ValueError(
@@ -41,6 +43,39 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
         raise ValueError(
             f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
             f"{model.context} or --model.context {sequence}"
+        )
+
+
+def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
+    """Raises ValueError where ep or etp don't fit the mesh or the experts."""
+    c, _ = model.moe, mesh.atoms  # refuses an ep that the mesh has no ranks for
+    if not c.experts:
+        if mesh.ep * mesh.etp > 1:
+            raise ValueError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
+        return
+    for flag, size, axis in (
+        ("experts", c.experts, "ep"), ("mlp", c.mlp, "etp"), ("shared", c.shared, "tp"),
+    ):  # fmt: skip
+        n = getattr(mesh, axis)
+        if size % n:
+            raise ValueError(
+                f"model.moe.{flag}={size} over {axis}={n}: {axis} must divide {flag}; use "
+                f"{axis}={nearest_divisor(size, n)} or --model.moe.{flag} {-(-size // n) * n}"
+            )
+
+
+def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
+    """Raises ValueError for a dispatcher that cannot do what is asked."""
+    c = model.moe
+    if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
+        raise ValueError(
+            f"--dispatch {how.dispatch} with model.moe.capacity={c.capacity}: it drops nothing; use "
+            "--dispatch static, or --model.moe.capacity 0"
+        )
+    if c.experts and how.dispatch == "alltoall" and compiles:
+        raise ValueError(
+            "--dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
+            "compiled; use --dispatch allgather, --dispatch static or --compile off"
         )
 
 

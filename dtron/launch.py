@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtron.checks import check, check_attention, check_fp8, microbatches
+from dtron.checks import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -69,6 +69,7 @@ def plan(config: RunConfig) -> Plan:
     tokens = rows // shape.data * config.data.sequence // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
     check_attention(config.attention, config.model, compute, device)
+    check_dispatch(config.how, config.model, compiles)
     return Plan(
         shape,
         device,

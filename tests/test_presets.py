@@ -7,7 +7,7 @@ import pytest
 
 from dtron.checks import check
 from dtron.config import ModelConfig
-from dtron.model import declare_model, parameter_count
+from dtron.model import active_count, declare_model, parameter_count
 from dtron.params import leaves
 from dtron.presets import PRESETS, preset
 from dtron.shape import MeshShape
@@ -38,8 +38,14 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
 }
-OURS = {"tiny", "bench-1.3b", "bench-8b-width"}
+# Of these, what one token uses (the card of gpt-oss says 3.6e9, without the embedding).
+ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9, "gpt-oss-20b": 4.2e9}
+OURS = {"tiny", "tiny-moe", "bench-1.3b", "bench-8b-width", "bench-moe"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 
@@ -48,6 +54,12 @@ each = pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_number_of_parameters(name):
     """Without the rows that pad the vocabulary."""
     assert parameter_count(replace(preset(name), vocab_multiple=1)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_parameters_that_a_token_uses(name):
+    """By the models' cards, rounded there."""
+    assert active_count(preset(name)) == pytest.approx(ACTIVE[name], rel=0.02)
 
 
 def test_every_preset_of_others_is_counted():
@@ -78,8 +90,9 @@ def test_the_sizes_of_a_preset_fit_each_other(name):
     dims, spec = m.dims(), declare_model(m)
     assert len(spec.blocks) == m.layers
     for path, w in leaves(spec):
-        assert w.shape == tuple(dims.get(a, m.embed) for a in w.axes), path
-    assert m.heads * m.head_dim == m.embed or name.startswith("qwen3")  # Qwen 3 has its own head width
+        assert w.shape == tuple(dims[a.removeprefix("act_")] for a in w.axes), path
+    own_width = ("qwen3", "gpt-oss", "bench-moe")  # of heads
+    assert m.heads * m.head_dim == m.embed or name.startswith(own_width)
     assert (m.norm, m.positions) in (("rmsnorm", "rotary"), ("layernorm", "learned"))
     assert (spec.w_head is None) == m.tied and m.embed % 32 == 0 and m.mlp % 32 == 0
 
