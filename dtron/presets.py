@@ -82,8 +82,8 @@ _V3 = MoE(
 
 # DeepSeek-V3 in small: all that it has.
 _TINY_DEEPSEEK = ModelConfig(
-    embed=192, layers=3, heads=6, mlp=512, norm_eps=1e-6, mla=Latent(64, 96, 32, 16, 32), mtp=Ahead(1),
-    moe=replace(_V3, experts=8, top_k=2, mlp=128, dense_layers=1, groups=4, group_top_k=2, shared=128),
+    embed=128, layers=3, heads=4, mlp=384, norm_eps=1e-6, mla=Latent(48, 64, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=96, dense_layers=1, groups=4, group_top_k=2, shared=96),
 )  # fmt: skip
 
 

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_communication import counts
-from test_deepseek import halves
 from test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
-from values import F64, ONE, close, normal, tree, turned
+from values import F64, ONE, close, halves, normal, tree, turned
 
 from dtron.checks import check
 from dtron.cli import parse
@@ -171,11 +170,12 @@ def test_tp_need_not_divide_the_heads_of_keys_and_values():
 
 def test_its_flags():
     config = parse(["--model", "tiny-deepseek", "--model.mla.q-rank", "0", "--model.mtp.weight", "0.1"])
-    assert config.model.mla == Latent(64, 0, 32, 16, 32) and config.model.mtp == Ahead(1, 0.1)
+    assert config.model.mla == Latent(48, 0, 32, 16, 32) and config.model.mtp == Ahead(1, 0.1)
 
 
 def test_show_has_its_weights():
     found = {r.path: r for r in rows(preset("deepseek-v3"), MeshShape(dp=8, tp=4), 3)}
-    up = found["blocks.0-60.mla.w_kv_up"]
+    assert found["blocks.3-60.moe.experts.w_up"].count == 58 and found["blocks.0-2.mlp.w_up"].count == 3
+    up = found["blocks.3-60.mla.w_kv_up"]
     assert up.axes == "[kv_rank@dp, heads@tp, kv_dim]" and up.local == (64, 32, 256)
     assert found["mtp.0.w_h"].axes == "[embed@dp, act_embed]"
