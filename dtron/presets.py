@@ -90,7 +90,7 @@ _TINY_DEEPSEEK = ModelConfig(
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
-    "tiny-moe":      ModelConfig(embed=192, layers=3, heads=6, kv_heads=2, moe=MoE(8, 2, 256, aux_loss=0.01)),
+    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
     "tiny-deepseek": _TINY_DEEPSEEK,
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
     "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it

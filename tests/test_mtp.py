@@ -172,7 +172,7 @@ def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
 @settings(max_examples=25)
 @given(
     mesh=st.sampled_from(["pp=2", "pp=2,dp=2", "pp=2,tp=2", "pp=4", "pp=2,dp=2,tp=2", "pp=2,dp=2,ep=2"]),
-    schedule=st.sampled_from(SCHEDULES), tied=st.booleans(), mla=st.booleans(), experts=st.booleans(),
+    schedule=st.sampled_from(list(SCHEDULES)), tied=st.booleans(), mla=st.booleans(), experts=st.booleans(),
     depth=st.integers(1, 3), zero=zero_stages(), recompute=st.sampled_from(["none", "selective", "full"]),
 )  # fmt: skip
 def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute):
