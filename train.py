@@ -41,7 +41,7 @@ from dtron.profile import Recorder
 from dtron.shape import MeshShape
 from dtron.step import evaluate
 from dtron.survive import Stop, Watch, diagnose
-from dtron.update import Recorded, update
+from dtron.update import Recorded, Told, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -94,15 +94,16 @@ def train(
     step = Recorded(step, here.device) if here.graph else step
 
     def finish(
-        step: int, loss: Tensor, norm: Tensor, experts: Tensor | None, lr: float, tokens: int, end: Any,
-        waited: float,
-    ) -> dict:  # fmt: skip
+        step: int, loss: Tensor, norm: Tensor, told: Told, lr: float, tokens: int, end: Any, waited: float
+    ) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = loss.item(), norm.item()
         if warning := watch.note(step, value, norm):
             metrics.say(warning)
-        record = metrics.step(step, value, norm, lr, tokens, end, waited) | describe_experts(experts, m.moe)
-        record["skipped"] = watch.skipped
+        record = metrics.step(step, value, norm, lr, tokens, end, waited)
+        record |= {"skipped": watch.skipped} | describe_experts(told.experts, m.moe)
+        for k, total in enumerate([] if told.ahead is None else told.ahead.tolist(), start=1):
+            record[f"ahead.{k}.loss"] = total / tokens
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -114,9 +115,9 @@ def train(
     while state.step < config.steps and not (stopped := stop.asked()):
         recorder.begin()
         columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
-        microbatches = split(columns, here, layout)
+        microbatches = split(columns, here, layout, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, experts, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, told, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
@@ -125,7 +126,7 @@ def train(
             raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
         for line in saver.said():
             metrics.say(line)
-        launched = (state.step, loss, norm, experts, lr, tokens, mark(here.device), batches.waited)
+        launched = (state.step, loss, norm, told, lr, tokens, mark(here.device), batches.waited)
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -194,12 +195,12 @@ def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None]
     return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
 
 
-def split(columns: list[Tensor | None], here: Plan, layout: Layout) -> list[Batch]:
+def split(columns: list[Tensor | None], here: Plan, layout: Layout, depth: int = 0) -> list[Batch]:
     """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
     count = len(columns[0]) // here.rows
     on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
     parts = [[None] * count if x is None else on_device(x) for x in columns]
-    return [make_batch(rows, layout, *others) for rows, *others in zip(*parts, strict=True)]
+    return [make_batch(rows, layout, *others, depth) for rows, *others in zip(*parts, strict=True)]
 
 
 @torch.no_grad()

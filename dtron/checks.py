@@ -21,7 +21,7 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
         )
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
-    for name in ("heads", "kv_heads", *["mlp"] * bool(dense)):
+    for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
         size = getattr(model, name)
         if size % mesh.tp:
             raise ValueError(
@@ -122,8 +122,9 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
     elif path == "flex":
         if device == "cpu":
             cannot = "device=cpu: flex_attention has no backward there"
-        elif model.head_dim < LEAST_HEAD_DIM:
-            cannot = f"model.head_dim={model.head_dim}: its kernels take {LEAST_HEAD_DIM} and more"
+        elif min(model.head_dims) < LEAST_HEAD_DIM:
+            name = "heads of width " if model.latent else "model.head_dim="
+            cannot = f"{name}{min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:

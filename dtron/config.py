@@ -12,10 +12,12 @@ from typing import Any, Literal
 from dtron.fp8.recipe import SMALLEST
 from dtron.how import Fp8, How
 from dtron.layers.cores import AttentionPath
+from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
 from dtron.moe.config import MoE
 from dtron.moe.dispatch import Dispatch
+from dtron.mtp import Ahead
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
@@ -47,6 +49,8 @@ class ModelConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     """how attention knows where a token is"""
     rope: Rope = field(default_factory=Rope)
+    mla: Latent = field(default_factory=Latent)
+    mtp: Ahead = field(default_factory=Ahead)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -88,12 +92,14 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
-        if self.heads % self.kv_heads:
+        if self.latent:
+            self._check_latent()
+        elif self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        if self.positions == "rotary" and not self.latent and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
         _under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
@@ -108,6 +114,35 @@ class ModelConfig:
                 f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
                 "would have experts; use fewer, or --model.moe.experts 0"
             )
+
+    def _check_latent(self) -> None:
+        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
+        for name, only in others.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
+                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                )
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean nothing."""
+        return self.mla.kv_rank > 0
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Widths of a head's queries and keys, and of its values."""
+        return (self.mla.qk_dim, self.mla.v_dim) if self.latent else (self.head_dim, self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.mla.rope_dim if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """What attention scores are multiplied by; None: 1 / sqrt(head_dim)."""
+        warm = self.rope.temperature if self.positions == "rotary" else 1.0
+        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
 
     @property
     def padded_vocab(self) -> int:
@@ -128,8 +163,12 @@ class ModelConfig:
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            "plain_attention": not self.latent,
+            **self.mla.dims(),
             **self._expert_dims(),
             "blocks": [self._block(i) for i in range(self.layers)],
+            "mtp_depth": self.mtp.depth,
+            "mtp": [self._block(self.layers + k) for k in range(self.mtp.depth)],
         }
 
     def _expert_dims(self) -> dict[str, Any]:

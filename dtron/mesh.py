@@ -61,11 +61,19 @@ RULES: Rules = {
     "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
     "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
+    "act_q_rank": (),
+    "act_kv_rank": (),
+    "kv_latent": (),
     # weights
     "embed": ("dp",),  # the ZeRO row
+    "q_rank": ("dp",),  # and for the latents of MLA
+    "kv_rank": ("dp",),
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "head_dim": (),
+    "qk_dim": (),
+    "kv_dim": (),
+    "v_dim": (),
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
@@ -78,7 +86,8 @@ RULES: Rules = {
     "shared_mlp": ("tp",),  # of the expert that every token goes to
 }
 
-ZERO = ("embed", "expert_embed")  # the rows that shard a weight at rest, and are gathered for compute
+# The rows that shard a weight at rest, and are gathered for compute.
+ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
 
 def rules_for(zero: int) -> Rules:
@@ -260,10 +269,13 @@ class Layout:
         """Where the gradients of a local region's inputs lie; see ``local``."""
         given = [p for p in placements if p is not None]
         split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
-        return [
-            p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
-            for p in placements
-        ]
+
+        def back(x: Placement, split: bool) -> Placement:
+            if x.is_partial():  # each summand's gradient is that of the sum
+                return Replicate()
+            return Partial() if split and x.is_replicate() else x
+
+        return [p and [back(x, at) for x, at in zip(p, split, strict=True)] for p in placements]
 
     def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
         """A tensor from this rank's part of it. Not differentiable."""

@@ -10,8 +10,10 @@ import difflib
 from dataclasses import replace
 
 from dtron.config import ModelConfig
+from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.moe.config import MoE
+from dtron.mtp import Ahead
 
 
 def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
@@ -62,10 +64,34 @@ _GPT_OSS = replace(
 )  # fmt: skip
 
 
+def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
+    """V2 and V3: latent attention, the context stretched from 4,096 to 163,840."""
+    return ModelConfig(
+        vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=mlp, moe=moe, norm_eps=1e-6, context=163840,
+        rope=Rope(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=Latent(512, q_rank), **more,
+    )  # fmt: skip
+
+
+_V2_LITE = MoE(
+    64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence"
+)
+_V3 = MoE(
+    256, 8, 2048, dense_layers=3, score="sigmoid", scale=2.5, groups=8, group_top_k=4, shared=2048,
+    aux_loss=0.0001, aux_level="sequence", bias_rate=0.001,
+)  # fmt: skip
+
+# DeepSeek-V3 in small: all that it has.
+_TINY_DEEPSEEK = ModelConfig(
+    embed=128, layers=3, heads=4, mlp=384, norm_eps=1e-6, mla=Latent(48, 64, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=96, dense_layers=1, groups=4, group_top_k=2, shared=96),
+)  # fmt: skip
+
+
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
     "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
+    "tiny-deepseek": _TINY_DEEPSEEK,
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
     "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it
     # qwen3-30b-a3b, 6 layers of it, every expert with the same load
@@ -102,6 +128,9 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-30b-a3b":   _qwen3_moe(2048,    48,  32,  4,  768, aux_loss=0.001),
     "qwen3-235b-a22b": _qwen3_moe(4096,    94,  64,  4, 1536, aux_loss=0.001),
     "gpt-oss-20b":   _GPT_OSS,
+    #                              vocab  embed layers heads   mlp  moe    q_rank mscale
+    "deepseek-v2-lite": _deepseek(102400,  2048,    27,   16, 10944, _V2_LITE,   0, 0.707),
+    "deepseek-v3":      _deepseek(129280,  7168,    61,  128, 18432, _V3,     1536, 1.0, mtp=Ahead(1)),
 }
 # fmt: on
 

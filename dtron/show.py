@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -128,13 +129,17 @@ def rows(
 
 
 def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
-    """Every weight, those of the blocks once for all of them."""
-    first, last = (flat(b)[0].path.split(".")[1] for b in (spec.blocks[0], spec.blocks[-1]))
-    old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
-    return [
-        (w, w.path.replace(old, new, 1), len(spec.blocks) if w.path.startswith(old) else 1)
-        for w in flat(replace(spec, blocks=spec.blocks[:1]))
-    ]
+    """Every weight, those of blocks that follow each other and are alike once for all of them."""
+    kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
+    runs = [list(run) for _, run in groupby(spec.blocks, kind)]
+    found, firsts = {}, []
+    for run in runs:
+        first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
+        old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
+        found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
+        firsts.append(run[0])
+    shown = flat(replace(spec, blocks=tuple(firsts)))
+    return [(w, *found.get(w.path, (w.path, 1))) for w in shown]
 
 
 def _short(placement) -> str:

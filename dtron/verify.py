@@ -80,7 +80,7 @@ def one_step(
         params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
-            make_batch(*one)
+            make_batch(*one, depth=m.mtp.depth)
             for one in zip(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )

@@ -59,7 +59,7 @@ def attention(
         q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("tokens",), ("heads",))
-    region = layout.local(partial(_core, path=path, mask=mask), ins, q)
+    region = layout.local(partial(core, path=path, mask=mask), ins, q)
     o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks)
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
@@ -86,7 +86,7 @@ def prepare(
     return with_blocks(mask, documents, x_TD.device), path
 
 
-def _core(
+def core(
     q_TNH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
@@ -96,9 +96,12 @@ def _core(
     path: AttentionPath,
     mask: Mask,
 ) -> Tensor:
+    """Rank-local: whole sequences of a rank's heads. Values may have another width than queries and keys, and
+    the output has theirs."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
     q, k, v = (t.unflatten(0, (-1, mask.sequence)).transpose(1, 2) for t in (q_TNH, k_TKH, v_TKH))
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, mask.sequence))
-    path = choose(path, mask, documents is not None, sinks_N is not None, q.shape[-1], q.dtype, q.device)
+    narrowest = min(q.shape[-1], v.shape[-1])
+    path = choose(path, mask, documents is not None, sinks_N is not None, narrowest, q.dtype, q.device)
     return CORES[path](q, k, v, documents, sinks_N, mask).transpose(1, 2).flatten(0, 1)

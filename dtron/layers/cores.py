@@ -6,8 +6,9 @@ fastest where the mask is plain causal, the same with a bias elsewhere, without 
 ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which compiles a kernel for any
 mask and skips the blocks of it that are empty; GPUs only, as torch has no backward for it on a CPU.
 
-All have one signature, ``(q [B, N, S, H], k and v [B, K, S, H], documents_BS, sinks_N, mask) -> [B, N, S,
-H]``, and a test holds them together. ``choose`` says which one ``auto`` is.
+All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N, mask) ->
+[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one
+``auto`` is.
 
 A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the denominator
 of a head's softmax: a head that finds nothing gives its weight to the sink and adds little, where plain
@@ -16,7 +17,6 @@ softmax must spend a weight of 1 on some token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -38,12 +38,13 @@ AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 class Mask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
-    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``blocks`` is for flex alone, see
-    ``with_blocks``."""
+    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
+    multiplied by, before that (None: 1 / sqrt(H)). ``blocks`` is for flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
     softcap: float | None = None
+    scale: float | None = None
     blocks: BlockMask | None = None
 
     @property
@@ -76,7 +77,8 @@ def attention_reference(
 ) -> Tensor:
     """The definition, for every mask; softmax in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if mask.scale is None else mask.scale
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if mask.softcap is not None:
         scores = mask.softcap * torch.tanh(scores / mask.softcap)
     scores = scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
@@ -99,7 +101,7 @@ def attention_sdpa(
     plain = not mask.windowed and documents_BS is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale)
 
 
 # On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward, flash 271 and
@@ -143,7 +145,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, mask: Mask) -
 
     o, aux = flex_attention(
         q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
-        kernel_options=_KERNEL, return_aux=AuxRequest(lse=sinks_N is not None),
+        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=sinks_N is not None),
     )  # fmt: skip
     if sinks_N is None:
         return o

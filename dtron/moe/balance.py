@@ -27,7 +27,7 @@ def update_balance(
     """Move the balance bias of every router here, by this step's load, unless ``ok`` is false. Overwrites it,
     as the optimizer does weights."""
     for stage, tree in zip(pipe.stages, params, strict=True):
-        layers = [p.moe.router.balance for p in tree.blocks if p.moe is not None] if rate else []
+        layers = [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
         for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
             step = rate * (load_E.mean() - load_E).sign()
             step = step if ok is None else torch.where(ok, step, 0)
@@ -43,7 +43,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoE) -> Tensor | None:
     the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
     if not c.experts:
         return None
-    counts = [sum(p.moe is not None for p in spec.blocks) for spec in pipe.specs]
+    counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
     sample = next(iter(reports.values()), {}).get("load")
     device = pipe.template.device if sample is None else sample.device
     rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)

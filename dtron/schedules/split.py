@@ -8,9 +8,9 @@ arrives there. W goes back to every node with what arrived, and asks for the wei
 computed twice (the idea is that of Qi et al. 2023, arXiv:2401.10241; a test counts the matrix products).
 
 A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region) makes all its
-gradients in one call. Those are made in I and kept. A recomputed block needs its activations for both halves
-and has them only once, so the runner does not split stages that recompute: I makes everything and W hands it
-over.
+gradients in one call. Those are made in I and kept, by node: two losses may share a head. A recomputed block
+needs its activations for both halves and has them only once, so the runner does not split stages that
+recompute: I makes everything and W hands it over.
 """
 
 from __future__ import annotations
@@ -40,20 +40,29 @@ def backward_input(
 ) -> tuple[Tensor, Later]:
     """``(gradient of x, later)``, where ``later()`` makes the gradients of the weights, once."""
     joins = _joins([end.node for end in ends], get_gradient_edge(x).node)
-    opaque = [edge for node, edges in joins if _makes_all_at_once(node) for edge in edges]
+    opaque = [(node, edges) for node, edges in joins if _makes_all_at_once(node)]
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
+    made: dict[Node, tuple[Tensor | None, ...]] = {}
     hooks = [node.register_prehook(lambda gs, node=node: arrived.update({node: gs})) for node, _ in plain]
+    hooks += [node.register_hook(lambda gs, _, node=node: made.update({node: gs})) for node, _ in opaque]
+    # Asked for, so that they are made; but what is returned is the sum of all ways to such an edge, some of
+    # them W's.
+    asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
     try:
-        inputs = [x, *opaque]
-        gx, *made = torch.autograd.grad(list(ends), inputs, list(gs), retain_graph=True, allow_unused=True)
+        inputs = [x, *asked.values()]
+        gx, *_ = torch.autograd.grad(list(ends), inputs, list(gs), retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
 
     def later() -> list[Tensor | None]:
-        edges, grads = list(opaque), list(made)
+        edges, grads = [], []
+        for node, children in opaque:
+            edges += children.values()
+            grads += [made[node][i] if node in made else None for i in children]
         for node, children in plain:
+            children = list(children.values())
             outputs = [(i, gi) for i, gi in enumerate(arrived.get(node, ())) if gi is not None]
             if outputs:
                 edges += children
@@ -64,6 +73,7 @@ def backward_input(
                     allow_unused=True,
                 )
         arrived.clear()
+        made.clear()
         there = [(e, gi) for e, gi in zip(edges, grads, strict=True) if gi is not None]
         if not there:
             return [None] * len(weights)
@@ -77,8 +87,9 @@ def _makes_all_at_once(node: Node) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, list[GradientEdge]]]:
-    """The nodes that lead to ``goal`` and have children that do not, with the edges to those children."""
+def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, dict[int, GradientEdge]]]:
+    """The nodes that lead to ``goal`` and have children that do not, with the edges to those children by
+    their place among the node's."""
     leads: dict[Node, bool] = {goal: True}
     stack = list(roots)
     while stack:
@@ -94,5 +105,11 @@ def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, list[GradientE
         (node, edges)
         for node, does in leads.items()
         if does
-        and (edges := [GradientEdge(c, i) for c, i in node.next_functions if c is not None and not leads[c]])
+        and (
+            edges := {
+                place: GradientEdge(c, i)
+                for place, (c, i) in enumerate(node.next_functions)
+                if c is not None and not leads[c]
+            }
+        )
     ]
