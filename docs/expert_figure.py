@@ -16,8 +16,8 @@ from dtron.show import coordinates
 from dtron.simulate import simulated
 
 DIMS = {
-    "embed": 96, "expert_embed": 96, "experts": 8, "expert_mlp": 64, "layers": 1, "mlp": 256,
-    "shared_mlp": 256, "gated": True, "bias": False,
+    "embed": 512, "expert_embed": 512, "experts": 8, "expert_mlp": 256, "layers": 1, "mlp": 1024,
+    "shared_mlp": 1024, "gated": True, "bias": False,
     "expert_bias": False, "router_bias": False, "balance_bias": False, "shared_expert": True,
     "shared_gate": False,
 }  # fmt: skip
@@ -60,7 +60,7 @@ def experts(shape: MeshShape) -> str:
     with simulated(shape) as mesh:
         layout = Layout(mesh)
         p = init(declare(MoELayer, DIMS), DIMS, 0, layout)
-        x = layout.shard(torch.ones(256, 96), "tokens_sp", "act_embed")
+        x = layout.shard(torch.ones(2048, 512), "tokens_sp", "act_embed")
         canvas.text(20, top, "who holds which part, at rest (zero 1 to 3)", bold=True)
         left = 20.0
         for name, dims, tensor in (
@@ -71,12 +71,12 @@ def experts(shape: MeshShape) -> str:
             left += draw(canvas, left, top + 14, name, dims, tensor, shape) + 40
         canvas.text(left, top + 26, "gathered over edp, for compute", bold=True)
         draw(canvas, left, top + 36, "w_up of 8 experts", "EDF", gather(p.experts, layout).w_up, shape)
-        ones = layout.shard(torch.ones(256), "tokens_sp")
+        ones = layout.shard(torch.ones(2048), "tokens_sp")
         seen = Seen(ones > 0, ones.long() * 0, 1)
         p = gather_but_shared(p, layout)
         with CollectiveCounter(mesh) as counter:
             moe(p, x, seen, c, layout)
-    y = top + 350
+    y = top + 200
     canvas.text(20, y, "forward of the experts, in order:", bold=True)
     for n, collective in enumerate(counter.order):
         what = ("counts", "tokens to their experts", "and back")[n]
