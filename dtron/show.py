@@ -189,12 +189,12 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
         20, y + 30, f"one block of {model.layers}, zero {zero}: who holds which part", bold=True, size=16
     )
     y, x, lowest = y + 50, 20, 0
-    for w in flat(declare_model(model).blocks[0]):
+    for w in flat(declare_model(model).blocks[-1]):
         lies = place(rules_for(zero), axes, *w.axes)
         pieces = [
             (rank, local_range(w.shape, sizes, lies, coordinate)) for rank, coordinate in coordinates(sizes)
         ]
-        name = w.path.removeprefix("blocks.0.")
+        name = w.path.split(".", 2)[2]
         width, height = draw_tensor(canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape)
         lowest, x = max(lowest, y + height), x + width + 30
         if x > 740:
@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
-    console.print(f"rules: {_rules_line(shape)}")
+    console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
@@ -240,8 +240,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _rules_line(shape: MeshShape) -> str:
-    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items()}
+def _rules_line(shape: MeshShape, model: ModelConfig) -> str:
+    """The rows that this model uses and this mesh cuts by."""
+    used = {a for w in flat(declare_model(model)) for a in w.axes} | {"tokens", "tokens_sp"}
+    used |= {"tokens_ep"} if "experts" in used else set()
+    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items() if k in used}
     return ", ".join(f"{k}@{'+'.join(v)}" for k, v in live.items() if v) or "one device"
 
 
