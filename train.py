@@ -8,6 +8,7 @@ With no ``--data.path`` it reads text that every machine has: the source of Pyth
 """
 
 import math
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.files import clear_parts
+from dtron.checkpoint.saver import Saver
 from dtron.cli import parse, save
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import RunConfig
@@ -27,7 +30,7 @@ from dtron.dtensor import full
 from dtron.entry import run_cli
 from dtron.generate import generate
 from dtron.hf import Source, keep_origin
-from dtron.launch import Plan, plan, ranks, same_on_all_ranks
+from dtron.launch import Plan, host_group, plan, ranks, same_on_all_ranks
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
 from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count
@@ -37,7 +40,8 @@ from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
 from dtron.step import evaluate
-from dtron.update import Recorded, update
+from dtron.survive import Stop, Watch, diagnose
+from dtron.update import Recorded, Told, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -46,18 +50,19 @@ PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behi
 def main(argv: list[str]) -> int:
     config = parse(argv)
     here = plan(config)  # refuses what cannot be, before anything is started
-    run_dir = open_run(config)
+    run_dir, found = open_run(config)
     data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
-    begin = Source(config.init_from, config.model) if config.init_from and not config.resume else None
-    with ranks(config, here) as pipe:
-        train(config, here, pipe, data, run_dir, begin)
+    begin = Source(config.init_from, config.model) if config.init_from and not found else None
+    with ranks(config, here) as pipe, Stop(host_group(config.timeout)) as stop:
+        train(config, here, pipe, data, run_dir, found, stop, begin)
     return 0
 
 
 def train(
-    config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path, begin: Source | None = None
-) -> None:
-    """``begin``: the weights to begin with (None: random ones)."""
+    config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: Stop,
+    begin: Source | None = None,
+) -> None:  # fmt: skip
+    """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
     m, spec, layout = config.model, pipe.spec, pipe.layout
     identity = checkpoint.identity_of(config, data.digest())
     if data.samples is not None:
@@ -68,11 +73,16 @@ def train(
     else:
         params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
-    if config.resume and (found := checkpoint.newest(run_dir)):
+    if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+    watch = Watch(config.max_skips)
+    saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
+    if config.save_every:
+        saver.prepare(checkpoint.tensors(state, spec))
     if here.main:  # not earlier: a refused resume leaves the run as it was
+        clear_parts(run_dir)
         save(config, run_dir / "config.json")
         if begin is not None:
             keep_origin(begin.folder, run_dir)
@@ -92,12 +102,16 @@ def train(
     step = Recorded(step, here.device) if here.graph else step
 
     def finish(
-        step: int, loss: Tensor, norm: Tensor, experts: Tensor | None, lr: float, tokens: int, end: Any,
-        waited: float,
-    ) -> dict:  # fmt: skip
+        step: int, loss: Tensor, norm: Tensor, told: Told, lr: float, tokens: int, end: Any, waited: float
+    ) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
-        value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end, waited) | describe_experts(experts, m.moe)
+        value, norm = loss.item(), norm.item()
+        if warning := watch.note(step, value, norm):
+            metrics.say(warning)
+        record = metrics.step(step, value, norm, lr, tokens, end, waited)
+        record |= {"skipped": watch.skipped} | describe_experts(told.experts, m.moe)
+        for k, total in enumerate([] if told.ahead is None else told.ahead.tolist(), start=1):
+            record[f"ahead.{k}.loss"] = total / tokens
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -105,16 +119,22 @@ def train(
     ahead = range(state.samples, config.steps * config.batch, config.batch)
     batches = Prefetch(lambda start: load(data.train.rows(start, config.batch), config, here), ahead)
     launched = None  # the step that the device is working on
-    while state.step < config.steps:
+    stopped = False
+    while state.step < config.steps and not (stopped := stop.asked()):
         recorder.begin()
         columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
         microbatches = split(columns, here, layout, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, experts, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, told, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        launched = (state.step, loss, norm, experts, lr, tokens, mark(here.device), batches.waited)
+        if watch.over:
+            why = diagnose(functions, params, microbatches, pipe, config.zero, here.gather_each, stop.group)
+            raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
+        for line in saver.said():
+            metrics.say(line)
+        launched = (state.step, loss, norm, told, lr, tokens, mark(here.device), batches.waited)
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -124,25 +144,34 @@ def train(
         record, launched = finish(*launched), None
         if evaluates:
             held = validate(state.params, data, config, here, pipe)
-            record["validation_loss"] = finite(held, "validation loss", state.step)
+            if not math.isfinite(held):
+                raise diverged(state.step, "the validation loss is not finite")
+            record["validation_loss"] = held
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
-        metrics.write(record)
         if saves:
-            metrics.say(f"saved {checkpoint.save(run_dir, state, spec, identity)}")
+            record["save_seconds"] = checkpoint.begin(saver, state, spec, identity)
+        metrics.write(record)
         metrics.restart_clock()
-    if config.sample:
+    if launched:
+        metrics.write(finish(*launched))
+    if stopped:
+        checkpoint.begin(saver, state, spec, identity)
+        metrics.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
+    elif config.sample:
         metrics.say("sample: " + sample(state.params, data, config, here, pipe))
+    saver.wait()
+    for line in saver.said():
+        metrics.say(line)
     metrics.close()
+    saver.close()
 
 
-def finite(value: float, name: str, step: int) -> float:
-    """The value, or ValueError: every rank has the same, so all stop at once."""
-    if not math.isfinite(value):
-        raise ValueError(
-            f"step {step}: the {name} is not finite, the run has diverged; lower --optim.lr, raise "
-            "--optim.warmup, or resume from an earlier checkpoint"
-        )
-    return value
+def diverged(step: int, why: str) -> ValueError:
+    """Every rank has the same, so all stop at once."""
+    return ValueError(
+        f"step {step}: {why}. The run has diverged: lower --optim.lr, raise --optim.warmup, or resume from "
+        "an earlier checkpoint"
+    )
 
 
 def describe(config: RunConfig, here: Plan, data: Data, step: int) -> str:
@@ -167,6 +196,8 @@ def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None]
     """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
     This runs ahead, in a thread of its own."""
     d, gpu = config.data, here.device.startswith("cuda")
+    if gpu:
+        torch.cuda.set_device(here.device)  # for this thread; pinned memory belongs to a device
     columns = rows.tokens, rows.documents if d.masked else None, rows.positions if d.restarts else None
     tensors = [None if x is None else torch.from_numpy(x) for x in (*columns, rows.counted)]
     return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
@@ -177,7 +208,7 @@ def split(columns: list[Tensor | None], here: Plan, layout: Layout, depth: int =
     count = len(columns[0]) // here.rows
     on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
     parts = [[None] * count if x is None else on_device(x) for x in columns]
-    return [make_batch(rows, layout, *others, depth=depth) for rows, *others in zip(*parts, strict=True)]
+    return [make_batch(rows, layout, *others, depth) for rows, *others in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
@@ -204,14 +235,16 @@ def sample(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) ->
     return data.decode(ids)
 
 
-def open_run(config: RunConfig) -> Path:
-    """The run directory. Raises ValueError where it cannot be written, where there is nothing to resume, or
-    another run to spoil."""
+def open_run(config: RunConfig) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint to go on from: with --resume, or where torchrun has started this
+    process again. Raises ValueError where the directory cannot be written, has nothing to resume, or another
+    run to spoil."""
     run_dir = Path(config.run_dir)
     found = checkpoint.newest(run_dir)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume and not found:
         raise ValueError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
-    if found and not config.resume:
+    if found and not (config.resume or again):
         raise ValueError(
             f"--run-dir {run_dir}: holds checkpoints of another run, up to {found.name}; go on from there "
             "with --resume, choose another --run-dir, or delete it"
@@ -224,7 +257,7 @@ def open_run(config: RunConfig) -> Path:
         raise ValueError(
             f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another"
         ) from error
-    return run_dir
+    return run_dir, found
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+    batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
@@ -93,7 +93,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     for _ in range(o.steps):
         if ahead is not None:
             ids = ahead.next().to(here.device, non_blocking=True)
-            batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+            batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
             waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))
@@ -146,7 +146,10 @@ def reading(config: RunConfig, here, steps: int) -> Prefetch:
 
     def load(start: int) -> torch.Tensor:
         rows = torch.from_numpy(source.rows(start, config.batch).tokens)
-        return rows.pin_memory() if here.device != "cpu" else rows
+        if here.device == "cpu":
+            return rows
+        torch.cuda.set_device(here.device)  # for this thread
+        return rows.pin_memory()
 
     return Prefetch(load, range(0, steps * config.batch, config.batch))
 

@@ -358,7 +358,14 @@ class RunConfig:
     resume: bool = False
     """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
     save_every: int = 0
-    """steps between checkpoints; 0: none"""
+    """steps between checkpoints, which are written while training goes on; 0: none but where a signal stops
+    the run"""
+    keep: int = 0
+    """how many of the newest checkpoints stay; 0: all"""
+    keep_every: int = 0
+    """checkpoints of steps that this divides stay too"""
+    max_skips: int = 10
+    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
     simulate: bool = False
     """run all ranks of the mesh in this one process, on the CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -411,6 +418,9 @@ class RunConfig:
             ("steps", 1),
             ("batch", 1),
             ("save_every", 0),
+            ("keep", 0),
+            ("keep_every", 0),
+            ("max_skips", 1),
             ("log_every", 1),
             ("eval_every", 0),
             ("sample", 0),

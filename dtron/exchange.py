@@ -16,6 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 Splits = Sequence[int] | None
 
+# torch 2.13 has given them other names.
+_ALL_GATHER = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_REDUCE_SCATTER = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum") -> Tensor:
     """One after the other over some dims of a mesh. Not differentiable."""
@@ -78,8 +82,8 @@ def _swap(x: Tensor, ranks: DeviceMesh, received: Splits, sent: Splits) -> Tenso
 
 
 def _gather(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_tensor(x, 0, (ranks, 0)))
+    return funcol.wait_tensor(_ALL_GATHER(x, 0, (ranks, 0)))
 
 
 def _scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x, "sum", 0, (ranks, 0)))
+    return funcol.wait_tensor(_REDUCE_SCATTER(x, "sum", 0, (ranks, 0)))

@@ -125,6 +125,14 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
                 )
 
 
+def host_group(timeout: int) -> Any:
+    """A group of all processes that needs no GPU, new each time: threads must not share one. None where there
+    is one process."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
 @contextmanager
 def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
     """Start the ranks and yield the pipeline stages of this process, with their layout."""

@@ -6,6 +6,7 @@ are null. A resumed run first drops the steps after its checkpoint, so every ste
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -80,6 +81,7 @@ class Metrics:
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
         self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
         self._mark, self._begun, self._first = mark(device), time.perf_counter(), start
+        self._blocked = False  # the file, now
         if main:
             path = run_dir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
@@ -111,10 +113,18 @@ class Metrics:
     def write(self, record: Mapping[str, Any]) -> None:
         """Put a step on file."""
         if self._main:
-            with writing(self._file.name):
-                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
+            try:
+                self._file.write(json.dumps(known, allow_nan=False) + "\n")
+                self._blocked = False
+            except OSError as error:  # a full disk is no reason to stop
+                if not self._blocked:
+                    self.say(
+                        f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on"
+                    )
+                self._blocked = True
             if self._board is not None:
-                for name, value in record.items():
+                for name, value in known.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, record["step"])
 
@@ -141,14 +151,15 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # said before
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """A file of the run that cannot be written (a full disk) is the user's to mend: a ValueError."""
+    """A file that cannot be written when a run begins is the user's to mend: a ValueError."""
     try:
         yield
     except OSError as error:

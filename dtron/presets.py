@@ -83,15 +83,15 @@ _V3 = MoE(
 
 # DeepSeek-V3 in small: all that it has.
 _TINY_DEEPSEEK = ModelConfig(
-    embed=192, layers=3, heads=6, mlp=512, norm_eps=1e-6, mla=Latent(64, 96, 32, 16, 32), mtp=Ahead(1),
-    moe=replace(_V3, experts=8, top_k=2, mlp=128, dense_layers=1, groups=4, group_top_k=2, shared=128),
+    embed=128, layers=3, heads=4, mlp=384, norm_eps=1e-6, mla=Latent(48, 64, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=96, dense_layers=1, groups=4, group_top_k=2, shared=96),
 )  # fmt: skip
 
 
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
-    "tiny-moe":      ModelConfig(embed=192, layers=3, heads=6, kv_heads=2, moe=MoE(8, 2, 256, aux_loss=0.01)),
+    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
     "tiny-deepseek": _TINY_DEEPSEEK,
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
     "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it

@@ -46,6 +46,11 @@ def is_simulated(x: torch.Tensor) -> bool:
     return isinstance(x, LocalTensor)
 
 
+def by_rank(x: torch.Tensor, rank: int) -> dict[int, torch.Tensor]:
+    """Every rank's value of a simulated tensor; that of this ``rank`` of any other."""
+    return dict(x._local_tensors) if isinstance(x, LocalTensor) else {rank: x}
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Inside a simulation, make plain tensors again: for code that allocates and knows nothing of ranks."""

@@ -17,7 +17,7 @@ set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,7 @@ def gradients(
     pipe: Pipeline,
     zero: int,
     gather_each: bool = True,
+    look: Callable[[int, int, list[Tensor | None]], None] | None = None,
 ) -> tuple[Tensor | None, Any, Reports]:
     """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by ``tokens``, and
     the gradients of the *sum*, of the loss and of what stages add to it. Whoever uses these divides, in the
@@ -94,6 +95,7 @@ def gradients(
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
     params, with the params' placements, in the layout's reduce dtype (None: the params' own). Reports are
     those of the stages here, by stage and name, summed over microbatches and ranks: plain tensors.
+    ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
@@ -105,7 +107,9 @@ def gradients(
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
-    def take(stage: int, grads: list[Tensor | None]) -> None:
+    def take(stage: int, microbatch: int, grads: list[Tensor | None]) -> None:
+        if look is not None:
+            look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
         # The first microbatch's are added to in place, so they must be nobody else's: two weights that are
         # added up have one and the same gradient.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +27,23 @@ from dtron.config import ModelConfig, OptimConfig
 from dtron.dtensor import full, local
 from dtron.model import Batch
 from dtron.moe.balance import expert_totals, update_balance
+from dtron.mtp import ahead_losses
 from dtron.optim import AdamState, Rule, adam_update, clip_scale, global_norm
 from dtron.params import flat, tree_map
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program
 from dtron.step import gradients
 
-Result = tuple[Tensor, Tensor, Tensor | None, Any, AdamState]
+
+class Told(NamedTuple):
+    """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed losses of
+    predictions further ahead (mtp.py)."""
+
+    experts: Tensor | None
+    ahead: Tensor | None
+
+
+Result = tuple[Tensor, Tensor, Told, Any, AdamState]
 
 
 def update(
@@ -51,18 +61,20 @@ def update(
     gather_each: bool = True,
     number: Tensor | None = None,
 ) -> Result:
-    """``(loss, gradient norm, expert totals, params, optimizer state)`` after a step; the last two are those
-    given, overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the
-    norm a scalar that nobody has waited for; for the totals see moe/balance.py. ``number``: which update this
-    is, for the device to know (None: the state's)."""
+    """``(loss, gradient norm, told, params, optimizer state)`` after a step; the last two are those given,
+    overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the norm a
+    scalar that nobody has waited for. A step whose loss or norm is not finite moves no weight. ``number``:
+    which update this is, for the device to know (None: the state's)."""
     total, grads, reports = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
+    loss = pipe.sum(None if total is None else full(total)) / tokens
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
-    params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number)
+    ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
+    params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, optim, rule, number, ok)
     del grads  # or they would wait for the next step's
-    params = update_balance(params, reports, pipe, m.moe.bias_rate)
-    loss = pipe.sum(None if total is None else full(total)) / tokens
-    return loss, norm, expert_totals(reports, pipe, m.moe), params, opt
+    params = update_balance(params, reports, pipe, m.moe.bias_rate, ok)
+    told = Told(expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth))
+    return loss, norm, told, params, opt
 
 
 class Recorded:
@@ -92,8 +104,9 @@ class Recorded:
         for there, here in zip(_tensors(self._inputs), _tensors((microbatches, numbers)), strict=True):
             local(there).copy_(local(here), non_blocking=True)
         self._graph.replay()
-        mine = (x if x is None else x.clone() for x in self._outputs)  # the next replay overwrites them
-        return *mine, params, replace(opt, step=opt.step + 1)
+        own = lambda x: x if x is None else x.clone()  # the next replay overwrites them
+        loss, norm, told = self._outputs
+        return own(loss), own(norm), Told(*map(own, told)), params, replace(opt, step=opt.step + 1)
 
     def _run(self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor) -> Result:
         tokens, lr, number = numbers.unbind()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_transformers import random_rows
 from torch import Tensor
-from values import ONE
+from values import ONE, halves
 
 from dtron.config import ModelConfig
 from dtron.layers.loss import IGNORE
@@ -104,13 +104,6 @@ NAMES = {
     **{f"moe.shared.w_{x}": f"mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
 ROTARY_LAST = ("w_q_up", "w_q", "w_kv_down")
-
-
-def halves(w: Tensor, rotary: int) -> Tensor:
-    """The last ``rotary`` columns from DeepSeek's order, pairs side by side, to ours, pairs half a width
-    apart."""
-    plain, turned = w.split([w.shape[-1] - rotary, rotary], dim=-1)
-    return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
 
 
 AHEAD_NAMES = {

@@ -216,3 +216,18 @@ def test_another_rule_is_caught(megatron, tmp_path, monkeypatch, mutant):
         monkeypatch.setattr(order, "_shuffled", lambda v, random: shuffled(v, np.random.RandomState(3)))
     with pytest.raises(AssertionError):
         agree(megatron, tmp_path / "c", "1", 8, 2_000, 3)
+
+
+@pytest.mark.slow
+def test_orders_of_many_kinds_are_those_of_gpt_dataset(megatron, tmp_path):
+    random = np.random.default_rng(5)
+    kinds = set()
+    for number in range(40):
+        prefix = tmp_path / str(number)
+        synthetic(prefix, number, int(random.integers(100, 20_000)), int(random.integers(3, 200)))
+        split = ",".join(map(str, random.integers(1, 1000, int(random.integers(1, 4)))))
+        sequence, samples = int(random.integers(2, 70)), int(random.integers(10_000, 15_000))
+        (low, high), *_ = split_documents(split, len(Indexed(prefix)))
+        if Indexed(prefix).lengths[low:high].sum() > sequence:
+            kinds.add(agree(megatron, prefix, split, sequence, samples, number))
+    assert len(kinds) > 10 and {apart for _, apart in kinds} == {True, False}

@@ -137,12 +137,12 @@ def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: P
     assert any("quagga" in word for word in vocabulary) and any("return" in word for word in vocabulary)
     assert both.samples is None
 
-    for name, vocab in (("a", 300), ("b", 280)):
+    for name, vocab in (("a", 285), ("b", 275)):
         argv = ["prepare", str(other), "--vocab", str(vocab), "--out", str(tmp_path / name), "--workers", "1"]
         assert main(argv) == 0
     a, b = tmp_path / "a", tmp_path / "b"
     one = open_data(config(f"1 {a}, 1 {corpus_file}"), 400, 0, 9, tmp_path)
-    assert one.tokenizer.get_vocab_size() == 300 and one.samples == 9
+    assert one.tokenizer.get_vocab_size() == 285 and one.samples == 9
     unlike = config(f"1 {a}, 1 {b}")
     one_line(lambda: open_data(unlike, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
     beside(a).unlink()
@@ -150,7 +150,7 @@ def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: P
     one_line(lambda: open_data(mixed, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
     assert open_data(config(a), 400, 0, 9, tmp_path).tokenizer is None
     named = config(f"1 {a}, 1 {corpus_file}", tokenizer=str(beside(b)))
-    assert open_data(named, 400, 0, 9, tmp_path).tokenizer.get_vocab_size() == 280
+    assert open_data(named, 400, 0, 9, tmp_path).tokenizer.get_vocab_size() == 275
     one_line(lambda: open_data(config(beside(b)), 400, 0, 9, tmp_path), "tokenizer.json")
 
 

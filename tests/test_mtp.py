@@ -19,7 +19,7 @@ from dtron.config import ModelConfig, RunConfig
 from dtron.layers.loss import IGNORE
 from dtron.layers.mla import Latent
 from dtron.mesh import Layout, rules_for
-from dtron.model import forward, make_batch, predict
+from dtron.model import embed, forward, make_batch, predict, stage
 from dtron.moe.config import MoE
 from dtron.mtp import Ahead, look_ahead
 from dtron.params import flat, init
@@ -83,31 +83,28 @@ def reported(m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None)
     return loss, reports[0]["ahead"]
 
 
-def test_a_token_changes_the_losses_of_its_own_future_alone():
-    """Position i of prediction k ahead sees tokens up to i + k, and no further."""
-    m = replace(SMALL, mtp=Ahead(2))
-    (params,), rows, i = drawn(m), rows_of(), 5
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
+    """k ahead, position i predicts token i + k + 1 from those up to i + k: of the positions before the one
+    whose token changes, the last k + 1 notice."""
+    m, changed = replace(SMALL, mtp=Ahead(2)), 5
+    (params,), rows = drawn(m), rows_of()
 
-    def kept_until(position: int, depth: int) -> Tensor:
-        """The loss of one position ahead."""
-        batch = make_batch(changed, ONE, depth=2)
-        targets = torch.full_like(batch.targets_TA, IGNORE)
-        targets[position, depth] = batch.targets_TA[position, depth]
-        one = replace(batch, targets_TA=targets)
-        from dtron.model import embed, stage
+    def losses(rows: Tensor) -> list[float]:
+        """Of each position by itself."""
+        batch, found = make_batch(rows, ONE, depth=2), []
+        for i in range(changed):
+            targets = torch.full_like(batch.targets_TA, IGNORE)
+            targets[i, depth] = batch.targets_TA[i, depth]
+            one = replace(batch, targets_TA=targets)
+            extra = stage(params, embed(params, one, m, ONE), one, m=m, layout=ONE)[1]
+            found.append(extra.report["ahead"][depth].item())
+        return found
 
-        return stage(params, embed(params, one, m, ONE), one, m=m, layout=ONE)[1].report["ahead"][depth]
-
-    changed = rows
-    before = [[kept_until(position, depth) for position in (i - 3, i - 2, i - 1, i)] for depth in (0, 1)]
-    changed = rows.clone()
-    changed[0, i] = (rows[0, i] + 1) % 29
-    after = [[kept_until(position, depth) for position in (i - 3, i - 2, i - 1, i)] for depth in (0, 1)]
-    same = [
-        [torch.equal(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(before, after, strict=True)
-    ]
-    # One ahead, position i - 2 predicts the token that changed, i - 1 and i take it; two ahead, i - 3 predicts.
-    assert same == [[True, False, False, False], [False, False, False, False]]
+    other = rows.clone()
+    other[0, changed] = (rows[0, changed] + 1) % 29
+    differ = [a != b for a, b in zip(losses(rows), losses(other), strict=True)]
+    assert differ == [False] * (changed - depth - 2) + [True] * (depth + 2)
 
 
 def test_the_main_loss_and_the_logits_are_those_without():
@@ -139,7 +136,7 @@ def config_of(mesh: str, depth: int = 1, **choices) -> RunConfig:
     return model_config(mesh, 1, **choices)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     mesh=meshes(max_ranks=4), zero=zero_stages(), depth=st.sampled_from([1, 2]), tied=st.booleans(),
     mla=st.booleans(), learned=st.booleans(), seed=st.integers(0, 99),
@@ -166,8 +163,8 @@ def pipelined(mesh: str, schedule: str, layers: int = 0, **choices) -> RunConfig
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
-    """The last stage has two losses that share a head, and it has the first one's embedding. Known bug here: a
-    backward in halves that took the head's gradient for each loss to be the whole."""
+    """The last stage has two losses that share a head, and the first one's embedding. Known bug here: a
+    backward in halves that took the head's whole gradient for each loss's share."""
     assert_same_step(pipelined("pp=2", schedule, tied=tied, depth=2))
 
 
@@ -175,7 +172,7 @@ def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
 @settings(max_examples=25)
 @given(
     mesh=st.sampled_from(["pp=2", "pp=2,dp=2", "pp=2,tp=2", "pp=4", "pp=2,dp=2,tp=2", "pp=2,dp=2,ep=2"]),
-    schedule=st.sampled_from(SCHEDULES), tied=st.booleans(), mla=st.booleans(), experts=st.booleans(),
+    schedule=st.sampled_from(list(SCHEDULES)), tied=st.booleans(), mla=st.booleans(), experts=st.booleans(),
     depth=st.integers(1, 3), zero=zero_stages(), recompute=st.sampled_from(["none", "selective", "full"]),
 )  # fmt: skip
 def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute):
@@ -189,8 +186,8 @@ def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute
 
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2,ep=2", "pp=2,tp=2,ep=2"])
 def test_deepseek_in_small(mesh):
-    """Latent attention, a dense layer and one of experts, and a module of experts: its router's bias moves, its
-    auxiliary loss counts."""
+    """Latent attention, a dense layer and one of experts, and a module of experts: its router's bias moves,
+    its auxiliary loss counts."""
     config = pipelined(mesh, "1f1b", layers=2, mla=LATENT, moe=EXPERTS)
     assert_same_step(config)
     bias = one_step(config, MeshShape.parse(mesh)).params.mtp[0].block.moe.router.balance
@@ -244,7 +241,7 @@ def test_twins_that_are_not_added_up_are_caught(monkeypatch):
     assert_caught(lambda: assert_same_step(config))
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2"])
 def test_the_report_is_that_of_one_device(mesh):
     """Over tp a loss is whole, and must not be counted once per rank."""
     m, rows = replace(SMALL, mtp=Ahead(2)), rows_of()
@@ -265,7 +262,10 @@ TEN = replace(TEN, data=replace(TEN.data, sequence=16))
 
 
 @pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize(("mesh", "changes"), [("dp=2,tp=2", {"zero": 3}), ("pp=2,tp=2", {"zero": 1})])
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [("pp=2,tp=2", {"zero": 1}), pytest.param("dp=2,tp=2", {"zero": 3}, marks=pytest.mark.slow)],
+)
 def test_steps_on_real_ranks(pool, mesh, changes):
     config = replace(TEN, **changes)
     want = train(ONE, MeshShape(), config)
@@ -274,7 +274,7 @@ def test_steps_on_real_ranks(pool, mesh, changes):
         assert norms == pytest.approx(want.norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_compiled_gradients_are_those_of_eager(recompute):
     torch.compiler.reset()
     m, found = replace(SMALL, mla=LATENT, mtp=Ahead(2, 0.7)), []

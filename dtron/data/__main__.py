@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dtron.data.cache import cache_dir, digest
-from dtron.data.corpus import beside
+from dtron.data.cache import cache_dir
+from dtron.data.corpus import Turns, beside
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.prepare import prepare
 from dtron.data.text import Documents, user_files
@@ -66,17 +66,7 @@ def _tokenizer(o: Namespace):
         return load_tokenizer(o.tokenizer)
     cache = cache_dir()
     docs = [Documents(path, o.column, cache, streaming=True) for path in o.paths]
-    if len(docs) == 1:
-        return get_tokenizer(None, docs[0], o.vocab, cache)
-    return get_tokenizer(None, _Chain(docs), o.vocab, cache)
-
-
-class _Chain:
-    def __init__(self, docs: list[Documents]) -> None:
-        self.docs, self.key = docs, digest([part.key for part in docs])
-
-    def __iter__(self):
-        return chain.from_iterable(self.docs)
+    return get_tokenizer(None, docs[0] if len(docs) == 1 else Turns(docs), o.vocab, cache)
 
 
 def run_info(o: Namespace, console: Console) -> int:

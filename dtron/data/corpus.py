@@ -88,11 +88,10 @@ def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | 
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
-    if path is not None and not Path(path).expanduser().is_file() and (prefix := prefix_of(path)):
+    prefix = None if path is None else prefix_of(path)
+    if prefix and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file()):
         if d.chat:
             raise ValueError(f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl")
-        return Indexed(prefix)
-    if path is not None and Path(path).suffix in (".bin", ".idx") and (prefix := prefix_of(path)):
         return Indexed(prefix)
     if d.chat:
         return Chats(path, d.column or "messages", d.tokenizer)
@@ -108,7 +107,7 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
     files = {beside(text.prefix) for text in texts if isinstance(text, Indexed)}
     docs = [text for text in texts if not isinstance(text, Indexed)]
     if d.tokenizer is not None or not files:
-        return get_tokenizer(d.tokenizer, docs[0] if len(docs) == 1 else _Turns(docs), vocab, cache)
+        return get_tokenizer(d.tokenizer, docs[0] if len(docs) == 1 else Turns(docs), vocab, cache)
     there = [file for file in files if file.is_file()]
     known = {file.read_bytes() for file in there}
     if len(known) > 1 or (docs and len(there) < len(files)):
@@ -119,7 +118,7 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
     return get_tokenizer(str(there[0]), [], vocab, cache) if there else None
 
 
-class _Turns:
+class Turns:
     """Documents of several sources in turn, to train a tokenizer on."""
 
     def __init__(self, docs: list[Documents | Chats]) -> None:

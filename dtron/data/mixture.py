@@ -7,7 +7,7 @@ random number is drawn.
 
 What a source gives is counted: its samples are taken in its own order, from its first on. The counts after n
 samples follow from n alone, and nothing else has to be kept to resume. They have no formula, so they are
-counted anew, about half a microsecond a sample, once at a resume. Left out: weights that change in a run.
+counted anew, within a microsecond a sample, once at a resume. Left out: weights that change in a run.
 """
 
 from __future__ import annotations

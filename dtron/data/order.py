@@ -14,7 +14,7 @@ from documents that have T tokens together:
 ``Order`` is the result: a pure function of (lengths, L, N, seed). What only follows from the line of tokens,
 which document sample k begins in, is looked up when asked (a bisection) and not kept. Left out: partial
 samples at the end of an epoch, which Megatron can pad for validation, and saving the order to disk: building
-it takes a second for ten million documents.
+it takes a second or two for ten million documents.
 """
 
 from __future__ import annotations

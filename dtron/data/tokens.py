@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
 from dtron.data.formats import one_line
-from dtron.data.text import Documents
 
 END = "<|endoftext|>"
 
@@ -67,8 +66,8 @@ def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray
 
 
 def key_of(docs: Iterable[str]) -> str:
-    """Documents know theirs without reading; for anything else that holds strings, hash them."""
-    return docs.key if isinstance(docs, Documents) else digest(docs)
+    """What has files knows its key without reading them; anything else that holds strings is hashed."""
+    return getattr(docs, "key", None) or digest(docs)
 
 
 def vocab_of(tokenizer: Tokenizer) -> int:

@@ -58,7 +58,8 @@ def export(
     said = read_json(origin) if origin.is_file() else {}
     kind = _family(family, said, config.model)
     written = to_hf(config.model, kind)
-    step = checkpoint.read_meta(found)["step"]
+    meta = checkpoint.read_meta(found)
+    checkpoint.undamaged(found, meta)
     if dtype is None:
         name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
         dtype = getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
@@ -81,7 +82,7 @@ def export(
             f"{out}: cannot be written ({error.strerror}); free space, or choose another"
         ) from error
     size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
-    return Exported(kind.kind, step, len(maker.shapes), size, [out / f.name for f in files])
+    return Exported(kind.kind, meta["step"], len(maker.shapes), size, [out / f.name for f in files])
 
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:

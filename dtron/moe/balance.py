@@ -21,13 +21,16 @@ from dtron.step import Reports
 
 
 @torch.no_grad()
-def update_balance(params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float) -> tuple[Any, ...]:
-    """Move the balance bias of every router here, by this step's load. Overwrites it, as the optimizer does
-    weights."""
+def update_balance(
+    params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
+) -> tuple[Any, ...]:
+    """Move the balance bias of every router here, by this step's load, unless ``ok`` is false. Overwrites it,
+    as the optimizer does weights."""
     for stage, tree in zip(pipe.stages, params, strict=True):
         layers = [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
         for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
             step = rate * (load_E.mean() - load_E).sign()
+            step = step if ok is None else torch.where(ok, step, 0)
             local(bias).add_(step.to(bias.dtype))
     return params
 

@@ -71,11 +71,11 @@ class Plan(NamedTuple):
 
 def by_expert(expert_S: Tensor, experts: int, kept_S: Tensor | None = None) -> tuple[Plan, Tensor]:
     """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots that are
-    not kept have an expert beyond the last, and so stand behind."""
+    not kept have an expert beyond the last, and so stand behind, in rows that count as empty."""
     sorted_R, slot_R = expert_S.sort(stable=True)
     place_S = torch.empty_like(slot_R).scatter(0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device))
     ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
-    return Plan(place_S, kept_S, slot_R, None), ends_E
+    return Plan(place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]), ends_E
 
 
 def spread(x_TD: Tensor, plan: Plan) -> Tensor:

@@ -185,11 +185,11 @@ class Outcome:
 def run(
     t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any],
     flat: Mapping[int, Sequence[Tensor]], batches: Sequence[Any], links: Links,
-    take: Callable[[int, list[Tensor | None]], None],
+    take: Callable[[int, int, list[Tensor | None]], None],
 ) -> Outcome:  # fmt: skip
-    """Execute the rows of ``ranks``, and hand ``take(stage, gradients)`` the gradients of each microbatch's
-    loss. ``weights[stage]`` are a stage's params as its function wants them, ``flat[stage]``
-    the tensors among them to differentiate by."""
+    """Execute the rows of ``ranks``, and hand ``take(stage, microbatch, gradients)`` the gradients of each
+    microbatch's loss. ``weights[stage]`` are a stage's params as its function wants them, ``flat[stage]`` the
+    tensors among them to differentiate by."""
     kept: dict[tuple[int, int], Kept] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, reports, units = None, {}, {}
@@ -228,7 +228,7 @@ def run(
             else:
                 here.later = _and_enter(here.later, get_gradient_edge(here.entered), gx, flat[stage])
         if a.kind != "I":
-            take(stage, here.later())
+            take(stage, m, here.later())
             here.later = None
             del kept[stage, m]
             alive[rank] -= 1
