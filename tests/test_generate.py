@@ -20,7 +20,7 @@ from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.model import declare_model, make_batch, predict
 from dtron.moe.config import MoE
 from dtron.optim import adam_init
-from dtron.params import init
+from dtron.params import init, tree_map
 from dtron.pipeline import on_ranks, one_stage, pipeline
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
@@ -144,6 +144,15 @@ def test_real_ranks(pool, mesh):
     m = MODELS["grouped"]
     want = greedy(m, weights(m), one_stage(m, 1, ONE))
     assert pool.run(on_pool, mesh) == [want] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_changes_nothing(name):
+    m = MODELS[name]
+    there = tree_map(lambda w: w.cuda(), weights(m))
+    got = greedy(m, there, one_stage(m, 1, ONE), device="cuda")
+    assert got == greedy(m, weights(m), one_stage(m, 1, ONE))
 
 
 def test_a_row_ends_where_its_text_does():
