@@ -322,7 +322,10 @@ def legend(canvas: Canvas, x: float, y: float, entries) -> None:
 
 def figures() -> dict[str, str]:
     """Every figure by file name."""
+    from expert_figure import experts  # it draws with what is above
+
     return {
+        "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
         "zero.svg": zero(MeshShape(dp=8)),
         "tensor-parallelism.svg": layer(MeshShape(tp=4)),

@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -129,17 +128,25 @@ def rows(
 
 
 def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
-    """Every weight, those of blocks that follow each other and are alike once for all of them."""
-    kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
-    runs = [list(run) for _, run in groupby(spec.blocks, kind)]
-    found, firsts = {}, []
+    """Every weight, those of neighbouring blocks that are alike once for all of them."""
+    runs: list[list[tuple[Weight, ...]]] = []
+    for block in (tuple(flat(b)) for b in spec.blocks):
+        if runs and _kind(runs[-1][0]) == _kind(block):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    found = [(w, w.path, 1) for w in flat(replace(spec, blocks=()))]
+    before = len(flat(spec.embedding))
+    blocks = []
     for run in runs:
-        first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
-        old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
-        found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
-        firsts.append(run[0])
-    shown = flat(replace(spec, blocks=tuple(firsts)))
-    return [(w, *found.get(w.path, (w.path, 1))) for w in shown]
+        first, last = (block[0].path.split(".")[1] for block in (run[0], run[-1]))
+        span = f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
+        blocks += [(w, span + w.path.split(".", 2)[2], len(run)) for w in run[0]]
+    return found[:before] + blocks + found[before:]
+
+
+def _kind(block: Sequence[Weight]) -> list[tuple]:
+    return [(w.path.split(".", 2)[2], w.shape) for w in block]
 
 
 def _short(placement) -> str:
@@ -189,12 +196,12 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
         20, y + 30, f"one block of {model.layers}, zero {zero}: who holds which part", bold=True, size=16
     )
     y, x, lowest = y + 50, 20, 0
-    for w in flat(declare_model(model).blocks[0]):
+    for w in flat(declare_model(model).blocks[-1]):
         lies = place(rules_for(zero), axes, *w.axes)
         pieces = [
             (rank, local_range(w.shape, sizes, lies, coordinate)) for rank, coordinate in coordinates(sizes)
         ]
-        name = w.path.removeprefix("blocks.0.")
+        name = w.path.split(".", 2)[2]
         width, height = draw_tensor(canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape)
         lowest, x = max(lowest, y + height), x + width + 30
         if x > 740:
@@ -228,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
-    console.print(f"rules: {_rules_line(shape)}")
+    console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
@@ -240,8 +247,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _rules_line(shape: MeshShape) -> str:
-    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items()}
+def _rules_line(shape: MeshShape, model: ModelConfig) -> str:
+    """The rows that this model uses and this mesh cuts by."""
+    used = {a for w in flat(declare_model(model)) for a in w.axes} | {"tokens", "tokens_sp"}
+    used |= {"tokens_ep"} if "experts" in used else set()
+    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items() if k in used}
     return ", ".join(f"{k}@{'+'.join(v)}" for k, v in live.items() if v) or "one device"
 
 
