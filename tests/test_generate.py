@@ -139,6 +139,7 @@ def on_pool(mesh: str) -> list[list[int]]:
     return on_mesh(MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh)
 
 
+@pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2,tp=2"])
 def test_real_ranks(pool, mesh):
     m = MODELS["grouped"]

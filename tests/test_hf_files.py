@@ -165,6 +165,7 @@ def kernel_count() -> int:
     return int(lines["rchar"])
 
 
+@pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("mesh, zero", [("tp=4", 1), ("dp=2,tp=2", 3), ("pp=2,tp=2", 1)])
 def test_a_rank_reads_its_share(pool, tmp_path, mesh, zero):
     """No more than 5 % over the bytes of its own shards, as the kernel counts them: so nobody had more."""

@@ -37,7 +37,6 @@ from dtron.simulate import by_rank, simulated
 from dtron.survive import Stop, Watch, diagnose
 from dtron.update import update
 
-pytestmark = pytest.mark.xdist_group("program")
 SIX = ["--steps=6", "--eval-every=0", "--sample=0", "--save-every=2"]
 
 
