@@ -108,9 +108,10 @@ def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -
     """A job for the pool: loss and norms of gradients."""
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    functions = program(SPARSE, layout, How(dispatch=dispatch), splits=False)
+    m = replace(SPARSE, layers=1, moe=replace(EXPERTS, aux_level="micro_batch"))
+    functions = program(m, layout, How(dispatch=dispatch), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
-    loss, grads, reports = gradients_of(functions, SPARSE, layout, zero)
+    loss, grads, reports = gradients_of(functions, m, layout, zero)
     return [
         full(loss).item(),
         *(full(g).norm().item() for g in flat(grads)),
@@ -118,14 +119,11 @@ def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(
     ("mesh", "zero", "dispatch"),
-    [
-        ("dp=4,ep=2", 1, "auto"),
-        pytest.param("dp=2,tp=2,ep=4", 3, "static", marks=SLOW),
-        pytest.param("dp=2,tp=2,ep=2,etp=2", 2, "allgather", marks=SLOW),
-    ],
+    [("dp=4,ep=2", 1, "auto"), ("dp=2,tp=2,ep=4", 3, "static"), ("dp=2,tp=2,ep=2,etp=2", 2, "allgather")],
 )
 def test_sharded_experts_compile_too(pool, mesh, zero, dispatch):
     want = pool.run(compiled_on_pool, mesh, zero, dispatch, None)
