@@ -227,7 +227,7 @@ def test_the_names_with_most_time_come_first():
 def test_the_command_reads_a_trace(tmp_path, capsys, packed):
     data = json.dumps({"traceEvents": [*device_trace(), {"ph": "M", "name": "process_name"}]}).encode()
     path = tmp_path / "trace"
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert run_cli(profile.main, [str(path), "--top", "1"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"matmul +│ +0\.04 │ +66\.7%", out) and re.search(r"exposed +│ +0\.0[12] │ +25\.0%", out)
@@ -243,7 +243,7 @@ def test_the_command_reads_a_trace(tmp_path, capsys, packed):
         (b'{"loss": 1}', "not a Chrome trace"),
         (b'{"traceEvents": [3]}', "not a Chrome trace"),
         (b'{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "x"}]}', "not a Chrome trace"),
-        (gzip.compress(b'{"traceEvents": []}')[:-4], "not a Chrome trace"),
+        (gzip.compress(b'{"traceEvents": []}', mtime=0)[:-4], "not a Chrome trace"),
         (b'{"traceEvents": []}', "no kernel and no operator"),
     ],
 )
