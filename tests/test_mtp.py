@@ -154,7 +154,7 @@ def test_one_step_is_that_of_one_device(mesh, zero, depth, tied, mla, learned, s
 def pipelined(mesh: str, schedule: str, layers: int = 0, **choices) -> RunConfig:
     shape = MeshShape.parse(mesh)
     stages = shape.pp * stages_per_rank(schedule, 2)
-    count = 4 if schedule == "dualpipe-v" else 3
+    count = 2 * shape.pp if schedule == "dualpipe-v" else shape.pp + 1
     return config_of(
         mesh, layers=layers or stages, schedule=schedule, batch=count * shape.data, micro_batch=1, **choices
     )
