@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checks import sequence_unit
 from dtron.cli import parse, save
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import RunConfig
@@ -163,7 +164,8 @@ def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, en
         ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
         documents, positions = ids.split(here.rows), places.split(here.rows)
     parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
-    return [make_batch(r, layout, d, p) for r, d, p in parts], valid_tokens(batch)
+    batches = [make_batch(r, layout, d, p, config.zigzags) for r, d, p in parts]
+    return batches, valid_tokens(batch)
 
 
 @torch.no_grad()
@@ -190,7 +192,7 @@ def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline
         params, pipe, shape = (pipe.whole(params),), one_stage(config.model, 1, layout), MeshShape()
     ids = generate(
         params, prompt, config.sample, config.model, pipe,
-        seed=config.seed, data_ranks=shape.data, tp=shape.tp, device=here.device,
+        seed=config.seed, data_ranks=shape.data, unit=sequence_unit(shape, zigzag=True), device=here.device,
     )  # fmt: skip
     return corpus.tokenizer.decode(ids)
 

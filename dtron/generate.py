@@ -15,6 +15,7 @@ from torch import Tensor
 from dtron.config import ModelConfig
 from dtron.dtensor import full
 from dtron.model import Transformer, embed, make_batch, stage_logits
+from dtron.order import as_rows
 from dtron.params import gather
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program
@@ -32,12 +33,13 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     data_ranks: int = 1,
-    tp: int = 1,
+    unit: int = 1,
     device: str = "cpu",
 ) -> list[int]:
     """``prompt`` and ``tokens`` new ones. Temperature 0 takes the likeliest. The window is the model's
-    context at most; older tokens fall out of it."""
-    window = min(-(-(len(prompt) + tokens) // tp) * tp, m.context // tp * tp)
+    context at most; older tokens fall out of it. ``unit``: what its length must be a multiple of, see
+    ``checks.sequence_unit``."""
+    window = min(-(-(len(prompt) + tokens) // unit) * unit, m.context // unit * unit)
     weights = gather(params, pipe.layout)
     functions = Program(
         partial(embed, m=m, layout=pipe.layout), partial(stage_logits, m=m, layout=pipe.layout)
@@ -47,11 +49,13 @@ def generate(
         seen = text[-window:]
         rows = torch.zeros(data_ranks, window + 1, dtype=torch.long)  # what comes after is not attended to
         rows[:, : len(seen)] = torch.tensor(seen)
-        found = evaluate(functions, weights, [make_batch(rows.to(device), pipe.layout)], pipe)
+        batch = make_batch(rows.to(device), pipe.layout)
+        found = evaluate(functions, weights, [batch], pipe)
         with paused():
             token = None
             if found is not None:
-                logits_V = full(found)[len(seen) - 1].float().cpu()
+                logits_BSV = as_rows(full(found), pipe.layout, window, batch.zigzag)
+                logits_V = logits_BSV[0, len(seen) - 1].float().cpu()
                 token = _pick(logits_V, temperature, generator).to(device)
             text.append(int(pipe.sum(token)))  # from the last stage to all
     return text

@@ -54,6 +54,8 @@ RULES: Rules = {
     # activations
     "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
     "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
+    "rows": ("dp_replicate", "dp"),  # tokens where each rank needs its sequences whole
+    "sequence": ("cp",),  # the parts of a sequence
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
     # weights
     "embed": ("dp",),  # the ZeRO row
@@ -257,3 +259,52 @@ class Layout:
             if mesh_axis in self.axes:
                 x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, self.axes.index(mesh_axis))))
         return x
+
+    # Inside a local region, over the ranks that a logical axis is cut over. Not differentiable: a region that
+    # uses one writes its backward. What they give is on its way; ``wait`` for it before it is used, and let
+    # work that does not need it come first.
+
+    def all_gather(self, x: Tensor, axis: str) -> Tensor:
+        """Everybody's x, end to end along dim 0."""
+        mesh, i = self._one(axis)
+        n = mesh.size(i)
+        return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), n, _name(mesh, i))
+
+    def reduce_scatter(self, x: Tensor, axis: str) -> Tensor:
+        """Of the sum of everybody's x, one part of dim 0 each."""
+        mesh, i = self._one(axis)
+        n = mesh.size(i)
+        return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", n, _name(mesh, i))
+
+    def all_to_all(self, x: Tensor, axis: str) -> Tensor:
+        """Part i of dim 0 goes to the i-th of the ranks; what comes is in their order too."""
+        mesh, i = self._one(axis)
+        parts = [x.shape[0] // mesh.size(i)] * mesh.size(i)
+        return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, _name(mesh, i))
+
+    def shift(self, x: Tensor, axis: str, by: int = 1) -> Tensor:
+        """x goes to the rank that is ``by`` further on, in a ring, and that of the one as far behind comes.
+        An all-to-all of which all other parts are empty; a send would be no functional collective."""
+        mesh, i = self._one(axis)
+        n, rank = mesh.size(i), mesh.get_coordinate()[i]
+        to, of = (_one_hot(x.shape[0], rank + d, n) for d in (by, n - by))
+        return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, _name(mesh, i))
+
+    @staticmethod
+    def wait(x: Tensor) -> Tensor:
+        return funcol.wait_tensor(x)
+
+    def _one(self, axis: str) -> tuple[DeviceMesh, int]:
+        """The one dim of the mesh that a logical axis is cut over."""
+        (dim,) = (self.axes.index(a) for a in self.rules[axis] if a in self.axes)
+        return self.mesh, dim
+
+
+def _name(mesh: DeviceMesh, dim: int) -> str:
+    return mesh.get_group(dim).group_name
+
+
+def _one_hot(size: int, at: int, n: int) -> list[int]:
+    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's number is
+    one for each rank, and compares with nothing."""
+    return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dtron.config import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
-from dtron.layers.attention import Attention, attention, prepare
+from dtron.layers.attention import Attention, attention
+from dtron.layers.context import Context, prepare
 from dtron.layers.cores import AttentionPath, Mask
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
@@ -33,6 +34,7 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
+from dtron.order import as_tokens
 from dtron.params import declare, flat, gather, part, unflatten, weight
 
 
@@ -56,28 +58,35 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens one after the other, ``[T@tokens]`` each. A
-    target is the next token, or IGNORE. ``documents_T`` is None where a row is one document."""
+    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the other unless
+    cp cuts them (see order.py). A target is the next token, or IGNORE. ``documents_T [T@rows]`` are whole
+    rows, always one after the other, or None where a row is one document."""
 
     tokens_T: Tensor
     targets_T: Tensor
     positions_T: Tensor
     documents_T: Tensor | None
     sequence: int
+    zigzag: bool = False
 
 
 def make_batch(
-    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None
+    rows_BS: Tensor,
+    layout: Layout,
+    documents_BS: Tensor | None = None,
+    positions_BS: Tensor | None = None,
+    zigzag: bool = True,
 ) -> Batch:
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets. Every rank passes the same rows and keeps its own."""
+    shifted by one, targets. Every rank passes the same rows and keeps its own: over cp, parts of them, in
+    ``zigzag`` order or contiguous."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
-    place = lambda t: layout.shard(t.flatten(), "tokens")
-    documents = None if documents_BS is None else place(documents_BS)
-    return Batch(place(tokens), place(targets), place(positions_BS), documents, s)
+    place = lambda t: layout.shard(as_tokens(t, layout, zigzag), "tokens")
+    documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
+    return Batch(place(tokens), place(targets), place(positions_BS), documents, s, zigzag)
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
@@ -94,7 +103,7 @@ def block(
     x_TD: Tensor,
     table_TH: Tensor | None,
     documents_T: Tensor | None,
-    mask: Mask,
+    mask: Mask | Context,
     m: ModelConfig,
     layout: Layout,
     path: AttentionPath = "auto",
@@ -149,7 +158,9 @@ def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: L
         make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     mask = Mask(batch.sequence, m.window, m.softcap)
-    mask, path = prepare(mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention)
+    mask, path = prepare(
+        mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention, how.cp, batch.zigzag
+    )
     # With a tied head the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     for i, p_block in enumerate(p.blocks):

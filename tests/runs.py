@@ -61,7 +61,7 @@ def train(
     for step in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
-        batches = [make_batch(r, layout) for r in rows.chunk(count)]
+        batches = [make_batch(r, layout, zigzag=config.zigzags) for r in rows.chunk(count)]
         loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
         norm = global_norm(grads, spec, pipe.sum) / valid_tokens(rows)
         scale = clip_scale(norm, 1.0) / valid_tokens(rows)

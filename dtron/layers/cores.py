@@ -38,18 +38,26 @@ AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 class Mask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
-    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``blocks`` is for flex alone, see
-    ``with_blocks``."""
+    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``queries`` and ``keys`` are the
+    places in the sequence of those at hand, where they are not the whole sequence in order. ``blocks`` is for
+    flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
     softcap: float | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
     blocks: BlockMask | None = None
 
     @property
     def windowed(self) -> bool:
         """Whether the window hides anything."""
         return self.window is not None and self.window < self.sequence
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of the queries and of the keys at hand."""
+        whole = lambda: torch.arange(self.sequence, device=device)
+        return tuple(whole() if x is None else x for x in (self.queries, self.keys))
 
 
 def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -66,9 +74,9 @@ def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tenso
 def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
     """``[B, 1, S, S]``, B = 1 without documents: True where query (row) may see key (column)."""
     rows = 1 if documents_BS is None else len(documents_BS)
-    i = torch.arange(mask.sequence, device=device)
+    i, j = mask.places(device)
     b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i[:, None], i).expand(rows, 1, -1, -1)
+    return sees(mask, documents_BS, b, i[:, None], j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(
@@ -76,14 +84,39 @@ def attention_reference(
 ) -> Tensor:
     """The definition, for every mask; softmax in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
-    if mask.softcap is not None:
-        scores = mask.softcap * torch.tanh(scores / mask.softcap)
-    scores = scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
+    scores = _scores(q, k, documents_BS, mask)
     if sinks_N is not None:  # a key that everybody sees and that has no value
         sink = sinks_N.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
+
+
+def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Tensor:
+    """``[B, N, S, S]``, -inf where a query does not see a key."""
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if mask.softcap is not None:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
+    return scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
+
+
+def attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: Mask, flex: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with the
+    logarithm of its softmax's denominator a part's result can be merged with that of another. A query that
+    sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
+    if flex:
+        mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
+        return _by_itself(_flex, q.device)(q, k, v, mask)
+    k, v = repeated(k, q), repeated(v, q)
+    scores = _scores(q, k, documents_BS, mask)
+    top = scores.detach().amax(-1, keepdim=True)
+    odds = (scores - top.masked_fill(top.isinf(), 0)).exp()
+    total = odds.sum(-1, keepdim=True)
+    some = total > 0
+    total = torch.where(some, total, 1)
+    lse = torch.where(some, top + total.log(), float("-inf"))
+    return (odds / total).to(v.dtype) @ v, lse[..., 0]
 
 
 def attention_sdpa(
@@ -96,7 +129,7 @@ def attention_sdpa(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
     k, v = repeated(k, q), repeated(v, q)
-    plain = not mask.windowed and documents_BS is None
+    plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain)
@@ -124,7 +157,15 @@ def attention_flex(
     compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
-    return _by_itself(_flex, q.device)(q, k, v, sinks_N, mask)
+    o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
+    return o if sinks_N is None else with_sinks(o, lse, sinks_N)
+
+
+def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
+    """A softmax with one more term e^sink in its denominator is the plain one times
+    e^lse / (e^lse + e^sink). The gradient flows back through lse too."""
+    share = torch.sigmoid(lse - sinks_N.to(lse.dtype)[:, None])
+    return o * share[..., None].to(o.dtype)
 
 
 def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Mask:
@@ -132,25 +173,22 @@ def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -
     in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
     the making of it in a region that is recomputed."""
     rows = None if documents_BS is None else len(documents_BS)
-    rule = lambda b, n, i, j: sees(mask, documents_BS, b, i, j)
+    queries, keys = (mask.sequence if x is None else len(x) for x in (mask.queries, mask.keys))
+    at = lambda places, i: i if places is None else places[i]
+    rule = lambda b, n, i, j: sees(mask, documents_BS, b, at(mask.queries, i), at(mask.keys, j))
     make = _by_itself(create_block_mask, device)
-    return replace(mask, blocks=make(rule, rows, None, mask.sequence, mask.sequence, device))
+    return replace(mask, blocks=make(rule, rows, None, queries, keys, device))
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, mask: Mask) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tuple[Tensor, Tensor | None]:
     def capped(score, b, n, i, j):
         return mask.softcap * torch.tanh(score / mask.softcap)
 
     o, aux = flex_attention(
         q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
-        kernel_options=_KERNEL, return_aux=AuxRequest(lse=sinks_N is not None),
+        kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
     )  # fmt: skip
-    if sinks_N is None:
-        return o
-    # A softmax with one more term e^sink in its denominator is the plain one times
-    # e^lse / (e^lse + e^sink). The gradient flows back through lse too.
-    share = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[:, None])
-    return o * share[..., None].to(o.dtype)
+    return o, aux.lse
 
 
 # The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another, for
@@ -187,7 +225,7 @@ def choose(
     if path != "auto":
         return path
     bias_says_it = mask.softcap is None and not sinks
-    if bias_says_it and not documents and not mask.windowed:
+    if bias_says_it and not documents and not mask.windowed and mask.queries is None:
         return "sdpa"
     if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"
