@@ -20,7 +20,9 @@ from torch import Tensor
 
 from dtron.layers.cores import repeated
 
-Kernel = tuple[Tensor, Tensor]  # what a fused backward wants back from its forward, without dropout for naught
+Kernel = tuple[
+    Tensor, Tensor
+]  # what a fused backward wants back from its forward, without dropout for naught
 _aten = torch.ops.aten
 
 
