@@ -32,17 +32,17 @@ def check(
     if sequence % unit:
         axes = {a: n for a, n in (("cp", mesh.cp), ("tp", mesh.tp)) if n > 1}
         over = ",".join(f"{a}={n}" for a, n in axes.items())
-        how = ", into two parts a rank in zig-zag order" if mesh.cp > 1 and zigzag else ""
+        how = ", two parts a rank" if mesh.cp > 1 and zigzag else ""
         raise ValueError(
-            f"data.sequence={sequence} over {over}: sequences are cut over {' and '.join(axes)}{how}, so they "
+            f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
             f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
         )
     if mesh.cp > 1 and cp == "ulysses" and model.kv_heads // mesh.tp % mesh.cp:
         kv = mesh.tp * mesh.cp
         raise ValueError(
-            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {model.kv_heads // mesh.tp} of "
-            f"model.kv_heads={model.kv_heads}, which cp must divide; use --cp ring, which takes any number of "
-            f"heads, or --model.kv-heads {-(-model.kv_heads // kv) * kv}"
+            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has "
+            f"{model.kv_heads // mesh.tp} of model.kv_heads={model.kv_heads}, which cp must divide; use --cp ring, which takes any "
+            f"number of heads, or --model.kv-heads {-(-model.kv_heads // kv) * kv}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise ValueError(

@@ -259,8 +259,8 @@ class RunConfig:
     cp: Method = "ring"
     """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of sequences"""
     zigzag: Literal["auto", "on", "off"] = "auto"
-    """over cp: a rank has an early and a late part of each sequence, so that all have the same work; auto: not
-    for ulysses, where they have it anyway"""
+    """over cp: a rank has an early and a late part of each sequence, so that all have the same work; auto:
+    not for ulysses, where they have it anyway"""
     fp8: Fp8 = "none"
     """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the weight's
     gradient in high precision"""

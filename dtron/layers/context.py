@@ -6,13 +6,14 @@ one signature:
 
     allgather   Every rank gathers the keys and values of whole rows and attends with its own queries: the one
                 that is easy to see right. Memory for whole rows of keys and values.
-    ring        They come part by part, and each part's coming is hidden behind the attention to the one before
-                (see ring.py). Memory for two parts. Any number of heads. The default: under grouped-query
-                attention keys and values are few, and what is sent is hidden.
-    ulysses     One all-to-all makes parts of rows with all heads into whole rows with a part of the heads, and
-                a second one brings the result back (Jacobs et al. 2023, arXiv:2309.14509). Attention itself is
-                the ordinary one. Sends queries and results too, but each rank only its n-th part of it, so it
-                sends less where ranks are many; nothing to hide it behind. Ranks must divide the kv heads.
+    ring        They come part by part, and each part's coming is hidden behind the attention to the one
+                before (see ring.py). Memory for two parts. Any number of heads. The default: under
+                grouped-query attention keys and values are few, and what is sent is hidden.
+    ulysses     One all-to-all makes parts of rows with all heads into whole rows with a part of the heads,
+                and a second one brings the result back (Jacobs et al. 2023, arXiv:2309.14509). Attention
+                itself is the ordinary one. Sends queries and results too, but each rank only its n-th part of
+                it, so it sends less where ranks are many; nothing to hide it behind. Ranks must divide the kv
+                heads.
 
 How many bytes each sends stands in docs/context-parallelism.md, and a test counts them.
 
@@ -67,9 +68,9 @@ def prepare(
     method: Method = "ring",
     zigzag: bool = False,
 ) -> tuple[Mask | Context, AttentionPath]:
-    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows this
-    rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T [T@rows]``
-    has whole rows on every rank."""
+    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
+    this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
+    [T@rows]`` has whole rows on every rank."""
     parts, device = layout.parts(AXIS), x_TD.device
     if parts == 1 or method == "ulysses":
         steps = (mask,)

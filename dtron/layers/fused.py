@@ -1,9 +1,9 @@
 """Attention to some of a row's keys, forward and backward as two functions.
 
-Ring attention sees a row's keys a block at a time, and its backward needs of each block the gradients under the
-softmax over *all* of them. Fused kernels give these as they are: a backward kernel takes the output and the
-log-sum-exp (lse) of its softmax, computes the weights as ``exp(score - lse)`` and never asks whether that lse
-came from the keys at hand. torch's public function has neither the lse nor a backward by itself, so the
+Ring attention sees a row's keys a block at a time, and its backward needs of each block the gradients under
+the softmax over *all* of them. Fused kernels give these as they are: a backward kernel takes the output and
+the log-sum-exp (lse) of its softmax, computes the weights as ``exp(score - lse)`` and never asks whether that
+lse came from the keys at hand. torch's public function has neither the lse nor a backward by itself, so the
 operators beneath it are called; they are private, and used here alone.
 
 All heads of queries have keys of their own here: keys that are shared (GQA) are repeated before and their
@@ -47,8 +47,8 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def block_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rest: Kernel | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the whole softmax,
-    of which these keys are a part."""
+    """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the whole
+    softmax, of which these keys are a part."""
     shared = k.shape[1]
     k, v = repeated(k, q), repeated(v, q)
     sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of each, and no dropout
@@ -70,8 +70,8 @@ def block_backward(
 
 
 def kernel(q: Tensor, v: Tensor) -> str:
-    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits; what neither
-    takes is written out, with all scores in memory."""
+    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits; what
+    neither takes is written out, with all scores in memory."""
     narrow, wide = q.shape[-1], v.shape[-1]
     if not q.is_cuda or q.element_size() != 2 or narrow != wide or narrow % 8 or narrow > 256:
         return "written"

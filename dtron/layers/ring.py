@@ -1,28 +1,29 @@
 """Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, queries stay.
 
 Each of n ranks has a part of every row. In n steps it sees the keys and values of every part: its own first,
-then what the rank before passes on, while its own go to the next. A step's softmax is over some keys only, and
-two such results are one by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1805.02867):
+then what the rank before passes on, while its own go to the next. A step's softmax is over some keys only,
+and two such results are one by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1805.02867):
 
     lse = log(e^lse_1 + e^lse_2)        out = out_1 e^(lse_1 - lse) + out_2 e^(lse_2 - lse)
 
 The exchange of a step is posted before the computation of the step before, which it hides behind.
 
 Two functions say this. ``ring_plainly`` is for every mask: each step is a core that gives its lse, and what
-autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused kernels: it keeps no
-keys but its own for backward, where keys and values go round once more, and behind them a sum of their
+autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused kernels: it keeps
+no keys but its own for backward, where keys and values go round once more, and behind them a sum of their
 gradients, that every rank adds to and that arrives where it belongs.
 
-Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see order.py) a rank has
-an early half, 0, and a late half, 1. Of a part from another rank two of the four pairs of halves are seen, and
-seen whole: its half 0 by one's half 1 in any case, and beside it half 0 by half 0 where that part is the
-earlier one, or half 1 by half 1 where it is the later. The others are left out, so ``ring`` does just the work
-that there is, the same on all ranks and in every step. Which pair it is comes as data, and one program runs on
-every rank: a compiler that moves collectives must find the same ones everywhere. In contiguous order the last
-rank needs every part and the others wait for it; here they compute what they throw away.
+Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see order.py) a rank
+has an early half, 0, and a late half, 1. Of a part from another rank two of the four pairs of halves are
+seen, and seen whole: its half 0 by one's half 1 in any case, and beside it half 0 by half 0 where that part
+is the earlier one, or half 1 by half 1 where it is the later. The others are left out, so ``ring`` does just
+the work that there is, the same on all ranks and in every step. Which pair it is comes as data, and one
+program runs on every rank: a compiler that moves collectives must find the same ones everywhere. In
+contiguous order the last rank needs every part and the others wait for it; here they compute what they throw
+away.
 
-Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but what they need
-is sent.
+Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but what they
+need is sent.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class _Ring(torch.autograd.Function):
                 merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
                 merge(merge(halves[1], (o_1, lse_1)), (o_same, lse_same.masked_fill(~late, float("-inf")))),
             ]
-        # Ends in a cat on purpose: of a function that ends in a cast that changes nothing, torch 2.11 compiles
-        # a backward that is zero.
+        # Ends in a cat on purpose: of a function that ends in a cast that changes nothing, torch 2.11
+        # compiles a backward that is zero.
         o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
         lse = torch.cat([lse for _, lse in halves], dim=2)
         ctx.save_for_backward(q, k, v, o, lse, later, *(rest or ()))
