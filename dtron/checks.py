@@ -41,8 +41,8 @@ def check(
         kv = mesh.tp * mesh.cp
         raise ValueError(
             f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has "
-            f"{model.kv_heads // mesh.tp} of model.kv_heads={model.kv_heads}, which cp must divide; use --cp ring, which takes any "
-            f"number of heads, or --model.kv-heads {-(-model.kv_heads // kv) * kv}"
+            f"{model.kv_heads // mesh.tp} of model.kv_heads={model.kv_heads}, which cp must divide; use "
+            f"--cp ring, which takes any number of heads, or --model.kv-heads {-(-model.kv_heads // kv) * kv}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise ValueError(
