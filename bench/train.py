@@ -31,7 +31,8 @@ from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
-from dtron.layers.attention import AttentionPath
+from dtron.layers.context import Method
+from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
@@ -46,11 +47,11 @@ from dtron.step import gradients
 def main() -> None:
     o = arguments()
     m = preset(o.model)
-    m = replace(m, layers=o.layers) if o.layers else m
+    m = replace(m, layers=o.layers or m.layers, context=max(m.context, o.sequence))
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
-        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention,
+        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -69,7 +70,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout) for r in ids.split(here.rows)]
+    batches = [make_batch(r, layout, zigzag=config.zigzags) for r in ids.split(here.rows)]
     tokens, host, losses = config.batch * o.sequence, [], []
 
     def step(params, opt):
@@ -111,6 +112,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
         "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
     }  # fmt: skip
 
@@ -131,6 +133,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
+    p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
+    p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
