@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from values import close, normal, same
 
+from dtron.dtensor import full
 from dtron.layers import fused, ring
+from dtron.layers.context import attend, prepare
 from dtron.layers.cores import Mask, attention_and_lse, attention_reference, with_sinks
 from dtron.mesh import Layout
 from dtron.order import as_rows, as_tokens, row_order
@@ -97,3 +99,27 @@ def test_a_block_backward_under_the_softmax_of_all_keys(causal):
     close((a[0] + b[0], *a[1:], *b[1:]), want)
     with pytest.raises(AssertionError):  # with its own lse a part knows nothing of the others
         close((alone[0] + b[0], *alone[1:], *b[1:]), want)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+@pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
+def test_heads_of_values_may_have_another_width(method, path):
+    """As in latent attention: 4 for queries and keys, 6 for values; on two ranks."""
+    q, k, v = (normal(16, n, h, seed=i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, 6))))
+    by_head = lambda x: x.unflatten(0, (2, 8)).transpose(1, 2)
+    want = attention_reference(by_head(q), by_head(k), by_head(v), None, None, Mask(8)).transpose(1, 2)
+    direction = normal(*want.shape, seed=9).detach()
+    want_grads = torch.autograd.grad(want, (q, k, v), direction)
+    with simulated(MeshShape(cp=2)) as mesh:
+        layout, lies = Layout(mesh), ("tokens", "heads", None)
+        turn = as_tokens(torch.arange(16).view(2, 8), layout, True)
+        place = lambda x: layout.shard(x.detach()[turn], *lies).requires_grad_()
+        xs = [place(x) for x in (q, k, v)]
+        mask, chosen = prepare(Mask(8), None, False, 4, xs[0], layout, path, method, True, v_dim=6)
+        fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
+        got = layout.local(fn, (lies,) * 3, lies)(*xs)
+        g = layout.shard(direction.flatten(0, 1)[turn], *lies)
+        grads = [full(x) for x in torch.autograd.grad(got, xs, g)]
+        got = full(got)
+    close(got, want.flatten(0, 1)[turn])
+    close(grads, [x[turn] for x in want_grads])

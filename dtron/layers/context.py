@@ -30,7 +30,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dtron.layers.cores import CORES, AttentionPath, Mask, choose, with_blocks
+from dtron.layers.cores import CORES, LEAST_HEAD_DIM, AttentionPath, Mask, choose, with_blocks
+from dtron.layers.fused import kernel_for
 from dtron.layers.ring import AXIS, ring, ring_plainly
 from dtron.mesh import Layout
 from dtron.order import row_order
@@ -67,6 +68,7 @@ def prepare(
     path: AttentionPath = "auto",
     method: Method = "ring",
     zigzag: bool = False,
+    v_dim: int | None = None,
 ) -> tuple[Mask | Context, AttentionPath]:
     """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
     this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
@@ -82,7 +84,12 @@ def prepare(
         keys = (order_PC.flatten(),) if method == "allgather" else keys.unbind()
         steps = tuple(replace(mask, queries=own, keys=places) for places in keys)
     asked = mask if parts > 1 and method == "ring" else steps[0]
-    path = choose(path, asked, documents_T is not None, sinks, head_dim, x_TD.dtype, device)
+    auto, path = path, choose(path, asked, documents_T is not None, sinks, head_dim, x_TD.dtype, device)
+    if auto == "auto" and path == "sdpa" and parts > 1 and method == "ring":
+        # A ring on a GPU that no fused kernel takes would be written out, scores and all.
+        able = device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
+        if able and kernel_for(device, x_TD.dtype, head_dim, v_dim or head_dim) == "written":
+            path = "flex"
     if path == "flex":
         documents = None
         if documents_T is not None:

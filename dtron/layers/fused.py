@@ -70,10 +70,14 @@ def block_backward(
 
 
 def kernel(q: Tensor, v: Tensor) -> str:
-    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits; what
-    neither takes is written out, with all scores in memory."""
-    narrow, wide = q.shape[-1], v.shape[-1]
-    if not q.is_cuda or q.element_size() != 2 or narrow != wide or narrow % 8 or narrow > 256:
+    """Which one ``block_forward`` and ``block_backward`` take for these; see ``kernel_for``."""
+    return kernel_for(q.device, q.dtype, q.shape[-1], v.shape[-1])
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype, narrow: int, wide: int) -> str:
+    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits, and heads
+    of queries as wide as those of values; what neither takes is written out, with all scores in memory."""
+    if device.type != "cuda" or dtype.itemsize != 2 or narrow != wide or narrow % 8 or narrow > 256:
         return "written"
     return "cudnn" if narrow <= 128 and _has_cudnn() else "flash"
 
