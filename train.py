@@ -8,9 +8,11 @@ With no ``--data.path`` it reads text that every machine has: the source of Pyth
 """
 
 import math
+import os
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,28 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.checks import sequence_unit
+from dtron.checkpoint.files import clear_parts
+from dtron.checkpoint.saver import Saver
 from dtron.cli import parse, save
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import RunConfig
-from dtron.data import Corpus, document_ids, load_corpus, rows
+from dtron.data import Data, Prefetch, Rows, open_data
 from dtron.dtensor import full
 from dtron.entry import run_cli
 from dtron.generate import generate
-from dtron.launch import Plan, plan, ranks, same_on_all_ranks
-from dtron.layers.loss import IGNORE
+from dtron.hf import Source, keep_origin
+from dtron.launch import Plan, host_group, plan, ranks, same_on_all_ranks
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, flops_per_token, make_batch, parameter_count, valid_tokens
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
+from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count
+from dtron.moe.balance import describe_experts
+from dtron.optim import adam_init, learning_rate
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
-from dtron.shape import MeshShape
-from dtron.step import evaluate, gradients
+from dtron.step import evaluate
+from dtron.survive import Stop, Watch, diagnose
+from dtron.update import Recorded, Told, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -45,65 +50,91 @@ PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behi
 def main(argv: list[str]) -> int:
     config = parse(argv)
     here = plan(config)  # refuses what cannot be, before anything is started
-    d, run_dir = config.data, open_run(config)
-    corpus = load_corpus(d.path, d.column, d.tokenizer, config.model.vocab, d.sequence, d.validation)
-    if d.document_mask and corpus.end_id is None:
-        raise ValueError(
-            f"--data.document-mask: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it "
-            "or drop the mask"
-        )
-    with ranks(config, here) as pipe:
-        train(config, here, pipe, corpus, run_dir)
+    run_dir, found = open_run(config)
+    data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
+    begin = Source(config.init_from, config.model) if config.init_from and not found else None
+    with ranks(config, here) as pipe, Stop(host_group(config.timeout)) as stop:
+        train(config, here, pipe, data, run_dir, found, stop, begin)
     return 0
 
 
-def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir: Path) -> None:
+def train(
+    config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: Stop,
+    begin: Source | None = None,
+) -> None:  # fmt: skip
+    """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
     m, spec, layout = config.model, pipe.spec, pipe.layout
-    identity = checkpoint.identity_of(config, corpus.digest())
+    identity = checkpoint.identity_of(config, data.digest())
+    if data.samples is not None:
+        identity["data.samples"] = data.samples
     same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
-    params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
+    if begin is not None:
+        params = begin.load(spec, layout, here.master, here.device)
+    else:
+        params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
     state = checkpoint.TrainState(0, 0, params, adam_init(params))
-    if config.resume and (found := checkpoint.newest(run_dir)):
+    if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+    watch = Watch(config.max_skips)
+    saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
+    if config.save_every:
+        saver.prepare(checkpoint.tensors(state, spec))
     if here.main:  # not earlier: a refused resume leaves the run as it was
+        clear_parts(run_dir)
         save(config, run_dir / "config.json")
-        corpus.tokenizer.save(str(run_dir / "tokenizer.json"))
+        if begin is not None:
+            keep_origin(begin.folder, run_dir)
+        if data.tokenizer is not None:
+            data.tokenizer.save(str(run_dir / "tokenizer.json"))
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
     metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
-    metrics.say(describe(config, here, corpus, state.step))
+    metrics.say(describe(config, here, data, state.step))
     recorded = min(PROFILED_STEP, config.steps - state.step) if config.profile else 0
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
         functions, rule = compiled(functions, layout, config.how), compiled_rule()
+    step = partial(
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+    )
+    step = Recorded(step, here.device) if here.graph else step
 
-    def finish(step: int, loss: Tensor, norm: Tensor, lr: float, tokens: int, end: Any) -> dict:
+    def finish(
+        step: int, loss: Tensor, norm: Tensor, told: Told, lr: float, tokens: int, end: Any, waited: float
+    ) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
-        value, norm = finite(loss.item(), "loss", step), finite(norm.item(), "gradient", step)
-        record = metrics.step(step, value, norm, lr, tokens, end)
+        value, norm = loss.item(), norm.item()
+        if warning := watch.note(step, value, norm):
+            metrics.say(warning)
+        record = metrics.step(step, value, norm, lr, tokens, end, waited)
+        record |= {"skipped": watch.skipped} | describe_experts(told.experts, m.moe)
+        for k, total in enumerate([] if told.ahead is None else told.ahead.tolist(), start=1):
+            record[f"ahead.{k}.loss"] = total / tokens
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
 
+    ahead = range(state.samples, config.steps * config.batch, config.batch)
+    batches = Prefetch(lambda start: load(data.train.rows(start, config.batch), config, here), ahead)
     launched = None  # the step that the device is working on
-    while state.step < config.steps:
+    stopped = False
+    while state.step < config.steps and not (stopped := stop.asked()):
         recorder.begin()
-        microbatches, tokens = load(corpus.train, state.samples, config, here, layout, corpus.end_id)
-        loss, grads = gradients(
-            functions, state.params, microbatches, tokens, pipe, config.zero, here.gather_each
-        )
-        norm = global_norm(grads, spec, pipe.sum) / tokens
+        columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
+        microbatches = split(columns, here, layout, config.zigzags, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        scale = clip_scale(norm, config.optim.clip) / tokens
-        params, opt = adam_update(grads, state.opt, state.params, spec, lr, scale, config.optim, rule)
-        del grads  # or they would wait for the next step's
+        loss, norm, told, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
-        loss = pipe.sum(None if loss is None else full(loss))
-        launched = (state.step, loss, norm, lr, tokens, mark(here.device))
+        if watch.over:
+            why = diagnose(functions, params, microbatches, pipe, config.zero, here.gather_each, stop.group)
+            raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
+        for line in saver.said():
+            metrics.say(line)
+        launched = (state.step, loss, norm, told, lr, tokens, mark(here.device), batches.waited)
 
         last = state.step == config.steps
         saves = config.save_every and (last or state.step % config.save_every == 0)
@@ -112,33 +143,46 @@ def train(config: RunConfig, here: Plan, pipe: Pipeline, corpus: Corpus, run_dir
             continue
         record, launched = finish(*launched), None
         if evaluates:
-            held = validate(state.params, corpus, config, here, pipe)
-            record["validation_loss"] = finite(held, "validation loss", state.step)
+            held = validate(state.params, data, config, here, pipe)
+            if not math.isfinite(held):
+                raise diverged(state.step, "the validation loss is not finite")
+            record["validation_loss"] = held
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
-        metrics.write(record)
         if saves:
-            metrics.say(f"saved {checkpoint.save(run_dir, state, spec, identity)}")
+            record["save_seconds"] = checkpoint.begin(saver, state, spec, identity)
+        metrics.write(record)
         metrics.restart_clock()
-    if config.sample:
-        metrics.say("sample: " + sample(state.params, corpus, config, here, pipe))
+    if launched:
+        metrics.write(finish(*launched))
+    if stopped:
+        checkpoint.begin(saver, state, spec, identity)
+        metrics.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
+    elif config.sample:
+        metrics.say("sample: " + sample(state.params, data, config, here, pipe))
+    saver.wait()
+    for line in saver.said():
+        metrics.say(line)
     metrics.close()
+    saver.close()
 
 
-def finite(value: float, name: str, step: int) -> float:
-    """The value, or ValueError: every rank has the same, so all stop at once."""
-    if not math.isfinite(value):
-        raise ValueError(
-            f"step {step}: the {name} is not finite, the run has diverged; lower --optim.lr, raise "
-            "--optim.warmup, or resume from an earlier checkpoint"
-        )
-    return value
+def diverged(step: int, why: str) -> ValueError:
+    """Every rank has the same, so all stop at once."""
+    return ValueError(
+        f"step {step}: {why}. The run has diverged: lower --optim.lr, raise --optim.warmup, or resume from "
+        "an earlier checkpoint"
+    )
 
 
-def describe(config: RunConfig, here: Plan, corpus: Corpus, step: int) -> str:
+def describe(config: RunConfig, here: Plan, data: Data, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
+    size = f"{data.train.size:,} tokens" if data.train.size else "a stream"
+    parameters = f"{parameter_count(config.model):,} parameters"
+    if config.model.moe.experts:
+        parameters += f" ({active_count(config.model):,} for each token)"
     return (
-        f"{parameter_count(config.model):,} parameters on {here.shape} ({_count(n, 'rank')}, {here.device}, "
-        f"{compute}, zero {config.zero}); {corpus.train.size:,} tokens of text; "
+        f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
+        f"{compute}, zero {config.zero}); {size} of text; "
         f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")
     )
@@ -148,63 +192,61 @@ def _count(n: int, noun: str, ending: str = "s") -> str:
     return f"{n} {noun}{ending if n > 1 else ''}"
 
 
-def load(
-    tokens, start: int, config: RunConfig, here: Plan, layout: Layout, end: int | None, shuffle: bool = True
-) -> tuple[list[Batch], int]:
-    """The microbatches of the global batch that starts at sample ``start``, and its valid tokens. Which
-    samples those are depends on nothing but ``start``."""
-    d = config.data
-    batch = torch.from_numpy(rows(tokens, d.sequence, config.seed, start, config.batch, shuffle))
-    return split(batch, config, here, layout, end)
+def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None], int]:
+    """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
+    This runs ahead, in a thread of its own."""
+    d, gpu = config.data, here.device.startswith("cuda")
+    if gpu:
+        torch.cuda.set_device(here.device)  # for this thread; pinned memory belongs to a device
+    columns = rows.tokens, rows.documents if d.masked else None, rows.positions if d.restarts else None
+    tensors = [None if x is None else torch.from_numpy(x) for x in (*columns, rows.counted)]
+    return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
 
 
-def split(batch: torch.Tensor, config: RunConfig, here: Plan, layout: Layout, end: int | None):
-    documents = positions = [None] * (batch.shape[0] // here.rows)
-    if config.data.document_mask:
-        ids, places = (torch.from_numpy(x).to(here.device) for x in document_ids(batch[:, :-1].numpy(), end))
-        documents, positions = ids.split(here.rows), places.split(here.rows)
-    parts = zip(batch.to(here.device).split(here.rows), documents, positions, strict=True)
-    batches = [make_batch(r, layout, d, p, config.zigzags) for r, d, p in parts]
-    return batches, valid_tokens(batch)
+def split(
+    columns: list[Tensor | None], here: Plan, layout: Layout, zigzag: bool, depth: int = 0
+) -> list[Batch]:
+    """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
+    count = len(columns[0]) // here.rows
+    on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
+    parts = [[None] * count if x is None else on_device(x) for x in columns]
+    return [make_batch(rows, layout, *others, depth, zigzag) for rows, *others in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
-def validate(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
+def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
     """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
     count."""
-    d = config.data
-    n = min(VALIDATION_ROWS, (len(corpus.validation) - 1) // d.sequence)
-    held = torch.from_numpy(rows(corpus.validation, d.sequence, 0, 0, n, shuffle=False))
-    fill = -len(held) % here.rows
-    held = torch.cat([held, torch.full((fill, held.shape[1]), IGNORE)])
-    batches, tokens = split(held, config, here, pipe.layout, corpus.end_id)
+    held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
+    columns, tokens = load(held.filled(here.rows), config, here)
+    batches = split(columns, here, pipe.layout, config.zigzags)
     weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, batches, pipe)
     return pipe.sum(None if total is None else full(total)).item() / tokens
 
 
-def sample(params, corpus: Corpus, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
+def sample(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
-    prompt, shape = corpus.validation[:8].tolist(), here.shape
+    prompt = data.validation.rows(0, 1).tokens[0, :8].tolist()
     if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
         layout = Layout(compute=pipe.layout.compute)
-        params, pipe, shape = (pipe.whole(params),), one_stage(config.model, 1, layout), MeshShape()
-    ids = generate(
-        params, prompt, config.sample, config.model, pipe,
-        seed=config.seed, data_ranks=shape.data, unit=sequence_unit(shape, zigzag=True), device=here.device,
-    )  # fmt: skip
-    return corpus.tokenizer.decode(ids)
+        params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
+    tokens = min(config.sample, config.model.context - len(prompt))
+    (ids,) = generate(params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device)
+    return data.decode(ids)
 
 
-def open_run(config: RunConfig) -> Path:
-    """The run directory. Raises ValueError where it cannot be written, where there is nothing to resume, or
-    another run to spoil."""
+def open_run(config: RunConfig) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint to go on from: with --resume, or where torchrun has started this
+    process again. Raises ValueError where the directory cannot be written, has nothing to resume, or another
+    run to spoil."""
     run_dir = Path(config.run_dir)
     found = checkpoint.newest(run_dir)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume and not found:
         raise ValueError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
-    if found and not config.resume:
+    if found and not (config.resume or again):
         raise ValueError(
             f"--run-dir {run_dir}: holds checkpoints of another run, up to {found.name}; go on from there "
             "with --resume, choose another --run-dir, or delete it"
@@ -217,7 +259,7 @@ def open_run(config: RunConfig) -> Path:
         raise ValueError(
             f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another"
         ) from error
-    return run_dir
+    return run_dir, found
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main() -> None:
     times, config_optim = [], OptimConfig()
     for _ in range(o.steps):
         begin = clock(device)
-        _, grads = gradients(functions, params, batches, tokens, pipe, 1)
+        _, grads, _ = gradients(functions, params, batches, tokens, pipe, 1)
         scale = clip_scale(global_norm(grads, pipe.spec, pipe.sum) / tokens, 1.0) / tokens
         middle = clock(device)
         params, opt = adam_update(grads, opt, params, pipe.spec, 1e-4, scale, config_optim)
@@ -116,9 +116,9 @@ def stage_costs(pipe, functions, params, batch, template, repeats: int) -> dict[
                 start = clock(device)
                 if stage == 0:
                     x = functions.enter(tree, batch).detach().requires_grad_()
-                y = functions.stage(tree, x, batch)
+                y, _ = functions.stage(tree, x, batch)
                 samples["F"].append(clock(device) - start)
-                g, edge, ws = torch.ones_like(y), get_gradient_edge(y), flat(tree)
+                g, edge, ws = [torch.ones_like(y)], [get_gradient_edge(y)], flat(tree)
                 start = clock(device)
                 _, later = (backward_input if halves else backward)(edge, x, ws, g)
                 samples["I" if halves else "B"].append(clock(device) - start)

@@ -77,7 +77,10 @@ def system_of(line: Line) -> str:
         return line["system"]
     attention = line.get("attention") or "auto"
     path = "" if attention == "auto" else f"attention {attention}"
-    parts = ("**dtron**", "compiled" if line["compiled"] else "eager", line.get("schedule"), path)
+    plain = "" if line.get("overlap", True) else "no overlap"
+    graph = "CUDA graph" if line.get("graph") else ""
+    how = "compiled" if line["compiled"] else "eager"
+    parts = ("**dtron**", how, graph, line.get("schedule"), path, plain)
     return ", ".join(filter(None, parts))
 
 

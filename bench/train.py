@@ -7,7 +7,8 @@ A step is everything: gather, forward, backward, gradient norm, clipping, AdamW.
 of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
 waits for a step to end. The first carries compilation and is reported by itself. FLOPs are those of
 ``flops_per_token``: causal, no recomputation. Host time is what a step from an idle device takes until its
-last kernel is launched, the median of 3. Needs torch and numpy alone."""
+last kernel is launched, the median of 3. With --data batches come from a file, as in train.py, and the line
+has the share of time that the host waited for them. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -16,32 +17,37 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
-from dtron.dtensor import full
+from dtron.data import Indexed, Prefetch, Writer
+from dtron.data.indexed import token_dtype
+from dtron.data.sources import Packed
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.optim import adam_init
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
 from dtron.profile import Recorder, breakdown, rows, top
 from dtron.shape import MeshShape
-from dtron.step import gradients
+from dtron.update import Recorded, update
 
 
 def main() -> None:
@@ -67,23 +73,34 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     opt = adam_init(params)
     functions, rule = program(m, layout, config.how, here.splits), None
     if not o.eager:
-        functions, rule = compiled(functions, layout, config.how), compiled_rule()
+        functions = compiled(functions, layout, config.how, overlap=not o.no_overlap)
+        rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout, zigzag=config.zigzags) for r in ids.split(here.rows)]
-    tokens, host, losses = config.batch * o.sequence, [], []
+    batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)]
+    tokens, host, losses, waited = config.batch * o.sequence, [], [], []
+    ahead = reading(config, here, o.steps) if o.data else None
 
-    def step(params, opt):
-        loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, here.gather_each)
-        norm = global_norm(grads, spec, pipe.sum) / tokens
-        scale = clip_scale(norm, 1.0) / tokens
-        return loss, *adam_update(grads, opt, params, spec, 1e-4, scale, config.optim, rule)
+    one = partial(
+        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
+    )
+    one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
+
+    def step(params, opt):  # with the batches of now
+        loss, _, _, params, opt = one(params, opt, batches, tokens, 1e-4)
+        return loss, params, opt
 
     marks = [mark(here.device)]
     for _ in range(o.steps):
+        if ahead is not None:
+            ids = ahead.next().to(here.device, non_blocking=True)
+            batches = [
+                make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)
+            ]
+            waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))
-        losses.append(pipe.sum(None if loss is None else full(loss)))
+        losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
     times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
@@ -106,7 +123,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
         "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
         "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
-        "fp8_ends": o.fp8_ends, "attention": o.attention, "date": date.today().isoformat(),
+        "fp8_ends": o.fp8_ends, "attention": o.attention, "overlap": not o.no_overlap, 
+        "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
@@ -114,7 +132,30 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
+        "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
+
+
+def reading(config: RunConfig, here, steps: int) -> Prefetch:
+    """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has been opened,
+    read ahead as train.py does; with documents of 500 tokens on average."""
+    random, m, s = np.random.default_rng(0), config.model, config.data.sequence
+    with tempfile.TemporaryDirectory() as folder:
+        with Writer(Path(folder) / "tokens", token_dtype(m.vocab)) as out:
+            while sum(out.lengths) < 2 * config.batch * s:
+                for n in random.integers(1, 1000, 200):
+                    out.document(random.integers(0, m.vocab, n))
+        data = Indexed(Path(folder) / "tokens")
+    source = Packed(data, 0, len(data), s, 0, steps * config.batch, m.vocab, False)
+
+    def load(start: int) -> torch.Tensor:
+        rows = torch.from_numpy(source.rows(start, config.batch).tokens)
+        if here.device == "cpu":
+            return rows
+        torch.cuda.set_device(here.device)  # for this thread
+        return rows.pin_memory()
+
+    return Prefetch(load, range(0, steps * config.batch, config.batch))
 
 
 def show(spans) -> None:
@@ -135,7 +176,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
     p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
     p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
+    p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
+    p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")
+    p.add_argument("--data", action="store_true", help="read each step's batch from a .bin/.idx made here")
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
         p.add_argument(f"--{name}", type=int, default=default)

@@ -18,12 +18,14 @@ from torch import Tensor
 from dtron.collectives import Collective, CollectiveCounter
 from dtron.config import ModelConfig
 from dtron.layers.cores import Mask, allowed
+from dtron.layers.mla import MLA, Latent, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch
 from dtron.params import declare, gather, init
 from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
 from dtron.pipeline import one_stage, program
+from dtron.presets import preset
 from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
 from dtron.schedules.draw import svg as timelines
 from dtron.shape import MeshShape
@@ -111,6 +113,60 @@ def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
     canvas.text(x, y + 16, f"over {collective.axis}", size=11, colour=FAINT)
 
 
+def latent(shape: MeshShape) -> str:
+    """Latent attention's tensors on their way through it; below, what a server keeps of a token."""
+    sizes = Latent(kv_rank=256, q_rank=384, nope_dim=48, rope_dim=64, v_dim=64)
+    dims = {"embed": 768, "heads": 16, "layers": 1, "layernorm": False, **sizes.dims()}
+    with simulated(shape) as mesh:
+        layout = Recorder(mesh)
+        p = gather(init(declare(MLA, dims), dims, 0, layout), layout)
+        x = layout.shard(torch.ones(1024, 768), "tokens_sp", "act_embed")
+        table = layout.shard(torch.zeros(1024, sizes.rope_dim), "tokens", None)
+        with CollectiveCounter(mesh) as counter:
+            mla(p, x, table, None, Mask(1024), layout)
+        (line_before, line_after), (y_before, y_after) = layout.seen
+        canvas = Canvas(1400)
+        canvas.text(20, 28, f"Latent attention on {shape}", bold=True, size=16)
+        draw_mesh(canvas, 20, 44, shape)
+        first, second = counter.order
+        steps = [
+            ("x_TD", "TD", x, "@"),
+            ("w_q_down", "DR", p.w_q_down, ""),
+            ("w_kv_down", "DR", p.w_kv_down, "="),
+            ("line_TR", "TR", line_before, first),
+            ("line_TR", "TR", line_after, "@"),
+            ("w_kv_up", "RNH", p.w_kv_up, "..."),
+            ("w_o", "NHD", p.w_o, "="),
+            ("y_TD", "TD", y_before, second),
+            ("y_TD", "TD", y_after, ""),
+        ]
+        left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
+        for name, letters, tensor, then in steps:
+            left += draw(canvas, left, top, name, letters, tensor, shape) + 10
+            if isinstance(then, Collective):
+                arrow(canvas, left, top + 76, then)
+                left += 108
+            elif then:
+                canvas.text(left, top + 80, then, size=16, bold=True)
+                left += 26
+    y = top + 180
+    canvas.text(20, y, "Numbers that a server keeps of each token, in every layer", bold=True, size=16)
+    kept = {name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")}
+    m = preset("deepseek-v3")
+    kept["deepseek-v3 with keys and values of all heads"] = m.heads * sum(m.head_dims)
+    for i, (name, n) in enumerate(kept.items()):
+        width = max(3, 700 * n / max(kept.values()))
+        canvas.text(20, y + 31 + 28 * i, name)
+        canvas.rect(350, y + 15 + 28 * i, width, 22, "#4a8fd0")
+        canvas.text(358 + width, y + 31 + 28 * i, f"{n:,}", bold=True)
+    return canvas.svg()
+
+
+def cached(m: ModelConfig) -> int:
+    """Numbers that generation keeps of a token in a layer."""
+    return m.mla.kv_rank + m.mla.rope_dim if m.latent else 2 * m.kv_heads * m.head_dim
+
+
 def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
     """The collectives of one real step over dp in order, with a mark before each microbatch's forward, and
     one where the last has ended."""
@@ -126,9 +182,9 @@ def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective
             return functions.enter(weights, batch)
 
         def stage(weights, x, batch):
-            loss = functions.stage(weights, x, batch)
+            loss, extra = functions.stage(weights, x, batch)
             counter.order.append("backward")
-            return loss
+            return loss, extra
 
         marked = replace(functions, enter=enter, stage=stage)
         gradients(marked, params, [batch] * microbatches, 16 * microbatches, pipe, zero)
@@ -267,11 +323,15 @@ def legend(canvas: Canvas, x: float, y: float, entries) -> None:
 
 def figures() -> dict[str, str]:
     """Every figure by file name."""
+    from expert_figure import experts  # it draws with what is above
+
     return {
+        "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
         "zero.svg": zero(MeshShape(dp=8)),
         "tensor-parallelism.svg": layer(MeshShape(tp=4)),
         "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
+        "latent-attention.svg": latent(MeshShape(tp=4)),
         "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),

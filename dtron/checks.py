@@ -20,7 +20,9 @@ def check(
 ) -> None:
     """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
     remedy."""
-    for name in ("heads", "kv_heads", "mlp"):
+    check_experts(model, mesh)
+    dense = not model.moe.experts or model.moe.dense_layers
+    for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
         size = getattr(model, name)
         if size % mesh.tp:
             raise ValueError(
@@ -37,12 +39,13 @@ def check(
             f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
             f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
         )
-    if mesh.cp > 1 and cp == "ulysses" and model.kv_heads // mesh.tp % mesh.cp:
-        kv = mesh.tp * mesh.cp
+    name = "heads" if model.latent else "kv_heads"  # in latent attention every head has its own
+    size, both = getattr(model, name), mesh.tp * mesh.cp
+    if mesh.cp > 1 and cp == "ulysses" and size % both:
         raise ValueError(
-            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has "
-            f"{model.kv_heads // mesh.tp} of model.kv_heads={model.kv_heads}, which cp must divide; use "
-            f"--cp ring, which takes any number of heads, or --model.kv-heads {-(-model.kv_heads // kv) * kv}"
+            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
+            f"model.{name}={size}, which cp must divide; use --cp ring, which takes any number of heads, or "
+            f"--model.{name.replace('_', '-')} {-(-size // both) * both}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise ValueError(
@@ -60,6 +63,39 @@ def sequence_unit(mesh: MeshShape, zigzag: bool) -> int:
     """What the length of a sequence must be a multiple of: over cp every rank has as many of its tokens, in
     zig-zag order two halves of them, and over tp each has as many of those."""
     return mesh.cp * math.lcm(mesh.tp, 2 if mesh.cp > 1 and zigzag else 1)
+
+
+def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
+    """Raises ValueError where ep or etp don't fit the mesh or the experts."""
+    c, _ = model.moe, mesh.atoms  # refuses an ep that the mesh has no ranks for
+    if not c.experts:
+        if mesh.ep * mesh.etp > 1:
+            raise ValueError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
+        return
+    for flag, size, axis in (
+        ("experts", c.experts, "ep"), ("mlp", c.mlp, "etp"), ("shared", c.shared, "tp"),
+    ):  # fmt: skip
+        n = getattr(mesh, axis)
+        if size % n:
+            raise ValueError(
+                f"model.moe.{flag}={size} over {axis}={n}: {axis} must divide {flag}; use "
+                f"{axis}={nearest_divisor(size, n)} or --model.moe.{flag} {-(-size // n) * n}"
+            )
+
+
+def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
+    """Raises ValueError for a dispatcher that cannot do what is asked."""
+    c = model.moe
+    if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
+        raise ValueError(
+            f"--dispatch {how.dispatch} with model.moe.capacity={c.capacity}: it drops nothing; use "
+            "--dispatch static, or --model.moe.capacity 0"
+        )
+    if c.experts and how.dispatch == "alltoall" and compiles:
+        raise ValueError(
+            "--dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
+            "compiled; use --dispatch allgather, --dispatch static or --compile off"
+        )
 
 
 def check_fp8(
@@ -105,8 +141,9 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
     elif path == "flex":
         if device == "cpu":
             cannot = "device=cpu: flex_attention has no backward there"
-        elif model.head_dim < LEAST_HEAD_DIM:
-            cannot = f"model.head_dim={model.head_dim}: its kernels take {LEAST_HEAD_DIM} and more"
+        elif min(model.head_dims) < LEAST_HEAD_DIM:
+            name = "heads of width " if model.latent else "model.head_dim="
+            cannot = f"{name}{min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:

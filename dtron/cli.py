@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dtron import __version__
-from dtron.config import RunConfig
+from dtron.config import ModelConfig, RunConfig
+from dtron.data.indexed import prefix_of
 from dtron.presets import PRESETS, preset
 
 EXAMPLES = """examples:
@@ -48,7 +49,10 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         raise SystemExit(0)
     known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
     _check_flags(argv, known)
-    name = _value_of(argv, "--model")
+    name, loaded = _value_of(argv, "--model"), None
+    if "--init-from" in known and (folder := _value_of(argv, "--init-from")) is not None:
+        loaded = _loaded(folder, name)
+        default = replace(default, model=loaded)
     if name is not None:
         default = replace(default, model=preset(name))
     start = CommandLine(**_shallow(default), preset=name or "tiny")
@@ -63,7 +67,37 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
             print(said.getvalue().rstrip() + ("\n\n" + EXAMPLES if prog == "train.py" else ""))
             raise
         raise ValueError(_one_line(said.getvalue())) from None
-    return config_class(**{name: value for name, value in _shallow(got).items() if name != "preset"})
+    config = config_class(**{name: value for name, value in _shallow(got).items() if name != "preset"})
+    return config if loaded is None else _beside(config, loaded)
+
+
+def _loaded(folder: str, name: str | None) -> ModelConfig:
+    """The model that ``--init-from`` begins with."""
+    from dtron.hf import read_config
+
+    if name is not None:
+        raise ValueError(f"--model {name} --init-from {folder}: its config.json is the model; drop --model")
+    return read_config(Path(folder))[1]
+
+
+def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
+    """The config with the tokenizer of the model that it begins with. Raises ValueError where flags say that
+    the model is another."""
+    from dtron.hf import contradiction
+
+    folder = Path(config.init_from)
+    wrong = contradiction(config.model, loaded)
+    if wrong:
+        name, theirs, ours = wrong
+        flag = f"--model.{name.replace('_', '-')}"
+        raise ValueError(f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}")
+    d = config.data
+    if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):
+        return config
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"--init-from {folder}: has no tokenizer.json; give --data.tokenizer")
+    return replace(config, data=replace(d, tokenizer=str(file)))
 
 
 def _shallow(config: Any) -> dict[str, Any]:

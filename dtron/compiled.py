@@ -26,8 +26,8 @@ from dtron.how import PLAIN, How
 from dtron.jit import jit
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
-from dtron.params import flat, unflatten
-from dtron.schedules.run import Program
+from dtron.params import declared, flat, gather_all, unflatten
+from dtron.schedules.run import Extra, Program
 
 
 def compiled(
@@ -44,7 +44,7 @@ def compiled(
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
     here = OnLocals(functions, layout, compile)
-    return Program(here.enter, here.stage, False, here)
+    return Program(here.enter, here.stage, False, here, functions.carries)
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
@@ -66,17 +66,24 @@ class OnLocals:
         self._run, self._run_list = compile(self._traced), compile(self._traced_list)
 
     def enter(self, p: Weights, batch: Any) -> Tensor:
-        return self._run(self._functions.enter, p.tree, p.lies, (), *_apart(batch))
+        return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]
 
-    def stage(self, p: Weights, x: Tensor, batch: Any) -> Tensor:
-        return self._run(self._functions.stage, p.tree, p.lies, (x,), *_apart(batch))
+    def stage(self, p: Weights, x: Tensor, batch: Any, *before: Any) -> tuple[Tensor, Extra | None]:
+        return self._run(self._functions.stage, p.tree, p.lies, (x,), before, *_apart(batch))
+
+    def _enter(self, p: Any, batch: Any) -> tuple[Tensor, None]:
+        return self._functions.enter(p, batch), None
 
     def leaves(self, params: Any, once: bool) -> tuple[Weights, list[Tensor]]:
         weights = flat(params)
         tensors, lies = [local(w) for w in weights], [Lies.of(w) for w in weights]
         if once:
-            after = [replace(at, placements=self._layout.gathered(at.placements)) for at in lies]
-            gather = lambda ws: [self._layout.gather(w) for w in ws]
+            of = declared(params)
+            after = [
+                at if d.frozen else replace(at, placements=self._layout.gathered(*d.axes))
+                for at, d in zip(lies, of, strict=True)
+            ]
+            gather = lambda ws: gather_all(ws, of, self._layout)
             tensors, lies = self._run_list(gather, tensors, lies), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         return Weights(unflatten(params, tensors), lies), tensors
@@ -106,19 +113,28 @@ class OnLocals:
 
     # What is traced: locals in, DTensors, locals out.
 
-    def _traced(self, fn: Callable, tree: Any, lies: list[Lies], x: tuple[Tensor, ...], batch, parts):
+    def _traced(self, fn: Callable, tree: Any, lies: list[Lies], x: tuple[Tensor, ...], before, batch, parts):
         here = self._layout.from_local
         mesh = self._layout.mesh
         batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
         like = next(getattr(batch, name) for name in parts)
         whole = lambda w, at: Whole.apply(w, like, code(at.placements), tuple(at.shape), at.stride)
         p = unflatten(tree, [whole(w, at) for w, at in zip(flat(tree), lies, strict=True)])
-        y = fn(p, *(here(part, "tokens_sp", "act_embed") for part in x), batch)
-        return y.to_local(grad_placements=[Replicate() if at.is_partial() else at for at in y.placements])
+        before = [r and {name: here(part, "+tokens_sp") for name, part in r.items()} for r in before]
+        y, extra = fn(p, *(here(part, "tokens_sp", "act_embed") for part in x), batch, *before)
+        if extra is None:
+            return _own(y), None
+        aux = None if extra.aux is None else _own(extra.aux)
+        return _own(y), Extra(aux, {name: part.to_local() for name, part in extra.report.items()})
 
     def _traced_list(self, fn: Callable, tensors: list[Tensor], lies: list[Lies], *args) -> list[Tensor]:
         wholes = [at.whole(t, self._layout.mesh) for t, at in zip(tensors, lies, strict=True)]
         return [x.to_local() for x in fn(wholes, *args)]
+
+
+def _own(y: DTensor) -> Tensor:
+    """This rank's part; where it is a summand, the gradient is that of the sum."""
+    return y.to_local(grad_placements=[Replicate() if at.is_partial() else at for at in y.placements])
 
 
 def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Lies]]]:

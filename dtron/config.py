@@ -13,8 +13,12 @@ from dtron.fp8.recipe import SMALLEST
 from dtron.how import Fp8, How
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
+from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.moe.dispatch import Dispatch
+from dtron.mtp import Ahead
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
@@ -46,6 +50,8 @@ class ModelConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     """how attention knows where a token is"""
     rope: Rope = field(default_factory=Rope)
+    mla: Latent = field(default_factory=Latent)
+    mtp: Ahead = field(default_factory=Ahead)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -58,6 +64,8 @@ class ModelConfig:
     """the output head is the token embedding"""
     window: int | None = None
     """sliding-window attention: tokens seen back, counting itself"""
+    full_every: int = 0
+    """with a window: every layer of this number has none, and sees all; 0: all layers have it"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
     sinks: bool = False
@@ -69,6 +77,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
     masked"""
+    moe: MoE = field(default_factory=MoE)
 
     def __post_init__(self) -> None:
         for name in (
@@ -84,12 +93,14 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
-        if self.heads % self.kv_heads:
+        if self.latent:
+            self._check_latent()
+        elif self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        if self.positions == "rotary" and not self.latent and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
         _under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
@@ -97,6 +108,42 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
+        if self.full_every < 0:
+            raise ValueError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+        if self.moe.experts and self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
+                "would have experts; use fewer, or --model.moe.experts 0"
+            )
+
+    def _check_latent(self) -> None:
+        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
+        for name, only in others.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
+                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                )
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean nothing."""
+        return self.mla.kv_rank > 0
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Widths of a head's queries and keys, and of its values."""
+        return (self.mla.qk_dim, self.mla.v_dim) if self.latent else (self.head_dim, self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.mla.rope_dim if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """What attention scores are multiplied by; None: 1 / sqrt(head_dim)."""
+        warm = self.rope.temperature if self.positions == "rotary" else 1.0
+        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
 
     @property
     def padded_vocab(self) -> int:
@@ -117,7 +164,33 @@ class ModelConfig:
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            "plain_attention": not self.latent,
+            **self.mla.dims(),
+            **self._expert_dims(),
+            "blocks": [self._block(i) for i in range(self.layers)],
+            "mtp_depth": self.mtp.depth,
+            "mtp": [self._block(self.layers + k) for k in range(self.mtp.depth)],
         }
+
+    def _expert_dims(self) -> dict[str, Any]:
+        c = self.moe
+        return {
+            "experts": c.experts,
+            "expert_embed": self.embed,
+            "expert_mlp": c.mlp,
+            "expert_bias": c.bias,
+            "router_bias": c.router_bias,
+            "balance_bias": c.bias_rate > 0,
+            "shared_mlp": c.shared,
+            "shared_expert": c.shared > 0,
+            "shared_gate": c.shared_gate,
+        }
+
+    def _block(self, i: int) -> dict[str, Any]:
+        """What layer i has of its own."""
+        sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
+        full = self.full_every and (i + 1) % self.full_every == 0
+        return {"sparse": sparse, "dense": not sparse, "window": None if full else self.window}
 
 
 @dataclass(frozen=True)
@@ -176,23 +249,63 @@ class DataConfig:
     """Where the text comes from."""
 
     path: str | None = None
-    """a .txt, .jsonl or .parquet file, or a folder of them; None: the source of Python's standard library"""
+    """a .txt, .jsonl, .parquet or .arrow file, a folder of them, or the name of a .bin/.idx pair; several
+    with weights as '0.7 web.jsonl, 0.3 code'; None: the source of Python's standard library"""
     tokenizer: str | None = None
-    """a tokenizer.json; None: a byte-level BPE of model.vocab words, trained on the text and cached"""
-    column: str = "text"
-    """the field of a .jsonl or column of a .parquet that holds the text"""
+    """a tokenizer.json, or a folder with one; None: that beside a .bin/.idx pair, or else a byte-level BPE of
+    model.vocab words, trained on the text and cached"""
+    column: str | None = None
+    """the field or column that holds the text; None: text, or messages with chat"""
     sequence: int = 256
     """tokens per sample"""
+    packing: Literal["concatenate", "best-fit"] = "concatenate"
+    """cut one long line of documents, or put whole documents into rows, masked from each other"""
+    chat: bool = False
+    """rows are conversations, packed by best fit; only what the assistant says is learned"""
+    streaming: bool = False
+    """tokenise text while training, in the order of the files, rather than before"""
     document_mask: bool = False
-    """tokens attend within their document only, and positions restart in each"""
+    """tokens attend within their document only"""
+    document_positions: bool | None = None
+    """positions restart in each document; None: where tokens attend within it only"""
     validation: float = 0.02
     """share of the text held out"""
+    split: str | None = None
+    """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1; None: by
+    validation"""
+    samples: int | None = None
+    """of a .bin/.idx pair: how many samples the order is made for; None: steps times batch"""
 
     def __post_init__(self) -> None:
         if self.sequence < 1:
             raise ValueError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
         if not 0 < self.validation < 1:
             raise ValueError(f"data.validation={self.validation}: a share between 0 and 1; change it")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"data.samples={self.samples}: must be at least 1; raise it, or leave it out")
+        if self.streaming and self.fitted:
+            name = "--data.chat" if self.chat else "--data.packing best-fit"
+            raise ValueError(f"--data.streaming {name}: all lengths must be known first; drop one of the two")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether whole documents are packed by best fit."""
+        return self.chat or self.packing == "best-fit"
+
+    @property
+    def masked(self) -> bool:
+        """Whether tokens attend within their document only."""
+        return self.document_mask or self.fitted
+
+    @property
+    def restarts(self) -> bool:
+        """Whether positions restart in each document."""
+        return self.masked if self.document_positions is None else self.document_positions
+
+    @property
+    def marked(self) -> bool:
+        """Whether it matters where documents are."""
+        return self.masked or self.restarts
 
 
 @dataclass(frozen=True)
@@ -224,8 +337,8 @@ class RunConfig:
     """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp); a dp left out takes the
-    rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for experts);
+    a dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
     use"""
@@ -241,10 +354,19 @@ class RunConfig:
     """of weights and data order"""
     run_dir: str = "runs/latest"
     """where metrics, the resolved config and checkpoints go"""
+    init_from: str | None = None
+    """begin with the weights, and the model, of a Hugging Face folder (config.json and safetensors)"""
     resume: bool = False
     """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
     save_every: int = 0
-    """steps between checkpoints; 0: none"""
+    """steps between checkpoints, which are written while training goes on; 0: none but where a signal stops
+    the run"""
+    keep: int = 0
+    """how many of the newest checkpoints stay; 0: all"""
+    keep_every: int = 0
+    """checkpoints of steps that this divides stay too"""
+    max_skips: int = 10
+    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
     simulate: bool = False
     """run all ranks of the mesh in this one process, on the CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -266,11 +388,17 @@ class RunConfig:
     gradient in high precision"""
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
+    dispatch: Dispatch = "auto"
+    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a fixed number
+    (static), or every rank gets all tokens of its group (allgather). auto: allgather where compiled, else
+    alltoall"""
     fp8_smallest: int = SMALLEST
     """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
     are"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs, without pp"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     log_every: int = 10
@@ -296,6 +424,9 @@ class RunConfig:
             ("steps", 1),
             ("batch", 1),
             ("save_every", 0),
+            ("keep", 0),
+            ("keep_every", 0),
+            ("max_skips", 1),
             ("log_every", 1),
             ("eval_every", 0),
             ("sample", 0),
@@ -310,7 +441,9 @@ class RunConfig:
 
     @property
     def how(self) -> How:
-        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.cp)
+        return How(
+            self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.cp, self.dispatch
+        )
 
     @property
     def zigzags(self) -> bool:

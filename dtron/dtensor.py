@@ -158,6 +158,12 @@ def local(x: Tensor) -> Tensor:
         return x.to_local()
 
 
+def like(x: Tensor, part: Tensor) -> Tensor:
+    """A tensor that lies as x does, of which this rank's part is ``part``, on any device. By DTensor's
+    constructor, which is not public, because ``from_local`` would move the part to the mesh's device."""
+    return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
+
+
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
     """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own would reduce it first, silently."""
     if not isinstance(x, DTensor):

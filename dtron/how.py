@@ -8,6 +8,7 @@ from typing import Literal
 from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
+from dtron.moe.dispatch import Dispatch
 
 Fp8 = Literal["none", Scaling]
 
@@ -15,8 +16,8 @@ Fp8 = Literal["none", Scaling]
 @dataclass(frozen=True)
 class How:
     """What may differ between two runs of one model without changing the result, beyond rounding: what is
-    computed again in backward, which kernels attend and how over cp, which products are made in FP8. Flags of
-    the run."""
+    computed again in backward, which kernels attend and how over cp, which products are made in FP8, how
+    tokens reach their experts. Flags of the run."""
 
     recompute: str = "none"
     attention: AttentionPath = "auto"
@@ -24,6 +25,7 @@ class How:
     fp8_ends: bool = False
     fp8_smallest: int = SMALLEST
     cp: Method = "ring"
+    dispatch: Dispatch = "auto"
 
     def __post_init__(self) -> None:
         if self.fp8_smallest < 0:

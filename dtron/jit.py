@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
     partitioner would keep from forward for backward that it may keep; the rest is computed again, cheapest
     first. ``options`` are those of ``torch.compile``."""
     inner = torch.compile(fn, fullgraph=True, dynamic=False, **options)
+    settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
+    if budget < 1:
+        settings.append(torch._functorch.config.patch(activation_memory_budget=budget))
 
     def run(*args):
-        with (
-            torch._dynamo.config.patch(recompile_limit=KINDS),
-            torch._functorch.config.patch(activation_memory_budget=budget),
-        ):
+        with ExitStack() as stack:
+            for setting in settings:
+                stack.enter_context(setting)
             return inner(*args)
 
     return run

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtron.checks import check, check_attention, check_fp8, microbatches
+from dtron.checks import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.config import RunConfig
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -38,6 +38,7 @@ class Plan:
     gather_each: bool  # ZeRO-3 gathers in every microbatch
     splits: bool  # a backward can be made in two halves
     compile: bool
+    graph: bool  # a step is recorded once and replayed
 
     @property
     def main(self) -> bool:
@@ -68,6 +69,7 @@ def plan(config: RunConfig) -> Plan:
     tokens = rows // shape.data * config.data.sequence // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
     check_attention(config.attention, config.model, compute, device)
+    check_dispatch(config.how, config.model, compiles)
     return Plan(
         shape,
         device,
@@ -78,7 +80,15 @@ def plan(config: RunConfig) -> Plan:
         gathers_each(config, shape),
         splits(config, shape),
         compiles,
+        _records(config, compiles and gpu, shape),
     )
+
+
+def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
+    if config.graph == "on" and not (can and shape.pp == 1):
+        why = f"mesh {shape}: a pipeline is not recorded" if can else "it takes a GPU and compiled stages"
+        raise ValueError(f"--graph on: {why}; use --graph auto")
+    return config.graph != "off" and can and shape.pp == 1
 
 
 def _device(config: RunConfig) -> str:
@@ -113,6 +123,14 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
                     f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; start all "
                     "ranks with the same flags and files"
                 )
+
+
+def host_group(timeout: int) -> Any:
+    """A group of all processes that needs no GPU, new each time: threads must not share one. None where there
+    is one process."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 @contextmanager

@@ -14,6 +14,10 @@ Under ``full`` the block that is at work is there whole, once. Attention over cp
 ring two of keys and values and two of their gradients, allgather those of whole rows, ulysses what it sends
 and what it gets. The loss has a chunk of logits, and the gradients of its input and of the head.
 
+In latent attention every head has keys of its own, and values of another width. A layer of experts has for F
+the width of the experts that a token goes to and of the shared one, and for each of the former the token once
+more; every layer is taken for one, and what routing adds is not counted.
+
 These are what the mathematics of backward needs; a compiler may recompute a little more, and the eager
 program keeps more under ``none``. With pipeline stages, stage s has pp - s microbatches under way.
 """
@@ -37,10 +41,12 @@ def block_bytes(m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, e
     t = u // shape.tp
     if recompute == "full":
         return element * t * m.embed
-    heads = u * (2 * m.heads + 2 * m.kv_heads) * m.head_dim // shape.tp
+    heads = u * (m.heads + _kv_heads(m)) * sum(m.head_dims) // shape.tp
     products = (3 if m.activation in ("swiglu", "geglu") else 2) - (recompute == "selective")
     residuals = (1 if recompute == "selective" else 2) * t * m.embed
-    mlp = products * u * m.mlp // shape.tp
+    c = m.moe
+    mlp = products * u * (c.top_k * c.mlp + c.shared if c.experts else m.mlp) // shape.tp
+    mlp += t * c.top_k * m.embed if c.experts else 0
     return element * (residuals + 2 * u * m.embed + heads + mlp) + 4 * u * m.heads // shape.tp
 
 
@@ -49,9 +55,13 @@ def message_bytes(m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, ele
     if shape.cp == 1:
         return 0
     u = tokens // shape.cp
-    kv = element * u * 2 * m.kv_heads * m.head_dim // shape.tp
-    q = element * u * m.heads * m.head_dim // shape.tp
-    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (2 * q + kv)}[cp]
+    kv = element * u * _kv_heads(m) * sum(m.head_dims) // shape.tp
+    q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and results
+    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp]
+
+
+def _kv_heads(m: ModelConfig) -> int:
+    return m.heads if m.latent else m.kv_heads
 
 
 def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) -> int:

@@ -8,6 +8,14 @@ A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermo
     cp            context parallelism; each sequence is split
     tp            tensor parallelism; adjacent ranks, because it communicates most
 
+and, another way to name the ranks of dp, cp and tp together, for the weights of experts alone:
+
+    edp           data parallelism of experts; the axis that ZeRO shards them over
+    ep            expert parallelism; each rank has some of the experts
+    etp           tensor parallelism within each expert
+
+How one DeviceMesh has both views stands in shape.py: its dims are *atoms*, an axis is one or more of them.
+
 A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
 ``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it. That table is the
 whole description of data, tensor and sequence parallelism and of ZeRO: turning one off is editing a row, and
@@ -23,21 +31,19 @@ live on: a shorter mesh means fewer placements to plan and nothing to normalise.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-
-# Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand;
-# they are semi-private, so they are imported here alone.
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, code, shard
-from dtron.shape import MeshShape
+from dtron.exchange import Peers, all_reduce
+from dtron.shape import MeshShape, is_part, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
@@ -57,21 +63,44 @@ RULES: Rules = {
     "rows": ("dp_replicate", "dp"),  # tokens where each rank needs its sequences whole
     "sequence": ("cp",),  # the parts of a sequence
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
+    "act_q_rank": (),
+    "act_kv_rank": (),
+    "kv_latent": (),
     # weights
     "embed": ("dp",),  # the ZeRO row
+    "q_rank": ("dp",),  # and for the latents of MLA
+    "kv_rank": ("dp",),
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "head_dim": (),
+    "qk_dim": (),
+    "kv_dim": (),
+    "v_dim": (),
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
+    # experts: their tokens, and their weights
+    "tokens_ep": ("dp_replicate", "edp", "ep"),
+    "experts": ("ep",),
+    "act_experts": (),  # what the router has for each expert
+    "expert_embed": ("edp",),  # the ZeRO row of experts
+    "expert_mlp": ("etp",),
+    "shared_mlp": ("tp",),  # of the expert that every token goes to
 }
+
+# The rows that shard a weight at rest, and are gathered for compute.
+ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
 
 def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``embed`` row emptied; stages 1 to 3 share the table (see
+    """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
     step.py)."""
-    return {**RULES, "embed": ()} if zero == 0 else RULES
+    return whole(RULES) if zero == 0 else RULES
+
+
+def whole(rules: Rules) -> Rules:
+    """The rules by which gathered weights lie."""
+    return {**rules, **dict.fromkeys(ZERO, ())}
 
 
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
@@ -87,19 +116,33 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
         name = axis.removeprefix("+")
         if name not in rules:
             raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
-        for mesh_axis in rules[name]:
-            if mesh_axis in where:
-                raise ValueError(f"{axes}: two dims share mesh axis {mesh_axis!r}; change a row of the rules")
-            where[mesh_axis] = Partial() if axis.startswith("+") else Shard(dim)
+        for atom in expand(rules[name], mesh_axes):
+            if atom in where:
+                raise ValueError(f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules")
+            where[atom] = Partial() if axis.startswith("+") else Shard(dim)
     return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
 
 
+def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
+    """The dims of a DeviceMesh that these axes are made of, in the mesh's order."""
+    return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))
+
+
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
-    """The DeviceMesh over the running processes: the axes larger than 1, or None on one device."""
-    axes = [(a, n) for a, n in shape.sizes.items() if n > 1]
-    if not axes:
+    """The DeviceMesh over the running processes: the atoms larger than 1, or None on one device."""
+    atoms = shape.atoms
+    if not atoms:
         return None
-    return init_device_mesh(device_type, [n for _, n in axes], mesh_dim_names=[a for a, _ in axes])
+    return init_device_mesh(device_type, list(atoms.values()), mesh_dim_names=list(atoms))
+
+
+def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
+    """The ranks along one axis, as a mesh of one dim; None where there are none. The first time, every
+    process must call this: it makes a process group where the axis is several atoms."""
+    atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
+    if not atoms:
+        return None
+    return mesh[atoms]._flatten(axis) if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -113,6 +156,8 @@ class Layout:
     """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is the
     identity.
 
+    ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep), as a mesh
+    of one dim, and those that have the parts of a sequence (cp).
     ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
     ``reduce`` the dtype that a weight's gradient is cast to before any reduction (None: the weight's own).
 
@@ -124,10 +169,28 @@ class Layout:
     rules: Rules = field(default_factory=lambda: RULES)
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
+    experts: DeviceMesh | None = field(init=False, default=None, compare=False)
+    context: Peers | None = field(init=False, default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", ranks_along(self.mesh, "ep"))
+        object.__setattr__(self, "context", self._peers("cp"))
+
+    def _peers(self, axis: str) -> Peers | None:
+        ranks = ranks_along(self.mesh, axis)
+        if ranks is None:
+            return None
+        # Asked here, and of the whole mesh: simulated ranks find it by tensor operations, once for a mesh,
+        # which a region that is recomputed would count as its own.
+        place, coordinate = 0, self.mesh.get_coordinate()
+        for atom in parts(self.axes, axis):
+            i = self.axes.index(atom)
+            place = place * self.mesh.size(i) + coordinate[i]
+        return Peers(ranks, place)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes that are larger than 1, in the order of the placements."""
+        """The dims of the mesh (atoms, each larger than 1), in the order of the placements."""
         return tuple(self.mesh.mesh_dim_names) if self.mesh is not None else ()
 
     def placements(self, *axes: str | None) -> tuple[Placement, ...]:
@@ -152,37 +215,35 @@ class Layout:
         """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
         return self.shard(torch.arange(size, device=device), axis)
 
-    def gather(self, w: Tensor) -> Tensor:
-        """Undo the ZeRO shard of one weight and cast it for compute: an all-gather over the mesh axes of
-        ``embed``; in backward the gradient is reduce-scattered over them, and stays Partial over all others.
-        A weight that is ready already is returned as it is, without a trace in autograd."""
+    def gather(self, w: Tensor, *axes: str | None) -> Tensor:
+        """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an all-gather
+        over the mesh axes of ``embed`` or ``expert_embed``; in backward the gradient is reduce-scattered over
+        them, and stays Partial over all others. A weight that is ready already is returned as it is, without
+        a trace in autograd."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
-        placements = self.gathered(w.placements)
+        placements = self.gathered(*axes)
         if placements == tuple(w.placements) and w.dtype == dtype:
             return w
         return Gather.apply(w, code(placements), dtype, self.reduce or w.dtype)
 
-    def gathers(self, w: Tensor) -> bool:
+    def gathers(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` would communicate for this weight."""
-        return self.mesh is not None and self.gathered(w.placements) != tuple(w.placements)
+        return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
 
-    def gathered(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
-        """Where a weight that lies so lies once it is gathered."""
-        zero = self.rules["embed"]
-        return tuple(
-            Replicate() if axis in zero and p.is_shard() else p
-            for axis, p in zip(self.axes, placements, strict=True)
-        )
+    def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
+        """Where a weight with these logical axes lies once it is gathered."""
+        return place(whole(self.rules), self.axes, *axes)
 
     def local(
         self,
         fn: Callable,
         ins: Sequence[tuple[str | None, ...] | None],
-        out: tuple[str | None, ...],
+        out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` on each rank's own shards, with declared placements in and out.
+        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a list of
+        them where ``fn`` gives several).
 
         The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
         sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
@@ -192,6 +253,8 @@ class Layout:
             return fn
         placements = [self.placements(*axes) if axes is not None else None for axes in ins]
         gradients = self.input_gradients(placements)
+        lie = lambda axes: list(self.placements(*axes))
+        outs = tuple(lie(axes) for axes in out) if isinstance(out, list) else lie(out)
 
         def region(*args):
             present = [arg is not None for arg in args]
@@ -209,7 +272,7 @@ class Layout:
 
             return local_map(
                 inner,
-                out_placements=list(self.placements(*out)),
+                out_placements=outs,
                 in_placements=pick(placements),
                 in_grad_placements=pick(gradients),
                 device_mesh=self.mesh,
@@ -223,10 +286,13 @@ class Layout:
         """Where the gradients of a local region's inputs lie; see ``local``."""
         given = [p for p in placements if p is not None]
         split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
-        return [
-            p and [Partial() if split[i] and x.is_replicate() else x for i, x in enumerate(p)]
-            for p in placements
-        ]
+
+        def back(x: Placement, split: bool) -> Placement:
+            if x.is_partial():  # each summand's gradient is that of the sum
+                return Replicate()
+            return Partial() if split and x.is_replicate() else x
+
+        return [p and [back(x, at) for x, at in zip(p, split, strict=True)] for p in placements]
 
     def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
         """A tensor from this rank's part of it. Not differentiable."""
@@ -245,66 +311,20 @@ class Layout:
             )
         return x.to_local()
 
+    def dims(self, axis: str) -> tuple[int, ...]:
+        """The dims of the mesh that shard a logical axis."""
+        return tuple(self.axes.index(atom) for atom in expand(self.rules[axis], self.axes))
+
     def parts(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
-        n = 1
-        for mesh_axis in self.rules[axis]:
-            if mesh_axis in self.axes:
-                n *= self.mesh.size(self.axes.index(mesh_axis))
-        return n
+        return math.prod([self.mesh.size(dim) for dim in self.dims(axis)])
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
-        for mesh_axis in self.rules[axis]:
-            if mesh_axis in self.axes:
-                x = funcol.wait_tensor(funcol.all_reduce(x, op, (self.mesh, self.axes.index(mesh_axis))))
-        return x
-
-    # Inside a local region, over the ranks that a logical axis is cut over. Not differentiable: a region that
-    # uses one writes its backward. What they give is on its way; ``wait`` for it before it is used, and let
-    # work that does not need it come first.
-
-    def all_gather(self, x: Tensor, axis: str) -> Tensor:
-        """Everybody's x, end to end along dim 0."""
-        mesh, i = self._one(axis)
-        n = mesh.size(i)
-        return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), n, _name(mesh, i))
-
-    def reduce_scatter(self, x: Tensor, axis: str) -> Tensor:
-        """Of the sum of everybody's x, one part of dim 0 each."""
-        mesh, i = self._one(axis)
-        n = mesh.size(i)
-        return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", n, _name(mesh, i))
-
-    def all_to_all(self, x: Tensor, axis: str) -> Tensor:
-        """Part i of dim 0 goes to the i-th of the ranks; what comes is in their order too."""
-        mesh, i = self._one(axis)
-        parts = [x.shape[0] // mesh.size(i)] * mesh.size(i)
-        return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, _name(mesh, i))
-
-    def shift(self, x: Tensor, axis: str, by: int = 1) -> Tensor:
-        """x goes to the rank that is ``by`` further on, in a ring, and that of the one as far behind comes.
-        An all-to-all of which all other parts are empty; a send would be no functional collective."""
-        mesh, i = self._one(axis)
-        n, rank = mesh.size(i), mesh.get_coordinate()[i]
-        to, of = (_one_hot(x.shape[0], rank + d, n) for d in (by, n - by))
-        return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, _name(mesh, i))
-
-    @staticmethod
-    def wait(x: Tensor) -> Tensor:
-        return funcol.wait_tensor(x)
-
-    def _one(self, axis: str) -> tuple[DeviceMesh, int]:
-        """The one dim of the mesh that a logical axis is cut over."""
-        (dim,) = (self.axes.index(a) for a in self.rules[axis] if a in self.axes)
-        return self.mesh, dim
+        return all_reduce(x, self.mesh, self.dims(axis), op)
 
 
-def _name(mesh: DeviceMesh, dim: int) -> str:
-    return mesh.get_group(dim).group_name
-
-
-def _one_hot(size: int, at: int, n: int) -> list[int]:
-    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's number is
-    one for each rank, and compares with nothing."""
-    return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
+def by_rows(layout: Layout) -> Layout:
+    """The layout with cp one more way to cut rows, for what has no sequences to cut, as in generation, where
+    a row's next token is but one. Weights lie where they lay."""
+    return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

@@ -6,6 +6,7 @@ are null. A resumed run first drops the steps after its checkpoint, so every ste
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -80,6 +81,7 @@ class Metrics:
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
         self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
         self._mark, self._begun, self._first = mark(device), time.perf_counter(), start
+        self._blocked = False  # the file, now
         if main:
             path = run_dir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
@@ -91,10 +93,10 @@ class Metrics:
                 self._board = _tensorboard(run_dir, start)
 
     def step(
-        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None, waited=0.0
     ) -> dict[str, Any]:
         """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many it trained
-        on, over all ranks."""
+        on, over all ranks, and ``waited`` how many seconds this rank's host stood still for its data."""
         end = mark(self._device) if end is None else end
         seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
@@ -104,16 +106,25 @@ class Metrics:
             "tokens_per_s": tokens / seconds, "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory_gib": memory_gib(self._device), "step_seconds": seconds,
+            "data_wait": min(waited / seconds, 1.0),
         }  # fmt: skip
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Put a step on file."""
         if self._main:
-            with writing(self._file.name):
-                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
+            try:
+                self._file.write(json.dumps(known, allow_nan=False) + "\n")
+                self._blocked = False
+            except OSError as error:  # a full disk is no reason to stop
+                if not self._blocked:
+                    self.say(
+                        f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on"
+                    )
+                self._blocked = True
             if self._board is not None:
-                for name, value in record.items():
+                for name, value in known.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, record["step"])
 
@@ -129,7 +140,8 @@ class Metrics:
         self.say(
             f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{_short(record['tokens_per_s'])} tokens/s  {record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
+            f"{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
+            f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
             f"{record['memory_gib']:.1f} GiB  left {_clock(left)}"
         )
 
@@ -139,14 +151,15 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # said before
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """A file of the run that cannot be written (a full disk) is the user's to mend: a ValueError."""
+    """A file that cannot be written when a run begins is the user's to mend: a ValueError."""
     try:
         yield
     except OSError as error:
@@ -174,6 +187,15 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
             "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
         ) from error
     return SummaryWriter(str(run_dir), purge_step=start + 1)
+
+
+def _experts(record: Mapping[str, Any]) -> str:
+    """The most uneven layer of experts, and what was dropped."""
+    of = lambda name: [v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)]
+    if not (loads := of("load_max")):
+        return ""
+    dropped = max(of("dropped"))
+    return f"load {max(loads):.2f}x  " + (f"dropped {dropped:.1%}  " if dropped else "")
 
 
 def _short(n: float) -> str:

@@ -2,48 +2,63 @@
 
 Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``, once per
 pipeline stage, are the whole model from a batch to the summed loss. What may vary between runs without
-changing the result, where weights are gathered and what is recomputed, is decided in ``_run_block`` alone.
-
-Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198, section
-5): ``full`` keeps a block's input and runs it again in backward; ``selective`` keeps the outputs of matrix
-products and attention and redoes the cheap rest. Under ZeRO-3 a block gathers its weights inside, and no
-gathered weight may wait for backward: so a block is always a recomputed region there, and ``none`` then means
-that everything but the gathers is kept. Dropout is absent by choice: models of today train without it, and
-recomputation needs no random state.
+changing the result, where weights are gathered and what is recomputed, is decided in recompute.py alone.
+Dropout is absent by choice: models of today train without it, and recomputation needs no random state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dtron.config import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
 from dtron.layers.attention import Attention, attention
 from dtron.layers.context import Context, prepare
-from dtron.layers.cores import AttentionPath, Mask
+from dtron.layers.cores import AttentionPath, Mask, with_bias
 from dtron.layers.embedding import Embedding, embedding
-from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits
+from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits, over_all
+from dtron.layers.mla import MLA, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
+from dtron.moe.dispatch import Dispatch
+from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.mtp import look_ahead, module
 from dtron.order import as_tokens
-from dtron.params import declare, flat, gather, part, unflatten, weight
+from dtron.params import Weight, declare, flat, gather, part, value, weight
+from dtron.recompute import run_block
+from dtron.schedules.run import Extra
 
 
 @dataclass(frozen=True)
 class Block:
     norm_1: Norm = part()
-    attention: Attention = part()
+    attention: Attention | None = part(when="plain_attention")
+    mla: MLA | None = part(when="mla")
     norm_2: Norm = part()
-    mlp: MLP = part()
+    mlp: MLP | None = part(when="dense")
+    moe: MoELayer | None = part(when="sparse")
+    window: int | None = value("window")
+
+
+@dataclass(frozen=True)
+class Module:
+    """Of multi-token prediction; see mtp.py."""
+
+    norm_h: Norm = part()
+    norm_token: Norm = part()
+    w_h: Tensor = weight("embed", "act_embed")
+    w_token: Tensor = weight("embed", "act_embed")
+    block: Block = part()
+    norm: Norm = part()
 
 
 @dataclass(frozen=True)
@@ -51,42 +66,56 @@ class Transformer:
     """The model, or a stage of it with the rest missing; see pipeline.py."""
 
     embedding: Embedding | None = part()
-    blocks: tuple[Block, ...] = part(count="layers")
+    blocks: tuple[Block, ...] = part(count="layers", each="blocks")
     norm: Norm | None = part()
     w_head: Tensor | None = weight("vocab", "embed", when="untied")
+    mtp: tuple[Module, ...] = part(count="mtp_depth", each="mtp")
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """Those of multi-token prediction too, last."""
+        return (*self.blocks, *(module.block for module in self.mtp))
 
 
 @dataclass(frozen=True)
 class Batch:
     """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the other unless
-    cp cuts them (see order.py). A target is the next token, or IGNORE. ``documents_T [T@rows]`` are whole
-    rows, always one after the other, or None where a row is one document."""
+    cp cuts them (see order.py). A target is the next token, or IGNORE; ``rows_T`` is the row of a token.
+    ``documents_T [T@rows]`` are whole rows, always one after the other, or None where a row is one document.
+    ``tokens_TA`` and ``targets_TA [T@tokens, depth]`` are those further ahead, for multi-token prediction;
+    None: without it."""
 
     tokens_T: Tensor
     targets_T: Tensor
     positions_T: Tensor
+    rows_T: Tensor
     documents_T: Tensor | None
     sequence: int
-    zigzag: bool = False
+    zigzag: bool
+    tokens_TA: Tensor | None = None
+    targets_TA: Tensor | None = None
 
 
 def make_batch(
-    rows_BS: Tensor,
-    layout: Layout,
-    documents_BS: Tensor | None = None,
-    positions_BS: Tensor | None = None,
-    zigzag: bool = True,
-) -> Batch:
+    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None,
+    counted_BS: Tensor | None = None, depth: int = 0, zigzag: bool = True,
+) -> Batch:  # fmt: skip
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets. Every rank passes the same rows and keeps its own: over cp, parts of them, in
-    ``zigzag`` order or contiguous."""
+    shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss; and for
+    ``depth`` modules of multi-token prediction, shifted further. Every rank passes the same rows and keeps
+    its own: over cp, parts of them, in ``zigzag`` order or contiguous."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
+    if counted_BS is not None:
+        targets = targets.masked_fill(~counted_BS, IGNORE)
     b, s = tokens.shape
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
-    place = lambda t: layout.shard(as_tokens(t, layout, zigzag), "tokens")
+    rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
+    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
+    place = lambda t: None if t is None else layout.shard(as_tokens(t, layout, zigzag), "tokens")
     documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
-    return Batch(place(tokens), place(targets), place(positions_BS), documents, s, zigzag)
+    main = (place(t) for t in (tokens, targets, positions_BS, rows))
+    return Batch(*main, documents, s, zigzag, *(place(t) for t in ahead))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
@@ -99,20 +128,22 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 
 def block(
-    p: Block,
-    x_TD: Tensor,
-    table_TH: Tensor | None,
-    documents_T: Tensor | None,
-    mask: Mask | Context,
-    m: ModelConfig,
-    layout: Layout,
-    path: AttentionPath = "auto",
-    recipe: Recipe | None = None,
-) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``recipe``: matrix products in FP8, or None."""
+    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
+    documents_T: Tensor | None, mask: Mask | Context, m: ModelConfig, layout: Layout,
+    path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
+    past: Past | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
+    loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
+    None; ``past``: keys and values of earlier tokens."""
+    attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + attention(p.attention, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe)
-    return x_TD + mlp(p.mlp, norm(p.norm_2, x_TD, m.norm_eps), layout, m.activation, recipe)
+    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past)
+    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    if p.moe is None:
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe),)
+    y_TD, aux, report = moe(p.moe, h_TD, seen, m.moe, layout, before_E, dispatch, recipe)
+    return x_TD + y_TD, aux, *report
 
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
@@ -121,122 +152,196 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 
 def stage(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN
-) -> Tensor:
+    p: Transformer, x_TD: Tensor, batch: Batch, before: dict[str, Tensor] | None = None, *, m: ModelConfig,
+    layout: Layout, how: How = PLAIN,
+) -> tuple[Tensor, Extra | None]:  # fmt: skip
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
-    summed loss over the batch's valid tokens, its sum over data ranks still pending."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, how)
+    summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
+    to it and reports. ``before``: the reports of the step so far, where they matter."""
+    run = _runner(p, batch, x_TD, m, layout, how, before)
+    x_TD, extras = _trunk(p, x_TD, run, m, layout)
     if p.norm is None:
-        return x_TD
-    return cross_entropy(x_TD, _head(p, layout), batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+        return x_TD, _extra(extras, None, m, layout)
+    w_head, ahead = _head(p, layout), None
+    loss = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    if batch.targets_TA is not None:
+        ahead, more = _ahead(p, x_TD, w_head, batch, run, m, layout)
+        extras = [*extras, *more]
+    return loss, _extra(extras, ahead, m, layout)
 
 
-def stage_logits(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
-    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least."""
-    x_TD = _trunk(p, x_TD, batch, m, layout, PLAIN)
-    return x_TD if p.norm is None else logits(x_TD, _head(p, layout), m.vocab, layout)
+def stage_logits(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout,
+    past: Sequence[Past] | None = None, last_B: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
+    for each block, the batch goes on from the tokens before, at its positions, and is added to it.
+    ``last_B [B@tokens]``: the token of each row whose logits are wanted, ``[B@tokens, vocab]``."""
+    how = PLAIN if past is None else replace(PLAIN, attention=with_bias(m.softcap, m.sinks))
+    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
+    if p.norm is None:
+        return x_TD, None
+    if last_B is not None:
+        x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+        ins = (("tokens", "act_embed"), ("tokens",))
+        x_TD = layout.local(partial(_pick_rows, sequence=batch.sequence), ins, ins[0])(x_TD, last_B)
+    return logits(x_TD, _head(p, layout), m.vocab, layout), None
+
+
+def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
+    return x_TD.unflatten(0, (-1, sequence))[torch.arange(len(places_B), device=x_TD.device), places_B]
 
 
 def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
     """The whole model as one stage: the summed loss."""
-    return stage(p, embed(p, batch, m, layout), batch, m, layout, how)
+    return stage(p, embed(p, batch, m, layout), batch, m=m, layout=layout, how=how)[0]
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """The whole model as one stage: the logits."""
-    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)
+    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
-    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head)
+    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
-def _trunk(p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout, how: How) -> Tensor:
-    """The blocks, and in the last stage the norm before the head."""
+Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
+
+
+def _runner(
+    p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: How,
+    before: dict[str, Tensor] | None = None, past: Sequence[Past] | None = None,
+) -> Run:  # fmt: skip
+    """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i, end)`` gives x
+    and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts; ``end``: it is the first or
+    the last of the model. ``around`` wraps the block, whose weights are then a part of ``p_i``; ``targets_T``
+    say which tokens count (None: the batch's)."""
     table_TH = None
     if m.positions == "rotary":
-        make = partial(rope_tables, m.rope, head_dim=m.head_dim, dtype=x_TD.dtype)
+        make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
-    mask = Mask(batch.sequence, m.window, m.softcap)
-    mask, path = prepare(
-        mask, batch.documents_T, m.sinks, m.head_dim, x_TD, layout, how.attention, how.cp, batch.zigzag
-    )
-    # With a tied head the last stage has an embedding too.
+    masks = {
+        window: prepare(
+            Mask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
+            x_TD, layout, how.attention, how.cp, batch.zigzag,
+        )
+        for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
+    }  # fmt: skip
+    sparse = [p_block.moe is not None for p_block in p.all_blocks]
+
+    def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
+        mask, path = masks[p.all_blocks[i].window]
+        targets_T = batch.targets_T if targets_T is None else targets_T
+        run_it = around(
+            partial(
+                block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
+                table_TH=table_TH,
+                documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
+                recipe=how.recipe(end), dispatch=how.dispatch,
+                past=None if past is None else replace(past[i], places_T=batch.positions_T),
+            )
+        )  # fmt: skip
+        load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None
+        x_TD, *more = run_block(run_it, p_i, x_TD, load_E, layout, how.recompute)
+        return x_TD, [more] if more else []
+
+    return run
+
+
+def _trunk(
+    p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The blocks, and in the last stage the norm before the head."""
+    # With a tied head, or predictions further ahead, the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
+    extras = []
     for i, p_block in enumerate(p.blocks):
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        run = partial(block, mask=mask, m=m, layout=layout, path=path, recipe=how.recipe(end))
-        x_TD = _run_block(run, p_block, x_TD, table_TH, batch.documents_T, layout, how.recompute)
-    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps)
+        x_TD, more = run(p_block, x_TD, i, end)
+        extras += more
+    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps), extras
 
 
-def _run_block(
-    block: Callable, p: Block, x_TD: Tensor, table_TH, documents_T, layout: Layout, recompute: str
-) -> Tensor:
-    def run(p: Block, x_TD: Tensor) -> Tensor:
-        # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
-        return block(gather(p, layout), x_TD, table_TH, documents_T)
-
-    def run_all_kept(p: Block, x_TD: Tensor) -> Tensor:
-        kept.gathering = True
-        p = gather(p, layout)
-        kept.gathering = False
-        return block(p, x_TD, table_TH, documents_T)
-
-    def run_gathered(p: Block, x_TD: Tensor) -> Tensor:
-        gathered = region(lambda *ws: tuple(layout.gather(w) for w in ws), *flat(p))
-        return block(unflatten(p, list(gathered)), x_TD, table_TH, documents_T)
-
-    region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if not torch.is_grad_enabled():
-        return run(p, x_TD)
-    if recompute == "full":
-        return region(run, p, x_TD)
-    if recompute == "selective":
-        return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
-    if not any(layout.gathers(w) for w in flat(p)):
-        return run(p, x_TD)
-    if torch.compiler.is_compiling():
-        return run_gathered(p, x_TD)  # what else to keep, a compiler decides by itself
-    kept = _AllKept()
-    return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
+def _ahead(
+    p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, run: Run, m: ModelConfig, layout: Layout
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Multi-token prediction: each module's loss, a sum over tokens like the main one; and what else their
+    blocks give."""
+    w_tokens = Embedding(layout.gather(p.embedding.w_tokens, "vocab", "embed"), None)
+    losses, extras = [], []
+    for k, p_k in enumerate(p.mtp):
+        tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
+        e_TD = embedding(w_tokens, tokens_T, batch.positions_T, layout)
+        around = lambda block, e_TD=e_TD: partial(module, e_TD=e_TD, block=block, eps=m.norm_eps)
+        h_TD, more = run(p_k, h_TD, len(p.blocks) + k, True, around, targets_T)
+        losses.append(cross_entropy(h_TD, w_head, targets_T, Loss(m.vocab), layout))
+        extras += more
+    return losses, extras
 
 
-_MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product", "flex_attention")
+def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> Seen:
+    """Each rank takes its part: local."""
+    valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
+    rows = batch.tokens_T.shape[0] // batch.sequence
+    place_T = None
+    if balanced:
+        place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
+        place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
+    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
 
 
-def _is_view(op) -> bool:
-    schema = getattr(op, "_schema", None)  # flex_attention, an operator that takes functions, has none
-    return schema is not None and any(out.alias_info is not None for out in schema.returns)
+def _extra(
+    extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
+) -> Extra | None:
+    """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and each
+    prediction ahead."""
+    pending = ("+tokens_sp",)
+    stack = lambda xs: layout.local(lambda *rows: torch.stack(rows), [pending] * len(xs), pending)(
+        *(x.detach() for x in xs)
+    )
+    added, report = [], {}
+    if extras:
+        auxes, *rows = zip(*extras, strict=True)
+        report = {name: stack(xs) for name, xs in zip(("load", "router", "dropped"), rows, strict=True)}
+        added += auxes if m.moe.aux_loss or m.moe.z_loss else ()
+    if ahead:
+        ahead = [over_all(loss, layout) for loss in ahead]
+        report["ahead"] = stack(ahead)
+        added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
+    aux = sum(added[1:], added[0]) if added else None  # sum() alone begins with 0, which is no pending sum
+    return Extra(aux, report) if report else None
 
 
-def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Selective: keep the outputs of matrix products and attention."""
-    keep = getattr(op, "overloadpacket", op).__name__.startswith(_MATMULS) and not _is_view(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class _AllKept:
-    """Keep everything but gathered weights and views (of them, it may be)."""
-
-    def __init__(self):
-        self.gathering = False
-
-    def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = not self.gathering and not _is_view(op)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
+    """Row i of a pending sum."""
+    return layout.local(lambda x: x[i], [("+tokens_sp",)], ("+tokens_sp",))(x)
 
 
 def parameter_count(m: ModelConfig) -> int:
     return sum(w.numel for w in flat(declare_model(m)))
 
 
+def active(w: Weight, m: ModelConfig) -> float:
+    """How much of a weight a token is multiplied by: of experts, its top k."""
+    return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
+
+
+def active_count(m: ModelConfig) -> int:
+    """Parameters that one token uses."""
+    return round(sum(active(w, m) for w in flat(declare_model(m))))
+
+
 def flops_per_token(m: ModelConfig, sequence: int) -> float:
     """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
-    are looked up), and 6 * layers * heads * head_dim * sequence for causal attention, half of the full square
-    (PaLM, arXiv:2204.02311, appendix B, halved)."""
+    are looked up, and of experts those that a token goes to), and 6 * layers * heads * head_dim * sequence
+    for causal attention, half of the full square (PaLM, arXiv:2204.02311, appendix B, halved). Where values
+    have another width, head_dim is the mean. Multi-token prediction counts as the blocks and heads it has."""
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
-    w = min(m.window or sequence, sequence)
-    attended = w - w * w / (2 * sequence)  # tokens, on average: half the sequence without a window
-    return 6.0 * (parameter_count(m) - looked_up) + 12.0 * m.layers * m.heads * m.head_dim * attended
+    attended = 0.0  # tokens, on average: half the sequence without a window
+    for p in spec.all_blocks:
+        w = min(p.window or sequence, sequence)
+        attended += w - w * w / (2 * sequence)
+    head = m.padded_vocab * m.embed * m.mtp.depth  # every module multiplies by it again
+    return 6.0 * (active_count(m) - looked_up + head) + 6.0 * m.heads * sum(m.head_dims) * attended

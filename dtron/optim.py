@@ -43,26 +43,30 @@ Rule = Callable[..., None]
 
 
 def adam_update(
-    grads: Any, state: AdamState, params: Any, spec: Any, lr: float, scale: float | Tensor,
-    config: OptimConfig, rule: Rule | None = None,
+    grads: Any, state: AdamState, params: Any, spec: Any, lr: float | Tensor, scale: float | Tensor,
+    config: OptimConfig, rule: Rule | None = None, number: Tensor | None = None, ok: Tensor | None = None,
 ) -> tuple[Any, AdamState]:  # fmt: skip
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay. A scale
-    that is a tensor stays on its device: nothing waits for it. ``rule`` updates lists of local tensors:
+    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay, and which
+    are left alone. A rate or scale that is a tensor stays on its device: nothing waits for it; so does
+    ``number``, which update this is (None: the state knows), and ``ok``: where it is false nothing moves, and
+    the update is counted all the same. ``rule`` updates lists of local tensors:
     ``fused`` (None), or ``written_out``, compiled."""
     step, rule = state.step + 1, rule or fused
-    decays = [w.decays for w in flat(spec)]
+    decays = [None if w.frozen else w.decays for w in flat(spec)]
     ps, gs, ms, vs = ([local(x) for x in flat(tree)] for tree in (params, grads, state.m, state.v))
     for wanted in (True, False):
-        p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d == wanted] for xs in (ps, gs, ms, vs))
+        p, g, m, v = ([x for x, d in zip(xs, decays, strict=True) if d is wanted] for xs in (ps, gs, ms, vs))
         if p:
-            number = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
-            rule(p, g, m, v, step, lr, number, config.weight_decay if wanted else 0.0, config)
+            factor = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
+            decay = config.weight_decay if wanted else 0.0
+            sure = torch.ones((), dtype=torch.bool, device=p[0].device) if ok is None else ok
+            rule(p, g, m, v, step if number is None else number, lr, factor, sure, decay, config)
     return params, AdamState(step, state.m, state.v)
 
 
 def fused(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float, scale: Tensor,
-    weight_decay: float, config: OptimConfig,
+    ok: Tensor, weight_decay: float, config: OptimConfig,
 ) -> None:  # fmt: skip
     """torch's fused kernel, for all weights at once."""
     # It walks memory without looking at strides, and an uneven shard's gradient is a slice of its padded
@@ -75,32 +79,38 @@ def fused(
         p, g, m, v, [], [torch.full((), float(step), device=x.device) for x in p],
         lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=weight_decay, eps=config.eps,
         amsgrad=False, maximize=False, grad_scale=1 / scale if divides else None,
+        found_inf=(~ok).to(torch.float32),
     )  # fmt: skip
 
 
 def written_out(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float, scale: Tensor,
-    weight_decay: float, config: OptimConfig, each: Callable | None = None,
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int | Tensor,
+    lr: float | Tensor, scale: Tensor, ok: Tensor, weight_decay: float, config: OptimConfig,
+    each: Callable | None = None,
 ) -> None:  # fmt: skip
     """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over each weight
     and takes gradients in any dtype, so that none has to be cast before."""
-    rate, corrected = torch.full_like(scale, lr), torch.full_like(scale, float(step))
+    here = lambda x: x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
+    rate, corrected = here(lr), here(step)
     c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
-    rest = (rate, scale, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
+    rest = (rate, scale, ok, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
     for one in zip(p, g, m, v, strict=True):
         flat_one = (x.flatten(1) if x.ndim > 2 else x for x in one)  # so that few kinds have to be compiled
         (each or adamw)(*flat_one, *rest)
 
 
 def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, scale: Tensor, c1: Tensor, c2: Tensor,
-    weight_decay: float, beta1: float, beta2: float, eps: float,
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, scale: Tensor, ok: Tensor, c1: Tensor,
+    c2: Tensor, weight_decay: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias."""
+    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias. Where ``ok``
+    is false everything stays as it is."""
     g = g.to(p.dtype) * scale
-    m.copy_(beta1 * m + (1 - beta1) * g)
-    v.copy_(beta2 * v + (1 - beta2) * g * g)
-    p.copy_(p * (1 - lr * weight_decay) - lr * (m / c1) / ((v / c2).sqrt() + eps))
+    m_new = beta1 * m + (1 - beta1) * g
+    v_new = beta2 * v + (1 - beta2) * g * g
+    p_new = p * (1 - lr * weight_decay) - lr * (m_new / c1) / ((v_new / c2).sqrt() + eps)
+    for old, new in ((p, p_new), (m, m_new), (v, v_new)):
+        old.copy_(torch.where(ok, new, old))
 
 
 def global_norm(

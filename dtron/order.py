@@ -31,12 +31,12 @@ def row_order(sequence: int, parts: int, zigzag: bool, device: torch.device | st
 
 
 def as_tokens(x_BS: Tensor, layout: Layout, zigzag: bool) -> Tensor:
-    """``[B, S]`` -> ``[T]`` in the batch's order, still whole."""
+    """``[B, S]`` -> ``[T]`` in the batch's order, still whole; and so with any number of further dims."""
     data, parts = layout.parts("rows"), layout.parts("sequence")
     if parts == 1:
-        return x_BS.flatten()
+        return x_BS.flatten(0, 1)
     x_BS = x_BS[:, row_order(x_BS.shape[1], parts, zigzag, x_BS.device)]
-    return x_BS.view(data, len(x_BS) // data, parts, -1).transpose(1, 2).flatten()
+    return x_BS.unflatten(1, (parts, -1)).unflatten(0, (data, -1)).transpose(1, 2).flatten(0, 3)
 
 
 def as_rows(x_T: Tensor, layout: Layout, sequence: int, zigzag: bool) -> Tensor:

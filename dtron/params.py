@@ -10,6 +10,9 @@ path, logical axes, sizes, initialiser. Everything else follows from that one tr
 placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims`` maps the names used in
 declarations (axes, ``when`` conditions, ``count``) to numbers; a model's config makes it, and so can a test.
 
+A plain number that belongs to one layer and not to all (the window of its attention) travels with the
+weights, as ``value("window")``. It is no leaf.
+
 A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``: nothing
 here has state, and a layer can be called on any tree of the right shape, gradients and optimizer moments too.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -36,13 +39,15 @@ Init = Callable[["Weight", Dims, torch.Generator], Tensor]
 @dataclass(frozen=True)
 class Weight:
     """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
-    starts. ``twin``: another pipeline stage has the same weight, and counts it."""
+    starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no weight of the
+    optimizer's, but something else that is kept with them."""
 
     path: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Init
     twin: bool = False
+    frozen: bool = False
 
     @property
     def decays(self) -> bool:
@@ -74,16 +79,22 @@ def zeros(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
     return torch.zeros(w.shape, device=generator.device)
 
 
-def weight(*axes: str, init: Init = normal, when: str | None = None) -> Any:
-    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false."""
-    return field(metadata={"axes": axes, "init": init, "when": when})
+def weight(*axes: str, init: Init = normal, when: str | None = None, frozen: bool = False) -> Any:
+    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false. ``frozen``: the
+    optimizer leaves it alone, and it is never cast; something else may set it between steps."""
+    return field(metadata={"axes": axes, "init": init, "when": when, "frozen": frozen})
 
 
-def part(*, count: str | None = None, when: str | None = None, **rename: str) -> Any:
+def value(name: str) -> Any:
+    """Declare that ``dims[name]``, a plain value, travels with the weights."""
+    return field(metadata={"value": name})
+
+
+def part(*, count: str | None = None, each: str | None = None, when: str | None = None, **rename: str) -> Any:
     """Declare a sub-layer of the annotated class: ``dims[count]`` of them in a tuple, or none where
-    ``dims[when]`` is false. ``rename`` gives its axes other names: a norm over heads is
-    ``part(act_embed="head_dim")``."""
-    return field(metadata={"count": count, "when": when, "rename": rename})
+    ``dims[when]`` is false. ``each``: the i-th of them is declared with the changes ``dims[each][i]`` to
+    dims. ``rename`` gives its axes other names: a norm over heads is ``part(act_embed="head_dim")``."""
+    return field(metadata={"count": count, "each": each, "when": when, "rename": rename})
 
 
 def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
@@ -93,20 +104,25 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
     tree = {}
     for f in fields(cls):
         here, meta = f"{path}.{f.name}" if path else f.name, f.metadata
-        if meta["when"] and not _look_up(dims, meta["when"], here):
+        if "value" in meta:
+            tree[f.name] = _look_up(dims, meta["value"], here)
+        elif meta["when"] and not _look_up(dims, meta["when"], here):
             tree[f.name] = None
         elif "axes" in meta:
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
-            tree[f.name] = Weight(here, axes, shape, meta["init"])
+            tree[f.name] = Weight(here, axes, shape, meta["init"], frozen=meta["frozen"])
         else:
             sub = _layer_class(hints[f.name])
             count = meta["count"]
             if count is None:
                 tree[f.name] = declare(sub, dims, here, meta["rename"])
             else:
-                n = _look_up(dims, count, here)
-                tree[f.name] = tuple(declare(sub, dims, f"{here}.{i}", meta["rename"]) for i in range(n))
+                n, changes = _look_up(dims, count, here), dims.get(meta["each"])
+                tree[f.name] = tuple(
+                    declare(sub, {**dims, **changes[i]} if changes else dims, f"{here}.{i}", meta["rename"])
+                    for i in range(n)
+                )
     return cls(**tree)
 
 
@@ -129,7 +145,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
         return
     if is_dataclass(tree):
-        children = [(f.name, getattr(tree, f.name)) for f in fields(tree)]
+        children = [(f.name, getattr(tree, f.name)) for f in fields(tree) if "value" not in f.metadata]
     elif isinstance(tree, (tuple, list)):
         children = [(str(i), child) for i, child in enumerate(tree)]
     else:
@@ -141,6 +157,40 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def flat(tree: Any) -> list[Any]:
     return [leaf for _, leaf in leaves(tree)]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the class of a leaf says of it; see ``Weight``."""
+
+    axes: tuple[str, ...]
+    frozen: bool
+
+
+def declared(tree: Any) -> list[Declared]:
+    """Of every leaf of a tree of params dataclasses, in the order of ``flat``. Nothing but the classes is
+    asked: weights, gradients and local shards of them alike have logical axes."""
+    found: list[Declared] = []
+    _declared(tree, None, {}, found)
+    return found
+
+
+def _declared(tree: Any, leaf: Declared | None, rename: Mapping[str, str], found: list[Declared]) -> None:
+    if tree is None:
+        return
+    if isinstance(tree, (Tensor, Weight)):
+        found.append(leaf)
+    elif isinstance(tree, (tuple, list)):
+        for child in tree:
+            _declared(child, leaf, rename, found)
+    else:
+        for f in fields(tree):
+            meta = f.metadata
+            if "axes" in meta:
+                axes = tuple(rename.get(a, a) for a in meta["axes"])
+                _declared(getattr(tree, f.name), Declared(axes, meta["frozen"]), {}, found)
+            elif "value" not in meta:
+                _declared(getattr(tree, f.name), None, meta["rename"], found)
 
 
 def unflatten(like: Any, values: list[Any]) -> Any:
@@ -156,7 +206,14 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     if isinstance(like, (Tensor, Weight)):
         return next(rest)
     if is_dataclass(like):
-        return type(like)(**{f.name: _build(getattr(like, f.name), rest) for f in fields(like)})
+        return type(like)(
+            **{
+                f.name: getattr(like, f.name)
+                if "value" in f.metadata
+                else _build(getattr(like, f.name), rest)
+                for f in fields(like)
+            }
+        )
     if isinstance(like, (tuple, list)):
         return tuple(_build(child, rest) for child in like)
     return next(rest)
@@ -191,4 +248,9 @@ def init(
 def gather(tree: Any, layout: Layout) -> Any:
     """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
     stage."""
-    return tree_map(layout.gather, tree)
+    return unflatten(tree, gather_all(flat(tree), declared(tree), layout))
+
+
+def gather_all(weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout) -> list[Tensor]:
+    """The same for the leaves of a tree."""
+    return [w if d.frozen else layout.gather(w, *d.axes) for w, d in zip(weights, of, strict=True)]

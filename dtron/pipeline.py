@@ -4,8 +4,9 @@ A stage is a ``Transformer`` of which most is missing: the first has the embeddi
 and the head, each its share of the blocks. Paths stay those of the whole model (``blocks.7.mlp.w_up``), so
 initial weights and checkpoints do not know how it was cut. One device is a pipeline of one stage.
 
-Where head and embedding are tied, the first and the last stage have a copy each, of which the second is a
-*twin*: their gradients are added once a step, and so they stay equal.
+Where head and embedding are tied, or tokens further ahead are predicted, the first and the last stage have a
+copy of the embedding each, of which the second is a *twin*: their gradients are added once a step, and so
+they stay equal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full, local
 from dtron.how import PLAIN, How
 from dtron.mesh import Layout
-from dtron.model import Batch, Transformer, declare_model, embed, stage
+from dtron.model import Batch, Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent
@@ -48,9 +49,10 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
-    weights = sum(w.numel for w in flat(declare_model(replace(m, layers=1)).blocks))
-    block = weights + m.heads * m.head_dim * sequence  # as multiplications per token
-    head_cost = m.padded_vocab * m.embed / block  # in blocks
+    weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
+    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token, on average
+    head = m.padded_vocab * m.embed / block  # in blocks
+    head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 
     def fits(most: float) -> list[int] | None:
         """As many blocks as ``most`` allows, from the front; None if some are left over."""
@@ -75,7 +77,7 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
     for s, n in enumerate(layers):
         first, last = s == 0, s == len(layers) - 1
         embedding = whole.embedding if first else None
-        if last and not first and m.tied:
+        if last and not first and (m.tied or m.mtp.depth):
             twin = replace(whole.embedding.w_tokens, twin=True)
             embedding = replace(whole.embedding, w_tokens=twin, w_positions=None)
         found.append(
@@ -85,6 +87,7 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
                 blocks=whole.blocks[start : start + n],
                 norm=whole.norm if last else None,
                 w_head=whole.w_head if last else None,
+                mtp=whole.mtp if last else (),
             )
         )
         start += n
@@ -97,6 +100,7 @@ def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = Tru
         partial(embed, m=m, layout=layout),
         partial(stage, m=m, layout=layout, how=how),
         splits and how.recompute == "none",
+        carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
     )
 
 
@@ -141,7 +145,7 @@ class Pipeline:
         return Sent(table or self.table, self.rank, self.peers, self.groups, empty, wrap, unwrap)
 
     def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Add the gradients of a tied embedding's two copies, wherever they are."""
+        """Add the gradients of the embedding's two copies, wherever they are."""
         first, last = 0, self.table.stages - 1
         twin = self.specs[last].embedding
         if first == last or twin is None:

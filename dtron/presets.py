@@ -10,7 +10,10 @@ import difflib
 from dataclasses import replace
 
 from dtron.config import ModelConfig
+from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.mtp import Ahead
 
 
 def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
@@ -44,11 +47,56 @@ def _stretched(factor: float) -> Rope:
     return Rope(5e5, "llama3", factor, 8192, 1.0, 4.0)
 
 
+def _qwen3_moe(embed, layers, heads, kv_heads, mlp, vocab=151936, context=40960, **moe):
+    """Qwen 3 with 128 experts of width ``mlp``, of which a token uses 8."""
+    llama = _llama(vocab, embed, layers, heads, kv_heads, 8 * mlp, context, Rope(1e6), eps=1e-6)
+    return replace(llama, qk_norm=True, moe=MoE(128, 8, mlp, **moe))
+
+
+_MIXTRAL = replace(
+    _llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope(1e6)), moe=MoE(8, 2, 14336, aux_loss=0.02)
+)
+_GPT_OSS = replace(
+    _llama(201088, 2880, 24, 64, 8, 2880, 131072, Rope(1.5e5), head_dim=64),
+    rope=Rope(1.5e5, "yarn", 32.0, 4096, truncate=False),
+    qkv_bias=True, bias=True, sinks=True, window=128, full_every=2,
+    moe=MoE(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
+            aux_loss=0.001),
+)  # fmt: skip
+
+
+def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
+    """V2 and V3: latent attention, the context stretched from 4,096 to 163,840."""
+    return ModelConfig(
+        vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=mlp, moe=moe, norm_eps=1e-6, context=163840,
+        rope=Rope(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=Latent(512, q_rank), **more,
+    )  # fmt: skip
+
+
+_V2_LITE = MoE(
+    64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence"
+)
+_V3 = MoE(
+    256, 8, 2048, dense_layers=3, score="sigmoid", scale=2.5, groups=8, group_top_k=4, shared=2048,
+    aux_loss=0.0001, aux_level="sequence", bias_rate=0.001,
+)  # fmt: skip
+
+# DeepSeek-V3 in small: all that it has.
+_TINY_DEEPSEEK = ModelConfig(
+    embed=128, layers=3, heads=4, mlp=384, norm_eps=1e-6, mla=Latent(48, 64, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=96, dense_layers=1, groups=4, group_top_k=2, shared=96),
+)  # fmt: skip
+
+
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
+    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
+    "tiny-deepseek": _TINY_DEEPSEEK,
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
     "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it
+    # qwen3-30b-a3b, 6 layers of it, every expert with the same load
+    "bench-moe":     _qwen3_moe(2048, 6, 32, 4, 768, vocab=32768, context=4096, balanced=True),
     #                       embed layers heads
     "gpt2-124m":     _gpt2(   768,    12,   12),
     "gpt2-350m":     _gpt2(  1024,    24,   16),
@@ -76,6 +124,14 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-8b":      _qwen3(  4096,    36,  32,  8, 12288),
     "qwen3-14b":     _qwen3(  5120,    40,  40,  8, 17408),
     "qwen3-32b":     _qwen3(  5120,    64,  64,  8, 25600),
+    "mixtral-8x7b":  _MIXTRAL,
+    #                            embed layers heads kv   mlp
+    "qwen3-30b-a3b":   _qwen3_moe(2048,    48,  32,  4,  768, aux_loss=0.001),
+    "qwen3-235b-a22b": _qwen3_moe(4096,    94,  64,  4, 1536, aux_loss=0.001),
+    "gpt-oss-20b":   _GPT_OSS,
+    #                              vocab  embed layers heads   mlp  moe    q_rank mscale
+    "deepseek-v2-lite": _deepseek(102400,  2048,    27,   16, 10944, _V2_LITE,   0, 0.707),
+    "deepseek-v3":      _deepseek(129280,  7168,    61,  128, 18432, _V3,     1536, 1.0, mtp=Ahead(1)),
 }
 # fmt: on
 

@@ -1,24 +1,40 @@
-"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4``. Nothing here needs torch: a mesh of any size
-can be spoken of on any machine. What the axes mean stands in mesh.py."""
+"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4,ep=8``. Nothing here needs torch: a mesh of any
+size can be spoken of on any machine. What the axes mean stands in mesh.py.
+
+Experts may be spread over the same ranks in another way than the rest of the model (parallel folding, Liu et
+al. 2025, arXiv:2504.14960): dp * cp * tp ranks are also edp * ep * etp ranks. Two such factorisations have a
+common refinement. It is made of *atoms*: each of the six axes is a product of some of them. The DeviceMesh is
+made of the atoms, so one mesh has both views, and an axis is a name for one or more of its dims. With ep = 4,
+
+    dp=8,tp=2    is    dp.edp=4, dp.ep=2, tp.ep=2
+
+``dp`` is ``(dp.edp, dp.ep)`` there, ``ep`` is ``(dp.ep, tp.ep)``, and ``edp`` is ``(dp.edp,)``. An axis that
+lies whole in ``edp`` keeps its name: without expert parallelism the atoms are the axes.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
+EXPERT_AXES = ("edp", "ep", "etp")
+FOLDED = ("dp", "cp", "tp")  # the axes whose ranks experts use in their own way
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The size of every mesh axis, in ``AXES`` order. ``MeshShape.parse("dp=8,tp=4")`` reads the text
-    form."""
+    """The size of every mesh axis, in ``AXES`` order, and how experts use dp, cp and tp: ``ep`` ways to
+    spread them, ``etp`` ways to cut each. ``MeshShape.parse("dp=8,tp=4")`` reads the text form."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     @property
     def size(self) -> int:
@@ -26,15 +42,53 @@ class MeshShape:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Of the axes whose product is the number of ranks."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def data(self) -> int:
         """How many ways the sequences of a batch are split."""
         return self.dp_replicate * self.dp
 
+    @property
+    def edp(self) -> int:
+        """How many ranks hold the same part of the same experts, in one replica and stage."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def atoms(self) -> dict[str, int]:
+        """The dims of the DeviceMesh, outermost first: name and size, those of size 1 left out.
+
+        etp takes its ranks from tp first, then cp, then dp, and ep what it needs of the rest in the same
+        order: adjacent ranks, as far as there are any. Raises ValueError where they do not fit.
+        """
+        ranks = self.dp * self.cp * self.tp
+        if ranks % (self.ep * self.etp):
+            raise ValueError(
+                f"mesh {self}: ep={self.ep} must divide dp*cp*tp/etp = {ranks}/{self.etp}; use "
+                f"{_nearest(ranks, self.ep, self.etp)}, or change dp"
+            )
+        left = {axis: getattr(self, axis) for axis in FOLDED}
+        taken: dict[str, dict[str, int]] = {axis: {} for axis in FOLDED}
+        for name in ("etp", "ep"):
+            need = getattr(self, name)
+            for axis in reversed(FOLDED):
+                n = math.gcd(need, left[axis])
+                taken[axis][name], left[axis], need = n, left[axis] // n, need // n
+        found = {axis: getattr(self, axis) for axis in AXES if axis not in FOLDED}
+        for axis in FOLDED:
+            whole = left[axis] == getattr(self, axis)
+            parts = {"edp": left[axis], "ep": taken[axis]["ep"], "etp": taken[axis]["etp"]}
+            found |= {axis: left[axis]} if whole else {f"{axis}.{name}": n for name, n in parts.items()}
+        return {name: n for name, n in found.items() if n > 1}
+
+    def parts(self, axis: str) -> int:
+        """The size of any axis, those of experts too."""
+        return math.prod(n for atom, n in self.atoms.items() if is_part(atom, axis))
+
     def __str__(self) -> str:
-        return ",".join(f"{a}={n}" for a, n in self.sizes.items() if n > 1) or "dp=1"
+        experts = {"ep": self.ep, "etp": self.etp}
+        return ",".join(f"{a}={n}" for a, n in {**self.sizes, **experts}.items() if n > 1) or "dp=1"
 
     @staticmethod
     def parse(text: str, world: int | None = None) -> MeshShape:
@@ -47,9 +101,10 @@ class MeshShape:
         sizes: dict[str, int] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             axis, _, size = (part.strip() for part in item.partition("="))
-            if axis not in AXES:
+            if axis not in (*AXES, "ep", "etp"):
+                names = ", ".join((*AXES, "ep", "etp"))
                 raise ValueError(
-                    f"mesh {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}, as in dp=2,tp=2"
+                    f"mesh {text!r}: unknown axis {axis!r}; the axes are {names}, as in dp=2,tp=2"
                 )
             if axis in sizes:
                 raise ValueError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
@@ -72,3 +127,24 @@ class MeshShape:
             f"mesh {text!r} has {shape.size} ranks, but {world} {'is' if world == 1 else 'are'} running: "
             f"{remedy}"
         )
+
+
+def is_part(atom: str, axis: str) -> bool:
+    """Whether a dim of the DeviceMesh is (a part of) this axis. ``dp.ep`` is of dp and of ep; a ``dp`` that
+    is not split, of dp and of edp."""
+    dense, _, expert = atom.partition(".")
+    return axis == dense or axis == (expert or ("edp" if dense in FOLDED else ""))
+
+
+def parts(atoms: Iterable[str], axis: str) -> tuple[str, ...]:
+    """The dims of a DeviceMesh that an axis is made of, outermost first."""
+    return tuple(atom for atom in atoms if is_part(atom, axis))
+
+
+def _nearest(ranks: int, ep: int, etp: int) -> str:
+    if ranks % etp:
+        near = min((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: (abs(d - etp), d))
+        return f"etp={near}"
+    rest = ranks // etp
+    near = min((d for d in range(1, rest + 1) if rest % d == 0), key=lambda d: (abs(d - ep), d))
+    return f"ep={near}"

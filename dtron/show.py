@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +77,7 @@ class Row:
 def named_axes(w: Weight, shape: MeshShape, zero: int) -> str:
     """``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that cut it here."""
     rules = rules_for(zero)
-    cut = lambda axis: "+".join(a for a in rules[axis] if shape.sizes[a] > 1)
+    cut = lambda axis: "+".join(a for a in rules[axis] if shape.parts(a) > 1)
     return "[" + ", ".join(f"{axis}@{cut(axis)}" if cut(axis) else axis for axis in w.axes) + "]"
 
 
@@ -107,8 +108,8 @@ def rows(
 ) -> list[Row]:  # fmt: skip
     """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
     ``master``: bytes per element."""
-    axes = [a for a, n in shape.sizes.items() if n > 1 and a != "pp"]
-    sizes = [shape.sizes[a] for a in axes]
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
     first = [0] * len(axes)  # the first rank's part is never smaller than another's
     found = []
     for w, path, count in _grouped(spec or declare_model(model)):
@@ -133,13 +134,17 @@ def rows(
 
 
 def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
-    """Every weight, those of the blocks once for all of them."""
-    first, last = (flat(b)[0].path.split(".")[1] for b in (spec.blocks[0], spec.blocks[-1]))
-    old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
-    return [
-        (w, w.path.replace(old, new, 1), len(spec.blocks) if w.path.startswith(old) else 1)
-        for w in flat(replace(spec, blocks=spec.blocks[:1]))
-    ]
+    """Every weight, those of blocks that follow each other and are alike once for all of them."""
+    kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
+    runs = [list(run) for _, run in groupby(spec.blocks, kind)]
+    found, firsts = {}, []
+    for run in runs:
+        first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
+        old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
+        found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
+        firsts.append(run[0])
+    shown = flat(replace(spec, blocks=tuple(firsts)))
+    return [(w, *found.get(w.path, (w.path, 1))) for w in shown]
 
 
 def _short(placement) -> str:
@@ -180,8 +185,8 @@ def size(n: float) -> str:
 
 def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
     """SVG of the mesh and of every weight of one block, cut into the pieces that ranks hold."""
-    axes = [a for a, n in shape.sizes.items() if n > 1 and a != "pp"]
-    sizes = [shape.sizes[a] for a in axes]
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
     canvas = Canvas(940)
     canvas.text(20, 28, f"mesh {shape}: {shape.size} ranks", bold=True, size=16)
     y = draw_mesh(canvas, 20, 50, shape)
@@ -189,12 +194,12 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
         20, y + 30, f"one block of {model.layers}, zero {zero}: who holds which part", bold=True, size=16
     )
     y, x, lowest = y + 50, 20, 0
-    for w in flat(declare_model(model).blocks[0]):
+    for w in flat(declare_model(model).blocks[-1]):
         lies = place(rules_for(zero), axes, *w.axes)
         pieces = [
             (rank, local_range(w.shape, sizes, lies, coordinate)) for rank, coordinate in coordinates(sizes)
         ]
-        name = w.path.removeprefix("blocks.0.")
+        name = w.path.split(".", 2)[2]
         width, height = draw_tensor(canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape)
         lowest, x = max(lowest, y + height), x + width + 30
         if x > 740:
@@ -232,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
         most = max(most, sum(total(found)))
     console.print(memory.table(config.model, shape, config.cp, layers, most, memory.sequences(unit)))
-    console.print(f"rules: {_rules_line(shape)}")
+    console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
@@ -244,8 +249,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _rules_line(shape: MeshShape) -> str:
-    live = {k: [a for a in v if shape.sizes[a] > 1] for k, v in RULES.items()}
+def _rules_line(shape: MeshShape, model: ModelConfig) -> str:
+    """The rows that this model uses and this mesh cuts by."""
+    used = {a for w in flat(declare_model(model)) for a in w.axes} | {"tokens", "tokens_sp"}
+    used |= {"tokens_ep"} if "experts" in used else set()
+    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items() if k in used}
     return ", ".join(f"{k}@{'+'.join(v)}" for k, v in live.items() if v) or "one device"
 
 

@@ -28,7 +28,7 @@ from dtron.shape import MeshShape
 @contextmanager
 def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
     """Run the body on ``shape.size`` simulated ranks; yields the stage's DeviceMesh (None for one rank)."""
-    axes = tuple((a, n) for a, n in shape.sizes.items() if n > 1 and a != "pp")
+    axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
         yield None
         return
@@ -44,6 +44,11 @@ def one_rank(x: torch.Tensor) -> torch.Tensor:
 
 def is_simulated(x: torch.Tensor) -> bool:
     return isinstance(x, LocalTensor)
+
+
+def by_rank(x: torch.Tensor, rank: int) -> dict[int, torch.Tensor]:
+    """Every rank's value of a simulated tensor; that of this ``rank`` of any other."""
+    return dict(x._local_tensors) if isinstance(x, LocalTensor) else {rank: x}
 
 
 @contextmanager

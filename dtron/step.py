@@ -17,14 +17,14 @@ set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dtron.dtensor import cast, local, reduce_all, scatter_all
+from dtron.dtensor import cast, full, local, reduce_all, scatter_all
 from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 from dtron.pipeline import Pipeline
@@ -73,6 +73,9 @@ class Wholes:
         return total
 
 
+Reports = dict[int, dict[str, Tensor]]
+
+
 def gradients(
     functions: Program,
     params: Any,
@@ -81,14 +84,18 @@ def gradients(
     pipe: Pipeline,
     zero: int,
     gather_each: bool = True,
-) -> tuple[Tensor | None, Any]:
-    """``(loss, gradients)`` of a step: the microbatches' summed losses divided by ``tokens``, and the
-    gradients of the *sum*. Whoever uses these divides, in the same pass: the optimizer multiplies by a scale
-    anyway. (In bfloat16 backward, 1 / tokens would be off by up to 0.4 %.)
+    look: Callable[[int, int, list[Tensor | None]], None] | None = None,
+) -> tuple[Tensor | None, Any, Reports]:
+    """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by ``tokens``, and
+    the gradients of the *sum*, of the loss and of what stages add to it. Whoever uses these divides, in the
+    same pass: the optimizer multiplies by a scale anyway. (In bfloat16 backward, 1 / tokens would be off by
+    up to 0.4 %.)
 
     ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
-    params, with the params' placements, in the layout's reduce dtype (None: the params' own).
+    params, with the params' placements, in the layout's reduce dtype (None: the params' own). Reports are
+    those of the stages here, by stage and name, summed over microbatches and ranks: plain tensors.
+    ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
@@ -100,7 +107,9 @@ def gradients(
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
-    def take(stage: int, grads: list[Tensor | None]) -> None:
+    def take(stage: int, microbatch: int, grads: list[Tensor | None]) -> None:
+        if look is not None:
+            look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
         # The first microbatch's are added to in place, so they must be nobody else's: two weights that are
         # added up have one and the same gradient.
@@ -121,7 +130,8 @@ def gradients(
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
     found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
     found = pipe.add_twins(unflatten(params, found))
-    return None if out.total is None else hold.loss(out.total) / tokens, found
+    loss = None if out.total is None else hold.loss(out.total) / tokens
+    return loss, found, {s: _summed(r, layout) for s, r in out.reports.items()}
 
 
 def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline) -> Tensor | None:
@@ -130,6 +140,14 @@ def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     return run_forward(t, pipe.ranks, functions, by_stage, microbatches, pipe.links(microbatches[0], t))
+
+
+def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Over the ranks that have tokens; laid end to end, one all-reduce per mesh axis."""
+    parts = [local(x) for x in report.values()]
+    line = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
+    split = line.split([x.numel() for x in parts])
+    return {name: x.view(part.shape) for name, part, x in zip(report, parts, split, strict=True)}
 
 
 def _leaf(w: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from dtron.layers.context import Method
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch, valid_tokens
+from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.pipeline import gathers_each, pipeline, program, splits
@@ -80,7 +81,7 @@ def one_step(
         params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
-            make_batch(*one, config.zigzags)
+            make_batch(*one, depth=m.mtp.depth, zigzag=config.zigzags)
             for one in zip(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )
@@ -88,11 +89,12 @@ def one_step(
         each, tokens = gathers_each(config, shape), valid_tokens(rows)
         functions = _guarded(program(m, layout, config.how, splits(config, shape)))
         with CollectiveCounter(mesh) as counter:
-            loss, grads = gradients(functions, params, batches, tokens, pipe, config.zero, each)
+            loss, grads, reports = gradients(functions, params, batches, tokens, pipe, config.zero, each)
             norm = global_norm(grads, pipe.spec) / tokens
         whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
         lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens
         params, _ = adam_update(grads, adam_init(params), params, pipe.spec, lr, scale, config.optim)
+        params = update_balance(params, reports, pipe, m.moe.bias_rate)
         return StepResult(full(loss).item(), norm.item(), whole_grads, pipe.whole(params), counter)
 
 
@@ -110,8 +112,14 @@ def _guarded(functions: Program) -> Program:
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
-    """The same step without a pipeline."""
-    return replace(config, schedule="1f1b", pipeline=PipelineConfig())
+    """The same step without a pipeline. An auxiliary loss sees which tokens are in a micro-batch, so then
+    these are the same too."""
+    config = replace(config, schedule="1f1b", pipeline=PipelineConfig())
+    if not config.model.moe.aux_loss:
+        return config
+    return replace(
+        config, micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1]
+    )
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:

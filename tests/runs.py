@@ -15,12 +15,12 @@ from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
 from dtron.model import make_batch, valid_tokens
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
-from dtron.step import gradients
+from dtron.update import update
 
 MODEL = ModelConfig(
     vocab=61,
@@ -61,12 +61,12 @@ def train(
     for step in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
-        batches = [make_batch(r, layout, zigzag=config.zigzags) for r in rows.chunk(count)]
-        loss, grads = gradients(functions, params, batches, valid_tokens(rows), pipe, config.zero, each)
-        norm = global_norm(grads, spec, pipe.sum) / valid_tokens(rows)
-        scale = clip_scale(norm, 1.0) / valid_tokens(rows)
-        params, opt = adam_update(grads, opt, params, spec, 1e-2, scale, config.optim)
-        losses.append(pipe.sum(None if loss is None else full(loss)).item())
+        batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in rows.chunk(count)]
+        state = (params, opt, batches, valid_tokens(rows), 1e-2)
+        loss, norm, _, params, opt = update(
+            functions, pipe, m, config.zero, config.optim, *state, gather_each=each
+        )
+        losses.append(loss.item())
         norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))
 

@@ -61,6 +61,24 @@ def test_every_path_is_the_reference(path, b, kv, group, h, s, window, packed, s
     same(got, want, [q, k, v, *([sink] if sinks else [])])
 
 
+@settings(max_examples=20)
+@given(
+    path=st.sampled_from(["sdpa", "flex"]), w=st.sampled_from([2, 4, 7]), scale=st.sampled_from([None, 0.9]),
+    s=st.integers(1, 9), window=st.none() | st.integers(1, 10), packed=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_values_of_another_width_and_another_scale(path, w, scale, s, window, packed, seed):
+    """And the reference is the same with values padded to the width of keys."""
+    q, k, v = (normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w))))
+    documents = (normal(2, s, seed=seed) > 0.5).cumsum(-1) if packed else None
+    run = lambda path, v, scale: CORES[path](q, k, v, documents, None, Mask(s, window, scale=scale))
+    want = run("reference", v, scale)
+    same(run(path, v, scale), want, [q, k, v])
+    if w < 4:
+        close(run("reference", F.pad(v, (0, 4 - w)), scale)[..., :w], want)
+    if s > 1 and window is None and not packed:
+        assert_caught(lambda: close(run(path, v, 0.4), want))
+
+
 WRONG = {
     "window": {"mask": Mask(6, 4, 0.5)},
     "documents": {"documents": None},

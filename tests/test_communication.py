@@ -151,7 +151,11 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
     with simulated(shape) as device_mesh:
         layout = Layout(device_mesh, rules_for(1))
         x = layout.shard(torch.randn(t * shape.dp, 6), "tokens_sp", "act_embed").detach().requires_grad_()
-        w = layout.gather(layout.shard(torch.randn(v, 6), "vocab", "embed")).detach().requires_grad_()
+        w = (
+            layout.gather(layout.shard(torch.randn(v, 6), "vocab", "embed"), "vocab", "embed")
+            .detach()
+            .requires_grad_()
+        )
         targets = layout.shard(torch.zeros(t * shape.dp, dtype=torch.long), "tokens")
         with Watch() as seen:
             cross_entropy(x, w, targets, Loss(v, c), layout)
@@ -165,8 +169,8 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
 class Recording(Layout):
     """Remembers the memory of every block weight it gathers, without keeping it alive."""
 
-    def gather(self, w):
-        out = super().gather(w)
+    def gather(self, w, *axes):
+        out = super().gather(w, *axes)
         if out is not w and w.ndim > 1:
             self.rules["_gathered"].append(StorageWeakRef(one_rank(out.to_local()).untyped_storage()))
         return out

@@ -99,7 +99,7 @@ def test_mesh_text(text, world, want):
 @pytest.mark.parametrize(
     ("text", "world", "message"),
     [
-        ("ep=2", None, "'ep=2': unknown axis 'ep'; the axes are pp, dp_replicate, dp, cp, tp"),
+        ("xp=2", None, "'xp=2': unknown axis 'xp'; the axes are pp, dp_replicate, dp, cp, tp, ep, etp"),
         ("4", None, "unknown axis '4'.*as in dp=2,tp=2"),
         ("tp=2,tp=2", None, "'tp=2,tp=2': axis 'tp' is given twice; write it once"),
         ("tp=0", None, "tp has size '0'.*positive integer, as in tp=2"),

@@ -6,22 +6,27 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, train
+from runs import MODEL, random_rows, train
 
-from dtron.compiled import compiled
-from dtron.config import DataConfig, RunConfig
+from dtron.compiled import compiled, compiled_rule
+from dtron.config import DataConfig, OptimConfig, RunConfig
 from dtron.how import How
 from dtron.layers.cores import CORES, Mask, attention_reference
+from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
-from dtron.model import make_batch
+from dtron.model import make_batch, valid_tokens
+from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
+from dtron.presets import preset
 from dtron.shape import MeshShape
 from dtron.step import gradients
+from dtron.update import Recorded, update
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -149,13 +154,52 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
     def run(how: How, compile: bool) -> list:
         functions = program(model, layout, how)
         functions = compiled(functions, layout) if compile else functions
-        loss, grads = gradients(functions, params, batches, 800, pipe, 1)
+        loss, grads, _ = gradients(functions, params, batches, 800, pipe, 1)
         return [loss, *flat(grads)]
 
     want = run(How(attention="reference"), False)
     got = run(How(recompute), compile)
     for a, b in zip(got, want, strict=True):
         assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-deepseek"])
+def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
+    """Tokens choose experts by a fixed rule here: rounding must not send one to another."""
+    m = preset(name)
+    m = replace(m, layers=3, moe=replace(m.moe, balanced=True)) if m.moe.experts else m
+    layout = Layout(compute=torch.bfloat16)
+    pipe = one_stage(m, 1, layout)
+    params = tree_map(lambda w: w.cuda(), init(pipe.spec, m.dims(), 0, layout))
+    rows = torch.randint(m.vocab, (2, 129), generator=torch.Generator().manual_seed(0)).cuda()
+    batches = [make_batch(rows, layout, depth=m.mtp.depth)]
+    plain = program(m, layout)
+    want, got = (gradients(fn, params, batches, 256, pipe, 1)[:2] for fn in (plain, compiled(plain, layout)))
+    assert got[0].item() == pytest.approx(want[0].item(), rel=1e-3)
+    for w, a, b in zip(flat(pipe.spec), flat(got[1]), flat(want[1]), strict=True):
+        assert w.frozen or (b.norm() > 0 and (a.float() - b.float()).norm() / b.float().norm() < 5e-2), w.path
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_recorded_step_is_the_step(count):
+    """Replayed with other batches, rates and counts of tokens than those it was recorded with."""
+    config, layout = replace(TEN, batch=8, micro_batch=8 // count), Layout()
+    found = []
+    for record in (False, True):
+        pipe = one_stage(MODEL, count, layout)
+        params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
+        opt, functions = adam_init(params), compiled(program(MODEL, layout), layout)
+        step = partial(update, functions, pipe, MODEL, 1, OptimConfig(), rule=compiled_rule())
+        step = Recorded(step, "cuda") if record else step
+        for number in range(8):
+            rows = random_rows(config, number)
+            rows[:number, -3:] = IGNORE
+            batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
+            loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number))
+            found.append((loss.item(), norm.item()))
+        assert opt.step == 8
+    plain, recorded = found[:8], found[8:]
+    assert recorded == [pytest.approx(x, rel=1e-5) for x in plain] and len(set(plain)) == 8
 
 
 def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import TEXTS, corpus, one_line
 
-from dtron.data import Documents, document_ids, load_corpus, rows
+from dtron.config import DataConfig
+from dtron.data import Documents, document_ids, open_data, rows
+from dtron.data.__main__ import main
+from dtron.data.corpus import beside
 
 
 @pytest.fixture(scope="module")
@@ -95,39 +98,82 @@ def test_document_ids_agree_with_a_loop(given_rows):
             document, position = (document + 1, 0) if token == 0 else (document, position + 1)
 
 
+def config(file: Path, sequence: int = 16, fraction: float = 0.1, **more) -> DataConfig:
+    return DataConfig(path=str(file), sequence=sequence, validation=fraction, **more)
+
+
 def test_a_corpus_is_split_and_comes_back_from_the_cache(corpus_file: Path, tmp_path: Path, monkeypatch):
-    first = load_corpus(str(corpus_file), "text", None, 400, 16, 0.1, tmp_path / "cache")
-    whole = np.concatenate([first.train, first.validation])
-    assert len(first.validation) == int(len(whole) * 0.1)
-    assert first.tokenizer.decode(whole) == "".join(TEXTS)
-    assert first.end_id == 0 and np.count_nonzero(whole == 0) == len(TEXTS)
+    first = open_data(config(corpus_file), 400, 0, 1, tmp_path / "cache")
+    whole = np.concatenate([first.train.tokens, first.validation.tokens])
+    assert first.validation.size == int(len(whole) * 0.1)
+    assert first.tokenizer.decode(whole) == first.decode(whole.tolist()) == "".join(TEXTS)
+    assert first.train.end == 0 and np.count_nonzero(whole == 0) == len(TEXTS)
 
     monkeypatch.setattr(Documents, "__iter__", lambda self: pytest.fail("a cached start reads no text"))
-    second = load_corpus(str(corpus_file), "text", None, 400, 16, 0.1, tmp_path / "cache")
-    assert np.array_equal(second.train, first.train) and np.array_equal(second.validation, first.validation)
-    assert second.tokenizer.to_str() == first.tokenizer.to_str()
-    assert len(load_corpus(str(corpus_file), "text", None, 400, 16, 0.0, tmp_path / "cache").train) == len(
-        whole
-    )
+    second = open_data(config(corpus_file), 400, 0, 1, tmp_path / "cache")
+    assert np.array_equal(second.train.tokens, first.train.tokens)
+    assert np.array_equal(second.validation.tokens, first.validation.tokens)
+    assert second.tokenizer.to_str() == first.tokenizer.to_str() and second.digest() == first.digest()
+    assert open_data(config(corpus_file, 8), 400, 0, 1, tmp_path / "cache").digest() != first.digest()
 
 
 def test_corpus_errors(corpus_file: Path, cache: Path):
     def load(sequence: int, fraction: float = 0.02):
-        return lambda: load_corpus(str(corpus_file), "text", None, 400, sequence, fraction, cache)
+        return lambda: open_data(config(corpus_file, sequence, fraction), 400, 0, 1, cache)
 
     one_line(load(10**6), "the training text", str(10**6 + 1), "lower --data.sequence")
     one_line(load(512), "the validation text", "513", "lower --data.sequence", "raise --data.validation, or")
-    one_line(load(0), "--data.sequence 0", "1 or more")
-    for fraction in (1.0, -0.1, float("nan")):
-        one_line(load(8, fraction), f"--data.validation {fraction} ", "[0, 1)", "0.02")
+    one_line(load(0), "data.sequence=0", "at least 1")
+    for fraction in (1.0, -0.1, 0.0, float("nan")):
+        one_line(load(8, fraction), f"data.validation={fraction}", "between 0 and 1")
+
+
+def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: Path):
+    """Trained on the text of all, or the one beside prepared files, or a given one."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "zebras and quaggas graze beside the water"}\n' * 99)
+    both = open_data(config(f"1 {corpus_file}, 1 {other}"), 400, 0, 9, tmp_path)
+    vocabulary = both.tokenizer.get_vocab()
+    assert any("quagga" in word for word in vocabulary) and any("return" in word for word in vocabulary)
+    assert both.samples is None
+
+    for name, vocab in (("a", 285), ("b", 275)):
+        argv = ["prepare", str(other), "--vocab", str(vocab), "--out", str(tmp_path / name), "--workers", "1"]
+        assert main(argv) == 0
+    a, b = tmp_path / "a", tmp_path / "b"
+    one = open_data(config(f"1 {a}, 1 {corpus_file}"), 400, 0, 9, tmp_path)
+    assert one.tokenizer.get_vocab_size() == 285 and one.samples == 9
+    unlike = config(f"1 {a}, 1 {b}")
+    one_line(lambda: open_data(unlike, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
+    beside(a).unlink()
+    mixed = config(f"1 {a}, 1 {corpus_file}")
+    one_line(lambda: open_data(mixed, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
+    assert open_data(config(a), 400, 0, 9, tmp_path).tokenizer is None
+    named = config(f"1 {a}, 1 {corpus_file}", tokenizer=str(beside(b)))
+    assert open_data(named, 400, 0, 9, tmp_path).tokenizer.get_vocab_size() == 275
+    one_line(lambda: open_data(config(beside(b)), 400, 0, 9, tmp_path), "tokenizer.json")
+
+
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["tokenizers", "datasets", "pyarrow", "torch", "rich", "jinja2"]))
+from dtron.data import Prefetch, Rows, Indexed, Writer
+import dtron.data.fit
+"""
+
+
+def test_reading_token_files_takes_numpy_alone():
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", ALONE], check=True, env={**os.environ, "PYTHONPATH": root})
 
 
 SCRIPT = """
 import hashlib, socket, sys
 socket.getaddrinfo = socket.socket.connect = lambda *_, **__: sys.exit("reached for the network")
-from dtron.data import load_corpus
-corpus = load_corpus(sys.argv[1], "text", None, 400, 16)
-print(len(corpus.train), hashlib.sha256(corpus.train.tobytes()).hexdigest(), "datasets" in sys.modules)
+from dtron.data import Documents, cache_dir, encode, get_tokenizer
+docs = Documents(sys.argv[1])
+tokens = encode(docs, get_tokenizer(None, docs, 400, cache_dir()), cache_dir())
+print(len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest(), "datasets" in sys.modules)
 """
 
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from values import F64, ONE, SMALL, close, normal
 
 from dtron.config import ModelConfig, OptimConfig
-from dtron.model import Block, declare_model, flops_per_token, parameter_count
+from dtron.model import declare_model, flops_per_token, parameter_count
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
-from dtron.params import declare, flat, init, leaves, tree_map
+from dtron.params import flat, init, leaves, tree_map
 
 
 def test_adam_is_torch_adamw():
     config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3)
     model = replace(SMALL, qk_norm=True, qkv_bias=True, bias=True, norm="layernorm")
-    spec = declare(Block, model.dims())
+    spec = declare_model(model).blocks[0]
     ours = init(spec, model.dims(), 0, ONE, F64)
     theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
     groups = {True: [], False: []}

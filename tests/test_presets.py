@@ -7,7 +7,8 @@ import pytest
 
 from dtron.checks import check
 from dtron.config import ModelConfig
-from dtron.model import declare_model, parameter_count
+from dtron.model import active_count, declare_model, parameter_count
+from dtron.mtp import Ahead
 from dtron.params import leaves
 from dtron.presets import PRESETS, preset
 from dtron.shape import MeshShape
@@ -38,16 +39,39 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,  # and 11.6e9 of its own, in multi-token prediction
 }
-OURS = {"tiny", "bench-1.3b", "bench-8b-width"}
+# Of these, what one token uses (the card of gpt-oss says 3.6e9, without the embedding).
+ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9, "gpt-oss-20b": 4.2e9}
+ACTIVE |= {"deepseek-v2-lite": 2.66e9, "deepseek-v3": 37.5e9}  # the card of V2-Lite: 2.4e9, without it
+OURS = {"tiny", "tiny-moe", "tiny-deepseek", "bench-1.3b", "bench-8b-width", "bench-moe"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_has_the_published_number_of_parameters(name):
-    """Without the rows that pad the vocabulary."""
-    assert parameter_count(replace(preset(name), vocab_multiple=1)) == PUBLISHED[name]
+    """Without the rows that pad the vocabulary, and without multi-token prediction."""
+    m = replace(preset(name), vocab_multiple=1)
+    assert parameter_count(replace(m, mtp=Ahead())) == PUBLISHED[name]
+
+
+def test_what_prediction_ahead_adds_to_deepseek_v3():
+    """The card says 14e9, with an embedding and a head that are the main model's."""
+    m = preset("deepseek-v3")
+    more = parameter_count(m) - parameter_count(replace(m, mtp=Ahead()))
+    assert more + 2 * m.vocab * m.embed == pytest.approx(14e9, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_parameters_that_a_token_uses(name):
+    """By the models' cards, rounded there."""
+    assert active_count(replace(preset(name), mtp=Ahead())) == pytest.approx(ACTIVE[name], rel=0.02)
 
 
 def test_every_preset_of_others_is_counted():
@@ -78,8 +102,9 @@ def test_the_sizes_of_a_preset_fit_each_other(name):
     dims, spec = m.dims(), declare_model(m)
     assert len(spec.blocks) == m.layers
     for path, w in leaves(spec):
-        assert w.shape == tuple(dims.get(a, m.embed) for a in w.axes), path
-    assert m.heads * m.head_dim == m.embed or name.startswith("qwen3")  # Qwen 3 has its own head width
+        assert w.shape == tuple(dims[a.removeprefix("act_")] for a in w.axes), path
+    own_width = ("qwen3", "gpt-oss", "bench-moe")  # of heads
+    assert m.latent or m.heads * m.head_dim == m.embed or name.startswith(own_width)
     assert (m.norm, m.positions) in (("rmsnorm", "rotary"), ("layernorm", "learned"))
     assert (spec.w_head is None) == m.tied and m.embed % 32 == 0 and m.mlp % 32 == 0
 

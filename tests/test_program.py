@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from dtron import checkpoint
 from dtron.cli import load, parse
 from dtron.data import get_tokenizer
+from dtron.data.sources import Chunks
 from dtron.entry import run_cli
 from dtron.launch import plan
 from dtron.metrics import Metrics
@@ -36,7 +37,7 @@ TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample=5"]
 TINY += ["--optim.lr=5e-3", "--optim.warmup=1"]  # steps long enough that a wrong one shows in the next loss
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
-KEYS |= {"memory_gib", "step_seconds"}
+KEYS |= {"memory_gib", "step_seconds", "data_wait", "skipped"}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_run_learns_and_says_so(run_dir, capsys):
     for record in found:
         assert set(record) == KEYS | ({"validation_loss"} if record["step"] in (8, 16, 20) else set())
         assert record["tokens"] == 64 * record["step"] and record["mfu"] is None
-        assert min(record[key] for key in KEYS - {"mfu"}) > 0
+        assert min(record[key] for key in KEYS - {"mfu", "skipped"}) > 0
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     assert found[-1]["validation_loss"] < found[7]["validation_loss"]
     assert load(run_dir / "config.json") == parse([*TINY, f"--run-dir={run_dir}", *argv])
@@ -130,13 +131,6 @@ def test_every_kind_of_input_gives_the_same_losses(run_dir, folder, one_device):
     Path("all.txt").write_text("".join(TEXTS))  # one document: the same text less the ends
     got = losses(run(run_dir, "--data.path=all.txt"))
     assert len(got) == 4 and got != pytest.approx(one_device, rel=1e-5)
-
-
-def test_a_run_that_diverges_stops_and_says_so(run_dir, capsys):
-    assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", "--optim.lr=1e30"]) == 2
-    message = capsys.readouterr().err
-    assert "step 2: the gradient is not finite" in message and "--optim.lr" in message
-    assert [r["step"] for r in records(run_dir)] == [1]
 
 
 def test_a_sample_is_printed_as_it_is(tmp_path, capsys):
@@ -209,8 +203,8 @@ def test_the_document_mask_is_the_same_on_every_mesh(run_dir, one_device):
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run_dir, one_device, first, then, monkeypatch):
     agree(run(run_dir, "--save-every=2", *first), one_device)
     shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
-    starts, rows = [], train.rows
-    monkeypatch.setattr(train, "rows", lambda *a, **k: starts.append(a[3]) or rows(*a, **k))
+    starts, rows = [], Chunks.rows
+    monkeypatch.setattr(Chunks, "rows", lambda self, start, n: starts.append(start) or rows(self, start, n))
     found = run(run_dir, "--resume", *then)
     agree(found, one_device)
     assert starts[:2] == [8, 12]  # samples: two steps of four are behind it
@@ -341,6 +335,7 @@ def refused(capsys, *argv: str) -> str:
         ("--micro-batch 3", ["batch=4", "micro_batch=3", "--batch 3"]),
         ("--micro-batch 0", ["micro_batch=0", "at least 1"]),
         ("--simulate --device cuda", ["--simulate --device cuda", "drop one"]),
+        ("--graph on", ["--graph on", "a GPU and compiled stages", "--graph auto"]),
         ("--data.sequence 4096", ["data.sequence=4096", "--model.context 4096"]),
         ("--data.validation 1e-4", ["validation text", "raise --data.validation,"]),
         ("--data.path /no/such.txt", ["--data.path '/no/such.txt'", "does not exist"]),

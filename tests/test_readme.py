@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dtron.cli import parse
+from dtron.hf.config import best_family, to_hf
+from dtron.presets import preset
 from dtron.schedules.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +58,13 @@ def test_the_two_commands_come_first():
 
 
 @pytest.mark.parametrize("line", re.findall(r"train\.py (--.*?)(?:  #.*)?$", README, re.M))
-def test_commands_shown_are_understood(line):
+def test_commands_shown_are_understood(line, tmp_path, monkeypatch):
+    m = preset("llama3.2-1b")
+    folder = tmp_path / "Llama-3.2-1B"  # which some begin with
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf(m, best_family(m))))
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     assert parse(line.split())
 
 

@@ -75,7 +75,7 @@ def test_attention_to_parts_of_the_keys_merges_to_that_to_all(owners, window, so
     want = attention_reference(q, k, v, documents, sink, mask)[:, :, own]
     for part in ((owner == i).nonzero().flatten() for i in range(4)):
         if len(part):
-            step = replace(mask, queries=own, keys=part)
+            step = replace(mask, queries=own[None], keys=part)
             got = attention_and_lse(q[:, :, own], k[:, :, part], v[:, :, part], documents, step)
             found = got if found is None else ring.merge(found, got)
     got = found[0] if sink is None else with_sinks(*found, sink)
@@ -115,7 +115,7 @@ def test_heads_of_values_may_have_another_width(method, path):
         turn = as_tokens(torch.arange(16).view(2, 8), layout, True)
         place = lambda x: layout.shard(x.detach()[turn], *lies).requires_grad_()
         xs = [place(x) for x in (q, k, v)]
-        mask, chosen = prepare(Mask(8), None, False, 4, xs[0], layout, path, method, True, v_dim=6)
+        mask, chosen = prepare(Mask(8), None, False, (4, 6), xs[0], layout, path, method, True)
         fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
         got = layout.local(fn, (lies,) * 3, lies)(*xs)
         g = layout.shard(direction.flatten(0, 1)[turn], *lies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dtron.config import ModelConfig
 from dtron.mesh import Layout, rules_for
 from dtron.model import declare_model
+from dtron.moe.config import MoE
 from dtron.optim import adam_init
 from dtron.params import flat, init
 from dtron.shape import MeshShape
@@ -121,3 +123,16 @@ def test_the_command_refuses_in_one_line(argv, message):
 
 def test_sizes_for_people():
     assert [size(n) for n in (0, 1023, 1536, 5 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+
+
+def test_blocks_that_differ_have_rows_of_their_own():
+    """A dense layer before two of experts; and rows and pieces of experts on a folded mesh."""
+    m = replace(ModelConfig(layers=3), moe=MoE(8, 2, 64, dense_layers=1))
+    shape = MeshShape.parse("dp=4,tp=2,ep=4")
+    found = {r.path: r for r in rows(m, shape, 3)}
+    assert found["blocks.0.mlp.w_up"].count == 1 and "blocks.0.moe.router.w" not in found
+    w = found["blocks.1-2.moe.experts.w_up"]
+    assert (w.count, w.axes) == (2, "[experts@ep, expert_embed@edp, expert_mlp]")
+    assert w.local == (2, 128, 64) and w.placement == "(dp.edp: S1, dp.ep: S0, tp.ep: S0)"
+    paths = list(found)
+    assert paths[0] == "embedding.w_tokens" and paths[-2:] == ["norm.scale", "w_head"]

@@ -9,7 +9,8 @@ import pytest
 from pyarrow import parquet
 from texts import TEXTS, corpus, one_line
 
-from dtron.data import Documents, documents, load_corpus, text
+from dtron.config import DataConfig
+from dtron.data import Documents, documents, open_data, text
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def test_errors_in_json_lines(data: bytes, parts: list[str], tmp_path: Path, cac
     one_line(lambda: documents(str(file), cache=cache), str(file), *parts)
     # The same through the cache, as a run meets it; nothing half-made is left to be found next time.
     for _ in range(2):
-        one_line(lambda: load_corpus(str(file), "text", None, 300, 8, cache=cache), str(file), *parts)
+        d = DataConfig(path=str(file), sequence=8)
+        one_line(lambda d=d: open_data(d, 300, 0, 1, cache), str(file), *parts)
 
 
 @pytest.mark.parametrize(

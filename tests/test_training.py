@@ -264,7 +264,9 @@ def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["tokens"] for line in lines] == [64, 128, 192, 256, 320]
-    wanted = "step loss grad_norm lr tokens tokens_per_s tflops_per_device mfu memory_gib step_seconds"
+    wanted = (
+        "step loss grad_norm lr tokens tokens_per_s tflops_per_device mfu memory_gib step_seconds data_wait"
+    )
     assert set(lines[0]) == set(wanted.split()) and lines[0]["mfu"] is None
 
 

@@ -47,6 +47,13 @@ def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     return torch.cat([z.real, z.imag], dim=-1)
 
 
+def halves(w: Tensor, rotary: int) -> Tensor:
+    """The last ``rotary`` columns from DeepSeek's order, pairs side by side, to ours, pairs half a width
+    apart."""
+    plain, turned = w.split([w.shape[-1] - rotary, rotary], dim=-1)
+    return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
+
+
 @contextmanager
 def flex_on_cpu() -> Iterator[None]:
     """torch refuses flex_attention's backward on a CPU, for want of a fused kernel; written out, as it runs

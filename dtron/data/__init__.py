@@ -1,19 +1,58 @@
-"""Text to training samples: `text` reads documents, `tokens` encodes them, `loader` cuts them into rows."""
+"""Text, tokens and conversations to training samples.
 
-from dtron.data.cache import cache_dir
-from dtron.data.loader import Corpus, document_ids, load_corpus, rows
-from dtron.data.text import Documents, documents
-from dtron.data.tokens import encode, end_id, get_tokenizer
+Documents: `formats` and `text` read them, `chat` reads conversations, `tokens` encodes, `indexed` reads and
+writes token files, `prepare` makes those from text. Samples: `sources` (from `loader`'s chunks or `order`),
+`fit`, `stream`, several by weight with `mixture`. `corpus` puts together what the command line names, and
+`prefetch` reads ahead.
 
-__all__ = [
-    "Corpus",
+Names are imported when somebody asks for them: reading token files takes numpy and nothing else.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtron.data.cache import cache_dir
+    from dtron.data.corpus import Data, open_data
+    from dtron.data.indexed import Indexed, Writer
+    from dtron.data.loader import document_ids, rows
+    from dtron.data.prefetch import Prefetch
+    from dtron.data.sources import Rows, Source
+    from dtron.data.text import Documents, documents
+    from dtron.data.tokens import encode, end_id, get_tokenizer
+
+_NAMES = {
+    "cache": ["cache_dir"],
+    "corpus": ["Data", "open_data"],
+    "indexed": ["Indexed", "Writer"],
+    "loader": ["document_ids", "rows"],
+    "prefetch": ["Prefetch"],
+    "sources": ["Rows", "Source"],
+    "text": ["Documents", "documents"],
+    "tokens": ["encode", "end_id", "get_tokenizer"],
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [  # noqa: F822
+    "Data",
     "Documents",
+    "Indexed",
+    "Prefetch",
+    "Rows",
+    "Source",
+    "Writer",
     "cache_dir",
     "document_ids",
     "documents",
     "encode",
     "end_id",
     "get_tokenizer",
-    "load_corpus",
+    "open_data",
     "rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

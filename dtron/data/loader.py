@@ -8,73 +8,20 @@ The place in the data is one integer, the number of samples taken since the run 
 function of it. A checkpoint stores that integer and nothing else; a resumed run goes on with exactly the
 next sample; and global batch n is `rows(..., start=n * B, count=B)` however many devices share it.
 
-Left out: worker processes and prefetching (a batch is a few copies out of mapped memory), and mixing
-several corpora by weight.
+Left out: worker processes (a batch is a few copies out of mapped memory).
 """
 
-import hashlib
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
-from dtron.data.cache import cache_dir
-from dtron.data.text import Documents
-from dtron.data.tokens import encode, end_id, get_tokenizer
 
 
-@dataclass(frozen=True, eq=False)  # eq=False: arrays do not compare to one truth value
-class Corpus:
-    """Token ids to learn from and, from the tail of the documents, ids to measure with."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    tokenizer: Tokenizer
-
-    @property
-    def end_id(self) -> int | None:
-        """The token that ends a document, for `document_ids`."""
-        return end_id(self.tokenizer)
-
-    def digest(self) -> str:
-        """Tells corpora apart: by their sizes, their tokenizer, and the tokens at both ends."""
-        h = hashlib.sha256(self.tokenizer.to_str().encode())
-        h.update(f"{self.train.size} {self.validation.size}".encode())
-        h.update(np.ascontiguousarray(self.train[:65536]).tobytes())
-        h.update(np.ascontiguousarray(self.validation[-65536:]).tobytes())
-        return h.hexdigest()[:16]
-
-
-def load_corpus(
-    path: str | None,
-    column: str,
-    tokenizer_path: str | None,
-    vocab_size: int,
-    sequence: int,
-    validation_fraction: float = 0.02,
-    cache: Path | None = None,
-) -> Corpus:
-    """Tokens of the documents at `path`, split; both parts hold at least one sample.
-
-    A `validation_fraction` of 0 trains on everything and leaves `validation` empty.
-    """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(
-            f"--data.validation {validation_fraction} is not in [0, 1); set it to the part of the "
-            "text to hold out, such as 0.02"
-        )
-    cache = cache if cache is not None else cache_dir()
-    docs = Documents(path, column, cache)
-    tokenizer = get_tokenizer(tokenizer_path, docs, vocab_size, cache)
-    tokens = encode(docs, tokenizer, cache)
-    cut = len(tokens) - int(len(tokens) * validation_fraction)
-    corpus = Corpus(tokens[:cut], tokens[cut:], tokenizer)
-    _check_length(corpus.train, sequence, "training")
-    if validation_fraction:
-        _check_length(corpus.validation, sequence, "validation", ", raise --data.validation")
-    return corpus
+def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """A part to train on, and from the tail a `fraction` to measure with; each holds at least one sample."""
+    cut = len(tokens) - int(len(tokens) * fraction)
+    check_length(cut, sequence, "training")
+    check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
+    return tokens[:cut], tokens[cut:]
 
 
 def rows(
@@ -84,14 +31,14 @@ def rows(
 
     Sample i is chunk `order[i % N]` of the N chunks, where each epoch i // N has its own order.
     """
-    _check_length(tokens, sequence, "given")
+    check_length(len(tokens), sequence, "given")
     if start < 0 or count < 0:
         raise ValueError(f"start {start} and count {count} must not be negative; samples count from 0")
     chunks = (len(tokens) - 1) // sequence
     out = np.empty((count, sequence + 1), np.int64)
     for row, sample in enumerate(range(start, start + count)):
         epoch, place = divmod(sample, chunks)
-        first = int(_order(chunks, seed, epoch)[place] if shuffle else place) * sequence
+        first = int(epoch_order(chunks, seed, epoch)[place] if shuffle else place) * sequence
         out[row] = tokens[first : first + sequence + 1]
     return out
 
@@ -102,16 +49,23 @@ def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.nd
     An end token belongs to the document that it ends. With these two, attention can be kept inside
     documents. A row mostly starts in the middle of one; its positions start from 0 all the same.
     """
-    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     begins = np.zeros(tokens.shape, bool)
     if end is not None:
         begins[:, 1:] = tokens[:, :-1] == end
+    return begin_ids(begins)
+
+
+def begin_ids(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same, from which tokens [B, S] are the first of a document; that of a row is one without saying."""
+    places = np.broadcast_to(np.arange(begins.shape[1]), begins.shape)
+    begins = begins & (places > 0)
     starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
     return np.cumsum(begins, axis=1), places - starts
 
 
 @lru_cache(maxsize=4)  # this epoch's and the next one's, for training and for validation
-def _order(chunks: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation for each epoch."""
     # RandomState, which numpy has frozen: a Generator's stream may change with numpy's version, and a run
     # that resumes after an upgrade would see some samples twice.
     state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
@@ -120,11 +74,12 @@ def _order(chunks: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _check_length(tokens: np.ndarray, sequence: int, name: str, remedy: str = "") -> None:
+def check_length(tokens: int, sequence: int, name: str, remedy: str = "") -> None:
+    """Raise ValueError where so many tokens do not make one sample."""
     if sequence < 1:
         raise ValueError(f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more")
-    if len(tokens) < sequence + 1:
+    if tokens < sequence + 1:
         raise ValueError(
-            f"the {name} text has {len(tokens)} tokens, and one sample takes {sequence + 1} (--data.sequence "
+            f"the {name} text has {tokens} tokens, and one sample takes {sequence + 1} (--data.sequence "
             f"{sequence}, and one more for the last target); lower --data.sequence{remedy}, or give more text"
         )

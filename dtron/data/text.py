@@ -1,19 +1,18 @@
 """Where text comes from: a file, a folder, or (given nothing) the source code of Python's own library.
 
 The default corpus needs no download: every machine that can run this has some ten megabytes of well-written
-Python on its disk. Otherwise give a .txt file (one document), .jsonl / .json / .parquet (one document a
-row), or a folder of them. The documents become a `datasets.Dataset`, which is an Arrow file mapped into
-memory, so a corpus may be larger than RAM.
+Python on its disk. Otherwise give a .txt file (one document), .jsonl / .json / .parquet / .arrow (one
+document a row), or a folder of them. The documents become a `datasets.Dataset`, which is an Arrow file
+mapped into memory, so a corpus may be larger than RAM; or they are streamed, read from their files each time
+somebody iterates, which takes no room and no time before the first.
 
 `Documents` puts that off: it lists the files and computes a key from them at once, which is cheap, and
 reads text when somebody iterates. A start whose tokens are cached under that key never imports `datasets`.
 
-The files are parsed here rather than by `datasets`' own readers, so that an error can say which line of
-which file is wrong. Left out: the Hub and every other remote source (download first), compressed files, and
-nested columns. Rows without text (null, empty or only white space) are no documents and are passed over.
+The files are parsed by `formats`. Left out: the Hub and every other remote source (download first). Rows
+without text (null, empty or only white space) are no documents and are passed over.
 """
 
-import json
 import os
 import shutil
 import sysconfig
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import cache_dir, digest, unwritable
+from dtron.data.formats import NOT_ROWS, SUFFIXES, texts, understood
 
 if TYPE_CHECKING:
     import datasets
 
-SUFFIXES = (".txt", ".text", ".jsonl", ".json", ".parquet")
 _GIVE = f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
 
 # Installed packages and test suites differ from one installation to the next; what is left hardly does.
@@ -41,10 +40,16 @@ class Documents:
     may be too large to read at each start) one of their absolute paths, sizes and times of change.
     """
 
-    def __init__(self, path: str | None = None, column: str = "text", cache: Path | None = None) -> None:
-        self.path, self.column = path, column
+    def __init__(
+        self,
+        path: str | None = None,
+        column: str = "text",
+        cache: Path | None = None,
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.column, self.streaming = path, column, streaming
         self.cache = cache if cache is not None else cache_dir()
-        self.files = _library_files() if path is None else _user_files(path)
+        self.files = _library_files() if path is None else user_files(path)
 
     @cached_property
     def key(self) -> str:
@@ -56,7 +61,8 @@ class Documents:
         return digest([self.column, *(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats)])
 
     def __iter__(self) -> Iterator[str]:
-        return (row["text"] for row in self.dataset)
+        rows = _rows(**self._reading) if self.streaming else self.dataset
+        return (row["text"] for row in rows)
 
     @cached_property
     def dataset(self) -> "datasets.Dataset":
@@ -73,22 +79,27 @@ class Documents:
         except OSError as error:
             raise unwritable(folder, error) from error
 
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """The arguments of `_rows`."""
+        where = "Python's standard library" if self.path is None else f"--data.path {self.path!r}"
+        # A tuple, because `datasets` would deal out a list as shards.
+        return {
+            "files": tuple(self.files),
+            "column": self.column,
+            "where": where,
+            "strict": self.path is not None,
+        }
+
     def _generate(self, folder: Path) -> "datasets.Dataset":
         datasets = _import_datasets()
-        where = "Python's standard library" if self.path is None else f"--data.path {self.path!r}"
         try:
             return datasets.Dataset.from_generator(
                 _rows,
                 # large_string: 64-bit offsets, since many long documents together pass 2 GiB.
                 features=datasets.Features({"text": datasets.Value("large_string")}),
                 cache_dir=str(folder),
-                # A tuple, because `datasets` would deal out a list as shards.
-                gen_kwargs={
-                    "files": tuple(self.files),
-                    "column": self.column,
-                    "where": where,
-                    "strict": self.path is not None,
-                },
+                gen_kwargs=self._reading,
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if type(error.__cause__) is ValueError or isinstance(error.__cause__, OSError):
@@ -117,11 +128,6 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def one_line(error: Exception) -> str:
-    """Another library's message, which may be long and of many lines, as part of ours."""
-    return " ".join(str(error).split())[:120]
-
-
 # ---------------------------------------------------------------------------------------- listing files
 
 
@@ -139,7 +145,7 @@ def _library_files() -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _user_files(path: str) -> list[Path]:
+def user_files(path: str) -> list[Path]:
     where = f"--data.path {path!r}"
     root = Path(path).expanduser()
     try:
@@ -168,6 +174,8 @@ def _folder_files(root: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache and their like
         files = (Path(folder, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+        if any(name.endswith(".arrow") for name in names):  # a dataset that `datasets` has saved
+            found = [file for file in found if file.name not in NOT_ROWS]
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
@@ -179,115 +187,13 @@ def _rows(files: tuple[Path, ...], column: str, where: str, strict: bool) -> Ite
     empty = True
     for file in files:
         try:
-            for text in _texts(file, column):
-                if text.strip():
-                    empty = False
-                    yield {"text": text}
-        except UnicodeError as error:
-            if strict:
-                raise ValueError(
-                    f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
-                    "for example with `iconv -t UTF-8`, or leave it out of --data.path"
-                ) from error
-        except OSError as error:
-            reason = error.strerror or one_line(error)
-            raise ValueError(
-                f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
-                "--data.path"
-            ) from error
+            with understood(file):
+                for text in texts(file, column):
+                    if text.strip():
+                        empty = False
+                        yield {"text": text}
+        except ValueError as error:
+            if strict or not isinstance(error.__cause__, UnicodeError):
+                raise
     if empty:
         raise ValueError(f"{where} holds no text at all; {_GIVE} with some text in it")
-
-
-def _texts(file: Path, column: str) -> Iterator[str]:
-    match file.suffix.lower():
-        case ".jsonl" | ".json":
-            yield from _json_texts(file, column)
-        case ".parquet":
-            yield from _parquet_texts(file, column)
-        case _:
-            yield file.read_bytes().decode("utf-8-sig")  # bytes: line endings stay what they are
-
-
-def _json_texts(file: Path, column: str) -> Iterator[str]:
-    for where, row in _json_rows(file):
-        where = f"{str(file)!r} {where}"
-        if not isinstance(row, dict):
-            raise _not_row(where, column, row)
-        if column not in row:
-            raise _missing(where, column, list(row))
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise _not_text(where, column, type(text).__name__)
-        if text:
-            text.encode()  # "\ud800" is good JSON and half a character, which UTF-8 has no bytes for
-            yield text
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """One value a line; or, in a .json file that starts with "[", the values of that array."""
-    with file.open("rb") as lines:
-        if file.suffix.lower() == ".json" and lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(
-            b"["
-        ):
-            lines.seek(0)
-            array = _parse(lines.read().decode("utf-8-sig"), repr(str(file)))
-            yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
-            return
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield f"line {number}", _parse(text, f"{str(file)!r} line {number}")
-
-
-def _parse(source: str, where: str) -> Any:
-    try:
-        return json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a "
-            ".json file"
-        ) from error
-
-
-def _parquet_texts(file: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet, types
-
-    with file.open("rb") as source:  # opened by us, so that a lack of permission is not taken for damage
-        try:
-            table = parquet.ParquetFile(source)
-            schema = table.schema_arrow
-            if column not in schema.names:
-                raise _missing(repr(str(file)), column, schema.names)
-            kind = schema.field(column).type
-            plain = kind.value_type if types.is_dictionary(kind) else kind
-            if not (types.is_string(plain) or types.is_large_string(plain)):
-                raise _not_text(repr(str(file)), column, str(kind))
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{str(file)!r} is not a readable Parquet file ({one_line(error)}); write it again "
-                "or leave it out of --data.path"
-            ) from error
-
-
-def _not_row(where: str, column: str, value: Any) -> ValueError:
-    return ValueError(
-        f"{where} is {str(value)[:40]!r}, and every row must be an object; write it as "
-        f'{{"{column}": "..."}}, with --data.column naming the text'
-    )
-
-
-def _missing(where: str, column: str, present: list[str]) -> ValueError:
-    names = ", ".join(map(repr, present[:20])) or "none"
-    return ValueError(f"{where} has no column {column!r}; set --data.column to one that is there: {names}")
-
-
-def _not_text(where: str, column: str, kind: str) -> ValueError:
-    return ValueError(
-        f"{where} holds {kind} in the column {column!r}, and documents must be strings; set --data.column to "
-        "the column with the text"
-    )

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
-from dtron.data.text import Documents, one_line
+from dtron.data.formats import one_line
 
 END = "<|endoftext|>"
 
@@ -34,14 +34,14 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     It learns from the first 32 million characters of `docs`, and is the same each time.
     """
     if path is not None:
-        return _load(path, vocab_size)
+        return load_tokenizer(path, vocab_size)
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < smallest:
         raise ValueError(
             f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each "
             f"of 256 bytes and the end of text; set --model.vocab {smallest} or more"
         )
-    target = cache / f"tokenizer-{digest([_key(docs), str(vocab_size)])}.json"
+    target = cache / f"tokenizer-{digest([key_of(docs), str(vocab_size)])}.json"
     return cached(target, _read_tokenizer, lambda file: _train(docs, vocab_size).save(str(file)))
 
 
@@ -58,40 +58,43 @@ def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray
     happens to spell a special token is encoded as ordinary text: only this function ends a document.
     """
     text = tokenizer.to_str()
-    dtype = np.dtype(np.uint16 if _size(tokenizer) <= 1 << 16 else np.uint32)
-    target = cache / f"tokens-{digest([_key(docs), text])}.{dtype}"
+    dtype = np.dtype(np.uint16 if vocab_of(tokenizer) <= 1 << 16 else np.uint32)
+    target = cache / f"tokens-{digest([key_of(docs), text])}.{dtype}"
     return cached(
         target, lambda file: _read_tokens(file, dtype), lambda file: _write(file, docs, text, dtype)
     )
 
 
-def _key(docs: Iterable[str]) -> str:
-    """Documents know theirs without reading; for anything else that holds strings, hash them."""
-    return docs.key if isinstance(docs, Documents) else digest(docs)
+def key_of(docs: Iterable[str]) -> str:
+    """What has files knows its key without reading them; anything else that holds strings is hashed."""
+    return getattr(docs, "key", None) or digest(docs)
 
 
-def _size(tokenizer: Tokenizer) -> int:
+def vocab_of(tokenizer: Tokenizer) -> int:
     """How many rows an embedding needs: ids may have gaps, so counting the tokens is not enough."""
     return max(tokenizer.get_vocab_size(), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def _load(path: str, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: str, vocab_size: int | None = None, flag: str = "--data.tokenizer") -> Tokenizer:
+    """The tokenizer.json at `path`, or in that folder; of at most `vocab_size` words, where that is given."""
     file = Path(path).expanduser()
+    if path and (file / "tokenizer.json").is_file():
+        file = file / "tokenizer.json"
     if not path or not file.exists():
         raise ValueError(
-            f"--data.tokenizer {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
+            f"{flag} {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"--data.tokenizer {path!r} is not a valid tokenizer.json ({one_line(error)}); "
+            f"{flag} {path!r} is not a valid tokenizer.json ({one_line(error)}); "
             "save one with `tokenizers`, or leave it out to train one"
         ) from error
-    size = _size(tokenizer)
-    if size > vocab_size:
+    size = vocab_of(tokenizer)
+    if vocab_size is not None and size > vocab_size:
         raise ValueError(
-            f"--data.tokenizer {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
+            f"{flag} {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
             f"a row in the embedding, so set --model.vocab {size}"
         )
     return tokenizer
@@ -153,28 +156,46 @@ def _batches(docs: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
     yield batch
 
 
-def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
-    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is rebuilt."""
-    encoder = Tokenizer.from_str(tokenizer)  # a copy: the settings below are not for the caller's
+def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
+    """A copy that neither cuts nor pads. ``special``: whether special tokens that are spelled out in a text
+    become those tokens, or are plain text as all else."""
+    text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
+    encoder = Tokenizer.from_str(text)  # a copy: the settings below are not for the caller's
     encoder.no_truncation()
     encoder.no_padding()
-    encoder.encode_special_tokens = True  # spelled out in a document they are plain text
+    encoder.encode_special_tokens = not special
+    return encoder
+
+
+def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text. ValueError where the tokenizer has no token for something in it."""
+    try:
+        return [e.ids for e in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"--data.tokenizer cannot encode the documents ({one_line(error)}); give "
+            "one with an unknown token or a byte-level alphabet"
+        ) from error
+
+
+def encoded(docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype) -> Iterator[tuple[np.ndarray, bool]]:
+    """The ids of documents, in pieces; True with the last of each, which has the end token behind it."""
     end = end_id(encoder)
-    closing = np.array([] if end is None else [end], dtype).tobytes()
+    closing = [] if end is None else [end]
+    for batch in _batches(docs):
+        found = ids_of(encoder, [piece for piece, _ in batch])
+        for (_, last), ids in zip(batch, found, strict=True):
+            yield np.array(ids + closing if last else ids, dtype), last
+
+
+def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
+    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is rebuilt."""
     check = 0
     with file.open("wb") as out:
-        for batch in _batches(docs):
-            try:
-                encodings = encoder.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-            except Exception as error:  # the library raises nothing narrower
-                raise ValueError(
-                    f"--data.tokenizer cannot encode the documents ({one_line(error)}); give "
-                    "one with an unknown token or a byte-level alphabet"
-                ) from error
-            for (_, last), encoding in zip(batch, encodings, strict=True):
-                data = np.array(encoding.ids, dtype).tobytes() + (closing if last else b"")
-                check = zlib.crc32(data, check)
-                out.write(data)
+        for ids, _ in encoded(docs, encoder_of(tokenizer), dtype):
+            data = ids.tobytes()
+            check = zlib.crc32(data, check)
+            out.write(data)
         out.write(check.to_bytes(4, "little"))
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dtron.fp8 import Recipe
 from dtron.layers.context import Context, attend
-from dtron.layers.cores import AttentionPath, Mask
+from dtron.layers.cores import CORES, AttentionPath, Mask
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past, recall
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros
@@ -48,11 +49,13 @@ def attention(
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation)
     of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token of a row in the
     row's own order (None: one per sequence). ``mask`` is a ``Context`` where cp cuts the rows, see
-    context.py; ``path``: the kernels, see cores.py; ``recipe``: products in FP8, or None."""
+    context.py; ``path``: the kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and
+    values of earlier tokens, to which these are added; see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
@@ -60,25 +63,41 @@ def attention(
     if p.q_norm is not None:
         q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
-    ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",))
-    region = layout.local(partial(_core, path=path, mask=mask, layout=layout), ins, q)
-    o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks)  # over cp: see context.py
+    ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
+    region = layout.local(partial(core, path=path, mask=mask, layout=layout), ins, q)
+    # Over cp: see context.py.
+    o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o
 
 
-def _core(
+def parts(past: Past | None) -> tuple[Tensor | None, ...]:
+    """What a local region takes of it."""
+    return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
+
+
+def core(
     q_TNH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
     table_TH: Tensor | None,
     documents_T: Tensor | None,
     sinks_N: Tensor | None,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    places_T: Tensor | None,
     path: AttentionPath,
     mask: Mask | Context,
     layout: Layout,
 ) -> Tensor:
+    """Rank-local: a rank's heads of its tokens. Values may have another width than queries and keys, and the
+    output has theirs. With a past, rows are whole, ``path`` is one for a mask that is a matrix, and there are
+    no documents."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
-    return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
+    if past_k is None:
+        return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
+    q = q_TNH.unflatten(0, (-1, mask.sequence)).transpose(1, 2)
+    k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
+    return CORES[path](q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)

@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dtron.exchange import all_gather, all_to_all
 from dtron.layers.cores import CORES, LEAST_HEAD_DIM, AttentionPath, Mask, choose, with_blocks
 from dtron.layers.fused import kernel_for
 from dtron.layers.ring import AXIS, ring, ring_plainly
@@ -55,40 +56,39 @@ class Context:
     @property
     def later(self) -> Tensor:
         """``[n]``: whether the part of a step is later in the row than this rank's own."""
-        return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0]
+        return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0, 0]
 
 
 def prepare(
     mask: Mask,
     documents_T: Tensor | None,
     sinks: bool,
-    head_dim: int,
+    head_dims: tuple[int, int],
     x_TD: Tensor,
     layout: Layout,
     path: AttentionPath = "auto",
     method: Method = "ring",
     zigzag: bool = False,
-    v_dim: int | None = None,
 ) -> tuple[Mask | Context, AttentionPath]:
     """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
     this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
-    [T@rows]`` has whole rows on every rank."""
-    parts, device = layout.parts(AXIS), x_TD.device
+    [T@rows]`` has whole rows on every rank. ``head_dims``: of queries and keys, and of values."""
+    parts, device, least = layout.parts(AXIS), x_TD.device, min(head_dims)
     if parts == 1 or method == "ulysses":
         steps = (mask,)
     else:
         order_PC = row_order(mask.sequence, parts, zigzag, device).view(parts, -1)
         place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
-        own = order_PC[place].flatten()
+        own = order_PC[place]  # [1, S / n], the same in every row
         keys = order_PC[(place - torch.arange(parts, device=device)) % parts]
         keys = (order_PC.flatten(),) if method == "allgather" else keys.unbind()
         steps = tuple(replace(mask, queries=own, keys=places) for places in keys)
     asked = mask if parts > 1 and method == "ring" else steps[0]
-    auto, path = path, choose(path, asked, documents_T is not None, sinks, head_dim, x_TD.dtype, device)
+    auto, path = path, choose(path, asked, documents_T is not None, sinks, least, x_TD.dtype, device)
     if auto == "auto" and path == "sdpa" and parts > 1 and method == "ring":
         # A ring on a GPU that no fused kernel takes would be written out, scores and all.
-        able = device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
-        if able and kernel_for(device, x_TD.dtype, head_dim, v_dim or head_dim) == "written":
+        able = device.type == "cuda" and least >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
+        if able and kernel_for(device, x_TD.dtype, *head_dims) == "written":
             path = "flex"
     if path == "flex":
         documents = None
@@ -117,8 +117,9 @@ def attend(
     whole = mask if isinstance(mask, Mask) else mask.mask
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
     if isinstance(mask, Mask):
+        least = min(q_TNH.shape[-1], v_TKH.shape[-1])
         path = choose(
-            path, mask, documents is not None, sinks_N is not None, q_TNH.shape[-1], q_TNH.dtype, q_TNH.device
+            path, mask, documents is not None, sinks_N is not None, least, q_TNH.dtype, q_TNH.device
         )
         q, k, v = (_heads_first(t.unflatten(0, (-1, mask.sequence))) for t in (q_TNH, k_TKH, v_TKH))
         return CORES[path](q, k, v, documents, sinks_N, mask).transpose(1, 2).flatten(0, 1)
@@ -138,9 +139,9 @@ def by_ring(q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, pa
     q, k, v = (_parts(x, context) for x in (q, k, v))
     plain = documents_BS is None and not context.mask.windowed
     if path == "sdpa" and plain:
-        o = ring(q, k, v, context.later, context.zigzag, layout)
+        o = ring(q, k, v, context.later, context.zigzag, layout.context, context.mask.scale)
     else:
-        o = ring_plainly(q, k, v, documents_BS, sinks_N, context.steps, layout, path == "flex")
+        o = ring_plainly(q, k, v, documents_BS, sinks_N, context.steps, layout.context, path == "flex")
     return o.transpose(1, 2).flatten(0, 1)
 
 
@@ -149,7 +150,8 @@ def by_allgather(
 ) -> Tensor:
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
-    kv_TC = _AllGather.apply(torch.cat([k.flatten(1), v.flatten(1)], dim=-1), layout)  # all-gather over cp
+    kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
+    kv_TC = all_gather(kv_TC, layout.context.ranks)  # over cp; in backward a reduce-scatter
     rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))
@@ -165,7 +167,7 @@ def by_ulysses(
     n, given = layout.parts(AXIS), (q, k, v)
     cut = [x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given]  # [n, T, heads / n * H] each
     sent_TC = torch.cat(cut, dim=-1).flatten(0, 1)
-    got = _AllToAll.apply(sent_TC, layout)  # all-to-all over cp
+    got = all_to_all(sent_TC, layout.context.ranks)  # over cp
     rows = got.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     rows = rows[:, context.order_S.argsort()] if context.zigzag else rows
     parts = rows.split([x.shape[-1] for x in cut], dim=-1)
@@ -176,34 +178,8 @@ def by_ulysses(
     o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(2)
     o = o[:, context.order_S] if context.zigzag else o
     o = o.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 2)
-    o = _AllToAll.apply(o, layout).unflatten(0, (n, -1))  # all-to-all over cp
+    o = all_to_all(o, layout.context.ranks).unflatten(0, (n, -1))  # over cp
     return o.unflatten(-1, (-1, given[2].shape[-1])).movedim(0, 1).flatten(1, 2)
 
 
 METHODS = {"ring": by_ring, "allgather": by_allgather, "ulysses": by_ulysses}
-
-
-class _AllGather(torch.autograd.Function):
-    """Everybody's tokens; the gradient is reduce-scattered."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: Layout):
-        ctx.layout = layout
-        return layout.wait(layout.all_gather(x, AXIS))
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return ctx.layout.wait(ctx.layout.reduce_scatter(g, AXIS)), None
-
-
-class _AllToAll(torch.autograd.Function):
-    """Its own backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: Layout):
-        ctx.layout = layout
-        return layout.wait(layout.all_to_all(x, AXIS))
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return ctx.layout.wait(ctx.layout.all_to_all(g, AXIS)), None

@@ -6,8 +6,9 @@ fastest where the mask is plain causal, the same with a bias elsewhere, without 
 ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which compiles a kernel for any
 mask and skips the blocks of it that are empty; GPUs only, as torch has no backward for it on a CPU.
 
-All have one signature, ``(q [B, N, S, H], k and v [B, K, S, H], documents_BS, sinks_N, mask) -> [B, N, S,
-H]``, and a test holds them together. ``choose`` says which one ``auto`` is.
+All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N, mask) ->
+[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one
+``auto`` is.
 
 A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the denominator
 of a head's softmax: a head that finds nothing gives its weight to the sink and adds little, where plain
@@ -16,7 +17,6 @@ softmax must spend a weight of 1 on some token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -38,13 +38,15 @@ AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 class Mask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
-    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``queries`` and ``keys`` are the
-    places in the sequence of those at hand, where they are not the whole sequence in order. ``blocks`` is for
-    flex alone, see ``with_blocks``."""
+    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
+    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` (B = 1: alike in every row) and ``keys
+    [S]`` are the places in the sequence of those at hand, where they are not the whole sequence in order (see
+    past.py and context.py). ``blocks`` is for flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
     softcap: float | None = None
+    scale: float | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
     blocks: BlockMask | None = None
@@ -55,9 +57,10 @@ class Mask:
         return self.window is not None and self.window < self.sequence
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of the queries and of the keys at hand."""
-        whole = lambda: torch.arange(self.sequence, device=device)
-        return tuple(whole() if x is None else x for x in (self.queries, self.keys))
+        """Of the queries, ``[B, S]``, and of the keys at hand, ``[S]``."""
+        whole_S = torch.arange(self.sequence, device=device)
+        queries = whole_S[None] if self.queries is None else self.queries
+        return queries, whole_S if self.keys is None else self.keys
 
 
 def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -72,11 +75,11 @@ def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tenso
 
 
 def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """``[B, 1, S, S]``, B = 1 without documents: True where query (row) may see key (column)."""
-    rows = 1 if documents_BS is None else len(documents_BS)
+    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
     i, j = mask.places(device)
+    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i[:, None], j).expand(rows, 1, -1, -1)
+    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(
@@ -91,9 +94,15 @@ def attention_reference(
     return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
+def products(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """``[B, N, S, S]``, in float32 at least."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+
 def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Tensor:
     """``[B, N, S, S]``, -inf where a query does not see a key."""
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    scores = products(q, k, mask.scale)
     if mask.softcap is not None:
         scores = mask.softcap * torch.tanh(scores / mask.softcap)
     return scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
@@ -132,7 +141,7 @@ def attention_sdpa(
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale)
 
 
 # On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward, flash 271 and
@@ -173,11 +182,13 @@ def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -
     in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
     the making of it in a region that is recomputed."""
     rows = None if documents_BS is None else len(documents_BS)
-    queries, keys = (mask.sequence if x is None else len(x) for x in (mask.queries, mask.keys))
-    at = lambda places, i: i if places is None else places[i]
-    rule = lambda b, n, i, j: sees(mask, documents_BS, b, at(mask.queries, i), at(mask.keys, j))
+    queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
+    sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
+    query = lambda b, i: i if queries is None else queries[b, i]
+    key = lambda j: j if mask.keys is None else mask.keys[j]
+    rule = lambda b, n, i, j: sees(mask, documents_BS, b, query(b, i), key(j))
     make = _by_itself(create_block_mask, device)
-    return replace(mask, blocks=make(rule, rows, None, queries, keys, device))
+    return replace(mask, blocks=make(rule, rows, None, *sizes, device))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +197,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tupl
 
     o, aux = flex_attention(
         q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
-        kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
+        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
     )  # fmt: skip
     return o, aux.lse
 
@@ -224,12 +235,17 @@ def choose(
     float64 a pretence. Any other path is itself."""
     if path != "auto":
         return path
-    bias_says_it = mask.softcap is None and not sinks
-    if bias_says_it and not documents and not mask.windowed and mask.queries is None:
+    slow = with_bias(mask.softcap, sinks)
+    if slow == "sdpa" and not documents and not mask.windowed and mask.queries is None:
         return "sdpa"
     if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"
-    return "sdpa" if bias_says_it else "reference"
+    return slow
+
+
+def with_bias(softcap: float | None, sinks: bool) -> AttentionPath:
+    """The path for a mask that is an explicit matrix: sdpa, where that says it all."""
+    return "sdpa" if softcap is None and not sinks else "reference"
 
 
 CORES = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}

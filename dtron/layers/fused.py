@@ -12,13 +12,12 @@ gradients added after, as everywhere in dtron.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from dtron.layers.cores import repeated
+from dtron.layers.cores import products, repeated
 
 Kernel = tuple[
     Tensor, Tensor
@@ -26,26 +25,38 @@ Kernel = tuple[
 _aten = torch.ops.aten
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Kernel | None]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+) -> tuple[Tensor, Tensor, Kernel | None]:
     """``(out [B, N, S, H], lse [B, N, S], what block_backward wants)`` for ``q [B, N, S, H]`` and k, v
-    ``[B, K, S, H]``: ``causal``, or each query sees every key."""
+    ``[B, K, S, H]``: ``causal``, or each query sees every key. ``scale``: of scores (None: 1 / sqrt(H))."""
     k, v = repeated(k, q), repeated(v, q)
     match kernel(q, v):
         case "cudnn":
             o, lse, _, _, _, _, *rest, _ = _aten._scaled_dot_product_cudnn_attention(
-                q, k, v, None, True, 0.0, causal
+                q, k, v, None, True, 0.0, causal, scale=scale
             )
             return o, lse.flatten(2), tuple(rest)
         case "flash":
-            o, lse, _, _, _, _, *rest, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+            o, lse, _, _, _, _, *rest, _ = _aten._scaled_dot_product_flash_attention(
+                q, k, v, 0.0, causal, scale=scale
+            )
             return o, lse, tuple(rest)
-    scores = _scores(q, k, causal)
+    scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse, None
 
 
 def block_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rest: Kernel | None, causal: bool
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rest: Kernel | None,
+    causal: bool,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the whole
     softmax, of which these keys are a part."""
@@ -55,16 +66,16 @@ def block_backward(
     match kernel(q, v):
         case "cudnn":
             dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-                g, q, k, v, o, lse[..., None], *rest, None, None, None, *sizes
+                g, q, k, v, o, lse[..., None], *rest, None, None, None, *sizes, scale=scale
             )
         case "flash":
             dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-                g, q, k, v, o, lse, None, None, *sizes, *rest
+                g, q, k, v, o, lse, None, None, *sizes, *rest, scale=scale
             )
         case _:
-            share = (_scores(q, k, causal) - lse[..., None]).exp()
+            share = (_scores(q, k, causal, scale) - lse[..., None]).exp()
             delta = (g * o).sum(-1, keepdim=True)
-            ds = (share * (g @ v.mT - delta) / math.sqrt(q.shape[-1])).to(q.dtype)
+            ds = (share * (g @ v.mT - delta) * (q.shape[-1] ** -0.5 if scale is None else scale)).to(q.dtype)
             dq, dk, dv = ds @ k, ds.mT @ q, share.to(g.dtype).mT @ g
     return dq, *(x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
 
@@ -88,8 +99,8 @@ def _has_cudnn() -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> Tensor:
+    scores = products(q, k, scale)
     if not causal:
         return scores
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -51,6 +51,14 @@ def cross_entropy(x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, l
     return region(x_TD, w_head, targets_T, ids_V)
 
 
+def over_all(loss: Tensor, layout: Layout) -> Tensor:
+    """The same sum, pending over tp too: there a loss is whole, and each rank gives a part. So it can be
+    added to sums over the residual stream's tokens."""
+    n = layout.parts("tokens_sp") // layout.parts("tokens")
+    part = lambda x: x + (x.detach() / n - x.detach())  # the gradient of the sum is that of the whole
+    return layout.local(part, [("+tokens",)], ("+tokens_sp",))(loss)
+
+
 def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
     """All logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for training."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp

@@ -33,9 +33,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dtron.exchange import Peers, shift, wait
 from dtron.layers.cores import Mask, attention_and_lse, with_sinks
 from dtron.layers.fused import block_backward, block_forward
-from dtron.mesh import Layout
 
 AXIS = "sequence"
 Result = tuple[Tensor, Tensor]  # out, lse
@@ -50,44 +50,53 @@ def merge(a: Result, b: Result) -> Result:
 
 def ring_plainly(
     q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None,
-    masks: Sequence[Mask], layout: Layout, flex: bool,
+    masks: Sequence[Mask], peers: Peers, flex: bool,
 ) -> Tensor:  # fmt: skip
     """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
     message, found = _pack(k, v), None
     for step, mask in enumerate(masks):
-        coming = _Shift.apply(message, layout) if step + 1 < len(masks) else None
+        coming = _Shift.apply(message, peers) if step + 1 < len(masks) else None
         o, lse = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
         found = (o, lse) if found is None else merge(found, (o, lse))
-        message = None if coming is None else _Wait.apply(coming, layout)
+        message = None if coming is None else _Wait.apply(coming)
     o, lse = found
     o = o if sinks_N is None else with_sinks(o, lse, sinks_N)
     return o.to(v.dtype)
 
 
-def ring(q: Tensor, k: Tensor, v: Tensor, later: Tensor, zigzag: bool, layout: Layout) -> Tensor:
-    """``later [n]``: whether the part of each step is later in the row than one's own."""
-    return _Ring.apply(q, k, v, later, zigzag, layout)
+def ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    later: Tensor,
+    zigzag: bool,
+    peers: Peers,
+    scale: float | None = None,
+) -> Tensor:
+    """``later [n]``: whether the part of each step is later in the row than one's own; ``scale``: of scores,
+    see ``Mask``."""
+    return _Ring.apply(q, k, v, later, zigzag, peers, scale)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, later: Tensor, zigzag: bool, layout: Layout):
-        message, steps = _pack(k, v), layout.parts(AXIS)
-        coming = layout.shift(message, AXIS)
-        o, lse, rest = block_forward(q, k, v, causal=True)
+    def forward(ctx, q, k, v, later: Tensor, zigzag: bool, peers: Peers, scale: float | None):
+        message, steps = _pack(k, v), peers.ranks.size()
+        coming = shift(message, peers)
+        o, lse, rest = block_forward(q, k, v, causal=True, scale=scale)
         wide = o.to(lse.dtype)
         halves = list(zip(_halves(wide, zigzag), _halves(lse, zigzag), strict=True))
         for step in range(1, steps):
-            message = layout.wait(coming)
+            message = wait(coming)
             if step + 1 < steps:
-                coming = layout.shift(message, AXIS)
+                coming = shift(message, peers)
             late, kv = later[step], _unpack(message, k, v)
             if not zigzag:
-                o, lse, _ = block_forward(q, *kv, causal=False)
+                o, lse, _ = block_forward(q, *kv, causal=False, scale=scale)
                 halves = [merge(halves[0], (o, lse.masked_fill(late, float("-inf"))))]
                 continue
             pairs = _pairs(q, late, first=1), *(_pairs(x, late, first=0) for x in kv)
-            o, lse, _ = block_forward(*pairs, causal=False)
+            o, lse, _ = block_forward(*pairs, causal=False, scale=scale)
             (o_1, o_same), (lse_1, lse_same) = o.chunk(2), lse.chunk(2)
             halves = [
                 merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
@@ -98,36 +107,36 @@ class _Ring(torch.autograd.Function):
         o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
         lse = torch.cat([lse for _, lse in halves], dim=2)
         ctx.save_for_backward(q, k, v, o, lse, later, *(rest or ()))
-        ctx.zigzag, ctx.layout, ctx.fused = zigzag, layout, rest is not None
+        ctx.zigzag, ctx.peers, ctx.scale, ctx.fused = zigzag, peers, scale, rest is not None
         return o
 
     @staticmethod
     def backward(ctx, g: Tensor):
         q, k, v, o, lse, later, *rest = ctx.saved_tensors
-        rest, zigzag, layout = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.layout
-        message, steps, returning = _pack(k, v), layout.parts(AXIS), None
-        coming = layout.shift(message, AXIS)
-        dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True)
+        rest, zigzag, peers, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.peers, ctx.scale
+        message, steps, returning = _pack(k, v), peers.ranks.size(), None
+        coming = shift(message, peers)
+        dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)
         for step in range(1, steps):
-            message = layout.wait(coming)
+            message = wait(coming)
             if step + 1 < steps:
-                coming = layout.shift(message, AXIS)
+                coming = shift(message, peers)
             late, kv = later[step], _unpack(message, k, v)
             if zigzag:
                 g_2, q_2, o_2, lse_2 = (_pairs(x, late, first=1) for x in (g, q, o, lse))
                 kv_2 = (_pairs(x, late, first=0) for x in kv)
-                found = block_backward(g_2, q_2, *kv_2, o_2, lse_2, rest, causal=False)
+                found = block_backward(g_2, q_2, *kv_2, o_2, lse_2, rest, causal=False, scale=scale)
                 found = [_apart(x, late, first) for x, first in zip(found, (1, 0, 0), strict=True)]
             else:
-                found = block_backward(g, q, *kv, o, lse, rest, causal=False)
+                found = block_backward(g, q, *kv, o, lse, rest, causal=False, scale=scale)
                 found = [x.masked_fill(late, 0) for x in found]
             dq = dq + found[0]
             sums = _pack(*found[1:])
             if returning is not None:
-                sums = sums + layout.wait(returning)  # what the ranks before found for the same keys
-            returning = layout.shift(sums, AXIS)
-        dk_others, dv_others = _unpack(layout.wait(returning), k, v)
-        return dq, dk + dk_others, dv + dv_others, None, None, None
+                sums = sums + wait(returning)  # what the ranks before found for the same keys
+            returning = shift(sums, peers)
+        dk_others, dv_others = _unpack(wait(returning), k, v)
+        return dq, dk + dk_others, dv + dv_others, None, None, None, None
 
 
 def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
@@ -163,20 +172,20 @@ class _Shift(torch.autograd.Function):
     """To the next rank; not there before ``_Wait``. Its gradient comes back the same way."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layout: Layout):
-        ctx.layout = layout
-        return layout.shift(x, AXIS)
+    def forward(ctx, x: Tensor, peers: Peers):
+        ctx.peers = peers
+        return shift(x, peers)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return ctx.layout.wait(ctx.layout.shift(g, AXIS, by=-1)), None
+        return wait(shift(g, ctx.peers, by=-1)), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layout: Layout):
-        return layout.wait(x)
+    def forward(ctx, x: Tensor):
+        return wait(x)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return g, None
+        return g

@@ -7,6 +7,8 @@ the frequencies whose wavelength the original context could not fill:
 - Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
   original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
+  DeepSeek gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores,
+  so that it counts for dims that are not rotated too: ``Rope.temperature``.
 
 Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
 and no layer knows.
@@ -42,16 +44,32 @@ class Rope:
     """yarn: rotations over the original context below which a frequency is fully slowed"""
     beta_fast: float = 32.0
     """yarn: rotations above which it is kept"""
+    mscale: float = 1.0
+    """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of mscale_all"""
+    mscale_all: float = 0.0
+    """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
+    truncate: bool = True
+    """yarn: the ramp begins and ends at a pair, and not between two (gpt-oss)"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
         fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
+        fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
         if not fine:
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
-                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: theta must be "
-                "over 1, factor and original at least 1, low under high, 0 under beta_slow under beta_fast"
+                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
+                f"mscale={self.mscale}, mscale_all={self.mscale_all}: theta must be over 1, factor and "
+                "original at least 1, low under high, 0 under beta_slow under beta_fast, mscales at least 0"
             )
+
+    @property
+    def temperature(self) -> float:
+        """What attention scores are multiplied by, beside 1 / sqrt(head_dim)."""
+        return self.stretch(self.mscale_all) ** 2 if self.scaling == "yarn" else 1.0
+
+    def stretch(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
@@ -68,11 +86,14 @@ def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -
     def pair_with(rotations: float) -> float:
         return head_dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first = max(math.floor(pair_with(rope.beta_fast)), 0)
-    last = min(math.ceil(pair_with(rope.beta_slow)), head_dim - 1)
+    first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
     keep = 1 - ramp.clamp(0, 1)
-    return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), 0.1 * math.log(rope.factor) + 1.0
+    scale = rope.stretch(rope.mscale) / rope.stretch(rope.mscale_all)
+    return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), scale
 
 
 def rope_tables(rope: Rope, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:

@@ -4,35 +4,49 @@ torch.distributed.checkpoint lets each rank write its shards with their offsets 
 back the ranges it needs, so the mesh and ZeRO stage that load need not be those that saved. Weights have the
 same paths and shapes on every mesh; nothing else is needed to make that true.
 
-A checkpoint is the folder ``checkpoints/step-00000100``. It is written under another name and renamed when it
-is whole, and ``meta.json`` inside, written last, lists its files with their sizes: one that was cut short is
-refused with the remedy, not loaded. Left out for now: asynchronous writing and checksums.
+What is in it: weights, both moments, the routers' balance biases (which are among the weights), the number of
+the step and the place in the data. There is no state of the learning rate, which is a function of the step,
+and none of a random generator: after the initial weights nothing is drawn. files.py has what lies on the
+disk, saver.py how it is written while training goes on; ``python -m dtron.checkpoint inspect DIR`` shows it.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dtron.checkpoint import files
+from dtron.checkpoint.files import FORMAT, folder, newest, read_meta
+from dtron.checkpoint.saver import Saver, quiet
 from dtron.config import RunConfig
 from dtron.dtensor import full, local, rank, shard_like
+from dtron.mesh import Layout
 from dtron.optim import AdamState
-from dtron.params import flat, unflatten
+from dtron.own import lay, own_box
+from dtron.params import Weight, flat, tree_map, unflatten
 from dtron.simulate import is_simulated, paused
 
-FORMAT = 2
+__all__ = [
+    "FORMAT",
+    "Identity",
+    "Saver",
+    "TrainState",
+    "folder",
+    "identity_of",
+    "load",
+    "load_params",
+    "newest",
+    "read_meta",
+    "read_weight",
+    "undamaged",
+]
 
 Identity = dict[str, Any]
 
@@ -47,62 +61,37 @@ class TrainState:
     opt: AdamState
 
 
-def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def newest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    found = sorted(folder(run_dir).glob("step-*/meta.json"))
-    return found[-1].parent if found else None
-
-
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
-    """Write the state; every rank calls this. ``spec``, the declared tree, names the weights. Raises
+    """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights. Raises
     ValueError where the folder cannot be written."""
-    target = folder(run_dir) / f"step-{state.step:08d}"
-    part = target.with_suffix(".part")
-    try:
-        if rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        _wait()
-        with paused(), _quiet():
-            dcp.save(_tensors(state, spec), checkpoint_id=str(part), no_dist=not _processes())
-        if rank() == 0:
-            files = {f.name: f.stat().st_size for f in sorted(part.iterdir())}
-            meta = {"format": FORMAT, "step": state.step, "samples": state.samples, "updates": state.opt.step}
-            meta |= {"identity": dict(identity), "files": files}
-            (part / "meta.json").write_text(json.dumps(meta, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
-        _wait()
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        why = str(error).strip().splitlines()[-1]
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
-            raise
-        raise ValueError(
-            f"{target}: cannot write the checkpoint ({why}); free space, or choose another --run-dir"
-        ) from error
-    return target
+    saver = Saver(run_dir, dist.group.WORLD if _processes() else None)
+    begin(saver, state, spec, identity)
+    saver.close()
+    return files.target(run_dir, state.step)
+
+
+def begin(saver: Saver, state: TrainState, spec: Any, identity: Identity) -> float:
+    """Begin to write the state; seconds that it took. The state may change as soon as this returns."""
+    meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
+    return saver.save(state.step, tensors(state, spec), meta)
 
 
 def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
     """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are overwritten.
 
-    Raises ValueError for a checkpoint of another model, seed or text, or one that is not whole.
+    Raises ValueError for a checkpoint of another model, seed or text, or one that is not whole to the last
+    byte: then with the newest before it that is.
     """
     meta = read_meta(path)
     _same(path, meta["identity"], identity)
-    whole = _tensors(state, spec)
+    undamaged(path, meta)
+    whole = tensors(state, spec)
     try:
-        with paused(), _quiet():
+        with paused(), quiet():
             dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes())
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{path}: cannot be read ({first}); delete it to resume from the one before"
-        ) from error
+        raise ValueError(f"{path}: cannot be read ({first}); {files.REMEDY}") from error
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, spec, whole)
     else:
@@ -112,25 +101,59 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     )
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The checkpoint's ``meta.json``, with every file it lists present and of its size; ValueError
-    otherwise."""
-    remedy = "delete it to resume from the one before"
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-        files, version = meta["files"], meta["format"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: no readable checkpoint ({error}); {remedy}") from error
-    if version != FORMAT:
-        raise ValueError(
-            f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it"
+def undamaged(path: Path, meta: dict[str, Any]) -> None:
+    """Raises ValueError for a byte that is another. Each is read once, by one of the ranks, which all call
+    this."""
+    found = files.damaged(path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1)))
+    if _processes():
+        each: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(each, found)
+        found = [name for names in each for name in names]
+    if found:
+        other = files.before(path)
+        remedy = (
+            f"delete it to resume from {other.name}, which is whole"
+            if other
+            else "delete it: no other is whole"
         )
-    for name, size in files.items():
-        file = path / name
-        have = file.stat().st_size if file.is_file() else 0
-        if have != size:
-            raise ValueError(f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {remedy}")
-    return meta
+        raise ValueError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
+
+
+def read_weight(path: Path, w: Weight) -> Tensor:
+    """One whole weight, float32; nothing else is read."""
+    into = torch.empty(w.shape)
+    read_into(path, w, into)
+    return into
+
+
+def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
+    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it. Every
+    rank calls this."""
+    undamaged(path, read_meta(path))
+
+    def one(w: Weight) -> Tensor:
+        box = own_box(w, layout, device)
+        with paused():
+            if box is None:
+                x = read_weight(path, w)
+            else:
+                x = torch.empty([b - a for a, b in box], device=device)
+                read_into(path, w, lay(x, w, layout, box))
+            x = x.to(device, dtype)
+        return lay(x, w, layout, box)
+
+    with torch.no_grad():
+        return tree_map(one, spec)
+
+
+def read_into(path: Path, w: Weight, into: Tensor) -> None:
+    """The part of a weight that this rank has of ``into``. Asks no other rank."""
+    try:
+        with quiet():
+            dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        first = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
 
 
 def identity_of(config: RunConfig, text: str) -> Identity:
@@ -176,7 +199,7 @@ def _processes() -> bool:
     return dist.is_initialized() and dist.get_backend() != "fake"
 
 
-def _tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
+def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
     """By kind and path; simulated tensors whole, all others as they lie. Twins have one name."""
     paths = [w.path for w in flat(spec)]
     named: dict[str, Tensor] = {}
@@ -207,22 +230,3 @@ def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainStat
     return TrainState(
         state.step, state.samples, trees["params"], AdamState(state.opt.step, trees["m"], trees["v"])
     )
-
-
-def _wait() -> None:
-    if _processes():
-        dist.barrier()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint speaks of single processes and of its own plans; none of it helps here."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,0 +1,113 @@
+"""Time one layer of experts and its parts on one GPU, compiled, forward and backward; one JSON line.
+
+    python bench/experts.py --model bench-moe --tokens 8192
+
+``products`` are the grouped matrix products alone, on rows that are sorted already; ``router`` is what makes
+scores and chooses. What the layer takes beyond these two is permutation: sorting, copying tokens to rows, and
+adding results up. Needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.mesh import Layout
+from dtron.metrics import peak_tflops
+from dtron.moe.experts import compute
+from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.moe.router import route
+from dtron.params import declare, flat, init, tree_map
+from dtron.presets import preset
+
+
+def main() -> None:
+    o = arguments()
+    m, device, layout = preset(o.model), o.device, Layout()
+    c, dims = m.moe, m.dims()
+    dtype = torch.bfloat16
+    p = tree_map(
+        lambda w: w.to(dtype).requires_grad_(), init(declare(MoELayer, dims), dims, 0, layout, device=device)
+    )
+    x = torch.randn(o.tokens, m.embed, device=device).to(dtype).requires_grad_()
+    place = torch.arange(o.tokens, device=device)
+    seen = Seen(place >= 0, torch.zeros_like(place), 1, place)
+    rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
+    ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
+
+    def layer(p: MoELayer, x: Tensor) -> Tensor:
+        return moe(p, x, seen, c, layout, dispatch=o.dispatch)[0]
+
+    def router(p: MoELayer, x: Tensor) -> Tensor:
+        return route(p.router, x, *seen[:3], c, layout, place_T=seen.place_T).weights_TK
+
+    def products(p: MoELayer, rows: Tensor) -> Tensor:
+        return compute(p.experts, rows, ends, c.activation)
+
+    parts = {"layer": (layer, x), "router": (router, x), "products": (products, rows)}
+    ms = {name: 1e3 * seconds(fn, p, y, o.repeats) for name, (fn, y) in parts.items()}
+    flops = 18.0 * len(rows) * m.embed * c.mlp
+    peak = peak_tflops(device)
+    tflops = flops / ms["products"] / 1e9
+    report = {
+        "model": o.model, "tokens": o.tokens, "dispatch": o.dispatch, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        **{f"{name}_ms": round(t, 3) for name, t in ms.items()},
+        "permutation_ms": round(ms["layer"] - ms["router"] - ms["products"], 3),
+        "products_tflops": round(tflops, 1), "products_mfu": round(tflops / peak, 3) if peak else None,
+    }  # fmt: skip
+    print(json.dumps(report))
+
+
+def seconds(fn: Callable, p: MoELayer, x: Tensor, repeats: int) -> float:
+    """Of forward and backward, compiled; the median."""
+    fn = torch.compile(fn, fullgraph=True, dynamic=False)
+    step = partial(_step, fn, p, x)
+    for _ in range(3):
+        step()
+    if not x.is_cuda:
+        return statistics.median(_clocked(step) for _ in range(repeats))
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def _clocked(step: Callable) -> float:
+    import time
+
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _step(fn: Callable, p: MoELayer, x: Tensor) -> None:
+    y = fn(p, x)
+    torch.autograd.grad(y, [x, *flat(p)], torch.ones_like(y), allow_unused=True)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Time one layer of experts and its parts; one JSON line.")
+    p.add_argument("--model", default="bench-moe", help="a preset with experts")
+    p.add_argument("--dispatch", default="auto")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--tokens", type=int, default=8192)
+    p.add_argument("--repeats", type=int, default=20)
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()

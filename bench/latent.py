@@ -1,0 +1,82 @@
+"""Kernels of attention where values are narrower than keys: as they are, and padded to the keys' width.
+
+    python bench/latent.py --batch 2 --heads 16 --sequence 4096
+
+A JSON line for each: forward and backward in TFLOP/s of causal attention (half of the square, unpadded
+widths), or why a kernel refused. Needs a GPU, and nothing but torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dtron.layers.cores import Mask, attention_flex, with_blocks
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def kernels(sequence: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    def sdpa(backend: SDPBackend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return run
+
+    mask = with_blocks(Mask(sequence), None, torch.device("cuda"))
+    return {name: sdpa(backend) for name, backend in BACKENDS.items()} | {
+        "flex": lambda q, k, v: attention_flex(q, k, v, None, None, mask)
+    }
+
+
+def seconds(fn: Callable[[], object], repeats: int = 20) -> float:
+    for _ in range(5):
+        fn()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("batch", 2), ("heads", 16), ("sequence", 4096), ("qk", 192), ("v", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    o = parser.parse_args()
+    make = lambda width: torch.randn(
+        o.batch, o.sequence, o.heads, width, device="cuda", dtype=torch.bfloat16
+    ).transpose(1, 2)
+    q, k, v = (make(width).requires_grad_() for width in (o.qk, o.qk, o.v))
+    direction = make(o.v)
+    flops = o.batch * o.heads * o.sequence**2 * (o.qk + o.v)  # causal, forward
+    for name, run in kernels(o.sequence).items():
+        for padded in (False, True):
+            wide = o.qk - o.v if padded else 0
+            forward = lambda run=run, wide=wide: run(q, k, F.pad(v, (0, wide)))[..., : o.v]
+            line = {"kernel": name, "padded": padded, **vars(o), "device": torch.cuda.get_device_name()}
+            try:
+                y = forward()
+                backward = lambda y=y: torch.autograd.grad(y, (q, k, v), direction, retain_graph=True)
+                line |= {"forward_tflops": flops / seconds(forward) / 1e12}
+                line |= {"backward_tflops": 2.5 * flops / seconds(backward) / 1e12}
+            except RuntimeError as error:
+                line["refused"] = str(error).splitlines()[0]
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""How long a save holds training up, and how long it then takes behind its back.
+
+    python bench/save.py --model bench-1.3b --dir /tmp/saved
+
+Weights, both moments and nothing else, on one device; three saves of the same state, of which the first may
+wait for the host's buffers. One JSON line: seconds of standing still, seconds until the checkpoint is whole,
+GiB."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron import checkpoint
+from dtron.checkpoint.saver import Saver
+from dtron.mesh import Layout
+from dtron.optim import adam_init
+from dtron.params import init
+from dtron.pipeline import one_stage
+from dtron.presets import preset
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Time saves.")
+    p.add_argument("--model", default="bench-1.3b", help="a preset")
+    p.add_argument("--dir", type=Path, default=Path("/tmp/saved"), help="where to; emptied")
+    o = p.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    m, layout = preset(o.model), Layout()
+    spec = one_stage(m, 1, layout).spec
+    params = init(spec, m.dims(), 0, layout, torch.float32, device)
+    opt = adam_init(params)
+    shutil.rmtree(o.dir, ignore_errors=True)
+    saver = Saver(o.dir, keep=1)
+    start = time.perf_counter()
+    saver.prepare(checkpoint.tensors(checkpoint.TrainState(0, 0, params, opt), spec))
+    saver.wait()
+    buffers, stalls, whole = time.perf_counter() - start, [], []
+    for step in range(3):
+        start = time.perf_counter()
+        stalls.append(checkpoint.begin(saver, checkpoint.TrainState(step, 0, params, opt), spec, {}))
+        saver.wait()
+        whole.append(time.perf_counter() - start)
+    saver.close()
+    size = sum(f.stat().st_size for f in checkpoint.newest(o.dir).iterdir())
+    shutil.rmtree(o.dir)
+    print(json.dumps({
+        "model": o.model, "gib": round(size / 2**30, 2), "buffers_s": round(buffers, 2),
+        "stall_s": [round(x, 3) for x in stalls], "whole_s": [round(x, 1) for x in whole],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``, and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dtron.data.cache import cache_dir
+from dtron.data.corpus import Turns, beside
+from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
+from dtron.data.prepare import prepare
+from dtron.data.text import Documents, user_files
+from dtron.data.tokens import get_tokenizer, load_tokenizer, vocab_of
+
+_PIECE = 1 << 24  # tokens looked at together
+
+
+def run_prepare(o: Namespace, console: Console) -> int:
+    if o.workers is not None and o.workers < 1:
+        raise ValueError(f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out")
+    Writer(o.out, token_dtype(0), o.overwrite)  # refuses what exists before any work is done
+    if not o.overwrite and beside(Path(o.out).expanduser()).exists():
+        raise ValueError(
+            f"--out {o.out!r}: {str(beside(Path(o.out)))!r} exists; choose another name, or --overwrite"
+        )
+    try:
+        files = list(chain.from_iterable(user_files(path) for path in o.paths))
+        tokenizer = _tokenizer(o)
+        columns = (
+            BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()
+        )  # fmt: skip
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=sum(file.stat().st_size for file in files), said="")
+
+            def progress(read: int, tokens: int) -> None:
+                rate = tokens / max(bar.tasks[0].elapsed or 0, 1e-9)
+                bar.update(task, completed=read, said=f"{tokens:,} tokens, {rate / 1e6:.2f}M/s")
+
+            done = prepare(files, tokenizer, o.out, o.column, o.workers, o.overwrite, progress)
+    except ValueError as error:  # the same rules as train.py's, under this program's names
+        said = str(error).replace("--data.path ", "").replace("--data.", "--").replace("--model.", "--")
+        raise ValueError(said) from error
+    prefix = Path(o.out).expanduser()
+    part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
+    tokenizer.save(str(part))
+    os.replace(part, beside(prefix))
+    console.print(
+        f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, {done.tokens:,} tokens "
+        f"in {done.seconds:.1f} s, {done.rate / 1e6:.2f}M tokens/s",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _tokenizer(o: Namespace):
+    if o.tokenizer is not None:
+        return load_tokenizer(o.tokenizer)
+    cache = cache_dir()
+    docs = [Documents(path, o.column, cache, streaming=True) for path in o.paths]
+    return get_tokenizer(None, docs[0] if len(docs) == 1 else Turns(docs), o.vocab, cache)
+
+
+def run_info(o: Namespace, console: Console) -> int:
+    """What a pair of files holds, every token looked at."""
+    prefix = prefix_of(o.path)
+    if prefix is None:
+        raise ValueError(f"{o.path!r}: no {o.path}.idx and no {o.path}.bin there; give the name before .idx")
+    data = Indexed(prefix)
+    low, high = np.inf, -np.inf
+    for start in range(0, len(data.tokens), _PIECE):
+        piece = data.tokens[start : start + _PIECE]
+        low, high = min(low, piece.min()), max(high, piece.max())
+    of_documents = np.add.reduceat(np.append(data.lengths, 0), data.documents[:-1], dtype=np.int64)
+    of_documents[data.documents[1:] == data.documents[:-1]] = 0  # reduceat gives those the next length
+    total = int(data.lengths.sum(dtype=np.int64))
+    lines = {
+        "files": f"{data.bin} ({data.bin.stat().st_size:,} bytes), {data.idx.name}",
+        "documents": f"{len(of_documents):,}",
+        "sequences": f"{len(data):,}",
+        "tokens": f"{total:,} of type {NAMES[data.code]}",
+        "tokens of a document": f"{np.median(of_documents):g} in the middle, {of_documents.mean():.1f} on "
+        f"average, {of_documents.max():,} at most",
+        "token ids": f"{low} to {high}",
+    }
+    if beside(prefix).is_file():
+        tokenizer = load_tokenizer(str(beside(prefix)))
+        lines["tokenizer"] = f"{beside(prefix).name}, {vocab_of(tokenizer):,} words"
+        first = next(i for i in range(len(data)) if data.lengths[i])
+        lines["begins"] = repr(tokenizer.decode(data.sequence(first)[:24].tolist()))
+        if high >= vocab_of(tokenizer):
+            raise ValueError(
+                f"{str(data.bin)!r} holds the token id {high}, and {beside(prefix).name} has "
+                f"{vocab_of(tokenizer)} words; prepare it again, or put the right tokenizer beside it"
+            )
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dtron.data", description="Make token files from text, and look at them.")
+    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
+    make = commands.add_parser("prepare", help="text to OUT.bin, OUT.idx and OUT.tokenizer.json")
+    add = make.add_argument
+    add("paths", nargs="+", metavar="PATH", help=".jsonl, .json, .parquet, .arrow or .txt files, or folders")
+    add("--out", required=True, help="name of the files to write, without .bin and .idx")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json, or a folder with one; left out: trained on it")
+    add("--vocab", type=int, default=4096, metavar="N", help="words of a tokenizer that is trained (4096)")
+    add("--column", default="text", help="field or column that holds the text (text)")
+    add("--workers", type=int, metavar="N", help="processes (one for each core)")
+    add("--overwrite", action="store_true", help="replace OUT's files")
+    look = commands.add_parser("info", help="what a pair of files holds")
+    look.add_argument("path", help="OUT, as given to prepare")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    o = parser().parse_args(list(argv))
+    return {"prepare": run_prepare, "info": run_info}[o.command](o, Console(highlight=False))
+
+
+if __name__ == "__main__":
+    from dtron.entry import run_cli
+
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""The columns of text files: one reader for each format, chosen by the suffix.
+
+A .jsonl file has one object a line, a .json file that or one array of objects, .parquet and .arrow files
+have columns, and a .txt file is one row as a whole. They are parsed here rather than by `datasets`' own
+readers, so that an error can say which line of which file is wrong. Left out: compressed files, and columns
+inside columns.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".text", ".jsonl", ".json", ".parquet", ".arrow")
+
+NOT_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json"}
+"""What `datasets` writes beside .arrow files, about them."""
+
+
+def texts(file: Path, column: str) -> Iterator[str]:
+    """The strings of a column, those that are not empty. ValueError for anything else that stands there."""
+    if file.suffix.lower() in (".parquet", ".arrow"):
+        from pyarrow import types
+
+        for kind, column_of in _columns(file, column):
+            plain = kind.value_type if types.is_dictionary(kind) else kind
+            if not (types.is_string(plain) or types.is_large_string(plain)):
+                raise _not_text(repr(str(file)), column, str(kind))
+            yield from (text for text in column_of.to_pylist() if text)
+        return
+    yield from _strings(cells(file, column), column)
+
+
+def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
+    """``texts`` of some lines of a .jsonl file, of which ``first`` (from 1) is the number of the first."""
+    return _strings(_named(file, _line_rows(file, lines, first), column), column)
+
+
+def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
+    for where, text in found:
+        if text is not None and not isinstance(text, str):
+            raise _not_text(where, column, type(text).__name__)
+        if text:
+            text.encode()  # "\\ud800" is good JSON and half a character, which UTF-8 has no bytes for
+            yield text
+
+
+def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Where each row stands (for an error to say) and what it has in the column."""
+    match file.suffix.lower():
+        case ".jsonl" | ".json":
+            yield from _named(file, _json_rows(file), column)
+        case ".parquet" | ".arrow":
+            values = (v for _, column_of in _columns(file, column) for v in column_of.to_pylist())
+            yield from ((f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1))
+        case _:  # as bytes, so that line endings stay what they are
+            yield repr(str(file)), file.read_bytes().decode("utf-8-sig")
+
+
+def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
+    for where, row in found:
+        where = f"{str(file)!r} {where}"
+        if not isinstance(row, dict):
+            raise _not_row(where, column, row)
+        if column not in row:
+            raise _missing(where, column, list(row))
+        yield where, row[column]
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """One value a line; or, in a .json file that starts with "[", the values of that array."""
+    with file.open("rb") as lines:
+        if file.suffix.lower() == ".json" and lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(
+            b"["
+        ):
+            lines.seek(0)
+            array = _parse(lines.read().decode("utf-8-sig"), repr(str(file)))
+            yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
+            return
+        lines.seek(0)
+        yield from _line_rows(file, lines, 1)
+
+
+def _line_rows(file: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=first):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
+            yield f"line {number}", _parse(text, f"{str(file)!r} line {number}")
+
+
+def _parse(source: str, where: str) -> Any:
+    try:
+        return json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a "
+            ".json file"
+        ) from error
+
+
+def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
+    """The type of a column and, in batches, what it holds; both as pyarrow has them."""
+    from pyarrow import ipc, parquet
+
+    with file.open("rb") as source:  # opened by us, so that a lack of permission is not taken for damage
+        if file.suffix.lower() == ".parquet":
+            with _reading(file, "Parquet"):
+                table = parquet.ParquetFile(source)
+                schema = table.schema_arrow
+                _has(file, schema, column)
+                batches = table.iter_batches(batch_size=256, columns=[column])
+                yield from ((schema.field(column).type, batch.column(0)) for batch in batches)
+            return
+        with _reading(file, "Arrow"):
+            # The random-access format begins so; `datasets` writes the one for streams.
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                table = ipc.open_file(source)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            else:
+                batches = table = ipc.open_stream(source)
+            _has(file, table.schema, column)
+            yield from ((table.schema.field(column).type, batch.column(column)) for batch in batches)
+
+
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as a ValueError that says what to do."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise ValueError(
+            f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
+            "for example with `iconv -t UTF-8`, or leave it out of --data.path"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise ValueError(
+            f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
+            "--data.path"
+        ) from error
+
+
+@contextmanager
+def _reading(file: Path, name: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{str(file)!r} is not a readable {name} file ({one_line(error)}); write it again "
+            "or leave it out of --data.path"
+        ) from error
+
+
+def _has(file: Path, schema: Any, column: str) -> None:
+    if column not in schema.names:
+        raise _missing(repr(str(file)), column, schema.names)
+
+
+def one_line(error: Exception) -> str:
+    """Another library's message, which may be long and of many lines, as part of ours."""
+    return " ".join(str(error).split())[:120]
+
+
+def _not_row(where: str, column: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{where} is {str(value)[:40]!r}, and every row must be an object; write it as "
+        f'{{"{column}": "..."}}, with --data.column naming the text'
+    )
+
+
+def _missing(where: str, column: str, present: list[str]) -> ValueError:
+    names = ", ".join(map(repr, present[:20])) or "none"
+    return ValueError(f"{where} has no column {column!r}; set --data.column to one that is there: {names}")
+
+
+def _not_text(where: str, column: str, kind: str) -> ValueError:
+    return ValueError(
+        f"{where} holds {kind} in the column {column!r}, and documents must be strings; set --data.column to "
+        "the column with the text"
+    )

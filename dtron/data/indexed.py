@@ -1,0 +1,240 @@
+"""Token files in Megatron's indexed format: ``corpus.bin`` holds tokens, ``corpus.idx`` says what is where.
+
+The .bin is nothing but token ids, one sequence after the other. The .idx, all of it little-endian:
+
+    bytes       type      what
+    0           9 bytes   MMIDIDX\\0\\0
+    9           u64       version, 1
+    17          u8        type of a token: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 6 f64, 7 f32, 8 u16
+    18          u64       S, how many sequences
+    26          u64       D, documents + 1
+    34          i32[S]    tokens of each sequence
+    then        i64[S]    where each begins in the .bin, in bytes
+    then        i64[D]    the sequence that each document begins with, and S at the end
+
+A document has one sequence, unless its sentences were kept apart. Both files are mapped into memory: opening
+reads the .idx alone, and pages of the .bin come from the disk when they are asked for, so a corpus may be as
+large as the disk and all processes of a host share one copy. Left out: remote files, and writing the bytes
+after the last document that some multimodal files have (they are passed over).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+MAGIC, VERSION, HEADER = b"MMIDIDX\0\0", 1, struct.Struct("<9sQBQQ")
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+NAMES = {1: "u8", 2: "i8", 3: "i16", 4: "i32", 5: "i64", 6: "f64", 7: "f32", 8: "u16"}
+
+_AGAIN = "make it again with `python -m dtron.data prepare`, or copy it again from where it was made"
+
+
+def token_dtype(vocab: int) -> np.dtype:
+    """The type that ids of a vocabulary are written in: u16 below 65,500 words, else i32."""
+    return np.dtype(DTYPES[8 if vocab < 65500 else 4])
+
+
+def prefix_of(path: str | Path) -> Path | None:
+    """``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` where one of the two files exists, or
+    None."""
+    file = Path(path).expanduser()
+    prefix = file.with_suffix("") if file.suffix in (".bin", ".idx") else file
+    return prefix if any(_beside(prefix, suffix).is_file() for suffix in (".bin", ".idx")) else None
+
+
+def _beside(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+class Indexed:
+    """An open pair of files. ``lengths`` [S] tokens of each sequence, ``starts`` [S] where it begins in
+    ``tokens``, ``documents`` [D] the sequence each document begins with; all read-only.
+
+    Raises ValueError for a file that is missing, cut short, or says what cannot be.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix).expanduser()
+        self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
+        self.code, sequences, documents = self._header()
+        self.dtype = np.dtype(DTYPES[self.code])
+        index = np.asarray(np.memmap(self.idx, np.uint8, mode="r"))  # a memmap's own slices are slow
+        ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
+        if len(index) not in (ends[-1], ends[-1] + sequences):  # a byte a sequence: multimodal
+            state = "cut short" if len(index) < ends[-1] else "too long"
+            raise self._bad(
+                self.idx,
+                f"is {state}: {len(index)} bytes, where {sequences} sequences in {documents - 1} documents "
+                f"take {ends[-1]}",
+            )
+        self.lengths = index[HEADER.size : ends[0]].view("<i4")
+        offsets = index[ends[0] : ends[1]].view("<i8")
+        self.documents = index[ends[1] : ends[2]].view("<i8")
+        self._check(offsets)
+        size, step = self.bin.stat().st_size, self.dtype.itemsize
+        if not self.lengths.sum(dtype=np.int64):
+            raise self._bad(self.idx, "lists no token at all")
+        need = int((offsets + self.lengths.astype(np.int64) * step).max())
+        if size < need:
+            raise self._bad(self.bin, f"is cut short: {size} bytes, where its .idx says {need}")
+        self.starts = offsets // step
+        self.tokens = np.asarray(np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,)))
+
+    def _header(self) -> tuple[int, int, int]:
+        for file, other in ((self.idx, self.bin), (self.bin, self.idx)):
+            if not file.is_file():
+                raise ValueError(f"{str(file)!r} does not exist, beside {str(other)!r}; {_AGAIN}")
+        try:
+            with self.idx.open("rb") as file:
+                data = file.read(HEADER.size)
+            self.bin.open("rb").close()
+        except OSError as error:
+            raise ValueError(
+                f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to read it"
+            ) from error
+        if not data.startswith(MAGIC[: len(data)]) or not data:
+            raise self._bad(self.idx, f"is no index of tokens: it begins with {data[:9]!r}, not {MAGIC!r}")
+        if len(data) < HEADER.size:
+            raise self._bad(
+                self.idx, f"is cut short: {len(data)} bytes, and the header alone has {HEADER.size}"
+            )
+        _, version, code, sequences, documents = HEADER.unpack(data)
+        if version != VERSION:
+            raise self._bad(self.idx, f"has version {version}, and {VERSION} is the one that is known")
+        if code not in DTYPES:
+            raise self._bad(self.idx, f"has tokens of type {code}, and only 1 to 8 are known")
+        if max(sequences, documents) > 1 << 56:  # no sum below overflows
+            raise self._bad(self.idx, f"speaks of {max(sequences, documents)} sequences, which cannot be")
+        return code, sequences, documents
+
+    def _check(self, offsets: np.ndarray) -> None:
+        wrong = None
+        documents = self.documents
+        if not len(documents) or documents[0] != 0 or documents[-1] != len(self.lengths):
+            wrong = f"has documents that do not end with its {len(self.lengths)} sequences"
+        elif (documents[1:] < documents[:-1]).any():
+            wrong = "has a document that begins before the one ahead of it"
+        elif len(offsets) and (self.lengths.min() < 0 or offsets.min() < 0):
+            wrong = "has a sequence of negative length or place"
+        elif (offsets % self.dtype.itemsize).any():
+            wrong = f"has a sequence that begins between two tokens of {self.dtype.itemsize} bytes"
+        if wrong:
+            raise self._bad(self.idx, f"is damaged: it {wrong}")
+
+    @staticmethod
+    def _bad(file: Path, what: str) -> ValueError:
+        return ValueError(f"{str(file)!r} {what}; {_AGAIN}")
+
+    def __len__(self) -> int:
+        """How many sequences."""
+        return len(self.lengths)
+
+    def sequence(self, i: int) -> np.ndarray:
+        """The tokens of sequence i, a view of the mapped file."""
+        return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
+
+
+class Writer:
+    """Writes a pair of files, as a context: ``with Writer("corpus", token_dtype(vocab)) as out``.
+
+    They are written under temporary names and moved into place when the block ends without an error, the
+    .idx last, so that an .idx that is there has a whole .bin. Raises ValueError where one of the two exists
+    (unless ``overwrite``), or where they cannot be written.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | str, overwrite: bool = False) -> None:
+        self.prefix, self.dtype = Path(prefix).expanduser(), np.dtype(dtype)
+        self.finals = [_beside(self.prefix, suffix) for suffix in (".bin", ".idx")]
+        for file in self.finals:
+            if not overwrite and os.path.lexists(file):
+                raise ValueError(
+                    f"--out {str(prefix)!r}: {str(file)!r} exists; choose another name, or replace it with "
+                    "--overwrite"
+                )
+        tag = uuid4().hex
+        self._parts = [file.with_name(f"{file.name}.{tag}.tmp") for file in self.finals]
+        self.lengths, self.documents = array("i"), array("q", [0])
+
+    def __enter__(self) -> Writer:
+        with self._writing():
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._parts[0].open("wb")
+        return self
+
+    def document(self, tokens: np.ndarray, lengths: Sequence[int] | None = None) -> None:
+        """A document, of one sequence or of several with these lengths, whose sum is that of ``tokens``."""
+        lengths = [len(tokens)] if lengths is None else lengths
+        if sum(lengths) != len(tokens):
+            raise ValueError(
+                f"sequences of {sum(lengths)} tokens in a document of {len(tokens)}; make them equal"
+            )
+        limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else None
+        if limits and len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+            raise ValueError(
+                f"a token id {tokens.min()} or {tokens.max()} is not in {self.dtype}; use a wider type, or "
+                "the tokenizer that the vocabulary belongs to"
+            )
+        self._write(np.asarray(tokens, self.dtype).tobytes())
+        self.lengths.extend(lengths)
+        self.documents.append(len(self.lengths))
+
+    def documents_of(self, data: bytes, lengths: np.ndarray) -> None:
+        """Several documents of one sequence each, their tokens as bytes of ``dtype``."""
+        self._write(data)
+        first = len(self.lengths)
+        self.lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.documents.extend(range(first + 1, len(self.lengths) + 1))
+
+    def _write(self, data: bytes) -> None:
+        with self._writing():
+            self._file.write(data)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with self._writing():
+                self._file.close()
+                if kind is None:
+                    self._finish()
+        finally:
+            for part in self._parts:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        lengths = np.frombuffer(self.lengths, np.int32)
+        offsets = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        with self._parts[1].open("wb") as file:
+            code = CODES[self.dtype]
+            file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(self.documents)))
+            file.write(lengths.astype("<i4").tobytes())
+            file.write(offsets.astype("<i8").tobytes())
+            file.write(np.frombuffer(self.documents, np.int64).astype("<i8").tobytes())
+        for (
+            part
+        ) in self._parts:  # or a crash of the host could leave a name on blocks that were never written
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        self.finals[1].unlink(missing_ok=True)  # an old .idx must never stand beside a new .bin
+        for part, final in zip(self._parts, self.finals, strict=True):
+            os.replace(part, final)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"--out {str(self.prefix)!r}: cannot be written ({error.strerror or error}); free space, or "
+                "choose another place"
+            ) from error

@@ -1,0 +1,153 @@
+"""Text files to a pair of indexed token files, on all cores: ``python -m dtron.data prepare``.
+
+Tokenising is work for processors, and documents do not depend on each other. This process reads files in
+blocks of about a megabyte (of a .jsonl file as raw lines, which nobody has looked at), hands each to a worker
+process, and writes what comes back, in the order of the documents: the same files for any number of workers.
+A worker parses, encodes its documents as one batch, and answers with the bytes to write; so what passes
+between processes is two bytes a token and not a list of Python integers. Few blocks are on their way at once,
+and memory holds twelve bytes a document, whatever the size of the corpus.
+
+What a document is, and its tokens, are those of ``dtron.data.tokens``: rows without text are passed over,
+every document ends with the tokenizer's end token, special tokens that are spelled out are plain text.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dtron.data.formats import texts, texts_of_lines, understood
+from dtron.data.indexed import Writer, token_dtype
+from dtron.data.tokens import encoded, encoder_of, vocab_of
+
+BLOCK = 1 << 20  # bytes or characters
+
+Block = tuple[Path, int, list[bytes] | list[str]]  # a file; the number of its first line; lines, or documents
+
+
+@dataclass(frozen=True)
+class Done:
+    documents: int
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def prepare(
+    files: list[Path], tokenizer: Tokenizer, out: str, column: str = "text", workers: int | None = None,
+    overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, tokens: None,
+) -> Done:  # fmt: skip
+    """Write ``out.bin`` and ``out.idx`` from the documents of ``files``. ``progress`` is called with the
+    bytes read and tokens written so far. Raises ValueError for what cannot be read or written; then nothing
+    is left."""
+    dtype = token_dtype(vocab_of(tokenizer))
+    workers = workers or _cores()
+    start, tokens, read = time.perf_counter(), 0, 0
+    with Writer(out, dtype, overwrite) as writer:
+        pool = ProcessPoolExecutor(
+            workers, get_context("spawn"), _start, (tokenizer.to_str(), column, dtype.str)
+        )
+        try:
+            for size, future in _ahead(pool, _blocks(files, column), 2 * workers):
+                data, lengths = _answer(future)
+                writer.documents_of(data, lengths)
+                tokens, read = tokens + int(lengths.sum()), read + size
+                progress(read, tokens)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"--workers {workers}: a worker process was ended, for lack of memory it may be; use fewer"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        if not tokens:
+            raise ValueError(f"{', '.join(map(str, files[:3]))}: holds no text at all; give files with some")
+    return Done(len(writer.documents) - 1, tokens, time.perf_counter() - start)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
+    """Blocks of work, each with the bytes of its file that it stands for."""
+    for file in files:
+        with understood(file):
+            if file.suffix.lower() == ".jsonl":
+                with file.open("rb") as lines:
+                    number = 1
+                    while some := lines.readlines(BLOCK):
+                        yield sum(map(len, some)), (file, number, some)
+                        number += len(some)
+                continue
+            some, size = [], 0
+            for text in texts(file, column):
+                some.append(text)
+                size += len(text)
+                if size >= BLOCK:
+                    yield 0, (file, 0, some)
+                    some, size = [], 0
+            yield file.stat().st_size, (file, 0, some)
+
+
+def _ahead(
+    pool: ProcessPoolExecutor, blocks: Iterable[tuple[int, Block]], most: int
+) -> Iterator[tuple[int, Future]]:
+    """The blocks' futures in order, of which ``most`` are under way at once."""
+    waiting: deque[tuple[int, Future]] = deque()
+    for size, block in blocks:
+        waiting.append((size, pool.submit(_encode, block)))
+        if len(waiting) >= most:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _answer(future: Future) -> tuple[bytes, np.ndarray]:
+    found = future.result()
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+# ---------------------------------------------------------------------------------------- in a worker
+
+_worker: tuple[Tokenizer, str, np.dtype]
+
+
+def _start(tokenizer: str, column: str, dtype: str) -> None:
+    global _worker  # what every block needs is sent once to each process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
+    _worker = encoder_of(tokenizer), column, np.dtype(dtype)
+
+
+def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
+    """The tokens of a block's documents as bytes, and the length of each; or what is wrong with it."""
+    encoder, column, dtype = _worker
+    file, first, rows = block
+    try:
+        with understood(file):
+            docs = texts_of_lines(file, rows, first, column) if first else rows
+            docs = [text for text in docs if text.strip()]
+        parts, lengths, length = [], [], 0
+        for ids, last in encoded(docs, encoder, dtype):
+            parts.append(ids.tobytes())
+            length += len(ids)
+            if last:
+                lengths.append(length)
+                length = 0
+    except ValueError as error:
+        return str(error)
+    return b"".join(parts), np.array(lengths, np.int32)

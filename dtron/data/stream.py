@@ -1,0 +1,108 @@
+"""Text that is tokenised while the run goes on: nothing to prepare and no disk to fill before the first step.
+
+The documents are taken in the order of their files, without a shuffle: shuffle them beforehand. The first
+``HELD`` samples are held out for validation. Reading goes one way only, but the source is a pure function of
+the sample's number all the same: asked for a sample that is not the next, it begins again at the last
+document that it remembers ahead of it (or the first of all), and tokenises on from there. A resumed run
+therefore pays for the text that it passes over; ``prepare`` the files for a run where that hurts. Every rank
+tokenises the whole global batch.
+
+Left out: shuffling in a buffer, and sharing the work between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dtron.data.cache import digest
+from dtron.data.loader import document_ids
+from dtron.data.sources import Rows
+from dtron.data.text import Documents
+from dtron.data.tokens import encoded, encoder_of, end_id
+
+HELD = 32
+_MARK = 1 << 20  # tokens between remembered documents
+
+
+class Stream:
+    """Samples of documents, from sample ``first`` of the stream on (and only ``count`` of them an epoch,
+    where given). Its ``size`` is not known, 0."""
+
+    size = 0
+
+    def __init__(
+        self,
+        docs: Documents,
+        tokenizer: Tokenizer,
+        sequence: int,
+        marks: bool,
+        first: int = 0,
+        count: int = 0,
+    ) -> None:
+        self.docs, self.encoder, self.sequence = docs, encoder_of(tokenizer), sequence
+        self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
+        self._known = [(0, 0)]  # (place in the line of tokens, documents ahead of it), all epochs together
+        self._in_epoch = 0  # documents of an epoch; 0: not known yet
+        self._next, self._left, self._pieces = 0, np.empty(0, np.int64), self._from(0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, start: int, count: int) -> Rows:
+        """Raises ValueError for text that cannot be read, when it comes to it."""
+        if self.count:
+            numbers = [self.first + i % self.count for i in range(start, start + count)]
+            out = np.concatenate([self._take(0, 0), *(self._take(number, 1) for number in numbers)])
+        else:
+            out = self._take(self.first + start, count)
+        return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
+
+    def digest(self) -> str:
+        return digest(
+            [f"stream {self.docs.key} {self.sequence} {self.first} {self.count}", self.encoder.to_str()]
+        )
+
+    def _take(self, number: int, count: int) -> np.ndarray:
+        s = self.sequence
+        if not count:
+            return np.empty((0, s + 1), np.int64)
+        if number != self._next:
+            place, document = max(known for known in self._known if known[0] <= number * s)
+            self._pieces, self._left = self._from(document, place), np.empty(0, np.int64)
+            self._drop(number * s - place)
+        self._fill(count * s + 1)
+        self._next = number + count
+        out = np.lib.stride_tricks.sliding_window_view(self._left[: count * s + 1], s + 1)[::s].copy()
+        self._left = self._left[count * s :]
+        return out
+
+    def _drop(self, tokens: int) -> None:
+        while tokens:
+            self._fill(1)
+            some = min(tokens, len(self._left))
+            self._left, tokens = self._left[some:], tokens - some
+
+    def _fill(self, tokens: int) -> None:
+        parts, have = [self._left], len(self._left)
+        while have < tokens:
+            parts.append(next(self._pieces))
+            have += len(parts[-1])
+        self._left = np.concatenate(parts)
+
+    def _from(self, document: int, place: int = 0) -> Iterator[np.ndarray]:
+        """The tokens of documents from this one on, epoch after epoch, without end."""
+        while True:
+            skipped = document % self._in_epoch if self._in_epoch else document
+            number = document - skipped
+            for ids, last in encoded(
+                islice(iter(self.docs), skipped, None), self.encoder, np.dtype(np.int64)
+            ):
+                yield ids
+                place, document = place + len(ids), document + last
+                if last and place >= self._known[-1][0] + _MARK:
+                    self._known.append((place, document))
+            self._in_epoch = document - number

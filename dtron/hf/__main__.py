@@ -1,0 +1,62 @@
+"""``python -m dtron.hf export RUN DIR``: a run's newest checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dtron.hf.export import export
+
+_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def size(text: str) -> int:
+    number = text.rstrip("GMKB")
+    value = int(float(number) * _UNITS[text[len(number) :]])
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dtron.hf", description="Hugging Face checkpoints from runs.")
+    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
+    add = commands.add_parser("export", help="safetensors, config.json and tokenizer").add_argument
+    add("run", metavar="RUN", help="a run directory with a checkpoint")
+    add("out", metavar="DIR", help="the folder to write, which is empty or not there")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights (that of the model it began with)")
+    add("--family", metavar="NAME", help="model_type to write it as (the first that has all it has)")
+    add("--shard-size", type=size, default="5GB", metavar="N", help="of a file at most, as 500MB (5GB)")
+    return made
+
+
+def run_export(o: Namespace) -> int:
+    dtype = None if o.dtype is None else getattr(torch, o.dtype)
+    done = export(Path(o.run), Path(o.out), dtype, o.family, o.shard_size)
+    print(
+        f"{o.out}: {done.family}, {done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {len(done.files)} "
+        f"file{'s' if len(done.files) > 1 else ''}, of step {done.step}"
+    )
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_export(parser().parse_args(list(argv)))
+
+
+if __name__ == "__main__":
+    from dtron.entry import run_cli
+
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""config.json to ModelConfig and back, by the tables of families.py.
+
+Both ways are one check: a model can be written as a family if reading what would be written gives the model
+again. Only what does not change the function, like the weight of a loss, is left out of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dtron.config import ModelConfig
+from dtron.hf.families import FAMILIES, Family
+from dtron.hf.safetensors import read_json
+from dtron.layers.rope import Rope
+from dtron.moe.config import MoE
+from dtron.mtp import Ahead
+
+CONFIG = "config.json"
+
+# What a flag may change of a model that is loaded: how it is trained, and how far it sees.
+FREE = (
+    "context", "window", "rope", "z_loss", "init_std", "vocab_multiple", "mtp", "moe.aux_loss",
+    "moe.aux_level", "moe.z_loss", "moe.bias_rate", "moe.capacity",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """The family and the model of a folder. Raises ValueError for an architecture that dtron does not have,
+    and for a choice within one that it does not compute."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder; give that of a model, with config.json and safetensors")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
+    said = read_json(path)
+    family = family_of(said, str(path))
+    return family, from_hf(said, family, str(path))
+
+
+def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
+    names = said.get("architectures") or []
+    for family in FAMILIES:
+        if family.architecture in names or (not names and said.get("model_type") == family.kind):
+            return family
+    what = ", ".join(map(str, names)) or said.get("model_type") or "none"
+    known = ", ".join(f.architecture for f in FAMILIES)
+    raise ValueError(f"{where}: architecture {what} is unknown; dtron has {known}")
+
+
+def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
+    if said.get("quantization_config"):
+        method = said["quantization_config"].get("quant_method", "some method")
+        raise ValueError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
+    for key, only in family.demands.items():
+        if said.get(key, only) != only:
+            raise ValueError(
+                f"{where}: {key} is {said[key]!r}, and dtron computes {family.kind} with {only!r}"
+            )
+    values = {}
+    for ours, theirs in family.keys.items():
+        names = theirs.split("|")
+        found = next((name for name in names if name in said), None)
+        if found is None and names[0] not in family.defaults:
+            raise ValueError(f"{where}: lacks {names[0]}, which every {family.kind} has; download it again")
+        values[ours] = family.defaults.get(names[0]) if found is None else said[found]
+    values["kv_heads"] = values.get("kv_heads") or values["heads"]
+    values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
+    values["mlp"] = values.get("mlp") or 4 * values["embed"]
+    values |= family.fixed
+    try:
+        values |= family.read(said, values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
+    if values.get("positions", "rotary") == "rotary":
+        values["rope"] = _rope(said, values["context"], where)
+        if values["rope"].mscale_all and not values.get("mla.kv_rank"):
+            raise ValueError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
+    try:
+        return build(values)
+    except TypeError as error:
+        raise ValueError(f"{where}: a value has another type than it must have ({error})") from error
+
+
+def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelConfig:
+    """``start`` (None: the default) with these fields; ``moe.experts`` is a field of a field."""
+    m = start or ModelConfig()
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, inner = name.rpartition(".")
+        groups.setdefault(group, {})[inner] = value
+    own = groups.pop("", {})
+    parts = {g: replace(own.get(g, getattr(m, g)), **inner) for g, inner in groups.items()}
+    return replace(m, **own | parts)
+
+
+def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
+    """What config.json says of this model. Raises ValueError where the family has no word for something."""
+    said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
+    said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
+    said |= family.write(m)
+    if m.positions == "rotary":
+        said |= _rope_said(m.rope)
+    again = from_hf(said, family)
+    different = _difference(_spoken(again), _spoken(m))
+    if different:
+        name, theirs, ours = different
+        raise ValueError(f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other")
+    return said
+
+
+def best_family(m: ModelConfig) -> Family:
+    """The first family that this model can be written as. Raises ValueError where there is none, with what
+    stands in the way of the nearest."""
+    reasons = []
+    for family in FAMILIES:
+        try:
+            to_hf(m, family)
+            return family
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(f"no family of Hugging Face's has this model: {'; '.join(reasons)}")
+
+
+def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, Any] | None:
+    """``(field, in the checkpoint, by flag)`` of the first field that flags may not change."""
+    return _difference(build({name: _get(flags, name) for name in FREE}, loaded), flags)
+
+
+def _spoken(m: ModelConfig) -> ModelConfig:
+    """What a config.json says of it: all that only matters in training, or means nothing in this model, is as
+    in any other."""
+    same = {
+        "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
+        "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
+        "moe.capacity": 0.0, "moe.balanced": False, "mtp": Ahead(),
+        "moe.bias_rate": float(m.moe.bias_rate > 0),
+    }  # fmt: skip
+    if m.moe.experts and not m.moe.dense_layers:
+        same["mlp"] = 1
+    if not m.moe.experts:
+        same["moe"] = MoE()
+    if m.latent:
+        same |= {"kv_heads": 1, "head_dim": 2}
+    if m.positions != "rotary":
+        same["rope"] = Rope()
+    elif m.rope.scaling == "none":
+        same["rope"] = Rope(m.rope.theta)
+    return build(same, m)
+
+
+def _difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if x == y:
+            continue
+        if is_dataclass(x):
+            found = _difference(x, y, f"{prefix}{f.name}.")
+            if found:
+                return found
+        else:
+            return prefix + f.name, x, y
+    return None
+
+
+def _get(m: Any, path: str) -> Any:
+    for name in path.split("."):
+        m = getattr(m, name)
+    return m
+
+
+# Our field of Rope by their key, for each way to stretch.
+_STRETCHED = {
+    "llama3": {
+        "factor": "factor", "original": "original_max_position_embeddings", "low": "low_freq_factor",
+        "high": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor", "original": "original_max_position_embeddings", "beta_slow": "beta_slow",
+        "beta_fast": "beta_fast", "mscale": "mscale", "mscale_all": "mscale_all_dim", "truncate": "truncate",
+    },
+}  # fmt: skip
+
+
+def _rope(said: Mapping[str, Any], context: int, where: str) -> Rope:
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it")
+    if kind == "default":
+        return Rope(float(theta))
+    if kind not in _STRETCHED:
+        raise ValueError(f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}")
+    if kind == "yarn" and rope.get("attention_factor") is not None:
+        raise ValueError(f"{where}: yarn with an attention_factor of its own; dtron has that of the paper")
+    known = {"original_max_position_embeddings": context} | rope
+    values = {ours: known[theirs] for ours, theirs in _STRETCHED[kind].items() if theirs in known}
+    return Rope(float(theta), kind, **values)
+
+
+def _rope_said(rope: Rope) -> dict[str, Any]:
+    """As transformers had it before version 5, which that reads too."""
+    if rope.scaling == "none":
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    names, usual = _STRETCHED[rope.scaling], Rope()
+    unsaid = [
+        name for name in ("mscale", "mscale_all", "truncate") if getattr(rope, name) == getattr(usual, name)
+    ]
+    stretched = {theirs: getattr(rope, ours) for ours, theirs in names.items() if ours not in unsaid}
+    return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.scaling, **stretched}}

@@ -1,0 +1,168 @@
+"""A run's newest checkpoint as a Hugging Face folder, a tensor at a time.
+
+Their tensors are listed in order with what of ours each is made of, and made when it is written: never more
+is in memory than one of theirs and the weights of ours in it. The folder appears under its name when it is
+whole; what a run was started from gives its tokenizer and the words of config.json that training does not
+change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dtron import checkpoint, cli
+from dtron.config import ModelConfig, RunConfig
+from dtron.data.tokens import end_id
+from dtron.hf.config import CONFIG, best_family, family_of, to_hf
+from dtron.hf.families import FAMILIES, Family
+from dtron.hf.load import Place, rotary_columns, weights_of
+from dtron.hf.origin import ORIGIN, TOKENIZER
+from dtron.hf.pattern import pairs, pattern
+from dtron.hf.safetensors import read_json, write
+from dtron.params import Weight
+
+_UNSAID = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Exported:
+    family: str
+    step: int
+    tensors: int
+    bytes: int
+    files: list[Path]
+
+
+def export(
+    run_dir: Path, out: Path, dtype: torch.dtype | None = None, family: str | None = None,
+    largest: int = 5_000_000_000,
+) -> Exported:  # fmt: skip
+    """Write the newest checkpoint of ``run_dir`` into ``out``, which must be empty or not there. ``dtype``:
+    of the weights (None: that of the model that the run began with, or bfloat16); ``family``: its model_type
+    (None: that of the same, or the first that has all the model has); ``largest``: bytes of a file. Raises
+    ValueError for what is no run, for a model that no family has, and where it cannot be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: is not empty, and nothing is written over; choose another folder")
+    config, found = read_run(run_dir)
+    origin = run_dir / ORIGIN / CONFIG
+    said = read_json(origin) if origin.is_file() else {}
+    kind = _family(family, said, config.model)
+    written = to_hf(config.model, kind)
+    meta = checkpoint.read_meta(found)
+    checkpoint.undamaged(found, meta)
+    if dtype is None:
+        name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
+        dtype = getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
+    said = {k: v for k, v in said.items() if k not in _UNSAID} or _tokens_of(run_dir)
+    said |= written | {"dtype": str(dtype).removeprefix("torch.")}
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        maker = _Maker(config.model, kind, lambda w: checkpoint.read_weight(found, w), dtype)
+        files = write(part, maker.shapes, dtype, maker, largest)
+        (part / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+        _write_tokenizer(run_dir, part)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(
+            f"{out}: cannot be written ({error.strerror}); free space, or choose another"
+        ) from error
+    size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
+    return Exported(kind.kind, meta["step"], len(maker.shapes), size, [out / f.name for f in files])
+
+
+def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
+    """The config and the newest whole checkpoint of a run."""
+    if not (run_dir / CONFIG).is_file():
+        raise ValueError(f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote")
+    try:
+        config = cli.load(run_dir / CONFIG)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{run_dir / CONFIG}: is no config of a run ({error}); give a run directory"
+        ) from error
+    found = checkpoint.newest(run_dir)
+    if found is None:
+        raise ValueError(f"{run_dir}: has no checkpoint; train with --save-every")
+    return config, found
+
+
+def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
+    if wanted is not None:
+        named = next((f for f in FAMILIES if f.kind == wanted), None)
+        if named is None:
+            raise ValueError(f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}")
+        return named
+    return family_of(said) if said else best_family(m)
+
+
+@dataclass
+class _Maker:
+    """Makes their tensors, by name."""
+
+    m: ModelConfig
+    family: Family
+    read: Callable[[Weight], Tensor]
+    dtype: torch.dtype
+    pieces: dict[str, list[tuple[Weight, Place, int | None]]] = field(default_factory=dict)
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for w, place in weights_of(self.m, self.family):
+            for e, name in enumerate(place.names()):
+                piece = (w, place, e if place.outside else None)
+                self.pieces.setdefault(name, []).append(piece)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: pieces[0][1].shape for name, pieces in self.pieces.items()}
+
+    def __call__(self, name: str) -> Tensor:
+        pieces = self.pieces[name]
+        out = torch.empty(pieces[0][1].shape, dtype=self.dtype)
+        wanted = [w.path for w, _, _ in pieces]
+        self.held = {path: x for path, x in self.held.items() if path in wanted}
+        for w, place, e in pieces:
+            if w.path not in self.held:
+                self.held[w.path] = self.read(w)
+            x = self.held[w.path] if e is None else self.held[w.path][e]
+            p = pattern(place.row.lies)
+            if "v" in p.ours:
+                x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the rest is padding
+            p.put(out, pairs(x, rotary_columns(self.m)) if place.row.paired else x, place.sizes)
+        return out
+
+
+def _write_tokenizer(run_dir: Path, out: Path) -> None:
+    for name in TOKENIZER:
+        if (run_dir / ORIGIN / name).is_file():
+            shutil.copyfile(run_dir / ORIGIN / name, out / name)
+    own = run_dir / "tokenizer.json"
+    if own.is_file() and not (out / own.name).exists():
+        shutil.copyfile(own, out / own.name)
+        tokenizer = Tokenizer.from_file(str(own))
+        end = end_id(tokenizer)
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        said |= {} if end is None else {"eos_token": tokenizer.id_to_token(end)}
+        (out / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+def _tokens_of(run_dir: Path) -> dict[str, Any]:
+    """The special tokens of a run with a tokenizer of its own."""
+    file = run_dir / "tokenizer.json"
+    end = end_id(Tokenizer.from_file(str(file))) if file.is_file() else None
+    return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

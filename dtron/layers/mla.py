@@ -1,0 +1,162 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; the same in V3, arXiv:2412.19437).
+
+Keys and values of all heads are made from one narrow vector per token, the latent ``c_TR``, which is all that
+a server has to keep of a token: 512 numbers and a rotary key of 64, where 128 heads of keys and values would
+be 32,768. Queries may have a latent of their own, which saves activations in training. A head's score has two
+parts: one of keys from the latent, without positions (an up-projection after a rotation could not be folded
+into the query), and one of a rotary key that all heads share. So keys are wider than values, 192 and 128.
+
+Tensor parallelism cuts the heads, as in attention.py. The down-projections have no heads: they are whole on
+every rank and run on the tokens that it holds under sequence parallelism, so no rank repeats another's work
+and their gradients are sums pending over tp, like a norm's. What is then gathered over tp is the latents,
+2,112 numbers a token in DeepSeek-V3, and not the 7,168 of the residual stream. Without a latent for queries
+(V2-Lite) the stream is gathered in the same collective.
+
+Heads are rotated by halves as everywhere here. DeepSeek's weights have pairs side by side, which is a
+permutation of the rotary columns of ``w_q_up`` and ``w_kv_down``: the business of whoever reads them.
+
+Left out: attention in the space of latents, with up-projections absorbed, which is for serving. Generation
+here keeps keys and values of all heads (past.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.fp8 import Recipe
+from dtron.layers.attention import core, parts
+from dtron.layers.context import Context
+from dtron.layers.cores import AttentionPath, Mask
+from dtron.layers.linear import linear, linear_in
+from dtron.layers.norm import Norm, norm
+from dtron.layers.past import Past
+from dtron.layers.rope import rotate
+from dtron.mesh import Layout
+from dtron.params import part, residual_out, weight
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention, which replaces the plain one where kv_rank is given."""
+
+    kv_rank: int = 0
+    """width of the latent of keys and values; 0: plain attention"""
+    q_rank: int = 0
+    """width of the latent of queries; 0: queries are made from the residual stream"""
+    nope_dim: int = 128
+    """width of a head's queries and keys that has no positions"""
+    rope_dim: int = 64
+    """width that is rotated; its key is shared by all heads"""
+    v_dim: int = 128
+    """width of a head's values"""
+
+    def __post_init__(self) -> None:
+        if min(self.kv_rank, self.q_rank) < 0 or min(self.nope_dim, self.rope_dim, self.v_dim) < 1:
+            raise ValueError(
+                f"model.mla kv_rank={self.kv_rank}, q_rank={self.q_rank}, nope_dim={self.nope_dim}, rope_dim="
+                f"{self.rope_dim}, v_dim={self.v_dim}: ranks are at least 0 and widths at least 1; raise them"
+            )
+        if self.rope_dim % 2:
+            raise ValueError(f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even")
+        if self.q_rank and not self.kv_rank:
+            raise ValueError(
+                f"model.mla.q_rank={self.q_rank} with kv_rank=0, which is plain attention; give "
+                "--model.mla.kv-rank too, or drop q_rank"
+            )
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    def dims(self) -> dict[str, Any]:
+        """What the declaration of ``MLA`` looks up; see ``ModelConfig.dims``."""
+        return {
+            "mla": self.kv_rank > 0,
+            "q_rank": self.q_rank,
+            "whole_q": self.q_rank == 0,
+            "kv_rank": self.kv_rank,
+            "kv_latent": self.kv_rank + self.rope_dim,
+            "qk_dim": self.qk_dim,
+            "kv_dim": self.nope_dim + self.v_dim,
+            "v_dim": self.v_dim,
+        }
+
+
+@dataclass(frozen=True)
+class MLA:
+    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every head's keys
+    and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and ``q_rank`` as the dim
+    of a weight that ZeRO may cut; as with ``embed``."""
+
+    w_q_down: Tensor | None = weight("embed", "act_q_rank", when="q_rank")
+    q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
+    w_q_up: Tensor | None = weight("q_rank", "heads", "qk_dim", when="q_rank")
+    w_q: Tensor | None = weight("embed", "heads", "qk_dim", when="whole_q")
+    w_kv_down: Tensor = weight("embed", "kv_latent")
+    kv_norm: Norm = part(act_embed="act_kv_rank")
+    w_kv_up: Tensor = weight("kv_rank", "heads", "kv_dim")
+    w_o: Tensor = weight("heads", "v_dim", "embed", init=residual_out)
+
+
+def mla(
+    p: MLA,
+    x_TD: Tensor,
+    table_TH: Tensor,
+    documents_T: Tensor | None,
+    mask: Mask | Context,
+    layout: Layout,
+    eps: float = 1e-5,
+    path: AttentionPath = "auto",
+    recipe: Recipe | None = None,
+    past: Past | None = None,
+) -> Tensor:
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as ``rope_dim``;
+    otherwise as ``attention``."""
+    q_TR = x_TD  # local, and so are the next lines: each rank has its own tokens
+    if p.w_q_down is not None:
+        q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
+    rank, rotary = p.kv_norm.scale.shape[0], table_TH.shape[-1]
+    c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rotary], dim=-1)
+    line_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
+    line_TR = layout.constrain(line_TR, "tokens", None)  # all-gather over tp
+    q_TR, c_TR, k_TH = line_TR.split([q_TR.shape[-1], rank, rotary], dim=-1)
+    q_TNH = linear(q_TR, p.w_q if p.w_q_up is None else p.w_q_up, recipe=recipe)  # local
+    kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
+    heads, shared = ("tokens", "heads", None), ("tokens", None)
+    region = layout.local(
+        partial(_core, nope=q_TNH.shape[-1] - rotary, path=path, mask=mask, layout=layout),
+        (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",)),
+        heads,
+    )
+    # Over cp: see context.py.
+    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *parts(past))
+    y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
+    return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+
+
+def _core(
+    q_TNH: Tensor,
+    kv_TNH: Tensor,
+    k_TH: Tensor,
+    table_TH: Tensor,
+    documents_T: Tensor | None,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    places_T: Tensor | None,
+    nope: int,
+    path: AttentionPath,
+    mask: Mask | Context,
+    layout: Layout,
+) -> Tensor:
+    """Rank-local: queries and keys put together from their two parts."""
+    turned_q = rotate(q_TNH[..., nope:], table_TH)
+    turned_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
+    q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)
+    k_TNH = torch.cat([kv_TNH[..., :nope], turned_k], dim=-1)
+    past = past_k, past_v, places_T
+    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout)

@@ -1,0 +1,103 @@
+"""The shape of a mixture-of-experts layer and how its load is balanced: ``--model.moe.*``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["softmax", "topk_softmax", "sigmoid"]
+ExpertActivation = Literal["swiglu", "clamped_swiglu"]
+BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture of experts in place of the feed-forward layer."""
+
+    experts: int = 0
+    """experts in each layer; 0: a dense model"""
+    top_k: int = 2
+    """experts that each token uses"""
+    mlp: int = 256
+    """width of one expert"""
+    dense_layers: int = 0
+    """first layers that keep a dense feed-forward layer, of width model.mlp"""
+    score: Score = "softmax"
+    """of an expert for a token: softmax over all experts or over the top k only, or each sigmoid by itself"""
+    normalize: bool = True
+    """the scores of a token's experts are divided by their sum"""
+    scale: float = 1.0
+    """and then multiplied by this"""
+    groups: int = 1
+    """experts stand in this many groups"""
+    group_top_k: int = 1
+    """groups that each token may use"""
+    router_bias: bool = False
+    """the router's logits have a learned bias"""
+    activation: ExpertActivation = "swiglu"
+    """of experts; clamped_swiglu is that of gpt-oss"""
+    bias: bool = False
+    """experts have biases"""
+    shared: int = 0
+    """width of the expert that every token uses; 0: none"""
+    shared_gate: bool = False
+    """the shared expert's output is multiplied by a learned sigmoid"""
+    aux_loss: float = 0.0
+    """weight of the load-balancing loss, 1 per token and layer where the load is even"""
+    aux_level: BalanceLevel = "micro_batch"
+    """tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the step so far"""
+    z_loss: float = 0.0
+    """weight of the router's z-loss, logsumexp squared per token and layer"""
+    bias_rate: float = 0.0
+    """balance without a loss: after each step, a bias that only chooses moves by this; 0: none"""
+    capacity: float = 0.0
+    """rows of each expert as a multiple of the mean, per rank; tokens over it are dropped. 0: none is"""
+    balanced: bool = False
+    """for benchmarks: send the same number of tokens to every expert, whatever the router says"""
+
+    def __post_init__(self) -> None:
+        low = {
+            "experts": 0,
+            "top_k": 1,
+            "mlp": 1,
+            "dense_layers": 0,
+            "groups": 1,
+            "group_top_k": 1,
+            "shared": 0,
+        }
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it"
+                )
+        for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.moe.{name}={getattr(self, name)}: must be from 0; change it")
+        if not self.experts:
+            return
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"model.moe.top_k={self.top_k} of model.moe.experts={self.experts}: a token cannot use more "
+                f"experts than there are; use --model.moe.top-k {self.experts}"
+            )
+        if self.experts % self.groups:
+            near = min((d for d in range(1, self.experts + 1) if self.experts % d == 0), key=self._far)
+            raise ValueError(
+                f"model.moe.experts={self.experts} in model.moe.groups={self.groups}: groups must divide "
+                f"experts; use --model.moe.groups {near}"
+            )
+        each = self.experts // self.groups
+        if self.groups > 1 and not math.ceil(self.top_k / each) <= self.group_top_k <= self.groups:
+            raise ValueError(
+                f"model.moe.group_top_k={self.group_top_k}: of {self.groups} groups of {each} experts, each "
+                f"token needs at least {math.ceil(self.top_k / each)} for its top_k={self.top_k}, and has at "
+                f"most {self.groups}; use --model.moe.group-top-k {math.ceil(self.top_k / each)}"
+            )
+        if self.shared_gate and not self.shared:
+            raise ValueError(
+                "model.moe.shared_gate without a shared expert: use --model.moe.shared WIDTH, or drop it"
+            )
+
+    def _far(self, divisor: int) -> tuple[int, int]:
+        return abs(divisor - self.groups), divisor

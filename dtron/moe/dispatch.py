@@ -1,0 +1,222 @@
+"""Bringing tokens to their experts, and what comes of them back.
+
+Each of T tokens goes to K experts: T * K *slots*. A ``Plan`` says in which row of a buffer, sorted by expert,
+each slot stands. ``spread`` copies tokens into that buffer and ``collect`` adds a token's K results up, each
+times its weight; their gradients are each other's, so nothing is ever added into a buffer at random places.
+
+Four dispatchers, one signature: ``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD, dropped)``.
+``run`` computes the experts that are here on rows sorted by them, of which ``first`` is the first. ``over``
+says between which ranks experts are spread. They differ in what they communicate over ep and in what shapes
+depend on:
+
+    local        ep = 1; no communication; T * K rows
+    alltoall     rows go to the ranks of their experts, and back: as many as there are, so the host must know
+                 how many, and waits for it. Two all-to-alls of rows, and one of E counts. Not compiled
+    static       the same with room for ``capacity`` rows per expert from each rank, filled or not: two
+                 all-to-alls. What finds no room is dropped, the smallest weights first; or there is room for
+                 every token, and none is
+    allgather    every rank gets all tokens of the group, computes its own experts' rows and adds to the sum
+                 that each gets its part of: an all-gather and a reduce-scatter. Less than an all-to-all sends
+                 where ep < K; but the buffers are those of all ranks' slots
+
+``static`` and ``allgather`` never wait for the host, and compile without breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtron.exchange import all_gather, all_to_all, reduce_scatter
+
+Dispatch = Literal["auto", "alltoall", "static", "allgather"]
+Run = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on the experts that are here
+
+Sent = tuple[Tensor, Tensor | None]  # y_TD, and how many slots were dropped (None: none can be)
+
+
+@dataclass(frozen=True)
+class Over:
+    """The experts that there are, the ranks that they are spread between (None: all are here) and the rows
+    that each has room for, as a multiple of the mean (0: for all)."""
+
+    experts: int
+    ranks: DeviceMesh | None
+    capacity: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.ranks is None else self.ranks.size()
+
+    @property
+    def here(self) -> int:
+        return self.experts // self.parts
+
+
+class Plan(NamedTuple):
+    """``place_S``: the row of each slot; ``kept_S``: whether it has one (None: all have). ``slot_R``: the
+    slot in each row; ``filled_R``: whether there is one (None: in all)."""
+
+    place_S: Tensor
+    kept_S: Tensor | None
+    slot_R: Tensor
+    filled_R: Tensor | None
+
+
+def by_expert(expert_S: Tensor, experts: int, kept_S: Tensor | None = None) -> tuple[Plan, Tensor]:
+    """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots that are
+    not kept have an expert beyond the last, and so stand behind, in rows that count as empty."""
+    sorted_R, slot_R = expert_S.sort(stable=True)
+    place_S = torch.empty_like(slot_R).scatter(0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device))
+    ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
+    return Plan(place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]), ends_E
+
+
+def spread(x_TD: Tensor, plan: Plan) -> Tensor:
+    """``[R, D]``: each row the token of its slot."""
+    return _Spread.apply(x_TD, *plan)
+
+
+def collect(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+    """``[T, D]``: the sum of each token's rows, times their weights."""
+    return _Collect.apply(y_RD, weights_TK, *plan)
+
+
+def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
+    """Rows of x; zero where there is none. Not a product: what lies in an unused row may be anything."""
+    rows = x.index_select(0, index)
+    return rows if there is None else torch.where(there[:, None], rows, 0)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, place_S, kept_S, slot_R, filled_R):
+        ctx.save_for_backward(place_S, kept_S)
+        ctx.tokens = x.shape[0]
+        return _rows(x, slot_R // (place_S.shape[0] // x.shape[0]), filled_R)
+
+    @staticmethod
+    def backward(ctx, g):
+        slots = _rows(g, *ctx.saved_tensors)
+        return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, weights_TK, place_S, kept_S, slot_R, filled_R):
+        ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
+        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
+        y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
+        # torch 2.11 compiles a custom function that ends in a cast to the same dtype into zero gradients.
+        return y_TD if y_TD.dtype == y.dtype else y_TD.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        y, weights_TK, place_S, kept_S, slot_R, filled_R = ctx.saved_tensors
+        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
+        d_weights = (rows_TKD * g[:, None]).sum(-1, dtype=weights_TK.dtype)
+        k = weights_TK.shape[1]
+        d_rows = g.index_select(0, slot_R // k) * weights_TK.view(-1).index_select(0, slot_R)[:, None]
+        if filled_R is not None:
+            d_rows = torch.where(filled_R[:, None], d_rows, 0)
+        return d_rows.to(y.dtype), d_weights, None, None, None, None
+
+
+def local(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+    plan, ends_E = by_expert(index_TK.flatten(), over.experts)
+    return collect(run(spread(x_TD, plan), ends_E), weights_TK, plan), None
+
+
+def alltoall(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+    plan, ends_E = by_expert(index_TK.flatten(), over.experts)
+    counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(over.parts, over.here)
+    theirs_RE = all_to_all(counts_RE, over.ranks)  # of my experts, what each rank has for them
+    sent, received = counts_RE.sum(1).tolist(), theirs_RE.sum(1).tolist()  # the host waits
+    rows = all_to_all(spread(x_TD, plan), over.ranks, received, sent)
+    experts = torch.arange(over.here, device=rows.device).repeat(over.parts)
+    mine, ends_E = by_expert(experts.repeat_interleave(theirs_RE.flatten()), over.here)
+    y = run(_permuted(rows, mine.slot_R, mine.place_S), ends_E)
+    y = all_to_all(_permuted(y, mine.place_S, mine.slot_R), over.ranks, sent, received)
+    return collect(y, weights_TK, plan), None
+
+
+def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return _Permute.apply(x, index, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    """``spread`` with one slot per token, of which there may be none."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def static(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+    tokens, k = index_TK.shape
+    room = tokens  # a token goes to an expert once at most
+    if over.capacity:
+        room = min(tokens, math.ceil(over.capacity * tokens * k / over.experts))
+    plan = by_room(index_TK.flatten(), weights_TK.detach().flatten(), over.experts, room)
+    rows = spread(x_TD, plan)  # [E * room, D]
+    if over.ranks is not None:
+        rows = all_to_all(rows, over.ranks)
+    rows = rows.view(over.parts, over.here, room, -1).transpose(0, 1).flatten(1, 2)
+    y = run(rows, None)
+    y = y.unflatten(1, (over.parts, room)).transpose(0, 1).flatten(0, 2)
+    if over.ranks is not None:
+        y = all_to_all(y.contiguous(), over.ranks)
+    return collect(y, weights_TK, plan), (~plan.kept_S).sum()
+
+
+def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> Plan:
+    """``room`` rows for each expert, for the slots of the largest weights."""
+    device = expert_S.device
+    by_weight = weight_S.argsort(descending=True, stable=True)
+    order_S = by_weight[expert_S[by_weight].argsort(stable=True)]  # sorted by expert, then by weight
+    sorted_S = expert_S[order_S]
+    starts_E = torch.searchsorted(sorted_S, torch.arange(experts, device=device))
+    number_S = torch.arange(len(order_S), device=device) - starts_E[sorted_S]
+    kept, rows = number_S < room, experts * room
+    # What finds no room stands in a row of its own behind, which is then cut off.
+    place = torch.where(kept, sorted_S * room + number_S, rows)
+    slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)[:rows]
+    filled_R = torch.zeros(rows + 1, dtype=torch.bool, device=device).scatter(0, place, kept)[:rows]
+    place_S = torch.empty_like(place).scatter(0, order_S, place.clamp(max=rows - 1))
+    return Plan(place_S, torch.empty_like(kept).scatter(0, order_S, kept), slot_R, filled_R)
+
+
+def allgather(
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over
+) -> Sent:
+    x_TD, weights_TK, index_TK = (all_gather(t, over.ranks) for t in (x_TD, weights_TK, index_TK))
+    own_S = index_TK.flatten() - first
+    kept_S = (own_S >= 0) & (own_S < over.here)
+    plan, ends_E = by_expert(torch.where(kept_S, own_S, over.here), over.here, kept_S)
+    y_TD = collect(run(spread(x_TD, plan), ends_E), weights_TK, plan)
+    return reduce_scatter(y_TD, over.ranks), None
+
+
+DISPATCHERS = {"local": local, "alltoall": alltoall, "static": static, "allgather": allgather}
+
+
+def pick(dispatch: Dispatch, over: Over) -> Callable:
+    """The dispatcher that a setting stands for."""
+    if over.capacity or dispatch == "static":
+        return static
+    if over.ranks is None:
+        return local
+    if dispatch == "auto":
+        return allgather if torch.compiler.is_compiling() else alltoall
+    return DISPATCHERS[dispatch]

@@ -1,0 +1,93 @@
+"""The experts: many small feed-forward layers, computed together.
+
+The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows by its
+own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
+stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
+one of bfloat16. Where every expert has the same number of rows they are a plain batched product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtron.moe.config import ExpertActivation
+from dtron.params import residual_out, weight, zeros
+
+LIMIT, SLOPE = 7.0, 1.702  # of gpt-oss's SwiGLU
+
+
+@dataclass(frozen=True)
+class Experts:
+    w_gate: Tensor = weight("experts", "expert_embed", "expert_mlp")
+    w_up: Tensor = weight("experts", "expert_embed", "expert_mlp")
+    w_down: Tensor = weight("experts", "expert_mlp", "expert_embed", init=residual_out)
+    b_gate: Tensor | None = weight("experts", "expert_mlp", init=zeros, when="expert_bias")
+    b_up: Tensor | None = weight("experts", "expert_mlp", init=zeros, when="expert_bias")
+    b_down: Tensor | None = weight("experts", "act_embed", init=zeros, when="expert_bias")
+
+
+# What a region of experts takes of them, in the order of ``flat``.
+WEIGHTS = (
+    *[("experts", None, "expert_mlp")] * 2,
+    ("experts", "expert_mlp", None),
+    *[("experts", "expert_mlp")] * 2,
+    ("experts", None),
+)
+
+
+def compute(
+    p: Experts, x: Tensor, ends_E: Tensor | None, activation: ExpertActivation, cuts: int = 1
+) -> Tensor:
+    """Rank-local. ``x [R, D]`` sorted by expert, the rows of expert e ending before ``ends_E[e]`` -> the
+    same shape; rows after the last end come out as anything. With ``ends_E`` None, ``x [E, C, D]``.
+    ``cuts``: the ranks that each expert is cut over; what they give must be added up."""
+    gate, up = product(x, p.w_gate, p.b_gate, ends_E), product(x, p.w_up, p.b_up, ends_E)
+    if activation == "swiglu":
+        h = F.silu(gate) * up
+    else:
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        h = gate * torch.sigmoid(SLOPE * gate) * (up + 1)
+    return product(h, p.w_down, None if p.b_down is None else p.b_down / cuts, ends_E)
+
+
+def product(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None) -> Tensor:
+    """``x @ w[e] + b[e]`` for the rows of each expert e."""
+    if ends_E is None:
+        y = x @ w
+        return y if b is None else y + b[:, None]
+    if x.dtype == torch.bfloat16:
+        y = grouped(x, w, ends_E)
+    else:
+        y = (masked if torch.compiler.is_compiling() else looped)(x, w, ends_E)
+    if b is None:
+        return y
+    places = torch.arange(x.shape[0], device=x.device)
+    expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True).clamp(max=len(b) - 1)
+    return y + b.index_select(0, expert_R)
+
+
+def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
+    """In one kernel."""
+    return F.grouped_mm(x, w, offs=ends_E.to(torch.int32))
+
+
+def looped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
+    """The same, an expert at a time; the host waits for the counts. Rows after the last end are zero."""
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    parts = list(x.split([*counts, x.shape[0] - sum(counts)]))
+    rest = parts.pop()
+    return torch.cat([part @ w_e for part, w_e in zip(parts, w.unbind(), strict=True)] + [rest @ w[0] * 0])
+
+
+def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
+    """The same with shapes that no count decides, for a compiler: every expert multiplies all rows."""
+    place_R = torch.arange(x.shape[0], device=x.device)
+    y, before = x @ w[0] * 0, 0
+    for w_e, end in zip(w.unbind(), ends_E.unbind(), strict=True):
+        y = torch.where(((place_R >= before) & (place_R < end))[:, None], x @ w_e, y)
+        before = end
+    return y

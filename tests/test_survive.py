@@ -1,0 +1,317 @@
+"""What a run outlives: signals, SIGKILL at any moment, steps that are not finite, disks that are full."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import MODEL, random_rows
+from test_program import ROOT, TINY, enter, losses, records, refused, run
+from test_training import TEN
+from texts import corpus
+
+import train
+from dtron import checkpoint
+from dtron.checkpoint import files
+from dtron.checkpoint.__main__ import main as inspect
+from dtron.compiled import compiled_rule
+from dtron.config import OptimConfig
+from dtron.entry import run_cli
+from dtron.mesh import Layout, rules_for
+from dtron.model import make_batch
+from dtron.optim import adam_init
+from dtron.params import flat, init
+from dtron.pipeline import one_stage, program
+from dtron.shape import MeshShape
+from dtron.simulate import by_rank, simulated
+from dtron.survive import Stop, Watch, diagnose
+from dtron.update import update
+
+pytestmark = pytest.mark.xdist_group("program")
+SIX = ["--steps=6", "--eval-every=0", "--sample=0", "--save-every=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return corpus(tmp_path_factory.mktemp("survive")).parent
+
+
+@pytest.fixture
+def run_dir(folder, tmp_path, monkeypatch) -> Path:
+    enter(folder, monkeypatch)
+    return tmp_path / "run"
+
+
+def weights(run_dir: Path) -> dict[str, list[int]]:
+    """Sizes and checksums of the tensors in the newest checkpoint, as files."""
+    listed = files.read_meta(checkpoint.newest(run_dir))["files"]
+    return {name: entry for name, entry in listed.items() if name != ".metadata"}  # that has the path in it
+
+
+# ---- checkpoints
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_offered(tmp_path_factory, data):
+    run_dir = tmp_path_factory.mktemp("flipped")
+    pipe = one_stage(MODEL, 1, Layout())
+    params = init(pipe.spec, MODEL.dims(), 0, Layout())
+    identity = {"text": "x"}
+    for step in (2, 4):
+        state = checkpoint.TrainState(step, step, params, adam_init(params))
+        path = checkpoint.save(run_dir, state, pipe.spec, identity)
+    file = data.draw(st.sampled_from(sorted(f for f in path.iterdir() if f.name != "meta.json")))
+    place = data.draw(st.integers(0, file.stat().st_size - 1))
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name}: is damaged.*resume from step-00000002"):
+        checkpoint.load(path, state, pipe.spec, identity)
+    assert inspect(["inspect", str(run_dir)]) == 1
+    other = checkpoint.load(files.before(path), state, pipe.spec, identity)
+    assert other.step == 2
+
+
+@given(
+    steps=st.lists(st.integers(1, 40), unique=True, max_size=12), keep=st.integers(0, 4),
+    every=st.sampled_from([0, 1, 5, 7]),
+)  # fmt: skip
+def test_what_need_not_be_kept_is_deleted(tmp_path_factory, steps, keep, every):
+    run_dir = tmp_path_factory.mktemp("kept")
+    for step in steps:
+        files.target(run_dir, step).mkdir(parents=True)
+        (files.target(run_dir, step) / "meta.json").write_text("{}")
+    files.prune(run_dir, keep, every)
+    newest = sorted(steps)[-keep:] if keep else steps
+    want = {s for s in steps if s in newest or (every and s % every == 0)}
+    assert {int(p.name.removeprefix("step-")) for p in files.whole(run_dir)} == want
+
+
+def test_saves_while_training_keep_the_last_and_change_nothing(run_dir, capsys):
+    want = losses(run(run_dir.with_name("plain"), *SIX[:3]))
+    found = run(run_dir, *SIX, "--keep=1", "--keep-every=4")
+    assert losses(found) == want
+    assert [p.name for p in files.whole(run_dir)] == ["step-00000004", "step-00000006"]
+    assert [r["step"] for r in found if "save_seconds" in r] == [2, 4, 6]
+    assert capsys.readouterr().out.count("saved ") == 3
+    assert inspect(["inspect", str(run_dir)]) == 0 and inspect(["inspect", str(files.newest(run_dir))]) == 0
+
+
+def test_a_folder_that_cannot_be_written_costs_the_checkpoint_alone(run_dir, monkeypatch, capsys):
+    """A full disk is the same to the program; by hand it was tried on one."""
+    run(run_dir, *SIX, "--steps=2")
+    good = files.newest(run_dir)
+    for step in (4, 6):  # a file where a folder must be
+        files.target(run_dir, step).with_suffix(".part").write_text("")
+
+    monkeypatch.setattr(train, "clear_parts", lambda run_dir: None)
+    assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", *SIX, "--resume"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("warning: ") == 2 and out.count("training goes on") == 2
+    assert "step-00000006: cannot write the checkpoint" in err and err.count("\n") == 1
+    assert [r["step"] for r in records(run_dir)] == [1, 2, 3, 4, 5, 6]  # training went on
+    assert files.newest(run_dir) == good and not files.damaged(good, files.read_meta(good))
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", Stop.SIGNALS)
+def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsys, number):
+    run(run_dir.with_name("whole"), *SIX)
+    rate, calls = train.learning_rate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return rate(*args)
+
+    monkeypatch.setattr(train, "learning_rate", interrupted)
+    found = run(run_dir, *SIX, "--save-every=0")
+    assert [r["step"] for r in found] == [1, 2, 3] and files.newest(run_dir).name == "step-00000003"
+    assert f"stopped by {number.name} after step 3; go on with --resume" in capsys.readouterr().out
+    assert signal.getsignal(number) not in (None, Stop._note)
+    run(run_dir, *SIX, "--resume")
+    assert weights(run_dir) == weights(run_dir.with_name("whole"))  # to the bit
+
+
+def stop_on_pool(asked: int) -> tuple[bool, str]:
+    """A job for the pool: one rank alone gets a signal."""
+    import torch.distributed as dist
+
+    with Stop(dist.group.WORLD) as stop:
+        before = stop.asked()
+        if dist.get_rank() == asked:
+            signal.raise_signal(signal.SIGUSR1)
+        return before, stop.asked(), stop.name
+
+
+@pytest.mark.xdist_group("pool")
+def test_ranks_agree_to_stop(pool):
+    assert pool.run(stop_on_pool, 2) == [(False, True, "SIGUSR1")] * 4
+
+
+def test_what_torchrun_starts_again_resumes_by_itself(run_dir, monkeypatch, capsys):
+    run(run_dir, *SIX, "--steps=2")
+    assert "--resume" in refused(capsys, f"--run-dir={run_dir}", *SIX)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [r["step"] for r in run(run_dir, *SIX)] == [1, 2, 3, 4, 5, 6]
+    assert "resumed at step 2" in capsys.readouterr().out
+
+
+def killed(argv: list[str], moment: float, processes: int) -> bool:
+    """Start train.py and kill it, with all its ranks, after so many seconds; whether it had not ended."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    try:
+        process.wait(moment)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def survives(run_dir: Path, mesh: str, kills: int, seed: int) -> int:
+    """Kill a run again and again, then let it end; how many kills met it running."""
+    argv = [
+        *TINY,
+        "--steps=12",
+        "--eval-every=0",
+        "--sample=0",
+        "--save-every=1",
+        f"--mesh={mesh}",
+        "--zero=3",
+    ]
+    n = MeshShape.parse(mesh).size
+    argv += ["--keep=2", f"--run-dir={run_dir}", f"--mesh={mesh}", "--zero=3"]
+    rng, met = random.Random(seed), 0
+    for _ in range(kills):
+        resume = ["--resume"] if files.newest(run_dir) else []
+        met += killed([*argv, *resume], rng.uniform(4.0, 14.0), n)
+        for path in files.whole(run_dir):
+            assert not files.damaged(path, files.read_meta(path))
+    if files.newest(run_dir) is None or files.read_meta(files.newest(run_dir))["step"] < 12:
+        resume = ["--resume"] if files.newest(run_dir) else []
+        assert not killed([*argv, *resume], 300.0, n)
+    return met
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir):
+    run(
+        run_dir.with_name("whole"),
+        "--steps=12",
+        "--eval-every=0",
+        "--sample=0",
+        "--save-every=12",
+        "--zero=3",
+    )
+    survives(run_dir, "dp=1", 2, seed=0)
+    assert weights(run_dir) == weights(run_dir.with_name("whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "kills"), [("dp=2", 25), ("dp=2,tp=2", 25)])
+def test_fifty_kills(run_dir, mesh, kills):
+    """To the bit on the mesh; to 1e-5 on one device."""
+    survives(run_dir.with_name("whole"), mesh, 0, seed=0)
+    assert survives(run_dir, mesh, kills, seed=len(mesh)) > kills // 2
+    assert weights(run_dir) == weights(run_dir.with_name("whole"))
+    found = losses(records(run_dir))
+    one = run(run_dir.with_name("one"), "--steps=12", "--eval-every=0", "--sample=0")
+    assert found == pytest.approx(losses(one), rel=1e-5)
+
+
+# ---- steps that are not finite
+
+
+def steps_of(rule, spoil: int | None) -> list[torch.Tensor]:
+    """Weights and moments after three updates, of which number ``spoil`` meets a loss of NaN."""
+    layout, found = Layout(), []
+    pipe = one_stage(MODEL, 2, layout)
+    params = init(pipe.spec, MODEL.dims(), 0, layout)
+    opt, functions = adam_init(params), program(MODEL, layout)
+    spoiled = replace(functions, stage=lambda *a: (functions.stage(*a)[0] * math.nan, None))
+    for number in range(3):
+        batches = [make_batch(r, layout) for r in random_rows(TEN, number).chunk(2)]
+        fn = spoiled if number == spoil else functions
+        loss, norm, _, params, opt = update(
+            fn, pipe, MODEL, 1, OptimConfig(), params, opt, batches, 64, 1e-2, rule=rule
+        )
+        assert loss.isfinite().item() == (number != spoil)
+        found.append([x.clone() for tree in (params, opt.m, opt.v) for x in flat(tree)])
+    assert opt.step == 3
+    return found
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_step_that_is_not_finite_moves_nothing(compile):
+    rule = compiled_rule("aot_eager") if compile else None
+    first, second, third = steps_of(rule, 1)
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+    assert not any(a.equal(b) for a, b in zip(second, third, strict=True))
+    assert all(x.isfinite().all() for x in third)
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
+    shape = MeshShape.parse(mesh)
+    with simulated(shape) as device_mesh:
+        layout = Layout(device_mesh, rules_for(1))
+        pipe = one_stage(MODEL, 2, layout)
+        params = init(pipe.spec, MODEL.dims(), 0, layout)
+        functions, rank = program(MODEL, layout), shape.size - 1
+        batches = [make_batch(r, layout) for r in random_rows(TEN, 0).chunk(2)]
+        if where == "weight":
+            w = params[0].blocks[1].mlp.w_up
+            by_rank(w.to_local() if hasattr(w, "to_local") else w, 0)[rank][0, 0] = math.inf
+            want = f"blocks.1.mlp.w_up itself is not finite on rank {rank} (1 in all)"
+        else:
+            plain = functions.stage
+            spoilt = lambda p, x, batch: (
+                plain(p, x, batch)[0] * (math.nan if batch is batches[1] else 1.0),
+                None,
+            )
+            functions = replace(functions, stage=spoilt)
+            want = "the gradient of w_head is not finite on rank"
+        said = diagnose(functions, params, batches, pipe, 1)
+        assert want in said
+        assert where == "weight" or "in microbatch 1 " in said
+        if where == "gradient":
+            clean = diagnose(program(MODEL, layout), params, batches, pipe, 1)
+            assert "are finite" in clean
+
+
+def test_a_run_that_comes_to_nothing_stops_and_says_why(run_dir, capsys):
+    argv = [*TINY, f"--run-dir={run_dir}", "--optim.lr=1e30", "--steps=30", "--max-skips=3"]
+    assert run_cli(train.main, argv) == 2
+    out, err = capsys.readouterr()
+    assert "3 steps in a row came to nothing; " in err and "--optim.lr" in err and err.count("\n") == 1
+    assert "not finite; skipped, 1 in a row" in out
+    assert records(run_dir)[-1]["skipped"] >= 2 and records(run_dir)[-1]["grad_norm"] is None
+
+
+@given(st.lists(st.floats(1.0, 1.2), min_size=25, max_size=60), st.floats(3.0, 9.0))
+def test_a_spike_is_noticed_and_noise_is_not(usual, high):
+    watch = Watch(3)
+    assert not any(watch.note(i, x, 1.0) for i, x in enumerate([1.0, 1.1, 1.2] * 10))
+    assert "jumped to" in watch.note(99, high, 1.0)
+    assert watch.note(100, math.nan, 1.0) and watch.note(101, 1.0, math.inf)
+    assert watch.skipped == watch.in_a_row == 2 and not watch.over
+    assert watch.note(102, 1.1, 1.0) is None and watch.in_a_row == 0
