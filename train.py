@@ -123,7 +123,7 @@ def train(
     while state.step < config.steps and not (stopped := stop.asked()):
         recorder.begin()
         columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
-        microbatches = split(columns, here, layout, m.mtp.depth)
+        microbatches = split(columns, here, layout, config.zigzags, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
         loss, norm, told, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
@@ -203,12 +203,14 @@ def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None]
     return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
 
 
-def split(columns: list[Tensor | None], here: Plan, layout: Layout, depth: int = 0) -> list[Batch]:
+def split(
+    columns: list[Tensor | None], here: Plan, layout: Layout, zigzag: bool, depth: int = 0
+) -> list[Batch]:
     """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
     count = len(columns[0]) // here.rows
     on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
     parts = [[None] * count if x is None else on_device(x) for x in columns]
-    return [make_batch(rows, layout, *others, depth) for rows, *others in zip(*parts, strict=True)]
+    return [make_batch(rows, layout, *others, depth, zigzag) for rows, *others in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
@@ -217,7 +219,7 @@ def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) 
     count."""
     held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     columns, tokens = load(held.filled(here.rows), config, here)
-    batches = split(columns, here, pipe.layout)
+    batches = split(columns, here, pipe.layout, config.zigzags)
     weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, batches, pipe)

@@ -67,7 +67,7 @@ def functions(way: str, m, layout: Layout) -> Program:
 def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
     table = rope_tables(m.rope, batch.positions_T, m.head_dim, x_TD.dtype)
     mask = Mask(batch.sequence, m.window, m.softcap)
-    mask, _ = prepare(mask, None, m.sinks, m.head_dim, x_TD, layout, "sdpa")
+    mask, _ = prepare(mask, None, m.sinks, m.head_dims, x_TD, layout, "sdpa")
     for p_block in p.blocks:
         x_TD = one(p_block, x_TD, table, mask)
     return last(p.norm, p.w_head, x_TD, batch.targets_T), None

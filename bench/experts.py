@@ -38,8 +38,8 @@ def main() -> None:
         lambda w: w.to(dtype).requires_grad_(), init(declare(MoELayer, dims), dims, 0, layout, device=device)
     )
     x = torch.randn(o.tokens, m.embed, device=device).to(dtype).requires_grad_()
-    seen = Seen(torch.ones(o.tokens, dtype=torch.bool, device=device),
-                torch.zeros(o.tokens, dtype=torch.long, device=device), 1)  # fmt: skip
+    place = torch.arange(o.tokens, device=device)
+    seen = Seen(place >= 0, torch.zeros_like(place), 1, place)
     rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
     ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
 
@@ -47,7 +47,7 @@ def main() -> None:
         return moe(p, x, seen, c, layout, dispatch=o.dispatch)[0]
 
     def router(p: MoELayer, x: Tensor) -> Tensor:
-        return route(p.router, x, seen.valid_T, seen.rows_T, 1, c, layout).weights_TK
+        return route(p.router, x, *seen[:3], c, layout, place_T=seen.place_T).weights_TK
 
     def products(p: MoELayer, rows: Tensor) -> Tensor:
         return compute(p.experts, rows, ends, c.activation)

@@ -37,7 +37,8 @@ from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
-from dtron.layers.attention import AttentionPath
+from dtron.layers.context import Method
+from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
 from dtron.optim import adam_init
@@ -52,11 +53,11 @@ from dtron.update import Recorded, update
 def main() -> None:
     o = arguments()
     m = preset(o.model)
-    m = replace(m, layers=o.layers) if o.layers else m
+    m = replace(m, layers=o.layers or m.layers, context=max(m.context, o.sequence))
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
-        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention,
+        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -76,7 +77,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
+    batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)]
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
@@ -93,7 +94,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     for _ in range(o.steps):
         if ahead is not None:
             ids = ahead.next().to(here.device, non_blocking=True)
-            batches = [make_batch(r, layout, depth=m.mtp.depth) for r in ids.split(here.rows)]
+            batches = [
+                make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)
+            ]
             waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))
@@ -127,6 +130,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
         "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
@@ -170,6 +174,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
+    p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
+    p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
     p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
     p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")

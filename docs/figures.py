@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import context_figures
 import torch
 from torch import Tensor
 
@@ -334,6 +335,8 @@ def figures() -> dict[str, str]:
         "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),
+        "zigzag.svg": context_figures.zigzag(),
+        "ring.svg": context_figures.ring(),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dtron.config import ModelConfig, nearest_divisor
 from dtron.how import How
+from dtron.layers.context import Method
 from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
 from dtron.model import declare_model
 from dtron.params import flat
 from dtron.shape import MeshShape
 
 
-def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
+def check(
+    model: ModelConfig, mesh: MeshShape, sequence: int, cp: Method = "ring", zigzag: bool = True
+) -> None:
     """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
     remedy."""
-    if mesh.cp > 1:
-        raise ValueError(
-            f"mesh cp={mesh.cp}: attention over context-parallel ranks is not there yet; leave cp out"
-        )
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
     for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
@@ -29,10 +30,22 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
                 f"use tp={nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
                 f"{-(-size // mesh.tp) * mesh.tp}"
             )
-    if sequence % mesh.tp:
+    unit = sequence_unit(mesh, zigzag)
+    if sequence % unit:
+        axes = {a: n for a, n in (("cp", mesh.cp), ("tp", mesh.tp)) if n > 1}
+        over = ",".join(f"{a}={n}" for a, n in axes.items())
+        how = ", two parts a rank" if mesh.cp > 1 and zigzag else ""
         raise ValueError(
-            f"data.sequence={sequence} over tp={mesh.tp}: sequence parallelism cuts the tokens over tp, "
-            f"which must divide them; use --data.sequence {-(-sequence // mesh.tp) * mesh.tp}"
+            f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
+            f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
+        )
+    name = "heads" if model.latent else "kv_heads"  # in latent attention every head has its own
+    size, both = getattr(model, name), mesh.tp * mesh.cp
+    if mesh.cp > 1 and cp == "ulysses" and size % both:
+        raise ValueError(
+            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
+            f"model.{name}={size}, which cp must divide; use --cp ring, which takes any number of heads, or "
+            f"--model.{name.replace('_', '-')} {-(-size // both) * both}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise ValueError(
@@ -44,6 +57,12 @@ def check(model: ModelConfig, mesh: MeshShape, sequence: int) -> None:
             f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
             f"{model.context} or --model.context {sequence}"
         )
+
+
+def sequence_unit(mesh: MeshShape, zigzag: bool) -> int:
+    """What the length of a sequence must be a multiple of: over cp every rank has as many of its tokens, in
+    zig-zag order two halves of them, and over tp each has as many of those."""
+    return mesh.cp * math.lcm(mesh.tp, 2 if mesh.cp > 1 and zigzag else 1)
 
 
 def check_experts(model: ModelConfig, mesh: MeshShape) -> None:

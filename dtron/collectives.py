@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import ExplicitRedistributionContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.mesh import expert_ranks
+from dtron.mesh import ranks_along
 from dtron.simulate import one_rank
 
 _KINDS = {
@@ -54,8 +54,9 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         names = mesh.mesh_dim_names if mesh is not None else ()
         self._axis = {mesh.get_group(name).group_name: name for name in names}
-        if mesh is not None and (experts := expert_ranks(mesh)) is not None:
-            self._axis.setdefault(experts.get_group().group_name, "ep")
+        for axis in ("ep", "cp"):  # groups of their own where they are several dims of the mesh
+            if (ranks := ranks_along(mesh, axis)) is not None:
+                self._axis.setdefault(ranks.get_group().group_name, axis)
         self.count: Counter[Collective] = Counter()
         self.bytes: Counter[Collective] = Counter()
         self.order: list[Collective] = []

@@ -115,7 +115,8 @@ class OnLocals:
 
     def _traced(self, fn: Callable, tree: Any, lies: list[Lies], x: tuple[Tensor, ...], before, batch, parts):
         here = self._layout.from_local
-        batch = replace(batch, **{name: here(part, "tokens") for name, part in parts.items()})
+        mesh = self._layout.mesh
+        batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
         like = next(getattr(batch, name) for name in parts)
         whole = lambda w, at: Whole.apply(w, like, code(at.placements), tuple(at.shape), at.stride)
         p = unflatten(tree, [whole(w, at) for w, at in zip(flat(tree), lies, strict=True)])
@@ -136,10 +137,11 @@ def _own(y: DTensor) -> Tensor:
     return y.to_local(grad_placements=[Replicate() if at.is_partial() else at for at in y.placements])
 
 
-def _apart(batch: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A batch without its tensors, and this rank's part of each."""
+def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Lies]]]:
+    """A batch without its tensors, and of each this rank's part and where it lies."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
-    return replace(batch, **dict.fromkeys(tensors)), {name: local(x) for name, x in tensors.items()}
+    parts = {name: (local(x), Lies.of(x)) for name, x in tensors.items()}
+    return replace(batch, **dict.fromkeys(tensors)), parts
 
 
 def compiled_rule(backend: str = "inductor") -> Rule:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dtron.fp8.recipe import SMALLEST
 from dtron.how import Fp8, How
+from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
@@ -336,8 +337,8 @@ class RunConfig:
     """Train a transformer on any device mesh, with the same result on every mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, tp, and ep, etp for experts); a
-    dp left out takes the rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for experts);
+    a dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
     use"""
@@ -377,6 +378,11 @@ class RunConfig:
     keep half of what none keeps"""
     attention: AttentionPath = "auto"
     """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
+    cp: Method = "ring"
+    """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of sequences"""
+    zigzag: Literal["auto", "on", "off"] = "auto"
+    """over cp: a rank has an early and a late part of each sequence, so that all have the same work; auto:
+    not for ulysses, where they have it anyway"""
     fp8: Fp8 = "none"
     """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the weight's
     gradient in high precision"""
@@ -435,7 +441,13 @@ class RunConfig:
 
     @property
     def how(self) -> How:
-        return How(self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.dispatch)
+        return How(
+            self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.cp, self.dispatch
+        )
+
+    @property
+    def zigzags(self) -> bool:
+        return self.zigzag == "on" or (self.zigzag == "auto" and self.cp != "ulysses")
 
 
 def nearest_divisor(n: int, near: int) -> int:

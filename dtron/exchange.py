@@ -8,6 +8,7 @@ is an all-to-all with the splits swapped, that of an all-gather a reduce-scatter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -75,6 +76,35 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         return _gather(g.contiguous(), ctx.ranks), None
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks, as a mesh of one dim, and the place of this one among them."""
+
+    ranks: DeviceMesh
+    place: int
+
+
+def shift(x: Tensor, peers: Peers, by: int = 1) -> Tensor:
+    """In a ring: x goes to the rank that is ``by`` further on, and that of the one as far behind comes. It is
+    on its way: ``wait`` for it, and let work that does not need it come first. Not differentiable. An
+    all-to-all of which all other parts are empty; a send would be no functional collective."""
+    n = peers.ranks.size()
+    to, of = (_one_hot(x.shape[0], peers.place + d, n) for d in (by, n - by))
+    group = peers.ranks.get_group().group_name
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, group)
+
+
+def wait(x: Tensor) -> Tensor:
+    """For what ``shift`` gave."""
+    return funcol.wait_tensor(x)
+
+
+def _one_hot(size: int, at: int, n: int) -> list[int]:
+    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's number is
+    one for each rank, and compares with nothing."""
+    return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
 
 
 def _swap(x: Tensor, ranks: DeviceMesh, received: Splits, sent: Splits) -> Tensor:

@@ -37,7 +37,7 @@ from dtron.hf.load import Source
 from dtron.hf.safetensors import read_json
 from dtron.launch import plan, ranks
 from dtron.layers.past import Past, empty_past
-from dtron.mesh import Layout
+from dtron.mesh import Layout, by_rows
 from dtron.model import Transformer, embed, make_batch, stage_logits
 from dtron.params import gather
 from dtron.pipeline import Pipeline
@@ -98,9 +98,10 @@ class Decoder:
         pipe: Pipeline,
         device: str,
     ):
-        layout, unit = pipe.layout, pipe.layout.parts("tokens_sp")
+        layout = by_rows(pipe.layout)
+        unit = layout.parts("tokens_sp")
         self._rows, self._filled = rows, -(-rows // unit) * unit
-        self._m, self._pipe, self._device = m, pipe, device
+        self._m, self._pipe, self._layout, self._device = m, pipe, layout, device
         weights = gather(params, layout)
         heads, axis = (m.heads, "heads") if m.latent else (m.kv_heads, "kv_heads")
         dtype = weights[0].blocks[0].norm_1.scale.dtype
@@ -116,7 +117,7 @@ class Decoder:
         first = torch.tensor([*starts, *[0] * fill])
         places = first[:, None] + torch.arange(longest)
         last = torch.tensor([len(row) - 1 for row in new] + [0] * fill)
-        layout = self._pipe.layout
+        layout = self._layout
         tokens, places, last = (x.to(self._device) for x in (tokens, places, last))
         batch = make_batch(tokens, layout, positions_BS=places)
         functions = _functions(self._m, layout, layout.shard(last, "tokens"))

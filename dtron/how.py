@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
+from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.moe.dispatch import Dispatch
 
@@ -15,14 +16,15 @@ Fp8 = Literal["none", Scaling]
 @dataclass(frozen=True)
 class How:
     """What may differ between two runs of one model without changing the result, beyond rounding: what is
-    computed again in backward, which kernels attend, which products are made in FP8, how tokens reach their
-    experts. Flags of the run."""
+    computed again in backward, which kernels attend and how over cp, which products are made in FP8, how
+    tokens reach their experts. Flags of the run."""
 
     recompute: str = "none"
     attention: AttentionPath = "auto"
     fp8: Fp8 = "none"
     fp8_ends: bool = False
     fp8_smallest: int = SMALLEST
+    cp: Method = "ring"
     dispatch: Dispatch = "auto"
 
     def __post_init__(self) -> None:

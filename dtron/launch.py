@@ -53,7 +53,7 @@ def plan(config: RunConfig) -> Plan:
             f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
         )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
-    check(config.model, shape, config.data.sequence)
+    check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, Layout())  # refuses a schedule or a split that cannot be
     device = _device(config)

@@ -33,7 +33,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, code, shard
-from dtron.exchange import all_reduce
+from dtron.exchange import Peers, all_reduce
 from dtron.shape import MeshShape, is_part, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
@@ -60,6 +60,8 @@ RULES: Rules = {
     # activations
     "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
     "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
+    "rows": ("dp_replicate", "dp"),  # tokens where each rank needs its sequences whole
+    "sequence": ("cp",),  # the parts of a sequence
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
     "act_q_rank": (),
     "act_kv_rank": (),
@@ -134,13 +136,13 @@ def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
     return init_device_mesh(device_type, list(atoms.values()), mesh_dim_names=list(atoms))
 
 
-def expert_ranks(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The ranks that tokens are sent between, as a mesh of one dim, ``ep``; None where there are none. The
-    first time, every process must call this: it makes a process group where ep is several atoms."""
-    atoms = parts(mesh.mesh_dim_names, "ep") if mesh is not None else ()
+def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
+    """The ranks along one axis, as a mesh of one dim; None where there are none. The first time, every
+    process must call this: it makes a process group where the axis is several atoms."""
+    atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
     if not atoms:
         return None
-    return mesh[atoms]._flatten("ep") if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
+    return mesh[atoms]._flatten(axis) if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -154,7 +156,8 @@ class Layout:
     """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is the
     identity.
 
-    ``experts``, made of the mesh, are the ranks that tokens are sent between, as a mesh of one dim.
+    ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep), as a mesh
+    of one dim, and those that have the parts of a sequence (cp).
     ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
     ``reduce`` the dtype that a weight's gradient is cast to before any reduction (None: the weight's own).
 
@@ -167,9 +170,23 @@ class Layout:
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
     experts: DeviceMesh | None = field(init=False, default=None, compare=False)
+    context: Peers | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", expert_ranks(self.mesh))
+        object.__setattr__(self, "experts", ranks_along(self.mesh, "ep"))
+        object.__setattr__(self, "context", self._peers("cp"))
+
+    def _peers(self, axis: str) -> Peers | None:
+        ranks = ranks_along(self.mesh, axis)
+        if ranks is None:
+            return None
+        # Asked here, and of the whole mesh: simulated ranks find it by tensor operations, once for a mesh,
+        # which a region that is recomputed would count as its own.
+        place, coordinate = 0, self.mesh.get_coordinate()
+        for atom in parts(self.axes, axis):
+            i = self.axes.index(atom)
+            place = place * self.mesh.size(i) + coordinate[i]
+        return Peers(ranks, place)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -305,3 +322,9 @@ class Layout:
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
         return all_reduce(x, self.mesh, self.dims(axis), op)
+
+
+def by_rows(layout: Layout) -> Layout:
+    """The layout with cp one more way to cut rows, for what has no sequences to cut, as in generation, where
+    a row's next token is but one. Weights lie where they lay."""
+    return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

@@ -18,7 +18,8 @@ from torch import Tensor
 from dtron.config import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
-from dtron.layers.attention import Attention, attention, prepare
+from dtron.layers.attention import Attention, attention
+from dtron.layers.context import Context, prepare
 from dtron.layers.cores import AttentionPath, Mask, with_bias
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.loss import IGNORE, Loss, cross_entropy, logits, over_all
@@ -31,6 +32,7 @@ from dtron.mesh import Layout
 from dtron.moe.dispatch import Dispatch
 from dtron.moe.layer import MoELayer, Seen, moe
 from dtron.mtp import look_ahead, module
+from dtron.order import as_tokens
 from dtron.params import Weight, declare, flat, gather, part, value, weight
 from dtron.recompute import run_block
 from dtron.schedules.run import Extra
@@ -77,10 +79,11 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens one after the other, ``[T@tokens]`` each. A
-    target is the next token, or IGNORE; ``rows_T`` is the row of a token. ``documents_T`` is None where a row
-    is one document. ``tokens_TA`` and ``targets_TA [T@tokens, depth]`` are those further ahead, for
-    multi-token prediction; None: without it."""
+    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the other unless
+    cp cuts them (see order.py). A target is the next token, or IGNORE; ``rows_T`` is the row of a token.
+    ``documents_T [T@rows]`` are whole rows, always one after the other, or None where a row is one document.
+    ``tokens_TA`` and ``targets_TA [T@tokens, depth]`` are those further ahead, for multi-token prediction;
+    None: without it."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -88,18 +91,19 @@ class Batch:
     rows_T: Tensor
     documents_T: Tensor | None
     sequence: int
+    zigzag: bool
     tokens_TA: Tensor | None = None
     targets_TA: Tensor | None = None
 
 
 def make_batch(
     rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None,
-    counted_BS: Tensor | None = None, depth: int = 0,
+    counted_BS: Tensor | None = None, depth: int = 0, zigzag: bool = True,
 ) -> Batch:  # fmt: skip
     """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
     shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss; and for
-    ``depth`` modules of multi-token prediction, shifted further. Every rank
-    passes the same rows and keeps its own."""
+    ``depth`` modules of multi-token prediction, shifted further. Every rank passes the same rows and keeps
+    its own: over cp, parts of them, in ``zigzag`` order or contiguous."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     if counted_BS is not None:
         targets = targets.masked_fill(~counted_BS, IGNORE)
@@ -108,9 +112,10 @@ def make_batch(
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
     rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
     ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
-    place = lambda t: None if t is None else layout.shard(t.flatten(0, 1), "tokens")
-    main = (place(t) for t in (tokens, targets, positions_BS, rows, documents_BS))
-    return Batch(*main, s, *(place(t) for t in ahead))
+    place = lambda t: None if t is None else layout.shard(as_tokens(t, layout, zigzag), "tokens")
+    documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
+    main = (place(t) for t in (tokens, targets, positions_BS, rows))
+    return Batch(*main, documents, s, zigzag, *(place(t) for t in ahead))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
@@ -124,8 +129,9 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 def block(
     p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
-    documents_T: Tensor | None, mask: Mask, m: ModelConfig, layout: Layout, path: AttentionPath = "auto",
-    recipe: Recipe | None = None, dispatch: Dispatch = "auto", past: Past | None = None,
+    documents_T: Tensor | None, mask: Mask | Context, m: ModelConfig, layout: Layout,
+    path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
+    past: Past | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
     loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
@@ -217,8 +223,8 @@ def _runner(
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     masks = {
         window: prepare(
-            Mask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks,
-            min(m.head_dims), x_TD, layout, how.attention,
+            Mask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
+            x_TD, layout, how.attention, how.cp, batch.zigzag,
         )
         for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
     }  # fmt: skip
@@ -229,7 +235,8 @@ def _runner(
         targets_T = batch.targets_T if targets_T is None else targets_T
         run_it = around(
             partial(
-                block, seen=_seen(targets_T, batch, layout) if sparse[i] else None, table_TH=table_TH,
+                block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
+                table_TH=table_TH,
                 documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
                 recipe=how.recipe(end), dispatch=how.dispatch,
                 past=None if past is None else replace(past[i], places_T=batch.positions_T),
@@ -273,11 +280,15 @@ def _ahead(
     return losses, extras
 
 
-def _seen(targets_T: Tensor, batch: Batch, layout: Layout) -> Seen:
+def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> Seen:
     """Each rank takes its part: local."""
     valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
     rows = batch.tokens_T.shape[0] // batch.sequence
-    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows)
+    place_T = None
+    if balanced:
+        place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
+        place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
+    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
 
 
 def _extra(

@@ -10,7 +10,8 @@ on, its placement, its whole shape and one rank's, and the bytes one rank holds 
 
 ``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks hold.
 Nothing is allocated and no process is started: placements follow from the rules, so this works for a mesh of
-any size on any machine. Left out: activations, whose size depends on the batch.
+any size on any machine. A second table has the activations of one row of a sequence, by its length; see
+memory.py.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dtron.checks import check
+from dtron import memory
+from dtron.checks import check, sequence_unit
 from dtron.config import ModelConfig
+from dtron.layers.context import Method
 from dtron.mesh import RULES, place, rules_for
 from dtron.model import Transformer, declare_model
 from dtron.params import Weight, flat
@@ -49,6 +52,8 @@ class ShowConfig:
     """ZeRO stage"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of computation; master weights, gradients and optimizer are float32"""
+    cp: Method = "ring"
+    """attention over cp, for its messages"""
     svg: str | None = None
     """also draw the mesh and one block, to this file"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -217,17 +222,21 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, ShowConfig(), prog="python -m dtron.show")
     shape = MeshShape.parse(config.mesh)
-    check(config.model, shape, shape.tp)
+    unit = sequence_unit(shape, zigzag=True)
+    check(replace(config.model, context=max(unit, config.model.context)), shape, unit, config.cp)
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 150))  # nobody wants a table wrapped in a file
-    stages = cut(config.model, layers_per_stage(config.model, shape.pp, shape.tp))
+    layers = layers_per_stage(config.model, shape.pp, shape.tp)
+    stages, most = cut(config.model, layers), 0
     for number, spec in enumerate(stages):
         found = rows(config.model, shape, config.zero, compute, spec=spec)
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
+        most = max(most, sum(total(found)))
+    console.print(memory.table(config.model, shape, config.cp, layers, most, memory.sequences(unit)))
     console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
         try:

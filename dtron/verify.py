@@ -25,6 +25,7 @@ from dtron.checks import check, microbatches
 from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
 from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, Schedule
 from dtron.dtensor import full
+from dtron.layers.context import Method
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, rules_for
 from dtron.model import make_batch, valid_tokens
@@ -80,7 +81,7 @@ def one_step(
         params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
-            make_batch(*one, depth=m.mtp.depth)
+            make_batch(*one, depth=m.mtp.depth, zigzag=config.zigzags)
             for one in zip(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )
@@ -179,6 +180,10 @@ class VerifyConfig:
     """several documents in a sequence, which attend within themselves only"""
     recompute: str = "none"
     """activations computed again in backward"""
+    cp: Method = "ring"
+    """attention over cp"""
+    zigzag: Literal["auto", "on", "off"] = "auto"
+    """over cp: each rank has an early and a late part of a sequence"""
     schedule: Schedule = "1f1b"
     """pipeline schedule"""
     seed: int = 0
@@ -194,7 +199,7 @@ class VerifyConfig:
         return RunConfig(
             mesh=self.mesh, zero=self.zero, batch=self.batch or count * micro_batch * shape.data,
             micro_batch=micro_batch, recompute=self.recompute, schedule=self.schedule, seed=self.seed,
-            pipeline=self.pipeline, model=self.model,
+            cp=self.cp, zigzag=self.zigzag, pipeline=self.pipeline, model=self.model,
             data=DataConfig(sequence=self.sequence, document_mask=self.document_mask),
         )  # fmt: skip
 
@@ -204,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, VerifyConfig(), prog="python -m dtron.verify").run()
     shape = MeshShape.parse(config.mesh)
-    check(config.model, shape, config.data.sequence)
+    check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, Layout())  # refuses what cannot be
     console = Console()

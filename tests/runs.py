@@ -61,7 +61,7 @@ def train(
     for step in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, step).to(device)
-        batches = [make_batch(r, layout, depth=m.mtp.depth) for r in rows.chunk(count)]
+        batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in rows.chunk(count)]
         state = (params, opt, batches, valid_tokens(rows), 1e-2)
         loss, norm, _, params, opt = update(
             functions, pipe, m, config.zero, config.optim, *state, gather_each=each

@@ -160,14 +160,16 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
-def steps_on_pool(mesh: str, zero: int, backend: str | None, path: str = "auto") -> list[float]:
+def steps_on_pool(
+    mesh: str, zero: int, backend: str | None, path: str = "auto", cp: str = "ring"
+) -> list[float]:
     """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
     where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
     torch.compiler.reset()  # or jobs before this one would count as recompilations
     shape, m = MeshShape.parse(mesh), MODEL if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
-    functions = program(m, layout, How(attention=path), splits=False)
+    functions = program(m, layout, How(attention=path, cp=cp), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
@@ -222,6 +224,26 @@ def collectives_on_pool(mesh: str, zero: int, backend: str | None) -> dict[str, 
 def test_a_compiled_step_communicates_what_an_eager_one_does(pool):
     want, got = (pool.run(collectives_on_pool, "tp=4", 1, backend)[0] for backend in (None, "aot_eager"))
     assert got == want and all(want.values())
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize(
+    ("cp", "path"),
+    [
+        ("ring", "auto"),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (("ring", "reference"), ("ulysses", "auto"), ("allgather", "auto"))
+        ),
+    ],
+)
+def test_attention_over_cp_compiles(pool, cp, path):
+    """With its exchanges, in one graph; and backward exchanges too: a custom function whose gradients a
+    compiler takes for zero, or a rank's own, is another loss in the next step."""
+    mesh = "dp=2,cp=2" if path == "auto" else "cp=4"
+    want = pool.run(steps_on_pool, mesh, 3, None, path, cp)
+    got = pool.run(steps_on_pool, mesh, 3, "aot_eager", path, cp)
+    assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
 
 
 @pytest.mark.xdist_group("pool")

@@ -24,7 +24,7 @@ from dtron.shape import MeshShape
         ({"sequence": 2049}, "data.sequence=2049.*2048 or --model.context 2049", {"context": 2049}),
         ({"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
          "model.vocab=4 over tp=3.*use --model.vocab-multiple 3", {"vocab_multiple": 3}),
-        ({"mesh": "cp=2,dp=2"}, "mesh cp=2.*leave cp out", {"mesh": "dp=2"}),
+        ({"mesh": "cp=2", "sequence": 18}, "sequence=18 over cp=2.*--data.sequence 20", {"sequence": 20}),
     ],
 )  # fmt: skip
 def test_check(values, message, remedy):

@@ -120,7 +120,7 @@ def same_on(mesh: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh, name", [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts")]
+    "mesh, name", [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts"), ("cp=2", "latent")]
 )
 def test_the_mesh_changes_nothing(mesh, name):
     same_on(mesh, name)
@@ -128,7 +128,7 @@ def test_the_mesh_changes_nothing(mesh, name):
 
 @pytest.mark.slow
 @settings(max_examples=12)
-@given(meshes(6), st.sampled_from(sorted(WIDE)))
+@given(meshes(6, ("dp", "cp", "tp")), st.sampled_from(sorted(WIDE)))
 def test_no_mesh_changes_anything(mesh, name):
     same_on(mesh, name)
 

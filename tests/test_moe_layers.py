@@ -92,7 +92,9 @@ def logits_router(logits: Tensor, c: MoE, balance: Tensor | None = None, valid=N
     valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
     rows = torch.zeros(n, dtype=torch.long) if rows is None else rows
     w = torch.eye(e, dtype=logits.dtype)
-    return route(Router(w, None, balance), logits, valid, rows, int(rows.max()) + 1, c, ONE)
+    return route(
+        Router(w, None, balance), logits, valid, rows, int(rows.max()) + 1, c, ONE, place_T=torch.arange(n)
+    )
 
 
 def test_scores():

@@ -178,6 +178,11 @@ def test_simulated_ranks_give_the_losses_of_one_device(run_dir, one_device, caps
     assert "dp=2,tp=2 (4 ranks, cpu, float32, zero 3)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cp", ["ring", "ulysses"])
+def test_context_parallel_ranks_give_the_losses_and_the_validation_of_one_device(run_dir, one_device, cp):
+    agree(run(run_dir, "--simulate", "--mesh=cp=2", f"--cp={cp}"), one_device)
+
+
 def test_simulated_and_plain_runs_may_follow_each_other_in_one_process(run_dir, one_device):
     for argv in (MANY, [], MANY):
         agree(run(run_dir, *argv), one_device)
@@ -315,7 +320,7 @@ def refused(capsys, *argv: str) -> str:
         ("--simulate --mesh dp=-2", ["'-2'", "positive"]),
         ("--simulate --mesh dp=two", ["'two'", "positive"]),
         ("--simulate --mesh dp", ["dp has size ''", "dp=2"]),
-        ("--simulate --mesh cp=2", ["cp=2", "not there yet"]),
+        ("--simulate --mesh cp=2 --data.sequence 14", ["data.sequence=", "over cp=2", "multiple of 4"]),
         ("--simulate --mesh pp=2", ["2 pipeline stages for model.layers=1", "--model.layers 2"]),
         ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split 3,2", ["3,2", "sum to model.layers=4"]),
         ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split 4", ["must be 2 positive numbers"]),

@@ -2,8 +2,8 @@
 
 Tensor parallelism cuts the heads: each rank projects, rotates and attends with its own heads, and only
 ``w_o`` needs the others (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a local region: each
-rank holds whole sequences of its own heads, unfolds tokens to ``[B, S, N, H]`` and never communicates. Which
-kernels it runs on is the business of cores.py.
+rank unfolds the tokens of its own heads to ``[B, S, N, H]``. Which kernels it runs on is the business of
+cores.py, and what it communicates where cp cuts the sequences, otherwise nothing, that of context.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from functools import partial
 from torch import Tensor
 
 from dtron.fp8 import Recipe
-from dtron.layers.cores import CORES, AttentionPath, Mask, choose, with_blocks
+from dtron.layers.context import Context, attend
+from dtron.layers.cores import CORES, AttentionPath, Mask
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.past import Past, recall
@@ -43,17 +44,18 @@ def attention(
     x_TD: Tensor,
     table_TH: Tensor | None,
     documents_T: Tensor | None,
-    mask: Mask,
+    mask: Mask | Context,
     layout: Layout,
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
     past: Past | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation) and
-    ``documents_T`` the document of each token (None: one per sequence), both ``[T@tokens]``. ``path``: the
-    kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and values of earlier tokens,
-    to which these are added; see past.py."""
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation)
+    of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token of a row in the
+    row's own order (None: one per sequence). ``mask`` is a ``Context`` where cp cuts the rows, see
+    context.py; ``path``: the kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and
+    values of earlier tokens, to which these are added; see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
@@ -61,8 +63,9 @@ def attention(
     if p.q_norm is not None:
         q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
-    ins = (q, kv, kv, ("tokens", None), ("tokens",), ("heads",), kv, kv, ("tokens",))
-    region = layout.local(partial(core, path=path, mask=mask), ins, q)
+    ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
+    region = layout.local(partial(core, path=path, mask=mask, layout=layout), ins, q)
+    # Over cp: see context.py.
     o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
@@ -72,26 +75,6 @@ def attention(
 def parts(past: Past | None) -> tuple[Tensor | None, ...]:
     """What a local region takes of it."""
     return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
-
-
-def prepare(
-    mask: Mask,
-    documents_T: Tensor | None,
-    sinks: bool,
-    head_dim: int,
-    x_TD: Tensor,
-    layout: Layout,
-    path: AttentionPath = "auto",
-) -> tuple[Mask, AttentionPath]:
-    """What all layers of a stage share, made once: the path that ``auto`` stands for, and for flex the blocks
-    of its mask (of this rank's documents: nothing is communicated)."""
-    path = choose(path, mask, documents_T is not None, sinks, head_dim, x_TD.dtype, x_TD.device)
-    if path != "flex":
-        return mask, path
-    documents = None
-    if documents_T is not None:
-        documents = layout.to_local(documents_T, "tokens").unflatten(0, (-1, mask.sequence))
-    return with_blocks(mask, documents, x_TD.device), path
 
 
 def core(
@@ -105,19 +88,16 @@ def core(
     past_v: Tensor | None,
     places_T: Tensor | None,
     path: AttentionPath,
-    mask: Mask,
+    mask: Mask | Context,
+    layout: Layout,
 ) -> Tensor:
-    """Rank-local: whole sequences of a rank's heads. Values may have another width than queries and keys, and
-    the output has theirs."""
+    """Rank-local: a rank's heads of its tokens. Values may have another width than queries and keys, and the
+    output has theirs. With a past, rows are whole, ``path`` is one for a mask that is a matrix, and there are
+    no documents."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
-    unfold = lambda t: t.unflatten(0, (-1, mask.sequence)).transpose(1, 2)
-    q = unfold(q_TNH)
     if past_k is None:
-        k, v = unfold(k_TKH), unfold(v_TKH)
-    else:
-        k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
-    documents = None if documents_T is None else documents_T.unflatten(0, (-1, mask.sequence))
-    narrowest = min(q.shape[-1], v.shape[-1])
-    path = choose(path, mask, documents is not None, sinks_N is not None, narrowest, q.dtype, q.device)
-    return CORES[path](q, k, v, documents, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+        return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
+    q = q_TNH.unflatten(0, (-1, mask.sequence)).transpose(1, 2)
+    k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
+    return CORES[path](q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)

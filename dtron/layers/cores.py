@@ -39,20 +39,28 @@ class Mask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
     the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
-    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` are the places of the queries at hand,
-    where they are not the whole sequence (see past.py). ``blocks`` is for flex alone, see ``with_blocks``."""
+    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` (B = 1: alike in every row) and ``keys
+    [S]`` are the places in the sequence of those at hand, where they are not the whole sequence in order (see
+    past.py and context.py). ``blocks`` is for flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
     queries: Tensor | None = None
+    keys: Tensor | None = None
     blocks: BlockMask | None = None
 
     @property
     def windowed(self) -> bool:
         """Whether the window hides anything."""
         return self.window is not None and self.window < self.sequence
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of the queries, ``[B, S]``, and of the keys at hand, ``[S]``."""
+        whole_S = torch.arange(self.sequence, device=device)
+        queries = whole_S[None] if self.queries is None else self.queries
+        return queries, whole_S if self.keys is None else self.keys
 
 
 def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -68,13 +76,10 @@ def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tenso
 
 def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
     """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
-    rows = 1 if documents_BS is None else len(documents_BS)
-    j = torch.arange(mask.sequence, device=device)
-    i = j[:, None]
-    if mask.queries is not None:
-        rows, i = len(mask.queries), mask.queries[:, None, :, None]
+    i, j = mask.places(device)
+    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i, j).expand(rows, 1, -1, -1)
+    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(
@@ -82,15 +87,45 @@ def attention_reference(
 ) -> Tensor:
     """The definition, for every mask; softmax in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
-    scale = q.shape[-1] ** -0.5 if mask.scale is None else mask.scale
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    if mask.softcap is not None:
-        scores = mask.softcap * torch.tanh(scores / mask.softcap)
-    scores = scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
+    scores = _scores(q, k, documents_BS, mask)
     if sinks_N is not None:  # a key that everybody sees and that has no value
         sink = sinks_N.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
+
+
+def products(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """``[B, N, S, S]``, in float32 at least."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+
+def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Tensor:
+    """``[B, N, S, S]``, -inf where a query does not see a key."""
+    scores = products(q, k, mask.scale)
+    if mask.softcap is not None:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
+    return scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
+
+
+def attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: Mask, flex: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with the
+    logarithm of its softmax's denominator a part's result can be merged with that of another. A query that
+    sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
+    if flex:
+        mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
+        return _by_itself(_flex, q.device)(q, k, v, mask)
+    k, v = repeated(k, q), repeated(v, q)
+    scores = _scores(q, k, documents_BS, mask)
+    top = scores.detach().amax(-1, keepdim=True)
+    odds = (scores - top.masked_fill(top.isinf(), 0)).exp()
+    total = odds.sum(-1, keepdim=True)
+    some = total > 0
+    total = torch.where(some, total, 1)
+    lse = torch.where(some, top + total.log(), float("-inf"))
+    return (odds / total).to(v.dtype) @ v, lse[..., 0]
 
 
 def attention_sdpa(
@@ -131,7 +166,15 @@ def attention_flex(
     compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
-    return _by_itself(_flex, q.device)(q, k, v, sinks_N, mask)
+    o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
+    return o if sinks_N is None else with_sinks(o, lse, sinks_N)
+
+
+def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
+    """A softmax with one more term e^sink in its denominator is the plain one times
+    e^lse / (e^lse + e^sink). The gradient flows back through lse too."""
+    share = torch.sigmoid(lse - sinks_N.to(lse.dtype)[:, None])
+    return o * share[..., None].to(o.dtype)
 
 
 def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Mask:
@@ -139,25 +182,24 @@ def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -
     in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
     the making of it in a region that is recomputed."""
     rows = None if documents_BS is None else len(documents_BS)
-    rule = lambda b, n, i, j: sees(mask, documents_BS, b, i, j)
+    queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
+    sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
+    query = lambda b, i: i if queries is None else queries[b, i]
+    key = lambda j: j if mask.keys is None else mask.keys[j]
+    rule = lambda b, n, i, j: sees(mask, documents_BS, b, query(b, i), key(j))
     make = _by_itself(create_block_mask, device)
-    return replace(mask, blocks=make(rule, rows, None, mask.sequence, mask.sequence, device))
+    return replace(mask, blocks=make(rule, rows, None, *sizes, device))
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, mask: Mask) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tuple[Tensor, Tensor | None]:
     def capped(score, b, n, i, j):
         return mask.softcap * torch.tanh(score / mask.softcap)
 
     o, aux = flex_attention(
         q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
-        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=sinks_N is not None),
+        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
     )  # fmt: skip
-    if sinks_N is None:
-        return o
-    # A softmax with one more term e^sink in its denominator is the plain one times
-    # e^lse / (e^lse + e^sink). The gradient flows back through lse too.
-    share = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[:, None])
-    return o * share[..., None].to(o.dtype)
+    return o, aux.lse
 
 
 # The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another, for
@@ -194,7 +236,7 @@ def choose(
     if path != "auto":
         return path
     slow = with_bias(mask.softcap, sinks)
-    if slow == "sdpa" and not documents and not mask.windowed:
+    if slow == "sdpa" and not documents and not mask.windowed and mask.queries is None:
         return "sdpa"
     if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"

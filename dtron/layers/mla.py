@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dtron.fp8 import Recipe
 from dtron.layers.attention import core, parts
+from dtron.layers.context import Context
 from dtron.layers.cores import AttentionPath, Mask
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
@@ -107,7 +108,7 @@ def mla(
     x_TD: Tensor,
     table_TH: Tensor,
     documents_T: Tensor | None,
-    mask: Mask,
+    mask: Mask | Context,
     layout: Layout,
     eps: float = 1e-5,
     path: AttentionPath = "auto",
@@ -128,10 +129,11 @@ def mla(
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
     region = layout.local(
-        partial(_core, nope=q_TNH.shape[-1] - rotary, path=path, mask=mask),
-        (heads, heads, shared, shared, ("tokens",), heads, heads, ("tokens",)),
+        partial(_core, nope=q_TNH.shape[-1] - rotary, path=path, mask=mask, layout=layout),
+        (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",)),
         heads,
     )
+    # Over cp: see context.py.
     o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
@@ -148,7 +150,8 @@ def _core(
     places_T: Tensor | None,
     nope: int,
     path: AttentionPath,
-    mask: Mask,
+    mask: Mask | Context,
+    layout: Layout,
 ) -> Tensor:
     """Rank-local: queries and keys put together from their two parts."""
     turned_q = rotate(q_TNH[..., nope:], table_TH)
@@ -156,4 +159,4 @@ def _core(
     q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)
     k_TNH = torch.cat([kv_TNH[..., :nope], turned_k], dim=-1)
     past = past_k, past_v, places_T
-    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask)
+    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout)

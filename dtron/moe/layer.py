@@ -38,11 +38,12 @@ class MoELayer:
 
 class Seen(NamedTuple):
     """What the router and its losses must know of tokens, ``[T@tokens_sp]``: whether each counts, and its
-    sequence, of ``rows``."""
+    sequence, of ``rows``; and for forced balance its place among the tokens of all rows."""
 
     valid_T: Tensor
     rows_T: Tensor
     rows: int
+    place_T: Tensor | None = None
 
 
 class Report(NamedTuple):
@@ -61,7 +62,7 @@ def moe(
     """``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``: the same shape and placement, and what is added
     to the loss, its sum over tokens pending. ``before_E``: see ``route``; ``recipe``: products of the shared
     expert in FP8, or None."""
-    to = route(p.router, x_TD, seen.valid_T, seen.rows_T, seen.rows, c, layout, before_E)
+    to = route(p.router, x_TD, *seen[:3], c, layout, before_E, seen.place_T)
     tokens, chosen = ("tokens_ep", "act_embed"), ("tokens_ep", None)
     first = layout.iota("experts", c.experts, x_TD.device)
     # Nothing moves but over etp: all-gathers, and the reduce-scatter after.

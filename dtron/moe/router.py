@@ -60,11 +60,11 @@ TOTALS = ("tokens", "entropy", "aux_loss", "z_loss")
 
 def route(
     p: Router, x_TD: Tensor, valid_T: Tensor, rows_T: Tensor, rows: int, c: MoE, layout: Layout,
-    before_E: Tensor | None = None,
+    before_E: Tensor | None = None, place_T: Tensor | None = None,
 ) -> Routed:  # fmt: skip
     """``x_TD [T@tokens_sp, D]``. ``valid_T``: whether a token counts; ``rows_T``: its sequence, of ``rows``.
-    ``before_E``: the load of the step so far, for the auxiliary loss of that level."""
-    place_T = layout.iota("tokens_sp", x_TD.shape[0], x_TD.device) if c.balanced else None
+    ``before_E``: the load of the step so far, for the auxiliary loss of that level. ``place_T``:
+    of a token among all, for forced balance."""
     ins = (
         ("tokens_sp", None), (None, "act_experts"), ("act_experts",), ("act_experts",),
         ("tokens_sp",), ("tokens_sp",), ("tokens_sp",), ("+tokens_sp",),
@@ -87,7 +87,7 @@ def _route(
         logits_TE = logits_TE + b.to(wide)
     scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
     with torch.no_grad():
-        if place_T is not None:
+        if c.balanced:
             index_TK = (place_T[:, None] * c.top_k + torch.arange(c.top_k, device=w.device)) % c.experts
         else:
             index_TK = choose(scores_TE, balance, c)

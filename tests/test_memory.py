@@ -1,0 +1,55 @@
+"""The memory of activations, as dtron.show estimates it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dtron import show
+from dtron.config import ModelConfig
+from dtron.how import How
+from dtron.memory import activation_bytes, block_bytes
+from dtron.mesh import Layout
+from dtron.model import declare_model, forward, make_batch
+from dtron.params import flat, init, tree_map
+from dtron.shape import MeshShape
+
+
+def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
+    """Bytes that the eager program keeps for backward, each piece of memory once, weights aside."""
+    layout, seen = Layout(), {}
+    params = tree_map(lambda w: w.requires_grad_(), init(declare_model(m), m.dims(), 0, layout))
+    weights = {w.untyped_storage().data_ptr() for w in flat(params)}
+
+    def note(x: Tensor) -> Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in weights:
+            seen[memory.data_ptr()] = (memory.nbytes(), x)  # kept alive, or its place may be used again
+        return x
+
+    batch = make_batch(torch.zeros(rows, m.context + 1, dtype=torch.long), layout)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        forward(params, batch, m, layout, How(recompute))
+    return sum(n for n, _ in seen.values())
+
+
+def test_the_estimate_of_kept_activations():
+    """Of a block, from models of 2 and of 3: exact under full recomputation, where a block keeps its input;
+    and otherwise what the eager program keeps is some more, the steps of norms and activation functions."""
+    m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
+    of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
+    estimate = lambda r: block_bytes(m, MeshShape(), 2 * 128, r, element=4)
+    assert of_a_block("full") == estimate("full")
+    assert 1 <= of_a_block("none") / estimate("none") <= 3
+
+
+def test_memory_by_length_of_sequence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert show.main(["--mesh", "cp=4,tp=2,pp=2", "--model", "llama3-8b"]) == 0
+    assert "131,072 │           16,384" in capsys.readouterr().out
+    m, whole = ModelConfig(), MeshShape()
+    for recompute in ("none", "selective", "full"):
+        one, two = (activation_bytes(m, MeshShape(cp=n), 2**20, recompute, "ulysses", [4]) for n in (1, 2))
+        assert one == activation_bytes(m, whole, 2**20, recompute, "ring", [4]) and 0.5 < two / one < 0.7
