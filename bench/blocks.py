@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.compiled import compiled
 from dtron.jit import jit
-from dtron.layers.attention import prepare
+from dtron.layers.context import prepare
 from dtron.layers.cores import Mask
 from dtron.layers.loss import Loss, cross_entropy
 from dtron.layers.norm import norm

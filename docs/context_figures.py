@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dtron.exchange import shift, wait
 from dtron.layers.context import prepare
 from dtron.layers.cores import Mask, allowed
 from dtron.mesh import Layout
@@ -43,13 +44,13 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
     with simulated(shape) as mesh:
         layout = Layout(mesh)
         x = layout.shard(torch.ones(tokens, 1), "tokens", None)
-        context, _ = prepare(Mask(tokens), None, False, 1, x, layout, "sdpa", "ring", zigzag=True)
+        context, _ = prepare(Mask(tokens), None, False, (1, 1), x, layout, "sdpa", "ring", zigzag=True)
         keys = context.steps[0].keys
         arrived = [keys]
         for _ in range(1, ranks):
-            keys = layout.wait(layout.shift(keys, "sequence"))
+            keys = wait(shift(keys, layout.context))
             arrived.append(keys)
-        places = [[_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries, *arrived)]
+        places = [[_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries[0], *arrived)]
     canvas, width = Canvas(40 + 220 * ranks), tokens // ranks * CELL * 2
     queries, steps = places[0], places[1:]
     for step, at_hand in enumerate(steps):
@@ -60,7 +61,7 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
             if step == 0:
                 canvas.text(x, 24, f"rank {rank}", bold=True)
                 canvas.text(x, 40, f"queries {_runs(queries[rank])}", size=11, colour=FAINT)
-            mask = Mask(tokens, queries=torch.tensor(queries[rank]), keys=torch.tensor(at_hand[rank]))
+            mask = Mask(tokens, queries=torch.tensor([queries[rank]]), keys=torch.tensor(at_hand[rank]))
             seen = allowed(mask, None, mask.keys.device)[0, 0]
             holder = next(r for r in range(ranks) if queries[r] == at_hand[rank])
             for i, row in enumerate(seen):
