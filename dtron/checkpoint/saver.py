@@ -43,7 +43,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._lines: list[str] = []
         self.failed: str | None = None
-        self.saved = -1  # the last step that was written
         self._at = -1  # the last one asked for
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
@@ -112,7 +111,7 @@ class Saver:
                     files.prune(self._run_dir, self._keep, self._keep_every)
 
             self._together(end)
-            self.saved, self.failed = step, None
+            self.failed = None
             self._lines.append(f"saved {goal}")
         except _Failed as failure:
             self.failed = (
