@@ -1,4 +1,4 @@
-"""Change the mesh, not the result: ten steps, initial weights, and resuming, in float32, on simulated ranks
+"""Change the mesh, not the result: ten steps and initial weights, in float32, on simulated ranks
 and on real gloo processes."""
 
 from __future__ import annotations
@@ -6,20 +6,15 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, digest, on_pool, simulate, train
+from runs import MODEL, on_pool, simulate, train
 
-from dtron import checkpoint
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
-from dtron.layers.rope import Rope
-from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import declare_model
-from dtron.optim import adam_init
-from dtron.params import flat, init, tree_map
+from dtron.mesh import Layout, rules_for
+from dtron.params import flat
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 
@@ -131,121 +126,6 @@ def test_gradients_may_be_reduced_in_bfloat16():
         exact = train(Layout(mesh, rules_for(1)), shape, config)
         rough = train(Layout(mesh, rules_for(1), None, torch.bfloat16), shape, config)
     assert rough.norms == pytest.approx(exact.norms, rel=2e-2) and rough.norms != exact.norms
-
-
-# ---- checkpoints
-
-
-SPEC, SAME = declare_model(MODEL), checkpoint.identity_of(TEN, "text")
-
-
-def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
-    params = init(declare_model(MODEL), MODEL.dims(), seed, layout)
-    return checkpoint.TrainState(0, 0, params, adam_init(params))
-
-
-def used(layout: Layout) -> checkpoint.TrainState:
-    """A state in which every tensor differs from a fresh one's."""
-    state = fresh(layout)
-    move = lambda tree, by: tree_map(lambda t: t + by, tree)
-    opt = replace(state.opt, step=7, m=move(state.opt.m, 0.5), v=move(state.opt.v, 0.25))
-    return checkpoint.TrainState(7, 56, move(state.params, 1.0), opt)
-
-
-def digests(state: checkpoint.TrainState) -> tuple[str, str, str]:
-    return digest(state.params), digest(state.opt.m), digest(state.opt.v)
-
-
-def save_on_pool(mesh: str, zero: int, folder: str) -> None:
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    checkpoint.save(Path(folder), used(layout), SPEC, SAME)
-
-
-def load_on_pool(mesh: str, zero: int, folder: str) -> tuple:
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    state = checkpoint.load(checkpoint.newest(Path(folder)), fresh(layout), SPEC, SAME)
-    return state.step, state.samples, state.opt.step, digests(state)
-
-
-@pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [(("dp=2,tp=2", 3), ("tp=4", 0)), (("dp=4", 1), ("dp_replicate=2,dp=2", 2)), (("tp=4", 0), ("dp=4", 3))],
-)
-def test_a_checkpoint_of_real_ranks_loads_on_any_mesh(pool, tmp_path, saved, loaded):
-    """Known limit elsewhere: resuming could not change tp."""
-    want = digests(used(Layout()))
-    pool.run(save_on_pool, *saved, str(tmp_path))
-    for step, samples, updates, got in pool.run(load_on_pool, *loaded, str(tmp_path)):
-        assert (step, samples, updates) == (7, 56, 7) and got == want
-    for mesh in ("dp=1", "dp=3,tp=2"):  # one device, and simulated ranks that divide nothing
-        with simulated(MeshShape.parse(mesh)) as device_mesh:
-            state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout(device_mesh)), SPEC, SAME)
-            assert digests(state) == want
-
-
-@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])
-def test_a_checkpoint_of_simulated_ranks_loads_on_one_device(tmp_path, mesh):
-    with simulated(MeshShape.parse(mesh)) as device_mesh:
-        checkpoint.save(tmp_path, used(Layout(device_mesh)), SPEC, SAME)
-    state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout()), SPEC, SAME)
-    assert digests(state) == digests(used(Layout())) != digests(fresh(Layout()))
-
-
-def saved(tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path, used(Layout()), SPEC, SAME)
-
-
-def refused(path: Path, **changes) -> str:
-    with pytest.raises(ValueError) as error:
-        config = replace(TEN, **changes)
-        checkpoint.load(path, fresh(Layout()), SPEC, checkpoint.identity_of(config, "text"))
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-    return str(error.value)
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    path = saved(tmp_path)
-    data = max(path.iterdir(), key=lambda f: f.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-100])
-    assert "not whole" in refused(path) and data.name in refused(path)
-    data.unlink()
-    assert "0 of" in refused(path)
-
-
-def test_a_corrupt_checkpoint_is_refused(tmp_path):
-    path = saved(tmp_path)
-    (path / ".metadata").write_bytes(b"x" * (path / ".metadata").stat().st_size)
-    assert "delete it" in refused(path)
-    (path / "meta.json").write_text("{")
-    assert "no readable checkpoint" in refused(path)
-
-
-def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
-    path = saved(tmp_path)
-    assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
-    assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
-    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=Rope(5e5)))
-    assert "--data.sequence 16" in refused(path, data=DataConfig(sequence=8))
-    assert "--seed 3" in refused(path, seed=4)
-    with pytest.raises(ValueError, match="other text"):
-        checkpoint.load(path, fresh(Layout()), SPEC, SAME | {"text": "other"})
-
-
-def test_a_checkpoint_in_the_making_is_not_found(tmp_path):
-    path = saved(tmp_path)
-    later = path.with_name("step-00000009.part")
-    later.mkdir()
-    (path.with_name("step-00000008")).mkdir()  # without meta.json: not whole
-    assert checkpoint.newest(tmp_path) == path
-    assert checkpoint.read_meta(path)["step"] == 7
-
-
-def test_an_unwritable_folder_is_one_error(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(ValueError, match="cannot write the checkpoint"):
-        checkpoint.save(blocked, used(Layout()), SPEC, SAME)
 
 
 def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
