@@ -1,6 +1,7 @@
 """train.py with one rank that leaves, or hangs, in the middle of a step; for test_program.py."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ def dying(*args, **kwargs):
     if os.environ["RANK"] == os.environ["DIES"] and len(calls) == 6:
         if os.environ["HOW"] == "leaves":
             os._exit(9)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun would wait half a minute for it
         time.sleep(600)
     return stage(*args, **kwargs)
 
