@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -16,6 +17,13 @@ OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
 
 class LostRank(ValueError):
     """Another rank has died: each that notices says so at once, because it may be the only one left."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:

@@ -12,7 +12,6 @@ as pages of cache, rows that come and go, and speculation.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from argparse import Namespace
@@ -30,7 +29,7 @@ from dtron import checkpoint
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.data.tokens import end_id, load_tokenizer
 from dtron.dtensor import full
-from dtron.entry import run_cli
+from dtron.entry import Parser, run_cli
 from dtron.hf.config import CONFIG
 from dtron.hf.export import read_run
 from dtron.hf.load import Source
@@ -170,6 +169,8 @@ def run(o: Namespace) -> int:
     check_sampling(o.tokens, o.temperature, o.top_p)
     folder = Path(o.folder)
     opened, m = _open(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"--from {folder}: has no tokenizer.json; put that of the model there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     prompts = [tokenizer.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
@@ -224,13 +225,6 @@ def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
         raise ValueError(f"--temperature {temperature}: must be from 0, the likeliest token; change it")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
-
-
-class Parser(argparse.ArgumentParser):
-    """One that raises ValueError instead of printing its usage and leaving."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
 
 
 def parser() -> Parser:

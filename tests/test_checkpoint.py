@@ -17,11 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import MODEL, digest
 from test_training import TEN
+from texts import one_line
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtron import checkpoint
+from dtron.checkpoint.__main__ import main as inspect
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.dtensor import local
 from dtron.layers.rope import Rope
@@ -276,3 +278,9 @@ def test_an_unwritable_folder_is_one_error(tmp_path):
     blocked.write_text("")
     with pytest.raises(ValueError, match="cannot write the checkpoint"):
         checkpoint.save(blocked, used(Layout()), SPEC, SAME)
+
+
+def test_what_inspect_does_not_understand(tmp_path):
+    for argv in (["inspect"], ["look", str(tmp_path)], ["inspect", str(tmp_path), "--all"]):
+        one_line(lambda argv=argv: inspect(argv), "see --help")
+    one_line(lambda: inspect(["inspect", str(tmp_path)]), "no checkpoint there", "run directory")

@@ -236,6 +236,8 @@ def test_from_a_run_directory(tmp_path, capsys):
     refused(["--simulate", "--mesh", "cp=2"], "cp")
     refused(["--from", str(tmp_path / "no")], "no folder")
     refused(["--top", "2"], "--top")
+    (tmp_path / "tokenizer.json").unlink()
+    refused([], "has no tokenizer.json")
 
 
 def test_what_cannot_be_sampled():

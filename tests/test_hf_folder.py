@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import folder
+from hf_models import FAMILIES, folder
 from test_hf import as_run
 from texts import one_line
 from values import ONE
@@ -19,6 +20,7 @@ from dtron.cli import parse
 from dtron.config import RunConfig
 from dtron.hf import Source, keep_origin
 from dtron.hf.__main__ import main as hf_main
+from dtron.hf.config import read_config
 from dtron.hf.export import export
 from dtron.hf.safetensors import INDEX, SINGLE, Reader, write
 from dtron.model import declare_model
@@ -30,7 +32,7 @@ from dtron.presets import PRESETS
 @pytest.fixture
 def copy(tmp_path):
     def make(name: str = "llama") -> Path:
-        return Path(shutil.copytree(folder(name), tmp_path / name))
+        return Path(shutil.copytree(folder(name), tmp_path / name, dirs_exist_ok=True))
 
     return make
 
@@ -63,8 +65,23 @@ def test_another_config_is_refused(copy, tmp_path):
     refused(change(at, hidden_size=64, quantization_config={"quant_method": "mxfp4"}), "mxfp4")
     refused(change(at, quantization_config="drop", hidden_size="64"), "type")
     refused(change(at, hidden_size=64, rope_parameters={"rope_type": "longrope"}), "longrope")
+    for key in ("quantization_config", "rope_parameters", "rope_scaling"):
+        refused(change(copy(), **{"rope_parameters": "drop", key: "x"}), f"{key} is 'x'", "object")
+    refused(change(copy(), architectures="x"), "architectures is 'x'", "list")
     (at / "config.json").write_text("{")
     refused(at, "JSON")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_is_read_or_refused_whatever_is_in_it(name, tmp_path):
+    """Any value in place of any other."""
+    good = json.loads((folder(name) / "config.json").read_text())
+    for key, value in product(good, ["x", None, -1, 0, 0.5, True, [], {}, {"rope_type": 3}]):
+        (tmp_path / "config.json").write_text(json.dumps(good | {key: value}))
+        try:
+            read_config(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 600
 
 
 def test_other_weights_are_refused(copy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.checkpoint import files
-from dtron.entry import run_cli
+from dtron.entry import Parser, run_cli
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("dtron.checkpoint", description="Look at checkpoints.")
+    parser = Parser(prog="python -m dtron.checkpoint", description="Look at checkpoints.")
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("dir", type=Path, help="a run directory, or one checkpoint in it")
     o = parser.parse_args(argv)

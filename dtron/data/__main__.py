@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from argparse import Namespace
@@ -20,6 +19,7 @@ from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.prepare import prepare
 from dtron.data.text import Documents, user_files
 from dtron.data.tokens import get_tokenizer, load_tokenizer, vocab_of
+from dtron.entry import Parser, run_cli
 
 _PIECE = 1 << 24  # tokens looked at together
 
@@ -47,7 +47,8 @@ def run_prepare(o: Namespace, console: Console) -> int:
 
             done = prepare(files, tokenizer, o.out, o.column, o.workers, o.overwrite, progress)
     except ValueError as error:  # the same rules as train.py's, under this program's names
-        said = str(error).replace("--data.path ", "").replace("--data.", "--").replace("--model.", "--")
+        said = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
+        said = said.replace("--data.", "--").replace("--model.", "--")
         raise ValueError(said) from error
     prefix = Path(o.out).expanduser()
     part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
@@ -107,13 +108,6 @@ def run_info(o: Namespace, console: Console) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """One that raises ValueError instead of printing its usage and leaving."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
-
-
 def parser() -> Parser:
     made = Parser(prog="python -m dtron.data", description="Make token files from text, and look at them.")
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -137,6 +131,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dtron.entry import run_cli
-
     sys.exit(run_cli(main, sys.argv[1:]))

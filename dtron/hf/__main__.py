@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -10,16 +9,10 @@ from pathlib import Path
 
 import torch
 
+from dtron.entry import Parser, run_cli
 from dtron.hf.export import export
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
-
-
-class Parser(argparse.ArgumentParser):
-    """One that raises ValueError instead of printing its usage and leaving."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
 
 
 def size(text: str) -> int:
@@ -57,6 +50,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dtron.entry import run_cli
-
     sys.exit(run_cli(main, sys.argv[1:]))

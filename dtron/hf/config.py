@@ -42,6 +42,10 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
     names = said.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(
+            f"{where}: architectures is {names!r}, and must be a list of names; download it again"
+        )
     for family in FAMILIES:
         if family.architecture in names or (not names and said.get("model_type") == family.kind):
             return family
@@ -51,8 +55,19 @@ def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
 
 
 def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
+    """The model that a config.json describes. Raises ValueError for one that is not whole, and for a choice
+    that dtron does not compute."""
+    try:
+        return _model(said, family, where)
+    except (TypeError, ArithmeticError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: a value has another type than it must have ({error}); download it again"
+        ) from error
+
+
+def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     if said.get("quantization_config"):
-        method = said["quantization_config"].get("quant_method", "some method")
+        method = _object(said, "quantization_config", where).get("quant_method", "some method")
         raise ValueError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
     for key, only in family.demands.items():
         if said.get(key, only) != only:
@@ -80,8 +95,8 @@ def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> Mod
             raise ValueError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
     try:
         return build(values)
-    except TypeError as error:
-        raise ValueError(f"{where}: a value has another type than it must have ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelConfig:
@@ -184,8 +199,15 @@ _STRETCHED = {
 }  # fmt: skip
 
 
+def _object(said: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = said.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: {key} is {found!r}, and must be an object; download it again")
+    return found
+
+
 def _rope(said: Mapping[str, Any], context: int, where: str) -> Rope:
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    rope = _object(said, "rope_parameters", where) or _object(said, "rope_scaling", where)
     theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:

@@ -99,7 +99,9 @@ class Source:
         extra = [n for n in have if n not in wanted and not any(self._skips(p, n) for p in skipped)]
         if extra:
             kind = self.family.kind
-            raise ValueError(f"{self.folder}: has {_some(extra)}, which dtron's {kind} does not know")
+            raise ValueError(
+                f"{self.folder}: has {_some(extra)}, which dtron's {kind} does not know; give a plain one"
+            )
         for name, shape in wanted.items():
             e = have[name]
             if e.shape != shape:

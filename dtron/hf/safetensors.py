@@ -166,7 +166,9 @@ def header(path: Path) -> dict[str, Entry]:
         wide = DTYPES[e.dtype].itemsize if e.dtype in DTYPES else _BYTES.get(e.dtype)
         if wide is not None and e.stop - e.start != wide * math.prod(e.shape):
             shape = list(e.shape)
-            raise ValueError(f"{path}: {name} is {e.dtype} {shape}, and its bytes are {e.stop - e.start}")
+            raise ValueError(
+                f"{path}: {name} is {e.dtype} {shape}, and has {e.stop - e.start} bytes; download it again"
+            )
     end = max((e.stop for e in found.values()), default=base)
     if end > size:
         raise ValueError(f"{path}: has {size} of {end} bytes, it was cut short; download it again")
