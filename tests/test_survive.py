@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ import train
 from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
-from dtron.checkpoint.saver import quiet
+from dtron.checkpoint.saver import quiet, reason
 from dtron.compiled import compiled_rule
 from dtron.config import OptimConfig
 from dtron.entry import run_cli
@@ -126,6 +127,17 @@ def test_a_folder_that_cannot_be_written_costs_the_checkpoint_alone(run_dir, mon
     assert "step-00000006: cannot write the checkpoint" in err and err.count("\n") == 1
     assert [r["step"] for r in records(run_dir)] == [1, 2, 3, 4, 5, 6]  # training went on
     assert files.newest(run_dir) == good and not files.damaged(good, files.read_meta(good))
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    error = RuntimeError("Traceback\n[enforce fail] unexpected pos 704 vs 598")
+    assert (
+        reason(error, tmp_path)
+        == reason(error, tmp_path / "gone")
+        == "[enforce fail] unexpected pos 704 vs 598"
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda at: SimpleNamespace(free=4096))
+    assert reason(error, tmp_path) == "No space left on device"
 
 
 # ---- signals

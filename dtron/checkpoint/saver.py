@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Saver:
         try:
             value = fn()
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            problem = str(error).strip().splitlines()[-1]
+            problem = reason(error, self._run_dir)
         if self._group is None:
             found = [(value, problem)]
         else:
@@ -148,6 +148,15 @@ class Saver:
 
 class _Failed(Exception):
     pass
+
+
+def reason(error: BaseException, folder: Path) -> str:
+    """Why a file there could not be written, in one line. On a full disk torch's writer fails once more while
+    it cleans up, and what it says then says nothing of disks: so the disk is asked."""
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < 1 << 20:
+            return "No space left on device"
+    return str(error).strip().splitlines()[-1]
 
 
 def _empty(part: Path) -> None:
