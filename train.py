@@ -131,6 +131,7 @@ def train(
             metrics.write(finish(*launched))
         if watch.over:
             why = diagnose(functions, params, microbatches, pipe, config.zero, here.gather_each, stop.group)
+            saver.wait()
             raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
         for line in saver.said():
             metrics.say(line)
@@ -145,6 +146,7 @@ def train(
         if evaluates:
             held = validate(state.params, data, config, here, pipe)
             if not math.isfinite(held):
+                saver.wait()
                 raise diverged(state.step, "the validation loss is not finite")
             record["validation_loss"] = held
             metrics.say(f"step {state.step}: validation loss {held:.4f}")

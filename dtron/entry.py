@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,6 +39,10 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if not _raised_by_us(error):
             raise
         text, code, at_once = "error: " + " ".join(str(error).split()), 2, isinstance(error, LostRank)
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
+            raise
+        text, code, at_once = f"error: another rank has died or hangs ({lost}); see what it said", 2, True
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
@@ -51,6 +56,14 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # not through a process group that others may wait in
     return code
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a collective says of a rank that is gone, in any library's words; empty for another error."""
+    said = str(error)
+    words = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
+    found = re.search(words, said) if "gloo" in said or "nccl" in said.lower() else None
+    return found[0] if found else ""
 
 
 def _raised_by_us(error: BaseException) -> bool:

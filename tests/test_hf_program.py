@@ -44,17 +44,16 @@ def losses(run_dir: str, *flags: str) -> list[float]:
 def test_from_a_folder_to_a_folder(beside, capsys):
     """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause and a
     change of mesh."""
-    many = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
-    start = losses("still", "--steps=1", "--optim.lr=0", *many)
+    start = losses("still", "--steps=1", "--optim.lr=0", "--simulate", "--mesh=tp=2")
     assert hf_main(["export", "still", "out"]) == 0
     before, after = Reader(Path("model")), Reader(Path("out"))
     assert before.entries.keys() == after.entries.keys()
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.entries)
     want = losses("one", "--steps=2")
     assert want[0] == pytest.approx(start[0], rel=1e-5) and want[1] != want[0]
-    losses("several", "--steps=2", *many)
+    losses("several", "--steps=2", "--simulate", "--mesh=dp=2", "--zero=3")
     shutil.rmtree("several/checkpoints/step-00000002")
-    got = losses("several", "--steps=2", "--resume", "--simulate", "--mesh=pp=2,tp=2")
+    got = losses("several", "--steps=2", "--resume", "--simulate", "--mesh=pp=2")
     assert got[-1] == pytest.approx(want[1], rel=1e-4)
     capsys.readouterr()
     argv = ["--prompt", "w1 w4 w9", "--tokens", "5", "--temperature", "0"]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Ranks
 from runs import MODEL, random_rows
-from test_program import ROOT, TINY, enter, losses, records, refused, run
+from test_program import TINY, enter, losses, records, refused, run
 from test_training import TEN
 from texts import corpus
-from torch.distributed import TCPStore
 from torch.distributed.checkpoint import FileSystemReader
 
 import train
@@ -190,54 +186,7 @@ def test_what_torchrun_starts_again_resumes_by_itself(run_dir, monkeypatch, caps
 # ---- SIGKILL
 
 
-LONG = [*TINY, "--steps=100", "--eval-every=0", "--sample=0", "--save-every=1", "--keep=2", "--zero=3"]
-LONG += ["--log-every=1000"]
-
-
-class Ranks:
-    """train.py as processes of this one: torchrun would give its children sessions of their own, where the
-    signal that ends it does not reach them."""
-
-    def __init__(self, argv: list[str], n: int, run_dir: Path):
-        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self.output = run_dir.with_name("output.txt")
-        command = [sys.executable, str(ROOT / "train.py"), *argv, f"--run-dir={run_dir}"]
-        shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(n)}
-        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(n)}
-        with self.output.open("wb") as out:
-            self.processes = [
-                subprocess.Popen(
-                    command,
-                    env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                    stdout=out,
-                    stderr=out,
-                )
-                for r in range(n)
-            ]
-
-    def ended(self, seconds: float) -> bool:
-        """Whether the first of them ends in this time."""
-        try:
-            self.processes[0].wait(seconds)
-            return True
-        except subprocess.TimeoutExpired:
-            return False
-
-    def kill(self, which: Sequence[int]) -> None:
-        for r in which:
-            self.processes[r].kill()
-
-    def codes(self) -> list[int]:
-        """Of all, when they have ended."""
-        try:
-            return [process.wait(900) for process in self.processes]
-        finally:
-            self.kill(range(len(self.processes)))
-
-    def said(self) -> str:
-        self.kill(range(len(self.processes)))
-        return self.output.read_text()
+EVERY = [*TINY, "--eval-every=0", "--sample=0", "--save-every=1", "--keep=2", "--log-every=1000"]
 
 
 def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
@@ -245,37 +194,39 @@ def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
     one of those that train, and then the others must end by themselves."""
     when, log = rng.choice(["start", "step", "save"]), run_dir / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
-    ranks = Ranks(argv, n, run_dir)
+    ranks = Ranks(argv, n, run_dir.with_name("output.txt"))
+    trains = lambda: log.exists() and log.stat().st_size > size + 200  # bytes: a line of it or two
     seen = {
         "start": lambda: True,
-        "step": lambda: log.exists() and log.stat().st_size > size + 200,  # bytes: a line of it or two
-        "save": lambda: any(files.folder(run_dir).glob("*.part")),
-    }[when]
-    while not seen():
-        assert not ranks.ended(0.002), ranks.said()
-    assert not ranks.ended(rng.uniform(0, {"start": 5, "step": 0.2, "save": 0.05}[when])), ranks.said()
+        "step": trains,
+        "save": lambda: trains() and any(files.folder(run_dir).glob("*.part")),
+    }
+    while not seen[when]():
+        assert not ranks.ended(0.002), ranks.output.read_text()
+    later = rng.uniform(0, {"start": 0.8, "step": 0.1, "save": 0.03}[when])
+    assert not ranks.ended(later), ranks.output.read_text()
     alone = when != "start" and rng.random() < 0.4
     ranks.kill([rng.randrange(n)] if alone else range(n))
-    assert all(ranks.codes()), ranks.said()  # none has come to its end
+    assert all(ranks.codes()), ranks.output.read_text()  # each has ended, and none because it was done
 
 
-def survives(run_dir: Path, mesh: str, kills: int, seed: int) -> None:
+def survives(run_dir: Path, mesh: str, steps: int, kills: int) -> None:
     """Kill a run again and again, then let it end."""
-    n, rng = MeshShape.parse(mesh).size, random.Random(seed)
-    argv = [*LONG, f"--mesh={mesh}"]
+    n, rng = MeshShape.parse(mesh).size, random.Random(kills + len(mesh))
+    argv = [*EVERY, f"--mesh={mesh}", f"--steps={steps}", "--zero=3", f"--run-dir={run_dir}"]
     resume = lambda: ["--resume"] if files.newest(run_dir) else []
     for _ in range(kills):
         struck([*argv, *resume()], n, run_dir, rng)
         for path in files.whole(run_dir):
             assert not files.damaged(path, files.read_meta(path))
-    ranks = Ranks([*argv, *resume()], n, run_dir)
-    assert ranks.codes() == [0] * n, ranks.said()
+    ranks = Ranks([*argv, *resume()], n, run_dir.with_name("output.txt"))
+    assert ranks.codes() == [0] * n, ranks.output.read_text()
 
 
-def saved(run_dir: Path) -> dict[str, torch.Tensor]:
+def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights and moments of the last step, whole."""
     path = files.newest(run_dir)
-    assert files.read_meta(path)["step"] == 100
+    assert files.read_meta(path)["step"] == step
     listed = FileSystemReader(path).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size) for name, entry in listed.items()}
     with quiet():
@@ -284,19 +235,32 @@ def saved(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kills"),
-    [("dp=2", 3), *(pytest.param(mesh, 25, marks=pytest.mark.slow) for mesh in ("dp=2", "dp=2,tp=2"))],
+    ("mesh", "steps", "kills"),
+    [("dp=2", 40, 3), *(pytest.param(m, 100, 25, marks=pytest.mark.slow) for m in ("dp=2", "dp=2,tp=2"))],
 )
-def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, kills):
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, steps, kills):
     """To the bit on the mesh; to 1e-5 on one device."""
-    survives(run_dir.with_name("whole"), mesh, 0, seed=0)
-    survives(run_dir, mesh, kills, seed=kills + len(mesh))
-    got, want = saved(run_dir), saved(run_dir.with_name("whole"))
+    survives(run_dir.with_name("whole"), mesh, steps, 0)
+    survives(run_dir, mesh, steps, kills)
+    got, want = (saved(at, steps) for at in (run_dir, run_dir.with_name("whole")))
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-    run(run_dir.with_name("one"), *LONG[len(TINY) :], "--zero=0")
-    one = saved(run_dir.with_name("one"))
+    run(run_dir.with_name("one"), *EVERY[len(TINY) :], f"--steps={steps}")
+    one = saved(run_dir.with_name("one"), steps)
     for name in (name for name in one if name.startswith("params.")):
         torch.testing.assert_close(got[name], one[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_rank_that_is_killed_ends_the_others_at_once(run_dir):
+    """They are in collectives with it, with each other, and in the middle of a save."""
+    argv = [*EVERY, "--steps=100000", "--mesh=dp=2,tp=2", "--zero=3", f"--run-dir={run_dir}"]
+    ranks = Ranks(argv, 4, run_dir.with_name("output.txt"))
+    while not files.newest(run_dir):
+        assert not ranks.ended(0.002), ranks.output.read_text()
+    ranks.kill([2])
+    codes = ranks.codes(patience=120)  # and not --timeout, which is 600
+    said = ranks.output.read_text()
+    assert codes[2] == -9 and codes[:2] + codes[3:] == [2, 2, 2], said
+    assert "another rank has died or hangs (" in said and "Traceback" not in said
 
 
 # ---- steps that are not finite

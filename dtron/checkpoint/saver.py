@@ -78,7 +78,8 @@ class Saver:
             raise ValueError(self.failed)
 
     def _start(self, fn: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=fn, name="save")
+        # Of several processes one that fails must not wait for the others here: they may wait for it.
+        self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
         self._thread.start()
 
     def _room(self, tensors: dict[str, Tensor]) -> None:

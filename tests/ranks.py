@@ -1,0 +1,75 @@
+"""train.py on processes that can be killed, each a copy of one that has imported all it needs.
+
+torchrun is no help here: it gives its children sessions of their own, and what kills it leaves them alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.distributed import TCPStore
+
+ROOT = Path(__file__).parents[1]
+PASSED_ON = ("DTRON_CACHE",)
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from dtron.entry import run_cli  # noqa: E402
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["ranks"])
+
+
+class Ranks:
+    """A run of ``n`` ranks, started here; what they say goes to ``output``."""
+
+    def __init__(self, argv: Sequence[str], n: int, output: Path):
+        self.output = output
+        output.write_text("")
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(n)}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(n)}
+        shared |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        own = lambda r: shared | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        self.processes = [
+            context.Process(target=_rank, args=(list(argv), own(r), os.getcwd(), str(output)), daemon=True)
+            for r in range(n)
+        ]
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        with mock.patch.dict(os.environ, {"PYTHONPATH": path}):  # the server has no other before Python 3.12
+            forkserver.ensure_running()
+        for process in self.processes:
+            process.start()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether the first of them ends in this time."""
+        self.processes[0].join(seconds)
+        return self.processes[0].exitcode is not None
+
+    def kill(self, which: Sequence[int]) -> None:
+        for r in which:
+            self.processes[r].kill()
+
+    def codes(self, patience: float = 600.0) -> list[int | None]:
+        """With what each ends; None for one that does not, which is killed."""
+        for process in self.processes:
+            process.join(patience)
+        found = [process.exitcode for process in self.processes]
+        self.kill(range(len(found)))
+        return found
+
+
+def _rank(argv: list[str], environment: dict[str, str], folder: str, output: str) -> None:
+    said = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.environ |= environment
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.exit(run_cli(train.main, argv))
