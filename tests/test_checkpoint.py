@@ -153,7 +153,7 @@ def test_saved_on_any_mesh_and_loaded_on_any_other(pool, tmp_path_factory, saved
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("pool")
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(saved=REAL, loaded=REAL, then=SIMULATED)
 def test_saved_on_many_meshes_and_loaded_on_many_others(pool, tmp_path_factory, saved, loaded, then):
     there_and_back(pool, tmp_path_factory.mktemp("moved"), saved, loaded, then)
