@@ -35,7 +35,7 @@ from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
 from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count
 from dtron.moe.balance import describe_experts
-from dtron.optim import adam_init, learning_rate
+from dtron.optim import adam_init, learning_rate, with_copies
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
@@ -77,6 +77,7 @@ def train(
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+    state = replace(state, opt=with_copies(state.opt, state.params, spec, layout.compute))
     watch = Watch(config.max_skips)
     saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
     if config.save_every:

@@ -41,7 +41,7 @@ from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.model import flops_per_token, make_batch, parameter_count
-from dtron.optim import adam_init
+from dtron.optim import adam_init, with_copies
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
@@ -58,6 +58,7 @@ def main() -> None:
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
         fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
+        reduce_bf16=o.reduce_bf16,
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -70,7 +71,7 @@ def main() -> None:
 def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
-    opt = adam_init(params)
+    opt = with_copies(adam_init(params), params, spec, layout.compute)
     functions, rule = program(m, layout, config.how, here.splits), None
     if not o.eager:
         functions = compiled(functions, layout, config.how, overlap=not o.no_overlap)
@@ -130,6 +131,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
         "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
@@ -171,6 +173,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--mesh", default="")
     p.add_argument("--zero", type=int, default=1)
     p.add_argument("--recompute", default="none")
+    p.add_argument("--reduce-bf16", action="store_true", help="add gradients up in bfloat16")
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
