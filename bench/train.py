@@ -5,10 +5,11 @@
 
 A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The median is
 of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
-waits for a step to end. The first carries compilation and is reported by itself. FLOPs are those of
-``flops_per_token``: causal, no recomputation. Host time is what a step from an idle device takes until its
-last kernel is launched, the median of 3. With --data batches come from a file, as in train.py, and the line
-has the share of time that the host waited for them. Needs torch and numpy alone."""
+waits for a step to end. The first carries compilation and is reported by itself; ``--steps 1`` is for the
+peak of memory, and times nothing. FLOPs are those of ``flops_per_token``: causal, no recomputation. Host time
+is what a step from an idle device takes until its last kernel is launched, the median of 3. With --data
+batches come from a file, as in train.py, and the line has the share of time that the host waited for them.
+Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -104,8 +105,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
-    times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
-    for _ in range(3):  # a host that runs ahead of a busy device would in the end wait for it
+    times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
+    for _ in range(3 if times else 0):  # a host that runs ahead of a busy device would in the end wait for it
         elapsed(marks[-1], mark(here.device))
         start = time.perf_counter()
         loss, params, opt = step(params, opt)
@@ -116,9 +117,15 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
             recorder.begin()
             loss, params, opt = step(params, opt)
             recorder.end()
-    seconds = statistics.median(times)
-    n = here.shape.size
-    tflops, peak = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12, peak_tflops(here.device)
+    n, timed = here.shape.size, {}
+    if times:
+        seconds, peak = statistics.median(times), peak_tflops(here.device)
+        tflops = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12
+        timed = {
+            "tokens_per_s_per_gpu": round(tokens / seconds / n), "tflops_per_gpu": round(tflops, 1),
+            "mfu": round(tflops / peak, 4) if peak else None, "step_ms": round(1e3 * seconds, 2),
+            "host_ms": round(1e3 * statistics.median(host), 2),
+        }  # fmt: skip
     return {
         "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
@@ -127,9 +134,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "fp8_ends": o.fp8_ends, "attention": o.attention, "overlap": not o.no_overlap, 
         "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
-        "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
-        "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
-        "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
+        "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
