@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from products import ERRORS, NAMES, converted, operands
 from runs import MODEL, train
+from test_fp8_experts import all_of
+from test_fp8_experts import operands as grouped_operands
 
 from dtron.config import DataConfig, RunConfig
-from dtron.fp8 import Recipe, compile_options
+from dtron.fp8 import Recipe, compile_options, grouped_matmul
 from dtron.fp8.__main__ import error, products
 from dtron.mesh import Layout
 from dtron.shape import MeshShape
@@ -59,6 +62,20 @@ def test_compiled_is_eager_where_it_is_fused_with_what_is_around(name):
     xs = on_gpu(512, 1024, 768)
     got, want = products(compiled(fn, name), *xs), products(fn, *xs)
     assert all(a.isfinite().all() and error(a, b) < 5e-3 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("counts", [[100, 0, 37, 300], [64, 64, 64, 64]])
+def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
+    x, w, ends_E, dy = grouped_operands(counts, inner=256, outer=384, rest=11)
+    torch.compiler.reset()
+    fn = partial(grouped_matmul, recipe=Recipe("rowwise", smallest=0))
+    there = torch.compile(fn, fullgraph=True, dynamic=False) if compile else fn
+    xs = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
+    of = lambda fn, xs, ends_E, dy: all_of(fn, *xs, ends_E, dy)
+    want = of(fn, xs, ends_E, dy.bfloat16())
+    got = of(there, [t.detach().cuda().requires_grad_() for t in xs], ends_E.cuda(), dy.bfloat16().cuda())
+    assert all(b.abs().max() > 0 and error(a.cpu(), b) < 5e-3 for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

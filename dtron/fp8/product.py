@@ -118,12 +118,14 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
 def _scaled(x: Tensor, cast: CastConfig, summed: int) -> _Scaled:
     """``x`` in float8, filling its range. Rowwise, everything along the summed dim shares a scale."""
     by_row = cast.scaling_granularity is ScalingGranularity.AXISWISE
+    return scaled_by(x, summed if by_row else None, cast.target_dtype)
+
+
+def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> _Scaled:
+    """The same, with a scale for everything along the summed dim (None: one for all)."""
+    by = ScalingGranularity.TENSORWISE if summed is None else ScalingGranularity.AXISWISE
     scale = tensor_to_scale(
-        x,
-        cast.target_dtype,
-        scaling_granularity=cast.scaling_granularity,
-        axiswise_dim=summed if by_row else None,
-        round_scales_to_power_of_2=True,
+        x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True
     )
     # Saturated, because a cast of torch 2.11 makes NaN of what is out of range.
-    return _Scaled(to_fp8_saturated(x.float() * scale, cast.target_dtype), scale)
+    return _Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)
