@@ -7,6 +7,7 @@ import math
 import torch
 
 from dtron.config import ModelConfig, nearest_divisor
+from dtron.fp8 import Recipe
 from dtron.how import How
 from dtron.layers.context import Method
 from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
@@ -118,7 +119,7 @@ def check_fp8(
         )
     recipe = how.recipe(end=False)
     sizes = {
-        _sizes(w, model, mesh, tokens)
+        _sizes(w, model, mesh, tokens, recipe)
         for p in declare_model(model).blocks
         for w in flat(p)
         if len(w.shape) > 1
@@ -126,8 +127,8 @@ def check_fp8(
     if not any(recipe.converts(*size) for size in sizes):
         raise ValueError(
             f"{flag}: no matrix of this model has {how.fp8_smallest} weights on a rank (at most "
-            f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of 16; "
-            "drop --fp8, or lower --fp8-smallest"
+            f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
+            f"{recipe.multiple}; drop --fp8, or lower --fp8-smallest"
         )
     try:
         import dtron.fp8.product  # noqa: F401
@@ -135,11 +136,17 @@ def check_fp8(
         raise ValueError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
 
 
-def _sizes(w: Weight, model: ModelConfig, mesh: MeshShape, tokens: int) -> tuple[float, float, float]:
+def _sizes(
+    w: Weight, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
+) -> tuple[float, float, float]:
     """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the width of
     the residual stream, and the size beside it."""
     if w.axes[0] == "experts":
-        return 16, model.embed, w.numel / w.shape[0] / model.embed / mesh.etp  # any number of rows will do
+        return (
+            recipe.multiple,
+            model.embed,
+            w.numel / w.shape[0] / model.embed / mesh.etp,
+        )  # any number of rows will do
     return tokens, model.embed, w.numel / model.embed / mesh.tp
 
 

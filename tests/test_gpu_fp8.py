@@ -90,7 +90,7 @@ def test_an_odd_number_of_tokens_is_a_plain_product(name):
 def test_ten_steps_follow_bfloat16(name):
     """In the mean. Single steps of so small a model, which learns so fast, are up to 4 % apart; 200 steps of
     a larger one are in docs/performance.md."""
-    model = replace(MODEL, embed=64, head_dim=16, mlp=128)
+    model = replace(MODEL, embed=128, head_dim=32, mlp=128)
     config = RunConfig(model=model, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
     in_fp8 = replace(config, fp8=name, fp8_ends=True, fp8_smallest=0)
     want, got = (

@@ -61,7 +61,7 @@ def grouped_matmul(x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe |
     them."""
     inner, outer = w.shape[1:]
     # Rows are no summed dim here, so that any number of them will do, but for none.
-    if recipe is None or not x.numel() or not recipe.converts(16, inner, outer):
+    if recipe is None or not x.numel() or not recipe.converts(recipe.multiple, inner, outer):
         return None
     from dtron.fp8.grouped import grouped_product  # imports torchao
 

@@ -59,12 +59,17 @@ with _quietly():
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in get_args(Scaling)
+    if name != "blockwise"  # torchao has it, but not among these
 }
 
 
 def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
     """``x [T, I] @ w [I, O]`` in FP8, and both gradients. On a CPU the values are rounded to FP8 and
     multiplied in float32."""
+    if scaling == "blockwise":
+        from dtron.fp8.blockwise import Blockwise  # which is made of parts of this file
+
+        return Blockwise.apply(x, w)
     return _Product.apply(x, w, scaling)
 
 
