@@ -4,6 +4,9 @@ The rows that they get stand sorted by expert, and one *grouped* product multipl
 own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
 stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
 one of bfloat16. Where every expert has the same number of rows they are a plain batched product.
+
+Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each expert has
+but some of the tokens, and a chunk would leave its products too few rows.
 """
 
 from __future__ import annotations
