@@ -68,8 +68,8 @@ def run_end(fn: Callable, p: Any, x_TD: Tensor, recompute: str) -> Tensor:
 def tokens_at_once(recompute: str, tokens: int, width: int) -> int | None:
     """How many of a rank's tokens its part of a feed-forward layer, ``width`` wide, takes at once; None:
     all. Chunks, and only under ``full``, as soon as a tensor between the products has more than 2^27 elements
-    (256 MiB in bfloat16), and at most 8: each is one more of everything to compile, and an eighth of F is less
-    than the residual stream's D. Multiples of 128, because FP8 and fast kernels want them."""
+    (256 MiB in bfloat16), and at most 8: each is one more of everything to compile, and an eighth of F is
+    less than the residual stream's D. Multiples of 128, because FP8 and fast kernels want them."""
     chunks = min(8, -(-tokens * width // 2**27)) if recompute == "full" else 1
     return -(-tokens // chunks // 128) * 128 if chunks > 1 else None
 
