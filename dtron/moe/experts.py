@@ -5,6 +5,9 @@ own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of
 stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
 one of bfloat16. Where every expert has the same number of rows they are a plain batched product. In FP8 both
 are one kernel (fp8/grouped.py).
+
+Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each expert has
+but some of the tokens, and a chunk would leave its products too few rows.
 """
 
 from __future__ import annotations
