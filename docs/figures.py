@@ -15,8 +15,8 @@ import context_figures
 import torch
 from torch import Tensor
 
+from dtron.architecture import ModelConfig
 from dtron.collectives import Collective, CollectiveCounter
-from dtron.config import ModelConfig
 from dtron.layers.cores import Mask, allowed
 from dtron.layers.mla import MLA, Latent, mla
 from dtron.layers.mlp import MLP, mlp

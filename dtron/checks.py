@@ -6,11 +6,12 @@ import math
 
 import torch
 
-from dtron.config import ModelConfig, nearest_divisor
+from dtron.architecture import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import How
 from dtron.layers.context import Method
 from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
+from dtron.limits import nearest_divisor
 from dtron.model import declare_model
 from dtron.params import Weight, flat
 from dtron.shape import MeshShape

@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.config import DataConfig, RunConfig
 from dtron.data.tokens import end_id, load_tokenizer
 from dtron.dtensor import full
 from dtron.entry import run_cli

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.layers.context import Method
 from dtron.recompute import tokens_at_once
 from dtron.shape import MeshShape

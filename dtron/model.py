@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
 from dtron.layers.attention import Attention, attention

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.config import ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.config import RunConfig
 from dtron.dtensor import full, local
 from dtron.how import PLAIN, How
 from dtron.mesh import Layout

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig, OptimConfig
+from dtron.architecture import ModelConfig
+from dtron.config import OptimConfig
 from dtron.dtensor import full, local
 from dtron.model import Batch
 from dtron.moe.balance import expert_totals, update_balance

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dtron.architecture import ModelConfig
 from dtron.checks import check, microbatches
 from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
-from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, Schedule
+from dtron.config import DataConfig, PipelineConfig, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.context import Method
 from dtron.layers.loss import IGNORE
