@@ -37,6 +37,7 @@ from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run
 
 M = replace(MODEL, mlp=37)  # a width that no other tensor has
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
+BLOCK = replace(MODEL, layers=1)
 TOKENS, CHUNK = 8 * 16, 32
 
 
@@ -186,10 +187,10 @@ def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -
     """A job for the pool: a loss, and the norm of every gradient."""
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32)
-    pipe = one_stage(MODEL, 1, layout)
-    functions = program(MODEL, layout, How("full"), splits=False)
+    pipe = one_stage(BLOCK, 1, layout)
+    functions = program(BLOCK, layout, How("full"), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
-    params = init(pipe.spec, MODEL.dims(), 0, layout, torch.float64)
+    params = init(pipe.spec, BLOCK.dims(), 0, layout, torch.float64)
     with chunks_of(chunk):
         loss, grads, _ = gradients(functions, params, [make_batch(ROWS, layout)], 128, pipe, zero)
     return [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]

@@ -75,7 +75,7 @@ def one_case(mesh, learned, **choices):
     assert_same_step(configured(mesh, **choices))
 
 
-test_a_step_is_that_of_one_device = settings(max_examples=5)(given(**FEW)(one_case))
+test_a_step_is_that_of_one_device = settings(max_examples=4)(given(**FEW)(one_case))
 test_many_steps_are_those_of_one_device = pytest.mark.slow(
     settings(max_examples=100)(given(**CHOICES)(one_case))
 )

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import on_pool, train
 from test_context import CP_MODEL, assert_same_step, changed, configured, forgets
-from test_moe import EVERYTHING, expert_meshes
+from test_moe import expert_meshes
+from test_moe_models import EVERYTHING
 from values import close
 
 from dtron import verify
@@ -60,7 +61,7 @@ def test_experts(mesh, choices):
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     mesh=expert_meshes(8).filter(lambda mesh: "cp" in mesh),
     method=st.sampled_from(["ring", "allgather", "ulysses"]), zigzag=st.sampled_from(["on", "off"]),
