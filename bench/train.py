@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
 from dtron.data import Indexed, Prefetch, Writer
@@ -41,7 +42,7 @@ from dtron.launch import plan, ranks
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
-from dtron.model import flops_per_token, make_batch, parameter_count
+from dtron.model import flops_per_token, parameter_count
 from dtron.optim import adam_init, with_copies
 from dtron.params import init
 from dtron.pipeline import program

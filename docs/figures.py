@@ -19,10 +19,10 @@ from layer_figures import COLOURS
 from torch import Tensor
 
 from dtron.architecture import ModelConfig
+from dtron.batch import make_batch
 from dtron.collectives import Collective, CollectiveCounter
 from dtron.layers.cores import Mask, allowed
 from dtron.mesh import Layout, rules_for
-from dtron.model import make_batch
 from dtron.params import init
 from dtron.picture import FAINT, Canvas
 from dtron.pipeline import one_stage, program

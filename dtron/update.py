@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from dtron.architecture import ModelConfig
+from dtron.batch import Batch
 from dtron.config import OptimConfig
 from dtron.dtensor import full, local
-from dtron.model import Batch
 from dtron.moe.balance import expert_totals, update_balance
 from dtron.mtp import ahead_losses
 from dtron.optim import AdamState, Rule, adam_update, clip_scale, global_norm

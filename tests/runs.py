@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from dtron.batch import make_batch, valid_tokens
 from dtron.checks import microbatches
 from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
-from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init, with_copies
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits

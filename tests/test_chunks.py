@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from values import ONE, normal, tree
 
+from dtron.batch import make_batch
 from dtron.compiled import compiled
 from dtron.dtensor import full
 from dtron.fp8 import Recipe
@@ -27,7 +28,6 @@ from dtron.fp8.__main__ import error
 from dtron.how import How
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import make_batch
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
 from dtron.recompute import tokens_at_once

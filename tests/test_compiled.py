@@ -12,12 +12,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from values import flex_on_cpu
 
+from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
 from dtron.dtensor import full
 from dtron.how import How
 from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import make_batch
 from dtron.optim import adam_init, adam_update
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program

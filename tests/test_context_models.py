@@ -17,6 +17,7 @@ from test_moe_models import EVERYTHING
 from values import close
 
 from dtron import verify
+from dtron.batch import make_batch
 from dtron.checks import check
 from dtron.config import DataConfig, RunConfig
 from dtron.layers import context, ring
@@ -24,7 +25,6 @@ from dtron.layers.fused import block_backward, block_forward
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import make_batch
 from dtron.moe.config import MoE
 from dtron.mtp import Ahead
 from dtron.shape import MeshShape

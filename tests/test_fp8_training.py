@@ -11,6 +11,7 @@ import torch
 from products import NAMES
 from runs import MODEL, on_pool, simulate, train
 
+from dtron.batch import make_batch
 from dtron.compiled import compiled
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
@@ -18,7 +19,6 @@ from dtron.fp8 import Recipe, compile_options, matmul
 from dtron.how import How
 from dtron.launch import plan
 from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import make_batch
 from dtron.optim import global_norm
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dtron import show
+from dtron.batch import make_batch
 from dtron.config import ModelConfig
 from dtron.how import How
 from dtron.memory import activation_bytes, block_bytes
 from dtron.mesh import Layout
-from dtron.model import declare_model, forward, make_batch
+from dtron.model import declare_model, forward
 from dtron.params import flat, init, tree_map
 from dtron.shape import MeshShape
 

@@ -11,13 +11,14 @@ import torch
 from runs import MODEL, on_pool, train
 
 from dtron import checkpoint
+from dtron.batch import make_batch
 from dtron.checks import check, check_dispatch
 from dtron.compiled import compiled
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.how import How
 from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import active_count, declare_model, flops_per_token, make_batch, parameter_count
+from dtron.model import active_count, declare_model, flops_per_token, parameter_count
 from dtron.moe.balance import describe_experts, expert_totals
 from dtron.moe.config import MoE
 from dtron.optim import adam_init

@@ -14,12 +14,13 @@ from test_pipeline import assert_same_step
 from torch import Tensor
 
 from dtron import mtp
+from dtron.batch import make_batch
 from dtron.compiled import compiled
 from dtron.config import ModelConfig, RunConfig
 from dtron.layers.loss import IGNORE
 from dtron.layers.mla import Latent
 from dtron.mesh import Layout, rules_for
-from dtron.model import embed, forward, make_batch, predict, stage
+from dtron.model import embed, forward, predict, stage
 from dtron.moe.config import MoE
 from dtron.mtp import Ahead, look_ahead
 from dtron.params import flat, init

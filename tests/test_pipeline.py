@@ -14,9 +14,10 @@ from test_equivalence import model_config
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtron.batch import make_batch, valid_tokens
 from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.mesh import Layout, rules_for
-from dtron.model import declare_model, make_batch, valid_tokens
+from dtron.model import declare_model
 from dtron.optim import global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
