@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.batch import Batch, make_batch
 from dtron.checkpoint.files import clear_parts
 from dtron.checkpoint.saver import Saver
 from dtron.cli import parse, save
@@ -33,9 +34,9 @@ from dtron.hf import Source, keep_origin
 from dtron.launch import Plan, host_group, plan, ranks, same_on_all_ranks
 from dtron.mesh import Layout
 from dtron.metrics import Metrics, mark
-from dtron.model import Batch, active_count, flops_per_token, make_batch, parameter_count
+from dtron.model import active_count, flops_per_token, parameter_count
 from dtron.moe.balance import describe_experts
-from dtron.optim import adam_init, learning_rate
+from dtron.optim import adam_init, learning_rate, with_copies
 from dtron.params import gather, init
 from dtron.pipeline import Pipeline, one_stage, program
 from dtron.profile import Recorder
@@ -77,6 +78,7 @@ def train(
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
             raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+    state = replace(state, opt=with_copies(state.opt, state.params, spec, layout.compute))
     watch = Watch(config.max_skips)
     saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
     if config.save_every:

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.batch import make_batch
 from dtron.compiled import compiled
 from dtron.jit import jit
 from dtron.layers.context import prepare
@@ -38,7 +39,7 @@ from dtron.layers.norm import norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.metrics import elapsed, mark, memory_gib
-from dtron.model import block, make_batch
+from dtron.model import block
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
 from dtron.presets import preset

@@ -59,7 +59,7 @@ def longest(o: argparse.Namespace) -> Iterator[dict]:
     """Doubles the sequence while it fits, then halves the gap to what does not, down to an eighth of it."""
     fits, too_long, sequence = 0, 0, min(o.sequences)
     while not too_long or too_long - fits > fits // 8:
-        flags = {"model": o.model, "recompute": o.recompute, "steps": 3, "sequence": sequence, "rows": 1}
+        flags = {"model": o.model, "recompute": o.recompute, "steps": 1, "sequence": sequence, "rows": 1}
         line = run(flags, 1, o.timeout)
         yield line
         fits, too_long = (fits, sequence) if "error" in line else (sequence, too_long)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.fp8 import Recipe
 from dtron.mesh import Layout
 from dtron.metrics import peak_tflops
 from dtron.moe.experts import compute
@@ -43,14 +44,16 @@ def main() -> None:
     rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
     ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
 
+    recipe = Recipe("rowwise", smallest=0) if o.fp8 else None
+
     def layer(p: MoELayer, x: Tensor) -> Tensor:
-        return moe(p, x, seen, c, layout, dispatch=o.dispatch)[0]
+        return moe(p, x, seen, c, layout, dispatch=o.dispatch, recipe=recipe)[0]
 
     def router(p: MoELayer, x: Tensor) -> Tensor:
         return route(p.router, x, *seen[:3], c, layout, place_T=seen.place_T).weights_TK
 
     def products(p: MoELayer, rows: Tensor) -> Tensor:
-        return compute(p.experts, rows, ends, c.activation)
+        return compute(p.experts, rows, ends, c.activation, recipe=recipe)
 
     parts = {"layer": (layer, x), "router": (router, x), "products": (products, rows)}
     ms = {name: 1e3 * seconds(fn, p, y, o.repeats) for name, (fn, y) in parts.items()}
@@ -58,7 +61,8 @@ def main() -> None:
     peak = peak_tflops(device)
     tflops = flops / ms["products"] / 1e9
     report = {
-        "model": o.model, "tokens": o.tokens, "dispatch": o.dispatch, "torch": torch.__version__,
+        "model": o.model, "tokens": o.tokens, "dispatch": o.dispatch, "fp8": o.fp8,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         **{f"{name}_ms": round(t, 3) for name, t in ms.items()},
         "permutation_ms": round(ms["layer"] - ms["router"] - ms["products"], 3),
@@ -103,6 +107,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Time one layer of experts and its parts; one JSON line.")
     p.add_argument("--model", default="bench-moe", help="a preset with experts")
     p.add_argument("--dispatch", default="auto")
+    p.add_argument("--fp8", action="store_true", help="products in FP8, of any size")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--repeats", type=int, default=20)

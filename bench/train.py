@@ -5,10 +5,11 @@
 
 A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The median is
 of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
-waits for a step to end. The first carries compilation and is reported by itself. FLOPs are those of
-``flops_per_token``: causal, no recomputation. Host time is what a step from an idle device takes until its
-last kernel is launched, the median of 3. With --data batches come from a file, as in train.py, and the line
-has the share of time that the host waited for them. Needs torch and numpy alone."""
+waits for a step to end. The first carries compilation and is reported by itself; ``--steps 1`` is for the
+peak of memory, and times nothing. FLOPs are those of ``flops_per_token``: causal, no recomputation. Host time
+is what a step from an idle device takes until its last kernel is launched, the median of 3. With --data
+batches come from a file, as in train.py, and the line has the share of time that the host waited for them.
+Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
 from dtron.data import Indexed, Prefetch, Writer
@@ -40,8 +42,8 @@ from dtron.launch import plan, ranks
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
-from dtron.model import flops_per_token, make_batch, parameter_count
-from dtron.optim import adam_init
+from dtron.model import flops_per_token, parameter_count
+from dtron.optim import adam_init, with_copies
 from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
@@ -58,6 +60,7 @@ def main() -> None:
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
         fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
+        reduce_bf16=o.reduce_bf16,
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -70,7 +73,7 @@ def main() -> None:
 def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
-    opt = adam_init(params)
+    opt = with_copies(adam_init(params), params, spec, layout.compute)
     functions, rule = program(m, layout, config.how, here.splits), None
     if not o.eager:
         functions = compiled(functions, layout, config.how, overlap=not o.no_overlap)
@@ -103,8 +106,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
-    times = [elapsed(a, b) for a, b in pairwise(marks)][-12:]
-    for _ in range(3):  # a host that runs ahead of a busy device would in the end wait for it
+    times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
+    for _ in range(3 if times else 0):  # a host that runs ahead of a busy device would in the end wait for it
         elapsed(marks[-1], mark(here.device))
         start = time.perf_counter()
         loss, params, opt = step(params, opt)
@@ -115,9 +118,15 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
             recorder.begin()
             loss, params, opt = step(params, opt)
             recorder.end()
-    seconds = statistics.median(times)
-    n = here.shape.size
-    tflops, peak = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12, peak_tflops(here.device)
+    n, timed = here.shape.size, {}
+    if times:
+        seconds, peak = statistics.median(times), peak_tflops(here.device)
+        tflops = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12
+        timed = {
+            "tokens_per_s_per_gpu": round(tokens / seconds / n), "tflops_per_gpu": round(tflops, 1),
+            "mfu": round(tflops / peak, 4) if peak else None, "step_ms": round(1e3 * seconds, 2),
+            "host_ms": round(1e3 * statistics.median(host), 2),
+        }  # fmt: skip
     return {
         "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
@@ -126,10 +135,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "fp8_ends": o.fp8_ends, "attention": o.attention, "overlap": not o.no_overlap, 
         "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
-        "torch": torch.__version__, "tokens_per_s_per_gpu": round(tokens / seconds / n),
-        "tflops_per_gpu": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None,
-        "step_ms": round(1e3 * seconds, 2), "host_ms": round(1e3 * statistics.median(host), 2),
+        "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
@@ -171,6 +179,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--mesh", default="")
     p.add_argument("--zero", type=int, default=1)
     p.add_argument("--recompute", default="none")
+    p.add_argument("--reduce-bf16", action="store_true", help="add gradients up in bfloat16")
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from figures import COLOURS, draw
+from layer_figures import COLOURS, draw
 
 from dtron.collectives import CollectiveCounter
 from dtron.mesh import Layout

@@ -8,163 +8,32 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import context_figures
+import layer_figures
 import torch
+from expert_figure import experts
+from layer_figures import COLOURS
 from torch import Tensor
 
+from dtron.architecture import ModelConfig
+from dtron.batch import make_batch
 from dtron.collectives import Collective, CollectiveCounter
-from dtron.config import ModelConfig
 from dtron.layers.cores import Mask, allowed
-from dtron.layers.mla import MLA, Latent, mla
-from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
-from dtron.model import make_batch
-from dtron.params import declare, gather, init
-from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
+from dtron.params import init
+from dtron.picture import FAINT, Canvas
 from dtron.pipeline import one_stage, program
-from dtron.presets import preset
 from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
 from dtron.schedules.draw import svg as timelines
 from dtron.shape import MeshShape
-from dtron.show import coordinates, local_range, picture, rows, size, total
+from dtron.show import picture, rows, size, total
 from dtron.simulate import simulated
 from dtron.step import gradients
 
 FOLDER = Path(__file__).parent / "figures"
-COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "#d05050"}
-
-
-def pieces_of(x: Tensor) -> list:
-    """Which part of a DTensor each rank holds, from its own placements."""
-    sizes = tuple(x.device_mesh.shape)
-    return [(rank, local_range(x.shape, sizes, x.placements, at)) for rank, at in coordinates(sizes)]
-
-
-def pending(x: Tensor) -> str:
-    """The mesh axes over which a sum is pending."""
-    names = x.device_mesh.mesh_dim_names
-    return "+".join(a for a, p in zip(names, x.placements, strict=True) if p.is_partial())
-
-
-def draw(canvas: Canvas, x: float, y: float, name: str, dims: str, t: Tensor, shape: MeshShape) -> float:
-    """``dims`` has a letter for each dim; the caption adds the mesh axes that cut it. Returns the width."""
-    cut = [[] for _ in dims]
-    for axis, p in zip(t.device_mesh.mesh_dim_names, t.placements, strict=True):
-        if p.is_shard():
-            cut[p.dim].append(axis)
-    lies = ", ".join(d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, cut, strict=True))
-    w, _ = draw_tensor(canvas, x, y, name, f"[{lies}]", tuple(t.shape), pieces_of(t), shape, pending(t))
-    return w
-
-
-@dataclass(frozen=True)
-class Recorder(Layout):
-    """A layout that remembers what every constrain took and gave."""
-
-    seen: list = field(default_factory=list)
-
-    def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
-        y = super().constrain(x, *axes)
-        self.seen.append((x.detach(), y.detach()))
-        return y
-
-
-def layer(shape: MeshShape) -> str:
-    """An MLP's tensors on their way through it."""
-    dims = {"embed": 384, "mlp": 1280, "gated": True, "bias": False, "layers": 1}
-    with simulated(shape) as mesh:
-        layout = Recorder(mesh)
-        p = gather(init(declare(MLP, dims), dims, 0, layout), layout)
-        x = layout.shard(torch.ones(1024, 384), "tokens_sp", "act_embed")
-        with CollectiveCounter(mesh) as counter:
-            mlp(p, x, layout)
-        (x_before, x_after), (y_before, y_after) = layout.seen
-        canvas = Canvas(1180)
-        canvas.text(20, 28, f"An MLP on {shape}", bold=True, size=16)
-        draw_mesh(canvas, 20, 44, shape)
-        first, second = counter.order
-        steps = [
-            ("x_TD", "TD", x_before, first),
-            ("x_TD", "TD", x_after, "@"),
-            ("w_gate, w_up", "DF", p.w_up, "="),
-            ("h_TF", "TF", x_after @ p.w_up, "@"),
-            ("w_down", "FD", p.w_down, "="),
-            ("y_TD", "TD", y_before, second),
-            ("y_TD", "TD", y_after, ""),
-        ]
-        left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
-        for name, dims, tensor, then in steps:
-            left += draw(canvas, left, top, name, dims, tensor, shape) + 10
-            if isinstance(then, Collective):
-                arrow(canvas, left, top + 76, then)
-                left += 108
-            elif then:
-                canvas.text(left, top + 80, then, size=16, bold=True)
-                left += 26
-    return canvas.svg()
-
-
-def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
-    canvas.arrow(x, y, 98)
-    canvas.text(x, y - 8, collective.kind.replace("_", "-"), size=12, colour=COLOURS[collective.kind])
-    canvas.text(x, y + 16, f"over {collective.axis}", size=11, colour=FAINT)
-
-
-def latent(shape: MeshShape) -> str:
-    """Latent attention's tensors on their way through it; below, what a server keeps of a token."""
-    sizes = Latent(kv_rank=256, q_rank=384, nope_dim=48, rope_dim=64, v_dim=64)
-    dims = {"embed": 768, "heads": 16, "layers": 1, "layernorm": False, **sizes.dims()}
-    with simulated(shape) as mesh:
-        layout = Recorder(mesh)
-        p = gather(init(declare(MLA, dims), dims, 0, layout), layout)
-        x = layout.shard(torch.ones(1024, 768), "tokens_sp", "act_embed")
-        table = layout.shard(torch.zeros(1024, sizes.rope_dim), "tokens", None)
-        with CollectiveCounter(mesh) as counter:
-            mla(p, x, table, None, Mask(1024), layout)
-        (line_before, line_after), (y_before, y_after) = layout.seen
-        canvas = Canvas(1400)
-        canvas.text(20, 28, f"Latent attention on {shape}", bold=True, size=16)
-        draw_mesh(canvas, 20, 44, shape)
-        first, second = counter.order
-        steps = [
-            ("x_TD", "TD", x, "@"),
-            ("w_q_down", "DR", p.w_q_down, ""),
-            ("w_kv_down", "DR", p.w_kv_down, "="),
-            ("line_TR", "TR", line_before, first),
-            ("line_TR", "TR", line_after, "@"),
-            ("w_kv_up", "RNH", p.w_kv_up, "..."),
-            ("w_o", "NHD", p.w_o, "="),
-            ("y_TD", "TD", y_before, second),
-            ("y_TD", "TD", y_after, ""),
-        ]
-        left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
-        for name, letters, tensor, then in steps:
-            left += draw(canvas, left, top, name, letters, tensor, shape) + 10
-            if isinstance(then, Collective):
-                arrow(canvas, left, top + 76, then)
-                left += 108
-            elif then:
-                canvas.text(left, top + 80, then, size=16, bold=True)
-                left += 26
-    y = top + 180
-    canvas.text(20, y, "Numbers that a server keeps of each token, in every layer", bold=True, size=16)
-    kept = {name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")}
-    m = preset("deepseek-v3")
-    kept["deepseek-v3 with keys and values of all heads"] = m.heads * sum(m.head_dims)
-    for i, (name, n) in enumerate(kept.items()):
-        width = max(3, 700 * n / max(kept.values()))
-        canvas.text(20, y + 31 + 28 * i, name)
-        canvas.rect(350, y + 15 + 28 * i, width, 22, "#4a8fd0")
-        canvas.text(358 + width, y + 31 + 28 * i, f"{n:,}", bold=True)
-    return canvas.svg()
-
-
-def cached(m: ModelConfig) -> int:
-    """Numbers that generation keeps of a token in a layer."""
-    return m.mla.kv_rank + m.mla.rope_dim if m.latent else 2 * m.kv_heads * m.head_dim
 
 
 def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
@@ -323,15 +192,13 @@ def legend(canvas: Canvas, x: float, y: float, entries) -> None:
 
 def figures() -> dict[str, str]:
     """Every figure by file name."""
-    from expert_figure import experts  # it draws with what is above
-
     return {
         "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
         "zero.svg": zero(MeshShape(dp=8)),
-        "tensor-parallelism.svg": layer(MeshShape(tp=4)),
-        "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
-        "latent-attention.svg": latent(MeshShape(tp=4)),
+        "tensor-parallelism.svg": layer_figures.layer(MeshShape(tp=4)),
+        "data-and-tensor-parallelism.svg": layer_figures.layer(MeshShape(dp=2, tp=2)),
+        "latent-attention.svg": layer_figures.latent(MeshShape(tp=4)),
         "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),

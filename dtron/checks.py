@@ -6,12 +6,14 @@ import math
 
 import torch
 
-from dtron.config import ModelConfig, nearest_divisor
+from dtron.architecture import ModelConfig
+from dtron.fp8 import Recipe
 from dtron.how import How
 from dtron.layers.context import Method
 from dtron.layers.cores import LEAST_HEAD_DIM, AttentionPath
+from dtron.limits import nearest_divisor
 from dtron.model import declare_model
-from dtron.params import flat
+from dtron.params import Weight, flat
 from dtron.shape import MeshShape
 
 
@@ -116,18 +118,37 @@ def check_fp8(
             f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
             "has no other; use --fp8-ends, or drop --fp8"
         )
-    recipe, weights = how.recipe(end=False), flat(declare_model(model).blocks[0])
-    others = [w.numel / model.embed / mesh.tp for w in weights if len(w.shape) > 1]  # the sizes beside embed
-    if not any(recipe.converts(tokens, model.embed, other) for other in others):
+    recipe = how.recipe(end=False)
+    sizes = {
+        _sizes(w, model, mesh, tokens, recipe)
+        for p in declare_model(model).blocks
+        for w in flat(p)
+        if len(w.shape) > 1
+    }
+    if not any(recipe.converts(*size) for size in sizes):
         raise ValueError(
             f"{flag}: no matrix of this model has {how.fp8_smallest} weights on a rank (at most "
-            f"{max(others) * model.embed:.0f}), and its sizes and the {tokens} tokens multiples of 16; drop "
-            "--fp8, or lower --fp8-smallest"
+            f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
+            f"{recipe.multiple}; drop --fp8, or lower --fp8-smallest"
         )
     try:
         import dtron.fp8.product  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
+
+
+def _sizes(
+    w: Weight, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
+) -> tuple[float, float, float]:
+    """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the width of
+    the residual stream, and the size beside it."""
+    if w.axes[0] == "experts":
+        return (
+            recipe.multiple,
+            model.embed,
+            w.numel / w.shape[0] / model.embed / mesh.etp,
+        )  # any number of rows will do
+    return tokens, model.embed, w.numel / model.embed / mesh.tp
 
 
 def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dtron import __version__
-from dtron.config import ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.config import RunConfig
 from dtron.data.indexed import prefix_of
 from dtron.presets import PRESETS, preset
 

@@ -78,13 +78,15 @@ class OnLocals:
         weights = flat(params)
         tensors, lies = [local(w) for w in weights], [Lies.of(w) for w in weights]
         if once:
-            of = declared(params)
+            of, layout = declared(params), self._layout
+            ready = [d.frozen or layout.ready(w, *d.axes) for w, d in zip(weights, of, strict=True)]
             after = [
-                at if d.frozen else replace(at, placements=self._layout.gathered(*d.axes))
-                for at, d in zip(lies, of, strict=True)
+                at if there else replace(at, placements=layout.gathered(*d.axes))
+                for at, there, d in zip(lies, ready, of, strict=True)
             ]
-            gather = lambda ws: gather_all(ws, of, self._layout)
-            tensors, lies = self._run_list(gather, tensors, lies), after
+            rest = [d for d, there in zip(of, ready, strict=True) if not there]
+            gather = lambda ws: gather_all(ws, rest, layout)
+            tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         return Weights(unflatten(params, tensors), lies), tensors
 
@@ -103,13 +105,19 @@ class OnLocals:
 
     def _move(self, fn: Callable, grads: list[Tensor], lies: list[Lies], params: list[DTensor]):
         """Only what is not there yet goes through the compiled function."""
-        goals = [tuple(p.placements) for p in params]
-        away = [i for i, (at, goal) in enumerate(zip(lies, goals, strict=True)) if at.placements != goal]
+        goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
+        there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
+        return self._run_some(fn, grads, lies, there, goals)
+
+    def _run_some(self, fn: Callable, tensors: list[Tensor], lies: list[Lies], there: list[bool], *args):
+        """Of these tensors only those that are not there yet go through the compiled function."""
+        away = [i for i, done in enumerate(there) if not done]
         if not away:
-            return grads
+            return tensors
         pick = lambda xs: [xs[i] for i in away]
-        moved = dict(zip(away, self._run_list(fn, pick(grads), pick(lies), pick(goals)), strict=True))
-        return [moved.get(i, g) for i, g in enumerate(grads)]
+        found = self._run_list(fn, pick(tensors), pick(lies), *map(pick, args))
+        moved = dict(zip(away, found, strict=True))
+        return [moved.get(i, x) for i, x in enumerate(tensors)]
 
     # What is traced: locals in, DTensors, locals out.
 

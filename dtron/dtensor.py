@@ -114,13 +114,18 @@ def _scatter(g: DTensor, goal: Sequence[Placement]) -> DTensor:
     return g if target == g.placements else g.redistribute(g.device_mesh, target)
 
 
-Goals = Sequence[Sequence[Placement]]
+# For each gradient, where its weight lies and what to add it up in.
+Goals = Sequence[tuple[Sequence[Placement], torch.dtype]]
 
 
 def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
     """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
-    so."""
-    return [_scatter(g, goal) for g, goal in zip(grads, goals, strict=True)]
+    so. What is not to be reduced keeps its dtype."""
+    moves = lambda g, goal: _scattered(g.placements, goal) != g.placements
+    return [
+        _scatter(cast(g, dtype), goal) if moves(g, goal) else g
+        for g, (goal, dtype) in zip(grads, goals, strict=True)
+    ]
 
 
 def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
@@ -128,16 +133,17 @@ def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
     Small ones (norms, biases) are laid end to end for that: as many all-reduces as they are weights would
     each wait for the slowest link's latency."""
     found, small = scatter_all(grads, goals), {}
-    for i, (g, goal) in enumerate(zip(found, goals, strict=True)):
+    for i, (g, (goal, dtype)) in enumerate(zip(found, goals, strict=True)):
         if g.placements == tuple(goal):
             continue
+        g = cast(g, dtype)
         if g.numel() < SMALL and not any(p.is_shard() for p in g.placements):
-            small.setdefault((g.placements, g.dtype), []).append(i)
+            small.setdefault((g.placements, dtype), []).append(i)
         else:
             found[i] = g.redistribute(g.device_mesh, goal)
-    for (pending, _), where in small.items():
+    for (pending, dtype), where in small.items():
         mesh, parts = found[where[0]].device_mesh, [found[i] for i in where]
-        line = torch.cat([x.to_local().flatten() for x in parts])
+        line = torch.cat([x.to_local().flatten().to(dtype) for x in parts])
         line = DTensor.from_local(line, mesh, pending, run_check=False).redistribute(
             mesh, [Replicate()] * mesh.ndim
         )

@@ -26,7 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.batch import make_batch
+from dtron.config import DataConfig, RunConfig
 from dtron.data.tokens import end_id, load_tokenizer
 from dtron.dtensor import full
 from dtron.entry import Parser, run_cli
@@ -37,7 +39,7 @@ from dtron.hf.safetensors import read_json
 from dtron.launch import plan, ranks
 from dtron.layers.past import Past, empty_past
 from dtron.mesh import Layout, by_rows
-from dtron.model import Transformer, embed, make_batch, stage_logits
+from dtron.model import Transformer, embed, stage_logits
 from dtron.params import gather
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program

@@ -10,9 +10,11 @@ bytes an element:
 
 two residuals and two inputs of matrix products; queries, keys, values and results of attention, and its
 log-sum-exps; and of the feed-forward layer what its products take and give, g = 3 with a gate and 2 without.
-Under ``full`` the block that is at work is there whole, once. Attention over cp has messages beside it: the
-ring two of keys and values and two of their gradients, allgather those of whole rows, ulysses what it sends
-and what it gets. The loss has a chunk of logits, and the gradients of its input and of the head.
+Under ``full`` the block that is at work is there whole, once; of its feed-forward layer only a chunk of c
+tokens, where u F / tp is large: c for u there (see ``recompute.tokens_at_once``). Attention over cp has
+messages beside it: the ring two of keys and values and two of their gradients, allgather those of whole rows,
+ulysses what it sends and what it gets. The loss has a chunk of logits, and the gradients of its input and of
+the head.
 
 In latent attention every head has keys of its own, and values of another width. A layer of experts has for F
 the width of the experts that a token goes to and of the shared one, and for each of the former the token once
@@ -28,15 +30,19 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.layers.context import Method
+from dtron.recompute import tokens_at_once
 from dtron.shape import MeshShape
 
 RECOMPUTE = ("none", "selective", "full")
 
 
-def block_bytes(m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, element: int = 2) -> int:
-    """What one block keeps for backward. ``tokens``: of all cp and tp ranks together."""
+def block_bytes(
+    m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, element: int = 2, chunk: int | None = None
+) -> int:
+    """What one block keeps for backward. ``tokens``: of all cp and tp ranks together; ``chunk``: of a rank's
+    tokens, those that its MLP has at work, None: all."""
     u = tokens // shape.cp
     t = u // shape.tp
     if recompute == "full":
@@ -45,8 +51,10 @@ def block_bytes(m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, e
     products = (3 if m.activation in ("swiglu", "geglu") else 2) - (recompute == "selective")
     residuals = (1 if recompute == "selective" else 2) * t * m.embed
     c = m.moe
-    mlp = products * u * (c.top_k * c.mlp + c.shared if c.experts else m.mlp) // shape.tp
-    mlp += t * c.top_k * m.embed if c.experts else 0
+    if c.experts:
+        mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
+    else:
+        mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
     return element * (residuals + 2 * u * m.embed + heads + mlp) + 4 * u * m.heads // shape.tp
 
 
@@ -77,7 +85,8 @@ def activation_bytes(
     """The most that a rank has at once, of a stage with its share of ``layers``; see the top of the file."""
     one = block_bytes(m, shape, tokens, recompute)
     kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
-    working = block_bytes(m, shape, tokens, "none") if recompute == "full" else 0
+    chunk = tokens_at_once(recompute, tokens // shape.cp, m.mlp // shape.tp)
+    working = block_bytes(m, shape, tokens, "none", chunk=chunk) if recompute == "full" else 0
     return kept + max(working + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens))
 
 

@@ -159,7 +159,8 @@ class Layout:
     ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep), as a mesh
     of one dim, and those that have the parts of a sequence (cp).
     ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
-    ``reduce`` the dtype that a weight's gradient is cast to before any reduction (None: the weight's own).
+    ``reduce`` the dtype that a weight's gradient is cast to before it is added to others (None: the weight's
+    own, but float32 at least).
 
     Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and ``"+vocab"``
     says that a sum over the mesh axes of ``vocab`` is still pending.
@@ -223,10 +224,17 @@ class Layout:
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
-        placements = self.gathered(*axes)
-        if placements == tuple(w.placements) and w.dtype == dtype:
+        if self.ready(w, *axes):
             return w
-        return Gather.apply(w, code(placements), dtype, self.reduce or w.dtype)
+        return Gather.apply(w, code(self.gathered(*axes)), dtype, self.summed(w))
+
+    def ready(self, w: Tensor, *axes: str | None) -> bool:
+        """Whether ``gather`` has nothing to do for this weight."""
+        return w.dtype == (self.compute or w.dtype) and not self.gathers(w, *axes)
+
+    def summed(self, w: Tensor) -> torch.dtype:
+        """What a weight's gradients are added up in."""
+        return self.reduce or torch.promote_types(w.dtype, torch.float32)
 
     def gathers(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` would communicate for this weight."""

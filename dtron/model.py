@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
+from dtron.batch import Batch
 from dtron.fp8 import Recipe
 from dtron.how import PLAIN, How
 from dtron.layers.attention import Attention, attention
@@ -31,10 +32,10 @@ from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.moe.dispatch import Dispatch
 from dtron.moe.layer import MoELayer, Seen, moe
-from dtron.mtp import look_ahead, module
+from dtron.mtp import module
 from dtron.order import as_tokens
 from dtron.params import Weight, declare, flat, gather, part, value, weight
-from dtron.recompute import run_block
+from dtron.recompute import run_block, run_end, tokens_at_once
 from dtron.schedules.run import Extra
 
 
@@ -77,52 +78,6 @@ class Transformer:
         return (*self.blocks, *(module.block for module in self.mtp))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the other unless
-    cp cuts them (see order.py). A target is the next token, or IGNORE; ``rows_T`` is the row of a token.
-    ``documents_T [T@rows]`` are whole rows, always one after the other, or None where a row is one document.
-    ``tokens_TA`` and ``targets_TA [T@tokens, depth]`` are those further ahead, for multi-token prediction;
-    None: without it."""
-
-    tokens_T: Tensor
-    targets_T: Tensor
-    positions_T: Tensor
-    rows_T: Tensor
-    documents_T: Tensor | None
-    sequence: int
-    zigzag: bool
-    tokens_TA: Tensor | None = None
-    targets_TA: Tensor | None = None
-
-
-def make_batch(
-    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None,
-    counted_BS: Tensor | None = None, depth: int = 0, zigzag: bool = True,
-) -> Batch:  # fmt: skip
-    """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss; and for
-    ``depth`` modules of multi-token prediction, shifted further. Every rank passes the same rows and keeps
-    its own: over cp, parts of them, in ``zigzag`` order or contiguous."""
-    tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
-    if counted_BS is not None:
-        targets = targets.masked_fill(~counted_BS, IGNORE)
-    b, s = tokens.shape
-    if positions_BS is None:
-        positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
-    rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
-    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
-    place = lambda t: None if t is None else layout.shard(as_tokens(t, layout, zigzag), "tokens")
-    documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
-    main = (place(t) for t in (tokens, targets, positions_BS, rows))
-    return Batch(*main, documents, s, zigzag, *(place(t) for t in ahead))
-
-
-def valid_tokens(rows_BS: Tensor) -> int:
-    """How many targets of these rows count."""
-    return int((rows_BS[:, 1:] != IGNORE).sum())
-
-
 def declare_model(model: ModelConfig) -> Transformer:
     return declare(Transformer, model.dims())
 
@@ -131,17 +86,17 @@ def block(
     p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
     documents_T: Tensor | None, mask: Mask | Context, m: ModelConfig, layout: Layout,
     path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
-    past: Past | None = None,
+    past: Past | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
     loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
-    None; ``past``: keys and values of earlier tokens."""
+    None; ``past``: keys and values of earlier tokens; ``chunk``: of an MLP, see there."""
     attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
     x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past)
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
-        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe),)
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe, chunk),)
     y_TD, aux, report = moe(p.moe, h_TD, seen, m.moe, layout, before_E, dispatch, recipe)
     return x_TD + y_TD, aux, *report
 
@@ -159,7 +114,7 @@ def stage(
     summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
     to it and reports. ``before``: the reports of the step so far, where they matter."""
     run = _runner(p, batch, x_TD, m, layout, how, before)
-    x_TD, extras = _trunk(p, x_TD, run, m, layout)
+    x_TD, extras = _trunk(p, x_TD, run, m, layout, how.recompute)
     if p.norm is None:
         return x_TD, _extra(extras, None, m, layout)
     w_head, ahead = _head(p, layout), None
@@ -229,6 +184,8 @@ def _runner(
         for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
     }  # fmt: skip
     sparse = [p_block.moe is not None for p_block in p.all_blocks]
+    tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
+    chunk = tokens_at_once(how.recompute, tokens, width)
 
     def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
         mask, path = masks[p.all_blocks[i].window]
@@ -238,7 +195,7 @@ def _runner(
                 block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
                 table_TH=table_TH,
                 documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
-                recipe=how.recipe(end), dispatch=how.dispatch,
+                recipe=how.recipe(end), dispatch=how.dispatch, chunk=chunk,
                 past=None if past is None else replace(past[i], places_T=batch.positions_T),
             )
         )  # fmt: skip
@@ -250,7 +207,7 @@ def _runner(
 
 
 def _trunk(
-    p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout
+    p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout, recompute: str = "none"
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The blocks, and in the last stage the norm before the head."""
     # With a tied head, or predictions further ahead, the last stage has an embedding too.
@@ -260,7 +217,9 @@ def _trunk(
         end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
         x_TD, more = run(p_block, x_TD, i, end)
         extras += more
-    return x_TD if p.norm is None else norm(gather(p.norm, layout), x_TD, m.norm_eps), extras
+    if p.norm is not None:
+        x_TD = run_end(partial(norm, eps=m.norm_eps), gather(p.norm, layout), x_TD, recompute)
+    return x_TD, extras
 
 
 def _ahead(

@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.config import ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.batch import Batch
+from dtron.config import RunConfig
 from dtron.dtensor import full, local
 from dtron.how import PLAIN, How
 from dtron.mesh import Layout
-from dtron.model import Batch, Transformer, active, declare_model, embed, stage
+from dtron.model import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent

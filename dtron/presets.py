@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.moe.config import MoE

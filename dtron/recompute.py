@@ -5,6 +5,10 @@ Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 202
 products and attention and redoes the cheap rest. Under ZeRO-3 a block gathers its weights inside, and no
 gathered weight may wait for backward: so a block is always a recomputed region there, and ``none`` then means
 that everything but the gathers is kept.
+
+What ``full`` leaves is one block at work, and in it the widest tensors are those between the products of its
+feed-forward layer, ``[T, F]``. This layer knows no neighbours, so at long sequences it runs a chunk of tokens
+at a time, each chunk a recomputed region of its own: nothing of size ``[T, F]`` ever exists.
 """
 
 from __future__ import annotations
@@ -37,23 +41,56 @@ def run_block(
         return block(p, x_TD, load_E)
 
     def run_gathered(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-        gathered = region(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
+        gathered = _region(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
         return block(unflatten(p, list(gathered)), x_TD, load_E)
 
-    region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
         return run(p, x_TD)
     if recompute == "full":
-        return region(run, p, x_TD)
+        return _region(run, p, x_TD)
     if recompute == "selective":
-        return region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
+        return _region(run, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, _matmuls))
     if not any(layout.gathers(w, *d.axes) for w, d in zip(flat(p), declared(p), strict=True)):
         return run(p, x_TD)
     if torch.compiler.is_compiling():
         return run_gathered(p, x_TD)  # what else to keep, a compiler decides by itself
     kept = _AllKept()
-    return region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
+    return _region(run_all_kept, p, x_TD, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
+
+def run_end(fn: Callable, p: Any, x_TD: Tensor, recompute: str) -> Tensor:
+    """``fn(p, x_TD)``, what follows the last block. Under ``full`` a region of its own, so that the output of
+    that block is kept for it, as that of any other is for the next. A compiler would make it again instead,
+    and for that all of the last product of the block, before the rest of its backward."""
+    return _region(fn, p, x_TD) if recompute == "full" and torch.is_grad_enabled() else fn(p, x_TD)
+
+
+def tokens_at_once(recompute: str, tokens: int, width: int) -> int | None:
+    """How many of a rank's tokens its part of a feed-forward layer, ``width`` wide, takes at once; None:
+    all. Chunks, and only under ``full``, as soon as a tensor between the products has more than 2^27 elements
+    (256 MiB in bfloat16), and at most 8: each is one more of everything to compile, and an eighth of F is
+    less than the residual stream's D. Multiples of 128, because FP8 and fast kernels want them."""
+    chunks = min(8, -(-tokens * width // 2**27)) if recompute == "full" else 1
+    return -(-tokens // chunks // 128) * 128 if chunks > 1 else None
+
+
+def in_chunks(fn: Callable, size: int) -> Callable:
+    """``fn(x, *weights)``, whose rows have nothing to do with each other, on ``size`` rows at a time; each
+    chunk keeps x alone, and runs again in backward. Rank-local: no DTensors."""
+
+    def run(x: Tensor, *weights: Tensor | None) -> Tensor:
+        # The gradient of a weight is a sum over chunks: of a wider copy, so that it is added up in float32.
+        # Back and forth changes no weight, and a compiler leaves it out.
+        wide = [w if w is None else w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        narrow = lambda ws: (w if w is None else w.to(of.dtype) for w, of in zip(ws, weights, strict=True))
+        chunk = lambda x, *ws: fn(x, *narrow(ws))
+        each = partial(_region, chunk) if torch.is_grad_enabled() else chunk
+        return torch.cat([each(rows, *wide) for rows in x.split(size)])
+
+    return run
+
+
+_region = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 _MATMULS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "_scaled_dot_product", "flex_attention")
 

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron import memory
+from dtron.architecture import ModelConfig
 from dtron.checks import check, sequence_unit
-from dtron.config import ModelConfig
 from dtron.layers.context import Method
 from dtron.mesh import RULES, place, rules_for
 from dtron.model import Transformer, declare_model

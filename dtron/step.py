@@ -10,9 +10,9 @@ called and where a gradient stops being a pending sum:
     2       sharded over dp     once a step          reduce-scattered every microbatch
     3       sharded over dp     inside each block    as 2: that is the backward of the gather
 
-Gradients accumulate in local tensors, float32 unless asked otherwise, and everything still Partial (over
-dp_replicate, cp, and tp for weights that are whole on tp ranks) is reduced once, at the end. No ``.grad`` is
-set.
+Gradients accumulate in local tensors, float32 at least unless asked otherwise, and everything still Partial
+(over dp_replicate, cp, and tp for weights that are whole on tp ranks) is reduced once, at the end. No
+``.grad`` is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtron.dtensor import cast, full, local, reduce_all, scatter_all
+from dtron.dtensor import Goals, cast, full, local, reduce_all, scatter_all
 from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 from dtron.pipeline import Pipeline
@@ -62,12 +62,15 @@ class Wholes:
         return weights, flat(weights)
 
     def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-        return grads if self.layout.mesh is None else scatter_all(grads, [p.placements for p in params])
+        return grads if self.layout.mesh is None else scatter_all(grads, self._goals(params))
 
     def reduce(
         self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
     ) -> list[Tensor]:
-        return grads if self.layout.mesh is None else reduce_all(grads, [p.placements for p in params])
+        return grads if self.layout.mesh is None else reduce_all(grads, self._goals(params))
+
+    def _goals(self, params: list[Tensor]) -> Goals:
+        return [(p.placements, self.layout.summed(p)) for p in params]
 
     def loss(self, total: Tensor) -> Tensor:
         return total
@@ -93,8 +96,9 @@ def gradients(
 
     ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
-    params, with the params' placements, in the layout's reduce dtype (None: the params' own). Reports are
-    those of the stages here, by stage and name, summed over microbatches and ranks: plain tensors.
+    params, with the params' placements, in the dtype that they were added up in (``Layout.summed``), or that
+    of computation where there was nothing to add. Reports are those of the stages here, by stage and name,
+    summed over microbatches and ranks: plain tensors.
     ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
@@ -115,10 +119,8 @@ def gradients(
         # added up have one and the same gradient.
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
-        if several or layout.mesh is not None or shared:  # otherwise nothing is ever added to them
-            dtypes = [layout.reduce or p.dtype for p in ps]
-            copy = first and (several or shared)
-            grads = [cast(g, dtype, copy) for g, dtype in zip(grads, dtypes, strict=True)]
+        if several or shared:
+            grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if zero >= 2:
             grads = hold.scatter(weights[stage], grads, ps)
         if first:

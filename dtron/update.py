@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig, OptimConfig
+from dtron.architecture import ModelConfig
+from dtron.batch import Batch
+from dtron.config import OptimConfig
 from dtron.dtensor import full, local
-from dtron.model import Batch
 from dtron.moe.balance import expert_totals, update_balance
 from dtron.mtp import ahead_losses
 from dtron.optim import AdamState, Rule, adam_update, clip_scale, global_norm
@@ -65,7 +66,8 @@ def update(
     overwritten. The loss is the mean over ``tokens``, the valid ones of the global batch, and like the norm a
     scalar that nobody has waited for. A step whose loss or norm is not finite moves no weight. ``number``:
     which update this is, for the device to know (None: the state's)."""
-    total, grads, reports = gradients(functions, params, microbatches, 1, pipe, zero, gather_each)
+    ready = params if opt.copies is None else opt.copies
+    total, grads, reports = gradients(functions, ready, microbatches, 1, pipe, zero, gather_each)
     loss = pipe.sum(None if total is None else full(total)) / tokens
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens

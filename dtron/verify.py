@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dtron.architecture import ModelConfig
+from dtron.batch import make_batch, valid_tokens
 from dtron.checks import check, microbatches
 from dtron.collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
-from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, Schedule
+from dtron.config import DataConfig, PipelineConfig, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.context import Method
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, rules_for
-from dtron.model import make_batch, valid_tokens
 from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map

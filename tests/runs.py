@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from dtron.batch import make_batch, valid_tokens
 from dtron.checks import microbatches
 from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
-from dtron.model import make_batch, valid_tokens
-from dtron.optim import adam_init
+from dtron.optim import adam_init, with_copies
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
 from dtron.shape import MeshShape
@@ -54,7 +54,7 @@ def train(
     spec = pipe.spec
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
-    opt, initial = adam_init(params), digest(params)
+    opt, initial = with_copies(adam_init(params), params, spec, layout.compute), digest(params)
     each = gathers_each(config, shape)
     functions = program(m, layout, config.how, splits(config, shape))
     losses, norms = [], []

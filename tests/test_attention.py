@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from values import F64, ONE, SMALL, close, flex_on_cpu, normal, same, tree, turned
 
+from dtron.batch import make_batch
 from dtron.config import ModelConfig
 from dtron.layers import cores
 from dtron.layers.attention import Attention, attention
@@ -29,7 +30,7 @@ from dtron.layers.cores import (
     with_sinks,
 )
 from dtron.layers.rope import Rope, rope_tables
-from dtron.model import declare_model, make_batch, predict
+from dtron.model import declare_model, predict
 from dtron.params import flat, init
 from dtron.testing import assert_caught
 

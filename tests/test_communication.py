@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtron.batch import make_batch
 from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.how import How
 from dtron.layers.attention import Attention, attention
 from dtron.layers.cores import Mask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout, rules_for
-from dtron.model import declare_model, forward, make_batch
+from dtron.model import declare_model, forward
 from dtron.params import flat, gather, init, tree_map
 from dtron.shape import MeshShape
 from dtron.simulate import one_rank, simulated

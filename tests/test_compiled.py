@@ -12,12 +12,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from values import flex_on_cpu
 
+from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
 from dtron.dtensor import full
 from dtron.how import How
 from dtron.mesh import Layout, build_mesh, rules_for
-from dtron.model import make_batch
 from dtron.optim import adam_init, adam_update
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
@@ -25,6 +25,7 @@ from dtron.shape import MeshShape
 from dtron.step import gradients
 
 ONE = Layout()
+BLOCK = replace(MODEL, layers=1)  # for real ranks: all of them compile it
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
 
@@ -166,7 +167,7 @@ def steps_on_pool(
     """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
     where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
     torch.compiler.reset()  # or jobs before this one would count as recompilations
-    shape, m = MeshShape.parse(mesh), MODEL if path == "auto" else HARD
+    shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else replace(HARD, layers=1)
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
     functions = program(m, layout, How(attention=path, cp=cp), splits=False)
@@ -207,10 +208,10 @@ def collectives_on_pool(mesh: str, zero: int, backend: str | None) -> dict[str, 
     """A job for the pool: how many collectives of each kind one step is, seen from outside."""
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32)
-    pipe = one_stage(MODEL, 1, layout)
-    functions = program(MODEL, layout, splits=False)
+    pipe = one_stage(BLOCK, 1, layout)
+    functions = program(BLOCK, layout, splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
-    params = init(pipe.spec, MODEL.dims(), 0, layout, torch.float64)
+    params = init(pipe.spec, BLOCK.dims(), 0, layout, torch.float64)
     step = lambda: gradients(functions, params, [make_batch(ROWS, layout)], 128, pipe, zero)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
@@ -251,7 +252,7 @@ def test_compiled_blocks_gather_again_in_backward(pool):
     """Under ZeRO-3 no gathered weight is kept for backward, by a compiler's choice least of all; 2 gathers
     once a step."""
     two, three = (pool.run(collectives_on_pool, "dp=2,tp=2", zero, "aot_eager")[0] for zero in (2, 3))
-    matrices = sum(w.decays for w in flat(one_stage(MODEL, 1, ONE).spec[0].blocks))
+    matrices = sum(w.decays for w in flat(one_stage(BLOCK, 1, ONE).spec[0].blocks))
     assert three.pop("all_gather_into_tensor") - two.pop("all_gather_into_tensor") == matrices > 0
     assert three == two
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import on_pool, train
 from test_context import CP_MODEL, assert_same_step, changed, configured, forgets
-from test_moe import EVERYTHING, expert_meshes
+from test_moe import expert_meshes
+from test_moe_models import EVERYTHING
 from values import close
 
 from dtron import verify
+from dtron.batch import make_batch
 from dtron.checks import check
 from dtron.config import DataConfig, RunConfig
 from dtron.layers import context, ring
@@ -23,7 +25,6 @@ from dtron.layers.fused import block_backward, block_forward
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import make_batch
 from dtron.moe.config import MoE
 from dtron.mtp import Ahead
 from dtron.shape import MeshShape
@@ -60,7 +61,7 @@ def test_experts(mesh, choices):
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     mesh=expert_meshes(8).filter(lambda mesh: "cp" in mesh),
     method=st.sampled_from(["ring", "allgather", "ulysses"]), zigzag=st.sampled_from(["on", "off"]),

@@ -43,7 +43,7 @@ def test_norm(mesh, zero, layernorm, seed):
     assert not got.forward.count  # norms communicate nothing in forward, also under sequence parallelism
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), bias=st.booleans(),
     activation=st.sampled_from(["swiglu", "geglu", "gelu", "relu2"]), embed=st.sampled_from([7, 12]),
@@ -82,7 +82,7 @@ def attention_values(sequence: int, tokens: int):
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), group=st.sampled_from([1, 2]),
     path=st.sampled_from(["sdpa", "reference"]), window=st.sampled_from([None, 5]), bias=st.booleans(),
@@ -179,7 +179,7 @@ def loss_values(vocab: int):
     return {"t": targets}
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), vocab=st.sampled_from([19, 24, 31]),
     padding=st.sampled_from([0, 3]), chunk=st.sampled_from([1, 5, 100]), z=st.sampled_from([0.0, 1e-2]),
@@ -240,7 +240,7 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@settings(max_examples=15)
+@settings(max_examples=7)
 @given(
     mesh=meshes(), group=st.sampled_from([1, 2, 3]), count=st.sampled_from([1, 2]),
     recompute=st.sampled_from(["none", "selective", "full"]), seed=st.integers(0, 99),

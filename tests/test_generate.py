@@ -13,11 +13,12 @@ from torch import Tensor
 from values import ONE
 
 from dtron import checkpoint, cli
+from dtron.batch import make_batch
 from dtron.config import ModelConfig, RunConfig
 from dtron.generate import Decoder, check_sampling, generate, main, pick
 from dtron.layers.mla import Latent
 from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
-from dtron.model import declare_model, make_batch, predict
+from dtron.model import declare_model, predict
 from dtron.moe.config import MoE
 from dtron.optim import adam_init
 from dtron.params import init, tree_map

@@ -13,13 +13,13 @@ import pytest
 import torch
 from runs import MODEL, random_rows, train
 
+from dtron.batch import make_batch, valid_tokens
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, OptimConfig, RunConfig
 from dtron.how import How
 from dtron.layers.cores import CORES, Mask, attention_reference
 from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout
-from dtron.model import make_batch, valid_tokens
 from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program

@@ -11,6 +11,7 @@ from hf_models import FAMILIES, folder, model
 from values import ONE
 
 from dtron import checkpoint, cli
+from dtron.batch import make_batch
 from dtron.config import RunConfig
 from dtron.generate import generate
 from dtron.hf import Source
@@ -18,7 +19,7 @@ from dtron.hf.config import best_family, from_hf, to_hf
 from dtron.hf.export import export
 from dtron.hf.families import FAMILIES as TABLES
 from dtron.hf.safetensors import INDEX, Reader, read_json
-from dtron.model import declare_model, make_batch, predict
+from dtron.model import declare_model, predict
 from dtron.optim import adam_init
 from dtron.pipeline import one_stage
 from dtron.presets import PRESETS

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dtron import show
+from dtron.batch import make_batch
 from dtron.config import ModelConfig
 from dtron.how import How
 from dtron.memory import activation_bytes, block_bytes
 from dtron.mesh import Layout
-from dtron.model import declare_model, forward, make_batch
+from dtron.model import declare_model, forward
 from dtron.params import flat, init, tree_map
 from dtron.shape import MeshShape
 
@@ -49,7 +50,16 @@ def test_memory_by_length_of_sequence(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert show.main(["--mesh", "cp=4,tp=2,pp=2", "--model", "llama3-8b"]) == 0
     assert "131,072 │           16,384" in capsys.readouterr().out
-    m, whole = ModelConfig(), MeshShape()
+    m, whole, n = ModelConfig(vocab=64), MeshShape(), 2**17  # short enough for no chunks
     for recompute in ("none", "selective", "full"):
-        one, two = (activation_bytes(m, MeshShape(cp=n), 2**20, recompute, "ulysses", [4]) for n in (1, 2))
-        assert one == activation_bytes(m, whole, 2**20, recompute, "ring", [4]) and 0.5 < two / one < 0.7
+        one, two = (activation_bytes(m, MeshShape(cp=cp), n, recompute, "ulysses", [4]) for cp in (1, 2))
+        assert one == activation_bytes(m, whole, n, recompute, "ring", [4]) and 0.5 < two / one < 0.7
+
+
+def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
+    """An eighth of what it would have, and from one layer only."""
+    m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
+    needs = lambda width, n: activation_bytes(replace(m, mlp=width), MeshShape(), n, "full", "ring", [4]) / n
+    products, difference = 3, 8192 - 4096
+    assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * products * difference
+    assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * products * difference / 8

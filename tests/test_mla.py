@@ -49,7 +49,7 @@ def options(sequence: int, tokens: int) -> dict:
     return dict(inputs=ATTENTION_INPUTS, make=attention_values(sequence, tokens), tokens=tokens)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), group=st.sampled_from([1, 2]),
     path=st.sampled_from(["sdpa", "reference"]), window=st.sampled_from([None, 5]),

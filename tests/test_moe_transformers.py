@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from test_transformers import LLAMA_NAMES, random_rows
 from torch import Tensor
 
+from dtron.batch import make_batch
 from dtron.config import ModelConfig
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import Transformer, declare_model, make_batch, predict
+from dtron.model import Transformer, declare_model, predict
 from dtron.moe.config import MoE
 from dtron.params import Weight, tree_map
 

@@ -15,7 +15,15 @@ from values import F64, ONE, SMALL, close, normal
 
 from dtron.config import ModelConfig, OptimConfig
 from dtron.model import declare_model, flops_per_token, parameter_count
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm, learning_rate
+from dtron.optim import (
+    adam_init,
+    adam_update,
+    clip_scale,
+    global_norm,
+    learning_rate,
+    with_copies,
+    written_out,
+)
 from dtron.params import flat, init, leaves, tree_map
 
 
@@ -43,6 +51,27 @@ def test_adam_is_torch_adamw():
         theirs_step.step()
         ours, state = adam_update(grads, state, ours, spec, lr, 0.7, config)
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+
+
+@pytest.mark.parametrize("rule", [None, written_out])
+def test_copies_are_the_masters_in_fewer_bits(rule):
+    """After every step, of which the third is not to move anything; and nothing else changes by them."""
+    spec, config = declare_model(SMALL), OptimConfig()
+    found = []
+    for dtype in (None, torch.bfloat16):
+        params = init(spec, SMALL.dims(), 0, ONE)
+        state = with_copies(adam_init(params), params, spec, dtype)
+        for step in range(4):
+            grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).float().detach(), params)
+            ok = torch.tensor(step != 2)
+            before = [w.clone() for w in flat(params)]
+            params, state = adam_update(grads, state, params, spec, 0.1, 0.7, config, rule, ok=ok)
+            assert all(a.equal(b) != (step != 2) for a, b in zip(flat(params), before, strict=True))
+            if dtype is not None:
+                of = zip(flat(state.copies), flat(params), strict=True)
+                assert all(c.dtype == dtype and c.equal(p.to(dtype)) for c, p in of)
+        found.append([*flat(params), *flat(state.m), *flat(state.v)])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("beta", ["beta1", "beta2"])

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import train
 from dtron import checkpoint
+from dtron.batch import make_batch
 from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
 from dtron.checkpoint.saver import quiet, reason
@@ -30,7 +31,6 @@ from dtron.compiled import compiled_rule
 from dtron.config import OptimConfig
 from dtron.entry import run_cli
 from dtron.mesh import Layout, rules_for
-from dtron.model import make_batch
 from dtron.optim import adam_init
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.batch import make_batch
 from dtron.config import ModelConfig, OptimConfig
 from dtron.layers.attention import Attention, attention
 from dtron.layers.cores import Mask
 from dtron.layers.loss import IGNORE
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import Transformer, declare_model, make_batch, predict
+from dtron.model import Transformer, declare_model, predict
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import Weight, tree_map
 from dtron.pipeline import one_stage, program

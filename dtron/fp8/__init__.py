@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
@@ -52,6 +53,22 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
         device_mesh=mesh,
     )
     return region(x, w)
+
+
+def grouped_matmul(x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None) -> Tensor | None:
+    """Products of experts in FP8 on the tensors of one rank, see grouped.py: ``x [R, I]`` and where each
+    expert's rows end, or ``x [E, C, I]`` and None, by ``w [E, I, O]``. None where the recipe does not convert
+    them."""
+    inner, outer = w.shape[1:]
+    # Rows are no summed dim here, so that any number of them will do, but for none.
+    if recipe is None or not x.numel() or not recipe.converts(recipe.multiple, inner, outer):
+        return None
+    from dtron.fp8.grouped import grouped_product  # imports torchao
+
+    if ends_E is not None:
+        return grouped_product(x, w, ends_E)
+    ends_E = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
+    return grouped_product(x.flatten(0, 1), w, ends_E).unflatten(0, x.shape[:2])
 
 
 def compile_options(recipe: Recipe | None) -> dict[str, Any]:

@@ -59,12 +59,17 @@ with _quietly():
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in get_args(Scaling)
+    if name != "blockwise"  # torchao has it, but not among these
 }
 
 
 def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
     """``x [T, I] @ w [I, O]`` in FP8, and both gradients. On a CPU the values are rounded to FP8 and
     multiplied in float32."""
+    if scaling == "blockwise":
+        from dtron.fp8.blockwise import Blockwise  # which is made of parts of this file
+
+        return Blockwise.apply(x, w)
     return _Product.apply(x, w, scaling)
 
 
@@ -118,12 +123,14 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
 def _scaled(x: Tensor, cast: CastConfig, summed: int) -> _Scaled:
     """``x`` in float8, filling its range. Rowwise, everything along the summed dim shares a scale."""
     by_row = cast.scaling_granularity is ScalingGranularity.AXISWISE
+    return scaled_by(x, summed if by_row else None, cast.target_dtype)
+
+
+def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> _Scaled:
+    """The same, with a scale for everything along the summed dim (None: one for all)."""
+    by = ScalingGranularity.TENSORWISE if summed is None else ScalingGranularity.AXISWISE
     scale = tensor_to_scale(
-        x,
-        cast.target_dtype,
-        scaling_granularity=cast.scaling_granularity,
-        axiswise_dim=summed if by_row else None,
-        round_scales_to_power_of_2=True,
+        x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True
     )
     # Saturated, because a cast of torch 2.11 makes NaN of what is out of range.
-    return _Scaled(to_fp8_saturated(x.float() * scale, cast.target_dtype), scale)
+    return _Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Scaling = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+Scaling = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
+
+BLOCK = 128  # values that share a scale, blockwise
 
 # Weights in one product on one rank. A cast reads its operand once, a product works on it as often as the
 # other has rows: only a large product earns its casts. Of those in docs/performance.md, at 8192 tokens, the
@@ -17,7 +19,8 @@ SMALLEST = 2**24
 class Recipe:
     """``tensorwise``: one scale for a tensor; gradients in e5m2, all else in e4m3. ``rowwise``: one scale for
     each row of the left and column of the right operand, all in e4m3. ``rowwise_with_gw_hp``: the same with
-    the weight's gradient left in high precision."""
+    the weight's gradient left in high precision. ``blockwise``: a scale for each 128 of a row or column of an
+    activation or gradient, and for each 128 x 128 of a weight."""
 
     name: Scaling
     smallest: int = SMALLEST
@@ -26,8 +29,13 @@ class Recipe:
         """Whether ``[tokens, inner] @ [inner, outer]`` is made in FP8. Sizes are those of one rank; one that
         the mesh does not divide is a fraction, and so no multiple of anything.
 
-        The kernels want multiples of 16 in the contracted and in the last dim, and over the three products of
-        forward and backward each size is one of the two. The CPU does not, but what is converted should not
-        depend on the device. No tokens have no largest value to scale by."""
-        sizes = (tokens, inner, outer)
-        return tokens > 0 and inner * outer >= self.smallest and all(size % 16 == 0 for size in sizes)
+        The kernels want multiples of 16 in the contracted and in the last dim, and blocks are whole; over the
+        three products of forward and backward each size is one of the two. The CPU does not, but what is
+        converted should not depend on the device. No tokens have no largest value to scale by."""
+        fits = all(size % self.multiple == 0 for size in (tokens, inner, outer))
+        return tokens > 0 and inner * outer >= self.smallest and fits
+
+    @property
+    def multiple(self) -> int:
+        """Of what sizes must be multiples."""
+        return BLOCK if self.name == "blockwise" else 16

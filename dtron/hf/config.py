@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.safetensors import read_json
 from dtron.layers.rope import Rope

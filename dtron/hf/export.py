@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint, cli
-from dtron.config import ModelConfig, RunConfig
+from dtron.architecture import ModelConfig
+from dtron.config import RunConfig
 from dtron.data.tokens import end_id
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig
+from dtron.architecture import ModelConfig
 from dtron.hf.config import read_config
 from dtron.hf.families import Family, Row
 from dtron.hf.pattern import Range, halves, pattern

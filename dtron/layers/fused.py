@@ -12,8 +12,6 @@ gradients added after, as everywhere in dtron.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -93,8 +91,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, narrow: int, wide: int)
     return "cudnn" if narrow <= 128 and _has_cudnn() else "flash"
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # not with functools.cache: dynamo would look through both
 def _has_cudnn() -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 

@@ -8,6 +8,7 @@ one reduce-scatter after (Korthikanti et al. 2022, arXiv:2205.05198, figure 5).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from dtron.fp8 import Recipe
 from dtron.layers.linear import linear
 from dtron.mesh import Layout
 from dtron.params import residual_out, weight, zeros
+from dtron.recompute import in_chunks
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
 
@@ -34,20 +36,36 @@ class MLP:
 
 
 def mlp(
-    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: Recipe | None = None
-) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None."""
+    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: Recipe | None = None,
+    chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None.
+    ``chunk``: of a rank's tokens, how many at a time, to be computed again in backward; None: all. Then
+    ``h_TF`` exists for one chunk only."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    h_TF = linear(x_TD, p.w_up, p.b_up, recipe)  # local
+    run, weights = partial(_wide, activation=activation, recipe=recipe), (p.w_gate, p.w_up, p.b_up, p.w_down)
+    if chunk is not None:
+        columns, rows, tokens = ("act_embed", "mlp"), ("mlp", "act_embed"), ("tokens", "act_embed")
+        ins = (tokens, columns, columns, ("mlp",), rows)
+        run = layout.local(in_chunks(run, chunk), ins, (*tokens, "+mlp"))
+    y_TD = run(x_TD, *weights)  # {+tp}: a sum still pending
+    y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+    return y_TD if p.b_down is None else y_TD + p.b_down
+
+
+def _wide(
+    x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None, w_down: Tensor,
+    activation: Activation, recipe: Recipe | None,
+) -> Tensor:  # fmt: skip
+    """What is between the collectives: local."""
+    h_TF = linear(x_TD, w_up, b_up, recipe)
     match activation:
         case "swiglu":
-            h_TF = F.silu(linear(x_TD, p.w_gate, recipe=recipe)) * h_TF
+            h_TF = F.silu(linear(x_TD, w_gate, recipe=recipe)) * h_TF
         case "geglu":
-            h_TF = F.gelu(linear(x_TD, p.w_gate, recipe=recipe), approximate="tanh") * h_TF
+            h_TF = F.gelu(linear(x_TD, w_gate, recipe=recipe), approximate="tanh") * h_TF
         case "gelu":
             h_TF = F.gelu(h_TF, approximate="tanh")
         case "relu2":
             h_TF = F.relu(h_TF).square()
-    y_TD = linear(h_TF, p.w_down, recipe=recipe)  # {+tp}: a sum still pending
-    y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
-    return y_TD if p.b_down is None else y_TD + p.b_down
+    return linear(h_TF, w_down, recipe=recipe)

@@ -3,17 +3,23 @@
 The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows by its
 own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
 stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
-one of bfloat16. Where every expert has the same number of rows they are a plain batched product.
+one of bfloat16. Where every expert has the same number of rows they are a plain batched product. In FP8 both
+are one kernel (fp8/grouped.py).
+
+Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each expert has
+but some of the tokens, and a chunk would leave its products too few rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.fp8 import Recipe, grouped_matmul
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 
@@ -40,34 +46,42 @@ WEIGHTS = (
 
 
 def compute(
-    p: Experts, x: Tensor, ends_E: Tensor | None, activation: ExpertActivation, cuts: int = 1
-) -> Tensor:
+    p: Experts, x: Tensor, ends_E: Tensor | None, activation: ExpertActivation, cuts: int = 1,
+    recipe: Recipe | None = None,
+) -> Tensor:  # fmt: skip
     """Rank-local. ``x [R, D]`` sorted by expert, the rows of expert e ending before ``ends_E[e]`` -> the
     same shape; rows after the last end come out as anything. With ``ends_E`` None, ``x [E, C, D]``.
-    ``cuts``: the ranks that each expert is cut over; what they give must be added up."""
-    gate, up = product(x, p.w_gate, p.b_gate, ends_E), product(x, p.w_up, p.b_up, ends_E)
+    ``cuts``: the ranks that each expert is cut over; what they give must be added up. ``recipe``: products in
+    FP8, or None."""
+    gate, up = (product(x, w, b, ends_E, recipe) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up)))
     if activation == "swiglu":
         h = F.silu(gate) * up
     else:
         gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
         h = gate * torch.sigmoid(SLOPE * gate) * (up + 1)
-    return product(h, p.w_down, None if p.b_down is None else p.b_down / cuts, ends_E)
+    return product(h, p.w_down, None if p.b_down is None else p.b_down / cuts, ends_E, recipe)
 
 
-def product(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None) -> Tensor:
+def product(
+    x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe: Recipe | None = None
+) -> Tensor:
     """``x @ w[e] + b[e]`` for the rows of each expert e."""
-    if ends_E is None:
-        y = x @ w
-        return y if b is None else y + b[:, None]
-    if x.dtype == torch.bfloat16:
-        y = grouped(x, w, ends_E)
-    else:
-        y = (masked if torch.compiler.is_compiling() else looped)(x, w, ends_E)
+    y = grouped_matmul(x, w, ends_E, recipe)
+    if y is None:
+        y = x @ w if ends_E is None else _way(x)(x, w, ends_E)
     if b is None:
         return y
+    if ends_E is None:
+        return y + b[:, None]
     places = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True).clamp(max=len(b) - 1)
     return y + b.index_select(0, expert_R)
+
+
+def _way(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if x.dtype == torch.bfloat16:
+        return grouped
+    return masked if torch.compiler.is_compiling() else looped
 
 
 def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ def moe(
     dispatch: Dispatch = "auto", recipe: Recipe | None = None,
 ) -> tuple[Tensor, Tensor, Report]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``: the same shape and placement, and what is added
-    to the loss, its sum over tokens pending. ``before_E``: see ``route``; ``recipe``: products of the shared
-    expert in FP8, or None."""
+    to the loss, its sum over tokens pending. ``before_E``: see ``route``; ``recipe``: products in FP8, or
+    None."""
     to = route(p.router, x_TD, *seen[:3], c, layout, before_E, seen.place_T)
     tokens, chosen = ("tokens_ep", "act_embed"), ("tokens_ep", None)
     first = layout.iota("experts", c.experts, x_TD.device)
@@ -69,7 +69,7 @@ def moe(
     sent = layout.constrain(x_TD, *tokens)
     weights_TK, index_TK = layout.constrain(to.weights_TK, *chosen), layout.constrain(to.index_TK, *chosen)
     region = layout.local(
-        partial(_experts, c=c, layout=layout, dispatch=dispatch),
+        partial(_experts, c=c, layout=layout, dispatch=dispatch, recipe=recipe),
         (tokens, chosen, chosen, ("experts",), *WEIGHTS),
         [(*tokens, "+expert_mlp"), ("+tokens_sp",)],
     )
@@ -84,11 +84,14 @@ def moe(
     return y_TD, to.aux, Report(to.load_E, to.totals, dropped)
 
 
-def _experts(x_TD, weights_TK, index_TK, first, *weights, c: MoE, layout: Layout, dispatch: Dispatch):
+def _experts(
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, *weights: Tensor | None, c: MoE,
+    layout: Layout, dispatch: Dispatch, recipe: Recipe | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rank-local, but for what the dispatcher communicates over ep."""
     over = Over(c.experts, layout.experts, c.capacity)
     cuts = layout.parts("expert_mlp")
-    run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts)
+    run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     y_TD, dropped = pick(dispatch, over)(x_TD, weights_TK, index_TK, first[0], run, over)
     # The ranks that share an expert have dropped the same.
     count = x_TD.new_zeros((), dtype=weights_TK.dtype)

@@ -1,0 +1,80 @@
+"""Products with a scale for every 128 values of an activation and every 128 x 128 of a weight, DeepSeek-V3's
+recipe (arXiv:2412.19437, section 3.3 and figure 7).
+
+A scale for a whole row serves its largest value; with 128 to a scale, one outlier costs its neighbours their
+bits and nobody else. The products follow from one rule: what is summed over is cut into pieces of 128, and in
+a piece each row of the left operand has its own scale. Of the right operand a weight's columns share theirs
+by 128, forward and towards the input; a gradient's, in the product towards the weight, do not.
+
+The kernel is cuBLAS's, by torch's public function; casts are plain arithmetic, which a compiler joins with
+what is around. (torchao has Triton kernels for the same casts, for weights that lie the other way round.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtron.fp8.product import scaled_by
+from dtron.fp8.recipe import BLOCK
+
+
+class Blockwise(torch.autograd.Function):
+    """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values are rounded
+    to FP8 and multiplied in float32."""
+
+    # Forward ends in an operation that does something: see product.py.
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _mm(x, w, weight=True)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        dx = _mm(g, w.t(), weight=True) if ctx.needs_input_grad[0] else None
+        dw = _mm(x.t(), g, weight=False) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
+def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
+    """``a [M, K] @ b [K, N]``; ``weight``: columns of b share scales."""
+    x, x_scale = _lines(a)  # [M, K], [M, K / 128]
+    y, y_scale = _squares(b.t()) if weight else _lines(b.t())  # [N, K], [N (/ 128), K / 128]
+    if a.device.type == "cpu":
+        wide = lambda v, s: v.float() / s.repeat_interleave(BLOCK, 1)
+        y_scale = y_scale.repeat_interleave(BLOCK, 0) if weight else y_scale
+        found = wide(x, x_scale) @ wide(y, y_scale).t()
+        return found if found.dtype == a.dtype else found.to(a.dtype)
+    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(  # it wants rows of a and columns of b contiguous, and scales the other way round
+        x.contiguous(),
+        y.contiguous().t(),
+        _columns(x_scale.reciprocal()),
+        kinds[0],
+        _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal()),
+        kinds[weight],
+        output_dtype=a.dtype,
+    )
+
+
+def _lines(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale = scaled_by(x.unflatten(1, (-1, BLOCK)), 2)
+    return values.flatten(1), scale.squeeze(2)
+
+
+def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    squares = x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    values, scale = scaled_by(squares.flatten(2), 2)
+    return values.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(0, 1), scale.squeeze(2)
+
+
+def _columns(scale: Tensor) -> Tensor:
+    return scale.t().contiguous().t()
+
+
+def _padded(scale: Tensor) -> Tensor:
+    """To a multiple of 4 along the summed dim, as cuBLAS reads them."""
+    return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0)

@@ -1,0 +1,25 @@
+"""What numbers of a config may be, and the error that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) -> None:
+    for name, (low, high) in limits.items():
+        if not low <= getattr(config, name) <= high:  # so that NaN is refused
+            raise ValueError(
+                f"{prefix}.{name}={getattr(config, name)}: must be from {low} to {high}; change it"
+            )
+
+
+def under(config: Any, prefix: str, limits: dict[str, float]) -> None:
+    for name, high in limits.items():
+        if not 0 <= getattr(config, name) < high:
+            raise ValueError(
+                f"{prefix}.{name}={getattr(config, name)}: must be from 0 to under {high}; change it"
+            )
+
+
+def nearest_divisor(n: int, near: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))
