@@ -142,7 +142,7 @@ def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where)
 
 
 @pytest.mark.xdist_group("pool")
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(saved=REAL, loaded=REAL, then=SIMULATED)
 @example(("pp=2,tp=2", 1, "zb-v"), ("dp=4,ep=2", 3, "1f1b"), ("dp=1", 0, "1f1b"))
 @example(("dp=2,tp=2,ep=4", 3, "1f1b"), ("pp=2,dp=2", 0, "zb-v"), ("dp=3", 2, "1f1b"))

@@ -18,7 +18,7 @@ from dtron.entry import run_cli
 
 pytestmark = pytest.mark.xdist_group("program")
 
-MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3", "--micro-batch=1"]
+MANY = ["--simulate", "--mesh=dp=2", "--zero=3", "--micro-batch=1"]
 CHATS = [
     [{"role": "user", "content": f"{a} plus {b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]
     for a in range(12)

@@ -108,7 +108,9 @@ def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list
 
 
 WIDE = {
-    name: replace(MODELS[name], heads=12, kv_heads=12, mlp=48, moe=replace(MODELS[name].moe, mlp=24))
+    name: replace(
+        MODELS[name], layers=1, heads=12, kv_heads=12, mlp=48, moe=replace(MODELS[name].moe, mlp=24)
+    )
     for name in ("grouped", "latent", "experts")
 }
 
