@@ -230,7 +230,7 @@ def test_a_module_that_sees_other_tokens_on_a_mesh_is_caught(monkeypatch):
     def step(config, shape):
         wrong = lambda *args: tuple(x.roll(1, 1) for x in right(*args))
         with monkeypatch.context() as patch:
-            patch.setattr("dtron.model.look_ahead", wrong)
+            patch.setattr("dtron.batch.look_ahead", wrong)
             return one_step(config, shape)
 
     assert_caught(lambda: assert_same_step(config, step))

@@ -7,6 +7,7 @@ one reduce-scatter after (Korthikanti et al. 2022, arXiv:2205.05198, figure 5).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -43,17 +44,15 @@ def mlp(
     ``chunk``: of a rank's tokens, how many at a time, to be computed again in backward; None: all. Then
     ``h_TF`` exists for one chunk only."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    run, weights = partial(_wide, activation=activation, recipe=recipe), (p.w_gate, p.w_up, p.b_up, p.w_down)
+    between = partial(_between, activation=activation, recipe=recipe)
     if chunk is not None:
-        columns, rows, tokens = ("act_embed", "mlp"), ("mlp", "act_embed"), ("tokens", "act_embed")
-        ins = (tokens, columns, columns, ("mlp",), rows)
-        run = layout.local(in_chunks(run, chunk), ins, (*tokens, "+mlp"))
-    y_TD = run(x_TD, *weights)  # {+tp}: a sum still pending
+        between = _in_chunks(between, chunk, layout)
+    y_TD = between(x_TD, p.w_gate, p.w_up, p.b_up, p.w_down)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_down is None else y_TD + p.b_down
 
 
-def _wide(
+def _between(
     x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None, w_down: Tensor,
     activation: Activation, recipe: Recipe | None,
 ) -> Tensor:  # fmt: skip
@@ -69,3 +68,9 @@ def _wide(
         case "relu2":
             h_TF = F.relu(h_TF).square()
     return linear(h_TF, w_down, recipe=recipe)
+
+
+def _in_chunks(between: Callable[..., Tensor], chunk: int, layout: Layout) -> Callable[..., Tensor]:
+    columns, tokens = ("act_embed", "mlp"), ("tokens", "act_embed")
+    ins = (tokens, columns, columns, ("mlp",), ("mlp", "act_embed"))
+    return layout.local(in_chunks(between, chunk), ins, (*tokens, "+mlp"))
