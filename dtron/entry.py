@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,15 @@ class Parser(argparse.ArgumentParser):
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
     Anything else is a bug of ours and keeps its traceback."""
+    ending = threading.Event()
+
+    def end(*_) -> None:
+        ending.set()
+        threading.Timer(GRACE, os._exit, [143]).start()
+
     if "WORLD_SIZE" in os.environ:
         # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom they miss.
-        signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE, os._exit, [143]).start())
+        signal.signal(signal.SIGTERM, end)
     try:
         return main(argv)
     except ValueError as error:
@@ -46,10 +51,10 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
-    if rank and not at_once:
-        # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what
-        # this rank alone has to say is still said.
-        time.sleep(OTHERS_WAIT)
+    # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what this
+    # rank alone has to say is still said.
+    if rank and not at_once and ending.wait(OTHERS_WAIT):
+        os._exit(code)
     if rank:
         text = f"rank {rank}: {text}"
     print(text, file=sys.stderr, flush=True)
