@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
+from dtron.entry import Parser, run_cli
 from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
 from dtron.schedules import draw as pictures
 
@@ -78,13 +78,6 @@ def save(o: Namespace, lines: dict[str, Timeline], console: Console) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """One that raises ValueError instead of printing its usage and leaving."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
-
-
 def parser() -> Parser:
     made = Parser(prog="python -m dtron.schedules", description="Time pipeline schedules and draw them.")
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -116,6 +109,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dtron.entry import run_cli
-
     sys.exit(run_cli(main, sys.argv[1:]))
