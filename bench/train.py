@@ -80,7 +80,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
-    batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)]
+    place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
+    batches = [place(r) for r in ids.split(here.rows)]
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
@@ -97,9 +98,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     for _ in range(o.steps):
         if ahead is not None:
             ids = ahead.next().to(here.device, non_blocking=True)
-            batches = [
-                make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in ids.split(here.rows)
-            ]
+            batches = [place(r) for r in ids.split(here.rows)]
             waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
         marks.append(mark(here.device))

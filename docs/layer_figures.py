@@ -70,8 +70,6 @@ def layer(shape: MeshShape) -> str:
             mlp(p, x, layout)
         (x_before, x_after), (y_before, y_after) = layout.seen
         canvas = Canvas(1180)
-        canvas.text(20, 28, f"An MLP on {shape}", bold=True, size=16)
-        draw_mesh(canvas, 20, 44, shape)
         first, second = counter.order
         steps = [
             ("x_TD", "TD", x_before, first),
@@ -82,14 +80,17 @@ def layer(shape: MeshShape) -> str:
             ("y_TD", "TD", y_before, second),
             ("y_TD", "TD", y_after, ""),
         ]
-        flow(canvas, steps, shape)
+        flow(canvas, "An MLP", steps, shape)
     return canvas.svg()
 
 
 def flow(
-    canvas: Canvas, steps: list[tuple[str, str, torch.Tensor, Collective | str]], shape: MeshShape
+    canvas: Canvas, name: str, steps: list[tuple[str, str, torch.Tensor, Collective | str]], shape: MeshShape
 ) -> float:
-    """Tensors from left to right, each followed by what is done with it; how far down they begin."""
+    """The mesh, and tensors from left to right, each followed by what is done with it; how far down they
+    begin."""
+    canvas.text(20, 28, f"{name} on {shape}", bold=True, size=16)
+    draw_mesh(canvas, 20, 44, shape)
     left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
     for name, letters, tensor, then in steps:
         left += draw(canvas, left, top, name, letters, tensor, shape) + 10
@@ -121,8 +122,6 @@ def latent(shape: MeshShape) -> str:
             mla(p, x, table, None, Mask(1024), layout)
         (line_before, line_after), (y_before, y_after) = layout.seen
         canvas = Canvas(1400)
-        canvas.text(20, 28, f"Latent attention on {shape}", bold=True, size=16)
-        draw_mesh(canvas, 20, 44, shape)
         first, second = counter.order
         steps = [
             ("x_TD", "TD", x, "@"),
@@ -135,7 +134,7 @@ def latent(shape: MeshShape) -> str:
             ("y_TD", "TD", y_before, second),
             ("y_TD", "TD", y_after, ""),
         ]
-        y = flow(canvas, steps, shape) + 180
+        y = flow(canvas, "Latent attention", steps, shape) + 180
     canvas.text(20, y, "Numbers that a server keeps of each token, in every layer", bold=True, size=16)
     kept = {name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")}
     m = preset("deepseek-v3")

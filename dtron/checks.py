@@ -142,13 +142,10 @@ def _sizes(
 ) -> tuple[float, float, float]:
     """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the width of
     the residual stream, and the size beside it."""
-    if w.axes[0] == "experts":
-        return (
-            recipe.multiple,
-            model.embed,
-            w.numel / w.shape[0] / model.embed / mesh.etp,
-        )  # any number of rows will do
-    return tokens, model.embed, w.numel / model.embed / mesh.tp
+    beside = w.numel / model.embed
+    if w.axes[0] == "experts":  # of which one product may have any number of rows
+        return recipe.multiple, model.embed, beside / w.shape[0] / mesh.etp
+    return tokens, model.embed, beside / mesh.tp
 
 
 def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str) -> None:

@@ -47,7 +47,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: DTensor):
-        return _scatter(cast(g, ctx.reduce), ctx.before), None, None, None
+        return cast(_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def _scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Pla
     return tuple(b if b.is_shard() else a for a, b in zip(now, goal, strict=True))
 
 
-def _scatter(g: DTensor, goal: Sequence[Placement]) -> DTensor:
+def _scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
     target = _scattered(g.placements, goal)
-    return g if target == g.placements else g.redistribute(g.device_mesh, target)
+    return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
 # For each gradient, where its weight lies and what to add it up in.
@@ -121,11 +121,7 @@ Goals = Sequence[tuple[Sequence[Placement], torch.dtype]]
 def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
     """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
     so. What is not to be reduced keeps its dtype."""
-    moves = lambda g, goal: _scattered(g.placements, goal) != g.placements
-    return [
-        _scatter(cast(g, dtype), goal) if moves(g, goal) else g
-        for g, (goal, dtype) in zip(grads, goals, strict=True)
-    ]
+    return [_scatter(g, *goal) for g, goal in zip(grads, goals, strict=True)]
 
 
 def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
@@ -136,11 +132,10 @@ def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
     for i, (g, (goal, dtype)) in enumerate(zip(found, goals, strict=True)):
         if g.placements == tuple(goal):
             continue
-        g = cast(g, dtype)
         if g.numel() < SMALL and not any(p.is_shard() for p in g.placements):
             small.setdefault((g.placements, dtype), []).append(i)
         else:
-            found[i] = g.redistribute(g.device_mesh, goal)
+            found[i] = cast(g, dtype).redistribute(g.device_mesh, goal)
     for (pending, dtype), where in small.items():
         mesh, parts = found[where[0]].device_mesh, [found[i] for i in where]
         line = torch.cat([x.to_local().flatten().to(dtype) for x in parts])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.fp8.product import scaled_by
+from dtron.moe.experts import masked, runs
 
 
 def grouped_product(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
@@ -44,10 +45,7 @@ def _mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     """``a [R, K]`` by ``b [E, K, N]`` -> ``[R, N]``."""
     (x, x_scale), (y, y_scale) = scaled_by(a, 1), scaled_by(b, 1)
     if a.device.type == "cpu":
-        x, y = x.float() / x_scale, y.float() / y_scale
-        found = x.new_zeros(a.shape[0], b.shape[2])
-        for rows_R, y_e in zip(_runs(a, ends_E), y.unbind(), strict=True):
-            found = torch.where(rows_R, x @ y_e, found)
+        found = masked(x.float() / x_scale, y.float() / y_scale, ends_E)
         return found if found.dtype == a.dtype else found.to(a.dtype)
     return torch._scaled_grouped_mm(  # it wants rows of a and columns of b contiguous
         x.contiguous(),
@@ -63,12 +61,5 @@ def _mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 def _outer(x: Tensor, g: Tensor, ends_E: Tensor) -> Tensor:
     """``x[e].T @ g[e]`` for the rows of each expert, in high precision: ``[E, I, O]``."""
     if x.device.type == "cpu":
-        return torch.stack([torch.where(rows_R, x, 0).mT @ g for rows_R in _runs(x, ends_E)])
+        return torch.stack([torch.where(rows_R, x, 0).mT @ g for rows_R in runs(x, ends_E)])
     return F.grouped_mm(x.mT, g, offs=ends_E)
-
-
-def _runs(x: Tensor, ends_E: Tensor) -> list[Tensor]:
-    """For each expert ``[R, 1]``: which rows are its own. No shape depends on a count."""
-    place_R = torch.arange(x.shape[0], device=x.device)[:, None]
-    starts = [0, *ends_E[:-1].unbind()]
-    return [(place_R >= a) & (place_R < b) for a, b in zip(starts, ends_E.unbind(), strict=True)]

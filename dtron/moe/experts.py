@@ -99,9 +99,14 @@ def looped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
 
 def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     """The same with shapes that no count decides, for a compiler: every expert multiplies all rows."""
-    place_R = torch.arange(x.shape[0], device=x.device)
-    y, before = x @ w[0] * 0, 0
-    for w_e, end in zip(w.unbind(), ends_E.unbind(), strict=True):
-        y = torch.where(((place_R >= before) & (place_R < end))[:, None], x @ w_e, y)
-        before = end
+    y = x @ w[0] * 0
+    for w_e, rows_R in zip(w.unbind(), runs(x, ends_E), strict=True):
+        y = torch.where(rows_R, x @ w_e, y)
     return y
+
+
+def runs(x: Tensor, ends_E: Tensor) -> list[Tensor]:
+    """For each expert ``[R, 1]``: which rows are its own. No shape depends on a count."""
+    place_R = torch.arange(x.shape[0], device=x.device)[:, None]
+    starts = [0, *ends_E[:-1].unbind()]
+    return [(place_R >= a) & (place_R < b) for a, b in zip(starts, ends_E.unbind(), strict=True)]
