@@ -75,7 +75,9 @@ def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
     of = lambda fn, xs, ends_E, dy: all_of(fn, *xs, ends_E, dy)
     want = of(fn, xs, ends_E, dy.bfloat16())
     got = of(there, [t.detach().cuda().requires_grad_() for t in xs], ends_E.cuda(), dy.bfloat16().cuda())
-    assert all(b.abs().max() > 0 and error(a.cpu(), b) < 5e-3 for a, b in zip(got, want, strict=True))
+    for a, b in zip(got, want, strict=True):
+        a, b = (t[: sum(counts)] if len(t) == len(x) else t for t in (a.cpu(), b))  # others come out anyhow
+        assert b.abs().max() > 0 and error(a, b) < 5e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,8 +6,9 @@ bits and nobody else. The products follow from one rule: what is summed over is 
 a piece each row of the left operand has its own scale. Of the right operand a weight's columns share theirs
 by 128, forward and towards the input; a gradient's, in the product towards the weight, do not.
 
-The kernel is cuBLAS's, by torch's public function; casts are plain arithmetic, which a compiler joins with
-what is around. (torchao has Triton kernels for the same casts, for weights that lie the other way round.)
+The kernel is cuBLAS's, by the operator beneath ``F.scaled_mm``: that function is public, but torch 2.11 does
+not trace what it calls. Casts are plain arithmetic, which a compiler joins with what is around. (torchao has
+Triton kernels for the same casts, for weights that lie the other way round.)
 """
 
 from __future__ import annotations
@@ -48,15 +49,20 @@ def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
         y_scale = y_scale.repeat_interleave(BLOCK, 0) if weight else y_scale
         found = wide(x, x_scale) @ wide(y, y_scale).t()
         return found if found.dtype == a.dtype else found.to(a.dtype)
-    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    return F.scaled_mm(  # it wants rows of a and columns of b contiguous, and scales the other way round
+    lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
+    # It wants rows of a and columns of b contiguous, and scales the other way round.
+    y_scale = _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal())
+    return torch.ops.aten._scaled_mm_v2(
         x.contiguous(),
         y.contiguous().t(),
-        _columns(x_scale.reciprocal()),
-        kinds[0],
-        _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal()),
-        kinds[weight],
-        output_dtype=a.dtype,
+        [_columns(x_scale.reciprocal())],
+        [lines],
+        [],
+        [y_scale],
+        [squares if weight else lines],
+        [],
+        None,
+        a.dtype,
     )
 
 
