@@ -38,16 +38,22 @@ def compiled(
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         options |= {f"aten_distributed_optimizations.{name}": overlap for name in OVERLAP}
+        if how.recompute not in ("none", "selective"):
+            options[f"aten_distributed_optimizations.{OVERLAP[-1]}"] = False
     options = options if backend == "inductor" else None
     budget = 1.0 if how.budget is None else how.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
-    here = OnLocals(functions, layout, compile)
+    here = OnLocals(functions, layout, compile, partial(jit, backend=backend))
     return Program(here.enter, here.stage, False, here, functions.carries)
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
+"""Where two of them go wrong in torch 2.11, with an AssertionError. Buckets of many all-reduces wait for each
+other: so lists of weights and gradients, where nothing is to be hidden behind, are compiled without. And what
+is to stay behind a collective is wrapped, which attention that is computed again (a kernel that could draw
+random numbers) does not bear: so the last is not for recomputation."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,9 @@ class Weights:
 class OnLocals:
     """A program's functions, compiled, on each rank's own tensors; and the ``Hold`` that goes with them."""
 
-    def __init__(self, functions: Program, layout: Layout, compile: Callable):
+    def __init__(self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable):
         self._functions, self._layout = functions, layout
-        self._run, self._run_list = compile(self._traced), compile(self._traced_list)
+        self._run, self._run_list = compile(self._traced), compile_list(self._traced_list)
 
     def enter(self, p: Weights, batch: Any) -> Tensor:
         return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]

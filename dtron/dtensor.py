@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-# Two functions here decide in backward by where the gradient lies. torch.compile would trace that backward
-# early, with a gradient that it imagines to lie like the output: never pending, so never summed, silently.
-# ``allow_in_graph`` leaves them alone until real gradients are traced, but takes only tensors, numbers and
-# dtypes: so placements come as numbers.
+from dtron.jit import opaque
+
+# Two functions here decide in backward by where the gradient lies, and a compiler is to see them late; their
+# arguments are then no placements, but numbers.
 
 
 def code(placements: Sequence[Placement]) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
     return tuple(Shard(n) if n >= 0 else Replicate() if n == -1 else Partial() for n in numbers)
 
 
-@torch.compiler.allow_in_graph
+@opaque
 class Gather(torch.autograd.Function):
     """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
 
@@ -77,7 +77,7 @@ class Lies:
         )
 
 
-@torch.compiler.allow_in_graph
+@opaque
 class Whole(torch.autograd.Function):
     """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back as
     ``Lies.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every microbatch."""

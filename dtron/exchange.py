@@ -15,6 +15,8 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtron.jit import opaque
+
 Splits = Sequence[int] | None
 
 # torch 2.13 has given them other names.
@@ -32,50 +34,53 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def all_to_all(x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None) -> Tensor:
     """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get ``received[i]`` from
     it; None: equal parts."""
-    return _AllToAll.apply(x, ranks, received, sent)
+    return _AllToAll.apply(x, _name(ranks), received, sent)
 
 
 def all_gather(x: Tensor, ranks: DeviceMesh) -> Tensor:
     """The rows of all ranks, in order."""
-    return _AllGather.apply(x, ranks)
+    return _AllGather.apply(x, _name(ranks))
 
 
 def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
     """The sum of all ranks' rows, of which each gets its part."""
-    return _ReduceScatter.apply(x, ranks)
+    return _ReduceScatter.apply(x, _name(ranks))
 
 
+@opaque
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, ranks: DeviceMesh, received: Splits, sent: Splits) -> Tensor:
-        ctx.args = (ranks, sent, received)
-        return _swap(x, ranks, received, sent)
+    def forward(ctx, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
+        ctx.args = (group, sent, received)
+        return _swap(x, group, received, sent)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         return _swap(g.contiguous(), *ctx.args), None, None, None
 
 
+@opaque
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, ranks: DeviceMesh) -> Tensor:
-        ctx.ranks = ranks
-        return _gather(x, ranks)
+    def forward(ctx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _scatter(g.contiguous(), ctx.ranks), None
+        return _scatter(g.contiguous(), ctx.group), None
 
 
+@opaque
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, ranks: DeviceMesh) -> Tensor:
-        ctx.ranks = ranks
-        return _scatter(x, ranks)
+    def forward(ctx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _gather(g.contiguous(), ctx.ranks), None
+        return _gather(g.contiguous(), ctx.group), None
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,18 @@ class Peers:
     ranks: DeviceMesh
     place: int
 
+    @property
+    def args(self) -> tuple[str, int, int]:
+        """What ``shift`` takes: the group's name, this rank's place, and how many they are."""
+        return _name(self.ranks), self.place, self.ranks.size()
 
-def shift(x: Tensor, peers: Peers, by: int = 1) -> Tensor:
-    """In a ring: x goes to the rank that is ``by`` further on, and that of the one as far behind comes. It is
-    on its way: ``wait`` for it, and let work that does not need it come first. Not differentiable. An
-    all-to-all of which all other parts are empty; a send would be no functional collective."""
-    n = peers.ranks.size()
-    to, of = (_one_hot(x.shape[0], peers.place + d, n) for d in (by, n - by))
-    group = peers.ranks.get_group().group_name
+
+def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
+    """In a ring of n ranks (``Peers.args``): x goes to the rank that is ``by`` further on, and that of the
+    one as far behind comes. It is on its way: ``wait`` for it, and let work that does not need it come first.
+    Not differentiable. An all-to-all of which all other parts are empty; a send would be no functional
+    collective."""
+    to, of = (_one_hot(x.shape[0], place + d, n) for d in (by, n - by))
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, group)
 
 
@@ -107,13 +116,17 @@ def _one_hot(size: int, at: int, n: int) -> list[int]:
     return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
 
 
-def _swap(x: Tensor, ranks: DeviceMesh, received: Splits, sent: Splits) -> Tensor:
-    return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, (ranks, 0)))
+def _name(ranks: DeviceMesh) -> str:
+    return ranks.get_group().group_name
 
 
-def _gather(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(_ALL_GATHER(x, 0, (ranks, 0)))
+def _swap(x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
+    return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, group))
 
 
-def _scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(_REDUCE_SCATTER(x, "sum", 0, (ranks, 0)))
+def _gather(x: Tensor, group: str) -> Tensor:
+    return funcol.wait_tensor(_ALL_GATHER(x, 0, group))
+
+
+def _scatter(x: Tensor, group: str) -> Tensor:
+    return funcol.wait_tensor(_REDUCE_SCATTER(x, "sum", 0, group))

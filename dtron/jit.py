@@ -1,12 +1,26 @@
-"""torch.compile, with the settings that torch has nowhere but in its global configs."""
+"""torch.compile, with the settings that torch has nowhere but in its global configs, and what it is to leave
+alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_F = TypeVar("_F", bound=type[torch.autograd.Function])
+
+
+def opaque(function: _F) -> _F:
+    """Decorates every function with a backward of its own: the compiler leaves it alone until it traces real
+    gradients. By itself it would trace both halves early, into graphs of their own. Then a backward sees a
+    gradient that it imagines: one that decides by where gradients lie forgets pending sums. And in torch 2.11
+    what is in such a graph is kept for backward although its block is to be computed again, and of a function
+    that ends in a cast which changes nothing all gradients are zero (pytorch#180642); both silently.
+    Arguments must be tensors, numbers, strings, dtypes or None."""
+    return torch.compiler.allow_in_graph(function)
+
 
 # Kinds of arguments (stages, shapes of weights, masks) that a function may be compiled for. After 8 torch
 # gives up, to notice functions that never settle.

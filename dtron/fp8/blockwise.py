@@ -19,8 +19,10 @@ from torch import Tensor
 
 from dtron.fp8.product import scaled_by
 from dtron.fp8.recipe import BLOCK
+from dtron.jit import opaque
 
 
+@opaque
 class Blockwise(torch.autograd.Function):
     """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values are rounded
     to FP8 and multiplied in float32."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.fp8.product import scaled_by
+from dtron.jit import opaque
 from dtron.moe.experts import masked, runs
 
 
@@ -25,6 +26,7 @@ def grouped_product(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     return _Grouped.apply(x, w, ends_E.to(torch.int32))
 
 
+@opaque
 class _Grouped(torch.autograd.Function):
     # Forward ends in an operation that does something: see product.py.
 

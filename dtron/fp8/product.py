@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dtron.fp8.recipe import Scaling
+from dtron.jit import opaque
 
 
 @contextmanager
@@ -73,10 +74,8 @@ def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
     return _Product.apply(x, w, scaling)
 
 
+@opaque
 class _Product(torch.autograd.Function):
-    # Forward and backward must end in an operation that does something: of one that ends in a cast to the
-    # same dtype, torch 2.11 compiled gives gradients of zero (pytorch#180642).
-
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
         ctx.save_for_backward(x, w)
@@ -109,7 +108,7 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
     (a, a_scale), (b, b_scale) = _scaled(a, a_cast, 1), _scaled(b, b_cast, 0)
     if a.device.type == "cpu":
         y = (a.float() / a_scale) @ (b.float() / b_scale)
-        return y if y.dtype == dtype else y.to(dtype)
+        return y.to(dtype)
     if a_scale.ndim > b_scale.ndim:  # the kernels take scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()
     # They want rows of a and columns of b contiguous. In forward that is a copy of the float8 weight and none

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from dtron.exchange import Peers, shift, wait
+from dtron.jit import opaque
 from dtron.layers.cores import Mask, attention_and_lse, with_sinks
 from dtron.layers.fused import block_backward, block_forward
 
@@ -55,7 +56,7 @@ def ring_plainly(
     """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
     message, found = _pack(k, v), None
     for step, mask in enumerate(masks):
-        coming = _Shift.apply(message, peers) if step + 1 < len(masks) else None
+        coming = _Shift.apply(message, *peers.args) if step + 1 < len(masks) else None
         o, lse = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
         found = (o, lse) if found is None else merge(found, (o, lse))
         message = None if coming is None else _Wait.apply(coming)
@@ -75,21 +76,25 @@ def ring(
 ) -> Tensor:
     """``later [n]``: whether the part of each step is later in the row than one's own; ``scale``: of scores,
     see ``Mask``."""
-    return _Ring.apply(q, k, v, later, zigzag, peers, scale)
+    return _Ring.apply(q, k, v, later, zigzag, scale, *peers.args)
 
 
+@opaque
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, later: Tensor, zigzag: bool, peers: Peers, scale: float | None):
-        message, steps = _pack(k, v), peers.ranks.size()
-        coming = shift(message, peers)
+    def forward(
+        ctx, q, k, v, later: Tensor, zigzag: bool, scale: float | None, group: str, place: int, steps: int
+    ):
+        ring = (group, place, steps)
+        message = _pack(k, v)
+        coming = shift(message, *ring)
         o, lse, rest = block_forward(q, k, v, causal=True, scale=scale)
         wide = o.to(lse.dtype)
         halves = list(zip(_halves(wide, zigzag), _halves(lse, zigzag), strict=True))
         for step in range(1, steps):
             message = wait(coming)
             if step + 1 < steps:
-                coming = shift(message, peers)
+                coming = shift(message, *ring)
             late, kv = later[step], _unpack(message, k, v)
             if not zigzag:
                 o, lse, _ = block_forward(q, *kv, causal=False, scale=scale)
@@ -102,25 +107,23 @@ class _Ring(torch.autograd.Function):
                 merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
                 merge(merge(halves[1], (o_1, lse_1)), (o_same, lse_same.masked_fill(~late, float("-inf")))),
             ]
-        # Ends in a cat on purpose: of a function that ends in a cast that changes nothing, torch 2.11
-        # compiles a backward that is zero.
         o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
         lse = torch.cat([lse for _, lse in halves], dim=2)
         ctx.save_for_backward(q, k, v, o, lse, later, *(rest or ()))
-        ctx.zigzag, ctx.peers, ctx.scale, ctx.fused = zigzag, peers, scale, rest is not None
+        ctx.zigzag, ctx.ring, ctx.scale, ctx.fused = zigzag, ring, scale, rest is not None
         return o
 
     @staticmethod
     def backward(ctx, g: Tensor):
         q, k, v, o, lse, later, *rest = ctx.saved_tensors
-        rest, zigzag, peers, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.peers, ctx.scale
-        message, steps, returning = _pack(k, v), peers.ranks.size(), None
-        coming = shift(message, peers)
+        rest, zigzag, ring, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.ring, ctx.scale
+        message, steps, returning = _pack(k, v), ring[-1], None
+        coming = shift(message, *ring)
         dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)
         for step in range(1, steps):
             message = wait(coming)
             if step + 1 < steps:
-                coming = shift(message, peers)
+                coming = shift(message, *ring)
             late, kv = later[step], _unpack(message, k, v)
             if zigzag:
                 g_2, q_2, o_2, lse_2 = (_pairs(x, late, first=1) for x in (g, q, o, lse))
@@ -134,9 +137,9 @@ class _Ring(torch.autograd.Function):
             sums = _pack(*found[1:])
             if returning is not None:
                 sums = sums + wait(returning)  # what the ranks before found for the same keys
-            returning = shift(sums, peers)
+            returning = shift(sums, *ring)
         dk_others, dv_others = _unpack(wait(returning), k, v)
-        return dq, dk + dk_others, dv + dv_others, None, None, None, None
+        return dq, dk + dk_others, dv + dv_others, *[None] * 6
 
 
 def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
@@ -168,19 +171,21 @@ def _unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return a.view(k.shape), b.view(v.shape)
 
 
+@opaque
 class _Shift(torch.autograd.Function):
     """To the next rank; not there before ``_Wait``. Its gradient comes back the same way."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, peers: Peers):
-        ctx.peers = peers
-        return shift(x, peers)
+    def forward(ctx, x: Tensor, *ring: str | int):
+        ctx.ring = ring
+        return shift(x, *ring)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return wait(shift(g, ctx.peers, by=-1)), None
+        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
 
 
+@opaque
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor):

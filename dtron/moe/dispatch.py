@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.exchange import all_gather, all_to_all, reduce_scatter
+from dtron.jit import opaque
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 Run = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on the experts that are here
@@ -94,6 +95,7 @@ def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
     return rows if there is None else torch.where(there[:, None], rows, 0)
 
 
+@opaque
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, place_S, kept_S, slot_R, filled_R):
@@ -107,14 +109,14 @@ class _Spread(torch.autograd.Function):
         return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
 
 
+@opaque
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weights_TK, place_S, kept_S, slot_R, filled_R):
         ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
         y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
-        # torch 2.11 compiles a custom function that ends in a cast to the same dtype into zero gradients.
-        return y_TD if y_TD.dtype == y.dtype else y_TD.to(y.dtype)
+        return y_TD.to(y.dtype)
 
     @staticmethod
     def backward(ctx, g):
@@ -150,6 +152,7 @@ def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, index, inverse)
 
 
+@opaque
 class _Permute(torch.autograd.Function):
     """``spread`` with one slot per token, of which there may be none."""
 
