@@ -38,7 +38,7 @@ class Case(NamedTuple):
     device: str
     gpus: int
     mesh: str
-    zero: str  # empty where there is no dp to shard over: all stages are the same then
+    zero: str  # empty where there is nothing to shard over: all stages are the same then
     recompute: str  # empty: nothing is
     precision: str
     microbatches: int
@@ -62,7 +62,7 @@ def case_of(line: Line) -> Case:
         line["device"],
         shape.size,
         "one GPU" if shape.size == 1 else str(shape),
-        f"zero {line['zero']}" if shape.dp > 1 else "",
+        f"zero {line['zero']}" if shape.dp * shape.cp > 1 else "",
         "" if again in (None, "none") else f"recompute {again}",
         precision,
         line.get("microbatches") or 1,

@@ -48,7 +48,7 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
         keys = context.steps[0].keys
         arrived = [keys]
         for _ in range(1, ranks):
-            keys = wait(shift(keys, layout.context))
+            keys = wait(shift(keys, *layout.context.args))
             arrived.append(keys)
         places = [[_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries[0], *arrived)]
     canvas, width = Canvas(40 + 220 * ranks), tokens // ranks * CELL * 2

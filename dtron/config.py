@@ -150,8 +150,8 @@ class RunConfig:
     """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for experts);
     a dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage, what is sharded over dp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights in
-    use"""
+    """ZeRO stage, what is sharded over dp and cp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
+    weights in use"""
     steps: int = 150
     """optimizer steps of the whole run"""
     batch: int = 16

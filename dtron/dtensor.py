@@ -35,7 +35,7 @@ class Gather(torch.autograd.Function):
     """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
 
     ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along
-    (dp_replicate, cp, and tp for a norm's scale), once per microbatch and before the reduce-scatter, on the
+    (dp_replicate, and all for a norm's scale), once per microbatch and before the reduce-scatter, on the
     whole weight. Left Partial, those sums wait for the end of the step.
     """
 

@@ -4,7 +4,7 @@ A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermo
 
     pp            pipeline stages
     dp_replicate  replicas of the whole sharded model (HSDP)
-    dp            data parallelism; the axis that ZeRO shards weights over
+    dp            data parallelism; ZeRO shards weights over it, and over cp
     cp            context parallelism; each sequence is split
     tp            tensor parallelism; adjacent ranks, because it communicates most
 
@@ -67,9 +67,9 @@ RULES: Rules = {
     "act_kv_rank": (),
     "kv_latent": (),
     # weights
-    "embed": ("dp",),  # the ZeRO row
-    "q_rank": ("dp",),  # and for the latents of MLA
-    "kv_rank": ("dp",),
+    "embed": ("dp", "cp"),  # the ZeRO row
+    "q_rank": ("dp", "cp"),  # and for the latents of MLA
+    "kv_rank": ("dp", "cp"),
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "head_dim": (),

@@ -31,7 +31,7 @@ def run_block(
     """``block(p, x_TD, load_E)`` with its weights gathered."""
 
     def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-        # ZeRO-3: an all-gather over dp; otherwise nothing is left to do.
+        # ZeRO-3: an all-gather over dp and cp; otherwise nothing is left to do.
         return block(gather(p, layout), x_TD, load_E)
 
     def run_all_kept(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:

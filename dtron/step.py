@@ -1,17 +1,17 @@
 """One training step: loss and gradients over microbatches, and where ZeRO's three stages differ.
 
 ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) stores each weight, its gradient and its optimizer state on
-one of the dp ranks instead of on all. Here a stage is not a mode of any layer; it is *where* ``gather`` is
-called and where a gradient stops being a pending sum:
+one of the ranks that would have the same (those of dp, and of cp) instead of on all. Here a stage is not a
+mode of any layer; it is *where* ``gather`` is called and where a gradient stops being a pending sum:
 
-    stage   weights at rest     gather               gradient over dp
+    stage   weights at rest     gather               gradient over dp, and over cp
     0       whole               nothing to gather    all-reduced once a step
     1       sharded over dp     once a step          stays Partial; reduce-scattered once a step
     2       sharded over dp     once a step          reduce-scattered every microbatch
     3       sharded over dp     inside each block    as 2: that is the backward of the gather
 
 Gradients accumulate in local tensors, float32 at least unless asked otherwise, and everything still Partial
-(over dp_replicate, cp, and tp for weights that are whole on tp ranks) is reduced once, at the end. No
+(over dp_replicate, and all axes on which a weight is whole) is reduced once, at the end. No
 ``.grad`` is set.
 """
 

@@ -117,8 +117,8 @@ def forgets(which: int):
     """The n-th shift brings nothing."""
     calls = count(1)
 
-    def shift(x: Tensor, peers, by: int = 1) -> Tensor:
-        return torch.zeros_like(x) if next(calls) == which else exchange.shift(x, peers, by)
+    def shift(x: Tensor, *ring, by: int = 1) -> Tensor:
+        return torch.zeros_like(x) if next(calls) == which else exchange.shift(x, *ring, by=by)
 
     return mock.patch.object(ring, "shift", shift)
 
@@ -177,9 +177,10 @@ def test_mutants(name):
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 @pytest.mark.parametrize(("mesh", "recompute"), [("dp=2,cp=2", "none"), ("cp=3", "full")])
 def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attention):
-    """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's."""
+    """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's. (ZeRO 0,
+    because what gathers weights over dp does it over cp.)"""
     shape = MeshShape.parse(mesh)
-    config = configured(mesh, method, kv=2, attention=attention, recompute=recompute)
+    config = configured(mesh, method, kv=2, attention=attention, recompute=recompute, zero=0)
     m, n, again = config.model, shape.cp, 2 if recompute == "full" else 1
     got = one_step(config, shape).collectives
     tokens = config.batch * config.data.sequence // shape.data // n  # of one rank
@@ -202,16 +203,17 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_nothing_else_goes_over_cp_but_the_sums_of_weight_gradients(zero):
-    """Which are those that a replica of the whole mesh would need."""
+def test_nothing_else_goes_over_cp_but_weights_and_their_gradients(zero):
+    """Which are those that go over dp; at stage 0, over a replica of the whole mesh too."""
     config = configured("dp=2,cp=2", zero=zero, documents=True)
     over = lambda mesh, axis: {
         c.kind: n
         for c, n in one_step(config, MeshShape.parse(mesh)).collectives.count.items()
         if c.axis == axis and c.kind != "all_to_all"
     }
-    want = over("dp_replicate=2,dp=2", "dp_replicate")
-    assert over("dp=2,cp=2", "cp") == want and want.keys() == {"all_reduce"}
+    want = over("dp=2", "dp") if zero else over("dp_replicate=2,dp=2", "dp_replicate")
+    assert over("dp=2,cp=2", "cp") == want
+    assert want.keys() == {"all_reduce", *(("all_gather", "reduce_scatter") if zero else ())}
 
 
 # ---- real ranks, and the edge
