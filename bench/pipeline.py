@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.batch import make_batch
 from dtron.config import OptimConfig, PipelineConfig, RunConfig
 from dtron.launch import same_on_all_ranks
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.metrics import memory_gib, peak_tflops
 from dtron.model import flops_per_token
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import flat, gather, init, tree_map
 from dtron.pipeline import on_ranks, pipeline, program
 from dtron.presets import preset
+from dtron.rules import rules_for
 from dtron.schedules import SCHEDULES, simulate
 from dtron.schedules.split import backward, backward_input
 from dtron.shape import MeshShape

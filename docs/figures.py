@@ -22,10 +22,11 @@ from dtron.architecture import ModelConfig
 from dtron.batch import make_batch
 from dtron.collectives import Collective, CollectiveCounter
 from dtron.layers.cores import Mask, allowed
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.params import init
 from dtron.picture import FAINT, Canvas
 from dtron.pipeline import one_stage, program
+from dtron.rules import rules_for
 from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
 from dtron.schedules.draw import svg as timelines
 from dtron.shape import MeshShape

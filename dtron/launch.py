@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from dtron.checks import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.config import RunConfig
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 

@@ -1,4 +1,4 @@
-"""The mesh of devices and the one table that says how tensors lie on it.
+"""The mesh of devices, and what a layer may ask of it.
 
 A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermost (slowest link) first:
 
@@ -16,13 +16,9 @@ and, another way to name the ranks of dp, cp and tp together, for the weights of
 
 How one DeviceMesh has both views stands in shape.py: its dims are *atoms*, an axis is one or more of them.
 
-A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
-``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it. That table is the
-whole description of data, tensor and sequence parallelism and of ZeRO: turning one off is editing a row, and
-the layers never ask which is on (the idea is that of logical axis rules in GSPMD, arXiv:2105.04663).
-
-A ``Layout`` is a mesh together with such a table. Its verbs are all a layer may use, and on one device
-(``Layout()``) each of them is the identity, so that the one-device program is the same program.
+How tensors lie on it is said by one table, in rules.py. A ``Layout`` is a mesh together with such a table.
+Its verbs are all a layer may use, and on one device (``Layout()``) each of them is the identity, so that the
+one-device program is the same program.
 
 Left out: a cost model that picks the mesh. The axes of size 1 are dropped from the DeviceMesh that tensors
 live on: a shorter mesh means fewer placements to plan and nothing to normalise.
@@ -32,18 +28,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.dtensor import Gather, code, shard
 from dtron.exchange import Peers, all_reduce
-from dtron.shape import MeshShape, is_part, parts
+from dtron.rules import RULES, Rules, expand, place, whole
+from dtron.shape import MeshShape, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
@@ -52,80 +49,6 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 class PlacementError(ValueError):
     """A tensor lies elsewhere than was declared."""
-
-
-Rules = Mapping[str, tuple[str, ...]]
-
-RULES: Rules = {
-    # activations
-    "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
-    "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
-    "rows": ("dp_replicate", "dp"),  # tokens where each rank needs its sequences whole
-    "sequence": ("cp",),  # the parts of a sequence
-    "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
-    "act_q_rank": (),
-    "act_kv_rank": (),
-    "kv_latent": (),
-    # weights
-    "embed": ("dp", "cp"),  # the ZeRO row
-    "q_rank": ("dp", "cp"),  # and for the latents of MLA
-    "kv_rank": ("dp", "cp"),
-    "heads": ("tp",),
-    "kv_heads": ("tp",),
-    "head_dim": (),
-    "qk_dim": (),
-    "kv_dim": (),
-    "v_dim": (),
-    "mlp": ("tp",),
-    "vocab": ("tp",),
-    "positions": (),
-    # experts: their tokens, and their weights
-    "tokens_ep": ("dp_replicate", "edp", "ep"),
-    "experts": ("ep",),
-    "act_experts": (),  # what the router has for each expert
-    "expert_embed": ("edp",),  # the ZeRO row of experts
-    "expert_mlp": ("etp",),
-    "shared_mlp": ("tp",),  # of the expert that every token goes to
-}
-
-# The rows that shard a weight at rest, and are gathered for compute.
-ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
-
-
-def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
-    step.py)."""
-    return whole(RULES) if zero == 0 else RULES
-
-
-def whole(rules: Rules) -> Rules:
-    """The rules by which gathered weights lie."""
-    return {**rules, **dict.fromkeys(ZERO, ())}
-
-
-def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
-    """One placement per mesh axis for a tensor with these logical axes.
-
-    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an unknown
-    axis must never silently replicate.
-    """
-    where: dict[str, Placement] = {}
-    for dim, axis in enumerate(axes):
-        if axis is None:
-            continue
-        name = axis.removeprefix("+")
-        if name not in rules:
-            raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
-        for atom in expand(rules[name], mesh_axes):
-            if atom in where:
-                raise ValueError(f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules")
-            where[atom] = Partial() if axis.startswith("+") else Shard(dim)
-    return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
-
-
-def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
-    """The dims of a DeviceMesh that these axes are made of, in the mesh's order."""
-    return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))
 
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:

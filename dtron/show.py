@@ -32,11 +32,11 @@ from dtron import memory
 from dtron.architecture import ModelConfig
 from dtron.checks import check, sequence_unit
 from dtron.layers.context import Method
-from dtron.mesh import RULES, place, rules_for
 from dtron.model import Transformer, declare_model
 from dtron.params import Weight, flat
 from dtron.picture import Canvas, draw_mesh, draw_tensor
 from dtron.pipeline import cut, layers_per_stage
+from dtron.rules import RULES, place, rules_for
 from dtron.shape import MeshShape
 
 Placements = tuple

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dtron.collectives import CollectiveCounter, no_hidden_communication
 from dtron.dtensor import full, shard_like
-from dtron.mesh import Layout, PlacementError, rules_for
+from dtron.mesh import Layout, PlacementError
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
 from dtron.step import Wholes

@@ -29,11 +29,12 @@ from dtron.config import DataConfig, PipelineConfig, RunConfig, Schedule
 from dtron.dtensor import full
 from dtron.layers.context import Method
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.moe.balance import update_balance
 from dtron.optim import adam_init, adam_update, clip_scale, global_norm
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.pipeline import gathers_each, pipeline, program, splits
+from dtron.rules import rules_for
 from dtron.schedules.run import Program
 from dtron.shape import MeshShape
 from dtron.simulate import simulated

@@ -14,10 +14,11 @@ from dtron.checks import microbatches
 from dtron.config import ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.layers.loss import IGNORE
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.optim import adam_init, with_copies
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
 from dtron.update import update

@@ -27,12 +27,13 @@ from dtron.checkpoint.__main__ import main as inspect
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.dtensor import local
 from dtron.layers.rope import Rope
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model import declare_model
 from dtron.moe.config import MoE
 from dtron.optim import AdamState, adam_init
 from dtron.params import Weight, flat, init, tree_map
 from dtron.pipeline import pipeline
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
 

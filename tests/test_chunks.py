@@ -27,10 +27,11 @@ from dtron.fp8 import Recipe
 from dtron.fp8.__main__ import error
 from dtron.how import How
 from dtron.layers.mlp import MLP, mlp
-from dtron.mesh import Layout, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
 from dtron.recompute import tokens_at_once
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.step import gradients
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run_layer, unsummed, zero_stages

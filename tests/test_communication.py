@@ -20,9 +20,10 @@ from dtron.how import How
 from dtron.layers.attention import Attention, attention
 from dtron.layers.cores import Mask
 from dtron.layers.mlp import MLP, mlp
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.model import declare_model, forward
 from dtron.params import flat, gather, init, tree_map
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import one_rank, simulated
 from dtron.testing import run_layer

@@ -17,10 +17,11 @@ from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
 from dtron.dtensor import full
 from dtron.how import How
-from dtron.mesh import Layout, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh
 from dtron.optim import adam_init, adam_update
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.step import gradients
 

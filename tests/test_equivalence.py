@@ -19,8 +19,9 @@ from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import Rope, rope_tables
-from dtron.mesh import RULES, Layout
+from dtron.mesh import Layout
 from dtron.params import weight
+from dtron.rules import RULES
 from dtron.shape import MeshShape
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, unsummed, zero_stages
 from dtron.verify import compare, one_step

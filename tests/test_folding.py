@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.mesh import RULES, place
+from dtron.rules import RULES, place
 from dtron.shape import AXES, MeshShape, parts
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])

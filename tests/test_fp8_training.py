@@ -18,10 +18,11 @@ from dtron.dtensor import full
 from dtron.fp8 import Recipe, compile_options, matmul
 from dtron.how import How
 from dtron.launch import plan
-from dtron.mesh import Layout, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh
 from dtron.optim import global_norm
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.step import gradients
 

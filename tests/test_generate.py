@@ -17,12 +17,13 @@ from dtron.batch import make_batch
 from dtron.config import ModelConfig, RunConfig
 from dtron.generate import Decoder, check_sampling, generate, main, pick
 from dtron.layers.mla import Latent
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model import declare_model, predict
 from dtron.moe.config import MoE
 from dtron.optim import adam_init
 from dtron.params import init, tree_map
 from dtron.pipeline import on_ranks, one_stage, pipeline
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 from dtron.testing import meshes

@@ -25,10 +25,11 @@ from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import weights_of
 from dtron.hf.pattern import Pattern, halves, pairs, pattern
 from dtron.hf.safetensors import Reader, write
-from dtron.mesh import Layout, build_mesh, rules_for, stage_mesh
+from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model import declare_model
 from dtron.params import flat, tree_map
 from dtron.pipeline import cut
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 

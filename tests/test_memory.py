@@ -16,11 +16,12 @@ from dtron.compiled import compiled
 from dtron.dtensor import local
 from dtron.how import How
 from dtron.memory import activation_bytes, block_bytes
-from dtron.mesh import Layout, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh
 from dtron.model import declare_model, forward
 from dtron.moe.config import MoE
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.step import gradients
 

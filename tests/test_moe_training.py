@@ -17,13 +17,14 @@ from dtron.compiled import compiled
 from dtron.config import DataConfig, ModelConfig, RunConfig
 from dtron.dtensor import full
 from dtron.how import How
-from dtron.mesh import Layout, build_mesh, rules_for
+from dtron.mesh import Layout, build_mesh
 from dtron.model import active_count, declare_model, flops_per_token, parameter_count
 from dtron.moe.balance import describe_experts, expert_totals
 from dtron.moe.config import MoE
 from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import layers_per_stage, one_stage, program
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 from dtron.step import gradients

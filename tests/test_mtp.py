@@ -19,12 +19,13 @@ from dtron.compiled import compiled
 from dtron.config import ModelConfig, RunConfig
 from dtron.layers.loss import IGNORE
 from dtron.layers.mla import Latent
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.model import embed, forward, predict, stage
 from dtron.moe.config import MoE
 from dtron.mtp import Ahead, look_ahead
 from dtron.params import flat, init
 from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
+from dtron.rules import rules_for
 from dtron.schedules import SCHEDULES, stages_per_rank
 from dtron.shape import MeshShape
 from dtron.simulate import simulated

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.batch import make_batch, valid_tokens
 from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.model import declare_model
 from dtron.optim import global_norm
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
+from dtron.rules import rules_for
 from dtron.schedules import SCHEDULES, make, peaks, stages_per_rank
 from dtron.schedules.run import Handed, Program, run
 from dtron.schedules.split import backward, backward_input

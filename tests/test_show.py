@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtron.config import ModelConfig
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.model import declare_model
 from dtron.moe.config import MoE
 from dtron.optim import adam_init
 from dtron.params import flat, init
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.show import coordinates, local_range, main, picture, rows, size, total
 from dtron.simulate import simulated

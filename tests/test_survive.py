@@ -30,10 +30,11 @@ from dtron.checkpoint.saver import quiet, reason
 from dtron.compiled import compiled_rule
 from dtron.config import OptimConfig
 from dtron.entry import run_cli
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.optim import adam_init
 from dtron.params import flat, init
 from dtron.pipeline import one_stage, program
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import by_rank, simulated
 from dtron.survive import Stop, Watch, diagnose

@@ -13,8 +13,9 @@ from runs import MODEL, on_pool, simulate, train
 
 from dtron.config import DataConfig, RunConfig
 from dtron.dtensor import full
-from dtron.mesh import Layout, rules_for
+from dtron.mesh import Layout
 from dtron.params import flat
+from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 

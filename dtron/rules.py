@@ -1,0 +1,89 @@
+"""The one table that says how tensors lie on a mesh.
+
+A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
+``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (see mesh.py for
+these). That table is the whole description of data, tensor, sequence, context and expert parallelism and of
+ZeRO: turning one off is editing a row, and the layers never ask which is on (the idea is that of logical axis
+rules in GSPMD, arXiv:2105.04663).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+
+from dtron.shape import is_part
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = {
+    # activations
+    "tokens": ("dp_replicate", "dp", "cp"),  # between the collectives of a tensor-parallel layer
+    "tokens_sp": ("dp_replicate", "dp", "cp", "tp"),  # the residual stream: sequence parallelism
+    "rows": ("dp_replicate", "dp"),  # tokens where each rank needs its sequences whole
+    "sequence": ("cp",),  # the parts of a sequence
+    "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
+    "act_q_rank": (),
+    "act_kv_rank": (),
+    "kv_latent": (),
+    # weights
+    "embed": ("dp", "cp"),  # the ZeRO row
+    "q_rank": ("dp", "cp"),  # and for the latents of MLA
+    "kv_rank": ("dp", "cp"),
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "head_dim": (),
+    "qk_dim": (),
+    "kv_dim": (),
+    "v_dim": (),
+    "mlp": ("tp",),
+    "vocab": ("tp",),
+    "positions": (),
+    # experts: their tokens, and their weights
+    "tokens_ep": ("dp_replicate", "edp", "ep"),
+    "experts": ("ep",),
+    "act_experts": (),  # what the router has for each expert
+    "expert_embed": ("edp",),  # the ZeRO row of experts
+    "expert_mlp": ("etp",),
+    "shared_mlp": ("tp",),  # of the expert that every token goes to
+}
+
+# The rows that shard a weight at rest, and are gathered for compute.
+ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
+
+
+def rules_for(zero: int) -> Rules:
+    """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
+    step.py)."""
+    return whole(RULES) if zero == 0 else RULES
+
+
+def whole(rules: Rules) -> Rules:
+    """The rules by which gathered weights lie."""
+    return {**rules, **dict.fromkeys(ZERO, ())}
+
+
+def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
+    """One placement per mesh axis for a tensor with these logical axes.
+
+    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an unknown
+    axis must never silently replicate.
+    """
+    where: dict[str, Placement] = {}
+    for dim, axis in enumerate(axes):
+        if axis is None:
+            continue
+        name = axis.removeprefix("+")
+        if name not in rules:
+            raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
+        for atom in expand(rules[name], mesh_axes):
+            if atom in where:
+                raise ValueError(f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules")
+            where[atom] = Partial() if axis.startswith("+") else Shard(dim)
+    return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
+
+
+def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
+    """The dims of a DeviceMesh that these axes are made of, in the mesh's order."""
+    return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))
