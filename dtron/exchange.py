@@ -31,6 +31,12 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
     return x
 
 
+def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """Row i of x goes to rank i of a dim of the mesh, and row i of the result came from it. Not
+    differentiable."""
+    return funcol.wait_tensor(funcol.all_to_all_single(x, None, None, (mesh, dim)))
+
+
 def all_to_all(x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None) -> Tensor:
     """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get ``received[i]`` from
     it; None: equal parts."""

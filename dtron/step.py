@@ -119,10 +119,10 @@ def gradients(
         # added up have one and the same gradient.
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
-        if several or shared:
-            grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if zero >= 2:
             grads = hold.scatter(weights[stage], grads, ps)
+        if several or shared:
+            grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if first:
             sums[stage] = grads
         else:

@@ -1,0 +1,84 @@
+"""Sums of narrow gradients over ranks: the sums are wide, and what is sent for them is narrow."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dtron import dtensor
+from dtron.collectives import Collective, CollectiveCounter
+from dtron.dtensor import Lies, cast, full, scatter_all
+from dtron.mesh import Layout
+from dtron.rules import rules_for
+from dtron.shape import MeshShape
+from dtron.simulate import simulated
+
+MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=3,tp=2")
+WEIGHTS = {"w_up": ("embed", "mlp"), "w_down": ("mlp", "embed")}
+
+
+def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: Layout) -> Tensor:
+    """In bfloat16, on each rank another: a sum still pending wherever the weight is whole."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    w = layout.shard(numbers, *(None if a == "embed" else a for a in axes))
+    rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
+    return Lies.of(w).gradient.whole(torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh)
+
+
+def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, CollectiveCounter]:
+    """The largest error of a scattered gradient ``[size, size]``, relative to the largest of its values; and
+    what was sent."""
+    with simulated(MeshShape.parse(mesh)) as device_mesh:
+        layout, axes = Layout(device_mesh, rules_for(2)), WEIGHTS[name]
+        g = gradient(axes, (size, size), seed, layout)
+        want = full(cast(g, torch.float32))
+        with CollectiveCounter(device_mesh) as sent:
+            (got,) = scatter_all([g], [(layout.placements(*axes), torch.float32)])
+        assert got.dtype == torch.float32
+        lies = zip(got.placements, layout.placements(*axes), strict=True)
+        assert all(a == b for a, b in lies if b.is_shard())
+        return ((full(got) - want).abs().max() / want.abs().max()).item(), sent
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(MESHES), st.sampled_from(sorted(WEIGHTS)), st.integers(4, 30), st.integers(0, 9))
+def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
+    """Whether or not it can be cut into equal pieces."""
+    assert scattered(mesh, name, 2 * half, seed)[0] < 1e-6
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    ("mesh", "size", "sent"),
+    [
+        ("dp=4", 24, {("all_to_all", "dp"): 2}),
+        ("dp=2,tp=2", 24, {("all_to_all", "dp"): 1}),
+        ("dp=2,cp=2", 24, {("all_to_all", "dp"): 2, ("reduce_scatter", "cp"): 2}),  # of a half, wide by now
+        ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # no equal pieces: padded
+    ],
+)
+def test_what_is_sent_is_narrow(name, mesh, size, sent):
+    """In bytes per number of the gradient."""
+    got = scattered(mesh, name, size, 0)[1].bytes
+    assert got == {Collective(*c): n * size**2 for c, n in sent.items()}
+
+
+MUTANTS = {
+    "added up in bfloat16": (
+        "_land",
+        lambda g, axis, dim, dtype, land=dtensor._land: land(g, axis, dim, g.dtype),
+    ),
+    "a rank's own pieces": ("swap", lambda x, mesh, dim: x),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants(name):
+    part, wrong = MUTANTS[name]
+    with mock.patch.object(dtensor, part, wrong), pytest.raises(AssertionError):
+        assert scattered("dp=4", "w_up", 24, 0)[0] < 1e-6
