@@ -43,12 +43,20 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: DTensor, placements: tuple[int, ...], dtype: torch.dtype, reduce: torch.dtype):
         ctx.before, ctx.reduce = w.placements, reduce
-        w = w.to(dtype)
-        return w.redistribute(w.device_mesh, _decode(placements))
+        return _gathered(w.to(dtype), _decode(placements))
 
     @staticmethod
     def backward(ctx, g: DTensor):
         return cast(_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None
+
+
+def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
+    """All-gathers, one mesh axis after the other. In one step torch 2.13 would gather over several axes at
+    once if there is a group of just these ranks; and where pieces of pieces are not of one size, it would
+    take them for those of one cut: other values, silently."""
+    for axis in reversed(range(x.device_mesh.ndim)):
+        x = x.redistribute(x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]])
+    return x
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ def shard_like(x: Tensor, y: Tensor) -> Tensor:
 def full(x: Tensor) -> Tensor:
     """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks too."""
     if isinstance(x, DTensor):
-        x = x.full_tensor()
+        x = _gathered(x, [Replicate()] * x.device_mesh.ndim).to_local()
     return x.reconcile() if hasattr(x, "reconcile") else x
 
 

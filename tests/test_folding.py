@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate
 
+from dtron.dtensor import full
+from dtron.mesh import Layout
 from dtron.rules import RULES, place
 from dtron.shape import AXES, MeshShape, parts
+from dtron.simulate import simulated
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 
@@ -75,3 +80,16 @@ def test_where_ranks_come_from():
 def test_axes_that_do_not_fit_are_refused(mesh, message):
     with pytest.raises(ValueError, match=message):
         _ = MeshShape.parse(mesh).atoms
+
+
+@pytest.mark.parametrize("size", [8, 10])
+def test_pieces_of_pieces_are_gathered_right_where_their_ranks_are_a_group_too(size):
+    """Known silent error of torch, here the mutant: it gathers over the group as if all had been cut once."""
+    x = torch.arange(size * 3.0).view(size, 3)
+    with simulated(MeshShape.parse("dp=2,cp=2,ep=4")) as mesh:
+        layout = Layout(mesh)  # with the group of ep: all ranks of dp and cp
+        w = layout.shard(x, "embed", None)
+        assert torch.equal(full(w), x)
+        assert torch.equal(full(layout.gather(w, "embed", None)), x)
+        at_once = w.redistribute(mesh, [Replicate(), Replicate()]).to_local().reconcile()
+        assert torch.equal(at_once, x) == (size == 8)
