@@ -1,6 +1,6 @@
 """A microbatch: what the stages of a model are given, and what of it each rank has.
 
-Token-major, because two dims that are both cut cannot be flattened (see docs/placements.md); a target is the
+Token-major, because two dims that are both cut cannot be flattened; a target is the
 next token. Everything about tokens travels as data, positions and documents above all: so no layer knows in
 which order they stand.
 """

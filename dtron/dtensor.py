@@ -51,9 +51,9 @@ class Gather(torch.autograd.Function):
 
 
 def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
-    """All-gathers, one mesh axis after the other. In one step torch 2.13 would gather over several axes at
-    once if there is a group of just these ranks; and where pieces of pieces are not of one size, it would
-    take them for those of one cut: other values, silently."""
+    """Brought there one mesh axis after the other. In one step torch (2.11 to 2.13) would gather over several
+    axes at once if there is a group of just these ranks; and where pieces of pieces are not of one size, it
+    would take them for those of one cut: other values, silently."""
     for axis in reversed(range(x.device_mesh.ndim)):
         x = x.redistribute(x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]])
     return x
@@ -123,15 +123,17 @@ def _scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTens
     land: the same sum, from half the bytes of a reduce-scatter in float32 for bfloat16."""
     target = _scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
-        if now != then and g.dtype.itemsize < dtype.itemsize and _even(g, axis, then.dim):
+        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and _even(g, axis, target):
             g = _land(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
-def _even(g: DTensor, axis: int, dim: int) -> bool:
-    """Whether a cut over this mesh axis is one of each rank's part into equal pieces."""
+def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
+    """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal pieces."""
+    dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
-    return not inner and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
+    outer = any(a != b and b.is_shard(dim) for a, b in zip(g.placements[:axis], target[:axis], strict=True))
+    return not inner and not outer and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
 
 
 def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
@@ -194,7 +196,7 @@ def like(x: Tensor, part: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own would reduce it first, silently."""
+    """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own may reduce it first."""
     if not isinstance(x, DTensor):
         return x.to(dtype, copy=copy)
     if x.dtype == dtype and not copy:

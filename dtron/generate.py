@@ -230,7 +230,7 @@ def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dtron.generate", description="Text from a model, on any mesh.")
+    made = Parser(prog="python -m dtron.generate", description="Text from a model, on any mesh without cp.")
     add = made.add_argument
     add(
         "--from",

@@ -13,12 +13,13 @@ _F = TypeVar("_F", bound=type[torch.autograd.Function])
 
 
 def opaque(function: _F) -> _F:
-    """Decorates every function with a backward of its own: the compiler leaves it alone until it traces real
+    """Decorates a function with a backward of its own: the compiler leaves it alone until it traces real
     gradients. By itself it would trace both halves early, into graphs of their own. Then a backward sees a
     gradient that it imagines: one that decides by where gradients lie forgets pending sums. And in torch 2.11
     what is in such a graph is kept for backward although its block is to be computed again, and of a function
     that ends in a cast which changes nothing all gradients are zero (pytorch#180642); both silently.
-    Arguments must be tensors, numbers, strings, dtypes or None."""
+    Arguments must be tensors, numbers, strings, dtypes, None, or tuples of these: so the loss, which takes a
+    layout, goes without; its gradient is no pending sum, it ends in no cast and is not computed again."""
     return torch.compiler.allow_in_graph(function)
 
 

@@ -82,8 +82,8 @@ class Layout:
     ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep), as a mesh
     of one dim, and those that have the parts of a sequence (cp).
     ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
-    ``reduce`` the dtype that a weight's gradient is cast to before it is added to others (None: the weight's
-    own, but float32 at least).
+    ``reduce`` the dtype that a weight's gradients are added up in (None: the weight's own, but float32 at
+    least).
 
     Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and ``"+vocab"``
     says that a sum over the mesh axes of ``vocab`` is still pending.
@@ -141,9 +141,9 @@ class Layout:
 
     def gather(self, w: Tensor, *axes: str | None) -> Tensor:
         """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an all-gather
-        over the mesh axes of ``embed`` or ``expert_embed``; in backward the gradient is reduce-scattered over
-        them, and stays Partial over all others. A weight that is ready already is returned as it is, without
-        a trace in autograd."""
+        over each mesh axis of a ``rules.ZERO`` row; in backward the gradient is scattered over them, and
+        stays Partial over all others. A weight that is ready already is returned as it is, without a trace in
+        autograd."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)

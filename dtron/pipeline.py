@@ -213,7 +213,8 @@ def gathers_each(config: RunConfig, shape: MeshShape) -> bool:
 
 def splits(config: RunConfig, shape: MeshShape) -> bool:
     """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
-    return not (gathers_each(config, shape) and shape.dp * shape.cp > 1)
+    cut = shape.dp * shape.cp > 1 or (config.model.moe.experts > 0 and shape.edp > 1)
+    return not (gathers_each(config, shape) and cut)
 
 
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:

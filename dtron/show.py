@@ -5,7 +5,7 @@ on, its placement, its whole shape and one rank's, and the bytes one rank holds 
 
     parameters  the master copy, and where the ZeRO stage gathers before the microbatches (0 to 2) a copy in
                 the compute dtype, unless that is the master copy itself
-    gradients   what stays between microbatches: not yet cut over dp in stages 0 and 1
+    gradients   what stays between microbatches: not yet cut over dp and cp in stages 0 and 1
     optimizer   two moments in the master's dtype
 
 ``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks hold.

@@ -18,7 +18,7 @@ from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated
 
-MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=3,tp=2")
+MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp=3,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=3,tp=2")
 WEIGHTS = {"w_up": ("embed", "mlp"), "w_down": ("mlp", "embed")}
 
 
@@ -60,6 +60,7 @@ def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
         ("dp=2,tp=2", 24, {("all_to_all", "dp"): 1}),
         ("dp=2,cp=2", 24, {("all_to_all", "dp"): 2, ("reduce_scatter", "cp"): 2}),  # of a half, wide by now
         ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # no equal pieces: padded
+        ("dp=3,cp=2", 16, {("reduce_scatter", "dp"): 18 / 16 * 4, ("reduce_scatter", "cp"): 6 / 16 * 4}),
     ],
 )
 def test_what_is_sent_is_narrow(name, mesh, size, sent):

@@ -27,8 +27,6 @@ class Blockwise(torch.autograd.Function):
     """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values are rounded
     to FP8 and multiplied in float32."""
 
-    # Forward ends in an operation that does something: see product.py.
-
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
@@ -50,7 +48,7 @@ def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
         wide = lambda v, s: v.float() / s.repeat_interleave(BLOCK, 1)
         y_scale = y_scale.repeat_interleave(BLOCK, 0) if weight else y_scale
         found = wide(x, x_scale) @ wide(y, y_scale).t()
-        return found if found.dtype == a.dtype else found.to(a.dtype)
+        return found.to(a.dtype)
     lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
     # It wants rows of a and columns of b contiguous, and scales the other way round.
     y_scale = _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal())

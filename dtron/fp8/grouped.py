@@ -28,8 +28,6 @@ def grouped_product(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
 
 @opaque
 class _Grouped(torch.autograd.Function):
-    # Forward ends in an operation that does something: see product.py.
-
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x, w, ends_E)
@@ -48,7 +46,7 @@ def _mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     (x, x_scale), (y, y_scale) = scaled_by(a, 1), scaled_by(b, 1)
     if a.device.type == "cpu":
         found = masked(x.float() / x_scale, y.float() / y_scale, ends_E)
-        return found if found.dtype == a.dtype else found.to(a.dtype)
+        return found.to(a.dtype)
     return torch._scaled_grouped_mm(  # it wants rows of a and columns of b contiguous
         x.contiguous(),
         y.mT.contiguous().mT,
