@@ -1,6 +1,7 @@
 """Time long sequences with and without context parallelism; a JSON line for each case.
 
     python bench/context.py --gpus 2                # 8k to 128k, cp=1 and cp=2, every method
+    python bench/context.py --gpus 2 --layers 2 --tokens 65536      # what differs is attention
     python bench/context.py --longest               # the longest sequence that fits one GPU
 
 Every case is bench/train.py in processes of its own, so that one that runs out of memory spoils no other; it
@@ -44,6 +45,7 @@ def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:
 def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
     """Without cp on one GPU, then on all of them with every method."""
     common = {"model": o.model, "recompute": o.recompute, "steps": o.steps}
+    common |= {"layers": o.layers} if o.layers else {}
     common |= {"eager": True} if o.eager else {}
     for sequence in o.sequences:
         alone = {**common, "sequence": sequence, "rows": max(1, o.tokens // sequence)}
@@ -73,6 +75,7 @@ def main() -> None:
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--gpus", type=int, default=2)
     p.add_argument("--tokens", type=int, default=16384, help="of a step, on each GPU")
+    p.add_argument("--layers", type=int, default=0, help="fewer than the preset has")
     p.add_argument("--recompute", default="full")
     p.add_argument("--steps", type=int, default=10)
     p.add_argument("--timeout", type=int, default=600, help="seconds for one case")

@@ -218,6 +218,8 @@ def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:
         "--mesh dp=2 --zero 3",
         "--mesh tp=2",
         "--mesh dp=2 --zero 1",
+        "--mesh tp=2 --recompute full",
+        "--mesh cp=2 --cp ulysses --recompute full",
         "--mesh pp=2",
         "--mesh pp=2 --schedule zb-v",
     ],
