@@ -1,8 +1,7 @@
 """A microbatch: what the stages of a model are given, and what of it each rank has.
 
-Token-major, because two dims that are both cut cannot be flattened; a target is the
-next token. Everything about tokens travels as data, positions and documents above all: so no layer knows in
-which order they stand.
+Token-major, because two dims that are both cut cannot be flattened; a target is the next token. Everything
+about tokens travels as data, positions and documents above all: so no layer knows in which order they stand.
 """
 
 from __future__ import annotations

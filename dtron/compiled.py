@@ -37,9 +37,9 @@ def compiled(
     them, and small ones put together."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
-        options |= {f"aten_distributed_optimizations.{name}": overlap for name in OVERLAP}
-        if how.recompute not in ("none", "selective"):
-            options[f"aten_distributed_optimizations.{OVERLAP[-1]}"] = False
+        again = how.recompute not in ("none", "selective")  # attention is
+        passes = {name: overlap and not (again and name == "insert_overlap_deps") for name in OVERLAP}
+        options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
     budget = 1.0 if how.budget is None else how.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
@@ -50,10 +50,10 @@ def compiled(
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
-"""Where two of them go wrong in torch 2.11, with an AssertionError. Buckets of many all-reduces wait for each
-other: so lists of weights and gradients, where nothing is to be hidden behind, are compiled without. And what
-is to stay behind a collective is wrapped, which attention that is computed again (a kernel that could draw
-random numbers) does not bear: so the last is not for recomputation."""
+"""Inductor's passes; one left out is not off. Two go wrong in torch 2.11, with an AssertionError. Buckets of
+many all-reduces wait for each other: so lists of weights and gradients, where nothing is to be hidden behind,
+are compiled without any. And what is to stay behind a collective is wrapped, which attention that is computed
+again (a kernel that could draw random numbers) does not bear: so the last is not for recomputation."""
 
 
 @dataclass(frozen=True)

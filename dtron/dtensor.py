@@ -35,9 +35,9 @@ def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
 class Gather(torch.autograd.Function):
     """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
 
-    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along
-    (dp_replicate, and all for a norm's scale), once per microbatch and before the reduce-scatter, on the
-    whole weight. Left Partial, those sums wait for the end of the step.
+    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along (for
+    most weights dp_replicate, for a norm's scale every axis), once per microbatch and before the
+    reduce-scatter, on the whole weight. Left Partial, those sums wait for the end of the step.
     """
 
     @staticmethod
@@ -55,7 +55,8 @@ def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     axes at once if there is a group of just these ranks; and where pieces of pieces are not of one size, it
     would take them for those of one cut: other values, silently."""
     for axis in reversed(range(x.device_mesh.ndim)):
-        x = x.redistribute(x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]])
+        if x.placements[axis] != goal[axis]:
+            x = x.redistribute(x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]])
     return x
 
 

@@ -34,7 +34,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """Row i of x goes to rank i of a dim of the mesh, and row i of the result came from it. Not
     differentiable."""
-    return funcol.wait_tensor(funcol.all_to_all_single(x, None, None, (mesh, dim)))
+    return _swap(x, (mesh, dim), None, None)
 
 
 def all_to_all(x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None) -> Tensor:
@@ -126,7 +126,7 @@ def _name(ranks: DeviceMesh) -> str:
     return ranks.get_group().group_name
 
 
-def _swap(x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
+def _swap(x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits) -> Tensor:
     return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, group))
 
 

@@ -31,6 +31,7 @@ from dtron.how import PLAIN, How
 from dtron.mesh import Layout
 from dtron.model import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
+from dtron.rules import RULES, place, whole
 from dtron.schedules import Table, make
 from dtron.schedules.run import Handed, Links, Program, Sent
 from dtron.shape import MeshShape
@@ -213,7 +214,8 @@ def gathers_each(config: RunConfig, shape: MeshShape) -> bool:
 
 def splits(config: RunConfig, shape: MeshShape) -> bool:
     """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
-    cut = shape.dp * shape.cp > 1 or (config.model.moe.experts > 0 and shape.edp > 1)
+    lies = lambda rules, w: place(rules, tuple(shape.atoms), *w.axes)
+    cut = any(lies(RULES, w) != lies(whole(RULES), w) for w in flat(declare_model(config.model)))
     return not (gathers_each(config, shape) and cut)
 
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.checks import check, check_attention, microbatches
-from dtron.config import ModelConfig
+from dtron.config import ModelConfig, PipelineConfig, RunConfig
+from dtron.moe.config import MoE
+from dtron.pipeline import splits
 from dtron.shape import MeshShape
 
 
@@ -118,3 +120,20 @@ def test_mesh_text(text, world, want):
 def test_bad_mesh_text(text, world, message):
     with pytest.raises(ValueError, match=message):
         MeshShape.parse(text, world)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "experts", "zero", "halves"),
+    [
+        ("pp=2,dp=2", 0, 1, True),
+        ("pp=2,dp=2", 0, 3, False),
+        ("pp=2,cp=2", 0, 3, False),
+        ("pp=2,tp=2", 0, 3, True),
+        ("pp=2,tp=2", 4, 3, False),  # experts are cut over edp, which is made of tp
+        ("pp=2,tp=2,ep=2", 4, 3, True),
+    ],
+)
+def test_a_backward_is_in_halves_where_blocks_gather_nothing(mesh, experts, zero, halves):
+    model = ModelConfig(moe=MoE(experts=experts, top_k=2)) if experts else ModelConfig()
+    config = RunConfig(mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch"))
+    assert splits(config, MeshShape.parse(mesh)) == halves

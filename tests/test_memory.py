@@ -83,13 +83,11 @@ def kept_on_pool(mesh: str, model: ModelConfig, how: How) -> int:
     functions = program(model, layout, how, splits=False)
     functions = compiled(functions, layout, how, "aot_eager_decomp_partition")
     params = init(pipe.spec, model.dims(), 0, layout)
-
     weights = {local(w).untyped_storage().data_ptr() for w in flat(params)}
 
     def note(x: Tensor) -> Tensor:
-        if (
-            x.untyped_storage().data_ptr() not in weights and x.is_floating_point()
-        ):  # no kernel's random state
+        other = x.untyped_storage().data_ptr() not in weights
+        if other and x.is_floating_point():  # which a kernel's random state is not
             sizes.append(x.numel() * x.element_size())
         return x
 

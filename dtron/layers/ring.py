@@ -117,7 +117,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         q, k, v, o, lse, later, *rest = ctx.saved_tensors
         rest, zigzag, ring, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.ring, ctx.scale
-        message, steps, returning = _pack(k, v), ring[-1], None
+        message, (*_, steps), returning = _pack(k, v), ring, None
         coming = shift(message, *ring)
         dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)
         for step in range(1, steps):
