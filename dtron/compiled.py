@@ -12,6 +12,7 @@ split (see schedules/split.py)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -37,6 +38,8 @@ def compiled(
     them, and small ones put together."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
+        # Code that comes from the cache of an earlier run calls operators that only this import registers.
+        importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
         passes = {name: overlap and not (again and name == "insert_overlap_deps") for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}

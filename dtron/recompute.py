@@ -41,7 +41,7 @@ def run_block(
         return block(p, x_TD, load_E)
 
     def run_gathered(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-        gathered = _region(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
+        gathered = made_again(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
         return block(unflatten(p, list(gathered)), x_TD, load_E)
 
     if not torch.is_grad_enabled():
@@ -63,6 +63,12 @@ def run_end(fn: Callable, p: Any, x_TD: Tensor, recompute: str) -> Tensor:
     that block is kept for it, as that of any other is for the next. A compiler would make it again instead,
     and for that all of the last product of the block, before the rest of its backward."""
     return _region(fn, p, x_TD) if recompute == "full" and torch.is_grad_enabled() else fn(p, x_TD)
+
+
+def made_again(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
+    """``fn(*xs)``, whose results a compiled backward is to make again from xs. By itself a compiler keeps
+    what a product or attention takes."""
+    return _region(fn, *xs) if torch.compiler.is_compiling() and torch.is_grad_enabled() else fn(*xs)
 
 
 def tokens_at_once(recompute: str, tokens: int, width: int) -> int | None:

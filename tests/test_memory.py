@@ -15,6 +15,7 @@ from dtron.batch import make_batch
 from dtron.compiled import compiled
 from dtron.dtensor import local
 from dtron.how import How
+from dtron.layers import cores
 from dtron.memory import activation_bytes, block_bytes
 from dtron.mesh import Layout, build_mesh
 from dtron.model import declare_model, forward
@@ -76,9 +77,14 @@ def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
 
 
 def kept_on_pool(mesh: str, model: ModelConfig, how: How) -> int:
-    """A job for the pool: bytes of activations that a compiled stage keeps for backward, here."""
+    """A job for the pool: what ``kept_compiled`` says here."""
+    return kept_compiled(Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(0)), model, how)
+
+
+def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
+    """Bytes of activations that a compiled stage keeps for backward."""
     torch.compiler.reset()
-    layout, sizes = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(0)), []
+    sizes = []
     pipe = one_stage(model, 1, layout)
     functions = program(model, layout, how, splits=False)
     functions = compiled(functions, layout, how, "aot_eager_decomp_partition")
@@ -113,3 +119,12 @@ def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(pool, me
     one, two = (pool.run(kept_on_pool, mesh, replace(sizes, layers=n), how)[0] for n in (1, 2))
     numbers = 64  # bytes for a few: an auxiliary loss
     assert 0 <= two - one - ROWS[:, :-1].numel() // 4 * sizes.embed * 4 <= numbers
+
+
+def test_keys_that_heads_share_are_kept_once(monkeypatch):
+    """The kernels want one for every head; a compiler would keep these copies for backward."""
+    m = replace(MODEL, kv_heads=1)
+    kept = kept_compiled(Layout(), m, How())
+    monkeypatch.setattr(cores, "made_again", lambda fn, *xs: fn(*xs))  # the mutant
+    copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4
+    assert kept_compiled(Layout(), m, How()) - kept == m.layers * copies > 0

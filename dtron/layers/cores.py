@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from dtron.jit import jit
+from dtron.recompute import made_again
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -137,7 +138,7 @@ def attention_sdpa(
         raise ValueError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
-    k, v = repeated(k, q), repeated(v, q)
+    k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
