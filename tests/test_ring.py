@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from values import close, normal, same
 
 from dtron.dtensor import full
-from dtron.layers import fused, ring
+from dtron.layers import context, fused, ring
 from dtron.layers.context import attend, prepare
 from dtron.layers.cores import Mask, attention_and_lse, attention_reference, with_sinks
 from dtron.mesh import Layout
@@ -47,6 +48,38 @@ def test_the_order_is_a_permutation_that_is_undone(mesh, rows, chunk, zigzag):
         mine = x[data * rows : (data + 1) * rows]
         want = torch.cat([mine[:, early], mine[:, last * chunk : (last + 1) * chunk]], dim=1)
         assert torch.equal(got, want.flatten())
+
+
+class Called(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["allgather", "ring"])
+def test_places_are_made_by_arithmetic(method, monkeypatch):
+    """A compiler puts the making of them into flex's kernels, which in torch 2.11 take no tensors laid end
+    to end: with zigzag a stage with ``allgather`` did not compile on a GPU."""
+
+    def called() -> set[str]:
+        with simulated(MeshShape.parse("cp=2")) as mesh, Called() as seen:
+            prepare(Mask(16), None, False, (8, 8), torch.ones(8, 4), Layout(mesh), method=method, zigzag=True)
+        return seen.names
+
+    def laid(sequence, parts, zigzag, device="cpu"):  # the mutant
+        chunks = torch.arange(sequence).view(2 * parts, -1)
+        return torch.stack([chunks[:parts], chunks[parts:].flip(0)], dim=1).flatten()
+
+    assert "arange" in called() and not called() & {"cat", "stack"}
+    assert torch.equal(laid(48, 3, True), row_order(48, 3, True))
+    monkeypatch.setattr(context, "row_order", laid)
+    assert called() & {"cat", "stack"}
 
 
 def test_zigzag_gives_all_ranks_the_same_number_of_pairs():
