@@ -105,6 +105,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
+            await_turn(o.turn)
     times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
     for _ in range(3 if times else 0):  # a host that runs ahead of a busy device would in the end wait for it
         elapsed(marks[-1], mark(here.device))
@@ -141,6 +142,14 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
+
+
+def await_turn(turn: str) -> None:
+    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it."""
+    if turn:
+        Path(f"{turn}.{os.environ.get('RANK', 0)}.ready").touch()
+        while not Path(turn).exists():
+            time.sleep(0.05)
 
 
 def reading(config: RunConfig, here, steps: int) -> Prefetch:
@@ -188,6 +197,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--data", action="store_true", help="read each step's batch from a .bin/.idx made here")
+    p.add_argument("--turn", default="", help="after the first step, wait until there is this file")
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
         p.add_argument(f"--{name}", type=int, default=default)
