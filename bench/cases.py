@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,16 +40,12 @@ class Case:
     turn: Path  # what it waits for
     process: subprocess.Popen | None = None
 
-    def start(self, gpus: Sequence[int]) -> None:
+    def start(self, gpus: Sequence[str]) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         argv = [sys.executable, *(launch if self.ranks > 1 else []), str(TRAIN), *self.flags]
         with self.turn.with_suffix(".out").open("w") as out, self.turn.with_suffix(".err").open("w") as err:
-            self.process = subprocess.Popen(
-                [*argv, f"--turn={self.turn}"],
-                stdout=out,
-                stderr=err,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[: self.ranks]))},
-            )
+            own = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.ranks])}
+            self.process = subprocess.Popen([*argv, f"--turn={self.turn}"], stdout=out, stderr=err, env=own)
 
     @property
     def waits(self) -> bool:
@@ -58,53 +57,70 @@ class Case:
         """Its turn: the line it prints, or None and a word on stderr."""
         self.turn.touch()
         failed = self.process.wait()
-        printed = self.turn.with_suffix(".out").read_text().splitlines()
+        printed, said = (self.turn.with_suffix(x).read_text().splitlines() for x in (".out", ".err"))
         lines = [x for x in printed if x.startswith("{")]
-        for x in (shlex.join(self.flags), *printed):
-            if x not in lines:
-                print(x, file=sys.stderr)
-        if not failed and lines:
-            return lines[-1]
-        said = self.turn.with_suffix(".err").read_text().splitlines()
-        why = [x for x in said if "Error" in x] or said or ["no output"]
-        print(f"{shlex.join(self.flags)}: {why[-1][:300]}", file=sys.stderr)
-        return None
+        line = lines[-1] if lines and not failed else None
+        print(shlex.join(self.flags), *(x for x in printed if x != line), sep="\n", file=sys.stderr)
+        if line is None:  # torchrun's last word is not the reason
+            why = [x for x in said if re.search("[Ee]rror:", x) and "ChildFailedError" not in x]
+            print((why or said or ["no output"])[-1][:300], file=sys.stderr)
+        return line
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
 
 
 def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
     """The batches of a file. Raises ValueError for one that cannot be read, and for a case too large."""
     try:
         text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file of cases") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "not UTF-8")
+        raise ValueError(f"{path}: cannot be read ({why}); give a file of cases") from error
     batches: list[list[Case]] = [[]]
     for number, line in enumerate(text.splitlines(), 1):
-        flags = shlex.split(line, comments=True)
         if not line.strip():
             batches.append([])
+        try:
+            flags = shlex.split(line, comments=True)
+            ranks = MeshShape.parse(mesh_of(flags), None).size
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
         if not flags:
             continue
-        p = argparse.ArgumentParser(add_help=False)
-        p.add_argument("--mesh", default="")
-        ranks = MeshShape.parse(p.parse_known_args(flags)[0].mesh, None).size
         if ranks > gpus:
             raise ValueError(f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus")
         batches[-1].append(Case(flags, ranks, folder / f"case{number}"))
     return [b for b in batches if b]
 
 
+def mesh_of(flags: list[str]) -> str:
+    """What follows ``--mesh`` or ``--mesh=``; empty where it is not there."""
+    for flag, value in pairwise([*flags, ""]):
+        if flag == "--mesh" or flag.startswith("--mesh="):
+            return value if flag == "--mesh" else flag.removeprefix("--mesh=")
+    return ""
+
+
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(description="Run cases of bench/train.py; a JSON line for each.")
     p.add_argument("file", type=Path, help="a case a line")
-    p.add_argument("--first", type=int, default=0, help="the first GPU to use")
-    p.add_argument("--gpus", type=int, default=1, help="how many from there on")
+    p.add_argument(
+        "--gpus", type=int, default=1, help="how many to use, of CUDA_VISIBLE_DEVICES if that is set"
+    )
     o = p.parse_args(argv)
-    gpus, failed = range(o.first, o.first + o.gpus), 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus, failed = visible.split(",") if visible else [str(i) for i in range(o.gpus)], 0
+    if len(gpus) < o.gpus:
+        raise ValueError(f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the cases
     with tempfile.TemporaryDirectory() as folder:
         for batch in read(o.file, Path(folder), o.gpus):
-            for case in batch:
-                case.start(gpus)
             try:
+                for case in batch:
+                    case.start(gpus)
                 while not all(case.waits for case in batch):
                     time.sleep(0.1)
                 for case in batch:
@@ -114,7 +130,7 @@ def main(argv: list[str]) -> int:
                         print(line, flush=True)
             finally:
                 for case in batch:
-                    case.process.terminate()
+                    case.end()
     return 1 if failed else 0
 
 

@@ -106,6 +106,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
             await_turn(o.turn)
+            marks[1] = mark(here.device)
     times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
     for _ in range(3 if times else 0):  # a host that runs ahead of a busy device would in the end wait for it
         elapsed(marks[-1], mark(here.device))
@@ -145,10 +146,13 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
 
 
 def await_turn(turn: str) -> None:
-    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it."""
+    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it. Ends where the
+    folder is gone."""
     if turn:
         Path(f"{turn}.{os.environ.get('RANK', 0)}.ready").touch()
         while not Path(turn).exists():
+            if not Path(turn).parent.exists():
+                sys.exit(f"{turn}: nobody gives turns any more")
             time.sleep(0.05)
 
 

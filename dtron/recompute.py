@@ -4,7 +4,8 @@ Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 202
 5): ``full`` keeps a block's input and runs it again in backward; ``selective`` keeps the outputs of matrix
 products and attention and redoes the cheap rest. Under ZeRO-3 a block gathers its weights inside, and no
 gathered weight may wait for backward: so a block is always a recomputed region there, and ``none`` then means
-that everything but the gathers is kept.
+that everything but the gathers is kept. (Compiled, copies that only a kernel asks for are not kept either:
+``made_again``.)
 
 What ``full`` leaves is one block at work, and in it the widest tensors are those between the products of its
 feed-forward layer, ``[T, F]``. This layer knows no neighbours, so at long sequences it runs a chunk of tokens

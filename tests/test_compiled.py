@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from textwrap import dedent
 
 import pytest
 import torch
@@ -130,6 +133,22 @@ def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
         sorts.append(sum("sort" in op for op in forward))  # that is how torch orders a row's blocks
         graphs.clear()
     assert sorts[0] == sorts[1] > 0
+
+
+def test_code_from_the_cache_finds_its_operators():
+    """Of a later start on GPUs, which compiles nothing: torch registers them where it compiles."""
+    code = """
+        from types import SimpleNamespace as Of
+        import torch
+        from dtron.compiled import compiled
+        found = lambda: hasattr(torch.ops.bucketing, "_pre_bucket_all_gather")
+        before = found()
+        program = Of(enter=None, stage=None, splits=True, carries=None)
+        compiled(program, Of(mesh=Of(device_type="cuda")))
+        assert (before, found()) == (False, True), (before, found())
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_compiled_again_after_the_first_step():

@@ -82,6 +82,13 @@ def test_places_are_made_by_arithmetic(method, monkeypatch):
     assert called() & {"cat", "stack"}
 
 
+def test_a_row_that_zigzag_cannot_cut_is_refused():
+    with pytest.raises(
+        ValueError, match="sequence 10: zigzag over cp=2 wants a multiple of 4; use --zigzag off"
+    ):
+        row_order(10, 2, True)
+
+
 def test_zigzag_gives_all_ranks_the_same_number_of_pairs():
     for n in (2, 3, 8):
         order = row_order(48, n, True).view(n, -1)

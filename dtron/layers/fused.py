@@ -6,8 +6,8 @@ the log-sum-exp (lse) of its softmax, computes the weights as ``exp(score - lse)
 lse came from the keys at hand. torch's public function has neither the lse nor a backward by itself, so the
 operators beneath it are called; they are private, and used here alone.
 
-All heads of queries have keys of their own here: keys that are shared (GQA) are repeated before and their
-gradients added after, as everywhere in dtron.
+Keys that heads of queries share (GQA) are repeated for these kernels, which want one for each head, and their
+gradients added after.
 """
 
 from __future__ import annotations
