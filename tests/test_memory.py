@@ -108,8 +108,18 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
     [
         ("cp=4", {}, How("full")),
         pytest.param("dp=2,cp=2", {}, How("full", cp="ulysses"), marks=pytest.mark.slow),
-        ("dp=4,ep=4", {"moe": MoE(experts=8, top_k=2)}, How("full", dispatch="static")),
-        ("tp=4", {"embed": 64, "mlp": 256}, How("full", fp8="tensorwise", fp8_ends=True, fp8_smallest=0)),
+        pytest.param(
+            "dp=4,ep=4",
+            {"moe": MoE(experts=8, top_k=2)},
+            How("full", dispatch="static"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "tp=4",
+            {"embed": 64, "mlp": 256},
+            How("full", fp8="tensorwise", fp8_ends=True, fp8_smallest=0),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(pool, mesh, change, how):
