@@ -138,8 +138,7 @@ def attention_sdpa(
         raise ValueError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
-    if k.shape[1] < q.shape[1]:
-        k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
+    k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
