@@ -33,6 +33,12 @@ from dtron.shape import MeshShape
 TRAIN = Path(__file__).with_name("train.py")
 
 
+def command(flags: Sequence[str], ranks: int) -> list[str]:
+    """bench/train.py with these flags, in one process or in those of torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *(launch if ranks > 1 else []), str(TRAIN), *flags]
+
+
 @dataclass
 class Case:
     flags: list[str]
@@ -41,11 +47,10 @@ class Case:
     process: subprocess.Popen | None = None
 
     def start(self, gpus: Sequence[str]) -> None:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
-        argv = [sys.executable, *(launch if self.ranks > 1 else []), str(TRAIN), *self.flags]
+        argv = command([*self.flags, f"--turn={self.turn}"], self.ranks)
         with self.turn.with_suffix(".out").open("w") as out, self.turn.with_suffix(".err").open("w") as err:
             own = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.ranks])}
-            self.process = subprocess.Popen([*argv, f"--turn={self.turn}"], stdout=out, stderr=err, env=own)
+            self.process = subprocess.Popen(argv, stdout=out, stderr=err, env=own)
 
     @property
     def waits(self) -> bool:
@@ -115,7 +120,6 @@ def main(argv: list[str]) -> int:
     gpus, failed = visible.split(",") if visible else [str(i) for i in range(o.gpus)], 0
     if len(gpus) < o.gpus:
         raise ValueError(f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the cases
     with tempfile.TemporaryDirectory() as folder:
         for batch in read(o.file, Path(folder), o.gpus):
             try:
@@ -135,4 +139,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the cases
     sys.exit(run_cli(main, sys.argv[1:]))

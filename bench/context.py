@@ -14,25 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-TRAIN = Path(__file__).with_name("train.py")
+from cases import command
 
 
 def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:
     """What bench/train.py printed, or the case and its error."""
-    argv = [str(TRAIN), *(f"--{name}={value}" for name, value in flags.items() if value is not True)]
+    argv = [*(f"--{name}={value}" for name, value in flags.items() if value is not True)]
     argv += [f"--{name}" for name, value in flags.items() if value is True]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     try:
-        done = subprocess.run(
-            [sys.executable, *(launch if gpus > 1 else []), *argv],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        done = subprocess.run(command(argv, gpus), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {**flags, "gpus": gpus, "error": f"took longer than {timeout} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
