@@ -12,7 +12,6 @@ failed, which spoils no other. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -27,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.entry import run_cli
+from dtron.entry import Parser, run_cli
 from dtron.shape import MeshShape
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -110,7 +109,7 @@ def mesh_of(flags: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(description="Run cases of bench/train.py; a JSON line for each.")
+    p = Parser(description="Run cases of bench/train.py; a JSON line for each.")
     p.add_argument("file", type=Path, help="a case a line")
     p.add_argument(
         "--gpus", type=int, default=1, help="how many to use, of CUDA_VISIBLE_DEVICES if that is set"
