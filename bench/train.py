@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
+from dtron.copies import carried
 from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
@@ -60,7 +61,7 @@ def main() -> None:
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
         fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
-        reduce_bf16=o.reduce_bf16,
+        reduce_bf16=o.reduce_bf16, copy_engines="off" if o.no_copy_engines else "auto",
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -139,6 +140,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
+        **({"copy_engines": True} if here.shape.size > 1 and carried(layout.mesh) else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
@@ -198,6 +200,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
     p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
     p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
+    p.add_argument("--no-copy-engines", action="store_true", help="NCCL gathers the weights of ZeRO-3")
     p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--data", action="store_true", help="read each step's batch from a .bin/.idx made here")

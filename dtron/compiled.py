@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from dtron.copies import carried
 from dtron.dtensor import Lies, Whole, code, local, reduce_all, scatter_all
 from dtron.fp8 import compile_options
 from dtron.how import PLAIN, How
@@ -41,7 +42,8 @@ def compiled(
         # Code that comes from the cache of an earlier run calls operators that only this import registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
-        passes = {name: overlap and not (again and name == "insert_overlap_deps") for name in OVERLAP}
+        left_out = {"insert_overlap_deps": again, "collective_bucketing": carried(mesh)}
+        passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
     budget = 1.0 if how.budget is None else how.budget
@@ -56,7 +58,8 @@ OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_
 """Inductor's passes; one left out is not off. Two go wrong in torch 2.11, with an AssertionError. Buckets of
 many all-reduces wait for each other: so lists of weights and gradients, where nothing is to be hidden behind,
 are compiled without any. And what is to stay behind a collective is wrapped, which attention that is computed
-again (a kernel that could draw random numbers) does not bear: so the last is not for recomputation."""
+again (a kernel that could draw random numbers) does not bear: so the last is not for recomputation. Where
+copy engines gather the weights (copies.py), one by one costs least, and nothing is laid end to end."""
 
 
 @dataclass(frozen=True)

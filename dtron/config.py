@@ -209,6 +209,9 @@ class RunConfig:
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     graph: Literal["auto", "on", "off"] = "auto"
     """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs, without pp"""
+    copy_engines: Literal["auto", "off"] = "auto"
+    """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory, which takes
+    no processors from matrix products; off: NCCL sends them"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     log_every: int = 10

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dtron.checks import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.config import RunConfig
+from dtron.copies import backends
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
 from dtron.rules import rules_for
@@ -151,7 +152,8 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    mesh = build_mesh(plan.shape, kind)
+    copied = config.zero == 3 and config.copy_engines == "auto"
+    mesh = build_mesh(plan.shape, kind, backends(plan.shape, kind) if copied else None)
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
     yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template, timeout)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,12 +51,15 @@ class PlacementError(ValueError):
     """A tensor lies elsewhere than was declared."""
 
 
-def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh | None:
-    """The DeviceMesh over the running processes: the atoms larger than 1, or None on one device."""
-    atoms = shape.atoms
-    if not atoms:
+def build_mesh(
+    shape: MeshShape, device_type: str, backends: Mapping[str, str] | None = None
+) -> DeviceMesh | None:
+    """The DeviceMesh over the running processes: the atoms larger than 1, or None on one device.
+    ``backends``: of the groups along some of them, where it is not the device's own."""
+    names, sizes = list(shape.atoms), list(shape.atoms.values())
+    if not names:
         return None
-    return init_device_mesh(device_type, list(atoms.values()), mesh_dim_names=list(atoms))
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names, backend_override=backends)
 
 
 def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from dtron.config import OptimConfig
+from dtron.copies import in_reach
 from dtron.dtensor import cast, full, local
 from dtron.params import flat, tree_map
 from dtron.simulate import is_simulated
@@ -46,12 +47,12 @@ def adam_init(params: Any) -> AdamState:
 
 
 def with_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None) -> AdamState:
-    """The state with copies of the params in ``dtype`` (None: without). What no gradient moves is not
-    cast."""
+    """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach them if
+    they are to (copies.py). What no gradient moves is not cast."""
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    return replace(state, copies=tree_map(copy, spec, params))
+    return replace(state, copies=in_reach(tree_map(copy, spec, params)))
 
 
 Rule = Callable[..., None]

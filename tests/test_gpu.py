@@ -202,11 +202,11 @@ def test_a_recorded_step_is_the_step(count):
     assert recorded == [pytest.approx(x, rel=1e-5) for x in plain] and len(set(plain)) == 8
 
 
-def losses(folder: Path, *flags: str, processes: int = 1) -> list[float]:
+def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32") -> list[float]:
     """Of train.py, started as a user would."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
-    common = ["--run-dir", str(folder), "--steps", "10", "--dtype", "float32", "--sample", "0"]
+    common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample", "0"]
     subprocess.run([*program, *common, *flags], check=True, cwd=ROOT, timeout=300)
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -228,3 +228,16 @@ def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
     want = losses(tmp_path / "one")
     got = losses(tmp_path / "two", *flags.split(), processes=2)
     assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
+    """In bfloat16, where weights are pulled from where they are and gradients are added up where they land;
+    compiled, in a CUDA graph from the fourth step on."""
+    flags = ["--mesh", "dp=2", "--zero", "3", "--compile", compile]
+    want, got = (
+        losses(tmp_path / how, *flags, "--copy-engines", how, processes=2, dtype="bfloat16")
+        for how in ("off", "auto")
+    )
+    assert got == pytest.approx(want, rel=2e-3)
