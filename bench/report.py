@@ -81,9 +81,10 @@ def system_of(line: Line) -> str:
     graph = "CUDA graph" if line.get("graph") else ""
     how = "compiled" if line["compiled"] else "eager"
     method = f"cp by {line['cp']}" if line.get("cp") else ""
+    copies = "copy engines" if line.get("copy_engines") else ""
     sums = f"sums in {line['reduce']}" if line.get("reduce") else ""
     data = "" if line.get("data_wait") is None else f"reading data, {line['data_wait']:.3%} waiting"
-    parts = ("**dtron**", how, graph, line.get("schedule"), path, plain, method, sums, data)
+    parts = ("**dtron**", how, graph, line.get("schedule"), path, plain, method, copies, sums, data)
     return ", ".join(filter(None, parts))
 
 

@@ -10,8 +10,11 @@ them have mapped, on a stream of their own, after a barrier that says what is to
 else, and what does not fit, is NCCL's.
 
 What is pulled must lie in symmetric memory. A weight's part does from the beginning (``in_reach``); anything
-else is copied there first. One gather per weight then costs nothing, and inductor need not lay several end to
-end (``carried``; see compiled.py).
+else is copied there first. So one gather per weight costs least, and inductor lays none end to end
+(``carried``; see compiled.py).
+
+Nobody says that a weight has been pulled and may be written again: a step has its gradients only when its
+weights have landed, and no rank goes on to write before all ranks' gradients are in the norm.
 
 Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over
 several hosts, and more than one engine at a time.
@@ -212,7 +215,6 @@ def _symmetric(size: int, device: torch.device) -> Tensor:
 
 def _made(group: Any, options: Any) -> Copies:
     """What torch calls for a group of backend "copies"."""
-    import torch.distributed._symmetric_memory as symmetric
     from torch._C._distributed_c10d import _register_process_group
 
     rank, size, timeout = group.group_rank, group.group_size, group.timeout
@@ -225,8 +227,17 @@ def _made(group: Any, options: Any) -> Copies:
     name = f"{group.group_id}.copies"
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
     _register_process_group(name, place)  # which does not keep it alive
-    meet = lambda memory, place=place: symmetric.rendezvous(memory, name)
-    return Copies(nccl, rank, size, "cuda", meet, timeout)
+    return Copies(nccl, rank, size, "cuda", lambda memory, place=place: _met(memory, name), timeout)
+
+
+def _met(memory: Tensor, group: str) -> Room:
+    import torch.distributed._symmetric_memory as symmetric
+
+    try:
+        return symmetric.rendezvous(memory, group)
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
 
 
 def backends(shape: MeshShape, device: str) -> dict[str, str] | None:

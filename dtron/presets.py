@@ -83,8 +83,8 @@ _V3 = MoE(
 
 # DeepSeek-V3 in small: all that it has.
 _TINY_DEEPSEEK = ModelConfig(
-    embed=128, layers=3, heads=4, mlp=384, norm_eps=1e-6, mla=Latent(48, 64, 32, 16, 32), mtp=Ahead(1),
-    moe=replace(_V3, experts=8, top_k=2, mlp=96, dense_layers=1, groups=4, group_top_k=2, shared=96),
+    embed=64, layers=3, heads=4, mlp=192, norm_eps=1e-6, mla=Latent(32, 48, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=48, dense_layers=1, groups=4, group_top_k=2, shared=48),
 )  # fmt: skip
 
 

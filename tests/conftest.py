@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from dtron.launch import keep_memory
+
+keep_memory()
+
 # Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean nothing
 # here.
 settings.register_profile(

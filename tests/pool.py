@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dtron.launch import keep_memory
+
 RANKS = 4
 PATIENCE = 180  # seconds for one job before the pool counts as hung
 
@@ -60,6 +62,7 @@ class Pool:
 
 def _work(rank: int, store: str, inbox, outbox) -> None:
     torch.set_num_threads(1)
+    keep_memory()
     dist.init_process_group(
         "gloo",
         rank=rank,

@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from values import flex_on_cpu
 
+import dtron.compiled
 from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import OptimConfig
@@ -144,11 +146,22 @@ def test_code_from_the_cache_finds_its_operators():
         found = lambda: hasattr(torch.ops.bucketing, "_pre_bucket_all_gather")
         before = found()
         program = Of(enter=None, stage=None, splits=True, carries=None)
-        compiled(program, Of(mesh=Of(device_type="cuda")))
+        compiled(program, Of(mesh=Of(device_type="cuda", ndim=0)))
         assert (before, found()) == (False, True), (before, found())
     """
     done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, copied):
+    found = []
+    monkeypatch.setattr(dtron.compiled, "carried", lambda mesh: copied)
+    monkeypatch.setattr(dtron.compiled, "jit", lambda fn, **how: found.append(how.get("options")) or fn)
+    only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
+    compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
+    passes = {name.rpartition(".")[2]: on for name, on in next(filter(None, found)).items()}
+    assert passes["collective_bucketing"] is not copied and passes["enable_overlap_scheduling"]
 
 
 def test_nothing_is_compiled_again_after_the_first_step():

@@ -182,6 +182,17 @@ def test_training_that_goes_wrong_is_noticed(pool, mutant):
     assert got[:2] != want[:2]
 
 
+def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
+    import torch.distributed._symmetric_memory as symmetric
+
+    def fails(memory, group):
+        raise RuntimeError("pidfd_getfd: Operation not permitted\nException raised from ...")
+
+    monkeypatch.setattr(symmetric, "rendezvous", fails)
+    with pytest.raises(ValueError, match=r"not permitted\); use --copy-engines off$"):
+        dtron.copies._met(torch.empty(0), "1.copies")
+
+
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     monkeypatch.setattr(dtron.copies, "_peers", lambda count: True)
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)

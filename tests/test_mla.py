@@ -170,7 +170,7 @@ def test_tp_need_not_divide_the_heads_of_keys_and_values():
 
 def test_its_flags():
     config = parse(["--model", "tiny-deepseek", "--model.mla.q-rank", "0", "--model.mtp.weight", "0.1"])
-    assert config.model.mla == Latent(48, 0, 32, 16, 32) and config.model.mtp == Ahead(1, 0.1)
+    assert config.model.mla == Latent(32, 0, 32, 16, 32) and config.model.mtp == Ahead(1, 0.1)
 
 
 def test_show_has_its_weights():
