@@ -184,5 +184,5 @@ before = dict(os.environ), logging.getLogger("torchao").level
 import dtron.fp8.product
 assert "torchao" in sys.modules and before == (dict(os.environ), logging.getLogger("torchao").level)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -192,7 +192,7 @@ def test_two_processes_starting_at_once_agree(corpus_file: Path, tmp_path: Path)
         return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
 
     def finish(process: subprocess.Popen) -> list[str]:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "Generating" not in err, "a progress bar from datasets"
         return out.split()

@@ -216,7 +216,7 @@ def torchrun(*argv: str, program: str = "train.py", **more: str) -> subprocess.C
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*command, str(ROOT / program), *TINY, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
