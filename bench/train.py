@@ -140,7 +140,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
-        **({"copy_engines": True} if here.shape.size > 1 and carried(layout.mesh) else {}),
+        **({"copy_engines": True} if carried(layout.mesh) else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,

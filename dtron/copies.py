@@ -92,7 +92,8 @@ class Copies(dist.ProcessGroup):
         self._near = memory, self._meet(memory)
 
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any = None):
-        if not all(self._fits(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
+        goes = lambda x: self._fits(x) or (x.is_contiguous() and self._at(x) is not None)
+        if not all(goes(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             works = [self._rest._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
             return Landed([w.wait for w in works], (outs, xs))
         return self._copied(self._gather, outs, xs)
@@ -141,7 +142,8 @@ class Copies(dist.ProcessGroup):
         return self._rest.recv(xs, of, tag)
 
     def _fits(self, x: Tensor) -> bool:
-        return x.is_contiguous() and x.nbytes > 0 and (x.nbytes <= STAGE or self._at(x) is not None)
+        """Whether x can be staged."""
+        return x.is_contiguous() and 0 < x.nbytes <= STAGE
 
     def _at(self, x: Tensor) -> int | None:
         """Where x lies in the memory that all have met at."""
@@ -261,17 +263,23 @@ def _peers(count: int) -> bool:
     return all(torch.cuda.can_device_access_peer(mine, i) for i in range(count) if i != mine)
 
 
-def carried(mesh: DeviceMesh) -> bool:
+def carried(mesh: DeviceMesh | None) -> bool:
     """Whether copy engines carry the gathers of weights."""
-    return any(isinstance(mesh.get_group(i), Copies) for i in range(mesh.ndim))
+    return bool(_groups(mesh))
+
+
+def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
+    """Those of a mesh that are Copies, by its dim."""
+    groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
+    return {i: group for i, group in groups.items() if isinstance(group, Copies)}
 
 
 def in_reach(tree: Any) -> Any:
     """The same tree of DTensors; what a group would gather has its parts moved to symmetric memory."""
     tensors = flat(tree)
     mesh = next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
-    where = [i for i in range(mesh.ndim) if isinstance(mesh.get_group(i), Copies)] if mesh is not None else []
-    away = [j for j, x in enumerate(tensors) if any(x.placements[i].is_shard() for i in where) and _even(x)]
+    groups = _groups(mesh)
+    away = [j for j, x in enumerate(tensors) if any(x.placements[i].is_shard() for i in groups) and _even(x)]
     if not away:
         return tree
     parts = [local(tensors[j]) for j in away]
@@ -280,8 +288,8 @@ def in_reach(tree: Any) -> Any:
     for j, part, room in zip(away, parts, memory.split(sizes), strict=True):
         there = room[: part.nbytes].view(part.dtype).view(part.shape)
         tensors[j] = like(tensors[j], there.copy_(part))
-    for i in where:
-        mesh.get_group(i).meet(memory)
+    for group in groups.values():
+        group.meet(memory)
     return unflatten(tree, tensors)
 
 

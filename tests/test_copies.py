@@ -56,6 +56,9 @@ class Switched(Copies):
     def _fits(self, x):
         return self.mode != "rest" and super()._fits(x)
 
+    def _at(self, x):
+        return None if self.mode == "rest" else super()._at(x)
+
     def _copied(self, *args):
         self.copied += 1
         return super()._copied(*args)
@@ -118,9 +121,9 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
             for i, (n, m) in enumerate(sizes)
         ]
         weights = [v.to(dtypes[i % 3]) for i, v in enumerate(values)]
-        group.meet(memory := torch.zeros(RANKS * 2**12, dtype=torch.uint8))
+        group.meet(memory := torch.zeros(len(weights) * 2**13, dtype=torch.uint8))
         near = []
-        for w, room in zip(weights, memory.split(2**12), strict=False):
+        for w, room in zip(weights, memory.split(2**13), strict=True):
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
         for x in [
             *weights,
@@ -191,6 +194,11 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(symmetric, "rendezvous", fails)
     with pytest.raises(ValueError, match=r"not permitted\); use --copy-engines off$"):
         dtron.copies._met(torch.empty(0), "1.copies")
+
+
+def test_nothing_is_carried_where_there_is_no_mesh():
+    """As in a pipeline whose stages are of one rank."""
+    assert not dtron.copies.carried(None)
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
