@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.batch import make_batch
 from dtron.compiled import compiled, compiled_rule
 from dtron.config import DataConfig, RunConfig
-from dtron.copies import carried
 from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
@@ -49,6 +48,7 @@ from dtron.params import init
 from dtron.pipeline import program
 from dtron.presets import preset
 from dtron.profile import Recorder, breakdown, rows, top
+from dtron.reach import carried
 from dtron.shape import MeshShape
 from dtron.update import Recorded, update
 

@@ -21,7 +21,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtron.copies import carried
 from dtron.dtensor import Lies, Whole, code, local, reduce_all, scatter_all
 from dtron.fp8 import compile_options
 from dtron.how import PLAIN, How
@@ -29,6 +28,7 @@ from dtron.jit import jit
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
 from dtron.params import declared, flat, gather_all, unflatten
+from dtron.reach import carried
 from dtron.schedules.run import Extra, Program
 
 

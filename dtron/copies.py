@@ -4,44 +4,37 @@ NCCL moves data with kernels, and these take processors (SMs) from the products 
 ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
 the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``_land``). Both are copies
 out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
-that ZeRO shards over are ``Copies``: functional collectives, DTensor and inductor's scheduler find an
-ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each rank that all of
-them have mapped, on a stream of their own, after a barrier that says what is to be pulled is there. Anything
-else, and what does not fit, is NCCL's.
+that ZeRO shards over are ``Copies`` (reach.py makes them): functional collectives, DTensor and inductor's
+scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each
+rank that all of them have mapped, on streams of their own. Anything else, and what does not fit, is NCCL's.
 
-What is pulled must lie in symmetric memory. A weight's part does from the beginning (``in_reach``); anything
-else is copied there first. So one gather per weight costs least, and inductor lays none end to end
-(``carried``; see compiled.py).
+What still needs a processor, and so waits for one, is kept out of the way: a *barrier*, which says that all
+ranks have come to it, and the copy of a rank's own part, which is a kernel.
 
-Nobody says that a weight has been pulled and may be written again: a step has its gradients only when its
-weights have landed, and no rank goes on to write before all ranks' gradients are in the norm.
+* A weight's part lies in symmetric memory from the beginning. One barrier after the update (``settle``) says
+  for all weights that they are there, and a gather needs none. Nobody says that a weight has been pulled and
+  may be written again: a step has its gradients only when its weights have landed, and no rank goes on to
+  write before all ranks' gradients are in the norm.
+* Anything else is copied to a stage first, and a barrier says that it is there. Two halves of the stage take
+  turns: who has come to the next barrier has pulled what was in the other half.
+* Weights do not queue behind what is staged: each has a stream (``Beside``).
 
 Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over
 several hosts, and more than one engine at a time.
 
-Everything private here is this file's alone: symmetric memory, and a group written in Python."""
+A process group written in Python, and all that torch has for it that is private, is this file's alone."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from dtron.dtensor import like, local
-from dtron.params import flat, unflatten
-from dtron.rules import RULES, expand
-from dtron.shape import MeshShape
-
-STAGE = 2**27  # bytes of symmetric memory for what is not there yet; what is larger goes by NCCL
-ALIGNED = 256  # bytes
+STAGE = 2**27  # bytes of symmetric memory, twice, for what is not there yet; what is larger goes by NCCL
 
 
 class Room(Protocol):
@@ -68,28 +61,72 @@ class Landed(dist.Work):
         return True
 
 
+class Beside:
+    """A stream of copies beside the one that computes. In a CUDA graph a wait costs about as much as a small
+    kernel, so one is made to do for several copies: a wait is for all that had been asked for when the last
+    one was, which is a product's time ago, and those that it covers are none."""
+
+    def __init__(self, device: str):
+        self._device, self._stream = device, None
+        self._last, self._before = (-1, None), (-1, None)  # the last copy, and that when one was waited for
+        self._covered: dict[torch.cuda.Stream, int] = {}  # by who waits
+
+    def do(self, copy: Callable[[], None]) -> Callable[[], None]:
+        """Copies after all that is asked for so far; gives how to wait for the end of it."""
+        if self._device != "cuda":
+            copy()
+            return lambda: None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(priority=-1)
+        done = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            copy()
+            done.record()
+        self._last = mine = (self._last[0] + 1, done)
+        return lambda: self._wait(mine)
+
+    def _wait(self, mine: tuple[int, Any]) -> None:
+        here = torch.cuda.current_stream()
+        if mine[0] > self._covered.get(here, -1):
+            self._covered[here], done = max(mine, self._before, key=lambda copy: copy[0])
+            here.wait_event(done)
+        self._before = self._last
+
+
 class Copies(dist.ProcessGroup):
-    """A group whose all-gathers and even all-to-alls are copies. ``meet(memory)`` makes a Room of memory that
-    each rank has allocated alike; ``rest`` is the backend for anything else."""
+    """A group whose all-gathers and even all-to-alls are copies. ``allocate(bytes)`` gives memory that
+    ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is the backend for anything else."""
 
     def __init__(
-        self, rest: Any, rank: int, size: int, device: str, meet: Callable[[Tensor], Room], timeout: timedelta
-    ):
+        self, rest: Any, rank: int, size: int, device: str, allocate: Callable[[int], Tensor],
+        meet: Callable[[Tensor], Room], timeout: timedelta,
+    ):  # fmt: skip
         super().__init__(rank, size)
         kind = {"cuda": dist.ProcessGroup.BackendType.NCCL, "cpu": dist.ProcessGroup.BackendType.GLOO}[device]
         self._register_backend(torch.device(device), kind, rest)
-        self._rest, self._rank, self._size, self._meet = rest, rank, size, meet
+        self._rest, self._rank, self._size, self._device = rest, rank, size, device
+        self._allocate, self._meet = allocate, meet
         self._patience = int(timeout.total_seconds() * 1000)
         self._stage: tuple[Tensor, Room] | None = None
         self._near: tuple[Tensor, Room] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._staged = 0  # since all ranks last agreed
+        self._beside = {name: Beside(device) for name in ("weights", "staged")}
 
     def getBackendName(self) -> str:
         return "copies"
 
     def meet(self, memory: Tensor) -> None:
-        """From now on what lies in here need not be copied before it is sent. All ranks must call this."""
+        """From now on what lies in here is pulled from where it is. All ranks must call this."""
         self._near = memory, self._meet(memory)
+        self.settle()
+
+    def settle(self) -> None:
+        """What lies in memory that all have met at has its values for others to pull. All ranks must call
+        this when they have written there, and when what they asked for until now has landed."""
+        for _, room in filter(None, [self._near or self._stage]):
+            room.barrier(timeout_ms=self._patience)
+        self._staged = 0
 
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any = None):
         goes = lambda x: self._fits(x) or (x.is_contiguous() and self._at(x) is not None)
@@ -152,152 +189,47 @@ class Copies(dist.ProcessGroup):
         at = x.data_ptr() - self._near[0].data_ptr()
         return at if 0 <= at < self._near[0].nbytes else None
 
-    def _copied(self, copy: Callable[[Tensor, Tensor], None], outs: list[Tensor], xs: list[Tensor]) -> Landed:
-        with self._beside(xs[0].device) as landed:
-            for out, x in zip(outs, xs, strict=True):
-                copy(out.view(-1), x.view(-1))
-        return Landed([landed], (outs, xs))
+    def _copied(self, copy: Callable[..., Callable], outs: list[Tensor], xs: list[Tensor]) -> Landed:
+        waits = [copy(y.view(self._size, -1), x.view(-1)) for y, x in zip(outs, xs, strict=True)]
+        return Landed(waits, (outs, xs))
 
-    def _gather(self, out: Tensor, x: Tensor) -> None:
-        at, room = self._at(x), self._near and self._near[1]
-        if at is None:
-            at, room = 0, self._staged(x.device, [(0, x)])
-        room.barrier(timeout_ms=self._patience)
-        theirs = lambda peer: room.get_buffer(peer, x.shape, x.dtype, at // x.itemsize)
-        self._pull(out.view(self._size, -1), x, theirs)
+    def _gather(self, rows: Tensor, x: Tensor) -> Callable[[], None]:
+        at = self._at(x)
 
-    def _swap(self, out: Tensor, x: Tensor) -> None:
+        def copy() -> None:
+            room, begins = (self._near[1], at // x.itemsize) if at is not None else self._put([(0, x)])
+            self._pull(rows, x, room, begins)
+
+        return self._beside["staged" if at is None else "weights"].do(copy)
+
+    def _swap(self, rows: Tensor, x: Tensor) -> Callable[[], None]:
         parts = x.view(self._size, -1)
         n = parts.shape[1]
-        room = self._staged(x.device, [(i * n, parts[i]) for i in range(self._size) if i != self._rank])
-        room.barrier(timeout_ms=self._patience)
-        theirs = lambda peer: room.get_buffer(peer, [n], x.dtype, self._rank * n)
-        self._pull(out.view(self._size, -1), parts[self._rank], theirs)
 
-    def _pull(self, rows: Tensor, own: Tensor, theirs: Callable[[int], Tensor]) -> None:
+        def copy() -> None:
+            room, begins = self._put([(i * n, parts[i]) for i in range(self._size) if i != self._rank])
+            self._pull(rows, parts[self._rank], room, begins + self._rank * n)
+
+        return self._beside["staged"].do(copy)
+
+    def _pull(self, rows: Tensor, own: Tensor, room: Room, at: int) -> None:
+        """Each other rank's row, from where it lies there (in elements), and a rank's own."""
         for step in range(1, self._size):  # each rank begins with another
             peer = (self._rank + step) % self._size
-            rows[peer].copy_(theirs(peer))
+            rows[peer].copy_(room.get_buffer(peer, rows.shape[1:], rows.dtype, at))
         rows[self._rank].copy_(own)
 
-    def _staged(self, device: torch.device, parts: list[tuple[int, Tensor]]) -> Room:
-        """Symmetric memory with these parts in it, each at its place (in elements)."""
+    def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[Room, int]:
+        """These parts on the stage, each at its place after where the half begins (all in elements)."""
         if self._stage is None:
-            memory = _symmetric(STAGE, device)
+            memory = self._allocate(2 * STAGE)
             self._stage = memory, self._meet(memory)
         memory, room = self._stage
-        room.barrier(timeout_ms=self._patience)  # nobody reads any more what was here
+        if self._staged == 0:  # a recording begins here, and may follow upon itself or upon anything
+            room.barrier(timeout_ms=self._patience)
+        begins = self._staged % 2 * STAGE // parts[0][1].itemsize
+        self._staged += 1
         for at, x in parts:
-            memory.view(x.dtype)[at : at + x.numel()].copy_(x)
-        return room
-
-    @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[Callable[[], Any]]:
-        """What is begun in here is done on a stream of its own, after all that is asked for so far; yields
-        how to wait for its end."""
-        if device.type != "cuda":
-            yield lambda: None
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device, priority=-1)
-        done = torch.cuda.Event()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield lambda: torch.cuda.current_stream().wait_event(done)
-            done.record()
-
-
-def _symmetric(size: int, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    import torch.distributed._symmetric_memory as symmetric  # takes a second, and a CPU has none
-
-    return symmetric.empty(size, dtype=torch.uint8, device=device)
-
-
-def _made(group: Any, options: Any) -> Copies:
-    """What torch calls for a group of backend "copies"."""
-    from torch._C._distributed_c10d import _register_process_group
-
-    rank, size, timeout = group.group_rank, group.group_size, group.timeout
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", group.store), rank, size, options)
-    nccl._set_sequence_number_for_group()
-    # Ranks meet by an ordinary group of the same ranks: torch asks it for its store, and a group written in
-    # Python has none.
-    name = f"{group.group_id}.copies"
-    place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
-    _register_process_group(name, place)  # which does not keep it alive
-    return Copies(nccl, rank, size, "cuda", lambda memory, place=place: _met(memory, name), timeout)
-
-
-def _met(memory: Tensor, group: str) -> Room:
-    import torch.distributed._symmetric_memory as symmetric
-
-    try:
-        return symmetric.rendezvous(memory, group)
-    except RuntimeError as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
-
-
-def backends(shape: MeshShape, device: str) -> dict[str, str] | None:
-    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies, all that ZeRO shards over
-    and whose groups are of one host, where GPUs reach each other's memory. None: no dim."""
-    atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device != "cuda" or not atoms or not _peers(here):
-        return None
-    if not hasattr(dist.Backend, "COPIES"):
-        dist.Backend.register_backend("copies", _made, extended_api=True, devices=["cuda"])
-    spans, span = {}, 1
-    for atom, n in reversed(atoms.items()):
-        span *= n
-        spans[atom] = span  # a group's first and last rank are less than this apart
-    chosen = expand(RULES["embed"], tuple(atoms))
-    return {atom: "copies" for atom in chosen if here % spans[atom] == 0} or None
-
-
-def _peers(count: int) -> bool:
-    mine = torch.cuda.current_device()
-    return all(torch.cuda.can_device_access_peer(mine, i) for i in range(count) if i != mine)
-
-
-def carried(mesh: DeviceMesh | None) -> bool:
-    """Whether copy engines carry the gathers of weights."""
-    return bool(_groups(mesh))
-
-
-def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
-    """Those of a mesh that are Copies, by its dim."""
-    groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
-    return {i: group for i, group in groups.items() if isinstance(group, Copies)}
-
-
-def in_reach(tree: Any) -> Any:
-    """The same tree of DTensors; what a group would gather has its parts moved to symmetric memory."""
-    tensors = flat(tree)
-    mesh = next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
-    groups = _groups(mesh)
-    away = [j for j, x in enumerate(tensors) if any(x.placements[i].is_shard() for i in groups) and _even(x)]
-    if not away:
-        return tree
-    parts = [local(tensors[j]) for j in away]
-    sizes = [-(-x.nbytes // ALIGNED) * ALIGNED for x in parts]
-    memory = _symmetric(sum(sizes), parts[0].device)
-    for j, part, room in zip(away, parts, memory.split(sizes), strict=True):
-        there = room[: part.nbytes].view(part.dtype).view(part.shape)
-        tensors[j] = like(tensors[j], there.copy_(part))
-    for group in groups.values():
-        group.meet(memory)
-    return unflatten(tree, tensors)
-
-
-def _even(x: DTensor) -> bool:
-    """Whether all ranks have parts of one size, so that these lie at the same place in each one's memory.
-    (Others are padded before they are gathered, and then lie elsewhere.)"""
-    cuts = [1] * x.ndim
-    for n, at in zip(x.device_mesh.shape, x.placements, strict=True):
-        if at.is_shard():
-            cuts[at.dim] *= n
-    return all(size % n == 0 for size, n in zip(x.shape, cuts, strict=True))
+            memory.view(x.dtype)[begins + at : begins + at + x.numel()].copy_(x)
+        room.barrier(timeout_ms=self._patience)
+        return room, begins

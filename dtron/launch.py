@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from dtron.checks import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.config import RunConfig
-from dtron.copies import backends
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
+from dtron.reach import backends
 from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import simulated

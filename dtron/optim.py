@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from dtron.config import OptimConfig
-from dtron.copies import in_reach
 from dtron.dtensor import cast, full, local
 from dtron.params import flat, tree_map
+from dtron.reach import in_reach, settle
 from dtron.simulate import is_simulated
 
 
@@ -48,7 +48,7 @@ def adam_init(params: Any) -> AdamState:
 
 def with_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None) -> AdamState:
     """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach them if
-    they are to (copies.py). What no gradient moves is not cast."""
+    they are to (reach.py). What no gradient moves is not cast."""
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
@@ -79,6 +79,7 @@ def adam_update(
             decay = config.weight_decay if wanted else 0.0
             sure = torch.ones((), dtype=torch.bool, device=p[0].device) if ok is None else ok
             rule(p, g, m, v, c, step if number is None else number, lr, factor, sure, decay, config)
+    settle(params)
     return params, replace(state, step=step)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -13,14 +13,18 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from pool import RANKS
 from runs import MODEL, train
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import dtron.copies
+import dtron.reach
 from dtron.config import DataConfig, RunConfig
-from dtron.copies import Copies, backends
+from dtron.copies import Beside, Copies
 from dtron.mesh import Layout
+from dtron.reach import backends
 from dtron.rules import rules_for
 from dtron.shape import MeshShape
 
@@ -30,26 +34,30 @@ OPS = torch.ops._c10d_functional
 
 
 class Snapshots:
-    """A Room whose memory the ranks see as it was at the last barrier."""
+    """A Room whose memory the ranks see as it was at the last barrier. ``raced``: whether what a rank has
+    read since then was written before the next one, so that it could have come too late."""
 
     def __init__(self, memory: torch.Tensor):
-        self.memory, self.seen = memory, [torch.zeros_like(memory)] * RANKS
+        self.memory, self.seen, self.read, self.raced = memory, [torch.zeros_like(memory)] * RANKS, [], False
 
     def barrier(self, channel: int = 0, timeout_ms: int = 0) -> None:
-        self.seen = [torch.empty_like(self.memory) for _ in range(RANKS)]
+        before, self.seen = self.seen, [torch.empty_like(self.memory) for _ in range(RANKS)]
         dist.all_gather(self.seen, self.memory)
+        self.raced |= not all(torch.equal(before[r][at], self.seen[r][at]) for r, at in self.read)
+        self.read = []
 
     def get_buffer(self, rank, sizes, dtype, storage_offset):
-        n = math.prod(sizes)
-        return self.seen[rank].view(dtype)[storage_offset : storage_offset + n].view(sizes)
+        at = slice(storage_offset * dtype.itemsize, (storage_offset + math.prod(sizes)) * dtype.itemsize)
+        self.read.append((rank, at))
+        return self.seen[rank][at].view(dtype).view(sizes)
 
 
-MUTANTS = ("unstaged", "early", "other's")
+MUTANTS = ("unstaged", "unsettled", "other's", "one half")
 
 
 class Switched(Copies):
-    """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read; a weight is
-    read before it is known to be there; the wrong part is sent."""
+    """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read; nobody says
+    that weights have moved; the wrong part is sent; the stage has one half."""
 
     mode, copied = "copies", 0
 
@@ -63,26 +71,32 @@ class Switched(Copies):
         self.copied += 1
         return super()._copied(*args)
 
-    def _staged(self, device, parts):
-        return super()._staged(device, [] if self.mode == "unstaged" else parts)
+    def _put(self, parts):
+        if self.mode == "one half":
+            self._staged = 2 * (self._staged > 0)
+        if self.mode == "unstaged":
+            parts = [(at, x[:0]) for at, x in parts]
+        return super()._put(parts)
 
-    def _gather(self, out, x):
-        if self.mode != "early" or self._at(x) is None:
-            return super()._gather(out, x)
-        room = self._near[1]
-        room.barrier, barrier = (lambda **_: None), room.barrier
-        super()._gather(out, x)
-        room.barrier = barrier
+    def settle(self):
+        if self.mode != "unsettled":
+            super().settle()
 
-    def _swap(self, out, x):
+    def _swap(self, rows, x):
         other = x.view(self._size, -1).roll(1, 0).view(-1) if self.mode == "other's" else x
-        super()._swap(out, other)
+        return super()._swap(rows, other)
+
+    @property
+    def raced(self) -> bool:
+        return self._stage is not None and self._stage[1].raced
 
 
 def made(group, options) -> Switched:
     store = dist.PrefixStore("gloo", group.store)
     gloo = dist.ProcessGroupGloo(store, group.group_rank, group.group_size, group.timeout)
-    return Switched(gloo, group.group_rank, group.group_size, "cpu", Snapshots, timedelta(seconds=60))
+    allocate = lambda size: torch.zeros(size, dtype=torch.uint8)
+    place = group.group_rank, group.group_size
+    return Switched(gloo, *place, "cpu", allocate, Snapshots, timedelta(seconds=60))
 
 
 @cache
@@ -99,7 +113,7 @@ def mesh_of_copies() -> DeviceMesh:
 def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
     mesh, before = mesh_of_copies(), dtron.copies.STAGE
     dtron.copies.STAGE, group = stage, mesh.get_group()
-    group.mode, group.copied, group._near, group._stage = mode, 0, None, None
+    group.mode, group.copied, group._near, group._stage, group._staged = mode, 0, None, None, 0
     try:
         yield mesh, group
     finally:
@@ -107,8 +121,8 @@ def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
-    """A job for the pool: whether each of some collectives gives what gloo's own gives, and how many of them
-    were copies."""
+    """A job for the pool: whether each of some collectives gives what gloo's own gives, and nothing was
+    written too early; and how many of them were copies."""
     rank, random = dist.get_rank(), torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(1, high, (), generator=random))
     with copying(mode, 2**12) as (_, group):
@@ -121,10 +135,10 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
             for i, (n, m) in enumerate(sizes)
         ]
         weights = [v.to(dtypes[i % 3]) for i, v in enumerate(values)]
-        group.meet(memory := torch.zeros(len(weights) * 2**13, dtype=torch.uint8))
-        near = []
+        memory, near = torch.zeros(len(weights) * 2**13, dtype=torch.uint8), []
         for w, room in zip(weights, memory.split(2**13), strict=True):
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
+        group.meet(memory)
         for x in [
             *weights,
             *near,
@@ -143,17 +157,19 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         same.append(torch.equal(*both))
         both = [OPS.wait_tensor(OPS.all_reduce(x[:3], "sum", g)) for g in (world, name)]
         same.append(torch.equal(*both))
-        for w in near:  # a weight moves, and is gathered again
+        for w in near:  # weights move, and are gathered again
             w.add_(1)
+        group.settle()
+        for w in near:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(w, RANKS, g)) for g in (world, name)]
             same.append(torch.equal(*both))
-        return same, group.copied
+        return [*same, not group.raced], group.copied
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_are_the_collectives(pool, seed):
     for same, copied in pool.run(collectives_on_pool, "copies", seed):
-        assert all(same) and copied >= 20
+        assert [i for i, x in enumerate(same) if not x] == [] and copied >= 20
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -161,28 +177,72 @@ def test_the_comparison_notices(pool, mutant):
     assert not all(all(same) for same, _ in pool.run(collectives_on_pool, mutant, 0))
 
 
-def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], int, bool]:
-    """A job for the pool: losses and norms under ZeRO-3 with copies of weights in bfloat16; how many
-    collectives were copies, and whether weights are in reach."""
+def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], bool, int, bool]:
+    """A job for the pool: losses and norms under ZeRO-3 with copies of weights in bfloat16, and whether
+    anything was written too early; how many collectives were copies, and whether weights are in reach."""
     model = replace(MODEL, embed=embed)
     config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(sequence=8))
     with copying(mode, 2**16) as (mesh, group):
         history = train(Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config)
-        return history.losses, history.norms, group.copied, group._near is not None
+        return history.losses, history.norms, group.raced, group.copied, group._near is not None
 
 
 @pytest.mark.parametrize(("embed", "in_reach"), [(24, True), (26, False)])
 def test_training_is_the_same_to_the_last_bit(pool, embed, in_reach):
     """Parts of one size are pulled from where they are; others are padded first, and so staged."""
     want, got = (pool.run(training_on_pool, mode, embed)[0] for mode in ("rest", "copies"))
-    assert got[:2] == want[:2] and got[3] == in_reach and want[2] == 0
-    assert got[2] >= 3 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
+    assert got[:3] == want[:3] and got[4] == in_reach and want[3] == 0
+    assert got[3] >= 3 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_training_that_goes_wrong_is_noticed(pool, mutant):
     want, got = (pool.run(training_on_pool, mode, 24)[0] for mode in ("rest", mutant))
-    assert got[:2] != want[:2]
+    assert got[:3] != want[:3]
+
+
+class Stream:
+    """A stream that writes down what it waits for. Its events are how many copies there were before."""
+
+    copies = 0
+
+    def __init__(self, **_):
+        self.waits = []
+
+    def wait_event(self, event):
+        self.waits.append(event.copies)
+
+    def wait_stream(self, other):
+        pass
+
+
+class Event:
+    def record(self):
+        self.copies = Stream.copies
+
+
+@given(st.lists(st.one_of(st.just("ask"), st.integers(0, 5)), max_size=60))
+def test_a_wait_is_for_the_copy_and_never_for_what_was_just_asked_for(plan):
+    """A number waits for the copy that is so many before the last."""
+    main, Stream.copies, asked, before = Stream(), 0, [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in (
+            ("Stream", Stream),
+            ("Event", Event),
+            ("current_stream", lambda: main),
+            ("stream", nullcontext),
+        ):
+            patch.setattr(torch.cuda, name, fake)
+        beside = Beside("cuda")
+        for step in plan:
+            if step == "ask":
+                asked.append(beside.do(lambda: setattr(Stream, "copies", Stream.copies + 1)))
+            elif step < len(asked):
+                mine, waited = len(asked) - step, max(main.waits, default=0)
+                asked[mine - 1]()
+                assert max(main.waits) == (waited if waited >= mine else max(mine, before))
+                before = len(asked)
+        assert main.waits == sorted({*main.waits})  # none that another covers
 
 
 def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
@@ -193,16 +253,16 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(symmetric, "rendezvous", fails)
     with pytest.raises(ValueError, match=r"not permitted\); use --copy-engines off$"):
-        dtron.copies._met(torch.empty(0), "1.copies")
+        dtron.reach._met(torch.empty(0), "1.copies")
 
 
 def test_nothing_is_carried_where_there_is_no_mesh():
     """As in a pipeline whose stages are of one rank."""
-    assert not dtron.copies.carried(None)
+    assert not dtron.reach.carried(None)
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
-    monkeypatch.setattr(dtron.copies, "_peers", lambda count: True)
+    monkeypatch.setattr(dtron.reach, "_peers", lambda count: True)
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)
     found = lambda mesh: set(backends(MeshShape.parse(mesh), "cuda") or ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -210,5 +270,5 @@ def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
     assert backends(MeshShape.parse("dp=8"), "cpu") is None
-    monkeypatch.setattr(dtron.copies, "_peers", lambda count: False)
+    monkeypatch.setattr(dtron.reach, "_peers", lambda count: False)
     assert found("dp=8") == set()
