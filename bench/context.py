@@ -14,9 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from cases import command
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.entry import Parser, run_cli
 
 
 def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:
@@ -62,8 +67,8 @@ def longest(o: argparse.Namespace) -> Iterator[dict]:
         sequence = 2 * sequence if not too_long else (fits + too_long) // 2 // 1024 * 1024
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Time long sequences with and without cp; JSON lines.")
+def main(argv: list[str]) -> int:
+    p = Parser(description="Time long sequences with and without cp; JSON lines.")
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--gpus", type=int, default=2)
     p.add_argument("--tokens", type=int, default=16384, help="of a step, on each GPU")
@@ -75,10 +80,11 @@ def main() -> None:
     p.add_argument("--sequences", nargs="+", type=int, default=[2**n for n in range(13, 18)])
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--longest", action="store_true", help="on one GPU, by trying")
-    o = p.parse_args()
+    o = p.parse_args(argv)
     for line in longest(o) if o.longest else (run(flags, gpus, o.timeout) for flags, gpus in cases(o)):
         print(json.dumps(line), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -37,6 +37,7 @@ from dtron.config import DataConfig, RunConfig
 from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
+from dtron.entry import Parser, run_cli
 from dtron.how import Fp8
 from dtron.launch import plan, ranks
 from dtron.layers.context import Method
@@ -53,8 +54,8 @@ from dtron.shape import MeshShape
 from dtron.update import Recorded, update
 
 
-def main() -> None:
-    o = arguments()
+def main(argv: list[str]) -> int:
+    o = arguments(argv)
     m = preset(o.model)
     m = replace(m, layers=o.layers or m.layers, context=max(m.context, o.sequence))
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
@@ -69,6 +70,7 @@ def main() -> None:
         report = measure(o, config, here, pipe)
     if here.main:
         print(json.dumps(report))
+    return 0
 
 
 def measure(o, config: RunConfig, here, pipe) -> dict:
@@ -187,8 +189,8 @@ def show(spans) -> None:
     print("\n".join(top(spans, 25)))
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time training steps of one case; one JSON line.")
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser(description="Time training steps of one case; one JSON line.")
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--mesh", default="")
     p.add_argument("--zero", type=int, default=1)
@@ -208,8 +210,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
     for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
         p.add_argument(f"--{name}", type=int, default=default)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

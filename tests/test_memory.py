@@ -68,12 +68,12 @@ def test_memory_by_length_of_sequence(capsys, monkeypatch):
 
 
 def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
-    """An eighth of what it would have, and from one layer only."""
+    """An eighth of what it would have, from one layer only, and as much again of gradients."""
     m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
     needs = lambda width, n: activation_bytes(replace(m, mlp=width), MeshShape(), n, "full", "ring", [4]) / n
     products, difference = 3, 8192 - 4096
-    assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * products * difference
-    assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * products * difference / 8
+    assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference
+    assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
 
 
 def kept_on_pool(mesh: str, model: ModelConfig, how: How) -> int:
