@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtron.dtensor import Lies, Whole, code, local, reduce_all, scatter_all
+from dtron.dtensor import Lies, Whole, code, local
 from dtron.fp8 import compile_options
 from dtron.how import PLAIN, How
 from dtron.jit import jit
@@ -30,6 +30,7 @@ from dtron.optim import Rule, adamw, written_out
 from dtron.params import declared, flat, gather_all, unflatten
 from dtron.reach import carried
 from dtron.schedules.run import Extra, Program
+from dtron.together import reduce_all, scatter_all
 
 
 def compiled(
@@ -97,7 +98,7 @@ class OnLocals:
                 for at, there, d in zip(lies, ready, of, strict=True)
             ]
             rest = [d for d, there in zip(of, ready, strict=True) if not there]
-            gather = lambda ws: gather_all(ws, rest, layout)
+            gather = lambda ws: gather_all(ws, rest, layout, once=True)
             tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         return Weights(unflatten(params, tensors), lies), tensors

@@ -152,7 +152,7 @@ class RunConfig:
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage, what is sharded over dp and cp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
     weights in use"""
-    steps: int = 150
+    steps: int = 100
     """optimizer steps of the whole run"""
     batch: int = 16
     """sequences per step, over all ranks"""

@@ -2,7 +2,7 @@
 
 NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide behind: under
 ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
-the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``_land``). Both are copies
+the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``land``). Both are copies
 out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
 that ZeRO shards over are ``Copies`` (reach.py makes them): functional collectives, DTensor and inductor's
 scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each

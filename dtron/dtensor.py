@@ -47,7 +47,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: DTensor):
-        return cast(_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None
+        return cast(scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None
 
 
 def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
@@ -79,7 +79,7 @@ class Lies:
 
     def scattered(self, goal: Sequence[Placement]) -> Lies:
         """Of a gradient: after ``scatter_all``."""
-        return replace(self, placements=_scattered(self.placements, goal))
+        return replace(self, placements=scattered(self.placements, goal))
 
     def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(
@@ -115,21 +115,21 @@ class Whole(torch.autograd.Function):
         return g.to_local(), None, None, None, None
 
 
-def _scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
+def scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
     return tuple(b if b.is_shard() else a for a, b in zip(now, goal, strict=True))
 
 
-def _scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
+def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
     """Where a sum is to have more bits than its summands, these are sent as they are, and added up where they
     land: the same sum, from half the bytes of a reduce-scatter in float32 for bfloat16."""
-    target = _scattered(g.placements, goal)
+    target = scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
-        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and _even(g, axis, target):
-            g = _land(g, axis, then.dim, dtype)
+        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and even(g, axis, target):
+            g = land(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
-def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
+def even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal pieces."""
     dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
@@ -137,48 +137,12 @@ def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     return not inner and not outer and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
 
 
-def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
+def land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     mesh = g.device_mesh
     pieces = g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0).contiguous()
     landed = swap(pieces, mesh, axis).sum(0, dtype=dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
     return DTensor.from_local(landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())
-
-
-# For each gradient, where its weight lies and what to add it up in.
-Goals = Sequence[tuple[Sequence[Placement], torch.dtype]]
-
-
-def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
-    """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
-    so. What is not to be reduced keeps its dtype."""
-    return [_scatter(g, *goal) for g, goal in zip(grads, goals, strict=True)]
-
-
-def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
-    """Bring gradients to the placements of their weights: what shrinks them first, then the remaining sums.
-    Small ones (norms, biases) are laid end to end for that: as many all-reduces as they are weights would
-    each wait for the slowest link's latency."""
-    found, small = scatter_all(grads, goals), {}
-    for i, (g, (goal, dtype)) in enumerate(zip(found, goals, strict=True)):
-        if g.placements == tuple(goal):
-            continue
-        if g.numel() < SMALL and not any(p.is_shard() for p in g.placements):
-            small.setdefault((g.placements, dtype), []).append(i)
-        else:
-            found[i] = cast(g, dtype).redistribute(g.device_mesh, goal)
-    for (pending, dtype), where in small.items():
-        mesh, parts = found[where[0]].device_mesh, [found[i] for i in where]
-        line = torch.cat([x.to_local().flatten().to(dtype) for x in parts])
-        line = DTensor.from_local(line, mesh, pending, run_check=False).redistribute(
-            mesh, [Replicate()] * mesh.ndim
-        )
-        for i, x in zip(where, line.to_local().split([x.numel() for x in parts]), strict=True):
-            found[i] = DTensor.from_local(x.view(found[i].shape), mesh, line.placements, run_check=False)
-    return found
-
-
-SMALL = 2**20  # elements
 
 
 def local(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dtron.mesh import Layout
 from dtron.simulate import paused
+from dtron.together import gather_some
 
 Dims = Mapping[str, Any]
 Init = Callable[["Weight", Dims, torch.Generator], Tensor]
@@ -245,12 +246,21 @@ def init(
         return tree_map(lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec)
 
 
-def gather(tree: Any, layout: Layout) -> Any:
+def gather(tree: Any, layout: Layout, once: bool = False) -> Any:
     """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
-    stage."""
-    return unflatten(tree, gather_all(flat(tree), declared(tree), layout))
+    stage. ``once``: not under autograd, and small weights may share a collective (together.py)."""
+    return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once))
 
 
-def gather_all(weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout) -> list[Tensor]:
+def gather_all(
+    weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout, once: bool = False
+) -> list[Tensor]:
     """The same for the leaves of a tree."""
-    return [w if d.frozen else layout.gather(w, *d.axes) for w, d in zip(weights, of, strict=True)]
+    pairs = list(zip(weights, of, strict=True))
+    away = [i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)]
+    goals = [layout.gathered(*of[i].axes) for i in away]
+    shared = {away[j]: w for j, w in gather_some([weights[i] for i in away], goals, layout.compute).items()}
+    return [
+        shared[i] if i in shared else w if d.frozen else layout.gather(w, *d.axes)
+        for i, (w, d) in enumerate(pairs)
+    ]

@@ -24,11 +24,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtron.dtensor import Goals, cast, full, local, reduce_all, scatter_all
+from dtron.dtensor import cast, full, local
 from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
 from dtron.pipeline import Pipeline
 from dtron.schedules.run import Program, forward_table, run, run_forward
+from dtron.together import Goals, reduce_all, scatter_all
 
 
 class Hold(Protocol):
@@ -58,7 +59,7 @@ class Wholes:
     layout: Layout
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        weights = tree_map(_leaf, gather(params, self.layout) if once else params)
+        weights = tree_map(_leaf, gather(params, self.layout, once) if once else params)
         return weights, flat(weights)
 
     def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:

@@ -77,8 +77,9 @@ def test_what_zero_communicates_per_microbatch(zero, per_microbatch):
     if not per_microbatch:
         assert extra == {}
     else:
-        # Stage 3 gathers a tied embedding for the look-up and again for the head.
-        assert extra[Collective("reduce_scatter", "dp")] == 2 * (matrices + (zero == 3))
+        # Stage 2 lays these small ones end to end. Stage 3 has one for each, in the block that it belongs to,
+        # and gathers a tied embedding for the look-up and again for the head.
+        assert extra[Collective("reduce_scatter", "dp")] == 2 * (matrices + 1 if zero == 3 else 1)
         assert set(extra) <= {Collective("reduce_scatter", "dp"), Collective("all_gather", "dp")}
         assert (Collective("all_gather", "dp") in extra) == (zero == 3)
 

@@ -1,0 +1,110 @@
+"""Small tensors that share a collective are brought to the same places as one by one, in fewer of them."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dtron import together
+from dtron.collectives import CollectiveCounter
+from dtron.dtensor import Lies, scatter
+from dtron.mesh import Layout
+from dtron.rules import rules_for
+from dtron.shape import MeshShape
+from dtron.simulate import simulated
+from dtron.together import gather_some, scatter_all
+
+MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=4,ep=2")
+AXES = (("embed", "mlp"), ("mlp", "embed"), ("embed", "head_dim"), ("vocab", "embed"), ("act_embed",))
+
+
+def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int) -> tuple:
+    """Weights of these axes and sizes (in fours), where they lie, and gradients of them: of each rank another
+    summand wherever the weight is whole once it is gathered."""
+    rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
+    weights, grads, goals = [], [], []
+    for i, (kind, rows, columns) in enumerate(of):
+        axes = AXES[kind]
+        shape = (4 * rows, 4 * columns)[: len(axes)]
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
+        weights.append(layout.shard(numbers, *axes))
+        goals.append(layout.gathered(*axes))
+        whole = weights[-1].redistribute(layout.mesh, goals[-1])
+        grads.append(
+            Lies.of(whole).gradient.whole(torch.sin(whole.to_local() * (3 + rank)).to(dtype), layout.mesh)
+        )
+    return weights, goals, grads
+
+
+def differences(
+    mesh: str, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int
+) -> tuple[float, int]:
+    """The largest difference to one by one, of gradients scattered and of weights gathered; and how many
+    fewer collectives there were."""
+    with simulated(MeshShape.parse(mesh)) as device_mesh:
+        layout = Layout(device_mesh, rules_for(2))
+        weights, goals, grads = drawn(layout, of, dtype, seed)
+        targets = [(w.placements, torch.float64) for w in weights]
+        with CollectiveCounter(device_mesh) as few:
+            got = scatter_all(grads, targets)
+            some = gather_some(weights, goals, None)
+        with CollectiveCounter(device_mesh) as many:
+            want = [scatter(g, *target) for g, target in zip(grads, targets, strict=True)]
+            one_by_one = {i: weights[i].redistribute(device_mesh, goals[i]) for i in some}
+        pairs = [*zip(got, want, strict=True), *((some[i], one_by_one[i]) for i in some)]
+        assert all(a.placements == b.placements and a.dtype == b.dtype for a, b in pairs)
+        far = lambda a, b: (a.to_local() - b.to_local()).abs().max()
+        worst: Tensor = max((full_max(far(a, b)) for a, b in pairs), default=0.0)
+        return worst, many.count.total() - few.count.total()
+
+
+def full_max(x: Tensor) -> float:
+    """Over simulated ranks."""
+    parts = getattr(x, "_local_tensors", None)
+    return max(part.item() for part in parts.values()) if parts else x.item()
+
+
+OF = st.lists(st.tuples(st.integers(0, len(AXES) - 1), st.integers(1, 3), st.integers(1, 3)), max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(MESHES), OF, st.sampled_from([torch.float64, torch.bfloat16]), st.integers(0, 9))
+def test_together_is_one_by_one(mesh, of, dtype, seed):
+    worst, fewer = differences(mesh, of, dtype, seed)
+    assert worst < 1e-12 and fewer >= 0
+
+
+def test_it_takes_fewer_collectives():
+    """Four scattered and gathered over dp are one each; those that tp cuts too are left alone."""
+    four = [(0, 1, 2), (1, 2, 1), (2, 1, 1), (3, 1, 1)]
+    assert differences("dp=4", four, torch.float64, 0)[1] == 2 * 3
+    assert differences("dp=2,cp=2", four, torch.float64, 0)[1] == 2 * 2 * 3
+    assert differences("dp=2,tp=2", four, torch.float64, 0)[1] == 0
+    with mock.patch.object(together, "SMALL", 1):
+        assert differences("dp=4", four, torch.float64, 0)[1] == 0
+
+
+MUTANTS = {
+    "all are cut along their first dim": (
+        "_scatter_together",
+        lambda grads, targets, axes, dtype, real=together._scatter_together: real(
+            grads, [[type(p)(0) if p.is_shard() else p for p in t] for t in targets], axes, dtype
+        ),
+    ),
+    "another's": (
+        "_gather_together",
+        lambda ws, *a, real=together._gather_together: real(ws, *a)[::-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants(name):
+    part, wrong = MUTANTS[name]
+    with mock.patch.object(together, part, wrong), pytest.raises((AssertionError, RuntimeError)):
+        assert differences("dp=2", [(0, 2, 2), (1, 2, 2), (1, 2, 2)], torch.float64, 0)[0] < 1e-12
