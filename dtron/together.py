@@ -36,7 +36,8 @@ def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
         g, (goal, dtype) = grads[i], goals[i]
         target = scattered(g.placements, goal)
         axes = tuple(a for a, (x, y) in enumerate(zip(g.placements, target, strict=True)) if x != y)
-        small = g.numel() < SMALL and axes and not any(p.is_shard() for p in g.placements)
+        sums = axes and all(g.placements[a].is_partial() for a in axes)
+        small = g.numel() < SMALL and sums and not any(p.is_shard() for p in g.placements)
         return (axes, tuple(g.placements), g.dtype, dtype) if small and _cuts(g, target, axes) else None
 
     found = [None] * len(grads)

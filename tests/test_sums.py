@@ -86,10 +86,11 @@ def test_mutants(name):
         assert scattered("dp=4", "w_up", 24, 0)[0] < 1e-6
 
 
-def test_a_gradient_that_is_no_pending_sum_is_only_cut():
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_gradient_that_is_no_pending_sum_is_only_cut(count):
+    """Also where others are, that could share a collective."""
     with simulated(MeshShape(dp=4)) as mesh:
         layout, x = Layout(mesh, rules_for(2)), torch.arange(24.0).view(8, 3).bfloat16()
-        (got,) = scatter_all(
-            [layout.shard(x, None, None)], [(layout.placements("embed", None), torch.float32)]
-        )
-        assert torch.equal(full(got), x.float())
+        goal = (layout.placements("embed", None), torch.float32)
+        got = scatter_all([layout.shard(x, None, None) for _ in range(count)], [goal] * count)
+        assert all(torch.equal(full(g), x.float()) for g in got)
