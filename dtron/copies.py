@@ -2,7 +2,7 @@
 
 NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide behind: under
 ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
-the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``land``). Both are copies
+the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``_land``). Both are copies
 out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
 that ZeRO shards over are ``Copies`` (reach.py makes them): functional collectives, DTensor and inductor's
 scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each
@@ -124,8 +124,8 @@ class Copies(dist.ProcessGroup):
     def settle(self) -> None:
         """What lies in memory that all have met at has its values for others to pull. All ranks must call
         this when they have written there, and when what they asked for until now has landed."""
-        for _, room in filter(None, [self._near or self._stage]):
-            room.barrier(timeout_ms=self._patience)
+        if met := self._near or self._stage:
+            met[1].barrier(timeout_ms=self._patience)
         self._staged = 0
 
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any = None):

@@ -124,12 +124,24 @@ def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTenso
     land: the same sum, from half the bytes of a reduce-scatter in float32 for bfloat16."""
     target = scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
-        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and even(g, axis, target):
-            g = land(g, axis, then.dim, dtype)
+        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and _even(g, axis, target):
+            g = _land(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
-def even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
+def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
+    """Whether x, cut as these placements say, has parts of one size on all ranks; others are padded before
+    they are sent."""
+    size = list(x.shape)
+    for n, at in zip(x.device_mesh.shape, placements, strict=True):
+        if at.is_shard():
+            if size[at.dim] % n:
+                return False
+            size[at.dim] //= n
+    return True
+
+
+def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal pieces."""
     dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
@@ -137,7 +149,7 @@ def even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     return not inner and not outer and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
 
 
-def land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
+def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     mesh = g.device_mesh
     pieces = g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0).contiguous()
     landed = swap(pieces, mesh, axis).sum(0, dtype=dtype)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtron.copies import Copies, Room
-from dtron.dtensor import like, local
+from dtron.dtensor import equal_parts, like, local
 from dtron.params import flat, unflatten
 from dtron.rules import RULES, expand
 from dtron.shape import MeshShape
@@ -88,6 +88,10 @@ def carried(mesh: DeviceMesh | None) -> bool:
     return bool(_groups(mesh))
 
 
+def _mesh(tensors: list[Any]) -> DeviceMesh | None:
+    return next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
+
+
 def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
     """Those of a mesh that are Copies, by its dim."""
     groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
@@ -95,11 +99,12 @@ def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
 
 
 def in_reach(tree: Any) -> Any:
-    """The same tree of DTensors; what a group would gather has its parts moved to symmetric memory."""
+    """The same tree of DTensors; what a group would gather has its parts moved to symmetric memory, where
+    they lie at the same place in each rank's."""
     tensors = flat(tree)
-    mesh = next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
-    groups = _groups(mesh)
-    away = [j for j, x in enumerate(tensors) if any(x.placements[i].is_shard() for i in groups) and _even(x)]
+    groups = _groups(_mesh(tensors))
+    gathered = lambda x: any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
+    away = [j for j, x in enumerate(tensors) if gathered(x)]
     if not away:
         return tree
     parts = [local(tensors[j]) for j in away]
@@ -115,16 +120,5 @@ def in_reach(tree: Any) -> Any:
 
 def settle(tree: Any) -> None:
     """Says to all ranks that these weights have been written."""
-    mesh = next((x.device_mesh for x in flat(tree) if isinstance(x, DTensor)), None)
-    for group in _groups(mesh).values():
+    for group in _groups(_mesh(flat(tree))).values():
         group.settle()
-
-
-def _even(x: DTensor) -> bool:
-    """Whether all ranks have parts of one size, so that these lie at the same place in each one's memory.
-    (Others are padded before they are gathered, and then lie elsewhere.)"""
-    cuts = [1] * x.ndim
-    for n, at in zip(x.device_mesh.shape, x.placements, strict=True):
-        if at.is_shard():
-            cuts[at.dim] *= n
-    return all(size % n == 0 for size, n in zip(x.shape, cuts, strict=True))

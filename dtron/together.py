@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from dtron.dtensor import cast, land, local, scatter, scattered
+from dtron.dtensor import cast, equal_parts, local, scatter, scattered
 
 SMALL = 2**20  # elements
 
@@ -38,7 +38,7 @@ def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
         axes = tuple(a for a, (x, y) in enumerate(zip(g.placements, target, strict=True)) if x != y)
         sums = axes and all(g.placements[a].is_partial() for a in axes)
         small = g.numel() < SMALL and sums and not any(p.is_shard() for p in g.placements)
-        return (axes, tuple(g.placements), g.dtype, dtype) if small and _cuts(g, target, axes) else None
+        return (axes, tuple(g.placements), g.dtype, dtype) if small and equal_parts(g, target) else None
 
     found = [None] * len(grads)
     for key, where in _grouped(len(grads), shared):
@@ -53,7 +53,9 @@ def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
     return found
 
 
-def gather_some(weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], dtype: torch.dtype | None):
+def gather_some(
+    weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], dtype: torch.dtype | None
+) -> dict[int, DTensor]:
     """``{i: weight i where goals[i] says, in dtype}`` for those that can share an all-gather; not under
     autograd."""
 
@@ -61,7 +63,7 @@ def gather_some(weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]]
         w, goal = weights[i], tuple(goals[i])
         axes = tuple(a for a, (x, y) in enumerate(zip(w.placements, goal, strict=True)) if x != y)
         small = w.numel() < SMALL and axes and not any(p.is_shard() for p in goal)
-        return (axes, w.dtype) if small and _cuts(w, w.placements, axes) else None
+        return (axes, w.dtype) if small and equal_parts(w, w.placements) else None
 
     found: dict[int, DTensor] = {}
     for key, where in _grouped(len(weights), shared):
@@ -108,17 +110,6 @@ def _grouped(n: int, key: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
     return list(groups.items())
 
 
-def _cuts(x: DTensor, target: Sequence[Placement], axes: Sequence[int]) -> bool:
-    """Whether over these axes, one after the other, x is cut into equal pieces, and only over these."""
-    size = list(x.shape)
-    for axis in axes:
-        n, dim = x.device_mesh.size(axis), target[axis].dim
-        if size[dim] % n:
-            return False
-        size[dim] //= n
-    return True
-
-
 def _line(x: Tensor, mesh: DeviceMesh, axis: int, lies: Placement) -> DTensor:
     """A rank's rows, as if nothing were known of the other axes: they are left alone."""
     placements = [lies if i == axis else Replicate() for i in range(mesh.ndim)]
@@ -137,11 +128,7 @@ def _scatter_together(
         dims = [t[axis].dim for t in targets]
         cut = [x.unflatten(d, (n, -1)).movedim(d, 0) for x, d in zip(parts, dims, strict=True)]
         line = _line(torch.cat([x.reshape(n, -1) for x in cut], 1), mesh, axis, Partial())
-        if line.dtype.itemsize < dtype.itemsize:
-            line = land(line, axis, 0, dtype)
-        else:
-            whole = line.placements
-            line = cast(line, dtype).redistribute(mesh, [*whole[:axis], Shard(0), *whole[axis + 1 :]])
+        line = scatter(line, [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)], dtype)
         rows = line.to_local()[0].split([x[0].numel() for x in cut])
         parts = [row.view(x.shape[1:]) for row, x in zip(rows, cut, strict=True)]
     return [

@@ -59,11 +59,11 @@ def differences(
         pairs = [*zip(got, want, strict=True), *((some[i], one_by_one[i]) for i in some)]
         assert all(a.placements == b.placements and a.dtype == b.dtype for a, b in pairs)
         far = lambda a, b: (a.to_local() - b.to_local()).abs().max()
-        worst: Tensor = max((full_max(far(a, b)) for a, b in pairs), default=0.0)
+        worst = max((largest(far(a, b)) for a, b in pairs), default=0.0)
         return worst, many.count.total() - few.count.total()
 
 
-def full_max(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     """Over simulated ranks."""
     parts = getattr(x, "_local_tensors", None)
     return max(part.item() for part in parts.values()) if parts else x.item()
