@@ -135,19 +135,19 @@ def stage_costs(pipe, functions, params, batch, template, repeats: int) -> dict[
 def transfer(pipe, batch) -> float:
     """Seconds to pass an activation on: half of a round trip between pipeline ranks 0 and 1."""
     message = pipe.template.new_zeros(batch.tokens_T.shape[0], pipe.template.shape[1])
-    device, trips, times = str(message.device), 6, []
+    device, ways, trips, times = str(message.device), pipe.ways, 6, []
     for _ in range(trips):
-        dist.barrier(group=pipe.groups[0])
+        dist.barrier(group=ways.line)
         start = clock(device)
-        if pipe.rank == 0:
-            dist.send(message, pipe.peers[1], group=pipe.groups[0])
-            dist.recv(message, pipe.peers[1], group=pipe.groups[1])
-        elif pipe.rank == 1:
-            dist.recv(message, pipe.peers[0], group=pipe.groups[0])
-            dist.send(message, pipe.peers[0], group=pipe.groups[1])
+        if ways.rank == 0:
+            dist.send(message, ways.peers[1], group=ways.of[0, 1])
+            dist.recv(message, ways.peers[1], group=ways.of[1, 0])
+        elif ways.rank == 1:
+            dist.recv(message, ways.peers[0], group=ways.of[0, 1])
+            dist.send(message, ways.peers[0], group=ways.of[1, 0])
         times.append((clock(device) - start) / 2)
     box: list = [statistics.median(times[trips // 2 :])]
-    dist.broadcast_object_list(box, src=pipe.peers[0], group=pipe.groups[0])
+    dist.broadcast_object_list(box, src=ways.peers[0], group=ways.line)
     return box[0]
 
 

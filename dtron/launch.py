@@ -164,6 +164,8 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
     if plan.shape.size > 1:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
+        # A pipeline's messages have groups of their own for what this warns of (schedules/links.py).
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     copied = config.zero == 3 and config.copy_engines == "auto"
     mesh = build_mesh(plan.shape, kind, backends(plan.shape, kind) if copied else None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -33,7 +33,8 @@ from dtron.model import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.rules import RULES, place, whole
 from dtron.schedules import Table, make
-from dtron.schedules.run import Handed, Links, Program, Sent
+from dtron.schedules.links import Handed, Links, Sent, Ways, make_ways
+from dtron.schedules.run import Program
 from dtron.shape import MeshShape
 
 
@@ -109,21 +110,20 @@ def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = Tru
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of this process. ``rank`` is its pipeline rank, or None where all are here (one device, or
-    simulated). ``peers`` and ``groups`` are those of ``Sent``; ``template`` is a message of no tokens;
-    ``specs`` are the weights of every stage."""
+    """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here (one
+    device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of every stage;
+    ``met`` are the kinds of messages that have been sent before."""
 
     table: Table
     specs: tuple[Transformer, ...]
     layout: Layout
-    rank: int | None = None
-    peers: tuple[int, ...] = ()
-    groups: tuple[Any, Any] | None = None
+    ways: Ways | None = None
     template: Tensor | None = None
+    met: set[Any] = field(default_factory=set, compare=False)
 
     @property
     def ranks(self) -> list[int]:
-        return list(range(len(self.table.rows))) if self.rank is None else [self.rank]
+        return list(range(len(self.table.rows))) if self.ways is None else [self.ways.rank]
 
     @property
     def stages(self) -> list[int]:
@@ -135,37 +135,46 @@ class Pipeline:
         """The declared weights of the stages here: the shape of every params tree."""
         return tuple(self.specs[s] for s in self.stages)
 
+    @property
+    def twins(self) -> tuple[int, int] | None:
+        """The stages that have a copy of the embedding each; None where there is one."""
+        first, last = 0, self.table.stages - 1
+        return None if first == last or self.specs[last].embedding is None else (first, last)
+
     def links(self, batch: Batch, table: Table | None = None, local: bool = False) -> Links:
         """What connects the stages for one step of microbatches like ``batch``. ``local``: they take and give
-        each rank's own tensors."""
-        if self.rank is None:
+        each rank's own tensors. The first such step sends by way of the hosts, where there are GPUs."""
+        if self.ways is None:
             return Handed()
-        tokens = batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
-        empty = lambda: self.template.new_empty(tokens, self.template.shape[1])
-        lies = ("tokens_sp", "act_embed")
-        wrap = lambda x: x if local else self.layout.from_local(x, *lies)
-        unwrap = lambda x: x if local else self.layout.to_local(x, *lies)
-        return Sent(table or self.table, self.rank, self.peers, self.groups, empty, wrap, unwrap)
+        t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
+        kind, lies, device = (t.name, tokens, local), ("tokens_sp", "act_embed"), self.template.device
+        by_host = self.ways.host is not None and kind not in self.met
+        self.met.add(kind)
+        there = torch.device("cpu") if by_host else device
+        empty = lambda: self.template.new_empty(tokens, self.template.shape[1], device=there)
+        wrap = lambda x: x.to(device) if local else self.layout.from_local(x.to(device), *lies)
+        unwrap = lambda x: (x if local else self.layout.to_local(x, *lies)).to(there)
+        return Sent(t, self.ways, by_host, empty, wrap, unwrap)
 
     def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         """Add the gradients of the embedding's two copies, wherever they are."""
-        first, last = 0, self.table.stages - 1
-        twin = self.specs[last].embedding
-        if first == last or twin is None:
+        if self.twins is None:
             return grads
+        first, last = self.twins
         trees = dict(zip(self.stages, grads, strict=True))
         of = lambda s: trees[s].embedding.w_tokens
         if first in trees and last in trees:
             total = of(first) + of(last)
             sums = {first: total, last: total.clone()}
         elif first in trees or last in trees:
-            mine = first if first in trees else last
-            other = self.peers[self.table.rank_of[last if mine == first else first]]
-            part = local(of(mine)).contiguous()
+            mine, other = (first, last) if first in trees else (last, first)
+            here, there = self.table.rank_of[mine], self.table.rank_of[other]
+            part, peer = local(of(mine)).contiguous(), self.ways.peers[there]
             theirs = torch.empty_like(part)
-            down, up = self.groups
-            sends, receives = (down, up) if mine == first else (up, down)
-            works = [dist.isend(part, other, group=sends), dist.irecv(theirs, other, group=receives)]
+            works = [
+                dist.isend(part, peer, group=self.ways.of[here, there]),
+                dist.irecv(theirs, peer, group=self.ways.of[there, here]),
+            ]
             for work in works:
                 work.wait()
             local(of(mine)).add_(theirs)
@@ -177,11 +186,11 @@ class Pipeline:
 
     def sum(self, value: Tensor | None) -> Tensor:
         """A scalar summed over the pipeline ranks; None counts as 0."""
-        if self.rank is None:
+        if self.ways is None:
             return value
         value = torch.zeros((), device=self.template.device) if value is None else value
         box = value.to(torch.float64)
-        dist.all_reduce(box, group=self.groups[0])
+        dist.all_reduce(box, group=self.ways.line)
         return box
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
@@ -199,12 +208,11 @@ def on_ranks(
     if mesh is None or "pp" not in mesh.mesh_dim_names:
         return pipe
     lines = mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
-    new = partial(dist.new_subgroups_by_enumeration, lines, timeout=timeout)
-    groups = (new()[0], new()[0])  # for messages down the ranks, and up
-    mine = next(line for line in lines if dist.get_rank() in line)
-    return replace(
-        pipe, rank=mine.index(dist.get_rank()), peers=tuple(mine), groups=groups, template=template
-    )
+    pairs = pipe.table.pairs
+    if pipe.twins is not None:
+        first, last = (pipe.table.rank_of[s] for s in pipe.twins)
+        pairs |= {(first, last), (last, first)} if first != last else set()
+    return replace(pipe, ways=make_ways(lines, pairs, template.device, timeout), template=template)
 
 
 def gathers_each(config: RunConfig, shape: MeshShape) -> bool:

@@ -4,6 +4,7 @@ returned."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from dtron.layers.loss import IGNORE
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.optim import adam_init, with_copies
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import gathers_each, on_ranks, pipeline, program, splits
+from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, program, splits
 from dtron.rules import rules_for
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
@@ -46,12 +47,13 @@ class History:
 
 
 def train(
-    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None
-) -> History:
+    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None,
+    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe,
+) -> History:  # fmt: skip
     m = config.model
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
-    pipe = on_ranks(pipeline(config, shape, count, layout), mesh, template)
+    pipe = change(on_ranks(pipeline(config, shape, count, layout), mesh, template))
     spec = pipe.spec
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
@@ -78,11 +80,15 @@ def simulate(mesh: str, config: RunConfig, dtype=torch.float32) -> History:
         return train(Layout(device_mesh, rules_for(config.zero)), shape, config, dtype)
 
 
-def on_pool(mesh: str, config: RunConfig, dtype=torch.float32) -> tuple[list[float], list[float], str]:
+def on_pool(
+    mesh: str, config: RunConfig, dtype=torch.float32, **more: Any
+) -> tuple[list[float], list[float], str]:
     """A job for the pool: the same on real ranks."""
     shape = MeshShape.parse(mesh)
     whole = build_mesh(shape, "cpu")
-    history = train(Layout(stage_mesh(whole), rules_for(config.zero)), shape, config, dtype, mesh=whole)
+    history = train(
+        Layout(stage_mesh(whole), rules_for(config.zero)), shape, config, dtype, mesh=whole, **more
+    )
     return history.losses, history.norms, history.initial
 
 

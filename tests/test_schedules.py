@@ -126,6 +126,15 @@ def test_a_timeline_keeps_every_need(name, ranks, microbatches, virtual, f, i, w
     assert len(list(in_order(t))) == len(spans)
 
 
+@given(NAMES, RANKS, st.integers(1, 20), VIRTUAL)
+def test_what_is_made_goes_where_it_is_needed(name, ranks, microbatches, virtual):
+    t = sized(name, ranks, microbatches, virtual)
+    here = {a: rank for rank, row in enumerate(t.rows) for a in row}
+    needed = {(a, rank) for b, rank in here.items() for a in t.needs(b) if a.stage != b.stage}
+    assert needed == {(a, t.goal(a)) for a in here if t.goal(a) is not None}
+    assert t.pairs == {(here[a], rank) for a, rank in needed if here[a] != rank}
+
+
 def test_unknown_and_impossible_schedules():
     for args, message in [
         (("zbv", 2, 4), "did you mean zb-v"),

@@ -6,27 +6,22 @@ and keeps the edges of autograd's graph that lead back from y and aux; B is ``to
 these; I and W are its halves (split.py). Nothing touches ``.grad``. What a microbatch keeps in a stage is
 dropped at its B or W, so no more is ever alive than ``peaks`` says of the table.
 
-What must travel between ranks follows from the table too. An activation goes to the rank of the next stage
-when its F has ended, a gradient to that of the stage before. ``Handed`` is for ranks in one process: a
-dictionary. ``Sent`` is for processes: it knows, from the rows of its neighbours, which messages will come and
-in which order, and posts each receive one message ahead, so that it arrives while the rank computes. Messages
-are local tensors of one known shape.
+What must travel between ranks follows from the table too: an activation goes to the rank of the next stage
+when its F has ended, a gradient to that of the stage before. How, is the links' affair (links.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dtron.dtensor import shard_like
-from dtron.entry import LostRank
+from dtron.schedules.links import Links
 from dtron.schedules.split import Later, backward, backward_input
 from dtron.schedules.table import Action, Table
 
@@ -54,111 +49,6 @@ class Program:
     splits: bool = True
     hold: Any = None
     carries: bool = False
-
-
-class Links(Protocol):
-    """How a stage's output reaches the next stage. ``made`` is the action that made the tensor."""
-
-    def send(self, made: Action, x: Tensor) -> None: ...
-
-    def receive(self, made: Action) -> Tensor: ...
-
-    def finish(self) -> None:
-        """Wait for what is still on its way."""
-
-
-class Handed:
-    """All ranks are here."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[Action, Tensor] = {}
-
-    def send(self, made: Action, x: Tensor) -> None:
-        self._waiting[made] = x
-
-    def receive(self, made: Action) -> Tensor:
-        return self._waiting.pop(made)
-
-    def finish(self) -> None:
-        assert not self._waiting, f"sent and never received: {list(self._waiting)}"
-
-
-class Sent:
-    """This process is pipeline rank ``rank`` of ``t``; stages that share it hand over, others send.
-
-    ``peers[r]`` is the process of pipeline rank r. Messages down the ranks and up have a process group each:
-    within one, NCCL keeps two ranks' messages in the order in which they were posted, and a rank that sends
-    while its neighbour does would wait for ever. ``empty()`` makes a buffer for one message, ``wrap`` turns
-    it into a stage's tensor, and ``unwrap`` the reverse."""
-
-    def __init__(
-        self, t: Table, rank: int, peers: Sequence[int], groups: tuple[Any, Any],
-        empty: Callable[[], Tensor], wrap: Callable[[Tensor], Tensor], unwrap: Callable[[Tensor], Tensor],
-    ):  # fmt: skip
-        self._t, self._rank, self._peers, self._groups = t, rank, peers, groups
-        self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
-        self._here = Handed()
-        self._leaving: list[tuple[Any, Tensor]] = []
-        self._coming: dict[Action, tuple[Any, Tensor]] = {}
-        self._to_post = {
-            r: [a for a in row if self._goal(a) == rank] for r, row in enumerate(t.rows) if r != rank
-        }
-        for r in self._to_post:
-            self._post(r)
-
-    def send(self, made: Action, x: Tensor) -> None:
-        goal = self._goal(made)
-        if goal == self._rank:
-            return self._here.send(made, x)
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        part, group = self._unwrap(x).contiguous(), self._groups[goal < self._rank]
-        with self._naming(goal):
-            self._leaving.append((dist.isend(part, self._peers[goal], group=group), part))
-
-    def receive(self, made: Action) -> Tensor:
-        source = self._t.rank_of[made.stage]
-        if source == self._rank:
-            return self._here.receive(made)
-        while made not in self._coming:
-            self._post(source)
-        work, buffer = self._coming.pop(made)
-        with self._naming(source, made.stage):
-            work.wait()
-        self._post(source)
-        return self._wrap(buffer)
-
-    def finish(self) -> None:
-        self._here.finish()
-        with self._naming():
-            for work, _ in self._leaving:
-                work.wait()
-
-    def _goal(self, made: Action) -> int | None:
-        """The rank that waits for what an action makes."""
-        stage = made.stage + {"F": 1, "B": -1, "I": -1, "W": -made.stage - 1}[made.kind]
-        return self._t.rank_of.get(stage)
-
-    def _post(self, source: int) -> None:
-        if self._to_post[source]:
-            made, buffer = self._to_post[source].pop(0), self._empty()
-            group = self._groups[self._rank < source]
-            with self._naming(source, made.stage):
-                self._coming[made] = (dist.irecv(buffer, self._peers[source], group=group), buffer)
-
-    @contextmanager
-    def _naming(self, other: int | None = None, stage: int | None = None) -> Iterator[None]:
-        """A neighbour that has died, or hangs for longer than the timeout, is an error that names it."""
-        try:
-            yield
-        except RuntimeError as error:
-            who = "a neighbour"
-            if other is not None:
-                s = self._t.stages_of(other)[0] if stage is None else stage
-                who = f"pipeline rank {other} (stage {s})"
-            why = "no answer within --timeout" if "imed out" in str(error) else "connection lost"
-            raise LostRank(
-                f"stage {self._t.stages_of(self._rank)[0]}: {who} has died or hangs ({why}); see what it said"
-            ) from error
 
 
 @dataclass

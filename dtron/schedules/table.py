@@ -84,6 +84,17 @@ class Table:
         whole = Action("B", stage + 1, microbatch)
         return [whole if whole in self.done_by else Action("I", stage + 1, microbatch)]
 
+    def goal(self, made: Action) -> int | None:
+        """The rank that waits for what an action makes; None where nobody does."""
+        step = {"F": 1, "B": -1, "I": -1}.get(made.kind)
+        return None if step is None else self.rank_of.get(made.stage + step)
+
+    @property
+    def pairs(self) -> set[tuple[int, int]]:
+        """Who sends to whom."""
+        sent = {(rank, self.goal(a)) for rank, row in enumerate(self.rows) for a in row}
+        return {(source, goal) for source, goal in sent if goal not in (None, source)}
+
 
 def table(name: str, stages: int, microbatches: int, rows: Sequence[Sequence[Action]]) -> Table:
     """A checked table. Raises ValueError where ``check`` does."""

@@ -1,0 +1,111 @@
+"""Pipelines whose ranks are processes: ten steps are those of one device, and what is sent, and which way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+from runs import MODEL, on_pool, simulate, train
+
+from dtron.config import DataConfig, RunConfig
+from dtron.mesh import Layout
+from dtron.pipeline import Pipeline
+from dtron.shape import MeshShape
+from dtron.verify import on_one_device
+
+TEN = RunConfig(model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+CASES = [
+    ("pp=2,tp=2", {"schedule": "1f1b", "zero": 0}),
+    ("pp=2,dp=2", {"schedule": "zb-v", "zero": 3}),
+    ("pp=2,dp=2", {"schedule": "interleaved", "zero": 2, "model": replace(TEN.model, tied=True)}),
+    ("pp=4", {"schedule": "zb-h1"}),
+    ("pp=4", {"schedule": "gpipe", "model": replace(TEN.model, tied=True)}),
+    ("pp=2,dp=2", {"schedule": "dualpipe-v", "recompute": "full", "micro_batch": 1}),
+]
+
+
+def one_device(changes: dict) -> tuple[list[float], list[float]]:
+    history = train(Layout(), MeshShape(), on_one_device(replace(TEN, **changes)))
+    return history.losses, history.norms
+
+
+@pytest.mark.parametrize(("mesh", "changes"), CASES[:2])
+def test_ten_steps_on_simulated_ranks(mesh, changes):
+    changes = {**changes, "steps": 4}
+    losses, norms = one_device(changes)
+    got = simulate(mesh, replace(TEN, **changes))
+    assert got.losses == pytest.approx(losses, rel=1e-5)
+    assert got.norms == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize(("mesh", "changes"), CASES)
+def test_ten_steps_on_real_ranks(pool, mesh, changes):
+    losses, norms = one_device(changes)
+    for got, got_norms, _ in pool.run(on_pool, mesh, replace(TEN, **changes)):
+        assert got == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0] - 0.5
+        assert got_norms == pytest.approx(norms, rel=1e-4)
+
+
+def sends_on_pool(mesh: str, config: RunConfig) -> int:
+    """A job for the pool: how many messages this rank sends to another in one step."""
+    isend, count = dist.isend, 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return isend(*args, **kwargs)
+
+    dist.isend = counted
+    try:
+        on_pool(mesh, config)
+    finally:
+        dist.isend = isend
+    return count
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
+    """An activation down and a gradient up per microbatch and boundary; a tied weight's gradient once a
+    step, both ways. In the V of ZB-V the last rank turns without sending, and both copies are on rank 0."""
+    config = replace(TEN, model=replace(TEN.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1)
+    once = 1 if tied else 0
+    assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
+    assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
+
+
+def by_host_on_pool(mesh: str, config: RunConfig) -> tuple[list[float], list[str]]:
+    """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do, and which
+    way this rank's messages went."""
+    isend, went, hosts = dist.isend, [], []
+
+    def with_host(pipe: Pipeline) -> Pipeline:
+        hosts.append(pipe.ways.line)  # here it needs no GPU either
+        return replace(pipe, ways=replace(pipe.ways, host=pipe.ways.line))
+
+    def noted(*args, group, **kwargs):
+        went.append("host" if group is hosts[0] else "way")
+        return isend(*args, group=group, **kwargs)
+
+    dist.isend = noted
+    try:
+        return on_pool(mesh, config, change=with_host)[0], went
+    finally:
+        dist.isend = isend
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
+    """There functions are loaded, which may wait for a GPU that waits for a message. After it, nothing does;
+    nor do the gradients of tied weights ever, which are sent when all messages have come."""
+    m = replace(TEN.model, layers=8, tied=True)
+    config = replace(TEN, model=m, micro_batch=1, batch=5, steps=3, schedule=schedule)
+    losses, _ = one_device({"model": m, "micro_batch": 1, "batch": 5, "steps": 3})
+    each = {"1f1b": [5, 10, 10, 5], "interleaved": [15, 20, 20, 15]}[schedule]
+    for rank, (got, went) in enumerate(pool.run(by_host_on_pool, "pp=4", config)):
+        once = ["way"] * (rank in (0, 3))
+        assert went == ["host"] * each[rank] + once + 2 * (["way"] * each[rank] + once)
+        assert got == pytest.approx(losses, rel=1e-5)
