@@ -57,6 +57,7 @@ def case_of(line: Line) -> Case:
     precision = {"bfloat16": "bf16", "float32": "fp32"}.get(line["dtype"], line["dtype"])
     if fp8 not in (None, "none"):
         precision = f"fp8 {fp8}{' ends too' if line.get('fp8_ends') else ''}"
+        precision += ", gathered in FP8" if line.get("fp8_gather") else ""
     return Case(
         line["model"],
         line["device"],

@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
         mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
-        fp8=o.fp8, fp8_ends=o.fp8_ends, attention=o.attention, cp=o.cp, zigzag=o.zigzag,
-        reduce_bf16=o.reduce_bf16, copy_engines="off" if o.no_copy_engines else "auto",
+        fp8=o.fp8, fp8_ends=o.fp8_ends, fp8_gather=o.fp8_gather, attention=o.attention, cp=o.cp,
+        zigzag=o.zigzag, reduce_bf16=o.reduce_bf16, copy_engines="off" if o.no_copy_engines else "auto",
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
     )  # fmt: skip
     here = plan(config)
@@ -136,7 +136,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
         "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
         "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
-        "fp8_ends": o.fp8_ends, "attention": o.attention, "overlap": not o.no_overlap, 
+        "fp8_ends": o.fp8_ends, "fp8_gather": o.fp8_gather, "attention": o.attention,
+        "overlap": not o.no_overlap,
         "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, **timed,
@@ -198,6 +199,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--reduce-bf16", action="store_true", help="add gradients up in bfloat16")
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
     p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
+    p.add_argument("--fp8-gather", action="store_true", help="weights of ZeRO-3 gathered in 8 bits")
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
     p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
     p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))

@@ -205,6 +205,9 @@ class RunConfig:
     fp8_smallest: int = SMALLEST
     """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
     are"""
+    fp8_gather: bool = False
+    """with --zero 3: weights for products in FP8 are gathered in 8 bits, which is half the traffic of
+    bfloat16"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     graph: Literal["auto", "on", "off"] = "auto"
@@ -255,8 +258,9 @@ class RunConfig:
     @property
     def how(self) -> How:
         return How(
-            self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.cp, self.dispatch
-        )
+            self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.fp8_gather,
+            self.cp, self.dispatch,
+        )  # fmt: skip
 
     @property
     def zigzags(self) -> bool:

@@ -37,6 +37,11 @@ def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return _swap(x, (mesh, dim), None, None)
 
 
+def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """``[1, ...]`` of each rank along a dim of the mesh -> ``[ranks, ...]``. Not differentiable."""
+    return funcol.wait_tensor(_ALL_GATHER(x, 0, (mesh, dim)))
+
+
 def all_to_all(x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None) -> Tensor:
     """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get ``received[i]`` from
     it; None: equal parts."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
 from dtron.layers.context import Method
 from dtron.layers.cores import AttentionPath
 from dtron.moe.dispatch import Dispatch
+from dtron.params import Narrow
 
 Fp8 = Literal["none", Scaling]
 
@@ -24,12 +26,15 @@ class How:
     fp8: Fp8 = "none"
     fp8_ends: bool = False
     fp8_smallest: int = SMALLEST
+    fp8_gather: bool = False
     cp: Method = "ring"
     dispatch: Dispatch = "auto"
 
     def __post_init__(self) -> None:
         if self.fp8_smallest < 0:
             raise ValueError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
+        if self.fp8_gather and self.fp8 == "none":
+            raise ValueError("--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too")
         if self.recompute not in ("none", "selective", "full") and self.budget is None:
             raise ValueError(
                 f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
@@ -51,6 +56,11 @@ class How:
         if self.fp8 == "none" or (end and not self.fp8_ends):
             return None
         return Recipe(self.fp8, self.fp8_smallest)
+
+    def narrow(self, end: bool, tokens: float) -> Narrow | None:
+        """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""
+        recipe = self.recipe(end) if self.fp8_gather else None
+        return None if recipe is None else partial(recipe.takes, tokens=tokens)
 
 
 PLAIN = How()

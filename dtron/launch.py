@@ -71,6 +71,12 @@ def plan(config: RunConfig) -> Plan:
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     tokens = rows // shape.data * config.data.sequence // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
+    if config.fp8_gather and not gathers_each(config, shape):
+        more = " --pipeline.gather microbatch" if shape.pp > 1 else ""
+        raise ValueError(
+            f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
+            f"--zero 3{more}, or drop --fp8-gather"
+        )
     check_attention(config.attention, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
     return Plan(

@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
-from dtron.dtensor import Gather, code, shard
+from dtron.dtensor import Gather, code, part_of, shard
 from dtron.exchange import Peers, all_reduce
 from dtron.rules import RULES, Rules, expand, place, whole
 from dtron.shape import MeshShape, parts
@@ -142,17 +142,17 @@ class Layout:
         """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
         return self.shard(torch.arange(size, device=device), axis)
 
-    def gather(self, w: Tensor, *axes: str | None) -> Tensor:
+    def gather(self, w: Tensor, *axes: str | None, narrow: bool = False) -> Tensor:
         """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an all-gather
         over each mesh axis of a ``rules.ZERO`` row; in backward the gradient is scattered over them, and
         stays Partial over all others. A weight that is ready already is returned as it is, without a trace in
-        autograd."""
+        autograd. ``narrow``: in 8 bits, for who rounds to them anyway."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
         if self.ready(w, *axes):
             return w
-        return Gather.apply(w, code(self.gathered(*axes)), dtype, self.summed(w))
+        return Gather.apply(w, code(self.gathered(*axes)), dtype, self.summed(w), narrow)
 
     def ready(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` has nothing to do for this weight."""
@@ -165,6 +165,10 @@ class Layout:
     def gathers(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` would communicate for this weight."""
         return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
+
+    def shape(self, w: Tensor, *axes: str | None) -> list[float]:
+        """Of a rank's part of a weight once it is gathered; a fraction where the mesh does not divide it."""
+        return part_of(w.shape, self.mesh, self.gathered(*axes))
 
     def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
         """Where a weight with these logical axes lies once it is gathered."""

@@ -200,7 +200,8 @@ def _runner(
             )
         )  # fmt: skip
         load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None
-        x_TD, *more = run_block(run_it, p_i, x_TD, load_E, layout, how.recompute)
+        narrow = how.narrow(end, x_TD.shape[0] / layout.parts("tokens_sp"))
+        x_TD, *more = run_block(run_it, p_i, x_TD, load_E, layout, how.recompute, narrow)
         return x_TD, [more] if more else []
 
     return run

@@ -41,7 +41,8 @@ Init = Callable[["Weight", Dims, torch.Generator], Tensor]
 class Weight:
     """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
     starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no weight of the
-    optimizer's, but something else that is kept with them."""
+    optimizer's, but something else that is kept with them. ``summed``: how many of its first dims (after that
+    of experts) a product sums over that may be made in FP8; 0: none."""
 
     path: str
     axes: tuple[str, ...]
@@ -49,6 +50,7 @@ class Weight:
     init: Init
     twin: bool = False
     frozen: bool = False
+    summed: int = 0
 
     @property
     def decays(self) -> bool:
@@ -80,10 +82,13 @@ def zeros(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
     return torch.zeros(w.shape, device=generator.device)
 
 
-def weight(*axes: str, init: Init = normal, when: str | None = None, frozen: bool = False) -> Any:
-    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false. ``frozen``: the
-    optimizer leaves it alone, and it is never cast; something else may set it between steps."""
-    return field(metadata={"axes": axes, "init": init, "when": when, "frozen": frozen})
+def weight(
+    *axes: str, summed: int = 0, init: Init = normal, when: str | None = None, frozen: bool = False
+) -> Any:
+    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false. ``summed``: it
+    is multiplied by ``linear``, which sums over as many of its dims. ``frozen``: the optimizer leaves it
+    alone, and it is never cast; something else may set it between steps."""
+    return field(metadata={"axes": axes, "init": init, "when": when, "frozen": frozen, "summed": summed})
 
 
 def value(name: str) -> Any:
@@ -112,7 +117,8 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
         elif "axes" in meta:
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
-            tree[f.name] = Weight(here, axes, shape, meta["init"], frozen=meta["frozen"])
+            kind = {name: meta[name] for name in ("frozen", "summed")}
+            tree[f.name] = Weight(here, axes, shape, meta["init"], **kind)
         else:
             sub = _layer_class(hints[f.name])
             count = meta["count"]
@@ -166,6 +172,7 @@ class Declared:
 
     axes: tuple[str, ...]
     frozen: bool
+    summed: int
 
 
 def declared(tree: Any) -> list[Declared]:
@@ -189,7 +196,7 @@ def _declared(tree: Any, leaf: Declared | None, rename: Mapping[str, str], found
             meta = f.metadata
             if "axes" in meta:
                 axes = tuple(rename.get(a, a) for a in meta["axes"])
-                _declared(getattr(tree, f.name), Declared(axes, meta["frozen"]), {}, found)
+                _declared(getattr(tree, f.name), Declared(axes, meta["frozen"], meta["summed"]), {}, found)
             elif "value" not in meta:
                 _declared(getattr(tree, f.name), None, meta["rename"], found)
 
@@ -246,21 +253,28 @@ def init(
         return tree_map(lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec)
 
 
-def gather(tree: Any, layout: Layout, once: bool = False) -> Any:
+# Whether a product with this weight, of which a rank then has a part of this shape, is made in FP8.
+Narrow = Callable[["Declared", Sequence[float]], bool]
+
+
+def gather(tree: Any, layout: Layout, once: bool = False, narrow: Narrow | None = None) -> Any:
     """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
-    stage. ``once``: not under autograd, and small weights may share a collective (together.py)."""
-    return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once))
+    stage. ``once``: not under autograd, and small weights may share a collective (together.py). ``narrow``:
+    which weights may be sent in 8 bits."""
+    return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once, narrow))
 
 
 def gather_all(
-    weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout, once: bool = False
-) -> list[Tensor]:
+    weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout, once: bool = False,
+    narrow: Narrow | None = None,
+) -> list[Tensor]:  # fmt: skip
     """The same for the leaves of a tree."""
     pairs = list(zip(weights, of, strict=True))
     away = [i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)]
     goals = [layout.gathered(*of[i].axes) for i in away]
     shared = {away[j]: w for j, w in gather_some([weights[i] for i in away], goals, layout.compute).items()}
+    fits = lambda w, d: narrow is not None and narrow(d, layout.shape(w, *d.axes))
     return [
-        shared[i] if i in shared else w if d.frozen else layout.gather(w, *d.axes)
+        shared[i] if i in shared else w if d.frozen else layout.gather(w, *d.axes, narrow=fits(w, d))
         for i, (w, d) in enumerate(pairs)
     ]

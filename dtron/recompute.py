@@ -23,26 +23,29 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dtron.mesh import Layout
-from dtron.params import declared, flat, gather, gather_all, unflatten
+from dtron.params import Narrow, declared, flat, gather, gather_all, unflatten
 
 
 def run_block(
-    block: Callable, p: Any, x_TD: Tensor, load_E: Tensor | None, layout: Layout, recompute: str
-) -> tuple[Tensor, ...]:
-    """``block(p, x_TD, load_E)`` with its weights gathered."""
+    block: Callable, p: Any, x_TD: Tensor, load_E: Tensor | None, layout: Layout, recompute: str,
+    narrow: Narrow | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``block(p, x_TD, load_E)`` with its weights gathered; ``narrow``: which of them may be in 8 bits."""
+    whole = partial(gather, layout=layout, narrow=narrow)
 
     def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         # ZeRO-3: an all-gather over dp and cp; otherwise nothing is left to do.
-        return block(gather(p, layout), x_TD, load_E)
+        return block(whole(p), x_TD, load_E)
 
     def run_all_kept(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         kept.gathering = True
-        p = gather(p, layout)
+        p = whole(p)
         kept.gathering = False
         return block(p, x_TD, load_E)
 
     def run_gathered(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-        gathered = made_again(lambda *ws: tuple(gather_all(ws, declared(p), layout)), *flat(p))
+        one_by_one = lambda *ws: tuple(gather_all(ws, declared(p), layout, narrow=narrow))
+        gathered = made_again(one_by_one, *flat(p))
         return block(unflatten(p, list(gathered)), x_TD, load_E)
 
     if not torch.is_grad_enabled():

@@ -172,8 +172,8 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
 class Recording(Layout):
     """Remembers the memory of every block weight it gathers, without keeping it alive."""
 
-    def gather(self, w, *axes):
-        out = super().gather(w, *axes)
+    def gather(self, w, *axes, **named):
+        out = super().gather(w, *axes, **named)
         if out is not w and w.ndim > 1:
             self.rules["_gathered"].append(StorageWeakRef(one_rank(out.to_local()).untyped_storage()))
         return out

@@ -108,12 +108,12 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
         assert a.abs().max() > 0 and (a - b).norm() < 1e-3 * b.norm()
 
 
-def norms_on_pool(mesh: str, zero: int, backend: str | None) -> list[float]:
+def norms_on_pool(mesh: str, zero: int, backend: str | None, how: How = FP8.how) -> list[float]:
     """A job for the pool: a step's loss and the norm of its gradient."""
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
-    functions = program(SIZES, layout, FP8.how, splits=False)
+    functions = program(SIZES, layout, how, splits=False)
     loss, grads, spec = step(
-        compiled(functions, layout, FP8.how, backend) if backend else functions, layout, zero
+        compiled(functions, layout, how, backend) if backend else functions, layout, zero
     )
     return [full(loss).item(), global_norm(grads, spec).item()]
 

@@ -11,6 +11,7 @@ from products import ERRORS, NAMES, converted, operands
 from runs import MODEL, train
 from test_fp8_experts import all_of
 from test_fp8_experts import operands as grouped_operands
+from test_gpu import losses
 
 from dtron.config import DataConfig, RunConfig
 from dtron.fp8 import Recipe, compile_options, grouped_matmul
@@ -99,3 +100,16 @@ def test_ten_steps_follow_bfloat16(name):
         train(Layout(compute=torch.bfloat16), MeshShape(), c, device="cuda").losses for c in (config, in_fp8)
     )
     assert sum(got) == pytest.approx(sum(want), rel=1e-2) and got != want
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+@pytest.mark.parametrize("engines", ["auto", "off"])
+def test_two_gpus_gather_in_8_bits(tmp_path, engines):
+    """The losses of a gather in bfloat16, compiled and recorded."""
+    flags = ["--mesh", "dp=2", "--zero", "3", "--copy-engines", engines, "--model.layers", "2"]
+    fp8 = ["--fp8", "tensorwise", "--fp8-ends", "--fp8-smallest", "0"]
+    want, got = (
+        losses(tmp_path / name, *flags, *fp8, *more, processes=2, dtype="bfloat16")
+        for name, more in (("wide", []), ("narrow", ["--fp8-gather"]))
+    )
+    assert got == pytest.approx(want, rel=2e-3)

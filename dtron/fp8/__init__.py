@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
+from dtron.dtensor import part_of
 from dtron.fp8.recipe import Recipe
 from dtron.mesh import PlacementError
 
@@ -78,19 +79,10 @@ def compile_options(recipe: Recipe | None) -> dict[str, Any]:
 
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:
-    """``(T, I, O)`` on one rank, with fractions where the mesh does not divide: every rank must decide
-    alike."""
-    (tokens, inner), (_, outer) = _local_shape(x), _local_shape(w)
+    """``(T, I, O)`` on one rank."""
+    here = lambda x: part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
+    (tokens, inner), (_, outer) = here(x), here(w)
     return tokens, inner, outer
-
-
-def _local_shape(x: Tensor) -> list[float]:
-    shape = list(x.shape)
-    if isinstance(x, DTensor):
-        for axis, p in enumerate(x.placements):
-            if isinstance(p, Shard):
-                shape[p.dim] /= x.device_mesh.size(axis)
-    return shape
 
 
 def _placements(x: DTensor, w: DTensor) -> tuple[list, list, list]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Scaling = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
 
@@ -34,6 +36,14 @@ class Recipe:
         converted should not depend on the device. No tokens have no largest value to scale by."""
         fits = all(size % self.multiple == 0 for size in (tokens, inner, outer))
         return tokens > 0 and inner * outer >= self.smallest and fits
+
+    def takes(self, w: Any, shape: Sequence[float], tokens: float) -> bool:
+        """Whether products with a declared weight, of which a rank has a part of this shape, are made in FP8
+        in a block. Of tokens a rank has that many, but experts have any number."""
+        if w.axes[0] == "experts":
+            shape, tokens = shape[1:], self.multiple
+        sizes = math.prod(shape[: w.summed]), math.prod(shape[w.summed :])
+        return w.summed > 0 and self.converts(tokens, *sizes)
 
     @property
     def multiple(self) -> int:

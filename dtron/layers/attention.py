@@ -26,10 +26,10 @@ from dtron.params import part, residual_out, weight, zeros
 
 @dataclass(frozen=True)
 class Attention:
-    w_q: Tensor = weight("embed", "heads", "head_dim")
-    w_k: Tensor = weight("embed", "kv_heads", "head_dim")
-    w_v: Tensor = weight("embed", "kv_heads", "head_dim")
-    w_o: Tensor = weight("heads", "head_dim", "embed", init=residual_out)
+    w_q: Tensor = weight("embed", "heads", "head_dim", summed=1)
+    w_k: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
+    w_v: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
+    w_o: Tensor = weight("heads", "head_dim", "embed", summed=2, init=residual_out)
     b_q: Tensor | None = weight("heads", "head_dim", init=zeros, when="qkv_bias")
     b_k: Tensor | None = weight("kv_heads", "head_dim", init=zeros, when="qkv_bias")
     b_v: Tensor | None = weight("kv_heads", "head_dim", init=zeros, when="qkv_bias")

@@ -93,14 +93,14 @@ class MLA:
     and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and ``q_rank`` as the dim
     of a weight that ZeRO may cut; as with ``embed``."""
 
-    w_q_down: Tensor | None = weight("embed", "act_q_rank", when="q_rank")
+    w_q_down: Tensor | None = weight("embed", "act_q_rank", summed=1, when="q_rank")
     q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
-    w_q_up: Tensor | None = weight("q_rank", "heads", "qk_dim", when="q_rank")
-    w_q: Tensor | None = weight("embed", "heads", "qk_dim", when="whole_q")
-    w_kv_down: Tensor = weight("embed", "kv_latent")
+    w_q_up: Tensor | None = weight("q_rank", "heads", "qk_dim", summed=1, when="q_rank")
+    w_q: Tensor | None = weight("embed", "heads", "qk_dim", summed=1, when="whole_q")
+    w_kv_down: Tensor = weight("embed", "kv_latent", summed=1)
     kv_norm: Norm = part(act_embed="act_kv_rank")
-    w_kv_up: Tensor = weight("kv_rank", "heads", "kv_dim")
-    w_o: Tensor = weight("heads", "v_dim", "embed", init=residual_out)
+    w_kv_up: Tensor = weight("kv_rank", "heads", "kv_dim", summed=1)
+    w_o: Tensor = weight("heads", "v_dim", "embed", summed=2, init=residual_out)
 
 
 def mla(

@@ -29,9 +29,9 @@ class MLP:
     """SwiGLU and GeGLU have a gate (Shazeer 2020, arXiv:2002.05202); GELU (Hendrycks & Gimpel 2016,
     arXiv:1606.08415) and squared ReLU (So et al. 2021, arXiv:2109.08668) have none."""
 
-    w_gate: Tensor | None = weight("embed", "mlp", when="gated")
-    w_up: Tensor = weight("embed", "mlp")
-    w_down: Tensor = weight("mlp", "embed", init=residual_out)
+    w_gate: Tensor | None = weight("embed", "mlp", summed=1, when="gated")
+    w_up: Tensor = weight("embed", "mlp", summed=1)
+    w_down: Tensor = weight("mlp", "embed", summed=1, init=residual_out)
     b_up: Tensor | None = weight("mlp", init=zeros, when="bias")
     b_down: Tensor | None = weight("act_embed", init=zeros, when="bias")
 

@@ -28,9 +28,9 @@ LIMIT, SLOPE = 7.0, 1.702  # of gpt-oss's SwiGLU
 
 @dataclass(frozen=True)
 class Experts:
-    w_gate: Tensor = weight("experts", "expert_embed", "expert_mlp")
-    w_up: Tensor = weight("experts", "expert_embed", "expert_mlp")
-    w_down: Tensor = weight("experts", "expert_mlp", "expert_embed", init=residual_out)
+    w_gate: Tensor = weight("experts", "expert_embed", "expert_mlp", summed=1)
+    w_up: Tensor = weight("experts", "expert_embed", "expert_mlp", summed=1)
+    w_down: Tensor = weight("experts", "expert_mlp", "expert_embed", summed=1, init=residual_out)
     b_gate: Tensor | None = weight("experts", "expert_mlp", init=zeros, when="expert_bias")
     b_up: Tensor | None = weight("experts", "expert_mlp", init=zeros, when="expert_bias")
     b_down: Tensor | None = weight("experts", "act_embed", init=zeros, when="expert_bias")
