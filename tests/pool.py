@@ -36,18 +36,22 @@ class Pool:
         ]
         for process in self._processes:
             process.start()
+        self._jobs = 0
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        self._jobs += 1
         for inbox in self._inbox:
-            inbox.put((job, args))
+            inbox.put((self._jobs, job, args))
         results: dict[int, Any] = {}
         while len(results) < RANKS:
             try:
-                rank, ok, value = self._outbox.get(timeout=PATIENCE)
+                number, rank, ok, value = self._outbox.get(timeout=PATIENCE)
             except queue.Empty:
                 raise AssertionError(
                     f"ranks {set(range(RANKS)) - set(results)} hang in {job.__name__}{args}"
                 ) from None
+            if number < self._jobs:  # of a job that had failed by then
+                continue
             assert ok, f"rank {rank} failed in {job.__name__}:\n{value}"
             results[rank] = value
         return [results[r] for r in range(RANKS)]
@@ -71,9 +75,9 @@ def _work(rank: int, store: str, inbox, outbox) -> None:
         timeout=timedelta(seconds=60),
     )
     while (item := inbox.get()) is not None:
-        job, args = item
+        number, job, args = item
         try:
-            outbox.put((rank, True, job(*args)))
+            outbox.put((number, rank, True, job(*args)))
         except BaseException:
-            outbox.put((rank, False, traceback.format_exc()))
+            outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()

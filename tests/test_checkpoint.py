@@ -34,6 +34,7 @@ from dtron.optim import AdamState, adam_init
 from dtron.params import Weight, flat, init, tree_map
 from dtron.pipeline import pipeline
 from dtron.rules import rules_for
+from dtron.schedules.links import Ways
 from dtron.shape import MeshShape
 from dtron.simulate import paused, simulated
 
@@ -91,7 +92,7 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
     config = RunConfig(model=SPARSE, mesh=text, schedule=schedule, data=DataConfig(sequence=16))
     pipe = pipeline(config, shape, 8, layout)
     if rank is not None and shape.pp > 1:
-        pipe = replace(pipe, rank=rank // (shape.size // shape.pp))
+        pipe = replace(pipe, ways=Ways(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
         kind: tree_map(
             lambda w, kind=kind: layout.shard(torch.zeros(w.shape) if blank else value(w, kind), *w.axes),

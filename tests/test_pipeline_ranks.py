@@ -97,7 +97,7 @@ def by_host_on_pool(mesh: str, config: RunConfig) -> tuple[list[float], list[str
 
 
 @pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow)])
 def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
     """There functions are loaded, which may wait for a GPU that waits for a message. After it, nothing does;
     nor do the gradients of tied weights ever, which are sent when all messages have come."""
