@@ -153,8 +153,9 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
     """Whether x, cut as these placements say, has parts of one size on all ranks; others are padded before
     they are sent."""
     size = list(x.shape)
-    for n, at in zip(x.device_mesh.shape, placements, strict=True):
+    for axis, at in enumerate(placements):
         if at.is_shard():
+            n = x.device_mesh.size(axis)  # torch 2.11 does not trace a mesh's shape
             if size[at.dim] % n:
                 return False
             size[at.dim] //= n

@@ -222,6 +222,7 @@ def steps_on_pool(
     ("mesh", "zero"),
     [
         ("dp=2,tp=2", 1),
+        ("dp=4", 1),  # where small weights share a gather
         pytest.param("dp=2,tp=2", 2, marks=pytest.mark.slow),
         ("dp=2,tp=2", 3),
         ("dp_replicate=2,dp=2", 3),
