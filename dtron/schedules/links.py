@@ -16,7 +16,7 @@ three things beside the table can bring that about. ``Ways`` keeps them apart:
   happens where functions run for the first time, and then messages go by way of the hosts, where nobody
   waits for them until they are needed.
 
-What is left: a GPU out of memory, that gives cached blocks back to find some, waits for all that runs, too.
+What is left: a later step can wait for all that runs, too (docs/pipelining.md says when).
 """
 
 from __future__ import annotations
