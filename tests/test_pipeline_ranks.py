@@ -109,3 +109,30 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
         once = ["way"] * (rank in (0, 3))
         assert went == ["host"] * each[rank] + once + 2 * (["way"] * each[rank] + once)
         assert got == pytest.approx(losses, rel=1e-5)
+
+
+def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
+    """A job for the pool: the messages in which this rank's ways are tried, and with whom."""
+    send, recv, tried = dist.send, dist.recv, []
+
+    def noted(kind, fn):
+        return lambda x, other, **kwargs: (tried.append((kind, other)), fn(x, other, **kwargs))[1]
+
+    dist.send, dist.recv = noted("to", send), noted("from", recv)
+    try:
+        on_pool(mesh, config)
+    finally:
+        dist.send, dist.recv = send, recv
+    return tried
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_way_is_tried_once_in_one_order(pool, tied):
+    """At the start, and nothing else is sent so: the ways down and up between neighbours, and between the two
+    copies of a tied weight. Whoever is in two ways tries them in the order that all share."""
+    config = replace(TEN, model=replace(TEN.model, tied=tied), micro_batch=1, batch=4, steps=1)
+    ends = [(0, 3), (3, 0)] if tied else []
+    ways = sorted([(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), *ends])
+    for rank, tried in enumerate(pool.run(tried_on_pool, "pp=4", config)):
+        assert tried == [("to", b) if rank == a else ("from", a) for a, b in ways if rank in (a, b)]
