@@ -112,7 +112,7 @@ def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = Tru
 class Pipeline:
     """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here (one
     device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of every stage;
-    ``met`` are the kinds of messages that have been sent before."""
+    ``met`` are the kinds of messages that have been sent before, by functions that will be run again."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -141,15 +141,21 @@ class Pipeline:
         first, last = 0, self.table.stages - 1
         return None if first == last or self.specs[last].embedding is None else (first, last)
 
-    def links(self, batch: Batch, table: Table | None = None, local: bool = False) -> Links:
+    def links(
+        self, batch: Batch, table: Table | None = None, local: bool = False, by_host: bool = False
+    ) -> Links:
         """What connects the stages for one step of microbatches like ``batch``. ``local``: they take and give
-        each rank's own tensors. The first such step sends by way of the hosts, where there are GPUs."""
+        each rank's own tensors. The first such step sends by way of the hosts, where there are GPUs; so does
+        one that asks for it ``by_host``, because it runs what others do not, and is not counted as the
+        first."""
         if self.ways is None:
             return Handed()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
         kind, lies, device = (t.name, tokens, local), ("tokens_sp", "act_embed"), self.template.device
-        by_host = self.ways.host is not None and kind not in self.met
-        self.met.add(kind)
+        if not by_host:
+            by_host = kind not in self.met
+            self.met.add(kind)
+        by_host = by_host and self.ways.host is not None
         there = torch.device("cpu") if by_host else device
         empty = lambda: self.template.new_empty(tokens, self.template.shape[1], device=there)
         wrap = lambda x: x.to(device) if local else self.layout.from_local(x.to(device), *lies)

@@ -100,7 +100,8 @@ def gradients(
     params, with the params' placements, in the dtype that they were added up in (``Layout.summed``), or that
     of computation where there was nothing to add. Reports are those of the stages here, by stage and name,
     summed over microbatches and ranks: plain tensors.
-    ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up.
+    ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up. What it
+    does for that may be loaded in the middle of the step, so the stages' messages go by way of the hosts.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
@@ -129,7 +130,7 @@ def gradients(
         else:
             torch._foreach_add_([local(s) for s in sums[stage]], [local(g) for g in grads])
 
-    links = pipe.links(microbatches[0], local=functions.hold is not None)
+    links = pipe.links(microbatches[0], local=functions.hold is not None, by_host=look is not None)
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
     found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
     found = pipe.add_twins(unflatten(params, found))

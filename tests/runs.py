@@ -48,7 +48,7 @@ class History:
 
 def train(
     layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None,
-    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe,
+    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe, update: Callable = update,
 ) -> History:  # fmt: skip
     m = config.model
     count, _ = microbatches(config.batch, config.micro_batch, shape)

@@ -12,6 +12,8 @@ from dtron.config import DataConfig, RunConfig
 from dtron.mesh import Layout
 from dtron.pipeline import Pipeline
 from dtron.shape import MeshShape
+from dtron.survive import diagnose
+from dtron.update import update
 from dtron.verify import on_one_device
 
 TEN = RunConfig(model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
@@ -76,9 +78,9 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
     assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
 
 
-def by_host_on_pool(mesh: str, config: RunConfig) -> tuple[list[float], list[str]]:
+def by_host_on_pool(mesh: str, config: RunConfig, update=update) -> tuple[list[float], list[str]]:
     """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do, and which
-    way this rank's messages went."""
+    way this rank's messages went. ``update`` makes its steps."""
     isend, went, hosts = dist.isend, [], []
 
     def with_host(pipe: Pipeline) -> Pipeline:
@@ -91,7 +93,7 @@ def by_host_on_pool(mesh: str, config: RunConfig) -> tuple[list[float], list[str
 
     dist.isend = noted
     try:
-        return on_pool(mesh, config, change=with_host)[0], went
+        return on_pool(mesh, config, change=with_host, update=update)[0], went
     finally:
         dist.isend = isend
 
@@ -108,6 +110,24 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
     for rank, (got, went) in enumerate(pool.run(by_host_on_pool, "pp=4", config)):
         once = ["way"] * (rank in (0, 3))
         assert went == ["host"] * each[rank] + once + 2 * (["way"] * each[rank] + once)
+        assert got == pytest.approx(losses, rel=1e-5)
+
+
+def diagnosed(functions, pipe, m, zero, optim, params, opt, batches, *rest, **more):
+    """A step that is diagnosed before it is made."""
+    assert "are finite" in diagnose(functions, params, batches, pipe, zero)
+    return update(functions, pipe, m, zero, optim, params, opt, batches, *rest, **more)
+
+
+@pytest.mark.xdist_group("pool")
+def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
+    """It loads functions that no step has run. So it does not count as the first step either, and the steps
+    after it go their usual way."""
+    config = replace(TEN, micro_batch=1, batch=5, steps=3)
+    losses, _ = one_device({"micro_batch": 1, "batch": 5, "steps": 3})
+    for each, (got, went) in zip([5, 10, 10, 5], pool.run(by_host_on_pool, "pp=4", config, diagnosed)):
+        by_turns = ["host", "host", "host", "way", "host", "way"]  # a diagnosis, a step, ...
+        assert went == [way for way in by_turns for _ in range(each)]
         assert got == pytest.approx(losses, rel=1e-5)
 
 
