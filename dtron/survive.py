@@ -118,32 +118,35 @@ def diagnose(
     group: Any = None,
 ) -> str:
     """Which weight, on which rank, in which microbatch: the first that is not finite, and if none is, the
-    first whose gradient is not. Runs a backward; every rank calls this."""
-    weights = _not_finite(zip(flat(pipe.spec), flat(params), strict=True))
+    first whose gradient is not. Every rank calls this, and all get one answer. Runs a backward if no rank,
+    ``group`` being all of them (None: one process), has a weight that is not finite: in it ranks wait for
+    each other, so none may decide alone."""
+    if bad := _of_all(_not_finite(zip(flat(pipe.spec), flat(params), strict=True)), group):
+        path, where = bad[0]
+        return f"{path} itself is not finite on rank {where} ({len(bad)} in all): resume from a checkpoint"
     grads: list[tuple[str, int, int]] = []
 
     def look(stage: int, microbatch: int, found: Sequence[Tensor | None]) -> None:
         pairs = zip(flat(pipe.specs[stage]), found, strict=True)
         grads.extend((path, rank, microbatch) for path, rank in _not_finite(pairs))
 
-    if not weights:
-        gradients(functions, params, microbatches, 1, pipe, zero, gather_each, look)
-    mine = ([(path, r, -1) for path, r in weights], grads)
-    every = [mine]
-    if group is not None:
-        every = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, mine, group=group)
-    bad, steep = ([x for each in every for x in each[i]] for i in (0, 1))
-    if bad:
-        path, where, _ = bad[0]
-        return f"{path} itself is not finite on rank {where} ({len(bad)} in all): resume from a checkpoint"
-    if steep:
+    gradients(functions, params, microbatches, 1, pipe, zero, gather_each, look)
+    if steep := _of_all(grads, group):
         first = min(m for *_, m in steep)
         paths = [(path, r) for path, r, m in steep if m == first]
         path, where = paths[-1]  # the last in the order of the model is the first that backward meets
         many = f"({len(paths)} in all)"
         return f"the gradient of {path} is not finite on rank {where} in microbatch {first} {many}"
     return "all weights and all gradients of the last step are finite when it is done again"
+
+
+def _of_all(mine: list[Any], group: Any) -> list[Any]:
+    """What every rank of the group has found, in the order of ranks."""
+    if group is None:
+        return mine
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return [x for each in every for x in each]
 
 
 def _not_finite(pairs) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from runs import MODEL, random_rows
+from runs import MODEL, on_pool, random_rows
 from test_program import TINY, enter, losses, records, refused, run
 from test_training import TEN
 from texts import corpus
@@ -28,8 +28,10 @@ from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
 from dtron.checkpoint.saver import quiet, reason
 from dtron.compiled import compiled_rule
-from dtron.config import OptimConfig
+from dtron.config import OptimConfig, RunConfig
+from dtron.dtensor import local
 from dtron.entry import run_cli
+from dtron.launch import host_group
 from dtron.mesh import Layout
 from dtron.optim import adam_init
 from dtron.params import flat, init
@@ -329,6 +331,36 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
         if where == "gradient":
             clean = diagnose(program(MODEL, layout), params, batches, pipe, 1)
             assert "are finite" in clean
+
+
+def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
+    """A job for the pool: what the diagnosis says on this rank, before and after a weight of one rank's
+    alone is infinite."""
+    import torch.distributed as dist
+
+    said = []
+
+    def diagnosed(functions, pipe, m, zero, optim, params, opt, batches, *rest, gather_each):
+        group = host_group(20)  # seconds; by now all ranks have started
+        ask = lambda: diagnose(functions, params, batches, pipe, zero, gather_each, group)
+        said.append(ask())
+        if dist.get_rank() == spoilt:
+            local(params[0].blocks[0].mlp.w_up)[0, 0] = math.inf
+        said.append(ask())
+        return update(functions, pipe, m, zero, optim, params, opt, batches, *rest, gather_each=gather_each)
+
+    on_pool(mesh, config, update=diagnosed)
+    return said
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize(("mesh", "zero", "block"), [("pp=4", 1, 2), ("dp=4", 3, 0)])
+def test_a_weight_of_one_rank_is_named_by_all(pool, mesh, zero, block):
+    """None begins a backward, in which it would wait for the one that knows better."""
+    config = replace(TEN, model=replace(TEN.model, layers=4), steps=1, zero=zero)
+    for clean, found in pool.run(diagnose_on_pool, mesh, config, 2):
+        assert "are finite" in clean
+        assert f"blocks.{block}.mlp.w_up itself is not finite on rank 2 (1 in all)" in found
 
 
 def test_a_run_that_comes_to_nothing_stops_and_says_why(run_dir, capsys):
