@@ -97,7 +97,8 @@ def train(
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
-        functions, rule = compiled(functions, layout, config.how), compiled_rule()
+        fetches = config.zero == 3 and here.gather_each
+        functions, rule = compiled(functions, layout, config.how, fetches=fetches), compiled_rule()
     step = partial(
         update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
     )

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from dtron.ahead import Ahead
 from dtron.dtensor import Lies, Whole, code, local
 from dtron.fp8 import compile_options
 from dtron.how import PLAIN, How
@@ -34,16 +35,20 @@ from dtron.together import reduce_all, scatter_all
 
 
 def compiled(
-    functions: Program, layout: Layout, how: How = PLAIN, backend: str = "inductor", overlap: bool = True
-) -> Program:
+    functions: Program, layout: Layout, how: How = PLAIN, backend: str = "inductor", overlap: bool = True,
+    fetches: bool = False,
+) -> Program:  # fmt: skip
     """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
-    them, and small ones put together."""
+    them, and small ones put together. ``fetches``: a stage gathers its weights itself, as ZeRO-3 has it."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
-    if mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
+    groups = carried(mesh)
+    if fetches and len(groups) == 1 and overlap:
+        options |= {"post_grad_custom_post_pass": Ahead(*groups), "reorder_for_peak_memory": False}
+    elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         # Code that comes from the cache of an earlier run calls operators that only this import registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
-        left_out = {"insert_overlap_deps": again, "collective_bucketing": carried(mesh)}
+        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(groups)}
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
@@ -60,7 +65,8 @@ OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_
 many all-reduces wait for each other: so lists of weights and gradients, where nothing is to be hidden behind,
 are compiled without any. And what is to stay behind a collective is wrapped, which attention that is computed
 again (a kernel that could draw random numbers) does not bear: so the last is not for recomputation. Where
-copy engines gather the weights (copies.py), one by one costs least, and nothing is laid end to end."""
+copy engines gather the weights (copies.py), one by one costs least, and nothing is laid end to end; and where
+they do within a stage, dtron's own pass is taken for all of these (ahead.py)."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ ranks have come to it, and the copy of a rank's own part, which is a kernel.
   may be written again: a step has its gradients only when its weights have landed, and no rank goes on to
   write before all ranks' gradients are in the norm.
 * Anything else is copied to a stage first, and a barrier says that it is there. Two halves of the stage take
-  turns: who has come to the next barrier has pulled what was in the other half.
+  turns: who has come to the next barrier has pulled what was in the other half. All-to-alls wait for others
+  to share a barrier with.
 * Weights do not queue behind what is staged: each has a stream (``Beside``).
+* What is asked for together is waited for together (ahead.py).
 
 Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over
 several hosts, and more than one engine at a time.
@@ -27,7 +29,9 @@ A process group written in Python, and all that torch has for it that is private
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +39,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 STAGE = 2**27  # bytes of symmetric memory, twice, for what is not there yet; what is larger goes by NCCL
+MANY = 2**26  # bytes to exchange, for which a barrier is little
+ALIGNED = 256  # bytes
 
 
 class Room(Protocol):
@@ -94,6 +100,15 @@ class Beside:
         self._before = self._last
 
 
+@dataclass
+class Asked:
+    """An all-to-all that has not begun, or how to wait for it."""
+
+    out: Tensor
+    x: Tensor
+    wait: Callable[[], None] | None = None
+
+
 class Copies(dist.ProcessGroup):
     """A group whose all-gathers and even all-to-alls are copies. ``allocate(bytes)`` gives memory that
     ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is the backend for anything else."""
@@ -111,6 +126,7 @@ class Copies(dist.ProcessGroup):
         self._stage: tuple[Tensor, Room] | None = None
         self._near: tuple[Tensor, Room] | None = None
         self._staged = 0  # since all ranks last agreed
+        self._unsent: list[Asked] = []
         self._beside = {name: Beside(device) for name in ("weights", "staged")}
 
     def getBackendName(self) -> str:
@@ -124,6 +140,7 @@ class Copies(dist.ProcessGroup):
     def settle(self) -> None:
         """What lies in memory that all have met at has its values for others to pull. All ranks must call
         this when they have written there, and when what they asked for until now has landed."""
+        self._send()
         if met := self._near or self._stage:
             met[1].barrier(timeout_ms=self._patience)
         self._staged = 0
@@ -133,7 +150,7 @@ class Copies(dist.ProcessGroup):
         if not all(goes(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             works = [self._rest._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
             return Landed([w.wait for w in works], (outs, xs))
-        return self._copied(self._gather, outs, xs)
+        return self._copied(self._gather(outs, xs), outs, xs)
 
     def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None):
         return self.allgather_into_tensor_coalesced([out], [x])
@@ -143,7 +160,7 @@ class Copies(dist.ProcessGroup):
         even = len({*received}) <= 1 and len({*sent}) <= 1 and out.shape == x.shape
         if not (even and x.shape[0] % self._size == 0 and self._fits(x) and out.is_contiguous()):
             return self._rest.alltoall_base(out, x, received, sent)
-        return self._copied(self._swap, [out], [x])
+        return self._later(out, x)
 
     # What follows is the backend's. A method that is not here would find its way there by itself, but holding
     # Python's lock, for which a thread of the backend may be waiting with a lock of its own: seen to hang.
@@ -189,47 +206,80 @@ class Copies(dist.ProcessGroup):
         at = x.data_ptr() - self._near[0].data_ptr()
         return at if 0 <= at < self._near[0].nbytes else None
 
-    def _copied(self, copy: Callable[..., Callable], outs: list[Tensor], xs: list[Tensor]) -> Landed:
-        waits = [copy(y.view(self._size, -1), x.view(-1)) for y, x in zip(outs, xs, strict=True)]
-        return Landed(waits, (outs, xs))
+    def _copied(self, wait: Callable[[], None], *keeps: Any) -> Landed:
+        return Landed([wait], keeps)
 
-    def _gather(self, rows: Tensor, x: Tensor) -> Callable[[], None]:
-        at = self._at(x)
-
-        def copy() -> None:
-            room, begins = (self._near[1], at // x.itemsize) if at is not None else self._put([(0, x)])
-            self._pull(rows, x, room, begins)
-
-        return self._beside["staged" if at is None else "weights"].do(copy)
-
-    def _swap(self, rows: Tensor, x: Tensor) -> Callable[[], None]:
-        parts = x.view(self._size, -1)
-        n = parts.shape[1]
+    def _gather(self, outs: list[Tensor], xs: list[Tensor]) -> Callable[[], None]:
+        self._send()
+        begins = [self._at(x) for x in xs]
 
         def copy() -> None:
-            room, begins = self._put([(i * n, parts[i]) for i in range(self._size) if i != self._rank])
-            self._pull(rows, parts[self._rank], room, begins + self._rank * n)
+            for out, x, at in zip(outs, xs, begins, strict=True):
+                room, begin = (self._near[1], at) if at is not None else self._put([(0, x.view(-1))])
+                self._pull(out.view(self._size, -1), x.view(-1), room, begin)
 
-        return self._beside["staged"].do(copy)
+        return self._beside["staged" if None in begins else "weights"].do(copy)
+
+    def _later(self, out: Tensor, x: Tensor) -> Landed:
+        """An all-to-all that may wait for some more, with which it shares a barrier: until somebody waits for
+        one, or gathers something, or they are many."""
+        if sum(_room(asked.x) for asked in self._unsent) + _room(x) > STAGE:
+            self._send()
+        self._unsent.append(asked := Asked(out, x))
+        if sum(_room(asked.x) for asked in self._unsent) >= MANY:
+            self._send()
+
+        def wait() -> None:
+            if asked.wait is None:
+                self._send()
+            asked.wait()
+
+        return self._copied(wait, out, x)
+
+    def _send(self) -> None:
+        together, self._unsent = self._unsent, []
+        if together:
+            wait = self._beside["staged"].do(lambda: self._swap([(asked.out, asked.x) for asked in together]))
+            for asked in together:
+                asked.wait = wait
+
+    def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        begins = list(accumulate((_room(x) for _, x in pairs), initial=0))
+        parts = [x.view(self._size, -1) for _, x in pairs]
+        away = [
+            (at + i * part[i].nbytes, part[i])
+            for at, part in zip(begins, parts, strict=False)
+            for i in range(self._size)
+            if i != self._rank
+        ]
+        room, begin = self._put(away)
+        for at, part, (out, _) in zip(begins, parts, pairs, strict=False):
+            own = part[self._rank]
+            self._pull(out.view(self._size, -1), own, room, begin + at + self._rank * own.nbytes)
 
     def _pull(self, rows: Tensor, own: Tensor, room: Room, at: int) -> None:
-        """Each other rank's row, from where it lies there (in elements), and a rank's own."""
+        """Each other rank's row, from where it lies there (in bytes), and a rank's own."""
         for step in range(1, self._size):  # each rank begins with another
             peer = (self._rank + step) % self._size
-            rows[peer].copy_(room.get_buffer(peer, rows.shape[1:], rows.dtype, at))
+            rows[peer].copy_(room.get_buffer(peer, rows.shape[1:], rows.dtype, at // rows.itemsize))
         rows[self._rank].copy_(own)
 
     def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[Room, int]:
-        """These parts on the stage, each at its place after where the half begins (all in elements)."""
+        """These parts on the stage, each at its place after where the half begins (all in bytes)."""
         if self._stage is None:
             memory = self._allocate(2 * STAGE)
             self._stage = memory, self._meet(memory)
         memory, room = self._stage
         if self._staged == 0:  # a recording begins here, and may follow upon itself or upon anything
             room.barrier(timeout_ms=self._patience)
-        begins = self._staged % 2 * STAGE // parts[0][1].itemsize
+        begin = self._staged % 2 * STAGE
         self._staged += 1
         for at, x in parts:
-            memory.view(x.dtype)[begins + at : begins + at + x.numel()].copy_(x)
+            memory[begin + at : begin + at + x.nbytes].view(x.dtype).copy_(x)
         room.barrier(timeout_ms=self._patience)
-        return room, begins
+        return room, begin
+
+
+def _room(x: Tensor) -> int:
+    """What it takes of the stage, in bytes: what follows is to begin where any dtype may."""
+    return -(-x.nbytes // ALIGNED) * ALIGNED

@@ -83,9 +83,9 @@ def _peers(count: int) -> bool:
     return all(torch.cuda.can_device_access_peer(mine, i) for i in range(count) if i != mine)
 
 
-def carried(mesh: DeviceMesh | None) -> bool:
-    """Whether copy engines carry the gathers of weights."""
-    return bool(_groups(mesh))
+def carried(mesh: DeviceMesh | None) -> list[str]:
+    """The names of the groups in which copy engines carry the gathers of weights."""
+    return [group.group_name for group in _groups(mesh).values()]
 
 
 def _mesh(tensors: list[Any]) -> DeviceMesh | None:

@@ -241,3 +241,14 @@ def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
         for how in ("off", "auto")
     )
     assert got == pytest.approx(want, rel=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
+    """The diagnosis runs what no step has run, with messages on their way."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    flags = ["--mesh", "pp=2", "--optim.lr", "1e30", "--max-skips", "2", "--run-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *launch, *flags], cwd=ROOT, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode and "The run has diverged: lower --optim.lr" in done.stdout + done.stderr
