@@ -110,7 +110,7 @@ class Asked:
 
 
 class Copies(dist.ProcessGroup):
-    """A group whose all-gathers and even all-to-alls are copies. ``allocate(bytes)`` gives memory that
+    """A group whose all-gathers and all-to-alls of rows are copies. ``allocate(bytes)`` gives memory that
     ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is the backend for anything else."""
 
     def __init__(
@@ -156,9 +156,11 @@ class Copies(dist.ProcessGroup):
         return self.allgather_into_tensor_coalesced([out], [x])
 
     def alltoall_base(self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None):
-        received, sent = list(received or []), list(sent or [])
-        even = len({*received}) <= 1 and len({*sent}) <= 1 and out.shape == x.shape
-        if not (even and x.shape[0] % self._size == 0 and self._fits(x) and out.is_contiguous()):
+        # Only of one row for each rank. Of more, a rank of experts may have as many for each and another may
+        # not, and they must decide alike.
+        received, sent, ones = list(received or []), list(sent or []), [1] * self._size
+        rows = out.shape == x.shape and len(x) == self._size and received == sent == ones
+        if not (rows and self._fits(x) and out.is_contiguous()):
             return self._rest.alltoall_base(out, x, received, sent)
         return self._later(out, x)
 

@@ -157,22 +157,21 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         for x in [
             *weights,
             *near,
-            *[w.repeat(RANKS, 1) + torch.arange(RANKS * len(w))[:, None] for w in weights],
+            *[w.repeat(RANKS, 1, 1) + torch.arange(RANKS)[:, None, None] for w in weights],
         ]:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(x, RANKS, g)) for g in (world, name)]
             same.append(torch.equal(*both))
-            if len(x) % RANKS == 0:
-                splits = [len(x) // RANKS] * RANKS
+            if len(x) == RANKS:
+                splits = [1] * RANKS
                 both = [OPS.wait_tensor(OPS.all_to_all_single(x, splits, splits, g)) for g in (world, name)]
                 same.append(torch.equal(*both))
         for order in (1, -1):  # many are on their way, and waited for in any order
-            even = [w.repeat(RANKS, 1) + rank for w in weights]
-            swaps = lambda g, xs=even: [
-                OPS.all_to_all_single(x, *[[len(x) // RANKS] * RANKS] * 2, g) for x in xs
-            ]
+            even = [w.repeat(RANKS, 1, 1) + rank for w in weights]
+            swaps = lambda g, xs=even: [OPS.all_to_all_single(x, [1] * RANKS, [1] * RANKS, g) for x in xs]
             pairs = list(zip(swaps(world), swaps(name), strict=True))[::order]
             same += [torch.equal(*map(OPS.wait_tensor, pair)) for pair in pairs]
         uneven = [[draw(3) for _ in range(RANKS)] for _ in range(RANKS)]  # what each sends to each
+        uneven[0], uneven[1:] = [2] * RANKS, [[2, *row[1:]] for row in uneven[1:]]  # all 2 for rank 0 alone
         sent, received = uneven[rank], [row[rank] for row in uneven]
         x = torch.randn(sum(sent), 3, generator=torch.Generator().manual_seed(rank))
         both = [OPS.wait_tensor(OPS.all_to_all_single(x, received, sent, g)) for g in (world, name)]
