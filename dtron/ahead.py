@@ -13,12 +13,14 @@ al. 2023, arXiv:2304.11277, section 3.3; here nothing in the model says what a u
            | gather 2, wait 1, send grads  | gather 3, wait 2, wait grads  |
 
 It is a pass over a graph of operators, forward or backward, in which nothing is overwritten: so any order
-in which each comes after what it needs is the same program. Two buckets of weights and one of gradients are
-there at a time.
+in which each comes after what it needs is the same program. Beside the weights in use there is a bucket on
+its way, and of gradients what leaves between two edges. What needs something that is not there yet stays
+where it is.
 
 Left out: weights that are gathered over two axes of the mesh one after the other (compiled.py leaves these to
-inductor), and a search for the best size: a bucket must be long enough in use to hide the next, and more only
-costs memory.
+inductor); in 8 bits a weight is used where it is unpacked, which forward does at the entry of its block, so
+that buckets smaller than a block are not hidden there; and a search for the best size: a bucket must be long
+enough in use to hide the next, and more only costs memory.
 
 Inductor takes such a pass by a class that is not public, imported here alone."""
 
@@ -42,8 +44,8 @@ _OPS = torch.ops._c10d_functional
 
 @dataclass
 class Fetch:
-    """A gather that needs no more than the stage's inputs: what it is made of, views and waits of what it
-    gives, and the first that computes with them."""
+    """A gather of no more than one of the stage's inputs, as a weight's is: what it is made of, views and
+    waits of what it gives, and the first that computes with them."""
 
     start: Node
     made_of: list[Node]
@@ -73,11 +75,15 @@ class Ahead(CustomGraphPass):
             return
         edges = [*(bucket[0].use for bucket in buckets), graph.output_node()]
         given = [_ordered({n for x in bucket for n in x.given}, place) for bucket in buckets] + [[]]
-        starts = [_ordered({n for x in b for n in x.made_of}, place) for b in buckets]
         asked: list[list[Node]] = [[] for _ in edges]
         late: dict[Node, int] = {}
+        brought = {n for after in given for n in after}
         for start, tail in list(self._sent(graph, place, {*edges})):
             at = next(i for i, edge in enumerate(edges) if place[edge] > place[start])
+            until = place[edges[min(at + 1, len(buckets))]]
+            others = {x for n in tail for x in n.all_input_nodes} - {start, *tail}
+            if any(x in brought or place[x] > until for x in others):
+                continue  # it joins what is not there yet
             if at == len(buckets):
                 _hasten(start)
             else:
@@ -86,8 +92,12 @@ class Ahead(CustomGraphPass):
                 late[n] = max(late.get(n, 0), min(at + 1, len(buckets)))
         for i, after in enumerate(given):
             after += sorted((n for n, at in late.items() if at == i), key=lambda n: _soon(n, place))
-        for bucket, first in zip(buckets, starts, strict=True):
-            first += _one(graph, bucket)
+        starts: list[list[Node]] = []
+        moved: set[Node] = set()
+        for before, bucket in zip([-1, *map(place.__getitem__, edges)], buckets, strict=False):
+            late_parts = {n for x in bucket for n in x.made_of if place[n] > before} - moved
+            moved |= late_parts
+            starts.append(_ordered(late_parts, place) + _one(graph, bucket))
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         for n in reversed(starts[0]):
             inputs[-1].append(n)
@@ -104,7 +114,8 @@ class Ahead(CustomGraphPass):
                 made_of = _reached(n, lambda x: x.all_input_nodes, lambda x, _: x.op != "placeholder")
                 given = _reached(n, lambda x: x.users, _brought)
                 uses = {user for x in (n, *given) for user in x.users} - given
-                if uses and not any(_works(x) or _communicates(x) for x in made_of):
+                sources = {x for y in (n, *made_of) for x in y.all_input_nodes if x.op == "placeholder"}
+                if uses and len(sources) == 1 and not any(_works(x) or _communicates(x) for x in made_of):
                     use = min(uses, key=place.__getitem__)
                     found.append(Fetch(n, _ordered(made_of, place), _ordered(given, place), use))
         buckets, room = [], 0

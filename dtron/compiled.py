@@ -29,7 +29,7 @@ from dtron.jit import jit
 from dtron.mesh import Layout
 from dtron.optim import Rule, adamw, written_out
 from dtron.params import declared, flat, gather_all, unflatten
-from dtron.reach import carried
+from dtron.reach import carried, carried_alone
 from dtron.schedules.run import Extra, Program
 from dtron.together import reduce_all, scatter_all
 
@@ -41,14 +41,13 @@ def compiled(
     """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
     them, and small ones put together. ``fetches``: a stage gathers its weights itself, as ZeRO-3 has it."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
-    groups = carried(mesh)
-    if fetches and len(groups) == 1 and overlap:
-        options |= {"post_grad_custom_post_pass": Ahead(*groups), "reorder_for_peak_memory": False}
+    if fetches and overlap and (group := carried_alone(mesh)):
+        options |= {"post_grad_custom_post_pass": Ahead(group), "reorder_for_peak_memory": False}
     elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         # Code that comes from the cache of an earlier run calls operators that only this import registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
-        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(groups)}
+        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(carried(mesh))}
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None

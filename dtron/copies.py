@@ -18,7 +18,7 @@ ranks have come to it, and the copy of a rank's own part, which is a kernel.
 * Anything else is copied to a stage first, and a barrier says that it is there. Two halves of the stage take
   turns: who has come to the next barrier has pulled what was in the other half. All-to-alls wait for others
   to share a barrier with.
-* Weights do not queue behind what is staged: each has a stream (``Beside``).
+* Weights that lie there do not queue behind what is staged: each has a stream (``Beside``).
 * What is asked for together is waited for together (ahead.py).
 
 Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over

@@ -88,6 +88,13 @@ def carried(mesh: DeviceMesh | None) -> list[str]:
     return [group.group_name for group in _groups(mesh).values()]
 
 
+def carried_alone(mesh: DeviceMesh | None) -> str | None:
+    """The name of the group of copy engines, where weights are gathered over that one alone."""
+    groups = carried(mesh)
+    gathered = expand(RULES["embed"], tuple(mesh.mesh_dim_names)) if groups else ()
+    return groups[0] if len(gathered) == 1 else None
+
+
 def _mesh(tensors: list[Any]) -> DeviceMesh | None:
     return next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
 

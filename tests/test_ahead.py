@@ -68,7 +68,8 @@ class Drawn:
 
 
 KINDS = (
-    *("product", "both", "again", "mixed", "gradient", "kept gradient", "two gradients"),
+    *("product", "both", "again", "mixed", "constant", "part", "two parts"),
+    *("gradient", "kept gradient", "two gradients", "joined gradient"),
     *("exchange", "other group", "activation"),
 )
 
@@ -80,11 +81,17 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
     x = d.graph.placeholder("x")
     parts = [d.graph.placeholder(f"w{i}") for i in range(len(plan))]
     x.meta["val"] = torch.empty(N, N, device="meta")
-    for w, (_, along, _) in zip(parts, plan, strict=True):
-        w.meta["val"] = torch.empty((N // RANKS, N) if along == 0 else (N, N // RANKS), device="meta")
-    first = [None if here else d.whole(w, along) for w, (_, along, here) in zip(parts, plan, strict=True)]
+    for w, (kind, along, _) in zip(parts, plan, strict=True):
+        flat = along == 0 or kind in ("constant", "part", "two parts")
+        w.meta["val"] = torch.empty((N // RANKS, N) if flat else (N, N // RANKS), device="meta")
+    first = [
+        d.whole(w, along) if not here and kind in ("product", "both", "mixed") else None
+        for w, (kind, along, here) in zip(parts, plan, strict=True)
+    ]
     wholes: list[Node] = []
     kept: list[Node] = []
+    joined: list[Node] = []
+    constant = part = None
     for (kind, along, _), w, ready in zip(plan, parts, first, strict=True):
         if kind in ("product", "both"):
             w = d.call(ATEN.neg.default, w) if kind == "both" and ready is None else w
@@ -96,6 +103,22 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
             d.leave.append(d.call(ATEN.abs.default, d.exchanged(d.call(ATEN.t.default, d.product(x, x)))))
         elif kind == "kept gradient":  # and sent at the end
             kept.append(d.product(x, x))
+        elif kind == "constant":  # in what several gathers are made of, and elsewhere
+            if constant is None:
+                constant = d.call(ATEN.full.default, [], 3.0, like=())
+            x = d.call(
+                ATEN.mul.Tensor, d.product(x, d.whole(d.call(ATEN.mul.Tensor, w, constant), 0)), constant
+            )
+        elif kind in ("part", "two parts"):  # what is gathered is used as it is, too
+            if part is None:
+                part = d.call(ATEN.abs.default, w)
+            x = d.call(ATEN.mul.Tensor, x, d.call(ATEN.sum.default, part, like=()))
+            if kind == "two parts":
+                x = d.product(x, d.whole(d.call(ATEN.neg.default, part), 0))
+            x = d.product(x, d.whole(part, 0))
+        elif kind == "joined gradient":  # with something that comes later
+            joined.append(d.exchanged(x))
+            joined[-1].args[0].meta["stays"] = True
         elif kind == "mixed":  # a weight and something else end to end
             w = ready if ready is not None else d.whole(w, along)
             line = d.call(ATEN.cat.default, [w, x], like=(2 * N, N))
@@ -109,6 +132,7 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
             half = d.call(ATEN.slice.Tensor, x, 0, 0, N // RANKS)
             x = d.product(x, d.call(WAIT, d.call(GATHER, half, RANKS, "dp")))
     d.leave += [d.exchanged(d.call(ATEN.t.default, g)) for g in kept]
+    d.leave += [d.call(ATEN.add.Tensor, g, x) for g in joined]
     d.graph.output((x, *d.leave))
     d.graph.lint()
     return GraphModule({}, d.graph)
@@ -142,7 +166,8 @@ def check_order(graph: Graph) -> None:
         assert place[asked[i]] < uses[i - 1] and (i == 1 or place[asked[i]] > uses[i - 2])
     products = [place[n] for n in graph.nodes if n.target is PRODUCT]
     for n in graph.nodes:
-        if n.target is EXCHANGE and n.args[-1] == "dp" and uses and not feeds_product(n):
+        leaves = n.target is EXCHANGE and n.args[-1] == "dp" and not feeds_product(n)
+        if leaves and uses and "stays" not in n.meta:
             wait = min(place[user] for user in n.users)
             edges = [use for use in uses if place[n] < use < wait]
             sources = reach(n, lambda x: x.all_input_nodes)

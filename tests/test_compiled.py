@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -162,6 +164,81 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
     compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
     passes = {name.rpartition(".")[2]: on for name, on in next(filter(None, found)).items()}
     assert passes["collective_bucketing"] is not copied and passes["enable_overlap_scheduling"]
+
+
+@pytest.mark.parametrize("alone", ["the group", None])
+def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeypatch, alone):
+    """Over two axes one after the other inductor moves what it can."""
+    found = []
+    monkeypatch.setattr(dtron.compiled, "carried_alone", lambda mesh: alone)
+    monkeypatch.setattr(dtron.compiled, "carried", lambda mesh: ["the group"])
+    monkeypatch.setattr(dtron.compiled, "jit", lambda fn, **how: found.append(how.get("options")) or fn)
+    only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
+    compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True)
+    options = next(filter(None, found))
+    assert ("post_grad_custom_post_pass" in options) == (alone is not None)
+    assert ("aten_distributed_optimizations.enable_overlap_scheduling" in options) == (alone is None)
+
+
+IN_ORDER = """
+    from dataclasses import replace
+    import torch, torch.distributed as dist
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    import dtron.ahead
+    from dtron.ahead import Ahead
+    from dtron.batch import make_batch
+    from dtron.compiled import compiled
+    from dtron.how import How
+    from dtron.mesh import Layout, build_mesh
+    from dtron.moe.config import MoE
+    from dtron.optim import adam_init, with_copies
+    from dtron.params import init
+    from dtron.pipeline import one_stage, program
+    from dtron.rules import rules_for
+    from dtron.shape import MeshShape
+    from dtron.step import gradients
+    from runs import MODEL
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    dtron.ahead.FIRST, together = 2**11, []
+    model = replace(MODEL, layers=3)
+    for mesh, m, cp in (
+        ("dp=4,ep=4", replace(model, moe=MoE(experts=8, top_k=2, mlp=16)), "ring"),
+        ("cp=4", model, "allgather"),
+    ):
+        torch.compiler.reset()
+        together.clear()
+        layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(3), compute=torch.bfloat16)
+        name = layout.mesh.get_group().group_name
+
+        def order(module, _):
+            Ahead(name, 2**13)(module.graph)
+            together.append(sum("coalesced" in str(n.target) for n in module.graph.nodes))
+            return make_boxed_func(module.forward)
+
+        backend = aot_autograd(fw_compiler=order, partition_fn=min_cut_rematerialization_partition)
+        pipe, how = one_stage(m, 1, layout), How(recompute="selective", cp=cp)
+        functions = compiled(program(m, layout, how, splits=False), layout, how, backend=backend)
+        params = init(pipe.spec, m.dims(), 0, layout)
+        copies = with_copies(adam_init(params), params, pipe.spec, layout.compute).copies
+        batch = make_batch(torch.arange(8 * 17).view(8, 17) % 61, layout)
+        gradients(functions, copies, [batch], 1, pipe, 3)
+        assert max(together) > 1, together
+"""
+
+
+def test_stages_that_gather_more_than_weights_are_put_in_order():
+    """Recomputed tokens, router weights, keys and values, made of elementwise operators alone, are gathered
+    over the same group, and used elsewhere too. The other ranks are not there: nothing is sent."""
+    where = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(IN_ORDER)], capture_output=True, text=True, timeout=300,
+        env=os.environ | where,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_compiled_again_after_the_first_step():

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -339,6 +340,15 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 def test_nothing_is_carried_where_there_is_no_mesh():
     """As in a pipeline whose stages are of one rank."""
     assert not dtron.reach.carried(None)
+
+
+def test_weights_gathered_over_one_group_alone(monkeypatch):
+    """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over both."""
+    alone = lambda *names: dtron.reach.carried_alone(SimpleNamespace(mesh_dim_names=names))
+    monkeypatch.setattr(dtron.reach, "carried", lambda mesh: ["one"])
+    assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
+    monkeypatch.setattr(dtron.reach, "carried", lambda mesh: [])
+    assert alone("dp", "tp") is None and dtron.reach.carried_alone(None) is None
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
