@@ -225,10 +225,10 @@ class Copies(dist.ProcessGroup):
     def _later(self, out: Tensor, x: Tensor) -> Landed:
         """An all-to-all that may wait for some more, with which it shares a barrier: until somebody waits for
         one, or gathers something, or they are many."""
-        if sum(_room(asked.x) for asked in self._unsent) + _room(x) > STAGE:
+        if sum(room_for(asked.x) for asked in self._unsent) + room_for(x) > STAGE:
             self._send()
         self._unsent.append(asked := Asked(out, x))
-        if sum(_room(asked.x) for asked in self._unsent) >= MANY:
+        if sum(room_for(asked.x) for asked in self._unsent) >= MANY:
             self._send()
 
         def wait() -> None:
@@ -246,7 +246,7 @@ class Copies(dist.ProcessGroup):
                 asked.wait = wait
 
     def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        begins = list(accumulate((_room(x) for _, x in pairs), initial=0))
+        begins = list(accumulate((room_for(x) for _, x in pairs), initial=0))
         parts = [x.view(self._size, -1) for _, x in pairs]
         away = [
             (at + i * part[i].nbytes, part[i])
@@ -282,6 +282,6 @@ class Copies(dist.ProcessGroup):
         return room, begin
 
 
-def _room(x: Tensor) -> int:
-    """What it takes of the stage, in bytes: what follows is to begin where any dtype may."""
+def room_for(x: Tensor) -> int:
+    """What x takes of memory in which others follow, in bytes: they are to begin where any dtype may."""
     return -(-x.nbytes // ALIGNED) * ALIGNED

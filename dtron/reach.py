@@ -18,13 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dtron.copies import Copies, Room
+from dtron.copies import Copies, Room, room_for
 from dtron.dtensor import equal_parts, like, local
 from dtron.params import flat, unflatten
 from dtron.rules import RULES, expand
 from dtron.shape import MeshShape
-
-ALIGNED = 256  # bytes
 
 
 def allocate(size: int) -> Tensor:
@@ -115,7 +113,7 @@ def in_reach(tree: Any) -> Any:
     if not away:
         return tree
     parts = [local(tensors[j]) for j in away]
-    sizes = [-(-x.nbytes // ALIGNED) * ALIGNED for x in parts]
+    sizes = [room_for(x) for x in parts]
     memory = next(iter(groups.values()))._allocate(sum(sizes))
     for j, part, room in zip(away, parts, memory.split(sizes), strict=True):
         there = room[: part.nbytes].view(part.dtype).view(part.shape)

@@ -42,7 +42,6 @@ class Drawn:
     """A stage: products with weights, some gradients that leave it, and other collectives."""
 
     graph: Graph = field(default_factory=Graph)
-    inputs: list[Node] = field(default_factory=list)
     leave: list[Node] = field(default_factory=list)
 
     def call(self, target, *args, like: tuple[int, ...] = (N, N)) -> Node:

@@ -126,14 +126,14 @@ def mesh_of_copies() -> DeviceMesh:
 @contextmanager
 def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
     mesh, before = mesh_of_copies(), dtron.copies.STAGE
-    dtron.copies.STAGE, group, room = stage, mesh.get_group(), dtron.copies._room
+    dtron.copies.STAGE, group, room = stage, mesh.get_group(), dtron.copies.room_for
     if mode == "one place":
-        dtron.copies._room = lambda x: 0
+        dtron.copies.room_for = lambda x: 0
     group.mode, group.copied, group._near, group._stage, group._staged = mode, 0, None, None, 0
     try:
         yield mesh, group
     finally:
-        dtron.copies.STAGE, dtron.copies._room = before, room
+        dtron.copies.STAGE, dtron.copies.room_for = before, room
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
@@ -226,9 +226,7 @@ def test_training_that_goes_wrong_is_noticed(pool, mutant):
 def hidden(graph: Graph) -> dict[str, list[int]]:
     """For each kind of collective, behind how many products each is on its way."""
     place = {n: i for i, n in enumerate(graph.nodes)}
-    products = [
-        place[n] for n in graph.nodes if n.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    ]
+    products = [place[n] for n in graph.nodes if n.target in (ATEN.mm.default, ATEN.addmm.default)]
     found: dict[str, list[int]] = {}
     for n in graph.nodes:
         kind = str(n.target).split(".")[1] if getattr(n.target, "namespace", "") == "_c10d_functional" else ""
