@@ -97,8 +97,7 @@ def train(
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
     functions, rule = program(m, layout, config.how, here.splits), None
     if here.compile:
-        fetches = config.zero == 3 and here.gather_each
-        functions, rule = compiled(functions, layout, config.how, fetches=fetches), compiled_rule()
+        functions, rule = compiled(functions, layout, config.how, fetches=here.gather_each), compiled_rule()
     step = partial(
         update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
     )
@@ -225,7 +224,7 @@ def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) 
     held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     columns, tokens = load(held.filled(here.rows), config, here)
     batches = split(columns, here, pipe.layout, config.zigzags)
-    weights = params if config.zero == 3 and here.gather_each else gather(params, pipe.layout)
+    weights = params if here.gather_each else gather(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, batches, pipe)
     return pipe.sum(None if total is None else full(total)).item() / tokens

@@ -79,8 +79,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     opt = with_copies(adam_init(params), params, spec, layout.compute)
     functions, rule = program(m, layout, config.how, here.splits), None
     if not o.eager:
-        fetches = config.zero == 3 and here.gather_each
-        functions = compiled(functions, layout, config.how, overlap=not o.no_overlap, fetches=fetches)
+        functions = compiled(
+            functions, layout, config.how, overlap=not o.no_overlap, fetches=here.gather_each
+        )
         rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)

@@ -27,6 +27,10 @@ def opaque(function: _F) -> _F:
 # gives up, to notice functions that never settle.
 KINDS = 64
 
+# The graph of a stage on several ranks has process groups in it. The partitioner of torch 2.13 will not count
+# what is kept for backward until it is told that these take no memory; that of 2.11 does not ask.
+_NO_SIZE = "unsafe_treat_script_objects_as_zero_size"
+
 
 def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
     """The function, compiled whole, once for each kind of arguments. ``budget``: the share of what the
@@ -35,7 +39,10 @@ def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
     inner = torch.compile(fn, fullgraph=True, dynamic=False, **options)
     settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
     if budget < 1:
-        settings.append(torch._functorch.config.patch(activation_memory_budget=budget))
+        kept = {"activation_memory_budget": budget}
+        if hasattr(torch._functorch.config, _NO_SIZE):
+            kept[_NO_SIZE] = True
+        settings.append(torch._functorch.config.patch(kept))
 
     def run(*args):
         with ExitStack() as stack:

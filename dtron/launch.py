@@ -38,7 +38,7 @@ class Plan:
     master: torch.dtype
     count: int  # microbatches per step
     rows: int  # sequences in each, over all ranks
-    gather_each: bool  # ZeRO-3 gathers in every microbatch
+    gather_each: bool  # as ZeRO-3 does: a stage gathers its weights itself, in every microbatch
     splits: bool  # a backward can be made in two halves
     compile: bool
     graph: bool  # a step is recorded once and replayed

@@ -272,7 +272,7 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
 
 
 def steps_on_pool(
-    mesh: str, zero: int, backend: str | None, path: str = "auto", cp: str = "ring"
+    mesh: str, zero: int, backend: str | None, path: str = "auto", cp: str = "ring", recompute: str = "none"
 ) -> list[float]:
     """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
     where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
@@ -280,8 +280,9 @@ def steps_on_pool(
     shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else replace(HARD, layers=1)
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
-    functions = program(m, layout, How(attention=path, cp=cp), splits=False)
-    functions = compiled(functions, layout, backend=backend) if backend else functions
+    how = How(recompute, path, cp=cp)
+    functions = program(m, layout, how, splits=False)
+    functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
     for _ in range(3):
@@ -313,6 +314,14 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
     want = pool.run(steps_on_pool, mesh, zero, None)
     got = pool.run(steps_on_pool, mesh, zero, "aot_eager")
     assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
+
+
+@pytest.mark.xdist_group("pool")
+def test_a_budget_holds_where_groups_are_in_the_graph(pool):
+    """The partitioner of torch 2.13 counts what is kept, and does not know what a process group takes."""
+    run = lambda *how: pool.run(steps_on_pool, "dp=2,tp=2", 3, *how)[0]
+    got = run("aot_eager_decomp_partition", "auto", "ring", "budget=0.5")
+    assert got == pytest.approx(run(None), rel=1e-4)
 
 
 def collectives_on_pool(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
