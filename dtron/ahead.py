@@ -39,7 +39,8 @@ from torch.utils.flop_counter import flop_registry
 BUCKET = 2**27  # bytes of gathered weights
 FIRST = 2**25  # of the first bucket, for which everything waits; each has twice the one before until then
 
-_OPS = torch.ops._c10d_functional
+_OPS, _ATEN = torch.ops._c10d_functional, torch.ops.aten
+_COPIES = (_ATEN.cat.default, _ATEN.clone.default)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Ahead(CustomGraphPass):
             if any(x in brought or place[x] > until for x in others):
                 continue  # it joins what is not there yet
             if at == len(buckets):
-                _hasten(start)
+                _hasten(start, place)
             else:
                 asked[at].append(start)
             for n in tail:
@@ -162,13 +163,13 @@ def _ordered(nodes: Iterable[Node], place: dict[Node, int]) -> list[Node]:
     return sorted(nodes, key=place.__getitem__)
 
 
-def _hasten(start: Node) -> None:
+def _hasten(start: Node, place: dict[Node, int]) -> None:
     """To where what it sends has been computed, with what only lays that out."""
-    chain, n = [start], start.args[0]
-    while len(n.users) == 1 and len(n.all_input_nodes) == 1 and not _works(n):
-        chain, n = [n, *chain], n.all_input_nodes[0]
-    for x in reversed(chain):
-        n.append(x)
+    laid_out = _reached(start, lambda x: x.all_input_nodes, lambda x, _: _views(x) or x.target in _COPIES)
+    chain = [*_ordered(laid_out, place), start]
+    computed = max({x for n in chain for x in n.all_input_nodes} - laid_out, key=place.__getitem__)
+    for n in reversed(chain):
+        computed.append(n)
 
 
 def _soon(n: Node, place: dict[Node, int]) -> tuple[int, int]:
@@ -205,10 +206,13 @@ def _works(n: Node) -> bool:
     )
 
 
+def _views(n: Node) -> bool:
+    schema = getattr(n.target, "_schema", None)
+    return schema is not None and any(out.alias_info is not None for out in schema.returns)
+
+
 def _brought(n: Node, found: set[Node]) -> bool:
     """Whether it does no more to what was found than wait for it, look at it, and put its pieces together:
     gathered along another dim than the first, they come one after the other."""
-    schema = getattr(n.target, "_schema", None)
-    views = schema is not None and any(out.alias_info is not None for out in schema.returns)
-    lays_out = views or _waits(n) or n.target in (operator.getitem, torch.ops.aten.cat.default)
+    lays_out = _views(n) or _waits(n) or n.target in (operator.getitem, _ATEN.cat.default)
     return lays_out and found.issuperset(n.all_input_nodes)

@@ -2,14 +2,15 @@
 
 NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide behind: under
 ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
-the all-to-all in which gradients are sent to where they are summed (dtensor.py, ``_land``). Both are copies
+the all-to-all in which gradients are sent to where they are summed (``swap`` in exchange.py). Both are copies
 out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
 that ZeRO shards over are ``Copies`` (reach.py makes them): functional collectives, DTensor and inductor's
 scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each
 rank that all of them have mapped, on streams of their own. Anything else, and what does not fit, is NCCL's.
 
 What still needs a processor, and so waits for one, is kept out of the way: a *barrier*, which says that all
-ranks have come to it, and the copy of a rank's own part, which is a kernel.
+ranks have come to it, and the copy of a rank's own part of a weight, which is a kernel. (Its own piece of a
+gradient is added from where it is.)
 
 * A weight's part lies in symmetric memory from the beginning. One barrier after the update (``settle``) says
   for all weights that they are there, and a gather needs none. Nobody says that a weight has been pulled and
@@ -110,8 +111,9 @@ class Asked:
 
 
 class Copies(dist.ProcessGroup):
-    """A group whose all-gathers and all-to-alls of rows are copies. ``allocate(bytes)`` gives memory that
-    ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is the backend for anything else."""
+    """A group whose all-gathers, and all-to-alls of a row for each other rank, are copies.
+    ``allocate(bytes)`` gives memory that ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is
+    the backend for anything else."""
 
     def __init__(
         self, rest: Any, rank: int, size: int, device: str, allocate: Callable[[int], Tensor],
@@ -156,11 +158,11 @@ class Copies(dist.ProcessGroup):
         return self.allgather_into_tensor_coalesced([out], [x])
 
     def alltoall_base(self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None):
-        # Only of one row for each rank. Of more, a rank of experts may have as many for each and another may
-        # not, and they must decide alike.
-        received, sent, ones = list(received or []), list(sent or []), [1] * self._size
-        rows = out.shape == x.shape and len(x) == self._size and received == sent == ones
-        if not (rows and self._fits(x) and out.is_contiguous()):
+        # Only what ``swap`` asks for, a row for each other rank. All must decide alike, and rows of experts
+        # are as many as they happen to be, on each rank: these have two dims, and swap's have more.
+        received, sent = list(received or []), list(sent or [])
+        one_each = received == sent == [int(i != self._rank) for i in range(self._size)] and x.dim() > 2
+        if not (one_each and self._fits(x) and out.is_contiguous()):
             return self._rest.alltoall_base(out, x, received, sent)
         return self._later(out, x)
 
@@ -217,8 +219,11 @@ class Copies(dist.ProcessGroup):
 
         def copy() -> None:
             for out, x, at in zip(outs, xs, begins, strict=True):
-                room, begin = (self._near[1], at) if at is not None else self._put([(0, x.view(-1))])
-                self._pull(out.view(self._size, -1), x.view(-1), room, begin)
+                room, begin = (self._near[1], at) if at is not None else self._put([(0, x)])
+                rows = out.view(self._size, -1)
+                for peer in self._others():
+                    self._pull(rows[peer], room, peer, begin)
+                rows[self._rank].copy_(x.view(-1))
 
         return self._beside["staged" if None in begins else "weights"].do(copy)
 
@@ -247,24 +252,20 @@ class Copies(dist.ProcessGroup):
 
     def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         begins = list(accumulate((room_for(x) for _, x in pairs), initial=0))
-        parts = [x.view(self._size, -1) for _, x in pairs]
-        away = [
-            (at + i * part[i].nbytes, part[i])
-            for at, part in zip(begins, parts, strict=False)
-            for i in range(self._size)
-            if i != self._rank
-        ]
-        room, begin = self._put(away)
-        for at, part, (out, _) in zip(begins, parts, pairs, strict=False):
-            own = part[self._rank]
-            self._pull(out.view(self._size, -1), own, room, begin + at + self._rank * own.nbytes)
+        room, begin = self._put([(at, x) for at, (_, x) in zip(begins, pairs, strict=False)])
+        for at, (out, x) in zip(begins, pairs, strict=False):
+            rows, size = out.view(self._size - 1, -1), x[0].nbytes
+            for peer in self._others():  # it has no row for itself, and no rank has one
+                mine = begin + at + (self._rank - (self._rank > peer)) * size
+                self._pull(rows[peer - (peer > self._rank)], room, peer, mine)
 
-    def _pull(self, rows: Tensor, own: Tensor, room: Room, at: int) -> None:
-        """Each other rank's row, from where it lies there (in bytes), and a rank's own."""
-        for step in range(1, self._size):  # each rank begins with another
-            peer = (self._rank + step) % self._size
-            rows[peer].copy_(room.get_buffer(peer, rows.shape[1:], rows.dtype, at // rows.itemsize))
-        rows[self._rank].copy_(own)
+    def _others(self) -> list[int]:
+        """Each rank begins with another."""
+        return [(self._rank + step) % self._size for step in range(1, self._size)]
+
+    def _pull(self, row: Tensor, room: Room, peer: int, at: int) -> None:
+        """From where it lies there, in bytes."""
+        row.copy_(room.get_buffer(peer, row.shape, row.dtype, at // row.itemsize))
 
     def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[Room, int]:
         """These parts on the stage, each at its place after where the half begins (all in bytes)."""
@@ -277,7 +278,7 @@ class Copies(dist.ProcessGroup):
         begin = self._staged % 2 * STAGE
         self._staged += 1
         for at, x in parts:
-            memory[begin + at : begin + at + x.nbytes].view(x.dtype).copy_(x)
+            memory[begin + at : begin + at + x.nbytes].view(x.dtype).copy_(x.view(-1))
         room.barrier(timeout_ms=self._patience)
         return room, begin
 

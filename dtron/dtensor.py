@@ -182,8 +182,8 @@ def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
 
 def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     mesh = g.device_mesh
-    pieces = g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0).contiguous()
-    landed = swap(pieces, mesh, axis).sum(0, dtype=dtype)
+    own, others = swap(g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis)
+    landed = own.to(dtype) + others.sum(0, dtype=dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
     return DTensor.from_local(landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())
 

@@ -31,10 +31,15 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
     return x
 
 
-def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """Row i of x goes to rank i of a dim of the mesh, and row i of the result came from it. Not
-    differentiable."""
-    return _swap(x, (mesh, dim), None, None)
+def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
+    """Row i of x goes to rank i of a dim of the mesh. The row that stays here, and those that came, in the
+    order of their ranks. Not differentiable."""
+    n, place = mesh.size(dim), mesh.get_coordinate()[dim]
+    others = [i + (i + n - place) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
+    rows = [x.narrow(0, i, 1) for i in others]
+    rows = torch.cat(rows) if n > 2 else rows[0].contiguous()
+    splits = [1 - one for one in _one_hot(1, place, n)]
+    return x.select(0, place), _swap(rows, (mesh, dim), splits, splits)
 
 
 def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:

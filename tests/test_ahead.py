@@ -243,7 +243,7 @@ def mixed_up(n, found):
     [
         ("_one", swapped, [("product", 0, True)] * 4),  # a weight for another
         ("_brought", mixed_up, [("product", 0, True), ("mixed", 0, False)]),  # x before it is computed
-        ("_hasten", lambda start: None, [*SENDS, ("kept gradient", 0, True), ("again", 0, True)]),
+        ("_hasten", lambda start, place: None, [*SENDS, ("kept gradient", 0, True), ("again", 0, True)]),
         ("_soon", lambda n, place: (0, -place[n]), SENDS),  # what follows from a wait before it
     ],
 )

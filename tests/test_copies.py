@@ -97,7 +97,7 @@ class Switched(Copies):
             super().settle()
 
     def _swap(self, pairs):
-        roll = lambda x: x.view(self._size, -1).roll(1, 0).view(x.shape)
+        roll = lambda x: x.roll(1, 0)
         super()._swap([(out, roll(x)) for out, x in pairs] if self.mode == "other's" else pairs)
 
     @property
@@ -155,24 +155,24 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         for w, room in zip(weights, memory.split(2**13), strict=True):
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
         group.meet(memory)
-        for x in [
-            *weights,
-            *near,
-            *[w.repeat(RANKS, 1, 1) + torch.arange(RANKS)[:, None, None] for w in weights],
-        ]:
+        rows = [
+            w.repeat(RANKS - 1, 1, 1) + torch.arange(RANKS - 1)[:, None, None] + 9 * rank for w in weights
+        ]
+        for x in [*weights, *near, *rows]:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(x, RANKS, g)) for g in (world, name)]
             same.append(torch.equal(*both))
-            if len(x) == RANKS:
-                splits = [1] * RANKS
-                both = [OPS.wait_tensor(OPS.all_to_all_single(x, splits, splits, g)) for g in (world, name)]
-                same.append(torch.equal(*both))
+        one_each = [int(i != rank) for i in range(RANKS)]
+        swap = lambda x, g: OPS.all_to_all_single(x, one_each, one_each, g)
+        for x in rows:
+            both = [OPS.wait_tensor(swap(x, g)) for g in (world, name)]
+            same.append(torch.equal(*both))
         for order in (1, -1):  # many are on their way, and waited for in any order
-            even = [w.repeat(RANKS, 1, 1) + rank for w in weights]
-            swaps = lambda g, xs=even: [OPS.all_to_all_single(x, [1] * RANKS, [1] * RANKS, g) for x in xs]
+            swaps = lambda g: [swap(x, g) for x in rows]
             pairs = list(zip(swaps(world), swaps(name), strict=True))[::order]
             same += [torch.equal(*map(OPS.wait_tensor, pair)) for pair in pairs]
         uneven = [[draw(3) for _ in range(RANKS)] for _ in range(RANKS)]  # what each sends to each
-        uneven[0], uneven[1:] = [2] * RANKS, [[2, *row[1:]] for row in uneven[1:]]  # all 2 for rank 0 alone
+        # Rows of experts that are as many for rank 0 as where pieces of gradients are swapped, for it alone.
+        uneven[0], uneven[1:] = [0] + [1] * (RANKS - 1), [[1, *row[1:]] for row in uneven[1:]]
         sent, received = uneven[rank], [row[rank] for row in uneven]
         x = torch.randn(sum(sent), 3, generator=torch.Generator().manual_seed(rank))
         both = [OPS.wait_tensor(OPS.all_to_all_single(x, received, sent, g)) for g in (world, name)]

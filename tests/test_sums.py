@@ -57,15 +57,15 @@ def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
 @pytest.mark.parametrize(
     ("mesh", "size", "sent"),
     [
-        ("dp=4", 24, {("all_to_all", "dp"): 2}),
-        ("dp=2,tp=2", 24, {("all_to_all", "dp"): 1}),
-        ("dp=2,cp=2", 24, {("all_to_all", "dp"): 2, ("reduce_scatter", "cp"): 2}),  # of a half, wide by now
+        ("dp=4", 24, {("all_to_all", "dp"): 3 / 4 * 2}),
+        ("dp=2,tp=2", 24, {("all_to_all", "dp"): 1 / 2 * 1}),
+        ("dp=2,cp=2", 24, {("all_to_all", "dp"): 1 / 2 * 2, ("reduce_scatter", "cp"): 2}),  # wide by now
         ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # no equal pieces: padded
         ("dp=3,cp=2", 16, {("reduce_scatter", "dp"): 18 / 16 * 4, ("reduce_scatter", "cp"): 6 / 16 * 4}),
     ],
 )
 def test_what_is_sent_is_narrow(name, mesh, size, sent):
-    """In bytes per number of the gradient."""
+    """In bytes per number of the gradient. A rank's own piece is not sent to itself."""
     got = scattered(mesh, name, size, 0)[1].bytes
     assert got == {Collective(*c): n * size**2 for c, n in sent.items()}
 
@@ -75,7 +75,11 @@ MUTANTS = {
         "_land",
         lambda g, axis, dim, dtype, land=dtensor._land: land(g, axis, dim, g.dtype),
     ),
-    "a rank's own pieces": ("swap", lambda x, mesh, dim: x),
+    "a rank's own pieces": ("swap", lambda x, mesh, dim: (x[0], x[1:])),
+    "another's piece stays": (
+        "swap",
+        lambda x, mesh, dim, swap=dtensor.swap: (x[0], swap(x, mesh, dim)[1]),
+    ),
 }
 
 
