@@ -6,7 +6,7 @@ added only on purpose; ``dtron.verify`` prints them.
 
 Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output of an
 all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce
-twice that.
+twice that. (Of an all-to-all by ``swap`` or ``shift`` all is sent: nothing in it is for the rank itself.)
 """
 
 from __future__ import annotations
