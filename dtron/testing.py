@@ -14,7 +14,8 @@ A check that cannot fail proves nothing, so mutant layouts break one thing on pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,20 @@ def assert_caught(check: Callable[[], Any]) -> None:
     except (AssertionError, RuntimeError, PlacementError):
         return
     raise AssertionError("the mutant went unnoticed: the check cannot fail here")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that a kernel allocates holds NaN (integers: the largest) until the kernel writes it. So a read
+    of an unwritten row shows as NaN, where fresh memory often holds zeros and hides the read."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def dropped(number: int) -> Mutate:

@@ -16,11 +16,20 @@ from dtron.collectives import Collective
 from dtron.dtensor import full
 from dtron.mesh import Layout
 from dtron.moe.config import MoE
-from dtron.moe.experts import Experts
+from dtron.moe.experts import Experts, product
 from dtron.moe.layer import MoELayer, Seen, moe
 from dtron.moe.router import Router
+from dtron.params import tree_map
 from dtron.shape import MeshShape
-from dtron.testing import assert_caught, assert_equivalent, dropped, run_layer, unsummed, zero_stages
+from dtron.testing import (
+    assert_caught,
+    assert_equivalent,
+    dropped,
+    poisoned_memory,
+    run_layer,
+    unsummed,
+    zero_stages,
+)
 
 ONE, F64, T = Layout(), torch.float64, 48
 DIMS = {"embed": 10, "expert_embed": 10, "gated": True, "bias": False, "balance_bias": False, "layers": 1}
@@ -104,6 +113,45 @@ def test_experts(mesh, skew, dispatch):
     c = config(mesh, bias=True, shared=4 * MeshShape.parse(mesh).tp, shared_gate=True)
     zero = 3 if dispatch == "static" else 1
     assert_equivalent(layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero)
+
+
+def in_bfloat16(fn):
+    """The layer as a GPU computes it; ``F.grouped_mm`` then leaves rows behind the last expert unwritten."""
+
+    def cast(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
+        narrow = tree_map(lambda w: w.bfloat16(), p)
+        return fn(narrow, x.bfloat16(), layout).double()
+
+    return cast
+
+
+def last_experts(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe=None) -> Tensor:
+    """A mutant of ``experts.product``: rows behind the last end get the last expert's bias."""
+    y = product(x, w, None, ends_E, recipe)
+    if b is None or ends_E is None:
+        return product(x, w, b, ends_E, recipe)
+    expert_R = torch.searchsorted(ends_E, torch.arange(x.shape[0]), right=True).clamp(max=len(b) - 1)
+    return y + b.index_select(0, expert_R)
+
+
+def check_in_bfloat16(mesh: str, dispatch: str, **choices) -> None:
+    """Rounding differs where a rank sums other rows: 2 ** -8 each, of some ten sums in a row."""
+    c = replace(config(mesh, bias=True, **choices), mlp=8 * MeshShape.parse(mesh).etp)  # 16 bytes a row
+    sizes = dims(c) | {"embed": 16, "expert_embed": 16}
+    with poisoned_memory():
+        assert_equivalent(in_bfloat16(layer(c, dispatch)), MoELayer, mesh, sizes, 0.03, tokens=T)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "dp=2,tp=2,ep=2,etp=2"])
+def test_biases_in_bfloat16_with_poisoned_memory(mesh, dispatch, activation):
+    check_in_bfloat16(mesh, dispatch, activation=activation)
+
+
+def test_a_bias_that_reads_unwritten_rows_is_caught(monkeypatch):
+    monkeypatch.setattr("dtron.moe.experts.product", last_experts)
+    assert_caught(lambda: check_in_bfloat16("dp=2,ep=2", "allgather"))
 
 
 @settings(max_examples=5)

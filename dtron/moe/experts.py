@@ -73,9 +73,11 @@ def product(
         return y
     if ends_E is None:
         return y + b[:, None]
+    # A kernel leaves the rows after the last end unwritten, in backward too. They get a row of zeros that
+    # stands behind the biases: were it the last expert's, its gradient would add up what lies in them.
     places = torch.arange(x.shape[0], device=x.device)
-    expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True).clamp(max=len(b) - 1)
-    return y + b.index_select(0, expert_R)
+    expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True)
+    return y + F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)
 
 
 def _way(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
