@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,11 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
 
     default = default or RunConfig()
     config_class = type(default)
+    if "--version" in argv:
+        print(f"dtron {__version__}")
+        raise SystemExit(0)
+    known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
+    _check_flags(argv, known)
 
     @dataclass(frozen=True)
     class CommandLine(config_class):
@@ -45,11 +51,6 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         ] = "tiny"
 
     CommandLine.__doc__ = config_class.__doc__
-    if "--version" in argv:
-        print(f"dtron {__version__}")
-        raise SystemExit(0)
-    known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
-    _check_flags(argv, known)
     name, loaded = _value_of(argv, "--model"), None
     if "--init-from" in known and (folder := _value_of(argv, "--init-from")) is not None:
         loaded = _loaded(folder, name)
@@ -122,7 +123,8 @@ def _build(cls: Any, value: Any) -> Any:
     return cls(**{name: _build(hints[name], v) for name, v in value.items()})
 
 
-def _flags(cls: type, prefix: str = "--") -> list[str]:
+@cache
+def _flags(cls: type, prefix: str = "--") -> tuple[str, ...]:
     """Every flag of a config class, as tyro spells them."""
     found, hints = [], typing.get_type_hints(cls)
     for f in fields(cls):
@@ -133,7 +135,7 @@ def _flags(cls: type, prefix: str = "--") -> list[str]:
             found.append(prefix + name)
             if hints[f.name] is bool:
                 found.append(f"{prefix}no-{name}")
-    return found
+    return tuple(found)
 
 
 def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:

@@ -1,21 +1,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, example, settings
 
 from dtron.launch import keep_memory
 
 keep_memory()
 
 # Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean nothing
-# here.
+# here. ``--hypothesis-profile thorough`` draws ten times as many.
 settings.register_profile(
-    "dtron", deadline=None, suppress_health_check=list(HealthCheck), derandomize=bool(os.environ.get("CI"))
+    "default", deadline=None, suppress_health_check=list(HealthCheck), derandomize=bool(os.environ.get("CI"))
 )
-settings.load_profile("dtron")
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("default")
+
+
+def examples(n: int) -> int:
+    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any profile."""
+    return max(1, n * settings().max_examples // 100)
+
+
+# One of each set of axes; 3 divides hardly anything.
+KINDS = [
+    "dp_replicate=2", "dp=3", "tp=4", "dp_replicate=2,dp=3", "dp_replicate=2,tp=3", "dp=2,tp=2",
+    "dp_replicate=2,dp=2,tp=2",
+]  # fmt: skip
+
+
+def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
+    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the longest
+    list, of which the others' values take turns."""
+
+    def add(test: Callable) -> Callable:
+        for i in range(max(map(len, lists.values()))):
+            test = example(**{name: xs[i % len(xs)] for name, xs in lists.items()})(test)
+        return test
+
+    return add
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,5 +24,10 @@ def dying(*args, **kwargs):
     return stage(*args, **kwargs)
 
 
-dtron.pipeline.stage = dying
-sys.exit(run_cli(train.main, sys.argv[1:]))
+def main(argv: list[str]) -> int:
+    dtron.pipeline.stage = dying
+    return train.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))

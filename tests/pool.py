@@ -1,4 +1,5 @@
-"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once.
+"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once; each a copy of
+one that has imported all it needs (ranks.py).
 
 A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside one process
 group and the ranks' results come back in rank order. A job that raises on any rank raises here, with its
@@ -7,16 +8,20 @@ traceback.
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import context
 
 from dtron.launch import keep_memory
 
@@ -26,7 +31,8 @@ PATIENCE = 180  # seconds for one job before the pool counts as hung
 
 class Pool:
     def __init__(self, folder: Path):
-        context = mp.get_context("spawn")
+        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # see ranks.py
+            forkserver.ensure_running()
         self._inbox = [context.Queue() for _ in range(RANKS)]
         self._outbox = context.Queue()
         store = str(folder / "store")
@@ -81,3 +87,6 @@ def _work(rank: int, store: str, inbox, outbox) -> None:
         except BaseException:
             outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()
+    outbox.close()
+    outbox.join_thread()
+    os._exit(0)  # what Python does at its end takes torch a second

@@ -13,6 +13,7 @@ from zlib import crc32
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import MODEL, digest
@@ -144,7 +145,7 @@ def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where)
 
 
 @pytest.mark.xdist_group("pool")
-@settings(max_examples=3)
+@settings(max_examples=examples(2))
 @given(saved=REAL, loaded=REAL, then=SIMULATED)
 @example(("pp=2,tp=2", 1, "zb-v"), ("dp=4,ep=2", 3, "1f1b"), ("dp=1", 0, "1f1b"))
 @example(("dp=2,tp=2,ep=4", 3, "1f1b"), ("pp=2,dp=2", 0, "zb-v"), ("dp=3", 2, "1f1b"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -30,10 +31,11 @@ from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
 from dtron.shape import MeshShape
+from dtron.simulate import simulated
 from dtron.step import gradients
 
 ONE = Layout()
-BLOCK = replace(MODEL, layers=1)  # for real ranks: all of them compile it
+BLOCK = replace(MODEL, layers=1)  # compiling takes seconds a layer, and on real ranks all of them do it
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
 
@@ -44,7 +46,7 @@ def forget():
 
 
 DOCUMENTS = (ROWS[:, :-1] % 5 == 0).cumsum(1)
-HARD = replace(MODEL, window=5, softcap=2.0, sinks=True)  # with documents, all that a mask can have
+HARD = replace(BLOCK, window=5, softcap=2.0, sinks=True)  # with documents, all that a mask can have
 
 
 def step(functions, model, count: int = 2, packed: bool = False):
@@ -61,7 +63,7 @@ def step(functions, model, count: int = 2, packed: bool = False):
 )
 def test_gradients_are_those_of_eager(recompute, choices):
     """Known silent error of a torch we support: gradients of exactly zero from a compiled custom function."""
-    model = replace(MODEL, **choices)
+    model = replace(MODEL if recompute == "full" else BLOCK, **choices)  # two that are recomputed apart
     want_loss, want = step(program(model, ONE, How(recompute)), model)
     got_loss, got = step(compiled(program(model, ONE, How(recompute)), ONE, backend="aot_eager"), model)
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
@@ -75,10 +77,10 @@ def test_a_budget_bounds_what_is_kept_for_backward():
     kept, found = [], []
     for share in (1.0, 0.5, 0.0):
         how, sizes = How(f"budget={share}"), []
-        functions = compiled(program(MODEL, ONE, how), ONE, how, "aot_eager_decomp_partition")
+        functions = compiled(program(BLOCK, ONE, how), ONE, how, "aot_eager_decomp_partition")
         count = lambda x, sizes=sizes: sizes.append(x.numel() * x.element_size()) or x
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            found.append(step(functions, MODEL)[1])
+            found.append(step(functions, BLOCK)[1])
         kept.append(sum(sizes))
     assert kept[0] > kept[1] > kept[2]
     for other in found[1:]:
@@ -88,8 +90,8 @@ def test_a_budget_bounds_what_is_kept_for_backward():
 
 def test_a_compiled_stage_that_is_another_is_noticed():
     """The comparison above can fail: with another epsilon in the compiled stage alone, it does."""
-    _, want = step(program(MODEL, ONE), MODEL)
-    _, got = step(compiled(program(replace(MODEL, norm_eps=1e-3), ONE), ONE, backend="aot_eager"), MODEL)
+    _, want = step(program(BLOCK, ONE), BLOCK)
+    _, got = step(compiled(program(replace(BLOCK, norm_eps=1e-3), ONE), ONE, backend="aot_eager"), BLOCK)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
 
@@ -204,7 +206,7 @@ IN_ORDER = """
 
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     dtron.ahead.FIRST, together = 2**11, []
-    model = replace(MODEL, layers=3)
+    model = replace(MODEL, layers=2)
     for mesh, m, cp in (
         ("dp=4,ep=4", replace(model, moe=MoE(experts=8, top_k=2, mlp=16)), "ring"),
         ("cp=4", model, "allgather"),
@@ -242,10 +244,10 @@ def test_stages_that_gather_more_than_weights_are_put_in_order():
 
 
 def test_nothing_is_compiled_again_after_the_first_step():
-    functions = compiled(program(MODEL, ONE), ONE, backend="aot_eager")
-    step(functions, MODEL)
+    functions = compiled(program(BLOCK, ONE), ONE, backend="aot_eager")
+    step(functions, BLOCK)
     with torch.compiler.set_stance("fail_on_recompile"):
-        step(functions, MODEL)
+        step(functions, BLOCK)
 
 
 @pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])
@@ -277,7 +279,7 @@ def steps_on_pool(
     """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
     where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
     torch.compiler.reset()  # or jobs before this one would count as recompilations
-    shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else replace(HARD, layers=1)
+    shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
     how = How(recompute, path, cp=cp)
@@ -285,14 +287,20 @@ def steps_on_pool(
     functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
-    for _ in range(3):
-        documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
-        batches = [make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)]
-        with flex_on_cpu() if path == "flex" else nullcontext():
+    with flex_on_cpu() if path == "flex" else nullcontext():  # which forgets at its end what was compiled
+        for _ in range(3):
+            documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
+            batches = [make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)]
             loss, grads, _ = gradients(functions, params, batches, 64, pipe, zero)
-        found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
-        params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
+            found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
+            params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
     return found
+
+
+@cache
+def eager_on_pool(pool, *how) -> list[list[float]]:
+    """What several tests compare with."""
+    return pool.run(steps_on_pool, *how)
 
 
 @pytest.mark.xdist_group("pool")
@@ -311,7 +319,7 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
     """DTensors in the trace, local kernels and collectives out of it; on real ranks. The tracer looks at the
     backward of a custom function before it knows where gradients lie; one that decides there by what it is
     shown forgets to sum them."""
-    want = pool.run(steps_on_pool, mesh, zero, None)
+    want = eager_on_pool(pool, mesh, zero, None)
     got = pool.run(steps_on_pool, mesh, zero, "aot_eager")
     assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
 
@@ -319,15 +327,18 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
 @pytest.mark.xdist_group("pool")
 def test_a_budget_holds_where_groups_are_in_the_graph(pool):
     """The partitioner of torch 2.13 counts what is kept, and does not know what a process group takes."""
-    run = lambda *how: pool.run(steps_on_pool, "dp=2,tp=2", 3, *how)[0]
-    got = run("aot_eager_decomp_partition", "auto", "ring", "budget=0.5")
-    assert got == pytest.approx(run(None), rel=1e-4)
+    how = "aot_eager_decomp_partition", "auto", "ring", "budget=0.5"
+    got = pool.run(steps_on_pool, "dp=2,tp=2", 3, *how)[0]
+    assert got == pytest.approx(eager_on_pool(pool, "dp=2,tp=2", 3, None)[0], rel=1e-4)
 
 
-def collectives_on_pool(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
-    """A job for the pool: how many collectives of each kind one step is, seen from outside."""
+def collectives(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
+    """How many collectives of each kind one step is, seen from outside. Of one rank of the mesh: it asks for
+    as many where the others are not there."""
     torch.compiler.reset()
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32)
+    with simulated(MeshShape.parse(mesh)) as devices:
+        pass  # the mesh outlives its simulation
+    layout = Layout(devices, rules_for(zero), compute=torch.float32)
     pipe = one_stage(BLOCK, 1, layout)
     functions = program(BLOCK, layout, splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
@@ -341,9 +352,8 @@ def collectives_on_pool(mesh: str, zero: int, backend: str | None) -> dict[str, 
     return {kind: found.get(kind, 0) for kind in kinds}
 
 
-@pytest.mark.xdist_group("pool")
-def test_a_compiled_step_communicates_what_an_eager_one_does(pool):
-    want, got = (pool.run(collectives_on_pool, "tp=4", 1, backend)[0] for backend in (None, "aot_eager"))
+def test_a_compiled_step_communicates_what_an_eager_one_does():
+    want, got = (collectives("tp=4", 1, backend) for backend in (None, "aot_eager"))
     assert got == want and all(want.values())
 
 
@@ -367,11 +377,10 @@ def test_attention_over_cp_compiles(pool, cp, path):
     assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
 
 
-@pytest.mark.xdist_group("pool")
-def test_compiled_blocks_gather_again_in_backward(pool):
+def test_compiled_blocks_gather_again_in_backward():
     """Under ZeRO-3 no gathered weight is kept for backward, by a compiler's choice least of all; 2 gathers
     once a step."""
-    two, three = (pool.run(collectives_on_pool, "dp=2,tp=2", zero, "aot_eager")[0] for zero in (2, 3))
+    two, three = (collectives("dp=2,tp=2", zero, "aot_eager") for zero in (2, 3))
     matrices = sum(w.decays for w in flat(one_stage(BLOCK, 1, ONE).spec[0].blocks))
     assert three.pop("all_gather_into_tensor") - two.pop("all_gather_into_tensor") == matrices > 0
     assert three == two

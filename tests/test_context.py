@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import MODEL, on_pool, simulate, train
@@ -75,7 +76,7 @@ def one_case(mesh, learned, **choices):
     assert_same_step(configured(mesh, **choices))
 
 
-test_a_step_is_that_of_one_device = settings(max_examples=4)(given(**FEW)(one_case))
+test_a_step_is_that_of_one_device = settings(max_examples=examples(2))(given(**FEW)(one_case))
 test_many_steps_are_those_of_one_device = pytest.mark.slow(
     settings(max_examples=100)(given(**CHOICES)(one_case))
 )
@@ -237,7 +238,7 @@ CP_MODEL = replace(MODEL, heads=8, kv_heads=4)
 )
 def test_real_ranks_have_the_losses_of_one_device(pool, mesh, method):
     config = RunConfig(
-        model=CP_MODEL, data=DataConfig(sequence=16), batch=8, steps=4, seed=3, cp=method, micro_batch=2
+        model=CP_MODEL, data=DataConfig(sequence=16), batch=8, steps=2, seed=3, cp=method, micro_batch=2
     )
     want = train(Layout(), MeshShape(), config)
     losses, norms, initial = pool.run(on_pool, mesh, config)[0]
@@ -297,7 +298,7 @@ def test_fp8_over_cp_follows_one_device():
     """To the rounding of FP8: a rank's scales are those of its own tokens."""
     pytest.importorskip("torchao")
     config = RunConfig(
-        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8), data=DataConfig(sequence=16), batch=8, steps=3,
+        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8), data=DataConfig(sequence=16), batch=8, steps=2,
         micro_batch=4, fp8="rowwise", fp8_ends=True, fp8_smallest=0,
     )  # fmt: skip
     want = train(Layout(), MeshShape(), config).losses

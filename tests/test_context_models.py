@@ -193,7 +193,7 @@ def test_tokens_ahead_left_in_order_are_caught(name):
 def test_deepseek_in_small_on_real_ranks(pool, mesh):
     experts = MoE(8, 2, 16, aux_loss=0.02, bias_rate=1e-3, shared=24, aux_level="sequence", dense_layers=1)
     model = replace(CP_MODEL, qk_norm=False, mla=LATENT, moe=experts, mtp=Ahead(1, 0.5))
-    config = RunConfig(model=model, data=DataConfig(sequence=16), batch=4, steps=3, seed=3, micro_batch=2)
+    config = RunConfig(model=model, data=DataConfig(sequence=16), batch=4, steps=2, seed=3, micro_batch=2)
     want = train(Layout(), MeshShape(), config)
     for losses, norms, initial in pool.run(on_pool, mesh, config):
         assert initial == want.initial

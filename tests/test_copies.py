@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -209,17 +210,23 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
         return history.losses, history.norms, group.raced, group.copied, group._near is not None
 
 
+@cache
+def trained(pool, mode: str, embed: int = 24) -> tuple[list[float], list[float], bool, int, bool]:
+    """What rank 0 says; of "rest" several tests ask."""
+    return pool.run(training_on_pool, mode, embed)[0]
+
+
 @pytest.mark.parametrize(("embed", "in_reach"), [(24, True), (26, False)])
 def test_training_is_the_same_to_the_last_bit(pool, embed, in_reach):
     """Parts of one size are pulled from where they are; others are padded first, and so staged."""
-    want, got = (pool.run(training_on_pool, mode, embed)[0] for mode in ("rest", "copies"))
+    want, got = (trained(pool, mode, embed) for mode in ("rest", "copies"))
     assert got[:3] == want[:3] and got[4] == in_reach and want[3] == 0
     assert got[3] >= 3 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
 
 
 @pytest.mark.parametrize("mutant", MUTANTS[:-1])
 def test_training_that_goes_wrong_is_noticed(pool, mutant):
-    want, got = (pool.run(training_on_pool, mode, 24)[0] for mode in ("rest", mutant))
+    want, got = (trained(pool, mode) for mode in ("rest", mutant))
     assert got[:3] != want[:3]
 
 
@@ -237,41 +244,49 @@ def hidden(graph: Graph) -> dict[str, list[int]]:
     return found
 
 
-def compiled_on_pool(
-    bucket: int | None, mode: str = "copies"
-) -> tuple[list[float], list[dict[str, list[int]]]]:
-    """A job for the pool: losses and norms of weights of three steps under ZeRO-3, compiled, with a stage's
-    collectives put in order (``bucket`` bytes of weights) or not; and what its graphs hide."""
+BLOCK = replace(MODEL, layers=1)
+
+
+def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[list[float]], dict[str, list]]:
+    """A job for the pool: losses and norms of weights of three steps under ZeRO-3, compiled, for each of
+    these runs: its mode, and whether it is of the graphs as they were ("plain") or of those whose collectives
+    were put in order ("ahead", ``bucket`` bytes of weights). And what the graphs of both kinds hide. All is
+    traced once."""
     torch.compiler.reset()
-    graphs, rows = [], torch.arange(8 * 17).view(8, 17) % 61
+    graphs, chosen, rows = {"plain": [], "ahead": []}, [""], torch.arange(8 * 17).view(8, 17) % 61
 
-    def order(module, _):
-        if bucket is not None:
-            Ahead(mesh.get_group().group_name, bucket)(module.graph)
-            module.recompile()
-        graphs.append(hidden(module.graph))
-        return make_boxed_func(module.forward)
+    def both(module, _):
+        made = {"plain": deepcopy(module), "ahead": module}
+        Ahead(mesh.get_group().group_name, bucket)(module.graph)
+        module.recompile()
+        for kind, one in made.items():
+            graphs[kind].append(hidden(one.graph))
+        return make_boxed_func(lambda *args: made[chosen[0]](*args))
 
-    with copying(mode, 2**16) as (mesh, _):
-        layout = Layout(mesh, rules_for(3), compute=torch.bfloat16)
-        pipe = one_stage(MODEL, 1, layout)
-        backend = aot_autograd(fw_compiler=order, partition_fn=min_cut_rematerialization_partition)
-        functions = compiled(program(MODEL, layout, splits=False), layout, backend=backend)
-        params = init(pipe.spec, MODEL.dims(), 0, layout)
-        opt, found = with_copies(adam_init(params), params, pipe.spec, layout.compute), []
-        step = partial(update, functions, pipe, MODEL, 3, OptimConfig())
-        for _ in range(3):
-            loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
-            found += [full(loss).item(), *(full(w).norm().item() for w in flat(params))]
-        return found, graphs
+    backend = aot_autograd(fw_compiler=both, partition_fn=min_cut_rematerialization_partition)
+    functions, histories = None, []
+    for mode, chosen[0] in runs:
+        with copying(mode, 2**16) as (mesh, _):
+            layout = Layout(mesh, rules_for(3), compute=torch.bfloat16)
+            pipe = one_stage(BLOCK, 1, layout)
+            functions = functions or compiled(program(BLOCK, layout, splits=False), layout, backend=backend)
+            params = init(pipe.spec, BLOCK.dims(), 0, layout)
+            opt, found = with_copies(adam_init(params), params, pipe.spec, layout.compute), []
+            step = partial(update, functions, pipe, BLOCK, 3, OptimConfig())
+            for _ in range(3):
+                loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
+                found += [full(loss).item(), *(full(w).norm().item() for w in flat(params))]
+            histories.append(found)
+    return histories, graphs
 
 
 def test_a_compiled_stage_in_order_is_the_same_to_the_last_bit(pool):
-    want, plain = pool.run(compiled_on_pool, None)[0]
-    got, graphs = pool.run(compiled_on_pool, 2**13)[0]
-    assert got == want != pool.run(compiled_on_pool, 2**13, "one place")[0][0]
+    runs = [("copies", "plain"), ("copies", "ahead"), ("one place", "ahead")]
+    (want, got, mutant), graphs = pool.run(compiled_on_pool, runs, 2**11)[0]
+    assert got == want != mutant
+    plain, ahead = graphs["plain"], graphs["ahead"]
     assert not any(any(behind) for graph in plain for behind in graph.values())
-    (_, forward, backward, *_), matrices = graphs, 7 * MODEL.layers + 1  # the head
+    (_, forward, backward, *_), matrices = ahead, 7 * BLOCK.layers + 1  # the head
     assert len(plain[1]["all_gather_into_tensor"]) == matrices
     assert forward.keys() == {"all_gather_into_tensor_coalesced"}
     assert backward.keys() == {"all_gather_into_tensor_coalesced", "all_to_all_single"}

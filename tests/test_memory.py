@@ -17,13 +17,14 @@ from dtron.dtensor import local
 from dtron.how import How
 from dtron.layers import cores
 from dtron.memory import activation_bytes, block_bytes
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model import declare_model, forward
 from dtron.moe.config import MoE
 from dtron.params import flat, init, tree_map
 from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
 from dtron.shape import MeshShape
+from dtron.simulate import simulated
 from dtron.step import gradients
 
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
@@ -76,11 +77,6 @@ def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
     assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
 
 
-def kept_on_pool(mesh: str, model: ModelConfig, how: How) -> int:
-    """A job for the pool: what ``kept_compiled`` says here."""
-    return kept_compiled(Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(0)), model, how)
-
-
 def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
     """Bytes of activations that a compiled stage keeps for backward."""
     torch.compiler.reset()
@@ -102,7 +98,6 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
     return sum(sizes)
 
 
-@pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(
     ("mesh", "change", "how"),
     [
@@ -122,19 +117,21 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
         ),
     ],
 )
-def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(pool, mesh, change, how):
+def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, change, how):
     """Compiled too, where a custom function may hide from the compiler that it is to be run again: with torch
-    2.11 a ring kept all its queries, keys, values and results. Of one more block than two, which share what
-    is constant."""
-    sizes = replace(MODEL, **change)
-    one, two = (pool.run(kept_on_pool, mesh, replace(sizes, layers=n), how)[0] for n in (2, 3))
+    2.11 a ring kept all its queries, keys, values and results. Of one more block than one, which share what
+    is constant. One rank of the mesh compiles: sizes do not depend on what the others would send."""
+    with simulated(MeshShape.parse(mesh)) as devices:
+        pass  # the mesh outlives its simulation
+    sizes, layout = replace(MODEL, **change), Layout(devices, rules_for(0))
+    one, two = (kept_compiled(layout, replace(sizes, layers=n), how) for n in (1, 2))
     numbers = 64  # bytes for a few: an auxiliary loss
     assert 0 <= two - one - ROWS[:, :-1].numel() // 4 * sizes.embed * 4 <= numbers
 
 
 def test_keys_that_heads_share_are_kept_once(monkeypatch):
     """The kernels want one for every head; a compiler would keep these copies for backward."""
-    m = replace(MODEL, kv_heads=1)
+    m = replace(MODEL, layers=1, kv_heads=1)
     kept = kept_compiled(Layout(), m, How())
     monkeypatch.setattr(cores, "made_again", lambda fn, *xs: fn(*xs))  # the mutant
     copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4

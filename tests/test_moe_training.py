@@ -32,12 +32,12 @@ from dtron.step import gradients
 ONE = Layout()
 EXPERTS = MoE(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")
 SPARSE = replace(MODEL, moe=EXPERTS)
-TEN = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+FOUR = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=4, seed=3)
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    return train(ONE, MeshShape(), TEN)
+    return train(ONE, MeshShape(), FOUR)
 
 
 @pytest.mark.xdist_group("pool")
@@ -50,11 +50,11 @@ def one_device():
         ("pp=2,dp=2,ep=2", 1, "auto"),
     ],
 )
-def test_ten_steps_on_real_ranks(pool, one_device, mesh, zero, dispatch):
-    config = replace(TEN, zero=zero, dispatch=dispatch)
+def test_steps_on_real_ranks(pool, one_device, mesh, zero, dispatch):
+    config = replace(FOUR, zero=zero, dispatch=dispatch)
     want = one_device
     if "pp" in mesh:  # more microbatches, and what is in one matters to an auxiliary loss
-        config = replace(config, micro_batch=1, steps=5)
+        config = replace(config, micro_batch=1)
         want = train(ONE, MeshShape(), replace(config, micro_batch=2))
     for losses, norms, initial in pool.run(on_pool, mesh, config):
         assert initial == one_device.initial or "pp" in mesh

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from products import NAMES, converted
 from runs import on_pool, simulate
-from test_fp8_training import FP8, SIZES, norms_on_pool
+from test_fp8_training import BLOCK, FP8, SIZES, norms_on_pool
 
 from dtron import dtensor, exchange
 from dtron.collectives import Collective, CollectiveCounter
@@ -138,8 +138,8 @@ def test_it_sends_half_the_bytes(axes):
 
 # ---- in a model
 
-SHARDED = replace(FP8, zero=3, micro_batch=2, steps=2)
-SPARSE = replace(SHARDED, model=replace(SIZES, moe=MoE(4, 2, 32, dense_layers=1)))
+SHARDED = replace(FP8, model=BLOCK, zero=3, micro_batch=2, steps=2)
+SPARSE = replace(SHARDED, model=replace(BLOCK, moe=MoE(4, 2, 32)))
 
 
 @cache
@@ -215,7 +215,7 @@ def test_every_product_of_a_block_says_what_it_sums_over():
     ],
 )
 def test_refused_at_the_edge(changes, says):
-    good = replace(SHARDED, fp8_gather=True, device="cpu")
+    good = replace(SHARDED, model=SIZES, fp8_gather=True, device="cpu")
     plan(good)
     with pytest.raises(ValueError, match=says):
         plan(replace(good, **changes))

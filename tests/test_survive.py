@@ -239,7 +239,7 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("mesh", "steps", "kills"),
-    [("dp=2", 30, 2), *(pytest.param(m, 100, 25, marks=pytest.mark.slow) for m in ("dp=2", "dp=2,tp=2"))],
+    [("dp=2", 16, 2), *(pytest.param(m, 100, 25, marks=pytest.mark.slow) for m in ("dp=2", "dp=2,tp=2"))],
 )
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, steps, kills):
     """To the bit on the mesh; to 1e-5 on one device."""

@@ -1,5 +1,5 @@
-"""Change the mesh, not the result: ten steps and initial weights, in float32, on simulated ranks
-and on real gloo processes."""
+"""Change the mesh, not the result: steps and initial weights, in float32, on simulated ranks and on real gloo
+processes. Ten steps on a mesh of each; three on the others, where all is said by the second update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from dtron.shape import MeshShape
 from dtron.simulate import simulated
 
 TEN = RunConfig(model=MODEL, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
-MESHES = ["dp=4", "tp=4", "dp_replicate=2,dp=2"]
+THREE = replace(TEN, steps=3)
+PLACES = [  # config, mesh, ZeRO stage, sequences per rank at once
+    *((THREE, mesh, 1, None) for mesh in ("dp=4", "tp=4", "dp_replicate=2,dp=2")),
+    (THREE, "dp=2,tp=2", 0, None),
+    (TEN, "dp=2,tp=2", 1, None),
+    (THREE, "dp=2,tp=2", 2, 2),
+    (THREE, "dp=2,tp=2", 3, None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,8 @@ def one_device():
 
 
 def agree(got: list[float], want: list[float]) -> None:
-    assert got == pytest.approx(want, rel=1e-5)
+    """Over as many steps as were taken."""
+    assert got == pytest.approx(want[: len(got)], rel=1e-5)
     assert want[-1] < want[0] - 0.5  # it learns: the agreement is not that of two programs that stand still
 
 
@@ -43,37 +51,32 @@ def test_recomputing_does_not_change_the_losses(one_device, recompute):
     assert train(Layout(), MeshShape(), replace(TEN, recompute=recompute)).losses == one_device.losses
 
 
-@pytest.mark.parametrize(
-    ("mesh", "zero", "micro_batch"),
-    [*((m, 1, None) for m in MESHES), *(("dp=2,tp=2", z, 2 if z == 2 else None) for z in (0, 1, 2, 3))],
-)
-def test_ten_steps_on_simulated_ranks(one_device, mesh, zero, micro_batch):
-    got = simulate(mesh, replace(TEN, zero=zero, micro_batch=micro_batch))
+@pytest.mark.parametrize(("config", "mesh", "zero", "micro_batch"), PLACES)
+def test_steps_on_simulated_ranks(one_device, config, mesh, zero, micro_batch):
+    got = simulate(mesh, replace(config, zero=zero, micro_batch=micro_batch))
     assert got.initial == one_device.initial
     agree(got.losses, one_device.losses)
-    assert got.norms == pytest.approx(one_device.norms, rel=1e-4)
+    assert got.norms == pytest.approx(one_device.norms[: config.steps], rel=1e-4)
+    assert len(got.losses) == config.steps
 
 
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(
-    ("mesh", "zero", "micro_batch"),
-    [
-        *((m, 1, None) for m in MESHES),
-        *(("dp=2,tp=2", z, 2 if z == 2 else None) for z in (0, 1, 2, 3)),
-        ("dp_replicate=2,dp=2", 3, 1),
-    ],
+    ("config", "mesh", "zero", "micro_batch"), [*PLACES, (THREE, "dp_replicate=2,dp=2", 3, 1)]
 )
-def test_ten_steps_on_real_ranks(pool, one_device, mesh, zero, micro_batch):
-    for losses, norms, initial in pool.run(on_pool, mesh, replace(TEN, zero=zero, micro_batch=micro_batch)):
+def test_steps_on_real_ranks(pool, one_device, config, mesh, zero, micro_batch):
+    config = replace(config, zero=zero, micro_batch=micro_batch)
+    for losses, norms, initial in pool.run(on_pool, mesh, config):
         assert initial == one_device.initial
         agree(losses, one_device.losses)
-        assert norms == pytest.approx(one_device.norms, rel=1e-4)
+        assert norms == pytest.approx(one_device.norms[: config.steps], rel=1e-4)
+        assert len(losses) == config.steps
 
 
 @pytest.mark.xdist_group("pool")
 def test_real_and_simulated_ranks_agree_in_float64(pool):
     """And with a weight that dp does not divide: embed=10 over four ranks."""
-    config = replace(TEN, model=replace(MODEL, embed=10), zero=3, steps=3)
+    config = replace(TEN, model=replace(MODEL, embed=10), zero=3, steps=2)
     want = simulate("dp=4", config, torch.float64)
     for losses, _, _ in pool.run(on_pool, "dp=4", config, torch.float64):
         assert losses == pytest.approx(want.losses, rel=1e-12)
@@ -110,7 +113,7 @@ def test_another_seed_is_another_run(one_device):
 def test_bfloat16_gradients_reduced_in_float32_stay_close():
     """Compute in bfloat16 with float32 masters: the loss follows float32's, on one device and under
     ZeRO-3."""
-    config = replace(TEN, zero=3, steps=3)
+    config = replace(TEN, zero=3, steps=2)
     want = train(Layout(), MeshShape(), config)
     one = train(Layout(compute=torch.bfloat16), MeshShape(), config)
     with simulated(MeshShape(dp=2, tp=2)) as mesh:
