@@ -20,29 +20,29 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.batch import Batch, make_batch
+from dtron.checkpoint.async_saver import Saver
 from dtron.checkpoint.files import clear_parts
-from dtron.checkpoint.saver import Saver
-from dtron.cli import parse, save
-from dtron.compiled import compiled, compiled_rule
-from dtron.config import RunConfig
 from dtron.data import Data, Prefetch, Rows, open_data
-from dtron.dtensor import full
-from dtron.entry import run_cli
-from dtron.generate import generate
+from dtron.distributed.redistribute import full
 from dtron.hf import Source, keep_origin
-from dtron.launch import Plan, host_group, plan, ranks, same_on_all_ranks
 from dtron.mesh import Layout
-from dtron.metrics import Metrics, mark
-from dtron.model import active_count, flops_per_token, parameter_count
+from dtron.model.batch import Batch, make_batch
+from dtron.model.transformer import active_count, flops_per_token, parameter_count
 from dtron.moe.balance import describe_experts
-from dtron.optim import adam_init, learning_rate, with_copies
 from dtron.params import gather, init
-from dtron.pipeline import Pipeline, one_stage, program
-from dtron.profile import Recorder
-from dtron.step import evaluate
-from dtron.survive import Stop, Watch, diagnose
-from dtron.update import Recorded, Told, update
+from dtron.runtime.cli import parse, save
+from dtron.runtime.config import RunConfig
+from dtron.runtime.exit import run_cli
+from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
+from dtron.runtime.launch import Plan, host_group, plan, ranks, same_on_all_ranks
+from dtron.runtime.metrics import Metrics, mark
+from dtron.tools.generate import generate
+from dtron.tools.profile import Recorder
+from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.gradients import evaluate
+from dtron.training.optimizer import adam_init, learning_rate, with_copies
+from dtron.training.pipeline import Pipeline, one_stage, program
+from dtron.training.step import Recorded, Told, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it

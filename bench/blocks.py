@@ -2,7 +2,7 @@
 
     python bench/blocks.py --model bench-1.3b
 
-One graph is what dtron does (compiled.py). One block is compiled in a fraction of the time, but is called
+One graph is what dtron does (training/compiled_stage.py). One block is compiled in a fraction of the time, but is called
 once for each of them, forward and backward, and nothing moves across its edges: no kernel that joins two
 blocks, and no gather of the next block's weights behind this one's work. A third way, ``region``, is one
 graph in which torch compiles the marked block once. A line of JSON for each way; each in a process of its
@@ -29,22 +29,22 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.jit import jit
-from dtron.layers.context import prepare
-from dtron.layers.cores import Mask
-from dtron.layers.loss import Loss, cross_entropy
+from dtron.layers.attention_kernels import Mask
+from dtron.layers.context_parallel import prepare
+from dtron.layers.cross_entropy import Loss, cross_entropy
 from dtron.layers.norm import norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
-from dtron.metrics import elapsed, mark, memory_gib
-from dtron.model import block
+from dtron.model.batch import make_batch
+from dtron.model.presets import preset
+from dtron.model.transformer import block
 from dtron.params import flat, init
-from dtron.pipeline import one_stage, program
-from dtron.presets import preset
-from dtron.schedules.run import Program
-from dtron.step import gradients
+from dtron.runtime.metrics import elapsed, mark, memory_gib
+from dtron.schedules.runner import Program
+from dtron.torch_compile import jit
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
 
 WAYS = ("stage", "block", "region")
 

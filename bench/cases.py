@@ -26,8 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.entry import Parser, run_cli
-from dtron.shape import MeshShape
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.runtime.exit import Parser, run_cli
 
 TRAIN = Path(__file__).with_name("train.py")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from cases import command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.entry import Parser, run_cli
+from dtron.runtime.exit import Parser, run_cli
 
 
 def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:

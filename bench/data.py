@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from dtron.data.indexed import Indexed, Writer, token_dtype
 from dtron.data.prepare import prepare
 from dtron.data.sources import Chunks, Mixed, Packed, Source
-from dtron.data.tokens import encoder_of, end_id, get_tokenizer, vocab_of
+from dtron.data.tokenization import encoder_of, end_id, get_tokenizer, vocab_of
 
 
 def library_text(file: Path, characters: int) -> None:

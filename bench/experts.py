@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.fp8 import Recipe
+from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout
-from dtron.metrics import peak_tflops
+from dtron.model.presets import preset
 from dtron.moe.experts import compute
 from dtron.moe.layer import MoELayer, Seen, moe
 from dtron.moe.router import route
 from dtron.params import declare, flat, init, tree_map
-from dtron.presets import preset
+from dtron.runtime.metrics import peak_tflops
 
 
 def main() -> None:

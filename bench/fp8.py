@@ -20,8 +20,8 @@ from typing import get_args
 
 import torch
 
-from dtron.fp8 import Recipe, compile_options, matmul
-from dtron.fp8.recipe import Scaling
+from dtron.fp8.matmul import compile_options, matmul
+from dtron.fp8.recipe import Recipe, Scaling
 
 SIZES = [
     "8192x2048x2048",

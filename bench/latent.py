@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtron.layers.cores import Mask, attention_flex, with_blocks
+from dtron.layers.attention_kernels import Mask, attention_flex, with_blocks
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

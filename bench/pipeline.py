@@ -24,21 +24,21 @@ import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.batch import make_batch
-from dtron.config import OptimConfig, PipelineConfig, RunConfig
-from dtron.launch import same_on_all_ranks
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.metrics import memory_gib, peak_tflops
-from dtron.model import flops_per_token
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.model.batch import make_batch
+from dtron.model.presets import preset
+from dtron.model.transformer import flops_per_token
 from dtron.params import flat, gather, init, tree_map
-from dtron.pipeline import on_ranks, pipeline, program
-from dtron.presets import preset
 from dtron.rules import rules_for
+from dtron.runtime.config import OptimConfig, PipelineConfig, RunConfig
+from dtron.runtime.launch import same_on_all_ranks
+from dtron.runtime.metrics import memory_gib, peak_tflops
 from dtron.schedules import SCHEDULES, simulate
-from dtron.schedules.split import backward, backward_input
-from dtron.shape import MeshShape
-from dtron.step import gradients
+from dtron.schedules.split_backward import backward, backward_input
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
+from dtron.training.pipeline import on_ranks, pipeline, program
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.entry import run_cli
-from dtron.shape import MeshShape
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.runtime.exit import run_cli
 
 RESULTS, PEERS = (Path(__file__).parent / name for name in ("results.jsonl", "peers.json"))
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron import checkpoint
-from dtron.checkpoint.saver import Saver
+from dtron.checkpoint.async_saver import Saver
 from dtron.mesh import Layout
-from dtron.optim import adam_init
+from dtron.model.presets import preset
 from dtron.params import init
-from dtron.pipeline import one_stage
-from dtron.presets import preset
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import one_stage
 
 
 def main() -> None:

@@ -31,27 +31,27 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.batch import make_batch
-from dtron.compiled import compiled, compiled_rule
-from dtron.config import DataConfig, RunConfig
 from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
-from dtron.entry import Parser, run_cli
-from dtron.how import Fp8
-from dtron.launch import plan, ranks
-from dtron.layers.context import Method
-from dtron.layers.cores import AttentionPath
-from dtron.metrics import elapsed, mark, memory_gib, peak_tflops
-from dtron.model import flops_per_token, parameter_count
-from dtron.optim import adam_init, with_copies
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.symmetric_memory import carried
+from dtron.layers.attention_kernels import AttentionPath
+from dtron.layers.context_parallel import Method
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import Fp8
+from dtron.model.presets import preset
+from dtron.model.transformer import flops_per_token, parameter_count
 from dtron.params import init
-from dtron.pipeline import program
-from dtron.presets import preset
-from dtron.profile import Recorder, breakdown, rows, top
-from dtron.reach import carried
-from dtron.shape import MeshShape
-from dtron.update import Recorded, update
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.exit import Parser, run_cli
+from dtron.runtime.launch import plan, ranks
+from dtron.runtime.metrics import elapsed, mark, memory_gib, peak_tflops
+from dtron.tools.profile import Recorder, breakdown, rows, top
+from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.pipeline import program
+from dtron.training.step import Recorded, update
 
 
 def main(argv: list[str]) -> int:

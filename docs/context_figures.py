@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from dtron.exchange import shift, wait
-from dtron.layers.context import prepare
-from dtron.layers.cores import Mask, allowed
+from dtron.distributed.collectives import shift, wait
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.attention_kernels import Mask, allowed
+from dtron.layers.context_parallel import prepare
+from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
-from dtron.order import row_order
-from dtron.picture import FAINT, Canvas, colour
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.tools.drawing import FAINT, Canvas, colour
 
 CELL, EMPTY = 11, "#f2f2f2"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from layer_figures import COLOURS, draw
 
-from dtron.collectives import CollectiveCounter
+from dtron.distributed.mesh_shape import MeshShape, parts
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.moe.config import MoE
 from dtron.moe.layer import MoELayer, Seen, moe
 from dtron.params import declare, gather, init
-from dtron.picture import FAINT, Canvas, colour, draw_mesh
-from dtron.shape import MeshShape, parts
-from dtron.show import coordinates
-from dtron.simulate import simulated
+from dtron.tools.count_collectives import CollectiveCounter
+from dtron.tools.drawing import FAINT, Canvas, colour, draw_mesh
+from dtron.tools.show import coordinates
 
 DIMS = {
     "embed": 512, "expert_embed": 512, "experts": 8, "expert_mlp": 256, "layers": 1, "mlp": 1024,

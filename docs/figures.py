@@ -18,21 +18,21 @@ from expert_figure import experts
 from layer_figures import COLOURS
 from torch import Tensor
 
-from dtron.architecture import ModelConfig
-from dtron.batch import make_batch
-from dtron.collectives import Collective, CollectiveCounter
-from dtron.layers.cores import Mask, allowed
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.attention_kernels import Mask, allowed
 from dtron.mesh import Layout
+from dtron.model.batch import make_batch
+from dtron.model.config import ModelConfig
 from dtron.params import init
-from dtron.picture import FAINT, Canvas
-from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
 from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
-from dtron.schedules.draw import svg as timelines
-from dtron.shape import MeshShape
-from dtron.show import picture, rows, size, total
-from dtron.simulate import simulated
-from dtron.step import gradients
+from dtron.tools.count_collectives import Collective, CollectiveCounter
+from dtron.tools.draw_schedules import svg as timelines
+from dtron.tools.drawing import FAINT, Canvas
+from dtron.tools.show import picture, rows, size, total
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
 
 FOLDER = Path(__file__).parent / "figures"
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dtron.architecture import ModelConfig
-from dtron.collectives import Collective, CollectiveCounter
-from dtron.layers.cores import Mask
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.attention_kernels import Mask
 from dtron.layers.mla import MLA, Latent, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
+from dtron.model.config import ModelConfig
+from dtron.model.presets import preset
 from dtron.params import declare, gather, init
-from dtron.picture import FAINT, Canvas, draw_mesh, draw_tensor
-from dtron.presets import preset
-from dtron.shape import MeshShape
-from dtron.show import coordinates, local_range
-from dtron.simulate import simulated
+from dtron.tools.count_collectives import Collective, CollectiveCounter
+from dtron.tools.drawing import FAINT, Canvas, draw_mesh, draw_tensor
+from dtron.tools.show import coordinates, local_range
 
 COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "#d05050"}
 

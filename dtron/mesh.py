@@ -14,7 +14,7 @@ and, another way to name the ranks of dp, cp and tp together, for the weights of
     ep            expert parallelism; each rank has some of the experts
     etp           tensor parallelism within each expert
 
-How one DeviceMesh has both views stands in shape.py: its dims are *atoms*, an axis is one or more of them.
+How one DeviceMesh has both views stands in distributed/mesh_shape.py: its dims are *atoms*, an axis is one or more of them.
 
 How tensors lie on it is said by one table, in rules.py. A ``Layout`` is a mesh together with such a table.
 Its verbs are all a layer may use, and on one device (``Layout()``) each of them is the identity, so that the
@@ -37,10 +37,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
-from dtron.dtensor import Gather, code, part_of, shard
-from dtron.exchange import Peers, all_reduce
+from dtron.distributed.collectives import Peers, all_reduce
+from dtron.distributed.mesh_shape import MeshShape, parts
+from dtron.distributed.redistribute import Gather, code, part_of, shard
 from dtron.rules import RULES, Rules, expand, place, whole
-from dtron.shape import MeshShape, parts
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.distributed.bucketing import gather_some
+from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
-from dtron.simulate import paused
-from dtron.together import gather_some
 
 Dims = Mapping[str, Any]
 Init = Callable[["Weight", Dims, torch.Generator], Tensor]
@@ -259,7 +259,7 @@ Narrow = Callable[["Declared", Sequence[float]], bool]
 
 def gather(tree: Any, layout: Layout, once: bool = False, narrow: Narrow | None = None) -> Any:
     """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
-    stage. ``once``: not under autograd, and small weights may share a collective (together.py). ``narrow``:
+    stage. ``once``: not under autograd, and small weights may share a collective (distributed/bucketing.py). ``narrow``:
     which weights may be sent in 8 bits."""
     return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once, narrow))
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from dtron.shape import is_part
+from dtron.distributed.mesh_shape import is_part
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -55,7 +55,7 @@ ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
 def rules_for(zero: int) -> Rules:
     """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
-    step.py)."""
+    training/gradients.py)."""
     return whole(RULES) if zero == 0 else RULES
 
 

@@ -23,15 +23,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtron.collectives import CollectiveCounter, no_hidden_communication
-from dtron.dtensor import full, shard_like
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full, shard_like
+from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.mesh import Layout, PlacementError
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import paused, simulated
-from dtron.step import Wholes
-from dtron.verify import relative_error
+from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
+from dtron.tools.verify import relative_error
+from dtron.training.gradients import Wholes
 
 Axes = tuple[str | None, ...]
 Mutate = Callable[[Layout], Layout]

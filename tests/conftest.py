@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, settings
 
-from dtron.launch import keep_memory
+from dtron.runtime.launch import keep_memory
 
 keep_memory()
 

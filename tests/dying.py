@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import dtron.pipeline  # noqa: E402
+import dtron.training.pipeline  # noqa: E402
 import train  # noqa: E402
-from dtron.entry import run_cli  # noqa: E402
+from dtron.runtime.exit import run_cli  # noqa: E402
 
-stage, calls = dtron.pipeline.stage, []
+stage, calls = dtron.training.pipeline.stage, []
 
 
 def dying(*args, **kwargs):
@@ -25,7 +25,7 @@ def dying(*args, **kwargs):
 
 
 def main(argv: list[str]) -> int:
-    dtron.pipeline.stage = dying
+    dtron.training.pipeline.stage = dying
     return train.main(argv)
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from ranks import context
 
-from dtron.launch import keep_memory
+from dtron.runtime.launch import keep_memory
 
 RANKS = 4
 PATIENCE = 180  # seconds for one job before the pool counts as hung

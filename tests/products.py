@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtron.fp8 import Recipe, matmul
+from dtron.fp8.matmul import matmul
+from dtron.fp8.recipe import Recipe
 
 # Of y, and of the gradients of x and w. e4m3 keeps 3 bits: a rounded value is off by .027 (root mean square),
 # a product of two by .038; e5m2 is twice as coarse. The last is bfloat16's own.

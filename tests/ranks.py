@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PASSED_ON = ("DTRON_CACHE",)
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from dtron.entry import run_cli  # noqa: E402
+from dtron.runtime.exit import run_cli  # noqa: E402
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ranks"])

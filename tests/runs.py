@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from dtron.batch import make_batch, valid_tokens
-from dtron.checks import microbatches
-from dtron.config import ModelConfig, RunConfig
-from dtron.dtensor import full
-from dtron.layers.loss import IGNORE
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import paused, simulated
+from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.optim import adam_init, with_copies
+from dtron.model.batch import make_batch, valid_tokens
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import Pipeline, gathers_each, on_ranks, pipeline, program, splits
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import paused, simulated
-from dtron.update import update
+from dtron.runtime.config import ModelConfig, RunConfig
+from dtron.runtime.validate import microbatches
+from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, program, splits
+from dtron.training.step import update
 
 MODEL = ModelConfig(
     vocab=61,

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-import dtron.ahead
-from dtron.ahead import Ahead
+import dtron.training.zero3_prefetch
+from dtron.training.zero3_prefetch import Ahead
 
 OPS, ATEN = torch.ops._c10d_functional, torch.ops.aten
 GATHER, TOGETHER = OPS.all_gather_into_tensor.default, OPS.all_gather_into_tensor_coalesced.default
@@ -221,12 +221,12 @@ def test_buckets_are_one_collective_each():
 
 
 def test_the_first_bucket_is_small(monkeypatch):
-    monkeypatch.setattr(dtron.ahead, "FIRST", 64)
+    monkeypatch.setattr(dtron.training.zero3_prefetch, "FIRST", 64)
     graph = moved(drawn([("product", 0, True)] * 12), 256).graph
     assert [len(n.args[0]) for n in graph.nodes if n.target is TOGETHER] == [1, 2, 4, 4, 1]
 
 
-def swapped(graph, bucket, one=dtron.ahead._one):
+def swapped(graph, bucket, one=dtron.training.zero3_prefetch._one):
     nodes = one(graph, bucket)
     outs = nodes[1:]
     for n, i in zip(outs, reversed(range(len(outs))), strict=True):
@@ -255,7 +255,7 @@ def test_mutants_are_noticed(monkeypatch, name, mutant, plan):
         check_order(after.graph)
 
     check()
-    monkeypatch.setattr(dtron.ahead, name, mutant)
+    monkeypatch.setattr(dtron.training.zero3_prefetch, name, mutant)
     with pytest.raises((AssertionError, RuntimeError)):
         check()
 

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from values import F64, ONE, SMALL, close, flex_on_cpu, normal, same, tree, turned
 
-from dtron.batch import make_batch
-from dtron.config import ModelConfig
-from dtron.layers import cores
+from dtron.layers import attention_kernels
 from dtron.layers.attention import Attention, attention
-from dtron.layers.cores import (
+from dtron.layers.attention_kernels import (
     CORES,
     Mask,
     attention_reference,
@@ -30,8 +28,10 @@ from dtron.layers.cores import (
     with_sinks,
 )
 from dtron.layers.rope import Rope, rope_tables
-from dtron.model import declare_model, predict
+from dtron.model.batch import make_batch
+from dtron.model.transformer import declare_model, predict
 from dtron.params import flat, init
+from dtron.runtime.config import ModelConfig
 from dtron.testing import assert_caught
 
 PATHS = ("reference", "sdpa", "flex")
@@ -203,7 +203,7 @@ def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
     torch then differentiates the soft-cap while the region's hooks on saved tensors are in place."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     mask, sinks = Mask(6, 3, 0.5), normal(4, seed=3)
-    compiled = torch.compile(cores._flex, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(attention_kernels._flex, fullgraph=True, dynamic=False, backend="aot_eager")
     attend = lambda q, k, v, sinks, mask: with_sinks(*compiled(q, k, v, mask), sinks)
     got = checkpoint(
         attend, q, k, v, sinks, with_blocks(mask, documents, q.device), use_reentrant=False

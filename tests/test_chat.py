@@ -10,9 +10,9 @@ from pyarrow import parquet
 from texts import one_line
 from tokenizers import AddedToken, Tokenizer
 
-from dtron.config import DataConfig
 from dtron.data import get_tokenizer, open_data
 from dtron.data.chat import Chats, own_template
+from dtron.runtime.config import DataConfig
 
 ASK = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 TALK = [

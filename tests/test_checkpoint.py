@@ -25,19 +25,19 @@ from torch.distributed.tensor import DTensor
 
 from dtron import checkpoint
 from dtron.checkpoint.__main__ import main as inspect
-from dtron.config import DataConfig, ModelConfig, RunConfig
-from dtron.dtensor import local
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local
+from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.model import declare_model
+from dtron.model.transformer import declare_model
 from dtron.moe.config import MoE
-from dtron.optim import AdamState, adam_init
 from dtron.params import Weight, flat, init, tree_map
-from dtron.pipeline import pipeline
 from dtron.rules import rules_for
-from dtron.schedules.links import Ways
-from dtron.shape import MeshShape
-from dtron.simulate import paused, simulated
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.schedules.p2p import Ways
+from dtron.training.optimizer import AdamState, adam_init
+from dtron.training.pipeline import pipeline
 
 # ---- every mesh to every other
 

@@ -20,21 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from values import ONE, normal, tree
 
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.dtensor import full
-from dtron.fp8 import Recipe
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
 from dtron.fp8.__main__ import error
-from dtron.how import How
+from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
+from dtron.layers.recompute import tokens_at_once
 from dtron.mesh import Layout, build_mesh
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
 from dtron.params import flat, init
-from dtron.pipeline import one_stage, program
-from dtron.recompute import tokens_at_once
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.step import gradients
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run_layer, unsummed, zero_stages
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
 
 M = replace(MODEL, mlp=37)  # a width that no other tensor has
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
@@ -112,7 +112,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
     """For models far too small to be chunked."""
-    with mock.patch("dtron.model.tokens_at_once", lambda *_: size):
+    with mock.patch("dtron.model.transformer.tokens_at_once", lambda *_: size):
         yield
 
 
@@ -214,6 +214,6 @@ def test_when_there_are_chunks():
     assert tokens_at_once("full", 131072, 5632) == 21888
     assert tokens_at_once("full", 2**20, 5632) == 2**17
     asked = []
-    with mock.patch("dtron.model.tokens_at_once", lambda *sizes: asked.append(sizes)):
+    with mock.patch("dtron.model.transformer.tokens_at_once", lambda *sizes: asked.append(sizes)):
         step(program(M, ONE, How("full")))
     assert asked == [("full", TOKENS, M.mlp)]

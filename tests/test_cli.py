@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from dtron.cli import EXAMPLES, _flags, load, parse, save
-from dtron.config import DataConfig, ModelConfig, RunConfig
-from dtron.entry import run_cli
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.rope import Rope
-from dtron.presets import PRESETS, preset
-from dtron.shape import MeshShape
+from dtron.model.presets import PRESETS, preset
+from dtron.runtime.cli import EXAMPLES, _flags, load, parse, save
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.exit import run_cli
 
 KNOWN = ["--model", "--help", "--version", *_flags(RunConfig)]
 EVERYDAY = ["--mesh", "--model", "--zero", "--steps", "--seed", "--batch", "--micro-batch", "--run-dir"]

@@ -14,20 +14,20 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.batch import make_batch
-from dtron.collectives import Collective, CollectiveCounter, no_hidden_communication
-from dtron.how import How
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import one_rank, simulated
 from dtron.layers.attention import Attention, attention
-from dtron.layers.cores import Mask
+from dtron.layers.attention_kernels import Mask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
-from dtron.model import declare_model, forward
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
+from dtron.model.transformer import declare_model, forward
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import one_rank, simulated
 from dtron.testing import run_layer
-from dtron.verify import one_step
+from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidden_communication
+from dtron.tools.verify import one_step
 
 DIMS = {"embed": 8, "mlp": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "layers": 1, "layernorm": False}
 DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True, "sinks": False}
@@ -147,7 +147,7 @@ def test_the_watch_sees_a_strided_shard():
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp=2"])
 def test_logits_of_the_whole_batch_never_exist(mesh):
     """With T tokens a rank, V words and chunks of C < T tokens: nothing is [T, V] or [T, V / tp]."""
-    from dtron.layers.loss import Loss, cross_entropy
+    from dtron.layers.cross_entropy import Loss, cross_entropy
 
     shape = MeshShape.parse(mesh)
     t, v, c = 40, 94, 8

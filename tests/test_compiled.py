@@ -19,20 +19,20 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from values import flex_on_cpu
 
-import dtron.compiled
-from dtron.batch import make_batch
-from dtron.compiled import compiled, compiled_rule
-from dtron.config import OptimConfig
-from dtron.dtensor import full
-from dtron.how import How
+import dtron.training.compiled_stage
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
-from dtron.optim import adam_init, adam_update
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.step import gradients
+from dtron.runtime.config import OptimConfig
+from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import adam_init, adam_update
+from dtron.training.pipeline import one_stage, program
 
 ONE = Layout()
 BLOCK = replace(MODEL, layers=1)  # compiling takes seconds a layer, and on real ranks all of them do it
@@ -146,7 +146,7 @@ def test_code_from_the_cache_finds_its_operators():
     code = """
         from types import SimpleNamespace as Of
         import torch
-        from dtron.compiled import compiled
+        from dtron.training.compiled_stage import compiled
         found = lambda: hasattr(torch.ops.bucketing, "_pre_bucket_all_gather")
         before = found()
         program = Of(enter=None, stage=None, splits=True, carries=None)
@@ -160,8 +160,10 @@ def test_code_from_the_cache_finds_its_operators():
 @pytest.mark.parametrize("copied", [False, True])
 def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, copied):
     found = []
-    monkeypatch.setattr(dtron.compiled, "carried", lambda mesh: copied)
-    monkeypatch.setattr(dtron.compiled, "jit", lambda fn, **how: found.append(how.get("options")) or fn)
+    monkeypatch.setattr(dtron.training.compiled_stage, "carried", lambda mesh: copied)
+    monkeypatch.setattr(
+        dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
+    )
     only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
     compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
     passes = {name.rpartition(".")[2]: on for name, on in next(filter(None, found)).items()}
@@ -172,9 +174,11 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
 def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeypatch, alone):
     """Over two axes one after the other inductor moves what it can."""
     found = []
-    monkeypatch.setattr(dtron.compiled, "carried_alone", lambda mesh: alone)
-    monkeypatch.setattr(dtron.compiled, "carried", lambda mesh: ["the group"])
-    monkeypatch.setattr(dtron.compiled, "jit", lambda fn, **how: found.append(how.get("options")) or fn)
+    monkeypatch.setattr(dtron.training.compiled_stage, "carried_alone", lambda mesh: alone)
+    monkeypatch.setattr(dtron.training.compiled_stage, "carried", lambda mesh: ["the group"])
+    monkeypatch.setattr(
+        dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
+    )
     only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
     compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True)
     options = next(filter(None, found))
@@ -189,23 +193,23 @@ IN_ORDER = """
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    import dtron.ahead
-    from dtron.ahead import Ahead
-    from dtron.batch import make_batch
-    from dtron.compiled import compiled
-    from dtron.how import How
+    import dtron.training.zero3_prefetch
+    from dtron.training.zero3_prefetch import Ahead
+    from dtron.model.batch import make_batch
+    from dtron.training.compiled_stage import compiled
+    from dtron.model.compute_config import How
     from dtron.mesh import Layout, build_mesh
     from dtron.moe.config import MoE
-    from dtron.optim import adam_init, with_copies
+    from dtron.training.optimizer import adam_init, with_copies
     from dtron.params import init
-    from dtron.pipeline import one_stage, program
+    from dtron.training.pipeline import one_stage, program
     from dtron.rules import rules_for
-    from dtron.shape import MeshShape
-    from dtron.step import gradients
+    from dtron.distributed.mesh_shape import MeshShape
+    from dtron.training.gradients import gradients
     from runs import MODEL
 
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    dtron.ahead.FIRST, together = 2**11, []
+    dtron.training.zero3_prefetch.FIRST, together = 2**11, []
     model = replace(MODEL, layers=2)
     for mesh, m, cp in (
         ("dp=4,ep=4", replace(model, moe=MoE(experts=8, top_k=2, mlp=16)), "ring"),

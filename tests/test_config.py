@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.checks import check, check_attention, microbatches
-from dtron.config import ModelConfig, PipelineConfig, RunConfig
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.moe.config import MoE
-from dtron.pipeline import splits
-from dtron.shape import MeshShape
+from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
+from dtron.runtime.validate import check, check_attention, microbatches
+from dtron.training.pipeline import splits
 
 
 @pytest.mark.parametrize(

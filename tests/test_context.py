@@ -18,21 +18,22 @@ from runs import MODEL, on_pool, simulate, train
 from test_equivalence import model_config
 from torch import Tensor
 
-from dtron import exchange, together, verify
-from dtron.batch import make_batch
-from dtron.checks import check, sequence_unit
-from dtron.collectives import Collective
-from dtron.config import DataConfig, ModelConfig, RunConfig
-from dtron.generate import generate
-from dtron.layers import ring
-from dtron.layers.context import Context
-from dtron.layers.cores import attention_and_lse
+from dtron.distributed import bucketing, collectives
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers import ring_attention
+from dtron.layers.attention_kernels import attention_and_lse
+from dtron.layers.context_parallel import Context
 from dtron.mesh import Layout, build_mesh
+from dtron.model.batch import make_batch
 from dtron.params import init
-from dtron.pipeline import one_stage
-from dtron.shape import MeshShape
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.validate import check, sequence_unit
 from dtron.testing import assert_caught, meshes
-from dtron.verify import compare, on_one_device, one_step
+from dtron.tools import verify
+from dtron.tools.count_collectives import Collective
+from dtron.tools.generate import generate
+from dtron.tools.verify import compare, on_one_device, one_step
+from dtron.training.pipeline import one_stage
 
 METHODS = ("ring", "allgather", "ulysses")
 
@@ -119,31 +120,31 @@ def forgets(which: int):
     calls = count(1)
 
     def shift(x: Tensor, *ring, by: int = 1) -> Tensor:
-        return torch.zeros_like(x) if next(calls) == which else exchange.shift(x, *ring, by=by)
+        return torch.zeros_like(x) if next(calls) == which else collectives.shift(x, *ring, by=by)
 
-    return mock.patch.object(ring, "shift", shift)
+    return mock.patch.object(ring_attention, "shift", shift)
 
 
 def unsummed_gradients():
     """Of what was gathered."""
-    scatter = exchange._scatter
-    return mock.patch.object(exchange, "_scatter", lambda x, ranks: scatter(x, ranks) * 0.5)
+    scatter = collectives._scatter
+    return mock.patch.object(collectives, "_scatter", lambda x, ranks: scatter(x, ranks) * 0.5)
 
 
 MUTANTS = {
     "positions left in order": ({}, changed("positions_T"), None),
     "targets left in order": ({}, changed("targets_T"), None),
     "documents ignored": ({"documents": True}, mock.patch.object(
-        ring, "attention_and_lse", lambda q, k, v, documents, *rest: attention_and_lse(q, k, v, None, *rest)
+        ring_attention, "attention_and_lse", lambda q, k, v, documents, *rest: attention_and_lse(q, k, v, None, *rest)
     ), None),
-    "a merge without rescaling": ({}, mock.patch.object(ring, "merge", merged_without_rescaling), None),
+    "a merge without rescaling": ({}, mock.patch.object(ring_attention, "merge", merged_without_rescaling), None),
     "a block too many skipped": (
         {}, mock.patch.object(Context, "later", property(lambda c: torch.ones(2, dtype=torch.bool))), None
     ),
     "a block too few skipped": (
         {}, mock.patch.object(Context, "later", property(lambda c: torch.zeros(2, dtype=torch.bool))), None
     ),
-    "pairs of the wrong half": ({}, mock.patch.object(ring, "_pairs", lambda x, late, first: torch.cat(
+    "pairs of the wrong half": ({}, mock.patch.object(ring_attention, "_pairs", lambda x, late, first: torch.cat(
         [x.chunk(2, dim=2)[first], x.chunk(2, dim=2)[1]]
     )), None),
     "keys that never come": ({}, forgets(1), None),
@@ -207,7 +208,7 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
 def test_nothing_else_goes_over_cp_but_weights_and_their_gradients(zero, monkeypatch):
     """Which are those that go over dp; at stage 0, over a replica of the whole mesh too. One by one, because
     not all that can be cut by dp into equal pieces can be by both."""
-    monkeypatch.setattr(together, "SMALL", 0)
+    monkeypatch.setattr(bucketing, "SMALL", 0)
     config = configured("dp=2,cp=2", zero=zero, documents=True)
     over = lambda mesh, axis: {
         c.kind: n

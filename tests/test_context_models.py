@@ -16,21 +16,21 @@ from test_moe import expert_meshes
 from test_moe_models import EVERYTHING
 from values import close
 
-from dtron import verify
-from dtron.batch import make_batch
-from dtron.checks import check
-from dtron.config import DataConfig, RunConfig
-from dtron.layers import context, ring
-from dtron.layers.fused import block_backward, block_forward
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers import context_parallel, ring_attention
+from dtron.layers.attention_block_kernels import block_backward, block_forward
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
+from dtron.model.batch import make_batch
+from dtron.model.mtp import Ahead
 from dtron.moe.config import MoE
-from dtron.mtp import Ahead
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.validate import check
 from dtron.testing import assert_caught
-from dtron.verify import one_step
+from dtron.tools import verify
+from dtron.tools.verify import one_step
 
 LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
 WARM = Rope(scaling="yarn", original=8, mscale_all=1.0)
@@ -145,8 +145,8 @@ def unscaled(fn):
     "patch",
     [
         lambda: changed("positions_T"),
-        lambda: mock.patch.object(ring, "block_forward", unscaled(block_forward)),
-        lambda: mock.patch.object(ring, "block_backward", unscaled(block_backward)),
+        lambda: mock.patch.object(ring_attention, "block_forward", unscaled(block_forward)),
+        lambda: mock.patch.object(ring_attention, "block_backward", unscaled(block_backward)),
     ],
     ids=["positions left in order", "the plain scale", "the plain scale in backward"],
 )
@@ -205,5 +205,5 @@ def test_one_group_for_cp_however_many_dims():
     with simulated(MeshShape(cp=4, ep=2)) as mesh:
         layout = Layout(mesh)
         assert layout.axes == ("cp.edp", "cp.ep") and layout.context.ranks.size() == 4
-        place = layout.to_local(layout.iota(context.AXIS, 4, "cpu"), context.AXIS)
+        place = layout.to_local(layout.iota(context_parallel.AXIS, 4, "cpu"), context_parallel.AXIS)
         assert torch.equal(place, torch.full((1,), 0) + layout.context.place)

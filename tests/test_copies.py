@@ -25,22 +25,22 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx import Graph
 
-import dtron.copies
-import dtron.reach
-from dtron.ahead import Ahead
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.config import DataConfig, OptimConfig, RunConfig
-from dtron.copies import Beside, Copies
-from dtron.dtensor import full
+import dtron.distributed.copy_engine
+import dtron.distributed.symmetric_memory
+from dtron.distributed.copy_engine import Beside, Copies
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.symmetric_memory import backends
 from dtron.mesh import Layout
-from dtron.optim import adam_init, with_copies
+from dtron.model.batch import make_batch
 from dtron.params import flat, init
-from dtron.pipeline import one_stage, program
-from dtron.reach import backends
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.update import update
+from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.training.compiled_stage import compiled
+from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.pipeline import one_stage, program
+from dtron.training.step import update
+from dtron.training.zero3_prefetch import Ahead
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -126,15 +126,19 @@ def mesh_of_copies() -> DeviceMesh:
 
 @contextmanager
 def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
-    mesh, before = mesh_of_copies(), dtron.copies.STAGE
-    dtron.copies.STAGE, group, room = stage, mesh.get_group(), dtron.copies.room_for
+    mesh, before = mesh_of_copies(), dtron.distributed.copy_engine.STAGE
+    dtron.distributed.copy_engine.STAGE, group, room = (
+        stage,
+        mesh.get_group(),
+        dtron.distributed.copy_engine.room_for,
+    )
     if mode == "one place":
-        dtron.copies.room_for = lambda x: 0
+        dtron.distributed.copy_engine.room_for = lambda x: 0
     group.mode, group.copied, group._near, group._stage, group._staged = mode, 0, None, None, 0
     try:
         yield mesh, group
     finally:
-        dtron.copies.STAGE, dtron.copies.room_for = before, room
+        dtron.distributed.copy_engine.STAGE, dtron.distributed.copy_engine.room_for = before, room
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
@@ -347,25 +351,27 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(symmetric, "rendezvous", fails)
     with pytest.raises(ValueError, match=r"not permitted\); use --copy-engines off$"):
-        dtron.reach._met(torch.empty(0), "1.copies")
+        dtron.distributed.symmetric_memory._met(torch.empty(0), "1.copies")
 
 
 def test_nothing_is_carried_where_there_is_no_mesh():
     """As in a pipeline whose stages are of one rank."""
-    assert not dtron.reach.carried(None)
+    assert not dtron.distributed.symmetric_memory.carried(None)
 
 
 def test_weights_gathered_over_one_group_alone(monkeypatch):
     """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over both."""
-    alone = lambda *names: dtron.reach.carried_alone(SimpleNamespace(mesh_dim_names=names))
-    monkeypatch.setattr(dtron.reach, "carried", lambda mesh: ["one"])
+    alone = lambda *names: dtron.distributed.symmetric_memory.carried_alone(
+        SimpleNamespace(mesh_dim_names=names)
+    )
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: ["one"])
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
-    monkeypatch.setattr(dtron.reach, "carried", lambda mesh: [])
-    assert alone("dp", "tp") is None and dtron.reach.carried_alone(None) is None
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: [])
+    assert alone("dp", "tp") is None and dtron.distributed.symmetric_memory.carried_alone(None) is None
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
-    monkeypatch.setattr(dtron.reach, "_peers", lambda count: True)
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: True)
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)
     found = lambda mesh: set(backends(MeshShape.parse(mesh), "cuda") or ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -373,5 +379,5 @@ def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
     assert backends(MeshShape.parse("dp=8"), "cpu") is None
-    monkeypatch.setattr(dtron.reach, "_peers", lambda count: False)
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: False)
     assert found("dp=8") == set()

@@ -14,7 +14,7 @@ from dtron import checkpoint
 from dtron.data import Prefetch
 from dtron.data.__main__ import main as data_main
 from dtron.data.sources import Packed
-from dtron.entry import run_cli
+from dtron.runtime.exit import run_cli
 
 pytestmark = pytest.mark.xdist_group("program")
 

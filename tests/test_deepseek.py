@@ -13,15 +13,15 @@ from test_transformers import random_rows
 from torch import Tensor
 from values import ONE, halves
 
-from dtron.batch import make_batch
-from dtron.config import ModelConfig
-from dtron.layers.loss import IGNORE
+from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
-from dtron.model import Transformer, declare_model, embed, predict, stage
+from dtron.model.batch import make_batch
+from dtron.model.mtp import Ahead
+from dtron.model.transformer import Transformer, declare_model, embed, predict, stage
 from dtron.moe.config import MoE
-from dtron.mtp import Ahead
 from dtron.params import Weight, tree_map
+from dtron.runtime.config import ModelConfig
 
 hf = pytest.importorskip("transformers")
 

@@ -12,20 +12,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtron.config import DataConfig, ModelConfig, RunConfig
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention import Attention, attention
-from dtron.layers.cores import Mask
+from dtron.layers.attention_kernels import Mask
+from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
-from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import Rope, rope_tables
 from dtron.mesh import Layout
 from dtron.params import weight
 from dtron.rules import RULES
-from dtron.shape import MeshShape
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, unsummed, zero_stages
-from dtron.verify import compare, one_step
+from dtron.tools.verify import compare, one_step
 
 X = ("tokens_sp", "act_embed")
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate
 
-from dtron.dtensor import full
+from dtron.distributed.mesh_shape import AXES, MeshShape, parts
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import RULES, place
-from dtron.shape import AXES, MeshShape, parts
-from dtron.simulate import simulated
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 

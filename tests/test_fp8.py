@@ -14,16 +14,17 @@ from products import ERRORS, NAMES, converted, operands
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-import dtron.fp8 as fp8
-from dtron.collectives import CollectiveCounter, no_hidden_communication
-from dtron.dtensor import full, shard, shard_like
-from dtron.fp8 import Recipe, matmul
+import dtron.fp8.matmul as fp8
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full, shard, shard_like
+from dtron.distributed.simulated_ranks import simulated
 from dtron.fp8.__main__ import error, products, table
+from dtron.fp8.matmul import matmul
+from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import PlacementError
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
 from dtron.testing import assert_caught, assert_equivalent, dropped
+from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +41,7 @@ def test_errors_are_those_of_the_recipe(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "blockwise"])
 def test_it_is_what_torchao_computes(name, dtype):
     """With scales that are powers of two; and our gradient of a weight lies in memory as the weight."""
-    import dtron.fp8.product  # noqa: F401, I001  (torchao's first import, quietly)
+    import dtron.fp8.scaled_mm  # noqa: F401, I001  (torchao's first import, quietly)
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
     from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig

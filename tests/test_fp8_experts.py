@@ -14,16 +14,17 @@ from products import ERRORS
 from runs import MODEL, simulate, train
 from torch import Tensor
 
-import dtron.fp8.product as product
-from dtron.checks import check_fp8
-from dtron.config import DataConfig, RunConfig
-from dtron.fp8 import Recipe, compile_options, grouped_matmul, matmul
+import dtron.fp8.scaled_mm as product
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.fp8.__main__ import error
-from dtron.how import How
+from dtron.fp8.matmul import compile_options, grouped_matmul, matmul
+from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout
+from dtron.model.compute_config import How
+from dtron.model.presets import preset
 from dtron.moe.config import MoE
-from dtron.presets import preset
-from dtron.shape import MeshShape
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught
 
 ROWWISE, HALF = Recipe("rowwise", smallest=0), Recipe("rowwise_with_gw_hp", smallest=0)
@@ -77,7 +78,7 @@ def test_each_expert_has_the_product_that_it_would_have_alone(counts, rest, seed
 
 def test_a_scale_for_all_rows_is_caught():
     scaled = product.scaled_by
-    with mock.patch("dtron.fp8.grouped.scaled_by", lambda x, summed: scaled(x, None)):
+    with mock.patch("dtron.fp8.scaled_grouped_mm.scaled_by", lambda x, summed: scaled(x, None)):
         assert_caught(lambda: is_each_product([16, 32], 0, 0))
 
 

@@ -11,20 +11,21 @@ import torch
 from products import NAMES
 from runs import MODEL, on_pool, simulate, train
 
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.config import DataConfig, RunConfig
-from dtron.dtensor import full
-from dtron.fp8 import Recipe, compile_options, matmul
-from dtron.how import How
-from dtron.launch import plan
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.fp8.matmul import compile_options, matmul
+from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout, build_mesh
-from dtron.optim import global_norm
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
 from dtron.params import flat, init
-from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.step import gradients
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.launch import plan
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import global_norm
+from dtron.training.pipeline import one_stage, program
 
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)
 PLAIN = RunConfig(model=SIZES, data=DataConfig(sequence=16), batch=8, micro_batch=1, steps=10, seed=3)
@@ -172,7 +173,7 @@ def test_a_negative_size_is_refused():
 
 def test_without_torchao_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
-    monkeypatch.delitem(sys.modules, "dtron.fp8.product", raising=False)
+    monkeypatch.delitem(sys.modules, "dtron.fp8.scaled_mm", raising=False)
     with pytest.raises(ValueError, match=r"--fp8 rowwise: needs torchao.*pip install 'dtron\[fp8\]'"):
         plan(replace(FP8, device="cpu"))
     plan(replace(PLAIN, device="cpu"))
@@ -181,10 +182,10 @@ def test_without_torchao_the_remedy_is_named(monkeypatch):
 def test_torchao_is_imported_late_and_quietly():
     program = """
 import logging, os, sys
-import dtron.launch
+import dtron.runtime.launch
 assert "torchao" not in sys.modules
 before = dict(os.environ), logging.getLogger("torchao").level
-import dtron.fp8.product
+import dtron.fp8.scaled_mm
 assert "torchao" in sys.modules and before == (dict(os.environ), logging.getLogger("torchao").level)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)

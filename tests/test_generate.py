@@ -12,21 +12,22 @@ from texts import one_line
 from torch import Tensor
 from values import ONE
 
-from dtron import checkpoint, cli
-from dtron.batch import make_batch
-from dtron.config import ModelConfig, RunConfig
-from dtron.generate import Decoder, check_sampling, generate, main, pick
+from dtron import checkpoint
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.mla import Latent
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.model import declare_model, predict
+from dtron.model.batch import make_batch
+from dtron.model.transformer import declare_model, predict
 from dtron.moe.config import MoE
-from dtron.optim import adam_init
 from dtron.params import init, tree_map
-from dtron.pipeline import on_ranks, one_stage, pipeline
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.runtime import cli
+from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.testing import meshes
+from dtron.tools.generate import Decoder, check_sampling, generate, main, pick
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import on_ranks, one_stage, pipeline
 
 M = ModelConfig(
     vocab=61, embed=24, layers=2, heads=4, kv_heads=4, head_dim=6, mlp=40, context=64, vocab_multiple=1,

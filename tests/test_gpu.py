@@ -13,20 +13,20 @@ import pytest
 import torch
 from runs import MODEL, random_rows, train
 
-from dtron.batch import make_batch, valid_tokens
-from dtron.compiled import compiled, compiled_rule
-from dtron.config import DataConfig, OptimConfig, RunConfig
-from dtron.how import How
-from dtron.layers.cores import CORES, Mask, attention_reference
-from dtron.layers.loss import IGNORE
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers.attention_kernels import CORES, Mask, attention_reference
+from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
-from dtron.optim import adam_init
+from dtron.model.batch import make_batch, valid_tokens
+from dtron.model.compute_config import How
+from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import one_stage, program
-from dtron.presets import preset
-from dtron.shape import MeshShape
-from dtron.step import gradients
-from dtron.update import Recorded, update
+from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import one_stage, program
+from dtron.training.step import Recorded, update
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gpu import losses
 
-from dtron.layers import fused, ring
+from dtron.layers import attention_block_kernels, ring_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -24,23 +24,26 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
         draw(n, s) for n, s in ((4, 256), (2, 256), (2, 256), (2, 128), (2, 128), (4, 256))
     )
     exact = [x.double().requires_grad_() for x in (q, k, v, k_2, v_2)]
-    whole = lambda q, k, v, k_2, v_2, block: ring.merge(
+    whole = lambda q, k, v, k_2, v_2, block: ring_attention.merge(
         block(q, k, v, causal)[:2], block(q, k_2, v_2, False)[:2]
     )
-    want_o, want_lse = whole(*exact, fused.block_forward)
+    want_o, want_lse = whole(*exact, attention_block_kernels.block_forward)
     want = torch.autograd.grad(want_o, exact, grad.double())
 
     def run(q, k, v, k_2, v_2, grad):
-        one, two = fused.block_forward(q, k, v, causal), fused.block_forward(q, k_2, v_2, False)
-        o, lse = ring.merge(one[:2], two[:2])
+        one, two = (
+            attention_block_kernels.block_forward(q, k, v, causal),
+            attention_block_kernels.block_forward(q, k_2, v_2, False),
+        )
+        o, lse = ring_attention.merge(one[:2], two[:2])
         o = o.to(q.dtype)
-        a = fused.block_backward(grad, q, k, v, o, lse, one[2], causal)
-        b = fused.block_backward(grad, q, k_2, v_2, o, lse, one[2], False)
+        a = attention_block_kernels.block_backward(grad, q, k, v, o, lse, one[2], causal)
+        b = attention_block_kernels.block_backward(grad, q, k_2, v_2, o, lse, one[2], False)
         return o, lse, a[0] + b[0], *a[1:], *b[1:]
 
     half = [x.bfloat16() for x in (q, k, v, k_2, v_2, grad)]
     if kernel != "cudnn" or torch.cuda.get_device_capability() >= (9, 0):
-        assert fused.kernel(half[0], half[2]) == kernel
+        assert attention_block_kernels.kernel(half[0], half[2]) == kernel
     with torch.no_grad():
         got = (torch.compile(run, fullgraph=True) if compile else run)(*half)
     for a, b in zip(got, (want_o, want_lse, *want), strict=True):

@@ -13,11 +13,12 @@ from test_fp8_experts import all_of
 from test_fp8_experts import operands as grouped_operands
 from test_gpu import losses
 
-from dtron.config import DataConfig, RunConfig
-from dtron.fp8 import Recipe, compile_options, grouped_matmul
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.fp8.__main__ import error, products
+from dtron.fp8.matmul import compile_options, grouped_matmul
+from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout
-from dtron.shape import MeshShape
+from dtron.runtime.config import DataConfig, RunConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,19 +10,20 @@ import torch
 from hf_models import FAMILIES, folder, model
 from values import ONE
 
-from dtron import checkpoint, cli
-from dtron.batch import make_batch
-from dtron.config import RunConfig
-from dtron.generate import generate
+from dtron import checkpoint
 from dtron.hf import Source
 from dtron.hf.config import best_family, from_hf, to_hf
 from dtron.hf.export import export
 from dtron.hf.families import FAMILIES as TABLES
 from dtron.hf.safetensors import INDEX, Reader, read_json
-from dtron.model import declare_model, predict
-from dtron.optim import adam_init
-from dtron.pipeline import one_stage
-from dtron.presets import PRESETS
+from dtron.model.batch import make_batch
+from dtron.model.presets import PRESETS
+from dtron.model.transformer import declare_model, predict
+from dtron.runtime import cli
+from dtron.runtime.config import RunConfig
+from dtron.tools.generate import generate
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import one_stage
 
 hf = pytest.importorskip("transformers")
 

@@ -18,20 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from values import ONE
 
-from dtron.config import ModelConfig
-from dtron.dtensor import full, local
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full, local
+from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source
 from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import weights_of
-from dtron.hf.pattern import Pattern, halves, pairs, pattern
 from dtron.hf.safetensors import Reader, write
+from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.model import declare_model
+from dtron.model.transformer import declare_model
 from dtron.params import flat, tree_map
-from dtron.pipeline import cut
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.runtime.config import ModelConfig
+from dtron.training.pipeline import cut
 
 PATTERNS = [
     "(n h) d -> d n h",

@@ -15,18 +15,19 @@ from test_hf import as_run
 from texts import one_line
 from values import ONE
 
-from dtron import checkpoint, cli
-from dtron.cli import parse
-from dtron.config import RunConfig
+from dtron import checkpoint
 from dtron.hf import Source, keep_origin
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.config import read_config
 from dtron.hf.export import export
 from dtron.hf.safetensors import INDEX, SINGLE, Reader, write
-from dtron.model import declare_model
-from dtron.optim import adam_init
+from dtron.model.presets import PRESETS
+from dtron.model.transformer import declare_model
 from dtron.params import flat, init
-from dtron.presets import PRESETS
+from dtron.runtime import cli
+from dtron.runtime.cli import parse
+from dtron.runtime.config import RunConfig
+from dtron.training.optimizer import adam_init
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hf_models import folder
 from test_program import train
 from texts import words
 
-from dtron.generate import main as generate
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.safetensors import Reader
+from dtron.tools.generate import main as generate
 
 pytestmark = pytest.mark.xdist_group("program")
 

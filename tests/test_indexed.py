@@ -1,4 +1,4 @@
-"""dtron.data.indexed and dtron.data.order: the files byte for byte, and the order of samples, against
+"""dtron.data.indexed and dtron.data.megatron_order: the files byte for byte, and the order of samples, against
 megatron-core's own where it is installed."""
 
 import struct
@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import one_line
 
-from dtron.data import order
+from dtron.data import megatron_order
 from dtron.data.indexed import DTYPES, HEADER, Indexed, Writer, prefix_of, token_dtype
-from dtron.data.order import in_order, make_order, most_samples, plan_epochs, split_documents
+from dtron.data.megatron_order import in_order, make_order, most_samples, plan_epochs, split_documents
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=9), min_size=1, max_size=12)
 
@@ -208,12 +208,14 @@ def test_another_rule_is_caught(megatron, tmp_path, monkeypatch, mutant):
     synthetic(tmp_path / "c", 1, 300, 60)
     agree(megatron, tmp_path / "c", "1", 8, 2_000, 3)
     if mutant == "share":
-        monkeypatch.setattr(order, "APART", 0.7)
+        monkeypatch.setattr(megatron_order, "APART", 0.7)
     elif mutant == "epochs":
-        monkeypatch.setattr(order, "plan_epochs", lambda *a: (plan_epochs(*a)[0], False))
+        monkeypatch.setattr(megatron_order, "plan_epochs", lambda *a: (plan_epochs(*a)[0], False))
     else:
-        shuffled = order._shuffled
-        monkeypatch.setattr(order, "_shuffled", lambda v, random: shuffled(v, np.random.RandomState(3)))
+        shuffled = megatron_order._shuffled
+        monkeypatch.setattr(
+            megatron_order, "_shuffled", lambda v, random: shuffled(v, np.random.RandomState(3))
+        )
     with pytest.raises(AssertionError):
         agree(megatron, tmp_path / "c", "1", 8, 2_000, 3)
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from values import F64, ONE, close, normal, same, tree, turned
 
-from dtron.batch import make_batch
+from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.linear import linear, linear_in
-from dtron.layers.loss import IGNORE, Loss, cross_entropy
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import Rope, frequencies, rope_tables, rotate
+from dtron.model.batch import make_batch
 from dtron.params import declare, flat, init
 
 

@@ -1,4 +1,4 @@
-"""dtron.data.loader: samples, their order and the split; and the whole of dtron.data in two processes."""
+"""dtron.data.chunks: samples, their order and the split; and the whole of dtron.data in two processes."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import TEXTS, corpus, one_line
 
-from dtron.config import DataConfig
 from dtron.data import Documents, document_ids, open_data, rows
 from dtron.data.__main__ import main
-from dtron.data.corpus import beside
+from dtron.data.open import beside
+from dtron.runtime.config import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ ALONE = """
 import sys
 sys.modules.update(dict.fromkeys(["tokenizers", "datasets", "pyarrow", "torch", "rich", "jinja2"]))
 from dtron.data import Prefetch, Rows, Indexed, Writer
-import dtron.data.fit
+import dtron.data.best_fit_packing
 """
 
 

@@ -9,23 +9,23 @@ import torch
 from runs import MODEL
 from torch import Tensor
 
-from dtron import show
-from dtron.architecture import ModelConfig
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.dtensor import local
-from dtron.how import How
-from dtron.layers import cores
-from dtron.memory import activation_bytes, block_bytes
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers import attention_kernels
 from dtron.mesh import Layout
-from dtron.model import declare_model, forward
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model, forward
 from dtron.moe.config import MoE
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.step import gradients
+from dtron.tools import show
+from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
 
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
@@ -133,6 +133,6 @@ def test_keys_that_heads_share_are_kept_once(monkeypatch):
     """The kernels want one for every head; a compiler would keep these copies for backward."""
     m = replace(MODEL, layers=1, kv_heads=1)
     kept = kept_compiled(Layout(), m, How())
-    monkeypatch.setattr(cores, "made_again", lambda fn, *xs: fn(*xs))  # the mutant
+    monkeypatch.setattr(attention_kernels, "made_again", lambda fn, *xs: fn(*xs))  # the mutant
     copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4
     assert kept_compiled(Layout(), m, How()) - kept == m.layers * copies > 0

@@ -13,20 +13,20 @@ from test_communication import counts
 from test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
 from values import F64, ONE, close, halves, normal, tree, turned
 
-from dtron.checks import check
-from dtron.cli import parse
-from dtron.collectives import Collective
-from dtron.config import ModelConfig
-from dtron.layers.cores import Mask
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers.attention_kernels import Mask
 from dtron.layers.mla import MLA, Latent, mla
 from dtron.layers.norm import norm
 from dtron.layers.rope import Rope, rope_tables, rotate
-from dtron.model import declare_model, flops_per_token, parameter_count
-from dtron.mtp import Ahead
-from dtron.presets import preset
-from dtron.shape import MeshShape
-from dtron.show import rows
+from dtron.model.mtp import Ahead
+from dtron.model.presets import preset
+from dtron.model.transformer import declare_model, flops_per_token, parameter_count
+from dtron.runtime.cli import parse
+from dtron.runtime.config import ModelConfig
+from dtron.runtime.validate import check
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run_layer, unsummed, zero_stages
+from dtron.tools.count_collectives import Collective
+from dtron.tools.show import rows
 
 LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
 YARN = Rope(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.7)

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dtron.collectives import Collective
-from dtron.dtensor import full
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
 from dtron.mesh import Layout
 from dtron.moe.config import MoE
 from dtron.moe.experts import Experts, product
 from dtron.moe.layer import MoELayer, Seen, moe
 from dtron.moe.router import Router
 from dtron.params import tree_map
-from dtron.shape import MeshShape
 from dtron.testing import (
     assert_caught,
     assert_equivalent,
@@ -30,6 +29,7 @@ from dtron.testing import (
     unsummed,
     zero_stages,
 )
+from dtron.tools.count_collectives import Collective
 
 ONE, F64, T = Layout(), torch.float64, 48
 DIMS = {"embed": 10, "expert_embed": 10, "gated": True, "bias": False, "balance_bias": False, "layers": 1}

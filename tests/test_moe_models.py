@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_moe import ONE, expert_meshes
 
-import dtron.pipeline
-import dtron.step
-from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.dtensor import local as local_part
+import dtron.training.gradients
+import dtron.training.pipeline
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local as local_part
+from dtron.distributed.simulated_ranks import one_rank
 from dtron.moe.config import MoE
-from dtron.schedules.run import Extra
-from dtron.shape import MeshShape
-from dtron.simulate import one_rank
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
+from dtron.schedules.runner import Extra
 from dtron.testing import assert_caught, zero_stages
-from dtron.verify import compare, on_one_device, one_step
+from dtron.tools.verify import compare, on_one_device, one_step
 
 
 def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:
@@ -96,7 +96,7 @@ def test_every_schedule(schedule):
 
 def on_the_mesh(change):
     """The stage function, changed where there is a mesh."""
-    stage = dtron.pipeline.stage
+    stage = dtron.training.pipeline.stage
 
     def changed(*args, layout, **named):
         y, extra = stage(*args, layout=layout, **named)
@@ -110,26 +110,28 @@ def test_an_auxiliary_loss_that_never_reaches_backward_is_caught(monkeypatch):
     config = model_config("dp=2,ep=2", aux_loss=0.1)
     assert_step(config)
     lost = on_the_mesh(lambda extra: Extra(None, extra.report))
-    monkeypatch.setattr(dtron.pipeline, "stage", lost)
+    monkeypatch.setattr(dtron.training.pipeline, "stage", lost)
     assert_caught(lambda: assert_step(config))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_an_auxiliary_loss_that_is_scaled_is_caught(monkeypatch, factor):
     config = model_config("dp=2,ep=2", aux_loss=0.1)
-    monkeypatch.setattr(dtron.pipeline, "stage", on_the_mesh(lambda e: Extra(factor * e.aux, e.report)))
+    monkeypatch.setattr(
+        dtron.training.pipeline, "stage", on_the_mesh(lambda e: Extra(factor * e.aux, e.report))
+    )
     assert_caught(lambda: assert_step(config))
 
 
 def test_a_balance_bias_that_counts_one_rank_is_caught(monkeypatch):
     config = model_config("dp=4,ep=2", bias_rate=1e-2, each=3, batch=4)
     assert_step(config)
-    summed = dtron.step._summed
+    summed = dtron.training.gradients._summed
 
     def of_one_rank(report, layout):
         return summed({name: one_rank(local_part(x)) for name, x in report.items()}, ONE)
 
-    monkeypatch.setattr(dtron.step, "_summed", of_one_rank)
+    monkeypatch.setattr(dtron.training.gradients, "_summed", of_one_rank)
     assert_caught(lambda: assert_step(config))
 
 

@@ -11,23 +11,23 @@ import torch
 from runs import MODEL, on_pool, train
 
 from dtron import checkpoint
-from dtron.batch import make_batch
-from dtron.checks import check, check_dispatch
-from dtron.compiled import compiled
-from dtron.config import DataConfig, ModelConfig, RunConfig
-from dtron.dtensor import full
-from dtron.how import How
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
-from dtron.model import active_count, declare_model, flops_per_token, parameter_count
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import How
+from dtron.model.transformer import active_count, declare_model, flops_per_token, parameter_count
 from dtron.moe.balance import describe_experts, expert_totals
 from dtron.moe.config import MoE
-from dtron.optim import adam_init
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import layers_per_stage, one_stage, program
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.step import gradients
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.validate import check, check_dispatch
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import layers_per_stage, one_stage, program
 
 ONE = Layout()
 EXPERTS = MoE(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from test_transformers import LLAMA_NAMES, random_rows
 from torch import Tensor
 
-from dtron.batch import make_batch
-from dtron.config import ModelConfig
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import Transformer, declare_model, predict
+from dtron.model.batch import make_batch
+from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.moe.config import MoE
 from dtron.params import Weight, tree_map
+from dtron.runtime.config import ModelConfig
 
 hf = pytest.importorskip("transformers")
 

@@ -14,25 +14,25 @@ from test_equivalence import model_config
 from test_pipeline import assert_same_step
 from torch import Tensor
 
-from dtron import mtp
-from dtron.batch import make_batch
-from dtron.compiled import compiled
-from dtron.config import ModelConfig, RunConfig
-from dtron.layers.loss import IGNORE
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.mla import Latent
 from dtron.mesh import Layout
-from dtron.model import embed, forward, predict, stage
+from dtron.model import mtp
+from dtron.model.batch import make_batch
+from dtron.model.mtp import Ahead, look_ahead
+from dtron.model.transformer import embed, forward, predict, stage
 from dtron.moe.config import MoE
-from dtron.mtp import Ahead, look_ahead
 from dtron.params import flat, init
-from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
 from dtron.rules import rules_for
+from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.schedules import SCHEDULES, stages_per_rank
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.step import gradients
 from dtron.testing import assert_caught, dropped, meshes, unsummed, zero_stages
-from dtron.verify import one_step
+from dtron.tools.verify import one_step
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
 
 LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
 EXPERTS = MoE(4, 2, 8, dense_layers=1, score="sigmoid", scale=2.5, groups=2, group_top_k=1, shared=8)
@@ -235,7 +235,7 @@ def test_a_module_that_sees_other_tokens_on_a_mesh_is_caught(monkeypatch):
     def step(config, shape):
         wrong = lambda *args: tuple(x.roll(1, 1) for x in right(*args))
         with monkeypatch.context() as patch:
-            patch.setattr("dtron.batch.look_ahead", wrong)
+            patch.setattr("dtron.model.batch.look_ahead", wrong)
             return one_step(config, shape)
 
     assert_caught(lambda: assert_same_step(config, step))

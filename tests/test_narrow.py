@@ -14,23 +14,23 @@ from products import NAMES, converted
 from runs import on_pool, simulate
 from test_fp8_training import BLOCK, FP8, SIZES, norms_on_pool
 
-from dtron import dtensor, exchange
-from dtron.collectives import Collective, CollectiveCounter
-from dtron.config import RunConfig
-from dtron.dtensor import full
+from dtron.distributed import collectives, redistribute
+from dtron.distributed.fp8_all_gather import packed, unpacked
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.fp8.__main__ import products
-from dtron.fp8.product import scaled_by
-from dtron.how import How
-from dtron.launch import plan
+from dtron.fp8.scaled_mm import scaled_by
 from dtron.mesh import Layout
-from dtron.model import declare_model
+from dtron.model.compute_config import How
+from dtron.model.transformer import declare_model
 from dtron.moe.config import MoE
-from dtron.narrow import packed, unpacked
 from dtron.params import flat
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.runtime.config import RunConfig
+from dtron.runtime.launch import plan
 from dtron.testing import assert_caught
+from dtron.tools.count_collectives import Collective, CollectiveCounter
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -100,12 +100,12 @@ def gathered(mesh: str, axes: tuple[str, ...], rows: int, seed: int) -> tuple[Co
         with CollectiveCounter(device_mesh) as sent:
             got = gather(w, True)
         parts = w.detach().to_local()
-        if layout.gathers(w, *axes) and dtensor.equal_parts(w, w.placements):
+        if layout.gathers(w, *axes) and redistribute.equal_parts(w, w.placements):
             parts = rounded(parts.bfloat16()).float()
-        want = gather(dtensor.like(w, parts), False)
+        want = gather(redistribute.like(w, parts), False)
         assert got.placements == want.placements and got.stride() == want.stride()
         assert full(got).equal(full(want))
-        ones = dtensor.shard_like(torch.ones(x.shape, dtype=torch.bfloat16), got)
+        ones = redistribute.shard_like(torch.ones(x.shape, dtype=torch.bfloat16), got)
         (a,), (b,) = (torch.autograd.grad(gather(w, narrow), w, ones) for narrow in (True, False))
         assert a.placements == b.placements and full(a).equal(full(b))
         return sent, got.to_local().numel()
@@ -120,10 +120,10 @@ def test_a_gather_has_what_each_part_rounds_to(mesh, axes, rows, seed):
 
 def test_parts_in_the_wrong_order_are_caught():
     def reversed_(x, mesh, dim):
-        return exchange.gather_along(x, mesh, dim).flip(0)
+        return collectives.gather_along(x, mesh, dim).flip(0)
 
     gathered("dp=2,cp=2", AXES[1], 2, 0)
-    with mock.patch.object(dtensor, "gather_along", reversed_):
+    with mock.patch.object(redistribute, "gather_along", reversed_):
         assert_caught(lambda: gathered("dp=2,cp=2", AXES[1], 2, 0))
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from values import F64, ONE, SMALL, close, normal
 
-from dtron.config import ModelConfig, OptimConfig
-from dtron.model import declare_model, flops_per_token, parameter_count
-from dtron.optim import (
+from dtron.model.transformer import declare_model, flops_per_token, parameter_count
+from dtron.params import flat, init, leaves, tree_map
+from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.optimizer import (
     adam_init,
     adam_update,
     clip_scale,
@@ -24,7 +25,6 @@ from dtron.optim import (
     with_copies,
     written_out,
 )
-from dtron.params import flat, init, leaves, tree_map
 
 
 def test_adam_is_torch_adamw():

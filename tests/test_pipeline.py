@@ -14,23 +14,23 @@ from test_equivalence import model_config
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.batch import make_batch, valid_tokens
-from dtron.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
-from dtron.model import declare_model
-from dtron.optim import global_norm
+from dtron.model.batch import make_batch, valid_tokens
+from dtron.model.transformer import declare_model
 from dtron.params import flat, init, tree_map
-from dtron.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
 from dtron.rules import rules_for
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules import SCHEDULES, make, peaks, stages_per_rank
-from dtron.schedules.links import Handed
-from dtron.schedules.run import Program, run
-from dtron.schedules.split import backward, backward_input
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.step import gradients
+from dtron.schedules.p2p import Handed
+from dtron.schedules.runner import Program, run
+from dtron.schedules.split_backward import backward, backward_input
 from dtron.testing import assert_caught
-from dtron.verify import StepResult, compare, on_one_device, one_step
+from dtron.tools.verify import StepResult, compare, on_one_device, one_step
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import global_norm
+from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
 
 
 def assert_same_step(config: RunConfig, step=one_step) -> StepResult:
@@ -233,7 +233,7 @@ def test_layers_are_dealt_out_evenly(stages, more, vocab):
 
 def test_the_head_counts_as_the_blocks_it_costs():
     """llama3-8b: a block multiplies by 218 M weights, the head by 525 M."""
-    from dtron.presets import preset
+    from dtron.model.presets import preset
 
     m = preset("llama3-8b")
     assert layers_per_stage(m, 4, 8192) == [9, 9, 8, 6]

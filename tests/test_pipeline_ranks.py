@@ -8,13 +8,13 @@ import pytest
 import torch.distributed as dist
 from runs import MODEL, on_pool, simulate, train
 
-from dtron.config import DataConfig, RunConfig
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.mesh import Layout
-from dtron.pipeline import Pipeline
-from dtron.shape import MeshShape
-from dtron.survive import diagnose
-from dtron.update import update
-from dtron.verify import on_one_device
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.fault_tolerance import diagnose
+from dtron.tools.verify import on_one_device
+from dtron.training.pipeline import Pipeline
+from dtron.training.step import update
 
 TEN = RunConfig(model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
 CASES = [

@@ -15,8 +15,8 @@ from texts import TEXTS, corpus, one_line, words
 from dtron.data import Documents, Indexed, encode, get_tokenizer
 from dtron.data import prepare as preparing
 from dtron.data.__main__ import main
-from dtron.data.corpus import beside
-from dtron.entry import run_cli
+from dtron.data.open import beside
+from dtron.runtime.exit import run_cli
 
 MORE = [*TEXTS[:40], " \n", "", "x" * 3000, "<|endoftext|> is plain text\n"]
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from dtron.checks import check
-from dtron.config import ModelConfig
-from dtron.model import active_count, declare_model, parameter_count
-from dtron.mtp import Ahead
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.model.mtp import Ahead
+from dtron.model.presets import PRESETS, preset
+from dtron.model.transformer import active_count, declare_model, parameter_count
 from dtron.params import leaves
-from dtron.presets import PRESETS, preset
-from dtron.shape import MeshShape
+from dtron.runtime.config import ModelConfig
+from dtron.runtime.validate import check
 
 # By the models' published weights, tied ones counted once.
 PUBLISHED = {

@@ -15,9 +15,9 @@ import torch
 from hypothesis import find, given
 from hypothesis import strategies as st
 
-from dtron import profile
-from dtron.entry import run_cli
-from dtron.profile import ORDER, Breakdown, Recorder, Span, breakdown, classify, read, spans_of, top
+from dtron.runtime.exit import run_cli
+from dtron.tools import profile
+from dtron.tools.profile import ORDER, Breakdown, Recorder, Span, breakdown, classify, read, spans_of, top
 
 ROOT = Path(__file__).parents[1]
 
@@ -317,5 +317,5 @@ for program in sys.argv[1:]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     helps = done.stdout.split("usage: ")[1:]
-    assert [text.split()[0] for text in helps] == ["train.py", "pipeline.py"]
+    assert [text.split()[0] for text in helps] == ["train.py", "training/pipeline.py"]
     assert all("--microbatches" in text for text in helps)

@@ -19,13 +19,13 @@ from texts import TEXTS, corpus, words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dtron import checkpoint
-from dtron.cli import load, parse
 from dtron.data import get_tokenizer
 from dtron.data.sources import Chunks
-from dtron.entry import run_cli
-from dtron.launch import plan
-from dtron.metrics import Metrics
-from dtron.profile import breakdown, read
+from dtron.runtime.cli import load, parse
+from dtron.runtime.exit import run_cli
+from dtron.runtime.launch import plan
+from dtron.runtime.metrics import Metrics
+from dtron.tools.profile import breakdown, read
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -274,7 +274,7 @@ def own_frames(said: str, root: Path) -> list[str]:
 def test_frames_of_the_project_are_told_from_others(tmp_path, name):
     root = tmp_path / name
     theirs = [".venv/lib/python3.11/site-packages/torch/distributed/run.py", ".venv/dtron/train.py", "run.py"]
-    ours = ["train.py", "dtron/entry.py", "dtron/moe/../hf/__main__.py"]
+    ours = ["train.py", "dtron/runtime/exit.py", "dtron/moe/../hf/__main__.py"]
     lines = lambda files: "".join(f'  File "{root / file}", line 1, in main\n' for file in files)
     assert own_frames(lines(theirs), root) == []
     assert own_frames(lines(theirs + ours), root) == [str(root / file) for file in ours]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dtron.cli import parse
 from dtron.hf.config import best_family, to_hf
-from dtron.presets import preset
+from dtron.model.presets import preset
+from dtron.runtime.cli import parse
 from dtron.schedules.__main__ import main
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtron.entry import run_cli
+from dtron.runtime.exit import run_cli
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from values import close, normal, same
 
-from dtron.dtensor import full
-from dtron.layers import context, fused, ring
-from dtron.layers.context import attend, prepare
-from dtron.layers.cores import Mask, attention_and_lse, attention_reference, with_sinks
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers import attention_block_kernels, context_parallel, ring_attention
+from dtron.layers.attention_kernels import Mask, attention_and_lse, attention_reference, with_sinks
+from dtron.layers.context_parallel import attend, prepare
+from dtron.layers.token_order import as_rows, as_tokens, row_order
 from dtron.mesh import Layout
-from dtron.order import as_rows, as_tokens, row_order
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
 from dtron.testing import meshes
 
 
@@ -78,7 +78,7 @@ def test_places_are_made_by_arithmetic(method, monkeypatch):
 
     assert "arange" in called() and not called() & {"cat", "stack"}
     assert torch.equal(laid(48, 3, True), row_order(48, 3, True))
-    monkeypatch.setattr(context, "row_order", laid)
+    monkeypatch.setattr(context_parallel, "row_order", laid)
     assert called() & {"cat", "stack"}
 
 
@@ -117,7 +117,7 @@ def test_attention_to_parts_of_the_keys_merges_to_that_to_all(owners, window, so
         if len(part):
             step = replace(mask, queries=own[None], keys=part)
             got = attention_and_lse(q[:, :, own], k[:, :, part], v[:, :, part], documents, step)
-            found = got if found is None else ring.merge(found, got)
+            found = got if found is None else ring_attention.merge(found, got)
     got = found[0] if sink is None else with_sinks(*found, sink)
     same(got, want, [q, k, v, *([sink] if sinks else [])])
 
@@ -127,15 +127,18 @@ def test_a_block_backward_under_the_softmax_of_all_keys(causal):
     """The parts' gradients, each from the whole's output and lse, are the whole's."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     more_k, more_v = normal(2, 2, 5, 4, seed=7), normal(2, 2, 5, 4, seed=8)
-    one, two = fused.block_forward(q, k, v, causal), fused.block_forward(q, more_k, more_v, False)
-    o, lse = ring.merge(one[:2], two[:2])
+    one, two = (
+        attention_block_kernels.block_forward(q, k, v, causal),
+        attention_block_kernels.block_forward(q, more_k, more_v, False),
+    )
+    o, lse = ring_attention.merge(one[:2], two[:2])
     inputs = [q, k, v, more_k, more_v]
     g = normal(*o.shape, seed=9).detach()
     want = torch.autograd.grad(o, inputs, g)
     with torch.no_grad():
-        a = fused.block_backward(g, q, k, v, o, lse, None, causal)
-        b = fused.block_backward(g, q, more_k, more_v, o, lse, None, False)
-        alone = fused.block_backward(g, q, k, v, one[0], one[1], None, causal)
+        a = attention_block_kernels.block_backward(g, q, k, v, o, lse, None, causal)
+        b = attention_block_kernels.block_backward(g, q, more_k, more_v, o, lse, None, False)
+        alone = attention_block_kernels.block_backward(g, q, k, v, one[0], one[1], None, causal)
     close((a[0] + b[0], *a[1:], *b[1:]), want)
     with pytest.raises(AssertionError):  # with its own lse a part knows nothing of the others
         close((alone[0] + b[0], *alone[1:], *b[1:]), want)

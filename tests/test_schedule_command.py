@@ -9,10 +9,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from dtron.entry import run_cli
+from dtron.runtime.exit import run_cli
 from dtron.schedules import SCHEDULES, Costs, make, simulate
 from dtron.schedules.__main__ import main
-from dtron.schedules.draw import svg, text
+from dtron.tools.draw_schedules import svg, text
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtron.config import ModelConfig
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
-from dtron.model import declare_model
+from dtron.model.transformer import declare_model
 from dtron.moe.config import MoE
-from dtron.optim import adam_init
 from dtron.params import flat, init
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.show import coordinates, local_range, main, picture, rows, size, total
-from dtron.simulate import simulated
+from dtron.runtime.config import ModelConfig
 from dtron.testing import meshes
+from dtron.tools.show import coordinates, local_range, main, picture, rows, size, total
+from dtron.training.optimizer import adam_init
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(

@@ -9,11 +9,11 @@ from test_indexed import megatron, theirs, write  # noqa: F401  (a fixture)
 from texts import TEXTS, corpus, one_line
 
 from dtron.data import Documents, Prefetch, get_tokenizer
-from dtron.data.fit import Fitted, best_fit, cut
+from dtron.data.best_fit_packing import Fitted, best_fit, cut
 from dtron.data.indexed import Indexed
 from dtron.data.sources import Chunks, Mixed, Packed, Rows
 from dtron.data.stream import Stream
-from dtron.data.tokens import encode, end_id
+from dtron.data.tokenization import encode, end_id
 
 COLUMNS = ("tokens", "documents", "positions", "counted")
 

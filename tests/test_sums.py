@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtron import dtensor
-from dtron.collectives import Collective, CollectiveCounter
-from dtron.dtensor import Lies, cast, full
+from dtron.distributed import redistribute
+from dtron.distributed.bucketing import scatter_all
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import Lies, cast, full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.together import scatter_all
+from dtron.tools.count_collectives import Collective, CollectiveCounter
 
 MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp=3,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=3,tp=2")
 WEIGHTS = {"w_up": ("embed", "mlp"), "w_down": ("mlp", "embed")}
@@ -73,12 +73,12 @@ def test_what_is_sent_is_narrow(name, mesh, size, sent):
 MUTANTS = {
     "added up in bfloat16": (
         "_land",
-        lambda g, axis, dim, dtype, land=dtensor._land: land(g, axis, dim, g.dtype),
+        lambda g, axis, dim, dtype, land=redistribute._land: land(g, axis, dim, g.dtype),
     ),
     "a rank's own pieces": ("swap", lambda x, mesh, dim: (x[0], x[1:])),
     "another's piece stays": (
         "swap",
-        lambda x, mesh, dim, swap=dtensor.swap: (x[0], swap(x, mesh, dim)[1]),
+        lambda x, mesh, dim, swap=redistribute.swap: (x[0], swap(x, mesh, dim)[1]),
     ),
 }
 
@@ -86,7 +86,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name):
     part, wrong = MUTANTS[name]
-    with mock.patch.object(dtensor, part, wrong), pytest.raises(AssertionError):
+    with mock.patch.object(redistribute, part, wrong), pytest.raises(AssertionError):
         assert scattered("dp=4", "w_up", 24, 0)[0] < 1e-6
 
 

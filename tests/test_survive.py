@@ -23,24 +23,24 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import train
 from dtron import checkpoint
-from dtron.batch import make_batch
 from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
-from dtron.checkpoint.saver import quiet, reason
-from dtron.compiled import compiled_rule
-from dtron.config import OptimConfig, RunConfig
-from dtron.dtensor import local
-from dtron.entry import run_cli
-from dtron.launch import host_group
+from dtron.checkpoint.async_saver import quiet, reason
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local
+from dtron.distributed.simulated_ranks import by_rank, simulated
 from dtron.mesh import Layout
-from dtron.optim import adam_init
+from dtron.model.batch import make_batch
 from dtron.params import flat, init
-from dtron.pipeline import one_stage, program
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import by_rank, simulated
-from dtron.survive import Stop, Watch, diagnose
-from dtron.update import update
+from dtron.runtime.config import OptimConfig, RunConfig
+from dtron.runtime.exit import run_cli
+from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
+from dtron.runtime.launch import host_group
+from dtron.training.compiled_stage import compiled_rule
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import one_stage, program
+from dtron.training.step import update
 
 SIX = ["--steps=6", "--eval-every=0", "--sample=0", "--save-every=2"]
 

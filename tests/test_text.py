@@ -1,4 +1,4 @@
-"""dtron.data.text: every kind of file is read, and what is wrong with one is said in a line."""
+"""dtron.data.documents: every kind of file is read, and what is wrong with one is said in a line."""
 
 import os
 import sys
@@ -9,8 +9,9 @@ import pytest
 from pyarrow import parquet
 from texts import TEXTS, corpus, one_line
 
-from dtron.config import DataConfig
-from dtron.data import Documents, documents, open_data, text
+from dtron.data import Documents, open_data
+from dtron.data.documents import documents
+from dtron.runtime.config import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_the_default_corpus_is_the_library_without_tests(tmp_path: Path, cache: 
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    monkeypatch.setattr(text, "_library", lambda: tmp_path)
+    monkeypatch.setattr("dtron.data.documents._library", lambda: tmp_path)
     assert documents(cache=cache)["text"][:] == ["z = 1\n", "b = 1\n"]
     before = Documents(cache=cache).key
     (tmp_path / "b.py").write_bytes(b"b = 2\n")

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtron import together
-from dtron.collectives import CollectiveCounter
-from dtron.dtensor import Lies, scatter
+from dtron.distributed import bucketing
+from dtron.distributed.bucketing import gather_some, scatter_all
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import Lies, scatter
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
-from dtron.together import gather_some, scatter_all
+from dtron.tools.count_collectives import CollectiveCounter
 
 MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=4,ep=2")
 AXES = (("embed", "mlp"), ("mlp", "embed"), ("embed", "head_dim"), ("vocab", "embed"), ("act_embed",))
@@ -85,20 +85,20 @@ def test_it_takes_fewer_collectives():
     assert differences("dp=4", four, torch.float64, 0)[1] == 2 * 3
     assert differences("dp=2,cp=2", four, torch.float64, 0)[1] == 2 * 2 * 3
     assert differences("dp=2,tp=2", four, torch.float64, 0)[1] == 0
-    with mock.patch.object(together, "SMALL", 1):
+    with mock.patch.object(bucketing, "SMALL", 1):
         assert differences("dp=4", four, torch.float64, 0)[1] == 0
 
 
 MUTANTS = {
     "all are cut along their first dim": (
         "_scatter_together",
-        lambda grads, targets, axes, dtype, real=together._scatter_together: real(
+        lambda grads, targets, axes, dtype, real=bucketing._scatter_together: real(
             grads, [[type(p)(0) if p.is_shard() else p for p in t] for t in targets], axes, dtype
         ),
     ),
     "another's": (
         "_gather_together",
-        lambda ws, *a, real=together._gather_together: real(ws, *a)[::-1],
+        lambda ws, *a, real=bucketing._gather_together: real(ws, *a)[::-1],
     ),
 }
 
@@ -106,5 +106,5 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name):
     part, wrong = MUTANTS[name]
-    with mock.patch.object(together, part, wrong), pytest.raises((AssertionError, RuntimeError)):
+    with mock.patch.object(bucketing, part, wrong), pytest.raises((AssertionError, RuntimeError)):
         assert differences("dp=2", [(0, 2, 2), (1, 2, 2), (1, 2, 2)], torch.float64, 0)[0] < 1e-12

@@ -1,4 +1,4 @@
-"""dtron.data.tokens and .cache: lossless tokens, and a cache that can be trusted."""
+"""dtron.data.tokenization and .cache: lossless tokens, and a cache that can be trusted."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from texts import TEXTS, corpus, one_line, words
 from tokenizers import Tokenizer, models
 
-from dtron.data import cache_dir, documents, encode, end_id, get_tokenizer, text, tokens
+from dtron.data import cache_dir, encode, end_id, get_tokenizer, tokenization
 from dtron.data.cache import cached, digest
+from dtron.data.documents import documents
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_decoding_gives_back_every_document(cache: Path, tokenizer: Tokenizer, d
 def test_long_documents_are_encoded_in_pieces(tokenizer: Tokenizer, tmp_path_factory, docs: list[str]):
     # A cache of its own: the size of a piece is a constant, so it is not part of a key.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "_PIECE", 7)
-        patch.setattr(tokens, "_BATCH", 20)
+        patch.setattr(tokenization, "_PIECE", 7)
+        patch.setattr(tokenization, "_BATCH", 20)
         check_round_trip(docs, tokenizer, tmp_path_factory.mktemp("pieces"))
 
 
@@ -142,7 +143,7 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch):
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(text, "_rows", full)
+    monkeypatch.setattr("dtron.data.documents._rows", full)
     one_line(lambda: documents(str(corpus_file), cache=tmp_path / "c"), "No space left", "DTRON_CACHE")
 
 

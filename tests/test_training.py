@@ -11,13 +11,13 @@ import pytest
 import torch
 from runs import MODEL, on_pool, simulate, train
 
-from dtron.config import DataConfig, RunConfig
-from dtron.dtensor import full
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.params import flat
 from dtron.rules import rules_for
-from dtron.shape import MeshShape
-from dtron.simulate import simulated
+from dtron.runtime.config import DataConfig, RunConfig
 
 TEN = RunConfig(model=MODEL, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
 THREE = replace(TEN, steps=3)
@@ -133,7 +133,7 @@ def test_gradients_may_be_reduced_in_bfloat16():
 
 
 def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
-    from dtron.metrics import Metrics
+    from dtron.runtime.metrics import Metrics
 
     def steps(start: int, end: int) -> None:
         metrics = Metrics(tmp_path, "cpu", 1, 1e6, 5, start, main=True)

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.batch import make_batch
-from dtron.config import ModelConfig, OptimConfig
 from dtron.layers.attention import Attention, attention
-from dtron.layers.cores import Mask
-from dtron.layers.loss import IGNORE
+from dtron.layers.attention_kernels import Mask
+from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import Rope
 from dtron.mesh import Layout
-from dtron.model import Transformer, declare_model, predict
-from dtron.optim import adam_init, adam_update, clip_scale, global_norm
+from dtron.model.batch import make_batch
+from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.params import Weight, tree_map
-from dtron.pipeline import one_stage, program
-from dtron.step import gradients
+from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
+from dtron.training.pipeline import one_stage, program
 
 hf = pytest.importorskip("transformers")
 

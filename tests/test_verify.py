@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dtron import verify
-from dtron.config import DataConfig
-from dtron.entry import run_cli
 from dtron.params import leaves
+from dtron.runtime.config import DataConfig
+from dtron.runtime.exit import run_cli
 from dtron.testing import dropped, unsummed
+from dtron.tools import verify
 
 TINY = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2", "--model.vocab=300"]
 TINY += ["--model.head-dim=16", "--model.mlp=64", "--mesh=dp=2,tp=2", "--zero=3"]

@@ -9,10 +9,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dtron.config import ModelConfig
 from dtron.layers.rope import Rope, frequencies
 from dtron.mesh import Layout
 from dtron.params import declare, tree_map
+from dtron.runtime.config import ModelConfig
 
 ONE, F64 = Layout(), torch.float64
 SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)

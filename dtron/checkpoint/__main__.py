@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.checkpoint import files
-from dtron.entry import Parser, run_cli
+from dtron.runtime.exit import Parser, run_cli
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,8 @@
 """Text, tokens and conversations to training samples.
 
-Documents: `formats` and `text` read them, `chat` reads conversations, `tokens` encodes, `indexed` reads and
-writes token files, `prepare` makes those from text. Samples: `sources` (from `loader`'s chunks or `order`),
-`fit`, `stream`, several by weight with `mixture`. `corpus` puts together what the command line names, and
+Documents: `formats` and `documents` read them, `chat` reads conversations, `tokenization` encodes, `indexed` reads and
+writes token files, `prepare` makes those from text. Samples: `sources` (from `chunks` or `megatron_order`),
+`best_fit_packing`, `stream`, several by weight with `mixture`. `open` puts together what the command line names, and
 `prefetch` reads ahead.
 
 Names are imported when somebody asks for them: reading token files takes numpy and nothing else.
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtron.data.cache import cache_dir
-    from dtron.data.corpus import Data, open_data
+    from dtron.data.chunks import document_ids, rows
+    from dtron.data.documents import Documents
     from dtron.data.indexed import Indexed, Writer
-    from dtron.data.loader import document_ids, rows
+    from dtron.data.open import Data, open_data
     from dtron.data.prefetch import Prefetch
     from dtron.data.sources import Rows, Source
-    from dtron.data.text import Documents, documents
-    from dtron.data.tokens import encode, end_id, get_tokenizer
+    from dtron.data.tokenization import encode, end_id, get_tokenizer
 
 _NAMES = {
     "cache": ["cache_dir"],
-    "corpus": ["Data", "open_data"],
+    "open": ["Data", "open_data"],
     "indexed": ["Indexed", "Writer"],
-    "loader": ["document_ids", "rows"],
+    "chunks": ["document_ids", "rows"],
     "prefetch": ["Prefetch"],
     "sources": ["Rows", "Source"],
-    "text": ["Documents", "documents"],
-    "tokens": ["encode", "end_id", "get_tokenizer"],
+    "documents": ["Documents"],
+    "tokenization": ["encode", "end_id", "get_tokenizer"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -43,7 +43,6 @@ __all__ = [  # noqa: F822
     "Writer",
     "cache_dir",
     "document_ids",
-    "documents",
     "encode",
     "end_id",
     "get_tokenizer",

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dtron.data.cache import cache_dir
-from dtron.data.corpus import Turns, beside
+from dtron.data.documents import Documents, user_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
+from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
-from dtron.data.text import Documents, user_files
-from dtron.data.tokens import get_tokenizer, load_tokenizer, vocab_of
-from dtron.entry import Parser, run_cli
+from dtron.data.tokenization import get_tokenizer, load_tokenizer, vocab_of
+from dtron.runtime.exit import Parser, run_cli
 
 _PIECE = 1 << 24  # tokens looked at together
 

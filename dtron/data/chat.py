@@ -34,9 +34,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
+from dtron.data.documents import user_files
 from dtron.data.formats import cells, one_line, understood
-from dtron.data.text import user_files
-from dtron.data.tokens import encoder_of, end_id, ids_of
+from dtron.data.tokenization import encoder_of, end_id, ids_of
 
 ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"

@@ -7,7 +7,7 @@ A worker parses, encodes its documents as one batch, and answers with the bytes 
 between processes is two bytes a token and not a list of Python integers. Few blocks are on their way at once,
 and memory holds twelve bytes a document, whatever the size of the corpus.
 
-What a document is, and its tokens, are those of ``dtron.data.tokens``: rows without text are passed over,
+What a document is, and its tokens, are those of ``dtron.data.tokenization``: rows without text are passed over,
 every document ends with the tokenizer's end token, special tokens that are spelled out are plain text.
 """
 
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from dtron.data.formats import texts, texts_of_lines, understood
 from dtron.data.indexed import Writer, token_dtype
-from dtron.data.tokens import encoded, encoder_of, vocab_of
+from dtron.data.tokenization import encoded, encoder_of, vocab_of
 
 BLOCK = 1 << 20  # bytes or characters
 

@@ -19,10 +19,10 @@ from typing import Protocol
 import numpy as np
 
 from dtron.data.cache import digest
+from dtron.data.chunks import begin_ids, document_ids, rows
 from dtron.data.indexed import Indexed
-from dtron.data.loader import begin_ids, document_ids, rows
+from dtron.data.megatron_order import Order, in_order, make_order
 from dtron.data.mixture import Blend
-from dtron.data.order import Order, in_order, make_order
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import digest
-from dtron.data.loader import document_ids
+from dtron.data.chunks import document_ids
+from dtron.data.documents import Documents
 from dtron.data.sources import Rows
-from dtron.data.text import Documents
-from dtron.data.tokens import encoded, encoder_of, end_id
+from dtron.data.tokenization import encoded, encoder_of, end_id
 
 HELD = 32
 _MARK = 1 << 20  # tokens between remembered documents

@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dtron.fp8 import Recipe, matmul
-from dtron.fp8.recipe import Scaling
+from dtron.fp8.matmul import matmul
+from dtron.fp8.recipe import Recipe, Scaling
 
 
 def products(fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.fp8.product import scaled_by
 from dtron.fp8.recipe import BLOCK
-from dtron.jit import opaque
+from dtron.fp8.scaled_mm import scaled_by
+from dtron.torch_compile import opaque
 
 
 @opaque

@@ -6,6 +6,6 @@ format, ``load.py`` and ``export.py`` the two directions.
 
 from dtron.hf.config import contradiction, read_config
 from dtron.hf.load import Source
-from dtron.hf.origin import keep_origin
+from dtron.hf.source_files import keep_origin
 
 __all__ = ["Source", "contradiction", "keep_origin", "read_config"]

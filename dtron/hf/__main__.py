@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dtron.entry import Parser, run_cli
 from dtron.hf.export import export
+from dtron.runtime.exit import Parser, run_cli
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
 

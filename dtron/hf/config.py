@@ -11,12 +11,12 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtron.architecture import ModelConfig
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.safetensors import read_json
 from dtron.layers.rope import Rope
+from dtron.model.config import ModelConfig
+from dtron.model.mtp import Ahead
 from dtron.moe.config import MoE
-from dtron.mtp import Ahead
 
 CONFIG = "config.json"
 

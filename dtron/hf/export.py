@@ -20,17 +20,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dtron import checkpoint, cli
-from dtron.architecture import ModelConfig
-from dtron.config import RunConfig
-from dtron.data.tokens import end_id
+from dtron import checkpoint
+from dtron.data.tokenization import end_id
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
-from dtron.hf.origin import ORIGIN, TOKENIZER
-from dtron.hf.pattern import pairs, pattern
 from dtron.hf.safetensors import read_json, write
+from dtron.hf.source_files import ORIGIN, TOKENIZER
+from dtron.hf.tensor_pattern import pairs, pattern
+from dtron.model.config import ModelConfig
 from dtron.params import Weight
+from dtron.runtime import cli
+from dtron.runtime.config import RunConfig
 
 _UNSAID = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dtron.architecture import ModelConfig
+from dtron.model.config import ModelConfig
 
 
 class Row(NamedTuple):

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.architecture import ModelConfig
+from dtron.checkpoint.shard_range import lay, own_box
+from dtron.distributed.simulated_ranks import paused
 from dtron.hf.config import read_config
 from dtron.hf.families import Family, Row
-from dtron.hf.pattern import Range, halves, pattern
 from dtron.hf.safetensors import Reader
+from dtron.hf.tensor_pattern import Range, halves, pattern
 from dtron.mesh import Layout
-from dtron.model import declare_model
-from dtron.own import lay, own_box
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model
 from dtron.params import Weight, flat, tree_map
-from dtron.simulate import paused
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from functools import partial
 
 from torch import Tensor
 
-from dtron.fp8 import Recipe
-from dtron.layers.context import Context, attend
-from dtron.layers.cores import CORES, AttentionPath, Mask
+from dtron.fp8.recipe import Recipe
+from dtron.layers.attention_kernels import CORES, AttentionPath, Mask
+from dtron.layers.context_parallel import Context, attend
+from dtron.layers.kv_cache import Past, recall
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
-from dtron.layers.past import Past, recall
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros

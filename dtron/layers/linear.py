@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtron.fp8 import Recipe, matmul
+from dtron.fp8.matmul import matmul
+from dtron.fp8.recipe import Recipe
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None, recipe: Recipe | None = None) -> Tensor:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.fp8 import Recipe
+from dtron.fp8.recipe import Recipe
 from dtron.layers.attention import core, parts
-from dtron.layers.context import Context
-from dtron.layers.cores import AttentionPath, Mask
+from dtron.layers.attention_kernels import AttentionPath, Mask
+from dtron.layers.context_parallel import Context
+from dtron.layers.kv_cache import Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
-from dtron.layers.past import Past
 from dtron.layers.rope import rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight

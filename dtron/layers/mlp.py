@@ -15,11 +15,11 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.fp8 import Recipe
+from dtron.fp8.recipe import Recipe
 from dtron.layers.linear import linear
+from dtron.layers.recompute import in_chunks
 from dtron.mesh import Layout
 from dtron.params import residual_out, weight, zeros
-from dtron.recompute import in_chunks
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.dtensor import local
+from dtron.distributed.redistribute import local
 from dtron.moe.config import MoE
 from dtron.moe.router import TOTALS
-from dtron.pipeline import Pipeline
-from dtron.step import Reports
+from dtron.training.gradients import Reports
+from dtron.training.pipeline import Pipeline
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.exchange import all_gather, all_to_all, reduce_scatter
-from dtron.jit import opaque
+from dtron.distributed.collectives import all_gather, all_to_all, reduce_scatter
+from dtron.torch_compile import opaque
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 Run = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on the experts that are here

@@ -4,7 +4,7 @@ The rows that they get stand sorted by expert, and one *grouped* product multipl
 own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
 stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
 one of bfloat16. Where every expert has the same number of rows they are a plain batched product. In FP8 both
-are one kernel (fp8/grouped.py).
+are one kernel (fp8/scaled_grouped_mm.py).
 
 Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each expert has
 but some of the tokens, and a chunk would leave its products too few rows.
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.fp8 import Recipe, grouped_matmul
+from dtron.fp8.matmul import grouped_matmul
+from dtron.fp8.recipe import Recipe
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dtron.fp8 import Recipe
+from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.moe.config import MoE

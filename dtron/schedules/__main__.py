@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dtron.entry import Parser, run_cli
+from dtron.runtime.exit import Parser, run_cli
 from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
-from dtron.schedules import draw as pictures
+from dtron.tools import draw_schedules as pictures
 
 
 def timed(name: str, o: Namespace) -> Timeline:

@@ -1,0 +1,179 @@
+"""Saving behind the back of training: it stands still for a copy, and a thread does the rest.
+
+    copy      every rank's own shards to memory of the host (pinned, where there is a GPU: a copy at the full
+              speed of the bus), into the same buffers each time
+    write     torch.distributed.checkpoint, in a thread, over a process group of its own
+    check     each rank reads its files back, for their checksums
+    finish    rank 0 lists them in ``meta.json``, renames the folder, and deletes what need not be kept
+
+A save that fails (a full disk, a folder that is gone) fails on all ranks, costs nothing but itself, and is
+told of at the next occasion; the last good checkpoint stays. A save waits for the one before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dtron.checkpoint import files
+from dtron.distributed.redistribute import like, local, rank
+from dtron.distributed.simulated_ranks import paused
+
+
+class Saver:
+    """``save`` copies and returns; ``said`` gives the lines about saves that have ended. ``group``: a gloo
+    group of all processes that nobody else uses (None: one process). ``keep``, ``keep_every``: see
+    ``files.prune``."""
+
+    def __init__(self, run_dir: Path, group: Any = None, keep: int = 0, keep_every: int = 0):
+        self._run_dir, self._group, self._keep, self._keep_every = run_dir, group, keep, keep_every
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._lines: list[str] = []
+        self.failed: str | None = None
+        self._at = -1  # the last one asked for
+
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Make the buffers ahead, in the thread: pinning memory takes longer than copying into it."""
+        self._start(lambda: self._room(tensors))
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> float:
+        """Begin to save; every rank calls this. Seconds that it took."""
+        start = time.perf_counter()
+        if step == self._at:
+            return 0.0
+        self.wait()
+        self._at = step
+        with paused(), torch.no_grad():
+            copies = self._copies(tensors)
+        self._start(lambda: self._write(step, copies, meta))
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def said(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+    def close(self) -> None:
+        """Wait. Raises ValueError where the last save failed."""
+        self.wait()
+        if self.failed is not None:
+            raise ValueError(self.failed)
+
+    def _start(self, fn: Callable[[], None]) -> None:
+        # Of several processes one that fails must not wait for the others here: they may wait for it.
+        self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
+        self._thread.start()
+
+    def _room(self, tensors: dict[str, Tensor]) -> None:
+        for name, x in tensors.items():
+            part = local(x)
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+
+    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._room(tensors)
+        for name, x in tensors.items():
+            self._buffers[name].copy_(local(x), non_blocking=True)
+        if any(local(x).is_cuda for x in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: like(x, self._buffers[name]) for name, x in tensors.items()}
+
+    def _write(self, step: int, copies: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        goal = files.target(self._run_dir, step)
+        part = goal.with_name(goal.name + ".part")
+        try:
+            self._together(lambda: _empty(part) if rank() == 0 else None)
+            self._together(lambda: self._dump(part, copies))
+            mine = self._together(lambda: files.describe_files(sorted(part.glob(f"__{rank()}_*"))))
+            listed = {name: entry for each in mine for name, entry in each.items()}
+
+            def end() -> None:
+                if rank() == 0:
+                    listed.update(files.describe_files([part / ".metadata"]))
+                    files.finish(part, goal, {"format": files.FORMAT, "step": step, **meta, "files": listed})
+                    files.prune(self._run_dir, self._keep, self._keep_every)
+
+            self._together(end)
+            self.failed = None
+            self._lines.append(f"saved {goal}")
+        except _Failed as failure:
+            self.failed = (
+                f"{goal}: cannot write the checkpoint ({failure}); free space, or choose another --run-dir"
+            )
+            self._lines.append(f"warning: {self.failed}; training goes on")
+            if rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _dump(self, part: Path, copies: dict[str, Tensor]) -> None:
+        with quiet():
+            dcp.save(copies, checkpoint_id=str(part), process_group=self._group, no_dist=self._group is None)
+
+    def _together(self, fn: Callable[[], Any]) -> list[Any]:
+        """What every rank's ``fn`` gives; a failure of one is one of all."""
+        value = problem = None
+        try:
+            value = fn()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            problem = reason(error, self._run_dir)
+        if self._group is None:
+            found = [(value, problem)]
+        else:
+            found = [None] * dist.get_world_size(self._group)
+            try:
+                dist.all_gather_object(found, (value, problem), group=self._group)
+            except RuntimeError as error:  # another rank is gone: the main thread will notice too
+                raise _Failed(str(error).splitlines()[0]) from error
+        problem = next((p for _, p in found if p is not None), None)
+        if problem is not None:
+            raise _Failed(problem)
+        return [v for v, _ in found]
+
+
+class _Failed(Exception):
+    pass
+
+
+def reason(error: BaseException, folder: Path) -> str:
+    """Why a file there could not be written, in one line. On a full disk torch's writer fails once more while
+    it cleans up, and what it says then says nothing of disks: so the disk is asked."""
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < 1 << 20:
+            return "No space left on device"
+    return str(error).strip().splitlines()[-1]
+
+
+def _empty(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint speaks of single processes and of its own plans; none of it helps here."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

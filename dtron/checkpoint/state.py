@@ -1,0 +1,217 @@
+"""Save and resume, on any mesh: a checkpoint is the tree of whole tensors, whoever holds which part.
+
+torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor and read
+back the ranges it needs, so the mesh and ZeRO stage that load need not be those that saved. Weights have the
+same paths and shapes on every mesh; nothing else is needed to make that true.
+
+What is in it: weights, both moments, the routers' balance biases (which are among the weights), the number of
+the step and the place in the data. There is no state of the learning rate, which is a function of the step,
+and none of a random generator: after the initial weights nothing is drawn. files.py has what lies on the
+disk, saver.py how it is written while training goes on; ``python -m dtron.checkpoint inspect DIR`` shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtron.checkpoint import files
+from dtron.checkpoint.async_saver import Saver, quiet
+from dtron.checkpoint.files import read_meta
+from dtron.checkpoint.shard_range import lay, own_box
+from dtron.distributed.redistribute import full, local, rank, shard_like
+from dtron.distributed.simulated_ranks import is_simulated, paused
+from dtron.mesh import Layout
+from dtron.params import Weight, flat, tree_map, unflatten
+from dtron.runtime.config import RunConfig
+from dtron.training.optimizer import AdamState
+
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on. ``samples``: how many sequences of the data have been used."""
+
+    step: int
+    samples: int
+    params: Any
+    opt: AdamState
+
+
+def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
+    """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights. Raises
+    ValueError where the folder cannot be written."""
+    saver = Saver(run_dir, dist.group.WORLD if _processes() else None)
+    begin(saver, state, spec, identity)
+    saver.close()
+    return files.target(run_dir, state.step)
+
+
+def begin(saver: Saver, state: TrainState, spec: Any, identity: Identity) -> float:
+    """Begin to write the state; seconds that it took. The state may change as soon as this returns."""
+    meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
+    return saver.save(state.step, tensors(state, spec), meta)
+
+
+def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
+    """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are overwritten.
+
+    Raises ValueError for a checkpoint of another model, seed or text, or one that is not whole to the last
+    byte: then with the newest before it that is.
+    """
+    meta = read_meta(path)
+    _same(path, meta["identity"], identity)
+    undamaged(path, meta)
+    whole = tensors(state, spec)
+    try:
+        with paused(), quiet():
+            dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes())
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        first = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path}: cannot be read ({first}); {files.REMEDY}") from error
+    if any(is_simulated(t) for t in _locals(state)):
+        state = _placed(state, spec, whole)
+    else:
+        _fill_twins(state, spec, whole)
+    return TrainState(
+        meta["step"], meta["samples"], state.params, AdamState(meta["updates"], state.opt.m, state.opt.v)
+    )
+
+
+def undamaged(path: Path, meta: dict[str, Any]) -> None:
+    """Raises ValueError for a byte that is another. Each is read once, by one of the ranks, which all call
+    this."""
+    found = files.damaged(path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1)))
+    if _processes():
+        each: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(each, found)
+        found = [name for names in each for name in names]
+    if found:
+        other = files.before(path)
+        remedy = (
+            f"delete it to resume from {other.name}, which is whole"
+            if other
+            else "delete it: no other is whole"
+        )
+        raise ValueError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
+
+
+def read_weight(path: Path, w: Weight) -> Tensor:
+    """One whole weight, float32; nothing else is read."""
+    into = torch.empty(w.shape)
+    read_into(path, w, into)
+    return into
+
+
+def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
+    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it. Every
+    rank calls this."""
+    undamaged(path, read_meta(path))
+
+    def one(w: Weight) -> Tensor:
+        box = own_box(w, layout, device)
+        with paused():
+            if box is None:
+                x = read_weight(path, w)
+            else:
+                x = torch.empty([b - a for a, b in box], device=device)
+                read_into(path, w, lay(x, w, layout, box))
+            x = x.to(device, dtype)
+        return lay(x, w, layout, box)
+
+    with torch.no_grad():
+        return tree_map(one, spec)
+
+
+def read_into(path: Path, w: Weight, into: Tensor) -> None:
+    """The part of a weight that this rank has of ``into``. Asks no other rank."""
+    try:
+        with quiet():
+            dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        first = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
+
+
+def identity_of(config: RunConfig, text: str) -> Identity:
+    """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
+
+    def flags(value: Any, prefix: str) -> Identity:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, child in value.items() for k, v in flags(child, f"{prefix}.{name}").items()}
+
+    same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
+    return flags(asdict(config.model), "model") | same
+
+
+def _same(path: Path, saved: Identity, now: Identity) -> None:
+    for name, value in now.items():
+        was = saved.get(name)
+        if was == value:
+            continue
+        if name == "text":
+            raise ValueError(
+                f"{path}: was trained on other text, or with another tokenizer; give the --data.path and "
+                "--data.tokenizer it was started with, or another --run-dir"
+            )
+        stem, _, last = name.replace("_", "-").rpartition(".")
+        dot = f"--{stem}." if stem else "--"
+        flag = f"{dot}{'' if was else 'no-'}{last}" if isinstance(value, bool) else f"{dot}{last} {was}"
+        raise ValueError(
+            f"{path}: was made with {name}={was}, this run has {value}; use {flag}, or another --run-dir"
+        )
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "m": state.opt.m, "v": state.opt.v}
+
+
+def _locals(state: TrainState) -> list[Tensor]:
+    return [t.to_local() if isinstance(t, DTensor) else t for t in flat(state.params)]
+
+
+def _processes() -> bool:
+    """Whether the ranks are processes (simulated ranks are one)."""
+    return dist.is_initialized() and dist.get_backend() != "fake"
+
+
+def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
+    """By kind and path; simulated tensors whole, all others as they lie. Twins have one name."""
+    paths = [w.path for w in flat(spec)]
+    named: dict[str, Tensor] = {}
+    for kind, tree in _trees(state).items():
+        for path, t in zip(paths, flat(tree), strict=True):
+            named.setdefault(f"{kind}.{path}", t)
+    if any(is_simulated(t) for t in _locals(state)):
+        named = {name: full(t) for name, t in named.items()}
+    return named
+
+
+def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None:
+    """Where both copies of a tied weight are here, only the first has been read."""
+    for kind, tree in _trees(state).items():
+        for w, t in zip(flat(spec), flat(tree), strict=True):
+            if loaded[f"{kind}.{w.path}"] is not t:
+                local(t).copy_(local(loaded[f"{kind}.{w.path}"]))
+
+
+def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainState:
+    """Simulated tensors that lie as those of ``state`` do, from whole ones."""
+
+    def place(kind: str, tree: Any) -> Any:
+        pairs = zip(flat(spec), flat(tree), strict=True)
+        return unflatten(tree, [shard_like(whole[f"{kind}.{w.path}"], t) for w, t in pairs])
+
+    trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
+    return TrainState(
+        state.step, state.samples, trees["params"], AdamState(state.opt.step, trees["m"], trees["v"])
+    )

@@ -1,0 +1,97 @@
+"""Best-fit packing: whole documents side by side in rows, as few of them cut and as little padded as can be.
+
+Cutting one long line of tokens into rows also cuts documents, and what is cut off loses its beginning. For
+fine-tuning on short documents it is better to treat rows as bins. Best-fit decreasing (Ding et al. 2024,
+arXiv:2404.10830, section 3): take documents from the longest to the shortest, put each into the fullest row
+that still has room for it, and open a new row where none has. On text that fills rows within a fraction of a
+percent. A document longer than a row is cut into pieces of a row each first.
+
+A row knows where its documents are, so they never attend to each other, and positions begin anew in each. The
+rows are packed once, and every epoch has its own order of them. Left out: packing anew in each epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from dtron.data.cache import digest
+from dtron.data.chunks import epoch_order
+from dtron.data.sources import Rows, check_vocab
+
+
+def cut(starts: np.ndarray, lengths: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents as pieces of at most ``sequence`` + 1 tokens. Neighbouring pieces share a token, so that
+    every token but a document's first is a target once; a piece of one token has none and is left out."""
+    pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence), 0)
+    owner = np.repeat(np.arange(len(lengths)), pieces)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return starts[owner] + nth * sequence, np.minimum(sequence + 1, lengths[owner] - nth * sequence)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Bins of at most ``capacity``, each a list of the items in it, by best-fit decreasing."""
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # the bins that have so much room left
+    rooms: list[int] = []  # the keys of with_room that have any, sorted
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            bins.append([])
+            chosen, room = len(bins) - 1, capacity
+        else:
+            room = rooms[at]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                rooms.pop(at)
+        bins[chosen].append(item)
+        if left := room - length:
+            if not with_room.setdefault(left, []):
+                insort(rooms, left)
+            with_room[left].append(chosen)
+    return bins
+
+
+class Fitted:
+    """Documents ``tokens[start : start + length]`` packed by best fit. ``learn`` says of each token whether
+    it is learned as a target (None: all); a row's padding and first tokens of documents never are."""
+
+    def __init__(
+        self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, sequence: int, seed: int,
+        learn: np.ndarray | None = None, shuffle: bool = True, vocab: int | None = None,
+    ):  # fmt: skip
+        self.tokens, self.learn, self.sequence, self.seed = tokens, learn, sequence, seed
+        self.shuffle, self.vocab = shuffle, vocab
+        self.starts, self.lengths = cut(starts, lengths, sequence)
+        self.bins = best_fit(self.lengths, sequence + 1)
+        self.size = int(lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def rows(self, start: int, count: int) -> Rows:
+        shape = (count, self.sequence + 1)
+        tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for row in range(count):
+            epoch, place = divmod(start + row, len(self))
+            items = self.bins[epoch_order(len(self), self.seed, epoch)[place] if self.shuffle else place]
+            filled = 0
+            for number, item in enumerate(items):
+                first, n = int(self.starts[item]), int(self.lengths[item])
+                here, there = np.s_[row, filled : filled + n], np.s_[first : first + n]
+                tokens[here], documents[here], positions[here] = self.tokens[there], number, np.arange(n)
+                counted[row, filled + 1 : filled + n] = (
+                    True if self.learn is None else self.learn[first + 1 : first + n]
+                )
+                filled += n
+            documents[row, filled:], positions[row, filled:] = len(items), np.arange(shape[1] - filled)
+        check_vocab(tokens, self.vocab, "the text")
+        return Rows(tokens, documents[:, :-1], positions[:, :-1], counted[:, 1:])
+
+    def digest(self) -> str:
+        """By size and the tokens at both ends."""
+        ends = [np.ascontiguousarray(part).tobytes() for part in (self.tokens[:65536], self.tokens[-65536:])]
+        return digest([f"fitted {self.size} {len(self.starts)} {len(self)} {self.sequence}", *ends])

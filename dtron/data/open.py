@@ -1,0 +1,197 @@
+"""From the command line to what a run reads: ``open_data``.
+
+``--data.path`` names one source or several with weights. Each is text (encoded once and cached, or streamed),
+conversations, or a pair of indexed files; each gives a training and a validation part, and all share one
+tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dtron.data.best_fit_packing import Fitted
+from dtron.data.cache import cache_dir, digest
+from dtron.data.chat import Chats
+from dtron.data.chunks import check_length, split_text
+from dtron.data.documents import Documents
+from dtron.data.indexed import Indexed, prefix_of
+from dtron.data.megatron_order import most_samples, split_documents
+from dtron.data.mixture import parse_sources, samples_of
+from dtron.data.sources import Chunks, Mixed, Packed, Source
+from dtron.data.stream import HELD, Stream
+from dtron.data.tokenization import encode, end_id, get_tokenizer, key_of
+
+if TYPE_CHECKING:
+    from dtron.runtime.config import DataConfig
+
+Text = Documents | Chats | Indexed
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Samples to learn from and to measure with, and the tokenizer (None: not known, for indexed files).
+    ``samples``: the largest number of samples that has this run's order, where the order depends on it."""
+
+    train: Source
+    validation: Source
+    tokenizer: Tokenizer | None
+    samples: int | None = None
+
+    def digest(self) -> str:
+        """Tells apart what would give other samples or other tokens."""
+        text = "" if self.tokenizer is None else self.tokenizer.to_str()
+        return digest([self.train.digest(), self.validation.digest(), text])
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+
+
+def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | None = None) -> Data:
+    """What ``--data.*`` names, for a run of ``samples`` samples. Raises ValueError for what cannot be read,
+    is too short for one sample, or has ids that a model of ``vocab`` words does not."""
+    cache = cache if cache is not None else cache_dir()
+    samples = d.samples or samples
+    named = parse_sources(d.path)
+    texts = [_open(d, path, cache) for _, path in named]
+    tokenizer = _tokenizer(d, texts, vocab, cache)
+    if d.marked and any(isinstance(text, Documents) for text in texts) and end_id(tokenizer) is None:
+        flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
+        raise ValueError(
+            f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or drop "
+            f"{flag}"
+        )
+    found, most = [], None
+    for (weight, _), text in zip(named, texts, strict=True):
+        share = samples_of(weight, samples, len(named) == 1)
+        if isinstance(text, Indexed):
+            *pair, most = _indexed(d, text, seed, share, vocab)
+        elif isinstance(text, Chats):
+            pair = _chats(d, text, tokenizer, seed, cache)
+        elif d.streaming:
+            held = Stream(text, tokenizer, d.sequence, d.marked, 0, HELD)
+            pair = [Stream(text, tokenizer, d.sequence, d.marked, HELD), held]
+        else:
+            pair = _text(d, text, tokenizer, seed, cache)
+        found.append(pair)
+    if len(found) == 1:
+        return Data(*found[0], tokenizer, most)
+    weights = [weight for weight, _ in named]
+    train, held = (Mixed(list(sources), weights) for sources in zip(*found, strict=True))
+    return Data(train, held, tokenizer, samples if any(isinstance(text, Indexed) for text in texts) else None)
+
+
+def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
+    prefix = None if path is None else prefix_of(path)
+    if prefix and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file()):
+        if d.chat:
+            raise ValueError(f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl")
+        return Indexed(prefix)
+    if d.chat:
+        return Chats(path, d.column or "messages", d.tokenizer)
+    return Documents(path, d.column or "text", cache, d.streaming)
+
+
+def beside(prefix: Path) -> Path:
+    """The tokenizer that ``prepare`` leaves beside its files."""
+    return prefix.with_name(prefix.name + ".tokenizer.json")
+
+
+def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tokenizer | None:
+    files = {beside(text.prefix) for text in texts if isinstance(text, Indexed)}
+    docs = [text for text in texts if not isinstance(text, Indexed)]
+    if d.tokenizer is not None or not files:
+        return get_tokenizer(d.tokenizer, docs[0] if len(docs) == 1 else Turns(docs), vocab, cache)
+    there = [file for file in files if file.is_file()]
+    known = {file.read_bytes() for file in there}
+    if len(known) > 1 or (docs and len(there) < len(files)):
+        raise ValueError(
+            f"--data.path {d.path!r}: its sources were made with different or unknown tokenizers; make them "
+            "with one, and give it as --data.tokenizer"
+        )
+    return get_tokenizer(str(there[0]), [], vocab, cache) if there else None
+
+
+class Turns:
+    """Documents of several sources in turn, to train a tokenizer on."""
+
+    def __init__(self, docs: list[Documents | Chats]) -> None:
+        self.docs, self.key = docs, digest([key_of(part) for part in docs])
+
+    def __iter__(self) -> Iterator[str]:
+        turns = zip_longest(*self.docs)
+        return (text for turn in turns for text in turn if text is not None)
+
+
+def _text(d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path) -> list[Source]:
+    train, held = split_text(encode(docs, tokenizer, cache), d.sequence, d.validation)
+    end = end_id(tokenizer)
+    if d.fitted:
+        return [
+            Fitted(part, *_spans(part, end), d.sequence, seed, shuffle=part is train)
+            for part in (train, held)
+        ]
+    return [
+        Chunks(train, d.sequence, seed, end, d.marked),
+        Chunks(held, d.sequence, 0, end, d.marked, shuffle=False),
+    ]
+
+
+def _spans(tokens: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each document begins, and its length, its end token included."""
+    ends = np.flatnonzero(tokens == end) + 1
+    if not len(ends) or ends[-1] < len(tokens):
+        ends = np.append(ends, len(tokens))
+    starts = np.concatenate([[0], ends[:-1]])
+    return starts, ends - starts
+
+
+def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: Path) -> list[Source]:
+    tokens, learn, lengths = chats.encode(tokenizer, cache)
+    starts = np.cumsum(lengths) - lengths
+    kept = np.minimum(lengths, d.sequence + 1)  # a longer conversation loses its end
+    taught = np.concatenate([[0], np.cumsum(learn)])
+    some = taught[starts + kept] > taught[np.minimum(starts + 1, starts + kept)]
+    starts, kept = starts[some], kept[some]
+    cut = len(kept) - int(len(kept) * d.validation)
+    if cut == len(kept):
+        raise ValueError(
+            f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have something to "
+            f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is not one to "
+            "validate with; raise --data.sequence or --data.validation, or give more"
+        )
+    pack = lambda part, shuffle: Fitted(tokens, starts[part], kept[part], d.sequence, seed, learn, shuffle)
+    return [pack(slice(0, cut), True), pack(slice(cut, None), False)]
+
+
+def _indexed(d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int) -> tuple[Source, Source, int]:
+    if data.dtype.kind == "f":
+        raise ValueError(
+            f"{str(data.idx)!r} has tokens of type {data.dtype}, and ids are whole numbers; {_MAKE}"
+        )
+    split = d.split if d.split is not None else f"{1 - d.validation},{d.validation}"
+    (low, cut), (_, high), _ = split_documents(split, len(data))
+    flag = "--data.validation" if d.split is None else "--data.split"
+    for name, a, b in (("training", low, cut), ("validation", cut, high)):
+        size = int(data.lengths[a:b].sum(dtype=np.int64))
+        check_length(size, d.sequence, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}")
+    first = Packed(data, low, cut, d.sequence, seed, samples, vocab, d.marked)
+    held = Packed(data, cut, high, d.sequence, 0, 1, vocab, d.marked, shuffle=False)
+    for source in (first, held):  # a wrong tokenizer shows at once; every row is looked at again when read
+        source.rows(0, min(len(source), 32))
+    most = most_samples(first.size, d.sequence, samples)
+    if not d.fitted:
+        return first, held, most
+    pack = lambda a, b, shuffle: Fitted(
+        data.tokens, data.starts[a:b], data.lengths[a:b], d.sequence, seed, shuffle=shuffle, vocab=vocab
+    )
+    return pack(low, cut, True), pack(cut, high, False), None
+
+
+_MAKE = "make it with `python -m dtron.data prepare`"

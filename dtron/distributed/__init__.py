@@ -1,0 +1,1 @@
+"""Collectives, redistribution and what carries the bytes; no layer is known here."""

@@ -1,0 +1,252 @@
+"""The cores of attention: one function, written out and through two kinds of fused kernel.
+
+Who may see whom is one rule, ``sees``. ``attention_reference`` is the definition: scores, soft-cap, mask,
+sinks, softmax, with the whole ``[S, S]`` matrix in memory. ``attention_sdpa`` is torch's fused attention: the
+fastest where the mask is plain causal, the same with a bias elsewhere, without soft-cap and sinks.
+``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which compiles a kernel for any
+mask and skips the blocks of it that are empty; GPUs only, as torch has no backward for it on a CPU.
+
+All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N, mask) ->
+[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one
+``auto`` is.
+
+A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the denominator
+of a head's softmax: a head that finds nothing gives its weight to the sink and adds little, where plain
+softmax must spend a weight of 1 on some token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from dtron.layers.recompute import made_again
+from dtron.torch_compile import jit
+
+AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
+    ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
+    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
+    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` (B = 1: alike in every row) and ``keys
+    [S]`` are the places in the sequence of those at hand, where they are not the whole sequence in order (see
+    past.py and context.py). ``blocks`` is for flex alone, see ``with_blocks``."""
+
+    sequence: int
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    blocks: BlockMask | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the window hides anything."""
+        return self.window is not None and self.window < self.sequence
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of the queries, ``[B, S]``, and of the keys at hand, ``[S]``."""
+        whole_S = torch.arange(self.sequence, device=device)
+        queries = whole_S[None] if self.queries is None else self.queries
+        return queries, whole_S if self.keys is None else self.keys
+
+
+def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Whether query i of row b may see key j, for indices of any shapes that broadcast. The one rule: the
+    reference asks it for all pairs at once, a compiled kernel for one."""
+    ok = j <= i
+    if mask.windowed:
+        ok = ok & (i - j < mask.window)
+    if documents_BS is not None:
+        ok = ok & (documents_BS[b, i] == documents_BS[b, j])
+    return ok
+
+
+def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
+    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
+    i, j = mask.places(device)
+    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
+    b = torch.arange(rows, device=device)[:, None, None, None]
+    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+) -> Tensor:
+    """The definition, for every mask; softmax in float32 at least."""
+    k, v = repeated(k, q), repeated(v, q)
+    scores = _scores(q, k, documents_BS, mask)
+    if sinks_N is not None:  # a key that everybody sees and that has no value
+        sink = sinks_N.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
+
+
+def products(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """``[B, N, S, S]``, in float32 at least."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+
+def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Tensor:
+    """``[B, N, S, S]``, -inf where a query does not see a key."""
+    scores = products(q, k, mask.scale)
+    if mask.softcap is not None:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
+    return scores.masked_fill(~allowed(mask, documents_BS, q.device), float("-inf"))
+
+
+def attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: Mask, flex: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with the
+    logarithm of its softmax's denominator a part's result can be merged with that of another. A query that
+    sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
+    if flex:
+        mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
+        return _by_itself(_flex, q.device)(q, k, v, mask)
+    k, v = repeated(k, q), repeated(v, q)
+    scores = _scores(q, k, documents_BS, mask)
+    top = scores.detach().amax(-1, keepdim=True)
+    odds = (scores - top.masked_fill(top.isinf(), 0)).exp()
+    total = odds.sum(-1, keepdim=True)
+    some = total > 0
+    total = torch.where(some, total, 1)
+    lse = torch.where(some, top + total.log(), float("-inf"))
+    return (odds / total).to(v.dtype) @ v, lse[..., 0]
+
+
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+) -> Tensor:
+    """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that size
+    elsewhere. Raises ValueError for a soft-cap and for sinks, which its kernels do not know."""
+    if mask.softcap is not None or sinks_N is not None:
+        raise ValueError(
+            f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
+        )
+    k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
+    plain = not mask.windowed and documents_BS is None and mask.queries is None
+    bias = None if plain else allowed(mask, documents_BS, q.device)
+    with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale)
+
+
+# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward, flash 271 and
+# 226.
+_FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def repeated(k: Tensor, q: Tensor) -> Tensor:
+    """Keys or values, once for every head of queries that shares them."""
+    return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def attention_flex(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+) -> Tensor:
+    """flex_attention, for every mask. Inside a compiled stage it becomes part of it; elsewhere on a GPU it is
+    compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there to avoid."""
+    if mask.blocks is None:
+        mask = with_blocks(mask, documents_BS, q.device)
+    o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
+    return o if sinks_N is None else with_sinks(o, lse, sinks_N)
+
+
+def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
+    """A softmax with one more term e^sink in its denominator is the plain one times
+    e^lse / (e^lse + e^sink). The gradient flows back through lse too."""
+    share = torch.sigmoid(lse - sinks_N.to(lse.dtype)[:, None])
+    return o * share[..., None].to(o.dtype)
+
+
+def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Mask:
+    """The mask with what flex wants to know of it: which blocks of 128 queries by 128 keys are empty, full or
+    in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
+    the making of it in a region that is recomputed."""
+    rows = None if documents_BS is None else len(documents_BS)
+    queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
+    sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
+    query = lambda b, i: i if queries is None else queries[b, i]
+    key = lambda j: j if mask.keys is None else mask.keys[j]
+    rule = lambda b, n, i, j: sees(mask, documents_BS, b, query(b, i), key(j))
+    make = _by_itself(create_block_mask, device)
+    return replace(mask, blocks=make(rule, rows, None, *sizes, device))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    def capped(score, b, n, i, j):
+        return mask.softcap * torch.tanh(score / mask.softcap)
+
+    o, aux = flex_attention(
+        q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
+        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
+    )  # fmt: skip
+    return o, aux.lse
+
+
+# The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another, for
+# sequences under 128 one that is made for decoding.
+_KERNEL = {"BACKEND": "TRITON"}
+
+
+def _by_itself(fn: Callable, device: torch.device) -> Callable:
+    """The function, compiled where it runs on a GPU and no stage around it is being compiled."""
+    return fn if device.type != "cuda" or torch.compiler.is_compiling() else _compiled(fn)
+
+
+@cache
+def _compiled(fn: Callable) -> Callable:
+    return jit(fn)
+
+
+LEAST_HEAD_DIM = 16  # of flex's kernels on a GPU: the smallest a tensor core multiplies
+
+
+def choose(
+    path: AttentionPath,
+    mask: Mask,
+    documents: bool,
+    sinks: bool,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionPath:
+    """What ``auto`` stands for: sdpa for a plain causal mask; for any other flex, on a GPU where its kernels
+    can, otherwise sdpa with a bias where that says it all, and the reference for the rest. flex's kernels
+    round head_dim up to a power of two, but there is a least; and they add up in float32, which would make
+    float64 a pretence. Any other path is itself."""
+    if path != "auto":
+        return path
+    slow = with_bias(mask.softcap, sinks)
+    if slow == "sdpa" and not documents and not mask.windowed and mask.queries is None:
+        return "sdpa"
+    if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
+        return "flex"
+    return slow
+
+
+def with_bias(softcap: float | None, sinks: bool) -> AttentionPath:
+    """The path for a mask that is an explicit matrix: sdpa, where that says it all."""
+    return "sdpa" if softcap is None and not sinks else "reference"
+
+
+CORES = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}

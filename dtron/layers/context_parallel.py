@@ -1,0 +1,185 @@
+"""Attention where every rank has a part of each sequence: context parallelism.
+
+All of a transformer but attention works token by token and never learns that its tokens are some of a longer
+row. Attention needs the keys and values of the tokens before, wherever they are. Three ways to get them, of
+one signature:
+
+    allgather   Every rank gathers the keys and values of whole rows and attends with its own queries: the one
+                that is easy to see right. Memory for whole rows of keys and values.
+    ring        They come part by part, and each part's coming is hidden behind the attention to the one
+                before (see ring.py). Memory for two parts. Any number of heads. The default: under
+                grouped-query attention keys and values are few, and what is sent is hidden.
+    ulysses     One all-to-all makes parts of rows with all heads into whole rows with a part of the heads,
+                and a second one brings the result back (Jacobs et al. 2023, arXiv:2309.14509). Attention
+                itself is the ordinary one. Sends queries and results too, but each rank only its n-th part of
+                it, so it sends less where ranks are many; nothing to hide it behind. Ranks must divide the kv
+                heads.
+
+How many bytes each sends stands in docs/context-parallelism.md, and a test counts them.
+
+What a rank must know to mask is in which *places* of the row its tokens and those of others are: with packed
+documents positions restart, so positions do not say it. Documents come whole, ``[T@rows]``, and are asked by
+place. All of this is the same in every layer and is made once, by ``prepare``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dtron.distributed.collectives import all_gather, all_to_all
+from dtron.layers.attention_block_kernels import kernel_for
+from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, Mask, choose, with_blocks
+from dtron.layers.ring_attention import AXIS, ring, ring_plainly
+from dtron.layers.token_order import row_order
+from dtron.mesh import Layout
+
+Method = Literal["ring", "allgather", "ulysses"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What attention over parts of rows wants to know beside the ``Mask`` of the whole row, on this rank.
+    ``place [1]``: which of the parts it has; ``order_S``: all of them, one after the other; ``steps``: the
+    masks between its queries and the keys of each part, in the order in which a ring brings them."""
+
+    mask: Mask
+    method: Method
+    zigzag: bool
+    place: Tensor
+    order_S: Tensor
+    steps: tuple[Mask, ...]
+
+    @property
+    def later(self) -> Tensor:
+        """``[n]``: whether the part of a step is later in the row than this rank's own."""
+        return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0, 0]
+
+
+def prepare(
+    mask: Mask,
+    documents_T: Tensor | None,
+    sinks: bool,
+    head_dims: tuple[int, int],
+    x_TD: Tensor,
+    layout: Layout,
+    path: AttentionPath = "auto",
+    method: Method = "ring",
+    zigzag: bool = False,
+) -> tuple[Mask | Context, AttentionPath]:
+    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
+    this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
+    [T@rows]`` has whole rows on every rank. ``head_dims``: of queries and keys, and of values."""
+    parts, device, least = layout.parts(AXIS), x_TD.device, min(head_dims)
+    if parts == 1 or method == "ulysses":
+        steps = (mask,)
+    else:
+        order_PC = row_order(mask.sequence, parts, zigzag, device).view(parts, -1)
+        place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
+        own = order_PC[place]  # [1, S / n], the same in every row
+        keys = order_PC[(place - torch.arange(parts, device=device)) % parts]
+        keys = (order_PC.flatten(),) if method == "allgather" else keys.unbind()
+        steps = tuple(replace(mask, queries=own, keys=places) for places in keys)
+    asked = mask if parts > 1 and method == "ring" else steps[0]
+    auto, path = path, choose(path, asked, documents_T is not None, sinks, least, x_TD.dtype, device)
+    if auto == "auto" and path == "sdpa" and parts > 1 and method == "ring":
+        # A ring on a GPU that no fused kernel takes would be written out, scores and all.
+        able = device.type == "cuda" and least >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
+        if able and kernel_for(device, x_TD.dtype, *head_dims) == "written":
+            path = "flex"
+    if path == "flex":
+        documents = None
+        if documents_T is not None:
+            documents = layout.to_local(documents_T, "rows").unflatten(0, (-1, mask.sequence))
+        steps = tuple(with_blocks(m, documents, device) for m in steps)
+    if parts == 1:
+        return steps[0], path
+    order_S = row_order(mask.sequence, parts, zigzag, device)
+    place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
+    return Context(mask, method, zigzag, place, order_S, steps), path
+
+
+def attend(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    documents_T: Tensor | None,
+    sinks_N: Tensor | None,
+    mask: Mask | Context,
+    layout: Layout,
+    path: AttentionPath,
+) -> Tensor:
+    """Inside a local region: attention of this rank's tokens, ``[T@tokens, heads, H]`` -> the same, H that of
+    v. ``documents_T [T@rows]``; ``mask`` and ``path`` as ``prepare`` made them."""
+    whole = mask if isinstance(mask, Mask) else mask.mask
+    documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
+    if isinstance(mask, Mask):
+        least = min(q_TNH.shape[-1], v_TKH.shape[-1])
+        path = choose(
+            path, mask, documents is not None, sinks_N is not None, least, q_TNH.dtype, q_TNH.device
+        )
+        q, k, v = (_heads_first(t.unflatten(0, (-1, mask.sequence))) for t in (q_TNH, k_TKH, v_TKH))
+        return CORES[path](q, k, v, documents, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+    return METHODS[mask.method](q_TNH, k_TKH, v_TKH, documents, sinks_N, mask, layout, path)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _parts(x_TNH: Tensor, context: Context) -> Tensor:
+    """``[B, heads, S / n, H]``: this rank's part of each row."""
+    return _heads_first(x_TNH.unflatten(0, (-1, len(context.order_S) // len(context.steps))))
+
+
+def by_ring(q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath) -> Tensor:
+    q, k, v = (_parts(x, context) for x in (q, k, v))
+    plain = documents_BS is None and not context.mask.windowed
+    if path == "sdpa" and plain:
+        o = ring(q, k, v, context.later, context.zigzag, layout.context, context.mask.scale)
+    else:
+        o = ring_plainly(q, k, v, documents_BS, sinks_N, context.steps, layout.context, path == "flex")
+    return o.transpose(1, 2).flatten(0, 1)
+
+
+def by_allgather(
+    q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath
+) -> Tensor:
+    n = layout.parts(AXIS)
+    widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
+    kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
+    kv_TC = all_gather(kv_TC, layout.context.ranks)  # over cp; in backward a reduce-scatter
+    rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
+    k, v = (
+        _heads_first(x.unflatten(-1, like.shape[1:]))
+        for x, like in zip(rows.split(widths, dim=-1), (k, v), strict=True)
+    )
+    q = _heads_first(q.unflatten(0, (len(k), -1)))
+    return CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(0, 1)
+
+
+def by_ulysses(
+    q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath
+) -> Tensor:
+    n, given = layout.parts(AXIS), (q, k, v)
+    cut = [x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given]  # [n, T, heads / n * H] each
+    sent_TC = torch.cat(cut, dim=-1).flatten(0, 1)
+    got = all_to_all(sent_TC, layout.context.ranks)  # over cp
+    rows = got.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
+    rows = rows[:, context.order_S.argsort()] if context.zigzag else rows
+    parts = rows.split([x.shape[-1] for x in cut], dim=-1)
+    q, k, v = (
+        _heads_first(x.unflatten(-1, (-1, like.shape[-1]))) for x, like in zip(parts, given, strict=True)
+    )
+    sinks_N = None if sinks_N is None else sinks_N.unflatten(0, (n, -1))[context.place].flatten()
+    o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(2)
+    o = o[:, context.order_S] if context.zigzag else o
+    o = o.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 2)
+    o = all_to_all(o, layout.context.ranks).unflatten(0, (n, -1))  # over cp
+    return o.unflatten(-1, (-1, given[2].shape[-1])).movedim(0, 1).flatten(1, 2)
+
+
+METHODS = {"ring": by_ring, "allgather": by_allgather, "ulysses": by_ulysses}

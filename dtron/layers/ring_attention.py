@@ -1,0 +1,196 @@
+"""Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, queries stay.
+
+Each of n ranks has a part of every row. In n steps it sees the keys and values of every part: its own first,
+then what the rank before passes on, while its own go to the next. A step's softmax is over some keys only,
+and two such results are one by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1805.02867):
+
+    lse = log(e^lse_1 + e^lse_2)        out = out_1 e^(lse_1 - lse) + out_2 e^(lse_2 - lse)
+
+The exchange of a step is posted before the computation of the step before, which it hides behind.
+
+Two functions say this. ``ring_plainly`` is for every mask: each step is a core that gives its lse, and what
+autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused kernels: it keeps
+no keys but its own for backward, where keys and values go round once more, and behind them a sum of their
+gradients, that every rank adds to and that arrives where it belongs.
+
+Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see order.py) a rank
+has an early half, 0, and a late half, 1. Of a part from another rank two of the four pairs of halves are
+seen, and seen whole: its half 0 by one's half 1 in any case, and beside it half 0 by half 0 where that part
+is the earlier one, or half 1 by half 1 where it is the later. The others are left out, so ``ring`` does just
+the work that there is, the same on all ranks and in every step. Which pair it is comes as data, and one
+program runs on every rank: a compiler that moves collectives must find the same ones everywhere. In
+contiguous order the last rank needs every part and the others wait for it; here they compute what they throw
+away.
+
+Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but what they
+need is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dtron.distributed.collectives import Peers, shift, wait
+from dtron.layers.attention_block_kernels import block_backward, block_forward
+from dtron.layers.attention_kernels import Mask, attention_and_lse, with_sinks
+from dtron.torch_compile import opaque
+
+AXIS = "sequence"
+Result = tuple[Tensor, Tensor]  # out, lse
+
+
+def merge(a: Result, b: Result) -> Result:
+    """Attention to two sets of keys from that to each; in float32 at least. ``a`` has seen some key."""
+    (o_a, lse_a), (o_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    return o_a * (lse_a - lse).exp()[..., None] + o_b * (lse_b - lse).exp()[..., None], lse
+
+
+def ring_plainly(
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None,
+    masks: Sequence[Mask], peers: Peers, flex: bool,
+) -> Tensor:  # fmt: skip
+    """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
+    message, found = _pack(k, v), None
+    for step, mask in enumerate(masks):
+        coming = _Shift.apply(message, *peers.args) if step + 1 < len(masks) else None
+        o, lse = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
+        found = (o, lse) if found is None else merge(found, (o, lse))
+        message = None if coming is None else _Wait.apply(coming)
+    o, lse = found
+    o = o if sinks_N is None else with_sinks(o, lse, sinks_N)
+    return o.to(v.dtype)
+
+
+def ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    later: Tensor,
+    zigzag: bool,
+    peers: Peers,
+    scale: float | None = None,
+) -> Tensor:
+    """``later [n]``: whether the part of each step is later in the row than one's own; ``scale``: of scores,
+    see ``Mask``."""
+    return _Ring.apply(q, k, v, later, zigzag, scale, *peers.args)
+
+
+@opaque
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, v, later: Tensor, zigzag: bool, scale: float | None, group: str, place: int, steps: int
+    ):
+        ring = (group, place, steps)
+        message = _pack(k, v)
+        coming = shift(message, *ring)
+        o, lse, rest = block_forward(q, k, v, causal=True, scale=scale)
+        wide = o.to(lse.dtype)
+        halves = list(zip(_halves(wide, zigzag), _halves(lse, zigzag), strict=True))
+        for step in range(1, steps):
+            message = wait(coming)
+            if step + 1 < steps:
+                coming = shift(message, *ring)
+            late, kv = later[step], _unpack(message, k, v)
+            if not zigzag:
+                o, lse, _ = block_forward(q, *kv, causal=False, scale=scale)
+                halves = [merge(halves[0], (o, lse.masked_fill(late, float("-inf"))))]
+                continue
+            pairs = _pairs(q, late, first=1), *(_pairs(x, late, first=0) for x in kv)
+            o, lse, _ = block_forward(*pairs, causal=False, scale=scale)
+            (o_1, o_same), (lse_1, lse_same) = o.chunk(2), lse.chunk(2)
+            halves = [
+                merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
+                merge(merge(halves[1], (o_1, lse_1)), (o_same, lse_same.masked_fill(~late, float("-inf")))),
+            ]
+        o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
+        lse = torch.cat([lse for _, lse in halves], dim=2)
+        ctx.save_for_backward(q, k, v, o, lse, later, *(rest or ()))
+        ctx.zigzag, ctx.ring, ctx.scale, ctx.fused = zigzag, ring, scale, rest is not None
+        return o
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        q, k, v, o, lse, later, *rest = ctx.saved_tensors
+        rest, zigzag, ring, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.ring, ctx.scale
+        message, (*_, steps), returning = _pack(k, v), ring, None
+        coming = shift(message, *ring)
+        dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)
+        for step in range(1, steps):
+            message = wait(coming)
+            if step + 1 < steps:
+                coming = shift(message, *ring)
+            late, kv = later[step], _unpack(message, k, v)
+            if zigzag:
+                g_2, q_2, o_2, lse_2 = (_pairs(x, late, first=1) for x in (g, q, o, lse))
+                kv_2 = (_pairs(x, late, first=0) for x in kv)
+                found = block_backward(g_2, q_2, *kv_2, o_2, lse_2, rest, causal=False, scale=scale)
+                found = [_apart(x, late, first) for x, first in zip(found, (1, 0, 0), strict=True)]
+            else:
+                found = block_backward(g, q, *kv, o, lse, rest, causal=False, scale=scale)
+                found = [x.masked_fill(late, 0) for x in found]
+            dq = dq + found[0]
+            sums = _pack(*found[1:])
+            if returning is not None:
+                sums = sums + wait(returning)  # what the ranks before found for the same keys
+            returning = shift(sums, *ring)
+        dk_others, dv_others = _unpack(wait(returning), k, v)
+        return dq, dk + dk_others, dv + dv_others, *[None] * 6
+
+
+def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
+    return x.chunk(2, dim=2) if zigzag else (x,)
+
+
+def _pairs(x: Tensor, late: Tensor, first: int) -> Tensor:
+    """``[2B, ...]``: half ``first`` of every row, then half 1 where the part at hand is the later, otherwise
+    half 0."""
+    halves = x.chunk(2, dim=2)
+    return torch.cat([halves[first], torch.where(late, halves[1], halves[0])])
+
+
+def _apart(x: Tensor, late: Tensor, first: int) -> Tensor:
+    """Undo ``_pairs`` of a gradient: what went into two places is added up."""
+    one, same = x.chunk(2)
+    halves = [same.masked_fill(late, 0), same.masked_fill(~late, 0)]
+    halves[first] = halves[first] + one
+    return torch.cat(halves, dim=2)
+
+
+def _pack(k: Tensor, v: Tensor) -> Tensor:
+    """One message of two tensors."""
+    return torch.cat([k.flatten(), v.flatten()])
+
+
+def _unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = message.split([k.numel(), v.numel()])
+    return a.view(k.shape), b.view(v.shape)
+
+
+@opaque
+class _Shift(torch.autograd.Function):
+    """To the next rank; not there before ``_Wait``. Its gradient comes back the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *ring: str | int):
+        ctx.ring = ring
+        return shift(x, *ring)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
+
+
+@opaque
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor):
+        return wait(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return g

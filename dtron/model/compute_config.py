@@ -1,0 +1,66 @@
+"""How a model is computed, as apart from what it computes: a ``ModelConfig`` says what, and this the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
+from dtron.layers.attention_kernels import AttentionPath
+from dtron.layers.context_parallel import Method
+from dtron.moe.dispatch import Dispatch
+from dtron.params import Narrow
+
+Fp8 = Literal["none", Scaling]
+
+
+@dataclass(frozen=True)
+class How:
+    """What may differ between two runs of one model without changing the result, beyond rounding: what is
+    computed again in backward, which kernels attend and how over cp, which products are made in FP8, how
+    tokens reach their experts. Flags of the run."""
+
+    recompute: str = "none"
+    attention: AttentionPath = "auto"
+    fp8: Fp8 = "none"
+    fp8_ends: bool = False
+    fp8_smallest: int = SMALLEST
+    fp8_gather: bool = False
+    cp: Method = "ring"
+    dispatch: Dispatch = "auto"
+
+    def __post_init__(self) -> None:
+        if self.fp8_smallest < 0:
+            raise ValueError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
+        if self.fp8_gather and self.fp8 == "none":
+            raise ValueError("--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too")
+        if self.recompute not in ("none", "selective", "full") and self.budget is None:
+            raise ValueError(
+                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
+                "use --recompute budget=0.5"
+            )
+
+    @property
+    def budget(self) -> float | None:
+        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
+        name, _, value = self.recompute.partition("=")
+        try:
+            share = float(value) if name == "budget" else -1.0
+        except ValueError:
+            return None
+        return share if 0 <= share <= 1 else None
+
+    def recipe(self, end: bool) -> Recipe | None:
+        """For the products of a block; ``end``: the first or the last."""
+        if self.fp8 == "none" or (end and not self.fp8_ends):
+            return None
+        return Recipe(self.fp8, self.fp8_smallest)
+
+    def narrow(self, end: bool, tokens: float) -> Narrow | None:
+        """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""
+        recipe = self.recipe(end) if self.fp8_gather else None
+        return None if recipe is None else partial(recipe.takes, tokens=tokens)
+
+
+PLAIN = How()

@@ -1,0 +1,187 @@
+"""The shape of a transformer: frozen, checked once where it is made.
+
+Sizes use the names of the logical axes, so that ``ModelConfig.dims()`` is all that a params declaration
+needs. Presets are in model/presets.py; everything else about a run is in runtime/config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dtron.bounds import nearest_divisor, under
+from dtron.layers.mla import Latent
+from dtron.layers.mlp import Activation
+from dtron.layers.rope import Rope
+from dtron.model.mtp import Ahead
+from dtron.moe.config import MoE
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the transformer: a preset, and what overrides it."""
+
+    vocab: int = 4096
+    """words of the tokenizer; the embedding has this rounded up to vocab_multiple"""
+    embed: int = 256
+    """width of the residual stream"""
+    layers: int = 4
+    """transformer blocks"""
+    heads: int = 8
+    """attention heads (of queries)"""
+    kv_heads: int = 4
+    """heads of keys and values; fewer than heads is grouped-query attention"""
+    head_dim: int = 32
+    """width of one head"""
+    mlp: int = 704
+    """width of the feed-forward layer"""
+    activation: Activation = "swiglu"
+    """of the feed-forward layer; swiglu and geglu have a gate"""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """before attention, the feed-forward layer and the head"""
+    norm_eps: float = 1e-5
+    """added to the variance"""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """how attention knows where a token is"""
+    rope: Rope = field(default_factory=Rope)
+    mla: Latent = field(default_factory=Latent)
+    mtp: Ahead = field(default_factory=Ahead)
+    context: int = 2048
+    """longest sequence; learned positions have this many rows"""
+    qk_norm: bool = False
+    """normalise every head's queries and keys"""
+    qkv_bias: bool = False
+    """biases on queries, keys and values"""
+    bias: bool = False
+    """biases on all other matrices"""
+    tied: bool = False
+    """the output head is the token embedding"""
+    window: int | None = None
+    """sliding-window attention: tokens seen back, counting itself"""
+    full_every: int = 0
+    """with a window: every layer of this number has none, and sees all; 0: all layers have it"""
+    softcap: float | None = None
+    """attention scores are bounded to this by tanh"""
+    sinks: bool = False
+    """each head has a learned score that attends to nothing"""
+    z_loss: float = 0.0
+    """weight of z-loss, logsumexp squared per token"""
+    init_std: float = 0.02
+    """standard deviation of initial matrices"""
+    vocab_multiple: int = 128
+    """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
+    masked"""
+    moe: MoE = field(default_factory=MoE)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab",
+            "embed",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "context",
+            "vocab_multiple",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
+        if self.latent:
+            self._check_latent()
+        elif self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
+                f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
+            )
+        if self.positions == "rotary" and not self.latent and self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
+        under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
+        for name in ("window", "softcap"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
+                )
+        if self.full_every < 0:
+            raise ValueError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+        if self.moe.experts and self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
+                "would have experts; use fewer, or --model.moe.experts 0"
+            )
+
+    def _check_latent(self) -> None:
+        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
+        for name, only in others.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
+                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                )
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean nothing."""
+        return self.mla.kv_rank > 0
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Widths of a head's queries and keys, and of its values."""
+        return (self.mla.qk_dim, self.mla.v_dim) if self.latent else (self.head_dim, self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.mla.rope_dim if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """What attention scores are multiplied by; None: 1 / sqrt(head_dim)."""
+        warm = self.rope.temperature if self.positions == "rotary" else 1.0
+        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    def dims(self) -> dict[str, Any]:
+        """What declarations look names up in: sizes by logical axis, and the ``when`` conditions."""
+        return {
+            **{
+                name: getattr(self, name)
+                for name in ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp")
+            },
+            "vocab": self.padded_vocab,
+            "positions": self.context,
+            "init_std": self.init_std,
+            "gated": self.activation in ("swiglu", "geglu"),
+            "layernorm": self.norm == "layernorm",
+            "learned_positions": self.positions == "learned",
+            "untied": not self.tied,
+            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            "plain_attention": not self.latent,
+            **self.mla.dims(),
+            **self._expert_dims(),
+            "blocks": [self._block(i) for i in range(self.layers)],
+            "mtp_depth": self.mtp.depth,
+            "mtp": [self._block(self.layers + k) for k in range(self.mtp.depth)],
+        }
+
+    def _expert_dims(self) -> dict[str, Any]:
+        c = self.moe
+        return {
+            "experts": c.experts,
+            "expert_embed": self.embed,
+            "expert_mlp": c.mlp,
+            "expert_bias": c.bias,
+            "router_bias": c.router_bias,
+            "balance_bias": c.bias_rate > 0,
+            "shared_mlp": c.shared,
+            "shared_expert": c.shared > 0,
+            "shared_gate": c.shared_gate,
+        }
+
+    def _block(self, i: int) -> dict[str, Any]:
+        """What layer i has of its own."""
+        sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
+        full = self.full_every and (i + 1) % self.full_every == 0
+        return {"sparse": sparse, "dense": not sparse, "window": None if full else self.window}

@@ -1,0 +1,144 @@
+"""Known models by name, as their published config files describe them.
+
+The vocabulary is the published one; ``vocab_multiple`` pads the embedding's rows for speed without changing
+the model. A test counts the parameters of each and compares with the published number.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from dtron.layers.mla import Latent
+from dtron.layers.rope import Rope
+from dtron.model.config import ModelConfig
+from dtron.model.mtp import Ahead
+from dtron.moe.config import MoE
+
+
+def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
+    return ModelConfig(
+        vocab=vocab, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp,
+        norm_eps=eps, rope=rope, context=context, tied=tied,
+    )  # fmt: skip
+
+
+def _gpt2(embed, layers, heads):
+    return ModelConfig(
+        vocab=50257, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=64, mlp=4 * embed,
+        activation="gelu", norm="layernorm", positions="learned", context=1024, qkv_bias=True, bias=True,
+        tied=True,
+    )  # fmt: skip
+
+
+def _qwen2(embed, layers, heads, kv_heads, mlp, vocab, context, tied, head_dim=128):
+    llama = _llama(vocab, embed, layers, heads, kv_heads, mlp, context, Rope(1e6), tied, head_dim, 1e-6)
+    return replace(llama, qkv_bias=True)
+
+
+def _qwen3(embed, layers, heads, kv_heads, mlp, tied=False):
+    return replace(
+        _llama(151936, embed, layers, heads, kv_heads, mlp, 40960, Rope(1e6), tied, eps=1e-6), qk_norm=True
+    )
+
+
+def _stretched(factor: float) -> Rope:
+    """Llama 3.1 and 3.2: trained on 8,192 tokens, stretched to 131,072."""
+    return Rope(5e5, "llama3", factor, 8192, 1.0, 4.0)
+
+
+def _qwen3_moe(embed, layers, heads, kv_heads, mlp, vocab=151936, context=40960, **moe):
+    """Qwen 3 with 128 experts of width ``mlp``, of which a token uses 8."""
+    llama = _llama(vocab, embed, layers, heads, kv_heads, 8 * mlp, context, Rope(1e6), eps=1e-6)
+    return replace(llama, qk_norm=True, moe=MoE(128, 8, mlp, **moe))
+
+
+_MIXTRAL = replace(
+    _llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope(1e6)), moe=MoE(8, 2, 14336, aux_loss=0.02)
+)
+_GPT_OSS = replace(
+    _llama(201088, 2880, 24, 64, 8, 2880, 131072, Rope(1.5e5), head_dim=64),
+    rope=Rope(1.5e5, "yarn", 32.0, 4096, truncate=False),
+    qkv_bias=True, bias=True, sinks=True, window=128, full_every=2,
+    moe=MoE(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
+            aux_loss=0.001),
+)  # fmt: skip
+
+
+def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
+    """V2 and V3: latent attention, the context stretched from 4,096 to 163,840."""
+    return ModelConfig(
+        vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=mlp, moe=moe, norm_eps=1e-6, context=163840,
+        rope=Rope(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=Latent(512, q_rank), **more,
+    )  # fmt: skip
+
+
+_V2_LITE = MoE(
+    64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence"
+)
+_V3 = MoE(
+    256, 8, 2048, dense_layers=3, score="sigmoid", scale=2.5, groups=8, group_top_k=4, shared=2048,
+    aux_loss=0.0001, aux_level="sequence", bias_rate=0.001,
+)  # fmt: skip
+
+# DeepSeek-V3 in small: all that it has.
+_TINY_DEEPSEEK = ModelConfig(
+    embed=64, layers=3, heads=4, mlp=192, norm_eps=1e-6, mla=Latent(32, 48, 32, 16, 32), mtp=Ahead(1),
+    moe=replace(_V3, experts=8, top_k=2, mlp=48, dense_layers=1, groups=4, group_top_k=2, shared=48),
+)  # fmt: skip
+
+
+# fmt: off
+PRESETS: dict[str, ModelConfig] = {
+    "tiny":          ModelConfig(),
+    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
+    "tiny-deepseek": _TINY_DEEPSEEK,
+    "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
+    "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it
+    # qwen3-30b-a3b, 6 layers of it, every expert with the same load
+    "bench-moe":     _qwen3_moe(2048, 6, 32, 4, 768, vocab=32768, context=4096, balanced=True),
+    #                       embed layers heads
+    "gpt2-124m":     _gpt2(   768,    12,   12),
+    "gpt2-350m":     _gpt2(  1024,    24,   16),
+    "gpt2-774m":     _gpt2(  1280,    36,   20),
+    "gpt2-1.5b":     _gpt2(  1600,    48,   25),
+    #                        vocab  embed layers heads kv    mlp  context
+    "llama2-7b":     _llama( 32000,  4096,    32,  32, 32, 11008,   4096, Rope()),
+    "llama2-13b":    _llama( 32000,  5120,    40,  40, 40, 13824,   4096, Rope()),
+    "llama2-70b":    _llama( 32000,  8192,    80,  64,  8, 28672,   4096, Rope()),
+    "llama3-8b":     _llama(128256,  4096,    32,  32,  8, 14336,   8192, Rope(5e5)),
+    "llama3-70b":    _llama(128256,  8192,    80,  64,  8, 28672,   8192, Rope(5e5)),
+    "llama3.1-8b":   _llama(128256,  4096,    32,  32,  8, 14336, 131072, _stretched(8)),
+    "llama3.1-70b":  _llama(128256,  8192,    80,  64,  8, 28672, 131072, _stretched(8)),
+    "llama3.1-405b": _llama(128256, 16384,   126, 128,  8, 53248, 131072, _stretched(8)),
+    "llama3.2-1b":   _llama(128256,  2048,    16,  32,  8,  8192, 131072, _stretched(32), True, head_dim=64),
+    "llama3.2-3b":   _llama(128256,  3072,    28,  24,  8,  8192, 131072, _stretched(32), True),
+    "mistral-7b":    replace(_llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope()), window=4096),
+    #                        embed layers heads kv   mlp   vocab context
+    "qwen2.5-0.5b":  _qwen2(   896,    24,  14,  2,  4864, 151936,  32768, tied=True, head_dim=64),
+    "qwen2.5-1.5b":  _qwen2(  1536,    28,  12,  2,  8960, 151936,  32768, tied=True),
+    "qwen2.5-7b":    _qwen2(  3584,    28,  28,  4, 18944, 152064,  32768, tied=False),
+    "qwen3-0.6b":    _qwen3(  1024,    28,  16,  8,  3072, tied=True),
+    "qwen3-1.7b":    _qwen3(  2048,    28,  16,  8,  6144, tied=True),
+    "qwen3-4b":      _qwen3(  2560,    36,  32,  8,  9728, tied=True),
+    "qwen3-8b":      _qwen3(  4096,    36,  32,  8, 12288),
+    "qwen3-14b":     _qwen3(  5120,    40,  40,  8, 17408),
+    "qwen3-32b":     _qwen3(  5120,    64,  64,  8, 25600),
+    "mixtral-8x7b":  _MIXTRAL,
+    #                            embed layers heads kv   mlp
+    "qwen3-30b-a3b":   _qwen3_moe(2048,    48,  32,  4,  768, aux_loss=0.001),
+    "qwen3-235b-a22b": _qwen3_moe(4096,    94,  64,  4, 1536, aux_loss=0.001),
+    "gpt-oss-20b":   _GPT_OSS,
+    #                              vocab  embed layers heads   mlp  moe    q_rank mscale
+    "deepseek-v2-lite": _deepseek(102400,  2048,    27,   16, 10944, _V2_LITE,   0, 0.707),
+    "deepseek-v3":      _deepseek(129280,  7168,    61,  128, 18432, _V3,     1536, 1.0, mtp=Ahead(1)),
+}
+# fmt: on
+
+
+def preset(name: str) -> ModelConfig:
+    """The model of this name. Raises ValueError for an unknown one, with the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)[:3]
+        raise ValueError(f"--model {name}: unknown; did you mean {' or '.join(near)}?")
+    return PRESETS[name]

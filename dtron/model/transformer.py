@@ -1,0 +1,307 @@
+"""The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like every layer.
+
+Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``, once per
+pipeline stage, are the whole model from a batch to the summed loss. What may vary between runs without
+changing the result, where weights are gathered and what is recomputed, is decided in layers/recompute.py alone.
+Dropout is absent by choice: models of today train without it, and recomputation needs no random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dtron.fp8.recipe import Recipe
+from dtron.layers.attention import Attention, attention
+from dtron.layers.attention_kernels import AttentionPath, Mask, with_bias
+from dtron.layers.context_parallel import Context, prepare
+from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
+from dtron.layers.embedding import Embedding, embedding
+from dtron.layers.kv_cache import Past
+from dtron.layers.mla import MLA, mla
+from dtron.layers.mlp import MLP, mlp
+from dtron.layers.norm import Norm, norm
+from dtron.layers.recompute import run_block, run_end, tokens_at_once
+from dtron.layers.rope import rope_tables
+from dtron.layers.token_order import as_tokens
+from dtron.mesh import Layout
+from dtron.model.batch import Batch
+from dtron.model.compute_config import PLAIN, How
+from dtron.model.config import ModelConfig
+from dtron.model.mtp import module
+from dtron.moe.dispatch import Dispatch
+from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.params import Weight, declare, flat, gather, part, value, weight
+from dtron.schedules.runner import Extra
+
+
+@dataclass(frozen=True)
+class Block:
+    norm_1: Norm = part()
+    attention: Attention | None = part(when="plain_attention")
+    mla: MLA | None = part(when="mla")
+    norm_2: Norm = part()
+    mlp: MLP | None = part(when="dense")
+    moe: MoELayer | None = part(when="sparse")
+    window: int | None = value("window")
+
+
+@dataclass(frozen=True)
+class Module:
+    """Of multi-token prediction; see model/mtp.py."""
+
+    norm_h: Norm = part()
+    norm_token: Norm = part()
+    w_h: Tensor = weight("embed", "act_embed")
+    w_token: Tensor = weight("embed", "act_embed")
+    block: Block = part()
+    norm: Norm = part()
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The model, or a stage of it with the rest missing; see training/pipeline.py."""
+
+    embedding: Embedding | None = part()
+    blocks: tuple[Block, ...] = part(count="layers", each="blocks")
+    norm: Norm | None = part()
+    w_head: Tensor | None = weight("vocab", "embed", when="untied")
+    mtp: tuple[Module, ...] = part(count="mtp_depth", each="mtp")
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """Those of multi-token prediction too, last."""
+        return (*self.blocks, *(module.block for module in self.mtp))
+
+
+def declare_model(model: ModelConfig) -> Transformer:
+    return declare(Transformer, model.dims())
+
+
+def block(
+    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
+    documents_T: Tensor | None, mask: Mask | Context, m: ModelConfig, layout: Layout,
+    path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
+    past: Past | None = None, chunk: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
+    loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
+    None; ``past``: keys and values of earlier tokens; ``chunk``: of an MLP, see there."""
+    attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
+    h_TD = norm(p.norm_1, x_TD, m.norm_eps)
+    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past)
+    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    if p.moe is None:
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe, chunk),)
+    y_TD, aux, report = moe(p.moe, h_TD, seen, m.moe, layout, before_E, dispatch, recipe)
+    return x_TD + y_TD, aux, *report
+
+
+def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+    """What the first stage takes: ``x_TD [T@tokens_sp, D]``."""
+    return embedding(gather(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
+
+
+def stage(
+    p: Transformer, x_TD: Tensor, batch: Batch, before: dict[str, Tensor] | None = None, *, m: ModelConfig,
+    layout: Layout, how: How = PLAIN,
+) -> tuple[Tensor, Extra | None]:  # fmt: skip
+    """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
+    summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
+    to it and reports. ``before``: the reports of the step so far, where they matter."""
+    run = _runner(p, batch, x_TD, m, layout, how, before)
+    x_TD, extras = _trunk(p, x_TD, run, m, layout, how.recompute)
+    if p.norm is None:
+        return x_TD, _extra(extras, None, m, layout)
+    w_head, ahead = _head(p, layout), None
+    loss = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    if batch.targets_TA is not None:
+        ahead, more = _ahead(p, x_TD, w_head, batch, run, m, layout)
+        extras = [*extras, *more]
+    return loss, _extra(extras, ahead, m, layout)
+
+
+def stage_logits(
+    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout,
+    past: Sequence[Past] | None = None, last_B: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
+    for each block, the batch goes on from the tokens before, at its positions, and is added to it.
+    ``last_B [B@tokens]``: the token of each row whose logits are wanted, ``[B@tokens, vocab]``."""
+    how = PLAIN if past is None else replace(PLAIN, attention=with_bias(m.softcap, m.sinks))
+    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
+    if p.norm is None:
+        return x_TD, None
+    if last_B is not None:
+        x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+        ins = (("tokens", "act_embed"), ("tokens",))
+        x_TD = layout.local(partial(_pick_rows, sequence=batch.sequence), ins, ins[0])(x_TD, last_B)
+    return logits(x_TD, _head(p, layout), m.vocab, layout), None
+
+
+def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
+    return x_TD.unflatten(0, (-1, sequence))[torch.arange(len(places_B), device=x_TD.device), places_B]
+
+
+def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
+    """The whole model as one stage: the summed loss."""
+    return stage(p, embed(p, batch, m, layout), batch, m=m, layout=layout, how=how)[0]
+
+
+def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
+    """The whole model as one stage: the logits."""
+    return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
+
+
+def _head(p: Transformer, layout: Layout) -> Tensor:
+    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
+
+
+Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
+
+
+def _runner(
+    p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: How,
+    before: dict[str, Tensor] | None = None, past: Sequence[Past] | None = None,
+) -> Run:  # fmt: skip
+    """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i, end)`` gives x
+    and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts; ``end``: it is the first or
+    the last of the model. ``around`` wraps the block, whose weights are then a part of ``p_i``; ``targets_T``
+    say which tokens count (None: the batch's)."""
+    table_TH = None
+    if m.positions == "rotary":
+        make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
+        table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
+    masks = {
+        window: prepare(
+            Mask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
+            x_TD, layout, how.attention, how.cp, batch.zigzag,
+        )
+        for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
+    }  # fmt: skip
+    sparse = [p_block.moe is not None for p_block in p.all_blocks]
+    tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
+    chunk = tokens_at_once(how.recompute, tokens, width)
+
+    def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
+        mask, path = masks[p.all_blocks[i].window]
+        targets_T = batch.targets_T if targets_T is None else targets_T
+        run_it = around(
+            partial(
+                block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
+                table_TH=table_TH,
+                documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
+                recipe=how.recipe(end), dispatch=how.dispatch, chunk=chunk,
+                past=None if past is None else replace(past[i], places_T=batch.positions_T),
+            )
+        )  # fmt: skip
+        load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None
+        narrow = how.narrow(end, x_TD.shape[0] / layout.parts("tokens_sp"))
+        x_TD, *more = run_block(run_it, p_i, x_TD, load_E, layout, how.recompute, narrow)
+        return x_TD, [more] if more else []
+
+    return run
+
+
+def _trunk(
+    p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout, recompute: str = "none"
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The blocks, and in the last stage the norm before the head."""
+    # With a tied head, or predictions further ahead, the last stage has an embedding too.
+    first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
+    extras = []
+    for i, p_block in enumerate(p.blocks):
+        end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
+        x_TD, more = run(p_block, x_TD, i, end)
+        extras += more
+    if p.norm is not None:
+        x_TD = run_end(partial(norm, eps=m.norm_eps), gather(p.norm, layout), x_TD, recompute)
+    return x_TD, extras
+
+
+def _ahead(
+    p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, run: Run, m: ModelConfig, layout: Layout
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Multi-token prediction: each module's loss, a sum over tokens like the main one; and what else their
+    blocks give."""
+    w_tokens = Embedding(layout.gather(p.embedding.w_tokens, "vocab", "embed"), None)
+    losses, extras = [], []
+    for k, p_k in enumerate(p.mtp):
+        tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
+        e_TD = embedding(w_tokens, tokens_T, batch.positions_T, layout)
+        around = lambda block, e_TD=e_TD: partial(module, e_TD=e_TD, block=block, eps=m.norm_eps)
+        h_TD, more = run(p_k, h_TD, len(p.blocks) + k, True, around, targets_T)
+        losses.append(cross_entropy(h_TD, w_head, targets_T, Loss(m.vocab), layout))
+        extras += more
+    return losses, extras
+
+
+def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> Seen:
+    """Each rank takes its part: local."""
+    valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
+    rows = batch.tokens_T.shape[0] // batch.sequence
+    place_T = None
+    if balanced:
+        place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
+        place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
+    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
+
+
+def _extra(
+    extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
+) -> Extra | None:
+    """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and each
+    prediction ahead."""
+    pending = ("+tokens_sp",)
+    stack = lambda xs: layout.local(lambda *rows: torch.stack(rows), [pending] * len(xs), pending)(
+        *(x.detach() for x in xs)
+    )
+    added, report = [], {}
+    if extras:
+        auxes, *rows = zip(*extras, strict=True)
+        report = {name: stack(xs) for name, xs in zip(("load", "router", "dropped"), rows, strict=True)}
+        added += auxes if m.moe.aux_loss or m.moe.z_loss else ()
+    if ahead:
+        ahead = [over_all(loss, layout) for loss in ahead]
+        report["ahead"] = stack(ahead)
+        added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
+    aux = sum(added[1:], added[0]) if added else None  # sum() alone begins with 0, which is no pending sum
+    return Extra(aux, report) if report else None
+
+
+def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
+    """Row i of a pending sum."""
+    return layout.local(lambda x: x[i], [("+tokens_sp",)], ("+tokens_sp",))(x)
+
+
+def parameter_count(m: ModelConfig) -> int:
+    return sum(w.numel for w in flat(declare_model(m)))
+
+
+def active(w: Weight, m: ModelConfig) -> float:
+    """How much of a weight a token is multiplied by: of experts, its top k."""
+    return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
+
+
+def active_count(m: ModelConfig) -> int:
+    """Parameters that one token uses."""
+    return round(sum(active(w, m) for w in flat(declare_model(m))))
+
+
+def flops_per_token(m: ModelConfig, sequence: int) -> float:
+    """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
+    are looked up, and of experts those that a token goes to), and 6 * layers * heads * head_dim * sequence
+    for causal attention, half of the full square (PaLM, arXiv:2204.02311, appendix B, halved). Where values
+    have another width, head_dim is the mean. Multi-token prediction counts as the blocks and heads it has."""
+    spec = declare_model(m)
+    looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
+    attended = 0.0  # tokens, on average: half the sequence without a window
+    for p in spec.all_blocks:
+        w = min(p.window or sequence, sequence)
+        attended += w - w * w / (2 * sequence)
+    head = m.padded_vocab * m.embed * m.mtp.depth  # every module multiplies by it again
+    return 6.0 * (active_count(m) - looked_up + head) + 6.0 * m.heads * sum(m.head_dims) * attended

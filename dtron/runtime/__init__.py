@@ -1,0 +1,1 @@
+"""Flags, processes, signals and logs of a run."""

@@ -1,0 +1,193 @@
+"""The command line: every field of RunConfig is a flag, by tyro; every mistake is one line.
+
+``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of it, in any order: the name is
+looked for first and becomes the default that the other flags change. tyro knows the types, the choices and
+the help; what it says of a mistake fills a screen, so the same is said here in one line, with the remedy.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from dtron import __version__
+from dtron.data.indexed import prefix_of
+from dtron.model.config import ModelConfig
+from dtron.model.presets import PRESETS, preset
+from dtron.runtime.config import RunConfig
+
+EXAMPLES = """examples:
+  python train.py --model.layers 6 --optim.lr 5e-4
+  torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3
+  python train.py --simulate --mesh dp=8,tp=4 --steps 2
+  python train.py --data.path my_text.jsonl --data.tokenizer tokenizer.json --model llama3.2-1b"""
+
+
+def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
+    """The config that these arguments describe: ``default`` (a frozen dataclass with a ``model``; None: a
+    RunConfig) with the given fields changed. Raises ValueError, in one line, for an unknown flag or a bad
+    value; ``--help`` and ``--version`` print and exit."""
+    import tyro  # a slow import, and only command lines need it
+
+    default = default or RunConfig()
+    config_class = type(default)
+    if "--version" in argv:
+        print(f"dtron {__version__}")
+        raise SystemExit(0)
+    known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
+    _check_flags(argv, known)
+
+    @dataclass(frozen=True)
+    class CommandLine(config_class):
+        preset: Annotated[
+            str, tyro.conf.arg(name="model", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
+        ] = "tiny"
+
+    CommandLine.__doc__ = config_class.__doc__
+    name, loaded = _value_of(argv, "--model"), None
+    if "--init-from" in known and (folder := _value_of(argv, "--init-from")) is not None:
+        loaded = _loaded(folder, name)
+        default = replace(default, model=loaded)
+    if name is not None:
+        default = replace(default, model=preset(name))
+    start = CommandLine(**_shallow(default), preset=name or "tiny")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            got = tyro.cli(
+                CommandLine, args=list(argv), default=start, prog=prog, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            print(said.getvalue().rstrip() + ("\n\n" + EXAMPLES if prog == "train.py" else ""))
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
+    config = config_class(**{name: value for name, value in _shallow(got).items() if name != "preset"})
+    return config if loaded is None else _beside(config, loaded)
+
+
+def _loaded(folder: str, name: str | None) -> ModelConfig:
+    """The model that ``--init-from`` begins with."""
+    from dtron.hf import read_config
+
+    if name is not None:
+        raise ValueError(f"--model {name} --init-from {folder}: its config.json is the model; drop --model")
+    return read_config(Path(folder))[1]
+
+
+def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
+    """The config with the tokenizer of the model that it begins with. Raises ValueError where flags say that
+    the model is another."""
+    from dtron.hf import contradiction
+
+    folder = Path(config.init_from)
+    wrong = contradiction(config.model, loaded)
+    if wrong:
+        name, theirs, ours = wrong
+        flag = f"--model.{name.replace('_', '-')}"
+        raise ValueError(f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}")
+    d = config.data
+    if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):
+        return config
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"--init-from {folder}: has no tokenizer.json; give --data.tokenizer")
+    return replace(config, data=replace(d, tokenizer=str(file)))
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as JSON."""
+    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def load(path: Path) -> RunConfig:
+    """Read what ``save`` wrote."""
+    return _build(RunConfig, json.loads(path.read_text()))
+
+
+def _build(cls: Any, value: Any) -> Any:
+    if not is_dataclass(cls):
+        return value
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _build(hints[name], v) for name, v in value.items()})
+
+
+@cache
+def _flags(cls: type, prefix: str = "--") -> tuple[str, ...]:
+    """Every flag of a config class, as tyro spells them."""
+    found, hints = [], typing.get_type_hints(cls)
+    for f in fields(cls):
+        name = f.name.replace("_", "-")
+        if is_dataclass(hints[f.name]):
+            found += _flags(hints[f.name], f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+            if hints[f.name] is bool:
+                found.append(f"{prefix}no-{name}")
+    return tuple(found)
+
+
+def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
+            near = _nearest(flag.lower(), known)
+            raise ValueError(f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help"))
+
+
+# What other trainers call it.
+_ALIASES = {
+    "lr": "--optim.lr", "learning-rate": "--optim.lr", "precision": "--dtype", "epochs": "--steps",
+    "seq-length": "--data.sequence", "seq-len": "--data.sequence", "hidden-size": "--model.embed",
+    "num-layers": "--model.layers", "global-batch-size": "--batch", "micro-batch-size": "--micro-batch",
+    **dict.fromkeys(("tp", "dp", "pp", "cp", "gpus"), "--mesh"),
+}  # fmt: skip
+
+
+def _nearest(flag: str, known: Sequence[str]) -> str | None:
+    """The flag that was meant: what others call so, one whose last part is this, or one spelled alike."""
+    name = flag.lstrip("-")
+    if _ALIASES.get(name) in known:
+        return _ALIASES[name]
+    same_end = [k for k in known if k.rpartition(".")[2] == name]
+    return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
+        if word == flag:
+            if following is None or following.startswith("--"):
+                raise ValueError(f"{flag}: needs a value, as in {flag} tiny; see --help")
+            found = following
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says, less its frame, its title and its hints."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", box)
+    rows = [re.sub(r"^[\s│|╭╰]+|[\s│|╮╯]+$", "", row) for row in text.splitlines()]
+    parts, part = [], []
+    for row in rows:
+        if row and set(row) <= set("-─═ "):
+            parts.append(part)
+            part = []
+        elif row:
+            part.append(row)
+    body = " ".join(parts[1] if len(parts) > 1 and parts[1] else (parts or [part])[0])
+    body = re.sub(r"\s+([.,])", r"\1", body).removeprefix("Error parsing ").rstrip(".")
+    ours = re.match(r"\w+: (?=--|\w+\.\w+=)", body)  # a config's own error, behind the name of its group
+    return body[ours.end() :] if ours else f"{body}; see --help"

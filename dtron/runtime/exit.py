@@ -1,0 +1,78 @@
+"""How every command ends: what the user can mend is one line on stderr, and no rank is left hanging."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
+
+
+class LostRank(ValueError):
+    """Another rank has died: each that notices says so at once, because it may be the only one left."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises ValueError instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
+    Anything else is a bug of ours and keeps its traceback."""
+    ending = threading.Event()
+
+    def end(*_) -> None:
+        ending.set()
+        threading.Timer(GRACE, os._exit, [143]).start()
+
+    if "WORLD_SIZE" in os.environ:
+        # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom they miss.
+        signal.signal(signal.SIGTERM, end)
+    try:
+        return main(argv)
+    except ValueError as error:
+        if not _raised_by_us(error):
+            raise
+        text, code, at_once = "error: " + " ".join(str(error).split()), 2, isinstance(error, LostRank)
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
+            raise
+        text, code, at_once = f"error: another rank has died or hangs ({lost}); see what it said", 2, True
+    except KeyboardInterrupt:
+        text, code, at_once = "stopped", 130, False
+    rank = int(os.environ.get("RANK", 0))
+    # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what this
+    # rank alone has to say is still said.
+    if rank and not at_once and ending.wait(OTHERS_WAIT):
+        os._exit(code)
+    if rank:
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)  # not through a process group that others may wait in
+    return code
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a collective says of a rank that is gone, in any library's words; empty for another error."""
+    said = str(error)
+    words = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
+    found = re.search(words, said) if "gloo" in said or "nccl" in said.lower() else None
+    return found[0] if found else ""
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether dtron said so, and not a library that was called wrongly."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    package = Path(__file__).resolve().parents[1]
+    return package in where.parents or where.parent in (package.parent, package.parent / "bench")

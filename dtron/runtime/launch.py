@@ -1,0 +1,183 @@
+"""From a config to running ranks: which device, which dtype, which processes.
+
+Three ways in, one program after: one process and one device; several processes started by torchrun (gloo on
+CPU, NCCL on GPU); or all ranks simulated in this process. Everything that can be refused is refused before a
+process group exists, so that no rank is left waiting for one that has given up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.distributed.symmetric_memory import backends
+from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.rules import rules_for
+from dtron.runtime.config import RunConfig
+from dtron.runtime.validate import check, check_attention, check_dispatch, check_fp8, microbatches
+from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on this machine, checked."""
+
+    shape: MeshShape
+    device: str
+    compute: torch.dtype
+    master: torch.dtype
+    count: int  # microbatches per step
+    rows: int  # sequences in each, over all ranks
+    gather_each: bool  # as ZeRO-3 does: a stage gathers its weights itself, in every microbatch
+    splits: bool  # a backward can be made in two halves
+    compile: bool
+    graph: bool  # a step is recorded once and replayed
+
+    @property
+    def main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
+
+def plan(config: RunConfig) -> Plan:
+    """Raises ValueError for a mesh, batch, model or device that cannot be."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.simulate and world > 1:
+        raise ValueError(
+            f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
+        )
+    shape = MeshShape.parse(config.mesh, None if config.simulate else world)
+    check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
+    count, rows = microbatches(config.batch, config.micro_batch, shape)
+    pipeline(config, shape, count, Layout())  # refuses a schedule or a split that cannot be
+    device = _device(config)
+    gpu = device.startswith("cuda")
+    compiles = config.compile == "on" or (config.compile == "auto" and gpu)
+    if config.how.budget is not None and not compiles:
+        raise ValueError(
+            f"--recompute {config.recompute}: the compiler keeps to a budget, and nothing is compiled here; "
+            "use --compile on or --recompute selective"
+        )
+    names = {"auto": torch.bfloat16 if gpu else torch.float32}
+    compute = names.get(config.dtype) or getattr(torch, config.dtype)
+    tokens = rows // shape.data * config.data.sequence // shape.cp
+    check_fp8(config.how, config.model, shape, tokens, device, compute)
+    if config.fp8_gather and not gathers_each(config, shape):
+        more = " --pipeline.gather microbatch" if shape.pp > 1 else ""
+        raise ValueError(
+            f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
+            f"--zero 3{more}, or drop --fp8-gather"
+        )
+    check_attention(config.attention, config.model, compute, device)
+    check_dispatch(config.how, config.model, compiles)
+    return Plan(
+        shape,
+        device,
+        compute,
+        torch.promote_types(compute, torch.float32),
+        count,
+        rows,
+        gathers_each(config, shape),
+        splits(config, shape),
+        compiles,
+        _records(config, compiles and gpu, shape),
+    )
+
+
+def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
+    if config.graph == "on" and not (can and shape.pp == 1):
+        why = f"mesh {shape}: a pipeline is not recorded" if can else "it takes a GPU and compiled stages"
+        raise ValueError(f"--graph on: {why}; use --graph auto")
+    return config.graph != "off" and can and shape.pp == 1
+
+
+def _device(config: RunConfig) -> str:
+    available = torch.cuda.is_available()
+    if config.simulate or config.device == "cpu" or (config.device == "auto" and not available):
+        if config.simulate and config.device == "cuda":
+            raise ValueError("--simulate --device cuda: simulated ranks run on the CPU; drop one of the two")
+        return "cpu"
+    if not available:
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise ValueError(
+            f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu"
+        )
+    return f"cuda:{local}"
+
+
+def keep_memory() -> None:
+    """Of a process that computes on a CPU: let memory that was freed stay with it. glibc gives a large tensor
+    back to the system at once, and then each page of the next one costs a fault: a fifth of a step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        top_that_is_given_back, smallest_of_its_own = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(top_that_is_given_back, 2**31 - 1)
+        libc.mallopt(smallest_of_its_own, 2**30)
+
+
+def same_on_all_ranks(values: dict[str, Any]) -> None:
+    """Raise ValueError unless every process has the same values: a flag or a file that differs between
+    machines would train on, and to nothing."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return
+    mine = {name: repr(value) for name, value in values.items()}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for name, value in found[0].items():
+        for rank, theirs in enumerate(found):
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; start all "
+                    "ranks with the same flags and files"
+                )
+
+
+def host_group(timeout: int) -> Any:
+    """A group of all processes that needs no GPU, new each time: threads must not share one. None where there
+    is one process."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+@contextmanager
+def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
+    """Start the ranks and yield the pipeline stages of this process, with their layout."""
+    if plan.device == "cpu":
+        keep_memory()
+    rules = rules_for(config.zero)
+    compute = None if plan.compute == plan.master else plan.compute
+    reduce = torch.bfloat16 if config.reduce_bf16 else None
+    if config.simulate:
+        with simulated(plan.shape) as mesh:
+            yield pipeline(config, plan.shape, plan.count, Layout(mesh, rules, compute, reduce))
+        return
+    kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout)
+    if kind == "cuda":
+        torch.cuda.set_device(plan.device)
+    if plan.shape.size > 1:
+        backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
+        device_id = torch.device(plan.device) if kind == "cuda" else None
+        # A pipeline's messages have groups of their own for what this warns of (schedules/p2p.py).
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    copied = config.zero == 3 and config.copy_engines == "auto"
+    mesh = build_mesh(plan.shape, kind, backends(plan.shape, kind) if copied else None)
+    layout = Layout(stage_mesh(mesh), rules, compute, reduce)
+    template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
+    yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template, timeout)
+    if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
+        dist.barrier()
+        dist.destroy_process_group()

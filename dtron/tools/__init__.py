@@ -1,0 +1,1 @@
+"""Programs that nobody imports: verify, show, generate, profile."""

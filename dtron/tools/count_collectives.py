@@ -1,0 +1,112 @@
+"""Counting what a program communicates: kind, mesh axis, number and bytes.
+
+A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in forward
+and in backward, on real ranks and on simulated ones. Tests assert these counts, so that communication can be
+added only on purpose; ``dtron.verify`` prints them.
+
+Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output of an
+all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce
+twice that. (Of an all-to-all by ``swap`` or ``shift`` all is sent: nothing in it is for the rank itself.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+# The guard is private to torch; it is imported here alone.
+from torch.distributed.tensor._utils import ExplicitRedistributionContext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtron.distributed.simulated_ranks import one_rank
+from dtron.mesh import ranks_along
+
+_KINDS = {
+    "all_reduce": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast": "broadcast",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    kind: str
+    axis: str
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh
+    axis), and ``c.order``, the collectives one after the other."""
+
+    def __init__(self, mesh: DeviceMesh | None):
+        super().__init__()
+        names = mesh.mesh_dim_names if mesh is not None else ()
+        self._axis = {mesh.get_group(name).group_name: name for name in names}
+        for axis in ("ep", "cp"):  # groups of their own where they are several dims of the mesh
+            if (ranks := ranks_along(mesh, axis)) is not None:
+                self._axis.setdefault(ranks.get_group().group_name, axis)
+        self.count: Counter[Collective] = Counter()
+        self.bytes: Counter[Collective] = Counter()
+        self.order: list[Collective] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # let DTensor come down to the collectives first
+        out = func(*args, **(kwargs or {}))
+        kind = _KINDS.get(func.overloadpacket.__name__)
+        if kind and func.namespace in ("_c10d_functional", "_dtensor", "c10d"):
+            group = next(self._axis[a] for a in reversed(args) if isinstance(a, str) and a in self._axis)
+            key = Collective(kind, group)
+            whole = one_rank(out if kind == "all_gather" else args[0])
+            self.count[key] += 1
+            self.order.append(key)
+            self.bytes[key] += whole.numel() * whole.element_size()
+        return out
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items())) or "none"
+
+
+class HiddenCommunication(RuntimeError):
+    """An operation would communicate, though no line says so."""
+
+
+@contextmanager
+def no_hidden_communication() -> Iterator[None]:
+    """Inside, a redistribution that nobody wrote down raises HiddenCommunication: every collective of a
+    forward is a ``constrain``, a ``gather`` or a local region's own."""
+    try:
+        with ExplicitRedistributionContext():
+            yield
+    except RuntimeError as error:
+        if "mplicit redistribution" not in str(error):
+            raise
+        what = str(error).splitlines()[0].partition(" while ")[0]
+        raise HiddenCommunication(
+            f"{_own_lines(error)}: DTensor would redistribute an operand of this line by itself; constrain "
+            f"it first, to where the operation needs it ({what})"
+        ) from error
+
+
+def _own_lines(error: BaseException) -> str:
+    """The three innermost lines of the traceback that are neither torch's nor this module's."""
+    torch_folder = str(Path(torch.__file__).parent)
+    others = (__file__, contextlib.__file__)
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(torch_folder) and f.filename not in others
+    ]
+    return ", in ".join(f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-3:]))

@@ -1,0 +1,258 @@
+"""``python -m dtron.show --mesh dp=8,tp=4 --model llama3-8b``: where every weight lies, and what that costs.
+
+One row per weight (the blocks are alike, so they share rows): its logical axes with the mesh axes they fall
+on, its placement, its whole shape and one rank's, and the bytes one rank holds for it:
+
+    parameters  the master copy, and where the ZeRO stage gathers before the microbatches (0 to 2) a copy in
+                the compute dtype, unless that is the master copy itself
+    gradients   what stays between microbatches: not yet cut over dp and cp in stages 0 and 1
+    optimizer   two moments in the master's dtype
+
+``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks hold.
+Nothing is allocated and no process is started: placements follow from the rules, so this works for a mesh of
+any size on any machine. A second table has the activations of one row of a sequence, by its length; see
+tools/memory_estimate.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers.context_parallel import Method
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import Transformer, declare_model
+from dtron.params import Weight, flat
+from dtron.rules import RULES, place, rules_for
+from dtron.runtime.validate import check, sequence_unit
+from dtron.tools import memory_estimate
+from dtron.tools.drawing import Canvas, draw_mesh, draw_tensor
+from dtron.training.pipeline import cut, layers_per_stage
+
+Placements = tuple
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Show where every weight of a model lies on a mesh, and the memory it takes on each rank."""
+
+    mesh: str = "dp=2,tp=2"
+    """how the ranks are arranged, as dp=8,tp=4"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of computation; master weights, gradients and optimizer are float32"""
+    cp: Method = "ring"
+    """attention over cp, for its messages"""
+    svg: str | None = None
+    """also draw the mesh and one block, to this file"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight, or ``count`` alike: shapes in elements, the rest in bytes on the rank that holds most."""
+
+    path: str
+    count: int
+    axes: str
+    placement: str
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    params: int
+    grads: int
+    optimizer: int
+
+
+def named_axes(w: Weight, shape: MeshShape, zero: int) -> str:
+    """``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that cut it here."""
+    rules = rules_for(zero)
+    cut = lambda axis: "+".join(a for a in rules[axis] if shape.parts(a) > 1)
+    return "[" + ", ".join(f"{axis}@{cut(axis)}" if cut(axis) else axis for axis in w.axes) + "]"
+
+
+def local_shape(
+    whole: Sequence[int], mesh_sizes: Sequence[int], placements: Placements, coordinate: Sequence[int]
+) -> tuple[int, ...]:
+    """The shape that the rank at ``coordinate`` holds."""
+    return tuple(stop - start for start, stop in local_range(whole, mesh_sizes, placements, coordinate))
+
+
+def local_range(
+    whole: Sequence[int], mesh_sizes: Sequence[int], placements: Placements, coordinate: Sequence[int]
+) -> list[tuple[int, int]]:
+    """``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is cut as DTensor cuts it: into
+    parts of ``ceil(size / n)``, of which the last ranks may have less or nothing."""
+    ranges = [(0, size) for size in whole]
+    for n, placement, i in zip(mesh_sizes, placements, coordinate, strict=True):
+        if placement.is_shard():
+            start, stop = ranges[placement.dim]
+            step = -(-(stop - start) // n)
+            ranges[placement.dim] = (min(start + i * step, stop), min(start + (i + 1) * step, stop))
+    return ranges
+
+
+def rows(
+    model: ModelConfig, shape: MeshShape, zero: int, compute: int = 2, master: int = 4,
+    spec: Transformer | None = None,
+) -> list[Row]:  # fmt: skip
+    """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
+    ``master``: bytes per element."""
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
+    first = [0] * len(axes)  # the first rank's part is never smaller than another's
+    found = []
+    for w, path, count in _grouped(spec or declare_model(model)):
+        lies = place(rules_for(zero), axes, *w.axes)
+        gathered = place(rules_for(0), axes, *w.axes)
+        n, n_gathered = (math.prod(local_shape(w.shape, sizes, p, first)) for p in (lies, gathered))
+        copies = n_gathered * compute if zero < 3 and (compute != master or n != n_gathered) else 0
+        found.append(
+            Row(
+                path,
+                count,
+                named_axes(w, shape, zero),
+                "(" + ", ".join(f"{a}: {_short(p)}" for a, p in zip(axes, lies, strict=True)) + ")",
+                w.shape,
+                local_shape(w.shape, sizes, lies, first),
+                count * (n * master + copies),
+                count * master * (n_gathered if zero < 2 else n),
+                count * 2 * master * n,
+            )
+        )
+    return found
+
+
+def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
+    """Every weight, those of blocks that follow each other and are alike once for all of them."""
+    kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
+    runs = [list(run) for _, run in groupby(spec.blocks, kind)]
+    found, firsts = {}, []
+    for run in runs:
+        first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
+        old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
+        found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
+        firsts.append(run[0])
+    shown = flat(replace(spec, blocks=tuple(firsts)))
+    return [(w, *found.get(w.path, (w.path, 1))) for w in shown]
+
+
+def _short(placement) -> str:
+    return f"S{placement.dim}" if placement.is_shard() else "+" if placement.is_partial() else "R"
+
+
+def total(found: Sequence[Row]) -> tuple[int, int, int]:
+    """Bytes on one rank: parameters, gradients, optimizer."""
+    return tuple(sum(getattr(r, name) for r in found) for name in ("params", "grads", "optimizer"))
+
+
+def table(found: Sequence[Row], title: str) -> Table:
+    out = Table(title=title)
+    for name in ("weight", "axes", "placement", "shape", "on one rank"):
+        out.add_column(name, overflow="fold")
+    for name in ("params", "gradients", "optimizer"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for r in found:
+        cost = (size(n) for n in (r.params, r.grads, r.optimizer))
+        cells = (r.path, r.axes, r.placement, _by(r.shape), _by(r.local))
+        out.add_row(*(c.replace("[", r"\[") for c in cells), *cost)
+    out.add_section()
+    out.add_row("one rank holds", "", "", "", "", *(size(n) for n in total(found)))
+    return out
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1536 is 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+
+
+def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
+    """SVG of the mesh and of every weight of one block, cut into the pieces that ranks hold."""
+    atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+    axes, sizes = list(atoms), list(atoms.values())
+    canvas = Canvas(940)
+    canvas.text(20, 28, f"mesh {shape}: {shape.size} ranks", bold=True, size=16)
+    y = draw_mesh(canvas, 20, 50, shape)
+    canvas.text(
+        20, y + 30, f"one block of {model.layers}, zero {zero}: who holds which part", bold=True, size=16
+    )
+    y, x, lowest = y + 50, 20, 0
+    for w in flat(declare_model(model).blocks[-1]):
+        lies = place(rules_for(zero), axes, *w.axes)
+        pieces = [
+            (rank, local_range(w.shape, sizes, lies, coordinate)) for rank, coordinate in coordinates(sizes)
+        ]
+        name = w.path.split(".", 2)[2]
+        width, height = draw_tensor(canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape)
+        lowest, x = max(lowest, y + height), x + width + 30
+        if x > 740:
+            x, y = 20, lowest + 20
+    return canvas.svg()
+
+
+def coordinates(sizes: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """``(rank, coordinate)`` of every rank, the last axis fastest."""
+    return [
+        (rank, tuple(int(i) for i in torch.unravel_index(torch.tensor(rank), tuple(sizes) or (1,))))
+        if sizes
+        else (0, ())
+        for rank in range(math.prod(sizes))
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    from dtron.runtime.cli import parse
+
+    config = parse(argv, ShowConfig(), prog="python -m dtron.show")
+    shape = MeshShape.parse(config.mesh)
+    unit = sequence_unit(shape, zigzag=True)
+    check(replace(config.model, context=max(unit, config.model.context)), shape, unit, config.cp)
+    compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 150))  # nobody wants a table wrapped in a file
+    layers = layers_per_stage(config.model, shape.pp, shape.tp)
+    stages, most = cut(config.model, layers), 0
+    for number, spec in enumerate(stages):
+        found = rows(config.model, shape, config.zero, compute, spec=spec)
+        which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
+        console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
+        console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
+        most = max(most, sum(total(found)))
+    console.print(
+        memory_estimate.table(config.model, shape, config.cp, layers, most, memory_estimate.sequences(unit))
+    )
+    console.print(f"rules: {_rules_line(shape, config.model)}")
+    if config.svg:
+        try:
+            Path(config.svg).write_text(picture(config.model, shape, config.zero))
+        except OSError as error:
+            raise ValueError(
+                f"--svg {config.svg}: cannot be written ({error.strerror}); choose another"
+            ) from None
+        console.print(f"drawn to {config.svg}")
+    return 0
+
+
+def _rules_line(shape: MeshShape, model: ModelConfig) -> str:
+    """The rows that this model uses and this mesh cuts by."""
+    used = {a for w in flat(declare_model(model)) for a in w.axes} | {"tokens", "tokens_sp"}
+    used |= {"tokens_ep"} if "experts" in used else set()
+    live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items() if k in used}
+    return ", ".join(f"{k}@{'+'.join(v)}" for k, v in live.items() if v) or "one device"

@@ -1,0 +1,1 @@
+"""One step of training: gradients, optimizer, compiled stages, a recorded step."""

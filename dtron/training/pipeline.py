@@ -1,0 +1,245 @@
+"""The model cut into stages, and the stages of this process with what connects them to the others.
+
+A stage is a ``Transformer`` of which most is missing: the first has the embedding, the last the final norm
+and the head, each its share of the blocks. Paths stay those of the whole model (``blocks.7.mlp.w_up``), so
+initial weights and checkpoints do not know how it was cut. One device is a pipeline of one stage.
+
+Where head and embedding are tied, or tokens further ahead are predicted, the first and the last stage have a
+copy of the embedding each, of which the second is a *twin*: their gradients are added once a step, and so
+they stay equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full, local
+from dtron.mesh import Layout
+from dtron.model.batch import Batch
+from dtron.model.compute_config import PLAIN, How
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import Transformer, active, declare_model, embed, stage
+from dtron.params import flat, tree_map
+from dtron.rules import RULES, place, whole
+from dtron.runtime.config import RunConfig
+from dtron.schedules import Table, make
+from dtron.schedules.p2p import Handed, Links, Sent, Ways, make_ways
+from dtron.schedules.runner import Program
+
+
+def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:
+    """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of the last
+    stage counts as the blocks it costs. Raises ValueError for a split that does not fit."""
+    if split:
+        if len(split) != stages or sum(split) != m.layers or min(split) < 1:
+            raise ValueError(
+                f"--pipeline.split {','.join(map(str, split))}: must be {stages} positive numbers, one per "
+                f"stage, that sum to model.layers={m.layers}; change it, or leave it out"
+            )
+        return list(split)
+    if stages > m.layers:
+        raise ValueError(
+            f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
+            f"(pp, --pipeline.virtual) or --model.layers {stages}"
+        )
+    weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
+    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token, on average
+    head = m.padded_vocab * m.embed / block  # in blocks
+    head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
+
+    def fits(most: float) -> list[int] | None:
+        """As many blocks as ``most`` allows, from the front; None if some are left over."""
+        room = [max(1, math.floor(most + 1e-9))] * (stages - 1) + [
+            max(1, math.floor(most - head_cost + 1e-9))
+        ]
+        return room if sum(room) >= m.layers else None
+
+    lows = sorted({n + extra for n in range(1, m.layers + 1) for extra in (0.0, head_cost)})
+    room = next(r for most in lows if (r := fits(most)))
+    while sum(room) > m.layers:  # take back where most is left, later stages first: they start later
+        widest = max(
+            range(stages), key=lambda s: (room[s] > 1, room[s] + (head_cost if s == stages - 1 else 0), s)
+        )
+        room[widest] -= 1
+    return room
+
+
+def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
+    """The declared weights of each stage."""
+    whole, found, start = declare_model(m), [], 0
+    for s, n in enumerate(layers):
+        first, last = s == 0, s == len(layers) - 1
+        embedding = whole.embedding if first else None
+        if last and not first and (m.tied or m.mtp.depth):
+            twin = replace(whole.embedding.w_tokens, twin=True)
+            embedding = replace(whole.embedding, w_tokens=twin, w_positions=None)
+        found.append(
+            replace(
+                whole,
+                embedding=embedding,
+                blocks=whole.blocks[start : start + n],
+                norm=whole.norm if last else None,
+                w_head=whole.w_head if last else None,
+                mtp=whole.mtp if last else (),
+            )
+        )
+        start += n
+    return found
+
+
+def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = True) -> Program:
+    """The model's functions, for the runner."""
+    return Program(
+        partial(embed, m=m, layout=layout),
+        partial(stage, m=m, layout=layout, how=how),
+        splits and how.recompute == "none",
+        carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here (one
+    device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of every stage;
+    ``met`` are the kinds of messages that have been sent before, by functions that will be run again."""
+
+    table: Table
+    specs: tuple[Transformer, ...]
+    layout: Layout
+    ways: Ways | None = None
+    template: Tensor | None = None
+    met: set[Any] = field(default_factory=set, compare=False)
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(range(len(self.table.rows))) if self.ways is None else [self.ways.rank]
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages here, in the order in which params trees have them."""
+        return sorted(s for r in self.ranks for s in self.table.stages_of(r))
+
+    @property
+    def spec(self) -> tuple[Transformer, ...]:
+        """The declared weights of the stages here: the shape of every params tree."""
+        return tuple(self.specs[s] for s in self.stages)
+
+    @property
+    def twins(self) -> tuple[int, int] | None:
+        """The stages that have a copy of the embedding each; None where there is one."""
+        first, last = 0, self.table.stages - 1
+        return None if first == last or self.specs[last].embedding is None else (first, last)
+
+    def links(
+        self, batch: Batch, table: Table | None = None, local: bool = False, by_host: bool = False
+    ) -> Links:
+        """What connects the stages for one step of microbatches like ``batch``. ``local``: they take and give
+        each rank's own tensors. The first such step sends by way of the hosts, where there are GPUs; so does
+        one that asks for it ``by_host``, because it runs what others do not, and is not counted as the
+        first."""
+        if self.ways is None:
+            return Handed()
+        t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
+        kind, lies, device = (t.name, tokens, local), ("tokens_sp", "act_embed"), self.template.device
+        if not by_host:
+            by_host = kind not in self.met
+            self.met.add(kind)
+        by_host = by_host and self.ways.host is not None
+        there = torch.device("cpu") if by_host else device
+        empty = lambda: self.template.new_empty(tokens, self.template.shape[1], device=there)
+        wrap = lambda x: x.to(device) if local else self.layout.from_local(x.to(device), *lies)
+        unwrap = lambda x: (x if local else self.layout.to_local(x, *lies)).to(there)
+        return Sent(t, self.ways, by_host, empty, wrap, unwrap)
+
+    def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Add the gradients of the embedding's two copies, wherever they are."""
+        if self.twins is None:
+            return grads
+        first, last = self.twins
+        trees = dict(zip(self.stages, grads, strict=True))
+        of = lambda s: trees[s].embedding.w_tokens
+        if first in trees and last in trees:
+            total = of(first) + of(last)
+            sums = {first: total, last: total.clone()}
+        elif first in trees or last in trees:
+            mine, other = (first, last) if first in trees else (last, first)
+            here, there = self.table.rank_of[mine], self.table.rank_of[other]
+            part, peer = local(of(mine)).contiguous(), self.ways.peers[there]
+            theirs = torch.empty_like(part)
+            works = [
+                dist.isend(part, peer, group=self.ways.of[here, there]),
+                dist.irecv(theirs, peer, group=self.ways.of[there, here]),
+            ]
+            for work in works:
+                work.wait()
+            local(of(mine)).add_(theirs)
+            sums = {mine: of(mine)}
+        else:
+            return grads
+        put = lambda tree, total: replace(tree, embedding=replace(tree.embedding, w_tokens=total))
+        return tuple(put(tree, sums[s]) if s in sums else tree for s, tree in trees.items())
+
+    def sum(self, value: Tensor | None) -> Tensor:
+        """A scalar summed over the pipeline ranks; None counts as 0."""
+        if self.ways is None:
+            return value
+        value = torch.zeros((), device=self.template.device) if value is None else value
+        box = value.to(torch.float64)
+        dist.all_reduce(box, group=self.ways.line)
+        return box
+
+    def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
+        """One tree of the whole model from those of all stages, where all are here."""
+        first, last = trees[0], trees[-1]
+        blocks = tuple(b for tree in trees for b in tree.blocks)
+        return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
+
+
+def on_ranks(
+    pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
+) -> Pipeline:
+    """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an activation
+    of no tokens, ``[0, D]``, in the dtype of computation."""
+    if mesh is None or "pp" not in mesh.mesh_dim_names:
+        return pipe
+    lines = mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
+    pairs = pipe.table.pairs
+    if pipe.twins is not None:
+        first, last = (pipe.table.rank_of[s] for s in pipe.twins)
+        pairs |= {(first, last), (last, first)} if first != last else set()
+    return replace(pipe, ways=make_ways(lines, pairs, template.device, timeout), template=template)
+
+
+def gathers_each(config: RunConfig, shape: MeshShape) -> bool:
+    """Whether ZeRO-3 gathers weights in every microbatch, and not once a step."""
+    return config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
+
+
+def splits(config: RunConfig, shape: MeshShape) -> bool:
+    """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
+    lies = lambda rules, w: place(rules, tuple(shape.atoms), *w.axes)
+    cut = any(lies(RULES, w) != lies(whole(RULES), w) for w in flat(declare_model(config.model)))
+    return not (gathers_each(config, shape) and cut)
+
+
+def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
+    """A pipeline of the whole model."""
+    return Pipeline(make("1f1b", 1, microbatches), tuple(cut(m, [m.layers])), layout)
+
+
+def pipeline(config: RunConfig, shape: MeshShape, microbatches: int, layout: Layout) -> Pipeline:
+    """The pipeline of a config, all ranks of it here. Raises ValueError for one that cannot be."""
+    t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
+    layers = layers_per_stage(config.model, t.stages, config.data.sequence, config.pipeline.layers)
+    return Pipeline(t, tuple(cut(config.model, layers)), layout)
