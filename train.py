@@ -24,6 +24,7 @@ from dtron.checkpoint.async_saver import Saver
 from dtron.checkpoint.files import clear_parts
 from dtron.data import Data, Prefetch, Rows, open_data
 from dtron.distributed.redistribute import full
+from dtron.errors import UserError
 from dtron.hf import Source, keep_origin
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
@@ -77,7 +78,7 @@ def train(
     if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
-            raise ValueError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+            raise UserError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
     state = replace(state, opt=with_copies(state.opt, state.params, spec, layout.compute))
     watch = Watch(config.max_skips)
     saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
@@ -170,9 +171,9 @@ def train(
     saver.close()
 
 
-def diverged(step: int, why: str) -> ValueError:
+def diverged(step: int, why: str) -> UserError:
     """Every rank has the same, so all stop at once."""
-    return ValueError(
+    return UserError(
         f"step {step}: {why}. The run has diverged: lower --optim.lr, raise --optim.warmup, or resume from "
         "an earlier checkpoint"
     )
@@ -243,15 +244,15 @@ def sample(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) ->
 
 def open_run(config: RunConfig) -> tuple[Path, Path | None]:
     """The run directory, and the checkpoint to go on from: with --resume, or where torchrun has started this
-    process again. Raises ValueError where the directory cannot be written, has nothing to resume, or another
+    process again. Raises UserError where the directory cannot be written, has nothing to resume, or another
     run to spoil."""
     run_dir = Path(config.run_dir)
     found = checkpoint.newest(run_dir)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume and not found:
-        raise ValueError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
+        raise UserError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
     if found and not (config.resume or again):
-        raise ValueError(
+        raise UserError(
             f"--run-dir {run_dir}: holds checkpoints of another run, up to {found.name}; go on from there "
             "with --resume, choose another --run-dir, or delete it"
         )
@@ -260,7 +261,7 @@ def open_run(config: RunConfig) -> tuple[Path, Path | None]:
         with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--run-dir {run_dir}: cannot be written ({error.strerror}); choose another"
         ) from error
     return run_dir, found

@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -77,12 +78,12 @@ class Case:
 
 
 def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
-    """The batches of a file. Raises ValueError for one that cannot be read, and for a case too large."""
+    """The batches of a file. Raises UserError for one that cannot be read, and for a case too large."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "not UTF-8")
-        raise ValueError(f"{path}: cannot be read ({why}); give a file of cases") from error
+        raise UserError(f"{path}: cannot be read ({why}); give a file of cases") from error
     batches: list[list[Case]] = [[]]
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -91,11 +92,11 @@ def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
             flags = shlex.split(line, comments=True)
             ranks = MeshShape.parse(mesh_of(flags), None).size
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
         if not flags:
             continue
         if ranks > gpus:
-            raise ValueError(f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus")
+            raise UserError(f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus")
         batches[-1].append(Case(flags, ranks, folder / f"case{number}"))
     return [b for b in batches if b]
 
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus, failed = visible.split(",") if visible else [str(i) for i in range(o.gpus)], 0
     if len(gpus) < o.gpus:
-        raise ValueError(f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer")
+        raise UserError(f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer")
     with tempfile.TemporaryDirectory() as folder:
         for batch in read(o.file, Path(folder), o.gpus):
             try:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.runtime.exit import run_cli
 
 RESULTS, PEERS = (Path(__file__).parent / name for name in ("results.jsonl", "peers.json"))
@@ -90,18 +91,18 @@ def system_of(line: Line) -> str:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file. Raises ValueError for one that no benchmark printed."""
+    """The lines of a file. Raises UserError for one that no benchmark printed."""
     remedy = "append the last line that bench/train.py prints"
     try:
         text = path.read_text()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     found = []
     for number, row in enumerate(text.splitlines(), 1):
         try:
             line = json.loads(row)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {row[:40]!r} is not JSON; {remedy}") from error
+            raise UserError(f"{path}:{number}: {row[:40]!r} is not JSON; {remedy}") from error
         found.append(checked(line, f"{path}:{number}", (*NEEDED, "zero", "compiled")))
     return found
 
@@ -114,7 +115,7 @@ def read_peers() -> list[Line]:
 def checked(line: Any, where: str, needed: Iterable[str]) -> Line:
     missing = [k for k in needed if not isinstance(line, dict) or line.get(k) is None]
     if missing:
-        raise ValueError(f"{where}: has no {', '.join(missing)}, which every row needs; measure it again")
+        raise UserError(f"{where}: has no {', '.join(missing)}, which every row needs; measure it again")
     return line
 
 
@@ -154,11 +155,11 @@ def replaced(page: Path, new: str) -> tuple[str, str]:
     try:
         old = page.read_text()
     except OSError as error:
-        raise ValueError(f"{page}: cannot be read ({error.strerror}); give a page that exists") from error
+        raise UserError(f"{page}: cannot be read ({error.strerror}); give a page that exists") from error
     head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
-        raise ValueError(
+        raise UserError(
             f"{page}: has no place for the table; put {BEGIN} and {END} there, on their own lines"
         )
     return old, f"{head}{BEGIN}\n{new}\n{END}{tail}"

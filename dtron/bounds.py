@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtron.errors import UserError
+
 
 def from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) -> None:
     for name, (low, high) in limits.items():
         if not low <= getattr(config, name) <= high:  # so that NaN is refused
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.{name}={getattr(config, name)}: must be from {low} to {high}; change it"
             )
 
@@ -16,7 +18,7 @@ def from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) ->
 def under(config: Any, prefix: str, limits: dict[str, float]) -> None:
     for name, high in limits.items():
         if not 0 <= getattr(config, name) < high:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.{name}={getattr(config, name)}: must be from 0 to under {high}; change it"
             )
 

@@ -40,15 +40,12 @@ from torch.distributed.tensor.experimental import local_map
 from dtron.distributed.collectives import Peers, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.redistribute import Gather, code, part_of, shard
+from dtron.errors import PlacementError
 from dtron.rules import RULES, Rules, expand, place, whole
 
 # DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
 # intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
-
-class PlacementError(ValueError):
-    """A tensor lies elsewhere than was declared."""
 
 
 def build_mesh(
@@ -185,7 +182,7 @@ class Layout:
 
         The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
         sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
-        Inputs that are None at call time are passed on. Raises ValueError where an input lies otherwise.
+        Inputs that are None at call time are passed on. Raises UserError where an input lies otherwise.
         """
         if self.mesh is None:
             return fn

@@ -26,7 +26,8 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, shard_like
 from dtron.distributed.simulated_ranks import paused, simulated
-from dtron.mesh import Layout, PlacementError
+from dtron.errors import PlacementError
+from dtron.mesh import Layout
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.rules import rules_for
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication

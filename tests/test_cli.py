@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.layers.rope import Rope
 from dtron.model.presets import PRESETS, preset
 from dtron.runtime.cli import EXAMPLES, _flags, load, parse, save
@@ -18,11 +19,11 @@ EVERYDAY += ["--resume", "--save-every", "--simulate", "--device", "--dtype"]
 
 
 def refused(*argv: str) -> str:
-    """The message: a plain ValueError's, in one line."""
-    with pytest.raises(ValueError) as caught:
+    """The message: a UserError's, in one line."""
+    with pytest.raises(UserError) as caught:
         parse(argv)
     message = str(caught.value)
-    assert type(caught.value) is ValueError and message == " ".join(message.split())
+    assert type(caught.value) is UserError and message == " ".join(message.split())
     assert not set(message) & set("│╭╰─\x1b")
     return message
 

@@ -18,11 +18,11 @@ import dtron.fp8.matmul as fp8
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, shard, shard_like
 from dtron.distributed.simulated_ranks import simulated
+from dtron.errors import PlacementError
 from dtron.fp8.__main__ import error, products, table
 from dtron.fp8.matmul import matmul
 from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
-from dtron.mesh import PlacementError
 from dtron.testing import assert_caught, assert_equivalent, dropped
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
 

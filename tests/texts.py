@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from dtron.errors import UserError
+
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # naïve 😀\n" for i in range(200)]
 
 
 def one_line(call, *parts: str) -> None:
     """The call fails with a plain ValueError whose message is one line and holds every part."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
-    assert type(caught.value) is ValueError, repr(caught.value)
+    assert type(caught.value) is UserError, repr(caught.value)
     assert "\n" not in message and len(message) < 500
     for part in parts:
         assert part in message, f"{part!r} is not in: {message}"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.checkpoint import files
+from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         return _one(o.dir, console)
     found = files.whole(o.dir)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{o.dir}: no checkpoint there; give a run directory, or one of its checkpoints/step-*"
         )
     table = Table(title=str(o.dir))
@@ -53,7 +54,7 @@ def _one(path: Path, console: Console) -> int:
 
     meta, state = _state(path)
     if not meta:
-        raise ValueError(f"{path}: {state}")
+        raise UserError(f"{path}: {state}")
     table = Table(title=f"{path.name}: step {meta['step']}, {meta['samples']} samples, {state}")
     for name in ("weight", "shape", "dtype", "parts"):
         table.add_column(name)

@@ -30,6 +30,7 @@ from torch import Tensor
 from dtron.checkpoint import files
 from dtron.distributed.redistribute import like, local, rank
 from dtron.distributed.simulated_ranks import paused
+from dtron.errors import UserError
 
 
 class Saver:
@@ -72,10 +73,10 @@ class Saver:
         return lines
 
     def close(self) -> None:
-        """Wait. Raises ValueError where the last save failed."""
+        """Wait. Raises UserError where the last save failed."""
         self.wait()
         if self.failed is not None:
-            raise ValueError(self.failed)
+            raise UserError(self.failed)
 
     def _start(self, fn: Callable[[], None]) -> None:
         # Of several processes one that fails must not wait for the others here: they may wait for it.

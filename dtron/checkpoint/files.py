@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtron.errors import UserError
+
 FORMAT = 3
 REMEDY = "delete it to resume from the one before"
 _CHUNK = 1 << 24  # bytes
@@ -93,16 +95,16 @@ def read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads((path / "meta.json").read_text())
         files, version = meta["files"], meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no readable checkpoint ({error}); {REMEDY}") from error
+        raise UserError(f"{path}: no readable checkpoint ({error}); {REMEDY}") from error
     if version != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it"
         )
     for name, (size, _) in files.items():
         file = path / name
         have = file.stat().st_size if file.is_file() else 0
         if have != size:
-            raise ValueError(f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {REMEDY}")
+            raise UserError(f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {REMEDY}")
     return meta
 
 

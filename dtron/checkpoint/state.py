@@ -28,6 +28,7 @@ from dtron.checkpoint.files import read_meta
 from dtron.checkpoint.shard_range import lay, own_box
 from dtron.distributed.redistribute import full, local, rank, shard_like
 from dtron.distributed.simulated_ranks import is_simulated, paused
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import Weight, flat, tree_map, unflatten
 from dtron.runtime.config import RunConfig
@@ -48,7 +49,7 @@ class TrainState:
 
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
     """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights. Raises
-    ValueError where the folder cannot be written."""
+    UserError where the folder cannot be written."""
     saver = Saver(run_dir, dist.group.WORLD if _processes() else None)
     begin(saver, state, spec, identity)
     saver.close()
@@ -64,7 +65,7 @@ def begin(saver: Saver, state: TrainState, spec: Any, identity: Identity) -> flo
 def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
     """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are overwritten.
 
-    Raises ValueError for a checkpoint of another model, seed or text, or one that is not whole to the last
+    Raises UserError for a checkpoint of another model, seed or text, or one that is not whole to the last
     byte: then with the newest before it that is.
     """
     meta = read_meta(path)
@@ -76,7 +77,7 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
             dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes())
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path}: cannot be read ({first}); {files.REMEDY}") from error
+        raise UserError(f"{path}: cannot be read ({first}); {files.REMEDY}") from error
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, spec, whole)
     else:
@@ -87,7 +88,7 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
 
 
 def undamaged(path: Path, meta: dict[str, Any]) -> None:
-    """Raises ValueError for a byte that is another. Each is read once, by one of the ranks, which all call
+    """Raises UserError for a byte that is another. Each is read once, by one of the ranks, which all call
     this."""
     found = files.damaged(path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1)))
     if _processes():
@@ -101,7 +102,7 @@ def undamaged(path: Path, meta: dict[str, Any]) -> None:
             if other
             else "delete it: no other is whole"
         )
-        raise ValueError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
+        raise UserError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
 
 
 def read_weight(path: Path, w: Weight) -> Tensor:
@@ -138,7 +139,7 @@ def read_into(path: Path, w: Weight, into: Tensor) -> None:
             dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
+        raise UserError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
 
 
 def identity_of(config: RunConfig, text: str) -> Identity:
@@ -159,14 +160,14 @@ def _same(path: Path, saved: Identity, now: Identity) -> None:
         if was == value:
             continue
         if name == "text":
-            raise ValueError(
+            raise UserError(
                 f"{path}: was trained on other text, or with another tokenizer; give the --data.path and "
                 "--data.tokenizer it was started with, or another --run-dir"
             )
         stem, _, last = name.replace("_", "-").rpartition(".")
         dot = f"--{stem}." if stem else "--"
         flag = f"{dot}{'' if was else 'no-'}{last}" if isinstance(value, bool) else f"{dot}{last} {was}"
-        raise ValueError(
+        raise UserError(
             f"{path}: was made with {name}={was}, this run has {value}; use {flag}, or another --run-dir"
         )
 

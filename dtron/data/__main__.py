@@ -19,6 +19,7 @@ from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
 from dtron.data.tokenization import get_tokenizer, load_tokenizer, vocab_of
+from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 _PIECE = 1 << 24  # tokens looked at together
@@ -26,10 +27,10 @@ _PIECE = 1 << 24  # tokens looked at together
 
 def run_prepare(o: Namespace, console: Console) -> int:
     if o.workers is not None and o.workers < 1:
-        raise ValueError(f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out")
+        raise UserError(f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out")
     Writer(o.out, token_dtype(0), o.overwrite)  # refuses what exists before any work is done
     if not o.overwrite and beside(Path(o.out).expanduser()).exists():
-        raise ValueError(
+        raise UserError(
             f"--out {o.out!r}: {str(beside(Path(o.out)))!r} exists; choose another name, or --overwrite"
         )
     try:
@@ -49,7 +50,7 @@ def run_prepare(o: Namespace, console: Console) -> int:
     except ValueError as error:  # the same rules as train.py's, under this program's names
         said = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
         said = said.replace("--data.", "--").replace("--model.", "--")
-        raise ValueError(said) from error
+        raise UserError(said) from error
     prefix = Path(o.out).expanduser()
     part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
     tokenizer.save(str(part))
@@ -74,7 +75,7 @@ def run_info(o: Namespace, console: Console) -> int:
     """What a pair of files holds, every token looked at."""
     prefix = prefix_of(o.path)
     if prefix is None:
-        raise ValueError(f"{o.path!r}: no {o.path}.idx and no {o.path}.bin there; give the name before .idx")
+        raise UserError(f"{o.path!r}: no {o.path}.idx and no {o.path}.bin there; give the name before .idx")
     data = Indexed(prefix)
     low, high = np.inf, -np.inf
     for start in range(0, len(data.tokens), _PIECE):
@@ -98,7 +99,7 @@ def run_info(o: Namespace, console: Console) -> int:
         first = next(i for i in range(len(data)) if data.lengths[i])
         lines["begins"] = repr(tokenizer.decode(data.sequence(first)[:24].tolist()))
         if high >= vocab_of(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"{str(data.bin)!r} holds the token id {high}, and {beside(prefix).name} has "
                 f"{vocab_of(tokenizer)} words; prepare it again, or put the right tokenizer beside it"
             )

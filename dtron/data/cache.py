@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
+from dtron.errors import UserError
+
 T = TypeVar("T")
 
 FORMAT = "1"
@@ -59,8 +61,8 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
     return value
 
 
-def unwritable(folder: Path, error: OSError) -> ValueError:
-    return ValueError(
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
         f"the cache folder {str(folder)!r} cannot be written ({error.strerror or error}); set DTRON_CACHE to "
         "a folder that this user may write, on a disk with room"
     )

@@ -37,6 +37,7 @@ from dtron.data.cache import cached, digest
 from dtron.data.documents import user_files
 from dtron.data.formats import cells, one_line, understood
 from dtron.data.tokenization import encoder_of, end_id, ids_of
+from dtron.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"
@@ -68,7 +69,7 @@ class Chats:
 
     def __init__(self, path: str | None, column: str, tokenizer_path: str | None) -> None:
         if path is None:
-            raise ValueError(
+            raise UserError(
                 "--data.chat without --data.path: there are no conversations; give a .jsonl of them"
             )
         self.path, self.column, self.files = path, column, user_files(path)
@@ -85,7 +86,7 @@ class Chats:
         return ("".join(text for text, *_ in segments) for segments in self.segments())
 
     def segments(self) -> Iterator[list[Segment]]:
-        """Raises ValueError for a row that is no conversation with an assistant in it."""
+        """Raises UserError for a row that is no conversation with an assistant in it."""
         found = False
         for file in self.files:
             with understood(file):
@@ -95,9 +96,9 @@ class Chats:
                     try:
                         yield self.template(messages)
                     except ValueError as error:
-                        raise ValueError(f"{where}: {error}") from error
+                        raise UserError(f"{where}: {error}") from error
         if not found:
-            raise ValueError(f"--data.path {self.path!r} holds no conversation; give a .jsonl of them")
+            raise UserError(f"--data.path {self.path!r} holds no conversation; give a .jsonl of them")
 
     def encode(self, tokenizer: Tokenizer, cache: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``(tokens, learn, lengths)``: all conversations' ids one after the other, which of them are
@@ -141,7 +142,7 @@ def _checked(value: Any, where: str, column: str) -> Messages:
     if not wrong and not any(message["role"] == "assistant" for message in value):
         wrong = "no message of the assistant, so there is nothing to learn"
     if wrong:
-        raise ValueError(
+        raise UserError(
             f'{where} has in {column!r} {wrong}; write [{{"role": "user", "content": "..."}}, {{"role": '
             '"assistant", "content": "..."}]'
         )
@@ -177,7 +178,7 @@ def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
         template = jinja.read_text() if jinja.is_file() else config.get("chat_template")
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{str(config_file)!r} cannot be read ({one_line(error)}); mend it, or move tokenizer.json to a "
             "folder without it for the simple template"
         ) from error
@@ -209,7 +210,7 @@ def own_template(source: str, bos: str, eos: str) -> Template:
     try:
         template = environment.from_string(source)
     except TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer's chat template is malformed ({one_line(error)}); mend it, or move "
             "tokenizer.json to a folder without tokenizer_config.json for the simple template"
         ) from error
@@ -220,7 +221,7 @@ def own_template(source: str, bos: str, eos: str) -> Template:
                 messages=messages, add_generation_prompt=prompt, bos_token=bos, eos_token=eos
             )
         except Exception as error:  # a template may fail in any way
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer's chat template cannot render it ({one_line(error)}); change the messages, "
                 "or move tokenizer.json to a folder without tokenizer_config.json for the simple template"
             ) from error
@@ -232,7 +233,7 @@ def own_template(source: str, bos: str, eos: str) -> Template:
             if message["role"] == "assistant":
                 before, after = render(messages[:i], True), render(messages[: i + 1], False)
                 if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-                    raise ValueError(
+                    raise UserError(
                         "the tokenizer's chat template changes earlier messages, so what the assistant said "
                         "cannot be found; give one that only adds, or a folder without it"
                     )

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from dtron.errors import UserError
+
 
 def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """A part to train on, and from the tail a `fraction` to measure with; each holds at least one sample."""
@@ -33,7 +35,7 @@ def rows(
     """
     check_length(len(tokens), sequence, "given")
     if start < 0 or count < 0:
-        raise ValueError(f"start {start} and count {count} must not be negative; samples count from 0")
+        raise UserError(f"start {start} and count {count} must not be negative; samples count from 0")
     chunks = (len(tokens) - 1) // sequence
     out = np.empty((count, sequence + 1), np.int64)
     for row, sample in enumerate(range(start, start + count)):
@@ -75,11 +77,11 @@ def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def check_length(tokens: int, sequence: int, name: str, remedy: str = "") -> None:
-    """Raise ValueError where so many tokens do not make one sample."""
+    """Raise UserError where so many tokens do not make one sample."""
     if sequence < 1:
-        raise ValueError(f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more")
+        raise UserError(f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more")
     if tokens < sequence + 1:
-        raise ValueError(
+        raise UserError(
             f"the {name} text has {tokens} tokens, and one sample takes {sequence + 1} (--data.sequence "
             f"{sequence}, and one more for the last target); lower --data.sequence{remedy}, or give more text"
         )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import cache_dir, digest, unwritable
 from dtron.data.formats import NOT_ROWS, SUFFIXES, texts, understood
+from dtron.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -72,7 +73,7 @@ class Documents:
         folder = self.cache / "datasets" / self.key
         try:
             return self._generate(folder)
-        except (OSError, pyarrow.ArrowException):  # errors in the text are ValueErrors by now: HF's own cache
+        except (OSError, pyarrow.ArrowException):  # errors in the text are UserErrors by now: HF's own cache
             shutil.rmtree(folder, ignore_errors=True)
         try:
             return self._generate(folder)
@@ -102,7 +103,7 @@ class Documents:
                 gen_kwargs=self._reading,
             )
         except datasets.exceptions.DatasetGenerationError as error:
-            if type(error.__cause__) is ValueError or isinstance(error.__cause__, OSError):
+            if isinstance(error.__cause__, (UserError, OSError)):
                 raise error.__cause__ from None  # from _rows, which says all; or from writing
             raise
 
@@ -150,18 +151,18 @@ def user_files(path: str) -> list[Path]:
     root = Path(path).expanduser()
     try:
         if not path or not root.exists():
-            raise ValueError(f"{where} does not exist; {_GIVE}")
+            raise UserError(f"{where} does not exist; {_GIVE}")
         if root.is_dir():
             files = _folder_files(root)
             if not files:
-                raise ValueError(f"{where} is a folder without any {', '.join(SUFFIXES)} file; {_GIVE}")
+                raise UserError(f"{where} is a folder without any {', '.join(SUFFIXES)} file; {_GIVE}")
             return files
     except OSError as error:
-        raise ValueError(f"{where} cannot be read ({error.strerror}); allow this user to read it") from error
+        raise UserError(f"{where} cannot be read ({error.strerror}); allow this user to read it") from error
     if not root.is_file():
-        raise ValueError(f"{where} is neither a file nor a folder; {_GIVE}")
+        raise UserError(f"{where} is neither a file nor a folder; {_GIVE}")
     if root.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{where} has the suffix {root.suffix!r}, which has no reader; {_GIVE}")
+        raise UserError(f"{where} has the suffix {root.suffix!r}, which has no reader; {_GIVE}")
     return [root]
 
 
@@ -196,4 +197,4 @@ def _rows(files: tuple[Path, ...], column: str, where: str, strict: bool) -> Ite
             if strict or not isinstance(error.__cause__, UnicodeError):
                 raise
     if empty:
-        raise ValueError(f"{where} holds no text at all; {_GIVE} with some text in it")
+        raise UserError(f"{where} holds no text at all; {_GIVE} with some text in it")

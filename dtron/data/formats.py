@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dtron.errors import UserError
+
 SUFFIXES = (".txt", ".text", ".jsonl", ".json", ".parquet", ".arrow")
 
 NOT_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json"}
@@ -93,7 +95,7 @@ def _parse(source: str, where: str) -> Any:
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a "
             ".json file"
         ) from error
@@ -131,13 +133,13 @@ def understood(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
             "for example with `iconv -t UTF-8`, or leave it out of --data.path"
         ) from error
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise ValueError(
+        raise UserError(
             f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
             "--data.path"
         ) from error
@@ -150,7 +152,7 @@ def _reading(file: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{str(file)!r} is not a readable {name} file ({one_line(error)}); write it again "
             "or leave it out of --data.path"
         ) from error
@@ -166,20 +168,20 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
-def _not_row(where: str, column: str, value: Any) -> ValueError:
-    return ValueError(
+def _not_row(where: str, column: str, value: Any) -> UserError:
+    return UserError(
         f"{where} is {str(value)[:40]!r}, and every row must be an object; write it as "
         f'{{"{column}": "..."}}, with --data.column naming the text'
     )
 
 
-def _missing(where: str, column: str, present: list[str]) -> ValueError:
+def _missing(where: str, column: str, present: list[str]) -> UserError:
     names = ", ".join(map(repr, present[:20])) or "none"
-    return ValueError(f"{where} has no column {column!r}; set --data.column to one that is there: {names}")
+    return UserError(f"{where} has no column {column!r}; set --data.column to one that is there: {names}")
 
 
-def _not_text(where: str, column: str, kind: str) -> ValueError:
-    return ValueError(
+def _not_text(where: str, column: str, kind: str) -> UserError:
+    return UserError(
         f"{where} holds {kind} in the column {column!r}, and documents must be strings; set --data.column to "
         "the column with the text"
     )

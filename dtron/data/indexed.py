@@ -30,6 +30,8 @@ from uuid import uuid4
 
 import numpy as np
 
+from dtron.errors import UserError
+
 MAGIC, VERSION, HEADER = b"MMIDIDX\0\0", 1, struct.Struct("<9sQBQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
@@ -59,7 +61,7 @@ class Indexed:
     """An open pair of files. ``lengths`` [S] tokens of each sequence, ``starts`` [S] where it begins in
     ``tokens``, ``documents`` [D] the sequence each document begins with; all read-only.
 
-    Raises ValueError for a file that is missing, cut short, or says what cannot be.
+    Raises UserError for a file that is missing, cut short, or says what cannot be.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -92,13 +94,13 @@ class Indexed:
     def _header(self) -> tuple[int, int, int]:
         for file, other in ((self.idx, self.bin), (self.bin, self.idx)):
             if not file.is_file():
-                raise ValueError(f"{str(file)!r} does not exist, beside {str(other)!r}; {_AGAIN}")
+                raise UserError(f"{str(file)!r} does not exist, beside {str(other)!r}; {_AGAIN}")
         try:
             with self.idx.open("rb") as file:
                 data = file.read(HEADER.size)
             self.bin.open("rb").close()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to read it"
             ) from error
         if not data.startswith(MAGIC[: len(data)]) or not data:
@@ -131,8 +133,8 @@ class Indexed:
             raise self._bad(self.idx, f"is damaged: it {wrong}")
 
     @staticmethod
-    def _bad(file: Path, what: str) -> ValueError:
-        return ValueError(f"{str(file)!r} {what}; {_AGAIN}")
+    def _bad(file: Path, what: str) -> UserError:
+        return UserError(f"{str(file)!r} {what}; {_AGAIN}")
 
     def __len__(self) -> int:
         """How many sequences."""
@@ -147,7 +149,7 @@ class Writer:
     """Writes a pair of files, as a context: ``with Writer("corpus", token_dtype(vocab)) as out``.
 
     They are written under temporary names and moved into place when the block ends without an error, the
-    .idx last, so that an .idx that is there has a whole .bin. Raises ValueError where one of the two exists
+    .idx last, so that an .idx that is there has a whole .bin. Raises UserError where one of the two exists
     (unless ``overwrite``), or where they cannot be written.
     """
 
@@ -156,7 +158,7 @@ class Writer:
         self.finals = [_beside(self.prefix, suffix) for suffix in (".bin", ".idx")]
         for file in self.finals:
             if not overwrite and os.path.lexists(file):
-                raise ValueError(
+                raise UserError(
                     f"--out {str(prefix)!r}: {str(file)!r} exists; choose another name, or replace it with "
                     "--overwrite"
                 )
@@ -174,12 +176,12 @@ class Writer:
         """A document, of one sequence or of several with these lengths, whose sum is that of ``tokens``."""
         lengths = [len(tokens)] if lengths is None else lengths
         if sum(lengths) != len(tokens):
-            raise ValueError(
+            raise UserError(
                 f"sequences of {sum(lengths)} tokens in a document of {len(tokens)}; make them equal"
             )
         limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else None
         if limits and len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-            raise ValueError(
+            raise UserError(
                 f"a token id {tokens.min()} or {tokens.max()} is not in {self.dtype}; use a wider type, or "
                 "the tokenizer that the vocabulary belongs to"
             )
@@ -234,7 +236,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--out {str(self.prefix)!r}: cannot be written ({error.strerror or error}); free space, or "
                 "choose another place"
             ) from error

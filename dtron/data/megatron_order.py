@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dtron.errors import UserError
+
 APART = 0.8  # of an epoch's samples: a last epoch that gives fewer is shuffled apart
 
 
@@ -89,14 +91,14 @@ def in_order(lengths: np.ndarray, documents: np.ndarray, sequence: int) -> Order
 def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
     """``969,30,1`` of so many documents: from where to where the training, validation and test documents go.
 
-    Shares need not sum to anything; missing ones are 0. Raises ValueError for what is no share.
+    Shares need not sum to anything; missing ones are 0. Raises UserError for what is no share.
     """
     try:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not sum(shares):
-        raise ValueError(
+        raise UserError(
             f"--data.split {split!r}: one to three shares that are not negative and not all 0, for training, "
             "validation and test; as 969,30,1"
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dtron.data.indexed import prefix_of
+from dtron.errors import UserError
 
 SURPLUS = 0.005  # of each source's samples, that Megatron orders for a mixture beyond its share
 _MARK = 1 << 16  # samples between remembered counts
@@ -28,7 +29,7 @@ _MARK = 1 << 16  # samples between remembered counts
 def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
     """``'0.7 web.jsonl, 0.3 code.parquet'`` -> weights that sum to 1, and paths; a path alone has weight 1.
 
-    A source of weight 0 is left out. Raises ValueError for a weight that is missing, negative, or no number,
+    A source of weight 0 is left out. Raises UserError for a weight that is missing, negative, or no number,
     and where all are 0.
     """
     if path is None or Path(path).expanduser().exists() or prefix_of(path):
@@ -45,14 +46,14 @@ def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
         except ValueError:
             weight = math.nan
         if not 0 <= weight < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--data.path {path!r}: {text.strip()!r} does not begin with a weight of 0 or more; write "
                 "every source as WEIGHT PATH, as in '0.7 web.jsonl, 0.3 code.parquet'"
             )
         found.append((weight, part[2]))
     total = float(np.sum(np.array([weight for weight, _ in found])))
     if not total:
-        raise ValueError(
+        raise UserError(
             f"--data.path {path!r}: the weights sum to 0; give at least one source more than that"
         )
     return [(weight / total, source) for weight, source in found if weight]

@@ -27,6 +27,7 @@ from dtron.data.mixture import parse_sources, samples_of
 from dtron.data.sources import Chunks, Mixed, Packed, Source
 from dtron.data.stream import HELD, Stream
 from dtron.data.tokenization import encode, end_id, get_tokenizer, key_of
+from dtron.errors import UserError
 
 if TYPE_CHECKING:
     from dtron.runtime.config import DataConfig
@@ -54,7 +55,7 @@ class Data:
 
 
 def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | None = None) -> Data:
-    """What ``--data.*`` names, for a run of ``samples`` samples. Raises ValueError for what cannot be read,
+    """What ``--data.*`` names, for a run of ``samples`` samples. Raises UserError for what cannot be read,
     is too short for one sample, or has ids that a model of ``vocab`` words does not."""
     cache = cache if cache is not None else cache_dir()
     samples = d.samples or samples
@@ -63,7 +64,7 @@ def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | 
     tokenizer = _tokenizer(d, texts, vocab, cache)
     if d.marked and any(isinstance(text, Documents) for text in texts) and end_id(tokenizer) is None:
         flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
-        raise ValueError(
+        raise UserError(
             f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or drop "
             f"{flag}"
         )
@@ -91,7 +92,7 @@ def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
     prefix = None if path is None else prefix_of(path)
     if prefix and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file()):
         if d.chat:
-            raise ValueError(f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl")
+            raise UserError(f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl")
         return Indexed(prefix)
     if d.chat:
         return Chats(path, d.column or "messages", d.tokenizer)
@@ -111,7 +112,7 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
     there = [file for file in files if file.is_file()]
     known = {file.read_bytes() for file in there}
     if len(known) > 1 or (docs and len(there) < len(files)):
-        raise ValueError(
+        raise UserError(
             f"--data.path {d.path!r}: its sources were made with different or unknown tokenizers; make them "
             "with one, and give it as --data.tokenizer"
         )
@@ -161,7 +162,7 @@ def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: 
     starts, kept = starts[some], kept[some]
     cut = len(kept) - int(len(kept) * d.validation)
     if cut == len(kept):
-        raise ValueError(
+        raise UserError(
             f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have something to "
             f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is not one to "
             "validate with; raise --data.sequence or --data.validation, or give more"
@@ -172,7 +173,7 @@ def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: 
 
 def _indexed(d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int) -> tuple[Source, Source, int]:
     if data.dtype.kind == "f":
-        raise ValueError(
+        raise UserError(
             f"{str(data.idx)!r} has tokens of type {data.dtype}, and ids are whole numbers; {_MAKE}"
         )
     split = d.split if d.split is not None else f"{1 - d.validation},{d.validation}"

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from dtron.data.formats import texts, texts_of_lines, understood
 from dtron.data.indexed import Writer, token_dtype
 from dtron.data.tokenization import encoded, encoder_of, vocab_of
+from dtron.errors import UserError
 
 BLOCK = 1 << 20  # bytes or characters
 
@@ -51,7 +52,7 @@ def prepare(
     overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Done:  # fmt: skip
     """Write ``out.bin`` and ``out.idx`` from the documents of ``files``. ``progress`` is called with the
-    bytes read and tokens written so far. Raises ValueError for what cannot be read or written; then nothing
+    bytes read and tokens written so far. Raises UserError for what cannot be read or written; then nothing
     is left."""
     dtype = token_dtype(vocab_of(tokenizer))
     workers = workers or _cores()
@@ -67,13 +68,13 @@ def prepare(
                 tokens, read = tokens + int(lengths.sum()), read + size
                 progress(read, tokens)
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise UserError(
                 f"--workers {workers}: a worker process was ended, for lack of memory it may be; use fewer"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         if not tokens:
-            raise ValueError(f"{', '.join(map(str, files[:3]))}: holds no text at all; give files with some")
+            raise UserError(f"{', '.join(map(str, files[:3]))}: holds no text at all; give files with some")
     return Done(len(writer.documents) - 1, tokens, time.perf_counter() - start)
 
 
@@ -118,7 +119,7 @@ def _ahead(
 def _answer(future: Future) -> tuple[bytes, np.ndarray]:
     found = future.result()
     if isinstance(found, str):
-        raise ValueError(found)
+        raise UserError(found)
     return found
 
 

@@ -23,6 +23,7 @@ from dtron.data.chunks import begin_ids, document_ids, rows
 from dtron.data.indexed import Indexed
 from dtron.data.megatron_order import Order, in_order, make_order
 from dtron.data.mixture import Blend
+from dtron.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +72,11 @@ class Source(Protocol):
 
 
 def check_vocab(tokens: np.ndarray, vocab: int | None, where: str) -> None:
-    """Raise ValueError for an id that a model of ``vocab`` words (None: any) has not."""
+    """Raise UserError for an id that a model of ``vocab`` words (None: any) has not."""
     if vocab is None or not tokens.size or 0 <= tokens.min() <= tokens.max() < vocab:
         return
     wrong = tokens.max() if tokens.max() >= vocab else tokens.min()
-    raise ValueError(
+    raise UserError(
         f"{where} holds the token id {wrong}, and the model has ids from 0 to {vocab - 1}; set --model.vocab "
         "to that of the tokenizer it was made with"
     )

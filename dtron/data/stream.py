@@ -53,7 +53,7 @@ class Stream:
         return self.count
 
     def rows(self, start: int, count: int) -> Rows:
-        """Raises ValueError for text that cannot be read, when it comes to it."""
+        """Raises UserError for text that cannot be read, when it comes to it."""
         if self.count:
             numbers = [self.first + i % self.count for i in range(start, start + count)]
             out = np.concatenate([self._take(0, 0), *(self._take(number, 1) for number in numbers)])

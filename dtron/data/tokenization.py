@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
 from dtron.data.formats import one_line
+from dtron.errors import UserError
 
 END = "<|endoftext|>"
 
@@ -37,7 +38,7 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
         return load_tokenizer(path, vocab_size)
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < smallest:
-        raise ValueError(
+        raise UserError(
             f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each "
             f"of 256 bytes and the end of text; set --model.vocab {smallest} or more"
         )
@@ -81,19 +82,19 @@ def load_tokenizer(path: str, vocab_size: int | None = None, flag: str = "--data
     if path and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
     if not path or not file.exists():
-        raise ValueError(
+        raise UserError(
             f"{flag} {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(
+        raise UserError(
             f"{flag} {path!r} is not a valid tokenizer.json ({one_line(error)}); "
             "save one with `tokenizers`, or leave it out to train one"
         ) from error
     size = vocab_of(tokenizer)
     if vocab_size is not None and size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{flag} {path!r} has {size} tokens and the model only {vocab_size}; every token needs "
             f"a row in the embedding, so set --model.vocab {size}"
         )
@@ -172,7 +173,7 @@ def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
     try:
         return [e.ids for e in encoder.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(
+        raise UserError(
             f"--data.tokenizer cannot encode the documents ({one_line(error)}); give "
             "one with an unknown token or a byte-level alphabet"
         ) from error

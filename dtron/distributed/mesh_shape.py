@@ -18,6 +18,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from dtron.errors import UserError
+
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
 FOLDED = ("dp", "cp", "tp")  # the axes whose ranks experts use in their own way
@@ -60,11 +62,11 @@ class MeshShape:
         """The dims of the DeviceMesh, outermost first: name and size, those of size 1 left out.
 
         etp takes its ranks from tp first, then cp, then dp, and ep what it needs of the rest in the same
-        order: adjacent ranks, as far as there are any. Raises ValueError where they do not fit.
+        order: adjacent ranks, as far as there are any. Raises UserError where they do not fit.
         """
         ranks = self.dp * self.cp * self.tp
         if ranks % (self.ep * self.etp):
-            raise ValueError(
+            raise UserError(
                 f"mesh {self}: ep={self.ep} must divide dp*cp*tp/etp = {ranks}/{self.etp}; use "
                 f"{_nearest(ranks, self.ep, self.etp)}, or change dp"
             )
@@ -95,7 +97,7 @@ class MeshShape:
         """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world`` when left
         out.
 
-        Raises ValueError for an unknown or repeated axis, a size that is no positive integer, and sizes whose
+        Raises UserError for an unknown or repeated axis, a size that is no positive integer, and sizes whose
         product is not ``world``.
         """
         sizes: dict[str, int] = {}
@@ -103,13 +105,13 @@ class MeshShape:
             axis, _, size = (part.strip() for part in item.partition("="))
             if axis not in (*AXES, "ep", "etp"):
                 names = ", ".join((*AXES, "ep", "etp"))
-                raise ValueError(
+                raise UserError(
                     f"mesh {text!r}: unknown axis {axis!r}; the axes are {names}, as in dp=2,tp=2"
                 )
             if axis in sizes:
-                raise ValueError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
+                raise UserError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
             if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size) > 0):
-                raise ValueError(
+                raise UserError(
                     f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as in {axis}=2"
                 )
             sizes[axis] = int(size)
@@ -123,7 +125,7 @@ class MeshShape:
             if "dp" in sizes or shape.size > world
             else f"choose sizes whose product divides {world}"
         )
-        raise ValueError(
+        raise UserError(
             f"mesh {text!r} has {shape.size} ranks, but {world} {'is' if world == 1 else 'are'} running: "
             f"{remedy}"
         )

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.collectives import gather_along, swap
 from dtron.distributed.fp8_all_gather import packed, unpacked
+from dtron.errors import PlacementError
 from dtron.torch_compile import opaque
 
 # Two functions here decide in backward by where the gradient lies, and a compiler is to see them late; their
@@ -128,7 +129,7 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: DTensor):
         if tuple(g.placements) != ctx.placements:
-            raise ValueError(
+            raise PlacementError(
                 f"the gradient of a weight lies {g.placements}, not {ctx.placements}: every rank must have a "
                 "summand of it where the weight is whole; constrain what it multiplies to tokens_sp"
             )

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from dtron.distributed.copy_engine import Copies, Room, room_for
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import equal_parts, like, local
+from dtron.errors import UserError
 from dtron.params import flat, unflatten
 from dtron.rules import RULES, expand
 
@@ -57,7 +58,7 @@ def _met(memory: Tensor, group: str) -> Room:
         return symmetric.rendezvous(memory, group)
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
-        raise ValueError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
+        raise UserError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
 
 
 def backends(shape: MeshShape, device: str) -> dict[str, str] | None:

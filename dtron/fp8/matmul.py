@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.distributed.redistribute import part_of
+from dtron.errors import PlacementError
 from dtron.fp8.recipe import Recipe
-from dtron.mesh import PlacementError
 
 # Tensor parallelism of one product, over one mesh axis:
 #    x             w             y             gradient of x, of w

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dtron.errors import UserError
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.safetensors import read_json
 from dtron.layers.rope import Rope
@@ -28,13 +29,13 @@ FREE = (
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """The family and the model of a folder. Raises ValueError for an architecture that dtron does not have,
+    """The family and the model of a folder. Raises UserError for an architecture that dtron does not have,
     and for a choice within one that it does not compute."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder; give that of a model, with config.json and safetensors")
+        raise UserError(f"{folder}: is no folder; give that of a model, with config.json and safetensors")
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
+        raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
     said = read_json(path)
     family = family_of(said, str(path))
     return family, from_hf(said, family, str(path))
@@ -43,7 +44,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
     names = said.get("architectures") or []
     if not isinstance(names, list):
-        raise ValueError(
+        raise UserError(
             f"{where}: architectures is {names!r}, and must be a list of names; download it again"
         )
     for family in FAMILIES:
@@ -51,16 +52,16 @@ def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
             return family
     what = ", ".join(map(str, names)) or said.get("model_type") or "none"
     known = ", ".join(f.architecture for f in FAMILIES)
-    raise ValueError(f"{where}: architecture {what} is unknown; dtron has {known}")
+    raise UserError(f"{where}: architecture {what} is unknown; dtron has {known}")
 
 
 def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
-    """The model that a config.json describes. Raises ValueError for one that is not whole, and for a choice
+    """The model that a config.json describes. Raises UserError for one that is not whole, and for a choice
     that dtron does not compute."""
     try:
         return _model(said, family, where)
     except (TypeError, ArithmeticError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: a value has another type than it must have ({error}); download it again"
         ) from error
 
@@ -68,10 +69,10 @@ def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> Mod
 def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     if said.get("quantization_config"):
         method = _object(said, "quantization_config", where).get("quant_method", "some method")
-        raise ValueError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
+        raise UserError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
     for key, only in family.demands.items():
         if said.get(key, only) != only:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key} is {said[key]!r}, and dtron computes {family.kind} with {only!r}"
             )
     values = {}
@@ -79,7 +80,7 @@ def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
         names = theirs.split("|")
         found = next((name for name in names if name in said), None)
         if found is None and names[0] not in family.defaults:
-            raise ValueError(f"{where}: lacks {names[0]}, which every {family.kind} has; download it again")
+            raise UserError(f"{where}: lacks {names[0]}, which every {family.kind} has; download it again")
         values[ours] = family.defaults.get(names[0]) if found is None else said[found]
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
@@ -88,15 +89,15 @@ def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     try:
         values |= family.read(said, values)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
+        raise UserError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
     if values.get("positions", "rotary") == "rotary":
         values["rope"] = _rope(said, values["context"], where)
         if values["rope"].mscale_all and not values.get("mla.kv_rank"):
-            raise ValueError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
+            raise UserError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
     try:
         return build(values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelConfig:
@@ -112,7 +113,7 @@ def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelC
 
 
 def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
-    """What config.json says of this model. Raises ValueError where the family has no word for something."""
+    """What config.json says of this model. Raises UserError where the family has no word for something."""
     said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
     said |= family.write(m)
@@ -122,12 +123,12 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     different = _difference(_spoken(again), _spoken(m))
     if different:
         name, theirs, ours = different
-        raise ValueError(f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other")
+        raise UserError(f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other")
     return said
 
 
 def best_family(m: ModelConfig) -> Family:
-    """The first family that this model can be written as. Raises ValueError where there is none, with what
+    """The first family that this model can be written as. Raises UserError where there is none, with what
     stands in the way of the nearest."""
     reasons = []
     for family in FAMILIES:
@@ -136,7 +137,7 @@ def best_family(m: ModelConfig) -> Family:
             return family
         except ValueError as error:
             reasons.append(str(error))
-    raise ValueError(f"no family of Hugging Face's has this model: {'; '.join(reasons)}")
+    raise UserError(f"no family of Hugging Face's has this model: {'; '.join(reasons)}")
 
 
 def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, Any] | None:
@@ -202,7 +203,7 @@ _STRETCHED = {
 def _object(said: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     found = said.get(key) or {}
     if not isinstance(found, Mapping):
-        raise ValueError(f"{where}: {key} is {found!r}, and must be an object; download it again")
+        raise UserError(f"{where}: {key} is {found!r}, and must be an object; download it again")
     return found
 
 
@@ -211,13 +212,13 @@ def _rope(said: Mapping[str, Any], context: int, where: str) -> Rope:
     theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it")
+        raise UserError(f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it")
     if kind == "default":
         return Rope(float(theta))
     if kind not in _STRETCHED:
-        raise ValueError(f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}")
+        raise UserError(f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}")
     if kind == "yarn" and rope.get("attention_factor") is not None:
-        raise ValueError(f"{where}: yarn with an attention_factor of its own; dtron has that of the paper")
+        raise UserError(f"{where}: yarn with an attention_factor of its own; dtron has that of the paper")
     known = {"original_max_position_embeddings": context} | rope
     values = {ours: known[theirs] for ours, theirs in _STRETCHED[kind].items() if theirs in known}
     return Rope(float(theta), kind, **values)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtron import checkpoint
 from dtron.data.tokenization import end_id
+from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
@@ -52,9 +53,9 @@ def export(
     """Write the newest checkpoint of ``run_dir`` into ``out``, which must be empty or not there. ``dtype``:
     of the weights (None: that of the model that the run began with, or bfloat16); ``family``: its model_type
     (None: that of the same, or the first that has all the model has); ``largest``: bytes of a file. Raises
-    ValueError for what is no run, for a model that no family has, and where it cannot be written."""
+    UserError for what is no run, for a model that no family has, and where it cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is not empty, and nothing is written over; choose another folder")
+        raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     config, found = read_run(run_dir)
     origin = run_dir / ORIGIN / CONFIG
     said = read_json(origin) if origin.is_file() else {}
@@ -80,7 +81,7 @@ def export(
         part.rename(out)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise ValueError(
+        raise UserError(
             f"{out}: cannot be written ({error.strerror}); free space, or choose another"
         ) from error
     size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
@@ -90,16 +91,16 @@ def export(
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
     """The config and the newest whole checkpoint of a run."""
     if not (run_dir / CONFIG).is_file():
-        raise ValueError(f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote")
+        raise UserError(f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote")
     try:
         config = cli.load(run_dir / CONFIG)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{run_dir / CONFIG}: is no config of a run ({error}); give a run directory"
         ) from error
     found = checkpoint.newest(run_dir)
     if found is None:
-        raise ValueError(f"{run_dir}: has no checkpoint; train with --save-every")
+        raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
     return config, found
 
 
@@ -107,7 +108,7 @@ def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
     if wanted is not None:
         named = next((f for f in FAMILIES if f.kind == wanted), None)
         if named is None:
-            raise ValueError(f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}")
+            raise UserError(f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}")
         return named
     return family_of(said) if said else best_family(m)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 
 
@@ -217,7 +218,7 @@ def _layer_types(m: ModelConfig) -> dict[str, Any]:
 def _read_gpt_oss(said: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     types = said.get("layer_types")
     if types and types != [f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(len(types))]:
-        raise ValueError(f"layer_types {types}: in gpt-oss every other layer has a window, the first does")
+        raise UserError(f"layer_types {types}: in gpt-oss every other layer has a window, the first does")
     return {}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dtron.checkpoint.shard_range import lay, own_box
 from dtron.distributed.simulated_ranks import paused
+from dtron.errors import UserError
 from dtron.hf.config import read_config
 from dtron.hf.families import Family, Row
 from dtron.hf.safetensors import Reader
@@ -53,11 +54,11 @@ class Place:
 
 
 def place(w: Weight, family: Family, m: ModelConfig) -> Place:
-    """Raises ValueError where the family has no such weight."""
+    """Raises UserError where the family has no such weight."""
     block = re.match(r"(\w+)\.(\d+)\.", w.path)
     row = family.weights.get(re.sub(r"\.\d+\.", ".{l}.", w.path, count=1))
     if row is None:
-        raise ValueError(f"{w.path}: a {family.kind} has no such weight; choose another family or model")
+        raise UserError(f"{w.path}: a {family.kind} has no such weight; choose another family or model")
     if block:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
@@ -69,7 +70,7 @@ class Source:
     """A folder with a model in it, opened and checked: nothing of its weights has been read."""
 
     def __init__(self, folder: str | Path, m: ModelConfig | None = None):
-        """``m``: the model that is wanted (None: the folder's own). Raises ValueError for a folder that does
+        """``m``: the model that is wanted (None: the folder's own). Raises UserError for a folder that does
         not have all its weights and no others, each of its shape."""
         self.folder = Path(folder)
         self.family, self.model = read_config(self.folder)
@@ -94,18 +95,18 @@ class Source:
             wanted |= dict.fromkeys(where.names(), where.shape)
         lost = [name for name in wanted if name not in have]
         if lost:
-            raise ValueError(f"{self.folder}: lacks {_some(lost)}; download it again")
+            raise UserError(f"{self.folder}: lacks {_some(lost)}; download it again")
         skipped = [*self.family.ignored, *([r"lm_head\.weight"] if self.model.tied else [])]
         extra = [n for n in have if n not in wanted and not any(self._skips(p, n) for p in skipped)]
         if extra:
             kind = self.family.kind
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: has {_some(extra)}, which dtron's {kind} does not know; give a plain one"
             )
         for name, shape in wanted.items():
             e = have[name]
             if e.shape != shape:
-                raise ValueError(
+                raise UserError(
                     f"{e.file}: {name} is {list(e.shape)}, and by config.json must be {list(shape)}; "
                     "they are not of one model, download both again"
                 )

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.errors import UserError
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -47,7 +49,7 @@ class Entry:
 
 class Reader:
     """The tensors of a folder, by name. ``bytes_read`` counts what ``read`` has asked of the files. Raises
-    ValueError for a folder without safetensors, and for files that are damaged or not all there."""
+    UserError for a folder without safetensors, and for files that are damaged or not all there."""
 
     def __init__(self, folder: Path):
         self.folder, self.bytes_read = folder, 0
@@ -58,7 +60,7 @@ class Reader:
         """The part of a tensor inside ``box``, a range per dim (None: all of it), in the file's dtype."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{entry.file}: {name} is {entry.dtype}, a quantised or integer tensor; weights must be "
                 f"{', '.join(DTYPES)}: give a checkpoint that is not quantised"
             )
@@ -80,7 +82,7 @@ class Reader:
         while done < len(memory):
             n = os.preadv(self._open[entry.file], [memory[done : done + _ONE_READ]], offset + done)
             if not n:
-                raise ValueError(f"{entry.file}: ends early; it was changed while it was read, start again")
+                raise UserError(f"{entry.file}: ends early; it was changed while it was read, start again")
             done += n
         self.bytes_read += done
 
@@ -110,24 +112,24 @@ def _entries(folder: Path) -> dict[str, Entry]:
     if index.is_file():
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) and _plain(f) for f in where.values()):
-            raise ValueError(f"{index}: has no weight_map from tensors to files beside it; download it again")
+            raise UserError(f"{index}: has no weight_map from tensors to files beside it; download it again")
         files = {name: header(folder / name) for name in sorted(set(where.values()))}
         for name, file in where.items():
             if name not in files[file]:
-                raise ValueError(f"{folder / file}: {index.name} says it has {name}, and it has not")
+                raise UserError(f"{folder / file}: {index.name} says it has {name}, and it has not")
         extra = [(n, f) for f, names in files.items() for n in names if where.get(n) != f]
         if extra:
-            raise ValueError(f"{folder / extra[0][1]}: has {extra[0][0]}, which {index.name} does not name")
+            raise UserError(f"{folder / extra[0][1]}: has {extra[0][0]}, which {index.name} does not name")
         return {name: files[file][name] for name, file in where.items()}
     if single.is_file():
         return header(single)
     pickled = next((f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(p)), None)
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"{folder}: has {pickled}, a pickle, which can run any code when it is read; dtron reads "
             "safetensors only: convert it"
         )
-    raise ValueError(f"{folder}: no {SINGLE} and no {INDEX} in it; give the folder of a model")
+    raise UserError(f"{folder}: no {SINGLE} and no {INDEX} in it; give the folder of a model")
 
 
 def _plain(name: str) -> bool:
@@ -135,18 +137,18 @@ def _plain(name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no JSON object."""
+    """Raises UserError where there is no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: is JSON but no object; download it again")
+        raise UserError(f"{path}: is JSON but no object; download it again")
     return value
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """What a file holds, checked against its size. Raises ValueError for what is no safetensors file, or one
+    """What a file holds, checked against its size. Raises UserError for what is no safetensors file, or one
     that is cut short."""
     try:
         size = path.stat().st_size
@@ -154,31 +156,31 @@ def header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= min(_LARGEST_HEADER, size - 8) else None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); download it again") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); download it again") from error
     try:
         said = json.loads(text)
         said.pop("__metadata__", None)
         base = 8 + length
         found = {name: _entry(path, base, one) for name, one in said.items()}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: is no safetensors file, or was cut short; download it again") from error
+        raise UserError(f"{path}: is no safetensors file, or was cut short; download it again") from error
     for name, e in found.items():
         wide = DTYPES[e.dtype].itemsize if e.dtype in DTYPES else _BYTES.get(e.dtype)
         if wide is not None and e.stop - e.start != wide * math.prod(e.shape):
             shape = list(e.shape)
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {e.dtype} {shape}, and has {e.stop - e.start} bytes; download it again"
             )
     end = max((e.stop for e in found.values()), default=base)
     if end > size:
-        raise ValueError(f"{path}: has {size} of {end} bytes, it was cut short; download it again")
+        raise UserError(f"{path}: has {size} of {end} bytes, it was cut short; download it again")
     return found
 
 
 def _entry(path: Path, base: int, said: Mapping[str, Any]) -> Entry:
     (begin, end), shape = said["data_offsets"], tuple(said["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)) or begin > end:
-        raise ValueError("not sizes")
+        raise UserError("not sizes")
     return Entry(path, str(said["dtype"]), shape, base + begin, base + end)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from dtron.errors import UserError
 from dtron.layers.recompute import made_again
 from dtron.torch_compile import jit
 
@@ -133,9 +134,9 @@ def attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
 ) -> Tensor:
     """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that size
-    elsewhere. Raises ValueError for a soft-cap and for sinks, which its kernels do not know."""
+    elsewhere. Raises UserError for a soft-cap and for sinks, which its kernels do not know."""
     if mask.softcap is not None or sinks_N is not None:
-        raise ValueError(
+        raise UserError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
     k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)

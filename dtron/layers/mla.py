@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe
 from dtron.layers.attention import core, parts
 from dtron.layers.attention_kernels import AttentionPath, Mask
@@ -57,14 +58,14 @@ class Latent:
 
     def __post_init__(self) -> None:
         if min(self.kv_rank, self.q_rank) < 0 or min(self.nope_dim, self.rope_dim, self.v_dim) < 1:
-            raise ValueError(
+            raise UserError(
                 f"model.mla kv_rank={self.kv_rank}, q_rank={self.q_rank}, nope_dim={self.nope_dim}, rope_dim="
                 f"{self.rope_dim}, v_dim={self.v_dim}: ranks are at least 0 and widths at least 1; raise them"
             )
         if self.rope_dim % 2:
-            raise ValueError(f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even")
+            raise UserError(f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even")
         if self.q_rank and not self.kv_rank:
-            raise ValueError(
+            raise UserError(
                 f"model.mla.q_rank={self.q_rank} with kv_rank=0, which is plain attention; give "
                 "--model.mla.kv-rank too, or drop q_rank"
             )

@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dtron.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -56,7 +58,7 @@ class Rope:
         fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
         fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
         if not fine:
-            raise ValueError(
+            raise UserError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
                 f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
                 f"mscale={self.mscale}, mscale_all={self.mscale_all}: theta must be over 1, factor and "

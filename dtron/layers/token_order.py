@@ -18,17 +18,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dtron.errors import UserError
 from dtron.mesh import Layout
 
 
 def row_order(sequence: int, parts: int, zigzag: bool, device: torch.device | str = "cpu") -> Tensor:
     """``[S]``: the tokens of a row in the order in which its parts have them. Within a part it rises, so that
-    a part's own mask is the plain causal one. Raises ValueError for a row that is no 2 * parts equal
+    a part's own mask is the plain causal one. Raises UserError for a row that is no 2 * parts equal
     chunks."""
     if not zigzag or parts == 1:
         return torch.arange(sequence, device=device)
     if sequence % (2 * parts):
-        raise ValueError(
+        raise UserError(
             f"sequence {sequence}: zigzag over cp={parts} wants a multiple of {2 * parts}; use --zigzag off"
         )
     # Chunk p, then chunk 2n - 1 - p. By arithmetic: the compiler puts this into flex's kernels, which take no

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from dtron.errors import UserError
 from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
@@ -32,11 +33,11 @@ class How:
 
     def __post_init__(self) -> None:
         if self.fp8_smallest < 0:
-            raise ValueError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
+            raise UserError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
         if self.fp8_gather and self.fp8 == "none":
-            raise ValueError("--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too")
+            raise UserError("--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too")
         if self.recompute not in ("none", "selective", "full") and self.budget is None:
-            raise ValueError(
+            raise UserError(
                 f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
                 "use --recompute budget=0.5"
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtron.bounds import nearest_divisor, under
+from dtron.errors import UserError
 from dtron.layers.mla import Latent
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import Rope
@@ -86,26 +87,26 @@ class ModelConfig:
             "vocab_multiple",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
+                raise UserError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
         if self.latent:
             self._check_latent()
         elif self.heads % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
         if self.positions == "rotary" and not self.latent and self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
+            raise UserError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
         under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(
+                raise UserError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
         if self.full_every < 0:
-            raise ValueError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+            raise UserError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
         if self.moe.experts and self.moe.dense_layers >= self.layers:
-            raise ValueError(
+            raise UserError(
                 f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
                 "would have experts; use fewer, or --model.moe.experts 0"
             )
@@ -114,7 +115,7 @@ class ModelConfig:
         others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
         for name, only in others.items():
             if getattr(self, name) != only:
-                raise ValueError(
+                raise UserError(
                     f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
                     f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
                 )

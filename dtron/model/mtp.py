@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.errors import UserError
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.linear import linear
 from dtron.layers.norm import norm
@@ -48,7 +49,7 @@ class Ahead:
 
     def __post_init__(self) -> None:
         if self.depth < 0 or not 0 <= self.weight < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"model.mtp depth={self.depth}, weight={self.weight}: both are at least 0; raise them"
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
+from dtron.errors import UserError
 from dtron.layers.mla import Latent
 from dtron.layers.rope import Rope
 from dtron.model.config import ModelConfig
@@ -137,8 +138,8 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The model of this name. Raises ValueError for an unknown one, with the nearest."""
+    """The model of this name. Raises UserError for an unknown one, with the nearest."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)[:3]
-        raise ValueError(f"--model {name}: unknown; did you mean {' or '.join(near)}?")
+        raise UserError(f"--model {name}: unknown; did you mean {' or '.join(near)}?")
     return PRESETS[name]

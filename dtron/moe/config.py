@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dtron.errors import UserError
+
 Score = Literal["softmax", "topk_softmax", "sigmoid"]
 ExpertActivation = Literal["swiglu", "clamped_swiglu"]
 BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
@@ -68,34 +70,32 @@ class MoE:
         }
         for name, least in low.items():
             if getattr(self, name) < least:
-                raise ValueError(
-                    f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it"
-                )
+                raise UserError(f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it")
         for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.moe.{name}={getattr(self, name)}: must be from 0; change it")
+                raise UserError(f"model.moe.{name}={getattr(self, name)}: must be from 0; change it")
         if not self.experts:
             return
         if self.top_k > self.experts:
-            raise ValueError(
+            raise UserError(
                 f"model.moe.top_k={self.top_k} of model.moe.experts={self.experts}: a token cannot use more "
                 f"experts than there are; use --model.moe.top-k {self.experts}"
             )
         if self.experts % self.groups:
             near = min((d for d in range(1, self.experts + 1) if self.experts % d == 0), key=self._far)
-            raise ValueError(
+            raise UserError(
                 f"model.moe.experts={self.experts} in model.moe.groups={self.groups}: groups must divide "
                 f"experts; use --model.moe.groups {near}"
             )
         each = self.experts // self.groups
         if self.groups > 1 and not math.ceil(self.top_k / each) <= self.group_top_k <= self.groups:
-            raise ValueError(
+            raise UserError(
                 f"model.moe.group_top_k={self.group_top_k}: of {self.groups} groups of {each} experts, each "
                 f"token needs at least {math.ceil(self.top_k / each)} for its top_k={self.top_k}, and has at "
                 f"most {self.groups}; use --model.moe.group-top-k {math.ceil(self.top_k / each)}"
             )
         if self.shared_gate and not self.shared:
-            raise ValueError(
+            raise UserError(
                 "model.moe.shared_gate without a shared expert: use --model.moe.shared WIDTH, or drop it"
             )
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from dtron import __version__
 from dtron.data.indexed import prefix_of
+from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.runtime.config import RunConfig
@@ -32,7 +33,7 @@ EXAMPLES = """examples:
 
 def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
     """The config that these arguments describe: ``default`` (a frozen dataclass with a ``model``; None: a
-    RunConfig) with the given fields changed. Raises ValueError, in one line, for an unknown flag or a bad
+    RunConfig) with the given fields changed. Raises UserError, in one line, for an unknown flag or a bad
     value; ``--help`` and ``--version`` print and exit."""
     import tyro  # a slow import, and only command lines need it
 
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         if not stop.code:
             print(said.getvalue().rstrip() + ("\n\n" + EXAMPLES if prog == "train.py" else ""))
             raise
-        raise ValueError(_one_line(said.getvalue())) from None
+        raise UserError(_one_line(said.getvalue())) from None
     config = config_class(**{name: value for name, value in _shallow(got).items() if name != "preset"})
     return config if loaded is None else _beside(config, loaded)
 
@@ -78,12 +79,12 @@ def _loaded(folder: str, name: str | None) -> ModelConfig:
     from dtron.hf import read_config
 
     if name is not None:
-        raise ValueError(f"--model {name} --init-from {folder}: its config.json is the model; drop --model")
+        raise UserError(f"--model {name} --init-from {folder}: its config.json is the model; drop --model")
     return read_config(Path(folder))[1]
 
 
 def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
-    """The config with the tokenizer of the model that it begins with. Raises ValueError where flags say that
+    """The config with the tokenizer of the model that it begins with. Raises UserError where flags say that
     the model is another."""
     from dtron.hf import contradiction
 
@@ -92,13 +93,13 @@ def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
     if wrong:
         name, theirs, ours = wrong
         flag = f"--model.{name.replace('_', '-')}"
-        raise ValueError(f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}")
+        raise UserError(f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}")
     d = config.data
     if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):
         return config
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"--init-from {folder}: has no tokenizer.json; give --data.tokenizer")
+        raise UserError(f"--init-from {folder}: has no tokenizer.json; give --data.tokenizer")
     return replace(config, data=replace(d, tokenizer=str(file)))
 
 
@@ -143,7 +144,7 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
             near = _nearest(flag.lower(), known)
-            raise ValueError(f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help"))
+            raise UserError(f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help"))
 
 
 # What other trainers call it.
@@ -169,7 +170,7 @@ def _value_of(argv: Sequence[str], flag: str) -> str | None:
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word == flag:
             if following is None or following.startswith("--"):
-                raise ValueError(f"{flag}: needs a value, as in {flag} tiny; see --help")
+                raise UserError(f"{flag}: needs a value, as in {flag} tiny; see --help")
             found = following
         elif word.startswith(flag + "="):
             found = word.partition("=")[2]

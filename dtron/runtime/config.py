@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dtron.bounds import from_to, under
+from dtron.errors import UserError
 from dtron.fp8.recipe import SMALLEST
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
@@ -51,7 +52,7 @@ class OptimConfig:
         under(self, "optim", {"beta1": 1, "beta2": 1})
         under(self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")})
         if self.eps == 0:
-            raise ValueError("optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8")
+            raise UserError("optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8")
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.sequence < 1:
-            raise ValueError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
+            raise UserError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
         if not 0 < self.validation < 1:
-            raise ValueError(f"data.validation={self.validation}: a share between 0 and 1; change it")
+            raise UserError(f"data.validation={self.validation}: a share between 0 and 1; change it")
         if self.samples is not None and self.samples < 1:
-            raise ValueError(f"data.samples={self.samples}: must be at least 1; raise it, or leave it out")
+            raise UserError(f"data.samples={self.samples}: must be at least 1; raise it, or leave it out")
         if self.streaming and self.fitted:
             name = "--data.chat" if self.chat else "--data.packing best-fit"
-            raise ValueError(f"--data.streaming {name}: all lengths must be known first; drop one of the two")
+            raise UserError(f"--data.streaming {name}: all lengths must be known first; drop one of the two")
 
     @property
     def fitted(self) -> bool:
@@ -131,11 +132,9 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         if self.virtual < 1:
-            raise ValueError(f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it")
+            raise UserError(f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it")
         if not all(part.strip().isdigit() for part in filter(None, self.split.split(","))):
-            raise ValueError(
-                f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it"
-            )
+            raise UserError(f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -250,9 +249,7 @@ class RunConfig:
         ):
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
-                )
+                raise UserError(f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}")
         _ = self.how  # refuses what cannot be
 
     @property

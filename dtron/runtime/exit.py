@@ -8,27 +8,23 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
-from pathlib import Path
+
+from dtron.errors import LostRank, UserError
 
 OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
 
 
-class LostRank(ValueError):
-    """Another rank has died: each that notices says so at once, because it may be the only one left."""
-
-
 class Parser(argparse.ArgumentParser):
-    """One that raises ValueError instead of printing its usage and leaving."""
+    """A parser that raises UserError instead of printing its usage and leaving."""
 
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program: dtron's own ValueErrors are the user's, and become one line on stderr and exit code 2.
-    Anything else is a bug of ours and keeps its traceback."""
+    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other exception is a
+    fault of the program and keeps its traceback."""
     ending = threading.Event()
 
     def end(*_) -> None:
@@ -40,9 +36,7 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, end)
     try:
         return main(argv)
-    except ValueError as error:
-        if not _raised_by_us(error):
-            raise
+    except UserError as error:
         text, code, at_once = "error: " + " ".join(str(error).split()), 2, isinstance(error, LostRank)
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
@@ -69,10 +63,3 @@ def _lost(error: RuntimeError) -> str:
     words = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
     found = re.search(words, said) if "gloo" in said or "nccl" in said.lower() else None
     return found[0] if found else ""
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether dtron said so, and not a library that was called wrongly."""
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    package = Path(__file__).resolve().parents[1]
-    return package in where.parents or where.parent in (package.parent, package.parent / "bench")

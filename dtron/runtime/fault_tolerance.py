@@ -29,8 +29,8 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import local, rank
 from dtron.distributed.simulated_ranks import by_rank
+from dtron.errors import LostRank
 from dtron.params import flat
-from dtron.runtime.exit import LostRank
 from dtron.schedules.runner import Program
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.distributed.symmetric_memory import backends
+from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
@@ -49,10 +50,10 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Raises ValueError for a mesh, batch, model or device that cannot be."""
+    """Raises UserError for a mesh, batch, model or device that cannot be."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
-        raise ValueError(
+        raise UserError(
             f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
         )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
@@ -63,7 +64,7 @@ def plan(config: RunConfig) -> Plan:
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
     if config.how.budget is not None and not compiles:
-        raise ValueError(
+        raise UserError(
             f"--recompute {config.recompute}: the compiler keeps to a budget, and nothing is compiled here; "
             "use --compile on or --recompute selective"
         )
@@ -73,7 +74,7 @@ def plan(config: RunConfig) -> Plan:
     check_fp8(config.how, config.model, shape, tokens, device, compute)
     if config.fp8_gather and not gathers_each(config, shape):
         more = " --pipeline.gather microbatch" if shape.pp > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
             f"--zero 3{more}, or drop --fp8-gather"
         )
@@ -96,7 +97,7 @@ def plan(config: RunConfig) -> Plan:
 def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
     if config.graph == "on" and not (can and shape.pp == 1):
         why = f"mesh {shape}: a pipeline is not recorded" if can else "it takes a GPU and compiled stages"
-        raise ValueError(f"--graph on: {why}; use --graph auto")
+        raise UserError(f"--graph on: {why}; use --graph auto")
     return config.graph != "off" and can and shape.pp == 1
 
 
@@ -104,14 +105,14 @@ def _device(config: RunConfig) -> str:
     available = torch.cuda.is_available()
     if config.simulate or config.device == "cpu" or (config.device == "auto" and not available):
         if config.simulate and config.device == "cuda":
-            raise ValueError("--simulate --device cuda: simulated ranks run on the CPU; drop one of the two")
+            raise UserError("--simulate --device cuda: simulated ranks run on the CPU; drop one of the two")
         return "cpu"
     if not available:
-        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+        raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         have = torch.cuda.device_count()
-        raise ValueError(
+        raise UserError(
             f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu"
         )
     return f"cuda:{local}"
@@ -128,7 +129,7 @@ def keep_memory() -> None:
 
 
 def same_on_all_ranks(values: dict[str, Any]) -> None:
-    """Raise ValueError unless every process has the same values: a flag or a file that differs between
+    """Raise UserError unless every process has the same values: a flag or a file that differs between
     machines would train on, and to nothing."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return
@@ -138,7 +139,7 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
     for name, value in found[0].items():
         for rank, theirs in enumerate(found):
             if theirs[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; start all "
                     "ranks with the same flags and files"
                 )

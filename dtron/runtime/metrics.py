@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dtron.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -163,7 +165,7 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space, or choose another --run-dir"
         ) from error
 
@@ -183,7 +185,7 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
         ) from error
     return SummaryWriter(str(run_dir), purge_step=start + 1)

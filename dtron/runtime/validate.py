@@ -8,6 +8,7 @@ import torch
 
 from dtron.bounds import nearest_divisor
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe
 from dtron.layers.attention_kernels import LEAST_HEAD_DIM, AttentionPath
 from dtron.layers.context_parallel import Method
@@ -20,14 +21,14 @@ from dtron.params import Weight, flat
 def check(
     model: ModelConfig, mesh: MeshShape, sequence: int, cp: Method = "ring", zigzag: bool = True
 ) -> None:
-    """Divisibility, at the edge: before any process group or weight exists. Raises ValueError with the
+    """Divisibility, at the edge: before any process group or weight exists. Raises UserError with the
     remedy."""
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
     for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
         size = getattr(model, name)
         if size % mesh.tp:
-            raise ValueError(
+            raise UserError(
                 f"model.{name}={size} over tp={mesh.tp}: tp must divide {name}; "
                 f"use tp={nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
                 f"{-(-size // mesh.tp) * mesh.tp}"
@@ -37,25 +38,25 @@ def check(
         axes = {a: n for a, n in (("cp", mesh.cp), ("tp", mesh.tp)) if n > 1}
         over = ",".join(f"{a}={n}" for a, n in axes.items())
         how = ", two parts a rank" if mesh.cp > 1 and zigzag else ""
-        raise ValueError(
+        raise UserError(
             f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
             f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
         )
     name = "heads" if model.latent else "kv_heads"  # in latent attention every head has its own
     size, both = getattr(model, name), mesh.tp * mesh.cp
     if mesh.cp > 1 and cp == "ulysses" and size % both:
-        raise ValueError(
+        raise UserError(
             f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
             f"model.{name}={size}, which cp must divide; use --cp ring, which takes any number of heads, or "
             f"--model.{name.replace('_', '-')} {-(-size // both) * both}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
-        raise ValueError(
+        raise UserError(
             f"model.vocab={model.vocab} over tp={mesh.tp}: some rank would hold no row; "
             f"use --model.vocab-multiple {mesh.tp}"
         )
     if sequence > model.context:
-        raise ValueError(
+        raise UserError(
             f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
             f"{model.context} or --model.context {sequence}"
         )
@@ -68,33 +69,33 @@ def sequence_unit(mesh: MeshShape, zigzag: bool) -> int:
 
 
 def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
-    """Raises ValueError where ep or etp don't fit the mesh or the experts."""
+    """Raises UserError where ep or etp don't fit the mesh or the experts."""
     c, _ = model.moe, mesh.atoms  # refuses an ep that the mesh has no ranks for
     if not c.experts:
         if mesh.ep * mesh.etp > 1:
-            raise ValueError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
+            raise UserError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
         return
     for flag, size, axis in (
         ("experts", c.experts, "ep"), ("mlp", c.mlp, "etp"), ("shared", c.shared, "tp"),
     ):  # fmt: skip
         n = getattr(mesh, axis)
         if size % n:
-            raise ValueError(
+            raise UserError(
                 f"model.moe.{flag}={size} over {axis}={n}: {axis} must divide {flag}; use "
                 f"{axis}={nearest_divisor(size, n)} or --model.moe.{flag} {-(-size // n) * n}"
             )
 
 
 def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
-    """Raises ValueError for a dispatcher that cannot do what is asked."""
+    """Raises UserError for a dispatcher that cannot do what is asked."""
     c = model.moe
     if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
-        raise ValueError(
+        raise UserError(
             f"--dispatch {how.dispatch} with model.moe.capacity={c.capacity}: it drops nothing; use "
             "--dispatch static, or --model.moe.capacity 0"
         )
     if c.experts and how.dispatch == "alltoall" and compiles:
-        raise ValueError(
+        raise UserError(
             "--dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
             "compiled; use --dispatch allgather, --dispatch static or --compile off"
         )
@@ -103,18 +104,18 @@ def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
 def check_fp8(
     how: How, model: ModelConfig, mesh: MeshShape, tokens: int, device: str, compute: torch.dtype
 ) -> None:
-    """``tokens``: of a microbatch, on one rank. Raises ValueError where FP8 cannot be, or is asked for and
+    """``tokens``: of a microbatch, on one rank. Raises UserError where FP8 cannot be, or is asked for and
     would be used nowhere."""
     if how.fp8 == "none":
         return
     flag = f"--fp8 {how.fp8}"
     if compute == torch.float64:
-        raise ValueError(f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two")
+        raise UserError(f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two")
     if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"{flag}: {name} has no FP8, which begins with capability 8.9; drop --fp8")
+        raise UserError(f"{flag}: {name} has no FP8, which begins with capability 8.9; drop --fp8")
     if model.layers < 3 and not how.fp8_ends:
-        raise ValueError(
+        raise UserError(
             f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
             "has no other; use --fp8-ends, or drop --fp8"
         )
@@ -126,7 +127,7 @@ def check_fp8(
         if len(w.shape) > 1
     }
     if not any(recipe.converts(*size) for size in sizes):
-        raise ValueError(
+        raise UserError(
             f"{flag}: no matrix of this model has {how.fp8_smallest} weights on a rank (at most "
             f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
             f"{recipe.multiple}; drop --fp8, or lower --fp8-smallest"
@@ -134,7 +135,7 @@ def check_fp8(
     try:
         import dtron.fp8.scaled_mm  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
+        raise UserError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
 
 
 def _sizes(
@@ -149,7 +150,7 @@ def _sizes(
 
 
 def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str) -> None:
-    """Whether a path of attention that was asked for by name can do it. Raises ValueError where it cannot."""
+    """Whether a path of attention that was asked for by name can do it. Raises UserError where it cannot."""
     cannot = None
     if path == "sdpa":
         if model.softcap is not None:
@@ -165,14 +166,14 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:
-        raise ValueError(f"--attention {path} with {cannot}; use --attention auto")
+        raise UserError(f"--attention {path} with {cannot}; use --attention auto")
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
-    """``(how many, rows in each over all data ranks)`` for a global batch. Raises ValueError where the batch
+    """``(how many, rows in each over all data ranks)`` for a global batch. Raises UserError where the batch
     does not divide, with the nearest that does."""
     if batch < 1 or (micro_batch is not None and micro_batch < 1):
-        raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
+        raise UserError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
     given = micro_batch is not None
     if not given:
         share = max(1, batch // mesh.data)
@@ -185,7 +186,7 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
         step = rows if given else mesh.data
         down, up = batch // step * step, -(-batch // step) * step
         near = up if down == 0 or up - batch < batch - down else down
-        raise ValueError(
+        raise UserError(
             f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "
             f"use --batch {near}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 
+from dtron.errors import UserError
 from dtron.schedules.dualpipe import dualpipe_v
 from dtron.schedules.gpipe import gpipe
 from dtron.schedules.interleaved import interleaved
@@ -30,13 +31,13 @@ def stages_per_rank(name: str, virtual: int = 2) -> int:
 
 
 def make(name: str, ranks: int, microbatches: int, virtual: int = 2) -> Table:
-    """The table of a schedule by name. Raises ValueError for an unknown name, and for sizes that cannot
+    """The table of a schedule by name. Raises UserError for an unknown name, and for sizes that cannot
     be."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}")
+        raise UserError(f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}")
     for what, n in (("ranks", ranks), ("microbatches", microbatches), ("virtual", virtual)):
         if n < 1:
-            raise ValueError(f"schedule {name}: {what}={n}; there must be at least 1")
+            raise UserError(f"schedule {name}: {what}={n}; there must be at least 1")
     extra = (virtual,) if name == "interleaved" else ()
     return SCHEDULES[name](ranks, microbatches, *extra)

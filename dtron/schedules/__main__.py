@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
+from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
 from dtron.tools import draw_schedules as pictures
@@ -44,7 +45,7 @@ def compare(o: Namespace, console: Console) -> int:
             f"{max(peaks(t)) / t.per_rank:g}", f"{sends / o.stages:g}",
         )  # fmt: skip
     if not lines:
-        raise ValueError(left_out[0])
+        raise UserError(left_out[0])
     console.print(grid)
     console.print(
         "Most activations: of one microbatch through all of a rank's layers, on the rank with most."
@@ -73,7 +74,7 @@ def save(o: Namespace, lines: dict[str, Timeline], console: Console) -> int:
         try:
             Path(o.out).write_text(pictures.svg(lines))
         except OSError as error:
-            raise ValueError(f"-o {o.out}: cannot be written ({error.strerror}); choose another") from error
+            raise UserError(f"-o {o.out}: cannot be written ({error.strerror}); choose another") from error
         console.print(f"drawn to {o.out}")
     return 0
 

@@ -10,13 +10,14 @@ Needs at least as many microbatches as stages, 2p.
 
 from __future__ import annotations
 
+from dtron.errors import UserError
 from dtron.schedules.table import Table, row, table
 
 
 def dualpipe_v(ranks: int, microbatches: int) -> Table:
-    """Raises ValueError for fewer microbatches than stages."""
+    """Raises UserError for fewer microbatches than stages."""
     if microbatches < 2 * ranks:
-        raise ValueError(
+        raise UserError(
             f"schedule dualpipe-v on {ranks} ranks: needs at least {2 * ranks} microbatches, has "
             f"{microbatches}; use a smaller --micro-batch, or --schedule zb-v"
         )

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtron.runtime.exit import LostRank
+from dtron.errors import LostRank
 from dtron.schedules.table import Action, Table
 
 Pair = tuple[int, int]  # pipeline ranks: who sends, who receives

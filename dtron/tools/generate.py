@@ -29,6 +29,7 @@ from dtron.data.tokenization import end_id, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused
+from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.export import read_run
 from dtron.hf.load import Source
@@ -61,7 +62,7 @@ def generate(
     ends: Set[int] = frozenset(),
 ) -> list[list[int]]:
     """Every prompt and ``tokens`` new ones, or fewer where one of ``ends`` comes, which is the row's last.
-    Temperature 0 takes the likeliest. Raises ValueError for a prompt that is empty or leaves no room in the
+    Temperature 0 takes the likeliest. Raises UserError for a prompt that is empty or leaves no room in the
     model's context."""
     longest = check_prompts(prompts, tokens, m)
     step = Decoder(params, len(prompts), longest + tokens, m, pipe, device)
@@ -150,15 +151,15 @@ def pick(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.G
 def check_prompts(prompts: Sequence[Sequence[int]], tokens: int, m: ModelConfig) -> int:
     """The longest's length; ValueError for what cannot be gone on from."""
     if not prompts or not all(prompts):
-        raise ValueError("--prompt: a prompt has no tokens; give at least one word")
+        raise UserError("--prompt: a prompt has no tokens; give at least one word")
     largest = max(map(max, prompts))
     if largest >= m.vocab:
-        raise ValueError(
+        raise UserError(
             f"--prompt: has token {largest}, the model {m.vocab} of them; give the model's own tokenizer"
         )
     longest = max(map(len, prompts))
     if longest + tokens > m.context:
-        raise ValueError(
+        raise UserError(
             f"--tokens {tokens} after a prompt of {longest}: the model's context is {m.context}; use "
             + (f"--tokens {m.context - longest}" if longest < m.context else "a shorter prompt")
         )
@@ -171,7 +172,7 @@ def run(o: Namespace) -> int:
     folder = Path(o.folder)
     opened, m = _open(folder)
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"--from {folder}: has no tokenizer.json; put that of the model there")
+        raise UserError(f"--from {folder}: has no tokenizer.json; put that of the model there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     prompts = [tokenizer.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
@@ -181,7 +182,7 @@ def run(o: Namespace) -> int:
     )  # fmt: skip
     shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
     if shape.cp > 1:
-        raise ValueError(f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp")
+        raise UserError(f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp")
     # A plan is one of training: the smallest batch that this mesh takes.
     sequence = DataConfig(sequence=min(shape.tp, m.context))
     config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=sequence)
@@ -221,11 +222,11 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
 
 def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
     if tokens < 1:
-        raise ValueError(f"--tokens {tokens}: at least 1 is generated; raise it")
+        raise UserError(f"--tokens {tokens}: at least 1 is generated; raise it")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature {temperature}: must be from 0, the likeliest token; change it")
+        raise UserError(f"--temperature {temperature}: must be from 0, the likeliest token; change it")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
+        raise UserError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
 
 
 def parser() -> Parser:

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dtron.errors import UserError
+
 Category = Literal["matmul", "attention", "elementwise", "communication", "copy"]
 ORDER: tuple[Category, ...] = ("matmul", "attention", "elementwise", "communication", "copy")
 Interval = tuple[float, float]
@@ -135,20 +137,20 @@ def length(intervals: Iterable[Interval]) -> float:
 def read(path: Path | str) -> list[Span]:
     """The spans of one step from a trace that torch.profiler wrote, packed by gzip or not.
 
-    Raises ValueError for a file that is missing, no trace, or a trace without any work in it.
+    Raises UserError for a file that is missing, no trace, or a trace without any work in it.
     """
     remedy = "give a trace.json that train.py --profile wrote"
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     try:
         trace = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         spans = spans_of([event for event in trace["traceEvents"] if event.get("ph") == "X"])
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is not a Chrome trace ({type(error).__name__}); {remedy}") from error
+        raise UserError(f"{path}: is not a Chrome trace ({type(error).__name__}); {remedy}") from error
     if not spans:
-        raise ValueError(f"{path}: has no kernel and no operator; {remedy}")
+        raise UserError(f"{path}: has no kernel and no operator; {remedy}")
     return spans
 
 

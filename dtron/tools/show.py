@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, declare_model
@@ -243,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--svg {config.svg}: cannot be written ({error.strerror}); choose another"
             ) from None
         console.print(f"drawn to {config.svg}")

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, local
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, How
@@ -40,16 +41,16 @@ from dtron.schedules.runner import Program
 
 def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:
     """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of the last
-    stage counts as the blocks it costs. Raises ValueError for a split that does not fit."""
+    stage counts as the blocks it costs. Raises UserError for a split that does not fit."""
     if split:
         if len(split) != stages or sum(split) != m.layers or min(split) < 1:
-            raise ValueError(
+            raise UserError(
                 f"--pipeline.split {','.join(map(str, split))}: must be {stages} positive numbers, one per "
                 f"stage, that sum to model.layers={m.layers}; change it, or leave it out"
             )
         return list(split)
     if stages > m.layers:
-        raise ValueError(
+        raise UserError(
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
@@ -239,7 +240,7 @@ def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
 
 
 def pipeline(config: RunConfig, shape: MeshShape, microbatches: int, layout: Layout) -> Pipeline:
-    """The pipeline of a config, all ranks of it here. Raises ValueError for one that cannot be."""
+    """The pipeline of a config, all ranks of it here. Raises UserError for one that cannot be."""
     t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
     layers = layers_per_stage(config.model, t.stages, config.data.sequence, config.pipeline.layers)
     return Pipeline(t, tuple(cut(config.model, layers)), layout)
