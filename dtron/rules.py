@@ -64,6 +64,11 @@ def whole(rules: Rules) -> Rules:
     return {**rules, **dict.fromkeys(ZERO, ())}
 
 
+def zero_axes(mesh_axes: Sequence[str]) -> tuple[str, ...]:
+    """The dims of the mesh over which ZeRO shards, and so gathers, a weight."""
+    return expand(RULES["embed"], tuple(mesh_axes))
+
+
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
     """One placement per mesh axis for a tensor with these logical axes.
 

@@ -174,7 +174,7 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
 def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeypatch, alone):
     """Over two axes one after the other inductor moves what it can."""
     found = []
-    monkeypatch.setattr(dtron.training.compiled_stage, "carried_alone", lambda mesh: alone)
+    monkeypatch.setattr(dtron.training.compiled_stage, "_carried", lambda mesh: alone)
     monkeypatch.setattr(dtron.training.compiled_stage, "carried", lambda mesh: ["the group"])
     monkeypatch.setattr(
         dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn

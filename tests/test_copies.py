@@ -27,6 +27,7 @@ from torch.fx import Graph
 
 import dtron.distributed.copy_engine
 import dtron.distributed.symmetric_memory
+import dtron.training.compiled_stage
 from dtron.distributed.copy_engine import Beside, Copies
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
@@ -34,7 +35,7 @@ from dtron.distributed.symmetric_memory import backends
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.params import flat, init
-from dtron.rules import rules_for
+from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
 from dtron.training.compiled_stage import compiled
 from dtron.training.optimizer import adam_init, with_copies
@@ -361,23 +362,22 @@ def test_nothing_is_carried_where_there_is_no_mesh():
 
 def test_weights_gathered_over_one_group_alone(monkeypatch):
     """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over both."""
-    alone = lambda *names: dtron.distributed.symmetric_memory.carried_alone(
-        SimpleNamespace(mesh_dim_names=names)
-    )
+    alone = lambda *names: dtron.training.compiled_stage._carried(SimpleNamespace(mesh_dim_names=names))
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: ["one"])
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: [])
-    assert alone("dp", "tp") is None and dtron.distributed.symmetric_memory.carried_alone(None) is None
+    assert alone("dp", "tp") is None and dtron.training.compiled_stage._carried(None) is None
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: True)
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)
-    found = lambda mesh: set(backends(MeshShape.parse(mesh), "cuda") or ())
+    axes = lambda shape: zero_axes(tuple(shape.atoms))
+    found = lambda mesh: set(backends(s := MeshShape.parse(mesh), "cuda", axes(s)) or ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert found("dp=8") == {"dp"} and found("dp=4,cp=2") == {"dp", "cp"} and found("dp=2,tp=4") == {"dp"}
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
-    assert backends(MeshShape.parse("dp=8"), "cpu") is None
+    assert backends(MeshShape.parse("dp=8"), "cpu", ["dp"]) is None
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: False)
     assert found("dp=8") == set()

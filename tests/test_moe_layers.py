@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from values import F64, ONE
 
+from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.moe.config import MoE
 from dtron.moe.dispatch import Over, by_expert, by_room, local, static
-from dtron.moe.experts import Experts, compute, grouped, looped, masked
+from dtron.moe.experts import Experts, compute
 from dtron.moe.router import Router, route
 
 

@@ -10,6 +10,7 @@ alone (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,6 @@ from dtron.distributed.copy_engine import Copies, Room, room_for
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import equal_parts, like, local
 from dtron.errors import UserError
-from dtron.params import flat, unflatten
-from dtron.rules import RULES, expand
 
 
 def allocate(size: int) -> Tensor:
@@ -61,9 +60,9 @@ def _met(memory: Tensor, group: str) -> Room:
         raise UserError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
 
 
-def backends(shape: MeshShape, device: str) -> dict[str, str] | None:
-    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies, all that ZeRO shards over
-    and whose groups are of one host, where GPUs reach each other's memory. None: no dim."""
+def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, str] | None:
+    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies: of ``axes``, over which ZeRO
+    shards, all whose groups are of one host, where GPUs reach each other's memory. None: no dim."""
     atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device != "cuda" or not atoms or not _peers(here):
         return None
@@ -73,8 +72,7 @@ def backends(shape: MeshShape, device: str) -> dict[str, str] | None:
     for atom, n in reversed(atoms.items()):
         span *= n
         spans[atom] = span  # a group's first and last rank are less than this apart
-    chosen = expand(RULES["embed"], tuple(atoms))
-    return {atom: "copies" for atom in chosen if here % spans[atom] == 0} or None
+    return {atom: "copies" for atom in axes if here % spans[atom] == 0} or None
 
 
 def _peers(count: int) -> bool:
@@ -87,11 +85,11 @@ def carried(mesh: DeviceMesh | None) -> list[str]:
     return [group.group_name for group in _groups(mesh).values()]
 
 
-def carried_alone(mesh: DeviceMesh | None) -> str | None:
-    """The name of the group of copy engines, where weights are gathered over that one alone."""
+def carried_alone(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
+    """The name of the group of copy engines, where weights are gathered over that one alone. ``axes``: the
+    dims of the mesh over which they are gathered."""
     groups = carried(mesh)
-    gathered = expand(RULES["embed"], tuple(mesh.mesh_dim_names)) if groups else ()
-    return groups[0] if len(gathered) == 1 else None
+    return groups[0] if groups and len(axes) == 1 else None
 
 
 def _mesh(tensors: list[Any]) -> DeviceMesh | None:
@@ -104,15 +102,14 @@ def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
     return {i: group for i, group in groups.items() if isinstance(group, Copies)}
 
 
-def in_reach(tree: Any) -> Any:
-    """The same tree of DTensors; what a group would gather has its parts moved to symmetric memory, where
+def in_reach(tensors: list[Any]) -> list[Any]:
+    """The same DTensors; what a group would gather has its parts moved to symmetric memory, where
     they lie at the same place in each rank's."""
-    tensors = flat(tree)
-    groups = _groups(_mesh(tensors))
+    groups, tensors = _groups(_mesh(tensors)), list(tensors)
     gathered = lambda x: any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
     away = [j for j, x in enumerate(tensors) if gathered(x)]
     if not away:
-        return tree
+        return tensors
     parts = [local(tensors[j]) for j in away]
     sizes = [room_for(x) for x in parts]
     memory = next(iter(groups.values()))._allocate(sum(sizes))
@@ -121,10 +118,10 @@ def in_reach(tree: Any) -> Any:
         tensors[j] = like(tensors[j], there.copy_(part))
     for group in groups.values():
         group.meet(memory)
-    return unflatten(tree, tensors)
+    return tensors
 
 
-def settle(tree: Any) -> None:
+def settle(tensors: list[Any]) -> None:
     """Says to all ranks that these weights have been written."""
-    for group in _groups(_mesh(flat(tree))).values():
+    for group in _groups(_mesh(tensors)).values():
         group.settle()

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.fp8.grouped_mm import masked, runs
 from dtron.fp8.scaled_mm import scaled_by
-from dtron.moe.experts import masked, runs
 from dtron.torch_compile import opaque
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.fp8.matmul import grouped_matmul
 from dtron.fp8.recipe import Recipe
 from dtron.moe.config import ExpertActivation
@@ -85,31 +86,3 @@ def _way(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if x.dtype == torch.bfloat16:
         return grouped
     return masked if torch.compiler.is_compiling() else looped
-
-
-def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """In one kernel."""
-    return F.grouped_mm(x, w, offs=ends_E.to(torch.int32))
-
-
-def looped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """The same, an expert at a time; the host waits for the counts. Rows after the last end are zero."""
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    parts = list(x.split([*counts, x.shape[0] - sum(counts)]))
-    rest = parts.pop()
-    return torch.cat([part @ w_e for part, w_e in zip(parts, w.unbind(), strict=True)] + [rest @ w[0] * 0])
-
-
-def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """The same with shapes that no count decides, for a compiler: every expert multiplies all rows."""
-    y = x @ w[0] * 0
-    for w_e, rows_R in zip(w.unbind(), runs(x, ends_E), strict=True):
-        y = torch.where(rows_R, x @ w_e, y)
-    return y
-
-
-def runs(x: Tensor, ends_E: Tensor) -> list[Tensor]:
-    """For each expert ``[R, 1]``: which rows are its own. No shape depends on a count."""
-    place_R = torch.arange(x.shape[0], device=x.device)[:, None]
-    starts = [0, *ends_E[:-1].unbind()]
-    return [(place_R >= a) & (place_R < b) for a, b in zip(starts, ends_E.unbind(), strict=True)]

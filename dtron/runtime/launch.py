@@ -23,7 +23,7 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.distributed.symmetric_memory import backends
 from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.rules import rules_for
+from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
@@ -175,7 +175,9 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     copied = config.zero == 3 and config.copy_engines == "auto"
-    mesh = build_mesh(plan.shape, kind, backends(plan.shape, kind) if copied else None)
+    mesh = build_mesh(
+        plan.shape, kind, backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms))) if copied else None
+    )
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
     yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template, timeout)

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtron.distributed.bucketing import reduce_all, scatter_all
@@ -28,6 +29,7 @@ from dtron.fp8.matmul import compile_options
 from dtron.mesh import Layout
 from dtron.model.compute_config import PLAIN, How
 from dtron.params import declared, flat, gather_all, unflatten
+from dtron.rules import zero_axes
 from dtron.schedules.runner import Extra, Program
 from dtron.torch_compile import jit
 from dtron.training.optimizer import Rule, adamw, written_out
@@ -41,7 +43,7 @@ def compiled(
     """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
     them, and small ones put together. ``fetches``: a stage gathers its weights itself, as ZeRO-3 has it."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
-    if fetches and overlap and (group := carried_alone(mesh)):
+    if fetches and overlap and (group := _carried(mesh)):
         options |= {"post_grad_custom_post_pass": Ahead(group), "reorder_for_peak_memory": False}
     elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         # Code that comes from the cache of an earlier run calls operators that only this import registers.
@@ -57,6 +59,10 @@ def compiled(
         return replace(functions, stage=compile(functions.stage), splits=False)
     here = OnLocals(functions, layout, compile, partial(jit, backend=backend))
     return Program(here.enter, here.stage, False, here, functions.carries)
+
+
+def _carried(mesh: DeviceMesh | None) -> str | None:
+    return None if mesh is None else carried_alone(mesh, zero_axes(mesh.mesh_dim_names))
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial
 from dtron.distributed.redistribute import cast, full, local
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.distributed.symmetric_memory import in_reach, settle
-from dtron.params import flat, tree_map
+from dtron.params import flat, tree_map, unflatten
 from dtron.runtime.config import OptimConfig
 
 
@@ -52,7 +52,7 @@ def with_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | N
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    return replace(state, copies=in_reach(tree_map(copy, spec, params)))
+    return replace(state, copies=unflatten(params, in_reach(flat(tree_map(copy, spec, params)))))
 
 
 Rule = Callable[..., None]
@@ -79,7 +79,7 @@ def adam_update(
             decay = config.weight_decay if wanted else 0.0
             sure = torch.ones((), dtype=torch.bool, device=p[0].device) if ok is None else ok
             rule(p, g, m, v, c, step if number is None else number, lr, factor, sure, decay, config)
-    settle(params)
+    settle(flat(params))
     return params, replace(state, step=step)
 
 

@@ -101,7 +101,7 @@ class Recorded:
             own = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
             self._inputs = tree_map(own, tuple(microbatches)), numbers.to(self._device)
             self._graph = torch.cuda.CUDAGraph()
-            settle(params)  # so that it follows upon anything: a validation may have come before
+            settle(flat(params))  # so that it follows upon anything: a validation may have come before
             # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._run(params, opt, *self._inputs)[:3]
