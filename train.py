@@ -29,21 +29,22 @@ from dtron.hf import Source, keep_origin
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
 from dtron.model.transformer import active_count, flops_per_token, parameter_count
-from dtron.moe.balance import describe_experts
 from dtron.params import gather, init
 from dtron.runtime.cli import parse, save
-from dtron.runtime.config import RunConfig
+from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
-from dtron.runtime.launch import Plan, host_group, plan, ranks, same_on_all_ranks
+from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.tools.generate import generate
 from dtron.tools.profile import Recorder
 from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.optimizer import adam_init, learning_rate, with_copies
 from dtron.training.pipeline import Pipeline, one_stage, program
-from dtron.training.step import Recorded, Told, update
+from dtron.training.reports import Told, describe_experts
+from dtron.training.step import Recorded, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -61,12 +62,12 @@ def main(argv: list[str]) -> int:
 
 
 def train(
-    config: RunConfig, here: Plan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: Stop,
+    config: RunConfig, here: RunPlan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: Stop,
     begin: Source | None = None,
 ) -> None:  # fmt: skip
     """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
     m, spec, layout = config.model, pipe.spec, pipe.layout
-    identity = checkpoint.identity_of(config, data.digest())
+    identity = identity_of(config, data.digest())
     if data.samples is not None:
         identity["data.samples"] = data.samples
     same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
@@ -179,7 +180,7 @@ def diverged(step: int, why: str) -> UserError:
     )
 
 
-def describe(config: RunConfig, here: Plan, data: Data, step: int) -> str:
+def describe(config: RunConfig, here: RunPlan, data: Data, step: int) -> str:
     n, compute = here.shape.size, str(here.compute).removeprefix("torch.")
     size = f"{data.train.size:,} tokens" if data.train.size else "a stream"
     parameters = f"{parameter_count(config.model):,} parameters"
@@ -197,7 +198,7 @@ def _count(n: int, noun: str, ending: str = "s") -> str:
     return f"{n} {noun}{ending if n > 1 else ''}"
 
 
-def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None], int]:
+def load(rows: Rows, config: RunConfig, here: RunPlan) -> tuple[list[Tensor | None], int]:
     """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
     This runs ahead, in a thread of its own."""
     d, gpu = config.data, here.device.startswith("cuda")
@@ -209,7 +210,7 @@ def load(rows: Rows, config: RunConfig, here: Plan) -> tuple[list[Tensor | None]
 
 
 def split(
-    columns: list[Tensor | None], here: Plan, layout: Layout, zigzag: bool, depth: int = 0
+    columns: list[Tensor | None], here: RunPlan, layout: Layout, zigzag: bool, depth: int = 0
 ) -> list[Batch]:
     """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
     count = len(columns[0]) // here.rows
@@ -219,7 +220,7 @@ def split(
 
 
 @torch.no_grad()
-def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> float:
+def validate(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline) -> float:
     """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
     count."""
     held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
@@ -231,7 +232,7 @@ def validate(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) 
     return pipe.sum(None if total is None else full(total)).item() / tokens
 
 
-def sample(params, data: Data, config: RunConfig, here: Plan, pipe: Pipeline) -> str:
+def sample(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
     prompt = data.validation.rows(0, 1).tokens[0, :8].tolist()
     if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster

@@ -57,7 +57,7 @@ def main() -> None:
     mesh = build_mesh(shape, device.partition(":")[0])
     layout = Layout(stage_mesh(mesh), rules_for(1), compute if gpu else None)
     template = torch.empty(0, m.embed, dtype=compute, device=device)
-    pipe = on_ranks(pipeline(config, shape, o.microbatches, layout), mesh, template)
+    pipe = on_ranks(pipeline(config, shape, o.microbatches, config.data.sequence, layout), mesh, template)
     same_on_all_ranks({"arguments": vars(o)})
 
     params = init(pipe.spec, m.dims(), 0, layout, torch.float32, device)

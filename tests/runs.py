@@ -53,7 +53,7 @@ def train(
     m = config.model
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
-    pipe = change(on_ranks(pipeline(config, shape, count, layout), mesh, template))
+    pipe = change(on_ranks(pipeline(config, shape, count, config.data.sequence, layout), mesh, template))
     spec = pipe.spec
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)

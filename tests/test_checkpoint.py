@@ -34,7 +34,7 @@ from dtron.model.transformer import declare_model
 from dtron.moe.config import MoE
 from dtron.params import Weight, flat, init, tree_map
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig, identity_of
 from dtron.schedules.p2p import Ways
 from dtron.training.optimizer import AdamState, adam_init
 from dtron.training.pipeline import pipeline
@@ -91,7 +91,7 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
     config = RunConfig(model=SPARSE, mesh=text, schedule=schedule, data=DataConfig(sequence=16))
-    pipe = pipeline(config, shape, 8, layout)
+    pipe = pipeline(config, shape, 8, config.data.sequence, layout)
     if rank is not None and shape.pp > 1:
         pipe = replace(pipe, ways=Ways(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
@@ -199,7 +199,7 @@ def test_a_tensor_in_another_place_is_seen(pool, tmp_path, mutant):
 # ---- refused
 
 
-SPEC, SAME = declare_model(MODEL), checkpoint.identity_of(TEN, "text")
+SPEC, SAME = declare_model(MODEL), identity_of(TEN, "text")
 
 
 def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
@@ -234,7 +234,7 @@ def saved(tmp_path: Path) -> Path:
 def refused(path: Path, **changes) -> str:
     with pytest.raises(ValueError) as error:
         config = replace(TEN, **changes)
-        checkpoint.load(path, fresh(Layout()), SPEC, checkpoint.identity_of(config, "text"))
+        checkpoint.load(path, fresh(Layout()), SPEC, identity_of(config, "text"))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
 

@@ -13,7 +13,6 @@ from values import ONE
 from dtron import checkpoint
 from dtron.hf import Source
 from dtron.hf.config import best_family, from_hf, to_hf
-from dtron.hf.export import export
 from dtron.hf.families import FAMILIES as TABLES
 from dtron.hf.safetensors import INDEX, Reader, read_json
 from dtron.model.batch import make_batch
@@ -21,6 +20,7 @@ from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
+from dtron.runtime.run_directory import export_run
 from dtron.tools.generate import generate
 from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage
@@ -83,7 +83,7 @@ def test_round_trip(name, tmp_path):
     source = Source(folder(name, torch.bfloat16))
     as_run(source, tmp_path)
     out, family = tmp_path / "out", source.family.kind
-    done = export(tmp_path, out, torch.bfloat16, family, largest=30_000)
+    done = export_run(tmp_path, out, dtype=torch.bfloat16, family=family, largest=30_000)
     assert len(done.files) > 1 and (out / INDEX).is_file()
     before, after = Reader(source.folder), Reader(out)
     assert before.entries.keys() == after.entries.keys()
@@ -99,7 +99,7 @@ def test_their_library_reads_what_is_written_and_the_reverse(tmp_path):
     library = pytest.importorskip("safetensors.torch")
     source = Source(folder("llama"))
     as_run(source, tmp_path)
-    export(tmp_path, tmp_path / "out", torch.float32)
+    export_run(tmp_path, tmp_path / "out", dtype=torch.float32)
     ours = library.load_file(tmp_path / "out" / "model.safetensors")
     want = library.load_file(source.folder / "model.safetensors")
     assert ours.keys() == want.keys() and all(torch.equal(ours[key], want[key]) for key in want)

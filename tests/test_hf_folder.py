@@ -19,7 +19,6 @@ from dtron import checkpoint
 from dtron.hf import Source, keep_origin
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.config import read_config
-from dtron.hf.export import export
 from dtron.hf.safetensors import INDEX, SINGLE, Reader, write
 from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model
@@ -27,6 +26,7 @@ from dtron.params import flat, init
 from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
+from dtron.runtime.run_directory import export_run
 from dtron.training.optimizer import adam_init
 
 
@@ -175,7 +175,7 @@ def test_what_training_does_not_change_comes_back(copy, tmp_path):
     run_dir.mkdir()
     as_run(Source(at), run_dir)
     keep_origin(at, run_dir)
-    export(run_dir, tmp_path / "out")
+    export_run(run_dir, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["bos_token_id"] == 7 and said["dtype"] == "float32"
     assert said["architectures"] == ["MistralForCausalLM"]  # and not a llama, which it could be
@@ -191,7 +191,7 @@ def test_modules_of_multi_token_prediction(tmp_path):
     params = init(spec, m.dims(), 0, ONE)
     cli.save(RunConfig(model=m), tmp_path / "config.json")
     checkpoint.save(tmp_path, checkpoint.TrainState(0, 0, params, adam_init(params)), spec, {})
-    export(tmp_path, tmp_path / "out", torch.float32)
+    export_run(tmp_path, tmp_path / "out", dtype=torch.float32)
     assert "model.layers.4.eh_proj.weight" in Reader(tmp_path / "out").entries
     plain = Source(tmp_path / "out")
     assert plain.model.mtp.depth == 0 and len(flat(declare_model(plain.model))) < len(flat(spec))

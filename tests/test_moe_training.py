@@ -18,7 +18,6 @@ from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import How
 from dtron.model.transformer import active_count, declare_model, flops_per_token, parameter_count
-from dtron.moe.balance import describe_experts, expert_totals
 from dtron.moe.config import MoE
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
@@ -28,6 +27,7 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import layers_per_stage, one_stage, program
+from dtron.training.reports import describe_experts, expert_totals
 
 ONE = Layout()
 EXPERTS = MoE(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")

@@ -292,4 +292,6 @@ def test_one_stage_is_a_pipeline():
         pipe = one_stage(MODEL, 3, layout)
         assert pipe.stages == [0] and len(pipe.spec) == 1
         config = RunConfig(model=MODEL, data=DataConfig(sequence=16), mesh="dp=2", batch=6, micro_batch=1)
-        assert pipeline(config, MeshShape(dp=2), 3, layout).table.rows == pipe.table.rows
+        assert (
+            pipeline(config, MeshShape(dp=2), 3, config.data.sequence, layout).table.rows == pipe.table.rows
+        )

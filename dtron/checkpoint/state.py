@@ -12,7 +12,7 @@ disk, saver.py how it is written while training goes on; ``python -m dtron.check
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import Weight, flat, tree_map, unflatten
-from dtron.runtime.config import RunConfig
 from dtron.training.optimizer import AdamState
 
 Identity = dict[str, Any]
@@ -140,18 +139,6 @@ def read_into(path: Path, w: Weight, into: Tensor) -> None:
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
         raise UserError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
-
-
-def identity_of(config: RunConfig, text: str) -> Identity:
-    """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
-
-    def flags(value: Any, prefix: str) -> Identity:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for name, child in value.items() for k, v in flags(child, f"{prefix}.{name}").items()}
-
-    same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
-    return flags(asdict(config.model), "model") | same
 
 
 def _same(path: Path, saved: Identity, now: Identity) -> None:

@@ -30,7 +30,7 @@ from dtron.data.tokenization import encode, end_id, get_tokenizer, key_of
 from dtron.errors import UserError
 
 if TYPE_CHECKING:
-    from dtron.runtime.config import DataConfig
+    from dtron.data.config import DataConfig
 
 Text = Documents | Chats | Indexed
 

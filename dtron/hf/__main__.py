@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dtron.hf.export import export
 from dtron.runtime.exit import Parser, run_cli
+from dtron.runtime.run_directory import export_run
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
 
@@ -37,7 +37,7 @@ def parser() -> Parser:
 
 def run_export(o: Namespace) -> int:
     dtype = None if o.dtype is None else getattr(torch, o.dtype)
-    done = export(Path(o.run), Path(o.out), dtype, o.family, o.shard_size)
+    done = export_run(Path(o.run), Path(o.out), dtype=dtype, family=o.family, largest=o.shard_size)
     print(
         f"{o.out}: {done.family}, {done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {len(done.files)} "
         f"file{'s' if len(done.files) > 1 else ''}, of step {done.step}"

@@ -31,8 +31,6 @@ from dtron.hf.source_files import ORIGIN, TOKENIZER
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.model.config import ModelConfig
 from dtron.params import Weight
-from dtron.runtime import cli
-from dtron.runtime.config import RunConfig
 
 _UNSAID = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -47,20 +45,28 @@ class Exported:
 
 
 def export(
-    run_dir: Path, out: Path, dtype: torch.dtype | None = None, family: str | None = None,
+    m: ModelConfig,
+    found: Path,
+    run_dir: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
     largest: int = 5_000_000_000,
-) -> Exported:  # fmt: skip
-    """Write the newest checkpoint of ``run_dir`` into ``out``, which must be empty or not there. ``dtype``:
-    of the weights (None: that of the model that the run began with, or bfloat16); ``family``: its model_type
-    (None: that of the same, or the first that has all the model has); ``largest``: bytes of a file. Raises
-    UserError for what is no run, for a model that no family has, and where it cannot be written."""
+) -> Exported:
+    """Write the checkpoint ``found`` of the model ``m``, saved by the run in ``run_dir``, into ``out``.
+
+    ``out``: a folder that is empty or does not exist.
+    ``dtype``: of the weights; None: that of the model that the run began with, or bfloat16.
+    ``family``: the model_type; None: that of the same model, or the first family that has all its parts.
+    ``largest``: bytes of one file, at most.
+
+    Raises UserError for a model that no family has, and where ``out`` cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
-    config, found = read_run(run_dir)
     origin = run_dir / ORIGIN / CONFIG
     said = read_json(origin) if origin.is_file() else {}
-    kind = _family(family, said, config.model)
-    written = to_hf(config.model, kind)
+    kind = _family(family, said, m)
+    written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
     checkpoint.undamaged(found, meta)
     if dtype is None:
@@ -72,7 +78,7 @@ def export(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        maker = _Maker(config.model, kind, lambda w: checkpoint.read_weight(found, w), dtype)
+        maker = _Maker(m, kind, lambda w: checkpoint.read_weight(found, w), dtype)
         files = write(part, maker.shapes, dtype, maker, largest)
         (part / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
         _write_tokenizer(run_dir, part)
@@ -86,22 +92,6 @@ def export(
         ) from error
     size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
     return Exported(kind.kind, meta["step"], len(maker.shapes), size, [out / f.name for f in files])
-
-
-def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
-    """The config and the newest whole checkpoint of a run."""
-    if not (run_dir / CONFIG).is_file():
-        raise UserError(f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote")
-    try:
-        config = cli.load(run_dir / CONFIG)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{run_dir / CONFIG}: is no config of a run ({error}); give a run directory"
-        ) from error
-    found = checkpoint.newest(run_dir)
-    if found is None:
-        raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
-    return config, found
 
 
 def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:

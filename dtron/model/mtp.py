@@ -24,7 +24,7 @@ The modules do not change what the model predicts; without them, or where a batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +71,6 @@ def look_ahead(
         same = [shift(of_target, k + 1, -1) == documents_BS for k in range(depth)]
         targets = [t.where(s, IGNORE) for t, s in zip(targets, same, strict=True)]
     return torch.stack(tokens, dim=-1), torch.stack(targets, dim=-1)
-
-
-def ahead_losses(reports: Mapping[int, Mapping[str, Tensor]], pipe: Any, depth: int) -> Tensor | None:
-    """``[depth]``, on every rank: each module's loss summed over the tokens of a step, from its reports by
-    stage. None without modules. Nobody waits for it."""
-    if not depth:
-        return None
-    mine = next((r["ahead"] for r in reports.values() if "ahead" in r), None)
-    return pipe.sum(torch.zeros(depth, device=pipe.template.device) if mine is None else mine)
 
 
 def module(

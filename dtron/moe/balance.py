@@ -1,70 +1,16 @@
-"""What a step's counts are good for: the bias that evens out the load, and what a run says of its experts.
+"""The rule that evens out the load of experts without a loss.
 
-``step.gradients`` gives the reports of the stages here, summed over the whole global batch and all ranks
-that have tokens. The bias needs nothing else: once per step, each expert's goes up by ``rate`` where it had
-less than the mean and down where it had more (Wang et al. 2024, arXiv:2408.15664, algorithm 1). It is kept
-with the weights, so a checkpoint has it, on any mesh.
+Once a step the bias of each expert goes up by ``rate`` where the expert had fewer tokens than the mean, and
+down where it had more (Wang et al. 2024, arXiv:2408.15664, algorithm 1). The router adds the bias to the
+scores that choose experts, and not to the weights of the sum. A bias is kept with the weights, so that a
+checkpoint has it, on any mesh.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import local
-from dtron.moe.config import MoE
-from dtron.moe.router import TOTALS
-from dtron.training.gradients import Reports
-from dtron.training.pipeline import Pipeline
 
-
-@torch.no_grad()
-def update_balance(
-    params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
-) -> tuple[Any, ...]:
-    """Move the balance bias of every router here, by this step's load, unless ``ok`` is false. Overwrites it,
-    as the optimizer does weights."""
-    for stage, tree in zip(pipe.stages, params, strict=True):
-        layers = [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
-        for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
-            step = rate * (load_E.mean() - load_E).sign()
-            step = step if ok is None else torch.where(ok, step, 0)
-            local(bias).add_(step.to(bias.dtype))
-    return params
-
-
-COLUMNS = (*TOTALS, "dropped")
-
-
-def expert_totals(reports: Reports, pipe: Pipeline, c: MoE) -> Tensor | None:
-    """``[layers, E + 5]``, on every rank: of each layer of experts in the model, the load of its experts and
-    the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
-    if not c.experts:
-        return None
-    counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
-    sample = next(iter(reports.values()), {}).get("load")
-    device = pipe.template.device if sample is None else sample.device
-    rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
-    for stage, r in reports.items():
-        start = sum(counts[:stage])
-        rows[start : start + counts[stage]] = torch.cat([r["load"], r["router"], r["dropped"][:, None]], 1)
-    return pipe.sum(rows)
-
-
-def describe_experts(totals: Tensor | None, c: MoE) -> dict[str, float]:
-    """Numbers of a step, by name, ``experts.3.entropy`` for layer 3. ``load_max`` and ``load_min`` are the
-    largest and smallest load of an expert over the mean; ``entropy`` that of a token's scores in nats, on
-    average; ``dropped`` the share of slots; losses are per token, without their weight."""
-    if totals is None:
-        return {}
-    found = {}
-    for i, row in enumerate(totals.tolist()):
-        load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
-        mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
-        each = {"load_max": max(load) / mean, "load_min": min(load) / mean}
-        each |= {"entropy": sums["entropy"] / tokens, "dropped": sums["dropped"] / (tokens * c.top_k)}
-        each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
-        found |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}
-    return found
+def bias_step(load_E: Tensor, rate: float) -> Tensor:
+    """``[E]``: what is added to the bias of each expert, given its tokens in the whole global batch."""
+    return rate * (load_E.mean() - load_E).sign()

@@ -11,7 +11,6 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,30 +25,11 @@ from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import check, check_attention, check_dispatch, check_fp8, microbatches
+from dtron.training.config import RunPlan
 from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a config means on this machine, checked."""
-
-    shape: MeshShape
-    device: str
-    compute: torch.dtype
-    master: torch.dtype
-    count: int  # microbatches per step
-    rows: int  # sequences in each, over all ranks
-    gather_each: bool  # as ZeRO-3 does: a stage gathers its weights itself, in every microbatch
-    splits: bool  # a backward can be made in two halves
-    compile: bool
-    graph: bool  # a step is recorded once and replayed
-
-    @property
-    def main(self) -> bool:
-        return int(os.environ.get("RANK", 0)) == 0
-
-
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig) -> RunPlan:
     """Raises UserError for a mesh, batch, model or device that cannot be."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
@@ -59,7 +39,9 @@ def plan(config: RunConfig) -> Plan:
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
     check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(config, shape, count, Layout())  # refuses a schedule or a split that cannot be
+    pipeline(
+        config, shape, count, config.data.sequence, Layout()
+    )  # refuses a schedule or a split that cannot be
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
@@ -80,7 +62,7 @@ def plan(config: RunConfig) -> Plan:
         )
     check_attention(config.attention, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
-    return Plan(
+    return RunPlan(
         shape,
         device,
         compute,
@@ -154,7 +136,7 @@ def host_group(timeout: int) -> Any:
 
 
 @contextmanager
-def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
+def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     """Start the ranks and yield the pipeline stages of this process, with their layout."""
     if plan.device == "cpu":
         keep_memory()
@@ -163,7 +145,9 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
     reduce = torch.bfloat16 if config.reduce_bf16 else None
     if config.simulate:
         with simulated(plan.shape) as mesh:
-            yield pipeline(config, plan.shape, plan.count, Layout(mesh, rules, compute, reduce))
+            yield pipeline(
+                config, plan.shape, plan.count, config.data.sequence, Layout(mesh, rules, compute, reduce)
+            )
         return
     kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout)
     if kind == "cuda":
@@ -180,7 +164,9 @@ def ranks(config: RunConfig, plan: Plan) -> Iterator[Pipeline]:
     )
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
-    yield on_ranks(pipeline(config, plan.shape, plan.count, layout), mesh, template, timeout)
+    yield on_ranks(
+        pipeline(config, plan.shape, plan.count, config.data.sequence, layout), mesh, template, timeout
+    )
     if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

@@ -31,7 +31,6 @@ from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
-from dtron.hf.export import read_run
 from dtron.hf.load import Source
 from dtron.hf.safetensors import read_json
 from dtron.layers.kv_cache import Past, empty_past
@@ -43,6 +42,7 @@ from dtron.params import gather
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
 from dtron.runtime.launch import plan, ranks
+from dtron.runtime.run_directory import read_run
 from dtron.schedules.runner import Program
 from dtron.training.gradients import evaluate
 from dtron.training.pipeline import Pipeline

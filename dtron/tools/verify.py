@@ -28,7 +28,6 @@ from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.config import ModelConfig
-from dtron.moe.balance import update_balance
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig, Schedule
@@ -38,6 +37,7 @@ from dtron.tools.count_collectives import CollectiveCounter, HiddenCommunication
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import gathers_each, pipeline, program, splits
+from dtron.training.reports import update_balance
 
 TOLERANCE = 1e-9
 
@@ -77,7 +77,7 @@ def one_step(
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     with simulated(shape) as mesh:
         layout = mutate(Layout(mesh, rules_for(config.zero)))
-        pipe = pipeline(config, shape, count, layout)
+        pipe = pipeline(config, shape, count, config.data.sequence, layout)
         dims = m.dims()
         params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
         parts = lambda x: [None] * count if x is None else x.chunk(count)
@@ -212,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(config, shape, count, Layout())  # refuses what cannot be
+    pipeline(config, shape, count, config.data.sequence, Layout())  # refuses what cannot be
     console = Console()
     want = one_step(on_one_device(config), MeshShape())
     try:

@@ -33,10 +33,10 @@ from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.rules import RULES, place, whole
-from dtron.runtime.config import RunConfig
 from dtron.schedules import Table, make
 from dtron.schedules.p2p import Handed, Links, Sent, Ways, make_ways
 from dtron.schedules.runner import Program
+from dtron.training.config import StepConfig
 
 
 def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:
@@ -222,12 +222,12 @@ def on_ranks(
     return replace(pipe, ways=make_ways(lines, pairs, template.device, timeout), template=template)
 
 
-def gathers_each(config: RunConfig, shape: MeshShape) -> bool:
+def gathers_each(config: StepConfig, shape: MeshShape) -> bool:
     """Whether ZeRO-3 gathers weights in every microbatch, and not once a step."""
     return config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
 
 
-def splits(config: RunConfig, shape: MeshShape) -> bool:
+def splits(config: StepConfig, shape: MeshShape) -> bool:
     """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
     lies = lambda rules, w: place(rules, tuple(shape.atoms), *w.axes)
     cut = any(lies(RULES, w) != lies(whole(RULES), w) for w in flat(declare_model(config.model)))
@@ -239,8 +239,10 @@ def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
     return Pipeline(make("1f1b", 1, microbatches), tuple(cut(m, [m.layers])), layout)
 
 
-def pipeline(config: RunConfig, shape: MeshShape, microbatches: int, layout: Layout) -> Pipeline:
+def pipeline(
+    config: StepConfig, shape: MeshShape, microbatches: int, sequence: int, layout: Layout
+) -> Pipeline:
     """The pipeline of a config, all ranks of it here. Raises UserError for one that cannot be."""
     t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
-    layers = layers_per_stage(config.model, t.stages, config.data.sequence, config.pipeline.layers)
+    layers = layers_per_stage(config.model, t.stages, sequence, config.pipeline.layers)
     return Pipeline(t, tuple(cut(config.model, layers)), layout)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,23 +27,12 @@ from dtron.distributed.redistribute import full, local
 from dtron.distributed.symmetric_memory import settle
 from dtron.model.batch import Batch
 from dtron.model.config import ModelConfig
-from dtron.model.mtp import ahead_losses
-from dtron.moe.balance import expert_totals, update_balance
 from dtron.params import flat, tree_map
-from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import AdamState, Rule, adam_update, clip_scale, global_norm
+from dtron.training.optimizer import AdamState, OptimConfig, Rule, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import Pipeline
-
-
-class Told(NamedTuple):
-    """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed losses of
-    predictions further ahead (model/mtp.py)."""
-
-    experts: Tensor | None
-    ahead: Tensor | None
-
+from dtron.training.reports import Told, ahead_losses, expert_totals, update_balance
 
 Result = tuple[Tensor, Tensor, Told, Any, AdamState]
 

@@ -1,0 +1,72 @@
+"""Where a run's text comes from, and how it is packed into samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtron.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    path: str | None = None
+    """a .txt, .jsonl, .parquet or .arrow file, a folder of them, or the name of a .bin/.idx pair; several
+    with weights as '0.7 web.jsonl, 0.3 code'; None: the source of Python's standard library"""
+    tokenizer: str | None = None
+    """a tokenizer.json, or a folder with one; None: that beside a .bin/.idx pair, or else a byte-level BPE of
+    model.vocab words, trained on the text and cached"""
+    column: str | None = None
+    """the field or column that holds the text; None: text, or messages with chat"""
+    sequence: int = 256
+    """tokens per sample"""
+    packing: Literal["concatenate", "best-fit"] = "concatenate"
+    """cut one long line of documents, or put whole documents into rows, masked from each other"""
+    chat: bool = False
+    """rows are conversations, packed by best fit; only what the assistant says is learned"""
+    streaming: bool = False
+    """tokenise text while training, in the order of the files, rather than before"""
+    document_mask: bool = False
+    """tokens attend within their document only"""
+    document_positions: bool | None = None
+    """positions restart in each document; None: where tokens attend within it only"""
+    validation: float = 0.02
+    """share of the text held out"""
+    split: str | None = None
+    """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1; None: by
+    validation"""
+    samples: int | None = None
+    """of a .bin/.idx pair: how many samples the order is made for; None: steps times batch"""
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise UserError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
+        if not 0 < self.validation < 1:
+            raise UserError(f"data.validation={self.validation}: a share between 0 and 1; change it")
+        if self.samples is not None and self.samples < 1:
+            raise UserError(f"data.samples={self.samples}: must be at least 1; raise it, or leave it out")
+        if self.streaming and self.fitted:
+            name = "--data.chat" if self.chat else "--data.packing best-fit"
+            raise UserError(f"--data.streaming {name}: all lengths must be known first; drop one of the two")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether whole documents are packed by best fit."""
+        return self.chat or self.packing == "best-fit"
+
+    @property
+    def masked(self) -> bool:
+        """Whether tokens attend within their document only."""
+        return self.document_mask or self.fitted
+
+    @property
+    def restarts(self) -> bool:
+        """Whether positions restart in each document."""
+        return self.masked if self.document_positions is None else self.document_positions
+
+    @property
+    def marked(self) -> bool:
+        """Whether it matters where documents are."""
+        return self.masked or self.restarts
