@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,12 @@ from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.tools.generate import generate
 from dtron.tools.profile import Recorder
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.optimizer import adam_init, learning_rate, with_copies
 from dtron.training.pipeline import Pipeline, one_stage, program
 from dtron.training.reports import Told, describe_experts
-from dtron.training.step import Recorded, update
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -97,13 +95,7 @@ def train(
     metrics.say(describe(config, here, data, state.step))
     recorded = min(PROFILED_STEP, config.steps - state.step) if config.profile else 0
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
-    functions, rule = program(m, layout, config.how, here.splits), None
-    if here.compile:
-        functions, rule = compiled(functions, layout, config.how, fetches=here.gather_each), compiled_rule()
-    step = partial(
-        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
-    )
-    step = Recorded(step, here.device) if here.graph else step
+    train_step = build_step(config, here, pipe)
 
     def finish(
         step: int, loss: Tensor, norm: Tensor, told: Told, lr: float, tokens: int, end: Any, waited: float
@@ -129,12 +121,12 @@ def train(
         columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
         microbatches = split(columns, here, layout, config.zigzags, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, told, params, opt = step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, told, params, opt = train_step(state.params, state.opt, microbatches, tokens, lr)
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
         if watch.over:
-            why = diagnose(functions, params, microbatches, pipe, config.zero, here.gather_each, stop.group)
+            why = diagnose(train_step, params, microbatches, stop.group)
             saver.wait()
             raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
         for line in saver.said():

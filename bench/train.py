@@ -48,10 +48,8 @@ from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan, ranks
 from dtron.runtime.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.build import build_step
 from dtron.training.optimizer import adam_init, with_copies
-from dtron.training.pipeline import program
-from dtron.training.step import Recorded, update
 
 
 def main(argv: list[str]) -> int:
@@ -77,12 +75,6 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
     opt = with_copies(adam_init(params), params, spec, layout.compute)
-    functions, rule = program(m, layout, config.how, here.splits), None
-    if not o.eager:
-        functions = compiled(
-            functions, layout, config.how, overlap=not o.no_overlap, fetches=here.gather_each
-        )
-        rule = compiled_rule()
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
     place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
@@ -90,10 +82,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
-    one = partial(
-        update, functions, pipe, m, config.zero, config.optim, rule=rule, gather_each=here.gather_each
-    )
-    one = Recorded(one, here.device) if here.graph and not (o.eager or o.no_graph) else one
+    here = replace(here, compile=here.compile and not o.eager)
+    here = replace(here, graph=here.graph and not (o.eager or o.no_graph))
+    one = build_step(config, here, pipe, overlap=not o.no_overlap)
 
     def step(params, opt):  # with the batches of now
         loss, _, _, params, opt = one(params, opt, batches, tokens, 1e-4)
@@ -140,7 +131,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
         "fp8_ends": o.fp8_ends, "fp8_gather": o.fp8_gather, "attention": o.attention,
         "overlap": not o.no_overlap,
-        "graph": isinstance(one, Recorded), "date": date.today().isoformat(),
+        "graph": here.graph, "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),

@@ -20,9 +20,10 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
+from dtron.training.build import build_step
+from dtron.training.config import RunPlan
 from dtron.training.optimizer import adam_init, with_copies
-from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, program, splits
-from dtron.training.step import update
+from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 MODEL = ModelConfig(
     vocab=61,
@@ -48,7 +49,7 @@ class History:
 
 def train(
     layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None,
-    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe, update: Callable = update,
+    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe, change_step: Callable = lambda step: step,
 ) -> History:  # fmt: skip
     m = config.model
     count, _ = microbatches(config.batch, config.micro_batch, shape)
@@ -58,17 +59,14 @@ def train(
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
     opt, initial = with_copies(adam_init(params), params, spec, layout.compute), digest(params)
-    each = gathers_each(config, shape)
-    functions = program(m, layout, config.how, splits(config, shape))
+    plan = RunPlan.eager(config, shape, count, dtype, layout.compute or dtype)
+    step = change_step(build_step(config, plan, pipe))
     losses, norms = [], []
-    for step in range(config.steps):
+    for number in range(config.steps):
         with paused():  # all ranks must draw the same
-            rows = random_rows(config, step).to(device)
+            rows = random_rows(config, number).to(device)
         batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in rows.chunk(count)]
-        state = (params, opt, batches, valid_tokens(rows), 1e-2)
-        loss, norm, _, params, opt = update(
-            functions, pipe, m, config.zero, config.optim, *state, gather_each=each
-        )
+        loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2)
         losses.append(loss.item())
         norms.append(norm.item())
     return History(losses, norms, initial, tree_map(full, params))

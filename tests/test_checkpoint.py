@@ -181,9 +181,9 @@ def mutated(name: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if name == "twin":
-            patch.setattr(checkpoint, "_fill_twins", lambda *_: None)
+            patch.setattr(checkpoint.state, "_fill_twins", lambda *_: None)
         elif name:
-            patch.setattr(checkpoint, "tensors", tensors)
+            patch.setattr(checkpoint.state, "tensors", tensors)
         yield
 
 

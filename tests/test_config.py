@@ -13,7 +13,6 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.moe.config import MoE
 from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, check_attention, microbatches
-from dtron.training.pipeline import splits
 
 
 @pytest.mark.parametrize(
@@ -136,4 +135,4 @@ def test_bad_mesh_text(text, world, message):
 def test_a_backward_is_in_halves_where_blocks_gather_nothing(mesh, experts, zero, halves):
     model = ModelConfig(moe=MoE(experts=experts, top_k=2)) if experts else ModelConfig()
     config = RunConfig(mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch"))
-    assert splits(config, MeshShape.parse(mesh)) == halves
+    assert config.splits(MeshShape.parse(mesh)) == halves

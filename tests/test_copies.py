@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -36,11 +36,11 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.params import flat, init
 from dtron.rules import rules_for, zero_axes
-from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.compiled_stage import compiled
 from dtron.training.optimizer import adam_init, with_copies
 from dtron.training.pipeline import one_stage, program
-from dtron.training.step import update
+from dtron.training.step import TrainStep
 from dtron.training.zero3_prefetch import Ahead
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -277,7 +277,7 @@ def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[lis
             functions = functions or compiled(program(BLOCK, layout, splits=False), layout, backend=backend)
             params = init(pipe.spec, BLOCK.dims(), 0, layout)
             opt, found = with_copies(adam_init(params), params, pipe.spec, layout.compute), []
-            step = partial(update, functions, pipe, BLOCK, 3, OptimConfig())
+            step = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3))
             for _ in range(3):
                 loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
                 found += [full(loss).item(), *(full(w).norm().item() for w in flat(params))]

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,13 @@ from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.compute_config import How
 from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
-from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage, program
-from dtron.training.step import Recorded, update
+from dtron.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -189,8 +189,8 @@ def test_a_recorded_step_is_the_step(count):
         pipe = one_stage(MODEL, count, layout)
         params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
         opt, functions = adam_init(params), compiled(program(MODEL, layout), layout)
-        step = partial(update, functions, pipe, MODEL, 1, OptimConfig(), rule=compiled_rule())
-        step = Recorded(step, "cuda") if record else step
+        step = TrainStep(functions, pipe, RunConfig(model=MODEL), rule=compiled_rule())
+        step = CudaGraphStep(step, "cuda") if record else step
         for number in range(8):
             rows = random_rows(config, number)
             rows[:number, -3:] = IGNORE

@@ -14,7 +14,6 @@ from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.fault_tolerance import diagnose
 from dtron.tools.verify import on_one_device
 from dtron.training.pipeline import Pipeline
-from dtron.training.step import update
 
 TEN = RunConfig(model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
 CASES = [
@@ -82,9 +81,11 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
     assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
 
 
-def by_host_on_pool(mesh: str, config: RunConfig, update=update) -> tuple[list[float], list[str]]:
+def by_host_on_pool(
+    mesh: str, config: RunConfig, change_step=lambda step: step
+) -> tuple[list[float], list[str]]:
     """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do, and which
-    way this rank's messages went. ``update`` makes its steps."""
+    way this rank's messages went. ``change_step`` wraps its step."""
     isend, went, hosts = dist.isend, [], []
 
     def with_host(pipe: Pipeline) -> Pipeline:
@@ -97,7 +98,7 @@ def by_host_on_pool(mesh: str, config: RunConfig, update=update) -> tuple[list[f
 
     dist.isend = noted
     try:
-        return on_pool(mesh, config, change=with_host, update=update)[0], went
+        return on_pool(mesh, config, change=with_host, change_step=change_step)[0], went
     finally:
         dist.isend = isend
 
@@ -117,10 +118,14 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
         assert got == pytest.approx(losses, rel=1e-5)
 
 
-def diagnosed(functions, pipe, m, zero, optim, params, opt, batches, *rest, **more):
+def diagnosed(step):
     """A step that is diagnosed before it is made."""
-    assert "are finite" in diagnose(functions, params, batches, pipe, zero)
-    return update(functions, pipe, m, zero, optim, params, opt, batches, *rest, **more)
+
+    def run(params, opt, batches, *rest):
+        assert "are finite" in diagnose(step, params, batches)
+        return step(params, opt, batches, *rest)
+
+    return run
 
 
 @pytest.mark.xdist_group("pool")

@@ -33,14 +33,14 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.params import flat, init
 from dtron.rules import rules_for
-from dtron.runtime.config import OptimConfig, RunConfig
+from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
 from dtron.runtime.launch import host_group
 from dtron.training.compiled_stage import compiled_rule
 from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage, program
-from dtron.training.step import update
+from dtron.training.step import TrainStep
 
 SIX = ["--steps=6", "--eval-every=0", "--sample=0", "--save-every=2"]
 
@@ -279,9 +279,8 @@ def steps_of(rule, spoil: int | None) -> list[torch.Tensor]:
     for number in range(3):
         batches = [make_batch(r, layout) for r in random_rows(TEN, number).chunk(2)]
         fn = spoiled if number == spoil else functions
-        loss, norm, _, params, opt = update(
-            fn, pipe, MODEL, 1, OptimConfig(), params, opt, batches, 64, 1e-2, rule=rule
-        )
+        step = TrainStep(fn, pipe, RunConfig(model=MODEL), rule=rule)
+        loss, norm, _, params, opt = step(params, opt, batches, 64, 1e-2)
         assert loss.isfinite().item() == (number != spoil)
         found.append([x.clone() for tree in (params, opt.m, opt.v) for x in flat(tree)])
     assert opt.step == 3
@@ -325,11 +324,11 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
             )
             functions = replace(functions, stage=spoilt)
             want = "the gradient of w_head is not finite on rank"
-        said = diagnose(functions, params, batches, pipe, 1)
+        said = diagnose(TrainStep(functions, pipe, TEN), params, batches)
         assert want in said
         assert where == "weight" or "in microbatch 1 " in said
         if where == "gradient":
-            clean = diagnose(program(MODEL, layout), params, batches, pipe, 1)
+            clean = diagnose(TrainStep(program(MODEL, layout), pipe, TEN), params, batches)
             assert "are finite" in clean
 
 
@@ -340,16 +339,18 @@ def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
 
     said = []
 
-    def diagnosed(functions, pipe, m, zero, optim, params, opt, batches, *rest, gather_each):
-        group = host_group(20)  # seconds; by now all ranks have started
-        ask = lambda: diagnose(functions, params, batches, pipe, zero, gather_each, group)
-        said.append(ask())
-        if dist.get_rank() == spoilt:
-            local(params[0].blocks[0].mlp.w_up)[0, 0] = math.inf
-        said.append(ask())
-        return update(functions, pipe, m, zero, optim, params, opt, batches, *rest, gather_each=gather_each)
+    def diagnosed(step):
+        def run(params, opt, batches, *rest):
+            group = host_group(20)  # seconds; by now all ranks have started
+            said.append(diagnose(step, params, batches, group))
+            if dist.get_rank() == spoilt:
+                local(params[0].blocks[0].mlp.w_up)[0, 0] = math.inf
+            said.append(diagnose(step, params, batches, group))
+            return step(params, opt, batches, *rest)
 
-    on_pool(mesh, config, update=diagnosed)
+        return run
+
+    on_pool(mesh, config, change_step=diagnosed)
     return said
 
 

@@ -31,9 +31,8 @@ from dtron.distributed.redistribute import local, rank
 from dtron.distributed.simulated_ranks import by_rank
 from dtron.errors import LostRank
 from dtron.params import flat
-from dtron.schedules.runner import Program
-from dtron.training.gradients import gradients
-from dtron.training.pipeline import Pipeline
+from dtron.training.cuda_graph import CudaGraphStep
+from dtron.training.step import TrainStep
 
 AT_ONCE = 3.0  # seconds after which a second Ctrl-C is another one, and not torchrun passing on the first
 
@@ -109,18 +108,13 @@ class Watch:
 
 
 def diagnose(
-    functions: Program,
-    params: Any,
-    microbatches: Sequence[Any],
-    pipe: Pipeline,
-    zero: int,
-    gather_each: bool = True,
-    group: Any = None,
+    step: TrainStep | CudaGraphStep, params: Any, microbatches: Sequence[Any], group: Any = None
 ) -> str:
     """Which weight, on which rank, in which microbatch: the first that is not finite, and if none is, the
     first whose gradient is not. Every rank calls this, and all get one answer. Runs a backward if no rank,
     ``group`` being all of them (None: one process), has a weight that is not finite: in it ranks wait for
     each other, so none may decide alone."""
+    pipe = step.pipe
     if bad := _of_all(_not_finite(zip(flat(pipe.spec), flat(params), strict=True)), group):
         path, where = bad[0]
         return f"{path} itself is not finite on rank {where} ({len(bad)} in all): resume from a checkpoint"
@@ -130,7 +124,7 @@ def diagnose(
         pairs = zip(flat(pipe.specs[stage]), found, strict=True)
         grads.extend((path, rank, microbatch) for path, rank in _not_finite(pairs))
 
-    gradients(functions, params, microbatches, 1, pipe, zero, gather_each, look)
+    step.gradients(params, microbatches, look)
     if steep := _of_all(grads, group):
         first = min(m for *_, m in steep)
         paths = [(path, r) for path, r, m in steep if m == first]

@@ -26,7 +26,7 @@ from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import check, check_attention, check_dispatch, check_fp8, microbatches
 from dtron.training.config import RunPlan
-from dtron.training.pipeline import Pipeline, gathers_each, on_ranks, pipeline, splits
+from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 
 def plan(config: RunConfig) -> RunPlan:
@@ -54,7 +54,7 @@ def plan(config: RunConfig) -> RunPlan:
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     tokens = rows // shape.data * config.data.sequence // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
-    if config.fp8_gather and not gathers_each(config, shape):
+    if config.fp8_gather and not config.gathers_each(shape):
         more = " --pipeline.gather microbatch" if shape.pp > 1 else ""
         raise UserError(
             f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
@@ -69,8 +69,8 @@ def plan(config: RunConfig) -> RunPlan:
         torch.promote_types(compute, torch.float32),
         count,
         rows,
-        gathers_each(config, shape),
-        splits(config, shape),
+        config.gathers_each(shape),
+        config.splits(shape),
         compiles,
         _records(config, compiles and gpu, shape),
     )

@@ -34,12 +34,13 @@ from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig, Schedule
 from dtron.runtime.validate import check, microbatches
 from dtron.schedules.runner import Program
 from dtron.tools.count_collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
-from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
-from dtron.training.pipeline import gathers_each, pipeline, program, splits
-from dtron.training.reports import update_balance
+from dtron.training.build import build_step
+from dtron.training.config import RunPlan
+from dtron.training.optimizer import adam_init
+from dtron.training.pipeline import pipeline
 
 TOLERANCE = 1e-9
+NORM = "the gradient norm"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class StepResult:
     norm: float
     grads: Any
     params: Any
+    first_moments: Any
+    second_moments: Any
     collectives: CollectiveCounter
 
 
@@ -60,11 +63,13 @@ class Difference:
     path: str
     grad: float
     weight: float
+    state: float = 0.0
+    """of the optimizer's moments, the larger error of the two"""
 
     @property
     def same(self) -> bool:
         """Written so that NaN is not."""
-        return self.grad <= TOLERANCE and self.weight <= TOLERANCE
+        return self.grad <= TOLERANCE and self.weight <= TOLERANCE and self.state <= TOLERANCE
 
 
 def one_step(
@@ -87,16 +92,15 @@ def one_step(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )
         ]
-        each, tokens = gathers_each(config, shape), valid_tokens(rows)
-        functions = _guarded(program(m, layout, config.how, splits(config, shape)))
+        run_plan = RunPlan.eager(config, shape, count, torch.float64, torch.float64)
+        step = build_step(config, run_plan, pipe, wrap=_guarded)
         with CollectiveCounter(mesh) as counter:
-            loss, grads, reports = gradients(functions, params, batches, tokens, pipe, config.zero, each)
-            norm = global_norm(grads, pipe.spec) / tokens
-        whole_grads = pipe.whole(grads, lambda g: full(g).clone())  # the update consumes them
-        lr, scale = config.optim.lr, clip_scale(norm, config.optim.clip) / tokens
-        params, _ = adam_update(grads, adam_init(params), params, pipe.spec, lr, scale, config.optim)
-        params = update_balance(params, reports, pipe, m.moe.bias_rate)
-        return StepResult(full(loss).item(), norm.item(), whole_grads, pipe.whole(params), counter)
+            done = [*step.gradients(params, batches)]
+        whole_grads = pipe.whole(done[1], lambda g: full(g).clone())  # the update consumes them
+        tokens, lr = valid_tokens(rows), config.optim.lr
+        loss, norm, _, params, opt = step.update(params, adam_init(params), done, tokens, lr)
+        whole = [pipe.whole(tree, lambda x: full(x).clone()) for tree in (params, opt.m, opt.v)]
+        return StepResult(loss.item(), norm.item(), whole_grads, *whole, counter)
 
 
 def _guarded(functions: Program) -> Program:
@@ -124,18 +128,22 @@ def on_one_device(config: RunConfig) -> RunConfig:
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
-    """``(relative error of the loss, errors of every weight)``. What is zero but for rounding (a key's bias:
-    softmax does not see it) is measured against a small part of the largest gradient or weight instead of
-    itself."""
-    g_floor = 1e-6 * max(g.abs().max().item() for g in flat(want.grads))
-    w_floor = 1e-2 * max(w.abs().max().item() for w in flat(want.params))
+    """``(relative error of the loss, errors of every weight, and last of the gradient norm)``. A weight whose
+    gradient is zero but for rounding (a key's bias: softmax does not see it) is measured against a small part
+    of the largest gradient, weight or moment instead of itself."""
+    floors = {"grads": 1e-6, "params": 1e-2, "first_moments": 1e-6, "second_moments": 1e-12}
+    errors = {name: _errors(getattr(want, name), getattr(got, name), share) for name, share in floors.items()}
     rows = [
-        Difference(path, relative_error(g, g0, g_floor), relative_error(w, w0, w_floor))
-        for (path, g0), g, w0, w in zip(
-            leaves(want.grads), flat(got.grads), flat(want.params), flat(got.params), strict=True
-        )
+        Difference(path, grad, weight, max(m, v, key=lambda error: (error != error, error)))
+        for (path, _), grad, weight, m, v in zip(leaves(want.grads), *errors.values(), strict=True)
     ]
-    return abs(got.loss - want.loss) / abs(want.loss), rows
+    norm = abs(got.norm - want.norm) / abs(want.norm)
+    return abs(got.loss - want.loss) / abs(want.loss), [*rows, Difference(NORM, norm, 0.0)]
+
+
+def _errors(want: Any, got: Any, share: float) -> list[float]:
+    floor = share * max(x.abs().max().item() for x in flat(want))
+    return [relative_error(y, x, floor) for x, y in zip(flat(want), flat(got), strict=True)]
 
 
 def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
@@ -228,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"mesh {shape}, zero {config.zero}: the same result as one device, to {TOLERANCE:.0e}")
         return 0
     what = (
-        f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e})"
+        f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, moments {wrong.state:.1e})"
         if wrong
         else f"loss {loss_error:.1e}"
     )
@@ -241,12 +249,12 @@ def _error_table(shape: MeshShape, config: RunConfig, loss_error: float, rows: l
         title=f"one step on {shape} ({shape.size} ranks, zero {config.zero}) against one device, float64"
     )
     table.add_column("")
-    for name in ("relative error of the gradient", "of the weight after the step"):
+    for name in ("relative error of the gradient", "of the weight after the step", "of its moments"):
         table.add_column(name, justify="right")
-    table.add_row("loss", f"{loss_error:.1e}", "")
+    table.add_row("loss", f"{loss_error:.1e}", "", "")
     for r in rows:
         style = None if r.same else "bold red"
-        table.add_row(r.path, f"{r.grad:.1e}", f"{r.weight:.1e}", style=style)
+        table.add_row(r.path, f"{r.grad:.1e}", f"{r.weight:.1e}", f"{r.state:.1e}", style=style)
     return table
 
 

@@ -19,7 +19,10 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import Fp8, How
 from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
+from dtron.params import flat
+from dtron.rules import RULES, place, whole
 from dtron.training.optimizer import OptimConfig
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
@@ -112,6 +115,20 @@ class StepConfig:
     def zigzags(self) -> bool:
         return self.zigzag == "on" or (self.zigzag == "auto" and self.cp != "ulysses")
 
+    def gathers_each(self, shape: MeshShape) -> bool:
+        """Whether ZeRO-3 unshards weights in every microbatch, and not once a step."""
+        return self.zero == 3 and (shape.pp == 1 or self.pipeline.gather == "microbatch")
+
+    def splits(self, shape: MeshShape) -> bool:
+        """Whether a backward can run in two halves: not where blocks gather weights, because those blocks are
+        recomputed."""
+        axes = tuple(shape.atoms)
+        sharded = any(
+            place(RULES, axes, *w.axes) != place(whole(RULES), axes, *w.axes)
+            for w in flat(declare_model(self.model))
+        )
+        return not (self.gathers_each(shape) and sharded)
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -132,6 +149,21 @@ class RunPlan:
     compile: bool
     graph: bool
     """a step is recorded once and replayed"""
+
+    @classmethod
+    def eager(
+        cls,
+        config: StepConfig,
+        shape: MeshShape,
+        microbatches: int,
+        master: torch.dtype,
+        compute: torch.dtype,
+    ) -> RunPlan:
+        """The plan of a step that is not compiled, on CPU ranks: what proofs and tests build."""
+        rows = config.batch // microbatches
+        each = config.gathers_each(shape)
+        splits = config.splits(shape)
+        return cls(shape, "cpu", compute, master, microbatches, rows, each, splits, False, False)
 
     @property
     def main(self) -> bool:

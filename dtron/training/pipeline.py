@@ -32,7 +32,6 @@ from dtron.model.compute_config import PLAIN, How
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
-from dtron.rules import RULES, place, whole
 from dtron.schedules import Table, make
 from dtron.schedules.p2p import Handed, Links, Sent, Ways, make_ways
 from dtron.schedules.runner import Program
@@ -220,18 +219,6 @@ def on_ranks(
         first, last = (pipe.table.rank_of[s] for s in pipe.twins)
         pairs |= {(first, last), (last, first)} if first != last else set()
     return replace(pipe, ways=make_ways(lines, pairs, template.device, timeout), template=template)
-
-
-def gathers_each(config: StepConfig, shape: MeshShape) -> bool:
-    """Whether ZeRO-3 gathers weights in every microbatch, and not once a step."""
-    return config.zero == 3 and (shape.pp == 1 or config.pipeline.gather == "microbatch")
-
-
-def splits(config: StepConfig, shape: MeshShape) -> bool:
-    """Whether a backward can be made in two halves: not where blocks gather, because they are recomputed."""
-    lies = lambda rules, w: place(rules, tuple(shape.atoms), *w.axes)
-    cut = any(lies(RULES, w) != lies(whole(RULES), w) for w in flat(declare_model(config.model)))
-    return not (gathers_each(config, shape) and cut)
 
 
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
