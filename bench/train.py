@@ -82,7 +82,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
-    here = replace(here, compile=here.compile and not o.eager)
+    here = replace(here, compile=not o.eager)
     here = replace(here, graph=here.graph and not (o.eager or o.no_graph))
     one = build_step(config, here, pipe, overlap=not o.no_overlap)
 

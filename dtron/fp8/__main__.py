@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dtron.fp8.matmul import matmul
 from dtron.fp8.recipe import Recipe, Scaling
+from dtron.runtime.exit import Parser, run_cli
 
 
 def products(fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
@@ -45,5 +47,11 @@ def table(size: int = 1024) -> list[str]:
     return rows
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    Parser(prog="python -m dtron.fp8", description="How far from exact each FP8 recipe is.").parse_args(argv)
     print("\n".join(table()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -103,8 +103,6 @@ def table(
     sequences: Sequence[int],
 ) -> Table:
     """A line for each length that the mesh can cut; ``weights``: bytes of all else."""
-    from dtron.tools.show import size
-
     out = Table(title=f"one row of a sequence on each data rank, bf16: {size(weights)} and activations")
     for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in RECOMPUTE)):
         out.add_column(name, justify="right", no_wrap=True)
@@ -118,3 +116,11 @@ def table(
 def sequences(unit: int) -> list[int]:
     """Powers of 2 from 4096 to 1048576, rounded up to what the mesh cuts."""
     return [-(-(2**n) // unit) * unit for n in range(12, 21)]
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1536 is 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024

@@ -37,6 +37,7 @@ from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, draw_mesh, draw_tensor
+from dtron.tools.memory_estimate import size
 from dtron.training.pipeline import cut, layers_per_stage
 
 Placements = tuple
@@ -173,14 +174,6 @@ def table(found: Sequence[Row], title: str) -> Table:
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1536 is 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n < 1024 or unit == "TiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
 
 
 def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:

@@ -245,11 +245,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _error_table(shape: MeshShape, config: RunConfig, loss_error: float, rows: list[Difference]) -> Table:
-    table = Table(
-        title=f"one step on {shape} ({shape.size} ranks, zero {config.zero}) against one device, float64"
-    )
+    table = Table(title=f"relative errors of one step on {shape} ({shape.size} ranks, zero {config.zero})")
     table.add_column("")
-    for name in ("relative error of the gradient", "of the weight after the step", "of its moments"):
+    for name in ("gradient", "weight", "moments"):
         table.add_column(name, justify="right")
     table.add_row("loss", f"{loss_error:.1e}", "", "")
     for r in rows:

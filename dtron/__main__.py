@@ -1,0 +1,67 @@
+"""``dtron COMMAND ...`` and ``python -m dtron COMMAND ...``: every program of dtron under one name.
+
+``dtron train`` is train.py, ``dtron verify`` is ``python -m dtron.verify``, and so on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dtron.errors import UserError
+from dtron.runtime.exit import run_cli
+
+COMMANDS = {
+    "train": ("", "train a model; the same as train.py"),
+    "verify": ("dtron.tools.verify", "prove that a step on a mesh is that of one device"),
+    "show": ("dtron.tools.show", "every weight on a mesh, and its memory"),
+    "generate": ("dtron.tools.generate", "text from a model"),
+    "profile": ("dtron.tools.profile", "where the time of a traced step goes"),
+    "data": ("dtron.data.__main__", "make token files from text, and look at them"),
+    "hf": ("dtron.hf.__main__", "export a run as a Hugging Face folder"),
+    "checkpoint": ("dtron.checkpoint.__main__", "look at the checkpoints of a run"),
+    "schedules": ("dtron.schedules.__main__", "time pipeline schedules and draw them"),
+    "fp8": ("dtron.fp8.__main__", "how far from exact each FP8 recipe is"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: dtron COMMAND [arguments]\n\n{rows}\n\ndtron COMMAND --help lists the arguments."
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+        raise UserError(f"dtron {name}: unknown command; {hint}")
+    return program(name)(rest)
+
+
+def program(name: str) -> Callable[[list[str]], int]:
+    """The ``main`` of a command. train.py lies beside the package in a checkout, and inside it in a wheel."""
+    if name != "train":
+        return importlib.import_module(COMMANDS[name][0]).main
+    package = Path(__file__).resolve().parent
+    path = next(p for p in (package.parent / "train.py", package / "train_program.py") if p.is_file())
+    spec = importlib.util.spec_from_file_location("dtron_train", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def run() -> None:
+    """The console command."""
+    sys.exit(run_cli(main, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()
