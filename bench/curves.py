@@ -1,6 +1,6 @@
 """Does it still learn the same? The same 200 steps in several ways of computing, into bench/curves.json.
 
-    python bench/curves.py                      # and then python docs/figures.py draws them
+    python bench/curves.py                      # and then python docs/draw/figures.py draws them
     python bench/curves.py --steps 20 --device cpu --out /tmp/curves.json
 
 Each way is train.py as a user would start it, with the default model, text and seed. FP8 is made to convert

@@ -88,13 +88,13 @@ def test_pictures_are_svg_with_every_weight(mesh):
 
 
 def test_the_figures_of_the_docs_are_current(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "draw"))
     import figures
 
     drawn = figures.figures()
     assert {f.name for f in figures.FOLDER.iterdir()} == set(drawn)
     for name, svg in drawn.items():
-        assert (figures.FOLDER / name).read_text() == svg, "run python docs/figures.py"
+        assert (figures.FOLDER / name).read_text() == svg, "run python docs/draw/figures.py"
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     assert all(f"figures/{name}" in pages for name in drawn)
 

@@ -10,6 +10,8 @@ between products stay in high precision. See docs/fp8.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.distributed.tensor.experimental import local_map
 
 from dtron.distributed.redistribute import part_of
 from dtron.errors import PlacementError
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipe import Recipe, Scaling
 
 # Tensor parallelism of one product, over one mesh axis:
 #    x             w             y             gradient of x, of w
@@ -41,19 +43,29 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
     near zero. Raises PlacementError where a product cannot be local."""
     if recipe is None or not recipe.converts(*_sizes(x, w)):
         return x @ w
-    from dtron.fp8.scaled_mm import product  # imports torchao
-
+    product = scaled_product(recipe.name)
     if not isinstance(x, DTensor):
-        return product(x, w, recipe.name)
+        return product(x, w)
     mesh, (y_lies, dx_lies, dw_lies) = x.device_mesh, _placements(x, w)
     region = local_map(
-        lambda x, w: product(x, w, recipe.name),
+        product,
         out_placements=y_lies,
         in_placements=(x.placements, w.placements),
         in_grad_placements=(dx_lies, dw_lies),
         device_mesh=mesh,
     )
     return region(x, w)
+
+
+def scaled_product(scaling: Scaling) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product in FP8 on the tensors of one rank. Imports torchao."""
+    if scaling == "blockwise":
+        from dtron.fp8.blockwise import Blockwise
+
+        return Blockwise.apply
+    from dtron.fp8.scaled_mm import product
+
+    return partial(product, scaling=scaling)
 
 
 def grouped_matmul(x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None) -> Tensor | None:

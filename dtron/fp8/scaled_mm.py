@@ -65,12 +65,8 @@ _CONFIGS = {
 
 
 def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
-    """``x [T, I] @ w [I, O]`` in FP8, and both gradients. On a CPU the values are rounded to FP8 and
-    multiplied in float32."""
-    if scaling == "blockwise":
-        from dtron.fp8.blockwise import Blockwise  # which is made of parts of this file
-
-        return Blockwise.apply(x, w)
+    """``x [T, I] @ w [I, O]`` in FP8, and both gradients; blockwise scales are in blockwise.py. On a CPU the
+    values are rounded to FP8 and multiplied in float32."""
     return _Product.apply(x, w, scaling)
 
 

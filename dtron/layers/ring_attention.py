@@ -13,7 +13,7 @@ autograd makes of it is the backward ring. ``ring`` is for the plain causal mask
 no keys but its own for backward, where keys and values go round once more, and behind them a sum of their
 gradients, that every rank adds to and that arrives where it belongs.
 
-Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see order.py) a rank
+Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see token_order.py) a rank
 has an early half, 0, and a late half, 1. Of a part from another rank two of the four pairs of halves are
 seen, and seen whole: its half 0 by one's half 1 in any case, and beside it half 0 by half 0 where that part
 is the earlier one, or half 1 by half 1 where it is the later. The others are left out, so ``ring`` does just

@@ -3,7 +3,7 @@
 A stage is a function ``stage(params, x, batch) -> (y, extra)``; the last one's y is the loss, and any stage
 may add to what is minimised with ``extra.aux``, and say something of itself with ``extra.report``. F runs it
 and keeps the edges of autograd's graph that lead back from y and aux; B is ``torch.autograd.grad`` along
-these; I and W are its halves (split.py). Nothing touches ``.grad``. What a microbatch keeps in a stage is
+these; I and W are its halves (split_backward.py). Nothing touches ``.grad``. What a microbatch keeps in a stage is
 dropped at its B or W, so no more is ever alive than ``peaks`` says of the table.
 
 What must travel between ranks follows from the table too: an activation goes to the rank of the next stage

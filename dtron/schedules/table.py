@@ -9,7 +9,7 @@ The model is cut into *stages*, the batch into *microbatches*. An action is one 
 
 and a schedule is nothing but the order in which each rank does its actions. It moves no data and knows no
 time: a rank takes the next action of its row as soon as that action's input is there. So a schedule can be
-made, checked, timed and drawn without a model, and one runner executes them all (run.py).
+made, checked, timed and drawn without a model, and one runner executes them all (runner.py).
 
 Left out: actions for communication. What must be sent follows from the table, because an action needs only
 

@@ -1,4 +1,4 @@
-"""``python docs/figures.py`` draws every figure of these pages again, into docs/figures/.
+"""``python docs/draw/figures.py`` draws every figure of these pages again, into docs/figures/.
 
 Nothing in them is drawn by hand: the pieces come from the placements of real DTensors on simulated ranks, and
 the collectives from a counter that watched a real step. A test draws them too and compares.
@@ -34,7 +34,7 @@ from dtron.tools.show import picture, rows, size, total
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 
-FOLDER = Path(__file__).parent / "figures"
+FOLDER = Path(__file__).parents[1] / "figures"
 
 
 def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
