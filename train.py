@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.checkpoint.async_saver import Saver
+from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import clear_parts
 from dtron.data import Data, Prefetch, Rows, open_data
 from dtron.distributed.redistribute import full
@@ -32,7 +32,7 @@ from dtron.params import gather, init
 from dtron.runtime.cli import parse, save
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.exit import run_cli
-from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
+from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.tools.generate import generate
@@ -40,9 +40,9 @@ from dtron.tools.profile import Recorder
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
-from dtron.training.optimizer import adam_init, learning_rate, with_copies
+from dtron.training.optimizer import adam_init, learning_rate, with_compute_copies
 from dtron.training.pipeline import Pipeline, one_stage, program
-from dtron.training.reports import Told, describe_experts
+from dtron.training.reports import StepReports, describe_experts
 
 VALIDATION_ROWS = 32
 PROFILED_STEP = 5  # of this process: what is compiled or allocated once is behind it
@@ -54,13 +54,13 @@ def main(argv: list[str]) -> int:
     run_dir, found = open_run(config)
     data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
     begin = Source(config.init_from, config.model) if config.init_from and not found else None
-    with ranks(config, here) as pipe, Stop(host_group(config.timeout)) as stop:
+    with ranks(config, here) as pipe, StopSignal(host_group(config.timeout)) as stop:
         train(config, here, pipe, data, run_dir, found, stop, begin)
     return 0
 
 
 def train(
-    config: RunConfig, here: RunPlan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: Stop,
+    config: RunConfig, here: RunPlan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: StopSignal,
     begin: Source | None = None,
 ) -> None:  # fmt: skip
     """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
@@ -78,9 +78,9 @@ def train(
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
             raise UserError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
-    state = replace(state, opt=with_copies(state.opt, state.params, spec, layout.compute))
-    watch = Watch(config.max_skips)
-    saver = Saver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
+    state = replace(state, opt=with_compute_copies(state.opt, state.params, spec, layout.compute))
+    watch = NonFiniteGuard(config.max_skips)
+    saver = AsyncSaver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
     if config.save_every:
         saver.prepare(checkpoint.tensors(state, spec))
     if here.main:  # not earlier: a refused resume leaves the run as it was
@@ -98,7 +98,14 @@ def train(
     train_step = build_step(config, here, pipe)
 
     def finish(
-        step: int, loss: Tensor, norm: Tensor, told: Told, lr: float, tokens: int, end: Any, waited: float
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        told: StepReports,
+        lr: float,
+        tokens: int,
+        end: Any,
+        waited: float,
     ) -> dict:
         """Log a step. Here the host waits for it; by then the next one is on its way."""
         value, norm = loss.item(), norm.item()

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.layers.attention_kernels import Mask
+from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.context_parallel import prepare
 from dtron.layers.cross_entropy import Loss, cross_entropy
 from dtron.layers.norm import norm
@@ -67,7 +67,7 @@ def functions(way: str, m, layout: Layout) -> Program:
 
 def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
     table = rope_tables(m.rope, batch.positions_T, m.head_dim, x_TD.dtype)
-    mask = Mask(batch.sequence, m.window, m.softcap)
+    mask = AttentionMask(batch.sequence, m.window, m.softcap)
     mask, _ = prepare(mask, None, m.sinks, m.head_dims, x_TD, layout, "sdpa")
     for p_block in p.blocks:
         x_TD = one(p_block, x_TD, table, mask)

@@ -24,7 +24,7 @@ from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.moe.experts import compute
-from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.moe.layer import MoELayer, TokenInfo, moe
 from dtron.moe.router import route
 from dtron.params import declare, flat, init, tree_map
 from dtron.runtime.metrics import peak_tflops
@@ -40,7 +40,7 @@ def main() -> None:
     )
     x = torch.randn(o.tokens, m.embed, device=device).to(dtype).requires_grad_()
     place = torch.arange(o.tokens, device=device)
-    seen = Seen(place >= 0, torch.zeros_like(place), 1, place)
+    seen = TokenInfo(place >= 0, torch.zeros_like(place), 1, place)
     rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
     ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
 

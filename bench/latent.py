@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtron.layers.attention_kernels import Mask, attention_flex, with_blocks
+from dtron.layers.attention_kernels import AttentionMask, attention_flex, with_blocks
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -34,7 +34,7 @@ def kernels(sequence: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tenso
 
         return run
 
-    mask = with_blocks(Mask(sequence), None, torch.device("cuda"))
+    mask = with_blocks(AttentionMask(sequence), None, torch.device("cuda"))
     return {name: sdpa(backend) for name, backend in BACKENDS.items()} | {
         "flex": lambda q, k, v: attention_flex(q, k, v, None, None, mask)
     }

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron import checkpoint
-from dtron.checkpoint.async_saver import Saver
+from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.params import init
@@ -39,7 +39,7 @@ def main() -> None:
     params = init(spec, m.dims(), 0, layout, torch.float32, device)
     opt = adam_init(params)
     shutil.rmtree(o.dir, ignore_errors=True)
-    saver = Saver(o.dir, keep=1)
+    saver = AsyncSaver(o.dir, keep=1)
     start = time.perf_counter()
     saver.prepare(checkpoint.tensors(checkpoint.TrainState(0, 0, params, opt), spec))
     saver.wait()

@@ -35,7 +35,7 @@ from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.symmetric_memory import carried
+from dtron.distributed.symmetric_memory import copy_engine_groups
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.batch import make_batch
@@ -49,7 +49,7 @@ from dtron.runtime.launch import plan, ranks
 from dtron.runtime.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
 from dtron.training.build import build_step
-from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.optimizer import adam_init, with_compute_copies
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
-    opt = with_copies(adam_init(params), params, spec, layout.compute)
+    opt = with_compute_copies(adam_init(params), params, spec, layout.compute)
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
     place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
@@ -136,7 +136,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "torch": torch.__version__, **timed,
         "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
         **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
-        **({"copy_engines": True} if carried(layout.mesh) else {}),
+        **({"copy_engines": True} if copy_engine_groups(layout.mesh) else {}),
         **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,

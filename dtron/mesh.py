@@ -37,9 +37,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
-from dtron.distributed.collectives import Peers, all_reduce
+from dtron.distributed.collectives import RingGroup, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
-from dtron.distributed.redistribute import Gather, code, part_of, shard
+from dtron.distributed.redistribute import Unshard, code, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import RULES, Rules, expand, place, whole
 
@@ -94,13 +94,13 @@ class Layout:
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
     experts: DeviceMesh | None = field(init=False, default=None, compare=False)
-    context: Peers | None = field(init=False, default=None, compare=False)
+    context: RingGroup | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", ranks_along(self.mesh, "ep"))
         object.__setattr__(self, "context", self._peers("cp"))
 
-    def _peers(self, axis: str) -> Peers | None:
+    def _peers(self, axis: str) -> RingGroup | None:
         ranks = ranks_along(self.mesh, axis)
         if ranks is None:
             return None
@@ -110,7 +110,7 @@ class Layout:
         for atom in parts(self.axes, axis):
             i = self.axes.index(atom)
             place = place * self.mesh.size(i) + coordinate[i]
-        return Peers(ranks, place)
+        return RingGroup(ranks, place)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ class Layout:
             return w.to(dtype)
         if self.ready(w, *axes):
             return w
-        return Gather.apply(w, code(self.gathered(*axes)), dtype, self.summed(w), narrow)
+        return Unshard.apply(w, code(self.gathered(*axes)), dtype, self.summed(w), narrow)
 
     def ready(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``gather`` has nothing to do for this weight."""

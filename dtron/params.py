@@ -5,7 +5,7 @@
         w_up: Tensor = weight("embed", "mlp")
         w_down: Tensor = weight("mlp", "embed", init=residual_out)
 
-``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``Weight`` records:
+``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``WeightSpec`` records:
 path, logical axes, sizes, initialiser. Everything else follows from that one tree: drawing the weights,
 placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims`` maps the names used in
 declarations (axes, ``when`` conditions, ``count``) to numbers; a model's config makes it, and so can a test.
@@ -34,11 +34,11 @@ from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
 
 Dims = Mapping[str, Any]
-Init = Callable[["Weight", Dims, torch.Generator], Tensor]
+Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightSpec:
     """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
     starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no weight of the
     optimizer's, but something else that is kept with them. ``summed``: how many of its first dims (after that
@@ -62,23 +62,23 @@ class Weight:
         return math.prod(self.shape)
 
 
-def normal(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+def normal(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
     """Normal of standard deviation ``dims["init_std"]``, 0.02 unless given (GPT-2)."""
     x = torch.empty(w.shape, device=generator.device)
     return x.normal_(0.0, dims.get("init_std", 0.02), generator=generator)
 
 
-def residual_out(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+def residual_out(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
     """``normal`` divided by sqrt(2 layers), so that the residual stream's variance does not grow with depth
     (GPT-2, section 2.3)."""
     return normal(w, dims, generator) / math.sqrt(2 * dims.get("layers", 1))
 
 
-def ones(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+def ones(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
     return torch.ones(w.shape, device=generator.device)
 
 
-def zeros(w: Weight, dims: Dims, generator: torch.Generator) -> Tensor:
+def zeros(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
     return torch.zeros(w.shape, device=generator.device)
 
 
@@ -104,7 +104,7 @@ def part(*, count: str | None = None, each: str | None = None, when: str | None 
 
 
 def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
-    """The tree of ``Weight`` records of a params dataclass. Raises ValueError for a name that dims lacks."""
+    """The tree of ``WeightSpec`` records of a params dataclass. Raises ValueError for a name that dims lacks."""
     rename = rename or {}
     hints = typing.get_type_hints(cls)
     tree = {}
@@ -118,7 +118,7 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
             kind = {name: meta[name] for name in ("frozen", "summed")}
-            tree[f.name] = Weight(here, axes, shape, meta["init"], **kind)
+            tree[f.name] = WeightSpec(here, axes, shape, meta["init"], **kind)
         else:
             sub = _layer_class(hints[f.name])
             count = meta["count"]
@@ -148,7 +148,9 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """``(path, leaf)`` of every leaf, in declaration order; paths read like ``blocks.3.mlp.w_up``."""
     if tree is None:
         return
-    if isinstance(tree, (Tensor, Weight)):  # before the next question, which torch.compile 2.11 cannot ask
+    if isinstance(
+        tree, (Tensor, WeightSpec)
+    ):  # before the next question, which torch.compile 2.11 cannot ask
         yield path, tree
         return
     if is_dataclass(tree):
@@ -168,7 +170,7 @@ def flat(tree: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the class of a leaf says of it; see ``Weight``."""
+    """What the class of a leaf says of it; see ``WeightSpec``."""
 
     axes: tuple[str, ...]
     frozen: bool
@@ -186,7 +188,7 @@ def declared(tree: Any) -> list[Declared]:
 def _declared(tree: Any, leaf: Declared | None, rename: Mapping[str, str], found: list[Declared]) -> None:
     if tree is None:
         return
-    if isinstance(tree, (Tensor, Weight)):
+    if isinstance(tree, (Tensor, WeightSpec)):
         found.append(leaf)
     elif isinstance(tree, (tuple, list)):
         for child in tree:
@@ -211,7 +213,7 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     # the tree alive until the garbage collector runs.
     if like is None:
         return None
-    if isinstance(like, (Tensor, Weight)):
+    if isinstance(like, (Tensor, WeightSpec)):
         return next(rest)
     if is_dataclass(like):
         return type(like)(
@@ -232,7 +234,7 @@ def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return unflatten(tree, [fn(*xs) for xs in zip(flat(tree), *(flat(o) for o in others), strict=True)])
 
 
-def draw(w: Weight, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
+def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
     """One whole weight, float32: a function of (seed, path), so that no mesh can change it."""
     digest = hashlib.sha256(f"{seed}/{w.path}".encode()).digest()
     with paused():  # simulated ranks would draw one value each
@@ -254,10 +256,10 @@ def init(
 
 
 # Whether a product with this weight, of which a rank then has a part of this shape, is made in FP8.
-Narrow = Callable[["Declared", Sequence[float]], bool]
+Fp8GatherRule = Callable[["Declared", Sequence[float]], bool]
 
 
-def gather(tree: Any, layout: Layout, once: bool = False, narrow: Narrow | None = None) -> Any:
+def gather(tree: Any, layout: Layout, once: bool = False, narrow: Fp8GatherRule | None = None) -> Any:
     """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
     stage. ``once``: not under autograd, and small weights may share a collective (distributed/bucketing.py). ``narrow``:
     which weights may be sent in 8 bits."""
@@ -266,7 +268,7 @@ def gather(tree: Any, layout: Layout, once: bool = False, narrow: Narrow | None 
 
 def gather_all(
     weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout, once: bool = False,
-    narrow: Narrow | None = None,
+    narrow: Fp8GatherRule | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The same for the leaves of a tree."""
     pairs = list(zip(weights, of, strict=True))

@@ -32,7 +32,7 @@ from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatte
 from dtron.rules import rules_for
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
 from dtron.tools.verify import relative_error
-from dtron.training.gradients import Wholes
+from dtron.training.gradients import EagerWeights
 
 Axes = tuple[str | None, ...]
 Mutate = Callable[[Layout], Layout]
@@ -105,7 +105,9 @@ def run_layer(
             direction = shard_like(direction, y)
             grads = torch.autograd.grad(y, [*flat(weights), *wanted], direction)
             n = len(grads) - len(wanted)
-            reduced = unflatten(weights, Wholes(layout).reduce(None, list(grads[:n]), flat(placed), False))
+            reduced = unflatten(
+                weights, EagerWeights(layout).reduce(None, list(grads[:n]), flat(placed), False)
+            )
         tensors = {"output": full(y.detach())}
         tensors |= {f"gradient of {path}": full(g) for path, g in leaves(reduced)}
         names = [name for name, x in zip(inputs, xs, strict=True) if x.requires_grad]

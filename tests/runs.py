@@ -22,7 +22,7 @@ from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.optimizer import adam_init, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 MODEL = ModelConfig(
@@ -58,7 +58,7 @@ def train(
     spec = pipe.spec
     params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
-    opt, initial = with_copies(adam_init(params), params, spec, layout.compute), digest(params)
+    opt, initial = with_compute_copies(adam_init(params), params, spec, layout.compute), digest(params)
     plan = RunPlan.eager(config, shape, count, dtype, layout.compute or dtype)
     step = change_step(build_step(config, plan, pipe))
     losses, norms = [], []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 import dtron.training.zero3_prefetch
-from dtron.training.zero3_prefetch import Ahead
+from dtron.training.zero3_prefetch import Zero3Prefetch
 
 OPS, ATEN = torch.ops._c10d_functional, torch.ops.aten
 GATHER, TOGETHER = OPS.all_gather_into_tensor.default, OPS.all_gather_into_tensor_coalesced.default
@@ -148,7 +148,7 @@ def values(module: GraphModule) -> list[torch.Tensor]:
 
 def moved(module: GraphModule, bucket: int) -> GraphModule:
     module = deepcopy(module)
-    Ahead("dp", bucket)(module.graph)
+    Zero3Prefetch("dp", bucket)(module.graph)
     module.recompile()
     return module
 
@@ -267,5 +267,8 @@ def test_a_graph_without_gathers_is_left_alone():
 
 
 def test_code_is_kept_for_the_same_pass_alone():
-    assert Ahead("1").uuid() == Ahead("1").uuid()
-    assert Ahead("1").uuid() != Ahead("2").uuid() and Ahead("1").uuid() != Ahead("1", 64).uuid()
+    assert Zero3Prefetch("1").uuid() == Zero3Prefetch("1").uuid()
+    assert (
+        Zero3Prefetch("1").uuid() != Zero3Prefetch("2").uuid()
+        and Zero3Prefetch("1").uuid() != Zero3Prefetch("1", 64).uuid()
+    )

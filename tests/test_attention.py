@@ -20,14 +20,14 @@ from dtron.layers import attention_kernels
 from dtron.layers.attention import Attention, attention
 from dtron.layers.attention_kernels import (
     CORES,
-    Mask,
+    AttentionMask,
     attention_reference,
     attention_sdpa,
     choose,
     with_blocks,
     with_sinks,
 )
-from dtron.layers.rope import Rope, rope_tables
+from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
 from dtron.params import flat, init
@@ -57,7 +57,8 @@ def test_every_path_is_the_reference(path, b, kv, group, h, s, window, packed, s
     documents = (normal(b, s, seed=seed) > 0.5).cumsum(-1) if packed else None
     sink = normal(kv * group, seed=seed + 300) if sinks else None
     got, want = (
-        f(q, k, v, documents, sink, Mask(s, window, softcap)) for f in (CORES[path], attention_reference)
+        f(q, k, v, documents, sink, AttentionMask(s, window, softcap))
+        for f in (CORES[path], attention_reference)
     )
     same(got, want, [q, k, v, *([sink] if sinks else [])])
 
@@ -71,7 +72,7 @@ def test_values_of_another_width_and_another_scale(path, w, scale, s, window, pa
     """And the reference is the same with values padded to the width of keys."""
     q, k, v = (normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w))))
     documents = (normal(2, s, seed=seed) > 0.5).cumsum(-1) if packed else None
-    run = lambda path, v, scale: CORES[path](q, k, v, documents, None, Mask(s, window, scale=scale))
+    run = lambda path, v, scale: CORES[path](q, k, v, documents, None, AttentionMask(s, window, scale=scale))
     want = run("reference", v, scale)
     same(run(path, v, scale), want, [q, k, v])
     if w < 4:
@@ -81,9 +82,9 @@ def test_values_of_another_width_and_another_scale(path, w, scale, s, window, pa
 
 
 WRONG = {
-    "window": {"mask": Mask(6, 4, 0.5)},
+    "window": {"mask": AttentionMask(6, 4, 0.5)},
     "documents": {"documents": None},
-    "softcap": {"mask": Mask(6, 3, 0.51)},
+    "softcap": {"mask": AttentionMask(6, 3, 0.51)},
     "sinks": {"sinks": None},
     "shared keys": {"shuffled": True},
 }
@@ -97,8 +98,12 @@ def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
     if not hard and what in ("softcap", "sinks"):
         pytest.skip("sdpa has neither")
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
-    right = {"documents": DOCUMENTS, "sinks": normal(4, seed=3) if hard else None, "mask": Mask(6, 3)}
-    right["mask"] = Mask(6, 3, 0.5 if hard else None)
+    right = {
+        "documents": DOCUMENTS,
+        "sinks": normal(4, seed=3) if hard else None,
+        "mask": AttentionMask(6, 3),
+    }
+    right["mask"] = AttentionMask(6, 3, 0.5 if hard else None)
 
     def run(core, documents, sinks, mask, shuffled=False):
         mask = mask if hard else replace(mask, softcap=None)
@@ -115,7 +120,7 @@ def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_a_token_has_influence_where_it_may_be_seen_and_nowhere_else(path, documents, window):
     q, k, v = (normal(2, 2, 6, 4, seed=i) for i in range(3))
-    run = lambda k, v: CORES[path](q, k, v, documents, None, Mask(6, window)).sum((1, 3))
+    run = lambda k, v: CORES[path](q, k, v, documents, None, AttentionMask(6, window)).sum((1, 3))
     k_slope, v_slope = torch.autograd.functional.jacobian(run, (k, v))
     for x, i, y, j in product(range(2), range(6), range(2), range(6)):
         seen = x == y and j <= i and (window is None or i - j < window)
@@ -129,7 +134,7 @@ def test_documents_never_meet(path):
     """With everything about one document changed, the other's outputs and gradients are the same bits; on
     another path or with other document numbers, too."""
     hard, s, cut = path != "sdpa", 150, 70
-    mask = Mask(s, 40, 2.0 if hard else None)
+    mask = AttentionMask(s, 40, 2.0 if hard else None)
     sinks = normal(4, seed=3) if hard else None
     documents = (torch.arange(s) >= cut).long().repeat(2, 1)
 
@@ -151,7 +156,7 @@ def test_documents_never_meet(path):
 def test_softcap():
     """Values that are the identity give the probabilities; no two of a row differ by more than e^(2 cap)."""
     q, k, eye = 30 * normal(1, 1, 8, 8), 30 * normal(1, 1, 8, 8, seed=1), torch.eye(8, dtype=F64)[None, None]
-    p = attention_reference(q, k, eye, None, None, Mask(8, softcap=1.5))[0, 0]
+    p = attention_reference(q, k, eye, None, None, AttentionMask(8, softcap=1.5))[0, 0]
     odds = (1.5 * torch.tanh(q[0, 0] @ k[0, 0].T / math.sqrt(8) / 1.5)).exp().tril()
     close(p, odds / odds.sum(-1, keepdim=True))
     assert all(row[: i + 1].max() / row[: i + 1].min() <= math.exp(3.0) + 1e-9 for i, row in enumerate(p))
@@ -161,14 +166,16 @@ def test_sinks():
     """A head's weights sum to less than 1 by what its sink takes: all for a large one, nothing for -inf."""
     q, k, eye = normal(1, 3, 8, 8), normal(1, 3, 8, 8, seed=1), torch.eye(8, dtype=F64).expand(1, 3, 8, 8)
     sinks = torch.tensor([1.0, 50.0, -math.inf], dtype=F64)
-    p = attention_reference(q, k, eye, None, sinks, Mask(8))[0]
+    p = attention_reference(q, k, eye, None, sinks, AttentionMask(8))[0]
     odds = (q[0] @ k[0].mT / math.sqrt(8)).exp().tril()
     close(p, odds / (odds.sum(-1, keepdim=True) + sinks.exp()[:, None, None]))
     assert (p[0].sum(-1) < 1).all() and p[1].sum() < 1e-9
-    close(p[2], attention_reference(q, k, eye, None, None, Mask(8))[0, 2])
+    close(p[2], attention_reference(q, k, eye, None, None, AttentionMask(8))[0, 2])
 
 
-@pytest.mark.parametrize(("sinks", "mask"), [(None, Mask(4, softcap=1.5)), (torch.zeros(1), Mask(4))])
+@pytest.mark.parametrize(
+    ("sinks", "mask"), [(None, AttentionMask(4, softcap=1.5)), (torch.zeros(1), AttentionMask(4))]
+)
 def test_sdpa_refuses_what_it_has_not(sinks, mask):
     with pytest.raises(ValueError, match="sdpa has neither; use --attention auto"):
         attention_sdpa(*torch.zeros(3, 1, 1, 4, 4), None, sinks, mask)
@@ -177,13 +184,13 @@ def test_sdpa_refuses_what_it_has_not(sinks, mask):
 @pytest.mark.parametrize(
     ("mask", "documents", "sinks", "gpu", "small", "cpu"),
     [
-        (Mask(8), False, False, "sdpa", "sdpa", "sdpa"),
-        (Mask(8, window=8), False, False, "sdpa", "sdpa", "sdpa"),  # hides nothing
-        (Mask(8, window=7), False, False, "flex", "sdpa", "sdpa"),
-        (Mask(8), True, False, "flex", "sdpa", "sdpa"),
-        (Mask(8, softcap=2.0), False, False, "flex", "reference", "reference"),
-        (Mask(8), False, True, "flex", "reference", "reference"),
-        (Mask(8, window=3), True, True, "flex", "reference", "reference"),
+        (AttentionMask(8), False, False, "sdpa", "sdpa", "sdpa"),
+        (AttentionMask(8, window=8), False, False, "sdpa", "sdpa", "sdpa"),  # hides nothing
+        (AttentionMask(8, window=7), False, False, "flex", "sdpa", "sdpa"),
+        (AttentionMask(8), True, False, "flex", "sdpa", "sdpa"),
+        (AttentionMask(8, softcap=2.0), False, False, "flex", "reference", "reference"),
+        (AttentionMask(8), False, True, "flex", "reference", "reference"),
+        (AttentionMask(8, window=3), True, True, "flex", "reference", "reference"),
     ],
 )
 def test_auto(mask, documents, sinks, gpu, small, cpu):
@@ -202,7 +209,7 @@ def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
     """As the eager program does on a GPU. Uncompiled, a recomputed flex has wrong gradients under a soft-cap:
     torch then differentiates the soft-cap while the region's hooks on saved tensors are in place."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
-    mask, sinks = Mask(6, 3, 0.5), normal(4, seed=3)
+    mask, sinks = AttentionMask(6, 3, 0.5), normal(4, seed=3)
     compiled = torch.compile(attention_kernels._flex, fullgraph=True, dynamic=False, backend="aot_eager")
     attend = lambda q, k, v, sinks, mask: with_sinks(*compiled(q, k, v, mask), sinks)
     got = checkpoint(
@@ -222,13 +229,19 @@ def test_attention_layer(extras, softcap):
     dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks"), extras)
     p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
     got = attention(
-        p, x, rope_tables(Rope(), positions, 6, F64), None, Mask(s, softcap=softcap), ONE, eps=0.1
+        p,
+        x,
+        rope_tables(RopeConfig(), positions, 6, F64),
+        None,
+        AttentionMask(s, softcap=softcap),
+        ONE,
+        eps=0.1,
     )
     q, k, v = (torch.einsum("td,dnh->tnh", x, w) for w in (p.w_q, p.w_k, p.w_v))
     if extras:
         q, k, v = q + p.b_q, k + p.b_k, v + p.b_v
         q, k = F.rms_norm(q, (6,), p.q_norm.scale, 0.1), F.rms_norm(k, (6,), p.k_norm.scale, 0.1)
-    q, k = turned(q, positions, Rope()), turned(k, positions, Rope())
+    q, k = turned(q, positions, RopeConfig()), turned(k, positions, RopeConfig())
     q, k, v = q.view(2, s, 2, 2, 6), k.view(2, s, 2, 6), v.view(2, s, 2, 6)  # queries: key head, then group
     scores = torch.einsum("bikgh,bjkh->bkgij", q, k) / math.sqrt(6)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -242,7 +255,7 @@ def test_attention_layer(extras, softcap):
 def test_grouped_queries_are_repeated_keys_and_values():
     p, x = tree(Attention, embed=10, heads=6, kv_heads=2, head_dim=4), normal(8, 10)
     repeated = replace(p, w_k=p.w_k.repeat_interleave(3, 1), w_v=p.w_v.repeat_interleave(3, 1))
-    grouped, plain = (attention(w, x, None, None, Mask(4), ONE) for w in (p, repeated))
+    grouped, plain = (attention(w, x, None, None, AttentionMask(4), ONE) for w in (p, repeated))
     same(grouped, plain, [x, *flat(p)])
 
 

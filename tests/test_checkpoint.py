@@ -28,14 +28,14 @@ from dtron.checkpoint.__main__ import main as inspect
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import local
 from dtron.distributed.simulated_ranks import paused, simulated
-from dtron.layers.rope import Rope
+from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.transformer import declare_model
-from dtron.moe.config import MoE
-from dtron.params import Weight, flat, init, tree_map
+from dtron.moe.config import MoEConfig
+from dtron.params import WeightSpec, flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig, identity_of
-from dtron.schedules.p2p import Ways
+from dtron.schedules.p2p import PipelineGroups
 from dtron.training.optimizer import AdamState, adam_init
 from dtron.training.pipeline import pipeline
 
@@ -46,7 +46,7 @@ from dtron.training.pipeline import pipeline
 # of which two stages have a copy.
 SPARSE = ModelConfig(
     vocab=13, embed=6, layers=4, heads=4, kv_heads=4, head_dim=2, mlp=8, vocab_multiple=4, tied=True,
-    qk_norm=True, context=16, moe=MoE(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
+    qk_norm=True, context=16, moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
 )  # fmt: skip
 Where = tuple[str, int, str]  # mesh, ZeRO stage, schedule
 
@@ -78,7 +78,7 @@ SIMULATED = places(
 )
 
 
-def value(w: Weight, kind: str) -> Tensor:
+def value(w: WeightSpec, kind: str) -> Tensor:
     """Any number, another one in every place of every weight and moment."""
     with paused():  # simulated ranks would draw each their own
         return torch.randn(
@@ -93,7 +93,7 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
     config = RunConfig(model=SPARSE, mesh=text, schedule=schedule, data=DataConfig(sequence=16))
     pipe = pipeline(config, shape, 8, config.data.sequence, layout)
     if rank is not None and shape.pp > 1:
-        pipe = replace(pipe, ways=Ways(rank // (shape.size // shape.pp), (), None, {}))
+        pipe = replace(pipe, ways=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
         kind: tree_map(
             lambda w, kind=kind: layout.shard(torch.zeros(w.shape) if blank else value(w, kind), *w.axes),
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
     path = saved(tmp_path)
     assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
     assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
-    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=Rope(5e5)))
+    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=RopeConfig(5e5)))
     assert "--data.sequence 16" in refused(path, data=DataConfig(sequence=8))
     assert "--seed 3" in refused(path, seed=4)
     with pytest.raises(ValueError, match="other text"):

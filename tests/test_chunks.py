@@ -25,10 +25,10 @@ from dtron.distributed.redistribute import full
 from dtron.fp8.__main__ import error
 from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
-from dtron.layers.recompute import tokens_at_once
+from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run_layer, unsummed, zero_stages
@@ -112,7 +112,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
     """For models far too small to be chunked."""
-    with mock.patch("dtron.model.transformer.tokens_at_once", lambda *_: size):
+    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *_: size):
         yield
 
 
@@ -143,7 +143,7 @@ def test_an_eager_step_makes_nothing_wide():
     rows = []
     for chunk in (None, CHUNK):
         with chunks_of(chunk), Wide() as wide:
-            step(program(M, ONE, How("full")))
+            step(program(M, ONE, ComputeConfig("full")))
         rows.append(wide.rows)
     assert rows == [TOKENS, CHUNK]
 
@@ -177,7 +177,7 @@ def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
         torch.compiler.reset()
         backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=partition)
         with chunks_of(chunk):
-            got = step(compiled(program(m, ONE, How("full")), ONE, backend=backend), m)
+            got = step(compiled(program(m, ONE, ComputeConfig("full")), ONE, backend=backend), m)
         for a, b in zip(got, want, strict=True):
             assert a.abs().max() > 0
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -189,7 +189,7 @@ def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(BLOCK, 1, layout)
-    functions = program(BLOCK, layout, How("full"), splits=False)
+    functions = program(BLOCK, layout, ComputeConfig("full"), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
     params = init(pipe.spec, BLOCK.dims(), 0, layout, torch.float64)
     with chunks_of(chunk):
@@ -209,11 +209,13 @@ def test_chunks_compile_on_real_ranks(pool):
 
 def test_when_there_are_chunks():
     """At long sequences, and where everything is recomputed; multiples of 128, 8 of them at most."""
-    assert tokens_at_once("full", 2**16, 2**11) is None and tokens_at_once("selective", 2**20, 2**14) is None
-    assert tokens_at_once("full", 2**16 + 1, 2**11) == 2**15 + 128
-    assert tokens_at_once("full", 131072, 5632) == 21888
-    assert tokens_at_once("full", 2**20, 5632) == 2**17
+    assert (
+        mlp_chunk_tokens("full", 2**16, 2**11) is None and mlp_chunk_tokens("selective", 2**20, 2**14) is None
+    )
+    assert mlp_chunk_tokens("full", 2**16 + 1, 2**11) == 2**15 + 128
+    assert mlp_chunk_tokens("full", 131072, 5632) == 21888
+    assert mlp_chunk_tokens("full", 2**20, 5632) == 2**17
     asked = []
-    with mock.patch("dtron.model.transformer.tokens_at_once", lambda *sizes: asked.append(sizes)):
-        step(program(M, ONE, How("full")))
+    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
+        step(program(M, ONE, ComputeConfig("full")))
     assert asked == [("full", TOKENS, M.mlp)]

@@ -7,7 +7,7 @@ import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.layers.rope import Rope
+from dtron.layers.rope import RopeConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.runtime.cli import EXAMPLES, _flags, load, parse, save
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
@@ -87,7 +87,7 @@ def test_dotted_flags_override_one_field_of_a_group():
         optim=replace(base.optim, lr=3e-4),
         data=replace(base.data, path="x", document_mask=True),
     )
-    assert parse(["--model.rope.theta", "5e5"]).model == replace(ModelConfig(), rope=Rope(5e5))
+    assert parse(["--model.rope.theta", "5e5"]).model == replace(ModelConfig(), rope=RopeConfig(5e5))
 
 
 @pytest.mark.parametrize("spelling", ["kv-heads", "kv_heads"])

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import one_rank, simulated
 from dtron.layers.attention import Attention, attention
-from dtron.layers.attention_kernels import Mask
+from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model, forward
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
@@ -40,7 +40,7 @@ def counts(**named: int) -> Counter:
 
 
 def attend(p, x, layout):
-    return attention(p, x, None, None, Mask(12), layout)
+    return attention(p, x, None, None, AttentionMask(12), layout)
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp_replicate=2,tp=2"])
@@ -192,7 +192,7 @@ def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
             weights_used = replace(weights, blocks=gather(weights.blocks, layout))
             loss = forward(weights_used, batch, m, layout)
         else:
-            loss = forward(weights, batch, m, layout, How(recompute))
+            loss = forward(weights, batch, m, layout, ComputeConfig(recompute))
         gc.collect()
         refs = layout.rules["_gathered"]
         alive = sum(not r.expired() for r in refs)

@@ -25,7 +25,7 @@ from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
@@ -64,8 +64,10 @@ def step(functions, model, count: int = 2, packed: bool = False):
 def test_gradients_are_those_of_eager(recompute, choices):
     """Known silent error of a torch we support: gradients of exactly zero from a compiled custom function."""
     model = replace(MODEL if recompute == "full" else BLOCK, **choices)  # two that are recomputed apart
-    want_loss, want = step(program(model, ONE, How(recompute)), model)
-    got_loss, got = step(compiled(program(model, ONE, How(recompute)), ONE, backend="aot_eager"), model)
+    want_loss, want = step(program(model, ONE, ComputeConfig(recompute)), model)
+    got_loss, got = step(
+        compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager"), model
+    )
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0
@@ -76,7 +78,7 @@ def test_a_budget_bounds_what_is_kept_for_backward():
     """And changes no gradient."""
     kept, found = [], []
     for share in (1.0, 0.5, 0.0):
-        how, sizes = How(f"budget={share}"), []
+        how, sizes = ComputeConfig(f"budget={share}"), []
         functions = compiled(program(BLOCK, ONE, how), ONE, how, "aot_eager_decomp_partition")
         count = lambda x, sizes=sizes: sizes.append(x.numel() * x.element_size()) or x
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
@@ -99,8 +101,8 @@ def test_a_compiled_stage_that_is_another_is_noticed():
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_flex_in_a_compiled_stage(recompute):
     """Every microbatch has its own documents, and nothing is compiled twice for that."""
-    want_loss, want = step(program(HARD, ONE, How(attention="reference")), HARD, packed=True)
-    functions = compiled(program(HARD, ONE, How(recompute, "flex")), ONE, backend="aot_eager")
+    want_loss, want = step(program(HARD, ONE, ComputeConfig(attention="reference")), HARD, packed=True)
+    functions = compiled(program(HARD, ONE, ComputeConfig(recompute, "flex")), ONE, backend="aot_eager")
     with flex_on_cpu():
         got_loss, got = step(functions, HARD, packed=True)
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -128,7 +130,7 @@ def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
     for layers in (1, 2):
         m = replace(HARD, layers=layers)
         functions = compiled(
-            program(m, ONE, How(recompute, "flex")), ONE, backend=aot_autograd(fw_compiler=note)
+            program(m, ONE, ComputeConfig(recompute, "flex")), ONE, backend=aot_autograd(fw_compiler=note)
         )
         with flex_on_cpu():
             step(functions, m, count=1, packed=True)
@@ -160,7 +162,7 @@ def test_code_from_the_cache_finds_its_operators():
 @pytest.mark.parametrize("copied", [False, True])
 def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, copied):
     found = []
-    monkeypatch.setattr(dtron.training.compiled_stage, "carried", lambda mesh: copied)
+    monkeypatch.setattr(dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: copied)
     monkeypatch.setattr(
         dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
     )
@@ -175,7 +177,7 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
     """Over two axes one after the other inductor moves what it can."""
     found = []
     monkeypatch.setattr(dtron.training.compiled_stage, "_carried", lambda mesh: alone)
-    monkeypatch.setattr(dtron.training.compiled_stage, "carried", lambda mesh: ["the group"])
+    monkeypatch.setattr(dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: ["the group"])
     monkeypatch.setattr(
         dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
     )
@@ -286,7 +288,7 @@ def steps_on_pool(
     shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
-    how = How(recompute, path, cp=cp)
+    how = ComputeConfig(recompute, path, cp=cp)
     functions = program(m, layout, how, splits=False)
     functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, check_attention, microbatches
 
@@ -133,6 +133,6 @@ def test_bad_mesh_text(text, world, message):
     ],
 )
 def test_a_backward_is_in_halves_where_blocks_gather_nothing(mesh, experts, zero, halves):
-    model = ModelConfig(moe=MoE(experts=experts, top_k=2)) if experts else ModelConfig()
+    model = ModelConfig(moe=MoEConfig(experts=experts, top_k=2)) if experts else ModelConfig()
     config = RunConfig(mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch"))
     assert config.splits(MeshShape.parse(mesh)) == halves

@@ -22,7 +22,7 @@ from dtron.distributed import bucketing, collectives
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers import ring_attention
 from dtron.layers.attention_kernels import attention_and_lse
-from dtron.layers.context_parallel import Context
+from dtron.layers.context_parallel import ContextParallelMask
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.params import init
@@ -139,10 +139,10 @@ MUTANTS = {
     ), None),
     "a merge without rescaling": ({}, mock.patch.object(ring_attention, "merge", merged_without_rescaling), None),
     "a block too many skipped": (
-        {}, mock.patch.object(Context, "later", property(lambda c: torch.ones(2, dtype=torch.bool))), None
+        {}, mock.patch.object(ContextParallelMask, "later", property(lambda c: torch.ones(2, dtype=torch.bool))), None
     ),
     "a block too few skipped": (
-        {}, mock.patch.object(Context, "later", property(lambda c: torch.zeros(2, dtype=torch.bool))), None
+        {}, mock.patch.object(ContextParallelMask, "later", property(lambda c: torch.zeros(2, dtype=torch.bool))), None
     ),
     "pairs of the wrong half": ({}, mock.patch.object(ring_attention, "_pairs", lambda x, late, first: torch.cat(
         [x.chunk(2, dim=2)[first], x.chunk(2, dim=2)[1]]

@@ -20,26 +20,26 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import context_parallel, ring_attention
 from dtron.layers.attention_block_kernels import block_backward, block_forward
-from dtron.layers.mla import Latent
-from dtron.layers.rope import Rope
+from dtron.layers.mla import MLAConfig
+from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.model.mtp import Ahead
-from dtron.moe.config import MoE
+from dtron.model.mtp import MTPConfig
+from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check
 from dtron.testing import assert_caught
 from dtron.tools import verify
 from dtron.tools.verify import one_step
 
-LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
-WARM = Rope(scaling="yarn", original=8, mscale_all=1.0)
+LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
+WARM = RopeConfig(scaling="yarn", original=8, mscale_all=1.0)
 
 
 def of_experts(mesh: str, aux_level: str = "sequence", **choices) -> RunConfig:
     shape = MeshShape.parse(mesh)
-    own = {k: choices.pop(k) for k in list(choices) if k in MoE.__dataclass_fields__}
-    c = MoE(2 * shape.ep, 2, 4 * shape.etp, aux_level=aux_level, **{**EVERYTHING, **own})
+    own = {k: choices.pop(k) for k in list(choices) if k in MoEConfig.__dataclass_fields__}
+    c = MoEConfig(2 * shape.ep, 2, 4 * shape.etp, aux_level=aux_level, **{**EVERYTHING, **own})
     return configured(mesh, moe=c, **{"micro_batch": 2, **choices})
 
 
@@ -73,7 +73,7 @@ def test_experts(mesh, choices):
 )  # fmt: skip
 def test_any_mesh(mesh, latent, depth, **choices):
     config = of_experts(mesh, **choices)
-    model = replace(config.model, mtp=Ahead(depth, 0.7))
+    model = replace(config.model, mtp=MTPConfig(depth, 0.7))
     if latent:
         model = replace(model, mla=LATENT, kv_heads=model.heads)
     assert_same_step(replace(config, model=model))
@@ -172,7 +172,7 @@ def test_ulysses_cuts_the_heads_of_latent_attention():
 
 def ahead(mesh: str, depth: int = 2, **choices) -> RunConfig:
     config = configured(mesh, documents=True, **choices)
-    return replace(config, model=replace(config.model, mtp=Ahead(depth, 0.7)))
+    return replace(config, model=replace(config.model, mtp=MTPConfig(depth, 0.7)))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,10 @@ def test_tokens_ahead_left_in_order_are_caught(name):
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("mesh", ["cp=4,ep=2", pytest.param("cp=2,tp=2,ep=4", marks=pytest.mark.slow)])
 def test_deepseek_in_small_on_real_ranks(pool, mesh):
-    experts = MoE(8, 2, 16, aux_loss=0.02, bias_rate=1e-3, shared=24, aux_level="sequence", dense_layers=1)
-    model = replace(CP_MODEL, qk_norm=False, mla=LATENT, moe=experts, mtp=Ahead(1, 0.5))
+    experts = MoEConfig(
+        8, 2, 16, aux_loss=0.02, bias_rate=1e-3, shared=24, aux_level="sequence", dense_layers=1
+    )
+    model = replace(CP_MODEL, qk_norm=False, mla=LATENT, moe=experts, mtp=MTPConfig(1, 0.5))
     config = RunConfig(model=model, data=DataConfig(sequence=16), batch=4, steps=2, seed=3, micro_batch=2)
     want = train(Layout(), MeshShape(), config)
     for losses, norms, initial in pool.run(on_pool, mesh, config):

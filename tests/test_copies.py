@@ -28,7 +28,7 @@ from torch.fx import Graph
 import dtron.distributed.copy_engine
 import dtron.distributed.symmetric_memory
 import dtron.training.compiled_stage
-from dtron.distributed.copy_engine import Beside, Copies
+from dtron.distributed.copy_engine import CopyEngineGroup, CopyStream
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.symmetric_memory import backends
@@ -38,10 +38,10 @@ from dtron.params import flat, init
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.compiled_stage import compiled
-from dtron.training.optimizer import adam_init, with_copies
+from dtron.training.optimizer import adam_init, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
-from dtron.training.zero3_prefetch import Ahead
+from dtron.training.zero3_prefetch import Zero3Prefetch
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -70,7 +70,7 @@ class Snapshots:
 MUTANTS = ("unstaged", "unsettled", "other's", "one half", "one place")
 
 
-class Switched(Copies):
+class Switched(CopyEngineGroup):
     """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read; nobody says
     that weights have moved; the wrong part is sent; the stage has one half; what is sent together lies in one
     place."""
@@ -262,7 +262,7 @@ def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[lis
 
     def both(module, _):
         made = {"plain": deepcopy(module), "ahead": module}
-        Ahead(mesh.get_group().group_name, bucket)(module.graph)
+        Zero3Prefetch(mesh.get_group().group_name, bucket)(module.graph)
         module.recompile()
         for kind, one in made.items():
             graphs[kind].append(hidden(one.graph))
@@ -276,7 +276,7 @@ def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[lis
             pipe = one_stage(BLOCK, 1, layout)
             functions = functions or compiled(program(BLOCK, layout, splits=False), layout, backend=backend)
             params = init(pipe.spec, BLOCK.dims(), 0, layout)
-            opt, found = with_copies(adam_init(params), params, pipe.spec, layout.compute), []
+            opt, found = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute), []
             step = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3))
             for _ in range(3):
                 loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
@@ -332,7 +332,7 @@ def test_a_wait_is_for_the_copy_and_never_for_what_was_just_asked_for(plan):
             ("stream", nullcontext),
         ):
             patch.setattr(torch.cuda, name, fake)
-        beside = Beside("cuda")
+        beside = CopyStream("cuda")
         for step in plan:
             if step == "ask":
                 asked.append(beside.do(lambda: setattr(Stream, "copies", Stream.copies + 1)))
@@ -357,15 +357,15 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 
 def test_nothing_is_carried_where_there_is_no_mesh():
     """As in a pipeline whose stages are of one rank."""
-    assert not dtron.distributed.symmetric_memory.carried(None)
+    assert not dtron.distributed.symmetric_memory.copy_engine_groups(None)
 
 
 def test_weights_gathered_over_one_group_alone(monkeypatch):
     """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over both."""
     alone = lambda *names: dtron.training.compiled_stage._carried(SimpleNamespace(mesh_dim_names=names))
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: ["one"])
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"])
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "carried", lambda mesh: [])
+    monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: [])
     assert alone("dp", "tp") is None and dtron.training.compiled_stage._carried(None) is None
 
 

@@ -14,27 +14,27 @@ from torch import Tensor
 from values import ONE, halves
 
 from dtron.layers.cross_entropy import IGNORE
-from dtron.layers.mla import Latent
-from dtron.layers.rope import Rope
+from dtron.layers.mla import MLAConfig
+from dtron.layers.rope import RopeConfig
 from dtron.model.batch import make_batch
-from dtron.model.mtp import Ahead
+from dtron.model.mtp import MTPConfig
 from dtron.model.transformer import Transformer, declare_model, embed, predict, stage
-from dtron.moe.config import MoE
-from dtron.params import Weight, tree_map
+from dtron.moe.config import MoEConfig
+from dtron.params import WeightSpec, tree_map
 from dtron.runtime.config import ModelConfig
 
 hf = pytest.importorskip("transformers")
 
-YARN = Rope(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.9)
+YARN = RopeConfig(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.9)
 V3 = ModelConfig(
     vocab=61, embed=64, layers=2, heads=4, mlp=96, context=128, vocab_multiple=8, norm_eps=1e-6, rope=YARN,
-    mla=Latent(kv_rank=20, q_rank=24, nope_dim=10, rope_dim=8, v_dim=12),
+    mla=MLAConfig(kv_rank=20, q_rank=24, nope_dim=10, rope_dim=8, v_dim=12),
 )  # fmt: skip
 LITE = replace(V3, mla=replace(V3.mla, q_rank=0))
-EXPERTS = MoE(
+EXPERTS = MoEConfig(
     8, 3, 24, dense_layers=1, score="sigmoid", scale=2.5, groups=4, group_top_k=2, shared=24, bias_rate=0.001
 )
-LITE_EXPERTS = MoE(8, 3, 24, dense_layers=1, normalize=False, shared=48)
+LITE_EXPERTS = MoEConfig(8, 3, 24, dense_layers=1, normalize=False, shared=48)
 
 
 def transformers_model(kind: str, m: ModelConfig) -> torch.nn.Module:
@@ -120,7 +120,7 @@ AHEAD_NAMES = {
 def mapped(theirs: dict[str, Any], m: ModelConfig, permuted: bool = True) -> Transformer:
     used = set()
 
-    def convert(w: Weight) -> Tensor:
+    def convert(w: WeightSpec) -> Tensor:
         part, i, name = re.fullmatch(r"(?:(blocks|mtp)\.(\d+)\.)?(.+)", w.path).groups()
         prefix = {None: "", "blocks": f"model.layers.{i}.", "mtp": f"layers.{i}."}[part]
         source = prefix + (AHEAD_NAMES if part == "mtp" else NAMES)[name]
@@ -153,7 +153,7 @@ def differ(model: torch.nn.Module, m: ModelConfig, permuted: bool = True) -> flo
 
 CASES = {
     "v3": (V3, "DeepseekV3", {"rope": replace(YARN, mscale_all=0.7)}),
-    "v3-unstretched": (replace(V3, rope=Rope(100.0)), "DeepseekV3", {"rope": Rope(90.0)}),
+    "v3-unstretched": (replace(V3, rope=RopeConfig(100.0)), "DeepseekV3", {"rope": RopeConfig(90.0)}),
     "v2-lite": (LITE, "DeepseekV2", {"rope": replace(YARN, mscale=0.9)}),
     "v3-experts": (replace(V3, moe=EXPERTS), "DeepseekV3", {"moe": replace(EXPERTS, groups=2)}),
     "v2-lite-experts": (
@@ -178,7 +178,7 @@ def test_losses_of_predictions_ahead():
     """Two modules, each with experts. Theirs are made for drafting and go one at a time."""
     from transformers.modeling_layers import MtpModel
 
-    m = replace(V3, moe=EXPERTS, mtp=Ahead(2))
+    m = replace(V3, moe=EXPERTS, mtp=MTPConfig(2))
     model, rows = transformers_model("DeepseekV3", m), random_rows(1)
     ahead = MtpModel(model, 2)
     modules = random_weights(ahead.layers)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention import Attention, attention
-from dtron.layers.attention_kernels import Mask
+from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
-from dtron.layers.rope import Rope, rope_tables
+from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.mesh import Layout
 from dtron.params import weight
 from dtron.rules import RULES
@@ -68,11 +68,11 @@ def test_mlp_mutants(number):
         assert_caught(lambda m=mesh: assert_equivalent(mlp, MLP, m, dims, mutate=dropped(number)))
 
 
-def attend(mask: Mask, rope: bool = True, path="auto"):
+def attend(mask: AttentionMask, rope: bool = True, path="auto"):
     def layer(p, x, positions, documents, layout):
         table = None
         if rope:
-            make = lambda t: rope_tables(Rope(), t, 6, torch.float64)
+            make = lambda t: rope_tables(RopeConfig(), t, 6, torch.float64)
             table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
         return attention(p, x, table, documents, mask, layout, path=path)
 
@@ -106,7 +106,7 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
-    mask = Mask(sequence, window, softcap)
+    mask = AttentionMask(sequence, window, softcap)
     assert_equivalent(
         attend(mask, path=path), Attention, mesh, dims, inputs=ATTENTION_INPUTS,
         make=attention_values(sequence, tokens), tokens=tokens, zero=zero, seed=seed,
@@ -119,7 +119,9 @@ def test_attention_mutants(mutant, sinks):
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
-    check = lambda m: assert_equivalent(attend(Mask(12)), Attention, "dp=2,tp=2", dims, mutate=m, **options)
+    check = lambda m: assert_equivalent(
+        attend(AttentionMask(12)), Attention, "dp=2,tp=2", dims, mutate=m, **options
+    )
     check(lambda layout: layout)
     assert_caught(lambda: check(mutant))
 
@@ -131,7 +133,7 @@ def test_attention_that_leaks_over_a_window_is_caught():
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None
-        return attention(p, x, None, documents, Mask(12, window), layout, path="reference")
+        return attention(p, x, None, documents, AttentionMask(12, window), layout, path="reference")
 
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     assert_caught(lambda: assert_equivalent(layer, Attention, "tp=2", dims, **options))

@@ -20,9 +20,9 @@ from dtron.fp8.__main__ import error
 from dtron.fp8.matmul import compile_options, grouped_matmul, matmul
 from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught
@@ -117,7 +117,9 @@ def test_compiled_is_eager():
         assert a.abs().max() > 0 and error(a, b) < 1e-5
 
 
-SPARSE = replace(MODEL, embed=32, head_dim=8, mlp=32, moe=MoE(experts=4, top_k=2, mlp=32, balanced=True))
+SPARSE = replace(
+    MODEL, embed=32, head_dim=8, mlp=32, moe=MoEConfig(experts=4, top_k=2, mlp=32, balanced=True)
+)
 RUN = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=3, seed=3, fp8_ends=True)
 
 
@@ -133,6 +135,6 @@ def test_a_mesh_follows_one_device(dispatch):
 def test_a_model_whose_experts_alone_are_large_enough():
     """4096 by 14336 each; and those of a smaller model are not."""
     check = lambda name, how: check_fp8(how, preset(name), MeshShape(), 4096, "cpu", torch.bfloat16)
-    check("mixtral-8x7b", How(fp8="rowwise"))
+    check("mixtral-8x7b", ComputeConfig(fp8="rowwise"))
     with pytest.raises(ValueError, match="no matrix of this model has 16777216 weights"):
-        check("qwen3-30b-a3b", How(fp8="rowwise"))
+        check("qwen3-30b-a3b", ComputeConfig(fp8="rowwise"))

@@ -17,7 +17,7 @@ from dtron.fp8.matmul import compile_options, matmul
 from dtron.fp8.recipe import Recipe
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
@@ -104,7 +104,7 @@ def step(functions, layout: Layout = ONE, zero: int = 1):
 def test_compiled_gradients_are_those_of_eager(name, recompute):
     """The whole stage is one graph."""
     torch.compiler.reset()
-    how = How(recompute, fp8=name, fp8_ends=True, fp8_smallest=0)
+    how = ComputeConfig(recompute, fp8=name, fp8_ends=True, fp8_smallest=0)
     want_loss, want, _ = step(program(BLOCK, ONE, how))
     got_loss, got, _ = step(compiled(program(BLOCK, ONE, how), ONE, how, "aot_eager"))
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
@@ -112,7 +112,7 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
         assert a.abs().max() > 0 and (a - b).norm() < 1e-3 * b.norm()
 
 
-def norms_on_pool(mesh: str, zero: int, backend: str | None, how: How = FP8.how) -> list[float]:
+def norms_on_pool(mesh: str, zero: int, backend: str | None, how: ComputeConfig = FP8.how) -> list[float]:
     """A job for the pool: a step's loss and the norm of its gradient."""
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
     functions = program(BLOCK, layout, how, splits=False)

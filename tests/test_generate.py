@@ -15,11 +15,11 @@ from values import ONE
 from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.mla import Latent
+from dtron.layers.mla import MLAConfig
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime import cli
@@ -39,8 +39,8 @@ MODELS = {
     "sinks": replace(M, sinks=True, window=5, full_every=2, qkv_bias=True, bias=True),
     "softcap": replace(M, softcap=2.0),
     "learned": replace(M, positions="learned", norm="layernorm", activation="gelu", tied=True),
-    "latent": replace(M, mla=Latent(kv_rank=12, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)),
-    "experts": replace(M, moe=MoE(experts=4, top_k=2, mlp=16)),
+    "latent": replace(M, mla=MLAConfig(kv_rank=12, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)),
+    "experts": replace(M, moe=MoEConfig(experts=4, top_k=2, mlp=16)),
 }
 F64 = torch.float64
 

@@ -13,11 +13,11 @@ import torch
 from runs import MODEL, random_rows, train
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.attention_kernels import CORES, Mask, attention_reference
+from dtron.layers.attention_kernels import CORES, AttentionMask, attention_reference
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
 from dtron.runtime.config import DataConfig, RunConfig
@@ -79,14 +79,14 @@ def inputs(sequence: int, documents: bool, sinks: bool, head_dim: int = 128):
     return [q, k, v, *([draw(8)] if sinks else [])], ids
 
 
-def forward_and_backward(core, xs: list, ids, mask: Mask, dtype: torch.dtype) -> list:
+def forward_and_backward(core, xs: list, ids, mask: AttentionMask, dtype: torch.dtype) -> list:
     xs = [x.detach().to(dtype).requires_grad_() for x in xs]
     y = core(*xs[:3], ids, xs[3] if len(xs) > 3 else None, mask)
     g = torch.Generator("cuda").manual_seed(1)
     return [y, *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype))]
 
 
-def difference(core, xs: list, ids, mask: Mask, wrong: Mask | None = None) -> float:
+def difference(core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None) -> float:
     """Of a core in bfloat16 from the reference in float32: the largest of output and gradients, relative."""
     want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
     got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
@@ -112,7 +112,7 @@ def test_attention_in_bfloat16_is_the_reference(path, name, compile, sequence):
     if compile:
         core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
     xs, ids = inputs(sequence, documents, sinks)
-    mask = Mask(sequence, window, softcap)
+    mask = AttentionMask(sequence, window, softcap)
     assert difference(core, xs, ids, mask) < 2e-2
     assert difference(core, xs, ids, mask, replace(mask, window=50)) > 5e-2
 
@@ -122,14 +122,14 @@ def test_attention_in_bfloat16_is_the_reference(path, name, compile, sequence):
 def test_flex_takes_any_head_dim_from_16(head_dim):
     window, documents, softcap, sinks = MASKS["all"]
     xs, ids = inputs(300, documents, sinks, head_dim)
-    assert difference(CORES["flex"], xs, ids, Mask(300, window, softcap)) < 2e-2
+    assert difference(CORES["flex"], xs, ids, AttentionMask(300, window, softcap)) < 2e-2
 
 
 @pytest.mark.usefixtures("_fresh")
 def test_flex_in_the_eager_program_makes_no_square_matrix():
     """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
     xs, ids = inputs(8192, True, True)
-    run = lambda: forward_and_backward(CORES["flex"], xs, ids, Mask(8192, 1000, 2.0), torch.bfloat16)
+    run = lambda: forward_and_backward(CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16)
     run()  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -151,14 +151,14 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
     pipe = one_stage(model, 2, layout)
     params = tree_map(lambda w: w.cuda(), init(pipe.spec, model.dims(), 0, layout))
 
-    def run(how: How, compile: bool) -> list:
+    def run(how: ComputeConfig, compile: bool) -> list:
         functions = program(model, layout, how)
         functions = compiled(functions, layout) if compile else functions
         loss, grads, _ = gradients(functions, params, batches, 800, pipe, 1)
         return [loss, *flat(grads)]
 
-    want = run(How(attention="reference"), False)
-    got = run(How(recompute), compile)
+    want = run(ComputeConfig(attention="reference"), False)
+    got = run(ComputeConfig(recompute), compile)
     for a, b in zip(got, want, strict=True):
         assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
 

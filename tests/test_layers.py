@@ -17,7 +17,7 @@ from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
-from dtron.layers.rope import Rope, frequencies, rope_tables, rotate
+from dtron.layers.rope import RopeConfig, frequencies, rope_tables, rotate
 from dtron.model.batch import make_batch
 from dtron.params import declare, flat, init
 
@@ -39,7 +39,11 @@ def test_bfloat16_norms_have_float32_statistics(layernorm):
     assert y.dtype == torch.bfloat16 and ((y - want).abs() <= 2**-8 * 1.001 * want.abs() + 1e-4).all()
 
 
-ROPES = [Rope(), Rope(100.0, "llama3", 4.0, 64), Rope(100.0, "yarn", 4.0, 64, beta_fast=4.0)]
+ROPES = [
+    RopeConfig(),
+    RopeConfig(100.0, "llama3", 4.0, 64),
+    RopeConfig(100.0, "yarn", 4.0, 64, beta_fast=4.0),
+]
 
 
 @settings(max_examples=30)
@@ -60,7 +64,7 @@ def test_rotation(rope, places, shift):
 
 def test_rotary_angles_of_bfloat16_are_float32():
     """Position 4095 would be 4096 in bfloat16."""
-    table = rope_tables(Rope(), torch.tensor([4095]), 4, torch.bfloat16)
+    table = rope_tables(RopeConfig(), torch.tensor([4095]), 4, torch.bfloat16)
     close(table[0, 0].item(), math.cos(4095), 1e-4)
     assert rotate(normal(1, 1, 4).bfloat16(), table).dtype == torch.bfloat16
 
@@ -68,13 +72,15 @@ def test_rotary_angles_of_bfloat16_are_float32():
 def test_rotary_frequencies():
     """Plain; Llama 3's as published, by wavelength against the original context; YaRN's ends."""
     plain = 1e4 ** -(torch.arange(0, 128, 2, dtype=F64) / 128)
-    close(frequencies(Rope(), 128, F64), (plain, 1.0), 1e-14)
+    close(frequencies(RopeConfig(), 128, F64), (plain, 1.0), 1e-14)
     wave = 2 * math.pi / plain
     smooth = ((8192 / wave - 1) / (4 - 1)).clamp(0, 1)  # 1: shorter than a 4th of the context; 0: longer
     close(
-        frequencies(Rope(scaling="llama3"), 128, F64), ((1 - smooth) * plain / 8 + smooth * plain, 1.0), 1e-14
+        frequencies(RopeConfig(scaling="llama3"), 128, F64),
+        ((1 - smooth) * plain / 8 + smooth * plain, 1.0),
+        1e-14,
     )
-    yarn, scale = frequencies(Rope(scaling="yarn"), 128, F64)
+    yarn, scale = frequencies(RopeConfig(scaling="yarn"), 128, F64)
     ratio, short, long = yarn / plain, 8192 / wave >= 32, 8192 / wave <= 1
     close((ratio[short].min().item(), ratio[long].max().item(), scale), (1.0, 1 / 8, 0.1 * math.log(8) + 1))
     assert (ratio[~short & ~long].diff() < 0).all() and ratio.max() <= 1 and ratio.min() > 1 / 8.001
@@ -95,7 +101,7 @@ def test_rotary_frequencies():
 )
 def test_bad_rope_values(name, bad):
     with pytest.raises(ValueError, match=f"{name}={bad}.*at least 1, low under high"):
-        Rope(**{name: bad})
+        RopeConfig(**{name: bad})
 
 
 def test_linear():

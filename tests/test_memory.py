@@ -15,10 +15,10 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_kernels
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model, forward
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.tools import show
@@ -44,7 +44,7 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
 
     batch = make_batch(torch.zeros(rows, m.context + 1, dtype=torch.long), layout)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        forward(params, batch, m, layout, How(recompute))
+        forward(params, batch, m, layout, ComputeConfig(recompute))
     return sum(n for n, _ in seen.values())
 
 
@@ -77,7 +77,7 @@ def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
     assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
 
 
-def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
+def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int:
     """Bytes of activations that a compiled stage keeps for backward."""
     torch.compiler.reset()
     sizes = []
@@ -101,18 +101,18 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: How) -> int:
 @pytest.mark.parametrize(
     ("mesh", "change", "how"),
     [
-        ("cp=4", {}, How("full")),
-        pytest.param("dp=2,cp=2", {}, How("full", cp="ulysses"), marks=pytest.mark.slow),
+        ("cp=4", {}, ComputeConfig("full")),
+        pytest.param("dp=2,cp=2", {}, ComputeConfig("full", cp="ulysses"), marks=pytest.mark.slow),
         pytest.param(
             "dp=4,ep=4",
-            {"moe": MoE(experts=8, top_k=2)},
-            How("full", dispatch="static"),
+            {"moe": MoEConfig(experts=8, top_k=2)},
+            ComputeConfig("full", dispatch="static"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
             "tp=4",
             {"embed": 64, "mlp": 256},
-            How("full", fp8="tensorwise", fp8_ends=True, fp8_smallest=0),
+            ComputeConfig("full", fp8="tensorwise", fp8_ends=True, fp8_smallest=0),
             marks=pytest.mark.slow,
         ),
     ],
@@ -132,7 +132,7 @@ def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, ch
 def test_keys_that_heads_share_are_kept_once(monkeypatch):
     """The kernels want one for every head; a compiler would keep these copies for backward."""
     m = replace(MODEL, layers=1, kv_heads=1)
-    kept = kept_compiled(Layout(), m, How())
-    monkeypatch.setattr(attention_kernels, "made_again", lambda fn, *xs: fn(*xs))  # the mutant
+    kept = kept_compiled(Layout(), m, ComputeConfig())
+    monkeypatch.setattr(attention_kernels, "recompute_in_backward", lambda fn, *xs: fn(*xs))  # the mutant
     copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4
-    assert kept_compiled(Layout(), m, How()) - kept == m.layers * copies > 0
+    assert kept_compiled(Layout(), m, ComputeConfig()) - kept == m.layers * copies > 0

@@ -14,11 +14,11 @@ from test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
 from values import F64, ONE, close, halves, normal, tree, turned
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.attention_kernels import Mask
-from dtron.layers.mla import MLA, Latent, mla
+from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.mla import MLA, MLAConfig, mla
 from dtron.layers.norm import norm
-from dtron.layers.rope import Rope, rope_tables, rotate
-from dtron.model.mtp import Ahead
+from dtron.layers.rope import RopeConfig, rope_tables, rotate
+from dtron.model.mtp import MTPConfig
 from dtron.model.presets import preset
 from dtron.model.transformer import declare_model, flops_per_token, parameter_count
 from dtron.runtime.cli import parse
@@ -28,15 +28,15 @@ from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run
 from dtron.tools.count_collectives import Collective
 from dtron.tools.show import rows
 
-LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
-YARN = Rope(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.7)
+LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
+YARN = RopeConfig(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.7)
 
 
-def dims_of(latent: Latent, heads: int) -> dict:
+def dims_of(latent: MLAConfig, heads: int) -> dict:
     return {"embed": 10, "heads": heads, "layers": 2, "layernorm": False, **latent.dims()}
 
 
-def attend(mask: Mask, latent: Latent, path: str = "auto"):
+def attend(mask: AttentionMask, latent: MLAConfig, path: str = "auto"):
     def layer(p, x, positions, documents, layout):
         make = lambda t: rope_tables(YARN, t, latent.rope_dim, torch.float64)
         table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
@@ -60,7 +60,7 @@ def test_mla(mesh, zero, seed, group, path, window, q_rank, v_dim):
     tokens = (8 if MeshShape.parse(mesh).data not in (3, 6) else 6) * 12
     latent = replace(LATENT, q_rank=q_rank, v_dim=v_dim)
     assert_equivalent(
-        attend(Mask(12, window, scale=0.2), latent, path), MLA, mesh, dims_of(latent, group * tp_of(mesh)),
+        attend(AttentionMask(12, window, scale=0.2), latent, path), MLA, mesh, dims_of(latent, group * tp_of(mesh)),
         zero=zero, seed=seed, **options(12, tokens),
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_mla_mutants(mutant, q_rank):
     """``unsummed``: the rotary key is shared, and each rank has its own heads' part of its gradient."""
     latent = replace(LATENT, q_rank=q_rank)
     check = lambda m: assert_equivalent(
-        attend(Mask(12), latent), MLA, "dp=2,tp=2", dims_of(latent, 4), mutate=m, **options(12, 48)
+        attend(AttentionMask(12), latent), MLA, "dp=2,tp=2", dims_of(latent, 4), mutate=m, **options(12, 48)
     )
     check(lambda layout: layout)
     assert_caught(lambda: check(mutant))
@@ -82,7 +82,9 @@ def test_mla_mutants(mutant, q_rank):
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_rank, zero):
     latent, dp = replace(LATENT, q_rank=q_rank), MeshShape.parse(mesh).dp > 1
-    got = run_layer(attend(Mask(12), latent), MLA, mesh, dims_of(latent, 4), zero=zero, **options(12, 48))
+    got = run_layer(
+        attend(AttentionMask(12), latent), MLA, mesh, dims_of(latent, 4), zero=zero, **options(12, 48)
+    )
     matrices = 5 if q_rank else 4
     gathered = matrices if zero == 3 and dp else 0
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
@@ -100,7 +102,7 @@ def test_it_is_the_definition():
     dims = {"embed": 10, "heads": heads, "layers": 2, "layernorm": False, **latent.dims()}
     p = tree(MLA, **dims)
     x, places = normal(sequence, 10, seed=7), torch.arange(sequence)
-    got = mla(p, x, rope_tables(YARN, places, 4, F64), None, Mask(sequence, scale=0.3), ONE)
+    got = mla(p, x, rope_tables(YARN, places, 4, F64), None, AttentionMask(sequence, scale=0.3), ONE)
     c_q, down = norm(p.q_norm, x @ p.w_q_down), x @ p.w_kv_down
     c, r = norm(p.kv_norm, down[:, :9]), turned(down[:, None, 9:], places, YARN)[:, 0]
     want = torch.zeros_like(x)
@@ -122,11 +124,11 @@ def test_queries_and_keys_may_be_permuted_alike():
 
 
 def test_sizes_of_the_model():
-    m = ModelConfig(heads=4, kv_heads=3, mla=Latent(16, 0, 8, 4, 6))  # kv_heads means nothing
+    m = ModelConfig(heads=4, kv_heads=3, mla=MLAConfig(16, 0, 8, 4, 6))  # kv_heads means nothing
     assert m.head_dims == (12, 6) and m.rotary_dim == 4 and m.score_scale is None
     spec = declare_model(m).blocks[0]
     assert spec.attention is None and spec.mla.w_q.shape == (256, 4, 12) and spec.mla.w_q_down is None
-    stretched = replace(m, rope=Rope(1e4, "yarn", 40.0, 4096, mscale_all=1.0))
+    stretched = replace(m, rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale_all=1.0))
     assert stretched.score_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / math.sqrt(12))
     plain = ModelConfig(heads=4, kv_heads=4, head_dim=9, rope=stretched.rope, positions="learned")
     assert plain.score_scale is None
@@ -134,11 +136,11 @@ def test_sizes_of_the_model():
 
 def test_flops_count_keys_and_values_of_their_own_widths():
     """6 per weight and token, and 3 per number of keys and values and causal pair."""
-    m = ModelConfig(layers=2, heads=4, mla=Latent(16, 8, 8, 4, 6))
+    m = ModelConfig(layers=2, heads=4, mla=MLAConfig(16, 8, 8, 4, 6))
     looked_up = m.padded_vocab * m.embed
     weights = 6 * (parameter_count(m) - looked_up)
     assert flops_per_token(m, 100) == pytest.approx(weights + 2 * 6 * 4 * (12 + 6) * 50)
-    ahead = replace(m, mtp=Ahead(1))
+    ahead = replace(m, mtp=MTPConfig(1))
     weights = 6 * parameter_count(ahead)  # the head a second time
     assert flops_per_token(ahead, 100) == pytest.approx(weights + 3 * 6 * 4 * (12 + 6) * 50)
 
@@ -146,15 +148,15 @@ def test_flops_count_keys_and_values_of_their_own_widths():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Latent(q_rank=8), "q_rank=8 with kv_rank=0.*give --model.mla.kv-rank"),
-        (lambda: Latent(-1), "ranks are at least 0"),
-        (lambda: Latent(8, v_dim=0), "widths at least 1"),
-        (lambda: Latent(8, rope_dim=3), "rope_dim=3: rotary positions turn pairs; make it even"),
-        (lambda: ModelConfig(mla=Latent(8), sinks=True), "sinks=True with model.mla.kv_rank=8.*leave sinks"),
-        (lambda: ModelConfig(mla=Latent(8), qk_norm=True), "qk_norm=True with model.mla.kv_rank=8"),
-        (lambda: ModelConfig(mla=Latent(8), positions="learned"), "positions=learned with model.mla"),
-        (lambda: Rope(mscale=-1.0), "mscales at least 0"),
-        (lambda: check(ModelConfig(heads=6, mla=Latent(8)), MeshShape(tp=4), 64), "heads=6 over tp=4"),
+        (lambda: MLAConfig(q_rank=8), "q_rank=8 with kv_rank=0.*give --model.mla.kv-rank"),
+        (lambda: MLAConfig(-1), "ranks are at least 0"),
+        (lambda: MLAConfig(8, v_dim=0), "widths at least 1"),
+        (lambda: MLAConfig(8, rope_dim=3), "rope_dim=3: rotary positions turn pairs; make it even"),
+        (lambda: ModelConfig(mla=MLAConfig(8), sinks=True), "sinks=True with model.mla.kv_rank=8.*leave sinks"),
+        (lambda: ModelConfig(mla=MLAConfig(8), qk_norm=True), "qk_norm=True with model.mla.kv_rank=8"),
+        (lambda: ModelConfig(mla=MLAConfig(8), positions="learned"), "positions=learned with model.mla"),
+        (lambda: RopeConfig(mscale=-1.0), "mscales at least 0"),
+        (lambda: check(ModelConfig(heads=6, mla=MLAConfig(8)), MeshShape(tp=4), 64), "heads=6 over tp=4"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(make, says):
@@ -165,12 +167,12 @@ def test_what_does_not_fit_is_one_line(make, says):
 
 def test_tp_need_not_divide_the_heads_of_keys_and_values():
     """Latent attention has none of its own."""
-    check(ModelConfig(heads=6, kv_heads=4, mlp=696, mla=Latent(8)), MeshShape(tp=3), 63)
+    check(ModelConfig(heads=6, kv_heads=4, mlp=696, mla=MLAConfig(8)), MeshShape(tp=3), 63)
 
 
 def test_its_flags():
     config = parse(["--model", "tiny-deepseek", "--model.mla.q-rank", "0", "--model.mtp.weight", "0.1"])
-    assert config.model.mla == Latent(32, 0, 32, 16, 32) and config.model.mtp == Ahead(1, 0.1)
+    assert config.model.mla == MLAConfig(32, 0, 32, 16, 32) and config.model.mtp == MTPConfig(1, 0.1)
 
 
 def test_show_has_its_weights():

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.mesh import Layout
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.moe.experts import Experts, product
-from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.moe.layer import MoELayer, TokenInfo, moe
 from dtron.moe.router import Router
 from dtron.params import tree_map
 from dtron.testing import (
@@ -35,7 +35,7 @@ ONE, F64, T = Layout(), torch.float64, 48
 DIMS = {"embed": 10, "expert_embed": 10, "gated": True, "bias": False, "balance_bias": False, "layers": 1}
 
 
-def dims(c: MoE) -> dict:
+def dims(c: MoEConfig) -> dict:
     sizes = {"experts": c.experts, "expert_mlp": c.mlp, "shared_mlp": c.shared, "expert_bias": c.bias}
     flags = {"router_bias": c.router_bias, "shared_expert": c.shared > 0, "shared_gate": c.shared_gate}
     return DIMS | sizes | flags
@@ -66,13 +66,13 @@ def skewed(kind: str, experts: int) -> Tensor:
     return far[kind].double()
 
 
-def layer(c: MoE, dispatch="auto", skew="even", aux: bool = False):
+def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False):
     """A layer of experts, for ``assert_equivalent``: its output, or what it adds to the loss. Sequences have
     6 tokens, and every fifth token does not count."""
 
     def fn(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         place = layout.iota("tokens_sp", x.shape[0], "cpu")
-        seen = Seen(place % 5 != 0, place // 6, T // 6)
+        seen = TokenInfo(place % 5 != 0, place // 6, T // 6)
         b = p.router.b + layout.shard(skewed(skew, c.experts), "act_experts")
         p = replace(p, router=replace(p.router, b=b))
         y, loss, _ = moe(p, x, seen, c, layout, dispatch=dispatch)
@@ -81,11 +81,11 @@ def layer(c: MoE, dispatch="auto", skew="even", aux: bool = False):
     return fn
 
 
-def config(mesh: str, **choices) -> MoE:
+def config(mesh: str, **choices) -> MoEConfig:
     shape = MeshShape.parse(mesh)
     experts = shape.ep * choices.pop("each", 2)
     top_k = min(choices.pop("top_k", 2), experts)
-    return MoE(experts, top_k, 4 * shape.etp, router_bias=True, **choices)
+    return MoEConfig(experts, top_k, 4 * shape.etp, router_bias=True, **choices)
 
 
 @settings(max_examples=40)
@@ -269,14 +269,14 @@ class Waits(TorchFunctionMode):
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_the_static_path_never_waits_for_the_device(capacity):
-    plain = MoE(8, 2, 16, router_bias=True, aux_loss=0.1, z_loss=0.1)
+    plain = MoEConfig(8, 2, 16, router_bias=True, aux_loss=0.1, z_loss=0.1)
     g = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g, dtype=F64).requires_grad_()
     p = MoELayer(
         Router(make(10, 8), make(8), None),
         Experts(make(8, 10, 16), make(8, 10, 16), make(8, 16, 10), None, None, None), None, None,
     )  # fmt: skip
-    seen = Seen(torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.long), 1)
+    seen = TokenInfo(torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.long), 1)
     waited = {}
     for dispatch, c in (("static", replace(plain, capacity=capacity)), ("auto", plain)):
         with Waits() as waits:

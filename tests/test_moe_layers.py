@@ -12,8 +12,8 @@ from torch import Tensor
 from values import F64, ONE
 
 from dtron.fp8.grouped_mm import grouped, looped, masked
-from dtron.moe.config import MoE
-from dtron.moe.dispatch import Over, by_expert, by_room, local, static
+from dtron.moe.config import MoEConfig
+from dtron.moe.dispatch import ExpertGroup, by_expert, by_room, local, static
 from dtron.moe.experts import Experts, compute
 from dtron.moe.router import Router, route
 
@@ -60,7 +60,7 @@ def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
     room = tokens if not capacity else min(tokens, math.ceil(capacity * tokens * k / experts))
     kept = most_weighted(weights, index, experts, room)
     run = lambda rows, ends: compute(e, rows, ends, "swiglu")
-    dispatch, over = (local if capacity is None else static), Over(experts, None, capacity or 0.0)
+    dispatch, over = (local if capacity is None else static), ExpertGroup(experts, None, capacity or 0.0)
     got, lost = dispatch(x, weights, index, torch.tensor(0), run, over)
     want = by_definition(e, x, weights, index, kept)
     torch.testing.assert_close(got, want)
@@ -87,7 +87,7 @@ def test_plans(experts, room):
     assert plan.kept_S.sum() == plan.filled_R.sum()
 
 
-def logits_router(logits: Tensor, c: MoE, balance: Tensor | None = None, valid=None, rows=None):
+def logits_router(logits: Tensor, c: MoEConfig, balance: Tensor | None = None, valid=None, rows=None):
     """The router on tokens whose logits are given."""
     n, e = logits.shape
     valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
@@ -101,7 +101,7 @@ def logits_router(logits: Tensor, c: MoE, balance: Tensor | None = None, valid=N
 def test_scores():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
     p, s = logits.softmax(-1)[0].tolist(), logits.sigmoid()[0].tolist()
-    first = lambda **choices: logits_router(logits, MoE(4, 2, **choices)).weights_TK[0].tolist()
+    first = lambda **choices: logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
     assert first(normalize=False) == pytest.approx([p[1], p[2]])
     assert first() == pytest.approx([p[1] / (p[1] + p[2]), p[2] / (p[1] + p[2])])
     assert first(score="topk_softmax") == pytest.approx(first())
@@ -112,7 +112,7 @@ def test_scores():
 
 def test_a_balance_bias_chooses_and_does_not_weigh():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
-    c = MoE(4, 2, score="sigmoid", normalize=False, bias_rate=1e-3)
+    c = MoEConfig(4, 2, score="sigmoid", normalize=False, bias_rate=1e-3)
     to = logits_router(logits, c, torch.tensor([0.0, 0.0, 0.0, 1.0]))
     assert sorted(to.index_TK[0].tolist()) == [1, 3]
     torch.testing.assert_close(to.weights_TK, logits.sigmoid().gather(1, to.index_TK))
@@ -122,7 +122,7 @@ def test_groups_limit_where_a_token_goes():
     """The best two experts of the best group, though the second best of all is elsewhere. By sigmoid a group
     is as good as its best two, by softmax as its best."""
     logits = torch.tensor([[2.0, 1.9, 2.1, -3.0, 0.0, 0.0]], dtype=F64)
-    chosen = lambda **c: sorted(logits_router(logits, MoE(6, 2, groups=3, **c)).index_TK[0].tolist())
+    chosen = lambda **c: sorted(logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist())
     assert chosen(score="sigmoid", group_top_k=1) == [0, 1]
     assert chosen(score="softmax", group_top_k=1) == [2, 3]
     assert chosen(score="softmax", group_top_k=2) == [0, 2]
@@ -138,16 +138,16 @@ def test_the_auxiliary_loss_by_its_formula():
     sets = {"micro_batch": [valid], "sequence": [valid & (rows == r) for r in (0, 1)]}
     for level, masks in sets.items():
         want = sum(m.sum() * 4 * (hot[m].mean(0) / 2 * p[m].mean(0)).sum() for m in masks)
-        to = logits_router(logits, MoE(4, 2, aux_loss=0.5, aux_level=level), valid=valid, rows=rows)
+        to = logits_router(logits, MoEConfig(4, 2, aux_loss=0.5, aux_level=level), valid=valid, rows=rows)
         assert to.aux.item() == pytest.approx(0.5 * want.item(), rel=1e-12)
     z = (logits[valid].logsumexp(-1) ** 2).sum()
-    assert logits_router(logits, MoE(4, 2, z_loss=0.1), valid=valid).aux.item() == pytest.approx(
+    assert logits_router(logits, MoEConfig(4, 2, z_loss=0.1), valid=valid).aux.item() == pytest.approx(
         0.1 * z.item()
     )
     even = torch.eye(4, dtype=F64).repeat(3, 1) * 1e-6
-    assert logits_router(even, MoE(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(1, rel=1e-4)
+    assert logits_router(even, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(1, rel=1e-4)
     peaked = torch.tensor([[90.0, 0, 0, 0]], dtype=F64).repeat(12, 1)
-    assert logits_router(peaked, MoE(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(4, rel=1e-9)
+    assert logits_router(peaked, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(4, rel=1e-9)
 
 
 def test_counts_are_of_tokens_that_count():
@@ -155,13 +155,13 @@ def test_counts_are_of_tokens_that_count():
     logits = torch.randn(12, 4, dtype=F64)
     valid = torch.arange(12) < 7
     for counted in (valid, torch.ones(12, dtype=torch.bool)):
-        to = logits_router(logits, MoE(4, 2, aux_loss=1.0), valid=counted)
+        to = logits_router(logits, MoEConfig(4, 2, aux_loss=1.0), valid=counted)
         assert to.load_E.sum() == 2 * counted.sum() and to.totals[0] == counted.sum()
         assert to.index_TK.shape == (12, 2)  # all go to experts nevertheless
 
 
 def test_forced_balance():
-    to = logits_router(torch.randn(24, 8, dtype=F64), MoE(8, 3, balanced=True))
+    to = logits_router(torch.randn(24, 8, dtype=F64), MoEConfig(8, 3, balanced=True))
     assert to.load_E.tolist() == [9.0] * 8
 
 

@@ -15,9 +15,9 @@ import dtron.training.pipeline
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import local as local_part
 from dtron.distributed.simulated_ranks import one_rank
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.schedules.runner import Extra
+from dtron.schedules.runner import StageOutput
 from dtron.testing import assert_caught, zero_stages
 from dtron.tools.verify import compare, on_one_device, one_step
 
@@ -27,7 +27,7 @@ def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:
     run = {k: choices.pop(k) for k in list(choices) if k in RunConfig.__dataclass_fields__}
     each, layers = choices.pop("each", 2), choices.pop("layers", 1)
     experts = shape.ep * each
-    c = MoE(experts, min(choices.pop("top_k", 2), experts), 4 * shape.etp, **choices)
+    c = MoEConfig(experts, min(choices.pop("top_k", 2), experts), 4 * shape.etp, **choices)
     model = ModelConfig(
         vocab=29, embed=10, layers=layers, heads=2 * shape.tp, kv_heads=shape.tp, head_dim=4,
         mlp=4 * shape.tp, vocab_multiple=1, context=24, moe=c,
@@ -109,7 +109,7 @@ def test_an_auxiliary_loss_that_never_reaches_backward_is_caught(monkeypatch):
     """Known bug elsewhere."""
     config = model_config("dp=2,ep=2", aux_loss=0.1)
     assert_step(config)
-    lost = on_the_mesh(lambda extra: Extra(None, extra.report))
+    lost = on_the_mesh(lambda extra: StageOutput(None, extra.report))
     monkeypatch.setattr(dtron.training.pipeline, "stage", lost)
     assert_caught(lambda: assert_step(config))
 
@@ -118,7 +118,7 @@ def test_an_auxiliary_loss_that_never_reaches_backward_is_caught(monkeypatch):
 def test_an_auxiliary_loss_that_is_scaled_is_caught(monkeypatch, factor):
     config = model_config("dp=2,ep=2", aux_loss=0.1)
     monkeypatch.setattr(
-        dtron.training.pipeline, "stage", on_the_mesh(lambda e: Extra(factor * e.aux, e.report))
+        dtron.training.pipeline, "stage", on_the_mesh(lambda e: StageOutput(factor * e.aux, e.report))
     )
     assert_caught(lambda: assert_step(config))
 

@@ -16,9 +16,9 @@ from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import active_count, declare_model, flops_per_token, parameter_count
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
@@ -30,7 +30,7 @@ from dtron.training.pipeline import layers_per_stage, one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 
 ONE = Layout()
-EXPERTS = MoE(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")
+EXPERTS = MoEConfig(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")
 SPARSE = replace(MODEL, moe=EXPERTS)
 FOUR = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=4, seed=3)
 
@@ -95,7 +95,7 @@ SLOW = pytest.mark.slow
 def test_compiled_gradients_are_those_of_eager(recompute, choices):
     torch.compiler.reset()
     m = replace(SPARSE, layers=1, moe=replace(EXPERTS, **choices))
-    how = How(recompute)
+    how = ComputeConfig(recompute)
     want = gradients_of(program(m, ONE, how), m)
     got = gradients_of(compiled(program(m, ONE, how), ONE, backend="aot_eager"), m)
     assert got[0].item() == pytest.approx(want[0].item(), rel=1e-6)
@@ -111,7 +111,7 @@ def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
     m = replace(SPARSE, layers=1, moe=replace(EXPERTS, aux_level="micro_batch"))
-    functions = program(m, layout, How(dispatch=dispatch), splits=False)
+    functions = program(m, layout, ComputeConfig(dispatch=dispatch), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
     loss, grads, reports = gradients_of(functions, m, layout, zero)
     return [
@@ -176,7 +176,11 @@ def test_reports_of_layers():
     assert set(said) == {f"experts.1.{name}" for name in names}
     assert said["experts.1.load_max"] >= 1 >= said["experts.1.load_min"] and said["experts.1.dropped"] == 0
     assert 0 < said["experts.1.entropy"] <= math.log(8) + 1e-9 and said["experts.1.aux_loss"] > 0.9
-    assert describe_experts(None, MoE()) == {} == describe_experts(expert_totals({}, pipe, MoE()), MoE())
+    assert (
+        describe_experts(None, MoEConfig())
+        == {}
+        == describe_experts(expert_totals({}, pipe, MoEConfig()), MoEConfig())
+    )
     few = replace(m, moe=replace(m.moe, capacity=0.5))
     _, _, reports = gradients_of(program(few, ONE), few, dtype=torch.float64)
     dropped = describe_experts(expert_totals(reports, pipe, few.moe), few.moe)["experts.1.dropped"]
@@ -185,7 +189,7 @@ def test_reports_of_layers():
 
 
 def test_only_the_experts_that_a_token_uses_are_counted():
-    dense, sparse = MODEL, replace(MODEL, moe=MoE(8, 2, 20))
+    dense, sparse = MODEL, replace(MODEL, moe=MoEConfig(8, 2, 20))
     per_expert, router = 3 * 24 * 20, 24 * 8
     mlp = 3 * 24 * 40
     assert parameter_count(sparse) - parameter_count(dense) == 2 * (8 * per_expert + router - mlp)
@@ -215,18 +219,18 @@ def test_only_the_experts_that_a_token_uses_are_counted():
 )
 def test_experts_that_cannot_be(choices, message):
     with pytest.raises(ValueError, match=message) as error:
-        MoE(**choices)
+        MoEConfig(**choices)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("mesh", "moe", "message"),
     [
-        ("dp=4,ep=4", MoE(6), r"experts=6 over ep=4: ep must divide experts; use ep=3 or .*experts 8"),
-        ("dp=4,ep=3", MoE(6), r"ep=3 must divide dp\*cp\*tp/etp = 4/1; use ep=2"),
-        ("tp=2,etp=2", MoE(6, mlp=5), r"mlp=5 over etp=2: etp must divide mlp; use etp=1 or .*mlp 6"),
-        ("tp=2", MoE(6, shared=5), r"shared=5 over tp=2"),
-        ("dp=2,ep=2", MoE(), "the model has no experts; leave ep and etp out"),
+        ("dp=4,ep=4", MoEConfig(6), r"experts=6 over ep=4: ep must divide experts; use ep=3 or .*experts 8"),
+        ("dp=4,ep=3", MoEConfig(6), r"ep=3 must divide dp\*cp\*tp/etp = 4/1; use ep=2"),
+        ("tp=2,etp=2", MoEConfig(6, mlp=5), r"mlp=5 over etp=2: etp must divide mlp; use etp=1 or .*mlp 6"),
+        ("tp=2", MoEConfig(6, shared=5), r"shared=5 over tp=2"),
+        ("dp=2,ep=2", MoEConfig(), "the model has no experts; leave ep and etp out"),
     ],
 )
 def test_meshes_that_cannot_be(mesh, moe, message):
@@ -236,10 +240,10 @@ def test_meshes_that_cannot_be(mesh, moe, message):
 
 
 def test_dispatchers_that_cannot_be():
-    m = replace(MODEL, moe=MoE(8, capacity=1.0))
+    m = replace(MODEL, moe=MoEConfig(8, capacity=1.0))
     with pytest.raises(ValueError, match="it drops nothing; use --dispatch static"):
-        check_dispatch(How(dispatch="alltoall"), m, False)
+        check_dispatch(ComputeConfig(dispatch="alltoall"), m, False)
     with pytest.raises(ValueError, match="cannot be compiled; use --dispatch allgather"):
-        check_dispatch(How(dispatch="alltoall"), SPARSE, True)
+        check_dispatch(ComputeConfig(dispatch="alltoall"), SPARSE, True)
     with pytest.raises(ValueError, match="no layer would have experts"):
-        replace(MODEL, moe=MoE(8, dense_layers=2))
+        replace(MODEL, moe=MoEConfig(8, dense_layers=2))

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from test_transformers import LLAMA_NAMES, random_rows
 from torch import Tensor
 
-from dtron.layers.rope import Rope
+from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
-from dtron.moe.config import MoE
-from dtron.params import Weight, tree_map
+from dtron.moe.config import MoEConfig
+from dtron.params import WeightSpec, tree_map
 from dtron.runtime.config import ModelConfig
 
 hf = pytest.importorskip("transformers")
@@ -24,10 +24,10 @@ hf = pytest.importorskip("transformers")
 ONE = Layout()
 SMALL = ModelConfig(
     vocab=61, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24, context=128, vocab_multiple=8,
-    moe=MoE(experts=8, top_k=3, mlp=24),
+    moe=MoEConfig(experts=8, top_k=3, mlp=24),
 )  # fmt: skip
 GPT_OSS = replace(
-    SMALL, qkv_bias=True, bias=True, sinks=True, window=7, full_every=2, rope=Rope(150000.0),
+    SMALL, qkv_bias=True, bias=True, sinks=True, window=7, full_every=2, rope=RopeConfig(150000.0),
     moe=replace(SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True),
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
         "moe.experts.b_down": "mlp.experts.down_proj_bias",
     }
 
-    def convert(w: Weight) -> Tensor:
+    def convert(w: WeightSpec) -> Tensor:
         block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", w.path).groups()
         source = (f"model.layers.{block}." if block else "") + names[name]
         used.add(source)
@@ -135,7 +135,7 @@ def test_the_auxiliary_loss_is_theirs():
 
     g = torch.Generator().manual_seed(3)
     x, w = torch.randn(40, 32, generator=g), torch.randn(32, 8, generator=g)
-    c = MoE(experts=8, top_k=3, aux_loss=1.0)
+    c = MoEConfig(experts=8, top_k=3, aux_loss=1.0)
     valid, rows = torch.ones(40, dtype=torch.bool), torch.zeros(40, dtype=torch.long)
     ours = route(Router(w, None, None), x, valid, rows, 1, c, ONE)
     want = load_balancing_loss_func((x @ w,), 8, 3)

@@ -17,13 +17,13 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.cross_entropy import IGNORE
-from dtron.layers.mla import Latent
+from dtron.layers.mla import MLAConfig
 from dtron.mesh import Layout
 from dtron.model import mtp
 from dtron.model.batch import make_batch
-from dtron.model.mtp import Ahead, look_ahead
+from dtron.model.mtp import MTPConfig, look_ahead
 from dtron.model.transformer import embed, forward, predict, stage
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
@@ -34,8 +34,8 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
 
-LATENT = Latent(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
-EXPERTS = MoE(4, 2, 8, dense_layers=1, score="sigmoid", scale=2.5, groups=2, group_top_k=1, shared=8)
+LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
+EXPERTS = MoEConfig(4, 2, 8, dense_layers=1, score="sigmoid", scale=2.5, groups=2, group_top_k=1, shared=8)
 EXPERTS = replace(EXPERTS, aux_loss=0.1, aux_level="sequence", bias_rate=0.01)
 ONE = Layout()
 
@@ -90,7 +90,7 @@ def reported(m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None)
 def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
     """k ahead, position i predicts token i + k + 1 from those up to i + k: of the positions before the one
     whose token changes, the last k + 1 notice."""
-    m, changed = replace(SMALL, mtp=Ahead(2)), 5
+    m, changed = replace(SMALL, mtp=MTPConfig(2)), 5
     (params,), rows = drawn(m), rows_of()
 
     def losses(rows: Tensor) -> list[float]:
@@ -111,7 +111,7 @@ def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
 
 
 def test_the_main_loss_and_the_logits_are_those_without():
-    m, rows = replace(SMALL, mtp=Ahead(2)), rows_of()
+    m, rows = replace(SMALL, mtp=MTPConfig(2)), rows_of()
     (params,), batch = drawn(m), make_batch(rows, ONE)
     plain = replace(params, mtp=())
     assert torch.equal(predict(params, batch, m, ONE), predict(plain, batch, SMALL, ONE))
@@ -124,7 +124,7 @@ def test_an_initial_model_predicts_nothing_ahead_either():
     rows = rows_of()
     rows[0, 8:] = IGNORE
     documents = torch.arange(12).expand(4, 12) // 5
-    _, ahead = reported(replace(SMALL, mtp=Ahead(3)), rows, documents=documents)
+    _, ahead = reported(replace(SMALL, mtp=MTPConfig(3)), rows, documents=documents)
     _, targets = look_ahead(rows[:, :-1].clamp(min=0), rows[:, 1:], 3, documents)
     counts = (targets != IGNORE).sum((0, 1))
     torch.testing.assert_close(ahead / counts, torch.full((3,), 29.0).log().double(), rtol=0.02, atol=0)
@@ -135,7 +135,7 @@ def test_an_initial_model_predicts_nothing_ahead_either():
 
 def config_of(mesh: str, depth: int = 1, **choices) -> RunConfig:
     data = MeshShape.parse(mesh).data
-    choices = dict(zero=1, batch=4 * data, micro_batch=2, mtp=Ahead(depth, 0.7)) | choices
+    choices = dict(zero=1, batch=4 * data, micro_batch=2, mtp=MTPConfig(depth, 0.7)) | choices
     return model_config(mesh, 1, **choices)
 
 
@@ -152,7 +152,7 @@ def config_of(mesh: str, depth: int = 1, **choices) -> RunConfig:
 def test_one_step_is_that_of_one_device(mesh, zero, depth, tied, mla, learned, seed, recompute):
     positions = "learned" if learned and not mla else "rotary"
     config = config_of(
-        mesh, depth, zero=zero, tied=tied, positions=positions, mla=LATENT if mla else Latent(), seed=seed,
+        mesh, depth, zero=zero, tied=tied, positions=positions, mla=LATENT if mla else MLAConfig(), seed=seed,
         recompute=recompute,
     )  # fmt: skip
     assert_same_step(config)
@@ -184,8 +184,8 @@ def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
 )  # fmt: skip
 def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute):
     ep = MeshShape.parse(mesh).ep
-    moe = EXPERTS if experts or ep > 1 else MoE()
-    mla = LATENT if mla else Latent()
+    moe = EXPERTS if experts or ep > 1 else MoEConfig()
+    mla = LATENT if mla else MLAConfig()
     assert_same_step(
         pipelined(mesh, schedule, tied=tied, mla=mla, depth=depth, zero=zero, recompute=recompute, moe=moe)
     )
@@ -250,7 +250,7 @@ def test_twins_that_are_not_added_up_are_caught(monkeypatch):
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2"])
 def test_the_report_is_that_of_one_device(mesh):
     """Over tp a loss is whole, and must not be counted once per rank."""
-    m, rows = replace(SMALL, mtp=Ahead(2)), rows_of()
+    m, rows = replace(SMALL, mtp=MTPConfig(2)), rows_of()
     _, want = reported(m, rows)
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         _, got = reported(m, rows, Layout(device_mesh, rules_for(1)))
@@ -262,7 +262,7 @@ def test_the_report_is_that_of_one_device(mesh):
 
 
 FOUR = RunConfig(
-    model=replace(SMALL, context=16, mla=LATENT, mtp=Ahead(1)), batch=8, steps=4, seed=3,
+    model=replace(SMALL, context=16, mla=LATENT, mtp=MTPConfig(1)), batch=8, steps=4, seed=3,
 )  # fmt: skip
 FOUR = replace(FOUR, data=replace(FOUR.data, sequence=16))
 
@@ -283,7 +283,7 @@ def test_steps_on_real_ranks(pool, mesh, changes):
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_compiled_gradients_are_those_of_eager(recompute):
     torch.compiler.reset()
-    m, found = replace(SMALL, layers=1, mla=LATENT, mtp=Ahead(2, 0.7)), []
+    m, found = replace(SMALL, layers=1, mla=LATENT, mtp=MTPConfig(2, 0.7)), []
     how = replace(RunConfig().how, recompute=recompute)
     for compiles in (False, True):
         functions, pipe = program(m, ONE, how), one_stage(m, 2, ONE)
@@ -299,7 +299,7 @@ def test_compiled_gradients_are_those_of_eager(recompute):
 
 
 def test_the_last_stage_has_the_modules_and_a_twin():
-    m = replace(SMALL, layers=4, mtp=Ahead(2))
+    m = replace(SMALL, layers=4, mtp=MTPConfig(2))
     first, last = cut(m, [2, 2])
     assert not first.mtp and len(last.mtp) == 2 and first.embedding and first.w_head is None
     assert last.embedding.w_tokens.twin and last.embedding.w_positions is None
@@ -308,12 +308,12 @@ def test_the_last_stage_has_the_modules_and_a_twin():
 
 def test_modules_count_as_the_blocks_and_heads_they_cost():
     m = replace(SMALL, layers=12, embed=64, vocab=50)
-    plain, ahead = (layers_per_stage(replace(m, mtp=Ahead(n)), 2, 16) for n in (0, 4))
+    plain, ahead = (layers_per_stage(replace(m, mtp=MTPConfig(n)), 2, 16) for n in (0, 4))
     assert sum(plain) == sum(ahead) == 12 and ahead[1] < plain[1]
 
 
 def test_what_does_not_fit_is_one_line():
-    for make in (lambda: Ahead(-1), lambda: Ahead(1, -0.1), lambda: Ahead(1, float("nan"))):
+    for make in (lambda: MTPConfig(-1), lambda: MTPConfig(1, -0.1), lambda: MTPConfig(1, float("nan"))):
         with pytest.raises(ValueError, match=r"model\.mtp .*at least 0") as error:
             make()
         assert "\n" not in str(error.value)

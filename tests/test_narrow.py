@@ -22,9 +22,9 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.fp8.__main__ import products
 from dtron.fp8.scaled_mm import scaled_by
 from dtron.mesh import Layout
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import flat
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
@@ -139,7 +139,7 @@ def test_it_sends_half_the_bytes(axes):
 # ---- in a model
 
 SHARDED = replace(FP8, model=BLOCK, zero=3, micro_batch=2, steps=2)
-SPARSE = replace(SHARDED, model=replace(BLOCK, moe=MoE(4, 2, 32)))
+SPARSE = replace(SHARDED, model=replace(BLOCK, moe=MoEConfig(4, 2, 32)))
 
 
 @cache
@@ -171,7 +171,9 @@ def test_what_is_multiplied_in_high_precision_is_gathered_so(config):
     """Routers, small matrices, the first and the last block."""
     want, narrow = losses("dp=2", config), replace(config, fp8_gather=True)
     assert losses("dp=2", narrow) == pytest.approx(want, rel=1e-5)
-    with mock.patch.object(How, "narrow", lambda self, end, tokens: lambda w, shape: len(shape) > 1):
+    with mock.patch.object(
+        ComputeConfig, "narrow", lambda self, end, tokens: lambda w, shape: len(shape) > 1
+    ):
         assert simulate("dp=2", narrow).losses != pytest.approx(want, rel=1e-5)
 
 
@@ -198,7 +200,7 @@ def test_real_ranks_do_what_simulated_ones_do(pool):
 
 def test_every_product_of_a_block_says_what_it_sums_over():
     """And nothing else does."""
-    m = replace(SIZES, moe=MoE(4, 2, 32, dense_layers=1, shared=32), qkv_bias=True)
+    m = replace(SIZES, moe=MoEConfig(4, 2, 32, dense_layers=1, shared=32), qkv_bias=True)
     named = {w.path.rpartition(".")[2] for w in flat(declare_model(m).blocks) if w.summed}
     assert named == {"w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down"}
 

@@ -22,7 +22,7 @@ from dtron.training.optimizer import (
     clip_scale,
     global_norm,
     learning_rate,
-    with_copies,
+    with_compute_copies,
     written_out,
 )
 
@@ -60,7 +60,7 @@ def test_copies_are_the_masters_in_fewer_bits(rule):
     found = []
     for dtype in (None, torch.bfloat16):
         params = init(spec, SMALL.dims(), 0, ONE)
-        state = with_copies(adam_init(params), params, spec, dtype)
+        state = with_compute_copies(adam_init(params), params, spec, dtype)
         for step in range(4):
             grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).float().detach(), params)
             ok = torch.tensor(step != 2)

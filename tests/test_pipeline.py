@@ -23,7 +23,7 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules import SCHEDULES, make, peaks, stages_per_rank
-from dtron.schedules.p2p import Handed
+from dtron.schedules.p2p import InProcessLinks
 from dtron.schedules.runner import Program, run
 from dtron.schedules.split_backward import backward, backward_input
 from dtron.testing import assert_caught
@@ -87,7 +87,7 @@ def broken(change):
     return step
 
 
-class Mixed(Handed):
+class Mixed(InProcessLinks):
     """Gives every microbatch the gradient of the first."""
 
     def __init__(self):
@@ -102,7 +102,7 @@ class Mixed(Handed):
         return self._kept[made]
 
 
-class Halved(Handed):
+class Halved(InProcessLinks):
     def send(self, made, x):
         super().send(made, x / 2 if made.kind != "F" else x)
 
@@ -169,7 +169,7 @@ def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
     stage = lambda p, x, b: functions.stage(p, Tracked.apply(x, number[id(p)]), b)
     out = run(
         t, pipe.ranks, Program(functions.enter, stage), by_stage, {s: flat(w) for s, w in by_stage.items()},
-        [batch] * count, Handed(), lambda *args: None,
+        [batch] * count, InProcessLinks(), lambda *args: None,
     )  # fmt: skip
     assert list(out.peak.values()) == peaks(t)
     assert list(most.values()) == peaks(t) and set(alive.values()) == {0}

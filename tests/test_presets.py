@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.model.mtp import Ahead
+from dtron.model.mtp import MTPConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.model.transformer import active_count, declare_model, parameter_count
 from dtron.params import leaves
@@ -58,20 +58,20 @@ each = pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_number_of_parameters(name):
     """Without the rows that pad the vocabulary, and without multi-token prediction."""
     m = replace(preset(name), vocab_multiple=1)
-    assert parameter_count(replace(m, mtp=Ahead())) == PUBLISHED[name]
+    assert parameter_count(replace(m, mtp=MTPConfig())) == PUBLISHED[name]
 
 
 def test_what_prediction_ahead_adds_to_deepseek_v3():
     """The card says 14e9, with an embedding and a head that are the main model's."""
     m = preset("deepseek-v3")
-    more = parameter_count(m) - parameter_count(replace(m, mtp=Ahead()))
+    more = parameter_count(m) - parameter_count(replace(m, mtp=MTPConfig()))
     assert more + 2 * m.vocab * m.embed == pytest.approx(14e9, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_parameters_that_a_token_uses(name):
     """By the models' cards, rounded there."""
-    assert active_count(replace(preset(name), mtp=Ahead())) == pytest.approx(ACTIVE[name], rel=0.02)
+    assert active_count(replace(preset(name), mtp=MTPConfig())) == pytest.approx(ACTIVE[name], rel=0.02)
 
 
 def test_every_preset_of_others_is_counted():

@@ -15,7 +15,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_block_kernels, context_parallel, ring_attention
-from dtron.layers.attention_kernels import Mask, attention_and_lse, attention_reference, with_sinks
+from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, attention_reference, with_sinks
 from dtron.layers.context_parallel import attend, prepare
 from dtron.layers.token_order import as_rows, as_tokens, row_order
 from dtron.mesh import Layout
@@ -69,7 +69,16 @@ def test_places_are_made_by_arithmetic(method, monkeypatch):
 
     def called() -> set[str]:
         with simulated(MeshShape.parse("cp=2")) as mesh, Called() as seen:
-            prepare(Mask(16), None, False, (8, 8), torch.ones(8, 4), Layout(mesh), method=method, zigzag=True)
+            prepare(
+                AttentionMask(16),
+                None,
+                False,
+                (8, 8),
+                torch.ones(8, 4),
+                Layout(mesh),
+                method=method,
+                zigzag=True,
+            )
         return seen.names
 
     def laid(sequence, parts, zigzag, device="cpu"):  # the mutant
@@ -110,7 +119,7 @@ def test_attention_to_parts_of_the_keys_merges_to_that_to_all(owners, window, so
     q, k, v = (normal(2, n, 12, 4, seed=seed + 100 * i) for i, n in enumerate((4, 2, 2)))
     sink = normal(4, seed=seed + 7) if sinks else None
     documents = (normal(2, 12, seed=seed) > 0.5).cumsum(-1) if packed else None
-    mask, owner, found = Mask(12, window, softcap), torch.tensor(owners), None
+    mask, owner, found = AttentionMask(12, window, softcap), torch.tensor(owners), None
     own = (owner == 0).nonzero().flatten()
     want = attention_reference(q, k, v, documents, sink, mask)[:, :, own]
     for part in ((owner == i).nonzero().flatten() for i in range(4)):
@@ -150,7 +159,9 @@ def test_heads_of_values_may_have_another_width(method, path):
     """As in latent attention: 4 for queries and keys, 6 for values; on two ranks."""
     q, k, v = (normal(16, n, h, seed=i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, 6))))
     by_head = lambda x: x.unflatten(0, (2, 8)).transpose(1, 2)
-    want = attention_reference(by_head(q), by_head(k), by_head(v), None, None, Mask(8)).transpose(1, 2)
+    want = attention_reference(by_head(q), by_head(k), by_head(v), None, None, AttentionMask(8)).transpose(
+        1, 2
+    )
     direction = normal(*want.shape, seed=9).detach()
     want_grads = torch.autograd.grad(want, (q, k, v), direction)
     with simulated(MeshShape(cp=2)) as mesh:
@@ -158,7 +169,7 @@ def test_heads_of_values_may_have_another_width(method, path):
         turn = as_tokens(torch.arange(16).view(2, 8), layout, True)
         place = lambda x: layout.shard(x.detach()[turn], *lies).requires_grad_()
         xs = [place(x) for x in (q, k, v)]
-        mask, chosen = prepare(Mask(8), None, False, (4, 6), xs[0], layout, path, method, True)
+        mask, chosen = prepare(AttentionMask(8), None, False, (4, 6), xs[0], layout, path, method, True)
         fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
         got = layout.local(fn, (lies,) * 3, lies)(*xs)
         g = layout.shard(direction.flatten(0, 1)[turn], *lies)

@@ -15,7 +15,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
@@ -128,7 +128,7 @@ def test_sizes_for_people():
 
 def test_blocks_that_differ_have_rows_of_their_own():
     """A dense layer before two of experts; and rows and pieces of experts on a folded mesh."""
-    m = replace(ModelConfig(layers=3), moe=MoE(8, 2, 64, dense_layers=1))
+    m = replace(ModelConfig(layers=3), moe=MoEConfig(8, 2, 64, dense_layers=1))
     shape = MeshShape.parse("dp=4,tp=2,ep=4")
     found = {r.path: r for r in rows(m, shape, 3)}
     assert found["blocks.0.mlp.w_up"].count == 1 and "blocks.0.moe.router.w" not in found

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed import redistribute
-from dtron.distributed.bucketing import scatter_all
+from dtron.distributed.bucketing import reduce_scatter_all
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import Lies, cast, full
+from dtron.distributed.redistribute import ShardSpec, cast, full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import rules_for
@@ -28,7 +28,7 @@ def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: L
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     w = layout.shard(numbers, *(None if a == "embed" else a for a in axes))
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
-    return Lies.of(w).gradient.whole(torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh)
+    return ShardSpec.of(w).gradient.whole(torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh)
 
 
 def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, CollectiveCounter]:
@@ -39,7 +39,7 @@ def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, Collec
         g = gradient(axes, (size, size), seed, layout)
         want = full(cast(g, torch.float32))
         with CollectiveCounter(device_mesh) as sent:
-            (got,) = scatter_all([g], [(layout.placements(*axes), torch.float32)])
+            (got,) = reduce_scatter_all([g], [(layout.placements(*axes), torch.float32)])
         assert got.dtype == torch.float32
         lies = zip(got.placements, layout.placements(*axes), strict=True)
         assert all(a == b for a, b in lies if b.is_shard())
@@ -78,7 +78,7 @@ MUTANTS = {
     "a rank's own pieces": ("swap", lambda x, mesh, dim: (x[0], x[1:])),
     "another's piece stays": (
         "swap",
-        lambda x, mesh, dim, swap=redistribute.swap: (x[0], swap(x, mesh, dim)[1]),
+        lambda x, mesh, dim, swap=redistribute.exchange_rows: (x[0], swap(x, mesh, dim)[1]),
     ),
 }
 
@@ -96,5 +96,5 @@ def test_a_gradient_that_is_no_pending_sum_is_only_cut(count):
     with simulated(MeshShape(dp=4)) as mesh:
         layout, x = Layout(mesh, rules_for(2)), torch.arange(24.0).view(8, 3).bfloat16()
         goal = (layout.placements("embed", None), torch.float32)
-        got = scatter_all([layout.shard(x, None, None) for _ in range(count)], [goal] * count)
+        got = reduce_scatter_all([layout.shard(x, None, None) for _ in range(count)], [goal] * count)
         assert all(torch.equal(full(g), x.float()) for g in got)

@@ -35,7 +35,7 @@ from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
-from dtron.runtime.fault_tolerance import Stop, Watch, diagnose
+from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group
 from dtron.training.compiled_stage import compiled_rule
 from dtron.training.optimizer import adam_init
@@ -142,7 +142,7 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
 # ---- signals
 
 
-@pytest.mark.parametrize("number", Stop.SIGNALS)
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsys, number):
     run(run_dir.with_name("whole"), *SIX)
     rate, calls = train.learning_rate, []
@@ -157,7 +157,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsy
     found = run(run_dir, *SIX, "--save-every=0")
     assert [r["step"] for r in found] == [1, 2, 3] and files.newest(run_dir).name == "step-00000003"
     assert f"stopped by {number.name} after step 3; go on with --resume" in capsys.readouterr().out
-    assert signal.getsignal(number) not in (None, Stop._note)
+    assert signal.getsignal(number) not in (None, StopSignal._note)
     run(run_dir, *SIX, "--resume")
     assert weights(run_dir) == weights(run_dir.with_name("whole"))  # to the bit
 
@@ -166,7 +166,7 @@ def stop_on_pool(asked: int) -> tuple[bool, str]:
     """A job for the pool: one rank alone gets a signal."""
     import torch.distributed as dist
 
-    with Stop(dist.group.WORLD) as stop:
+    with StopSignal(dist.group.WORLD) as stop:
         before = stop.asked()
         if dist.get_rank() == asked:
             signal.raise_signal(signal.SIGUSR1)
@@ -375,7 +375,7 @@ def test_a_run_that_comes_to_nothing_stops_and_says_why(run_dir, capsys):
 
 @given(st.lists(st.floats(1.0, 1.2), min_size=25, max_size=60), st.floats(3.0, 9.0))
 def test_a_spike_is_noticed_and_noise_is_not(usual, high):
-    watch = Watch(3)
+    watch = NonFiniteGuard(3)
     assert not any(watch.note(i, x, 1.0) for i, x in enumerate([1.0, 1.1, 1.2] * 10))
     assert "jumped to" in watch.note(99, high, 1.0)
     assert watch.note(100, math.nan, 1.0) and watch.note(101, 1.0, math.inf)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed import bucketing
-from dtron.distributed.bucketing import gather_some, scatter_all
+from dtron.distributed.bucketing import gather_some, reduce_scatter_all
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import Lies, scatter
+from dtron.distributed.redistribute import ShardSpec, scatter
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import rules_for
@@ -36,7 +36,9 @@ def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, se
         goals.append(layout.gathered(*axes))
         whole = weights[-1].redistribute(layout.mesh, goals[-1])
         grads.append(
-            Lies.of(whole).gradient.whole(torch.sin(whole.to_local() * (3 + rank)).to(dtype), layout.mesh)
+            ShardSpec.of(whole).gradient.whole(
+                torch.sin(whole.to_local() * (3 + rank)).to(dtype), layout.mesh
+            )
         )
     return weights, goals, grads
 
@@ -51,7 +53,7 @@ def differences(
         weights, goals, grads = drawn(layout, of, dtype, seed)
         targets = [(w.placements, torch.float64) for w in weights]
         with CollectiveCounter(device_mesh) as few:
-            got = scatter_all(grads, targets)
+            got = reduce_scatter_all(grads, targets)
             some = gather_some(weights, goals, None)
         with CollectiveCounter(device_mesh) as many:
             want = [scatter(g, *target) for g, target in zip(grads, targets, strict=True)]

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.layers.attention import Attention, attention
-from dtron.layers.attention_kernels import Mask
+from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
-from dtron.layers.rope import Rope
+from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
-from dtron.params import Weight, tree_map
+from dtron.params import WeightSpec, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
@@ -96,7 +96,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
     theirs, is_gpt2 = dict(model.named_parameters()), isinstance(model, hf.GPT2LMHeadModel)
     used = set()
 
-    def convert(w: Weight) -> Tensor:
+    def convert(w: WeightSpec) -> Tensor:
         block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", w.path).groups()
         prefix = f"{'transformer.h' if is_gpt2 else 'model.layers'}.{block}." if block else ""
         source = prefix + (GPT2_NAMES if is_gpt2 else LLAMA_NAMES)[name]
@@ -129,7 +129,10 @@ def differ(model: torch.nn.Module, m: ModelConfig) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-ROPE_LLAMA3, ROPE_YARN = Rope(100.0, "llama3", 4.0, 32), Rope(100.0, "yarn", 4.0, 32, beta_fast=2.0)
+ROPE_LLAMA3, ROPE_YARN = (
+    RopeConfig(100.0, "llama3", 4.0, 32),
+    RopeConfig(100.0, "yarn", 4.0, 32, beta_fast=2.0),
+)
 GPT2 = ModelConfig(
     vocab=61, embed=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp=96, context=64, vocab_multiple=8,
     activation="gelu", norm="layernorm", positions="learned", qkv_bias=True, bias=True, tied=True,
@@ -137,11 +140,11 @@ GPT2 = ModelConfig(
 
 # Our config, how transformers builds it, and a change that is wrong in what the case is about.
 CASES = {
-    "llama": (LLAMA, "Llama", {}, {"rope": Rope(9000.0)}),
+    "llama": (LLAMA, "Llama", {}, {"rope": RopeConfig(9000.0)}),
     "llama-tied": (replace(LLAMA, tied=True, kv_heads=1), "Llama", {}, {"norm_eps": 0.1}),
-    "llama3": (replace(LLAMA, rope=ROPE_LLAMA3), "Llama", LLAMA3, {"rope": Rope(100.0)}),
+    "llama3": (replace(LLAMA, rope=ROPE_LLAMA3), "Llama", LLAMA3, {"rope": RopeConfig(100.0)}),
     "yarn": (replace(LLAMA, rope=ROPE_YARN), "Llama", YARN, {"rope": replace(ROPE_YARN, beta_fast=4.0)}),
-    "qwen2": (replace(LLAMA, qkv_bias=True, norm_eps=1e-6), "Qwen2", {}, {"rope": Rope(9000.0)}),
+    "qwen2": (replace(LLAMA, qkv_bias=True, norm_eps=1e-6), "Qwen2", {}, {"rope": RopeConfig(9000.0)}),
     "qwen3": (replace(LLAMA, qk_norm=True), "Qwen3", {}, {"norm_eps": 0.1}),
     "gpt2": (GPT2, "GPT2", {}, {"norm_eps": 0.1}),
     "mistral": (replace(LLAMA, window=7), "Mistral", {}, {"window": 8}),
@@ -223,7 +226,9 @@ def test_attention_with_sinks():
     hidden = torch.where((back >= 0) & (back < 5), 0.0, -torch.inf)
     unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
     want, _ = theirs(x, unturned, hidden)
-    run = lambda p, window: attention(p, x.flatten(0, 1), None, None, Mask(16, window), ONE).view(2, 16, 12)
+    run = lambda p, window: attention(p, x.flatten(0, 1), None, None, AttentionMask(16, window), ONE).view(
+        2, 16, 12
+    )
     torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
     for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):
         assert (wrong - want).abs().max() > 0.1

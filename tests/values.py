@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dtron.layers.rope import Rope, frequencies
+from dtron.layers.rope import RopeConfig, frequencies
 from dtron.mesh import Layout
 from dtron.params import declare, tree_map
 from dtron.runtime.config import ModelConfig
@@ -40,7 +40,7 @@ def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
     close(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(want, inputs, direction))
 
 
-def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+def turned(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
     """Pairs (i, i + H/2) as complex numbers, times e^(i angle)."""
     freq, scale = frequencies(rope, x.shape[-1], F64)
     z = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * positions[:, None, None] * freq) * scale

@@ -7,7 +7,7 @@ import torch
 from dtron.distributed.collectives import shift, wait
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import Mask, allowed
+from dtron.layers.attention_kernels import AttentionMask, allowed
 from dtron.layers.context_parallel import prepare
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
@@ -23,7 +23,7 @@ def zigzag(tokens: int = 16, ranks: int = 4) -> str:
         x = 20 + 270 * n
         order = row_order(tokens, ranks, on).view(ranks, -1)
         owner = {int(token): rank for rank, part in enumerate(order) for token in part}
-        seen = allowed(Mask(tokens), None, order.device)[0, 0]
+        seen = allowed(AttentionMask(tokens), None, order.device)[0, 0]
         canvas.text(x, 24, f"{name}: {tokens} tokens over cp={ranks}", bold=True)
         for i in range(tokens):
             for j in range(tokens):
@@ -44,7 +44,9 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
     with simulated(shape) as mesh:
         layout = Layout(mesh)
         x = layout.shard(torch.ones(tokens, 1), "tokens", None)
-        context, _ = prepare(Mask(tokens), None, False, (1, 1), x, layout, "sdpa", "ring", zigzag=True)
+        context, _ = prepare(
+            AttentionMask(tokens), None, False, (1, 1), x, layout, "sdpa", "ring", zigzag=True
+        )
         keys = context.steps[0].keys
         arrived = [keys]
         for _ in range(1, ranks):
@@ -61,7 +63,9 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
             if step == 0:
                 canvas.text(x, 24, f"rank {rank}", bold=True)
                 canvas.text(x, 40, f"queries {_runs(queries[rank])}", size=11, colour=FAINT)
-            mask = Mask(tokens, queries=torch.tensor([queries[rank]]), keys=torch.tensor(at_hand[rank]))
+            mask = AttentionMask(
+                tokens, queries=torch.tensor([queries[rank]]), keys=torch.tensor(at_hand[rank])
+            )
             seen = allowed(mask, None, mask.keys.device)[0, 0]
             holder = next(r for r in range(ranks) if queries[r] == at_hand[rank])
             for i, row in enumerate(seen):

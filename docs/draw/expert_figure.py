@@ -8,8 +8,8 @@ from layer_figures import COLOURS, draw
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
-from dtron.moe.config import MoE
-from dtron.moe.layer import MoELayer, Seen, moe
+from dtron.moe.config import MoEConfig
+from dtron.moe.layer import MoELayer, TokenInfo, moe
 from dtron.params import declare, gather, init
 from dtron.tools.count_collectives import CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas, colour, draw_mesh
@@ -47,7 +47,7 @@ def _flat(pairs: list[tuple[int, int]]) -> int:
 
 
 def experts(shape: MeshShape) -> str:
-    c = MoE(DIMS["experts"], 2, DIMS["expert_mlp"], shared=DIMS["shared_mlp"])
+    c = MoEConfig(DIMS["experts"], 2, DIMS["expert_mlp"], shared=DIMS["shared_mlp"])
     canvas = Canvas(1060)
     canvas.text(20, 28, f"{shape}: one mesh of {shape.size} ranks", bold=True, size=16)
     atoms = ", ".join(f"{a}={n}" for a, n in shape.atoms.items())
@@ -72,7 +72,7 @@ def experts(shape: MeshShape) -> str:
         canvas.text(left, top + 26, "gathered over edp, for compute", bold=True)
         draw(canvas, left, top + 36, "w_up of 8 experts", "EDF", gather(p.experts, layout).w_up, shape)
         ones = layout.shard(torch.ones(2048), "tokens_sp")
-        seen = Seen(ones > 0, ones.long() * 0, 1)
+        seen = TokenInfo(ones > 0, ones.long() * 0, 1)
         p = gather_but_shared(p, layout)
         with CollectiveCounter(mesh) as counter:
             moe(p, x, seen, c, layout)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import Mask, allowed
+from dtron.layers.attention_kernels import AttentionMask, allowed
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
@@ -166,7 +166,7 @@ def masks() -> str:
     def seen(sequence: int, window: int | None, cuts: tuple[float, ...]) -> Tensor:
         place = torch.arange(sequence) / sequence
         documents = sum((place >= cut).long() for cut in cuts)[None] if cuts else None
-        return allowed(Mask(sequence, window), documents, place.device)[0, 0]
+        return allowed(AttentionMask(sequence, window), documents, place.device)[0, 0]
 
     canvas.text(20, 24, f"{small} tokens: the query of each row sees the keys in blue", bold=True)
     canvas.text(20, 264, f"{long} tokens in blocks of {block} (window of {5 * 64})", bold=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import Mask
-from dtron.layers.mla import MLA, Latent, mla
+from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.mla import MLA, MLAConfig, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
@@ -111,7 +111,7 @@ def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
 
 def latent(shape: MeshShape) -> str:
     """Latent attention's tensors on their way through it; below, what a server keeps of a token."""
-    sizes = Latent(kv_rank=256, q_rank=384, nope_dim=48, rope_dim=64, v_dim=64)
+    sizes = MLAConfig(kv_rank=256, q_rank=384, nope_dim=48, rope_dim=64, v_dim=64)
     dims = {"embed": 768, "heads": 16, "layers": 1, "layernorm": False, **sizes.dims()}
     with simulated(shape) as mesh:
         layout = Recorder(mesh)
@@ -119,7 +119,7 @@ def latent(shape: MeshShape) -> str:
         x = layout.shard(torch.ones(1024, 768), "tokens_sp", "act_embed")
         table = layout.shard(torch.zeros(1024, sizes.rope_dim), "tokens", None)
         with CollectiveCounter(mesh) as counter:
-            mla(p, x, table, None, Mask(1024), layout)
+            mla(p, x, table, None, AttentionMask(1024), layout)
         (line_before, line_after), (y_before, y_after) = layout.seen
         canvas = Canvas(1400)
         first, second = counter.order

@@ -1,7 +1,7 @@
 """Checkpoints: ``state`` saves and loads a run on any mesh, ``files`` is what lies on the disk,
 ``async_saver`` writes while training goes on."""
 
-from dtron.checkpoint.async_saver import Saver
+from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import FORMAT, folder, newest, read_meta
 from dtron.checkpoint.state import (
     Identity,
@@ -13,13 +13,13 @@ from dtron.checkpoint.state import (
     read_weight,
     save,
     tensors,
-    undamaged,
+    verify_checksums,
 )
 
 __all__ = [
     "FORMAT",
     "Identity",
-    "Saver",
+    "AsyncSaver",
     "TrainState",
     "begin",
     "folder",
@@ -31,5 +31,5 @@ __all__ = [
     "read_weight",
     "save",
     "tensors",
-    "undamaged",
+    "verify_checksums",
 ]

@@ -33,7 +33,7 @@ from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 
 
-class Saver:
+class AsyncSaver:
     """``save`` copies and returns; ``said`` gives the lines about saves that have ended. ``group``: a gloo
     group of all processes that nobody else uses (None: one process). ``keep``, ``keep_every``: see
     ``files.prune``."""

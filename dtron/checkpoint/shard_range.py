@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import Lies
+from dtron.distributed.redistribute import ShardSpec
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.mesh import Layout
-from dtron.params import Weight
+from dtron.params import WeightSpec
 
 Box = list[tuple[int, int]]
 
 
-def own_box(w: Weight, layout: Layout, device: str) -> Box | None:
+def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
     """The range of each dim; None where the whole weight is wanted: on one device, and where all ranks are
     simulated here. No arithmetic of shards: the layout is asked to cut the numbers of each dim's places."""
     if layout.mesh is None:
@@ -24,9 +24,9 @@ def own_box(w: Weight, layout: Layout, device: str) -> Box | None:
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in ids]
 
 
-def lay(x: Tensor, w: Weight, layout: Layout, box: Box | None) -> Tensor:
+def lay(x: Tensor, w: WeightSpec, layout: Layout, box: Box | None) -> Tensor:
     """A weight that lies as the layout says, from the part in ``box``, which is not copied."""
     if box is None:
         return layout.shard(x, *w.axes)
     whole = torch.empty(w.shape, device="meta")
-    return Lies(layout.placements(*w.axes), whole.shape, whole.stride()).whole(x, layout.mesh)
+    return ShardSpec(layout.placements(*w.axes), whole.shape, whole.stride()).whole(x, layout.mesh)

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtron.checkpoint import files
-from dtron.checkpoint.async_saver import Saver, quiet
+from dtron.checkpoint.async_saver import AsyncSaver, quiet
 from dtron.checkpoint.files import read_meta
-from dtron.checkpoint.shard_range import lay, own_box
+from dtron.checkpoint.shard_range import lay, shard_range
 from dtron.distributed.redistribute import full, local, rank, shard_like
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
-from dtron.params import Weight, flat, tree_map, unflatten
+from dtron.params import WeightSpec, flat, tree_map, unflatten
 from dtron.training.optimizer import AdamState
 
 Identity = dict[str, Any]
@@ -49,13 +49,13 @@ class TrainState:
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
     """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights. Raises
     UserError where the folder cannot be written."""
-    saver = Saver(run_dir, dist.group.WORLD if _processes() else None)
+    saver = AsyncSaver(run_dir, dist.group.WORLD if _processes() else None)
     begin(saver, state, spec, identity)
     saver.close()
     return files.target(run_dir, state.step)
 
 
-def begin(saver: Saver, state: TrainState, spec: Any, identity: Identity) -> float:
+def begin(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
     """Begin to write the state; seconds that it took. The state may change as soon as this returns."""
     meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
     return saver.save(state.step, tensors(state, spec), meta)
@@ -69,7 +69,7 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     """
     meta = read_meta(path)
     _same(path, meta["identity"], identity)
-    undamaged(path, meta)
+    verify_checksums(path, meta)
     whole = tensors(state, spec)
     try:
         with paused(), quiet():
@@ -86,7 +86,7 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     )
 
 
-def undamaged(path: Path, meta: dict[str, Any]) -> None:
+def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
     """Raises UserError for a byte that is another. Each is read once, by one of the ranks, which all call
     this."""
     found = files.damaged(path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1)))
@@ -104,7 +104,7 @@ def undamaged(path: Path, meta: dict[str, Any]) -> None:
         raise UserError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
 
 
-def read_weight(path: Path, w: Weight) -> Tensor:
+def read_weight(path: Path, w: WeightSpec) -> Tensor:
     """One whole weight, float32; nothing else is read."""
     into = torch.empty(w.shape)
     read_into(path, w, into)
@@ -114,10 +114,10 @@ def read_weight(path: Path, w: Weight) -> Tensor:
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
     """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it. Every
     rank calls this."""
-    undamaged(path, read_meta(path))
+    verify_checksums(path, read_meta(path))
 
-    def one(w: Weight) -> Tensor:
-        box = own_box(w, layout, device)
+    def one(w: WeightSpec) -> Tensor:
+        box = shard_range(w, layout, device)
         with paused():
             if box is None:
                 x = read_weight(path, w)
@@ -131,7 +131,7 @@ def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, devic
         return tree_map(one, spec)
 
 
-def read_into(path: Path, w: Weight, into: Tensor) -> None:
+def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
     """The part of a weight that this rank has of ``into``. Asks no other rank."""
     try:
         with quiet():

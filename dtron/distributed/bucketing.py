@@ -25,10 +25,10 @@ from dtron.distributed.redistribute import cast, equal_parts, local, scatter, sc
 SMALL = 2**20  # elements
 
 # For each gradient, where its weight lies and what to add it up in.
-Goals = Sequence[tuple[Sequence[Placement], torch.dtype]]
+GradTargets = Sequence[tuple[Sequence[Placement], torch.dtype]]
 
 
-def scatter_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
+def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
     """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
     so. What is not to be reduced keeps its dtype."""
 
@@ -74,10 +74,10 @@ def gather_some(
     return found
 
 
-def reduce_all(grads: Sequence[DTensor], goals: Goals) -> list[DTensor]:
+def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
     """Bring gradients to the placements of their weights: what shrinks them first, then the remaining sums,
     of which those of small ones (norms, biases) are laid end to end too."""
-    found = scatter_all(grads, goals)
+    found = reduce_scatter_all(grads, goals)
 
     def shared(i: int) -> Any:
         g, (goal, dtype) = found[i], goals[i]

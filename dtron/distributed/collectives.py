@@ -31,7 +31,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
     return x
 
 
-def swap(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
+def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
     """Row i of x goes to rank i of a dim of the mesh. The row that stays here, and those that came, in the
     order of their ranks. Not differentiable."""
     n, place = mesh.size(dim), mesh.get_coordinate()[dim]
@@ -100,7 +100,7 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Peers:
+class RingGroup:
     """Ranks, as a mesh of one dim, and the place of this one among them."""
 
     ranks: DeviceMesh
@@ -113,7 +113,7 @@ class Peers:
 
 
 def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
-    """In a ring of n ranks (``Peers.args``): x goes to the rank that is ``by`` further on, and that of the
+    """In a ring of n ranks (``RingGroup.args``): x goes to the rank that is ``by`` further on, and that of the
     one as far behind comes. It is on its way: ``wait`` for it, and let work that does not need it come first.
     Not differentiable. An all-to-all of which all other parts are empty; a send would be no functional
     collective."""

@@ -4,7 +4,7 @@ NCCL moves data with kernels, and these take processors (SMs) from the products 
 ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
 the all-to-all in which gradients are sent to where they are summed (``swap`` in distributed/collectives.py). Both are copies
 out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
-that ZeRO shards over are ``Copies`` (distributed/symmetric_memory.py makes them): functional collectives, DTensor and inductor's
+that ZeRO shards over are ``CopyEngineGroup`` (distributed/symmetric_memory.py makes them): functional collectives, DTensor and inductor's
 scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each
 rank that all of them have mapped, on streams of their own. Anything else, and what does not fit, is NCCL's.
 
@@ -19,7 +19,7 @@ gradient is added from where it is.)
 * Anything else is copied to a stage first, and a barrier says that it is there. Two halves of the stage take
   turns: who has come to the next barrier has pulled what was in the other half. All-to-alls wait for others
   to share a barrier with.
-* Weights that lie there do not queue behind what is staged: each has a stream (``Beside``).
+* Weights that lie there do not queue behind what is staged: each has a stream (``CopyStream``).
 * What is asked for together is waited for together (training/zero3_prefetch.py).
 
 Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over
@@ -44,7 +44,7 @@ MANY = 2**26  # bytes to exchange, for which a barrier is little
 ALIGNED = 256  # bytes
 
 
-class Room(Protocol):
+class SymmetricBuffer(Protocol):
     """Symmetric memory, as torch gives it."""
 
     def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int) -> Tensor:
@@ -54,7 +54,7 @@ class Room(Protocol):
         """In the stream: until all ranks' streams have come here."""
 
 
-class Landed(dist.Work):
+class CopyWork(dist.Work):
     """Copies under way. What they read and write must live until then."""
 
     def __init__(self, waits: Sequence[Callable[[], Any]], keeps: Any):
@@ -68,7 +68,7 @@ class Landed(dist.Work):
         return True
 
 
-class Beside:
+class CopyStream:
     """A stream of copies beside the one that computes. In a CUDA graph a wait costs about as much as a small
     kernel, so one is made to do for several copies: a wait is for all that had been asked for when the last
     one was, which is a product's time ago, and those that it covers are none."""
@@ -102,7 +102,7 @@ class Beside:
 
 
 @dataclass
-class Asked:
+class PendingAllToAll:
     """An all-to-all that has not begun, or how to wait for it."""
 
     out: Tensor
@@ -110,14 +110,14 @@ class Asked:
     wait: Callable[[], None] | None = None
 
 
-class Copies(dist.ProcessGroup):
+class CopyEngineGroup(dist.ProcessGroup):
     """A group whose all-gathers, and all-to-alls of a row for each other rank, are copies.
     ``allocate(bytes)`` gives memory that ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is
     the backend for anything else."""
 
     def __init__(
         self, rest: Any, rank: int, size: int, device: str, allocate: Callable[[int], Tensor],
-        meet: Callable[[Tensor], Room], timeout: timedelta,
+        meet: Callable[[Tensor], SymmetricBuffer], timeout: timedelta,
     ):  # fmt: skip
         super().__init__(rank, size)
         kind = {"cuda": dist.ProcessGroup.BackendType.NCCL, "cpu": dist.ProcessGroup.BackendType.GLOO}[device]
@@ -125,11 +125,11 @@ class Copies(dist.ProcessGroup):
         self._rest, self._rank, self._size, self._device = rest, rank, size, device
         self._allocate, self._meet = allocate, meet
         self._patience = int(timeout.total_seconds() * 1000)
-        self._stage: tuple[Tensor, Room] | None = None
-        self._near: tuple[Tensor, Room] | None = None
+        self._stage: tuple[Tensor, SymmetricBuffer] | None = None
+        self._near: tuple[Tensor, SymmetricBuffer] | None = None
         self._staged = 0  # since all ranks last agreed
-        self._unsent: list[Asked] = []
-        self._beside = {name: Beside(device) for name in ("weights", "staged")}
+        self._unsent: list[PendingAllToAll] = []
+        self._beside = {name: CopyStream(device) for name in ("weights", "staged")}
 
     def getBackendName(self) -> str:
         return "copies"
@@ -151,7 +151,7 @@ class Copies(dist.ProcessGroup):
         goes = lambda x: self._fits(x) or (x.is_contiguous() and self._at(x) is not None)
         if not all(goes(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             works = [self._rest._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
-            return Landed([w.wait for w in works], (outs, xs))
+            return CopyWork([w.wait for w in works], (outs, xs))
         return self._copied(self._gather(outs, xs), outs, xs)
 
     def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None):
@@ -189,7 +189,7 @@ class Copies(dist.ProcessGroup):
 
     def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any):
         works = [self._rest._reduce_scatter_base(y, x, opts) for x, y in zip(xs, outs, strict=True)]
-        return Landed([w.wait for w in works], (outs, xs))
+        return CopyWork([w.wait for w in works], (outs, xs))
 
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced  # its name in torch 2.13
 
@@ -210,8 +210,8 @@ class Copies(dist.ProcessGroup):
         at = x.data_ptr() - self._near[0].data_ptr()
         return at if 0 <= at < self._near[0].nbytes else None
 
-    def _copied(self, wait: Callable[[], None], *keeps: Any) -> Landed:
-        return Landed([wait], keeps)
+    def _copied(self, wait: Callable[[], None], *keeps: Any) -> CopyWork:
+        return CopyWork([wait], keeps)
 
     def _gather(self, outs: list[Tensor], xs: list[Tensor]) -> Callable[[], None]:
         self._send()
@@ -227,12 +227,12 @@ class Copies(dist.ProcessGroup):
 
         return self._beside["staged" if None in begins else "weights"].do(copy)
 
-    def _later(self, out: Tensor, x: Tensor) -> Landed:
+    def _later(self, out: Tensor, x: Tensor) -> CopyWork:
         """An all-to-all that may wait for some more, with which it shares a barrier: until somebody waits for
         one, or gathers something, or they are many."""
         if sum(room_for(asked.x) for asked in self._unsent) + room_for(x) > STAGE:
             self._send()
-        self._unsent.append(asked := Asked(out, x))
+        self._unsent.append(asked := PendingAllToAll(out, x))
         if sum(room_for(asked.x) for asked in self._unsent) >= MANY:
             self._send()
 
@@ -263,11 +263,11 @@ class Copies(dist.ProcessGroup):
         """Each rank begins with another."""
         return [(self._rank + step) % self._size for step in range(1, self._size)]
 
-    def _pull(self, row: Tensor, room: Room, peer: int, at: int) -> None:
+    def _pull(self, row: Tensor, room: SymmetricBuffer, peer: int, at: int) -> None:
         """From where it lies there, in bytes."""
         row.copy_(room.get_buffer(peer, row.shape, row.dtype, at // row.itemsize))
 
-    def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[Room, int]:
+    def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[SymmetricBuffer, int]:
         """These parts on the stage, each at its place after where the half begins (all in bytes)."""
         if self._stage is None:
             memory = self._allocate(2 * STAGE)

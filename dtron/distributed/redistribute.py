@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from dtron.distributed.collectives import gather_along, swap
+from dtron.distributed.collectives import exchange_rows, gather_along
 from dtron.distributed.fp8_all_gather import packed, unpacked
 from dtron.errors import PlacementError
 from dtron.torch_compile import opaque
@@ -34,7 +34,7 @@ def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
 
 
 @opaque
-class Gather(torch.autograd.Function):
+class Unshard(torch.autograd.Function):
     """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
 
     ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along (for
@@ -82,7 +82,7 @@ def _gathered_narrow(x: DTensor, goal: Sequence[Placement]) -> DTensor:
 
 
 @dataclass(frozen=True)
-class Lies:
+class ShardSpec:
     """Where a tensor lies: what makes a DTensor of a rank's part."""
 
     placements: tuple[Placement, ...]
@@ -90,15 +90,15 @@ class Lies:
     stride: tuple[int, ...]
 
     @staticmethod
-    def of(x: DTensor) -> Lies:
-        return Lies(tuple(x.placements), x.shape, x.stride())
+    def of(x: DTensor) -> ShardSpec:
+        return ShardSpec(tuple(x.placements), x.shape, x.stride())
 
     @property
-    def gradient(self) -> Lies:
+    def gradient(self) -> ShardSpec:
         """Of a weight: where it is whole, every rank has one summand of its gradient."""
         return replace(self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements))
 
-    def scattered(self, goal: Sequence[Placement]) -> Lies:
+    def scattered(self, goal: Sequence[Placement]) -> ShardSpec:
         """Of a gradient: after ``scatter_all``."""
         return replace(self, placements=scattered(self.placements, goal))
 
@@ -109,9 +109,9 @@ class Lies:
 
 
 @opaque
-class Whole(torch.autograd.Function):
+class LocalToDTensor(torch.autograd.Function):
     """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back as
-    ``Lies.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every microbatch."""
+    ``ShardSpec.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every microbatch."""
 
     @staticmethod
     def forward(
@@ -122,7 +122,7 @@ class Whole(torch.autograd.Function):
         shape: Sequence[int],
         stride: Sequence[int],
     ) -> DTensor:
-        lies = Lies(_decode(placements), torch.Size(shape), tuple(stride))
+        lies = ShardSpec(_decode(placements), torch.Size(shape), tuple(stride))
         ctx.placements = lies.gradient.placements
         return lies.whole(x, like.device_mesh)
 
@@ -183,7 +183,9 @@ def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
 
 def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     mesh = g.device_mesh
-    own, others = swap(g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis)
+    own, others = exchange_rows(
+        g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis
+    )
     landed = own.to(dtype) + others.sum(0, dtype=dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
     return DTensor.from_local(landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())

@@ -1,7 +1,7 @@
 """Memory that GPUs of one host reach of each other, and the process groups that use it (distributed/copy_engine.py).
 
-``backends`` chooses the groups when a mesh is built, ``in_reach`` moves what they gather to where it can be
-pulled from, and ``settle``, after weights have been written, tells all ranks. Nothing else in dtron knows of
+``backends`` chooses the groups when a mesh is built, ``to_symmetric_memory`` moves what they gather to where it can be
+pulled from, and ``publish_weights``, after weights have been written, tells all ranks. Nothing else in dtron knows of
 them.
 
 *Symmetric memory*, and how a group of one's own is made known to torch, are private there and this file's
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dtron.distributed.copy_engine import Copies, Room, room_for
+from dtron.distributed.copy_engine import CopyEngineGroup, SymmetricBuffer, room_for
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import equal_parts, like, local
 from dtron.errors import UserError
@@ -32,7 +32,7 @@ def allocate(size: int) -> Tensor:
     return symmetric.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def _made(group: Any, options: Any) -> Copies:
+def _made(group: Any, options: Any) -> CopyEngineGroup:
     """What torch calls for a group of backend "copies"."""
     from torch._C._distributed_c10d import _register_process_group
 
@@ -47,10 +47,10 @@ def _made(group: Any, options: Any) -> Copies:
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
     _register_process_group(name, place)  # which does not keep it alive
     meet = lambda memory, place=place: _met(memory, name)
-    return Copies(nccl, rank, size, "cuda", allocate, meet, timeout)
+    return CopyEngineGroup(nccl, rank, size, "cuda", allocate, meet, timeout)
 
 
-def _met(memory: Tensor, group: str) -> Room:
+def _met(memory: Tensor, group: str) -> SymmetricBuffer:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
@@ -80,15 +80,15 @@ def _peers(count: int) -> bool:
     return all(torch.cuda.can_device_access_peer(mine, i) for i in range(count) if i != mine)
 
 
-def carried(mesh: DeviceMesh | None) -> list[str]:
+def copy_engine_groups(mesh: DeviceMesh | None) -> list[str]:
     """The names of the groups in which copy engines carry the gathers of weights."""
     return [group.group_name for group in _groups(mesh).values()]
 
 
-def carried_alone(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
+def sole_copy_engine_group(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
     """The name of the group of copy engines, where weights are gathered over that one alone. ``axes``: the
     dims of the mesh over which they are gathered."""
-    groups = carried(mesh)
+    groups = copy_engine_groups(mesh)
     return groups[0] if groups and len(axes) == 1 else None
 
 
@@ -96,13 +96,13 @@ def _mesh(tensors: list[Any]) -> DeviceMesh | None:
     return next((x.device_mesh for x in tensors if isinstance(x, DTensor)), None)
 
 
-def _groups(mesh: DeviceMesh | None) -> dict[int, Copies]:
+def _groups(mesh: DeviceMesh | None) -> dict[int, CopyEngineGroup]:
     """Those of a mesh that are Copies, by its dim."""
     groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
-    return {i: group for i, group in groups.items() if isinstance(group, Copies)}
+    return {i: group for i, group in groups.items() if isinstance(group, CopyEngineGroup)}
 
 
-def in_reach(tensors: list[Any]) -> list[Any]:
+def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
     """The same DTensors; what a group would gather has its parts moved to symmetric memory, where
     they lie at the same place in each rank's."""
     groups, tensors = _groups(_mesh(tensors)), list(tensors)
@@ -121,7 +121,7 @@ def in_reach(tensors: list[Any]) -> list[Any]:
     return tensors
 
 
-def settle(tensors: list[Any]) -> None:
+def publish_weights(tensors: list[Any]) -> None:
     """Says to all ranks that these weights have been written."""
     for group in _groups(_mesh(tensors)).values():
         group.settle()

@@ -14,10 +14,10 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.safetensors import read_json
-from dtron.layers.rope import Rope
+from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.mtp import Ahead
-from dtron.moe.config import MoE
+from dtron.model.mtp import MTPConfig
+from dtron.moe.config import MoEConfig
 
 CONFIG = "config.json"
 
@@ -151,19 +151,19 @@ def _spoken(m: ModelConfig) -> ModelConfig:
     same = {
         "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
         "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
-        "moe.capacity": 0.0, "moe.balanced": False, "mtp": Ahead(),
+        "moe.capacity": 0.0, "moe.balanced": False, "mtp": MTPConfig(),
         "moe.bias_rate": float(m.moe.bias_rate > 0),
     }  # fmt: skip
     if m.moe.experts and not m.moe.dense_layers:
         same["mlp"] = 1
     if not m.moe.experts:
-        same["moe"] = MoE()
+        same["moe"] = MoEConfig()
     if m.latent:
         same |= {"kv_heads": 1, "head_dim": 2}
     if m.positions != "rotary":
-        same["rope"] = Rope()
+        same["rope"] = RopeConfig()
     elif m.rope.scaling == "none":
-        same["rope"] = Rope(m.rope.theta)
+        same["rope"] = RopeConfig(m.rope.theta)
     return build(same, m)
 
 
@@ -207,28 +207,28 @@ def _object(said: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     return found
 
 
-def _rope(said: Mapping[str, Any], context: int, where: str) -> Rope:
+def _rope(said: Mapping[str, Any], context: int, where: str) -> RopeConfig:
     rope = _object(said, "rope_parameters", where) or _object(said, "rope_scaling", where)
     theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it")
     if kind == "default":
-        return Rope(float(theta))
+        return RopeConfig(float(theta))
     if kind not in _STRETCHED:
         raise UserError(f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}")
     if kind == "yarn" and rope.get("attention_factor") is not None:
         raise UserError(f"{where}: yarn with an attention_factor of its own; dtron has that of the paper")
     known = {"original_max_position_embeddings": context} | rope
     values = {ours: known[theirs] for ours, theirs in _STRETCHED[kind].items() if theirs in known}
-    return Rope(float(theta), kind, **values)
+    return RopeConfig(float(theta), kind, **values)
 
 
-def _rope_said(rope: Rope) -> dict[str, Any]:
+def _rope_said(rope: RopeConfig) -> dict[str, Any]:
     """As transformers had it before version 5, which that reads too."""
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
-    names, usual = _STRETCHED[rope.scaling], Rope()
+    names, usual = _STRETCHED[rope.scaling], RopeConfig()
     unsaid = [
         name for name in ("mscale", "mscale_all", "truncate") if getattr(rope, name) == getattr(usual, name)
     ]

@@ -30,7 +30,7 @@ from dtron.hf.safetensors import read_json, write
 from dtron.hf.source_files import ORIGIN, TOKENIZER
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.model.config import ModelConfig
-from dtron.params import Weight
+from dtron.params import WeightSpec
 
 _UNSAID = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -68,7 +68,7 @@ def export(
     kind = _family(family, said, m)
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
-    checkpoint.undamaged(found, meta)
+    checkpoint.verify_checksums(found, meta)
     if dtype is None:
         name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
         dtype = getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
@@ -109,9 +109,9 @@ class _Maker:
 
     m: ModelConfig
     family: Family
-    read: Callable[[Weight], Tensor]
+    read: Callable[[WeightSpec], Tensor]
     dtype: torch.dtype
-    pieces: dict[str, list[tuple[Weight, Place, int | None]]] = field(default_factory=dict)
+    pieces: dict[str, list[tuple[WeightSpec, Place, int | None]]] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.checkpoint.shard_range import lay, own_box
+from dtron.checkpoint.shard_range import lay, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import read_config
@@ -26,7 +26,7 @@ from dtron.hf.tensor_pattern import Range, halves, pattern
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import Weight, flat, tree_map
+from dtron.params import WeightSpec, flat, tree_map
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Place:
         return [self.row.name.replace("{e}", str(e)) for e in range(*(experts or (0, self.sizes["e"])))]
 
 
-def place(w: Weight, family: Family, m: ModelConfig) -> Place:
+def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
     """Raises UserError where the family has no such weight."""
     block = re.match(r"(\w+)\.(\d+)\.", w.path)
     row = family.weights.get(re.sub(r"\.\d+\.", ".{l}.", w.path, count=1))
@@ -120,8 +120,8 @@ class Source:
         with torch.no_grad():
             return tree_map(lambda w: self._weight(w, layout, dtype, device), spec)
 
-    def _weight(self, w: Weight, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
-        box = own_box(w, layout, device)
+    def _weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
+        box = shard_range(w, layout, device)
         with paused():  # where ranks are simulated, they share what is read
             where = place(w, self.family, self.model)
             x = self._part(where, box or [(0, n) for n in w.shape], dtype).to(device)
@@ -161,7 +161,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def weights_of(m: ModelConfig, family: Family) -> Iterator[tuple[Weight, Place]]:
+def weights_of(m: ModelConfig, family: Family) -> Iterator[tuple[WeightSpec, Place]]:
     """Every weight of the model, and where it is in the family's checkpoints."""
     for w in flat(declare_model(m)):
         yield w, place(w, family, m)

@@ -14,9 +14,9 @@ from functools import partial
 from torch import Tensor
 
 from dtron.fp8.recipe import Recipe
-from dtron.layers.attention_kernels import CORES, AttentionPath, Mask
-from dtron.layers.context_parallel import Context, attend
-from dtron.layers.kv_cache import Past, recall
+from dtron.layers.attention_kernels import CORES, AttentionMask, AttentionPath
+from dtron.layers.context_parallel import ContextParallelMask, attend
+from dtron.layers.kv_cache import KVCache, recall
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
@@ -44,16 +44,16 @@ def attention(
     x_TD: Tensor,
     table_TH: Tensor | None,
     documents_T: Tensor | None,
-    mask: Mask | Context,
+    mask: AttentionMask | ContextParallelMask,
     layout: Layout,
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
-    past: Past | None = None,
+    past: KVCache | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation)
     of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token of a row in the
-    row's own order (None: one per sequence). ``mask`` is a ``Context`` where cp cuts the rows, see
+    row's own order (None: one per sequence). ``mask`` is a ``ContextParallelMask`` where cp cuts the rows, see
     context.py; ``path``: the kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and
     values of earlier tokens, to which these are added; see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
@@ -72,7 +72,7 @@ def attention(
     return y_TD if p.b_o is None else y_TD + p.b_o
 
 
-def parts(past: Past | None) -> tuple[Tensor | None, ...]:
+def parts(past: KVCache | None) -> tuple[Tensor | None, ...]:
     """What a local region takes of it."""
     return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
 
@@ -88,7 +88,7 @@ def core(
     past_v: Tensor | None,
     places_T: Tensor | None,
     path: AttentionPath,
-    mask: Mask | Context,
+    mask: AttentionMask | ContextParallelMask,
     layout: Layout,
 ) -> Tensor:
     """Rank-local: a rank's heads of its tokens. Values may have another width than queries and keys, and the

@@ -30,14 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from dtron.errors import UserError
-from dtron.layers.recompute import made_again
+from dtron.layers.recompute import recompute_in_backward
 from dtron.torch_compile import jit
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
 
 @dataclass(frozen=True)
-class Mask:
+class AttentionMask:
     """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
     ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
     the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
@@ -65,7 +65,7 @@ class Mask:
         return queries, whole_S if self.keys is None else self.keys
 
 
-def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def sees(mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Whether query i of row b may see key j, for indices of any shapes that broadcast. The one rule: the
     reference asks it for all pairs at once, a compiled kernel for one."""
     ok = j <= i
@@ -76,7 +76,7 @@ def sees(mask: Mask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tenso
     return ok
 
 
-def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
+def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
     """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
     i, j = mask.places(device)
     rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
@@ -85,7 +85,7 @@ def allowed(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Te
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
 ) -> Tensor:
     """The definition, for every mask; softmax in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
@@ -102,7 +102,7 @@ def products(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
-def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Tensor:
+def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: AttentionMask) -> Tensor:
     """``[B, N, S, S]``, -inf where a query does not see a key."""
     scores = products(q, k, mask.scale)
     if mask.softcap is not None:
@@ -111,7 +111,7 @@ def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: Mask) -> Te
 
 
 def attention_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: Mask, flex: bool = False
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: AttentionMask, flex: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with the
     logarithm of its softmax's denominator a part's result can be merged with that of another. A query that
@@ -131,7 +131,7 @@ def attention_and_lse(
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
 ) -> Tensor:
     """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that size
     elsewhere. Raises UserError for a soft-cap and for sinks, which its kernels do not know."""
@@ -139,7 +139,7 @@ def attention_sdpa(
         raise UserError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
         )
-    k, v = made_again(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
+    k, v = recompute_in_backward(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
@@ -162,7 +162,7 @@ def repeated(k: Tensor, q: Tensor) -> Tensor:
 
 
 def attention_flex(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: Mask
+    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
 ) -> Tensor:
     """flex_attention, for every mask. Inside a compiled stage it becomes part of it; elsewhere on a GPU it is
     compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there to avoid."""
@@ -179,7 +179,7 @@ def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
     return o * share[..., None].to(o.dtype)
 
 
-def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -> Mask:
+def with_blocks(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> AttentionMask:
     """The mask with what flex wants to know of it: which blocks of 128 queries by 128 keys are empty, full or
     in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
     the making of it in a region that is recomputed."""
@@ -193,7 +193,9 @@ def with_blocks(mask: Mask, documents_BS: Tensor | None, device: torch.device) -
     return replace(mask, blocks=make(rule, rows, None, *sizes, device))
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, lse: bool = True) -> tuple[Tensor, Tensor | None]:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     def capped(score, b, n, i, j):
         return mask.softcap * torch.tanh(score / mask.softcap)
 
@@ -224,7 +226,7 @@ LEAST_HEAD_DIM = 16  # of flex's kernels on a GPU: the smallest a tensor core mu
 
 def choose(
     path: AttentionPath,
-    mask: Mask,
+    mask: AttentionMask,
     documents: bool,
     sinks: bool,
     head_dim: int,

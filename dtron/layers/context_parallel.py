@@ -32,7 +32,14 @@ from torch import Tensor
 
 from dtron.distributed.collectives import all_gather, all_to_all
 from dtron.layers.attention_block_kernels import kernel_for
-from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, Mask, choose, with_blocks
+from dtron.layers.attention_kernels import (
+    CORES,
+    LEAST_HEAD_DIM,
+    AttentionMask,
+    AttentionPath,
+    choose,
+    with_blocks,
+)
 from dtron.layers.ring_attention import AXIS, ring, ring_plainly
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
@@ -41,17 +48,17 @@ Method = Literal["ring", "allgather", "ulysses"]
 
 
 @dataclass(frozen=True)
-class Context:
-    """What attention over parts of rows wants to know beside the ``Mask`` of the whole row, on this rank.
+class ContextParallelMask:
+    """What attention over parts of rows wants to know beside the ``AttentionMask`` of the whole row, on this rank.
     ``place [1]``: which of the parts it has; ``order_S``: all of them, one after the other; ``steps``: the
     masks between its queries and the keys of each part, in the order in which a ring brings them."""
 
-    mask: Mask
+    mask: AttentionMask
     method: Method
     zigzag: bool
     place: Tensor
     order_S: Tensor
-    steps: tuple[Mask, ...]
+    steps: tuple[AttentionMask, ...]
 
     @property
     def later(self) -> Tensor:
@@ -60,7 +67,7 @@ class Context:
 
 
 def prepare(
-    mask: Mask,
+    mask: AttentionMask,
     documents_T: Tensor | None,
     sinks: bool,
     head_dims: tuple[int, int],
@@ -69,7 +76,7 @@ def prepare(
     path: AttentionPath = "auto",
     method: Method = "ring",
     zigzag: bool = False,
-) -> tuple[Mask | Context, AttentionPath]:
+) -> tuple[AttentionMask | ContextParallelMask, AttentionPath]:
     """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
     this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
     [T@rows]`` has whole rows on every rank. ``head_dims``: of queries and keys, and of values."""
@@ -99,7 +106,7 @@ def prepare(
         return steps[0], path
     order_S = row_order(mask.sequence, parts, zigzag, device)
     place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
-    return Context(mask, method, zigzag, place, order_S, steps), path
+    return ContextParallelMask(mask, method, zigzag, place, order_S, steps), path
 
 
 def attend(
@@ -108,15 +115,15 @@ def attend(
     v_TKH: Tensor,
     documents_T: Tensor | None,
     sinks_N: Tensor | None,
-    mask: Mask | Context,
+    mask: AttentionMask | ContextParallelMask,
     layout: Layout,
     path: AttentionPath,
 ) -> Tensor:
     """Inside a local region: attention of this rank's tokens, ``[T@tokens, heads, H]`` -> the same, H that of
     v. ``documents_T [T@rows]``; ``mask`` and ``path`` as ``prepare`` made them."""
-    whole = mask if isinstance(mask, Mask) else mask.mask
+    whole = mask if isinstance(mask, AttentionMask) else mask.mask
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
-    if isinstance(mask, Mask):
+    if isinstance(mask, AttentionMask):
         least = min(q_TNH.shape[-1], v_TKH.shape[-1])
         path = choose(
             path, mask, documents is not None, sinks_N is not None, least, q_TNH.dtype, q_TNH.device
@@ -130,12 +137,14 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _parts(x_TNH: Tensor, context: Context) -> Tensor:
+def _parts(x_TNH: Tensor, context: ContextParallelMask) -> Tensor:
     """``[B, heads, S / n, H]``: this rank's part of each row."""
     return _heads_first(x_TNH.unflatten(0, (-1, len(context.order_S) // len(context.steps))))
 
 
-def by_ring(q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath) -> Tensor:
+def by_ring(
+    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
+) -> Tensor:
     q, k, v = (_parts(x, context) for x in (q, k, v))
     plain = documents_BS is None and not context.mask.windowed
     if path == "sdpa" and plain:
@@ -146,7 +155,7 @@ def by_ring(q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, pa
 
 
 def by_allgather(
-    q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath
+    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
 ) -> Tensor:
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
@@ -162,7 +171,7 @@ def by_allgather(
 
 
 def by_ulysses(
-    q, k, v, documents_BS, sinks_N, context: Context, layout: Layout, path: AttentionPath
+    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
 ) -> Tensor:
     n, given = layout.parts(AXIS), (q, k, v)
     cut = [x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given]  # [n, T, heads / n * H] each

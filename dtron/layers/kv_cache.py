@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtron.layers.attention_kernels import Mask
+from dtron.layers.attention_kernels import AttentionMask
 from dtron.mesh import Layout
 
 
 @dataclass(frozen=True)
-class Past:
+class KVCache:
     """Of one layer: ``k_TKH`` and ``v_TKH`` ``[rows * slots @tokens, K@kv_heads, H]`` (in latent attention
     all heads), and ``places_T [T@tokens]``, the positions of the new tokens (None between steps)."""
 
@@ -33,17 +33,17 @@ class Past:
 def empty_past(
     rows: int, slots: int, heads: int, widths: tuple[int, int], axis: str, layout: Layout,
     dtype: torch.dtype, device: str,
-) -> Past:  # fmt: skip
+) -> KVCache:  # fmt: skip
     """For ``rows`` over all ranks, each in ``layout.parts("tokens")`` equal parts. ``widths``: of a head's
     keys and values; ``axis``: the logical axis of their heads."""
     tokens, own = rows * slots // layout.parts("tokens"), heads // layout.parts(axis)
     zeros = lambda width: torch.zeros(tokens, own, width, dtype=dtype, device=device)
-    return Past(*(layout.from_local(zeros(width), "tokens", axis, None) for width in widths))
+    return KVCache(*(layout.from_local(zeros(width), "tokens", axis, None) for width in widths))
 
 
 def recall(
-    k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, places_T: Tensor, mask: Mask
-) -> tuple[Tensor, Tensor, Mask]:
+    k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, places_T: Tensor, mask: AttentionMask
+) -> tuple[Tensor, Tensor, AttentionMask]:
     """Rank-local: write the new ``k`` and ``v [T, K, H]`` into their slots. Returns all ``[B, K, slots, H]``
     of them, and the mask for queries at these places."""
     places_BS = places_T.unflatten(0, (-1, mask.sequence))

@@ -31,9 +31,9 @@ from torch import Tensor
 from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe
 from dtron.layers.attention import core, parts
-from dtron.layers.attention_kernels import AttentionPath, Mask
-from dtron.layers.context_parallel import Context
-from dtron.layers.kv_cache import Past
+from dtron.layers.attention_kernels import AttentionMask, AttentionPath
+from dtron.layers.context_parallel import ContextParallelMask
+from dtron.layers.kv_cache import KVCache
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
@@ -42,7 +42,7 @@ from dtron.params import part, residual_out, weight
 
 
 @dataclass(frozen=True)
-class Latent:
+class MLAConfig:
     """Sizes of multi-head latent attention, which replaces the plain one where kv_rank is given."""
 
     kv_rank: int = 0
@@ -109,12 +109,12 @@ def mla(
     x_TD: Tensor,
     table_TH: Tensor,
     documents_T: Tensor | None,
-    mask: Mask | Context,
+    mask: AttentionMask | ContextParallelMask,
     layout: Layout,
     eps: float = 1e-5,
     path: AttentionPath = "auto",
     recipe: Recipe | None = None,
-    past: Past | None = None,
+    past: KVCache | None = None,
 ) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as ``rope_dim``;
     otherwise as ``attention``."""
@@ -151,7 +151,7 @@ def _core(
     places_T: Tensor | None,
     nope: int,
     path: AttentionPath,
-    mask: Mask | Context,
+    mask: AttentionMask | ContextParallelMask,
     layout: Layout,
 ) -> Tensor:
     """Rank-local: queries and keys put together from their two parts."""

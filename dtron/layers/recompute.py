@@ -5,7 +5,7 @@ Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 202
 products and attention and redoes the cheap rest. Under ZeRO-3 a block gathers its weights inside, and no
 gathered weight may wait for backward: so a block is always a recomputed region there, and ``none`` then means
 that everything but the gathers is kept. (Compiled, copies that only a kernel asks for are not kept either:
-``made_again``.)
+``recompute_in_backward``.)
 
 What ``full`` leaves is one block at work, and in it the widest tensors are those between the products of its
 feed-forward layer, ``[T, F]``. This layer knows no neighbours, so at long sequences it runs a chunk of tokens
@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dtron.mesh import Layout
-from dtron.params import Narrow, declared, flat, gather, gather_all, unflatten
+from dtron.params import Fp8GatherRule, declared, flat, gather, gather_all, unflatten
 
 
 def run_block(
     block: Callable, p: Any, x_TD: Tensor, load_E: Tensor | None, layout: Layout, recompute: str,
-    narrow: Narrow | None = None,
+    narrow: Fp8GatherRule | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``block(p, x_TD, load_E)`` with its weights gathered; ``narrow``: which of them may be in 8 bits."""
     whole = partial(gather, layout=layout, narrow=narrow)
@@ -45,7 +45,7 @@ def run_block(
 
     def run_gathered(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         one_by_one = lambda *ws: tuple(gather_all(ws, declared(p), layout, narrow=narrow))
-        gathered = made_again(one_by_one, *flat(p))
+        gathered = recompute_in_backward(one_by_one, *flat(p))
         return block(unflatten(p, list(gathered)), x_TD, load_E)
 
     if not torch.is_grad_enabled():
@@ -69,13 +69,13 @@ def run_end(fn: Callable, p: Any, x_TD: Tensor, recompute: str) -> Tensor:
     return _region(fn, p, x_TD) if recompute == "full" and torch.is_grad_enabled() else fn(p, x_TD)
 
 
-def made_again(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
+def recompute_in_backward(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
     """``fn(*xs)``, whose results a compiled backward is to make again from xs. By itself a compiler keeps
     what a product or attention takes."""
     return _region(fn, *xs) if torch.compiler.is_compiling() and torch.is_grad_enabled() else fn(*xs)
 
 
-def tokens_at_once(recompute: str, tokens: int, width: int) -> int | None:
+def mlp_chunk_tokens(recompute: str, tokens: int, width: int) -> int | None:
     """How many of a rank's tokens its part of a feed-forward layer, ``width`` wide, takes at once; None:
     all. Chunks, and only under ``full``, as soon as a tensor between the products has more than 2^27 elements
     (256 MiB in bfloat16), and at most 8: each is one more of everything to compile, and an eighth of F is

@@ -33,9 +33,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtron.distributed.collectives import Peers, shift, wait
+from dtron.distributed.collectives import RingGroup, shift, wait
 from dtron.layers.attention_block_kernels import block_backward, block_forward
-from dtron.layers.attention_kernels import Mask, attention_and_lse, with_sinks
+from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, with_sinks
 from dtron.torch_compile import opaque
 
 AXIS = "sequence"
@@ -51,7 +51,7 @@ def merge(a: Result, b: Result) -> Result:
 
 def ring_plainly(
     q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None,
-    masks: Sequence[Mask], peers: Peers, flex: bool,
+    masks: Sequence[AttentionMask], peers: RingGroup, flex: bool,
 ) -> Tensor:  # fmt: skip
     """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
     message, found = _pack(k, v), None
@@ -71,11 +71,11 @@ def ring(
     v: Tensor,
     later: Tensor,
     zigzag: bool,
-    peers: Peers,
+    peers: RingGroup,
     scale: float | None = None,
 ) -> Tensor:
     """``later [n]``: whether the part of each step is later in the row than one's own; ``scale``: of scores,
-    see ``Mask``."""
+    see ``AttentionMask``."""
     return _Ring.apply(q, k, v, later, zigzag, scale, *peers.args)
 
 

@@ -8,7 +8,7 @@ the frequencies whose wavelength the original context could not fill:
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
   original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
   DeepSeek gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores,
-  so that it counts for dims that are not rotated too: ``Rope.temperature``.
+  so that it counts for dims that are not rotated too: ``RopeConfig.temperature``.
 
 Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
 and no layer knows.
@@ -27,7 +27,7 @@ from dtron.errors import UserError
 
 
 @dataclass(frozen=True)
-class Rope:
+class RopeConfig:
     """Rotary angles; the fields as model cards have them."""
 
     theta: float = 10_000.0
@@ -74,7 +74,7 @@ class Rope:
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+def frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """``[H/2]`` radians per token, and what cos and sin are multiplied by."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     freq = rope.theta**-pair
@@ -98,7 +98,7 @@ def frequencies(rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -
     return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), scale
 
 
-def rope_tables(rope: Rope, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the second. Once per
     forward; every layer uses it. Rank-local."""
     freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))

@@ -11,13 +11,13 @@ from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.moe.dispatch import Dispatch
-from dtron.params import Narrow
+from dtron.params import Fp8GatherRule
 
 Fp8 = Literal["none", Scaling]
 
 
 @dataclass(frozen=True)
-class How:
+class ComputeConfig:
     """What may differ between two runs of one model without changing the result, beyond rounding: what is
     computed again in backward, which kernels attend and how over cp, which products are made in FP8, how
     tokens reach their experts. Flags of the run."""
@@ -58,10 +58,10 @@ class How:
             return None
         return Recipe(self.fp8, self.fp8_smallest)
 
-    def narrow(self, end: bool, tokens: float) -> Narrow | None:
+    def narrow(self, end: bool, tokens: float) -> Fp8GatherRule | None:
         """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""
         recipe = self.recipe(end) if self.fp8_gather else None
         return None if recipe is None else partial(recipe.takes, tokens=tokens)
 
 
-PLAIN = How()
+PLAIN = ComputeConfig()

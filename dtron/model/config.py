@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from dtron.bounds import nearest_divisor, under
 from dtron.errors import UserError
-from dtron.layers.mla import Latent
+from dtron.layers.mla import MLAConfig
 from dtron.layers.mlp import Activation
-from dtron.layers.rope import Rope
-from dtron.model.mtp import Ahead
-from dtron.moe.config import MoE
+from dtron.layers.rope import RopeConfig
+from dtron.model.mtp import MTPConfig
+from dtron.moe.config import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class ModelConfig:
     """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
     """how attention knows where a token is"""
-    rope: Rope = field(default_factory=Rope)
-    mla: Latent = field(default_factory=Latent)
-    mtp: Ahead = field(default_factory=Ahead)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
@@ -72,7 +72,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
     masked"""
-    moe: MoE = field(default_factory=MoE)
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
         for name in (

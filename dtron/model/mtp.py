@@ -39,7 +39,7 @@ from dtron.layers.norm import norm
 
 
 @dataclass(frozen=True)
-class Ahead:
+class MTPConfig:
     """Multi-token prediction."""
 
     depth: int = 0

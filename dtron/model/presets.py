@@ -10,11 +10,11 @@ import difflib
 from dataclasses import replace
 
 from dtron.errors import UserError
-from dtron.layers.mla import Latent
-from dtron.layers.rope import Rope
+from dtron.layers.mla import MLAConfig
+from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.mtp import Ahead
-from dtron.moe.config import MoE
+from dtron.model.mtp import MTPConfig
+from dtron.moe.config import MoEConfig
 
 
 def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
@@ -33,35 +33,36 @@ def _gpt2(embed, layers, heads):
 
 
 def _qwen2(embed, layers, heads, kv_heads, mlp, vocab, context, tied, head_dim=128):
-    llama = _llama(vocab, embed, layers, heads, kv_heads, mlp, context, Rope(1e6), tied, head_dim, 1e-6)
+    llama = _llama(vocab, embed, layers, heads, kv_heads, mlp, context, RopeConfig(1e6), tied, head_dim, 1e-6)
     return replace(llama, qkv_bias=True)
 
 
 def _qwen3(embed, layers, heads, kv_heads, mlp, tied=False):
     return replace(
-        _llama(151936, embed, layers, heads, kv_heads, mlp, 40960, Rope(1e6), tied, eps=1e-6), qk_norm=True
+        _llama(151936, embed, layers, heads, kv_heads, mlp, 40960, RopeConfig(1e6), tied, eps=1e-6),
+        qk_norm=True,
     )
 
 
-def _stretched(factor: float) -> Rope:
+def _stretched(factor: float) -> RopeConfig:
     """Llama 3.1 and 3.2: trained on 8,192 tokens, stretched to 131,072."""
-    return Rope(5e5, "llama3", factor, 8192, 1.0, 4.0)
+    return RopeConfig(5e5, "llama3", factor, 8192, 1.0, 4.0)
 
 
 def _qwen3_moe(embed, layers, heads, kv_heads, mlp, vocab=151936, context=40960, **moe):
     """Qwen 3 with 128 experts of width ``mlp``, of which a token uses 8."""
-    llama = _llama(vocab, embed, layers, heads, kv_heads, 8 * mlp, context, Rope(1e6), eps=1e-6)
-    return replace(llama, qk_norm=True, moe=MoE(128, 8, mlp, **moe))
+    llama = _llama(vocab, embed, layers, heads, kv_heads, 8 * mlp, context, RopeConfig(1e6), eps=1e-6)
+    return replace(llama, qk_norm=True, moe=MoEConfig(128, 8, mlp, **moe))
 
 
 _MIXTRAL = replace(
-    _llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope(1e6)), moe=MoE(8, 2, 14336, aux_loss=0.02)
+    _llama(32000, 4096, 32, 32, 8, 14336, 32768, RopeConfig(1e6)), moe=MoEConfig(8, 2, 14336, aux_loss=0.02)
 )
 _GPT_OSS = replace(
-    _llama(201088, 2880, 24, 64, 8, 2880, 131072, Rope(1.5e5), head_dim=64),
-    rope=Rope(1.5e5, "yarn", 32.0, 4096, truncate=False),
+    _llama(201088, 2880, 24, 64, 8, 2880, 131072, RopeConfig(1.5e5), head_dim=64),
+    rope=RopeConfig(1.5e5, "yarn", 32.0, 4096, truncate=False),
     qkv_bias=True, bias=True, sinks=True, window=128, full_every=2,
-    moe=MoE(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
+    moe=MoEConfig(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
             aux_loss=0.001),
 )  # fmt: skip
 
@@ -70,21 +71,21 @@ def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
     """V2 and V3: latent attention, the context stretched from 4,096 to 163,840."""
     return ModelConfig(
         vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=mlp, moe=moe, norm_eps=1e-6, context=163840,
-        rope=Rope(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=Latent(512, q_rank), **more,
+        rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=MLAConfig(512, q_rank), **more,
     )  # fmt: skip
 
 
-_V2_LITE = MoE(
+_V2_LITE = MoEConfig(
     64, 6, 1408, dense_layers=1, normalize=False, shared=2816, aux_loss=0.001, aux_level="sequence"
 )
-_V3 = MoE(
+_V3 = MoEConfig(
     256, 8, 2048, dense_layers=3, score="sigmoid", scale=2.5, groups=8, group_top_k=4, shared=2048,
     aux_loss=0.0001, aux_level="sequence", bias_rate=0.001,
 )  # fmt: skip
 
 # DeepSeek-V3 in small: all that it has.
 _TINY_DEEPSEEK = ModelConfig(
-    embed=64, layers=3, heads=4, mlp=192, norm_eps=1e-6, mla=Latent(32, 48, 32, 16, 32), mtp=Ahead(1),
+    embed=64, layers=3, heads=4, mlp=192, norm_eps=1e-6, mla=MLAConfig(32, 48, 32, 16, 32), mtp=MTPConfig(1),
     moe=replace(_V3, experts=8, top_k=2, mlp=48, dense_layers=1, groups=4, group_top_k=2, shared=48),
 )  # fmt: skip
 
@@ -92,10 +93,10 @@ _TINY_DEEPSEEK = ModelConfig(
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
-    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoE(8, 2, 128, aux_loss=0.01)),
+    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoEConfig(8, 2, 128, aux_loss=0.01)),
     "tiny-deepseek": _TINY_DEEPSEEK,
-    "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, Rope()),
-    "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, Rope()),  # llama3-8b, 6 layers of it
+    "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, RopeConfig()),
+    "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, RopeConfig()),  # llama3-8b, 6 layers of it
     # qwen3-30b-a3b, 6 layers of it, every expert with the same load
     "bench-moe":     _qwen3_moe(2048, 6, 32, 4, 768, vocab=32768, context=4096, balanced=True),
     #                       embed layers heads
@@ -104,17 +105,17 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt2-774m":     _gpt2(  1280,    36,   20),
     "gpt2-1.5b":     _gpt2(  1600,    48,   25),
     #                        vocab  embed layers heads kv    mlp  context
-    "llama2-7b":     _llama( 32000,  4096,    32,  32, 32, 11008,   4096, Rope()),
-    "llama2-13b":    _llama( 32000,  5120,    40,  40, 40, 13824,   4096, Rope()),
-    "llama2-70b":    _llama( 32000,  8192,    80,  64,  8, 28672,   4096, Rope()),
-    "llama3-8b":     _llama(128256,  4096,    32,  32,  8, 14336,   8192, Rope(5e5)),
-    "llama3-70b":    _llama(128256,  8192,    80,  64,  8, 28672,   8192, Rope(5e5)),
+    "llama2-7b":     _llama( 32000,  4096,    32,  32, 32, 11008,   4096, RopeConfig()),
+    "llama2-13b":    _llama( 32000,  5120,    40,  40, 40, 13824,   4096, RopeConfig()),
+    "llama2-70b":    _llama( 32000,  8192,    80,  64,  8, 28672,   4096, RopeConfig()),
+    "llama3-8b":     _llama(128256,  4096,    32,  32,  8, 14336,   8192, RopeConfig(5e5)),
+    "llama3-70b":    _llama(128256,  8192,    80,  64,  8, 28672,   8192, RopeConfig(5e5)),
     "llama3.1-8b":   _llama(128256,  4096,    32,  32,  8, 14336, 131072, _stretched(8)),
     "llama3.1-70b":  _llama(128256,  8192,    80,  64,  8, 28672, 131072, _stretched(8)),
     "llama3.1-405b": _llama(128256, 16384,   126, 128,  8, 53248, 131072, _stretched(8)),
     "llama3.2-1b":   _llama(128256,  2048,    16,  32,  8,  8192, 131072, _stretched(32), True, head_dim=64),
     "llama3.2-3b":   _llama(128256,  3072,    28,  24,  8,  8192, 131072, _stretched(32), True),
-    "mistral-7b":    replace(_llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope()), window=4096),
+    "mistral-7b":    replace(_llama(32000, 4096, 32, 32, 8, 14336, 32768, RopeConfig()), window=4096),
     #                        embed layers heads kv   mlp   vocab context
     "qwen2.5-0.5b":  _qwen2(   896,    24,  14,  2,  4864, 151936,  32768, tied=True, head_dim=64),
     "qwen2.5-1.5b":  _qwen2(  1536,    28,  12,  2,  8960, 151936,  32768, tied=True),
@@ -132,7 +133,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-oss-20b":   _GPT_OSS,
     #                              vocab  embed layers heads   mlp  moe    q_rank mscale
     "deepseek-v2-lite": _deepseek(102400,  2048,    27,   16, 10944, _V2_LITE,   0, 0.707),
-    "deepseek-v3":      _deepseek(129280,  7168,    61,  128, 18432, _V3,     1536, 1.0, mtp=Ahead(1)),
+    "deepseek-v3":      _deepseek(129280,  7168,    61,  128, 18432, _V3,     1536, 1.0, mtp=MTPConfig(1)),
 }
 # fmt: on
 

@@ -17,26 +17,26 @@ from torch import Tensor
 
 from dtron.fp8.recipe import Recipe
 from dtron.layers.attention import Attention, attention
-from dtron.layers.attention_kernels import AttentionPath, Mask, with_bias
-from dtron.layers.context_parallel import Context, prepare
+from dtron.layers.attention_kernels import AttentionMask, AttentionPath, with_bias
+from dtron.layers.context_parallel import ContextParallelMask, prepare
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
-from dtron.layers.kv_cache import Past
+from dtron.layers.kv_cache import KVCache
 from dtron.layers.mla import MLA, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
-from dtron.layers.recompute import run_block, run_end, tokens_at_once
+from dtron.layers.recompute import mlp_chunk_tokens, run_block, run_end
 from dtron.layers.rope import rope_tables
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
 from dtron.model.batch import Batch
-from dtron.model.compute_config import PLAIN, How
+from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.mtp import module
 from dtron.moe.dispatch import Dispatch
-from dtron.moe.layer import MoELayer, Seen, moe
-from dtron.params import Weight, declare, flat, gather, part, value, weight
-from dtron.schedules.runner import Extra
+from dtron.moe.layer import MoELayer, TokenInfo, moe
+from dtron.params import WeightSpec, declare, flat, gather, part, value, weight
+from dtron.schedules.runner import StageOutput
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 
 def block(
-    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: Seen | None, table_TH: Tensor | None,
-    documents_T: Tensor | None, mask: Mask | Context, m: ModelConfig, layout: Layout,
+    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: TokenInfo | None, table_TH: Tensor | None,
+    documents_T: Tensor | None, mask: AttentionMask | ContextParallelMask, m: ModelConfig, layout: Layout,
     path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
-    past: Past | None = None, chunk: int | None = None,
+    past: KVCache | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
     loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
@@ -108,8 +108,8 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 def stage(
     p: Transformer, x_TD: Tensor, batch: Batch, before: dict[str, Tensor] | None = None, *, m: ModelConfig,
-    layout: Layout, how: How = PLAIN,
-) -> tuple[Tensor, Extra | None]:  # fmt: skip
+    layout: Layout, how: ComputeConfig = PLAIN,
+) -> tuple[Tensor, StageOutput | None]:  # fmt: skip
     """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
     summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
     to it and reports. ``before``: the reports of the step so far, where they matter."""
@@ -127,7 +127,7 @@ def stage(
 
 def stage_logits(
     p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout,
-    past: Sequence[Past] | None = None, last_B: Tensor | None = None,
+    past: Sequence[KVCache] | None = None, last_B: Tensor | None = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
     for each block, the batch goes on from the tokens before, at its positions, and is added to it.
@@ -147,7 +147,9 @@ def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
     return x_TD.unflatten(0, (-1, sequence))[torch.arange(len(places_B), device=x_TD.device), places_B]
 
 
-def forward(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: How = PLAIN) -> Tensor:
+def forward(
+    p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN
+) -> Tensor:
     """The whole model as one stage: the summed loss."""
     return stage(p, embed(p, batch, m, layout), batch, m=m, layout=layout, how=how)[0]
 
@@ -165,8 +167,8 @@ Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
 
 
 def _runner(
-    p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: How,
-    before: dict[str, Tensor] | None = None, past: Sequence[Past] | None = None,
+    p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: ComputeConfig,
+    before: dict[str, Tensor] | None = None, past: Sequence[KVCache] | None = None,
 ) -> Run:  # fmt: skip
     """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i, end)`` gives x
     and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts; ``end``: it is the first or
@@ -178,14 +180,14 @@ def _runner(
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     masks = {
         window: prepare(
-            Mask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
+            AttentionMask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
             x_TD, layout, how.attention, how.cp, batch.zigzag,
         )
         for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
     }  # fmt: skip
     sparse = [p_block.moe is not None for p_block in p.all_blocks]
     tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
-    chunk = tokens_at_once(how.recompute, tokens, width)
+    chunk = mlp_chunk_tokens(how.recompute, tokens, width)
 
     def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
         mask, path = masks[p.all_blocks[i].window]
@@ -240,7 +242,7 @@ def _ahead(
     return losses, extras
 
 
-def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> Seen:
+def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> TokenInfo:
     """Each rank takes its part: local."""
     valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
     rows = batch.tokens_T.shape[0] // batch.sequence
@@ -248,12 +250,12 @@ def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> Se
     if balanced:
         place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
         place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
-    return Seen(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
+    return TokenInfo(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
 
 
 def _extra(
     extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
-) -> Extra | None:
+) -> StageOutput | None:
     """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and each
     prediction ahead."""
     pending = ("+tokens_sp",)
@@ -270,7 +272,7 @@ def _extra(
         report["ahead"] = stack(ahead)
         added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
     aux = sum(added[1:], added[0]) if added else None  # sum() alone begins with 0, which is no pending sum
-    return Extra(aux, report) if report else None
+    return StageOutput(aux, report) if report else None
 
 
 def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
@@ -282,7 +284,7 @@ def parameter_count(m: ModelConfig) -> int:
     return sum(w.numel for w in flat(declare_model(m)))
 
 
-def active(w: Weight, m: ModelConfig) -> float:
+def active(w: WeightSpec, m: ModelConfig) -> float:
     """How much of a weight a token is multiplied by: of experts, its top k."""
     return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
 

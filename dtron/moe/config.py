@@ -14,7 +14,7 @@ BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 
 @dataclass(frozen=True)
-class MoE:
+class MoEConfig:
     """Mixture of experts in place of the feed-forward layer."""
 
     experts: int = 0

@@ -1,7 +1,7 @@
 """Bringing tokens to their experts, and what comes of them back.
 
-Each of T tokens goes to K experts: T * K *slots*. A ``Plan`` says in which row of a buffer, sorted by expert,
-each slot stands. ``spread`` copies tokens into that buffer and ``collect`` adds a token's K results up, each
+Each of T tokens goes to K experts: T * K *slots*. A ``TokenPermutation`` says in which row of a buffer, sorted by expert,
+each slot stands. ``permute`` copies tokens into that buffer and ``unpermute`` adds a token's K results up, each
 times its weight; their gradients are each other's, so nothing is ever added into a buffer at random places.
 
 Four dispatchers, one signature: ``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD, dropped)``.
@@ -43,7 +43,7 @@ Sent = tuple[Tensor, Tensor | None]  # y_TD, and how many slots were dropped (No
 
 
 @dataclass(frozen=True)
-class Over:
+class ExpertGroup:
     """The experts that there are, the ranks that they are spread between (None: all are here) and the rows
     that each has room for, as a multiple of the mean (0: for all)."""
 
@@ -60,7 +60,7 @@ class Over:
         return self.experts // self.parts
 
 
-class Plan(NamedTuple):
+class TokenPermutation(NamedTuple):
     """``place_S``: the row of each slot; ``kept_S``: whether it has one (None: all have). ``slot_R``: the
     slot in each row; ``filled_R``: whether there is one (None: in all)."""
 
@@ -70,21 +70,23 @@ class Plan(NamedTuple):
     filled_R: Tensor | None
 
 
-def by_expert(expert_S: Tensor, experts: int, kept_S: Tensor | None = None) -> tuple[Plan, Tensor]:
+def by_expert(
+    expert_S: Tensor, experts: int, kept_S: Tensor | None = None
+) -> tuple[TokenPermutation, Tensor]:
     """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots that are
     not kept have an expert beyond the last, and so stand behind, in rows that count as empty."""
     sorted_R, slot_R = expert_S.sort(stable=True)
     place_S = torch.empty_like(slot_R).scatter(0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device))
     ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
-    return Plan(place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]), ends_E
+    return TokenPermutation(place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]), ends_E
 
 
-def spread(x_TD: Tensor, plan: Plan) -> Tensor:
+def permute(x_TD: Tensor, plan: TokenPermutation) -> Tensor:
     """``[R, D]``: each row the token of its slot."""
     return _Spread.apply(x_TD, *plan)
 
 
-def collect(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: TokenPermutation) -> Tensor:
     """``[T, D]``: the sum of each token's rows, times their weights."""
     return _Collect.apply(y_RD, weights_TK, *plan)
 
@@ -130,22 +132,26 @@ class _Collect(torch.autograd.Function):
         return d_rows.to(y.dtype), d_weights, None, None, None, None
 
 
-def local(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+def local(
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: ExpertGroup
+) -> Sent:
     plan, ends_E = by_expert(index_TK.flatten(), over.experts)
-    return collect(run(spread(x_TD, plan), ends_E), weights_TK, plan), None
+    return unpermute(run(permute(x_TD, plan), ends_E), weights_TK, plan), None
 
 
-def alltoall(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+def alltoall(
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: ExpertGroup
+) -> Sent:
     plan, ends_E = by_expert(index_TK.flatten(), over.experts)
     counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(over.parts, over.here)
     theirs_RE = all_to_all(counts_RE, over.ranks)  # of my experts, what each rank has for them
     sent, received = counts_RE.sum(1).tolist(), theirs_RE.sum(1).tolist()  # the host waits
-    rows = all_to_all(spread(x_TD, plan), over.ranks, received, sent)
+    rows = all_to_all(permute(x_TD, plan), over.ranks, received, sent)
     experts = torch.arange(over.here, device=rows.device).repeat(over.parts)
     mine, ends_E = by_expert(experts.repeat_interleave(theirs_RE.flatten()), over.here)
     y = run(_permuted(rows, mine.slot_R, mine.place_S), ends_E)
     y = all_to_all(_permuted(y, mine.place_S, mine.slot_R), over.ranks, sent, received)
-    return collect(y, weights_TK, plan), None
+    return unpermute(y, weights_TK, plan), None
 
 
 def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -154,7 +160,7 @@ def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 @opaque
 class _Permute(torch.autograd.Function):
-    """``spread`` with one slot per token, of which there may be none."""
+    """``permute`` with one slot per token, of which there may be none."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -166,13 +172,15 @@ class _Permute(torch.autograd.Function):
         return g.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def static(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over) -> Sent:
+def static(
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: ExpertGroup
+) -> Sent:
     tokens, k = index_TK.shape
     room = tokens  # a token goes to an expert once at most
     if over.capacity:
         room = min(tokens, math.ceil(over.capacity * tokens * k / over.experts))
     plan = by_room(index_TK.flatten(), weights_TK.detach().flatten(), over.experts, room)
-    rows = spread(x_TD, plan)  # [E * room, D]
+    rows = permute(x_TD, plan)  # [E * room, D]
     if over.ranks is not None:
         rows = all_to_all(rows, over.ranks)
     rows = rows.view(over.parts, over.here, room, -1).transpose(0, 1).flatten(1, 2)
@@ -180,10 +188,10 @@ def static(x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, ru
     y = y.unflatten(1, (over.parts, room)).transpose(0, 1).flatten(0, 2)
     if over.ranks is not None:
         y = all_to_all(y.contiguous(), over.ranks)
-    return collect(y, weights_TK, plan), (~plan.kept_S).sum()
+    return unpermute(y, weights_TK, plan), (~plan.kept_S).sum()
 
 
-def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> Plan:
+def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> TokenPermutation:
     """``room`` rows for each expert, for the slots of the largest weights."""
     device = expert_S.device
     by_weight = weight_S.argsort(descending=True, stable=True)
@@ -197,24 +205,24 @@ def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> Plan
     slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)[:rows]
     filled_R = torch.zeros(rows + 1, dtype=torch.bool, device=device).scatter(0, place, kept)[:rows]
     place_S = torch.empty_like(place).scatter(0, order_S, place.clamp(max=rows - 1))
-    return Plan(place_S, torch.empty_like(kept).scatter(0, order_S, kept), slot_R, filled_R)
+    return TokenPermutation(place_S, torch.empty_like(kept).scatter(0, order_S, kept), slot_R, filled_R)
 
 
 def allgather(
-    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: Over
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: ExpertGroup
 ) -> Sent:
     x_TD, weights_TK, index_TK = (all_gather(t, over.ranks) for t in (x_TD, weights_TK, index_TK))
     own_S = index_TK.flatten() - first
     kept_S = (own_S >= 0) & (own_S < over.here)
     plan, ends_E = by_expert(torch.where(kept_S, own_S, over.here), over.here, kept_S)
-    y_TD = collect(run(spread(x_TD, plan), ends_E), weights_TK, plan)
+    y_TD = unpermute(run(permute(x_TD, plan), ends_E), weights_TK, plan)
     return reduce_scatter(y_TD, over.ranks), None
 
 
 DISPATCHERS = {"local": local, "alltoall": alltoall, "static": static, "allgather": allgather}
 
 
-def pick(dispatch: Dispatch, over: Over) -> Callable:
+def choose_dispatcher(dispatch: Dispatch, over: ExpertGroup) -> Callable:
     """The dispatcher that a setting stands for."""
     if over.capacity or dispatch == "static":
         return static

@@ -19,8 +19,8 @@ from torch import Tensor
 from dtron.fp8.recipe import Recipe
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
-from dtron.moe.config import MoE
-from dtron.moe.dispatch import Dispatch, Over, pick
+from dtron.moe.config import MoEConfig
+from dtron.moe.dispatch import Dispatch, ExpertGroup, choose_dispatcher
 from dtron.moe.experts import WEIGHTS, Experts, compute
 from dtron.moe.router import Router, route
 from dtron.params import part, weight
@@ -36,7 +36,7 @@ class MoELayer:
     w_shared: Tensor | None = weight("embed", when="shared_gate")
 
 
-class Seen(NamedTuple):
+class TokenInfo(NamedTuple):
     """What the router and its losses must know of tokens, ``[T@tokens_sp]``: whether each counts, and its
     sequence, of ``rows``; and for forced balance its place among the tokens of all rows."""
 
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
     place_T: Tensor | None = None
 
 
-class Report(NamedTuple):
+class LayerStats(NamedTuple):
     """Of one layer, sums over tokens, pending: tokens per expert; tokens, entropies, auxiliary and z-losses;
     slots dropped."""
 
@@ -56,9 +56,9 @@ class Report(NamedTuple):
 
 
 def moe(
-    p: MoELayer, x_TD: Tensor, seen: Seen, c: MoE, layout: Layout, before_E: Tensor | None = None,
+    p: MoELayer, x_TD: Tensor, seen: TokenInfo, c: MoEConfig, layout: Layout, before_E: Tensor | None = None,
     dispatch: Dispatch = "auto", recipe: Recipe | None = None,
-) -> tuple[Tensor, Tensor, Report]:  # fmt: skip
+) -> tuple[Tensor, Tensor, LayerStats]:  # fmt: skip
     """``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``: the same shape and placement, and what is added
     to the loss, its sum over tokens pending. ``before_E``: see ``route``; ``recipe``: products in FP8, or
     None."""
@@ -81,18 +81,18 @@ def moe(
     if p.shared is not None:
         s_TD = mlp(p.shared, x_TD, layout, recipe=recipe)
         y_TD = y_TD + (s_TD if p.w_shared is None else s_TD * (x_TD @ p.w_shared).sigmoid()[:, None])
-    return y_TD, to.aux, Report(to.load_E, to.totals, dropped)
+    return y_TD, to.aux, LayerStats(to.load_E, to.totals, dropped)
 
 
 def _experts(
-    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, *weights: Tensor | None, c: MoE,
+    x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, *weights: Tensor | None, c: MoEConfig,
     layout: Layout, dispatch: Dispatch, recipe: Recipe | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rank-local, but for what the dispatcher communicates over ep."""
-    over = Over(c.experts, layout.experts, c.capacity)
+    over = ExpertGroup(c.experts, layout.experts, c.capacity)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
-    y_TD, dropped = pick(dispatch, over)(x_TD, weights_TK, index_TK, first[0], run, over)
+    y_TD, dropped = choose_dispatcher(dispatch, over)(x_TD, weights_TK, index_TK, first[0], run, over)
     # The ranks that share an expert have dropped the same.
     count = x_TD.new_zeros((), dtype=weights_TK.dtype)
     return y_TD, count if dropped is None else dropped.to(weights_TK.dtype) / cuts

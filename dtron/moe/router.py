@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dtron.mesh import Layout
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.params import weight, zeros
 
 
@@ -59,7 +59,7 @@ TOTALS = ("tokens", "entropy", "aux_loss", "z_loss")
 
 
 def route(
-    p: Router, x_TD: Tensor, valid_T: Tensor, rows_T: Tensor, rows: int, c: MoE, layout: Layout,
+    p: Router, x_TD: Tensor, valid_T: Tensor, rows_T: Tensor, rows: int, c: MoEConfig, layout: Layout,
     before_E: Tensor | None = None, place_T: Tensor | None = None,
 ) -> Routed:  # fmt: skip
     """``x_TD [T@tokens_sp, D]``. ``valid_T``: whether a token counts; ``rows_T``: its sequence, of ``rows``.
@@ -78,7 +78,7 @@ def route(
 
 def _route(
     x_TD: Tensor, w: Tensor, b: Tensor | None, balance: Tensor | None, valid_T: Tensor, rows_T: Tensor,
-    place_T: Tensor | None, before_E: Tensor | None, rows: int, c: MoE, layout: Layout,
+    place_T: Tensor | None, before_E: Tensor | None, rows: int, c: MoEConfig, layout: Layout,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Rank-local, but for the counts of the auxiliary loss."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -113,7 +113,7 @@ def _route(
     return weights_TK, index_TK, c.aux_loss * aux + c.z_loss * z, chosen_TE.sum(0), totals
 
 
-def choose(scores_TE: Tensor, balance: Tensor | None, c: MoE) -> Tensor:
+def choose(scores_TE: Tensor, balance: Tensor | None, c: MoEConfig) -> Tensor:
     """``[T, K]``: the experts of each token. The score of a group is the sum of its two best experts where
     scores are sigmoids (DeepSeek-V3) and that of its best where they are a softmax (DeepSeek-V2)."""
     if balance is not None:
@@ -129,7 +129,7 @@ def choose(scores_TE: Tensor, balance: Tensor | None, c: MoE) -> Tensor:
 
 
 def _fractions(
-    chosen_TE: Tensor, rows_T: Tensor, before_E: Tensor | None, rows: int, c: MoE, layout: Layout
+    chosen_TE: Tensor, rows_T: Tensor, before_E: Tensor | None, rows: int, c: MoEConfig, layout: Layout
 ) -> Tensor:
     """``[T, E]``, or ``[1, E]`` where it is the same for all tokens: the fraction of the load of a token's
     set that each expert has. Communicates E numbers (of each sequence)."""

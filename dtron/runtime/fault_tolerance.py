@@ -37,7 +37,7 @@ from dtron.training.step import TrainStep
 AT_ONCE = 3.0  # seconds after which a second Ctrl-C is another one, and not torchrun passing on the first
 
 
-class Stop:
+class StopSignal:
     """``with Stop(group) as stop``: in the body, signals ask the run to stop. ``group``: a gloo group of all
     processes (None: one)."""
 
@@ -46,7 +46,7 @@ class Stop:
     def __init__(self, group: Any = None):
         self.name, self.group, self._since, self._before = "", group, 0.0, {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # no other may
             self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
@@ -77,7 +77,7 @@ class Stop:
         return bool(box.item())
 
 
-class Watch:
+class NonFiniteGuard:
     """Looks at every step's loss and gradient norm. ``limit``: how many in a row may come to nothing."""
 
     WINDOW, ENOUGH, FAR = 100, 20, 6.0

@@ -12,10 +12,10 @@ from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe
 from dtron.layers.attention_kernels import LEAST_HEAD_DIM, AttentionPath
 from dtron.layers.context_parallel import Method
-from dtron.model.compute_config import How
+from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import Weight, flat
+from dtron.params import WeightSpec, flat
 
 
 def check(
@@ -86,7 +86,7 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
             )
 
 
-def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
+def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> None:
     """Raises UserError for a dispatcher that cannot do what is asked."""
     c = model.moe
     if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
@@ -102,7 +102,7 @@ def check_dispatch(how: How, model: ModelConfig, compiles: bool) -> None:
 
 
 def check_fp8(
-    how: How, model: ModelConfig, mesh: MeshShape, tokens: int, device: str, compute: torch.dtype
+    how: ComputeConfig, model: ModelConfig, mesh: MeshShape, tokens: int, device: str, compute: torch.dtype
 ) -> None:
     """``tokens``: of a microbatch, on one rank. Raises UserError where FP8 cannot be, or is asked for and
     would be used nowhere."""
@@ -139,7 +139,7 @@ def check_fp8(
 
 
 def _sizes(
-    w: Weight, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
+    w: WeightSpec, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
 ) -> tuple[float, float, float]:
     """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the width of
     the residual stream, and the size beside it."""

@@ -1,12 +1,12 @@
 """How what a stage makes reaches the next one.
 
-``Handed`` is for ranks in one process: a dictionary. ``Sent`` is for processes: it knows, from the rows of
+``InProcessLinks`` is for ranks in one process: a dictionary. ``P2PLinks`` is for processes: it knows, from the rows of
 its neighbours, which messages will come and in which order, and posts each receive one message ahead, so that
 it arrives while the rank computes. Messages are local tensors of one known shape.
 
 On GPUs a message is a kernel at either end, and the one that receives waits on the GPU, in a loop, for the
 one that sends. Two ranks that wait for each other's messages before they have sent their own never end, and
-three things beside the table can bring that about. ``Ways`` keeps them apart:
+three things beside the table can bring that about. ``PipelineGroups`` keeps them apart:
 
 - NCCL connects two ranks in their first message, and the one that comes first waits for the other. So when
   ways are made, each is tried with one number, in an order that all ranks share.
@@ -49,7 +49,7 @@ class Links(Protocol):
         """Wait for what is still on its way."""
 
 
-class Handed:
+class InProcessLinks:
     """All ranks are here."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Ways:
+class PipelineGroups:
     """The process groups of a line of pipeline ranks, of which this process is ``rank``. ``peers[r]`` is the
     process of rank r, ``line`` the group of all, and ``of[source, goal]`` that of one direction between two.
     ``host`` is a group of all that needs no GPU; None where there is none to wait for."""
@@ -80,7 +80,7 @@ class Ways:
 
 def make_ways(
     lines: Sequence[Sequence[int]], pairs: Sequence[Pair], device: torch.device, timeout: timedelta | None
-) -> Ways:
+) -> PipelineGroups:
     """The ways between ``pairs`` of ranks of each line; every process calls this."""
     of_all = partial(dist.new_subgroups_by_enumeration, timeout=timeout)
     line = of_all(lines)[0]
@@ -96,22 +96,22 @@ def make_ways(
             else:
                 dist.recv(number, mine[source], group=group)
             number.item()  # NCCL has only begun
-    return Ways(rank, tuple(mine), line, of, host)
+    return PipelineGroups(rank, tuple(mine), line, of, host)
 
 
-class Sent:
+class P2PLinks:
     """Between processes. Stages that share one hand over, others send, by ``ways`` or ``by_host``.
     ``empty()`` makes a buffer for one message, ``wrap`` turns it into a stage's tensor, and ``unwrap`` the
     reverse."""
 
     def __init__(
-        self, t: Table, ways: Ways, by_host: bool,
+        self, t: Table, ways: PipelineGroups, by_host: bool,
         empty: Callable[[], Tensor], wrap: Callable[[Tensor], Tensor], unwrap: Callable[[Tensor], Tensor],
     ):  # fmt: skip
         self._t, self._rank, self._peers = t, ways.rank, ways.peers
         self._group = (lambda pair: ways.host) if by_host else ways.of.__getitem__
         self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
-        self._here = Handed()
+        self._here = InProcessLinks()
         self._leaving: list[tuple[Any, Tensor]] = []
         self._coming: dict[Action, tuple[Any, Tensor]] = {}
         self._to_post = {

@@ -22,11 +22,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dtron.distributed.redistribute import shard_like
 from dtron.schedules.p2p import Links
-from dtron.schedules.split_backward import Later, backward, backward_input
+from dtron.schedules.split_backward import DeferredWeightGrad, backward, backward_input
 from dtron.schedules.table import Action, Table
 
 
-class Extra(NamedTuple):
+class StageOutput(NamedTuple):
     """What a stage gives besides y. ``aux``: a scalar that is minimised too, a sum over tokens like the loss
     (None: nothing). ``report``: numbers for people, by name, without gradients: sums over tokens that are
     added up over microbatches."""
@@ -39,30 +39,30 @@ class Extra(NamedTuple):
 class Program:
     """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the first stage
     takes (token embeddings); ``stage(params, x, batch) -> (y, extra)`` is a stage, the last one's y a scalar
-    loss, ``extra`` an ``Extra`` or None. ``splits`` is false where a backward can't be made in two halves,
+    loss, ``extra`` an ``StageOutput`` or None. ``splits`` is false where a backward can't be made in two halves,
     because the stage recomputes. ``carries``: a stage takes, as its last argument, the sum of its reports on
     the microbatches before, or None. ``hold`` makes of params what the functions take (None: they take the
     params as they are); see training/gradients.py."""
 
     enter: Callable[[Any, Any], Tensor]
-    stage: Callable[..., tuple[Tensor, Extra | None]]
+    stage: Callable[..., tuple[Tensor, StageOutput | None]]
     splits: bool = True
     hold: Any = None
     carries: bool = False
 
 
 @dataclass
-class Kept:
+class SavedForward:
     """What one microbatch keeps in one stage, from its F to its B or W."""
 
     x: Tensor
     ends: list[GradientEdge]  # of y and aux
     entered: Tensor | None  # the first stage's input, with its own graph
-    later: Later | None = None
+    later: DeferredWeightGrad | None = None
 
 
 @dataclass
-class Outcome:
+class PipelineResult:
     """``total``: the last stage's outputs, summed over microbatches; None where that stage is elsewhere.
     ``reports``: by stage, those here, likewise summed. ``peak``: the most activations that each rank here
     kept at once."""
@@ -76,11 +76,11 @@ def run(
     t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any],
     flat: Mapping[int, Sequence[Tensor]], batches: Sequence[Any], links: Links,
     take: Callable[[int, int, list[Tensor | None]], None],
-) -> Outcome:  # fmt: skip
+) -> PipelineResult:  # fmt: skip
     """Execute the rows of ``ranks``, and hand ``take(stage, microbatch, gradients)`` the gradients of each
     microbatch's loss. ``weights[stage]`` are a stage's params as its function wants them, ``flat[stage]`` the
     tensors among them to differentiate by."""
-    kept: dict[tuple[int, int], Kept] = {}
+    kept: dict[tuple[int, int], SavedForward] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, reports, units = None, {}, {}
     for rank, a in t.order:
@@ -123,17 +123,17 @@ def run(
             del kept[stage, m]
             alive[rank] -= 1
     links.finish()
-    return Outcome(total, reports, peak)
+    return PipelineResult(total, reports, peak)
 
 
 def _forward(
     stage: Callable, entered: Tensor | None, weights: Any, x: Tensor, *rest: Any
-) -> tuple[Kept, list[Tensor], dict[str, Tensor]]:
+) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
     """What must be kept for backward; the values of y, and of aux if there is one; and the report. Nothing
     but the first holds on to activations."""
     y, extra = stage(weights, x, *rest)
     ends = [y] if extra is None or extra.aux is None else [y, extra.aux]
-    kept = Kept(x, [get_gradient_edge(end) for end in ends], entered)
+    kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
     return kept, [end.detach() for end in ends], {} if extra is None else extra.report
 
 
@@ -173,7 +173,9 @@ def forward_table(t: Table, microbatches: int) -> Table:
     return Table(f"forwards of {t.name}", t.stages, microbatches, tuple(rows))
 
 
-def _and_enter(later: Later, entered: GradientEdge, gx: Tensor, weights: Sequence[Tensor]) -> Later:
+def _and_enter(
+    later: DeferredWeightGrad, entered: GradientEdge, gx: Tensor, weights: Sequence[Tensor]
+) -> DeferredWeightGrad:
     """The first stage's weights have a share in its input too."""
 
     def both() -> list[Tensor | None]:

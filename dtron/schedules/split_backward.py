@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-Later = Callable[[], list[Tensor | None]]
+DeferredWeightGrad = Callable[[], list[Tensor | None]]
 
 
 def backward(
     ends: Sequence[GradientEdge], x: Tensor | None, weights: Sequence[Tensor], gs: Sequence[Tensor]
-) -> tuple[Tensor | None, Later]:
+) -> tuple[Tensor | None, DeferredWeightGrad]:
     """Both halves at once; ``later()`` only hands over. ``ends`` are what has gradients, ``gs`` these. None
     for what no end depends on."""
     inputs = [*weights] if x is None else [x, *weights]
@@ -37,7 +37,7 @@ def backward(
 
 def backward_input(
     ends: Sequence[GradientEdge], x: Tensor, weights: Sequence[Tensor], gs: Sequence[Tensor]
-) -> tuple[Tensor, Later]:
+) -> tuple[Tensor, DeferredWeightGrad]:
     """``(gradient of x, later)``, where ``later()`` makes the gradients of the weights, once."""
     joins = _joins([end.node for end in ends], get_gradient_edge(x).node)
     opaque = [(node, edges) for node, edges in joins if _makes_all_at_once(node)]

@@ -33,7 +33,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
 from dtron.hf.safetensors import read_json
-from dtron.layers.kv_cache import Past, empty_past
+from dtron.layers.kv_cache import KVCache, empty_past
 from dtron.mesh import Layout, by_rows
 from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
@@ -129,10 +129,10 @@ class Decoder:
 def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
     """The model's, for stages whose params are pairs of weights and past."""
 
-    def enter(p: tuple[Transformer, tuple[Past, ...]], batch: Any) -> Tensor:
+    def enter(p: tuple[Transformer, tuple[KVCache, ...]], batch: Any) -> Tensor:
         return embed(p[0], batch, m, layout)
 
-    def run(p: tuple[Transformer, tuple[Past, ...]], x_TD: Tensor, batch: Any) -> tuple[Tensor, None]:
+    def run(p: tuple[Transformer, tuple[KVCache, ...]], x_TD: Tensor, batch: Any) -> tuple[Tensor, None]:
         return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B)
 
     return Program(enter, run)

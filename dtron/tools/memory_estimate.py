@@ -35,7 +35,7 @@ from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.context_parallel import Method
-from dtron.layers.recompute import tokens_at_once
+from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.model.config import ModelConfig
 
 RECOMPUTE = ("none", "selective", "full")
@@ -88,7 +88,7 @@ def activation_bytes(
     """The most that a rank has at once, of a stage with its share of ``layers``; see the top of the file."""
     one = block_bytes(m, shape, tokens, recompute)
     kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
-    chunk = tokens_at_once(recompute, tokens // shape.cp, m.mlp // shape.tp)
+    chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
     gradients = block_bytes(m, shape, tokens, "none", chunk=chunk)
     again = gradients if recompute == "full" else 0
     return kept + max(again + gradients + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens))

@@ -32,7 +32,7 @@ from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, declare_model
-from dtron.params import Weight, flat
+from dtron.params import WeightSpec, flat
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
@@ -75,7 +75,7 @@ class Row:
     optimizer: int
 
 
-def named_axes(w: Weight, shape: MeshShape, zero: int) -> str:
+def named_axes(w: WeightSpec, shape: MeshShape, zero: int) -> str:
     """``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that cut it here."""
     rules = rules_for(zero)
     cut = lambda axis: "+".join(a for a in rules[axis] if shape.parts(a) > 1)
@@ -134,7 +134,7 @@ def rows(
     return found
 
 
-def _grouped(spec: Transformer) -> list[tuple[Weight, str, int]]:
+def _grouped(spec: Transformer) -> list[tuple[WeightSpec, str, int]]:
     """Every weight, those of blocks that follow each other and are alike once for all of them."""
     kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
     runs = [list(run) for _, run in groupby(spec.blocks, kind)]

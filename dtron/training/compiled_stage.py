@@ -2,7 +2,7 @@
 
 A stage is compiled whole, forward and backward, once per shape: ``fullgraph``, so nothing in it goes back to
 Python. Eager, a block is some thirty kernels that each read and write every activation; compiled, what stands
-between two matrix products is one. Across the boundary go each rank's own tensors. Inside, ``Whole`` makes
+between two matrix products is one. Across the boundary go each rank's own tensors. Inside, ``LocalToDTensor`` makes
 DTensors of them again; the tracer sees through these, and what is left is kernels and collectives. (DTensors
 across the boundary would be taken apart and put together again in every call: with 2 GPUs, tp=2 and 24 layers
 that took 190 ms a step.) The same is done with what a step does once: gathering weights, reducing gradients.
@@ -22,34 +22,34 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtron.distributed.bucketing import reduce_all, scatter_all
-from dtron.distributed.redistribute import Lies, Whole, code, local
-from dtron.distributed.symmetric_memory import carried, carried_alone
+from dtron.distributed.bucketing import reduce_grads, reduce_scatter_all
+from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, local
+from dtron.distributed.symmetric_memory import copy_engine_groups, sole_copy_engine_group
 from dtron.fp8.matmul import compile_options
 from dtron.mesh import Layout
-from dtron.model.compute_config import PLAIN, How
+from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import declared, flat, gather_all, unflatten
 from dtron.rules import zero_axes
-from dtron.schedules.runner import Extra, Program
+from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import jit
-from dtron.training.optimizer import Rule, adamw, written_out
-from dtron.training.zero3_prefetch import Ahead
+from dtron.training.optimizer import UpdateFn, adamw, written_out
+from dtron.training.zero3_prefetch import Zero3Prefetch
 
 
 def compiled(
-    functions: Program, layout: Layout, how: How = PLAIN, backend: str = "inductor", overlap: bool = True,
+    functions: Program, layout: Layout, how: ComputeConfig = PLAIN, backend: str = "inductor", overlap: bool = True,
     fetches: bool = False,
 ) -> Program:  # fmt: skip
     """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
     them, and small ones put together. ``fetches``: a stage gathers its weights itself, as ZeRO-3 has it."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if fetches and overlap and (group := _carried(mesh)):
-        options |= {"post_grad_custom_post_pass": Ahead(group), "reorder_for_peak_memory": False}
+        options |= {"post_grad_custom_post_pass": Zero3Prefetch(group), "reorder_for_peak_memory": False}
     elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
         # Code that comes from the cache of an earlier run calls operators that only this import registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
-        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(carried(mesh))}
+        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(copy_engine_groups(mesh))}
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
@@ -57,12 +57,12 @@ def compiled(
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
-    here = OnLocals(functions, layout, compile, partial(jit, backend=backend))
+    here = CompiledStage(functions, layout, compile, partial(jit, backend=backend))
     return Program(here.enter, here.stage, False, here, functions.carries)
 
 
 def _carried(mesh: DeviceMesh | None) -> str | None:
-    return None if mesh is None else carried_alone(mesh, zero_axes(mesh.mesh_dim_names))
+    return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(mesh.mesh_dim_names))
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
@@ -75,32 +75,34 @@ they do within a stage, dtron's own pass is taken for all of these (training/zer
 
 
 @dataclass(frozen=True)
-class Weights:
+class LocalWeights:
     """A stage's weights as its compiled functions take them: this rank's own tensors, and where they lie."""
 
     tree: Any
-    lies: list[Lies]
+    lies: list[ShardSpec]
 
 
-class OnLocals:
+class CompiledStage:
     """A program's functions, compiled, on each rank's own tensors; and the ``Hold`` that goes with them."""
 
     def __init__(self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable):
         self._functions, self._layout = functions, layout
         self._run, self._run_list = compile(self._traced), compile_list(self._traced_list)
 
-    def enter(self, p: Weights, batch: Any) -> Tensor:
+    def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]
 
-    def stage(self, p: Weights, x: Tensor, batch: Any, *before: Any) -> tuple[Tensor, Extra | None]:
+    def stage(
+        self, p: LocalWeights, x: Tensor, batch: Any, *before: Any
+    ) -> tuple[Tensor, StageOutput | None]:
         return self._run(self._functions.stage, p.tree, p.lies, (x,), before, *_apart(batch))
 
     def _enter(self, p: Any, batch: Any) -> tuple[Tensor, None]:
         return self._functions.enter(p, batch), None
 
-    def leaves(self, params: Any, once: bool) -> tuple[Weights, list[Tensor]]:
+    def leaves(self, params: Any, once: bool) -> tuple[LocalWeights, list[Tensor]]:
         weights = flat(params)
-        tensors, lies = [local(w) for w in weights], [Lies.of(w) for w in weights]
+        tensors, lies = [local(w) for w in weights], [ShardSpec.of(w) for w in weights]
         if once:
             of, layout = declared(params), self._layout
             ready = [d.frozen or layout.ready(w, *d.axes) for w, d in zip(weights, of, strict=True)]
@@ -112,28 +114,28 @@ class OnLocals:
             gather = lambda ws: gather_all(ws, rest, layout, once=True)
             tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
-        return Weights(unflatten(params, tensors), lies), tensors
+        return LocalWeights(unflatten(params, tensors), lies), tensors
 
-    def scatter(self, weights: Weights, grads: list[Tensor], params: list[DTensor]) -> list[Tensor]:
-        return self._move(scatter_all, grads, [at.gradient for at in weights.lies], params)
+    def scatter(self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]) -> list[Tensor]:
+        return self._move(reduce_scatter_all, grads, [at.gradient for at in weights.lies], params)
 
-    def reduce(self, weights: Weights, grads: list[Tensor], params: list[DTensor], scattered: bool):
+    def reduce(self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool):
         lies = [at.gradient for at in weights.lies]
         if scattered:
             lies = [at.scattered(p.placements) for at, p in zip(lies, params, strict=True)]
-        grads = self._move(reduce_all, grads, lies, params)
-        return [Lies.of(p).whole(g, p.device_mesh) for g, p in zip(grads, params, strict=True)]
+        grads = self._move(reduce_grads, grads, lies, params)
+        return [ShardSpec.of(p).whole(g, p.device_mesh) for g, p in zip(grads, params, strict=True)]
 
     def loss(self, total: Tensor) -> Tensor:
         return self._layout.from_local(total, "+tokens")
 
-    def _move(self, fn: Callable, grads: list[Tensor], lies: list[Lies], params: list[DTensor]):
+    def _move(self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]):
         """Only what is not there yet goes through the compiled function."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
         there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
         return self._run_some(fn, grads, lies, there, goals)
 
-    def _run_some(self, fn: Callable, tensors: list[Tensor], lies: list[Lies], there: list[bool], *args):
+    def _run_some(self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args):
         """Of these tensors only those that are not there yet go through the compiled function."""
         away = [i for i, done in enumerate(there) if not done]
         if not away:
@@ -145,21 +147,23 @@ class OnLocals:
 
     # What is traced: locals in, DTensors, locals out.
 
-    def _traced(self, fn: Callable, tree: Any, lies: list[Lies], x: tuple[Tensor, ...], before, batch, parts):
+    def _traced(
+        self, fn: Callable, tree: Any, lies: list[ShardSpec], x: tuple[Tensor, ...], before, batch, parts
+    ):
         here = self._layout.from_local
         mesh = self._layout.mesh
         batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
         like = next(getattr(batch, name) for name in parts)
-        whole = lambda w, at: Whole.apply(w, like, code(at.placements), tuple(at.shape), at.stride)
+        whole = lambda w, at: LocalToDTensor.apply(w, like, code(at.placements), tuple(at.shape), at.stride)
         p = unflatten(tree, [whole(w, at) for w, at in zip(flat(tree), lies, strict=True)])
         before = [r and {name: here(part, "+tokens_sp") for name, part in r.items()} for r in before]
         y, extra = fn(p, *(here(part, "tokens_sp", "act_embed") for part in x), batch, *before)
         if extra is None:
             return _own(y), None
         aux = None if extra.aux is None else _own(extra.aux)
-        return _own(y), Extra(aux, {name: part.to_local() for name, part in extra.report.items()})
+        return _own(y), StageOutput(aux, {name: part.to_local() for name, part in extra.report.items()})
 
-    def _traced_list(self, fn: Callable, tensors: list[Tensor], lies: list[Lies], *args) -> list[Tensor]:
+    def _traced_list(self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args) -> list[Tensor]:
         wholes = [at.whole(t, self._layout.mesh) for t, at in zip(tensors, lies, strict=True)]
         return [x.to_local() for x in fn(wholes, *args)]
 
@@ -169,14 +173,14 @@ def _own(y: DTensor) -> Tensor:
     return y.to_local(grad_placements=[Replicate() if at.is_partial() else at for at in y.placements])
 
 
-def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Lies]]]:
+def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
     """A batch without its tensors, and of each this rank's part and where it lies."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
-    parts = {name: (local(x), Lies.of(x)) for name, x in tensors.items()}
+    parts = {name: (local(x), ShardSpec.of(x)) for name, x in tensors.items()}
     return replace(batch, **dict.fromkeys(tensors)), parts
 
 
-def compiled_rule(backend: str = "inductor") -> Rule:
+def compiled_rule(backend: str = "inductor") -> UpdateFn:
     """AdamW's update, compiled: see ``optim.written_out``. Once per shape, and a transformer has a dozen.
     (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead of 70, and ran no
     faster; with one graph for any shape every step took 5 ms more.)"""

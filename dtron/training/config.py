@@ -17,7 +17,7 @@ from dtron.errors import UserError
 from dtron.fp8.recipe import SMALLEST
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
-from dtron.model.compute_config import Fp8, How
+from dtron.model.compute_config import ComputeConfig, Fp8
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
@@ -105,8 +105,8 @@ class StepConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
-    def how(self) -> How:
-        return How(
+    def how(self) -> ComputeConfig:
+        return ComputeConfig(
             self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.fp8_gather,
             self.cp, self.dispatch,
         )  # fmt: skip

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.redistribute import local
-from dtron.distributed.symmetric_memory import settle
+from dtron.distributed.symmetric_memory import publish_weights
 from dtron.model.batch import Batch
 from dtron.params import flat, tree_map
 from dtron.training.gradients import Reports
 from dtron.training.optimizer import AdamState
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import Told
+from dtron.training.reports import StepReports
 from dtron.training.step import Result, TrainStep
 
 
@@ -60,7 +60,9 @@ class CudaGraphStep:
             own = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
             self._inputs = tree_map(own, tuple(microbatches)), numbers.to(self._device)
             self._graph = torch.cuda.CUDAGraph()
-            settle(flat(params))  # so that it follows upon anything: a validation may have come before
+            publish_weights(
+                flat(params)
+            )  # so that it follows upon anything: a validation may have come before
             # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._run(params, opt, *self._inputs)[:3]
@@ -69,7 +71,7 @@ class CudaGraphStep:
         self._graph.replay()
         own = lambda x: x if x is None else x.clone()  # the next replay overwrites them
         loss, norm, told = self._outputs
-        return own(loss), own(norm), Told(*map(own, told)), params, replace(opt, step=opt.step + 1)
+        return own(loss), own(norm), StepReports(*map(own, told)), params, replace(opt, step=opt.step + 1)
 
     def _run(self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor) -> Result:
         tokens, lr, number = numbers.unbind()

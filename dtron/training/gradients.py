@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtron.distributed.bucketing import Goals, reduce_all, scatter_all
+from dtron.distributed.bucketing import GradTargets, reduce_grads, reduce_scatter_all
 from dtron.distributed.redistribute import cast, full, local
 from dtron.mesh import Layout
 from dtron.params import flat, gather, tree_map, unflatten
@@ -32,8 +32,8 @@ from dtron.schedules.runner import Program, forward_table, run, run_forward
 from dtron.training.pipeline import Pipeline
 
 
-class Hold(Protocol):
-    """What a program's functions take and give: DTensors (``Wholes``), or each rank's own tensors
+class StageWeights(Protocol):
+    """What a program's functions take and give: DTensors (``EagerWeights``), or each rank's own tensors
     (``compiled.OnLocals``). Gradients are lists in the order of a stage's weights, and ``params`` too."""
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
@@ -53,7 +53,7 @@ class Hold(Protocol):
 
 
 @dataclass(frozen=True)
-class Wholes:
+class EagerWeights:
     """Functions of DTensors, or of one device's tensors."""
 
     layout: Layout
@@ -63,14 +63,14 @@ class Wholes:
         return weights, flat(weights)
 
     def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-        return grads if self.layout.mesh is None else scatter_all(grads, self._goals(params))
+        return grads if self.layout.mesh is None else reduce_scatter_all(grads, self._goals(params))
 
     def reduce(
         self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
     ) -> list[Tensor]:
-        return grads if self.layout.mesh is None else reduce_all(grads, self._goals(params))
+        return grads if self.layout.mesh is None else reduce_grads(grads, self._goals(params))
 
-    def _goals(self, params: list[Tensor]) -> Goals:
+    def _goals(self, params: list[Tensor]) -> GradTargets:
         return [(p.placements, self.layout.summed(p)) for p in params]
 
     def loss(self, total: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def gradients(
     does for that may be loaded in the middle of the step, so the stages' messages go by way of the hosts.
     ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
     have many microbatches)."""
-    layout, hold = pipe.layout, functions.hold or Wholes(pipe.layout)
+    layout, hold = pipe.layout, functions.hold or EagerWeights(pipe.layout)
     leaves = {
         s: hold.leaves(p, once=zero < 3 or not gather_each) for s, p in zip(pipe.stages, params, strict=True)
     }

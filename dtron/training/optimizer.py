@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial
 from dtron.bounds import from_to, under
 from dtron.distributed.redistribute import cast, full, local
 from dtron.distributed.simulated_ranks import is_simulated
-from dtron.distributed.symmetric_memory import in_reach, settle
+from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
 from dtron.errors import UserError
 from dtron.params import flat, tree_map, unflatten
 
@@ -82,21 +82,21 @@ def adam_init(params: Any) -> AdamState:
     return AdamState(0, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
 
-def with_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None) -> AdamState:
+def with_compute_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None) -> AdamState:
     """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach them if
     they are to (distributed/symmetric_memory.py). What no gradient moves is not cast."""
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    return replace(state, copies=unflatten(params, in_reach(flat(tree_map(copy, spec, params)))))
+    return replace(state, copies=unflatten(params, to_symmetric_memory(flat(tree_map(copy, spec, params)))))
 
 
-Rule = Callable[..., None]
+UpdateFn = Callable[..., None]
 
 
 def adam_update(
     grads: Any, state: AdamState, params: Any, spec: Any, lr: float | Tensor, scale: float | Tensor,
-    config: OptimConfig, rule: Rule | None = None, number: Tensor | None = None, ok: Tensor | None = None,
+    config: OptimConfig, rule: UpdateFn | None = None, number: Tensor | None = None, ok: Tensor | None = None,
 ) -> tuple[Any, AdamState]:  # fmt: skip
     """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay, and which
     are left alone. A rate or scale that is a tensor stays on its device: nothing waits for it; so does
@@ -115,7 +115,7 @@ def adam_update(
             decay = config.weight_decay if wanted else 0.0
             sure = torch.ones((), dtype=torch.bool, device=p[0].device) if ok is None else ok
             rule(p, g, m, v, c, step if number is None else number, lr, factor, sure, decay, config)
-    settle(flat(params))
+    publish_weights(flat(params))
     return params, replace(state, step=step)
 
 

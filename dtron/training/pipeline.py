@@ -28,12 +28,12 @@ from dtron.distributed.redistribute import full, local
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.model.batch import Batch
-from dtron.model.compute_config import PLAIN, How
+from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, active, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
-from dtron.schedules.p2p import Handed, Links, Sent, Ways, make_ways
+from dtron.schedules.p2p import InProcessLinks, Links, P2PLinks, PipelineGroups, make_ways
 from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
 
@@ -98,7 +98,7 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
     return found
 
 
-def program(m: ModelConfig, layout: Layout, how: How = PLAIN, splits: bool = True) -> Program:
+def program(m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True) -> Program:
     """The model's functions, for the runner."""
     return Program(
         partial(embed, m=m, layout=layout),
@@ -117,7 +117,7 @@ class Pipeline:
     table: Table
     specs: tuple[Transformer, ...]
     layout: Layout
-    ways: Ways | None = None
+    ways: PipelineGroups | None = None
     template: Tensor | None = None
     met: set[Any] = field(default_factory=set, compare=False)
 
@@ -149,7 +149,7 @@ class Pipeline:
         one that asks for it ``by_host``, because it runs what others do not, and is not counted as the
         first."""
         if self.ways is None:
-            return Handed()
+            return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
         kind, lies, device = (t.name, tokens, local), ("tokens_sp", "act_embed"), self.template.device
         if not by_host:
@@ -160,7 +160,7 @@ class Pipeline:
         empty = lambda: self.template.new_empty(tokens, self.template.shape[1], device=there)
         wrap = lambda x: x.to(device) if local else self.layout.from_local(x.to(device), *lies)
         unwrap = lambda x: (x if local else self.layout.to_local(x, *lies)).to(there)
-        return Sent(t, self.ways, by_host, empty, wrap, unwrap)
+        return P2PLinks(t, self.ways, by_host, empty, wrap, unwrap)
 
     def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         """Add the gradients of the embedding's two copies, wherever they are."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import local
 from dtron.moe.balance import bias_step
-from dtron.moe.config import MoE
+from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
 from dtron.training.gradients import Reports
 from dtron.training.pipeline import Pipeline
 
 
-class Told(NamedTuple):
+class StepReports(NamedTuple):
     """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed losses of
     predictions further ahead (model/mtp.py)."""
 
@@ -28,7 +28,7 @@ class Told(NamedTuple):
 
 
 @torch.no_grad()
-def update_balance(
+def update_router_bias(
     params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
 ) -> tuple[Any, ...]:
     """Move the balance bias of every router here, by this step's load, unless ``ok`` is false. Overwrites it,
@@ -45,7 +45,7 @@ def update_balance(
 COLUMNS = (*TOTALS, "dropped")
 
 
-def expert_totals(reports: Reports, pipe: Pipeline, c: MoE) -> Tensor | None:
+def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | None:
     """``[layers, E + 5]``, on every rank: of each layer of experts in the model, the load of its experts and
     the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
     if not c.experts:
@@ -60,7 +60,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoE) -> Tensor | None:
     return pipe.sum(rows)
 
 
-def describe_experts(totals: Tensor | None, c: MoE) -> dict[str, float]:
+def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     """Numbers of a step, by name, ``experts.3.entropy`` for layer 3. ``load_max`` and ``load_min`` are the
     largest and smallest load of an expert over the mean; ``entropy`` that of a token's scores in nats, on
     average; ``dropped`` the share of slots; losses are per token, without their weight."""

@@ -27,11 +27,11 @@ from dtron.model.batch import Batch
 from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
 from dtron.training.gradients import Reports, gradients
-from dtron.training.optimizer import AdamState, Rule, adam_update, clip_scale, global_norm
+from dtron.training.optimizer import AdamState, UpdateFn, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import Told, ahead_losses, expert_totals, update_balance
+from dtron.training.reports import StepReports, ahead_losses, expert_totals, update_router_bias
 
-Result = tuple[Tensor, Tensor, Told, Any, AdamState]
+Result = tuple[Tensor, Tensor, StepReports, Any, AdamState]
 Look = Callable[[int, int, list[Tensor | None]], None]
 
 
@@ -47,7 +47,7 @@ class TrainStep:
     pipe: Pipeline
     config: StepConfig
     gather_each: bool = True
-    rule: Rule | None = None
+    rule: UpdateFn | None = None
 
     def gradients(
         self, weights: Any, microbatches: Sequence[Batch], look: Look | None = None
@@ -96,6 +96,6 @@ class TrainStep:
         ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
         params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, config, self.rule, number, ok)
         del grads
-        params = update_balance(params, reports, pipe, m.moe.bias_rate, ok)
-        told = Told(expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth))
+        params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)
+        told = StepReports(expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth))
         return loss, norm, told, params, opt

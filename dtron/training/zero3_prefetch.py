@@ -3,7 +3,7 @@
 A weight that copy engines carry (distributed/copy_engine.py) costs no processor on its way, but each place where a product
 has to wait for a copy, or a copy for a product, is a gap as long as several small kernels. Inductor's
 scheduler moves collectives one by one, each ahead by as much work as hides it: under ZeRO-3 that is 28 such
-places in a block. ``Ahead`` makes it six. It puts all gathers of a bucket, ``BUCKET`` bytes of weights in the
+places in a block. ``Zero3Prefetch`` makes it six. It puts all gathers of a bucket, ``BUCKET`` bytes of weights in the
 order in which they are used, about a block, into one collective; asks for it where the bucket before is first
 used; and waits for it where it is first used itself. What leaves a block, its gradients, is sent at the next
 of these places and waited for at the one after. (FSDP prefetches by units of its own in the same way, Zhao et
@@ -44,7 +44,7 @@ _COPIES = (_ATEN.cat.default, _ATEN.clone.default)
 
 
 @dataclass
-class Fetch:
+class WeightGather:
     """A gather of no more than one of the stage's inputs, as a weight's is: what it is made of, views and
     waits of what it gives, and the first that computes with them."""
 
@@ -59,7 +59,7 @@ class Fetch:
         return whole.numel() * whole.dtype.itemsize
 
 
-class Ahead(CustomGraphPass):
+class Zero3Prefetch(CustomGraphPass):
     """The pass, for what goes over the process group of this name."""
 
     def __init__(self, group: str, bucket: int = BUCKET):
@@ -107,7 +107,7 @@ class Ahead(CustomGraphPass):
                 edge.prepend(n)
         graph.lint()
 
-    def _buckets(self, graph: Graph, place: dict[Node, int]) -> list[list[Fetch]]:
+    def _buckets(self, graph: Graph, place: dict[Node, int]) -> list[list[WeightGather]]:
         """All gathers that need not wait for anything, in the order of their use."""
         found = []
         for n in graph.nodes:
@@ -118,7 +118,7 @@ class Ahead(CustomGraphPass):
                 sources = {x for y in (n, *made_of) for x in y.all_input_nodes if x.op == "placeholder"}
                 if uses and len(sources) == 1 and not any(_works(x) or _communicates(x) for x in made_of):
                     use = min(uses, key=place.__getitem__)
-                    found.append(Fetch(n, _ordered(made_of, place), _ordered(given, place), use))
+                    found.append(WeightGather(n, _ordered(made_of, place), _ordered(given, place), use))
         buckets, room = [], 0
         for fetch in sorted(found, key=lambda x: place[x.use]):
             if room <= 0 and not (buckets and buckets[-1][-1].use is fetch.use):
@@ -144,7 +144,7 @@ class Ahead(CustomGraphPass):
         return getattr(group, "group_name", group) == self._group
 
 
-def _one(graph: Graph, bucket: list[Fetch]) -> list[Node]:
+def _one(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
     """One collective instead of a bucket's. All that reads them reads it now."""
     starts = [fetch.start for fetch in bucket]
     with graph.inserting_before(graph.output_node()):
