@@ -1,4 +1,5 @@
-"""Only this: a wheel has train.py inside the package, so that ``dtron train`` runs without a checkout."""
+"""Only this: a wheel has train.py inside the package, so that ``dtron train`` runs without a
+checkout."""
 
 import shutil
 from pathlib import Path

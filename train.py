@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3         # four processes
     python train.py --simulate --mesh dp=8,tp=4 --steps 2                  # 32 ranks in this one process
 
-With no ``--data.path`` it reads text that every machine has: the source of Python's standard library.
+With no ``--data.path`` it reads text that every machine has: the source of Python's standard
+library.
 """
 
 import math
@@ -27,7 +28,7 @@ from dtron.errors import UserError
 from dtron.hf import Source, keep_origin
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
-from dtron.model.transformer import active_count, flops_per_token, parameter_count
+from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.params import gather, init
 from dtron.runtime.cli import parse, save
 from dtron.runtime.config import RunConfig, identity_of
@@ -60,15 +61,23 @@ def main(argv: list[str]) -> int:
 
 
 def train(
-    config: RunConfig, here: RunPlan, pipe: Pipeline, data: Data, run_dir: Path, found: Path | None, stop: StopSignal,
+    config: RunConfig,
+    here: RunPlan,
+    pipe: Pipeline,
+    data: Data,
+    run_dir: Path,
+    found: Path | None,
+    stop: StopSignal,
     begin: Source | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
     m, spec, layout = config.model, pipe.spec, pipe.layout
     identity = identity_of(config, data.digest())
     if data.samples is not None:
         identity["data.samples"] = data.samples
-    same_on_all_ranks({**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps})
+    same_on_all_ranks(
+        {**identity, "batch": config.batch, "optim": config.optim, "steps": config.steps}
+    )
     if begin is not None:
         params = begin.load(spec, layout, here.master, here.device)
     else:
@@ -77,7 +86,9 @@ def train(
     if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:
-            raise UserError(f"--steps {config.steps}: {found} is at step {state.step} already; use more")
+            raise UserError(
+                f"--steps {config.steps}: {found} is at step {state.step} already; use more"
+            )
     state = replace(state, opt=with_compute_copies(state.opt, state.params, spec, layout.compute))
     watch = NonFiniteGuard(config.max_skips)
     saver = AsyncSaver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
@@ -91,7 +102,9 @@ def train(
         if data.tokenizer is not None:
             data.tokenizer.save(str(run_dir / "tokenizer.json"))
     flops, n = flops_per_token(m, config.data.sequence), here.shape.size
-    metrics = Metrics(run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard)
+    metrics = Metrics(
+        run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard
+    )
     metrics.say(describe(config, here, data, state.step))
     recorded = min(PROFILED_STEP, config.steps - state.step) if config.profile else 0
     recorder = Recorder(run_dir / "trace.json", recorded, here.device)
@@ -120,22 +133,30 @@ def train(
         return record
 
     ahead = range(state.samples, config.steps * config.batch, config.batch)
-    batches = Prefetch(lambda start: load(data.train.rows(start, config.batch), config, here), ahead)
+    batches = Prefetch(
+        lambda start: load(data.train.rows(start, config.batch), config, here), ahead
+    )
     launched = None  # the step that the device is working on
     stopped = False
     while state.step < config.steps and not (stopped := stop.asked()):
         recorder.begin()
-        columns, tokens = batches.next()  # which samples these are depends on nothing but state.samples
+        columns, tokens = (
+            batches.next()
+        )  # which samples these are depends on nothing but state.samples
         microbatches = split(columns, here, layout, config.zigzags, m.mtp.depth)
         lr = learning_rate(config.optim, state.step, config.steps)
-        loss, norm, told, params, opt = train_step(state.params, state.opt, microbatches, tokens, lr)
+        loss, norm, told, params, opt = train_step(
+            state.params, state.opt, microbatches, tokens, lr
+        )
         state = checkpoint.TrainState(state.step + 1, state.samples + config.batch, params, opt)
         if launched:
             metrics.write(finish(*launched))
         if watch.over:
             why = diagnose(train_step, params, microbatches, stop.group)
             saver.wait()
-            raise diverged(state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}")
+            raise diverged(
+                state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}"
+            )
         for line in saver.said():
             metrics.say(line)
         launched = (state.step, loss, norm, told, lr, tokens, mark(here.device), batches.waited)
@@ -198,12 +219,16 @@ def _count(n: int, noun: str, ending: str = "s") -> str:
 
 
 def load(rows: Rows, config: RunConfig, here: RunPlan) -> tuple[list[Tensor | None], int]:
-    """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets count.
-    This runs ahead, in a thread of its own."""
+    """A global batch as tensors, in memory that a GPU can copy from by itself, and how many targets
+    count. This runs ahead, in a thread of its own."""
     d, gpu = config.data, here.device.startswith("cuda")
     if gpu:
         torch.cuda.set_device(here.device)  # for this thread; pinned memory belongs to a device
-    columns = rows.tokens, rows.documents if d.masked else None, rows.positions if d.restarts else None
+    columns = (
+        rows.tokens,
+        rows.documents if d.masked else None,
+        rows.positions if d.restarts else None,
+    )
     tensors = [None if x is None else torch.from_numpy(x) for x in (*columns, rows.counted)]
     return [x.pin_memory() if gpu and x is not None else x for x in tensors], rows.valid
 
@@ -211,17 +236,21 @@ def load(rows: Rows, config: RunConfig, here: RunPlan) -> tuple[list[Tensor | No
 def split(
     columns: list[Tensor | None], here: RunPlan, layout: Layout, zigzag: bool, depth: int = 0
 ) -> list[Batch]:
-    """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own part."""
+    """The microbatches of a global batch. Every rank has it whole for a moment, and keeps its own
+    part."""
     count = len(columns[0]) // here.rows
     on_device = lambda x: x.to(here.device, non_blocking=True).split(here.rows)
     parts = [[None] * count if x is None else on_device(x) for x in columns]
-    return [make_batch(rows, layout, *others, depth, zigzag) for rows, *others in zip(*parts, strict=True)]
+    return [
+        make_batch(rows, layout, *others, depth, zigzag)
+        for rows, *others in zip(*parts, strict=True)
+    ]
 
 
 @torch.no_grad()
 def validate(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline) -> float:
-    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do not
-    count."""
+    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do
+    not count."""
     held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     columns, tokens = load(held.filled(here.rows), config, here)
     batches = split(columns, here, pipe.layout, config.zigzags)
@@ -234,23 +263,29 @@ def validate(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipelin
 def sample(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline) -> str:
     """The start of the held-out text, and how the model goes on."""
     prompt = data.validation.rows(0, 1).tokens[0, :8].tolist()
-    if config.simulate:  # here every rank's weights are at hand, and one device is as many times faster
+    if (
+        config.simulate
+    ):  # here every rank's weights are at hand, and one device is as many times faster
         layout = Layout(compute=pipe.layout.compute)
         params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
     tokens = min(config.sample, config.model.context - len(prompt))
-    (ids,) = generate(params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device)
+    (ids,) = generate(
+        params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device
+    )
     return data.decode(ids)
 
 
 def open_run(config: RunConfig) -> tuple[Path, Path | None]:
-    """The run directory, and the checkpoint to go on from: with --resume, or where torchrun has started this
-    process again. Raises UserError where the directory cannot be written, has nothing to resume, or another
-    run to spoil."""
+    """The run directory, and the checkpoint to go on from: with --resume, or where torchrun has
+    started this process again. Raises UserError where the directory cannot be written, has nothing
+    to resume, or another run to spoil."""
     run_dir = Path(config.run_dir)
     found = checkpoint.newest(run_dir)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume and not found:
-        raise UserError(f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every")
+        raise UserError(
+            f"--resume: {run_dir} has no checkpoint; drop --resume, or train with --save-every"
+        )
     if found and not (config.resume or again):
         raise UserError(
             f"--run-dir {run_dir}: holds checkpoints of another run, up to {found.name}; go on from there "

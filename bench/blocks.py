@@ -1,13 +1,15 @@
-"""Two ways to compile a stage of many equal blocks: as one graph, or one block that is used again for each.
+"""Two ways to compile a stage of many equal blocks: as one graph, or one block that is used again
+for each.
 
     python bench/blocks.py --model bench-1.3b
 
-One graph is what dtron does (training/compiled_stage.py). One block is compiled in a fraction of the time, but is called
-once for each of them, forward and backward, and nothing moves across its edges: no kernel that joins two
-blocks, and no gather of the next block's weights behind this one's work. A third way, ``region``, is one
-graph in which torch compiles the marked block once. A line of JSON for each way; each in a process of its
-own, with an empty cache of compiled code and then again with what the first left there. One device, random
-tokens. The ways must agree on the gradient's norm.
+One graph is what dtron does (training/compiled_stage.py). One block is compiled in a fraction of
+the time, but is called once for each of them, forward and backward, and nothing moves across its
+edges: no kernel that joins two blocks, and no gather of the next block's weights behind this one's
+work. A third way, ``region``, is one graph in which torch compiles the marked block once. A line of
+JSON for each way; each in a process of its own, with an empty cache of compiled code and then again
+with what the first left there. One device, random tokens. The ways must agree on the gradient's
+norm.
 """
 
 from __future__ import annotations
@@ -59,10 +61,13 @@ def functions(way: str, m, layout: Layout) -> Program:
 
     if way == "block":
         return replace(
-            whole, stage=partial(by_blocks, jit(one), jit(partial(head, m=m, layout=layout)), m, layout)
+            whole,
+            stage=partial(by_blocks, jit(one), jit(partial(head, m=m, layout=layout)), m, layout),
         )
     marked = torch.compiler.nested_compile_region(one)
-    return replace(whole, stage=jit(partial(by_blocks, marked, partial(head, m=m, layout=layout), m, layout)))
+    return replace(
+        whole, stage=jit(partial(by_blocks, marked, partial(head, m=m, layout=layout), m, layout))
+    )
 
 
 def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
@@ -122,7 +127,9 @@ def main() -> None:
             for state in ("empty", "full"):
                 options = [f"--{k}={v}" for k, v in vars(o).items() if k not in ("way", "cache")]
                 command = [sys.executable, __file__, *options, f"--way={way}", f"--cache={state}"]
-                subprocess.run(command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}, check=False)
+                subprocess.run(
+                    command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}, check=False
+                )
 
 
 if __name__ == "__main__":

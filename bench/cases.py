@@ -1,14 +1,16 @@
-"""Run many cases of bench/train.py on one machine: a batch compiles together, then each case is timed alone.
+"""Run many cases of bench/train.py on one machine: a batch compiles together, then each case is
+timed alone.
 
     python bench/cases.py bench/cases.txt --gpus 2 | tee -a bench/results.jsonl
     python bench/report.py --write docs/performance.md
 
-A line of the file is a case, the flags of bench/train.py; ranks of its ``--mesh`` are processes of torchrun.
-An empty line ends a batch, # begins a remark. Compiling takes minutes of the host and hardly any of the GPU,
-being timed some seconds; so all cases of a batch start at once, stop behind their first step, and go on one
-after the other. First steps then take longer than alone, and what the cases hold must fit the GPUs together.
-What a case prints beside its line (with --profile, where its time went) goes to stderr, and so does why it
-failed, which spoils no other. Needs torch and numpy alone."""
+A line of the file is a case, the flags of bench/train.py; ranks of its ``--mesh`` are processes of
+torchrun. An empty line ends a batch, # begins a remark. Compiling takes minutes of the host and
+hardly any of the GPU, being timed some seconds; so all cases of a batch start at once, stop behind
+their first step, and go on one after the other. First steps then take longer than alone, and what
+the cases hold must fit the GPUs together. What a case prints beside its line (with --profile, where
+its time went) goes to stderr, and so does why it failed, which spoils no other. Needs torch and
+numpy alone."""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ class Case:
 
     def start(self, gpus: Sequence[str]) -> None:
         argv = command([*self.flags, f"--turn={self.turn}"], self.ranks)
-        with self.turn.with_suffix(".out").open("w") as out, self.turn.with_suffix(".err").open("w") as err:
+        with (
+            self.turn.with_suffix(".out").open("w") as out,
+            self.turn.with_suffix(".err").open("w") as err,
+        ):
             own = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.ranks])}
             self.process = subprocess.Popen(argv, stdout=out, stderr=err, env=own)
 
@@ -62,7 +67,9 @@ class Case:
         """Its turn: the line it prints, or None and a word on stderr."""
         self.turn.touch()
         failed = self.process.wait()
-        printed, said = (self.turn.with_suffix(x).read_text().splitlines() for x in (".out", ".err"))
+        printed, said = (
+            self.turn.with_suffix(x).read_text().splitlines() for x in (".out", ".err")
+        )
         lines = [x for x in printed if x.startswith("{")]
         line = lines[-1] if lines and not failed else None
         print(shlex.join(self.flags), *(x for x in printed if x != line), sep="\n", file=sys.stderr)
@@ -78,7 +85,8 @@ class Case:
 
 
 def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
-    """The batches of a file. Raises UserError for one that cannot be read, and for a case too large."""
+    """The batches of a file. Raises UserError for one that cannot be read, and for a case too
+    large."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -96,7 +104,9 @@ def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
         if not flags:
             continue
         if ranks > gpus:
-            raise UserError(f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus")
+            raise UserError(
+                f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus"
+            )
         batches[-1].append(Case(flags, ranks, folder / f"case{number}"))
     return [b for b in batches if b]
 
@@ -113,13 +123,18 @@ def main(argv: list[str]) -> int:
     p = Parser(description="Run cases of bench/train.py; a JSON line for each.")
     p.add_argument("file", type=Path, help="a case a line")
     p.add_argument(
-        "--gpus", type=int, default=1, help="how many to use, of CUDA_VISIBLE_DEVICES if that is set"
+        "--gpus",
+        type=int,
+        default=1,
+        help="how many to use, of CUDA_VISIBLE_DEVICES if that is set",
     )
     o = p.parse_args(argv)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus, failed = visible.split(",") if visible else [str(i) for i in range(o.gpus)], 0
     if len(gpus) < o.gpus:
-        raise UserError(f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer")
+        raise UserError(
+            f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for batch in read(o.file, Path(folder), o.gpus):
             try:

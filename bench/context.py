@@ -4,10 +4,10 @@
     python bench/context.py --gpus 2 --layers 2 --tokens 65536      # what differs is attention
     python bench/context.py --longest               # the longest sequence that fits one GPU
 
-Every case is bench/train.py in processes of its own, so that one that runs out of memory spoils no other; it
-is a line too, with its error. The tokens of a step are the same in all cases of one number of GPUs per row of
-the table: ``--tokens`` on each GPU, in rows as long as the sequence; a sequence longer than that is one row.
-Needs torch and numpy alone."""
+Every case is bench/train.py in processes of its own, so that one that runs out of memory spoils no
+other; it is a line too, with its error. The tokens of a step are the same in all cases of one
+number of GPUs per row of the table: ``--tokens`` on each GPU, in rows as long as the sequence; a
+sequence longer than that is one row. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     error = [line for line in done.stderr.splitlines() if "Error" in line]
-    return {**flags, "gpus": gpus, "error": (error or done.stderr.splitlines() or ["no output"])[0][:300]}
+    return {
+        **flags,
+        "gpus": gpus,
+        "error": (error or done.stderr.splitlines() or ["no output"])[0][:300],
+    }
 
 
 def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
@@ -55,10 +59,17 @@ def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
 
 
 def longest(o: argparse.Namespace) -> Iterator[dict]:
-    """Doubles the sequence while it fits, then halves the gap to what does not, down to an eighth of it."""
+    """Doubles the sequence while it fits, then halves the gap to what does not, down to an eighth
+    of it."""
     fits, too_long, sequence = 0, 0, min(o.sequences)
     while not too_long or too_long - fits > fits // 8:
-        flags = {"model": o.model, "recompute": o.recompute, "steps": 1, "sequence": sequence, "rows": 1}
+        flags = {
+            "model": o.model,
+            "recompute": o.recompute,
+            "steps": 1,
+            "sequence": sequence,
+            "rows": 1,
+        }
         line = run(flags, 1, o.timeout)
         yield line
         fits, too_long = (fits, sequence) if "error" in line else (sequence, too_long)
@@ -81,7 +92,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--longest", action="store_true", help="on one GPU, by trying")
     o = p.parse_args(argv)
-    for line in longest(o) if o.longest else (run(flags, gpus, o.timeout) for flags, gpus in cases(o)):
+    for line in (
+        longest(o) if o.longest else (run(flags, gpus, o.timeout) for flags, gpus in cases(o))
+    ):
         print(json.dumps(line), flush=True)
     return 0
 

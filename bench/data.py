@@ -3,12 +3,13 @@
     python bench/data.py                                    # text and a tokenizer are made here
     python bench/data.py --text corpus.jsonl --tokenizer tokenizer.json --workers 2
 
-``prepare`` is measured against a stand-in for the way of Megatron-LM's tools/preprocess_data.py, written
-here: a pool of processes, one JSON line per task in chunks of 32, each document encoded alone by the same
-tokenizer and sent back as a list of ids, an array per document written by the parent. Both have the same
-workers and write the same bytes, which is checked; they take turns, and the best of each is told. Then one
-process reads batches from the .bin/.idx, as each rank does. Prints a line of JSON per measurement, then a
-table. Needs tokenizers and dtron, no GPU and no torch.
+``prepare`` is measured against a stand-in for the way of Megatron-LM's tools/preprocess_data.py,
+written here: a pool of processes, one JSON line per task in chunks of 32, each document encoded
+alone by the same tokenizer and sent back as a list of ids, an array per document written by the
+parent. Both have the same workers and write the same bytes, which is checked; they take turns, and
+the best of each is told. Then one process reads batches from the .bin/.idx, as each rank does.
+Prints a line of JSON per measurement, then a table. Needs tokenizers and dtron, no GPU and no
+torch.
 """
 
 from __future__ import annotations
@@ -84,14 +85,18 @@ def rate(fn: Callable[[], int]) -> float:
 def reading(source: Source, batch: int, batches: int = 10) -> float:
     """Tokens per second of batches, one after the other."""
     source.rows(0, 1)  # the order is made once
-    return rate(lambda: sum(source.rows(n * batch, batch).tokens[:, 1:].size for n in range(batches)))
+    return rate(
+        lambda: sum(source.rows(n * batch, batch).tokens[:, 1:].size for n in range(batches))
+    )
 
 
 def preparing(
     text: Path, tokenizer: Tokenizer, folder: Path, workers: int, repeats: int
 ) -> tuple[float, float]:
     """Tokens per second of ``prepare`` and of the stand-in."""
-    ours = lambda: prepare([text], tokenizer, str(folder / "a"), workers=workers, overwrite=True).tokens
+    ours = lambda: (
+        prepare([text], tokenizer, str(folder / "a"), workers=workers, overwrite=True).tokens
+    )
     theirs = lambda: preprocess(text, tokenizer, folder / "b", workers)
     rates = [(rate(ours), rate(theirs)) for _ in range(repeats)]
     for suffix in (".bin", ".idx"):
@@ -119,8 +124,12 @@ def main() -> None:
         text = Path(o.text) if o.text else folder / "text.jsonl"
         if not o.text:
             library_text(text, o.characters)
-        docs = [json.loads(line)["text"] for _, line in zip(range(10_000), text.open(), strict=False)]
-        tokenizer = get_tokenizer(o.tokenizer, docs, o.vocab if not o.tokenizer else 1 << 31, folder)
+        docs = [
+            json.loads(line)["text"] for _, line in zip(range(10_000), text.open(), strict=False)
+        ]
+        tokenizer = get_tokenizer(
+            o.tokenizer, docs, o.vocab if not o.tokenizer else 1 << 31, folder
+        )
         ours, theirs = preparing(text, tokenizer, folder, o.workers, o.repeats)
         say(f"prepare, {o.workers} workers", ours)
         say(f"stand-in for preprocess_data.py, {o.workers} workers", theirs)
@@ -130,7 +139,11 @@ def main() -> None:
                 Packed(data, 0, len(data), s, 0, 100_000, vocab, marks) for marks in (False, True)
             )
             mixed = Mixed([plain, Chunks(data.tokens, s, 0, None, False)], [0.7, 0.3])
-            for what, source in (("", plain), (", documents marked", marked), (", two sources mixed", mixed)):
+            for what, source in (
+                ("", plain),
+                (", documents marked", marked),
+                (", two sources mixed", mixed),
+            ):
                 say(f"batches of {s}{what}", reading(source, 2**19 // s))
     about = f"Python {platform.python_version()}, tokenizers {tokenizers.__version__}, numpy {np.__version__}"
     print(f"\n{os.cpu_count()} CPU cores, {about}\n| what | tokens/s |\n|---|---|")

@@ -1,10 +1,11 @@
-"""Time one layer of experts and its parts on one GPU, compiled, forward and backward; one JSON line.
+"""Time one layer of experts and its parts on one GPU, compiled, forward and backward; one JSON
+line.
 
     python bench/experts.py --model bench-moe --tokens 8192
 
-``products`` are the grouped matrix products alone, on rows that are sorted already; ``router`` is what makes
-scores and chooses. What the layer takes beyond these two is permutation: sorting, copying tokens to rows, and
-adding results up. Needs torch and numpy alone."""
+``products`` are the grouped matrix products alone, on rows that are sorted already; ``router`` is
+what makes scores and chooses. What the layer takes beyond these two is permutation: sorting,
+copying tokens to rows, and adding results up. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def main() -> None:
     c, dims = m.moe, m.dims()
     dtype = torch.bfloat16
     p = tree_map(
-        lambda w: w.to(dtype).requires_grad_(), init(declare(MoELayer, dims), dims, 0, layout, device=device)
+        lambda w: w.to(dtype).requires_grad_(),
+        init(declare(MoELayer, dims), dims, 0, layout, device=device),
     )
     x = torch.randn(o.tokens, m.embed, device=device).to(dtype).requires_grad_()
     place = torch.arange(o.tokens, device=device)
@@ -104,7 +106,9 @@ def _step(fn: Callable, p: MoELayer, x: Tensor) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time one layer of experts and its parts; one JSON line.")
+    p = argparse.ArgumentParser(
+        description="Time one layer of experts and its parts; one JSON line."
+    )
     p.add_argument("--model", default="bench-moe", help="a preset with experts")
     p.add_argument("--dispatch", default="auto")
     p.add_argument("--fp8", action="store_true", help="products in FP8, of any size")

@@ -1,12 +1,13 @@
-"""How fast products are in FP8: one product, forward and both gradients, compiled, against bfloat16.
+"""How fast products are in FP8: one product, forward and both gradients, compiled, against
+bfloat16.
 
     python bench/fp8.py
     python bench/fp8.py --sizes 8192x4096x4096 16384x2048x5632 --recipes tensorwise
 
-Sizes are tokens x in x out. Prints a line of JSON per size and recipe, then a table. Several calls are
-captured in one CUDA graph, so that no product waits for the host; each has its own cast of the weight, as it
-has in a model. On a CPU, where FP8 is only imitated, the times mean nothing (``--device cpu`` tries the
-program). Needs torch, torchao and dtron, nothing else.
+Sizes are tokens x in x out. Prints a line of JSON per size and recipe, then a table. Several calls
+are captured in one CUDA graph, so that no product waits for the host; each has its own cast of the
+weight, as it has in a model. On a CPU, where FP8 is only imitated, the times mean nothing
+(``--device cpu`` tries the program). Needs torch, torchao and dtron, nothing else.
 """
 
 from __future__ import annotations
@@ -68,13 +69,18 @@ def milliseconds(fn: Callable[[], object], calls: int, repeats: int, device: str
     return statistics.median(a.elapsed_time(b) for a, b in zip(begin, end, strict=True)) / calls
 
 
-def measure(tokens: int, inner: int, outer: int, recipe: Recipe | None, args: argparse.Namespace) -> dict:
+def measure(
+    tokens: int, inner: int, outer: int, recipe: Recipe | None, args: argparse.Namespace
+) -> dict:
     torch.compiler.reset()
     make = lambda *shape: torch.randn(*shape, device=args.device, dtype=torch.bfloat16)
     x, w = make(tokens, inner).requires_grad_(), make(inner, outer).requires_grad_()
     g = make(tokens, outer)
     product = torch.compile(
-        lambda x, w: matmul(x, w, recipe), fullgraph=True, dynamic=False, options=compile_options(recipe)
+        lambda x, w: matmul(x, w, recipe),
+        fullgraph=True,
+        dynamic=False,
+        options=compile_options(recipe),
     )
     run = lambda: torch.autograd.grad(product(x, w), (x, w), g)
     ms = milliseconds(run, args.calls, args.repeats, args.device)
@@ -87,9 +93,15 @@ def measure(tokens: int, inner: int, outer: int, recipe: Recipe | None, args: ar
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Time products in FP8 against bfloat16, forward and backward.")
-    p.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x in x out, as 8192x4096x14336")
-    p.add_argument("--recipes", nargs="+", default=list(get_args(Scaling)), choices=get_args(Scaling))
+    p = argparse.ArgumentParser(
+        description="Time products in FP8 against bfloat16, forward and backward."
+    )
+    p.add_argument(
+        "--sizes", nargs="+", default=SIZES, help="tokens x in x out, as 8192x4096x14336"
+    )
+    p.add_argument(
+        "--recipes", nargs="+", default=list(get_args(Scaling)), choices=get_args(Scaling)
+    )
     p.add_argument("--calls", type=int, default=10, help="captured in one graph")
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--device", default="cuda")

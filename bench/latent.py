@@ -1,9 +1,10 @@
-"""Kernels of attention where values are narrower than keys: as they are, and padded to the keys' width.
+"""Kernels of attention where values are narrower than keys: as they are, and padded to the keys'
+width.
 
     python bench/latent.py --batch 2 --heads 16 --sequence 4096
 
-A JSON line for each: forward and backward in TFLOP/s of causal attention (half of the square, unpadded
-widths), or why a kernel refused. Needs a GPU, and nothing but torch.
+A JSON line for each: forward and backward in TFLOP/s of causal attention (half of the square,
+unpadded widths), or why a kernel refused. Needs a GPU, and nothing but torch.
 """
 
 from __future__ import annotations
@@ -67,10 +68,17 @@ def main() -> None:
         for padded in (False, True):
             wide = o.qk - o.v if padded else 0
             forward = lambda run=run, wide=wide: run(q, k, F.pad(v, (0, wide)))[..., : o.v]
-            line = {"kernel": name, "padded": padded, **vars(o), "device": torch.cuda.get_device_name()}
+            line = {
+                "kernel": name,
+                "padded": padded,
+                **vars(o),
+                "device": torch.cuda.get_device_name(),
+            }
             try:
                 y = forward()
-                backward = lambda y=y: torch.autograd.grad(y, (q, k, v), direction, retain_graph=True)
+                backward = lambda y=y: torch.autograd.grad(
+                    y, (q, k, v), direction, retain_graph=True
+                )
                 line |= {"forward_tflops": flops / seconds(forward) / 1e12}
                 line |= {"backward_tflops": 2.5 * flops / seconds(backward) / 1e12}
             except RuntimeError as error:

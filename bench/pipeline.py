@@ -1,11 +1,13 @@
 """How long a pipelined step takes, and how long it should: measured beside simulated.
 
-    torchrun --nproc-per-node 2 bench/pipeline.py --model bench-1.3b --pp 2 --microbatches 8 --rows 2
+    torchrun --nproc-per-node 2 bench/pipeline.py --model bench-1.3b --pp 2 --microbatches 8 --rows
+    2
 
-First each stage's F, B, I and W are timed alone on their own rank, with device events, and the transfer of an
-activation between neighbours. With these times ``simulate`` says how long the step must take at least, by
-this schedule. Then whole steps are timed: gather, pipeline, gradient norm, clipping and optimizer, of which
-the simulation knows the pipeline only. One JSON line at the end. Random tokens; needs torch and numpy alone.
+First each stage's F, B, I and W are timed alone on their own rank, with device events, and the
+transfer of an activation between neighbours. With these times ``simulate`` says how long the step
+must take at least, by this schedule. Then whole steps are timed: gather, pipeline, gradient norm,
+clipping and optimizer, of which the simulation knows the pipeline only. One JSON line at the end.
+Random tokens; needs torch and numpy alone.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.batch import make_batch
+from dtron.model.flops import flops_per_token
 from dtron.model.presets import preset
-from dtron.model.transformer import flops_per_token
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig, PipelineConfig, RunConfig
@@ -49,21 +51,30 @@ def main() -> None:
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=300))
-    shape = MeshShape.parse(f"pp={o.pp}", None if o.pp == dist.get_world_size() else dist.get_world_size())
+    shape = MeshShape.parse(
+        f"pp={o.pp}", None if o.pp == dist.get_world_size() else dist.get_world_size()
+    )
     m = preset(o.model)
     config = RunConfig(
-        model=m, schedule=o.schedule, pipeline=PipelineConfig(split=o.split), batch=o.rows * o.microbatches
+        model=m,
+        schedule=o.schedule,
+        pipeline=PipelineConfig(split=o.split),
+        batch=o.rows * o.microbatches,
     )
     mesh = build_mesh(shape, device.partition(":")[0])
     layout = Layout(stage_mesh(mesh), rules_for(1), compute if gpu else None)
     template = torch.empty(0, m.embed, dtype=compute, device=device)
-    pipe = on_ranks(pipeline(config, shape, o.microbatches, config.data.sequence, layout), mesh, template)
+    pipe = on_ranks(
+        pipeline(config, shape, o.microbatches, config.data.sequence, layout), mesh, template
+    )
     same_on_all_ranks({"arguments": vars(o)})
 
     params = init(pipe.spec, m.dims(), 0, layout, torch.float32, device)
     opt, functions = adam_init(params), program(m, layout)
     g = torch.Generator(device).manual_seed(0)
-    rows = torch.randint(m.vocab, (o.rows * o.microbatches, o.sequence + 1), device=device, generator=g)
+    rows = torch.randint(
+        m.vocab, (o.rows * o.microbatches, o.sequence + 1), device=device, generator=g
+    )
     batches = [make_batch(r, layout) for r in rows.chunk(o.microbatches)]
     tokens = rows.shape[0] * o.sequence
 
@@ -105,7 +116,9 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def stage_costs(pipe, functions, params, batch, template, repeats: int) -> dict[tuple[int, str], float]:
+def stage_costs(
+    pipe, functions, params, batch, template, repeats: int
+) -> dict[tuple[int, str], float]:
     """Seconds of every action of the stages here, alone, by (stage, kind); medians."""
     found = {}
     device = str(template.device)
@@ -158,11 +171,19 @@ def clock(device: str) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time a pipelined step, and say how long it should take.")
+    p = argparse.ArgumentParser(
+        description="Time a pipelined step, and say how long it should take."
+    )
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--schedule", default="1f1b", choices=list(SCHEDULES))
     p.add_argument("--split", default="", help="blocks of each stage, as 12,12")
-    for name, default in (("pp", 2), ("microbatches", 8), ("rows", 2), ("sequence", 4096), ("steps", 12)):
+    for name, default in (
+        ("pp", 2),
+        ("microbatches", 8),
+        ("rows", 2),
+        ("sequence", 4096),
+        ("steps", 12),
+    ):
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--repeats", type=int, default=6, help="of each action, timed alone")
     return p.parse_args()

@@ -1,12 +1,13 @@
-"""From what the benchmarks printed to the table of docs/performance.md, so that no number is copied by hand.
+"""From what the benchmarks printed to the table of docs/performance.md, so that no number is copied
+by hand.
 
     python bench/train.py ... | tail -1 >> bench/results.jsonl
     python bench/report.py --write docs/performance.md      # puts the table between the page's two marks
     python bench/report.py --check docs/performance.md      # exit code 1 where the page says anything else
 
-Of several lines for one case, measured in the same way, the latest date counts, then the last one in the
-file. Other systems' rows are in peers.json and stand beside ours of the same case: the same model, mesh, ZeRO
-stage, precision, sizes and device. Needs Python alone."""
+Of several lines for one case, measured in the same way, the latest date counts, then the last one
+in the file. Other systems' rows are in peers.json and stand beside ours of the same case: the same
+model, mesh, ZeRO stage, precision, sizes and device. Needs Python alone."""
 
 from __future__ import annotations
 
@@ -24,7 +25,17 @@ from dtron.runtime.exit import run_cli
 
 RESULTS, PEERS = (Path(__file__).parent / name for name in ("results.jsonl", "peers.json"))
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-NEEDED = ("model", "mesh", "rows", "sequence", "dtype", "device", "torch", "date", "tokens_per_s_per_gpu")
+NEEDED = (
+    "model",
+    "mesh",
+    "rows",
+    "sequence",
+    "dtype",
+    "device",
+    "torch",
+    "date",
+    "tokens_per_s_per_gpu",
+)
 COLUMNS = (
     "system", "case", "tokens/s per GPU", "TFLOP/s per GPU", "MFU", "peak GiB", "host / step ms",
     "first step s", "to the best peer", "measured on",
@@ -74,7 +85,8 @@ def case_of(line: Line) -> Case:
 
 
 def system_of(line: Line) -> str:
-    """Who trained: a peer by its name, or dtron and what was chosen that does not change the result."""
+    """Who trained: a peer by its name, or dtron and what was chosen that does not change the
+    result."""
     if "system" in line:
         return line["system"]
     attention = line.get("attention") or "auto"
@@ -109,23 +121,30 @@ def read(path: Path) -> list[Line]:
 
 def read_peers() -> list[Line]:
     found = json.loads(PEERS.read_text())["rows"]
-    return [checked(row, f"{PEERS}: row {i}", (*NEEDED, "system")) for i, row in enumerate(found, 1)]
+    return [
+        checked(row, f"{PEERS}: row {i}", (*NEEDED, "system")) for i, row in enumerate(found, 1)
+    ]
 
 
 def checked(line: Any, where: str, needed: Iterable[str]) -> Line:
     missing = [k for k in needed if not isinstance(line, dict) or line.get(k) is None]
     if missing:
-        raise UserError(f"{where}: has no {', '.join(missing)}, which every row needs; measure it again")
+        raise UserError(
+            f"{where}: has no {', '.join(missing)}, which every row needs; measure it again"
+        )
     return line
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
     """One line for each case and way to run it."""
-    return list({(case_of(x), system_of(x)): x for x in sorted(lines, key=lambda x: x["date"])}.values())
+    return list(
+        {(case_of(x), system_of(x)): x for x in sorted(lines, key=lambda x: x["date"])}.values()
+    )
 
 
 def table(ours: Iterable[Line], peers: Iterable[Line]) -> str:
-    """Markdown: cases in order, in each the fastest first; peers where there is a row of ours to compare."""
+    """Markdown: cases in order, in each the fastest first; peers where there is a row of ours to
+    compare."""
     ours, peers = latest(ours), list(peers)
     cases = {case_of(x) for x in ours}
     best: dict[Case, float] = {}
@@ -155,7 +174,9 @@ def replaced(page: Path, new: str) -> tuple[str, str]:
     try:
         old = page.read_text()
     except OSError as error:
-        raise UserError(f"{page}: cannot be read ({error.strerror}); give a page that exists") from error
+        raise UserError(
+            f"{page}: cannot be read ({error.strerror}); give a page that exists"
+        ) from error
     head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
@@ -166,11 +187,15 @@ def replaced(page: Path, new: str) -> tuple[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(description="The table of docs/performance.md, from what was measured.")
+    p = argparse.ArgumentParser(
+        description="The table of docs/performance.md, from what was measured."
+    )
     p.add_argument("files", nargs="*", type=Path, default=[RESULTS], help="what benchmarks printed")
     do = p.add_mutually_exclusive_group()
     do.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
-    do.add_argument("--check", type=Path, metavar="PAGE", help="exit code 1 unless the page has this table")
+    do.add_argument(
+        "--check", type=Path, metavar="PAGE", help="exit code 1 unless the page has this table"
+    )
     o = p.parse_args(argv)
     new = table([line for file in o.files for line in read(file)], read_peers())
     if o.write:
@@ -178,7 +203,10 @@ def main(argv: list[str]) -> int:
     elif o.check:
         old, want = replaced(o.check, new)
         if old != want:
-            print(f"{o.check}: not what was measured; run bench/report.py --write {o.check}", file=sys.stderr)
+            print(
+                f"{o.check}: not what was measured; run bench/report.py --write {o.check}",
+                file=sys.stderr,
+            )
             return 1
     else:
         print(new)

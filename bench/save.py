@@ -2,9 +2,9 @@
 
     python bench/save.py --model bench-1.3b --dir /tmp/saved
 
-Weights, both moments and nothing else, on one device; three saves of the same state, of which the first may
-wait for the host's buffers. One JSON line: seconds of standing still, seconds until the checkpoint is whole,
-GiB."""
+Weights, both moments and nothing else, on one device; three saves of the same state, of which the
+first may wait for the host's buffers. One JSON line: seconds of standing still, seconds until the
+checkpoint is whole, GiB."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def main() -> None:
     buffers, stalls, whole = time.perf_counter() - start, [], []
     for step in range(3):
         start = time.perf_counter()
-        stalls.append(checkpoint.begin(saver, checkpoint.TrainState(step, 0, params, opt), spec, {}))
+        stalls.append(
+            checkpoint.begin(saver, checkpoint.TrainState(step, 0, params, opt), spec, {})
+        )
         saver.wait()
         whole.append(time.perf_counter() - start)
     saver.close()

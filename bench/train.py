@@ -3,13 +3,13 @@
     python bench/train.py --model bench-1.3b --rows 2 --sequence 4096
     torchrun --nproc-per-node 2 bench/train.py --mesh dp=2 --zero 3 --model bench-1.3b --rows 2
 
-A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The median is
-of the last 12 steps, between marks in the device's stream: as in train.py, the host runs ahead and nobody
-waits for a step to end. The first carries compilation and is reported by itself; ``--steps 1`` is for the
-peak of memory, and times nothing. FLOPs are those of ``flops_per_token``: causal, no recomputation. Host time
-is what a step from an idle device takes until its last kernel is launched, the median of 3. With --data
-batches come from a file, as in train.py, and the line has the share of time that the host waited for them.
-Needs torch and numpy alone."""
+A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The
+median is of the last 12 steps, between marks in the device's stream: as in train.py, the host runs
+ahead and nobody waits for a step to end. The first carries compilation and is reported by itself;
+``--steps 1`` is for the peak of memory, and times nothing. FLOPs are those of ``flops_per_token``:
+causal, no recomputation. Host time is what a step from an idle device takes until its last kernel
+is launched, the median of 3. With --data batches come from a file, as in train.py, and the line has
+the share of time that the host waited for them. Needs torch and numpy alone."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import Fp8
+from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.presets import preset
-from dtron.model.transformer import flops_per_token, parameter_count
 from dtron.params import init
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
@@ -76,7 +76,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
     opt = with_compute_copies(adam_init(params), params, spec, layout.compute)
     generator = torch.Generator(here.device).manual_seed(0)
-    ids = torch.randint(m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator)
+    ids = torch.randint(
+        m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator
+    )
     place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
     batches = [place(r) for r in ids.split(here.rows)]
     tokens, host, losses, waited = config.batch * o.sequence, [], [], []
@@ -104,7 +106,9 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
             await_turn(o.turn)
             marks[1] = mark(here.device)
     times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
-    for _ in range(3 if times else 0):  # a host that runs ahead of a busy device would in the end wait for it
+    for _ in range(
+        3 if times else 0
+    ):  # a host that runs ahead of a busy device would in the end wait for it
         elapsed(marks[-1], mark(here.device))
         start = time.perf_counter()
         loss, params, opt = step(params, opt)
@@ -144,8 +148,8 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
 
 
 def await_turn(turn: str) -> None:
-    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it. Ends where the
-    folder is gone."""
+    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it. Ends
+    where the folder is gone."""
     if turn:
         Path(f"{turn}.{os.environ.get('RANK', 0)}.ready").touch()
         while not Path(turn).exists():
@@ -155,8 +159,8 @@ def await_turn(turn: str) -> None:
 
 
 def reading(config: RunConfig, here, steps: int) -> Prefetch:
-    """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has been opened,
-    read ahead as train.py does; with documents of 500 tokens on average."""
+    """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has
+    been opened, read ahead as train.py does; with documents of 500 tokens on average."""
     random, m, s = np.random.default_rng(0), config.model, config.data.sequence
     with tempfile.TemporaryDirectory() as folder:
         with Writer(Path(folder) / "tokens", token_dtype(m.vocab)) as out:
@@ -196,14 +200,30 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
     p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
     p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
-    p.add_argument("--no-overlap", action="store_true", help="leave collectives where they are written")
-    p.add_argument("--no-copy-engines", action="store_true", help="NCCL gathers the weights of ZeRO-3")
-    p.add_argument("--no-graph", action="store_true", help="launch every kernel from Python, every step")
+    p.add_argument(
+        "--no-overlap", action="store_true", help="leave collectives where they are written"
+    )
+    p.add_argument(
+        "--no-copy-engines", action="store_true", help="NCCL gathers the weights of ZeRO-3"
+    )
+    p.add_argument(
+        "--no-graph", action="store_true", help="launch every kernel from Python, every step"
+    )
     p.add_argument("--eager", action="store_true", help="do not compile")
-    p.add_argument("--data", action="store_true", help="read each step's batch from a .bin/.idx made here")
+    p.add_argument(
+        "--data", action="store_true", help="read each step's batch from a .bin/.idx made here"
+    )
     p.add_argument("--turn", default="", help="after the first step, wait until there is this file")
-    p.add_argument("--profile", default="", help="write a Chrome trace here, and print where its time went")
-    for name, default in (("layers", 0), ("rows", 2), ("microbatches", 1), ("sequence", 4096), ("steps", 20)):
+    p.add_argument(
+        "--profile", default="", help="write a Chrome trace here, and print where its time went"
+    )
+    for name, default in (
+        ("layers", 0),
+        ("rows", 2),
+        ("microbatches", 1),
+        ("sequence", 4096),
+        ("steps", 20),
+    ):
         p.add_argument(f"--{name}", type=int, default=default)
     return p.parse_args(argv)
 

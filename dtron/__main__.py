@@ -31,7 +31,9 @@ COMMANDS = {
 
 def usage() -> str:
     rows = "\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: dtron COMMAND [arguments]\n\n{rows}\n\ndtron COMMAND --help lists the arguments."
+    return (
+        f"usage: dtron COMMAND [arguments]\n\n{rows}\n\ndtron COMMAND --help lists the arguments."
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -47,11 +49,14 @@ def main(argv: list[str]) -> int:
 
 
 def program(name: str) -> Callable[[list[str]], int]:
-    """The ``main`` of a command. train.py lies beside the package in a checkout, and inside it in a wheel."""
+    """The ``main`` of a command. train.py lies beside the package in a checkout, and inside it in a
+    wheel."""
     if name != "train":
         return importlib.import_module(COMMANDS[name][0]).main
     package = Path(__file__).resolve().parent
-    path = next(p for p in (package.parent / "train.py", package / "train_program.py") if p.is_file())
+    path = next(
+        p for p in (package.parent / "train.py", package / "train_program.py") if p.is_file()
+    )
     spec = importlib.util.spec_from_file_location("dtron_train", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,7 @@
 """The mesh of devices, and what a layer may ask of it.
 
-A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermost (slowest link) first:
+A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermost (slowest link)
+first:
 
     pp            pipeline stages
     dp_replicate  replicas of the whole sharded model (HSDP)
@@ -14,14 +15,15 @@ and, another way to name the ranks of dp, cp and tp together, for the weights of
     ep            expert parallelism; each rank has some of the experts
     etp           tensor parallelism within each expert
 
-How one DeviceMesh has both views stands in distributed/mesh_shape.py: its dims are *atoms*, an axis is one or more of them.
+How one DeviceMesh has both views stands in distributed/mesh_shape.py: its dims are *atoms*, an axis
+is one or more of them.
 
-How tensors lie on it is said by one table, in rules.py. A ``Layout`` is a mesh together with such a table.
-Its verbs are all a layer may use, and on one device (``Layout()``) each of them is the identity, so that the
-one-device program is the same program.
+How tensors lie on it is said by one table, in rules.py. A ``Layout`` is a mesh together with such a
+table. Its verbs are all a layer may use, and on one device (``Layout()``) each of them is the
+identity, so that the one-device program is the same program.
 
-Left out: a cost model that picks the mesh. The axes of size 1 are dropped from the DeviceMesh that tensors
-live on: a shorter mesh means fewer placements to plan and nothing to normalise.
+Left out: a cost model that picks the mesh. The axes of size 1 are dropped from the DeviceMesh that
+tensors live on: a shorter mesh means fewer placements to plan and nothing to normalise.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from dtron.distributed.redistribute import Unshard, code, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import RULES, Rules, expand, place, whole
 
-# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that is
-# intended.
+# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that
+# is intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
@@ -60,12 +62,14 @@ def build_mesh(
 
 
 def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
-    """The ranks along one axis, as a mesh of one dim; None where there are none. The first time, every
-    process must call this: it makes a process group where the axis is several atoms."""
+    """The ranks along one axis, as a mesh of one dim; None where there are none. The first time,
+    every process must call this: it makes a process group where the axis is several atoms."""
     atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
     if not atoms:
         return None
-    return mesh[atoms]._flatten(axis) if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
+    return (
+        mesh[atoms]._flatten(axis) if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
+    )
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -76,17 +80,16 @@ def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is the
-    identity.
+    """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is
+    the identity.
 
-    ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep), as a mesh
-    of one dim, and those that have the parts of a sequence (cp).
-    ``compute`` is the dtype that weights are cast to where they are gathered (None: left as they are), and
-    ``reduce`` the dtype that a weight's gradients are added up in (None: the weight's own, but float32 at
-    least).
+    ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep),
+    as a mesh of one dim, and those that have the parts of a sequence (cp). ``compute`` is the dtype
+    that weights are cast to where they are gathered (None: left as they are), and ``reduce`` the
+    dtype that a weight's gradients are added up in (None: the weight's own, but float32 at least).
 
-    Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and ``"+vocab"``
-    says that a sum over the mesh axes of ``vocab`` is still pending.
+    Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and
+    ``"+vocab"`` says that a sum over the mesh axes of ``vocab`` is still pending.
     """
 
     mesh: DeviceMesh | None = None
@@ -104,8 +107,8 @@ class Layout:
         ranks = ranks_along(self.mesh, axis)
         if ranks is None:
             return None
-        # Asked here, and of the whole mesh: simulated ranks find it by tensor operations, once for a mesh,
-        # which a region that is recomputed would count as its own.
+        # Asked here, and of the whole mesh: simulated ranks find it by tensor operations, once for
+        # a mesh, which a region that is recomputed would count as its own.
         place, coordinate = 0, self.mesh.get_coordinate()
         for atom in parts(self.axes, axis):
             i = self.axes.index(atom)
@@ -122,9 +125,9 @@ class Layout:
         return place(self.rules, self.axes, *axes)
 
     def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
-        """Redistribute an activation. Backward brings the gradient back to the placement x came with, which
-        is why a constrain that moves nothing in forward still matters: it pins where a gradient is
-        reduced."""
+        """Redistribute an activation. Backward brings the gradient back to the placement x came
+        with, which is why a constrain that moves nothing in forward still matters: it pins where a
+        gradient is reduced."""
         if self.mesh is None:
             return x
         return x.redistribute(self.mesh, self.placements(*axes))
@@ -136,14 +139,16 @@ class Layout:
         return shard(x, self.mesh, self.placements(*axes))
 
     def iota(self, axis: str, size: int, device: torch.device | str) -> Tensor:
-        """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part it has."""
+        """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part
+        it has."""
         return self.shard(torch.arange(size, device=device), axis)
 
     def gather(self, w: Tensor, *axes: str | None, narrow: bool = False) -> Tensor:
-        """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an all-gather
-        over each mesh axis of a ``rules.ZERO`` row; in backward the gradient is scattered over them, and
-        stays Partial over all others. A weight that is ready already is returned as it is, without a trace in
-        autograd. ``narrow``: in 8 bits, for who rounds to them anyway."""
+        """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an
+        all-gather over each mesh axis of a ``rules.ZERO`` row; in backward the gradient is
+        scattered over them, and stays Partial over all others. A weight that is ready already is
+        returned as it is, without a trace in autograd. ``narrow``: in 8 bits, for who rounds to
+        them anyway."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
@@ -164,7 +169,8 @@ class Layout:
         return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
 
     def shape(self, w: Tensor, *axes: str | None) -> list[float]:
-        """Of a rank's part of a weight once it is gathered; a fraction where the mesh does not divide it."""
+        """Of a rank's part of a weight once it is gathered; a fraction where the mesh does not
+        divide it."""
         return part_of(w.shape, self.mesh, self.gathered(*axes))
 
     def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
@@ -177,12 +183,13 @@ class Layout:
         ins: Sequence[tuple[str | None, ...] | None],
         out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a list of
-        them where ``fn`` gives several).
+        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a
+        list of them where ``fn`` gives several).
 
-        The placements of the gradients follow: over a mesh axis that splits the region's work (some input is
-        sharded over it) an input that is whole on every rank receives one summand of its gradient from each.
-        Inputs that are None at call time are passed on. Raises UserError where an input lies otherwise.
+        The placements of the gradients follow: over a mesh axis that splits the region's work (some
+        input is sharded over it) an input that is whole on every rank receives one summand of its
+        gradient from each. Inputs that are None at call time are passed on. Raises UserError where
+        an input lies otherwise.
         """
         if self.mesh is None:
             return fn
@@ -255,11 +262,12 @@ class Layout:
         return math.prod([self.mesh.size(dim) for dim in self.dims(axis)])
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        """Inside a local region: reduce over the mesh axes of a logical axis. Not differentiable."""
+        """Inside a local region: reduce over the mesh axes of a logical axis. Not
+        differentiable."""
         return all_reduce(x, self.mesh, self.dims(axis), op)
 
 
 def by_rows(layout: Layout) -> Layout:
-    """The layout with cp one more way to cut rows, for what has no sequences to cut, as in generation, where
-    a row's next token is but one. Weights lie where they lay."""
+    """The layout with cp one more way to cut rows, for what has no sequences to cut, as in
+    generation, where a row's next token is but one. Weights lie where they lay."""
     return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

@@ -5,16 +5,18 @@
         w_up: Tensor = weight("embed", "mlp")
         w_down: Tensor = weight("mlp", "embed", init=residual_out)
 
-``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``WeightSpec`` records:
-path, logical axes, sizes, initialiser. Everything else follows from that one tree: drawing the weights,
-placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims`` maps the names used in
-declarations (axes, ``when`` conditions, ``count``) to numbers; a model's config makes it, and so can a test.
+``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``WeightSpec``
+records: path, logical axes, sizes, initialiser. Everything else follows from that one tree: drawing
+the weights, placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims``
+maps the names used in declarations (axes, ``when`` conditions, ``count``) to numbers; a model's
+config makes it, and so can a test.
 
-A plain number that belongs to one layer and not to all (the window of its attention) travels with the
-weights, as ``value("window")``. It is no leaf.
+A plain number that belongs to one layer and not to all (the window of its attention) travels with
+the weights, as ``value("window")``. It is no leaf.
 
-A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``: nothing
-here has state, and a layer can be called on any tree of the right shape, gradients and optimizer moments too.
+A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``:
+nothing here has state, and a layer can be called on any tree of the right shape, gradients and
+optimizer moments too.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
 @dataclass(frozen=True)
 class WeightSpec:
     """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
-    starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no weight of the
-    optimizer's, but something else that is kept with them. ``summed``: how many of its first dims (after that
-    of experts) a product sums over that may be made in FP8; 0: none."""
+    starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no
+    weight of the optimizer's, but something else that is kept with them. ``summed``: how many of
+    its first dims (after that of experts) a product sums over that may be made in FP8; 0: none."""
 
     path: str
     axes: tuple[str, ...]
@@ -69,8 +71,8 @@ def normal(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
 
 
 def residual_out(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
-    """``normal`` divided by sqrt(2 layers), so that the residual stream's variance does not grow with depth
-    (GPT-2, section 2.3)."""
+    """``normal`` divided by sqrt(2 layers), so that the residual stream's variance does not grow
+    with depth (GPT-2, section 2.3)."""
     return normal(w, dims, generator) / math.sqrt(2 * dims.get("layers", 1))
 
 
@@ -85,10 +87,12 @@ def zeros(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
 def weight(
     *axes: str, summed: int = 0, init: Init = normal, when: str | None = None, frozen: bool = False
 ) -> Any:
-    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false. ``summed``: it
-    is multiplied by ``linear``, which sums over as many of its dims. ``frozen``: the optimizer leaves it
-    alone, and it is never cast; something else may set it between steps."""
-    return field(metadata={"axes": axes, "init": init, "when": when, "frozen": frozen, "summed": summed})
+    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false.
+    ``summed``: it is multiplied by ``linear``, which sums over as many of its dims. ``frozen``: the
+    optimizer leaves it alone, and it is never cast; something else may set it between steps."""
+    return field(
+        metadata={"axes": axes, "init": init, "when": when, "frozen": frozen, "summed": summed}
+    )
 
 
 def value(name: str) -> Any:
@@ -96,15 +100,19 @@ def value(name: str) -> Any:
     return field(metadata={"value": name})
 
 
-def part(*, count: str | None = None, each: str | None = None, when: str | None = None, **rename: str) -> Any:
+def part(
+    *, count: str | None = None, each: str | None = None, when: str | None = None, **rename: str
+) -> Any:
     """Declare a sub-layer of the annotated class: ``dims[count]`` of them in a tuple, or none where
-    ``dims[when]`` is false. ``each``: the i-th of them is declared with the changes ``dims[each][i]`` to
-    dims. ``rename`` gives its axes other names: a norm over heads is ``part(act_embed="head_dim")``."""
+    ``dims[when]`` is false. ``each``: the i-th of them is declared with the changes
+    ``dims[each][i]`` to dims. ``rename`` gives its axes other names: a norm over heads is
+    ``part(act_embed="head_dim")``."""
     return field(metadata={"count": count, "each": each, "when": when, "rename": rename})
 
 
 def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
-    """The tree of ``WeightSpec`` records of a params dataclass. Raises ValueError for a name that dims lacks."""
+    """The tree of ``WeightSpec`` records of a params dataclass. Raises ValueError for a name that
+    dims lacks."""
     rename = rename or {}
     hints = typing.get_type_hints(cls)
     tree = {}
@@ -127,7 +135,12 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
             else:
                 n, changes = _look_up(dims, count, here), dims.get(meta["each"])
                 tree[f.name] = tuple(
-                    declare(sub, {**dims, **changes[i]} if changes else dims, f"{here}.{i}", meta["rename"])
+                    declare(
+                        sub,
+                        {**dims, **changes[i]} if changes else dims,
+                        f"{here}.{i}",
+                        meta["rename"],
+                    )
                     for i in range(n)
                 )
     return cls(**tree)
@@ -141,11 +154,14 @@ def _look_up(dims: Dims, name: str, path: str) -> Any:
 
 def _layer_class(hint: Any) -> type:
     """The params class inside ``Norm``, ``Norm | None`` or ``tuple[Block, ...]``."""
-    return next(c for c in (hint, *typing.get_args(hint)) if isinstance(c, type) and is_dataclass(c))
+    return next(
+        c for c in (hint, *typing.get_args(hint)) if isinstance(c, type) and is_dataclass(c)
+    )
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``(path, leaf)`` of every leaf, in declaration order; paths read like ``blocks.3.mlp.w_up``."""
+    """``(path, leaf)`` of every leaf, in declaration order; paths read like
+    ``blocks.3.mlp.w_up``."""
     if tree is None:
         return
     if isinstance(
@@ -154,7 +170,9 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
         return
     if is_dataclass(tree):
-        children = [(f.name, getattr(tree, f.name)) for f in fields(tree) if "value" not in f.metadata]
+        children = [
+            (f.name, getattr(tree, f.name)) for f in fields(tree) if "value" not in f.metadata
+        ]
     elif isinstance(tree, (tuple, list)):
         children = [(str(i), child) for i, child in enumerate(tree)]
     else:
@@ -178,14 +196,16 @@ class Declared:
 
 
 def declared(tree: Any) -> list[Declared]:
-    """Of every leaf of a tree of params dataclasses, in the order of ``flat``. Nothing but the classes is
-    asked: weights, gradients and local shards of them alike have logical axes."""
+    """Of every leaf of a tree of params dataclasses, in the order of ``flat``. Nothing but the
+    classes is asked: weights, gradients and local shards of them alike have logical axes."""
     found: list[Declared] = []
     _declared(tree, None, {}, found)
     return found
 
 
-def _declared(tree: Any, leaf: Declared | None, rename: Mapping[str, str], found: list[Declared]) -> None:
+def _declared(
+    tree: Any, leaf: Declared | None, rename: Mapping[str, str], found: list[Declared]
+) -> None:
     if tree is None:
         return
     if isinstance(tree, (Tensor, WeightSpec)):
@@ -198,7 +218,9 @@ def _declared(tree: Any, leaf: Declared | None, rename: Mapping[str, str], found
             meta = f.metadata
             if "axes" in meta:
                 axes = tuple(rename.get(a, a) for a in meta["axes"])
-                _declared(getattr(tree, f.name), Declared(axes, meta["frozen"], meta["summed"]), {}, found)
+                _declared(
+                    getattr(tree, f.name), Declared(axes, meta["frozen"], meta["summed"]), {}, found
+                )
             elif "value" not in meta:
                 _declared(getattr(tree, f.name), None, meta["rename"], found)
 
@@ -209,8 +231,8 @@ def unflatten(like: Any, values: list[Any]) -> Any:
 
 
 def _build(like: Any, rest: Iterator[Any]) -> Any:
-    # Not a closure in unflatten: one that calls itself is a reference cycle, and would keep every tensor of
-    # the tree alive until the garbage collector runs.
+    # Not a closure in unflatten: one that calls itself is a reference cycle, and would keep every
+    # tensor of the tree alive until the garbage collector runs.
     if like is None:
         return None
     if isinstance(like, (Tensor, WeightSpec)):
@@ -231,7 +253,9 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
 
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Apply ``fn`` leaf by leaf to trees of one shape."""
-    return unflatten(tree, [fn(*xs) for xs in zip(flat(tree), *(flat(o) for o in others), strict=True)])
+    return unflatten(
+        tree, [fn(*xs) for xs in zip(flat(tree), *(flat(o) for o in others), strict=True)]
+    )
 
 
 def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
@@ -252,31 +276,47 @@ def init(
 ) -> Any:
     """Draw the weights of a declared tree one at a time and keep only this rank's shard of each."""
     with torch.no_grad():
-        return tree_map(lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec)
+        return tree_map(
+            lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec
+        )
 
 
 # Whether a product with this weight, of which a rank then has a part of this shape, is made in FP8.
 Fp8GatherRule = Callable[["Declared", Sequence[float]], bool]
 
 
-def gather(tree: Any, layout: Layout, once: bool = False, narrow: Fp8GatherRule | None = None) -> Any:
-    """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the ZeRO
-    stage. ``once``: not under autograd, and small weights may share a collective (distributed/bucketing.py). ``narrow``:
-    which weights may be sent in 8 bits."""
+def gather(
+    tree: Any, layout: Layout, once: bool = False, narrow: Fp8GatherRule | None = None
+) -> Any:
+    """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the
+    ZeRO stage. ``once``: not under autograd, and small weights may share a collective
+    (distributed/bucketing.py). ``narrow``: which weights may be sent in 8 bits."""
     return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once, narrow))
 
 
 def gather_all(
-    weights: Sequence[Tensor], of: Sequence[Declared], layout: Layout, once: bool = False,
+    weights: Sequence[Tensor],
+    of: Sequence[Declared],
+    layout: Layout,
+    once: bool = False,
     narrow: Fp8GatherRule | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The same for the leaves of a tree."""
     pairs = list(zip(weights, of, strict=True))
-    away = [i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)]
+    away = [
+        i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)
+    ]
     goals = [layout.gathered(*of[i].axes) for i in away]
-    shared = {away[j]: w for j, w in gather_some([weights[i] for i in away], goals, layout.compute).items()}
+    shared = {
+        away[j]: w
+        for j, w in gather_some([weights[i] for i in away], goals, layout.compute).items()
+    }
     fits = lambda w, d: narrow is not None and narrow(d, layout.shape(w, *d.axes))
     return [
-        shared[i] if i in shared else w if d.frozen else layout.gather(w, *d.axes, narrow=fits(w, d))
+        shared[i]
+        if i in shared
+        else w
+        if d.frozen
+        else layout.gather(w, *d.axes, narrow=fits(w, d))
         for i, (w, d) in enumerate(pairs)
     ]

@@ -1,10 +1,10 @@
 """The one table that says how tensors lie on a mesh.
 
 A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
-``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (see mesh.py for
-these). That table is the whole description of data, tensor, sequence, context and expert parallelism and of
-ZeRO: turning one off is editing a row, and the layers never ask which is on (the idea is that of logical axis
-rules in GSPMD, arXiv:2105.04663).
+``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (see
+mesh.py for these). That table is the whole description of data, tensor, sequence, context and
+expert parallelism and of ZeRO: turning one off is editing a row, and the layers never ask which is
+on (the idea is that of logical axis rules in GSPMD, arXiv:2105.04663).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def zero_axes(mesh_axes: Sequence[str]) -> tuple[str, ...]:
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
     """One placement per mesh axis for a tensor with these logical axes.
 
-    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an unknown
-    axis must never silently replicate.
+    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an
+    unknown axis must never silently replicate.
     """
     where: dict[str, Placement] = {}
     for dim, axis in enumerate(axes):
@@ -81,10 +81,14 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
             continue
         name = axis.removeprefix("+")
         if name not in rules:
-            raise ValueError(f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one")
+            raise ValueError(
+                f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one"
+            )
         for atom in expand(rules[name], mesh_axes):
             if atom in where:
-                raise ValueError(f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules")
+                raise ValueError(
+                    f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules"
+                )
             where[atom] = Partial() if axis.startswith("+") else Shard(dim)
     return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
 

@@ -4,9 +4,10 @@
     def test_my_layer(mesh, zero):
         assert_equivalent(my_layer, MyParams, mesh, {"embed": 16, "mlp": 24}, zero=zero)
 
-``assert_equivalent`` draws weights and inputs in float64, runs the function on one device and on simulated
-ranks, and compares the output, the gradient of every weight and the gradient of every input. The forward runs
-under the guard against hidden communication. What it can't see is a mistake that one device makes too.
+``assert_equivalent`` draws weights and inputs in float64, runs the function on one device and on
+simulated ranks, and compares the output, the gradient of every weight and the gradient of every
+input. The forward runs under the guard against hidden communication. What it can't see is a mistake
+that one device makes too.
 
 A check that cannot fail proves nothing, so mutant layouts break one thing on purpose (``dropped``,
 ``unsummed``), and ``assert_caught`` demands that the comparison notices.
@@ -53,7 +54,8 @@ def zero_stages() -> st.SearchStrategy[int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a layer did: whole tensors, by name; and what its forward and its whole run communicated."""
+    """What a layer did: whole tensors, by name; and what its forward and its whole run
+    communicated."""
 
     tensors: dict[str, Tensor]
     forward: CollectiveCounter
@@ -73,16 +75,18 @@ def run_layer(
     mutate: Mutate = lambda layout: layout,
     make: Mapping[str, Callable[[torch.Generator], Tensor]] | None = None,
 ) -> Outcome:
-    """Run ``fn(params, *inputs, layout)`` forward and backward, in float64 on the simulated ``mesh``
-    (``"dp=1"`` is one device). ``inputs`` gives the logical axes of each; sizes are ``tokens`` and those in
-    ``dims``, values normal unless ``make`` has a function of a generator for the name. The output must lie as
-    ``out`` says (None: as the first input)."""
+    """Run ``fn(params, *inputs, layout)`` forward and backward, in float64 on the simulated
+    ``mesh`` (``"dp=1"`` is one device). ``inputs`` gives the logical axes of each; sizes are
+    ``tokens`` and those in ``dims``, values normal unless ``make`` has a function of a generator
+    for the name. The output must lie as ``out`` says (None: as the first input)."""
     inputs = {"x": ("tokens_sp", "act_embed")} if inputs is None else inputs
     sizes = {**dims, "tokens": tokens, "tokens_sp": tokens}
     spec = declare(params, dims)
     whole = tree_map(lambda w: draw(w, dims, seed).double() + _jitter(w.path, w.shape, seed), spec)
     values = {
-        name: (make or {}).get(name, lambda g, axes=axes: _normal(axes, sizes, g))(_generator(seed, name))
+        name: (make or {}).get(name, lambda g, axes=axes: _normal(axes, sizes, g))(
+            _generator(seed, name)
+        )
         for name, axes in inputs.items()
     }
     with simulated(MeshShape.parse(mesh)) as device_mesh:
@@ -98,7 +102,10 @@ def run_layer(
             with no_hidden_communication(), CollectiveCounter(device_mesh) as forward:
                 y = fn(gather(weights, layout), *xs, layout)
             if device_mesh is not None:
-                lies, should = y.placements, layout.placements(*(out or next(iter(inputs.values()))))
+                lies, should = (
+                    y.placements,
+                    layout.placements(*(out or next(iter(inputs.values())))),
+                )
                 assert lies == should, f"mesh {mesh}: the output lies {lies}, not {should}"
             with paused():  # every rank must draw the same
                 direction = _normal((), {}, _generator(seed, "out"), y.shape)
@@ -111,7 +118,9 @@ def run_layer(
         tensors = {"output": full(y.detach())}
         tensors |= {f"gradient of {path}": full(g) for path, g in leaves(reduced)}
         names = [name for name, x in zip(inputs, xs, strict=True) if x.requires_grad]
-        tensors |= {f"gradient of input {name}": full(g) for name, g in zip(names, grads[n:], strict=True)}
+        tensors |= {
+            f"gradient of input {name}": full(g) for name, g in zip(names, grads[n:], strict=True)
+        }
     return Outcome(tensors, forward, total)
 
 
@@ -124,9 +133,9 @@ def assert_equivalent(
     mutate: Mutate = lambda layout: layout,
     **options: Any,
 ) -> Outcome:
-    """Raise AssertionError, naming the first tensor that differs, unless ``fn`` on the mesh gives the output
-    and all gradients of one device to ``tolerance``. Options are those of ``run_layer``; returns the mesh's
-    Outcome."""
+    """Raise AssertionError, naming the first tensor that differs, unless ``fn`` on the mesh gives
+    the output and all gradients of one device to ``tolerance``. Options are those of ``run_layer``;
+    returns the mesh's Outcome."""
     want = run_layer(fn, params, "dp=1", dims, **options)
     got = run_layer(fn, params, mesh, dims, mutate=mutate, **options)
     floor = 1e-6 * max(t.abs().max().item() for t in want.tensors.values())
@@ -139,8 +148,9 @@ def assert_equivalent(
 
 
 def assert_caught(check: Callable[[], Any]) -> None:
-    """Demand that a check on a mutant fails: by its own assertion, or because DTensor or a local region gets
-    a tensor that lies elsewhere than it must. Any other error is one of the check itself."""
+    """Demand that a check on a mutant fails: by its own assertion, or because DTensor or a local
+    region gets a tensor that lies elsewhere than it must. Any other error is one of the check
+    itself."""
     try:
         check()
     except (AssertionError, RuntimeError, PlacementError):
@@ -150,9 +160,13 @@ def assert_caught(check: Callable[[], Any]) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that a kernel allocates holds NaN (integers: the largest) until the kernel writes it. So a read
-    of an unwritten row shows as NaN, where fresh memory often holds zeros and hides the read."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    """Memory that a kernel allocates holds NaN (integers: the largest) until the kernel writes it.
+    So a read of an unwritten row shows as NaN, where fresh memory often holds zeros and hides the
+    read."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -164,11 +178,14 @@ def poisoned_memory() -> Iterator[None]:
 
 def dropped(number: int) -> Mutate:
     """A mutant whose ``number``-th constrain does nothing."""
-    return lambda layout: _Dropped(layout.mesh, layout.rules, layout.compute, layout.reduce, number, [0])
+    return lambda layout: _Dropped(
+        layout.mesh, layout.rules, layout.compute, layout.reduce, number, [0]
+    )
 
 
 def unsummed(layout: Layout) -> Layout:
-    """A mutant whose local regions forget that the gradient of a whole input is a sum over ranks."""
+    """A mutant whose local regions forget that the gradient of a whole input is a sum over
+    ranks."""
     return _Unsummed(layout.mesh, layout.rules, layout.compute, layout.reduce)
 
 

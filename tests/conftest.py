@@ -12,17 +12,21 @@ from dtron.runtime.launch import keep_memory
 
 keep_memory()
 
-# Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean nothing
-# here. ``--hypothesis-profile thorough`` draws ten times as many.
+# Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean
+# nothing here. ``--hypothesis-profile thorough`` draws ten times as many.
 settings.register_profile(
-    "default", deadline=None, suppress_health_check=list(HealthCheck), derandomize=bool(os.environ.get("CI"))
+    "default",
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=bool(os.environ.get("CI")),
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile("default")
 
 
 def examples(n: int) -> int:
-    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any profile."""
+    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any
+    profile."""
     return max(1, n * settings().max_examples // 100)
 
 
@@ -34,8 +38,8 @@ KINDS = [
 
 
 def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
-    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the longest
-    list, of which the others' values take turns."""
+    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the
+    longest list, of which the others' values take turns."""
 
     def add(test: Callable) -> Callable:
         for i in range(max(map(len, lists.values()))):

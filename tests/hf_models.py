@@ -63,8 +63,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def model(name: str) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform, and experts are far apart; norms and biases
-    are away from 1 and 0."""
+    """Weights are so large that attention is far from uniform, and experts are far apart; norms and
+    biases are away from 1 and 0."""
     import transformers
 
     kind, config = FAMILIES[name]

@@ -1,9 +1,9 @@
-"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once; each a copy of
-one that has imported all it needs (ranks.py).
+"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once; each
+a copy of one that has imported all it needs (ranks.py).
 
-A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside one process
-group and the ranks' results come back in rank order. A job that raises on any rank raises here, with its
-traceback.
+A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside
+one process group and the ranks' results come back in rank order. A job that raises on any rank
+raises here, with its traceback.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Pool:
         self._outbox = context.Queue()
         store = str(folder / "store")
         self._processes = [
-            context.Process(target=_work, args=(r, store, self._inbox[r], self._outbox), daemon=True)
+            context.Process(
+                target=_work, args=(r, store, self._inbox[r], self._outbox), daemon=True
+            )
             for r in range(RANKS)
         ]
         for process in self._processes:

@@ -10,8 +10,8 @@ from torch import Tensor
 from dtron.fp8.matmul import matmul
 from dtron.fp8.recipe import Recipe
 
-# Of y, and of the gradients of x and w. e4m3 keeps 3 bits: a rounded value is off by .027 (root mean square),
-# a product of two by .038; e5m2 is twice as coarse. The last is bfloat16's own.
+# Of y, and of the gradients of x and w. e4m3 keeps 3 bits: a rounded value is off by .027 (root
+# mean square), a product of two by .038; e5m2 is twice as coarse. The last is bfloat16's own.
 ERRORS = {
     "tensorwise": (0.038, 0.059, 0.059),
     "rowwise": (0.038, 0.038, 0.038),
@@ -26,7 +26,10 @@ def operands(
 ) -> list[Tensor]:
     """x, w and the gradient of the product."""
     shapes = enumerate([(t, i), (i, o), (t, o)])
-    return [torch.randn(s, generator=torch.Generator().manual_seed(seed + n)).to(dtype) for n, s in shapes]
+    return [
+        torch.randn(s, generator=torch.Generator().manual_seed(seed + n)).to(dtype)
+        for n, s in shapes
+    ]
 
 
 def converted(name: str):

@@ -1,7 +1,7 @@
 """train.py on processes that can be killed, each a copy of one that has imported all it needs.
 
-torchrun is no help here: it gives its children sessions of their own, and what kills it leaves them alone.
-Nor does it start in less than seconds, most of them imports.
+torchrun is no help here: it gives its children sessions of their own, and what kills it leaves them
+alone. Nor does it start in less than seconds, most of them imports.
 """
 
 from __future__ import annotations
@@ -29,21 +29,31 @@ context.set_forkserver_preload(["ranks"])
 
 
 class Ranks:
-    """A run of ``n`` ranks, started here; what they say goes to ``output``. ``main``: the program, a function
-    of a module that they can import; ``more``: variables of its environment."""
+    """A run of ``n`` ranks, started here; what they say goes to ``output``. ``main``: the program,
+    a function of a module that they can import; ``more``: variables of its environment."""
 
-    def __init__(self, argv: Sequence[str], n: int, output: Path, main: Callable = train.main, **more: str):
+    def __init__(
+        self, argv: Sequence[str], n: int, output: Path, main: Callable = train.main, **more: str
+    ):
         self.output = output
         output.write_text("")
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(n)}
+        shared = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(self._store.port),
+            "WORLD_SIZE": str(n),
+        }
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(n)}
         shared |= {name: os.environ[name] for name in PASSED_ON if name in os.environ} | more
         own = lambda r: shared | {"RANK": str(r), "LOCAL_RANK": str(r)}
         args = lambda r: (main, list(argv), own(r), os.getcwd(), str(output))
-        self.processes = [context.Process(target=_rank, args=args(r), daemon=True) for r in range(n)]
+        self.processes = [
+            context.Process(target=_rank, args=args(r), daemon=True) for r in range(n)
+        ]
         path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with mock.patch.dict(os.environ, {"PYTHONPATH": path}):  # the server has no other before Python 3.12
+        with mock.patch.dict(
+            os.environ, {"PYTHONPATH": path}
+        ):  # the server has no other before Python 3.12
             forkserver.ensure_running()
         for process in self.processes:
             process.start()
@@ -66,7 +76,8 @@ class Ranks:
         return found
 
     def together(self, patience: float = 300.0) -> list[int | None]:
-        """With what each ends where the others are told to as soon as one has failed, as torchrun does."""
+        """With what each ends where the others are told to as soon as one has failed, as torchrun
+        does."""
         left, until = list(self.processes), time.monotonic() + patience
         while left and connection.wait([p.sentinel for p in left], until - time.monotonic()):
             ended = [p for p in left if p.exitcode is not None]
@@ -77,7 +88,9 @@ class Ranks:
         return self.codes(max(0.0, until - time.monotonic()))
 
 
-def _rank(main: Callable, argv: list[str], environment: dict[str, str], folder: str, output: str) -> None:
+def _rank(
+    main: Callable, argv: list[str], environment: dict[str, str], folder: str, output: str
+) -> None:
     said = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -1,5 +1,5 @@
-"""A few training steps on random tokens, as tests want them: on any layout, everything that happened
-returned."""
+"""A few training steps on random tokens, as tests want them: on any layout, everything that
+happened returned."""
 
 from __future__ import annotations
 
@@ -48,24 +48,40 @@ class History:
 
 
 def train(
-    layout: Layout, shape: MeshShape, config: RunConfig, dtype=torch.float32, device: str = "cpu", mesh=None,
-    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe, change_step: Callable = lambda step: step,
-) -> History:  # fmt: skip
+    layout: Layout,
+    shape: MeshShape,
+    config: RunConfig,
+    dtype=torch.float32,
+    device: str = "cpu",
+    mesh=None,
+    change: Callable[[Pipeline], Pipeline] = lambda pipe: pipe,
+    change_step: Callable = lambda step: step,
+) -> History:
     m = config.model
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
-    pipe = change(on_ranks(pipeline(config, shape, count, config.data.sequence, layout), mesh, template))
+    pipe = change(
+        on_ranks(pipeline(config, shape, count, config.data.sequence, layout), mesh, template)
+    )
     spec = pipe.spec
-    params = init(spec, m.dims(), config.seed, layout, dtype)  # drawn on the CPU: a GPU draws other numbers
+    params = init(
+        spec, m.dims(), config.seed, layout, dtype
+    )  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
-    opt, initial = with_compute_copies(adam_init(params), params, spec, layout.compute), digest(params)
+    opt, initial = (
+        with_compute_copies(adam_init(params), params, spec, layout.compute),
+        digest(params),
+    )
     plan = RunPlan.eager(config, shape, count, dtype, layout.compute or dtype)
     step = change_step(build_step(config, plan, pipe))
     losses, norms = [], []
     for number in range(config.steps):
         with paused():  # all ranks must draw the same
             rows = random_rows(config, number).to(device)
-        batches = [make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags) for r in rows.chunk(count)]
+        batches = [
+            make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags)
+            for r in rows.chunk(count)
+        ]
         loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2)
         losses.append(loss.item())
         norms.append(norm.item())
@@ -91,7 +107,8 @@ def on_pool(
 
 
 def random_rows(config: RunConfig, step: int) -> torch.Tensor:
-    """Step ``step``'s global batch, from a small set that can be learned; some targets do not count."""
+    """Step ``step``'s global batch, from a small set that can be learned; some targets do not
+    count."""
     g = torch.Generator().manual_seed(1000 * config.seed + step % 3)
     rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
     rows[::3, -5:] = IGNORE

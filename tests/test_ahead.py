@@ -1,5 +1,5 @@
-"""The order of a stage under ZeRO-3: another order and fewer collectives, and the same values. On graphs that
-are drawn, and on those of a real stage."""
+"""The order of a stage under ZeRO-3: another order and fewer collectives, and the same values. On
+graphs that are drawn, and on those of a real stage."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ KINDS = (
 
 
 def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
-    """Each step of the plan: what it is, along which dim its weight is gathered, and whether that is done
-    here or was at the very beginning."""
+    """Each step of the plan: what it is, along which dim its weight is gathered, and whether that
+    is done here or was at the very beginning."""
     d = Drawn()
     x = d.graph.placeholder("x")
     parts = [d.graph.placeholder(f"w{i}") for i in range(len(plan))]
@@ -99,14 +99,18 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
         elif kind == "again" and wholes:
             x = d.product(x, wholes[along % len(wholes)])
         elif kind == "gradient":
-            d.leave.append(d.call(ATEN.abs.default, d.exchanged(d.call(ATEN.t.default, d.product(x, x)))))
+            d.leave.append(
+                d.call(ATEN.abs.default, d.exchanged(d.call(ATEN.t.default, d.product(x, x))))
+            )
         elif kind == "kept gradient":  # and sent at the end
             kept.append(d.product(x, x))
         elif kind == "constant":  # in what several gathers are made of, and elsewhere
             if constant is None:
                 constant = d.call(ATEN.full.default, [], 3.0, like=())
             x = d.call(
-                ATEN.mul.Tensor, d.product(x, d.whole(d.call(ATEN.mul.Tensor, w, constant), 0)), constant
+                ATEN.mul.Tensor,
+                d.product(x, d.whole(d.call(ATEN.mul.Tensor, w, constant), 0)),
+                constant,
             )
         elif kind in ("part", "two parts"):  # what is gathered is used as it is, too
             if part is None:
@@ -154,10 +158,12 @@ def moved(module: GraphModule, bucket: int) -> GraphModule:
 
 
 def check_order(graph: Graph) -> None:
-    """Each bucket is asked for where the one before is first used, neither later nor earlier; and what leaves
-    is waited for one edge after it was sent, or at the end."""
+    """Each bucket is asked for where the one before is first used, neither later nor earlier; and
+    what leaves is waited for one edge after it was sent, or at the end."""
     place = {n: i for i, n in enumerate(graph.nodes)}
-    asked = [n for n in graph.nodes if n.target in (TOGETHER, GATHER) and first_use(n, place) is not None]
+    asked = [
+        n for n in graph.nodes if n.target in (TOGETHER, GATHER) and first_use(n, place) is not None
+    ]
     asked = [n for n in asked if not comes_of_product(n)]
     uses = [first_use(n, place) for n in asked]
     assert uses == sorted(uses)
@@ -213,7 +219,8 @@ SENDS = [step for i in range(6) for step in (("product", i % 2, True), ("gradien
 
 
 def test_buckets_are_one_collective_each():
-    """64 bytes a weight: room for one, for two, and for all; the first bucket has no more than FIRST."""
+    """64 bytes a weight: room for one, for two, and for all; the first bucket has no more than
+    FIRST."""
     sizes = {64: [1] * 6, 100: [2] * 3, 10**6: [6]}
     for bucket, want in sizes.items():
         graph = moved(drawn(FULL), bucket).graph
@@ -242,8 +249,16 @@ def mixed_up(n, found):
     ("name", "mutant", "plan"),
     [
         ("_one", swapped, [("product", 0, True)] * 4),  # a weight for another
-        ("_brought", mixed_up, [("product", 0, True), ("mixed", 0, False)]),  # x before it is computed
-        ("_hasten", lambda start, place: None, [*SENDS, ("kept gradient", 0, True), ("again", 0, True)]),
+        (
+            "_brought",
+            mixed_up,
+            [("product", 0, True), ("mixed", 0, False)],
+        ),  # x before it is computed
+        (
+            "_hasten",
+            lambda start, place: None,
+            [*SENDS, ("kept gradient", 0, True), ("again", 0, True)],
+        ),
         ("_soon", lambda n, place: (0, -place[n]), SENDS),  # what follows from a wait before it
     ],
 )

@@ -46,12 +46,21 @@ def _flex():
 
 @settings(max_examples=60)
 @given(
-    path=st.sampled_from(["sdpa", "flex"]), b=st.integers(1, 3), kv=st.integers(1, 3),
-    group=st.integers(1, 3), h=st.sampled_from([4, 6]), s=st.integers(1, 9) | st.sampled_from([128, 150]),
-    window=st.none() | st.integers(1, 10), packed=st.booleans(), softcap=st.sampled_from([None, 0.5]),
-    sinks=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_every_path_is_the_reference(path, b, kv, group, h, s, window, packed, softcap, sinks, seed):
+    path=st.sampled_from(["sdpa", "flex"]),
+    b=st.integers(1, 3),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    h=st.sampled_from([4, 6]),
+    s=st.integers(1, 9) | st.sampled_from([128, 150]),
+    window=st.none() | st.integers(1, 10),
+    packed=st.booleans(),
+    softcap=st.sampled_from([None, 0.5]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_path_is_the_reference(
+    path, b, kv, group, h, s, window, packed, softcap, sinks, seed
+):
     assume(path == "flex" or not (softcap or sinks))
     q, k, v = (normal(b, n, s, h, seed=seed + 100 * i) for i, n in enumerate((kv * group, kv, kv)))
     documents = (normal(b, s, seed=seed) > 0.5).cumsum(-1) if packed else None
@@ -65,14 +74,23 @@ def test_every_path_is_the_reference(path, b, kv, group, h, s, window, packed, s
 
 @settings(max_examples=20)
 @given(
-    path=st.sampled_from(["sdpa", "flex"]), w=st.sampled_from([2, 4, 7]), scale=st.sampled_from([None, 0.9]),
-    s=st.integers(1, 9), window=st.none() | st.integers(1, 10), packed=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    path=st.sampled_from(["sdpa", "flex"]),
+    w=st.sampled_from([2, 4, 7]),
+    scale=st.sampled_from([None, 0.9]),
+    s=st.integers(1, 9),
+    window=st.none() | st.integers(1, 10),
+    packed=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_values_of_another_width_and_another_scale(path, w, scale, s, window, packed, seed):
     """And the reference is the same with values padded to the width of keys."""
-    q, k, v = (normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w))))
+    q, k, v = (
+        normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w)))
+    )
     documents = (normal(2, s, seed=seed) > 0.5).cumsum(-1) if packed else None
-    run = lambda path, v, scale: CORES[path](q, k, v, documents, None, AttentionMask(s, window, scale=scale))
+    run = lambda path, v, scale: CORES[path](
+        q, k, v, documents, None, AttentionMask(s, window, scale=scale)
+    )
     want = run("reference", v, scale)
     same(run(path, v, scale), want, [q, k, v])
     if w < 4:
@@ -93,7 +111,8 @@ WRONG = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("what", WRONG)
 def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
-    """The comparison above can fail: a window wider by one, documents or sinks ignored, heads mixed up."""
+    """The comparison above can fail: a window wider by one, documents or sinks ignored, heads mixed
+    up."""
     hard = path != "sdpa"
     if not hard and what in ("softcap", "sinks"):
         pytest.skip("sdpa has neither")
@@ -110,7 +129,9 @@ def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
         pick = torch.tensor([1, 0]) if shuffled else torch.arange(2)
         return core(q, k[:, pick], v[:, pick], documents, sinks, mask)
 
-    check = lambda **change: same(run(CORES[path], **right | change), run(attention_reference, **right), [q])
+    check = lambda **change: same(
+        run(CORES[path], **right | change), run(attention_reference, **right), [q]
+    )
     check()
     assert_caught(lambda: check(**WRONG[what]))
 
@@ -131,8 +152,8 @@ def test_a_token_has_influence_where_it_may_be_seen_and_nowhere_else(path, docum
 
 @pytest.mark.parametrize("path", PATHS)
 def test_documents_never_meet(path):
-    """With everything about one document changed, the other's outputs and gradients are the same bits; on
-    another path or with other document numbers, too."""
+    """With everything about one document changed, the other's outputs and gradients are the same
+    bits; on another path or with other document numbers, too."""
     hard, s, cut = path != "sdpa", 150, 70
     mask = AttentionMask(s, 40, 2.0 if hard else None)
     sinks = normal(4, seed=3) if hard else None
@@ -140,7 +161,8 @@ def test_documents_never_meet(path):
 
     def run(of_first: int, of_second: int, documents: Tensor) -> tuple[Tensor, ...]:
         draw = lambda n, i: torch.cat(
-            [normal(2, n, cut, 8, seed=of_first + i), normal(2, n, s - cut, 8, seed=of_second + i)], dim=2
+            [normal(2, n, cut, 8, seed=of_first + i), normal(2, n, s - cut, 8, seed=of_second + i)],
+            dim=2,
         )
         xs = [draw(n, i).detach().requires_grad_() for i, n in enumerate((4, 2, 2))]
         y = CORES[path](*xs, documents, sinks, mask)
@@ -149,22 +171,38 @@ def test_documents_never_meet(path):
     for one, first, second in zip(
         run(0, 10, documents), run(0, 20, documents * 7 + 3), run(30, 10, documents), strict=True
     ):
-        assert one[:, :, :cut].equal(first[:, :, :cut]) and not one[:, :, cut:].equal(first[:, :, cut:])
-        assert one[:, :, cut:].equal(second[:, :, cut:]) and not one[:, :, :cut].equal(second[:, :, :cut])
+        assert one[:, :, :cut].equal(first[:, :, :cut]) and not one[:, :, cut:].equal(
+            first[:, :, cut:]
+        )
+        assert one[:, :, cut:].equal(second[:, :, cut:]) and not one[:, :, :cut].equal(
+            second[:, :, :cut]
+        )
 
 
 def test_softcap():
-    """Values that are the identity give the probabilities; no two of a row differ by more than e^(2 cap)."""
-    q, k, eye = 30 * normal(1, 1, 8, 8), 30 * normal(1, 1, 8, 8, seed=1), torch.eye(8, dtype=F64)[None, None]
+    """Values that are the identity give the probabilities; no two of a row differ by more than e^(2
+    cap)."""
+    q, k, eye = (
+        30 * normal(1, 1, 8, 8),
+        30 * normal(1, 1, 8, 8, seed=1),
+        torch.eye(8, dtype=F64)[None, None],
+    )
     p = attention_reference(q, k, eye, None, None, AttentionMask(8, softcap=1.5))[0, 0]
     odds = (1.5 * torch.tanh(q[0, 0] @ k[0, 0].T / math.sqrt(8) / 1.5)).exp().tril()
     close(p, odds / odds.sum(-1, keepdim=True))
-    assert all(row[: i + 1].max() / row[: i + 1].min() <= math.exp(3.0) + 1e-9 for i, row in enumerate(p))
+    assert all(
+        row[: i + 1].max() / row[: i + 1].min() <= math.exp(3.0) + 1e-9 for i, row in enumerate(p)
+    )
 
 
 def test_sinks():
-    """A head's weights sum to less than 1 by what its sink takes: all for a large one, nothing for -inf."""
-    q, k, eye = normal(1, 3, 8, 8), normal(1, 3, 8, 8, seed=1), torch.eye(8, dtype=F64).expand(1, 3, 8, 8)
+    """A head's weights sum to less than 1 by what its sink takes: all for a large one, nothing for
+    -inf."""
+    q, k, eye = (
+        normal(1, 3, 8, 8),
+        normal(1, 3, 8, 8, seed=1),
+        torch.eye(8, dtype=F64).expand(1, 3, 8, 8),
+    )
     sinks = torch.tensor([1.0, 50.0, -math.inf], dtype=F64)
     p = attention_reference(q, k, eye, None, sinks, AttentionMask(8))[0]
     odds = (q[0] @ k[0].mT / math.sqrt(8)).exp().tril()
@@ -206,25 +244,31 @@ def test_auto(mask, documents, sinks, gpu, small, cpu):
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
-    """As the eager program does on a GPU. Uncompiled, a recomputed flex has wrong gradients under a soft-cap:
-    torch then differentiates the soft-cap while the region's hooks on saved tensors are in place."""
+    """As the eager program does on a GPU. Uncompiled, a recomputed flex has wrong gradients under a
+    soft-cap: torch then differentiates the soft-cap while the region's hooks on saved tensors are
+    in place."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     mask, sinks = AttentionMask(6, 3, 0.5), normal(4, seed=3)
-    compiled = torch.compile(attention_kernels._flex, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(
+        attention_kernels._flex, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
     attend = lambda q, k, v, sinks, mask: with_sinks(*compiled(q, k, v, mask), sinks)
     got = checkpoint(
         attend, q, k, v, sinks, with_blocks(mask, documents, q.device), use_reentrant=False
     )  # its log-sum-exp is float32
     want = attention_reference(q, k, v, documents, sinks, mask)
     close(got, want, 1e-6)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), [q, k, v, sinks]) for y in (got, want))):
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), [q, k, v, sinks]) for y in (got, want))
+    ):
         close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_layer(extras, softcap):
-    """Projections, biases, norms of queries and keys, rotation, groups, sinks and output, in einsum."""
+    """Projections, biases, norms of queries and keys, rotation, groups, sinks and output, in
+    einsum."""
     dims = dict(embed=10, heads=4, kv_heads=2, head_dim=6)
     dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks"), extras)
     p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
@@ -242,7 +286,11 @@ def test_attention_layer(extras, softcap):
         q, k, v = q + p.b_q, k + p.b_k, v + p.b_v
         q, k = F.rms_norm(q, (6,), p.q_norm.scale, 0.1), F.rms_norm(k, (6,), p.k_norm.scale, 0.1)
     q, k = turned(q, positions, RopeConfig()), turned(k, positions, RopeConfig())
-    q, k, v = q.view(2, s, 2, 2, 6), k.view(2, s, 2, 6), v.view(2, s, 2, 6)  # queries: key head, then group
+    q, k, v = (
+        q.view(2, s, 2, 2, 6),
+        k.view(2, s, 2, 6),
+        v.view(2, s, 2, 6),
+    )  # queries: key head, then group
     scores = torch.einsum("bikgh,bjkh->bkgij", q, k) / math.sqrt(6)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     odds = scores.exp().tril()
@@ -265,17 +313,22 @@ def logits(model: ModelConfig, rows: Tensor, **data) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"softcap": 1.0}, {"window": 20}, {"positions": "learned"}, {"sinks": True, "window": 5}]
+    "changes",
+    [{}, {"softcap": 1.0}, {"window": 20}, {"positions": "learned"}, {"sinks": True, "window": 5}],
 )
 def test_tokens_see_no_later_token_and_no_other_document(changes):
-    """In the whole model; with positions that restart, a document of a packed row is as it is alone."""
+    """In the whole model; with positions that restart, a document of a packed row is as it is
+    alone."""
     model, rows = replace(SMALL, init_std=0.3, **changes), torch.arange(22).view(2, 11)
     changed = rows.clone()
     changed[1, 6] = 49
     before, after = logits(model, rows), logits(model, changed)
     assert before[0].equal(after[0]) and before[1, :6].equal(after[1, :6])
     assert ((before - after)[1, 6:].abs().amax(-1) > 1e-3).all()
-    documents, restart = torch.tensor([[0] * 4 + [1] * 6] * 2), torch.tensor([[*range(4), *range(6)]] * 2)
+    documents, restart = (
+        torch.tensor([[0] * 4 + [1] * 6] * 2),
+        torch.tensor([[*range(4), *range(6)]] * 2),
+    )
     packed = logits(model, rows, documents_BS=documents, positions_BS=restart)
     close(packed[:, :4], logits(model, rows[:, :5]))
     close(packed[:, 4:], logits(model, rows[:, 4:]))

@@ -56,11 +56,17 @@ def one_by_one(log: list[str], names: list[str]) -> bool:
 
 
 def test_a_batch_compiles_together_and_is_timed_one_by_one(tmp_path, monkeypatch, capsys):
-    code, log = run(tmp_path, monkeypatch, "--a  # a remark\n--broken\n# another\n--b\n\n\n--c\n", WAIT)
+    code, log = run(
+        tmp_path, monkeypatch, "--a  # a remark\n--broken\n# another\n--b\n\n\n--c\n", WAIT
+    )
     out, err = capsys.readouterr()
     assert [json.loads(x)["name"] for x in out.splitlines()] == ["--a", "--b", "--c"]
     assert one_by_one(log[:6], ["--a", "--b"]) and one_by_one(log[6:], ["--c"])
-    assert code == 1 and "--broken\nMemoryError: too large\n" in err and err.count("where the time went") == 3
+    assert (
+        code == 1
+        and "--broken\nMemoryError: too large\n" in err
+        and err.count("where the time went") == 3
+    )
 
 
 def test_of_many_ranks_the_first_reason_is_given(tmp_path, monkeypatch, capsys):

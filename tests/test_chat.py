@@ -1,4 +1,5 @@
-"""dtron.data.chat: conversations, what of them is learned, and templates; against transformers' own."""
+"""dtron.data.chat: conversations, what of them is learned, and templates; against transformers'
+own."""
 
 import json
 from pathlib import Path
@@ -49,7 +50,9 @@ HEADERS = (
 def tokenizer(tmp_path_factory) -> Tokenizer:
     texts = [m["content"] for m in TALK] * 9
     made = get_tokenizer(None, texts, 300, tmp_path_factory.mktemp("t"))
-    made.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<s>")])
+    made.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<s>")]
+    )
     return made
 
 
@@ -92,7 +95,10 @@ def test_nobody_can_end_a_message_or_speak_for_another(tmp_path, tokenizer):
     assert ends == len(TALK)  # the one that a message spells is plain text
     bare = get_tokenizer(None, ["abc <|im_end|>"] * 9, 300, tmp_path)
     (said,) = learned(chats(tmp_path, [ASK]), bare, tmp_path)
-    assert said[1] == ["4<|im_end|>", "<|endoftext|>"]  # a tokenizer without the markers spells them
+    assert said[1] == [
+        "4<|im_end|>",
+        "<|endoftext|>",
+    ]  # a tokenizer without the markers spells them
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED, HEADERS])
@@ -123,7 +129,9 @@ def test_a_template_in_a_file_of_its_own(tmp_path, tokenizer):
     (tmp_path / "chat_template.jinja").write_text(PLAIN)
     found = chats(tmp_path, [ASK], tokenizer, {"eos_token": "!"})
     assert list(found) == ["[INST] 2 + 2? [/INST] 4 !"]
-    named = {"chat_template": [{"name": "default", "template": "x"}, {"name": "tool", "template": "y"}]}
+    named = {
+        "chat_template": [{"name": "default", "template": "x"}, {"name": "tool", "template": "y"}]
+    }
     (tmp_path / "chat_template.jinja").unlink()
     assert "".join(s[0] for s in chats(tmp_path, [ASK], tokenizer, named).template(ASK)) == "x"
 
@@ -137,12 +145,13 @@ def test_a_template_runs_nothing():
         "{% include '/etc/passwd' %}",
     ):
         one_line(
-            lambda attack=attack: own_template(attack, "", "")(ASK), "cannot render it", "simple template"
+            lambda attack=attack: own_template(attack, "", "")(ASK),
+            "cannot render it",
+            "simple template",
         )
     one_line(lambda: own_template("{% if %}", "", ""), "malformed", "simple template")
-    forgetful = (
-        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    )
+    shown = "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
+    forgetful = "{% for m in messages %}" + shown + "{% endfor %}"
     one_line(lambda: own_template(forgetful, "", "")(TALK), "changes earlier messages", "only adds")
 
 

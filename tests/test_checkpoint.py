@@ -42,8 +42,8 @@ from dtron.training.pipeline import pipeline
 # ---- every mesh to every other
 
 
-# Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied embedding,
-# of which two stages have a copy.
+# Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied
+# embedding, of which two stages have a copy.
 SPARSE = ModelConfig(
     vocab=13, embed=6, layers=4, heads=4, kv_heads=4, head_dim=2, mlp=8, vocab_multiple=4, tied=True,
     qk_norm=True, context=16, moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
@@ -68,7 +68,9 @@ def shapes(ranks: int, *axes: str) -> list[MeshShape]:
 
 def places(shapes: list[MeshShape]) -> st.SearchStrategy[Where]:
     return st.sampled_from(shapes).flatmap(
-        lambda s: st.tuples(st.just(str(s)), st.sampled_from([0, 1, 2, 3]), st.sampled_from(SCHEDULES[s.pp]))
+        lambda s: st.tuples(
+            st.just(str(s)), st.sampled_from([0, 1, 2, 3]), st.sampled_from(SCHEDULES[s.pp])
+        )
     )
 
 
@@ -87,7 +89,8 @@ def value(w: WeightSpec, kind: str) -> Tensor:
 
 
 def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
-    """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of nothing."""
+    """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of
+    nothing."""
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
     config = RunConfig(model=SPARSE, mesh=text, schedule=schedule, data=DataConfig(sequence=16))
@@ -96,7 +99,9 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
         pipe = replace(pipe, ways=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
         kind: tree_map(
-            lambda w, kind=kind: layout.shard(torch.zeros(w.shape) if blank else value(w, kind), *w.axes),
+            lambda w, kind=kind: layout.shard(
+                torch.zeros(w.shape) if blank else value(w, kind), *w.axes
+            ),
             pipe.spec,
         )
         for kind in ("params", "m", "v")
@@ -138,7 +143,8 @@ def moves(pool, folder: Path, saved: Where, loaded: Where, mutant: str = "") -> 
 
 
 def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where) -> None:
-    """Four real ranks write, and read as another four; then ranks simulated here, as many as there may be."""
+    """Four real ranks write, and read as another four; then ranks simulated here, as many as there
+    may be."""
     moves(pool, folder, saved, loaded)
     with simulated(MeshShape.parse(then[0])) as mesh:
         assert differences(then, None, mesh, str(folder)) == []
@@ -150,7 +156,8 @@ def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where)
 @example(("pp=2,tp=2", 1, "zb-v"), ("dp=4,ep=2", 3, "1f1b"), ("dp=1", 0, "1f1b"))
 @example(("dp=2,tp=2,ep=4", 3, "1f1b"), ("pp=2,dp=2", 0, "zb-v"), ("dp=3", 2, "1f1b"))
 def test_saved_on_any_mesh_and_loaded_on_any_other(pool, tmp_path_factory, saved, loaded, then):
-    """Any two meshes over pp, dp_replicate, dp, cp, tp, ep and etp, any ZeRO stages and schedules."""
+    """Any two meshes over pp, dp_replicate, dp, cp, tp, ep and etp, any ZeRO stages and
+    schedules."""
     there_and_back(pool, tmp_path_factory.mktemp("moved"), saved, loaded, then)
 
 
@@ -158,7 +165,9 @@ def test_saved_on_any_mesh_and_loaded_on_any_other(pool, tmp_path_factory, saved
 @pytest.mark.xdist_group("pool")
 @settings(max_examples=40)
 @given(saved=REAL, loaded=REAL, then=SIMULATED)
-def test_saved_on_many_meshes_and_loaded_on_many_others(pool, tmp_path_factory, saved, loaded, then):
+def test_saved_on_many_meshes_and_loaded_on_many_others(
+    pool, tmp_path_factory, saved, loaded, then
+):
     there_and_back(pool, tmp_path_factory.mktemp("moved"), saved, loaded, then)
 
 
@@ -175,7 +184,9 @@ def mutated(name: str) -> Iterator[None]:
         mesh = next(x for x in named.values() if isinstance(x, DTensor)).device_mesh
         flipped = DeviceMesh("cpu", mesh.mesh.flip(-1), mesh_dim_names=mesh.mesh_dim_names)
         return {
-            path: DTensor.from_local(local(x), flipped, x.placements, shape=x.shape, stride=x.stride())
+            path: DTensor.from_local(
+                local(x), flipped, x.placements, shape=x.shape, stride=x.stride()
+            )
             for path, x in named.items()
         }
 

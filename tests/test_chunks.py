@@ -1,4 +1,5 @@
-"""A feed-forward layer that takes a chunk of tokens at a time: the same result, and nothing of ``[T, F]``."""
+"""A feed-forward layer that takes a chunk of tokens at a time: the same result, and nothing of
+``[T, F]``."""
 
 from __future__ import annotations
 
@@ -31,7 +32,15 @@ from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
-from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, run_layer, unsummed, zero_stages
+from dtron.testing import (
+    assert_caught,
+    assert_equivalent,
+    dropped,
+    meshes,
+    run_layer,
+    unsummed,
+    zero_stages,
+)
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
@@ -52,12 +61,15 @@ def dims(activation: str, bias: bool = False) -> dict:
 
 @settings(max_examples=15)
 @given(
-    activation=st.sampled_from(["swiglu", "geglu", "gelu", "relu2"]), bias=st.booleans(), mesh=meshes(),
-    zero=zero_stages(), chunk=st.integers(1, 26),
-)  # fmt: skip
+    activation=st.sampled_from(["swiglu", "geglu", "gelu", "relu2"]),
+    bias=st.booleans(),
+    mesh=meshes(),
+    zero=zero_stages(),
+    chunk=st.integers(1, 26),
+)
 def test_chunks_change_nothing(activation, bias, mesh, zero, chunk):
-    """Output, every gradient and every collective, against all tokens at once on one device and on the mesh.
-    Of 24 tokens, a chunk is one, or all and more, or leaves a rest."""
+    """Output, every gradient and every collective, against all tokens at once on one device and on
+    the mesh. Of 24 tokens, a chunk is one, or all and more, or leaves a rest."""
     sizes, tolerance = dims(activation, bias), 1e-12
     chunked, whole = layer(activation, chunk), layer(activation, None)
     got = assert_equivalent(chunked, MLP, mesh, sizes, zero=zero)
@@ -70,7 +82,9 @@ def test_chunks_change_nothing(activation, bias, mesh, zero, chunk):
 @pytest.mark.parametrize("mutant", [unsummed, dropped(0), dropped(1)])
 def test_mutants_are_caught(mutant):
     assert_caught(
-        lambda: assert_equivalent(layer("swiglu", 5), MLP, "dp=2,tp=2", dims("swiglu"), mutate=mutant)
+        lambda: assert_equivalent(
+            layer("swiglu", 5), MLP, "dp=2,tp=2", dims("swiglu"), mutate=mutant
+        )
     )
 
 
@@ -85,8 +99,8 @@ def test_rows_that_are_left_out_are_caught():
 
 @pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
 def test_chunks_in_fp8(name):
-    """Each chunk has scales of its own, powers of two: it rounds as all tokens do, but for values near
-    zero."""
+    """Each chunk has scales of its own, powers of two: it rounds as all tokens do, but for values
+    near zero."""
     xs, p = normal(64, 32), tree(MLP, embed=32, mlp=48, gated=True)
     run = lambda chunk, recipe: mlp(p, xs, ONE, recipe=recipe, chunk=chunk)
     results = {}
@@ -102,7 +116,9 @@ def test_gradients_of_weights_are_added_up_in_float32():
     """256 summands in bfloat16 are worse than one by far; wider, no worse."""
     x, p = normal(512, 16), tree(MLP, embed=16, mlp=16, gated=True)
     slopes = lambda p, x, chunk: torch.autograd.grad(mlp(p, x, ONE, chunk=chunk).sum(), flat(p))
-    narrow = MLP(*(w if w is None else w.detach().bfloat16().requires_grad_() for w in p.__dict__.values()))
+    narrow = MLP(
+        *(w if w is None else w.detach().bfloat16().requires_grad_() for w in p.__dict__.values())
+    )
     want = slopes(p, x, None)
     whole, chunked = (slopes(narrow, x.detach().bfloat16(), chunk) for chunk in (None, 2))
     for a, b, c in zip(chunked, whole, want, strict=True):
@@ -163,8 +179,8 @@ def peak(graph: torch.fx.GraphModule) -> int:
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
-    """Of forward's graph and of backward's: what all tokens need at once, only a chunk does. And gradients
-    are those of the eager step."""
+    """Of forward's graph and of backward's: what all tokens need at once, only a chunk does. And
+    gradients are those of the eager step."""
     m, peaks = replace(M, activation=activation), {}
     want = step(program(m, ONE), m)
     for chunk in (None, CHUNK):
@@ -187,7 +203,9 @@ def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
 def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -> list[float]:
     """A job for the pool: a loss, and the norm of every gradient."""
     torch.compiler.reset()
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32)
+    layout = Layout(
+        build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32
+    )
     pipe = one_stage(BLOCK, 1, layout)
     functions = program(BLOCK, layout, ComputeConfig("full"), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
@@ -202,15 +220,20 @@ def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -
 def test_chunks_compile_on_real_ranks(pool):
     """The region inside a recomputed block that gathers its weights, eager and compiled."""
     whole, eager, fast = (
-        pool.run(step_on_pool, "dp=2,tp=2", 3, *how) for how in ((None, None), (6, None), (6, "aot_eager"))
+        pool.run(step_on_pool, "dp=2,tp=2", 3, *how)
+        for how in ((None, None), (6, None), (6, "aot_eager"))
     )
-    assert eager[0] == pytest.approx(whole[0], rel=1e-5) and fast[0] == pytest.approx(whole[0], rel=1e-5)
+    assert eager[0] == pytest.approx(whole[0], rel=1e-5) and fast[0] == pytest.approx(
+        whole[0], rel=1e-5
+    )
 
 
 def test_when_there_are_chunks():
-    """At long sequences, and where everything is recomputed; multiples of 128, 8 of them at most."""
+    """At long sequences, and where everything is recomputed; multiples of 128, 8 of them at
+    most."""
     assert (
-        mlp_chunk_tokens("full", 2**16, 2**11) is None and mlp_chunk_tokens("selective", 2**20, 2**14) is None
+        mlp_chunk_tokens("full", 2**16, 2**11) is None
+        and mlp_chunk_tokens("selective", 2**20, 2**14) is None
     )
     assert mlp_chunk_tokens("full", 2**16 + 1, 2**11) == 2**15 + 128
     assert mlp_chunk_tokens("full", 131072, 5632) == 21888

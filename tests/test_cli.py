@@ -1,4 +1,5 @@
-"""The command line: every flag is understood, every mistake is one line that names what was typed."""
+"""The command line: every flag is understood, every mistake is one line that names what was
+typed."""
 
 import re
 from dataclasses import replace
@@ -14,7 +15,16 @@ from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.exit import run_cli
 
 KNOWN = ["--model", "--help", "--version", *_flags(RunConfig)]
-EVERYDAY = ["--mesh", "--model", "--zero", "--steps", "--seed", "--batch", "--micro-batch", "--run-dir"]
+EVERYDAY = [
+    "--mesh",
+    "--model",
+    "--zero",
+    "--steps",
+    "--seed",
+    "--batch",
+    "--micro-batch",
+    "--run-dir",
+]
 EVERYDAY += ["--resume", "--save-every", "--simulate", "--device", "--dtype"]
 
 
@@ -87,7 +97,9 @@ def test_dotted_flags_override_one_field_of_a_group():
         optim=replace(base.optim, lr=3e-4),
         data=replace(base.data, path="x", document_mask=True),
     )
-    assert parse(["--model.rope.theta", "5e5"]).model == replace(ModelConfig(), rope=RopeConfig(5e5))
+    assert parse(["--model.rope.theta", "5e5"]).model == replace(
+        ModelConfig(), rope=RopeConfig(5e5)
+    )
 
 
 @pytest.mark.parametrize("spelling", ["kv-heads", "kv_heads"])
@@ -232,7 +244,9 @@ def test_run_cli_says_stopped_when_interrupted(capsys):
     assert capsys.readouterr() == ("", "stopped\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), KeyError("bug"), OSError("bug")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), TypeError("bug"), KeyError("bug"), OSError("bug")]
+)
 def test_run_cli_lets_every_other_error_through(error, capsys):
     with pytest.raises(type(error)) as caught:
         run_cli(raising(error), [])
@@ -244,7 +258,9 @@ def test_run_cli_lets_every_other_error_through(error, capsys):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_saved_config_loads_as_the_same(name, tmp_path):
-    config = parse(["--model", name, "--micro-batch", "2", "--mesh", "tp=2", "--data.path", 'a "b" ü.txt'])
+    config = parse(
+        ["--model", name, "--micro-batch", "2", "--mesh", "tp=2", "--data.path", 'a "b" ü.txt']
+    )
     save(config, tmp_path / "config.json")
     assert load(tmp_path / "config.json") == config != RunConfig()
     assert load(tmp_path / "config.json").model == preset(name)

@@ -1,4 +1,5 @@
-"""What is communicated is what is written down: counts per layer and mesh, and what must never exist."""
+"""What is communicated is what is written down: counts per layer and mesh, and what must never
+exist."""
 
 from __future__ import annotations
 
@@ -29,7 +30,15 @@ from dtron.testing import run_layer
 from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.tools.verify import one_step
 
-DIMS = {"embed": 8, "mlp": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "layers": 1, "layernorm": False}
+DIMS = {
+    "embed": 8,
+    "mlp": 8,
+    "heads": 4,
+    "kv_heads": 4,
+    "head_dim": 2,
+    "layers": 1,
+    "layernorm": False,
+}
 DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True, "sinks": False}
 MLP_WEIGHTS, ATTENTION_WEIGHTS = 3, 4
 
@@ -54,7 +63,9 @@ def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh,
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    norms = params is Attention  # of q and k: whole on every rank, summed once over each axis, end to end
+    norms = (
+        params is Attention
+    )  # of q and k: whole on every rank, summed once over each axis, end to end
     assert got.total.count[Collective("all_reduce", "tp")] == norms
     if dp:
         assert got.total.count[Collective("reduce_scatter", "dp")] == (weights if zero else 0)
@@ -71,14 +82,18 @@ def test_bytes_of_a_layer_follow_the_formula():
 @pytest.mark.parametrize(("zero", "per_microbatch"), [(0, 0), (1, 0), (2, 1), (3, 1)])
 def test_what_zero_communicates_per_microbatch(zero, per_microbatch):
     config = model_config("dp=2", 2, zero=zero, micro_batch=1, tied=True)
-    one, three = (one_step(replace(config, batch=2 * n), MeshShape(dp=2)).collectives for n in (1, 3))
-    extra = {c: three.count[c] - one.count[c] for c in three.count if three.count[c] != one.count[c]}
+    one, three = (
+        one_step(replace(config, batch=2 * n), MeshShape(dp=2)).collectives for n in (1, 3)
+    )
+    extra = {
+        c: three.count[c] - one.count[c] for c in three.count if three.count[c] != one.count[c]
+    }
     matrices = sum(w.decays for w in flat(declare_model(config.model)))
     if not per_microbatch:
         assert extra == {}
     else:
-        # Stage 2 lays these small ones end to end. Stage 3 has one for each, in the block that it belongs to,
-        # and gathers a tied embedding for the look-up and again for the head.
+        # Stage 2 lays these small ones end to end. Stage 3 has one for each, in the block that it
+        # belongs to, and gathers a tied embedding for the look-up and again for the head.
         assert extra[Collective("reduce_scatter", "dp")] == 2 * (matrices + 1 if zero == 3 else 1)
         assert set(extra) <= {Collective("reduce_scatter", "dp"), Collective("all_gather", "dp")}
         assert (Collective("all_gather", "dp") in extra) == (zero == 3)
@@ -102,23 +117,31 @@ def test_the_counter_sees_a_collective():
         x = layout.shard(torch.ones(4, 6), "tokens_sp", "act_embed")
         with CollectiveCounter(mesh) as c:
             layout.constrain(x, "tokens", "act_embed")
-        assert c.count == counts(all_gather_tp=1) and c.bytes[Collective("all_gather", "tp")] == 4 * 6 * 4
+        assert (
+            c.count == counts(all_gather_tp=1)
+            and c.bytes[Collective("all_gather", "tp")] == 4 * 6 * 4
+        )
 
 
 class Watch(TorchDispatchMode):
-    """Records the placements of every DTensor an operation takes and the local shape of all it makes."""
+    """Records the placements of every DTensor an operation takes and the local shape of all it
+    makes."""
 
     def __init__(self):
         super().__init__()
         self.placements, self.shapes = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, DTensor)]
+        tensors = [
+            a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, DTensor)
+        ]
         self.placements |= {type(p).__name__ for t in tensors for p in t.placements}
         if tensors:
             return NotImplemented
         out = func(*args, **(kwargs or {}))
-        outs = [one_rank(t) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        outs = [
+            one_rank(t) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)
+        ]
         self.shapes |= {tuple(n if isinstance(n, int) else -1 for n in t.shape) for t in outs}
         return out
 
@@ -126,7 +149,10 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=3,tp=2", "dp_replicate=2,dp=2,tp=2"])
 @pytest.mark.parametrize("zero", [1, 3])
 def test_no_strided_shard_anywhere(mesh, zero):
-    config, shape = model_config(mesh, 2, zero=zero, batch=12, qk_norm=True, steps=1), MeshShape.parse(mesh)
+    config, shape = (
+        model_config(mesh, 2, zero=zero, batch=12, qk_norm=True, steps=1),
+        MeshShape.parse(mesh),
+    )
     with simulated(shape) as device_mesh, Watch() as seen:
         train(Layout(device_mesh, rules_for(zero)), shape, config)
     assert seen.placements <= {"Shard", "Replicate", "Partial"} and "Shard" in seen.placements
@@ -146,14 +172,19 @@ def test_the_watch_sees_a_strided_shard():
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp=2"])
 def test_logits_of_the_whole_batch_never_exist(mesh):
-    """With T tokens a rank, V words and chunks of C < T tokens: nothing is [T, V] or [T, V / tp]."""
+    """With T tokens a rank, V words and chunks of C < T tokens: nothing is [T, V] or [T, V /
+    tp]."""
     from dtron.layers.cross_entropy import Loss, cross_entropy
 
     shape = MeshShape.parse(mesh)
     t, v, c = 40, 94, 8
     with simulated(shape) as device_mesh:
         layout = Layout(device_mesh, rules_for(1))
-        x = layout.shard(torch.randn(t * shape.dp, 6), "tokens_sp", "act_embed").detach().requires_grad_()
+        x = (
+            layout.shard(torch.randn(t * shape.dp, 6), "tokens_sp", "act_embed")
+            .detach()
+            .requires_grad_()
+        )
         w = (
             layout.gather(layout.shard(torch.randn(v, 6), "vocab", "embed"), "vocab", "embed")
             .detach()
@@ -175,12 +206,15 @@ class Recording(Layout):
     def gather(self, w, *axes, **named):
         out = super().gather(w, *axes, **named)
         if out is not w and w.ndim > 1:
-            self.rules["_gathered"].append(StorageWeakRef(one_rank(out.to_local()).untyped_storage()))
+            self.rules["_gathered"].append(
+                StorageWeakRef(one_rank(out.to_local()).untyped_storage())
+            )
         return out
 
 
 def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
-    """How many gathered weights there were in a forward, and how many are alive before its backward."""
+    """How many gathered weights there were in a forward, and how many are alive before its
+    backward."""
     config = model_config("dp=2", 2, zero=3, batch=4, layers=2, tied=False)
     m, spec = config.model, declare_model(config.model)
     with simulated(MeshShape(dp=2)) as mesh:

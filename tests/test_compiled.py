@@ -35,7 +35,9 @@ from dtron.training.optimizer import adam_init, adam_update
 from dtron.training.pipeline import one_stage, program
 
 ONE = Layout()
-BLOCK = replace(MODEL, layers=1)  # compiling takes seconds a layer, and on real ranks all of them do it
+BLOCK = replace(
+    MODEL, layers=1
+)  # compiling takes seconds a layer, and on real ranks all of them do it
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
 
@@ -62,8 +64,11 @@ def step(functions, model, count: int = 2, packed: bool = False):
     "choices", [{}, {"norm": "layernorm", "activation": "gelu", "bias": True, "window": 5}]
 )
 def test_gradients_are_those_of_eager(recompute, choices):
-    """Known silent error of a torch we support: gradients of exactly zero from a compiled custom function."""
-    model = replace(MODEL if recompute == "full" else BLOCK, **choices)  # two that are recomputed apart
+    """Known silent error of a torch we support: gradients of exactly zero from a compiled custom
+    function."""
+    model = replace(
+        MODEL if recompute == "full" else BLOCK, **choices
+    )  # two that are recomputed apart
     want_loss, want = step(program(model, ONE, ComputeConfig(recompute)), model)
     got_loss, got = step(
         compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager"), model
@@ -93,7 +98,9 @@ def test_a_budget_bounds_what_is_kept_for_backward():
 def test_a_compiled_stage_that_is_another_is_noticed():
     """The comparison above can fail: with another epsilon in the compiled stage alone, it does."""
     _, want = step(program(BLOCK, ONE), BLOCK)
-    _, got = step(compiled(program(replace(BLOCK, norm_eps=1e-3), ONE), ONE, backend="aot_eager"), BLOCK)
+    _, got = step(
+        compiled(program(replace(BLOCK, norm_eps=1e-3), ONE), ONE, backend="aot_eager"), BLOCK
+    )
     with pytest.raises(AssertionError):
         torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
 
@@ -101,8 +108,12 @@ def test_a_compiled_stage_that_is_another_is_noticed():
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_flex_in_a_compiled_stage(recompute):
     """Every microbatch has its own documents, and nothing is compiled twice for that."""
-    want_loss, want = step(program(HARD, ONE, ComputeConfig(attention="reference")), HARD, packed=True)
-    functions = compiled(program(HARD, ONE, ComputeConfig(recompute, "flex")), ONE, backend="aot_eager")
+    want_loss, want = step(
+        program(HARD, ONE, ComputeConfig(attention="reference")), HARD, packed=True
+    )
+    functions = compiled(
+        program(HARD, ONE, ComputeConfig(recompute, "flex")), ONE, backend="aot_eager"
+    )
     with flex_on_cpu():
         got_loss, got = step(functions, HARD, packed=True)
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -119,7 +130,8 @@ def test_flex_in_a_compiled_stage(recompute):
     ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
 )
 def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
-    """Not in every layer, and never again in backward; and selective recomputation keeps what flex made."""
+    """Not in every layer, and never again in backward; and selective recomputation keeps what flex
+    made."""
     graphs = []
 
     def note(graph, _):
@@ -130,12 +142,16 @@ def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
     for layers in (1, 2):
         m = replace(HARD, layers=layers)
         functions = compiled(
-            program(m, ONE, ComputeConfig(recompute, "flex")), ONE, backend=aot_autograd(fw_compiler=note)
+            program(m, ONE, ComputeConfig(recompute, "flex")),
+            ONE,
+            backend=aot_autograd(fw_compiler=note),
         )
         with flex_on_cpu():
             step(functions, m, count=1, packed=True)
         forward, backward = graphs
-        assert forward.count("flex_attention") == backward.count("flex_attention_backward") == layers
+        assert (
+            forward.count("flex_attention") == backward.count("flex_attention_backward") == layers
+        )
         assert backward.count("flex_attention") == layers * forward_again
         assert not any("sort" in op for op in backward)
         sorts.append(sum("sort" in op for op in forward))  # that is how torch orders a row's blocks
@@ -155,7 +171,9 @@ def test_code_from_the_cache_finds_its_operators():
         compiled(program, Of(mesh=Of(device_type="cuda", ndim=0)))
         assert (before, found()) == (False, True), (before, found())
     """
-    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -164,7 +182,9 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
     found = []
     monkeypatch.setattr(dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: copied)
     monkeypatch.setattr(
-        dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
+        dtron.training.compiled_stage,
+        "jit",
+        lambda fn, **how: found.append(how.get("options")) or fn,
     )
     only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
     compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
@@ -177,15 +197,21 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
     """Over two axes one after the other inductor moves what it can."""
     found = []
     monkeypatch.setattr(dtron.training.compiled_stage, "_carried", lambda mesh: alone)
-    monkeypatch.setattr(dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: ["the group"])
     monkeypatch.setattr(
-        dtron.training.compiled_stage, "jit", lambda fn, **how: found.append(how.get("options")) or fn
+        dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: ["the group"]
+    )
+    monkeypatch.setattr(
+        dtron.training.compiled_stage,
+        "jit",
+        lambda fn, **how: found.append(how.get("options")) or fn,
     )
     only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
     compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True)
     options = next(filter(None, found))
     assert ("post_grad_custom_post_pass" in options) == (alone is not None)
-    assert ("aten_distributed_optimizations.enable_overlap_scheduling" in options) == (alone is None)
+    assert ("aten_distributed_optimizations.enable_overlap_scheduling" in options) == (
+        alone is None
+    )
 
 
 IN_ORDER = """
@@ -239,8 +265,9 @@ IN_ORDER = """
 
 
 def test_stages_that_gather_more_than_weights_are_put_in_order():
-    """Recomputed tokens, router weights, keys and values, made of elementwise operators alone, are gathered
-    over the same group, and used elsewhere too. The other ranks are not there: nothing is sent."""
+    """Recomputed tokens, router weights, keys and values, made of elementwise operators alone, are
+    gathered over the same group, and used elsewhere too. The other ranks are not there: nothing is
+    sent."""
     where = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
     done = subprocess.run(
         [sys.executable, "-c", dedent(IN_ORDER)], capture_output=True, text=True, timeout=300,
@@ -266,7 +293,9 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         opt = adam_init(params)
         for number in range(3):
             g = torch.Generator().manual_seed(number)
-            draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(gradients_dtype)
+            draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(
+                gradients_dtype
+            )
             params, opt = adam_update(
                 tree_map(draw, params), opt, params, spec, 0.1 / (number + 1), 0.7, config, rule
             )
@@ -274,16 +303,24 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
     (a, a_opt), (b, b_opt) = states
     assert a_opt.step == b_opt.step == 3
     for x, y in zip(
-        (*flat(a), *flat(a_opt.m), *flat(a_opt.v)), (*flat(b), *flat(b_opt.m), *flat(b_opt.v)), strict=True
+        (*flat(a), *flat(a_opt.m), *flat(a_opt.v)),
+        (*flat(b), *flat(b_opt.m), *flat(b_opt.v)),
+        strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
 def steps_on_pool(
-    mesh: str, zero: int, backend: str | None, path: str = "auto", cp: str = "ring", recompute: str = "none"
+    mesh: str,
+    zero: int,
+    backend: str | None,
+    path: str = "auto",
+    cp: str = "ring",
+    recompute: str = "none",
 ) -> list[float]:
-    """A job for the pool: three steps, with the stage compiled for this backend or not; with the hard mask
-    where a path is given. Weights are cast where they are gathered, and gradients where they are reduced."""
+    """A job for the pool: three steps, with the stage compiled for this backend or not; with the
+    hard mask where a path is given. Weights are cast where they are gathered, and gradients where
+    they are reduced."""
     torch.compiler.reset()  # or jobs before this one would count as recompilations
     shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
@@ -293,10 +330,14 @@ def steps_on_pool(
     functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     opt, found = adam_init(params), []
-    with flex_on_cpu() if path == "flex" else nullcontext():  # which forgets at its end what was compiled
+    with (
+        flex_on_cpu() if path == "flex" else nullcontext()
+    ):  # which forgets at its end what was compiled
         for _ in range(3):
             documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
-            batches = [make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)]
+            batches = [
+                make_batch(r, layout, d) for r, d in zip(ROWS.chunk(2), documents, strict=True)
+            ]
             loss, grads, _ = gradients(functions, params, batches, 64, pipe, zero)
             found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
             params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
@@ -322,25 +363,28 @@ def eager_on_pool(pool, *how) -> list[list[float]]:
     ],
 )
 def test_sharded_stages_compile_too(pool, mesh, zero):
-    """DTensors in the trace, local kernels and collectives out of it; on real ranks. The tracer looks at the
-    backward of a custom function before it knows where gradients lie; one that decides there by what it is
-    shown forgets to sum them."""
+    """DTensors in the trace, local kernels and collectives out of it; on real ranks. The tracer
+    looks at the backward of a custom function before it knows where gradients lie; one that decides
+    there by what it is shown forgets to sum them."""
     want = eager_on_pool(pool, mesh, zero, None)
     got = pool.run(steps_on_pool, mesh, zero, "aot_eager")
-    assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
+    assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(
+        want[-1], rel=1e-12
+    )
 
 
 @pytest.mark.xdist_group("pool")
 def test_a_budget_holds_where_groups_are_in_the_graph(pool):
-    """The partitioner of torch 2.13 counts what is kept, and does not know what a process group takes."""
+    """The partitioner of torch 2.13 counts what is kept, and does not know what a process group
+    takes."""
     how = "aot_eager_decomp_partition", "auto", "ring", "budget=0.5"
     got = pool.run(steps_on_pool, "dp=2,tp=2", 3, *how)[0]
     assert got == pytest.approx(eager_on_pool(pool, "dp=2,tp=2", 3, None)[0], rel=1e-4)
 
 
 def collectives(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
-    """How many collectives of each kind one step is, seen from outside. Of one rank of the mesh: it asks for
-    as many where the others are not there."""
+    """How many collectives of each kind one step is, seen from outside. Of one rank of the mesh: it
+    asks for as many where the others are not there."""
     torch.compiler.reset()
     with simulated(MeshShape.parse(mesh)) as devices:
         pass  # the mesh outlives its simulation
@@ -354,7 +398,9 @@ def collectives(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         step()
     kinds = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-    found = {e.key.partition("::")[2]: e.count for e in p.key_averages() if "c10d_functional::" in e.key}
+    found = {
+        e.key.partition("::")[2]: e.count for e in p.key_averages() if "c10d_functional::" in e.key
+    }
     return {kind: found.get(kind, 0) for kind in kinds}
 
 
@@ -375,17 +421,19 @@ def test_a_compiled_step_communicates_what_an_eager_one_does():
     ],
 )
 def test_attention_over_cp_compiles(pool, cp, path):
-    """With its exchanges, in one graph; and backward exchanges too: a custom function whose gradients a
-    compiler takes for zero, or a rank's own, is another loss in the next step."""
+    """With its exchanges, in one graph; and backward exchanges too: a custom function whose
+    gradients a compiler takes for zero, or a rank's own, is another loss in the next step."""
     mesh = "dp=2,cp=2" if path == "auto" else "cp=4"
     want = pool.run(steps_on_pool, mesh, 3, None, path, cp)
     got = pool.run(steps_on_pool, mesh, 3, "aot_eager", path, cp)
-    assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(want[-1], rel=1e-12)
+    assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(
+        want[-1], rel=1e-12
+    )
 
 
 def test_compiled_blocks_gather_again_in_backward():
-    """Under ZeRO-3 no gathered weight is kept for backward, by a compiler's choice least of all; 2 gathers
-    once a step."""
+    """Under ZeRO-3 no gathered weight is kept for backward, by a compiler's choice least of all; 2
+    gathers once a step."""
     two, three = (collectives("dp=2,tp=2", zero, "aot_eager") for zero in (2, 3))
     matrices = sum(w.decays for w in flat(one_stage(BLOCK, 1, ONE).spec[0].blocks))
     assert three.pop("all_gather_into_tensor") - two.pop("all_gather_into_tensor") == matrices > 0

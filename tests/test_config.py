@@ -18,16 +18,39 @@ from dtron.runtime.validate import check, check_attention, microbatches
 @pytest.mark.parametrize(
     ("values", "message", "remedy"),
     [
-        ({"mesh": "tp=3"}, "model.heads=8 over tp=3.*use tp=2 or --model.heads 9", {"mesh": "tp=2"}),
-        ({"mesh": "tp=8"}, "model.kv_heads=4 over tp=8.*use tp=4 or --model.kv-heads 8", {"kv_heads": 8}),
-        ({"mesh": "dp=3,tp=2", "mlp": 7}, "model.mlp=7 over tp=2.*use tp=1 or --model.mlp 8", {"mlp": 8}),
-        ({"mesh": "tp=2", "sequence": 15}, "sequence=15 over tp=2.*--data.sequence 16", {"sequence": 16}),
+        (
+            {"mesh": "tp=3"},
+            "model.heads=8 over tp=3.*use tp=2 or --model.heads 9",
+            {"mesh": "tp=2"},
+        ),
+        (
+            {"mesh": "tp=8"},
+            "model.kv_heads=4 over tp=8.*use tp=4 or --model.kv-heads 8",
+            {"kv_heads": 8},
+        ),
+        (
+            {"mesh": "dp=3,tp=2", "mlp": 7},
+            "model.mlp=7 over tp=2.*use tp=1 or --model.mlp 8",
+            {"mlp": 8},
+        ),
+        (
+            {"mesh": "tp=2", "sequence": 15},
+            "sequence=15 over tp=2.*--data.sequence 16",
+            {"sequence": 16},
+        ),
         ({"sequence": 2049}, "data.sequence=2049.*2048 or --model.context 2049", {"context": 2049}),
-        ({"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
-         "model.vocab=4 over tp=3.*use --model.vocab-multiple 3", {"vocab_multiple": 3}),
-        ({"mesh": "cp=2", "sequence": 18}, "sequence=18 over cp=2.*--data.sequence 20", {"sequence": 20}),
+        (
+            {"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
+            "model.vocab=4 over tp=3.*use --model.vocab-multiple 3",
+            {"vocab_multiple": 3},
+        ),
+        (
+            {"mesh": "cp=2", "sequence": 18},
+            "sequence=18 over cp=2.*--data.sequence 20",
+            {"sequence": 20},
+        ),
     ],
-)  # fmt: skip
+)
 def test_check(values, message, remedy):
     """Every error has the value and a remedy, and the remedy helps."""
     run = lambda mesh="", sequence=24, **m: check(ModelConfig(**m), MeshShape.parse(mesh), sequence)
@@ -39,10 +62,28 @@ def test_check(values, message, remedy):
 @pytest.mark.parametrize(
     ("path", "model", "dtype", "device", "message"),
     [
-        ("sdpa", {"softcap": 30.0}, torch.float32, "cpu", "sdpa with model.softcap=30.0: .*no soft-cap"),
-        ("sdpa", {"sinks": True}, torch.bfloat16, "cuda:0", "sdpa with model.sinks=True: .*no sinks"),
+        (
+            "sdpa",
+            {"softcap": 30.0},
+            torch.float32,
+            "cpu",
+            "sdpa with model.softcap=30.0: .*no soft-cap",
+        ),
+        (
+            "sdpa",
+            {"sinks": True},
+            torch.bfloat16,
+            "cuda:0",
+            "sdpa with model.sinks=True: .*no sinks",
+        ),
         ("flex", {}, torch.float32, "cpu", "flex with device=cpu: .*no backward"),
-        ("flex", {"head_dim": 8}, torch.bfloat16, "cuda:0", "flex with model.head_dim=8: .*16 and more"),
+        (
+            "flex",
+            {"head_dim": 8},
+            torch.bfloat16,
+            "cuda:0",
+            "flex with model.head_dim=8: .*16 and more",
+        ),
         ("flex", {}, torch.float64, "cuda:0", "flex with dtype=float64: .*float32"),
     ],
 )
@@ -51,14 +92,19 @@ def test_a_path_of_attention_that_cannot(path, model, dtype, device, message):
         check_attention(path, ModelConfig(**model), dtype, device)
     for able in ("auto", "reference"):
         check_attention(able, ModelConfig(**model), dtype, device)
-    check_attention("flex", ModelConfig(softcap=1.0, sinks=True, window=3), torch.bfloat16, "cuda:0")
+    check_attention(
+        "flex", ModelConfig(softcap=1.0, sinks=True, window=3), torch.bfloat16, "cuda:0"
+    )
     check_attention("sdpa", ModelConfig(window=3), torch.float64, "cpu")
 
 
 @given(
-    batch=st.integers(1, 60), micro_batch=st.none() | st.integers(1, 9),
-    mesh=st.builds(MeshShape, dp_replicate=st.integers(1, 3), dp=st.integers(1, 4), tp=st.integers(1, 2)),
-)  # fmt: skip
+    batch=st.integers(1, 60),
+    micro_batch=st.none() | st.integers(1, 9),
+    mesh=st.builds(
+        MeshShape, dp_replicate=st.integers(1, 3), dp=st.integers(1, 4), tp=st.integers(1, 2)
+    ),
+)
 def test_microbatches(batch, micro_batch, mesh):
     """They make up the batch exactly; or the error names a batch that they can."""
     ranks = mesh.dp_replicate * mesh.dp
@@ -73,7 +119,9 @@ def test_microbatches(batch, micro_batch, mesh):
 
 
 def test_microbatches_suggest_the_nearest_batch():
-    with pytest.raises(ValueError, match="use --batch 9"):  # 3 ranks; 6 would do too, but 9 is nearer
+    with pytest.raises(
+        ValueError, match="use --batch 9"
+    ):  # 3 ranks; 6 would do too, but 9 is nearer
         microbatches(8, None, MeshShape(dp=3))
 
 
@@ -100,7 +148,11 @@ def test_mesh_text(text, world, want):
 @pytest.mark.parametrize(
     ("text", "world", "message"),
     [
-        ("xp=2", None, "'xp=2': unknown axis 'xp'; the axes are pp, dp_replicate, dp, cp, tp, ep, etp"),
+        (
+            "xp=2",
+            None,
+            "'xp=2': unknown axis 'xp'; the axes are pp, dp_replicate, dp, cp, tp, ep, etp",
+        ),
         ("4", None, "unknown axis '4'.*as in dp=2,tp=2"),
         ("tp=2,tp=2", None, "'tp=2,tp=2': axis 'tp' is given twice; write it once"),
         ("tp=0", None, "tp has size '0'.*positive integer, as in tp=2"),
@@ -134,5 +186,7 @@ def test_bad_mesh_text(text, world, message):
 )
 def test_a_backward_is_in_halves_where_blocks_gather_nothing(mesh, experts, zero, halves):
     model = ModelConfig(moe=MoEConfig(experts=experts, top_k=2)) if experts else ModelConfig()
-    config = RunConfig(mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch"))
+    config = RunConfig(
+        mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch")
+    )
     assert config.splits(MeshShape.parse(mesh)) == halves

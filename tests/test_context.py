@@ -1,5 +1,5 @@
-"""Context parallelism: one step on ranks that have parts of sequences is one device's; mutants of every
-piece; and what it sends, to the byte."""
+"""Context parallelism: one step on ranks that have parts of sequences is one device's; mutants of
+every piece; and what it sends, to the byte."""
 
 from __future__ import annotations
 
@@ -38,13 +38,18 @@ from dtron.training.pipeline import one_stage
 METHODS = ("ring", "allgather", "ulysses")
 
 
-def configured(mesh: str, method: str = "ring", group: int = 2, kv: int = 1, **choices) -> RunConfig:
+def configured(
+    mesh: str, method: str = "ring", group: int = 2, kv: int = 1, **choices
+) -> RunConfig:
     """Whose kv heads are ``kv`` a rank, under ulysses a multiple of cp."""
     shape = MeshShape.parse(mesh)
     heads = kv * shape.tp * (shape.cp if method == "ulysses" else 1)
     documents = choices.pop("documents", False)
     sequence = sequence_unit(shape, zigzag=True) * math.ceil(12 / sequence_unit(shape, zigzag=True))
-    choices = dict(heads=heads * group, kv_heads=heads, context=64, batch=2 * shape.data, cp=method) | choices
+    choices = (
+        dict(heads=heads * group, kv_heads=heads, context=64, batch=2 * shape.data, cp=method)
+        | choices
+    )
     data = DataConfig(sequence=sequence, document_mask=documents)
     return replace(model_config(mesh, 1, **choices), data=data)
 
@@ -90,7 +95,9 @@ def test_the_fused_ring_on_three_ranks(zigzag):
 
 
 def test_with_a_pipeline():
-    assert_same_step(configured("pp=2,cp=2", layers=2, batch=4, micro_batch=1, zero=3, documents=True))
+    assert_same_step(
+        configured("pp=2,cp=2", layers=2, batch=4, micro_batch=1, zero=3, documents=True)
+    )
 
 
 # ---- mutants
@@ -134,28 +141,54 @@ def unsummed_gradients():
 MUTANTS = {
     "positions left in order": ({}, changed("positions_T"), None),
     "targets left in order": ({}, changed("targets_T"), None),
-    "documents ignored": ({"documents": True}, mock.patch.object(
-        ring_attention, "attention_and_lse", lambda q, k, v, documents, *rest: attention_and_lse(q, k, v, None, *rest)
-    ), None),
-    "a merge without rescaling": ({}, mock.patch.object(ring_attention, "merge", merged_without_rescaling), None),
+    "documents ignored": (
+        {"documents": True},
+        mock.patch.object(
+            ring_attention,
+            "attention_and_lse",
+            lambda q, k, v, documents, *rest: attention_and_lse(q, k, v, None, *rest),
+        ),
+        None,
+    ),
+    "a merge without rescaling": (
+        {},
+        mock.patch.object(ring_attention, "merge", merged_without_rescaling),
+        None,
+    ),
     "a block too many skipped": (
-        {}, mock.patch.object(ContextParallelMask, "later", property(lambda c: torch.ones(2, dtype=torch.bool))), None
+        {},
+        mock.patch.object(
+            ContextParallelMask, "later", property(lambda c: torch.ones(2, dtype=torch.bool))
+        ),
+        None,
     ),
     "a block too few skipped": (
-        {}, mock.patch.object(ContextParallelMask, "later", property(lambda c: torch.zeros(2, dtype=torch.bool))), None
+        {},
+        mock.patch.object(
+            ContextParallelMask, "later", property(lambda c: torch.zeros(2, dtype=torch.bool))
+        ),
+        None,
     ),
-    "pairs of the wrong half": ({}, mock.patch.object(ring_attention, "_pairs", lambda x, late, first: torch.cat(
-        [x.chunk(2, dim=2)[first], x.chunk(2, dim=2)[1]]
-    )), None),
+    "pairs of the wrong half": (
+        {},
+        mock.patch.object(
+            ring_attention,
+            "_pairs",
+            lambda x, late, first: torch.cat([x.chunk(2, dim=2)[first], x.chunk(2, dim=2)[1]]),
+        ),
+        None,
+    ),
     "keys that never come": ({}, forgets(1), None),
     "keys that never come in backward": ({}, forgets(2), None),
     "gradients of keys that never come home": ({}, forgets(3), None),
     "gathered gradients not summed": ({"method": "allgather"}, unsummed_gradients(), None),
     "a row out of order": ({"method": "ulysses", "zigzag": "on"}, changed("zigzag"), None),
     "the wrong rank's sinks": (
-        {"method": "ulysses", "sinks": True}, None, lambda layout: ShiftedPlaces(layout.mesh, layout.rules)
+        {"method": "ulysses", "sinks": True},
+        None,
+        lambda layout: ShiftedPlaces(layout.mesh, layout.rules),
     ),
-}  # fmt: skip
+}
 
 
 class ShiftedPlaces(Layout):
@@ -179,8 +212,8 @@ def test_mutants(name):
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 @pytest.mark.parametrize(("mesh", "recompute"), [("dp=2,cp=2", "none"), ("cp=3", "full")])
 def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attention):
-    """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's. (ZeRO 0,
-    because what gathers weights over dp does it over cp.)"""
+    """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's.
+    (ZeRO 0, because what gathers weights over dp does it over cp.)"""
     shape = MeshShape.parse(mesh)
     config = configured(mesh, method, kv=2, attention=attention, recompute=recompute, zero=0)
     m, n, again = config.model, shape.cp, 2 if recompute == "full" else 1
@@ -188,11 +221,14 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
     tokens = config.batch * config.data.sequence // shape.data // n  # of one rank
     kv, q = 8 * tokens * 2 * m.kv_heads * m.head_dim, 8 * tokens * m.heads * m.head_dim
     moved = {
-        kind: got.bytes[Collective(kind, "cp")] for kind in ("all_to_all", "all_gather", "reduce_scatter")
+        kind: got.bytes[Collective(kind, "cp")]
+        for kind in ("all_to_all", "all_gather", "reduce_scatter")
     }
     count = {kind: got.count[Collective(kind, "cp")] for kind in moved}
     if method == "ring":
-        back = 2 if attention == "auto" else 1  # keys again, and gradients; written out, keys were kept
+        back = (
+            2 if attention == "auto" else 1
+        )  # keys again, and gradients; written out, keys were kept
         hops = (again + back) * (n - 1)
         assert moved == {"all_to_all": hops * kv, "all_gather": 0, "reduce_scatter": 0}
         assert count["all_to_all"] == hops
@@ -200,14 +236,18 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
         assert moved == {"all_to_all": 0, "all_gather": again * n * kv, "reduce_scatter": n * kv}
         assert count == {"all_to_all": 0, "all_gather": again, "reduce_scatter": 1}
     else:
-        assert moved == {"all_to_all": (again + 1) * (2 * q + kv), "all_gather": 0, "reduce_scatter": 0}
+        assert moved == {
+            "all_to_all": (again + 1) * (2 * q + kv),
+            "all_gather": 0,
+            "reduce_scatter": 0,
+        }
         assert count["all_to_all"] == 2 * (again + 1)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_nothing_else_goes_over_cp_but_weights_and_their_gradients(zero, monkeypatch):
-    """Which are those that go over dp; at stage 0, over a replica of the whole mesh too. One by one, because
-    not all that can be cut by dp into equal pieces can be by both."""
+    """Which are those that go over dp; at stage 0, over a replica of the whole mesh too. One by
+    one, because not all that can be cut by dp into equal pieces can be by both."""
     monkeypatch.setattr(bucketing, "SMALL", 0)
     config = configured("dp=2,cp=2", zero=zero, documents=True)
     over = lambda mesh, axis: {
@@ -239,12 +279,20 @@ CP_MODEL = replace(MODEL, heads=8, kv_heads=4)
 )
 def test_real_ranks_have_the_losses_of_one_device(pool, mesh, method):
     config = RunConfig(
-        model=CP_MODEL, data=DataConfig(sequence=16), batch=8, steps=2, seed=3, cp=method, micro_batch=2
+        model=CP_MODEL,
+        data=DataConfig(sequence=16),
+        batch=8,
+        steps=2,
+        seed=3,
+        cp=method,
+        micro_batch=2,
     )
     want = train(Layout(), MeshShape(), config)
     losses, norms, initial = pool.run(on_pool, mesh, config)[0]
     assert initial == want.initial or "pp" in mesh
-    assert losses == pytest.approx(want.losses, rel=1e-5) and norms == pytest.approx(want.norms, rel=1e-4)
+    assert losses == pytest.approx(want.losses, rel=1e-5) and norms == pytest.approx(
+        want.norms, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,7 +306,13 @@ def test_real_ranks_have_the_losses_of_one_device(pool, mesh, method):
             32,
         ),
         ("cp=3", 9, "ring", "two parts a rank, so.*multiple of 6; use --data.sequence 12", 12),
-        ("cp=8", 16, "ulysses", "kv_heads=4, which cp must divide; use --cp ring.*--model.kv-heads 8", None),
+        (
+            "cp=8",
+            16,
+            "ulysses",
+            "kv_heads=4, which cp must divide; use --cp ring.*--model.kv-heads 8",
+            None,
+        ),
         ("cp=2,tp=4", 16, "ulysses", "a rank has 1 of .*--model.kv-heads 8", None),
     ],
 )
@@ -304,4 +358,6 @@ def test_fp8_over_cp_follows_one_device():
     )  # fmt: skip
     want = train(Layout(), MeshShape(), config).losses
     assert simulate("cp=2", config).losses == pytest.approx(want, rel=1e-4)
-    assert train(Layout(), MeshShape(), replace(config, fp8="none")).losses != pytest.approx(want, rel=1e-4)
+    assert train(Layout(), MeshShape(), replace(config, fp8="none")).losses != pytest.approx(
+        want, rel=1e-4
+    )

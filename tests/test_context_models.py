@@ -1,5 +1,5 @@
-"""Context parallelism with what models are made of beside plain attention: experts on any ranks of cp, latent
-attention, tokens further ahead; one step is one device's, and mutants are caught."""
+"""Context parallelism with what models are made of beside plain attention: experts on any ranks of
+cp, latent attention, tokens further ahead; one step is one device's, and mutants are caught."""
 
 from __future__ import annotations
 
@@ -64,13 +64,19 @@ def test_experts(mesh, choices):
 @settings(max_examples=25)
 @given(
     mesh=expert_meshes(8).filter(lambda mesh: "cp" in mesh),
-    method=st.sampled_from(["ring", "allgather", "ulysses"]), zigzag=st.sampled_from(["on", "off"]),
-    documents=st.booleans(), attention=st.sampled_from(["auto", "reference"]),
-    zero=st.sampled_from([0, 1, 2, 3]), recompute=st.sampled_from(["none", "selective", "full"]),
-    aux_level=st.sampled_from(["micro_batch", "sequence", "global_batch"]), balanced=st.booleans(),
-    latent=st.booleans(), depth=st.sampled_from([0, 1]), seed=st.integers(0, 99),
+    method=st.sampled_from(["ring", "allgather", "ulysses"]),
+    zigzag=st.sampled_from(["on", "off"]),
+    documents=st.booleans(),
+    attention=st.sampled_from(["auto", "reference"]),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+    aux_level=st.sampled_from(["micro_batch", "sequence", "global_batch"]),
+    balanced=st.booleans(),
+    latent=st.booleans(),
+    depth=st.sampled_from([0, 1]),
+    seed=st.integers(0, 99),
     dispatch=st.sampled_from(["auto", "static", "allgather"]),
-)  # fmt: skip
+)
 def test_any_mesh(mesh, latent, depth, **choices):
     config = of_experts(mesh, **choices)
     model = replace(config.model, mtp=MTPConfig(depth, 0.7))
@@ -176,7 +182,8 @@ def ahead(mesh: str, depth: int = 2, **choices) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "choices"), [("cp=2", {}), ("cp=2,tp=2", {"method": "ulysses", "zigzag": "on", "zero": 3})]
+    ("mesh", "choices"),
+    [("cp=2", {}), ("cp=2,tp=2", {"method": "ulysses", "zigzag": "on", "zero": 3})],
 )
 def test_tokens_further_ahead(mesh, choices):
     assert_same_step(ahead(mesh, **choices))
@@ -189,17 +196,23 @@ def test_tokens_ahead_left_in_order_are_caught(name):
 
 
 @pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize("mesh", ["cp=4,ep=2", pytest.param("cp=2,tp=2,ep=4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["cp=4,ep=2", pytest.param("cp=2,tp=2,ep=4", marks=pytest.mark.slow)]
+)
 def test_deepseek_in_small_on_real_ranks(pool, mesh):
     experts = MoEConfig(
         8, 2, 16, aux_loss=0.02, bias_rate=1e-3, shared=24, aux_level="sequence", dense_layers=1
     )
     model = replace(CP_MODEL, qk_norm=False, mla=LATENT, moe=experts, mtp=MTPConfig(1, 0.5))
-    config = RunConfig(model=model, data=DataConfig(sequence=16), batch=4, steps=2, seed=3, micro_batch=2)
+    config = RunConfig(
+        model=model, data=DataConfig(sequence=16), batch=4, steps=2, seed=3, micro_batch=2
+    )
     want = train(Layout(), MeshShape(), config)
     for losses, norms, initial in pool.run(on_pool, mesh, config):
         assert initial == want.initial
-        assert losses == pytest.approx(want.losses, rel=1e-5) and norms == pytest.approx(want.norms, rel=1e-4)
+        assert losses == pytest.approx(want.losses, rel=1e-5) and norms == pytest.approx(
+            want.norms, rel=1e-4
+        )
 
 
 def test_one_group_for_cp_however_many_dims():

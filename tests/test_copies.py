@@ -1,5 +1,5 @@
-"""Collectives as copies: on real gloo ranks, with memory that is made known at barriers in place of symmetric
-memory. What is not known at a barrier is not there, as little as on a GPU."""
+"""Collectives as copies: on real gloo ranks, with memory that is made known at barriers in place of
+symmetric memory. What is not known at a barrier is not there, as little as on a GPU."""
 
 from __future__ import annotations
 
@@ -49,11 +49,17 @@ OPS, ATEN = torch.ops._c10d_functional, torch.ops.aten
 
 
 class Snapshots:
-    """A Room whose memory the ranks see as it was at the last barrier. ``raced``: whether what a rank has
-    read since then was written before the next one, so that it could have come too late."""
+    """A Room whose memory the ranks see as it was at the last barrier. ``raced``: whether what a
+    rank has read since then was written before the next one, so that it could have come too
+    late."""
 
     def __init__(self, memory: torch.Tensor):
-        self.memory, self.seen, self.read, self.raced = memory, [torch.zeros_like(memory)] * RANKS, [], False
+        self.memory, self.seen, self.read, self.raced = (
+            memory,
+            [torch.zeros_like(memory)] * RANKS,
+            [],
+            False,
+        )
 
     def barrier(self, channel: int = 0, timeout_ms: int = 0) -> None:
         before, self.seen = self.seen, [torch.empty_like(self.memory) for _ in range(RANKS)]
@@ -62,7 +68,9 @@ class Snapshots:
         self.read = []
 
     def get_buffer(self, rank, sizes, dtype, storage_offset):
-        at = slice(storage_offset * dtype.itemsize, (storage_offset + math.prod(sizes)) * dtype.itemsize)
+        at = slice(
+            storage_offset * dtype.itemsize, (storage_offset + math.prod(sizes)) * dtype.itemsize
+        )
         self.read.append((rank, at))
         return self.seen[rank][at].view(dtype).view(sizes)
 
@@ -71,9 +79,9 @@ MUTANTS = ("unstaged", "unsettled", "other's", "one half", "one place")
 
 
 class Switched(CopyEngineGroup):
-    """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read; nobody says
-    that weights have moved; the wrong part is sent; the stage has one half; what is sent together lies in one
-    place."""
+    """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read;
+    nobody says that weights have moved; the wrong part is sent; the stage has one half; what is
+    sent together lies in one place."""
 
     mode, copied = "copies", 0
 
@@ -117,8 +125,9 @@ def made(group, options) -> Switched:
 
 @cache
 def mesh_of_copies() -> DeviceMesh:
-    """All of the pool's ranks. One for all jobs, under a name of dp that no other test's mesh has: DTensor
-    takes equal meshes for one, and would go on with the groups of that which it saw first."""
+    """All of the pool's ranks. One for all jobs, under a name of dp that no other test's mesh has:
+    DTensor takes equal meshes for one, and would go on with the groups of that which it saw
+    first."""
     dist.Backend.register_backend("switched", made, extended_api=True, devices=["cpu"])
     return init_device_mesh(
         "cpu", (RANKS,), mesh_dim_names=("dp.edp",), backend_override={"dp.edp": "switched"}
@@ -143,14 +152,16 @@ def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
-    """A job for the pool: whether each of some collectives gives what gloo's own gives, and nothing was
-    written too early; and how many of them were copies."""
+    """A job for the pool: whether each of some collectives gives what gloo's own gives, and nothing
+    was written too early; and how many of them were copies."""
     rank, random = dist.get_rank(), torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(1, high, (), generator=random))
     with copying(mode, 2**12) as (_, group):
         world = dist.group.WORLD.group_name
         name, same = group.group_name, []
-        sizes = [(draw(9), draw(9)) for _ in range(4)] + [(64, 48)]  # the last is larger than the stage
+        sizes = [(draw(9), draw(9)) for _ in range(4)] + [
+            (64, 48)
+        ]  # the last is larger than the stage
         dtypes = [torch.float32, torch.bfloat16, torch.int64]
         values = [
             torch.randn(n, m, generator=torch.Generator().manual_seed(seed + rank + 10 * i)).mul(99)
@@ -162,7 +173,8 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
         group.meet(memory)
         rows = [
-            w.repeat(RANKS - 1, 1, 1) + torch.arange(RANKS - 1)[:, None, None] + 9 * rank for w in weights
+            w.repeat(RANKS - 1, 1, 1) + torch.arange(RANKS - 1)[:, None, None] + 9 * rank
+            for w in weights
         ]
         for x in [*weights, *near, *rows]:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(x, RANKS, g)) for g in (world, name)]
@@ -177,7 +189,8 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
             pairs = list(zip(swaps(world), swaps(name), strict=True))[::order]
             same += [torch.equal(*map(OPS.wait_tensor, pair)) for pair in pairs]
         uneven = [[draw(3) for _ in range(RANKS)] for _ in range(RANKS)]  # what each sends to each
-        # Rows of experts that are as many for rank 0 as where pieces of gradients are swapped, for it alone.
+        # Rows of experts that are as many for rank 0 as where pieces of gradients are swapped, for
+        # it alone.
         uneven[0], uneven[1:] = [0] + [1] * (RANKS - 1), [[1, *row[1:]] for row in uneven[1:]]
         sent, received = uneven[rank], [row[rank] for row in uneven]
         x = torch.randn(sum(sent), 3, generator=torch.Generator().manual_seed(rank))
@@ -206,12 +219,15 @@ def test_the_comparison_notices(pool, mutant):
 
 
 def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], bool, int, bool]:
-    """A job for the pool: losses and norms under ZeRO-3 with copies of weights in bfloat16, and whether
-    anything was written too early; how many collectives were copies, and whether weights are in reach."""
+    """A job for the pool: losses and norms under ZeRO-3 with copies of weights in bfloat16, and
+    whether anything was written too early; how many collectives were copies, and whether weights
+    are in reach."""
     model = replace(MODEL, embed=embed)
     config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(sequence=8))
     with copying(mode, 2**16) as (mesh, group):
-        history = train(Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config)
+        history = train(
+            Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config
+        )
         return history.losses, history.norms, group.raced, group.copied, group._near is not None
 
 
@@ -241,7 +257,11 @@ def hidden(graph: Graph) -> dict[str, list[int]]:
     products = [place[n] for n in graph.nodes if n.target in (ATEN.mm.default, ATEN.addmm.default)]
     found: dict[str, list[int]] = {}
     for n in graph.nodes:
-        kind = str(n.target).split(".")[1] if getattr(n.target, "namespace", "") == "_c10d_functional" else ""
+        kind = (
+            str(n.target).split(".")[1]
+            if getattr(n.target, "namespace", "") == "_c10d_functional"
+            else ""
+        )
         outs = [x for out in n.users for x in (out.users if kind.endswith("coalesced") else (out,))]
         if kind and kind != "wait_tensor":
             wait = min(place[x] for x in outs)
@@ -252,11 +272,13 @@ def hidden(graph: Graph) -> dict[str, list[int]]:
 BLOCK = replace(MODEL, layers=1)
 
 
-def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[list[float]], dict[str, list]]:
-    """A job for the pool: losses and norms of weights of three steps under ZeRO-3, compiled, for each of
-    these runs: its mode, and whether it is of the graphs as they were ("plain") or of those whose collectives
-    were put in order ("ahead", ``bucket`` bytes of weights). And what the graphs of both kinds hide. All is
-    traced once."""
+def compiled_on_pool(
+    runs: list[tuple[str, str]], bucket: int
+) -> tuple[list[list[float]], dict[str, list]]:
+    """A job for the pool: losses and norms of weights of three steps under ZeRO-3, compiled, for
+    each of these runs: its mode, and whether it is of the graphs as they were ("plain") or of those
+    whose collectives were put in order ("ahead", ``bucket`` bytes of weights). And what the graphs
+    of both kinds hide. All is traced once."""
     torch.compiler.reset()
     graphs, chosen, rows = {"plain": [], "ahead": []}, [""], torch.arange(8 * 17).view(8, 17) % 61
 
@@ -274,9 +296,14 @@ def compiled_on_pool(runs: list[tuple[str, str]], bucket: int) -> tuple[list[lis
         with copying(mode, 2**16) as (mesh, _):
             layout = Layout(mesh, rules_for(3), compute=torch.bfloat16)
             pipe = one_stage(BLOCK, 1, layout)
-            functions = functions or compiled(program(BLOCK, layout, splits=False), layout, backend=backend)
+            functions = functions or compiled(
+                program(BLOCK, layout, splits=False), layout, backend=backend
+            )
             params = init(pipe.spec, BLOCK.dims(), 0, layout)
-            opt, found = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute), []
+            opt, found = (
+                with_compute_copies(adam_init(params), params, pipe.spec, layout.compute),
+                [],
+            )
             step = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3))
             for _ in range(3):
                 loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
@@ -301,7 +328,8 @@ def test_a_compiled_stage_in_order_is_the_same_to_the_last_bit(pool):
 
 
 class Stream:
-    """A stream that writes down what it waits for. Its events are how many copies there were before."""
+    """A stream that writes down what it waits for. Its events are how many copies there were
+    before."""
 
     copies = 0
 
@@ -361,9 +389,14 @@ def test_nothing_is_carried_where_there_is_no_mesh():
 
 
 def test_weights_gathered_over_one_group_alone(monkeypatch):
-    """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over both."""
-    alone = lambda *names: dtron.training.compiled_stage._carried(SimpleNamespace(mesh_dim_names=names))
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"])
+    """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over
+    both."""
+    alone = lambda *names: dtron.training.compiled_stage._carried(
+        SimpleNamespace(mesh_dim_names=names)
+    )
+    monkeypatch.setattr(
+        dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"]
+    )
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: [])
     assert alone("dp", "tp") is None and dtron.training.compiled_stage._carried(None) is None
@@ -375,7 +408,11 @@ def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     axes = lambda shape: zero_axes(tuple(shape.atoms))
     found = lambda mesh: set(backends(s := MeshShape.parse(mesh), "cuda", axes(s)) or ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert found("dp=8") == {"dp"} and found("dp=4,cp=2") == {"dp", "cp"} and found("dp=2,tp=4") == {"dp"}
+    assert (
+        found("dp=8") == {"dp"}
+        and found("dp=4,cp=2") == {"dp", "cp"}
+        and found("dp=2,tp=4") == {"dp"}
+    )
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
     assert backends(MeshShape.parse("dp=8"), "cpu", ["dp"]) is None

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.xdist_group("program")
 
 MANY = ["--simulate", "--mesh=dp=2", "--zero=3", "--micro-batch=1"]
 CHATS = [
-    [{"role": "user", "content": f"{a} plus {b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]
+    [
+        {"role": "user", "content": f"{a} plus {b}?"},
+        {"role": "assistant", "content": f"It is {a + b}."},
+    ]
     for a in range(12)
     for b in range(12)
 ]
@@ -29,7 +32,9 @@ CHATS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = corpus(tmp_path_factory.mktemp("data")).parent
-    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in CHATS))
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps({"messages": talk}) + "\n" for talk in CHATS)
+    )
     (folder / "notes.txt").write_text("".join(TEXTS[:90]).replace("return", "yield"))
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
@@ -54,10 +59,19 @@ KINDS = {
     "indexed, masked": ["--data.path=tokens.idx", "--data.document-mask", "--data.split=8,2"],
     "fitted": ["--data.path=tokens", "--data.packing=best-fit"],
     "text, fitted": ["--data.packing=best-fit"],
-    "positions alone": ["--data.path=tokens", "--data.document-positions=True", "--model.positions=learned"],
+    "positions alone": [
+        "--data.path=tokens",
+        "--data.document-positions=True",
+        "--model.positions=learned",
+    ],
     "mixed": ["--data.path=0.7 tokens, 0.3 notes.txt"],
     "streamed": ["--data.streaming"],
-    "chat": ["--data.path=chat.jsonl", "--data.chat", "--data.sequence=96", "--data.validation=0.1"],
+    "chat": [
+        "--data.path=chat.jsonl",
+        "--data.chat",
+        "--data.sequence=96",
+        "--data.validation=0.1",
+    ],
 }
 
 
@@ -116,7 +130,8 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(run_dir, capsys):
 
 
 def test_the_order_is_part_of_a_run(run_dir, capsys):
-    """Two epochs of the text would be shuffled together: a longer run is another order, unless told."""
+    """Two epochs of the text would be shuffled together: a longer run is another order, unless
+    told."""
     argv = ["--data.path=tokens", "--steps=60", "--sample=0", "--log-every=99"]
     run(run_dir, *argv, "--save-every=60", "--batch=8")
     capsys.readouterr()
@@ -158,11 +173,17 @@ def test_what_is_refused_is_one_line(folder, run_dir, capsys):
     Path(f"{bare}.idx").unlink()
     assert "bare.idx' does not exist" in refused(f"--data.path={bare}")
     assert "weights sum to 0" in refused("--data.path=0 tokens, 0 notes.txt")
-    assert "'-1 tokens' does not begin with a weight" in refused("--data.path=-1 tokens, 2 notes.txt")
+    assert "'-1 tokens' does not begin with a weight" in refused(
+        "--data.path=-1 tokens, 2 notes.txt"
+    )
     assert "'no' does not exist" in refused("--data.path=1 no, 2 notes.txt")
     assert "--data.split '1,x'" in refused("--data.path=tokens", "--data.split=1,x")
-    assert "the 'tokens.bin' validation text has 0 tokens" in refused("--data.path=tokens", "--data.split=1")
-    assert "larger share by --data.validation" in refused("--data.path=tokens", "--data.validation=0.0001")
+    assert "the 'tokens.bin' validation text has 0 tokens" in refused(
+        "--data.path=tokens", "--data.split=1"
+    )
+    assert "larger share by --data.validation" in refused(
+        "--data.path=tokens", "--data.validation=0.0001"
+    )
     assert "tokens have no roles" in refused("--data.path=tokens", "--data.chat")
     assert "line 1" in (said := refused("--data.chat")) and "'messages'" in said
     assert "drop one of the two" in refused("--data.streaming", "--data.packing=best-fit")
@@ -174,7 +195,12 @@ def test_what_is_refused_is_one_line(folder, run_dir, capsys):
 def test_text_that_turns_out_bad_while_it_is_streamed(folder, run_dir, capsys):
     bad = folder / "bad.jsonl"
     bad.write_text((folder / "corpus.jsonl").read_text() + '{"text": 1}\n')
-    argv = [f"--data.path={bad}", "--data.streaming", "--data.tokenizer=tokens.tokenizer.json", "--steps=400"]
+    argv = [
+        f"--data.path={bad}",
+        "--data.streaming",
+        "--data.tokenizer=tokens.tokenizer.json",
+        "--steps=400",
+    ]
     assert run_cli(program.main, [*TINY, f"--run-dir={run_dir}", *argv]) == 2
     assert "bad.jsonl' line 201" in capsys.readouterr().err
 

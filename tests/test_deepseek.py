@@ -1,4 +1,5 @@
-"""DeepSeek-V2 and V3 as Hugging Face transformers computes them, from random weights mapped by hand."""
+"""DeepSeek-V2 and V3 as Hugging Face transformers computes them, from random weights mapped by
+hand."""
 
 from __future__ import annotations
 
@@ -32,7 +33,16 @@ V3 = ModelConfig(
 )  # fmt: skip
 LITE = replace(V3, mla=replace(V3.mla, q_rank=0))
 EXPERTS = MoEConfig(
-    8, 3, 24, dense_layers=1, score="sigmoid", scale=2.5, groups=4, group_top_k=2, shared=24, bias_rate=0.001
+    8,
+    3,
+    24,
+    dense_layers=1,
+    score="sigmoid",
+    scale=2.5,
+    groups=4,
+    group_top_k=2,
+    shared=24,
+    bias_rate=0.001,
 )
 LITE_EXPERTS = MoEConfig(8, 3, 24, dense_layers=1, normalize=False, shared=48)
 
@@ -153,7 +163,11 @@ def differ(model: torch.nn.Module, m: ModelConfig, permuted: bool = True) -> flo
 
 CASES = {
     "v3": (V3, "DeepseekV3", {"rope": replace(YARN, mscale_all=0.7)}),
-    "v3-unstretched": (replace(V3, rope=RopeConfig(100.0)), "DeepseekV3", {"rope": RopeConfig(90.0)}),
+    "v3-unstretched": (
+        replace(V3, rope=RopeConfig(100.0)),
+        "DeepseekV3",
+        {"rope": RopeConfig(90.0)},
+    ),
     "v2-lite": (LITE, "DeepseekV2", {"rope": replace(YARN, mscale=0.9)}),
     "v3-experts": (replace(V3, moe=EXPERTS), "DeepseekV3", {"moe": replace(EXPERTS, groups=2)}),
     "v2-lite-experts": (
@@ -190,13 +204,17 @@ def test_losses_of_predictions_ahead():
             h = ahead.forward_layer(k - 1, h, places, None, input_ids=tokens)
             targets = F.pad(rows[:, k + 1 :], (0, k), value=IGNORE)
             logits = model.lm_head(h).flatten(0, 1)
-            want.append(F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum"))
+            want.append(
+                F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            )
     theirs = tensors_of(model) | {f"layers.{name}": w for name, w in tensors_of(modules).items()}
 
     def losses(params: Transformer) -> Tensor:
         batch = make_batch(rows, ONE, depth=2)
         with torch.no_grad():
-            return stage(params, embed(params, batch, m, ONE), batch, m=m, layout=ONE)[1].report["ahead"]
+            return stage(params, embed(params, batch, m, ONE), batch, m=m, layout=ONE)[1].report[
+                "ahead"
+            ]
 
     params = mapped(theirs, m)
     torch.testing.assert_close(losses(params), torch.stack(want), rtol=1e-5, atol=0)

@@ -1,5 +1,6 @@
-"""The promise, property-tested: forward, every gradient and the weights after a step are those of one device,
-to 1e-9 in float64, on simulated ranks; and beside each property a mutant it must catch."""
+"""The promise, property-tested: forward, every gradient and the weights after a step are those of
+one device, to 1e-9 in float64, on simulated ranks; and beside each property a mutant it must
+catch."""
 
 from __future__ import annotations
 
@@ -42,21 +43,38 @@ def tp_of(mesh: str) -> int:
 @given(mesh=meshes(), zero=zero_stages(), layernorm=st.booleans(), seed=st.integers(0, 99))
 def test_norm(mesh, zero, layernorm, seed):
     dims = {"embed": 10, "layernorm": layernorm}
-    got = assert_equivalent(lambda p, x, _: norm(p, x), Norm, mesh, dims, tokens=48, zero=zero, seed=seed)
-    assert not got.forward.count  # norms communicate nothing in forward, also under sequence parallelism
+    got = assert_equivalent(
+        lambda p, x, _: norm(p, x), Norm, mesh, dims, tokens=48, zero=zero, seed=seed
+    )
+    assert (
+        not got.forward.count
+    )  # norms communicate nothing in forward, also under sequence parallelism
 
 
 @settings(max_examples=examples(2))
 @seen(
-    mesh=KINDS, zero=[0, 3, 1, 2], seed=[0], bias=[True, False], embed=[12, 7, 7],
+    mesh=KINDS,
+    zero=[0, 3, 1, 2],
+    seed=[0],
+    bias=[True, False],
+    embed=[12, 7, 7],
     activation=["swiglu", "geglu", "gelu", "relu2"],
-)  # fmt: skip
+)
 @given(
-    mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), bias=st.booleans(),
-    activation=st.sampled_from(["swiglu", "geglu", "gelu", "relu2"]), embed=st.sampled_from([7, 12]),
-)  # fmt: skip
+    mesh=meshes(),
+    zero=zero_stages(),
+    seed=st.integers(0, 99),
+    bias=st.booleans(),
+    activation=st.sampled_from(["swiglu", "geglu", "gelu", "relu2"]),
+    embed=st.sampled_from([7, 12]),
+)
 def test_mlp(mesh, zero, seed, bias, activation, embed):
-    dims = {"embed": embed, "mlp": 4 * tp_of(mesh), "bias": bias, "gated": activation in ("swiglu", "geglu")}
+    dims = {
+        "embed": embed,
+        "mlp": 4 * tp_of(mesh),
+        "bias": bias,
+        "gated": activation in ("swiglu", "geglu"),
+    }
     layer = lambda p, x, layout: mlp(p, x, layout, activation)
     assert_equivalent(layer, MLP, mesh, dims, tokens=48, zero=zero, seed=seed)
 
@@ -91,14 +109,27 @@ def attention_values(sequence: int, tokens: int):
 
 @settings(max_examples=examples(2))
 @seen(
-    mesh=KINDS, zero=[0, 3, 1, 2], seed=[0], group=[2, 1], path=["reference", "sdpa"], window=[5, None, None],
-    bias=[True, True, False], sinks=[True, False], softcap=[None, None, 3.0, None],
-)  # fmt: skip
+    mesh=KINDS,
+    zero=[0, 3, 1, 2],
+    seed=[0],
+    group=[2, 1],
+    path=["reference", "sdpa"],
+    window=[5, None, None],
+    bias=[True, True, False],
+    sinks=[True, False],
+    softcap=[None, None, 3.0, None],
+)
 @given(
-    mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), group=st.sampled_from([1, 2]),
-    path=st.sampled_from(["sdpa", "reference"]), window=st.sampled_from([None, 5]), bias=st.booleans(),
-    sinks=st.booleans(), softcap=st.sampled_from([None, 3.0]),
-)  # fmt: skip
+    mesh=meshes(),
+    zero=zero_stages(),
+    seed=st.integers(0, 99),
+    group=st.sampled_from([1, 2]),
+    path=st.sampled_from(["sdpa", "reference"]),
+    window=st.sampled_from([None, 5]),
+    bias=st.booleans(),
+    sinks=st.booleans(),
+    softcap=st.sampled_from([None, 3.0]),
+)
 def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     assume(path == "reference" or not (sinks or softcap))
     tp, sequence = tp_of(mesh), 12
@@ -108,14 +139,24 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
     mask = AttentionMask(sequence, window, softcap)
     assert_equivalent(
-        attend(mask, path=path), Attention, mesh, dims, inputs=ATTENTION_INPUTS,
-        make=attention_values(sequence, tokens), tokens=tokens, zero=zero, seed=seed,
-    )  # fmt: skip
+        attend(mask, path=path),
+        Attention,
+        mesh,
+        dims,
+        inputs=ATTENTION_INPUTS,
+        make=attention_values(sequence, tokens),
+        tokens=tokens,
+        zero=zero,
+        seed=seed,
+    )
 
 
-@pytest.mark.parametrize(("mutant", "sinks"), [(dropped(0), False), (dropped(1), False), (unsummed, True)])
+@pytest.mark.parametrize(
+    ("mutant", "sinks"), [(dropped(0), False), (dropped(1), False), (unsummed, True)]
+)
 def test_attention_mutants(mutant, sinks):
-    """Without sinks a rank's queries, keys and values are all its own, and there is no gradient to sum."""
+    """Without sinks a rank's queries, keys and values are all its own, and there is no gradient to
+    sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
@@ -152,22 +193,35 @@ def embedding_values(vocab: int):
 @settings(max_examples=examples(2))
 @seen(mesh=KINDS, zero=[0, 3, 1, 2], seed=[0], vocab=[19, 24, 31], learned=[True, False])
 @given(
-    mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), vocab=st.sampled_from([19, 24, 31]),
+    mesh=meshes(),
+    zero=zero_stages(),
+    seed=st.integers(0, 99),
+    vocab=st.sampled_from([19, 24, 31]),
     learned=st.booleans(),
-)  # fmt: skip
+)
 def test_embedding(mesh, zero, seed, vocab, learned):
     dims = {"vocab": vocab, "embed": 8, "positions": 7, "learned_positions": learned}
     assert_equivalent(
-        embedding, Embedding, mesh, dims, inputs=EMBEDDING_INPUTS, make=embedding_values(vocab), out=X,
-        tokens=48, zero=zero, seed=seed,
-    )  # fmt: skip
+        embedding,
+        Embedding,
+        mesh,
+        dims,
+        inputs=EMBEDDING_INPUTS,
+        make=embedding_values(vocab),
+        out=X,
+        tokens=48,
+        zero=zero,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("mutant", [dropped(0), unsummed])
 def test_embedding_mutants(mutant):
     dims = {"vocab": 19, "embed": 8, "learned_positions": False}
     options = dict(inputs=EMBEDDING_INPUTS, make=embedding_values(19), out=X, tokens=48)
-    check = lambda m: assert_equivalent(embedding, Embedding, "dp=2,tp=2", dims, mutate=m, **options)
+    check = lambda m: assert_equivalent(
+        embedding, Embedding, "dp=2,tp=2", dims, mutate=m, **options
+    )
     check(lambda layout: layout)
     assert_caught(lambda: check(mutant))
 
@@ -195,13 +249,23 @@ def loss_values(vocab: int):
 
 @settings(max_examples=examples(2))
 @seen(
-    mesh=KINDS, zero=[0, 3, 1, 2], seed=[0], vocab=[19, 31, 24], padding=[3, 0],
-    chunk=[5, 1, 100, 5, 100, 100, 5], z=[1e-2, 0.0],
-)  # fmt: skip
+    mesh=KINDS,
+    zero=[0, 3, 1, 2],
+    seed=[0],
+    vocab=[19, 31, 24],
+    padding=[3, 0],
+    chunk=[5, 1, 100, 5, 100, 100, 5],
+    z=[1e-2, 0.0],
+)
 @given(
-    mesh=meshes(), zero=zero_stages(), seed=st.integers(0, 99), vocab=st.sampled_from([19, 24, 31]),
-    padding=st.sampled_from([0, 3]), chunk=st.sampled_from([1, 5, 100]), z=st.sampled_from([0.0, 1e-2]),
-)  # fmt: skip
+    mesh=meshes(),
+    zero=zero_stages(),
+    seed=st.integers(0, 99),
+    vocab=st.sampled_from([19, 24, 31]),
+    padding=st.sampled_from([0, 3]),
+    chunk=st.sampled_from([1, 5, 100]),
+    z=st.sampled_from([0.0, 1e-2]),
+)
 def test_loss(mesh, zero, seed, vocab, padding, chunk, z):
     """Known bug elsewhere: a vocabulary that tp does not divide made the loss wrong by half."""
     assume(chunk > 1 or MeshShape.parse(mesh).size <= 4)
@@ -238,7 +302,9 @@ def model_config(mesh: str, group: int, **choices) -> RunConfig:
     fields = {k: choices.pop(k) for k in list(choices) if k in ModelConfig.__dataclass_fields__}
     model = ModelConfig(
         **{
-            **dict(embed=10, layers=layers, heads=kv * group, kv_heads=kv, head_dim=4, mlp=4 * shape.tp),
+            **dict(
+                embed=10, layers=layers, heads=kv * group, kv_heads=kv, head_dim=4, mlp=4 * shape.tp
+            ),
             **dict(vocab=29, vocab_multiple=1, context=24),
             **fields,
         }
@@ -259,19 +325,39 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
 
 @settings(max_examples=examples(2))
 @seen(
-    mesh=KINDS, zero=[0, 3, 1, 2], group=[1, 2, 3], count=[2, 1], seed=[0],
-    recompute=["none", "selective", "full"], activation=["swiglu", "gelu"],
-    norm=["rmsnorm", "rmsnorm", "layernorm"], qk_norm=[True, False, False],
-    bias=[False, True, True], tied=[True, False], padded=[False, True, True], learned=[False, False, True],
-    sinks=[True, False, True, True], z_loss=[1e-3, 0.0, 0.0],
-)  # fmt: skip
+    mesh=KINDS,
+    zero=[0, 3, 1, 2],
+    group=[1, 2, 3],
+    count=[2, 1],
+    seed=[0],
+    recompute=["none", "selective", "full"],
+    activation=["swiglu", "gelu"],
+    norm=["rmsnorm", "rmsnorm", "layernorm"],
+    qk_norm=[True, False, False],
+    bias=[False, True, True],
+    tied=[True, False],
+    padded=[False, True, True],
+    learned=[False, False, True],
+    sinks=[True, False, True, True],
+    z_loss=[1e-3, 0.0, 0.0],
+)
 @given(
-    mesh=meshes(), zero=zero_stages(), group=st.sampled_from([1, 2, 3]), count=st.sampled_from([1, 2]),
-    recompute=st.sampled_from(["none", "selective", "full"]), seed=st.integers(0, 99),
-    activation=st.sampled_from(["swiglu", "gelu"]), norm=st.sampled_from(["rmsnorm", "layernorm"]),
-    qk_norm=st.booleans(), bias=st.booleans(), tied=st.booleans(), padded=st.booleans(),
-    learned=st.booleans(), sinks=st.booleans(), z_loss=st.sampled_from([0.0, 1e-3]),
-)  # fmt: skip
+    mesh=meshes(),
+    zero=zero_stages(),
+    group=st.sampled_from([1, 2, 3]),
+    count=st.sampled_from([1, 2]),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+    seed=st.integers(0, 99),
+    activation=st.sampled_from(["swiglu", "gelu"]),
+    norm=st.sampled_from(["rmsnorm", "layernorm"]),
+    qk_norm=st.booleans(),
+    bias=st.booleans(),
+    tied=st.booleans(),
+    padded=st.booleans(),
+    learned=st.booleans(),
+    sinks=st.booleans(),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+)
 def test_model(mesh, zero, count, bias, padded, learned, **choices):
     data = MeshShape.parse(mesh).data
     config = model_config(
@@ -305,7 +391,11 @@ def test_sequence_parallelism_off_is_one_row():
     config = model_config("dp=2,tp=2", 2, zero=1, batch=4, qk_norm=True)
     off = lambda layout: replace(layout, rules={**layout.rules, "tokens_sp": RULES["tokens"]})
     shape = MeshShape.parse(config.mesh)
-    want, on, without = one_step(config, MeshShape()), one_step(config, shape), one_step(config, shape, off)
+    want, on, without = (
+        one_step(config, MeshShape()),
+        one_step(config, shape),
+        one_step(config, shape, off),
+    )
     assert on.norm == pytest.approx(want.norm, rel=1e-12)
     assert without.norm == pytest.approx(want.norm, rel=1e-12)
     assert all(r.grad <= 1e-9 for r in compare(want, without)[1])
@@ -319,6 +409,7 @@ def test_tensor_parallelism_off_is_rows_too():
 
 
 def test_unequal_counts_of_valid_tokens_over_data_ranks():
-    """Known bug elsewhere: a mean of per-rank means. Targets that do not count lie on some ranks only."""
+    """Known bug elsewhere: a mean of per-rank means. Targets that do not count lie on some ranks
+    only."""
     for mesh in ("dp=4", "dp_replicate=2,dp=2", "dp=2,tp=2"):
         assert_same_step(model_config(mesh, 1, zero=1, batch=8, micro_batch=1))

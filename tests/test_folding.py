@@ -65,7 +65,12 @@ def test_without_expert_parallelism_the_atoms_are_the_axes():
 def test_where_ranks_come_from():
     """tp first, then dp; etp before ep."""
     assert MeshShape.parse("dp=8,tp=2,ep=8").atoms == {"dp.edp": 2, "dp.ep": 4, "tp.ep": 2}
-    assert MeshShape.parse("dp=4,tp=4,ep=4,etp=2").atoms == {"dp.edp": 2, "dp.ep": 2, "tp.ep": 2, "tp.etp": 2}
+    assert MeshShape.parse("dp=4,tp=4,ep=4,etp=2").atoms == {
+        "dp.edp": 2,
+        "dp.ep": 2,
+        "tp.ep": 2,
+        "tp.etp": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,8 @@ def test_axes_that_do_not_fit_are_refused(mesh, message):
 
 @pytest.mark.parametrize("size", [8, 10])
 def test_pieces_of_pieces_are_gathered_right_where_their_ranks_are_a_group_too(size):
-    """Known silent error of torch, here the mutant: it gathers over the group as if all had been cut once."""
+    """Known silent error of torch, here the mutant: it gathers over the group as if all had been
+    cut once."""
     x = torch.arange(size * 3.0).view(size, 3)
     with simulated(MeshShape.parse("dp=2,cp=2,ep=4")) as mesh:
         layout = Layout(mesh)  # with the group of ep: all ranks of dp and cp

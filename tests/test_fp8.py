@@ -1,4 +1,5 @@
-"""FP8 products: how far from exact they are, on one device, on a mesh and compiled; and which there are."""
+"""FP8 products: how far from exact they are, on one device, on a mesh and compiled; and which there
+are."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def test_errors_are_those_of_the_recipe(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "blockwise"])
 def test_it_is_what_torchao_computes(name, dtype):
-    """With scales that are powers of two; and our gradient of a weight lies in memory as the weight."""
+    """With scales that are powers of two; and our gradient of a weight lies in memory as the
+    weight."""
     import dtron.fp8.scaled_mm  # noqa: F401, I001  (torchao's first import, quietly)
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
@@ -59,7 +61,8 @@ def test_it_is_what_torchao_computes(name, dtype):
 @settings(max_examples=20)
 @given(st.sampled_from(NAMES), st.integers(-20, 20), st.integers(-20, 20), st.integers(0, 99))
 def test_no_magnitude_is_out_of_range(name, i, j, seed):
-    """448 is e4m3's largest value; but to multiply an operand by a power of two changes nothing else."""
+    """448 is e4m3's largest value; but to multiply an operand by a power of two changes nothing
+    else."""
     x, w, g = operands(128, 256, 128, seed=seed)
     y, dx, dw = products(converted(name), x, w, g)
     got = products(converted(name), x * 2.0**i, w * 2.0**j, g)
@@ -78,7 +81,8 @@ def test_one_huge_row_ruins_all_others_unless_it_has_its_own_scale(row, power):
 
 
 def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """To e4m3, with a power of two for each block of that size, under which its largest value is in range."""
+    """To e4m3, with a power of two for each block of that size, under which its largest value is in
+    range."""
     x = x.double().clone()
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], columns):
@@ -88,10 +92,15 @@ def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
     return x
 
 
-def blockwise_is_its_definition(activation: tuple[int, int] = (1, 128), weight: tuple[int, int] = (128, 128)):
+def blockwise_is_its_definition(
+    activation: tuple[int, int] = (1, 128), weight: tuple[int, int] = (128, 128)
+):
     """Of values of all sizes, from block to block and from row to row."""
     x, w, g = (t * 2.0 ** (torch.arange(len(t))[:, None] % 16) for t in operands(256, 384, 128))
-    x, w = x * 2.0 ** (torch.arange(384) // 128 * 9), w * 2.0 ** (-torch.arange(384)[:, None] // 128 * 9)
+    x, w = (
+        x * 2.0 ** (torch.arange(384) // 128 * 9),
+        w * 2.0 ** (-torch.arange(384)[:, None] // 128 * 9),
+    )
     across = lambda t: rounded(t.t(), *activation)
     want = [
         rounded(x, *activation) @ rounded(w, *weight),
@@ -174,8 +183,11 @@ CUTS = {  # mesh: how x and w lie
 }
 
 
-def on_mesh(name: str, mesh_text: str, pending: bool = False) -> tuple[list[Tensor], CollectiveCounter]:
-    """y, dx, dw as whole tensors. ``pending``: the gradient of y arrives as a sum, half of it from each."""
+def on_mesh(
+    name: str, mesh_text: str, pending: bool = False
+) -> tuple[list[Tensor], CollectiveCounter]:
+    """y, dx, dw as whole tensors. ``pending``: the gradient of y arrives as a sum, half of it from
+    each."""
     x_lies, w_lies = CUTS[mesh_text]
     x, w, g = operands(256, 256, 256)
     with simulated(MeshShape.parse(mesh_text)) as mesh:
@@ -211,7 +223,13 @@ def test_the_gradient_of_a_pending_sum_may_itself_be_one():
 
 @pytest.mark.parametrize(
     ("row", "column", "wrong", "mesh"),
-    [(0, 4, R, "dp=2"), (1, 3, R, "tp=2"), (2, 2, R, "cp=2"), (2, 3, ROWS, "cp=2"), (1, 4, SUM, "dp=2,tp=2")],
+    [
+        (0, 4, R, "dp=2"),
+        (1, 3, R, "tp=2"),
+        (2, 2, R, "cp=2"),
+        (2, 3, ROWS, "cp=2"),
+        (1, 4, SUM, "dp=2,tp=2"),
+    ],
 )
 def test_a_wrong_placement_is_noticed(monkeypatch, row, column, wrong, mesh):
     table = [list(r) for r in fp8._PLACEMENTS]
@@ -222,7 +240,10 @@ def test_a_wrong_placement_is_noticed(monkeypatch, row, column, wrong, mesh):
 
 def test_a_product_that_is_not_local_is_refused():
     x, w, _ = operands(32, 32, 32)
-    with simulated(MeshShape(tp=2)) as mesh, pytest.raises(PlacementError, match="axis 0.*constrain"):
+    with (
+        simulated(MeshShape(tp=2)) as mesh,
+        pytest.raises(PlacementError, match="axis 0.*constrain"),
+    ):
         converted("tensorwise")(shard(x, mesh, [COLUMNS]), shard(w, mesh, [R]))
 
 

@@ -31,11 +31,13 @@ ROWWISE, HALF = Recipe("rowwise", smallest=0), Recipe("rowwise_with_gw_hp", smal
 
 
 def operands(counts: list[int], inner: int = 32, outer: int = 48, rest: int = 0, seed: int = 0):
-    """Rows, matrices, where each expert's rows end, and a gradient that is zero in rows of no expert."""
+    """Rows, matrices, where each expert's rows end, and a gradient that is zero in rows of no
+    expert."""
     g = torch.Generator().manual_seed(seed)
     rows, used = sum(counts) + rest, sum(counts)
     x, w = (
-        torch.randn(s, generator=g).requires_grad_() for s in ((rows, inner), (len(counts), inner, outer))
+        torch.randn(s, generator=g).requires_grad_()
+        for s in ((rows, inner), (len(counts), inner, outer))
     )
     dy = torch.randn(rows, outer, generator=g)
     dy[used:] = 0
@@ -70,8 +72,9 @@ def is_each_product(counts: list[int], rest: int, seed: int) -> None:
 @settings(max_examples=20)
 @given(
     counts=st.lists(st.integers(0, 3).map(lambda n: 16 * n), min_size=1, max_size=5).filter(any),
-    rest=st.integers(0, 9), seed=st.integers(0, 99),
-)  # fmt: skip
+    rest=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
 def test_each_expert_has_the_product_that_it_would_have_alone(counts, rest, seed):
     is_each_product(counts, rest, seed)
 
@@ -82,14 +85,18 @@ def test_a_scale_for_all_rows_is_caught():
         assert_caught(lambda: is_each_product([16, 32], 0, 0))
 
 
-@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), seed=st.integers(0, 9))
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), seed=st.integers(0, 9)
+)
 @settings(max_examples=20)
 def test_any_number_of_rows(counts, seed):
     """Not only multiples of 16, and within the error of 3 bits."""
     xs = operands(counts, seed=seed)
     want = all_of(lambda x, w, ends: one_by_one(x.double(), w.double(), ends).float(), *xs)
     for a, b, expected in zip(all_of(in_fp8, *xs), want, ERRORS["rowwise_with_gw_hp"], strict=True):
-        assert a.isfinite().all() and error(a, b) < 1.6 * expected + 1e-6 * (expected == ERRORS["rowwise"])
+        assert a.isfinite().all() and error(a, b) < 1.6 * expected + 1e-6 * (
+            expected == ERRORS["rowwise"]
+        )
 
 
 def test_as_many_rows_for_each():

@@ -28,7 +28,9 @@ from dtron.training.optimizer import global_norm
 from dtron.training.pipeline import one_stage, program
 
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)
-PLAIN = RunConfig(model=SIZES, data=DataConfig(sequence=16), batch=8, micro_batch=1, steps=10, seed=3)
+PLAIN = RunConfig(
+    model=SIZES, data=DataConfig(sequence=16), batch=8, micro_batch=1, steps=10, seed=3
+)
 FP8 = replace(PLAIN, fp8="rowwise", fp8_ends=True, fp8_smallest=0)
 
 
@@ -38,11 +40,14 @@ def losses(config: RunConfig, stages: int = 1) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_follow_high_precision(name):
-    """At a high learning rate, with three bits for products of 32 summands: within 2 %. Blocks have 128; a
-    model of that width learns so fast that this holds in the mean."""
+    """At a high learning rate, with three bits for products of 32 summands: within 2 %. Blocks have
+    128; a model of that width learns so fast that this holds in the mean."""
     change, over = {}, lambda found: found
     if name == "blockwise":
-        change, over = {"model": replace(SIZES, embed=128, head_dim=32, mlp=128), "micro_batch": 8}, sum
+        change, over = (
+            {"model": replace(SIZES, embed=128, head_dim=32, mlp=128), "micro_batch": 8},
+            sum,
+        )
     want, got = losses(replace(PLAIN, **change)), losses(replace(FP8, fp8=name, **change))
     assert over(got) == pytest.approx(over(want), rel=2e-2) and got != want
     assert got[-1] < got[0] - 0.3
@@ -52,7 +57,10 @@ def test_the_first_and_the_last_block_are_left_out():
     two = replace(FP8, steps=2)
     assert losses(replace(two, fp8_ends=False)) == losses(replace(two, fp8="none")) != losses(two)
     three = replace(two, model=replace(SIZES, layers=3))
-    assert len({losses(replace(three, **c))[0] for c in ({"fp8": "none"}, {"fp8_ends": False}, {})}) == 3
+    assert (
+        len({losses(replace(three, **c))[0] for c in ({"fp8": "none"}, {"fp8_ends": False}, {})})
+        == 3
+    )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -69,7 +77,8 @@ def test_a_pipeline_rounds_the_same_way(schedule):
 
 @pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 3), ("tp=2", 1)])
 def test_a_mesh_follows_one_device(mesh, zero):
-    """Not to the rounding of float32: a sum in another order may here and there round to the other FP8."""
+    """Not to the rounding of float32: a sum in another order may here and there round to the other
+    FP8."""
     config = replace(FP8, fp8="tensorwise", zero=zero, micro_batch=2, steps=3)
     want = losses(config)
     assert simulate(mesh, config).losses == pytest.approx(want, rel=1e-4)
@@ -99,7 +108,11 @@ def step(functions, layout: Layout = ONE, zero: int = 1):
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [*((n, "none") for n in NAMES if n != "blockwise"), ("rowwise", "full"), ("rowwise", "selective")],
+    [
+        *((n, "none") for n in NAMES if n != "blockwise"),
+        ("rowwise", "full"),
+        ("rowwise", "selective"),
+    ],
 )
 def test_compiled_gradients_are_those_of_eager(name, recompute):
     """The whole stage is one graph."""
@@ -112,7 +125,9 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
         assert a.abs().max() > 0 and (a - b).norm() < 1e-3 * b.norm()
 
 
-def norms_on_pool(mesh: str, zero: int, backend: str | None, how: ComputeConfig = FP8.how) -> list[float]:
+def norms_on_pool(
+    mesh: str, zero: int, backend: str | None, how: ComputeConfig = FP8.how
+) -> list[float]:
     """A job for the pool: a step's loss and the norm of its gradient."""
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
     functions = program(BLOCK, layout, how, splits=False)
@@ -130,14 +145,16 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
     """The local regions are part of the graph."""
     want = pool.run(norms_on_pool, mesh, zero, None)
     got = pool.run(norms_on_pool, mesh, zero, "aot_eager")
-    assert got[0] == pytest.approx(want[0], rel=1e-5) and want[0] == pytest.approx(want[-1], rel=1e-6)
+    assert got[0] == pytest.approx(want[0], rel=1e-5) and want[0] == pytest.approx(
+        want[-1], rel=1e-6
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_gives_the_bits_of_eager(name):
-    """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused with it as
-    rounded as eager has it (tests/test_gpu_fp8.py has that). Needs a C++ compiler."""
+    """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
+    with it as rounded as eager has it (tests/test_gpu_fp8.py has that). Needs a C++ compiler."""
     recipe, g = Recipe(name, 0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)
@@ -174,7 +191,9 @@ def test_a_negative_size_is_refused():
 def test_without_torchao_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
     monkeypatch.delitem(sys.modules, "dtron.fp8.scaled_mm", raising=False)
-    with pytest.raises(ValueError, match=r"--fp8 rowwise: needs torchao.*pip install 'dtron\[fp8\]'"):
+    with pytest.raises(
+        ValueError, match=r"--fp8 rowwise: needs torchao.*pip install 'dtron\[fp8\]'"
+    ):
         plan(replace(FP8, device="cpu"))
     plan(replace(PLAIN, device="cpu"))
 
@@ -188,5 +207,7 @@ before = dict(os.environ), logging.getLogger("torchao").level
 import dtron.fp8.scaled_mm
 assert "torchao" in sys.modules and before == (dict(os.environ), logging.getLogger("torchao").level)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,5 @@
-"""Generation: the cache changes nothing, nor does the mesh; and what is drawn is what was asked for."""
+"""Generation: the cache changes nothing, nor does the mesh; and what is drawn is what was asked
+for."""
 
 from __future__ import annotations
 
@@ -64,9 +65,12 @@ def uncached(m: ModelConfig, text: list[int]) -> Tensor:
 def cached(
     m: ModelConfig, rows: list[list[int]], pieces: list[list[int]], late: int = 0
 ) -> list[list[Tensor]]:
-    """The logits after each of the pieces that the rows are fed in, of these lengths. ``late``: how wrong the
-    second piece's positions are."""
-    decoder, found = Decoder(weights(m), len(rows), 40, m, one_stage(m, 1, ONE), "cpu"), [[] for _ in rows]
+    """The logits after each of the pieces that the rows are fed in, of these lengths. ``late``: how
+    wrong the second piece's positions are."""
+    decoder, found = (
+        Decoder(weights(m), len(rows), 40, m, one_stage(m, 1, ONE), "cpu"),
+        [[] for _ in rows],
+    )
     starts = [0] * len(rows)
     for step in range(len(pieces[0])):
         ends = [a + piece[step] for a, piece in zip(starts, pieces, strict=True)]
@@ -90,7 +94,8 @@ def test_the_cache_changes_nothing(name, pieces):
         torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
     late = cached(m, rows, pieces, late=1)
     assert any(
-        (b[1] - uncached(m, r)[c[0] + c[1] - 1]).abs().max() > 1e-4 for r, c, b in zip(rows, pieces, late)
+        (b[1] - uncached(m, r)[c[0] + c[1] - 1]).abs().max() > 1e-4
+        for r, c, b in zip(rows, pieces, late)
     )
 
 
@@ -125,7 +130,8 @@ def same_on(mesh: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh, name", [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts"), ("cp=2", "latent")]
+    "mesh, name",
+    [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts"), ("cp=2", "latent")],
 )
 def test_the_mesh_changes_nothing(mesh, name):
     same_on(mesh, name)
@@ -141,7 +147,9 @@ def test_no_mesh_changes_anything(mesh, name):
 def on_pool(mesh: str) -> list[list[int]]:
     """A job: text on real ranks."""
     device_mesh = build_mesh(MeshShape.parse(mesh), "cpu")
-    return on_mesh(MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh)
+    return on_mesh(
+        MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh
+    )
 
 
 @pytest.mark.xdist_group("pool")

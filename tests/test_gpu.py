@@ -1,4 +1,5 @@
-"""What only a GPU can show: bfloat16 training, the fused kernels it picks, and NCCL. ``pytest -m gpu``."""
+"""What only a GPU can show: bfloat16 training, the fused kernels it picks, and NCCL. ``pytest -m
+gpu``."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_ten_steps_in_bfloat16_follow_float32(recompute):
 def test_pipeline_stages_on_one_gpu(schedule):
     """The runner and backwards in halves; the stages share the GPU and hand over."""
     config = replace(TEN, model=replace(MODEL, layers=4), schedule=schedule, batch=8, micro_batch=1)
-    want = train(Layout(compute=torch.bfloat16), MeshShape(), replace(config, schedule="1f1b"), device="cuda")
+    want = train(
+        Layout(compute=torch.bfloat16), MeshShape(), replace(config, schedule="1f1b"), device="cuda"
+    )
     got = train(Layout(compute=torch.bfloat16), MeshShape(pp=2), config, device="cuda")
     assert got.losses == pytest.approx(want.losses, rel=1e-3)
 
@@ -75,7 +78,11 @@ def inputs(sequence: int, documents: bool, sinks: bool, head_dim: int = 128):
     draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
     # As the layer has them: token-major, heads inside.
     q, k, v = (draw(2, sequence, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
-    ids = (torch.rand(2, sequence, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
+    ids = (
+        (torch.rand(2, sequence, device="cuda", generator=g) < 0.01).cumsum(1)
+        if documents
+        else None
+    )
     return [q, k, v, *([draw(8)] if sinks else [])], ids
 
 
@@ -83,11 +90,17 @@ def forward_and_backward(core, xs: list, ids, mask: AttentionMask, dtype: torch.
     xs = [x.detach().to(dtype).requires_grad_() for x in xs]
     y = core(*xs[:3], ids, xs[3] if len(xs) > 3 else None, mask)
     g = torch.Generator("cuda").manual_seed(1)
-    return [y, *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype))]
+    return [
+        y,
+        *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype)),
+    ]
 
 
-def difference(core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None) -> float:
-    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients, relative."""
+def difference(
+    core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None
+) -> float:
+    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients,
+    relative."""
     want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
     got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
@@ -129,7 +142,9 @@ def test_flex_takes_any_head_dim_from_16(head_dim):
 def test_flex_in_the_eager_program_makes_no_square_matrix():
     """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
     xs, ids = inputs(8192, True, True)
-    run = lambda: forward_and_backward(CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16)
+    run = lambda: forward_and_backward(
+        CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16
+    )
     run()  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -141,13 +156,15 @@ def test_flex_in_the_eager_program_makes_no_square_matrix():
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_of_a_model_with_every_mask(recompute, compile):
-    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the microbatches
-    have other documents."""
+    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the
+    microbatches have other documents."""
     model = replace(MODEL, head_dim=16, context=200, window=50, softcap=2.0, sinks=True)
     layout, g = Layout(), torch.Generator().manual_seed(0)
     rows = torch.randint(model.vocab, (4, 201), generator=g).cuda()
     documents = (torch.rand(4, 200, generator=g) < 0.02).cumsum(1).cuda()
-    batches = [make_batch(r, layout, d) for r, d in zip(rows.chunk(2), documents.chunk(2), strict=True)]
+    batches = [
+        make_batch(r, layout, d) for r, d in zip(rows.chunk(2), documents.chunk(2), strict=True)
+    ]
     pipe = one_stage(model, 2, layout)
     params = tree_map(lambda w: w.cuda(), init(pipe.spec, model.dims(), 0, layout))
 
@@ -174,10 +191,14 @@ def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
     rows = torch.randint(m.vocab, (2, 129), generator=torch.Generator().manual_seed(0)).cuda()
     batches = [make_batch(rows, layout, depth=m.mtp.depth)]
     plain = program(m, layout)
-    want, got = (gradients(fn, params, batches, 256, pipe, 1)[:2] for fn in (plain, compiled(plain, layout)))
+    want, got = (
+        gradients(fn, params, batches, 256, pipe, 1)[:2] for fn in (plain, compiled(plain, layout))
+    )
     assert got[0].item() == pytest.approx(want[0].item(), rel=1e-3)
     for w, a, b in zip(flat(pipe.spec), flat(got[1]), flat(want[1]), strict=True):
-        assert w.frozen or (b.norm() > 0 and (a.float() - b.float()).norm() / b.float().norm() < 5e-2), w.path
+        assert w.frozen or (
+            b.norm() > 0 and (a.float() - b.float()).norm() / b.float().norm() < 5e-2
+        ), w.path
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -195,7 +216,9 @@ def test_a_recorded_step_is_the_step(count):
             rows = random_rows(config, number)
             rows[:number, -3:] = IGNORE
             batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
-            loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number))
+            loss, norm, _, params, opt = step(
+                params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number)
+            )
             found.append((loss.item(), norm.item()))
         assert opt.step == 8
     plain, recorded = found[:8], found[8:]
@@ -208,7 +231,9 @@ def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32"
     program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
     common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample", "0"]
     subprocess.run([*program, *common, *flags], check=True, cwd=ROOT, timeout=300)
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
@@ -233,8 +258,8 @@ def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
-    """In bfloat16, where weights are pulled from where they are and gradients are added up where they land;
-    compiled, in a CUDA graph from the fourth step on."""
+    """In bfloat16, where weights are pulled from where they are and gradients are added up where
+    they land; compiled, in a CUDA graph from the fourth step on."""
     flags = ["--mesh", "dp=2", "--zero", "3", "--compile", compile]
     want, got = (
         losses(tmp_path / how, *flags, "--copy-engines", how, processes=2, dtype="bfloat16")
@@ -246,7 +271,14 @@ def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
     """The diagnosis runs what no step has run, with messages on their way."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
     flags = ["--mesh", "pp=2", "--optim.lr", "1e30", "--max-skips", "2", "--run-dir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *launch, *flags], cwd=ROOT, timeout=300, capture_output=True, text=True

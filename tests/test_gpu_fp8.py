@@ -23,7 +23,8 @@ from dtron.runtime.config import DataConfig, RunConfig
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no FP8 here"
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+        reason="no FP8 here",
     ),
 ]
 
@@ -38,7 +39,9 @@ def compiled(fn, name: str):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("sizes", [(256, 256, 256), (4096, 1024, 512), (512, 4096, 2048), (4096, 4096, 4096)])
+@pytest.mark.parametrize(
+    "sizes", [(256, 256, 256), (4096, 1024, 512), (512, 4096, 2048), (4096, 4096, 4096)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_those_of_the_recipe(name, sizes, compile):
     xs = on_gpu(*sizes)
@@ -76,9 +79,13 @@ def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
     xs = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
     of = lambda fn, xs, ends_E, dy: all_of(fn, *xs, ends_E, dy)
     want = of(fn, xs, ends_E, dy.bfloat16())
-    got = of(there, [t.detach().cuda().requires_grad_() for t in xs], ends_E.cuda(), dy.bfloat16().cuda())
+    got = of(
+        there, [t.detach().cuda().requires_grad_() for t in xs], ends_E.cuda(), dy.bfloat16().cuda()
+    )
     for a, b in zip(got, want, strict=True):
-        a, b = (t[: sum(counts)] if len(t) == len(x) else t for t in (a.cpu(), b))  # others come out anyhow
+        a, b = (
+            t[: sum(counts)] if len(t) == len(x) else t for t in (a.cpu(), b)
+        )  # others come out anyhow
         assert b.abs().max() > 0 and error(a, b) < 5e-3
 
 
@@ -92,13 +99,14 @@ def test_an_odd_number_of_tokens_is_a_plain_product(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_follow_bfloat16(name):
-    """In the mean. Single steps of so small a model, which learns so fast, are up to 4 % apart; 200 steps of
-    a larger one are in docs/performance.md."""
+    """In the mean. Single steps of so small a model, which learns so fast, are up to 4 % apart; 200
+    steps of a larger one are in docs/performance.md."""
     model = replace(MODEL, embed=128, head_dim=32, mlp=128)
     config = RunConfig(model=model, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
     in_fp8 = replace(config, fp8=name, fp8_ends=True, fp8_smallest=0)
     want, got = (
-        train(Layout(compute=torch.bfloat16), MeshShape(), c, device="cuda").losses for c in (config, in_fp8)
+        train(Layout(compute=torch.bfloat16), MeshShape(), c, device="cuda").losses
+        for c in (config, in_fp8)
     )
     assert sum(got) == pytest.approx(sum(want), rel=1e-2) and got != want
 

@@ -1,4 +1,5 @@
-"""Every family: the same logits as Hugging Face transformers, the same text, and back to the bit."""
+"""Every family: the same logits as Hugging Face transformers, the same text, and back to the
+bit."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ def theirs(made: torch.nn.Module) -> torch.Tensor:
 
 
 # What is wrong where a family's table is: a pair of rows that have the same shape.
-SWAPPED = {"gpt2": ("attention.w_k", "attention.w_v"), "mixtral": ("moe.experts.w_gate", "moe.experts.w_up")}
+SWAPPED = {
+    "gpt2": ("attention.w_k", "attention.w_v"),
+    "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
+}
 SWAPPED |= {"qwen3-moe": SWAPPED["mixtral"], "gpt-oss": SWAPPED["mixtral"]}
 
 
@@ -78,8 +82,8 @@ def as_run(source: Source, run_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip(name, tmp_path):
-    """From bfloat16 to float32 masters and back: the same names, shapes, dtypes and bytes, and a model that
-    transformers computes as before."""
+    """From bfloat16 to float32 masters and back: the same names, shapes, dtypes and bytes, and a
+    model that transformers computes as before."""
     source = Source(folder(name, torch.bfloat16))
     as_run(source, tmp_path)
     out, family = tmp_path / "out", source.family.kind
@@ -91,7 +95,9 @@ def test_round_trip(name, tmp_path):
         a, b = before.read(key), after.read(key)
         assert a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16)), key
     assert Source(out).model == source.model
-    again = hf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    again = hf.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager"
+    )
     assert torch.equal(theirs(again), theirs(model(name)))
 
 
@@ -107,7 +113,8 @@ def test_their_library_reads_what_is_written_and_the_reverse(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text(name):
-    """64 tokens after prompts of unequal lengths: those that transformers generates after each alone."""
+    """64 tokens after prompts of unequal lengths: those that transformers generates after each
+    alone."""
     source, g = Source(folder(name)), torch.Generator().manual_seed(3)
     prompts = [torch.randint(61, (n,), generator=g).tolist() for n in (11, 4)]
     params = (source.load(declare_model(source.model), ONE),)
@@ -140,9 +147,17 @@ def test_config_json_is_theirs():
     for name in FAMILIES:
         said = read_json(folder(name) / "config.json")
         family = next(f for f in TABLES if f.kind == said["model_type"])
-        made = getattr(hf, type(model(name).config).__name__)(**to_hf(from_hf(said, family), family))
+        made = getattr(hf, type(model(name).config).__name__)(
+            **to_hf(from_hf(said, family), family)
+        )
         there = model(name).config.to_dict()
-        unsaid = {"dtype", "architectures", "_name_or_path", "transformers_version", "initializer_range"}
+        unsaid = {
+            "dtype",
+            "architectures",
+            "_name_or_path",
+            "transformers_version",
+            "initializer_range",
+        }
         unsaid |= {"bos_token_id", "eos_token_id", "router_aux_loss_coef"}
         wrong = {
             key: (value, there[key])

@@ -48,7 +48,8 @@ def parts(draw):
     p = pattern(draw(st.sampled_from(PATTERNS)))
     sizes = {axis: draw(st.integers(1, 4)) for axis in p.ours}
     ranges = {
-        axis: draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted)) for axis, n in sizes.items()
+        axis: draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted))
+        for axis, n in sizes.items()
     }
     return p, sizes, {axis: tuple(r) for axis, r in ranges.items()}
 
@@ -98,7 +99,13 @@ def test_any_box_of_a_file(tmp_path_factory, data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
     at = tmp_path_factory.mktemp("box")
     x = torch.randn(shape).bfloat16()
-    write(at, {"pad": [3], "x": shape}, torch.bfloat16, {"pad": torch.zeros(3), "x": x}.__getitem__, 10**6)
+    write(
+        at,
+        {"pad": [3], "x": shape},
+        torch.bfloat16,
+        {"pad": torch.zeros(3), "x": x}.__getitem__,
+        10**6,
+    )
     reader = Reader(at)
     box = [tuple(sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in shape]
     got = reader.read("x", box)
@@ -107,7 +114,8 @@ def test_any_box_of_a_file(tmp_path_factory, data):
     reader.close()
 
 
-# ------------------------------------------------------------------------------------------- on every mesh
+# ------------------------------------------------------------------------------------------- on
+# every mesh
 
 MESHES = ["tp=2", "dp=3,tp=2", "pp=2,tp=2", "dp_replicate=2,dp=2"]
 
@@ -123,11 +131,15 @@ def test_the_same_weights_on_simulated_ranks(name):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-BIG = ModelConfig(vocab=4000, embed=256, layers=3, heads=8, kv_heads=4, head_dim=32, mlp=1000, norm_eps=1e-6)
+BIG = ModelConfig(
+    vocab=4000, embed=256, layers=3, heads=8, kv_heads=4, head_dim=32, mlp=1000, norm_eps=1e-6
+)
 
 
 # A model of 327 MB.
-LARGE = replace(BIG, vocab=16_000, embed=1024, layers=4, heads=16, kv_heads=16, head_dim=64, mlp=2600)
+LARGE = replace(
+    BIG, vocab=16_000, embed=1024, layers=4, heads=16, kv_heads=16, head_dim=64, mlp=2600
+)
 
 
 def big(at: Path, m: ModelConfig = BIG) -> Path:
@@ -136,13 +148,16 @@ def big(at: Path, m: ModelConfig = BIG) -> Path:
     family = best_family(m)
     for _, place in weights_of(m, family):
         names |= dict.fromkeys(place.names(), place.shape)
-    write(at, names, torch.float32, lambda name: torch.randn(names[name], generator=values), 6_000_000)
+    write(
+        at, names, torch.float32, lambda name: torch.randn(names[name], generator=values), 6_000_000
+    )
     (at / "config.json").write_text(json.dumps(to_hf(m, family)))
     return at
 
 
 def read_on_pool(at: str, mesh: str, zero: int) -> dict:
-    """A job: load, and say what was read, by the count and by the kernel's, and what of the model is here."""
+    """A job: load, and say what was read, by the count and by the kernel's, and what of the model
+    is here."""
     shape, source = MeshShape.parse(mesh), Source(at)
     device_mesh = build_mesh(shape, "cpu")
     layout = Layout(stage_mesh(device_mesh), rules_for(zero))
@@ -167,15 +182,21 @@ def kernel_count() -> int:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("mesh, zero", [("tp=4", 1), ("dp=2,tp=2", 3), ("pp=2,tp=2", 1)])
 def test_a_rank_reads_its_share(pool, tmp_path, mesh, zero):
-    """No more than 5 % over the bytes of its own shards, as the kernel counts them: so nobody had more."""
+    """No more than 5 % over the bytes of its own shards, as the kernel counts them: so nobody had
+    more."""
     for rank in pool.run(read_on_pool, str(big(tmp_path)), mesh, zero):
         assert rank["same"]
         assert rank["counted"] <= rank["read"] <= 1.05 * rank["share"], rank
-        assert rank["share"] < 0.3 * rank["all"] if mesh == "tp=4" else rank["share"] < 0.6 * rank["all"]
+        assert (
+            rank["share"] < 0.3 * rank["all"]
+            if mesh == "tp=4"
+            else rank["share"] < 0.6 * rank["all"]
+        )
 
 
 def resident(key: str) -> int:
-    """Bytes of this process in memory, now (``VmRSS``) or at most since ``grown`` began (``VmHWM``)."""
+    """Bytes of this process in memory, now (``VmRSS``) or at most since ``grown`` began
+    (``VmHWM``)."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 
@@ -192,8 +213,8 @@ def grown(fn) -> int:
 
 
 def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
-    """A job: what a rank has and needs while it loads, as parts of the model. ``careless``: each loads it
-    all, and keeps its part."""
+    """A job: what a rank has and needs while it loads, as parts of the model. ``careless``: each
+    loads it all, and keeps its part."""
     source = Source(at)
     layout = Layout(stage_mesh(build_mesh(MeshShape.parse(mesh), "cpu")), rules_for(3))
     spec, parts = declare_model(source.model), []

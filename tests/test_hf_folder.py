@@ -40,7 +40,9 @@ def copy(tmp_path):
 
 def change(at: Path, file: str = "config.json", **values) -> Path:
     said = json.loads((at / file).read_text()) | values
-    (at / file).write_text(json.dumps({key: value for key, value in said.items() if value != "drop"}))
+    (at / file).write_text(
+        json.dumps({key: value for key, value in said.items() if value != "drop"})
+    )
     return at
 
 
@@ -60,7 +62,10 @@ def test_another_config_is_refused(copy, tmp_path):
     at = copy()
     refused(change(at, architectures=["BertForMaskedLM"]), "BertForMaskedLM", "LlamaForCausalLM")
     refused(
-        change(at, architectures=["LlamaForCausalLM"], hidden_act="relu"), "hidden_act", "'relu'", "'silu'"
+        change(at, architectures=["LlamaForCausalLM"], hidden_act="relu"),
+        "hidden_act",
+        "'relu'",
+        "'silu'",
     )
     refused(change(at, hidden_act="silu", hidden_size="drop"), "lacks hidden_size")
     refused(change(at, hidden_size=64, quantization_config={"quant_method": "mxfp4"}), "mxfp4")
@@ -141,9 +146,15 @@ def test_flags_beside_init_from(copy):
     assert config.data.tokenizer == str(at / "tokenizer.json")
     assert config.model == replace(Source(at).model, z_loss=0.001, context=64)
     assert parse(["--init-from", str(at), "--data.tokenizer", "mine"]).data.tokenizer == "mine"
-    one_line(lambda: parse(["--init-from", str(at), "--model", "tiny"]), "--model tiny", "drop --model")
-    one_line(lambda: parse(["--init-from", str(at), "--model.embed", "32"]), "--model.embed 32", "64")
-    one_line(lambda: parse(["--init-from", str(at), "--model.moe.experts", "4"]), "--model.moe.experts 4")
+    one_line(
+        lambda: parse(["--init-from", str(at), "--model", "tiny"]), "--model tiny", "drop --model"
+    )
+    one_line(
+        lambda: parse(["--init-from", str(at), "--model.embed", "32"]), "--model.embed 32", "64"
+    )
+    one_line(
+        lambda: parse(["--init-from", str(at), "--model.moe.experts", "4"]), "--model.moe.experts 4"
+    )
     one_line(lambda: parse(["--init-from", str(at / "no")]), "is no folder")
 
 
@@ -185,7 +196,10 @@ def test_what_training_does_not_change_comes_back(copy, tmp_path):
 def test_modules_of_multi_token_prediction(tmp_path):
     """They are blocks after the last there. Without the flag they are left out."""
     m = replace(
-        PRESETS["tiny-deepseek"], vocab=300, embed=32, mtp=replace(PRESETS["tiny-deepseek"].mtp, depth=2)
+        PRESETS["tiny-deepseek"],
+        vocab=300,
+        embed=32,
+        mtp=replace(PRESETS["tiny-deepseek"].mtp, depth=2),
     )
     spec = (declare_model(m),)
     params = init(spec, m.dims(), 0, ONE)

@@ -42,8 +42,8 @@ def losses(run_dir: str, *flags: str) -> list[float]:
 
 
 def test_from_a_folder_to_a_folder(beside, capsys):
-    """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause and a
-    change of mesh."""
+    """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause
+    and a change of mesh."""
     start = losses("still", "--steps=1", "--optim.lr=0", "--simulate", "--mesh=tp=2")
     assert hf_main(["export", "still", "out"]) == 0
     before, after = Reader(Path("model")), Reader(Path("out"))

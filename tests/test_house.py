@@ -1,4 +1,5 @@
-"""The folders' order: a file imports only from folders below its own, and no two files import each other."""
+"""The folders' order: a file imports only from folders below its own, and no two files import each
+other."""
 
 from __future__ import annotations
 
@@ -24,7 +25,13 @@ LEVELS = [
     {"tools", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-PROGRAMS = {"__main__", "verify", "show", "generate", "profile"}  # what ``python -m`` starts: on top
+PROGRAMS = {
+    "__main__",
+    "verify",
+    "show",
+    "generate",
+    "profile",
+}  # what ``python -m`` starts: on top
 
 
 def modules() -> dict[str, Path]:
@@ -51,7 +58,9 @@ def imports(tree: ast.AST) -> set[str]:
                 full = f"{base}.{name.name}".lstrip(".")
                 found.add(full if full in MODULES else base)
         elif isinstance(node, ast.Import):
-            found |= {n.name.removeprefix("dtron.") for n in node.names if n.name.startswith("dtron.")}
+            found |= {
+                n.name.removeprefix("dtron.") for n in node.names if n.name.startswith("dtron.")
+            }
     return found - {""}
 
 
@@ -66,14 +75,19 @@ def graph() -> dict[str, set[str]]:
 
 def test_imports_run_down():
     found = [
-        line for name, others in graph().items() if not is_program(name) for line in upward(name, others)
+        line
+        for name, others in graph().items()
+        if not is_program(name)
+        for line in upward(name, others)
     ]
     assert not found
 
 
 def test_no_two_files_import_each_other():
     """Imports inside functions count too. A folder's ``__init__`` may import from the folder."""
-    inner = {name: {o for o in others if o != name.split(".")[0]} for name, others in graph().items()}
+    inner = {
+        name: {o for o in others if o != name.split(".")[0]} for name, others in graph().items()
+    }
     try:
         TopologicalSorter(inner).prepare()
     except CycleError as error:

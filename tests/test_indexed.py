@@ -1,5 +1,5 @@
-"""dtron.data.indexed and dtron.data.megatron_order: the files byte for byte, and the order of samples, against
-megatron-core's own where it is installed."""
+"""dtron.data.indexed and dtron.data.megatron_order: the files byte for byte, and the order of
+samples, against megatron-core's own where it is installed."""
 
 import struct
 from pathlib import Path
@@ -12,7 +12,13 @@ from texts import one_line
 
 from dtron.data import megatron_order
 from dtron.data.indexed import DTYPES, HEADER, Indexed, Writer, prefix_of, token_dtype
-from dtron.data.megatron_order import in_order, make_order, most_samples, plan_epochs, split_documents
+from dtron.data.megatron_order import (
+    in_order,
+    make_order,
+    most_samples,
+    plan_epochs,
+    split_documents,
+)
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=9), min_size=1, max_size=12)
 
@@ -55,7 +61,9 @@ def test_the_type_of_a_vocabulary():
 
 def test_a_pair_is_found_by_any_of_its_names(tmp_path):
     write(tmp_path / "a.b", [[1]])
-    assert {prefix_of(tmp_path / name) for name in ("a.b", "a.b.bin", "a.b.idx")} == {tmp_path / "a.b"}
+    assert {prefix_of(tmp_path / name) for name in ("a.b", "a.b.bin", "a.b.idx")} == {
+        tmp_path / "a.b"
+    }
     assert prefix_of(tmp_path / "a") is None
 
 
@@ -78,7 +86,9 @@ def test_damage_is_one_line(tmp_path):
     refused("type 9", "1 to 8", index=idx[:17] + b"\x09" + idx[18:])
     refused("too long", index=idx + b"?")
     refused("sequences, which cannot be", index=idx[:18] + b"\xff" * 8 + idx[26:])
-    put = lambda at, value, kind: idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
+    put = lambda at, value, kind: (
+        idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
+    )
     refused("negative", index=put(HEADER.size, -1, "<i"))
     refused("between two tokens", index=put(HEADER.size + 8, 1, "<q"))
     refused("documents that do not end with its 2 sequences", index=put(len(idx) - 8, 1, "<q"))
@@ -161,7 +171,9 @@ class Words:
     unique_identifiers = {"class": "Words"}
 
 
-def theirs(megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int, reset: bool = False):
+def theirs(
+    megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int, reset: bool = False
+):
     """GPTDataset's training samples, as its builder makes them."""
     gpt, indexed, utils = megatron
     config = gpt.GPTDatasetConfig(
@@ -176,7 +188,9 @@ def theirs(megatron, prefix: Path, split: str, sequence: int, samples: int, seed
     )
 
 
-def agree(megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int) -> tuple[int, bool]:
+def agree(
+    megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int
+) -> tuple[int, bool]:
     want = theirs(megatron, prefix, split, sequence, samples, seed)
     data = Indexed(prefix)
     (low, high), *_ = split_documents(split, len(data))
@@ -184,12 +198,15 @@ def agree(megatron, prefix: Path, split: str, sequence: int, samples: int, seed:
     assert np.array_equal(got.documents, want.document_index)
     assert np.array_equal(got.shuffle, want.shuffle_index) and len(got) >= samples
     at, inside = got.place(np.arange(len(got)) * sequence)
-    assert np.array_equal(at, want.sample_index[:-1, 0]) and np.array_equal(inside, want.sample_index[:-1, 1])
+    assert np.array_equal(at, want.sample_index[:-1, 0]) and np.array_equal(
+        inside, want.sample_index[:-1, 1]
+    )
     return plan_epochs(int(data.lengths[low:high].sum()), sequence, samples)
 
 
 def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
-    """One epoch, several, a last one apart; seeds, lengths and splits; 10,000 samples and more each."""
+    """One epoch, several, a last one apart; seeds, lengths and splits; 10,000 samples and more
+    each."""
     synthetic(tmp_path / "c", 0, 9000, 90)
     synthetic(tmp_path / "short", 1, 700, 60)
     kinds = [

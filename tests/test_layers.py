@@ -31,12 +31,17 @@ def test_norms(eps):
 
 @pytest.mark.parametrize("layernorm", [False, True])
 def test_bfloat16_norms_have_float32_statistics(layernorm):
-    """Off by the rounding of the result and no more; a bfloat16 mean of values around 100 is off by far."""
+    """Off by the rounding of the result and no more; a bfloat16 mean of values around 100 is off by
+    far."""
     dims = {"embed": 1024, "layernorm": layernorm}
     x = (normal(64, 1024) + 100 * layernorm).bfloat16()
     y = norm(init(declare(Norm, dims), dims, 0, ONE, torch.bfloat16), x)
-    want = F.layer_norm(x.to(F64), (1024,)) if layernorm else F.rms_norm(x.to(F64), (1024,), eps=1e-5)
-    assert y.dtype == torch.bfloat16 and ((y - want).abs() <= 2**-8 * 1.001 * want.abs() + 1e-4).all()
+    want = (
+        F.layer_norm(x.to(F64), (1024,)) if layernorm else F.rms_norm(x.to(F64), (1024,), eps=1e-5)
+    )
+    assert (
+        y.dtype == torch.bfloat16 and ((y - want).abs() <= 2**-8 * 1.001 * want.abs() + 1e-4).all()
+    )
 
 
 ROPES = [
@@ -47,10 +52,14 @@ ROPES = [
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(ROPES), st.lists(st.integers(0, 5000), min_size=2, max_size=5), st.integers(0, 5000))
+@given(
+    st.sampled_from(ROPES),
+    st.lists(st.integers(0, 5000), min_size=2, max_size=5),
+    st.integers(0, 5000),
+)
 def test_rotation(rope, places, shift):
-    """Norms stay, place 0 stays, and scores depend on distances only. Places are data: any order, any
-    restart."""
+    """Norms stay, place 0 stays, and scores depend on distances only. Places are data: any order,
+    any restart."""
     places = torch.tensor([0, *places])
     q, k = normal(len(places), 2, 16), normal(len(places), 2, 16, seed=1)
     turn = lambda x, t: rotate(x, rope_tables(rope, t, 16, F64))
@@ -74,7 +83,9 @@ def test_rotary_frequencies():
     plain = 1e4 ** -(torch.arange(0, 128, 2, dtype=F64) / 128)
     close(frequencies(RopeConfig(), 128, F64), (plain, 1.0), 1e-14)
     wave = 2 * math.pi / plain
-    smooth = ((8192 / wave - 1) / (4 - 1)).clamp(0, 1)  # 1: shorter than a 4th of the context; 0: longer
+    smooth = ((8192 / wave - 1) / (4 - 1)).clamp(
+        0, 1
+    )  # 1: shorter than a 4th of the context; 0: longer
     close(
         frequencies(RopeConfig(scaling="llama3"), 128, F64),
         ((1 - smooth) * plain / 8 + smooth * plain, 1.0),
@@ -82,7 +93,10 @@ def test_rotary_frequencies():
     )
     yarn, scale = frequencies(RopeConfig(scaling="yarn"), 128, F64)
     ratio, short, long = yarn / plain, 8192 / wave >= 32, 8192 / wave <= 1
-    close((ratio[short].min().item(), ratio[long].max().item(), scale), (1.0, 1 / 8, 0.1 * math.log(8) + 1))
+    close(
+        (ratio[short].min().item(), ratio[long].max().item(), scale),
+        (1.0, 1 / 8, 0.1 * math.log(8) + 1),
+    )
     assert (ratio[~short & ~long].diff() < 0).all() and ratio.max() <= 1 and ratio.min() > 1 / 8.001
 
 
@@ -105,7 +119,13 @@ def test_bad_rope_values(name, bad):
 
 
 def test_linear():
-    x, w, b, y, v = normal(5, 6), normal(6, 2, 3, 4), normal(2, 3, 4), normal(5, 2, 3), normal(2, 3, 7)
+    x, w, b, y, v = (
+        normal(5, 6),
+        normal(6, 2, 3, 4),
+        normal(2, 3, 4),
+        normal(5, 2, 3),
+        normal(2, 3, 7),
+    )
     same(linear(x, w, b), torch.einsum("ti,iabc->tabc", x, w) + b, [x, w, b])
     same(linear(x, w[:, 0, 0]), torch.einsum("ti,ic->tc", x, w[:, 0, 0]), [x, w])
     same(linear_in(y, v), torch.einsum("tab,abd->td", y, v), [y, v])
@@ -138,7 +158,9 @@ def test_embedding(learned):
     p = tree(Embedding, vocab=7, embed=4, positions=5, learned_positions=learned)
     tokens, positions = torch.tensor([3, 6, 0, 3, 3]), torch.tensor([0, 1, 2, 0, 4])
     one_hot = lambda i, n: F.one_hot(i, n).to(F64)
-    want = one_hot(tokens, 7) @ p.w_tokens + (one_hot(positions, 5) @ p.w_positions if learned else 0)
+    want = one_hot(tokens, 7) @ p.w_tokens + (
+        one_hot(positions, 5) @ p.w_positions if learned else 0
+    )
     same(embedding(p, tokens, positions, ONE), want, flat(p))
 
 
@@ -156,7 +178,10 @@ def test_a_batch_shifts_by_one():
 @pytest.mark.parametrize("chunk", [1, 3, 10, 1024])
 def test_cross_entropy(chunk, z):
     """The last rows of the head are padding: large, to show if they ever count."""
-    x, w = normal(10, 6), torch.cat([normal(7, 6, seed=1), 50 * normal(3, 6)]).detach().requires_grad_()
+    x, w = (
+        normal(10, 6),
+        torch.cat([normal(7, 6, seed=1), 50 * normal(3, 6)]).detach().requires_grad_(),
+    )
     targets = torch.tensor([0, 6, IGNORE, 3, 3, IGNORE, 1, 2, 5, IGNORE])
     loss = lambda x, w: cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)
     scores = x @ w[:7].T

@@ -1,4 +1,5 @@
-"""dtron.data.chunks: samples, their order and the split; and the whole of dtron.data in two processes."""
+"""dtron.data.chunks: samples, their order and the split; and the whole of dtron.data in two
+processes."""
 
 import os
 import subprocess
@@ -42,7 +43,9 @@ def test_a_range_is_the_concatenation_of_its_pieces(lengths, seed, start, counts
     data = np.arange(length, dtype=np.uint16)
     whole = rows(data, sequence, seed, start, sum(counts), shuffle)
     starts = start + np.cumsum([0, *counts])
-    pieces = [rows(data, sequence, seed, int(s), c, shuffle) for s, c in zip(starts, counts, strict=False)]
+    pieces = [
+        rows(data, sequence, seed, int(s), c, shuffle) for s, c in zip(starts, counts, strict=False)
+    ]
     assert whole.dtype == np.int64 and whole.shape == (sum(counts), sequence + 1)
     assert np.array_equal(whole, np.concatenate([whole[:0], *pieces]))
 
@@ -68,7 +71,8 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def test_the_order_is_a_fixed_one():
-    """A checkpoint stores only the position: another order here would make old runs resume wrongly."""
+    """A checkpoint stores only the position: another order here would make old runs resume
+    wrongly."""
     first, second = [14, 8, 12, 2, 10, 0, 4, 6], [14, 8, 6, 0, 2, 10, 4, 12]
     assert rows(np.arange(17), 2, 7, 0, 16)[:, 0].tolist() == first + second
 
@@ -102,19 +106,27 @@ def config(file: Path, sequence: int = 16, fraction: float = 0.1, **more) -> Dat
     return DataConfig(path=str(file), sequence=sequence, validation=fraction, **more)
 
 
-def test_a_corpus_is_split_and_comes_back_from_the_cache(corpus_file: Path, tmp_path: Path, monkeypatch):
+def test_a_corpus_is_split_and_comes_back_from_the_cache(
+    corpus_file: Path, tmp_path: Path, monkeypatch
+):
     first = open_data(config(corpus_file), 400, 0, 1, tmp_path / "cache")
     whole = np.concatenate([first.train.tokens, first.validation.tokens])
     assert first.validation.size == int(len(whole) * 0.1)
     assert first.tokenizer.decode(whole) == first.decode(whole.tolist()) == "".join(TEXTS)
     assert first.train.end == 0 and np.count_nonzero(whole == 0) == len(TEXTS)
 
-    monkeypatch.setattr(Documents, "__iter__", lambda self: pytest.fail("a cached start reads no text"))
+    monkeypatch.setattr(
+        Documents, "__iter__", lambda self: pytest.fail("a cached start reads no text")
+    )
     second = open_data(config(corpus_file), 400, 0, 1, tmp_path / "cache")
     assert np.array_equal(second.train.tokens, first.train.tokens)
     assert np.array_equal(second.validation.tokens, first.validation.tokens)
-    assert second.tokenizer.to_str() == first.tokenizer.to_str() and second.digest() == first.digest()
-    assert open_data(config(corpus_file, 8), 400, 0, 1, tmp_path / "cache").digest() != first.digest()
+    assert (
+        second.tokenizer.to_str() == first.tokenizer.to_str() and second.digest() == first.digest()
+    )
+    assert (
+        open_data(config(corpus_file, 8), 400, 0, 1, tmp_path / "cache").digest() != first.digest()
+    )
 
 
 def test_corpus_errors(corpus_file: Path, cache: Path):
@@ -122,7 +134,13 @@ def test_corpus_errors(corpus_file: Path, cache: Path):
         return lambda: open_data(config(corpus_file, sequence, fraction), 400, 0, 1, cache)
 
     one_line(load(10**6), "the training text", str(10**6 + 1), "lower --data.sequence")
-    one_line(load(512), "the validation text", "513", "lower --data.sequence", "raise --data.validation, or")
+    one_line(
+        load(512),
+        "the validation text",
+        "513",
+        "lower --data.sequence",
+        "raise --data.validation, or",
+    )
     one_line(load(0), "data.sequence=0", "at least 1")
     for fraction in (1.0, -0.1, 0.0, float("nan")):
         one_line(load(8, fraction), f"data.validation={fraction}", "between 0 and 1")
@@ -134,20 +152,35 @@ def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: P
     other.write_text('{"text": "zebras and quaggas graze beside the water"}\n' * 99)
     both = open_data(config(f"1 {corpus_file}, 1 {other}"), 400, 0, 9, tmp_path)
     vocabulary = both.tokenizer.get_vocab()
-    assert any("quagga" in word for word in vocabulary) and any("return" in word for word in vocabulary)
+    assert any("quagga" in word for word in vocabulary) and any(
+        "return" in word for word in vocabulary
+    )
     assert both.samples is None
 
     for name, vocab in (("a", 285), ("b", 275)):
-        argv = ["prepare", str(other), "--vocab", str(vocab), "--out", str(tmp_path / name), "--workers", "1"]
+        argv = [
+            "prepare",
+            str(other),
+            "--vocab",
+            str(vocab),
+            "--out",
+            str(tmp_path / name),
+            "--workers",
+            "1",
+        ]
         assert main(argv) == 0
     a, b = tmp_path / "a", tmp_path / "b"
     one = open_data(config(f"1 {a}, 1 {corpus_file}"), 400, 0, 9, tmp_path)
     assert one.tokenizer.get_vocab_size() == 285 and one.samples == 9
     unlike = config(f"1 {a}, 1 {b}")
-    one_line(lambda: open_data(unlike, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
+    one_line(
+        lambda: open_data(unlike, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer"
+    )
     beside(a).unlink()
     mixed = config(f"1 {a}, 1 {corpus_file}")
-    one_line(lambda: open_data(mixed, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer")
+    one_line(
+        lambda: open_data(mixed, 400, 0, 9, tmp_path), "different or unknown", "--data.tokenizer"
+    )
     assert open_data(config(a), 400, 0, 9, tmp_path).tokenizer is None
     named = config(f"1 {a}, 1 {corpus_file}", tokenizer=str(beside(b)))
     assert open_data(named, 400, 0, 9, tmp_path).tokenizer.get_vocab_size() == 275
@@ -164,7 +197,9 @@ import dtron.data.best_fit_packing
 
 def test_reading_token_files_takes_numpy_alone():
     root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", ALONE], check=True, env={**os.environ, "PYTHONPATH": root})
+    subprocess.run(
+        [sys.executable, "-c", ALONE], check=True, env={**os.environ, "PYTHONPATH": root}
+    )
 
 
 SCRIPT = """
@@ -189,7 +224,9 @@ def test_two_processes_starting_at_once_agree(corpus_file: Path, tmp_path: Path)
     def start() -> subprocess.Popen:
         command = [sys.executable, "-c", SCRIPT, str(corpus_file)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True
+        )
 
     def finish(process: subprocess.Popen) -> list[str]:
         out, err = process.communicate(timeout=300)

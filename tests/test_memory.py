@@ -39,7 +39,10 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
     def note(x: Tensor) -> Tensor:
         memory = x.untyped_storage()
         if memory.data_ptr() not in weights:
-            seen[memory.data_ptr()] = (memory.nbytes(), x)  # kept alive, or its place may be used again
+            seen[memory.data_ptr()] = (
+                memory.nbytes(),
+                x,
+            )  # kept alive, or its place may be used again
         return x
 
     batch = make_batch(torch.zeros(rows, m.context + 1, dtype=torch.long), layout)
@@ -49,8 +52,9 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
 
 
 def test_the_estimate_of_kept_activations():
-    """Of a block, from models of 2 and of 3: exact under full recomputation, where a block keeps its input;
-    and otherwise what the eager program keeps is some more, the steps of norms and activation functions."""
+    """Of a block, from models of 2 and of 3: exact under full recomputation, where a block keeps
+    its input; and otherwise what the eager program keeps is some more, the steps of norms and
+    activation functions."""
     m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
     of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
     estimate = lambda r: block_bytes(m, MeshShape(), 2 * 128, r, element=4)
@@ -64,14 +68,20 @@ def test_memory_by_length_of_sequence(capsys, monkeypatch):
     assert "131,072 │           16,384" in capsys.readouterr().out
     m, whole, n = ModelConfig(vocab=64), MeshShape(), 2**17  # short enough for no chunks
     for recompute in ("none", "selective", "full"):
-        one, two = (activation_bytes(m, MeshShape(cp=cp), n, recompute, "ulysses", [4]) for cp in (1, 2))
-        assert one == activation_bytes(m, whole, n, recompute, "ring", [4]) and 0.5 < two / one < 0.7
+        one, two = (
+            activation_bytes(m, MeshShape(cp=cp), n, recompute, "ulysses", [4]) for cp in (1, 2)
+        )
+        assert (
+            one == activation_bytes(m, whole, n, recompute, "ring", [4]) and 0.5 < two / one < 0.7
+        )
 
 
 def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
     """An eighth of what it would have, from one layer only, and as much again of gradients."""
     m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
-    needs = lambda width, n: activation_bytes(replace(m, mlp=width), MeshShape(), n, "full", "ring", [4]) / n
+    needs = lambda width, n: (
+        activation_bytes(replace(m, mlp=width), MeshShape(), n, "full", "ring", [4]) / n
+    )
     products, difference = 3, 8192 - 4096
     assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference
     assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
@@ -118,9 +128,10 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
     ],
 )
 def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, change, how):
-    """Compiled too, where a custom function may hide from the compiler that it is to be run again: with torch
-    2.11 a ring kept all its queries, keys, values and results. Of one more block than one, which share what
-    is constant. One rank of the mesh compiles: sizes do not depend on what the others would send."""
+    """Compiled too, where a custom function may hide from the compiler that it is to be run again:
+    with torch 2.11 a ring kept all its queries, keys, values and results. Of one more block than
+    one, which share what is constant. One rank of the mesh compiles: sizes do not depend on what
+    the others would send."""
     with simulated(MeshShape.parse(mesh)) as devices:
         pass  # the mesh outlives its simulation
     sizes, layout = replace(MODEL, **change), Layout(devices, rules_for(0))
@@ -133,6 +144,8 @@ def test_keys_that_heads_share_are_kept_once(monkeypatch):
     """The kernels want one for every head; a compiler would keep these copies for backward."""
     m = replace(MODEL, layers=1, kv_heads=1)
     kept = kept_compiled(Layout(), m, ComputeConfig())
-    monkeypatch.setattr(attention_kernels, "recompute_in_backward", lambda fn, *xs: fn(*xs))  # the mutant
+    monkeypatch.setattr(
+        attention_kernels, "recompute_in_backward", lambda fn, *xs: fn(*xs)
+    )  # the mutant
     copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4
     assert kept_compiled(Layout(), m, ComputeConfig()) - kept == m.layers * copies > 0

@@ -1,4 +1,5 @@
-"""dtron.data.mixture: which source a sample comes from; against megatron-core's own where it is installed."""
+"""dtron.data.mixture: which source a sample comes from; against megatron-core's own where it is
+installed."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,7 +11,9 @@ from dtron.data.mixture import _MARK, Blend, parse_sources, samples_of
 from dtron.data.sources import Chunks, Mixed
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(0, 300), st.integers(0, 60))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(0, 300), st.integers(0, 60)
+)
 @settings(max_examples=30)
 def test_the_largest_deficit_comes_first(weights, start, count):
     weights = [w / sum(weights) for w in weights]
@@ -53,7 +56,9 @@ def test_mixing_is_that_of_blended_dataset(megatron):  # noqa: F811
 
 
 def test_samples_asked_of_each_source_are_those_of_megatrons_builder(megatron):  # noqa: F811
-    from megatron.core.datasets.blended_megatron_dataset_builder import _get_size_per_split_per_dataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        _get_size_per_split_per_dataset,
+    )
 
     sizes = _get_size_per_split_per_dataset([0.7, 0.3], [10_001], surplus=0.005)
     assert [samples_of(w, 10_001, False) for w in (0.7, 0.3)] == [size for (size,) in sizes]
@@ -63,21 +68,37 @@ def test_samples_asked_of_each_source_are_those_of_megatrons_builder(megatron): 
 def test_sources_and_weights(tmp_path):
     assert parse_sources(None) == [(1.0, None)]
     assert parse_sources("a b.jsonl") == [(1.0, "a b.jsonl")]
-    assert parse_sources("0.7 web.jsonl, 0.3 code.parquet") == [(0.7, "web.jsonl"), (0.3, "code.parquet")]
+    assert parse_sources("0.7 web.jsonl, 0.3 code.parquet") == [
+        (0.7, "web.jsonl"),
+        (0.3, "code.parquet"),
+    ]
     assert parse_sources(" 3 my text.jsonl ,1 b,0 c") == [(0.75, "my text.jsonl"), (0.25, "b")]
     (tmp_path / "1 a, 2 b.txt").touch()
     odd = str(tmp_path / "1 a, 2 b.txt")
     assert parse_sources(odd) == [(1.0, odd)]
     for bad, part in (
-        ("-0.1 a, 1.1 b", "'-0.1 a'"), ("0.5 a, b", "'b'"), ("nan a, 1 b", "'nan a'"), ("inf a", "'inf a'"),
-        ("1.x a", "'1.x a'"), ("1 a,", "''"),
-    ):  # fmt: skip
-        one_line(lambda bad=bad: parse_sources(bad), repr(bad), part, "weight of 0 or more", "0.7 web.jsonl")
+        ("-0.1 a, 1.1 b", "'-0.1 a'"),
+        ("0.5 a, b", "'b'"),
+        ("nan a, 1 b", "'nan a'"),
+        ("inf a", "'inf a'"),
+        ("1.x a", "'1.x a'"),
+        ("1 a,", "''"),
+    ):
+        one_line(
+            lambda bad=bad: parse_sources(bad),
+            repr(bad),
+            part,
+            "weight of 0 or more",
+            "0.7 web.jsonl",
+        )
     one_line(lambda: parse_sources("0 a, 0 b"), "'0 a, 0 b'", "sum to 0", "at least one")
 
 
 def test_a_mixture_takes_each_source_in_its_own_order():
-    sources = [Chunks(np.arange(100, 201), 5, 1, None, False), Chunks(np.arange(300, 501), 5, 2, None, False)]
+    sources = [
+        Chunks(np.arange(100, 201), 5, 1, None, False),
+        Chunks(np.arange(300, 501), 5, 2, None, False),
+    ]
     rows = Mixed(sources, [0.25, 0.75]).rows(0, 40).tokens
     low = rows[:, 0] < 300
     assert low.sum() == 10

@@ -1,5 +1,5 @@
-"""Experts on any mesh give what one device gives; dispatchers give what each other give; and the mistakes
-that others have shipped are caught."""
+"""Experts on any mesh give what one device gives; dispatchers give what each other give; and the
+mistakes that others have shipped are caught."""
 
 from __future__ import annotations
 
@@ -32,12 +32,28 @@ from dtron.testing import (
 from dtron.tools.count_collectives import Collective
 
 ONE, F64, T = Layout(), torch.float64, 48
-DIMS = {"embed": 10, "expert_embed": 10, "gated": True, "bias": False, "balance_bias": False, "layers": 1}
+DIMS = {
+    "embed": 10,
+    "expert_embed": 10,
+    "gated": True,
+    "bias": False,
+    "balance_bias": False,
+    "layers": 1,
+}
 
 
 def dims(c: MoEConfig) -> dict:
-    sizes = {"experts": c.experts, "expert_mlp": c.mlp, "shared_mlp": c.shared, "expert_bias": c.bias}
-    flags = {"router_bias": c.router_bias, "shared_expert": c.shared > 0, "shared_gate": c.shared_gate}
+    sizes = {
+        "experts": c.experts,
+        "expert_mlp": c.mlp,
+        "shared_mlp": c.shared,
+        "expert_bias": c.bias,
+    }
+    flags = {
+        "router_bias": c.router_bias,
+        "shared_expert": c.shared > 0,
+        "shared_gate": c.shared_gate,
+    }
     return DIMS | sizes | flags
 
 
@@ -59,16 +75,20 @@ def expert_meshes(draw, ranks: int = 8, axes=("dp", "cp", "tp")):
 
 
 def skewed(kind: str, experts: int) -> Tensor:
-    """Added to the router's logits. ``one``: every token's first choice is expert 0, and with k = 1 the
-    others have none; ``few``: the upper half has none."""
+    """Added to the router's logits. ``one``: every token's first choice is expert 0, and with k = 1
+    the others have none; ``few``: the upper half has none."""
     places = torch.arange(experts)
-    far = {"even": places * 0.0, "one": (places == 0) * 50.0, "few": (places < (experts + 1) // 2) * 50.0}
+    far = {
+        "even": places * 0.0,
+        "one": (places == 0) * 50.0,
+        "few": (places < (experts + 1) // 2) * 50.0,
+    }
     return far[kind].double()
 
 
 def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False):
-    """A layer of experts, for ``assert_equivalent``: its output, or what it adds to the loss. Sequences have
-    6 tokens, and every fifth token does not count."""
+    """A layer of experts, for ``assert_equivalent``: its output, or what it adds to the loss.
+    Sequences have 6 tokens, and every fifth token does not count."""
 
     def fn(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         place = layout.iota("tokens_sp", x.shape[0], "cpu")
@@ -90,20 +110,35 @@ def config(mesh: str, **choices) -> MoEConfig:
 
 @settings(max_examples=40)
 @given(
-    mesh=expert_meshes(), zero=zero_stages(), seed=st.integers(0, 99), each=st.sampled_from([1, 2, 3]),
-    top_k=st.sampled_from([1, 2, 3]), skew=st.sampled_from(["even", "one", "few"]), bias=st.booleans(),
-    dispatch=st.sampled_from(["alltoall", "static", "allgather"]), shared=st.booleans(),
+    mesh=expert_meshes(),
+    zero=zero_stages(),
+    seed=st.integers(0, 99),
+    each=st.sampled_from([1, 2, 3]),
+    top_k=st.sampled_from([1, 2, 3]),
+    skew=st.sampled_from(["even", "one", "few"]),
+    bias=st.booleans(),
+    dispatch=st.sampled_from(["alltoall", "static", "allgather"]),
+    shared=st.booleans(),
     score=st.sampled_from(["softmax", "topk_softmax", "sigmoid"]),
     activation=st.sampled_from(["swiglu", "clamped_swiglu"]),
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_experts_on_any_mesh(mesh, zero, seed, dispatch, skew, shared, **choices):
     tp = MeshShape.parse(mesh).tp
     c = config(mesh, shared=4 * tp if shared else 0, shared_gate=shared, **choices)
-    assert_equivalent(layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero, seed=seed)
+    assert_equivalent(
+        layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero, seed=seed
+    )
 
 
-FOLDED = ["dp=2,ep=2", "dp=2,tp=2,ep=4", "dp=4,ep=2", "tp=2,etp=2", "dp=2,cp=2,ep=4", "dp=2,tp=2,ep=2,etp=2"]
+FOLDED = [
+    "dp=2,ep=2",
+    "dp=2,tp=2,ep=4",
+    "dp=4,ep=2",
+    "tp=2,etp=2",
+    "dp=2,cp=2,ep=4",
+    "dp=2,tp=2,ep=2,etp=2",
+]
 
 
 @pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
@@ -116,7 +151,8 @@ def test_experts(mesh, skew, dispatch):
 
 
 def in_bfloat16(fn):
-    """The layer as a GPU computes it; ``F.grouped_mm`` then leaves rows behind the last expert unwritten."""
+    """The layer as a GPU computes it; ``F.grouped_mm`` then leaves rows behind the last expert
+    unwritten."""
 
     def cast(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         narrow = tree_map(lambda w: w.bfloat16(), p)
@@ -125,18 +161,24 @@ def in_bfloat16(fn):
     return cast
 
 
-def last_experts(x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe=None) -> Tensor:
+def last_experts(
+    x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe=None
+) -> Tensor:
     """A mutant of ``experts.product``: rows behind the last end get the last expert's bias."""
     y = product(x, w, None, ends_E, recipe)
     if b is None or ends_E is None:
         return product(x, w, b, ends_E, recipe)
-    expert_R = torch.searchsorted(ends_E, torch.arange(x.shape[0]), right=True).clamp(max=len(b) - 1)
+    expert_R = torch.searchsorted(ends_E, torch.arange(x.shape[0]), right=True).clamp(
+        max=len(b) - 1
+    )
     return y + b.index_select(0, expert_R)
 
 
 def check_in_bfloat16(mesh: str, dispatch: str, **choices) -> None:
     """Rounding differs where a rank sums other rows: 2 ** -8 each, of some ten sums in a row."""
-    c = replace(config(mesh, bias=True, **choices), mlp=8 * MeshShape.parse(mesh).etp)  # 16 bytes a row
+    c = replace(
+        config(mesh, bias=True, **choices), mlp=8 * MeshShape.parse(mesh).etp
+    )  # 16 bytes a row
     sizes = dims(c) | {"embed": 16, "expert_embed": 16}
     with poisoned_memory():
         assert_equivalent(in_bfloat16(layer(c, dispatch)), MoELayer, mesh, sizes, 0.03, tokens=T)
@@ -156,9 +198,11 @@ def test_a_bias_that_reads_unwritten_rows_is_caught(monkeypatch):
 
 @settings(max_examples=5)
 @given(
-    mesh=expert_meshes(), score=st.sampled_from(["softmax", "sigmoid"]),
-    aux_level=st.sampled_from(["micro_batch", "sequence"]), skew=st.sampled_from(["even", "few"]),
-)  # fmt: skip
+    mesh=expert_meshes(),
+    score=st.sampled_from(["softmax", "sigmoid"]),
+    aux_level=st.sampled_from(["micro_batch", "sequence"]),
+    skew=st.sampled_from(["even", "few"]),
+)
 def test_auxiliary_losses_on_any_mesh(mesh, skew, **choices):
     c = config(mesh, aux_loss=0.3, z_loss=0.2, **choices)
     fn = layer(c, skew=skew, aux=True)
@@ -189,7 +233,8 @@ def test_a_layer_without_one_constrain_is_caught(mesh, number):
 
 @pytest.mark.parametrize("mesh", ["dp=4,ep=2", "dp=2,cp=2,ep=2", "tp=2,etp=2"])
 def test_a_right_forward_with_wrong_gradients_is_caught(mesh):
-    """Known bug elsewhere, in folding: the experts' gradients are not summed over all that hold them."""
+    """Known bug elsewhere, in folding: the experts' gradients are not summed over all that hold
+    them."""
     c, seen = config(mesh), []
 
     def fn(p, x, layout):
@@ -202,8 +247,8 @@ def test_a_right_forward_with_wrong_gradients_is_caught(mesh):
 
 
 def test_gradients_of_experts_that_are_twice_what_they_should_be_are_caught():
-    """Known bug elsewhere: ranks that share tokens each send them. The output is right, and the gradient of
-    every expert exactly double."""
+    """Known bug elsewhere: ranks that share tokens each send them. The output is right, and the
+    gradient of every expert exactly double."""
     c, mesh = config("tp=2,ep=2"), "tp=2,ep=2"
 
     def doubled(layout: Layout) -> Layout:
@@ -214,14 +259,17 @@ def test_gradients_of_experts_that_are_twice_what_they_should_be_are_caught():
     torch.testing.assert_close(got["output"], want["output"])
     name = "gradient of experts.w_up"
     torch.testing.assert_close(got[name], 2 * want[name])
-    assert_caught(lambda: assert_equivalent(layer(c), MoELayer, mesh, dims(c), tokens=T, mutate=doubled))
+    assert_caught(
+        lambda: assert_equivalent(layer(c), MoELayer, mesh, dims(c), tokens=T, mutate=doubled)
+    )
 
 
 # ---- what dispatchers communicate, and wait for
 
 
 def test_all_to_alls_of_tokens_and_nothing_else_on_ep():
-    """Two of tokens each way, and one of the counts; the router's own weight is summed at the end."""
+    """Two of tokens each way, and one of the counts; the router's own weight is summed at the
+    end."""
     c, mesh, k = config("dp=2,ep=2"), "dp=2,ep=2", 2
     got = run_layer(layer(c, "alltoall"), MoELayer, mesh, dims(c), tokens=T, zero=0)
     assert got.forward.count == {Collective("all_to_all", "dp.ep"): 3}
@@ -238,7 +286,11 @@ def test_all_to_alls_of_tokens_and_nothing_else_on_ep():
     ("dispatch", "forward", "total"),
     [
         ("static", {"all_to_all": 2}, {"all_to_all": 4}),
-        ("allgather", {"all_gather": 3, "reduce_scatter": 1}, {"all_gather": 4, "reduce_scatter": 3}),
+        (
+            "allgather",
+            {"all_gather": 3, "reduce_scatter": 1},
+            {"all_gather": 4, "reduce_scatter": 3},
+        ),
     ],
 )
 def test_what_the_other_dispatchers_communicate(dispatch, forward, total):
@@ -252,9 +304,20 @@ def test_what_the_other_dispatchers_communicate(dispatch, forward, total):
 
 
 class Waits(TorchFunctionMode):
-    """Counts what makes the host wait for the device: a number read, or a shape that values decide."""
+    """Counts what makes the host wait for the device: a number read, or a shape that values
+    decide."""
 
-    NAMES = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique", "numpy")
+    NAMES = (
+        "tolist",
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "nonzero",
+        "unique",
+        "numpy",
+    )
 
     def __init__(self):
         super().__init__()

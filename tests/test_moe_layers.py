@@ -1,4 +1,5 @@
-"""The router, the dispatchers and the experts on one device, against definitions written independently."""
+"""The router, the dispatchers and the experts on one device, against definitions written
+independently."""
 
 from __future__ import annotations
 
@@ -50,9 +51,12 @@ def most_weighted(weights: Tensor, index: Tensor, experts: int, room: int) -> Te
 
 @settings(max_examples=25)
 @given(
-    tokens=st.integers(1, 20), experts=st.integers(1, 7), k=st.integers(1, 4), seed=st.integers(0, 99),
+    tokens=st.integers(1, 20),
+    experts=st.integers(1, 7),
+    k=st.integers(1, 4),
+    seed=st.integers(0, 99),
     capacity=st.sampled_from([None, 0.0, 0.5, 1.0, 100.0]),
-)  # fmt: skip
+)
 def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
     """No token is lost; or with too little room, exactly those of the smallest weights."""
     k = min(k, experts)
@@ -60,7 +64,10 @@ def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
     room = tokens if not capacity else min(tokens, math.ceil(capacity * tokens * k / experts))
     kept = most_weighted(weights, index, experts, room)
     run = lambda rows, ends: compute(e, rows, ends, "swiglu")
-    dispatch, over = (local if capacity is None else static), ExpertGroup(experts, None, capacity or 0.0)
+    dispatch, over = (
+        (local if capacity is None else static),
+        ExpertGroup(experts, None, capacity or 0.0),
+    )
     got, lost = dispatch(x, weights, index, torch.tensor(0), run, over)
     want = by_definition(e, x, weights, index, kept)
     torch.testing.assert_close(got, want)
@@ -74,34 +81,50 @@ def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 9))
 def test_plans(experts, room):
-    """Rows sorted by expert hold every slot once; rows with room hold each expert's, and no other."""
+    """Rows sorted by expert hold every slot once; rows with room hold each expert's, and no
+    other."""
     expert_S = torch.tensor(experts)
     plan, ends = by_expert(expert_S, 5)
     assert expert_S[plan.slot_R].tolist() == sorted(experts)
     assert plan.slot_R[plan.place_S].tolist() == list(range(len(experts)))
     assert ends.tolist() == [sum(i <= e for i in experts) for e in range(5)]
     plan = by_room(expert_S, torch.rand(len(experts)), 5, room)
-    assert plan.filled_R.view(5, room).sum(1).tolist() == [min(experts.count(e), room) for e in range(5)]
-    for row, (slot, filled) in enumerate(zip(plan.slot_R.tolist(), plan.filled_R.tolist(), strict=True)):
+    assert plan.filled_R.view(5, room).sum(1).tolist() == [
+        min(experts.count(e), room) for e in range(5)
+    ]
+    for row, (slot, filled) in enumerate(
+        zip(plan.slot_R.tolist(), plan.filled_R.tolist(), strict=True)
+    ):
         assert not filled or (expert_S[slot] == row // room and plan.place_S[slot] == row)
     assert plan.kept_S.sum() == plan.filled_R.sum()
 
 
-def logits_router(logits: Tensor, c: MoEConfig, balance: Tensor | None = None, valid=None, rows=None):
+def logits_router(
+    logits: Tensor, c: MoEConfig, balance: Tensor | None = None, valid=None, rows=None
+):
     """The router on tokens whose logits are given."""
     n, e = logits.shape
     valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
     rows = torch.zeros(n, dtype=torch.long) if rows is None else rows
     w = torch.eye(e, dtype=logits.dtype)
     return route(
-        Router(w, None, balance), logits, valid, rows, int(rows.max()) + 1, c, ONE, place_T=torch.arange(n)
+        Router(w, None, balance),
+        logits,
+        valid,
+        rows,
+        int(rows.max()) + 1,
+        c,
+        ONE,
+        place_T=torch.arange(n),
     )
 
 
 def test_scores():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
     p, s = logits.softmax(-1)[0].tolist(), logits.sigmoid()[0].tolist()
-    first = lambda **choices: logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
+    first = lambda **choices: (
+        logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
+    )
     assert first(normalize=False) == pytest.approx([p[1], p[2]])
     assert first() == pytest.approx([p[1] / (p[1] + p[2]), p[2] / (p[1] + p[2])])
     assert first(score="topk_softmax") == pytest.approx(first())
@@ -119,17 +142,20 @@ def test_a_balance_bias_chooses_and_does_not_weigh():
 
 
 def test_groups_limit_where_a_token_goes():
-    """The best two experts of the best group, though the second best of all is elsewhere. By sigmoid a group
-    is as good as its best two, by softmax as its best."""
+    """The best two experts of the best group, though the second best of all is elsewhere. By
+    sigmoid a group is as good as its best two, by softmax as its best."""
     logits = torch.tensor([[2.0, 1.9, 2.1, -3.0, 0.0, 0.0]], dtype=F64)
-    chosen = lambda **c: sorted(logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist())
+    chosen = lambda **c: sorted(
+        logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist()
+    )
     assert chosen(score="sigmoid", group_top_k=1) == [0, 1]
     assert chosen(score="softmax", group_top_k=1) == [2, 3]
     assert chosen(score="softmax", group_top_k=2) == [0, 2]
 
 
 def test_the_auxiliary_loss_by_its_formula():
-    """Per token 1 where the load is even, E/k times where all is on the same experts; per level, by hand."""
+    """Per token 1 where the load is even, E/k times where all is on the same experts; per level, by
+    hand."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(12, 4, generator=g, dtype=F64)
     valid, rows = torch.arange(12) % 4 != 3, torch.arange(12) // 6
@@ -138,16 +164,22 @@ def test_the_auxiliary_loss_by_its_formula():
     sets = {"micro_batch": [valid], "sequence": [valid & (rows == r) for r in (0, 1)]}
     for level, masks in sets.items():
         want = sum(m.sum() * 4 * (hot[m].mean(0) / 2 * p[m].mean(0)).sum() for m in masks)
-        to = logits_router(logits, MoEConfig(4, 2, aux_loss=0.5, aux_level=level), valid=valid, rows=rows)
+        to = logits_router(
+            logits, MoEConfig(4, 2, aux_loss=0.5, aux_level=level), valid=valid, rows=rows
+        )
         assert to.aux.item() == pytest.approx(0.5 * want.item(), rel=1e-12)
     z = (logits[valid].logsumexp(-1) ** 2).sum()
-    assert logits_router(logits, MoEConfig(4, 2, z_loss=0.1), valid=valid).aux.item() == pytest.approx(
-        0.1 * z.item()
-    )
+    assert logits_router(
+        logits, MoEConfig(4, 2, z_loss=0.1), valid=valid
+    ).aux.item() == pytest.approx(0.1 * z.item())
     even = torch.eye(4, dtype=F64).repeat(3, 1) * 1e-6
-    assert logits_router(even, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(1, rel=1e-4)
+    assert logits_router(even, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(
+        1, rel=1e-4
+    )
     peaked = torch.tensor([[90.0, 0, 0, 0]], dtype=F64).repeat(12, 1)
-    assert logits_router(peaked, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(4, rel=1e-9)
+    assert logits_router(peaked, MoEConfig(4, 1, aux_loss=1.0)).aux.item() / 12 == pytest.approx(
+        4, rel=1e-9
+    )
 
 
 def test_counts_are_of_tokens_that_count():

@@ -1,5 +1,5 @@
-"""Models with experts: one optimizer step on any mesh is that of one device; auxiliary losses and balance
-biases do what they should."""
+"""Models with experts: one optimizer step on any mesh is that of one device; auxiliary losses and
+balance biases do what they should."""
 
 from __future__ import annotations
 
@@ -49,14 +49,18 @@ EVERYTHING = {"aux_loss": 0.1, "z_loss": 0.05, "bias_rate": 1e-2, "router_bias":
 
 @settings(max_examples=20)
 @given(
-    mesh=expert_meshes(ranks=6, axes=("dp_replicate", "dp", "tp")), zero=zero_stages(),
-    each=st.sampled_from([1, 3]), pp=st.sampled_from([1, 1, 2]), top_k=st.sampled_from([1, 2]),
+    mesh=expert_meshes(ranks=6, axes=("dp_replicate", "dp", "tp")),
+    zero=zero_stages(),
+    each=st.sampled_from([1, 3]),
+    pp=st.sampled_from([1, 1, 2]),
+    top_k=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
     aux_level=st.sampled_from(["micro_batch", "sequence", "global_batch"]),
-    recompute=st.sampled_from(["none", "selective", "full"]), dense_layers=st.sampled_from([0, 1]),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+    dense_layers=st.sampled_from([0, 1]),
     dispatch=st.sampled_from(["auto", "static", "allgather"]),
     schedule=st.sampled_from(["1f1b", "interleaved", "zb-h1"]),
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_one_step_on_any_mesh(mesh, pp, schedule, **choices):
     mesh, layers = f"pp={pp},{mesh}" if pp > 1 else mesh, 4 if pp > 1 else 2
@@ -70,7 +74,10 @@ def test_one_step_on_any_mesh(mesh, pp, schedule, **choices):
 STEPS = [
     ("dp=2,ep=2", {"zero": 0, "aux_level": "global_batch", "recompute": "full"}),
     ("dp=2,tp=2,ep=4", {"zero": 1, "shared": 4, "shared_gate": True, "each": 1, "top_k": 1}),
-    ("dp=4,ep=2", {"zero": 3, "aux_level": "sequence", "dispatch": "allgather", "recompute": "selective"}),
+    (
+        "dp=4,ep=2",
+        {"zero": 3, "aux_level": "sequence", "dispatch": "allgather", "recompute": "selective"},
+    ),
     ("dp_replicate=2,dp=2,ep=2", {"zero": 2, "dispatch": "static"}),
     ("dp=2,tp=2,ep=2,etp=2", {"zero": 3, "score": "sigmoid", "groups": 2, "bias": True}),
     ("pp=2,dp=2,ep=2", {"zero": 1, "layers": 3, "dense_layers": 1, "aux_level": "global_batch"}),
@@ -85,7 +92,9 @@ def test_one_step(mesh, choices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
+)
 def test_every_schedule(schedule):
     config = model_config(
         "pp=2,dp=2,ep=2", layers=4, batch=8, schedule=schedule, aux_level="global_batch",
@@ -118,7 +127,9 @@ def test_an_auxiliary_loss_that_never_reaches_backward_is_caught(monkeypatch):
 def test_an_auxiliary_loss_that_is_scaled_is_caught(monkeypatch, factor):
     config = model_config("dp=2,ep=2", aux_loss=0.1)
     monkeypatch.setattr(
-        dtron.training.pipeline, "stage", on_the_mesh(lambda e: StageOutput(factor * e.aux, e.report))
+        dtron.training.pipeline,
+        "stage",
+        on_the_mesh(lambda e: StageOutput(factor * e.aux, e.report)),
     )
     assert_caught(lambda: assert_step(config))
 

@@ -17,7 +17,8 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
-from dtron.model.transformer import active_count, declare_model, flops_per_token, parameter_count
+from dtron.model.flops import active_count, flops_per_token, parameter_count
+from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
@@ -30,7 +31,9 @@ from dtron.training.pipeline import layers_per_stage, one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 
 ONE = Layout()
-EXPERTS = MoEConfig(8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch")
+EXPERTS = MoEConfig(
+    8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch"
+)
 SPARSE = replace(MODEL, moe=EXPERTS)
 FOUR = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=4, seed=3)
 
@@ -125,7 +128,11 @@ def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(
     ("mesh", "zero", "dispatch"),
-    [("dp=4,ep=2", 1, "auto"), ("dp=2,tp=2,ep=4", 3, "static"), ("dp=2,tp=2,ep=2,etp=2", 2, "allgather")],
+    [
+        ("dp=4,ep=2", 1, "auto"),
+        ("dp=2,tp=2,ep=4", 3, "static"),
+        ("dp=2,tp=2,ep=2,etp=2", 2, "allgather"),
+    ],
 )
 def test_sharded_experts_compile_too(pool, mesh, zero, dispatch):
     want = pool.run(compiled_on_pool, mesh, zero, dispatch, None)
@@ -174,7 +181,10 @@ def test_reports_of_layers():
     said = describe_experts(totals, m.moe)
     names = ("load_max", "load_min", "entropy", "dropped", "aux_loss", "z_loss")
     assert set(said) == {f"experts.1.{name}" for name in names}
-    assert said["experts.1.load_max"] >= 1 >= said["experts.1.load_min"] and said["experts.1.dropped"] == 0
+    assert (
+        said["experts.1.load_max"] >= 1 >= said["experts.1.load_min"]
+        and said["experts.1.dropped"] == 0
+    )
     assert 0 < said["experts.1.entropy"] <= math.log(8) + 1e-9 and said["experts.1.aux_loss"] > 0.9
     assert (
         describe_experts(None, MoEConfig())
@@ -226,9 +236,17 @@ def test_experts_that_cannot_be(choices, message):
 @pytest.mark.parametrize(
     ("mesh", "moe", "message"),
     [
-        ("dp=4,ep=4", MoEConfig(6), r"experts=6 over ep=4: ep must divide experts; use ep=3 or .*experts 8"),
+        (
+            "dp=4,ep=4",
+            MoEConfig(6),
+            r"experts=6 over ep=4: ep must divide experts; use ep=3 or .*experts 8",
+        ),
         ("dp=4,ep=3", MoEConfig(6), r"ep=3 must divide dp\*cp\*tp/etp = 4/1; use ep=2"),
-        ("tp=2,etp=2", MoEConfig(6, mlp=5), r"mlp=5 over etp=2: etp must divide mlp; use etp=1 or .*mlp 6"),
+        (
+            "tp=2,etp=2",
+            MoEConfig(6, mlp=5),
+            r"mlp=5 over etp=2: etp must divide mlp; use etp=1 or .*mlp 6",
+        ),
         ("tp=2", MoEConfig(6, shared=5), r"shared=5 over tp=2"),
         ("dp=2,ep=2", MoEConfig(), "the model has no experts; leave ep and etp out"),
     ],

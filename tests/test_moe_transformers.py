@@ -1,4 +1,5 @@
-"""Models of experts give the logits of Hugging Face transformers, from random weights mapped by hand."""
+"""Models of experts give the logits of Hugging Face transformers, from random weights mapped by
+hand."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ GPT_OSS = replace(
     moe=replace(SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True),
 )  # fmt: skip
 
-# Our config, its name there, what it calls the sizes, and changes that are wrong in what the case is about.
+# Our config, its name there, what it calls the sizes, and changes that are wrong in what the case
+# is about.
 CASES = {
     "mixtral": (SMALL, "Mixtral", {"num_local_experts": 8, "intermediate_size": 24}, [{"top_k": 2}]),
     "qwen3-moe": (
@@ -70,8 +72,8 @@ def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Modul
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. They put gate and up together: one after the other, or, in gpt-oss,
-    every other one, and there the matrices of experts are [in, out] as ours."""
+    """The same weights as a dtron tree. They put gate and up together: one after the other, or, in
+    gpt-oss, every other one, and there the matrices of experts are [in, out] as ours."""
     theirs, is_gpt_oss = dict(model.named_parameters()), isinstance(model, hf.GptOssForCausalLM)
     used = set()
     router = "router" if is_gpt_oss else "gate"

@@ -35,7 +35,9 @@ from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
-EXPERTS = MoEConfig(4, 2, 8, dense_layers=1, score="sigmoid", scale=2.5, groups=2, group_top_k=1, shared=8)
+EXPERTS = MoEConfig(
+    4, 2, 8, dense_layers=1, score="sigmoid", scale=2.5, groups=2, group_top_k=1, shared=8
+)
 EXPERTS = replace(EXPERTS, aux_loss=0.1, aux_level="sequence", bias_rate=0.01)
 ONE = Layout()
 
@@ -44,9 +46,12 @@ ONE = Layout()
 
 
 @given(
-    rows=st.integers(1, 3), sequence=st.integers(1, 9), depth=st.integers(1, 4), packed=st.booleans(),
+    rows=st.integers(1, 3),
+    sequence=st.integers(1, 9),
+    depth=st.integers(1, 4),
+    packed=st.booleans(),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_what_is_predicted_from_what(rows, sequence, depth, packed, seed):
     """Against the definition, one position at a time."""
     g = torch.Generator().manual_seed(seed)
@@ -66,7 +71,9 @@ def test_what_is_predicted_from_what(rows, sequence, depth, packed, seed):
                 assert got_targets[b, i, k - 1] == (row[b, i + k + 1] if there else IGNORE)
 
 
-SMALL = ModelConfig(vocab=29, embed=10, layers=2, heads=2, kv_heads=2, head_dim=4, mlp=8, vocab_multiple=1)
+SMALL = ModelConfig(
+    vocab=29, embed=10, layers=2, heads=2, kv_heads=2, head_dim=4, mlp=8, vocab_multiple=1
+)
 
 
 def drawn(m: ModelConfig) -> tuple:
@@ -77,7 +84,9 @@ def rows_of(seed: int = 0) -> Tensor:
     return torch.randint(29, (4, 13), generator=torch.Generator().manual_seed(seed))
 
 
-def reported(m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None) -> tuple[float, Tensor]:
+def reported(
+    m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None
+) -> tuple[float, Tensor]:
     """The main loss and those ahead, of one step."""
     pipe = one_stage(m, 1, layout)
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
@@ -88,8 +97,8 @@ def reported(m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None)
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
-    """k ahead, position i predicts token i + k + 1 from those up to i + k: of the positions before the one
-    whose token changes, the last k + 1 notice."""
+    """k ahead, position i predicts token i + k + 1 from those up to i + k: of the positions before
+    the one whose token changes, the last k + 1 notice."""
     m, changed = replace(SMALL, mtp=MTPConfig(2)), 5
     (params,), rows = drawn(m), rows_of()
 
@@ -116,18 +125,25 @@ def test_the_main_loss_and_the_logits_are_those_without():
     plain = replace(params, mtp=())
     assert torch.equal(predict(params, batch, m, ONE), predict(plain, batch, SMALL, ONE))
     loss, ahead = reported(m, rows)
-    assert torch.equal(loss, forward(plain, batch, SMALL, ONE)) and (ahead > 0).all() and len(ahead) == 2
+    assert (
+        torch.equal(loss, forward(plain, batch, SMALL, ONE))
+        and (ahead > 0).all()
+        and len(ahead) == 2
+    )
 
 
 def test_an_initial_model_predicts_nothing_ahead_either():
-    """The loss of a module is a sum over its targets: log(vocab) each, where nothing has been learned."""
+    """The loss of a module is a sum over its targets: log(vocab) each, where nothing has been
+    learned."""
     rows = rows_of()
     rows[0, 8:] = IGNORE
     documents = torch.arange(12).expand(4, 12) // 5
     _, ahead = reported(replace(SMALL, mtp=MTPConfig(3)), rows, documents=documents)
     _, targets = look_ahead(rows[:, :-1].clamp(min=0), rows[:, 1:], 3, documents)
     counts = (targets != IGNORE).sum((0, 1))
-    torch.testing.assert_close(ahead / counts, torch.full((3,), 29.0).log().double(), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        ahead / counts, torch.full((3,), 29.0).log().double(), rtol=0.02, atol=0
+    )
 
 
 # ---- the same on every mesh
@@ -141,14 +157,25 @@ def config_of(mesh: str, depth: int = 1, **choices) -> RunConfig:
 
 @settings(max_examples=examples(2))
 @seen(
-    mesh=["dp=2,tp=2"], zero=[3], depth=[2], tied=[True], mla=[True], learned=[False], seed=[0],
+    mesh=["dp=2,tp=2"],
+    zero=[3],
+    depth=[2],
+    tied=[True],
+    mla=[True],
+    learned=[False],
+    seed=[0],
     recompute=["full"],
-)  # fmt: skip
+)
 @given(
-    mesh=meshes(max_ranks=4), zero=zero_stages(), depth=st.sampled_from([1, 2]), tied=st.booleans(),
-    mla=st.booleans(), learned=st.booleans(), seed=st.integers(0, 99),
+    mesh=meshes(max_ranks=4),
+    zero=zero_stages(),
+    depth=st.sampled_from([1, 2]),
+    tied=st.booleans(),
+    mla=st.booleans(),
+    learned=st.booleans(),
+    seed=st.integers(0, 99),
     recompute=st.sampled_from(["none", "selective", "full"]),
-)  # fmt: skip
+)
 def test_one_step_is_that_of_one_device(mesh, zero, depth, tied, mla, learned, seed, recompute):
     positions = "learned" if learned and not mla else "rotary"
     config = config_of(
@@ -163,38 +190,54 @@ def pipelined(mesh: str, schedule: str, layers: int = 0, **choices) -> RunConfig
     stages = shape.pp * stages_per_rank(schedule, 2)
     count = 2 * shape.pp if schedule == "dualpipe-v" else shape.pp + 1
     return config_of(
-        mesh, layers=layers or stages, schedule=schedule, batch=count * shape.data, micro_batch=1, **choices
+        mesh,
+        layers=layers or stages,
+        schedule=schedule,
+        batch=count * shape.data,
+        micro_batch=1,
+        **choices,
     )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
-    """The last stage has two losses that share a head, and the first one's embedding. Known bug here: a
-    backward in halves that took the head's whole gradient for each loss's share."""
+    """The last stage has two losses that share a head, and the first one's embedding. Known bug
+    here: a backward in halves that took the head's whole gradient for each loss's share."""
     assert_same_step(pipelined("pp=2", schedule, tied=tied, depth=2))
 
 
 @pytest.mark.slow
 @settings(max_examples=8)
 @given(
-    mesh=st.sampled_from(["pp=2", "pp=2,dp=2", "pp=2,tp=2", "pp=4", "pp=2,dp=2,tp=2", "pp=2,dp=2,ep=2"]),
-    schedule=st.sampled_from(list(SCHEDULES)), tied=st.booleans(), mla=st.booleans(), experts=st.booleans(),
-    depth=st.integers(1, 3), zero=zero_stages(), recompute=st.sampled_from(["none", "selective", "full"]),
-)  # fmt: skip
+    mesh=st.sampled_from(
+        ["pp=2", "pp=2,dp=2", "pp=2,tp=2", "pp=4", "pp=2,dp=2,tp=2", "pp=2,dp=2,ep=2"]
+    ),
+    schedule=st.sampled_from(list(SCHEDULES)),
+    tied=st.booleans(),
+    mla=st.booleans(),
+    experts=st.booleans(),
+    depth=st.integers(1, 3),
+    zero=zero_stages(),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+)
 def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute):
     ep = MeshShape.parse(mesh).ep
     moe = EXPERTS if experts or ep > 1 else MoEConfig()
     mla = LATENT if mla else MLAConfig()
     assert_same_step(
-        pipelined(mesh, schedule, tied=tied, mla=mla, depth=depth, zero=zero, recompute=recompute, moe=moe)
+        pipelined(
+            mesh, schedule, tied=tied, mla=mla, depth=depth, zero=zero, recompute=recompute, moe=moe
+        )
     )
 
 
-@pytest.mark.parametrize("mesh", ["pp=2,tp=2,ep=2", pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["pp=2,tp=2,ep=2", pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow)]
+)
 def test_deepseek_in_small(mesh):
-    """Latent attention, a dense layer and one of experts, and a module of experts: its router's bias moves,
-    its auxiliary loss counts."""
+    """Latent attention, a dense layer and one of experts, and a module of experts: its router's
+    bias moves, its auxiliary loss counts."""
     config = pipelined(mesh, "1f1b", layers=2, mla=LATENT, moe=EXPERTS)
     bias = assert_same_step(config).params.mtp[0].block.moe.router.balance
     assert bias.abs().max() == pytest.approx(0.01)
@@ -313,7 +356,11 @@ def test_modules_count_as_the_blocks_and_heads_they_cost():
 
 
 def test_what_does_not_fit_is_one_line():
-    for make in (lambda: MTPConfig(-1), lambda: MTPConfig(1, -0.1), lambda: MTPConfig(1, float("nan"))):
+    for make in (
+        lambda: MTPConfig(-1),
+        lambda: MTPConfig(1, -0.1),
+        lambda: MTPConfig(1, float("nan")),
+    ):
         with pytest.raises(ValueError, match=r"model\.mtp .*at least 0") as error:
             make()
         assert "\n" not in str(error.value)

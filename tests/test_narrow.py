@@ -1,4 +1,5 @@
-"""Weights gathered in 8 bits: what arrives has the values that a product in FP8 would have rounded to."""
+"""Weights gathered in 8 bits: what arrives has the values that a product in FP8 would have rounded
+to."""
 
 from __future__ import annotations
 
@@ -43,9 +44,11 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 @given(
-    st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(-30, 80), st.integers(0, 99),
+    st.lists(st.integers(1, 9), min_size=2, max_size=3),
+    st.integers(-30, 80),
+    st.integers(0, 99),
     st.sampled_from([torch.bfloat16, torch.float32]),
-)  # fmt: skip
+)
 def test_a_message_has_what_each_row_rounds_to(shape, power, seed, dtype):
     """By torchao's scales and casts, which begin at 1e-12; again and again it changes no more."""
     x = drawn(*shape, seed=seed, dtype=dtype) * 2.0**power
@@ -84,14 +87,19 @@ MESHES = (
     "dp=3",
 )
 AXES = (
-    ("embed", "mlp"), ("mlp", "embed"), ("embed", "heads", "head_dim"),
-    ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed"),
-)  # fmt: skip
+    ("embed", "mlp"),
+    ("mlp", "embed"),
+    ("embed", "heads", "head_dim"),
+    ("experts", "expert_embed", "expert_mlp"),
+    ("experts", "expert_mlp", "expert_embed"),
+)
 
 
-def gathered(mesh: str, axes: tuple[str, ...], rows: int, seed: int) -> tuple[CollectiveCounter, int]:
-    """Asserts that a gather in 8 bits is one of what each rank's part rounds to, and its gradient that of a
-    gather in bfloat16. What was sent, and the values that a rank then has."""
+def gathered(
+    mesh: str, axes: tuple[str, ...], rows: int, seed: int
+) -> tuple[CollectiveCounter, int]:
+    """Asserts that a gather in 8 bits is one of what each rank's part rounds to, and its gradient
+    that of a gather in bfloat16. What was sent, and the values that a rank then has."""
     x = drawn(*(4 * rows for _ in axes), seed=seed, dtype=torch.float32)
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = Layout(device_mesh, rules_for(3), torch.bfloat16)
@@ -154,7 +162,9 @@ def losses(mesh: str, config: RunConfig) -> list[float]:
 def test_a_step_is_that_of_weights_gathered_in_high_precision(mesh, name):
     """But for values under the range of a whole tensor's scale."""
     config = replace(SHARDED, fp8=name)
-    assert losses(mesh, replace(config, fp8_gather=True)) == pytest.approx(losses(mesh, config), rel=1e-5)
+    assert losses(mesh, replace(config, fp8_gather=True)) == pytest.approx(
+        losses(mesh, config), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,8 +196,12 @@ def test_recomputed_blocks_gather_the_same(recompute):
 @pytest.mark.xdist_group("pool")
 def test_real_ranks_and_compiled_stages(pool):
     how = replace(SHARDED, fp8_gather=True).how
-    want, got = (pool.run(norms_on_pool, "dp=2,tp=2", 3, backend, how) for backend in (None, "aot_eager"))
-    assert got[0] == pytest.approx(want[0], rel=1e-5) and want[0] == pytest.approx(want[-1], rel=1e-6)
+    want, got = (
+        pool.run(norms_on_pool, "dp=2,tp=2", 3, backend, how) for backend in (None, "aot_eager")
+    )
+    assert got[0] == pytest.approx(want[0], rel=1e-5) and want[0] == pytest.approx(
+        want[-1], rel=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""A run that an older version wrote goes on: its directory lies in tests/data, by the commit that wrote it."""
+"""A run that an older version wrote goes on: its directory lies in tests/data, by the commit that
+wrote it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ MODEL = [
     "--model.layers=1", "--model.embed=16", "--model.heads=2", "--model.kv-heads=1", "--model.head-dim=8",
     "--model.mlp=16", "--model.vocab=280", "--model.vocab-multiple=1",
 ]  # fmt: skip
-RUN = ["--data.sequence=16", "--batch=4", "--steps=4", "--sample=0", "--optim.warmup=1", "--eval-every=0"]
+RUN = [
+    "--data.sequence=16",
+    "--batch=4",
+    "--steps=4",
+    "--sample=0",
+    "--optim.warmup=1",
+    "--eval-every=0",
+]
 
 
 @pytest.mark.parametrize("mesh", ["", "dp=2"])
@@ -25,9 +33,19 @@ def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
     run_dir = tmp_path / "run"
     shutil.copytree(DATA / "run-fdfba95", run_dir)
     shutil.copy(DATA / "text.txt", tmp_path)
-    want = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    flags = [*MODEL, *RUN, "--device=cpu", f"--data.path={tmp_path / 'text.txt'}", f"--run-dir={run_dir}"]
+    want = [
+        json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    flags = [
+        *MODEL,
+        *RUN,
+        "--device=cpu",
+        f"--data.path={tmp_path / 'text.txt'}",
+        f"--run-dir={run_dir}",
+    ]
     mesh_flags = ["--simulate", f"--mesh={mesh}"] if mesh else []
     assert run_cli(train.main, [*flags, *mesh_flags, "--resume"]) == 0
-    got = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    got = [
+        json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4

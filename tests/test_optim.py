@@ -1,4 +1,5 @@
-"""The optimizer, the learning rate, the initial weights and the counts, against independent definitions."""
+"""The optimizer, the learning rate, the initial weights and the counts, against independent
+definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from values import F64, ONE, SMALL, close, normal
 
-from dtron.model.transformer import declare_model, flops_per_token, parameter_count
+from dtron.model.flops import flops_per_token, parameter_count
+from dtron.model.transformer import declare_model
 from dtron.params import flat, init, leaves, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.optimizer import (
@@ -55,14 +57,17 @@ def test_adam_is_torch_adamw():
 
 @pytest.mark.parametrize("rule", [None, written_out])
 def test_copies_are_the_masters_in_fewer_bits(rule):
-    """After every step, of which the third is not to move anything; and nothing else changes by them."""
+    """After every step, of which the third is not to move anything; and nothing else changes by
+    them."""
     spec, config = declare_model(SMALL), OptimConfig()
     found = []
     for dtype in (None, torch.bfloat16):
         params = init(spec, SMALL.dims(), 0, ONE)
         state = with_compute_copies(adam_init(params), params, spec, dtype)
         for step in range(4):
-            grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).float().detach(), params)
+            grads = tree_map(
+                lambda w, step=step: normal(*w.shape, seed=step).float().detach(), params
+            )
             ok = torch.tensor(step != 2)
             before = [w.clone() for w in flat(params)]
             params, state = adam_update(grads, state, params, spec, 0.1, 0.7, config, rule, ok=ok)
@@ -88,20 +93,31 @@ def test_clipping_is_that_of_torch(limit):
     for w in theirs:
         w.grad = w.clone()
     norm = global_norm(grads)
-    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, limit).item(), rel=1e-14)
-    close([g * clip_scale(norm, limit) for g in flat(grads)], [w.grad for w in theirs], 1e-5)  # torch: + 1e-6
+    assert norm.item() == pytest.approx(
+        torch.nn.utils.clip_grad_norm_(theirs, limit).item(), rel=1e-14
+    )
+    close(
+        [g * clip_scale(norm, limit) for g in flat(grads)], [w.grad for w in theirs], 1e-5
+    )  # torch: + 1e-6
     cases = {(5, 0): 1, (0, 1): 1, (0.5, 1): 1, (1, 1): 1, (4, 1): 0.25}  # (norm, limit): scale
-    assert {(n, limit): clip_scale(torch.tensor(float(n)), limit).item() for n, limit in cases} == cases
+    assert {
+        (n, limit): clip_scale(torch.tensor(float(n)), limit).item() for n, limit in cases
+    } == cases
 
 
 @given(
-    schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]), warmup=st.integers(0, 20),
-    rest=st.integers(2, 50), min_lr=st.floats(0, 1), decay=st.floats(0.01, 1),
-)  # fmt: skip
+    schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
+    warmup=st.integers(0, 20),
+    rest=st.integers(2, 50),
+    min_lr=st.floats(0, 1),
+    decay=st.floats(0.01, 1),
+)
 def test_learning_rate(schedule, warmup, rest, min_lr, decay):
     config = OptimConfig(3.0, schedule, warmup, min_lr, decay)
     rates = [learning_rate(config, step, warmup + rest) for step in range(warmup + rest)]
-    assert rates[: warmup + 1] == pytest.approx([3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0])
+    assert rates[: warmup + 1] == pytest.approx(
+        [3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0]
+    )
     assert rates[-1] == pytest.approx(3.0 if schedule == "constant" else 3.0 * min_lr)
     assert all(a >= b * (1 - 1e-12) for a, b in pairwise(rates[warmup:]))
 
@@ -110,7 +126,9 @@ def test_the_shapes_of_schedules():
     rates = lambda name: [learning_rate(OptimConfig(1, name, 0, 0.2, 0.5), s, 5) for s in range(5)]
     assert rates("constant") == [1] * 5
     assert rates("linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert rates("cosine") == pytest.approx([0.6 + 0.4 * c for c in (1, 0.5**0.5, 0, -(0.5**0.5), -1)])
+    assert rates("cosine") == pytest.approx(
+        [0.6 + 0.4 * c for c in (1, 0.5**0.5, 0, -(0.5**0.5), -1)]
+    )
     assert rates("wsd") == pytest.approx([1, 1, 1, 0.6, 0.2])
 
 
@@ -124,11 +142,15 @@ def test_a_weight_depends_on_seed_and_path_only():
         # With four times the layers, what writes to the residual stream is the same draw, halved.
         assert w.equal(deep[path] * (2 if path.endswith(("w_o", "w_down")) else 1)), path
     drawn = [path for path in small if "w_" in path]
-    assert len({w[path].flatten()[0].item() for w in (small, other) for path in drawn}) == 2 * len(drawn)
+    assert len({w[path].flatten()[0].item() for w in (small, other) for path in drawn}) == 2 * len(
+        drawn
+    )
 
 
 def test_initial_values():
-    model = replace(SMALL, embed=256, mlp=512, norm="layernorm", bias=True, qkv_bias=True, init_std=0.05)
+    model = replace(
+        SMALL, embed=256, mlp=512, norm="layernorm", bias=True, qkv_bias=True, init_std=0.05
+    )
     for path, w in weights(model).items():
         name = path.rpartition(".")[2]
         if "w_" in name:
@@ -146,8 +168,11 @@ def test_parameter_count():
 
 @pytest.mark.parametrize(("tied", "positions"), [*product([False, True], ["rotary", "learned"])])
 def test_flops(tied, positions):
-    """The head multiplies, tied or not (its padding too); looking up tokens and positions does not."""
+    """The head multiplies, tied or not (its padding too); looking up tokens and positions does
+    not."""
     block = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40 + 2 * 24
-    scores = 2 * (4 * 6) * 100 / 2  # multiply-adds per token: with keys and with values, causal half of them
+    scores = (
+        2 * (4 * 6) * 100 / 2
+    )  # multiply-adds per token: with keys and with values, causal half of them
     want = 6 * (56 * 24 + 2 * block + 24) + 2 * 3 * 2 * scores
     assert flops_per_token(replace(SMALL, tied=tied, positions=positions), 100) == want

@@ -1,4 +1,5 @@
-"""Any schedule, any cut, any mesh: the result of one device. And what a runner must keep and must not."""
+"""Any schedule, any cut, any mesh: the result of one device. And what a runner must keep and must
+not."""
 
 from __future__ import annotations
 
@@ -48,17 +49,31 @@ STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp
 
 @settings(max_examples=examples(3))
 @seen(  # every schedule in four stages or more of one device each, and with one of the meshes
-    schedule=list(SCHEDULES), pp=[4] * 6 + [2] * 6, more=[5] * 6 + [1] * 6,
+    schedule=list(SCHEDULES),
+    pp=[4] * 6 + [2] * 6,
+    more=[5] * 6 + [1] * 6,
     inner=[""] * 6 + [",dp=3", ",dp_replicate=2,dp=2", ",tp=2", ",dp=2,tp=2", ",dp=2", ",dp=2"],
-    virtual=[2, 3, 2], extra=[1] * 6 + [0] * 6, zero=[1, 3, 0, 2, 3], tied=[True, False, False],
-    each=[False, True], recompute=["none", "none", "full", "selective"], seed=[0],
-)  # fmt: skip
+    virtual=[2, 3, 2],
+    extra=[1] * 6 + [0] * 6,
+    zero=[1, 3, 0, 2, 3],
+    tied=[True, False, False],
+    each=[False, True],
+    recompute=["none", "none", "full", "selective"],
+    seed=[0],
+)
 @given(
-    schedule=st.sampled_from(list(SCHEDULES)), pp=st.sampled_from([2, 2, 4]),
-    inner=st.sampled_from(STAGE_MESHES), virtual=st.integers(1, 3), more=st.integers(0, 13),
-    extra=st.integers(0, 2), zero=st.sampled_from([0, 1, 2, 3]), tied=st.booleans(), each=st.booleans(),
-    recompute=st.sampled_from(["none", "none", "selective", "full"]), seed=st.integers(0, 99),
-)  # fmt: skip
+    schedule=st.sampled_from(list(SCHEDULES)),
+    pp=st.sampled_from([2, 2, 4]),
+    inner=st.sampled_from(STAGE_MESHES),
+    virtual=st.integers(1, 3),
+    more=st.integers(0, 13),
+    extra=st.integers(0, 2),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    tied=st.booleans(),
+    each=st.booleans(),
+    recompute=st.sampled_from(["none", "none", "selective", "full"]),
+    seed=st.integers(0, 99),
+)
 def test_one_step_is_that_of_one_device(
     schedule, pp, inner, virtual, more, extra, zero, tied, each, recompute, seed
 ):
@@ -81,7 +96,9 @@ def broken(change):
     def step(config, shape):
         links = Pipeline.links
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Pipeline, "links", lambda self, *args, **named: change(links(self, *args, **named)))
+            patch.setattr(
+                Pipeline, "links", lambda self, *args, **named: change(links(self, *args, **named))
+            )
             return one_step(config, shape)
 
     return step
@@ -133,12 +150,15 @@ def test_a_twin_is_counted_once_in_the_norm():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("pp", "count"), [(2, 7), (4, 9)])
 def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
-    """Counted by autograd: what each microbatch saves in each stage is alive from its F to its B or W."""
+    """Counted by autograd: what each microbatch saves in each stage is alive from its F to its B or
+    W."""
     t = make(schedule, pp, count)
     m = replace(MODEL, layers=t.stages, tied=False)
     layers = layers_per_stage(m, t.stages, 16)
     pipe = Pipeline(t, tuple(cut(m, layers)), Layout())
-    weights = tree_map(lambda w: w.detach().requires_grad_(), init(pipe.spec, m.dims(), 0, Layout()))
+    weights = tree_map(
+        lambda w: w.detach().requires_grad_(), init(pipe.spec, m.dims(), 0, Layout())
+    )
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     batch = make_batch(torch.zeros(1, 17, dtype=torch.long), Layout())
     functions = program(m, Layout())
@@ -226,7 +246,9 @@ def test_layers_are_dealt_out_evenly(stages, more, vocab):
     m = ModelConfig(vocab=vocab, layers=stages + more)
     got = layers_per_stage(m, stages, 256)
     assert sum(got) == m.layers and min(got) >= 1 and len(got) == stages
-    assert max(got[:-1], default=0) - min(got[:-1], default=0) <= 1  # all but the last, which has the head
+    assert (
+        max(got[:-1], default=0) - min(got[:-1], default=0) <= 1
+    )  # all but the last, which has the head
     if stages > 1:
         assert got[-1] <= max(got[:-1])
 
@@ -283,7 +305,9 @@ def test_zero_3_gathers_once_a_step_unless_asked():
             )  # fmt: skip
             done = one_step(config, MeshShape(pp=2, dp=2)).collectives.count
             counts[gather, micro] = sum(n for c, n in done.items() if c.kind == "all_gather")
-    assert counts["step", 2] == counts["step", 3] < counts["microbatch", 2] < counts["microbatch", 3]
+    assert (
+        counts["step", 2] == counts["step", 3] < counts["microbatch", 2] < counts["microbatch", 3]
+    )
 
 
 def test_one_stage_is_a_pipeline():
@@ -291,7 +315,10 @@ def test_one_stage_is_a_pipeline():
         layout = Layout(mesh, rules_for(1))
         pipe = one_stage(MODEL, 3, layout)
         assert pipe.stages == [0] and len(pipe.spec) == 1
-        config = RunConfig(model=MODEL, data=DataConfig(sequence=16), mesh="dp=2", batch=6, micro_batch=1)
+        config = RunConfig(
+            model=MODEL, data=DataConfig(sequence=16), mesh="dp=2", batch=6, micro_batch=1
+        )
         assert (
-            pipeline(config, MeshShape(dp=2), 3, config.data.sequence, layout).table.rows == pipe.table.rows
+            pipeline(config, MeshShape(dp=2), 3, config.data.sequence, layout).table.rows
+            == pipe.table.rows
         )

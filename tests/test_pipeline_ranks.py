@@ -1,4 +1,5 @@
-"""Pipelines whose ranks are processes: ten steps are those of one device, and what is sent, and which way."""
+"""Pipelines whose ranks are processes: ten steps are those of one device, and what is sent, and
+which way."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from dtron.runtime.fault_tolerance import diagnose
 from dtron.tools.verify import on_one_device
 from dtron.training.pipeline import Pipeline
 
-TEN = RunConfig(model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+TEN = RunConfig(
+    model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3
+)
 CASES = [
     ("pp=2,tp=2", {"schedule": "1f1b", "zero": 0}),
     ("pp=2,dp=2", {"schedule": "zb-v", "zero": 3}),
@@ -33,7 +36,10 @@ def one_device(changes: dict) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize(
     ("mesh", "changes"),
-    [(mesh, {**changes, "model": replace(TEN.model, layers=n)}) for (mesh, changes), n in zip(CASES, (2, 4))],
+    [
+        (mesh, {**changes, "model": replace(TEN.model, layers=n)})
+        for (mesh, changes), n in zip(CASES, (2, 4))
+    ],
 )
 def test_three_steps_on_simulated_ranks(mesh, changes):
     """The third loss is the first that depends on both moments of Adam; a layer for each stage."""
@@ -73,9 +79,12 @@ def sends_on_pool(mesh: str, config: RunConfig) -> int:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
-    """An activation down and a gradient up per microbatch and boundary; a tied weight's gradient once a
-    step, both ways. In the V of ZB-V the last rank turns without sending, and both copies are on rank 0."""
-    config = replace(TEN, model=replace(TEN.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1)
+    """An activation down and a gradient up per microbatch and boundary; a tied weight's gradient
+    once a step, both ways. In the V of ZB-V the last rank turns without sending, and both copies
+    are on rank 0."""
+    config = replace(
+        TEN, model=replace(TEN.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
+    )
     once = 1 if tied else 0
     assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
     assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
@@ -84,8 +93,8 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
 def by_host_on_pool(
     mesh: str, config: RunConfig, change_step=lambda step: step
 ) -> tuple[list[float], list[str]]:
-    """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do, and which
-    way this rank's messages went. ``change_step`` wraps its step."""
+    """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do,
+    and which way this rank's messages went. ``change_step`` wraps its step."""
     isend, went, hosts = dist.isend, [], []
 
     def with_host(pipe: Pipeline) -> Pipeline:
@@ -106,8 +115,9 @@ def by_host_on_pool(
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow)])
 def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
-    """There functions are loaded, which may wait for a GPU that waits for a message. After it, nothing does;
-    nor do the gradients of tied weights ever, which are sent when all messages have come."""
+    """There functions are loaded, which may wait for a GPU that waits for a message. After it,
+    nothing does; nor do the gradients of tied weights ever, which are sent when all messages have
+    come."""
     m = replace(TEN.model, layers=8, tied=True)
     config = replace(TEN, model=m, micro_batch=1, batch=5, steps=3, schedule=schedule)
     losses, _ = one_device({"model": m, "micro_batch": 1, "batch": 5, "steps": 3})
@@ -130,11 +140,13 @@ def diagnosed(step):
 
 @pytest.mark.xdist_group("pool")
 def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
-    """It loads functions that no step has run. So it does not count as the first step either, and the steps
-    after it go their usual way."""
+    """It loads functions that no step has run. So it does not count as the first step either, and
+    the steps after it go their usual way."""
     config = replace(TEN, micro_batch=1, batch=5, steps=3)
     losses, _ = one_device({"micro_batch": 1, "batch": 5, "steps": 3})
-    for each, (got, went) in zip([5, 10, 10, 5], pool.run(by_host_on_pool, "pp=4", config, diagnosed)):
+    for each, (got, went) in zip(
+        [5, 10, 10, 5], pool.run(by_host_on_pool, "pp=4", config, diagnosed)
+    ):
         by_turns = ["host", "host", "host", "way", "host", "way"]  # a diagnosis, a step, ...
         assert went == [way for way in by_turns for _ in range(each)]
         assert got == pytest.approx(losses, rel=1e-5)
@@ -158,8 +170,9 @@ def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_way_is_tried_once_in_one_order(pool, tied):
-    """At the start, and nothing else is sent so: the ways down and up between neighbours, and between the two
-    copies of a tied weight. Whoever is in two ways tries them in the order that all share."""
+    """At the start, and nothing else is sent so: the ways down and up between neighbours, and
+    between the two copies of a tied weight. Whoever is in two ways tries them in the order that all
+    share."""
     config = replace(TEN, model=replace(TEN.model, tied=tied), micro_batch=1, batch=4, steps=1)
     ends = [(0, 3), (3, 0)] if tied else []
     ways = sorted([(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), *ends])

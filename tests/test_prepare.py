@@ -1,5 +1,5 @@
-"""python -m dtron.data: text to indexed files and a look at them; against megatron-core's own reader and
-writer where it is installed."""
+"""python -m dtron.data: text to indexed files and a look at them; against megatron-core's own
+reader and writer where it is installed."""
 
 import json
 import shutil
@@ -24,7 +24,9 @@ MORE = [*TEXTS[:40], " \n", "", "x" * 3000, "<|endoftext|> is plain text\n"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepare")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in MORE), encoding="utf-8")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in MORE), encoding="utf-8"
+    )
     get_tokenizer(None, MORE, 300, folder).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -43,7 +45,13 @@ def refuse(capsys, *argv: str) -> str:
 @pytest.fixture(scope="module")
 def prepared(folder) -> Path:
     prepare(
-        folder / "a.jsonl", "--tokenizer", folder / "tokenizer.json", "--out", folder / "a", "--workers", 1
+        folder / "a.jsonl",
+        "--tokenizer",
+        folder / "tokenizer.json",
+        "--out",
+        folder / "a",
+        "--workers",
+        1,
     )
     return folder / "a"
 
@@ -135,13 +143,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, prepared, tmp_path, ca
         said = refuse(capsys, "prepare", bad, *good, *out)
         assert all(part in said for part in (*parts, "bad.jsonl")), said
     before = Path(f"{prepared}.bin").read_bytes()
-    assert "a.bin' exists" in refuse(capsys, "prepare", folder / "a.jsonl", *good, "--out", prepared)
+    assert "a.bin' exists" in refuse(
+        capsys, "prepare", folder / "a.jsonl", *good, "--out", prepared
+    )
     assert Path(f"{prepared}.bin").read_bytes() == before
-    assert "no.jsonl' does not exist" in refuse(capsys, "prepare", tmp_path / "no.jsonl", *good, *out)
+    assert "no.jsonl' does not exist" in refuse(
+        capsys, "prepare", tmp_path / "no.jsonl", *good, *out
+    )
     said = refuse(capsys, "prepare", folder / "a.jsonl", "--tokenizer", tmp_path / "no.json", *out)
     assert said.startswith("error: --tokenizer") and "does not exist" in said
     few = words({"?": 0, "x": 1}, tmp_path / "few.json")
-    prepare(folder / "a.jsonl", "--tokenizer", few, *out, "--workers", 1)  # unknown words are a token there
+    prepare(
+        folder / "a.jsonl", "--tokenizer", few, *out, "--workers", 1
+    )  # unknown words are a token there
     assert "--workers 0" in refuse(capsys, "prepare", bad, *good[:2], *out, "--workers", 0)
     assert "--out" in refuse(capsys, "prepare", folder / "a.jsonl", *good)
     assert "no.idx" in refuse(capsys, "info", tmp_path / "no")
@@ -197,10 +211,14 @@ def test_files_are_megatrons_byte_for_byte_both_ways(megatron, prepared, tmp_pat
         builder.end_document()
         builder.finalize(str(tmp_path / "t.idx"))
         read = Indexed(tmp_path / "t")
-        assert np.array_equal(read.tokens, ours.tokens) and np.array_equal(read.lengths, ours.lengths)
+        assert np.array_equal(read.tokens, ours.tokens) and np.array_equal(
+            read.lengths, ours.lengths
+        )
         with preparing.Writer(tmp_path / "o", preparing.token_dtype(vocab), overwrite=True) as out:
             for a, b in zip(read.documents[:-1], read.documents[1:], strict=True):
                 parts = [read.sequence(i) for i in range(a, b)]
-                out.document(np.concatenate([[], *parts]).astype(np.int64), [len(part) for part in parts])
+                out.document(
+                    np.concatenate([[], *parts]).astype(np.int64), [len(part) for part in parts]
+                )
         for suffix in (".bin", ".idx"):
             assert (tmp_path / f"o{suffix}").read_bytes() == (tmp_path / f"t{suffix}").read_bytes()

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.model.flops import active_count, parameter_count
 from dtron.model.mtp import MTPConfig
 from dtron.model.presets import PRESETS, preset
-from dtron.model.transformer import active_count, declare_model, parameter_count
+from dtron.model.transformer import declare_model
 from dtron.params import leaves
 from dtron.runtime.config import ModelConfig
 from dtron.runtime.validate import check
@@ -47,8 +48,16 @@ PUBLISHED = {
     "deepseek-v3": 671_026_419_200,  # and 11.6e9 of its own, in multi-token prediction
 }
 # Of these, what one token uses (the card of gpt-oss says 3.6e9, without the embedding).
-ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9, "gpt-oss-20b": 4.2e9}
-ACTIVE |= {"deepseek-v2-lite": 2.66e9, "deepseek-v3": 37.5e9}  # the card of V2-Lite: 2.4e9, without it
+ACTIVE = {
+    "mixtral-8x7b": 12.9e9,
+    "qwen3-30b-a3b": 3.3e9,
+    "qwen3-235b-a22b": 22e9,
+    "gpt-oss-20b": 4.2e9,
+}
+ACTIVE |= {
+    "deepseek-v2-lite": 2.66e9,
+    "deepseek-v3": 37.5e9,
+}  # the card of V2-Lite: 2.4e9, without it
 OURS = {"tiny", "tiny-moe", "tiny-deepseek", "bench-1.3b", "bench-8b-width", "bench-moe"}
 
 each = pytest.mark.parametrize("name", PRESETS)
@@ -71,7 +80,9 @@ def test_what_prediction_ahead_adds_to_deepseek_v3():
 @pytest.mark.parametrize("name", ACTIVE)
 def test_parameters_that_a_token_uses(name):
     """By the models' cards, rounded there."""
-    assert active_count(replace(preset(name), mtp=MTPConfig())) == pytest.approx(ACTIVE[name], rel=0.02)
+    assert active_count(replace(preset(name), mtp=MTPConfig())) == pytest.approx(
+        ACTIVE[name], rel=0.02
+    )
 
 
 def test_every_preset_of_others_is_counted():
@@ -83,7 +94,8 @@ def test_our_own_presets_are_what_their_names_say():
     assert parameter_count(preset("bench-1.3b")) == 1_266_780_160
     wide, llama = preset("bench-8b-width"), preset("llama3-8b")
     assert all(
-        getattr(wide, n) == getattr(llama, n) for n in ("embed", "heads", "kv_heads", "head_dim", "mlp")
+        getattr(wide, n) == getattr(llama, n)
+        for n in ("embed", "heads", "kv_heads", "head_dim", "mlp")
     )
 
 
@@ -111,8 +123,8 @@ def test_the_sizes_of_a_preset_fit_each_other(name):
 
 @each
 def test_a_preset_fits_its_meshes(name):
-    """Tensor parallelism as wide as there are heads of keys and values, up to a host of 8, at any sequence
-    up to the context."""
+    """Tensor parallelism as wide as there are heads of keys and values, up to a host of 8, at any
+    sequence up to the context."""
     m = preset(name)
     widest = max(tp for tp in range(1, 9) if m.kv_heads % tp == m.heads % tp == m.mlp % tp == 0)
     assert widest >= 2

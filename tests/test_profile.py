@@ -1,4 +1,5 @@
-"""Where a step's time goes: the breakdown against counting microseconds, and traces read as what they are."""
+"""Where a step's time goes: the breakdown against counting microseconds, and traces read as what
+they are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,17 @@ from hypothesis import strategies as st
 
 from dtron.runtime.exit import run_cli
 from dtron.tools import profile
-from dtron.tools.profile import ORDER, Breakdown, Recorder, Span, breakdown, classify, read, spans_of, top
+from dtron.tools.profile import (
+    ORDER,
+    Breakdown,
+    Recorder,
+    Span,
+    breakdown,
+    classify,
+    read,
+    spans_of,
+    top,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +66,10 @@ def test_the_breakdown_is_what_counting_gives(found):
 @given(spans)
 def test_the_parts_sum_to_the_span(found):
     b = breakdown(found)
-    assert b.matmul + b.attention + b.elementwise + b.communication + b.copy + b.idle == pytest.approx(b.span)
+    assert (
+        b.matmul + b.attention + b.elementwise + b.communication + b.copy + b.idle
+        == pytest.approx(b.span)
+    )
     assert 0 <= b.hidden <= sum(s.end - s.start for s in found if s.category == "communication")
     assert min(asdict(b).values()) >= 0
 
@@ -77,7 +91,9 @@ def no_overlap(found: list[Span]) -> Breakdown:
 def all_exposed(found: list[Span]) -> Breakdown:
     """A mutant: communication comes first, so none of it is hidden."""
     alone = breakdown([s for s in found if s.category == "communication"] or found)
-    return Breakdown(**{**asdict(breakdown(found)), "communication": alone.communication, "hidden": 0})
+    return Breakdown(
+        **{**asdict(breakdown(found)), "communication": alone.communication, "hidden": 0}
+    )
 
 
 @pytest.mark.parametrize("mutant", [no_overlap, all_exposed])
@@ -86,8 +102,13 @@ def test_a_breakdown_that_ignores_overlap_is_noticed(mutant):
 
 
 def test_a_step_by_hand():
-    """Two products with a gap, and a collective that begins beside the first and ends in the gap."""
-    found = [Span("", "matmul", 0, 10), Span("", "communication", 6, 13), Span("", "matmul", 15, 20)]
+    """Two products with a gap, and a collective that begins beside the first and ends in the
+    gap."""
+    found = [
+        Span("", "matmul", 0, 10),
+        Span("", "communication", 6, 13),
+        Span("", "matmul", 15, 20),
+    ]
     assert breakdown(found) == Breakdown(
         span=20, matmul=15, attention=0, elementwise=0, communication=3, copy=0, idle=2, hidden=4
     )
@@ -129,7 +150,11 @@ NAMES = {
         "c10d::allreduce_",
         "_c10d_functional::wait_tensor",
     ],
-    "copy": ["Memcpy DtoD (Device -> Device)", "Memcpy HtoD (Pageable -> Device)", "Memset (Device)"],
+    "copy": [
+        "Memcpy DtoD (Device -> Device)",
+        "Memcpy HtoD (Pageable -> Device)",
+        "Memset (Device)",
+    ],
     "elementwise": [
         "triton_poi_fused_mul_silu_silu_backward_1",
         "triton_red_fused__to_copy_mm_mul_sum_t_2",
@@ -143,7 +168,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, names in NAMES.items() for name in names])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for kind, names in NAMES.items() for name in names]
+)
 def test_names_say_what_a_kernel_does(name, kind):
     assert classify(name) == kind
 
@@ -152,7 +179,16 @@ def test_names_say_what_a_kernel_does(name, kind):
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args) -> dict:
-    return {"ph": "X", "cat": cat, "name": name, "pid": 1, "tid": tid, "ts": ts, "dur": dur, "args": args}
+    return {
+        "ph": "X",
+        "cat": cat,
+        "name": name,
+        "pid": 1,
+        "tid": tid,
+        "ts": ts,
+        "dur": dur,
+        "args": args,
+    }
 
 
 def device_trace() -> list[dict]:
@@ -162,7 +198,9 @@ def device_trace() -> list[dict]:
         event("gpu_user_annotation", "ProfilerStep#5", 150, 90, 7),
         event("cuda_runtime", "cudaLaunchKernel", 90, 2, correlation=1),
         event("cuda_driver", "cuLaunchKernelEx", 105, 2, correlation=2),
-        event("cuda_runtime", "cudaMemcpyAsync", 110, 2, 2, correlation=3),  # another thread: backward
+        event(
+            "cuda_runtime", "cudaMemcpyAsync", 110, 2, 2, correlation=3
+        ),  # another thread: backward
         event("cuda_runtime", "cudaLaunchKernelExC", 120, 2, 2, correlation=4),
         event("cuda_runtime", "cudaLaunchKernel", 140, 2, correlation=5),
         event("cpu_op", "aten::mm", 104, 4),
@@ -219,18 +257,24 @@ def test_an_operator_of_the_cpu_counts_less_those_it_calls():
 
 def test_the_names_with_most_time_come_first():
     found = [Span("a", "matmul", 0, 3000), Span("b", "copy", 0, 5000), Span("a", "matmul", 0, 4000)]
-    assert [line.split() for line in top(found, 1)] == [["7.00", "ms", "2", "x", "elementwise", "a"]]
+    assert [line.split() for line in top(found, 1)] == [
+        ["7.00", "ms", "2", "x", "elementwise", "a"]
+    ]
     assert len(top(found, 5)) == 2
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_command_reads_a_trace(tmp_path, capsys, packed):
-    data = json.dumps({"traceEvents": [*device_trace(), {"ph": "M", "name": "process_name"}]}).encode()
+    data = json.dumps(
+        {"traceEvents": [*device_trace(), {"ph": "M", "name": "process_name"}]}
+    ).encode()
     path = tmp_path / "trace"
     path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert run_cli(profile.main, [str(path), "--top", "1"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"matmul +│ +0\.04 │ +66\.7%", out) and re.search(r"exposed +│ +0\.0[12] │ +25\.0%", out)
+    assert re.search(r"matmul +│ +0\.04 │ +66\.7%", out) and re.search(
+        r"exposed +│ +0\.0[12] │ +25\.0%", out
+    )
     assert out.splitlines()[-1].split() == ["0.04", "ms", "1", "x", "matmul", "nvjet_sm90_tst"]
 
 
@@ -302,7 +346,8 @@ def test_each_process_writes_its_own_and_the_first_speaks(tmp_path, monkeypatch)
 
 
 def test_the_benchmarks_need_torch_and_numpy_alone():
-    """What else dtron depends on is out of reach. One process for both: most of its time goes into torch."""
+    """What else dtron depends on is out of reach. One process for both: most of its time goes into
+    torch."""
     code = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(["rich", "tyro", "tokenizers", "datasets"]))
@@ -313,7 +358,12 @@ for program in sys.argv[1:]:
     except SystemExit as stop:
         assert not stop.code
 """
-    command = [sys.executable, "-c", code, *(str(ROOT / "bench" / f"{n}.py") for n in ("train", "pipeline"))]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        *(str(ROOT / "bench" / f"{n}.py") for n in ("train", "pipeline")),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     helps = done.stdout.split("usage: ")[1:]

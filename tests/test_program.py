@@ -1,4 +1,5 @@
-"""The program from its command line: what it writes, on any mesh, after a resume, and what it refuses."""
+"""The program from its command line: what it writes, on any mesh, after a resume, and what it
+refuses."""
 
 import json
 import os
@@ -34,10 +35,19 @@ import train  # noqa: E402  (the program is no part of the package)
 # One worker for all: its ranks plan a mesh's collectives once, and the text is tokenised once.
 pytestmark = pytest.mark.xdist_group("program")
 
-TINY = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2", "--model.vocab=300"]
+TINY = [
+    "--model.layers=1",
+    "--model.embed=32",
+    "--model.heads=2",
+    "--model.kv-heads=2",
+    "--model.vocab=300",
+]
 TINY += ["--model.head-dim=16", "--model.mlp=64", "--data.sequence=16", "--data.path=corpus.jsonl"]
 TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample=5"]
-TINY += ["--optim.lr=5e-3", "--optim.warmup=1"]  # steps long enough that a wrong one shows in the next loss
+TINY += [
+    "--optim.lr=5e-3",
+    "--optim.warmup=1",
+]  # steps long enough that a wrong one shows in the next loss
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
 KEYS |= {"memory_gib", "step_seconds", "data_wait", "skipped"}
@@ -99,7 +109,9 @@ def test_a_run_learns_and_says_so(run_dir, capsys):
     found = run(run_dir, *argv)
     assert [record["step"] for record in found] == list(range(1, 21))
     for record in found:
-        assert set(record) == KEYS | ({"validation_loss"} if record["step"] in (8, 16, 20) else set())
+        assert set(record) == KEYS | (
+            {"validation_loss"} if record["step"] in (8, 16, 20) else set()
+        )
         assert record["tokens"] == 64 * record["step"] and record["mfu"] is None
         assert min(record[key] for key in KEYS - {"mfu", "skipped"}) > 0
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
@@ -112,7 +124,9 @@ def test_a_run_learns_and_says_so(run_dir, capsys):
 
 
 @pytest.mark.parametrize("argv", [["--micro-batch=1"], ["--recompute=full"], ["--dtype=float64"]])
-def test_what_only_saves_memory_or_adds_digits_does_not_change_the_losses(run_dir, one_device, argv):
+def test_what_only_saves_memory_or_adds_digits_does_not_change_the_losses(
+    run_dir, one_device, argv
+):
     agree(run(run_dir, *argv), one_device)
 
 
@@ -156,7 +170,9 @@ def test_tensorboard_has_the_same_numbers(run_dir, one_device):
 
     found = run(run_dir, "--tensorboard")
     board = EventAccumulator(str(run_dir)).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(r["step"], r["loss"]) for r in found]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [
+        (r["step"], r["loss"]) for r in found
+    ]
     assert set(board.Tags()["scalars"]) == KEYS - {"step", "mfu"} | {"validation_loss"}
 
 
@@ -188,11 +204,15 @@ def test_simulated_ranks_give_the_losses_of_one_device(many, one_device):
 
 
 @pytest.mark.parametrize("cp", ["ring", "ulysses"])
-def test_context_parallel_ranks_give_the_losses_and_the_validation_of_one_device(run_dir, one_device, cp):
+def test_context_parallel_ranks_give_the_losses_and_the_validation_of_one_device(
+    run_dir, one_device, cp
+):
     agree(run(run_dir, "--simulate", "--mesh=cp=2", f"--cp={cp}"), one_device)
 
 
-def test_simulated_and_plain_runs_may_follow_each_other_in_one_process(run_dir, many, one_device, capsys):
+def test_simulated_and_plain_runs_may_follow_each_other_in_one_process(
+    run_dir, many, one_device, capsys
+):
     agree(many, one_device)
     for argv in ([], MANY):
         agree(run(run_dir, *argv), one_device)
@@ -210,12 +230,18 @@ def test_the_document_mask_is_the_same_on_every_mesh(run_dir, one_device):
     agree(run(run_dir, "--data.document-mask", *MANY), masked)
 
 
-@pytest.mark.parametrize(("first", "then"), [([], MANY), (MANY, ["--zero=0"])], ids=["split", "joined"])
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run_dir, one_device, first, then, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "then"), [([], MANY), (MANY, ["--zero=0"])], ids=["split", "joined"]
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
+    run_dir, one_device, first, then, monkeypatch
+):
     agree(run(run_dir, "--save-every=2", *first), one_device)
     shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
     starts, rows = [], Chunks.rows
-    monkeypatch.setattr(Chunks, "rows", lambda self, start, n: starts.append(start) or rows(self, start, n))
+    monkeypatch.setattr(
+        Chunks, "rows", lambda self, start, n: starts.append(start) or rows(self, start, n)
+    )
     found = run(run_dir, "--resume", *then)
     agree(found, one_device)
     assert starts[:2] == [8, 12]  # samples: two steps of four are behind it
@@ -224,7 +250,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(run_dir, one_device, f
 
 
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    """The next run of this process gets a signal in this step: it ends the step, saves, and leaves."""
+    """The next run of this process gets a signal in this step: it ends the step, saves, and
+    leaves."""
     rate = train.learning_rate
 
     def signalled(optim, done: int, steps: int) -> float:
@@ -239,8 +266,11 @@ def torchrun(*argv: str, program: str = "train.py", **more: str) -> subprocess.C
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*command, str(ROOT / program), *TINY, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_two_processes_give_the_losses_of_one_device(run_dir, one_device):
@@ -257,14 +287,16 @@ def test_two_processes_give_the_losses_of_one_device(run_dir, one_device):
 def test_processes_that_are_refused_say_so_once_and_end(run_dir):
     done = torchrun("--mesh=dp=2,tp=2", f"--run-dir={run_dir}")
     assert done.returncode != 0
-    assert done.stderr.count("error: mesh 'dp=2,tp=2' has 4 ranks, but 2 are running") == 1, done.stderr
+    assert done.stderr.count("error: mesh 'dp=2,tp=2' has 4 ranks, but 2 are running") == 1, (
+        done.stderr
+    )
     assert not own_frames(done.stderr, ROOT), done.stderr
     assert not run_dir.exists()
 
 
 def own_frames(said: str, root: Path) -> list[str]:
-    """The project's own files in the tracebacks of this text. torchrun has a traceback too, of files that may
-    lie below the checkout, in a .venv, and the checkout may have any name."""
+    """The project's own files in the tracebacks of this text. torchrun has a traceback too, of
+    files that may lie below the checkout, in a .venv, and the checkout may have any name."""
     root = root.resolve()
     ours = lambda file: file == root / "train.py" or root / "dtron" in file.parents
     return [name for name in re.findall(r'File "([^"\n]+)"', said) if ours(Path(name).resolve())]
@@ -273,7 +305,11 @@ def own_frames(said: str, root: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["main", "dtron", "a dtron"])
 def test_frames_of_the_project_are_told_from_others(tmp_path, name):
     root = tmp_path / name
-    theirs = [".venv/lib/python3.11/site-packages/torch/distributed/run.py", ".venv/dtron/train.py", "run.py"]
+    theirs = [
+        ".venv/lib/python3.11/site-packages/torch/distributed/run.py",
+        ".venv/dtron/train.py",
+        "run.py",
+    ]
     ours = ["train.py", "dtron/runtime/exit.py", "dtron/moe/../hf/__main__.py"]
     lines = lambda files: "".join(f'  File "{root / file}", line 1, in main\n' for file in files)
     assert own_frames(lines(theirs), root) == []
@@ -281,17 +317,21 @@ def test_frames_of_the_project_are_told_from_others(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("dies", "how", "launcher"), [("0", "leaves", True), ("1", "leaves", False), ("1", "hangs", False)]
+    ("dies", "how", "launcher"),
+    [("0", "leaves", True), ("1", "leaves", False), ("1", "hangs", False)],
 )
 def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher):
-    """Within the timeout, by the rank next to it; the patience with these processes would be the hang."""
+    """Within the timeout, by the rank next to it; the patience with these processes would be the
+    hang."""
     timeout = 60 if launcher else 10  # a busy machine takes seconds to start those of a launcher
     pipe = ("--mesh=pp=2", "--model.layers=2", f"--timeout={timeout}", f"--run-dir={run_dir}")
     if launcher:
         done = torchrun(*pipe, program="tests/dying.py", DIES=dies, HOW=how)
         code, said = done.returncode, done.stderr
     else:
-        ranks = Ranks([*TINY, *pipe], 2, run_dir.with_name("output.txt"), dying.main, DIES=dies, HOW=how)
+        ranks = Ranks(
+            [*TINY, *pipe], 2, run_dir.with_name("output.txt"), dying.main, DIES=dies, HOW=how
+        )
         code, said = all(ranks.together()), ranks.output.read_text()
     assert code, said
     other = 1 - int(dies)
@@ -311,7 +351,11 @@ def test_pipeline_processes_give_the_losses_of_one_device(run_dir):
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("pp=2 1f1b", "pp=4 zb-h1"), ("pp=2,tp=2 interleaved", "pp=2 zb-v"), ("pp=4 gpipe", "dp=2,tp=2 1f1b")],
+    [
+        ("pp=2 1f1b", "pp=4 zb-h1"),
+        ("pp=2,tp=2 interleaved", "pp=2 zb-v"),
+        ("pp=4 gpipe", "dp=2,tp=2 1f1b"),
+    ],
 )
 def test_a_run_resumes_on_another_pipeline(run_dir, first, then, monkeypatch):
     """Other pp, other schedule, other stages per rank; the tied embedding's two copies too."""
@@ -323,7 +367,9 @@ def test_a_run_resumes_on_another_pipeline(run_dir, first, then, monkeypatch):
 
     plain = ["--model.layers=4", "--model.tied"]
     want = losses(run(run_dir.with_name("one"), *plain))
-    stop_after(2, monkeypatch)  # two steps of each: what is left of the first is slow, and the next begins
+    stop_after(
+        2, monkeypatch
+    )  # two steps of each: what is left of the first is slow, and the next begins
     found = run(run_dir, *flags(first))
     assert losses(found) == pytest.approx(want[:2], rel=1e-5)
     agree(run(run_dir, "--resume", *flags(then)), want)
@@ -371,13 +417,28 @@ def refused(capsys, *argv: str) -> str:
         ("--simulate --mesh dp=-2", ["'-2'", "positive"]),
         ("--simulate --mesh dp=two", ["'two'", "positive"]),
         ("--simulate --mesh dp", ["dp has size ''", "dp=2"]),
-        ("--simulate --mesh cp=2 --data.sequence 14", ["data.sequence=", "over cp=2", "multiple of 4"]),
+        (
+            "--simulate --mesh cp=2 --data.sequence 14",
+            ["data.sequence=", "over cp=2", "multiple of 4"],
+        ),
         ("--simulate --mesh pp=2", ["2 pipeline stages for model.layers=1", "--model.layers 2"]),
-        ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split 3,2", ["3,2", "sum to model.layers=4"]),
-        ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split 4", ["must be 2 positive numbers"]),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.split 3,2",
+            ["3,2", "sum to model.layers=4"],
+        ),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.split 4",
+            ["must be 2 positive numbers"],
+        ),
         ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split a,b", ["'a,b'", "7,9"]),
-        ("--simulate --mesh pp=2 --model.layers 4 --schedule zbv", ["--schedule", "'zbv'", "'zb-v'"]),
-        ("--simulate --mesh pp=4 --model.layers 8 --schedule dualpipe-v", ["at least 8 microbatches, has 4"]),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --schedule zbv",
+            ["--schedule", "'zbv'", "'zb-v'"],
+        ),
+        (
+            "--simulate --mesh pp=4 --model.layers 8 --schedule dualpipe-v",
+            ["at least 8 microbatches, has 4"],
+        ),
         ("--simulate --mesh tp=4", ["model.heads=2", "tp=2", "--model.heads 4"]),
         ("--simulate --mesh tp=2 --model.kv-heads 1", ["model.kv_heads=1", "--model.kv-heads 2"]),
         ("--simulate --mesh tp=2 --model.mlp 63", ["model.mlp=63", "--model.mlp 64"]),
@@ -408,7 +469,9 @@ def test_files_that_cannot_be_read_are_refused(run_dir, tmp_path, capsys):
     five = words({word: i for i, word in enumerate("?abcd")}, tmp_path / "five.json")
     at = f"--run-dir={run_dir}"
     assert "no text at all" in refused(capsys, at, f"--data.path={tmp_path / 'empty.txt'}")
-    assert "not a readable Parquet" in refused(capsys, at, f"--data.path={tmp_path / 'bad.parquet'}")
+    assert "not a readable Parquet" in refused(
+        capsys, at, f"--data.path={tmp_path / 'bad.parquet'}"
+    )
     message = refused(capsys, at, f"--data.tokenizer={five}", "--model.vocab=4")
     assert "5 tokens and the model only 4" in message and "--model.vocab 5" in message
 

@@ -24,7 +24,8 @@ def python_block(containing: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("containing", "file"), [("class MLP", "dtron/layers/mlp.py"), ("RULES: Rules", "dtron/rules.py")]
+    ("containing", "file"),
+    [("class MLP", "dtron/layers/mlp.py"), ("RULES: Rules", "dtron/rules.py")],
 )
 def test_code_shown_is_the_code(containing, file):
     assert python_block(containing) in (ROOT / file).read_text()

@@ -34,7 +34,10 @@ def peer(**changes) -> dict:
 
 
 def cells(*args) -> list[list[str]]:
-    return [[c.strip() for c in row.strip("|").split("|")] for row in report.table(*args).splitlines()[2:]]
+    return [
+        [c.strip() for c in row.strip("|").split("|")]
+        for row in report.table(*args).splitlines()[2:]
+    ]
 
 
 def test_the_page_has_the_table():
@@ -65,7 +68,9 @@ def test_a_row_has_what_was_measured():
 
 
 def test_what_is_not_known_is_blank():
-    unknown = dict.fromkeys(("tflops_per_gpu", "mfu", "memory_gib", "host_ms", "step_ms", "first_step_s"))
+    unknown = dict.fromkeys(
+        ("tflops_per_gpu", "mfu", "memory_gib", "host_ms", "step_ms", "first_step_s")
+    )
     (row,) = cells([line(**unknown)], [])
     assert row[3:9] == [""] * 6 and all(row[:3]) and row[9]
 
@@ -94,7 +99,9 @@ def test_what_is_another_case_is_a_row_of_its_own_and_not_compared(changes):
     assert not other, "a peer stands beside its own case alone"
 
 
-@pytest.mark.parametrize("changes", [{"compiled": False}, {"attention": "flex"}, {"schedule": "zb-v"}])
+@pytest.mark.parametrize(
+    "changes", [{"compiled": False}, {"attention": "flex"}, {"schedule": "zb-v"}]
+)
 def test_another_way_to_run_a_case_is_compared_too(changes):
     rows = cells([line(), line(**changes, tokens_per_s_per_gpu=25000)], [peer()])
     assert len({row[0] for row in rows}) == 3 and len({row[1] for row in rows}) == 1

@@ -15,7 +15,12 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_block_kernels, context_parallel, ring_attention
-from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, attention_reference, with_sinks
+from dtron.layers.attention_kernels import (
+    AttentionMask,
+    attention_and_lse,
+    attention_reference,
+    with_sinks,
+)
 from dtron.layers.context_parallel import attend, prepare
 from dtron.layers.token_order import as_rows, as_tokens, row_order
 from dtron.mesh import Layout
@@ -24,11 +29,14 @@ from dtron.testing import meshes
 
 @settings(max_examples=30)
 @given(
-    mesh=meshes(12, ("dp_replicate", "dp", "cp")), rows=st.integers(1, 3), chunk=st.integers(1, 3),
+    mesh=meshes(12, ("dp_replicate", "dp", "cp")),
+    rows=st.integers(1, 3),
+    chunk=st.integers(1, 3),
     zigzag=st.booleans(),
-)  # fmt: skip
+)
 def test_the_order_is_a_permutation_that_is_undone(mesh, rows, chunk, zigzag):
-    """And every rank has its chunks of its rows: an early and a late one, together as long as all others'."""
+    """And every rank has its chunks of its rows: an early and a late one, together as long as all
+    others'."""
     shape = MeshShape.parse(mesh)
     n, sequence = shape.cp, 2 * shape.cp * chunk
     x = torch.arange(rows * shape.data * sequence).view(-1, sequence)
@@ -64,8 +72,8 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["allgather", "ring"])
 def test_places_are_made_by_arithmetic(method, monkeypatch):
-    """A compiler puts the making of them into flex's kernels, which in torch 2.11 take no tensors laid end
-    to end: with zigzag a stage with ``allgather`` did not compile on a GPU."""
+    """A compiler puts the making of them into flex's kernels, which in torch 2.11 take no tensors
+    laid end to end: with zigzag a stage with ``allgather`` did not compile on a GPU."""
 
     def called() -> set[str]:
         with simulated(MeshShape.parse("cp=2")) as mesh, Called() as seen:
@@ -110,12 +118,17 @@ def test_zigzag_gives_all_ranks_the_same_number_of_pairs():
 @settings(max_examples=20)
 @given(
     owners=st.lists(st.integers(0, 3), min_size=12, max_size=12).filter(lambda xs: 0 in xs),
-    window=st.none() | st.integers(1, 12), softcap=st.sampled_from([None, 0.5]), sinks=st.booleans(),
-    packed=st.booleans(), seed=st.integers(0, 9),
-)  # fmt: skip
-def test_attention_to_parts_of_the_keys_merges_to_that_to_all(owners, window, softcap, sinks, packed, seed):
-    """Tokens dealt out anyhow, of which a query may see none; but it sees itself, and its own part is
-    first."""
+    window=st.none() | st.integers(1, 12),
+    softcap=st.sampled_from([None, 0.5]),
+    sinks=st.booleans(),
+    packed=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_attention_to_parts_of_the_keys_merges_to_that_to_all(
+    owners, window, softcap, sinks, packed, seed
+):
+    """Tokens dealt out anyhow, of which a query may see none; but it sees itself, and its own part
+    is first."""
     q, k, v = (normal(2, n, 12, 4, seed=seed + 100 * i) for i, n in enumerate((4, 2, 2)))
     sink = normal(4, seed=seed + 7) if sinks else None
     documents = (normal(2, 12, seed=seed) > 0.5).cumsum(-1) if packed else None
@@ -159,9 +172,9 @@ def test_heads_of_values_may_have_another_width(method, path):
     """As in latent attention: 4 for queries and keys, 6 for values; on two ranks."""
     q, k, v = (normal(16, n, h, seed=i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, 6))))
     by_head = lambda x: x.unflatten(0, (2, 8)).transpose(1, 2)
-    want = attention_reference(by_head(q), by_head(k), by_head(v), None, None, AttentionMask(8)).transpose(
-        1, 2
-    )
+    want = attention_reference(
+        by_head(q), by_head(k), by_head(v), None, None, AttentionMask(8)
+    ).transpose(1, 2)
     direction = normal(*want.shape, seed=9).detach()
     want_grads = torch.autograd.grad(want, (q, k, v), direction)
     with simulated(MeshShape(cp=2)) as mesh:
@@ -169,7 +182,9 @@ def test_heads_of_values_may_have_another_width(method, path):
         turn = as_tokens(torch.arange(16).view(2, 8), layout, True)
         place = lambda x: layout.shard(x.detach()[turn], *lies).requires_grad_()
         xs = [place(x) for x in (q, k, v)]
-        mask, chosen = prepare(AttentionMask(8), None, False, (4, 6), xs[0], layout, path, method, True)
+        mask, chosen = prepare(
+            AttentionMask(8), None, False, (4, 6), xs[0], layout, path, method, True
+        )
         fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
         got = layout.local(fn, (lies,) * 3, lies)(*xs)
         g = layout.shard(direction.flatten(0, 1)[turn], *lies)

@@ -22,7 +22,9 @@ def test_compare_prints_and_draws_all(capsys, tmp_path):
     assert main(["compare", "--stages", "4", "--microbatches", "8"]) == 0
     said = capsys.readouterr().out
     assert all(re.search(rf"│ {name} +│", said) for name in SCHEDULES)
-    assert "rank 3           F0 I0 F1 I1 F2 I2 F3 I3 W0" in said  # zb-h1, as in the paper's figure 3
+    assert (
+        "rank 3           F0 I0 F1 I1 F2 I2 F3 I3 W0" in said
+    )  # zb-h1, as in the paper's figure 3
     assert main(["compare", "--stages", "4", "--microbatches", "4", "-o", str(out)]) == 0
     assert "left out: schedule dualpipe-v on 4 ranks: needs at least 8" in " ".join(
         capsys.readouterr().out.split()
@@ -35,11 +37,15 @@ def test_compare_prints_and_draws_all(capsys, tmp_path):
 def test_every_action_is_drawn_where_it_is_timed(name):
     t = make(name, 3, 6)
     line = simulate(t, Costs())
-    boxes = [b for b in ET.fromstring(svg({name: line})).iter(SVG + "rect") if b.get("stroke") == "#fff"]
+    boxes = [
+        b for b in ET.fromstring(svg({name: line})).iter(SVG + "rect") if b.get("stroke") == "#fff"
+    ]
     assert len(boxes) == sum(len(row) for row in t.rows)
     scale = (1180 - 68) / line.makespan
     drawn = sorted((float(b.get("x")), float(b.get("width"))) for b in boxes)
-    want = sorted((48 + start * scale, (end - start) * scale) for row in line.spans for _, start, end in row)
+    want = sorted(
+        (48 + start * scale, (end - start) * scale) for row in line.spans for _, start, end in row
+    )
     assert all(a == pytest.approx(b, abs=0.1) for a, b in zip(drawn, want, strict=True))
 
 

@@ -34,7 +34,9 @@ def test_every_table_is_valid(name, ranks, microbatches, virtual):
 
 @settings(max_examples=200)
 @given(NAMES, RANKS, st.integers(1, 20), VIRTUAL, st.randoms(use_true_random=False))
-def test_swapping_two_dependent_actions_fails(name, ranks, microbatches, virtual, rng: random.Random):
+def test_swapping_two_dependent_actions_fails(
+    name, ranks, microbatches, virtual, rng: random.Random
+):
     t = sized(name, ranks, microbatches, virtual)
     rank = rng.randrange(ranks)
     row = list(t.rows[rank])
@@ -42,7 +44,11 @@ def test_swapping_two_dependent_actions_fails(name, ranks, microbatches, virtual
     earlier = row.index(rng.choice([n for n in t.needs(row[later]) if n in row]))
     row[earlier], row[later] = row[later], row[earlier]
     with pytest.raises(ValueError, match="deadlock"):
-        check(Table(t.name, t.stages, t.microbatches, (*t.rows[:rank], tuple(row), *t.rows[rank + 1 :])))
+        check(
+            Table(
+                t.name, t.stages, t.microbatches, (*t.rows[:rank], tuple(row), *t.rows[rank + 1 :])
+            )
+        )
 
 
 F, B, I, W = (lambda s, m, k=k: Action(k, s, m) for k in "FBIW")  # noqa: E741
@@ -53,10 +59,16 @@ F, B, I, W = (lambda s, m, k=k: Action(k, s, m) for k in "FBIW")  # noqa: E741
     [
         ([[F(0, 0)], [F(1, 0), B(1, 0)]], "stage 0, microbatch 0 has F; it needs F and B"),
         ([[F(0, 0), B(0, 0), W(0, 0)], [F(1, 0), B(1, 0)]], "has F, B, W; it needs"),
-        ([[F(0, 0), B(0, 0), B(0, 0)], [F(1, 0), B(1, 0)]], r"B\(stage 0, microbatch 0\) is done twice"),
+        (
+            [[F(0, 0), B(0, 0), B(0, 0)], [F(1, 0), B(1, 0)]],
+            r"B\(stage 0, microbatch 0\) is done twice",
+        ),
         ([[F(0, 0), B(0, 0)], [F(1, 0), B(1, 0), F(2, 0)]], "is no action of 2 stages"),
         ([[F(0, 0), F(1, 0)], [B(1, 0), B(0, 0)]], "stage 1 is on rank 0 and on rank 1"),
-        ([[F(0, 0), W(0, 0), I(0, 0)], [F(1, 0), B(1, 0)]], "deadlock; rank 0 is at W.*waits for I"),
+        (
+            [[F(0, 0), W(0, 0), I(0, 0)], [F(1, 0), B(1, 0)]],
+            "deadlock; rank 0 is at W.*waits for I",
+        ),
         ([[B(0, 0), F(0, 0)], [F(1, 0), B(1, 0)]], "deadlock; rank 0 is at B.*waits for F"),
     ],
 )
@@ -75,7 +87,8 @@ def test_the_bubble_of_1f1b(p, m, forward, backward):
 
 @given(RANKS, st.integers(1, 4), VIRTUAL, COST)
 def test_interleaving_divides_the_idle_time(p, rounds, v, cost):
-    """For microbatch counts that are a multiple of p, as in the paper; of thin stages, each 1/v as long."""
+    """For microbatch counts that are a multiple of p, as in the paper; of thin stages, each 1/v as
+    long."""
 
     def idle(name: str, costs: Costs) -> float:
         line = simulate(make(name, p, rounds * p, v), costs)
@@ -94,7 +107,8 @@ def test_zb_v_has_no_bubble(p, more, cost):
 
 @given(RANKS, st.integers(0, 12), COST)
 def test_zb_h1_has_a_third_of_the_bubble(p, more, cost):
-    """(p - 1)(F + I - W) instead of (p - 1)(F + I + W), table 2 of the paper; and no more memory."""
+    """(p - 1)(F + I - W) instead of (p - 1)(F + I + W), table 2 of the paper; and no more
+    memory."""
     m = p + more
     costs = Costs(cost, cost, cost)
     idle = lambda name: simulate(make(name, p, m), costs).makespan - 3 * cost * m
@@ -159,7 +173,12 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
         """Only what a schedule asks of a stage when it is made."""
 
         def __init__(self, index, rank, stages):
-            self.stage_index, self.group_rank, self.num_stages, self.group_size = index, rank, stages, p
+            self.stage_index, self.group_rank, self.num_stages, self.group_size = (
+                index,
+                rank,
+                stages,
+                p,
+            )
             self.group = self.device = self.submod = None
             self.has_backward = False
 
@@ -187,13 +206,17 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
 
     if name == "1f1b":  # torch lists the last rank's forwards from 1 up; it runs them from 0
         last = [a for a in order[p - 1] if a is not None and a.computation_type.value == "F"]
-        order[p - 1] = [a._replace(microbatch_index=last.index(a)) if a in last else a for a in order[p - 1]]
+        order[p - 1] = [
+            a._replace(microbatch_index=last.index(a)) if a in last else a for a in order[p - 1]
+        ]
 
     def actions(row):
         for a in row:
             for part in (a.sub_actions or (a,)) if a is not None else ():
                 if part.computation_type.value in KINDS:
-                    yield Action(part.computation_type.value, part.stage_index, part.microbatch_index)
+                    yield Action(
+                        part.computation_type.value, part.stage_index, part.microbatch_index
+                    )
 
     rows = tuple(tuple(actions(order[r])) for r in range(p))
     theirs = Table(f"torch's {name}", ours.stages, m, rows)
@@ -203,7 +226,8 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
 
 @pytest.mark.parametrize("p", [2, 3, 4, 6])
 @pytest.mark.parametrize(
-    ("name", "v"), [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb-v", 2), ("dualpipe-v", 2)]
+    ("name", "v"),
+    [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb-v", 2), ("dualpipe-v", 2)],
 )
 def test_makespan_and_peaks_are_those_of_torchs_own(name, v, p):
     compared = 0

@@ -25,15 +25,24 @@ from dtron.training.optimizer import adam_init
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(
-    vocab=37, embed=10, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=12, vocab_multiple=1, qk_norm=True
+    vocab=37,
+    embed=10,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=4,
+    mlp=12,
+    vocab_multiple=1,
+    qk_norm=True,
 )
 
 
 @settings(max_examples=25)
 @given(
-    mesh=meshes(), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    mesh=meshes(),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     axes=st.sampled_from([("embed", "mlp"), ("vocab", "embed"), ("tokens_sp", "act_embed")]),
-)  # fmt: skip
+)
 def test_ranges_are_what_ranks_hold(mesh, shape, axes):
     """A tensor of its own indices: each rank's part read back must be the range computed for it."""
     whole = torch.arange(shape[0] * shape[1]).view(shape)
@@ -57,8 +66,10 @@ def test_the_bytes_are_those_of_real_shards(mesh, zero):
         opt = adam_init(params)
         held = lambda tree: sum(4 * _first_rank(t).numel() for t in flat(tree))
         assert total(rows(SMALL, shape, zero, compute=4)) == (
-            held(params), held(params), held(opt.m) + held(opt.v),
-        )  # fmt: skip
+            held(params),
+            held(params),
+            held(opt.m) + held(opt.v),
+        )
 
 
 def _first_rank(t):
@@ -67,16 +78,23 @@ def _first_rank(t):
 
 
 def test_what_each_stage_saves():
-    """bf16 compute over dp=4, embed divisible: 2 of 16 bytes a weight stay whole in stages 1 and 2, the
-    gradient's 4 in stage 1; norms are whole everywhere."""
+    """bf16 compute over dp=4, embed divisible: 2 of 16 bytes a weight stay whole in stages 1 and 2,
+    the gradient's 4 in stage 1; norms are whole everywhere."""
     model, shape = ModelConfig(), MeshShape(dp=4)
     matrices = sum(w.numel for w in flat(declare_model(model)) if w.decays)
     norms = sum(w.numel for w in flat(declare_model(model)) if not w.decays)
-    for zero, (params, grads, optimizer) in {0: (6, 4, 8), 1: (3, 4, 2), 2: (3, 1, 2), 3: (1, 1, 2)}.items():
+    for zero, (params, grads, optimizer) in {
+        0: (6, 4, 8),
+        1: (3, 4, 2),
+        2: (3, 1, 2),
+        3: (1, 1, 2),
+    }.items():
         kept = 4 if zero == 3 else 6  # a norm's float32 and, before stage 3, its bf16 copy
         assert total(rows(model, shape, zero)) == (
-            matrices * params + norms * kept, matrices * grads + norms * 4, matrices * optimizer + norms * 8,
-        )  # fmt: skip
+            matrices * params + norms * kept,
+            matrices * grads + norms * 4,
+            matrices * optimizer + norms * 8,
+        )
 
 
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2", "dp=64,tp=8", "dp_replicate=2,dp=3"])
@@ -102,7 +120,9 @@ def test_the_figures_of_the_docs_are_current(monkeypatch):
 def test_the_command_prints_every_weight(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "mesh.svg"
-    assert main(["--mesh", "dp=8,tp=4", "--model", "llama3-8b", "--zero", "3", "--svg", str(out)]) == 0
+    assert (
+        main(["--mesh", "dp=8,tp=4", "--model", "llama3-8b", "--zero", "3", "--svg", str(out)]) == 0
+    )
     said = capsys.readouterr().out
     assert "[embed@dp, mlp@tp]" in said and "4096 x 14336" in said and "512 x 3584" in said
     assert said.count("blocks.0-31.") == 9 and out.read_text().startswith("<svg")

@@ -26,7 +26,8 @@ def same(a: Rows, b: Rows) -> bool:
 
 
 def is_pure(make, start: int, counts: list[int]) -> None:
-    """A range of samples is its pieces one after the other; asked for in another order, of another object."""
+    """A range of samples is its pieces one after the other; asked for in another order, of another
+    object."""
     whole = make().rows(start, sum(counts))
     assert len(whole.tokens) == sum(counts)
     bounds = np.cumsum([0, *counts])
@@ -62,7 +63,11 @@ KINDS = {
     "streamed": lambda _, stream: Stream(*stream, 8, True, 4),
     "held": lambda _, stream: Stream(*stream, 8, True, 0, 4),
     "mixed": lambda data, stream: Mixed(
-        [KINDS["packed"](data, stream), KINDS["chunks"](data, stream), KINDS["fitted"](data, stream)],
+        [
+            KINDS["packed"](data, stream),
+            KINDS["chunks"](data, stream),
+            KINDS["fitted"](data, stream),
+        ],
         [0.5, 0.2, 0.3],
     ),
 }
@@ -90,8 +95,12 @@ def test_sources_have_digests_of_their_own(indexed, stream):
     others = [
         Packed(indexed, 2, 51, 8, 3, 30, 99, True).digest(),
         Packed(indexed, 2, 50, 9, 3, 30, 99, True).digest(),
-        Mixed([KINDS["packed"](indexed, stream), KINDS["chunks"](indexed, stream)], [0.5, 0.5]).digest(),
-        Mixed([KINDS["packed"](indexed, stream), KINDS["chunks"](indexed, stream)], [0.4, 0.6]).digest(),
+        Mixed(
+            [KINDS["packed"](indexed, stream), KINDS["chunks"](indexed, stream)], [0.5, 0.5]
+        ).digest(),
+        Mixed(
+            [KINDS["packed"](indexed, stream), KINDS["chunks"](indexed, stream)], [0.4, 0.6]
+        ).digest(),
     ]
     assert len({*make, *others}) == len(make) + len(others)
     assert KINDS["mixed"](indexed, stream).digest() == make[-1]
@@ -101,9 +110,12 @@ def test_sources_have_digests_of_their_own(indexed, stream):
 
 
 @given(
-    st.lists(st.integers(0, 9), min_size=2, max_size=20), st.integers(1, 7), st.integers(1, 50),
-    st.integers(0, 99), st.booleans(),
-)  # fmt: skip
+    st.lists(st.integers(0, 9), min_size=2, max_size=20),
+    st.integers(1, 7),
+    st.integers(1, 50),
+    st.integers(0, 99),
+    st.booleans(),
+)
 @settings(max_examples=40)
 def test_rows_are_stretches_of_the_line_of_documents(
     tmp_path_factory, lengths, sequence, samples, seed, shuffle
@@ -126,7 +138,9 @@ def test_rows_are_stretches_of_the_line_of_documents(
         inner[0] = False
         assert np.array_equal(rows.documents[row], np.cumsum(inner))
         places = np.arange(sequence)
-        assert np.array_equal(rows.positions[row], places - np.maximum.accumulate(np.where(inner, places, 0)))
+        assert np.array_equal(
+            rows.positions[row], places - np.maximum.accumulate(np.where(inner, places, 0))
+        )
     if shuffle:  # a longer run goes on in another order, of the next seed
         other = Packed(data, 0, len(data), sequence, seed + 1, samples, 999, True)
         assert same(source.rows(len(order), 3), other.rows(0, 3))
@@ -141,8 +155,8 @@ def test_ids_above_the_vocabulary_are_refused_when_read(indexed):
 
 
 def test_samples_and_restarted_positions_are_those_of_gpt_dataset(megatron, tmp_path):  # noqa: F811
-    """Token for token, over two epochs and the last apart. Documents known from the index are Megatron's
-    documents known from their end tokens."""
+    """Token for token, over two epochs and the last apart. Documents known from the index are
+    Megatron's documents known from their end tokens."""
     random = np.random.default_rng(0)
     write(tmp_path / "c", [[*random.integers(1, 5000, n), 0] for n in random.integers(0, 60, 3000)])
     want = theirs(megatron, tmp_path / "c", "95,5", 32, 3100, 11, reset=True)
@@ -199,7 +213,9 @@ def test_every_token_but_a_first_is_a_target_once(lengths, sequence):
     targets = rows.tokens[:, 1:][rows.counted]
     firsts = {int(s) for s, n in zip(starts, lengths, strict=True) if n}
     assert sorted(targets) == sorted(set(range(len(tokens))) - firsts)
-    assert np.array_equal(rows.tokens[:, :-1][rows.counted] + 1, targets)  # the input is the token ahead
+    assert np.array_equal(
+        rows.tokens[:, :-1][rows.counted] + 1, targets
+    )  # the input is the token ahead
     assert rows.valid == len(targets)
 
 

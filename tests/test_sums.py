@@ -28,12 +28,14 @@ def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: L
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     w = layout.shard(numbers, *(None if a == "embed" else a for a in axes))
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
-    return ShardSpec.of(w).gradient.whole(torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh)
+    return ShardSpec.of(w).gradient.whole(
+        torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh
+    )
 
 
 def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, CollectiveCounter]:
-    """The largest error of a scattered gradient ``[size, size]``, relative to the largest of its values; and
-    what was sent."""
+    """The largest error of a scattered gradient ``[size, size]``, relative to the largest of its
+    values; and what was sent."""
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout, axes = Layout(device_mesh, rules_for(2)), WEIGHTS[name]
         g = gradient(axes, (size, size), seed, layout)
@@ -47,7 +49,9 @@ def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, Collec
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(MESHES), st.sampled_from(sorted(WEIGHTS)), st.integers(4, 30), st.integers(0, 9))
+@given(
+    st.sampled_from(MESHES), st.sampled_from(sorted(WEIGHTS)), st.integers(4, 30), st.integers(0, 9)
+)
 def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
     """Whether or not it can be cut into equal pieces."""
     assert scattered(mesh, name, 2 * half, seed)[0] < 1e-6
@@ -59,9 +63,17 @@ def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
     [
         ("dp=4", 24, {("all_to_all", "dp"): 3 / 4 * 2}),
         ("dp=2,tp=2", 24, {("all_to_all", "dp"): 1 / 2 * 1}),
-        ("dp=2,cp=2", 24, {("all_to_all", "dp"): 1 / 2 * 2, ("reduce_scatter", "cp"): 2}),  # wide by now
+        (
+            "dp=2,cp=2",
+            24,
+            {("all_to_all", "dp"): 1 / 2 * 2, ("reduce_scatter", "cp"): 2},
+        ),  # wide by now
         ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # no equal pieces: padded
-        ("dp=3,cp=2", 16, {("reduce_scatter", "dp"): 18 / 16 * 4, ("reduce_scatter", "cp"): 6 / 16 * 4}),
+        (
+            "dp=3,cp=2",
+            16,
+            {("reduce_scatter", "dp"): 18 / 16 * 4, ("reduce_scatter", "cp"): 6 / 16 * 4},
+        ),
     ],
 )
 def test_what_is_sent_is_narrow(name, mesh, size, sent):
@@ -96,5 +108,7 @@ def test_a_gradient_that_is_no_pending_sum_is_only_cut(count):
     with simulated(MeshShape(dp=4)) as mesh:
         layout, x = Layout(mesh, rules_for(2)), torch.arange(24.0).view(8, 3).bfloat16()
         goal = (layout.placements("embed", None), torch.float32)
-        got = reduce_scatter_all([layout.shard(x, None, None) for _ in range(count)], [goal] * count)
+        got = reduce_scatter_all(
+            [layout.shard(x, None, None) for _ in range(count)], [goal] * count
+        )
         assert all(torch.equal(full(g), x.float()) for g in got)

@@ -1,4 +1,5 @@
-"""What a run outlives: signals, SIGKILL at any moment, steps that are not finite, disks that are full."""
+"""What a run outlives: signals, SIGKILL at any moment, steps that are not finite, disks that are
+full."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def run_dir(folder, tmp_path, monkeypatch) -> Path:
 def weights(run_dir: Path) -> dict[str, list[int]]:
     """Sizes and checksums of the tensors in the newest checkpoint, as files."""
     listed = files.read_meta(checkpoint.newest(run_dir))["files"]
-    return {name: entry for name, entry in listed.items() if name != ".metadata"}  # that has the path in it
+    return {
+        name: entry for name, entry in listed.items() if name != ".metadata"
+    }  # that has the path in it
 
 
 # ---- checkpoints
@@ -88,9 +91,10 @@ def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_offered(tmp_path
 
 
 @given(
-    steps=st.lists(st.integers(1, 40), unique=True, max_size=12), keep=st.integers(0, 4),
+    steps=st.lists(st.integers(1, 40), unique=True, max_size=12),
+    keep=st.integers(0, 4),
     every=st.sampled_from([0, 1, 5, 7]),
-)  # fmt: skip
+)
 def test_what_need_not_be_kept_is_deleted(tmp_path_factory, steps, keep, every):
     run_dir = tmp_path_factory.mktemp("kept")
     for step in steps:
@@ -109,7 +113,10 @@ def test_saves_while_training_keep_the_last_and_change_nothing(run_dir, capsys):
     assert [p.name for p in files.whole(run_dir)] == ["step-00000004", "step-00000006"]
     assert [r["step"] for r in found if "save_seconds" in r] == [2, 4, 6]
     assert capsys.readouterr().out.count("saved ") == 3
-    assert inspect(["inspect", str(run_dir)]) == 0 and inspect(["inspect", str(files.newest(run_dir))]) == 0
+    assert (
+        inspect(["inspect", str(run_dir)]) == 0
+        and inspect(["inspect", str(files.newest(run_dir))]) == 0
+    )
 
 
 def test_a_folder_that_cannot_be_written_costs_the_checkpoint_alone(run_dir, monkeypatch, capsys):
@@ -193,8 +200,8 @@ EVERY = [*TINY, "--eval-every=0", "--sample=0", "--save-every=1", "--keep=2", "-
 
 
 def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
-    """Start a run and kill it: while it starts, in the middle of a step, or of a save; all ranks at once, or
-    one of those that train, and then the others must end by themselves."""
+    """Start a run and kill it: while it starts, in the middle of a step, or of a save; all ranks at
+    once, or one of those that train, and then the others must end by themselves."""
     when, log = rng.choice(["start", "step", "save"]), run_dir / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
     ranks = Ranks(argv, n, run_dir.with_name("output.txt"))
@@ -210,7 +217,9 @@ def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
     assert not ranks.ended(later), ranks.output.read_text()
     alone = when != "start" and rng.random() < 0.4
     ranks.kill([rng.randrange(n)] if alone else range(n))
-    assert all(ranks.codes()), ranks.output.read_text()  # each has ended, and none because it was done
+    assert all(ranks.codes()), (
+        ranks.output.read_text()
+    )  # each has ended, and none because it was done
 
 
 def survives(run_dir: Path, mesh: str, steps: int, kills: int) -> None:
@@ -239,7 +248,10 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("mesh", "steps", "kills"),
-    [("dp=2", 16, 2), *(pytest.param(m, 100, 25, marks=pytest.mark.slow) for m in ("dp=2", "dp=2,tp=2"))],
+    [
+        ("dp=2", 16, 2),
+        *(pytest.param(m, 100, 25, marks=pytest.mark.slow) for m in ("dp=2", "dp=2,tp=2")),
+    ],
 )
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, steps, kills):
     """To the bit on the mesh; to 1e-5 on one device."""
@@ -333,8 +345,8 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
 
 
 def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
-    """A job for the pool: what the diagnosis says on this rank, before and after a weight of one rank's
-    alone is infinite."""
+    """A job for the pool: what the diagnosis says on this rank, before and after a weight of one
+    rank's alone is infinite."""
     import torch.distributed as dist
 
     said = []
@@ -368,7 +380,9 @@ def test_a_run_that_comes_to_nothing_stops_and_says_why(run_dir, capsys):
     argv = [*TINY, f"--run-dir={run_dir}", "--optim.lr=1e30", "--steps=30", "--max-skips=3"]
     assert run_cli(train.main, argv) == 2
     out, err = capsys.readouterr()
-    assert "3 steps in a row came to nothing; " in err and "--optim.lr" in err and err.count("\n") == 1
+    assert (
+        "3 steps in a row came to nothing; " in err and "--optim.lr" in err and err.count("\n") == 1
+    )
     assert "not finite; skipped, 1 in a row" in out
     assert records(run_dir)[-1]["skipped"] >= 2 and records(run_dir)[-1]["grad_norm"] is None
 

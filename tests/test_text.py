@@ -1,4 +1,5 @@
-"""dtron.data.documents: every kind of file is read, and what is wrong with one is said in a line."""
+"""dtron.data.documents: every kind of file is read, and what is wrong with one is said in a
+line."""
 
 import os
 import sys
@@ -31,16 +32,30 @@ def test_every_kind_of_file_is_read_in_order(tmp_path: Path, cache: Path):
     )
     (folder / "c.JSON").write_text('\n[{"text": "four"},\n {"text": "five"}]')
     (folder / "d.json").write_text('{"text": "six"}\n')
-    parquet.write_table(pa.table({"n": [1, 2, 3], "text": ["seven", None, "eight"]}), folder / "e.parquet")
+    parquet.write_table(
+        pa.table({"n": [1, 2, 3], "text": ["seven", None, "eight"]}), folder / "e.parquet"
+    )
     (folder / "sub" / "f.text").write_text("nine")
-    expected = ["one\r\ndocument\n", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    expected = [
+        "one\r\ndocument\n",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+    ]
     assert documents(str(folder), cache=cache)["text"][:] == expected
     assert list(Documents(str(folder), cache=cache)) == expected
 
 
 def test_the_column_is_chosen_and_changes_the_key(tmp_path: Path, cache: Path):
     file = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"text": ["wrong"], "code": pa.array(["right"]).dictionary_encode()}), file)
+    parquet.write_table(
+        pa.table({"text": ["wrong"], "code": pa.array(["right"]).dictionary_encode()}), file
+    )
     assert documents(str(file), "code", cache)["text"][:] == ["right"]
     assert Documents(str(file), "code", cache).key != Documents(str(file), "text", cache).key
 
@@ -60,7 +75,9 @@ def test_a_changed_file_changes_the_key(tmp_path: Path, cache: Path):
 def test_the_default_corpus_is_the_library_without_tests(tmp_path: Path, cache: Path, monkeypatch):
     library = Path(os.__file__).parent
     names = [file.relative_to(library).as_posix() for file in Documents(cache=cache).files]
-    assert {"os.py", "json/decoder.py"} <= set(names) and names == sorted(names) and len(names) > 300
+    assert (
+        {"os.py", "json/decoder.py"} <= set(names) and names == sorted(names) and len(names) > 300
+    )
     assert not any("test" in Path(name).parts or "site-packages" in name for name in names)
 
     for name, data in {
@@ -99,7 +116,8 @@ def test_errors_in_json_lines(data: bytes, parts: list[str], tmp_path: Path, cac
     file = tmp_path / "bad.jsonl"
     file.write_bytes(data)
     one_line(lambda: documents(str(file), cache=cache), str(file), *parts)
-    # The same through the cache, as a run meets it; nothing half-made is left to be found next time.
+    # The same through the cache, as a run meets it; nothing half-made is left to be found next
+    # time.
     for _ in range(2):
         d = DataConfig(path=str(file), sequence=8)
         one_line(lambda d=d: open_data(d, 300, 0, 1, cache), str(file), *parts)
@@ -118,7 +136,9 @@ def test_errors_in_json_lines(data: bytes, parts: list[str], tmp_path: Path, cac
         ("plain", b"text", ["''", ".parquet", "--data.path"]),
     ],
 )
-def test_errors_in_other_files(name: str, data: bytes, parts: list[str], tmp_path: Path, cache: Path):
+def test_errors_in_other_files(
+    name: str, data: bytes, parts: list[str], tmp_path: Path, cache: Path
+):
     (tmp_path / name).write_bytes(data)
     one_line(lambda: documents(str(tmp_path / name), cache=cache), str(tmp_path / name), *parts)
 
@@ -126,7 +146,13 @@ def test_errors_in_other_files(name: str, data: bytes, parts: list[str], tmp_pat
 def test_errors_in_parquet_columns(tmp_path: Path, cache: Path):
     file = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"body": ["a"], "n": [1]}), file)
-    one_line(lambda: documents(str(file), cache=cache), str(file), "'text'", "'body', 'n'", "--data.column")
+    one_line(
+        lambda: documents(str(file), cache=cache),
+        str(file),
+        "'text'",
+        "'body', 'n'",
+        "--data.column",
+    )
     one_line(lambda: documents(str(file), "n", cache), str(file), "int64", "'n'", "--data.column")
     data = bytearray(file.read_bytes())
     data[4:40] = b"\xff" * 36  # the first page; the footer, which is read first, stays good
@@ -136,7 +162,9 @@ def test_errors_in_parquet_columns(tmp_path: Path, cache: Path):
 
 def test_errors_about_the_path(tmp_path: Path, cache: Path, monkeypatch):
     missing = str(tmp_path / "no\nsuch")
-    one_line(lambda: documents(missing, cache=cache), repr(missing), "does not exist", "--data.path")
+    one_line(
+        lambda: documents(missing, cache=cache), repr(missing), "does not exist", "--data.path"
+    )
     one_line(lambda: documents("", cache=cache), "''", "does not exist", "--data.path")
     one_line(lambda: documents(os.devnull, cache=cache), os.devnull, "neither a file nor a folder")
     (tmp_path / "empty").mkdir()
@@ -166,11 +194,19 @@ def test_errors_about_the_path(tmp_path: Path, cache: Path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse_folder)
         one_line(
-            lambda: documents(str(locked), cache=cache), str(locked), "Permission denied", "allow this user"
+            lambda: documents(str(locked), cache=cache),
+            str(locked),
+            "Permission denied",
+            "allow this user",
         )
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "read_bytes", lambda self: self.open("rb").read())
-    one_line(lambda: documents(str(secret), cache=cache), str(secret), "Permission denied", "allow this user")
+    one_line(
+        lambda: documents(str(secret), cache=cache),
+        str(secret),
+        "Permission denied",
+        "allow this user",
+    )
 
 
 def test_a_damaged_dataset_cache_is_rebuilt(tmp_path: Path):

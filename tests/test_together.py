@@ -1,4 +1,5 @@
-"""Small tensors that share a collective are brought to the same places as one by one, in fewer of them."""
+"""Small tensors that share a collective are brought to the same places as one by one, in fewer of
+them."""
 
 from __future__ import annotations
 
@@ -20,18 +21,26 @@ from dtron.rules import rules_for
 from dtron.tools.count_collectives import CollectiveCounter
 
 MESHES = ("dp=2", "dp=4", "dp=2,cp=2", "dp_replicate=2,dp=2", "dp=2,tp=2", "dp=4,ep=2")
-AXES = (("embed", "mlp"), ("mlp", "embed"), ("embed", "head_dim"), ("vocab", "embed"), ("act_embed",))
+AXES = (
+    ("embed", "mlp"),
+    ("mlp", "embed"),
+    ("embed", "head_dim"),
+    ("vocab", "embed"),
+    ("act_embed",),
+)
 
 
 def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int) -> tuple:
-    """Weights of these axes and sizes (in fours), where they lie, and gradients of them: of each rank another
-    summand wherever the weight is whole once it is gathered."""
+    """Weights of these axes and sizes (in fours), where they lie, and gradients of them: of each
+    rank another summand wherever the weight is whole once it is gathered."""
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
     weights, grads, goals = [], [], []
     for i, (kind, rows, columns) in enumerate(of):
         axes = AXES[kind]
         shape = (4 * rows, 4 * columns)[: len(axes)]
-        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
+        numbers = torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64
+        )
         weights.append(layout.shard(numbers, *axes))
         goals.append(layout.gathered(*axes))
         whole = weights[-1].redistribute(layout.mesh, goals[-1])
@@ -46,8 +55,8 @@ def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, se
 def differences(
     mesh: str, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int
 ) -> tuple[float, int]:
-    """The largest difference to one by one, of gradients scattered and of weights gathered; and how many
-    fewer collectives there were."""
+    """The largest difference to one by one, of gradients scattered and of weights gathered; and how
+    many fewer collectives there were."""
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = Layout(device_mesh, rules_for(2))
         weights, goals, grads = drawn(layout, of, dtype, seed)
@@ -71,11 +80,15 @@ def largest(x: Tensor) -> float:
     return max(part.item() for part in parts.values()) if parts else x.item()
 
 
-OF = st.lists(st.tuples(st.integers(0, len(AXES) - 1), st.integers(1, 3), st.integers(1, 3)), max_size=6)
+OF = st.lists(
+    st.tuples(st.integers(0, len(AXES) - 1), st.integers(1, 3), st.integers(1, 3)), max_size=6
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(MESHES), OF, st.sampled_from([torch.float64, torch.bfloat16]), st.integers(0, 9))
+@given(
+    st.sampled_from(MESHES), OF, st.sampled_from([torch.float64, torch.bfloat16]), st.integers(0, 9)
+)
 def test_together_is_one_by_one(mesh, of, dtype, seed):
     worst, fewer = differences(mesh, of, dtype, seed)
     assert worst < 1e-12 and fewer >= 0

@@ -40,7 +40,9 @@ def test_decoding_gives_back_every_document(cache: Path, tokenizer: Tokenizer, d
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text("ab\n é😀", max_size=60), max_size=6))
-def test_long_documents_are_encoded_in_pieces(tokenizer: Tokenizer, tmp_path_factory, docs: list[str]):
+def test_long_documents_are_encoded_in_pieces(
+    tokenizer: Tokenizer, tmp_path_factory, docs: list[str]
+):
     # A cache of its own: the size of a piece is a constant, so it is not part of a key.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenization, "_PIECE", 7)
@@ -66,7 +68,9 @@ def test_a_spelled_out_end_of_text_ends_nothing(tokenizer: Tokenizer, cache: Pat
 def test_a_users_tokenizer(tmp_path: Path, cache: Path):
     plain = get_tokenizer(words({"?": 0, "a": 1, "b": 2}, tmp_path / "plain.json"), [], 3, cache)
     assert end_id(plain) is None
-    plain.enable_truncation(2)  # a saved tokenizer may carry these, and they would lose or add tokens
+    plain.enable_truncation(
+        2
+    )  # a saved tokenizer may carry these, and they would lose or add tokens
     plain.enable_padding(length=9)
     assert encode(["a b", "b a c a"], plain, cache).tolist() == [1, 2, 2, 1, 0, 1]
     ended = get_tokenizer(words({"?": 0, "</s>": 1, "a": 2}, tmp_path / "ended.json"), [], 3, cache)
@@ -87,9 +91,13 @@ def test_tokenizer_errors(tmp_path: Path, cache: Path):
     one_line(load(str(tmp_path)), str(tmp_path), "not a valid tokenizer.json")
     five = words({w: i for i, w in enumerate("?abcd")}, tmp_path / "five.json")
     one_line(load(five, 4), five, "5 tokens", "only 4", "--model.vocab 5")
-    gaps = words({"?": 0, "a": 9}, tmp_path / "gaps.json")  # two tokens, but an embedding needs ten rows
+    gaps = words(
+        {"?": 0, "a": 9}, tmp_path / "gaps.json"
+    )  # two tokens, but an embedding needs ten rows
     one_line(load(gaps, 9), "10 tokens", "--model.vocab 10")
-    one_line(lambda: get_tokenizer(None, TEXTS, 256, cache), "--model.vocab 256", "--model.vocab 257")
+    one_line(
+        lambda: get_tokenizer(None, TEXTS, 256, cache), "--model.vocab 256", "--model.vocab 257"
+    )
     narrow = Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
     one_line(lambda: encode(["b"], narrow, cache), "--data.tokenizer", "unknown token")
 
@@ -136,17 +144,25 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("DTRON_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "dtron"
     inside_a_file = corpus_file / "cache"
-    one_line(lambda: get_tokenizer(None, TEXTS, 400, inside_a_file), str(inside_a_file), "DTRON_CACHE")
-    one_line(lambda: documents(str(corpus_file), cache=inside_a_file), str(inside_a_file), "DTRON_CACHE")
+    one_line(
+        lambda: get_tokenizer(None, TEXTS, 400, inside_a_file), str(inside_a_file), "DTRON_CACHE"
+    )
+    one_line(
+        lambda: documents(str(corpus_file), cache=inside_a_file), str(inside_a_file), "DTRON_CACHE"
+    )
 
     def full(**_):
         raise OSError(28, "No space left on device")
         yield
 
     monkeypatch.setattr("dtron.data.documents._rows", full)
-    one_line(lambda: documents(str(corpus_file), cache=tmp_path / "c"), "No space left", "DTRON_CACHE")
+    one_line(
+        lambda: documents(str(corpus_file), cache=tmp_path / "c"), "No space left", "DTRON_CACHE"
+    )
 
 
 def test_a_digest_keeps_its_parts_apart():
     assert digest(["ab", "c"]) == digest([b"ab", "c"])
-    assert len({digest(parts) for parts in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], [])}) == 5
+    assert (
+        len({digest(parts) for parts in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], [])}) == 5
+    )

@@ -1,4 +1,5 @@
-"""The same logits and the same training as Hugging Face transformers, from random weights mapped by hand."""
+"""The same logits and the same training as Hugging Face transformers, from random weights mapped by
+hand."""
 
 from __future__ import annotations
 
@@ -29,14 +30,23 @@ hf = pytest.importorskip("transformers")
 
 ONE = Layout()
 LLAMA = ModelConfig(
-    vocab=61, embed=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96, context=128, vocab_multiple=8
+    vocab=61,
+    embed=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp=96,
+    context=128,
+    vocab_multiple=8,
 )
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "beta_slow": 1.0, "beta_fast": 2.0}
 
 
 def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform; norms and biases are away from 1 and 0."""
+    """Weights are so large that attention is far from uniform; norms and biases are away from 1 and
+    0."""
     if kind == "GPT2":
         config = hf.GPT2Config(
             vocab_size=m.vocab, n_embd=m.embed, n_layer=m.layers, n_head=m.heads, n_positions=m.context,
@@ -46,7 +56,10 @@ def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> to
         model = hf.GPT2LMHeadModel(config)
     else:
         if scaling:
-            scaling = scaling | {"factor": m.rope.factor, "original_max_position_embeddings": m.rope.original}
+            scaling = scaling | {
+                "factor": m.rope.factor,
+                "original_max_position_embeddings": m.rope.original,
+            }
         config = getattr(hf, f"{kind}Config")(
             vocab_size=m.vocab, hidden_size=m.embed, num_hidden_layers=m.layers, num_attention_heads=m.heads,
             num_key_value_heads=m.kv_heads, head_dim=m.head_dim, intermediate_size=m.mlp,
@@ -91,8 +104,9 @@ GPT2_NAMES = {
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. Llama's matrices are [out, in]; GPT-2's are [in, out], with queries,
-    keys and values side by side. Rows of the padded vocabulary are ones: they must not count."""
+    """The same weights as a dtron tree. Llama's matrices are [out, in]; GPT-2's are [in, out], with
+    queries, keys and values side by side. Rows of the padded vocabulary are ones: they must not
+    count."""
     theirs, is_gpt2 = dict(model.named_parameters()), isinstance(model, hf.GPT2LMHeadModel)
     used = set()
 
@@ -108,7 +122,9 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
             x = x.chunk(3, dim=-1)["qkv".index(name[-1])]
         elif not is_gpt2 and x.ndim == 2:
             x = x.T
-        return x.reshape(w.shape).clone(memory_format=torch.contiguous_format)  # ours: it will be updated
+        return x.reshape(w.shape).clone(
+            memory_format=torch.contiguous_format
+        )  # ours: it will be updated
 
     params = tree_map(convert, declare_model(m))
     assert used == set(theirs)
@@ -143,8 +159,18 @@ CASES = {
     "llama": (LLAMA, "Llama", {}, {"rope": RopeConfig(9000.0)}),
     "llama-tied": (replace(LLAMA, tied=True, kv_heads=1), "Llama", {}, {"norm_eps": 0.1}),
     "llama3": (replace(LLAMA, rope=ROPE_LLAMA3), "Llama", LLAMA3, {"rope": RopeConfig(100.0)}),
-    "yarn": (replace(LLAMA, rope=ROPE_YARN), "Llama", YARN, {"rope": replace(ROPE_YARN, beta_fast=4.0)}),
-    "qwen2": (replace(LLAMA, qkv_bias=True, norm_eps=1e-6), "Qwen2", {}, {"rope": RopeConfig(9000.0)}),
+    "yarn": (
+        replace(LLAMA, rope=ROPE_YARN),
+        "Llama",
+        YARN,
+        {"rope": replace(ROPE_YARN, beta_fast=4.0)},
+    ),
+    "qwen2": (
+        replace(LLAMA, qkv_bias=True, norm_eps=1e-6),
+        "Qwen2",
+        {},
+        {"rope": RopeConfig(9000.0)},
+    ),
     "qwen3": (replace(LLAMA, qk_norm=True), "Qwen3", {}, {"norm_eps": 0.1}),
     "gpt2": (GPT2, "GPT2", {}, {"norm_eps": 0.1}),
     "mistral": (replace(LLAMA, window=7), "Mistral", {}, {"window": 8}),
@@ -162,7 +188,8 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_training(name):
-    """Five AdamW steps with clipping: the same losses, and they fall. dtron has two microbatches a step."""
+    """Five AdamW steps with clipping: the same losses, and they fall. dtron has two microbatches a
+    step."""
     m, kind, scaling, _ = CASES[name]
     model = transformers_model(kind, m, scaling)
     config = OptimConfig(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
@@ -178,7 +205,9 @@ def test_training(name):
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    theirs = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    theirs = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+    )
     state, got, want = adam_init(params), [], []
     for _ in range(5):
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -226,12 +255,16 @@ def test_attention_with_sinks():
     hidden = torch.where((back >= 0) & (back < 5), 0.0, -torch.inf)
     unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
     want, _ = theirs(x, unturned, hidden)
-    run = lambda p, window: attention(p, x.flatten(0, 1), None, None, AttentionMask(16, window), ONE).view(
-        2, 16, 12
-    )
+    run = lambda p, window: attention(
+        p, x.flatten(0, 1), None, None, AttentionMask(16, window), ONE
+    ).view(2, 16, 12)
     torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
     for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):
         assert (wrong - want).abs().max() > 0.1
-    names = [name for name in w if name != "k_proj.bias"]  # a softmax does not see it: its gradient is noise
-    slopes = [torch.autograd.grad(y.square().sum(), [w[n] for n in names]) for y in (run(ours, 5), want)]
+    names = [
+        name for name in w if name != "k_proj.bias"
+    ]  # a softmax does not see it: its gradient is noise
+    slopes = [
+        torch.autograd.grad(y.square().sum(), [w[n] for n in names]) for y in (run(ours, 5), want)
+    ]
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-2)

@@ -1,4 +1,5 @@
-"""python -m dtron.verify: it passes, and when something is broken it says which weight shows it first."""
+"""python -m dtron.verify: it passes, and when something is broken it says which weight shows it
+first."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +14,13 @@ from dtron.runtime.exit import run_cli
 from dtron.testing import dropped, unsummed
 from dtron.tools import verify
 
-TINY = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2", "--model.vocab=300"]
+TINY = [
+    "--model.layers=1",
+    "--model.embed=32",
+    "--model.heads=2",
+    "--model.kv-heads=2",
+    "--model.vocab=300",
+]
 TINY += ["--model.head-dim=16", "--model.mlp=64", "--mesh=dp=2,tp=2", "--zero=3"]
 
 
@@ -23,7 +30,8 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 
 
 def spoil(monkeypatch, change: Callable[..., verify.StepResult]) -> list[verify.StepResult]:
-    """Let ``change`` take the step on the mesh instead; returns the two steps, once they are taken."""
+    """Let ``change`` take the step on the mesh instead; returns the two steps, once they are
+    taken."""
     step, taken = verify.one_step, []
 
     def one_step(config, shape):
@@ -59,15 +67,19 @@ def test_a_reduction_forgotten_everywhere_fails_at_the_first_weight_it_touches(c
 
 
 def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monkeypatch):
-    """Without the first constrain of the MLP, its product would gather by itself; without that of the loss,
-    the local region would get another input than it declared."""
+    """Without the first constrain of the MLP, its product would gather by itself; without that of
+    the loss, the local region would get another input than it declared."""
     spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(3)))
     code, out = run(capsys)
-    assert code == 1 and re.search(r"in mlp\.py:\d+: h_TF = linear\(.*\).*: DTensor would redistribute", out)
+    assert code == 1 and re.search(
+        r"in mlp\.py:\d+: h_TF = linear\(.*\).*: DTensor would redistribute", out
+    )
     monkeypatch.undo()
     spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(5)))
     code, out = run(capsys)
-    assert code == 1 and "input 0 of a local region lies" in out and "('tokens', 'act_embed')" in out
+    assert (
+        code == 1 and "input 0 of a local region lies" in out and "('tokens', 'act_embed')" in out
+    )
 
 
 @pytest.mark.parametrize("tree", ["grads", "params"])

@@ -15,11 +15,15 @@ from dtron.params import declare, tree_map
 from dtron.runtime.config import ModelConfig
 
 ONE, F64 = Layout(), torch.float64
-SMALL = ModelConfig(vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8)
+SMALL = ModelConfig(
+    vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(
+        shape, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
 
 
 def close(got, want, tolerance: float = 1e-10) -> None:
@@ -48,22 +52,25 @@ def turned(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def halves(w: Tensor, rotary: int) -> Tensor:
-    """The last ``rotary`` columns from DeepSeek's order, pairs side by side, to ours, pairs half a width
-    apart."""
+    """The last ``rotary`` columns from DeepSeek's order, pairs side by side, to ours, pairs half a
+    width apart."""
     plain, turned = w.split([w.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
 
 
 @contextmanager
 def flex_on_cpu() -> Iterator[None]:
-    """torch refuses flex_attention's backward on a CPU, for want of a fused kernel; written out, as it runs
-    uncompiled, it has one. So the functions that we give to flex can be tested without a GPU."""
+    """torch refuses flex_attention's backward on a CPU, for want of a fused kernel; written out, as
+    it runs uncompiled, it has one. So the functions that we give to flex can be tested without a
+    GPU."""
     compiles = {
         "recompile_limit": 1000,
         "accumulated_recompile_limit": 1000,
         "automatic_dynamic_shapes": False,
     }
-    refusal = mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    refusal = mock.patch(
+        "torch.nn.attention.flex_attention._validate_device", lambda *tensors: None
+    )
     with refusal, torch._dynamo.config.patch(**compiles):
         yield
     torch._dynamo.reset()

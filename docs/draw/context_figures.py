@@ -1,4 +1,5 @@
-"""The figures of docs/context-parallelism.md, drawn from what simulated ranks really have; see figures.py."""
+"""The figures of docs/context-parallelism.md, drawn from what simulated ranks really have; see
+figures.py."""
 
 from __future__ import annotations
 
@@ -33,13 +34,15 @@ def zigzag(tokens: int = 16, ranks: int = 4) -> str:
             y = 34 + tokens * CELL + 14 + 20 * rank
             canvas.rect(x, y, 12, 12, colour(rank, shape))
             pairs = int(seen[part].sum())
-            canvas.text(x + 18, y + 11, f"rank {rank}: tokens {_runs(part.tolist())}, {pairs} pairs")
+            canvas.text(
+                x + 18, y + 11, f"rank {rank}: tokens {_runs(part.tolist())}, {pairs} pairs"
+            )
     return canvas.svg()
 
 
 def ring(tokens: int = 16, ranks: int = 4) -> str:
-    """Each rank's queries and, step by step, the keys at hand: from the masks that ranks make, in the order
-    in which their exchange brings the keys."""
+    """Each rank's queries and, step by step, the keys at hand: from the masks that ranks make, in
+    the order in which their exchange brings the keys."""
     shape = MeshShape(cp=ranks)
     with simulated(shape) as mesh:
         layout = Layout(mesh)
@@ -52,7 +55,9 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
         for _ in range(1, ranks):
             keys = wait(shift(keys, *layout.context.args))
             arrived.append(keys)
-        places = [[_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries[0], *arrived)]
+        places = [
+            [_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries[0], *arrived)
+        ]
     canvas, width = Canvas(40 + 220 * ranks), tokens // ranks * CELL * 2
     queries, steps = places[0], places[1:]
     for step, at_hand in enumerate(steps):
@@ -71,13 +76,18 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
             for i, row in enumerate(seen):
                 for j, ok in enumerate(row):
                     fill = colour(holder, shape) if ok else EMPTY
-                    canvas.rect(x + 2 * j * CELL, y + 2 * i * CELL, 2 * CELL, 2 * CELL, fill, line="#fff")
+                    canvas.rect(
+                        x + 2 * j * CELL, y + 2 * i * CELL, 2 * CELL, 2 * CELL, fill, line="#fff"
+                    )
             canvas.text(x, y + width + 14, f"keys {_runs(at_hand[rank])}", size=11, colour=FAINT)
             if rank + 1 < ranks and step + 1 < ranks:
                 canvas.arrow(x + width + 8, y + width + 10, 90)
     y = 56 + ranks * (width + 44) - 8
     canvas.text(
-        90, y, "arrows: keys and values go to the next rank, the last one's to the first", colour=FAINT
+        90,
+        y,
+        "arrows: keys and values go to the next rank, the last one's to the first",
+        colour=FAINT,
     )
     return canvas.svg()
 

@@ -70,7 +70,15 @@ def experts(shape: MeshShape) -> str:
         ):
             left += draw(canvas, left, top + 14, name, dims, tensor, shape) + 40
         canvas.text(left, top + 26, "gathered over edp, for compute", bold=True)
-        draw(canvas, left, top + 36, "w_up of 8 experts", "EDF", gather(p.experts, layout).w_up, shape)
+        draw(
+            canvas,
+            left,
+            top + 36,
+            "w_up of 8 experts",
+            "EDF",
+            gather(p.experts, layout).w_up,
+            shape,
+        )
         ones = layout.shard(torch.ones(2048), "tokens_sp")
         seen = TokenInfo(ones > 0, ones.long() * 0, 1)
         p = gather_but_shared(p, layout)

@@ -1,7 +1,8 @@
 """``python docs/draw/figures.py`` draws every figure of these pages again, into docs/figures/.
 
-Nothing in them is drawn by hand: the pieces come from the placements of real DTensors on simulated ranks, and
-the collectives from a counter that watched a real step. A test draws them too and compares.
+Nothing in them is drawn by hand: the pieces come from the placements of real DTensors on simulated
+ranks, and the collectives from a counter that watched a real step. A test draws them too and
+compares.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ FOLDER = Path(__file__).parents[1] / "figures"
 
 
 def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
-    """The collectives of one real step over dp in order, with a mark before each microbatch's forward, and
-    one where the last has ended."""
-    m = ModelConfig(vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1)
+    """The collectives of one real step over dp in order, with a mark before each microbatch's
+    forward, and one where the last has ended."""
+    m = ModelConfig(
+        vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1
+    )
     with simulated(shape) as mesh, CollectiveCounter(mesh) as counter:
         layout = Layout(mesh, rules_for(zero))
         pipe, functions = one_stage(m, microbatches, layout), program(m, layout)
@@ -64,7 +67,9 @@ def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective
 def zero(shape: MeshShape) -> str:
     """Above: what a rank keeps. Below: when it communicates."""
     canvas, model = Canvas(1180), ModelConfig()
-    canvas.text(20, 28, f"What one rank of {shape} keeps, bf16 compute (model tiny)", bold=True, size=16)
+    canvas.text(
+        20, 28, f"What one rank of {shape} keeps, bf16 compute (model tiny)", bold=True, size=16
+    )
     kinds = (("weights", "#4a8fd0"), ("gradients", "#50b060"), ("optimizer", "#d0a050"))
     most = sum(total(rows(model, shape, 0)))
     for stage in range(4):
@@ -78,7 +83,11 @@ def zero(shape: MeshShape) -> str:
         canvas.text(x + 14, y + 15, size(sum(total(rows(model, shape, stage)))), bold=True)
     legend(canvas, 90, 180, kinds)
     canvas.text(
-        20, 228, "One step of two microbatches on dp=2 (2 blocks), as it was recorded", bold=True, size=16
+        20,
+        228,
+        "One step of two microbatches on dp=2 (2 blocks), as it was recorded",
+        bold=True,
+        size=16,
     )
     for stage in range(4):
         y, x = 250 + stage * 46, 90.0
@@ -92,7 +101,9 @@ def zero(shape: MeshShape) -> str:
                 canvas.rect(x, y, 9, 22, COLOURS[event.kind])
                 x += 10
     legend(canvas, 90, 250 + 4 * 46, [(k.replace("_", "-"), c) for k, c in COLOURS.items()])
-    canvas.text(500, 250 + 4 * 46 + 12, "F, B: a microbatch's forward and backward begin", colour=FAINT)
+    canvas.text(
+        500, 250 + 4 * 46 + 12, "F, B: a microbatch's forward and backward begin", colour=FAINT
+    )
     return canvas.svg()
 
 
@@ -114,9 +125,8 @@ def curves() -> str:
     steps, first = len(next(iter(losses.values()))), next(iter(losses))
     tints = dict(zip(losses, ("#222", "#4a8fd0", "#50b060", "#d05050", "#d0a050"), strict=True))
     canvas, across = Canvas(1180), lambda i: 70 + 1000 * i / (steps - 1)
-    title = (
-        f"The same {steps} steps, computed in {len(losses)} ways ({found['device']}, torch {found['torch']})"
-    )
+    where = f"{found['device']}, torch {found['torch']}"
+    title = f"The same {steps} steps, computed in {len(losses)} ways ({where})"
     canvas.text(20, 28, title, bold=True, size=16)
     low, high = min(map(min, losses.values())), max(map(max, losses.values()))
     down = lambda loss: 60 + 240 * (high - loss) / (high - low)
@@ -131,7 +141,10 @@ def curves() -> str:
         canvas.text(60, off(share) + 4, f"{share:+.0%}", anchor="end", colour=FAINT)
         canvas.line([(70, off(share)), (1070, off(share))], "#eee")
     for name, values in losses.items():
-        means = [(sum(a) / sum(b) - 1) for a, b in zip(windows(values), windows(losses[first]), strict=True)]
+        means = [
+            (sum(a) / sum(b) - 1)
+            for a, b in zip(windows(values), windows(losses[first]), strict=True)
+        ]
         canvas.line([(across(i + 19), off(mean)) for i, mean in enumerate(means)], tints[name])
     for row, (name, tint) in enumerate(tints.items()):
         canvas.rect(880, 60 + 20 * row, 14, 14, tint)
@@ -144,8 +157,8 @@ def windows(values: list[float]) -> list[list[float]]:
 
 
 def masks() -> str:
-    """Who may see whom, by the function that the reference masks with; and, of longer sequences, which
-    blocks of 128 by 128 flex skips, computes without asking, or asks for every pair."""
+    """Who may see whom, by the function that the reference masks with; and, of longer sequences,
+    which blocks of 128 by 128 flex skips, computes without asking, or asks for every pair."""
     small, long, block = 16, 2048, 128
     kinds = [
         ("causal", None, ()),
@@ -153,7 +166,11 @@ def masks() -> str:
         ("three documents", None, (0.35, 0.7)),
         ("both", 5, (0.35, 0.7)),
     ]
-    canvas, cell, fills = Canvas(900), 12, {"empty": "#f2f2f2", "full": "#4a8fd0", "some": "#a8cbec"}
+    canvas, cell, fills = (
+        Canvas(900),
+        12,
+        {"empty": "#f2f2f2", "full": "#4a8fd0", "some": "#a8cbec"},
+    )
 
     def draw_square(x: float, y: float, filled: list[list[str]]) -> None:
         canvas.rect(x, y, cell * len(filled), cell * len(filled), fills["empty"], line="#fff")
@@ -173,8 +190,14 @@ def masks() -> str:
     for n, (name, window, cuts) in enumerate(kinds):
         x = 20 + n * 216
         canvas.text(x, 44, name, colour=FAINT)
-        draw_square(x, 52, [["full" if ok else "empty" for ok in row] for row in seen(small, window, cuts)])
-        blocks = seen(long, window and window * 64, cuts).unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        draw_square(
+            x, 52, [["full" if ok else "empty" for ok in row] for row in seen(small, window, cuts)]
+        )
+        blocks = (
+            seen(long, window and window * 64, cuts)
+            .unflatten(0, (-1, block))
+            .unflatten(2, (-1, block))
+        )
         any_, all_ = blocks.any(3).any(1), blocks.all(3).all(1)
         kind = lambda some, full: "full" if full else "some" if some else "empty"
         draw_square(x, 274, [[kind(*at) for at in zip(*row)] for row in zip(any_, all_)])

@@ -1,5 +1,5 @@
-"""Figures of layers: tensors on their way through one, from the placements of real DTensors on simulated
-ranks; see figures.py."""
+"""Figures of layers: tensors on their way through one, from the placements of real DTensors on
+simulated ranks; see figures.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "
 def pieces_of(x: Tensor) -> list:
     """Which part of a DTensor each rank holds, from its own placements."""
     sizes = tuple(x.device_mesh.shape)
-    return [(rank, local_range(x.shape, sizes, x.placements, at)) for rank, at in coordinates(sizes)]
+    return [
+        (rank, local_range(x.shape, sizes, x.placements, at)) for rank, at in coordinates(sizes)
+    ]
 
 
 def pending(x: Tensor) -> str:
@@ -36,14 +38,21 @@ def pending(x: Tensor) -> str:
     return "+".join(a for a, p in zip(names, x.placements, strict=True) if p.is_partial())
 
 
-def draw(canvas: Canvas, x: float, y: float, name: str, dims: str, t: Tensor, shape: MeshShape) -> float:
-    """``dims`` has a letter for each dim; the caption adds the mesh axes that cut it. Returns the width."""
+def draw(
+    canvas: Canvas, x: float, y: float, name: str, dims: str, t: Tensor, shape: MeshShape
+) -> float:
+    """``dims`` has a letter for each dim; the caption adds the mesh axes that cut it. Returns the
+    width."""
     cut = [[] for _ in dims]
     for axis, p in zip(t.device_mesh.mesh_dim_names, t.placements, strict=True):
         if p.is_shard():
             cut[p.dim].append(axis)
-    lies = ", ".join(d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, cut, strict=True))
-    w, _ = draw_tensor(canvas, x, y, name, f"[{lies}]", tuple(t.shape), pieces_of(t), shape, pending(t))
+    lies = ", ".join(
+        d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, cut, strict=True)
+    )
+    w, _ = draw_tensor(
+        canvas, x, y, name, f"[{lies}]", tuple(t.shape), pieces_of(t), shape, pending(t)
+    )
     return w
 
 
@@ -85,10 +94,13 @@ def layer(shape: MeshShape) -> str:
 
 
 def flow(
-    canvas: Canvas, name: str, steps: list[tuple[str, str, torch.Tensor, Collective | str]], shape: MeshShape
+    canvas: Canvas,
+    name: str,
+    steps: list[tuple[str, str, torch.Tensor, Collective | str]],
+    shape: MeshShape,
 ) -> float:
-    """The mesh, and tensors from left to right, each followed by what is done with it; how far down they
-    begin."""
+    """The mesh, and tensors from left to right, each followed by what is done with it; how far down
+    they begin."""
     canvas.text(20, 28, f"{name} on {shape}", bold=True, size=16)
     draw_mesh(canvas, 20, 44, shape)
     left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
@@ -105,7 +117,9 @@ def flow(
 
 def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
     canvas.arrow(x, y, 98)
-    canvas.text(x, y - 8, collective.kind.replace("_", "-"), size=12, colour=COLOURS[collective.kind])
+    canvas.text(
+        x, y - 8, collective.kind.replace("_", "-"), size=12, colour=COLOURS[collective.kind]
+    )
     canvas.text(x, y + 16, f"over {collective.axis}", size=11, colour=FAINT)
 
 
@@ -135,8 +149,12 @@ def latent(shape: MeshShape) -> str:
             ("y_TD", "TD", y_after, ""),
         ]
         y = flow(canvas, "Latent attention", steps, shape) + 180
-    canvas.text(20, y, "Numbers that a server keeps of each token, in every layer", bold=True, size=16)
-    kept = {name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")}
+    canvas.text(
+        20, y, "Numbers that a server keeps of each token, in every layer", bold=True, size=16
+    )
+    kept = {
+        name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")
+    }
     m = preset("deepseek-v3")
     kept["deepseek-v3 with keys and values of all heads"] = m.heads * sum(m.head_dims)
     for i, (name, n) in enumerate(kept.items()):

@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
     for path, (meta, state) in zip(found, states, strict=True):
         listed = meta.get("files", {})
         size = sum(size for size, _ in listed.values()) / 2**20
-        table.add_row(path.name, str(meta.get("samples", "")), str(len(listed)), f"{size:.1f}", state)
+        table.add_row(
+            path.name, str(meta.get("samples", "")), str(len(listed)), f"{size:.1f}", state
+        )
     console.print(table)
     return 0 if all(state == "whole" for _, state in states) else 1
 

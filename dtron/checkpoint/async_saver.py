@@ -6,8 +6,9 @@
     check     each rank reads its files back, for their checksums
     finish    rank 0 lists them in ``meta.json``, renames the folder, and deletes what need not be kept
 
-A save that fails (a full disk, a folder that is gone) fails on all ranks, costs nothing but itself, and is
-told of at the next occasion; the last good checkpoint stays. A save waits for the one before it.
+A save that fails (a full disk, a folder that is gone) fails on all ranks, costs nothing but itself,
+and is told of at the next occasion; the last good checkpoint stays. A save waits for the one before
+it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from dtron.errors import UserError
 
 
 class AsyncSaver:
-    """``save`` copies and returns; ``said`` gives the lines about saves that have ended. ``group``: a gloo
-    group of all processes that nobody else uses (None: one process). ``keep``, ``keep_every``: see
-    ``files.prune``."""
+    """``save`` copies and returns; ``said`` gives the lines about saves that have ended. ``group``:
+    a gloo group of all processes that nobody else uses (None: one process). ``keep``,
+    ``keep_every``: see ``files.prune``."""
 
     def __init__(self, run_dir: Path, group: Any = None, keep: int = 0, keep_every: int = 0):
         self._run_dir, self._group, self._keep, self._keep_every = run_dir, group, keep, keep_every
@@ -47,7 +48,8 @@ class AsyncSaver:
         self._at = -1  # the last one asked for
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
-        """Make the buffers ahead, in the thread: pinning memory takes longer than copying into it."""
+        """Make the buffers ahead, in the thread: pinning memory takes longer than copying into
+        it."""
         self._start(lambda: self._room(tensors))
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> float:
@@ -79,7 +81,8 @@ class AsyncSaver:
             raise UserError(self.failed)
 
     def _start(self, fn: Callable[[], None]) -> None:
-        # Of several processes one that fails must not wait for the others here: they may wait for it.
+        # Of several processes one that fails must not wait for the others here: they may wait for
+        # it.
         self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
         self._thread.start()
 
@@ -109,23 +112,29 @@ class AsyncSaver:
             def end() -> None:
                 if rank() == 0:
                     listed.update(files.describe_files([part / ".metadata"]))
-                    files.finish(part, goal, {"format": files.FORMAT, "step": step, **meta, "files": listed})
+                    files.finish(
+                        part, goal, {"format": files.FORMAT, "step": step, **meta, "files": listed}
+                    )
                     files.prune(self._run_dir, self._keep, self._keep_every)
 
             self._together(end)
             self.failed = None
             self._lines.append(f"saved {goal}")
         except _Failed as failure:
-            self.failed = (
-                f"{goal}: cannot write the checkpoint ({failure}); free space, or choose another --run-dir"
-            )
+            remedy = "free space, or choose another --run-dir"
+            self.failed = f"{goal}: cannot write the checkpoint ({failure}); {remedy}"
             self._lines.append(f"warning: {self.failed}; training goes on")
             if rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
 
     def _dump(self, part: Path, copies: dict[str, Tensor]) -> None:
         with quiet():
-            dcp.save(copies, checkpoint_id=str(part), process_group=self._group, no_dist=self._group is None)
+            dcp.save(
+                copies,
+                checkpoint_id=str(part),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
 
     def _together(self, fn: Callable[[], Any]) -> list[Any]:
         """What every rank's ``fn`` gives; a failure of one is one of all."""
@@ -153,8 +162,8 @@ class _Failed(Exception):
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """Why a file there could not be written, in one line. On a full disk torch's writer fails once more while
-    it cleans up, and what it says then says nothing of disks: so the disk is asked."""
+    """Why a file there could not be written, in one line. On a full disk torch's writer fails once
+    more while it cleans up, and what it says then says nothing of disks: so the disk is asked."""
     with suppress(OSError):
         if shutil.disk_usage(folder).free < 1 << 20:
             return "No space left on device"
@@ -168,7 +177,8 @@ def _empty(part: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint speaks of single processes and of its own plans; none of it helps here."""
+    """torch.distributed.checkpoint speaks of single processes and of its own plans; none of it
+    helps here."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)

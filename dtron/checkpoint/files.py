@@ -1,10 +1,11 @@
-"""A checkpoint on disk: which files, whole or not, and which ones to keep. Nothing here needs torch.
+"""A checkpoint on disk: which files, whole or not, and which ones to keep. Nothing here needs
+torch.
 
-``checkpoints/step-00000100`` is written as ``step-00000100.part`` and renamed when all of it is there:
-whoever looks sees a whole checkpoint or none. The last file written, ``meta.json``, lists the others with
-their sizes and CRC-32s. Sizes are compared whenever a checkpoint is looked at; the checksums, which need
-every byte, when one is loaded (a flipped byte of a weight is otherwise one odd number among billions) or
-inspected.
+``checkpoints/step-00000100`` is written as ``step-00000100.part`` and renamed when all of it is
+there: whoever looks sees a whole checkpoint or none. The last file written, ``meta.json``, lists
+the others with their sizes and CRC-32s. Sizes are compared whenever a checkpoint is looked at; the
+checksums, which need every byte, when one is loaded (a flipped byte of a weight is otherwise one
+odd number among billions) or inspected.
 """
 
 from __future__ import annotations
@@ -64,16 +65,20 @@ def finish(part: Path, goal: Path, meta: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     shutil.rmtree(goal, ignore_errors=True)
     part.rename(goal)
-    opened = os.open(goal.parent, os.O_RDONLY)  # so that the new name survives a crash of the machine too
+    opened = os.open(
+        goal.parent, os.O_RDONLY
+    )  # so that the new name survives a crash of the machine too
     os.fsync(opened)
     os.close(opened)
 
 
 def prune(run_dir: Path, keep: int, keep_every: int) -> list[Path]:
-    """Delete all but the last ``keep`` checkpoints (0: all stay) and those of steps that ``keep_every``
-    divides; the paths deleted."""
+    """Delete all but the last ``keep`` checkpoints (0: all stay) and those of steps that
+    ``keep_every`` divides; the paths deleted."""
     gone = (
-        [p for p in whole(run_dir)[:-keep] if not (keep_every and _step(p) % keep_every == 0)] if keep else []
+        [p for p in whole(run_dir)[:-keep] if not (keep_every and _step(p) % keep_every == 0)]
+        if keep
+        else []
     )
     for path in gone:
         (path / "meta.json").unlink()  # no checkpoint any more, whatever interrupts the rest
@@ -104,12 +109,15 @@ def read_meta(path: Path) -> dict[str, Any]:
         file = path / name
         have = file.stat().st_size if file.is_file() else 0
         if have != size:
-            raise UserError(f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {REMEDY}")
+            raise UserError(
+                f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {REMEDY}"
+            )
     return meta
 
 
 def damaged(path: Path, meta: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """The files whose bytes are not those that were written; of several processes each looks at its part."""
+    """The files whose bytes are not those that were written; of several processes each looks at its
+    part."""
     names = list(meta["files"])[part::parts]
     return [name for name in names if checksum(path / name) != meta["files"][name][1]]
 

@@ -1,4 +1,5 @@
-"""Which part of a weight this rank has, for those that read weights from files: by ranges of each dim."""
+"""Which part of a weight this rank has, for those that read weights from files: by ranges of each
+dim."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ Box = list[tuple[int, int]]
 
 
 def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
-    """The range of each dim; None where the whole weight is wanted: on one device, and where all ranks are
-    simulated here. No arithmetic of shards: the layout is asked to cut the numbers of each dim's places."""
+    """The range of each dim; None where the whole weight is wanted: on one device, and where all
+    ranks are simulated here. No arithmetic of shards: the layout is asked to cut the numbers of
+    each dim's places."""
     if layout.mesh is None:
         return None
-    ids = [layout.to_local(layout.iota(a, n, device), a) for a, n in zip(w.axes, w.shape, strict=True)]
+    ids = [
+        layout.to_local(layout.iota(a, n, device), a) for a, n in zip(w.axes, w.shape, strict=True)
+    ]
     if any(is_simulated(i) for i in ids):
         return None
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in ids]

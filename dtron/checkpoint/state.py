@@ -1,13 +1,16 @@
-"""Save and resume, on any mesh: a checkpoint is the tree of whole tensors, whoever holds which part.
+"""Save and resume, on any mesh: a checkpoint is the tree of whole tensors, whoever holds which
+part.
 
-torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor and read
-back the ranges it needs, so the mesh and ZeRO stage that load need not be those that saved. Weights have the
-same paths and shapes on every mesh; nothing else is needed to make that true.
+torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor
+and read back the ranges it needs, so the mesh and ZeRO stage that load need not be those that
+saved. Weights have the same paths and shapes on every mesh; nothing else is needed to make that
+true.
 
-What is in it: weights, both moments, the routers' balance biases (which are among the weights), the number of
-the step and the place in the data. There is no state of the learning rate, which is a function of the step,
-and none of a random generator: after the initial weights nothing is drawn. files.py has what lies on the
-disk, saver.py how it is written while training goes on; ``python -m dtron.checkpoint inspect DIR`` shows it.
+What is in it: weights, both moments, the routers' balance biases (which are among the weights), the
+number of the step and the place in the data. There is no state of the learning rate, which is a
+function of the step, and none of a random generator: after the initial weights nothing is drawn.
+files.py has what lies on the disk, saver.py how it is written while training goes on; ``python -m
+dtron.checkpoint inspect DIR`` shows it.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class TrainState:
 
 
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
-    """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights. Raises
-    UserError where the folder cannot be written."""
+    """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights.
+    Raises UserError where the folder cannot be written."""
     saver = AsyncSaver(run_dir, dist.group.WORLD if _processes() else None)
     begin(saver, state, spec, identity)
     saver.close()
@@ -56,16 +59,18 @@ def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Pat
 
 
 def begin(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
-    """Begin to write the state; seconds that it took. The state may change as soon as this returns."""
+    """Begin to write the state; seconds that it took. The state may change as soon as this
+    returns."""
     meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
     return saver.save(state.step, tensors(state, spec), meta)
 
 
 def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
-    """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are overwritten.
+    """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are
+    overwritten.
 
-    Raises UserError for a checkpoint of another model, seed or text, or one that is not whole to the last
-    byte: then with the newest before it that is.
+    Raises UserError for a checkpoint of another model, seed or text, or one that is not whole to
+    the last byte: then with the newest before it that is.
     """
     meta = read_meta(path)
     _same(path, meta["identity"], identity)
@@ -82,14 +87,19 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     else:
         _fill_twins(state, spec, whole)
     return TrainState(
-        meta["step"], meta["samples"], state.params, AdamState(meta["updates"], state.opt.m, state.opt.v)
+        meta["step"],
+        meta["samples"],
+        state.params,
+        AdamState(meta["updates"], state.opt.m, state.opt.v),
     )
 
 
 def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
-    """Raises UserError for a byte that is another. Each is read once, by one of the ranks, which all call
-    this."""
-    found = files.damaged(path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1)))
+    """Raises UserError for a byte that is another. Each is read once, by one of the ranks, which
+    all call this."""
+    found = files.damaged(
+        path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1))
+    )
     if _processes():
         each: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(each, found)
@@ -112,8 +122,8 @@ def read_weight(path: Path, w: WeightSpec) -> Tensor:
 
 
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
-    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it. Every
-    rank calls this."""
+    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it.
+    Every rank calls this."""
     verify_checksums(path, read_meta(path))
 
     def one(w: WeightSpec) -> Tensor:
@@ -138,7 +148,9 @@ def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
             dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: {w.path} cannot be read ({first}); use the checkpoint before") from error
+        raise UserError(
+            f"{path}: {w.path} cannot be read ({first}); use the checkpoint before"
+        ) from error
 
 
 def _same(path: Path, saved: Identity, now: Identity) -> None:
@@ -153,7 +165,11 @@ def _same(path: Path, saved: Identity, now: Identity) -> None:
             )
         stem, _, last = name.replace("_", "-").rpartition(".")
         dot = f"--{stem}." if stem else "--"
-        flag = f"{dot}{'' if was else 'no-'}{last}" if isinstance(value, bool) else f"{dot}{last} {was}"
+        flag = (
+            f"{dot}{'' if was else 'no-'}{last}"
+            if isinstance(value, bool)
+            else f"{dot}{last} {was}"
+        )
         raise UserError(
             f"{path}: was made with {name}={was}, this run has {value}; use {flag}, or another --run-dir"
         )
@@ -201,5 +217,8 @@ def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainStat
 
     trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
     return TrainState(
-        state.step, state.samples, trees["params"], AdamState(state.opt.step, trees["m"], trees["v"])
+        state.step,
+        state.samples,
+        trees["params"],
+        AdamState(state.opt.step, trees["m"], trees["v"]),
     )

@@ -1,9 +1,9 @@
 """Text, tokens and conversations to training samples.
 
-Documents: `formats` and `documents` read them, `chat` reads conversations, `tokenization` encodes, `indexed` reads and
-writes token files, `prepare` makes those from text. Samples: `sources` (from `chunks` or `megatron_order`),
-`best_fit_packing`, `stream`, several by weight with `mixture`. `open` puts together what the command line names, and
-`prefetch` reads ahead.
+Documents: `formats` and `documents` read them, `chat` reads conversations, `tokenization` encodes,
+`indexed` reads and writes token files, `prepare` makes those from text. Samples: `sources` (from
+`chunks` or `megatron_order`), `best_fit_packing`, `stream`, several by weight with `mixture`.
+`open` puts together what the command line names, and `prefetch` reads ahead.
 
 Names are imported when somebody asks for them: reading token files takes numpy and nothing else.
 """

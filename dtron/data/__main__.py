@@ -1,4 +1,5 @@
-"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``, and ``info``."""
+"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``, and
+``info``."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ _PIECE = 1 << 24  # tokens looked at together
 
 def run_prepare(o: Namespace, console: Console) -> int:
     if o.workers is not None and o.workers < 1:
-        raise UserError(f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out")
+        raise UserError(
+            f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out"
+        )
     Writer(o.out, token_dtype(0), o.overwrite)  # refuses what exists before any work is done
     if not o.overwrite and beside(Path(o.out).expanduser()).exists():
         raise UserError(
@@ -75,14 +78,18 @@ def run_info(o: Namespace, console: Console) -> int:
     """What a pair of files holds, every token looked at."""
     prefix = prefix_of(o.path)
     if prefix is None:
-        raise UserError(f"{o.path!r}: no {o.path}.idx and no {o.path}.bin there; give the name before .idx")
+        raise UserError(
+            f"{o.path!r}: no {o.path}.idx and no {o.path}.bin there; give the name before .idx"
+        )
     data = Indexed(prefix)
     low, high = np.inf, -np.inf
     for start in range(0, len(data.tokens), _PIECE):
         piece = data.tokens[start : start + _PIECE]
         low, high = min(low, piece.min()), max(high, piece.max())
     of_documents = np.add.reduceat(np.append(data.lengths, 0), data.documents[:-1], dtype=np.int64)
-    of_documents[data.documents[1:] == data.documents[:-1]] = 0  # reduceat gives those the next length
+    of_documents[data.documents[1:] == data.documents[:-1]] = (
+        0  # reduceat gives those the next length
+    )
     total = int(data.lengths.sum(dtype=np.int64))
     lines = {
         "files": f"{data.bin} ({data.bin.stat().st_size:,} bytes), {data.idx.name}",
@@ -110,14 +117,31 @@ def run_info(o: Namespace, console: Console) -> int:
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dtron.data", description="Make token files from text, and look at them.")
+    made = Parser(
+        prog="python -m dtron.data", description="Make token files from text, and look at them."
+    )
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     make = commands.add_parser("prepare", help="text to OUT.bin, OUT.idx and OUT.tokenizer.json")
     add = make.add_argument
-    add("paths", nargs="+", metavar="PATH", help=".jsonl, .json, .parquet, .arrow or .txt files, or folders")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help=".jsonl, .json, .parquet, .arrow or .txt files, or folders",
+    )
     add("--out", required=True, help="name of the files to write, without .bin and .idx")
-    add("--tokenizer", metavar="FILE", help="a tokenizer.json, or a folder with one; left out: trained on it")
-    add("--vocab", type=int, default=4096, metavar="N", help="words of a tokenizer that is trained (4096)")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="a tokenizer.json, or a folder with one; left out: trained on it",
+    )
+    add(
+        "--vocab",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="words of a tokenizer that is trained (4096)",
+    )
     add("--column", default="text", help="field or column that holds the text (text)")
     add("--workers", type=int, metavar="N", help="processes (one for each core)")
     add("--overwrite", action="store_true", help="replace OUT's files")

@@ -1,13 +1,16 @@
-"""Best-fit packing: whole documents side by side in rows, as few of them cut and as little padded as can be.
+"""Best-fit packing: whole documents side by side in rows, as few of them cut and as little padded
+as can be.
 
-Cutting one long line of tokens into rows also cuts documents, and what is cut off loses its beginning. For
-fine-tuning on short documents it is better to treat rows as bins. Best-fit decreasing (Ding et al. 2024,
-arXiv:2404.10830, section 3): take documents from the longest to the shortest, put each into the fullest row
-that still has room for it, and open a new row where none has. On text that fills rows within a fraction of a
-percent. A document longer than a row is cut into pieces of a row each first.
+Cutting one long line of tokens into rows also cuts documents, and what is cut off loses its
+beginning. For fine-tuning on short documents it is better to treat rows as bins. Best-fit
+decreasing (Ding et al. 2024, arXiv:2404.10830, section 3): take documents from the longest to the
+shortest, put each into the fullest row that still has room for it, and open a new row where none
+has. On text that fills rows within a fraction of a percent. A document longer than a row is cut
+into pieces of a row each first.
 
-A row knows where its documents are, so they never attend to each other, and positions begin anew in each. The
-rows are packed once, and every epoch has its own order of them. Left out: packing anew in each epoch.
+A row knows where its documents are, so they never attend to each other, and positions begin anew in
+each. The rows are packed once, and every epoch has its own order of them. Left out: packing anew in
+each epoch.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from dtron.data.sources import Rows, check_vocab
 
 
 def cut(starts: np.ndarray, lengths: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents as pieces of at most ``sequence`` + 1 tokens. Neighbouring pieces share a token, so that
-    every token but a document's first is a target once; a piece of one token has none and is left out."""
+    """Documents as pieces of at most ``sequence`` + 1 tokens. Neighbouring pieces share a token, so
+    that every token but a document's first is a target once; a piece of one token has none and is
+    left out."""
     pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence), 0)
     owner = np.repeat(np.arange(len(lengths)), pieces)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -55,13 +59,21 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Fitted:
-    """Documents ``tokens[start : start + length]`` packed by best fit. ``learn`` says of each token whether
-    it is learned as a target (None: all); a row's padding and first tokens of documents never are."""
+    """Documents ``tokens[start : start + length]`` packed by best fit. ``learn`` says of each token
+    whether it is learned as a target (None: all); a row's padding and first tokens of documents
+    never are."""
 
     def __init__(
-        self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, sequence: int, seed: int,
-        learn: np.ndarray | None = None, shuffle: bool = True, vocab: int | None = None,
-    ):  # fmt: skip
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        sequence: int,
+        seed: int,
+        learn: np.ndarray | None = None,
+        shuffle: bool = True,
+        vocab: int | None = None,
+    ):
         self.tokens, self.learn, self.sequence, self.seed = tokens, learn, sequence, seed
         self.shuffle, self.vocab = shuffle, vocab
         self.starts, self.lengths = cut(starts, lengths, sequence)
@@ -77,21 +89,33 @@ class Fitted:
         positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)
         for row in range(count):
             epoch, place = divmod(start + row, len(self))
-            items = self.bins[epoch_order(len(self), self.seed, epoch)[place] if self.shuffle else place]
+            items = self.bins[
+                epoch_order(len(self), self.seed, epoch)[place] if self.shuffle else place
+            ]
             filled = 0
             for number, item in enumerate(items):
                 first, n = int(self.starts[item]), int(self.lengths[item])
                 here, there = np.s_[row, filled : filled + n], np.s_[first : first + n]
-                tokens[here], documents[here], positions[here] = self.tokens[there], number, np.arange(n)
+                tokens[here], documents[here], positions[here] = (
+                    self.tokens[there],
+                    number,
+                    np.arange(n),
+                )
                 counted[row, filled + 1 : filled + n] = (
                     True if self.learn is None else self.learn[first + 1 : first + n]
                 )
                 filled += n
-            documents[row, filled:], positions[row, filled:] = len(items), np.arange(shape[1] - filled)
+            documents[row, filled:], positions[row, filled:] = (
+                len(items),
+                np.arange(shape[1] - filled),
+            )
         check_vocab(tokens, self.vocab, "the text")
         return Rows(tokens, documents[:, :-1], positions[:, :-1], counted[:, 1:])
 
     def digest(self) -> str:
         """By size and the tokens at both ends."""
-        ends = [np.ascontiguousarray(part).tobytes() for part in (self.tokens[:65536], self.tokens[-65536:])]
+        ends = [
+            np.ascontiguousarray(part).tobytes()
+            for part in (self.tokens[:65536], self.tokens[-65536:])
+        ]
         return digest([f"fitted {self.size} {len(self.starts)} {len(self)} {self.sequence}", *ends])

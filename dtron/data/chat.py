@@ -1,4 +1,5 @@
-"""Conversations to learn from: rows with ``messages``, of which only what the assistant says is learned.
+"""Conversations to learn from: rows with ``messages``, of which only what the assistant says is
+learned.
 
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -9,16 +10,18 @@ A conversation becomes text by a template. The simple one, ChatML, is ours:
     <|im_start|>assistant
     4<|im_end|>
 
-Markers become the tokenizer's own tokens where it has them (and then no message can end itself or speak for
-another role, because what people said is plain text always), and plain text elsewhere. Learned are an
-assistant's words and the ``<|im_end|>`` behind them, so that a model also learns to stop; and the token that
-ends a document, which follows the last message where the tokenizer has another one for that.
+Markers become the tokenizer's own tokens where it has them (and then no message can end itself or
+speak for another role, because what people said is plain text always), and plain text elsewhere.
+Learned are an assistant's words and the ``<|im_end|>`` behind them, so that a model also learns to
+stop; and the token that ends a document, which follows the last message where the tokenizer has
+another one for that.
 
 Or the template is the tokenizer's: the ``chat_template`` of the tokenizer_config.json (or
-chat_template.jinja) beside tokenizer.json, rendered by jinja2's sandbox, which gives a template no way to run
-anything. What it adds to the text for an assistant's message, after the prompt for one, is learned. Here a
-message that spells a special token becomes it, as elsewhere with these templates. Left out: tools, images,
-and templates that change what they said of earlier messages, which are refused.
+chat_template.jinja) beside tokenizer.json, rendered by jinja2's sandbox, which gives a template no
+way to run anything. What it adds to the text for an assistant's message, after the prompt for one,
+is learned. Here a message that spells a special token becomes it, as elsewhere with these
+templates. Left out: tools, images, and templates that change what they said of earlier messages,
+which are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ from dtron.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"
 
-Segment = tuple[str, bool, bool]  # text; whether it is learned; whether special tokens in it are meant
+Segment = tuple[
+    str, bool, bool
+]  # text; whether it is learned; whether special tokens in it are meant
 Messages = list[dict[str, str]]
 Template = Callable[[Messages], list[Segment]]
 
@@ -62,8 +67,8 @@ def chatml(messages: Messages) -> list[Segment]:
 
 
 class Chats:
-    """The conversations at ``path``, in an order that is the same in every process. ``template``: chatml, or
-    the tokenizer's own where there is one beside ``tokenizer_path``.
+    """The conversations at ``path``, in an order that is the same in every process. ``template``:
+    chatml, or the tokenizer's own where there is one beside ``tokenizer_path``.
 
     Iterating gives the text of each, for a tokenizer to be trained on."""
 
@@ -98,9 +103,13 @@ class Chats:
                     except ValueError as error:
                         raise UserError(f"{where}: {error}") from error
         if not found:
-            raise UserError(f"--data.path {self.path!r} holds no conversation; give a .jsonl of them")
+            raise UserError(
+                f"--data.path {self.path!r} holds no conversation; give a .jsonl of them"
+            )
 
-    def encode(self, tokenizer: Tokenizer, cache: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def encode(
+        self, tokenizer: Tokenizer, cache: Path
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``(tokens, learn, lengths)``: all conversations' ids one after the other, which of them are
         learned, and how many each has. Cached."""
         target = cache / f"chat-{digest([self.key, tokenizer.to_str()])}.npy"
@@ -124,7 +133,9 @@ class Chats:
                     ids[i] = found
             parts = iter(zip(flat, ids, strict=True))
             for segments in batch:
-                signed = [t if seg[1] else ~t for seg, got in islice(parts, len(segments)) for t in got]
+                signed = [
+                    t if seg[1] else ~t for seg, got in islice(parts, len(segments)) for t in got
+                ]
                 yield np.array(signed + closing, np.int64)
 
 
@@ -135,7 +146,9 @@ def _checked(value: Any, where: str, column: str) -> Messages:
     else:
         for message in value:
             if message.get("role") not in ROLES:
-                wrong = f"a message of the role {message.get('role')!r}; roles are {', '.join(ROLES)}"
+                wrong = (
+                    f"a message of the role {message.get('role')!r}; roles are {', '.join(ROLES)}"
+                )
             elif not isinstance(message.get("content"), str):
                 kind = type(message.get("content")).__name__
                 wrong = f"a message of {message['role']!r} whose content is {kind}, not a string"
@@ -159,16 +172,20 @@ def _write(file: Path, conversations: Iterable[np.ndarray]) -> None:
 def _read(file: Path) -> np.ndarray | None:
     try:
         whole = np.load(file, mmap_mode="r", allow_pickle=False)
-        return whole if whole[1 : int(whole[0]) + 1].sum() == len(whole) - 1 - int(whole[0]) else None
+        return (
+            whole if whole[1 : int(whole[0]) + 1].sum() == len(whole) - 1 - int(whole[0]) else None
+        )
     except (OSError, ValueError, EOFError):
         return None
 
 
-# ---------------------------------------------------------------------------------------- jinja templates
+# ---------------------------------------------------------------------------------------- jinja
+# templates
 
 
 def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
-    """``(template, bos token, eos token)`` of the tokenizer_config.json beside a tokenizer.json, or None."""
+    """``(template, bos token, eos token)`` of the tokenizer_config.json beside a tokenizer.json, or
+    None."""
     if tokenizer_path is None:
         return None
     path = Path(tokenizer_path).expanduser()
@@ -232,7 +249,9 @@ def own_template(source: str, bos: str, eos: str) -> Template:
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before, after = render(messages[:i], True), render(messages[: i + 1], False)
-                if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
+                if not (
+                    before.startswith(done) and after.startswith(before) and whole.startswith(after)
+                ):
                     raise UserError(
                         "the tokenizer's chat template changes earlier messages, so what the assistant said "
                         "cannot be found; give one that only adds, or a folder without it"

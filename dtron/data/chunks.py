@@ -1,12 +1,13 @@
 """Packing: one long array of tokens, cut into samples of equal length, in a shuffled order.
 
-Sample c of `tokens` is `tokens[c * S : c * S + S + 1]`: S inputs, and the same S shifted by one as targets,
-so neighbouring samples share one token and every token but the first is a target once an epoch. No sample
-is padded; the fewer than S tokens left at the end are dropped.
+Sample c of `tokens` is `tokens[c * S : c * S + S + 1]`: S inputs, and the same S shifted by one as
+targets, so neighbouring samples share one token and every token but the first is a target once an
+epoch. No sample is padded; the fewer than S tokens left at the end are dropped.
 
-The place in the data is one integer, the number of samples taken since the run began, and `rows` is a pure
-function of it. A checkpoint stores that integer and nothing else; a resumed run goes on with exactly the
-next sample; and global batch n is `rows(..., start=n * B, count=B)` however many devices share it.
+The place in the data is one integer, the number of samples taken since the run began, and `rows` is
+a pure function of it. A checkpoint stores that integer and nothing else; a resumed run goes on with
+exactly the next sample; and global batch n is `rows(..., start=n * B, count=B)` however many
+devices share it.
 
 Left out: worker processes (a batch is a few copies out of mapped memory).
 """
@@ -19,7 +20,8 @@ from dtron.errors import UserError
 
 
 def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """A part to train on, and from the tail a `fraction` to measure with; each holds at least one sample."""
+    """A part to train on, and from the tail a `fraction` to measure with; each holds at least one
+    sample."""
     cut = len(tokens) - int(len(tokens) * fraction)
     check_length(cut, sequence, "training")
     check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
@@ -35,7 +37,9 @@ def rows(
     """
     check_length(len(tokens), sequence, "given")
     if start < 0 or count < 0:
-        raise UserError(f"start {start} and count {count} must not be negative; samples count from 0")
+        raise UserError(
+            f"start {start} and count {count} must not be negative; samples count from 0"
+        )
     chunks = (len(tokens) - 1) // sequence
     out = np.empty((count, sequence + 1), np.int64)
     for row, sample in enumerate(range(start, start + count)):
@@ -46,7 +50,8 @@ def rows(
 
 
 def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """For rows of tokens [B, S]: which document of its row each token is in, and its position there.
+    """For rows of tokens [B, S]: which document of its row each token is in, and its position
+    there.
 
     An end token belongs to the document that it ends. With these two, attention can be kept inside
     documents. A row mostly starts in the middle of one; its positions start from 0 all the same.
@@ -58,7 +63,8 @@ def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.nd
 
 
 def begin_ids(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same, from which tokens [B, S] are the first of a document; that of a row is one without saying."""
+    """The same, from which tokens [B, S] are the first of a document; that of a row is one without
+    saying."""
     places = np.broadcast_to(np.arange(begins.shape[1]), begins.shape)
     begins = begins & (places > 0)
     starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
@@ -68,8 +74,8 @@ def begin_ids(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=4)  # this epoch's and the next one's, for training and for validation
 def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation for each epoch."""
-    # RandomState, which numpy has frozen: a Generator's stream may change with numpy's version, and a run
-    # that resumes after an upgrade would see some samples twice.
+    # RandomState, which numpy has frozen: a Generator's stream may change with numpy's version, and
+    # a run that resumes after an upgrade would see some samples twice.
     state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
     order = state.permutation(chunks)
     order.flags.writeable = False  # shared by every caller
@@ -79,7 +85,9 @@ def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
 def check_length(tokens: int, sequence: int, name: str, remedy: str = "") -> None:
     """Raise UserError where so many tokens do not make one sample."""
     if sequence < 1:
-        raise UserError(f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more")
+        raise UserError(
+            f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more"
+        )
     if tokens < sequence + 1:
         raise UserError(
             f"the {name} text has {tokens} tokens, and one sample takes {sequence + 1} (--data.sequence "

@@ -13,11 +13,12 @@ class DataConfig:
     """Where the text comes from."""
 
     path: str | None = None
-    """a .txt, .jsonl, .parquet or .arrow file, a folder of them, or the name of a .bin/.idx pair; several
-    with weights as '0.7 web.jsonl, 0.3 code'; None: the source of Python's standard library"""
+    """a .txt, .jsonl, .parquet or .arrow file, a folder of them, or the name of a .bin/.idx pair;
+    several with weights as '0.7 web.jsonl, 0.3 code'; None: the source of Python's standard
+    library"""
     tokenizer: str | None = None
-    """a tokenizer.json, or a folder with one; None: that beside a .bin/.idx pair, or else a byte-level BPE of
-    model.vocab words, trained on the text and cached"""
+    """a tokenizer.json, or a folder with one; None: that beside a .bin/.idx pair, or else a
+    byte-level BPE of model.vocab words, trained on the text and cached"""
     column: str | None = None
     """the field or column that holds the text; None: text, or messages with chat"""
     sequence: int = 256
@@ -35,21 +36,29 @@ class DataConfig:
     validation: float = 0.02
     """share of the text held out"""
     split: str | None = None
-    """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1; None: by
-    validation"""
+    """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1;
+    None: by validation"""
     samples: int | None = None
     """of a .bin/.idx pair: how many samples the order is made for; None: steps times batch"""
 
     def __post_init__(self) -> None:
         if self.sequence < 1:
-            raise UserError(f"data.sequence={self.sequence}: a sample has at least 1 token; raise it")
+            raise UserError(
+                f"data.sequence={self.sequence}: a sample has at least 1 token; raise it"
+            )
         if not 0 < self.validation < 1:
-            raise UserError(f"data.validation={self.validation}: a share between 0 and 1; change it")
+            raise UserError(
+                f"data.validation={self.validation}: a share between 0 and 1; change it"
+            )
         if self.samples is not None and self.samples < 1:
-            raise UserError(f"data.samples={self.samples}: must be at least 1; raise it, or leave it out")
+            raise UserError(
+                f"data.samples={self.samples}: must be at least 1; raise it, or leave it out"
+            )
         if self.streaming and self.fitted:
             name = "--data.chat" if self.chat else "--data.packing best-fit"
-            raise UserError(f"--data.streaming {name}: all lengths must be known first; drop one of the two")
+            raise UserError(
+                f"--data.streaming {name}: all lengths must be known first; drop one of the two"
+            )
 
     @property
     def fitted(self) -> bool:

@@ -1,16 +1,19 @@
-"""Where text comes from: a file, a folder, or (given nothing) the source code of Python's own library.
+"""Where text comes from: a file, a folder, or (given nothing) the source code of Python's own
+library.
 
-The default corpus needs no download: every machine that can run this has some ten megabytes of well-written
-Python on its disk. Otherwise give a .txt file (one document), .jsonl / .json / .parquet / .arrow (one
-document a row), or a folder of them. The documents become a `datasets.Dataset`, which is an Arrow file
-mapped into memory, so a corpus may be larger than RAM; or they are streamed, read from their files each time
-somebody iterates, which takes no room and no time before the first.
+The default corpus needs no download: every machine that can run this has some ten megabytes of
+well-written Python on its disk. Otherwise give a .txt file (one document), .jsonl / .json /
+.parquet / .arrow (one document a row), or a folder of them. The documents become a
+`datasets.Dataset`, which is an Arrow file mapped into memory, so a corpus may be larger than RAM;
+or they are streamed, read from their files each time somebody iterates, which takes no room and no
+time before the first.
 
-`Documents` puts that off: it lists the files and computes a key from them at once, which is cheap, and
-reads text when somebody iterates. A start whose tokens are cached under that key never imports `datasets`.
+`Documents` puts that off: it lists the files and computes a key from them at once, which is cheap,
+and reads text when somebody iterates. A start whose tokens are cached under that key never imports
+`datasets`.
 
-The files are parsed by `formats`. Left out: the Hub and every other remote source (download first). Rows
-without text (null, empty or only white space) are no documents and are passed over.
+The files are parsed by `formats`. Left out: the Hub and every other remote source (download first).
+Rows without text (null, empty or only white space) are no documents and are passed over.
 """
 
 import os
@@ -28,17 +31,29 @@ from dtron.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
-_GIVE = f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
+_GIVE = (
+    f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
+)
 
-# Installed packages and test suites differ from one installation to the next; what is left hardly does.
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+# Installed packages and test suites differ from one installation to the next; what is left hardly
+# does.
+_NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+}
 
 
 class Documents:
     """The documents at `path`, each a string, in an order that is the same in every process.
 
-    `key` names their content: for the default corpus a hash of the files' bytes, for a user's files (which
-    may be too large to read at each start) one of their absolute paths, sizes and times of change.
+    `key` names their content: for the default corpus a hash of the files' bytes, for a user's files
+    (which may be too large to read at each start) one of their absolute paths, sizes and times of
+    change.
     """
 
     def __init__(
@@ -56,10 +71,16 @@ class Documents:
     def key(self) -> str:
         if self.path is None:
             root = _library()
-            parts = [part for f in self.files for part in (f.relative_to(root).as_posix(), f.read_bytes())]
+            parts = [
+                part
+                for f in self.files
+                for part in (f.relative_to(root).as_posix(), f.read_bytes())
+            ]
             return digest(["library", *parts])
         stats = [(file.absolute(), file.stat()) for file in self.files]
-        return digest([self.column, *(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats)])
+        return digest(
+            [self.column, *(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats)]
+        )
 
     def __iter__(self) -> Iterator[str]:
         rows = _rows(**self._reading) if self.streaming else self.dataset
@@ -73,7 +94,10 @@ class Documents:
         folder = self.cache / "datasets" / self.key
         try:
             return self._generate(folder)
-        except (OSError, pyarrow.ArrowException):  # errors in the text are UserErrors by now: HF's own cache
+        except (
+            OSError,
+            pyarrow.ArrowException,
+        ):  # errors in the text are UserErrors by now: HF's own cache
             shutil.rmtree(folder, ignore_errors=True)
         try:
             return self._generate(folder)
@@ -108,14 +132,17 @@ class Documents:
             raise
 
 
-def documents(path: str | None = None, column: str = "text", cache: Path | None = None) -> "datasets.Dataset":
-    """The documents at `path` as a `datasets.Dataset` with the column "text"; None is the default corpus."""
+def documents(
+    path: str | None = None, column: str = "text", cache: Path | None = None
+) -> "datasets.Dataset":
+    """The documents at `path` as a `datasets.Dataset` with the column "text"; None is the default
+    corpus."""
     return Documents(path, column, cache).dataset
 
 
 def _import_datasets() -> Any:
-    # Nothing here asks for the network; this holds `datasets` to it. It reads them once, on import; what the
-    # user has set stays, and what others import later is not held to it.
+    # Nothing here asks for the network; this holds `datasets` to it. It reads them once, on import;
+    # what the user has set stays, and what others import later is not held to it.
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
     ours = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(ours, "1"))
@@ -129,7 +156,8 @@ def _import_datasets() -> Any:
     return datasets
 
 
-# ---------------------------------------------------------------------------------------- listing files
+# ---------------------------------------------------------------------------------------- listing
+# files
 
 
 def _library() -> Path:
@@ -139,8 +167,11 @@ def _library() -> Path:
 def _library_files() -> list[Path]:
     root, found = _library(), []
     for folder, folders, names in os.walk(root):
-        # config-* and _sysconfigdata* are written by the build of this very interpreter: its paths and flags.
-        folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")]
+        # config-* and _sysconfigdata* are written by the build of this very interpreter: its paths
+        # and flags.
+        folders[:] = [
+            name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")
+        ]
         kept = (n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata"))
         found += [Path(folder, name) for name in kept]
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
@@ -155,10 +186,14 @@ def user_files(path: str) -> list[Path]:
         if root.is_dir():
             files = _folder_files(root)
             if not files:
-                raise UserError(f"{where} is a folder without any {', '.join(SUFFIXES)} file; {_GIVE}")
+                raise UserError(
+                    f"{where} is a folder without any {', '.join(SUFFIXES)} file; {_GIVE}"
+                )
             return files
     except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}); allow this user to read it") from error
+        raise UserError(
+            f"{where} cannot be read ({error.strerror}); allow this user to read it"
+        ) from error
     if not root.is_file():
         raise UserError(f"{where} is neither a file nor a folder; {_GIVE}")
     if root.suffix.lower() not in SUFFIXES:
@@ -172,7 +207,9 @@ def _folder_files(root: Path) -> list[Path]:
 
     found = []
     for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache and their like
+        folders[:] = [
+            name for name in folders if not name.startswith(".")
+        ]  # .git, .cache and their like
         files = (Path(folder, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
         if any(name.endswith(".arrow") for name in names):  # a dataset that `datasets` has saved
@@ -180,11 +217,15 @@ def _folder_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-# ---------------------------------------------------------------------------------------- reading files
+# ---------------------------------------------------------------------------------------- reading
+# files
 
 
-def _rows(files: tuple[Path, ...], column: str, where: str, strict: bool) -> Iterator[dict[str, str]]:
-    """What `datasets` stores. `strict`: a file that is not UTF-8 is an error rather than passed over."""
+def _rows(
+    files: tuple[Path, ...], column: str, where: str, strict: bool
+) -> Iterator[dict[str, str]]:
+    """What `datasets` stores. `strict`: a file that is not UTF-8 is an error rather than passed
+    over."""
     empty = True
     for file in files:
         try:

@@ -1,9 +1,9 @@
 """The columns of text files: one reader for each format, chosen by the suffix.
 
-A .jsonl file has one object a line, a .json file that or one array of objects, .parquet and .arrow files
-have columns, and a .txt file is one row as a whole. They are parsed here rather than by `datasets`' own
-readers, so that an error can say which line of which file is wrong. Left out: compressed files, and columns
-inside columns.
+A .jsonl file has one object a line, a .json file that or one array of objects, .parquet and .arrow
+files have columns, and a .txt file is one row as a whole. They are parsed here rather than by
+`datasets`' own readers, so that an error can say which line of which file is wrong. Left out:
+compressed files, and columns inside columns.
 """
 
 import json
@@ -21,7 +21,8 @@ NOT_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json"}
 
 
 def texts(file: Path, column: str) -> Iterator[str]:
-    """The strings of a column, those that are not empty. ValueError for anything else that stands there."""
+    """The strings of a column, those that are not empty. ValueError for anything else that stands
+    there."""
     if file.suffix.lower() in (".parquet", ".arrow"):
         from pyarrow import types
 
@@ -35,7 +36,8 @@ def texts(file: Path, column: str) -> Iterator[str]:
 
 
 def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
-    """``texts`` of some lines of a .jsonl file, of which ``first`` (from 1) is the number of the first."""
+    """``texts`` of some lines of a .jsonl file, of which ``first`` (from 1) is the number of the
+    first."""
     return _strings(_named(file, _line_rows(file, lines, first), column), column)
 
 
@@ -55,7 +57,9 @@ def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
             yield from _named(file, _json_rows(file), column)
         case ".parquet" | ".arrow":
             values = (v for _, column_of in _columns(file, column) for v in column_of.to_pylist())
-            yield from ((f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1))
+            yield from (
+                (f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1)
+            )
         case _:  # as bytes, so that line endings stay what they are
             yield repr(str(file)), file.read_bytes().decode("utf-8-sig")
 
@@ -73,9 +77,9 @@ def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterato
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """One value a line; or, in a .json file that starts with "[", the values of that array."""
     with file.open("rb") as lines:
-        if file.suffix.lower() == ".json" and lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(
-            b"["
-        ):
+        if file.suffix.lower() == ".json" and lines.read(4096).lstrip(
+            b"\xef\xbb\xbf \t\r\n"
+        ).startswith(b"["):
             lines.seek(0)
             array = _parse(lines.read().decode("utf-8-sig"), repr(str(file)))
             yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
@@ -105,7 +109,9 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
     """The type of a column and, in batches, what it holds; both as pyarrow has them."""
     from pyarrow import ipc, parquet
 
-    with file.open("rb") as source:  # opened by us, so that a lack of permission is not taken for damage
+    with file.open(
+        "rb"
+    ) as source:  # opened by us, so that a lack of permission is not taken for damage
         if file.suffix.lower() == ".parquet":
             with _reading(file, "Parquet"):
                 table = parquet.ParquetFile(source)
@@ -124,7 +130,9 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
             else:
                 batches = table = ipc.open_stream(source)
             _has(file, table.schema, column)
-            yield from ((table.schema.field(column).type, batch.column(column)) for batch in batches)
+            yield from (
+                (table.schema.field(column).type, batch.column(column)) for batch in batches
+            )
 
 
 @contextmanager
@@ -177,7 +185,9 @@ def _not_row(where: str, column: str, value: Any) -> UserError:
 
 def _missing(where: str, column: str, present: list[str]) -> UserError:
     names = ", ".join(map(repr, present[:20])) or "none"
-    return UserError(f"{where} has no column {column!r}; set --data.column to one that is there: {names}")
+    return UserError(
+        f"{where} has no column {column!r}; set --data.column to one that is there: {names}"
+    )
 
 
 def _not_text(where: str, column: str, kind: str) -> UserError:

@@ -1,4 +1,5 @@
-"""Token files in Megatron's indexed format: ``corpus.bin`` holds tokens, ``corpus.idx`` says what is where.
+"""Token files in Megatron's indexed format: ``corpus.bin`` holds tokens, ``corpus.idx`` says what
+is where.
 
 The .bin is nothing but token ids, one sequence after the other. The .idx, all of it little-endian:
 
@@ -12,10 +13,11 @@ The .bin is nothing but token ids, one sequence after the other. The .idx, all o
     then        i64[S]    where each begins in the .bin, in bytes
     then        i64[D]    the sequence that each document begins with, and S at the end
 
-A document has one sequence, unless its sentences were kept apart. Both files are mapped into memory: opening
-reads the .idx alone, and pages of the .bin come from the disk when they are asked for, so a corpus may be as
-large as the disk and all processes of a host share one copy. Left out: remote files, and writing the bytes
-after the last document that some multimodal files have (they are passed over).
+A document has one sequence, unless its sentences were kept apart. Both files are mapped into
+memory: opening reads the .idx alone, and pages of the .bin come from the disk when they are asked
+for, so a corpus may be as large as the disk and all processes of a host share one copy. Left out:
+remote files, and writing the bytes after the last document that some multimodal files have (they
+are passed over).
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8:
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 NAMES = {1: "u8", 2: "i8", 3: "i16", 4: "i32", 5: "i64", 6: "f64", 7: "f32", 8: "u16"}
 
-_AGAIN = "make it again with `python -m dtron.data prepare`, or copy it again from where it was made"
+_AGAIN = (
+    "make it again with `python -m dtron.data prepare`, or copy it again from where it was made"
+)
 
 
 def token_dtype(vocab: int) -> np.dtype:
@@ -46,8 +50,8 @@ def token_dtype(vocab: int) -> np.dtype:
 
 
 def prefix_of(path: str | Path) -> Path | None:
-    """``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` where one of the two files exists, or
-    None."""
+    """``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` where one of the two files
+    exists, or None."""
     file = Path(path).expanduser()
     prefix = file.with_suffix("") if file.suffix in (".bin", ".idx") else file
     return prefix if any(_beside(prefix, suffix).is_file() for suffix in (".bin", ".idx")) else None
@@ -58,8 +62,8 @@ def _beside(prefix: Path, suffix: str) -> Path:
 
 
 class Indexed:
-    """An open pair of files. ``lengths`` [S] tokens of each sequence, ``starts`` [S] where it begins in
-    ``tokens``, ``documents`` [D] the sequence each document begins with; all read-only.
+    """An open pair of files. ``lengths`` [S] tokens of each sequence, ``starts`` [S] where it
+    begins in ``tokens``, ``documents`` [D] the sequence each document begins with; all read-only.
 
     Raises UserError for a file that is missing, cut short, or says what cannot be.
     """
@@ -69,7 +73,9 @@ class Indexed:
         self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
         self.code, sequences, documents = self._header()
         self.dtype = np.dtype(DTYPES[self.code])
-        index = np.asarray(np.memmap(self.idx, np.uint8, mode="r"))  # a memmap's own slices are slow
+        index = np.asarray(
+            np.memmap(self.idx, np.uint8, mode="r")
+        )  # a memmap's own slices are slow
         ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
         if len(index) not in (ends[-1], ends[-1] + sequences):  # a byte a sequence: multimodal
             state = "cut short" if len(index) < ends[-1] else "too long"
@@ -104,18 +110,24 @@ class Indexed:
                 f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to read it"
             ) from error
         if not data.startswith(MAGIC[: len(data)]) or not data:
-            raise self._bad(self.idx, f"is no index of tokens: it begins with {data[:9]!r}, not {MAGIC!r}")
+            raise self._bad(
+                self.idx, f"is no index of tokens: it begins with {data[:9]!r}, not {MAGIC!r}"
+            )
         if len(data) < HEADER.size:
             raise self._bad(
                 self.idx, f"is cut short: {len(data)} bytes, and the header alone has {HEADER.size}"
             )
         _, version, code, sequences, documents = HEADER.unpack(data)
         if version != VERSION:
-            raise self._bad(self.idx, f"has version {version}, and {VERSION} is the one that is known")
+            raise self._bad(
+                self.idx, f"has version {version}, and {VERSION} is the one that is known"
+            )
         if code not in DTYPES:
             raise self._bad(self.idx, f"has tokens of type {code}, and only 1 to 8 are known")
         if max(sequences, documents) > 1 << 56:  # no sum below overflows
-            raise self._bad(self.idx, f"speaks of {max(sequences, documents)} sequences, which cannot be")
+            raise self._bad(
+                self.idx, f"speaks of {max(sequences, documents)} sequences, which cannot be"
+            )
         return code, sequences, documents
 
     def _check(self, offsets: np.ndarray) -> None:
@@ -148,9 +160,9 @@ class Indexed:
 class Writer:
     """Writes a pair of files, as a context: ``with Writer("corpus", token_dtype(vocab)) as out``.
 
-    They are written under temporary names and moved into place when the block ends without an error, the
-    .idx last, so that an .idx that is there has a whole .bin. Raises UserError where one of the two exists
-    (unless ``overwrite``), or where they cannot be written.
+    They are written under temporary names and moved into place when the block ends without an
+    error, the .idx last, so that an .idx that is there has a whole .bin. Raises UserError where one
+    of the two exists (unless ``overwrite``), or where they cannot be written.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | str, overwrite: bool = False) -> None:
@@ -173,7 +185,8 @@ class Writer:
         return self
 
     def document(self, tokens: np.ndarray, lengths: Sequence[int] | None = None) -> None:
-        """A document, of one sequence or of several with these lengths, whose sum is that of ``tokens``."""
+        """A document, of one sequence or of several with these lengths, whose sum is that of
+        ``tokens``."""
         lengths = [len(tokens)] if lengths is None else lengths
         if sum(lengths) != len(tokens):
             raise UserError(
@@ -222,9 +235,9 @@ class Writer:
             file.write(lengths.astype("<i4").tobytes())
             file.write(offsets.astype("<i8").tobytes())
             file.write(np.frombuffer(self.documents, np.int64).astype("<i8").tobytes())
-        for (
-            part
-        ) in self._parts:  # or a crash of the host could leave a name on blocks that were never written
+        for part in (
+            self._parts
+        ):  # or a crash of the host could leave a name on blocks that were never written
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         self.finals[1].unlink(missing_ok=True)  # an old .idx must never stand beside a new .bin

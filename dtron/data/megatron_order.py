@@ -1,7 +1,8 @@
-"""In which order a run meets the documents of an indexed corpus: the order of Megatron's GPTDataset.
+"""In which order a run meets the documents of an indexed corpus: the order of Megatron's
+GPTDataset.
 
-Three shuffles decide it, all from one ``numpy.random.RandomState(seed)``. With N samples of L tokens to draw
-from documents that have T tokens together:
+Three shuffles decide it, all from one ``numpy.random.RandomState(seed)``. With N samples of L
+tokens to draw from documents that have T tokens together:
 
 1. **Epochs.** A sample is L inputs and their L targets, L + 1 tokens, and shares its last with the next one.
    So E epochs, the smallest with ``E * T >= N * L + 1``, are enough.
@@ -11,10 +12,10 @@ from documents that have T tokens together:
 3. **Samples.** That row of documents is one long line of tokens, and sample k begins at its token ``k * L``.
    The samples of the full epochs are shuffled, then those of the last one if it stands apart.
 
-``Order`` is the result: a pure function of (lengths, L, N, seed). What only follows from the line of tokens,
-which document sample k begins in, is looked up when asked (a bisection) and not kept. Left out: partial
-samples at the end of an epoch, which Megatron can pad for validation, and saving the order to disk: building
-it takes a second or two for ten million documents.
+``Order`` is the result: a pure function of (lengths, L, N, seed). What only follows from the line
+of tokens, which document sample k begins in, is looked up when asked (a bisection) and not kept.
+Left out: partial samples at the end of an epoch, which Megatron can pad for validation, and saving
+the order to disk: building it takes a second or two for ten million documents.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ APART = 0.8  # of an epoch's samples: a last epoch that gives fewer is shuffled 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """``documents`` [E * n] ids in the order they are read, ``ends`` where each ends in the line of tokens,
-    ``shuffle`` [samples] which sample of the line is drawn i-th."""
+    """``documents`` [E * n] ids in the order they are read, ``ends`` where each ends in the line of
+    tokens, ``shuffle`` [samples] which sample of the line is drawn i-th."""
 
     documents: np.ndarray
     ends: np.ndarray
@@ -42,14 +43,16 @@ class Order:
         return len(self.shuffle)
 
     def place(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For places in the line of tokens: which of ``documents`` each is in, and how far inside."""
+        """For places in the line of tokens: which of ``documents`` each is in, and how far
+        inside."""
         at = np.searchsorted(self.ends, token, side="right")
         before = np.where(at > 0, self.ends[at - 1], 0)
         return at, token - before
 
 
 def plan_epochs(tokens: int, sequence: int, samples: int) -> tuple[int, bool]:
-    """``(E, whether the last of them is shuffled apart)`` for ``samples`` from epochs of ``tokens``."""
+    """``(E, whether the last of them is shuffled apart)`` for ``samples`` from epochs of
+    ``tokens``."""
     epochs = max(1, -(-(samples * sequence + 1) // tokens))
     if epochs == 1:
         return 1, False
@@ -66,9 +69,11 @@ def most_samples(tokens: int, sequence: int, samples: int) -> int:
     return of_full + int(APART * ((tokens - 1) // sequence)) - 1
 
 
-def make_order(lengths: np.ndarray, documents: np.ndarray, sequence: int, samples: int, seed: int) -> Order:
-    """The order of ``samples`` samples, or a few more, of the ``documents`` (ids) of an index that has
-    ``lengths`` [all documents]. Their tokens together must be ``sequence`` + 1 at least."""
+def make_order(
+    lengths: np.ndarray, documents: np.ndarray, sequence: int, samples: int, seed: int
+) -> Order:
+    """The order of ``samples`` samples, or a few more, of the ``documents`` (ids) of an index that
+    has ``lengths`` [all documents]. Their tokens together must be ``sequence`` + 1 at least."""
     random = np.random.RandomState(seed)
     tokens = int(lengths[documents].sum(dtype=np.int64))
     epochs, apart = plan_epochs(tokens, sequence, samples)
@@ -77,7 +82,9 @@ def make_order(lengths: np.ndarray, documents: np.ndarray, sequence: int, sample
     cuts = [0, ((epochs - 1) * tokens - 1) // sequence, total] if apart else [0, total]
     lines = [_shuffled(np.tile(documents.astype(np.int32), n), random) for n in parts]
     kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
-    draws = [_shuffled(np.arange(a, b, dtype=kind), random) for a, b in zip(cuts, cuts[1:], strict=False)]
+    draws = [
+        _shuffled(np.arange(a, b, dtype=kind), random) for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
     line = np.concatenate(lines)
     return Order(line, np.cumsum(lengths[line], dtype=np.int64), np.concatenate(draws), sequence)
 
@@ -89,7 +96,8 @@ def in_order(lengths: np.ndarray, documents: np.ndarray, sequence: int) -> Order
 
 
 def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
-    """``969,30,1`` of so many documents: from where to where the training, validation and test documents go.
+    """``969,30,1`` of so many documents: from where to where the training, validation and test
+    documents go.
 
     Shares need not sum to anything; missing ones are 0. Raises UserError for what is no share.
     """
@@ -97,13 +105,18 @@ def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
         shares = []
-    if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not sum(shares):
+    if (
+        not 1 <= len(shares) <= 3
+        or not all(0 <= share < float("inf") for share in shares)
+        or not sum(shares)
+    ):
         raise UserError(
             f"--data.split {split!r}: one to three shares that are not negative and not all 0, for training, "
             "validation and test; as 969,30,1"
         )
     shares += [0.0] * (3 - len(shares))
-    # Megatron divides first and sums then, and rounds half to even: the same float for the same bounds.
+    # Megatron divides first and sums then, and rounds half to even: the same float for the same
+    # bounds.
     total, bounds = float(np.sum(np.array(shares))), [0.0]
     for share in shares:
         bounds.append(bounds[-1] + share / total)

@@ -1,13 +1,14 @@
 """Several sources with weights: which one each sample of a run comes from.
 
-The rule is greedy, and Megatron's: sample n comes from the source that is furthest behind its share,
-``weight * max(n, 1) - samples it gave so far``, the first of several that are equally far. So after any
-number of samples, and not only on average, every source has given its share to within a sample or so; and no
-random number is drawn.
+The rule is greedy, and Megatron's: sample n comes from the source that is furthest behind its
+share, ``weight * max(n, 1) - samples it gave so far``, the first of several that are equally far.
+So after any number of samples, and not only on average, every source has given its share to within
+a sample or so; and no random number is drawn.
 
-What a source gives is counted: its samples are taken in its own order, from its first on. The counts after n
-samples follow from n alone, and nothing else has to be kept to resume. They have no formula, so they are
-counted anew, within a microsecond a sample, once at a resume. Left out: weights that change in a run.
+What a source gives is counted: its samples are taken in its own order, from its first on. The
+counts after n samples follow from n alone, and nothing else has to be kept to resume. They have no
+formula, so they are counted anew, within a microsecond a sample, once at a resume. Left out:
+weights that change in a run.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ _MARK = 1 << 16  # samples between remembered counts
 
 
 def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
-    """``'0.7 web.jsonl, 0.3 code.parquet'`` -> weights that sum to 1, and paths; a path alone has weight 1.
+    """``'0.7 web.jsonl, 0.3 code.parquet'`` -> weights that sum to 1, and paths; a path alone has
+    weight 1.
 
-    A source of weight 0 is left out. Raises UserError for a weight that is missing, negative, or no number,
-    and where all are 0.
+    A source of weight 0 is left out. Raises UserError for a weight that is missing, negative, or no
+    number, and where all are 0.
     """
     if path is None or Path(path).expanduser().exists() or prefix_of(path):
         return [(1.0, path)]
     parts = [
-        re.fullmatch(r"\s*([-+]?[\d.][\w.+-]*|[-+]?inf|nan)\s+(\S.*?)\s*", part) for part in path.split(",")
+        re.fullmatch(r"\s*([-+]?[\d.][\w.+-]*|[-+]?inf|nan)\s+(\S.*?)\s*", part)
+        for part in path.split(",")
     ]
     if not any(parts):
         return [(1.0, path)]
@@ -72,7 +75,8 @@ class Blend:
         self._marks = [[0] * len(self.weights)]  # the counts before sample k * _MARK
 
     def choose(self, start: int, count: int) -> tuple[list[int], np.ndarray]:
-        """How many of samples 0 to ``start`` each source gave, and which gives each of the next ``count``."""
+        """How many of samples 0 to ``start`` each source gave, and which gives each of the next
+        ``count``."""
         mark = min(start // _MARK, len(self._marks) - 1)
         counts, chosen = list(self._marks[mark]), np.empty(count, np.int64)
         self._run(counts, mark * _MARK, start, None)

@@ -1,8 +1,8 @@
 """From the command line to what a run reads: ``open_data``.
 
-``--data.path`` names one source or several with weights. Each is text (encoded once and cached, or streamed),
-conversations, or a pair of indexed files; each gives a training and a validation part, and all share one
-tokenizer.
+``--data.path`` names one source or several with weights. Each is text (encoded once and cached, or
+streamed), conversations, or a pair of indexed files; each gives a training and a validation part,
+and all share one tokenizer.
 """
 
 from __future__ import annotations
@@ -54,15 +54,21 @@ class Data:
         return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
 
 
-def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | None = None) -> Data:
-    """What ``--data.*`` names, for a run of ``samples`` samples. Raises UserError for what cannot be read,
-    is too short for one sample, or has ids that a model of ``vocab`` words does not."""
+def open_data(
+    d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | None = None
+) -> Data:
+    """What ``--data.*`` names, for a run of ``samples`` samples. Raises UserError for what cannot
+    be read, is too short for one sample, or has ids that a model of ``vocab`` words does not."""
     cache = cache if cache is not None else cache_dir()
     samples = d.samples or samples
     named = parse_sources(d.path)
     texts = [_open(d, path, cache) for _, path in named]
     tokenizer = _tokenizer(d, texts, vocab, cache)
-    if d.marked and any(isinstance(text, Documents) for text in texts) and end_id(tokenizer) is None:
+    if (
+        d.marked
+        and any(isinstance(text, Documents) for text in texts)
+        and end_id(tokenizer) is None
+    ):
         flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
         raise UserError(
             f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or drop "
@@ -85,14 +91,21 @@ def open_data(d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | 
         return Data(*found[0], tokenizer, most)
     weights = [weight for weight, _ in named]
     train, held = (Mixed(list(sources), weights) for sources in zip(*found, strict=True))
-    return Data(train, held, tokenizer, samples if any(isinstance(text, Indexed) for text in texts) else None)
+    return Data(
+        train,
+        held,
+        tokenizer,
+        samples if any(isinstance(text, Indexed) for text in texts) else None,
+    )
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
     prefix = None if path is None else prefix_of(path)
     if prefix and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file()):
         if d.chat:
-            raise UserError(f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl")
+            raise UserError(
+                f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl"
+            )
         return Indexed(prefix)
     if d.chat:
         return Chats(path, d.column or "messages", d.tokenizer)
@@ -130,7 +143,9 @@ class Turns:
         return (text for turn in turns for text in turn if text is not None)
 
 
-def _text(d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path) -> list[Source]:
+def _text(
+    d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path
+) -> list[Source]:
     train, held = split_text(encode(docs, tokenizer, cache), d.sequence, d.validation)
     end = end_id(tokenizer)
     if d.fitted:
@@ -153,7 +168,9 @@ def _spans(tokens: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, ends - starts
 
 
-def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: Path) -> list[Source]:
+def _chats(
+    d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: Path
+) -> list[Source]:
     tokens, learn, lengths = chats.encode(tokenizer, cache)
     starts = np.cumsum(lengths) - lengths
     kept = np.minimum(lengths, d.sequence + 1)  # a longer conversation loses its end
@@ -167,11 +184,15 @@ def _chats(d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: 
             f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is not one to "
             "validate with; raise --data.sequence or --data.validation, or give more"
         )
-    pack = lambda part, shuffle: Fitted(tokens, starts[part], kept[part], d.sequence, seed, learn, shuffle)
+    pack = lambda part, shuffle: Fitted(
+        tokens, starts[part], kept[part], d.sequence, seed, learn, shuffle
+    )
     return [pack(slice(0, cut), True), pack(slice(cut, None), False)]
 
 
-def _indexed(d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int) -> tuple[Source, Source, int]:
+def _indexed(
+    d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int
+) -> tuple[Source, Source, int]:
     if data.dtype.kind == "f":
         raise UserError(
             f"{str(data.idx)!r} has tokens of type {data.dtype}, and ids are whole numbers; {_MAKE}"
@@ -181,16 +202,27 @@ def _indexed(d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int) 
     flag = "--data.validation" if d.split is None else "--data.split"
     for name, a, b in (("training", low, cut), ("validation", cut, high)):
         size = int(data.lengths[a:b].sum(dtype=np.int64))
-        check_length(size, d.sequence, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}")
+        check_length(
+            size, d.sequence, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}"
+        )
     first = Packed(data, low, cut, d.sequence, seed, samples, vocab, d.marked)
     held = Packed(data, cut, high, d.sequence, 0, 1, vocab, d.marked, shuffle=False)
-    for source in (first, held):  # a wrong tokenizer shows at once; every row is looked at again when read
+    for source in (
+        first,
+        held,
+    ):  # a wrong tokenizer shows at once; every row is looked at again when read
         source.rows(0, min(len(source), 32))
     most = most_samples(first.size, d.sequence, samples)
     if not d.fitted:
         return first, held, most
     pack = lambda a, b, shuffle: Fitted(
-        data.tokens, data.starts[a:b], data.lengths[a:b], d.sequence, seed, shuffle=shuffle, vocab=vocab
+        data.tokens,
+        data.starts[a:b],
+        data.lengths[a:b],
+        d.sequence,
+        seed,
+        shuffle=shuffle,
+        vocab=vocab,
     )
     return pack(low, cut, True), pack(cut, high, False), None
 

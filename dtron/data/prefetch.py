@@ -1,8 +1,9 @@
 """The next batches are read while the device works on this one.
 
-A thread, not processes: reading is copying out of mapped memory, which takes milliseconds, and a thread
-shares that memory. It runs at most ``depth`` batches ahead. What it makes is still a pure function of the
-sample's number, so nothing of it has to be saved: a resumed run starts another thread at its own number.
+A thread, not processes: reading is copying out of mapped memory, which takes milliseconds, and a
+thread shares that memory. It runs at most ``depth`` batches ahead. What it makes is still a pure
+function of the sample's number, so nothing of it has to be saved: a resumed run starts another
+thread at its own number.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """``make(n)`` for each of ``numbers``, in their order. ``waited`` is how many seconds the last ``next``
-    took: what an error in ``make`` raises is raised there, and StopIteration after the last number."""
+    """``make(n)`` for each of ``numbers``, in their order. ``waited`` is how many seconds the last
+    ``next`` took: what an error in ``make`` raises is raised there, and StopIteration after the
+    last number."""
 
     def __init__(self, make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> None:
         self.waited = 0.0
@@ -27,7 +29,10 @@ class Prefetch(Generic[T]):
         self._room = threading.Semaphore(depth)
         stop = threading.Event()
         self._thread = threading.Thread(
-            target=_work, args=(make, numbers, self._found, self._room, stop), name="data", daemon=True
+            target=_work,
+            args=(make, numbers, self._found, self._room, stop),
+            name="data",
+            daemon=True,
         )
         self._end = weakref.finalize(self, _end, stop, self._room)
         self._thread.start()
@@ -47,7 +52,9 @@ class Prefetch(Generic[T]):
         self._end()
 
 
-def _work(make, numbers: Iterable[int], found: SimpleQueue, room: threading.Semaphore, stop) -> None:
+def _work(
+    make, numbers: Iterable[int], found: SimpleQueue, room: threading.Semaphore, stop
+) -> None:
     try:
         for number in numbers:
             room.acquire()

@@ -1,14 +1,16 @@
 """Text files to a pair of indexed token files, on all cores: ``python -m dtron.data prepare``.
 
-Tokenising is work for processors, and documents do not depend on each other. This process reads files in
-blocks of about a megabyte (of a .jsonl file as raw lines, which nobody has looked at), hands each to a worker
-process, and writes what comes back, in the order of the documents: the same files for any number of workers.
-A worker parses, encodes its documents as one batch, and answers with the bytes to write; so what passes
-between processes is two bytes a token and not a list of Python integers. Few blocks are on their way at once,
-and memory holds twelve bytes a document, whatever the size of the corpus.
+Tokenising is work for processors, and documents do not depend on each other. This process reads
+files in blocks of about a megabyte (of a .jsonl file as raw lines, which nobody has looked at),
+hands each to a worker process, and writes what comes back, in the order of the documents: the same
+files for any number of workers. A worker parses, encodes its documents as one batch, and answers
+with the bytes to write; so what passes between processes is two bytes a token and not a list of
+Python integers. Few blocks are on their way at once, and memory holds twelve bytes a document,
+whatever the size of the corpus.
 
-What a document is, and its tokens, are those of ``dtron.data.tokenization``: rows without text are passed over,
-every document ends with the tokenizer's end token, special tokens that are spelled out are plain text.
+What a document is, and its tokens, are those of ``dtron.data.tokenization``: rows without text are
+passed over, every document ends with the tokenizer's end token, special tokens that are spelled out
+are plain text.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from dtron.errors import UserError
 
 BLOCK = 1 << 20  # bytes or characters
 
-Block = tuple[Path, int, list[bytes] | list[str]]  # a file; the number of its first line; lines, or documents
+Block = tuple[
+    Path, int, list[bytes] | list[str]
+]  # a file; the number of its first line; lines, or documents
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,17 @@ class Done:
 
 
 def prepare(
-    files: list[Path], tokenizer: Tokenizer, out: str, column: str = "text", workers: int | None = None,
-    overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, tokens: None,
-) -> Done:  # fmt: skip
-    """Write ``out.bin`` and ``out.idx`` from the documents of ``files``. ``progress`` is called with the
-    bytes read and tokens written so far. Raises UserError for what cannot be read or written; then nothing
-    is left."""
+    files: list[Path],
+    tokenizer: Tokenizer,
+    out: str,
+    column: str = "text",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, tokens: None,
+) -> Done:
+    """Write ``out.bin`` and ``out.idx`` from the documents of ``files``. ``progress`` is called
+    with the bytes read and tokens written so far. Raises UserError for what cannot be read or
+    written; then nothing is left."""
     dtype = token_dtype(vocab_of(tokenizer))
     workers = workers or _cores()
     start, tokens, read = time.perf_counter(), 0, 0
@@ -74,7 +83,9 @@ def prepare(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         if not tokens:
-            raise UserError(f"{', '.join(map(str, files[:3]))}: holds no text at all; give files with some")
+            raise UserError(
+                f"{', '.join(map(str, files[:3]))}: holds no text at all; give files with some"
+            )
     return Done(len(writer.documents) - 1, tokens, time.perf_counter() - start)
 
 
@@ -123,7 +134,8 @@ def _answer(future: Future) -> tuple[bytes, np.ndarray]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- in a worker
+# ---------------------------------------------------------------------------------------- in a
+# worker
 
 _worker: tuple[Tokenizer, str, np.dtype]
 
@@ -135,7 +147,8 @@ def _start(tokenizer: str, column: str, dtype: str) -> None:
 
 
 def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
-    """The tokens of a block's documents as bytes, and the length of each; or what is wrong with it."""
+    """The tokens of a block's documents as bytes, and the length of each; or what is wrong with
+    it."""
     encoder, column, dtype = _worker
     file, first, rows = block
     try:

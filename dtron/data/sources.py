@@ -1,13 +1,14 @@
-"""Where samples come from: each source is a pure function from the number of a sample to the sample.
+"""Where samples come from: each source is a pure function from the number of a sample to the
+sample.
 
-A run takes samples 0, 1, 2, ... and its place in the data is how many it has taken, one integer. What sample
-i is depends on nothing but the source's own choices (its files, sequence length, seed): not on the mesh, the
-micro-batch or what was read before. So global batch n is ``rows(n * B, B)`` on any number of devices, and a
-resumed run goes on with exactly the next sample. No source ends: when all its samples are taken it begins
-another epoch.
+A run takes samples 0, 1, 2, ... and its place in the data is how many it has taken, one integer.
+What sample i is depends on nothing but the source's own choices (its files, sequence length, seed):
+not on the mesh, the micro-batch or what was read before. So global batch n is ``rows(n * B, B)`` on
+any number of devices, and a resumed run goes on with exactly the next sample. No source ends: when
+all its samples are taken it begins another epoch.
 
-Here are the sources made of long lines of tokens: ``Chunks`` of text, ``Packed`` for indexed files, and
-``Mixed`` of others. ``fit`` packs whole documents, ``stream`` reads text as it goes.
+Here are the sources made of long lines of tokens: ``Chunks`` of text, ``Packed`` for indexed files,
+and ``Mixed`` of others. ``fit`` packs whole documents, ``stream`` reads text as it goes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from dtron.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Samples: ``tokens`` int64 [B, S + 1], S inputs and, shifted by one, S targets. ``documents`` and
-    ``positions`` [B, S]: which document of its row each input is in, and its place there; None where nobody
-    asked. ``counted`` bool [B, S]: which targets are part of the loss; None: all."""
+    """Samples: ``tokens`` int64 [B, S + 1], S inputs and, shifted by one, S targets. ``documents``
+    and ``positions`` [B, S]: which document of its row each input is in, and its place there; None
+    where nobody asked. ``counted`` bool [B, S]: which targets are part of the loss; None: all."""
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
@@ -87,7 +88,13 @@ class Chunks:
     ``end``: the token that ends a document, for ``marks``: whether to say where documents are."""
 
     def __init__(
-        self, tokens: np.ndarray, sequence: int, seed: int, end: int | None, marks: bool, shuffle: bool = True
+        self,
+        tokens: np.ndarray,
+        sequence: int,
+        seed: int,
+        end: int | None,
+        marks: bool,
+        shuffle: bool = True,
     ) -> None:
         self.tokens, self.sequence, self.seed, self.shuffle = tokens, sequence, seed, shuffle
         self.end, self.marks, self.size = end, marks, len(tokens)
@@ -101,21 +108,34 @@ class Chunks:
 
     def digest(self) -> str:
         """By size and the tokens at both ends."""
-        ends = [np.ascontiguousarray(part).tobytes() for part in (self.tokens[:65536], self.tokens[-65536:])]
+        ends = [
+            np.ascontiguousarray(part).tobytes()
+            for part in (self.tokens[:65536], self.tokens[-65536:])
+        ]
         return digest([f"chunks {self.size} {self.sequence}", *ends])
 
 
 class Packed:
-    """Sequences ``first`` to ``last`` of an indexed corpus in the order of Megatron's GPTDataset (``order``)
-    for a run of ``samples``. A run that goes on beyond the order begins another, of the next seed.
+    """Sequences ``first`` to ``last`` of an indexed corpus in the order of Megatron's GPTDataset
+    (``order``) for a run of ``samples``. A run that goes on beyond the order begins another, of the
+    next seed.
 
-    Every token read is checked against ``vocab``: a ValueError names the first that is not below it.
+    Every token read is checked against ``vocab``: a ValueError names the first that is not below
+    it.
     """
 
     def __init__(
-        self, data: Indexed, first: int, last: int, sequence: int, seed: int, samples: int, vocab: int,
-        marks: bool, shuffle: bool = True,
-    ):  # fmt: skip
+        self,
+        data: Indexed,
+        first: int,
+        last: int,
+        sequence: int,
+        seed: int,
+        samples: int,
+        vocab: int,
+        marks: bool,
+        shuffle: bool = True,
+    ):
         self.data, self.bounds, self.sequence, self.seed = data, (first, last), sequence, seed
         self.samples, self.vocab, self.marks, self.shuffle = samples, vocab, marks, shuffle
         self.size = int(data.lengths[first:last].sum(dtype=np.int64))
@@ -186,7 +206,9 @@ class Mixed:
     def rows(self, start: int, count: int) -> Rows:
         before, chosen = self.blend.choose(start, count)
         where = [np.flatnonzero(chosen == number) for number in range(len(self.sources))]
-        parts = [s.rows(n, len(places)) for s, n, places in zip(self.sources, before, where, strict=True)]
+        parts = [
+            s.rows(n, len(places)) for s, n, places in zip(self.sources, before, where, strict=True)
+        ]
         back = np.argsort(np.concatenate(where))
         return _each(_together(parts), lambda x: x[back])
 
@@ -198,7 +220,13 @@ class Mixed:
 def _together(parts: list[Rows]) -> Rows:
     counted = [part.counted for part in parts]
     if any(c is not None for c in counted):  # what counts everywhere beside what does not
-        counted = [np.ones_like(p.tokens[:, 1:], bool) if p.counted is None else p.counted for p in parts]
-        parts = [Rows(p.tokens, p.documents, p.positions, c) for p, c in zip(parts, counted, strict=True)]
-    columns = zip(*([getattr(part, field.name) for field in fields(Rows)] for part in parts), strict=True)
+        counted = [
+            np.ones_like(p.tokens[:, 1:], bool) if p.counted is None else p.counted for p in parts
+        ]
+        parts = [
+            Rows(p.tokens, p.documents, p.positions, c) for p, c in zip(parts, counted, strict=True)
+        ]
+    columns = zip(
+        *([getattr(part, field.name) for field in fields(Rows)] for part in parts), strict=True
+    )
     return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))

@@ -1,11 +1,12 @@
-"""Text that is tokenised while the run goes on: nothing to prepare and no disk to fill before the first step.
+"""Text that is tokenised while the run goes on: nothing to prepare and no disk to fill before the
+first step.
 
-The documents are taken in the order of their files, without a shuffle: shuffle them beforehand. The first
-``HELD`` samples are held out for validation. Reading goes one way only, but the source is a pure function of
-the sample's number all the same: asked for a sample that is not the next, it begins again at the last
-document that it remembers ahead of it (or the first of all), and tokenises on from there. A resumed run
-therefore pays for the text that it passes over; ``prepare`` the files for a run where that hurts. Every rank
-tokenises the whole global batch.
+The documents are taken in the order of their files, without a shuffle: shuffle them beforehand. The
+first ``HELD`` samples are held out for validation. Reading goes one way only, but the source is a
+pure function of the sample's number all the same: asked for a sample that is not the next, it
+begins again at the last document that it remembers ahead of it (or the first of all), and tokenises
+on from there. A resumed run therefore pays for the text that it passes over; ``prepare`` the files
+for a run where that hurts. Every rank tokenises the whole global batch.
 
 Left out: shuffling in a buffer, and sharing the work between ranks.
 """
@@ -29,8 +30,8 @@ _MARK = 1 << 20  # tokens between remembered documents
 
 
 class Stream:
-    """Samples of documents, from sample ``first`` of the stream on (and only ``count`` of them an epoch,
-    where given). Its ``size`` is not known, 0."""
+    """Samples of documents, from sample ``first`` of the stream on (and only ``count`` of them an
+    epoch, where given). Its ``size`` is not known, 0."""
 
     size = 0
 
@@ -45,7 +46,9 @@ class Stream:
     ) -> None:
         self.docs, self.encoder, self.sequence = docs, encoder_of(tokenizer), sequence
         self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
-        self._known = [(0, 0)]  # (place in the line of tokens, documents ahead of it), all epochs together
+        self._known = [
+            (0, 0)
+        ]  # (place in the line of tokens, documents ahead of it), all epochs together
         self._in_epoch = 0  # documents of an epoch; 0: not known yet
         self._next, self._left, self._pieces = 0, np.empty(0, np.int64), self._from(0)
 
@@ -63,7 +66,10 @@ class Stream:
 
     def digest(self) -> str:
         return digest(
-            [f"stream {self.docs.key} {self.sequence} {self.first} {self.count}", self.encoder.to_str()]
+            [
+                f"stream {self.docs.key} {self.sequence} {self.first} {self.count}",
+                self.encoder.to_str(),
+            ]
         )
 
     def _take(self, number: int, count: int) -> np.ndarray:
@@ -76,7 +82,9 @@ class Stream:
             self._drop(number * s - place)
         self._fill(count * s + 1)
         self._next = number + count
-        out = np.lib.stride_tricks.sliding_window_view(self._left[: count * s + 1], s + 1)[::s].copy()
+        out = np.lib.stride_tricks.sliding_window_view(self._left[: count * s + 1], s + 1)[
+            ::s
+        ].copy()
         self._left = self._left[count * s :]
         return out
 

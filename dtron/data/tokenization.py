@@ -1,12 +1,14 @@
 """From documents to one long array of token ids, which is all that training reads.
 
-Without a tokenizer of the user's own, a byte-level BPE is trained on the documents: its alphabet is the 256
-bytes, so there is no unknown token and decoding gives back every text exactly. The ids of all documents are
-written one after the other, each document ended by the end-of-text token, as raw integers that are mapped
-into memory, which therefore does not grow with the corpus. A start reads the file once, for its checksum.
+Without a tokenizer of the user's own, a byte-level BPE is trained on the documents: its alphabet is
+the 256 bytes, so there is no unknown token and decoding gives back every text exactly. The ids of
+all documents are written one after the other, each document ended by the end-of-text token, as raw
+integers that are mapped into memory, which therefore does not grow with the corpus. A start reads
+the file once, for its checksum.
 
-Both results are cached, under keys that name their inputs (`dtron.data.cache`). Left out: normalisation and
-other tokenizer families. Make such a tokenizer with the `tokenizers` library and give its tokenizer.json.
+Both results are cached, under keys that name their inputs (`dtron.data.cache`). Left out:
+normalisation and other tokenizer families. Make such a tokenizer with the `tokenizers` library and
+give its tokenizer.json.
 """
 
 import zlib
@@ -26,11 +28,14 @@ END = "<|endoftext|>"
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _PIECE = 1 << 20  # characters of one document encoded at once; a whole book is too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
-_SAMPLE = 1 << 25  # characters to learn merges from: they settle long before, and counting costs memory
+_SAMPLE = (
+    1 << 25
+)  # characters to learn merges from: they settle long before, and counting costs memory
 
 
 def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache: Path) -> Tokenizer:
-    """The tokenizer.json at `path`, or (None) a byte-level BPE of at most `vocab_size` tokens for `docs`.
+    """The tokenizer.json at `path`, or (None) a byte-level BPE of at most `vocab_size` tokens for
+    `docs`.
 
     It learns from the first 32 million characters of `docs`, and is the same each time.
     """
@@ -47,7 +52,8 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the token that ends a document, or None where the vocabulary has none that is known."""
+    """The id of the token that ends a document, or None where the vocabulary has none that is
+    known."""
     ids = (tokenizer.token_to_id(name) for name in _ENDS)
     return next((token for token in ids if token is not None), None)
 
@@ -55,8 +61,9 @@ def end_id(tokenizer: Tokenizer) -> int | None:
 def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
     """All documents' ids, concatenated and read-only, each document ended by `end_id`.
 
-    A tokenizer without such a token gives documents that follow each other with nothing between. Text that
-    happens to spell a special token is encoded as ordinary text: only this function ends a document.
+    A tokenizer without such a token gives documents that follow each other with nothing between.
+    Text that happens to spell a special token is encoded as ordinary text: only this function ends
+    a document.
     """
     text = tokenizer.to_str()
     dtype = np.dtype(np.uint16 if vocab_of(tokenizer) <= 1 << 16 else np.uint32)
@@ -67,7 +74,8 @@ def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray
 
 
 def key_of(docs: Iterable[str]) -> str:
-    """What has files knows its key without reading them; anything else that holds strings is hashed."""
+    """What has files knows its key without reading them; anything else that holds strings is
+    hashed."""
     return getattr(docs, "key", None) or digest(docs)
 
 
@@ -76,8 +84,11 @@ def vocab_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab_size(), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def load_tokenizer(path: str, vocab_size: int | None = None, flag: str = "--data.tokenizer") -> Tokenizer:
-    """The tokenizer.json at `path`, or in that folder; of at most `vocab_size` words, where that is given."""
+def load_tokenizer(
+    path: str, vocab_size: int | None = None, flag: str = "--data.tokenizer"
+) -> Tokenizer:
+    """The tokenizer.json at `path`, or in that folder; of at most `vocab_size` words, where that is
+    given."""
     file = Path(path).expanduser()
     if path and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
@@ -133,9 +144,11 @@ def _read_tokenizer(file: Path) -> Tokenizer | None:
 
 
 def _pieces(docs: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents cut to at most `_PIECE` characters, after a line where possible; True with the last piece.
+    """Documents cut to at most `_PIECE` characters, after a line where possible; True with the last
+    piece.
 
-    No merge crosses a cut, so about one token in a million characters differs from an encoding in one go.
+    No merge crosses a cut, so about one token in a million characters differs from an encoding in
+    one go.
     """
     for text in docs:
         start = 0
@@ -158,8 +171,8 @@ def _batches(docs: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
-    """A copy that neither cuts nor pads. ``special``: whether special tokens that are spelled out in a text
-    become those tokens, or are plain text as all else."""
+    """A copy that neither cuts nor pads. ``special``: whether special tokens that are spelled out
+    in a text become those tokens, or are plain text as all else."""
     text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
     encoder = Tokenizer.from_str(text)  # a copy: the settings below are not for the caller's
     encoder.no_truncation()
@@ -179,8 +192,11 @@ def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
         ) from error
 
 
-def encoded(docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype) -> Iterator[tuple[np.ndarray, bool]]:
-    """The ids of documents, in pieces; True with the last of each, which has the end token behind it."""
+def encoded(
+    docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The ids of documents, in pieces; True with the last of each, which has the end token behind
+    it."""
     end = end_id(encoder)
     closing = [] if end is None else [end]
     for batch in _batches(docs):
@@ -190,7 +206,8 @@ def encoded(docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype) -> Iterato
 
 
 def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
-    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is rebuilt."""
+    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is
+    rebuilt."""
     check = 0
     with file.open("wb") as out:
         for ids, _ in encoded(docs, encoder_of(tokenizer), dtype):
@@ -206,6 +223,10 @@ def _read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
     except (OSError, ValueError):  # missing, or empty, which cannot be mapped
         return None
     ids, check = data[:-4], data[-4:]
-    if len(check) < 4 or len(ids) % dtype.itemsize or zlib.crc32(ids) != int.from_bytes(check, "little"):
+    if (
+        len(check) < 4
+        or len(ids) % dtype.itemsize
+        or zlib.crc32(ids) != int.from_bytes(check, "little")
+    ):
         return None
     return ids.view(dtype)

@@ -1,14 +1,15 @@
 """Weights and gradients brought to where they belong, all of a stage at once.
 
-A collective costs a latency and then its bytes, and a model has many weights whose bytes are few. So *small*
-ones share collectives: they are laid end to end, row by row. For a reduce-scatter over n ranks each gradient
-is cut into its n pieces, ``[n, size of a piece]``, and these matrices are put side by side; a row of the sum
-has a rank's piece of every one of them. An all-gather is the same backwards. (DDP's buckets, Li et al. 2020,
-arXiv:2006.15704, section 3.2.3, are for gradients of any size and hide behind backward; here nothing has to
-wait for a bucket to fill, and large weights are sent from where they lie.)
+A collective costs a latency and then its bytes, and a model has many weights whose bytes are few.
+So *small* ones share collectives: they are laid end to end, row by row. For a reduce-scatter over n
+ranks each gradient is cut into its n pieces, ``[n, size of a piece]``, and these matrices are put
+side by side; a row of the sum has a rank's piece of every one of them. An all-gather is the same
+backwards. (DDP's buckets, Li et al. 2020, arXiv:2006.15704, section 3.2.3, are for gradients of any
+size and hide behind backward; here nothing has to wait for a bucket to fill, and large weights are
+sent from where they lie.)
 
-Left out: what is cut over other axes too, what cannot be cut into equal pieces, and ZeRO-3's gathers in every
-block, which are overlapped one by one."""
+Left out: what is cut over other axes too, what cannot be cut into equal pieces, and ZeRO-3's
+gathers in every block, which are overlapped one by one."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ GradTargets = Sequence[tuple[Sequence[Placement], torch.dtype]]
 
 
 def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
-    """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes stays
-    so. What is not to be reduced keeps its dtype."""
+    """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes
+    stays so. What is not to be reduced keeps its dtype."""
 
     def shared(i: int) -> Any:
         g, (goal, dtype) = grads[i], goals[i]
@@ -38,7 +39,11 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
         axes = tuple(a for a, (x, y) in enumerate(zip(g.placements, target, strict=True)) if x != y)
         sums = axes and all(g.placements[a].is_partial() for a in axes)
         small = g.numel() < SMALL and sums and not any(p.is_shard() for p in g.placements)
-        return (axes, tuple(g.placements), g.dtype, dtype) if small and equal_parts(g, target) else None
+        return (
+            (axes, tuple(g.placements), g.dtype, dtype)
+            if small and equal_parts(g, target)
+            else None
+        )
 
     found = [None] * len(grads)
     for key, where in _grouped(len(grads), shared):
@@ -56,8 +61,8 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
 def gather_some(
     weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], dtype: torch.dtype | None
 ) -> dict[int, DTensor]:
-    """``{i: weight i where goals[i] says, in dtype}`` for those that can share an all-gather; not under
-    autograd."""
+    """``{i: weight i where goals[i] says, in dtype}`` for those that can share an all-gather; not
+    under autograd."""
 
     def shared(i: int) -> Any:
         w, goal = weights[i], tuple(goals[i])
@@ -75,8 +80,8 @@ def gather_some(
 
 
 def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
-    """Bring gradients to the placements of their weights: what shrinks them first, then the remaining sums,
-    of which those of small ones (norms, biases) are laid end to end too."""
+    """Bring gradients to the placements of their weights: what shrinks them first, then the
+    remaining sums, of which those of small ones (norms, biases) are laid end to end too."""
     found = reduce_scatter_all(grads, goals)
 
     def shared(i: int) -> Any:
@@ -99,7 +104,9 @@ def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
                 mesh, [Replicate()] * mesh.ndim
             )
             for i, x in zip(where, line.to_local().split([x.numel() for x in parts]), strict=True):
-                found[i] = DTensor.from_local(x.view(found[i].shape), mesh, line.placements, run_check=False)
+                found[i] = DTensor.from_local(
+                    x.view(found[i].shape), mesh, line.placements, run_check=False
+                )
     return found
 
 
@@ -128,7 +135,9 @@ def _scatter_together(
         dims = [t[axis].dim for t in targets]
         cut = [x.unflatten(d, (n, -1)).movedim(d, 0) for x, d in zip(parts, dims, strict=True)]
         line = _line(torch.cat([x.reshape(n, -1) for x in cut], 1), mesh, axis, Partial())
-        line = scatter(line, [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)], dtype)
+        line = scatter(
+            line, [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)], dtype
+        )
         rows = line.to_local()[0].split([x[0].numel() for x in cut])
         parts = [row.view(x.shape[1:]) for row, x in zip(rows, cut, strict=True)]
     return [
@@ -151,6 +160,8 @@ def _gather_together(
             for piece, x, d in zip(pieces, parts, dims, strict=True)
         ]
     return [
-        DTensor.from_local(x.contiguous(), mesh, goal, run_check=False, shape=w.shape, stride=w.stride())
+        DTensor.from_local(
+            x.contiguous(), mesh, goal, run_check=False, shape=w.shape, stride=w.stride()
+        )
         for x, goal, w in zip(parts, goals, weights, strict=True)
     ]

@@ -1,8 +1,9 @@
 """Collectives inside local regions: on each rank's plain tensors, and differentiable.
 
-Functional collectives are the only ones that autograd, torch.compile and simulated ranks all understand. They
-are semi-private, so they are imported here alone. The gradient of each is written out: that of an all-to-all
-is an all-to-all with the splits swapped, that of an all-gather a reduce-scatter, and the reverse.
+Functional collectives are the only ones that autograd, torch.compile and simulated ranks all
+understand. They are semi-private, so they are imported here alone. The gradient of each is written
+out: that of an all-to-all is an all-to-all with the splits swapped, that of an all-gather a
+reduce-scatter, and the reverse.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 
 
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
-    """Row i of x goes to rank i of a dim of the mesh. The row that stays here, and those that came, in the
-    order of their ranks. Not differentiable."""
+    """Row i of x goes to rank i of a dim of the mesh. The row that stays here, and those that came,
+    in the order of their ranks. Not differentiable."""
     n, place = mesh.size(dim), mesh.get_coordinate()[dim]
     others = [i + (i + n - place) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
     rows = [x.narrow(0, i, 1) for i in others]
@@ -47,9 +48,11 @@ def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return funcol.wait_tensor(_ALL_GATHER(x, 0, (mesh, dim)))
 
 
-def all_to_all(x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None) -> Tensor:
-    """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get ``received[i]`` from
-    it; None: equal parts."""
+def all_to_all(
+    x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None
+) -> Tensor:
+    """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get
+    ``received[i]`` from it; None: equal parts."""
     return _AllToAll.apply(x, _name(ranks), received, sent)
 
 
@@ -113,10 +116,10 @@ class RingGroup:
 
 
 def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
-    """In a ring of n ranks (``RingGroup.args``): x goes to the rank that is ``by`` further on, and that of the
-    one as far behind comes. It is on its way: ``wait`` for it, and let work that does not need it come first.
-    Not differentiable. An all-to-all of which all other parts are empty; a send would be no functional
-    collective."""
+    """In a ring of n ranks (``RingGroup.args``): x goes to the rank that is ``by`` further on, and
+    that of the one as far behind comes. It is on its way: ``wait`` for it, and let work that does
+    not need it come first. Not differentiable. An all-to-all of which all other parts are empty; a
+    send would be no functional collective."""
     to, of = (_one_hot(x.shape[0], place + d, n) for d in (by, n - by))
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, group)
 
@@ -127,8 +130,8 @@ def wait(x: Tensor) -> Tensor:
 
 
 def _one_hot(size: int, at: int, n: int) -> list[int]:
-    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's number is
-    one for each rank, and compares with nothing."""
+    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's
+    number is one for each rank, and compares with nothing."""
     return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
 
 

@@ -1,16 +1,18 @@
 """Collectives that copy engines carry, so that all processors are left to matrix products.
 
-NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide behind: under
-ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing up, and neither does
-the all-to-all in which gradients are sent to where they are summed (``swap`` in distributed/collectives.py). Both are copies
-out of another GPU's memory, and for these a GPU has engines of their own. So the process groups of the axes
-that ZeRO shards over are ``CopyEngineGroup`` (distributed/symmetric_memory.py makes them): functional collectives, DTensor and inductor's
-scheduler find an ordinary group, of which these two kinds are pulled from *symmetric memory*, memory of each
-rank that all of them have mapped, on streams of their own. Anything else, and what does not fit, is NCCL's.
+NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide
+behind: under ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing
+up, and neither does the all-to-all in which gradients are sent to where they are summed (``swap``
+in distributed/collectives.py). Both are copies out of another GPU's memory, and for these a GPU has
+engines of their own. So the process groups of the axes that ZeRO shards over are
+``CopyEngineGroup`` (distributed/symmetric_memory.py makes them): functional collectives, DTensor
+and inductor's scheduler find an ordinary group, of which these two kinds are pulled from *symmetric
+memory*, memory of each rank that all of them have mapped, on streams of their own. Anything else,
+and what does not fit, is NCCL's.
 
-What still needs a processor, and so waits for one, is kept out of the way: a *barrier*, which says that all
-ranks have come to it, and the copy of a rank's own part of a weight, which is a kernel. (Its own piece of a
-gradient is added from where it is.)
+What still needs a processor, and so waits for one, is kept out of the way: a *barrier*, which says
+that all ranks have come to it, and the copy of a rank's own part of a weight, which is a kernel.
+(Its own piece of a gradient is added from where it is.)
 
 * A weight's part lies in symmetric memory from the beginning. One barrier after the update (``settle``) says
   for all weights that they are there, and a gather needs none. Nobody says that a weight has been pulled and
@@ -22,10 +24,11 @@ gradient is added from where it is.)
 * Weights that lie there do not queue behind what is staged: each has a stream (``CopyStream``).
 * What is asked for together is waited for together (training/zero3_prefetch.py).
 
-Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines), groups over
-several hosts, and more than one engine at a time.
+Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines),
+groups over several hosts, and more than one engine at a time.
 
-A process group written in Python, and all that torch has for it that is private, is this file's alone."""
+A process group written in Python, and all that torch has for it that is private, is this file's
+alone."""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STAGE = 2**27  # bytes of symmetric memory, twice, for what is not there yet; what is larger goes by NCCL
+STAGE = (
+    2**27
+)  # bytes of symmetric memory, twice, for what is not there yet; what is larger goes by NCCL
 MANY = 2**26  # bytes to exchange, for which a barrier is little
 ALIGNED = 256  # bytes
 
@@ -47,7 +52,9 @@ ALIGNED = 256  # bytes
 class SymmetricBuffer(Protocol):
     """Symmetric memory, as torch gives it."""
 
-    def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int) -> Tensor:
+    def get_buffer(
+        self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int
+    ) -> Tensor:
         """A part of the memory of any rank, mapped here."""
 
     def barrier(self, channel: int = 0, timeout_ms: int = 0) -> None:
@@ -69,13 +76,17 @@ class CopyWork(dist.Work):
 
 
 class CopyStream:
-    """A stream of copies beside the one that computes. In a CUDA graph a wait costs about as much as a small
-    kernel, so one is made to do for several copies: a wait is for all that had been asked for when the last
-    one was, which is a product's time ago, and those that it covers are none."""
+    """A stream of copies beside the one that computes. In a CUDA graph a wait costs about as much
+    as a small kernel, so one is made to do for several copies: a wait is for all that had been
+    asked for when the last one was, which is a product's time ago, and those that it covers are
+    none."""
 
     def __init__(self, device: str):
         self._device, self._stream = device, None
-        self._last, self._before = (-1, None), (-1, None)  # the last copy, and that when one was waited for
+        self._last, self._before = (
+            (-1, None),
+            (-1, None),
+        )  # the last copy, and that when one was waited for
         self._covered: dict[torch.cuda.Stream, int] = {}  # by who waits
 
     def do(self, copy: Callable[[], None]) -> Callable[[], None]:
@@ -112,15 +123,24 @@ class PendingAllToAll:
 
 class CopyEngineGroup(dist.ProcessGroup):
     """A group whose all-gathers, and all-to-alls of a row for each other rank, are copies.
-    ``allocate(bytes)`` gives memory that ``meet(memory)``, called by all ranks, makes a Room of; ``rest`` is
-    the backend for anything else."""
+    ``allocate(bytes)`` gives memory that ``meet(memory)``, called by all ranks, makes a Room of;
+    ``rest`` is the backend for anything else."""
 
     def __init__(
-        self, rest: Any, rank: int, size: int, device: str, allocate: Callable[[int], Tensor],
-        meet: Callable[[Tensor], SymmetricBuffer], timeout: timedelta,
-    ):  # fmt: skip
+        self,
+        rest: Any,
+        rank: int,
+        size: int,
+        device: str,
+        allocate: Callable[[int], Tensor],
+        meet: Callable[[Tensor], SymmetricBuffer],
+        timeout: timedelta,
+    ):
         super().__init__(rank, size)
-        kind = {"cuda": dist.ProcessGroup.BackendType.NCCL, "cpu": dist.ProcessGroup.BackendType.GLOO}[device]
+        kind = {
+            "cuda": dist.ProcessGroup.BackendType.NCCL,
+            "cpu": dist.ProcessGroup.BackendType.GLOO,
+        }[device]
         self._register_backend(torch.device(device), kind, rest)
         self._rest, self._rank, self._size, self._device = rest, rank, size, device
         self._allocate, self._meet = allocate, meet
@@ -140,14 +160,17 @@ class CopyEngineGroup(dist.ProcessGroup):
         self.settle()
 
     def settle(self) -> None:
-        """What lies in memory that all have met at has its values for others to pull. All ranks must call
-        this when they have written there, and when what they asked for until now has landed."""
+        """What lies in memory that all have met at has its values for others to pull. All ranks
+        must call this when they have written there, and when what they asked for until now has
+        landed."""
         self._send()
         if met := self._near or self._stage:
             met[1].barrier(timeout_ms=self._patience)
         self._staged = 0
 
-    def allgather_into_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any = None):
+    def allgather_into_tensor_coalesced(
+        self, outs: list[Tensor], xs: list[Tensor], opts: Any = None
+    ):
         goes = lambda x: self._fits(x) or (x.is_contiguous() and self._at(x) is not None)
         if not all(goes(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             works = [self._rest._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
@@ -157,17 +180,23 @@ class CopyEngineGroup(dist.ProcessGroup):
     def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None):
         return self.allgather_into_tensor_coalesced([out], [x])
 
-    def alltoall_base(self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None):
-        # Only what ``swap`` asks for, a row for each other rank. All must decide alike, and rows of experts
-        # are as many as they happen to be, on each rank: these have two dims, and swap's have more.
+    def alltoall_base(
+        self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None
+    ):
+        # Only what ``swap`` asks for, a row for each other rank. All must decide alike, and rows of
+        # experts are as many as they happen to be, on each rank: these have two dims, and swap's
+        # have more.
         received, sent = list(received or []), list(sent or [])
-        one_each = received == sent == [int(i != self._rank) for i in range(self._size)] and x.dim() > 2
+        one_each = (
+            received == sent == [int(i != self._rank) for i in range(self._size)] and x.dim() > 2
+        )
         if not (one_each and self._fits(x) and out.is_contiguous()):
             return self._rest.alltoall_base(out, x, received, sent)
         return self._later(out, x)
 
-    # What follows is the backend's. A method that is not here would find its way there by itself, but holding
-    # Python's lock, for which a thread of the backend may be waiting with a lock of its own: seen to hang.
+    # What follows is the backend's. A method that is not here would find its way there by itself,
+    # but holding Python's lock, for which a thread of the backend may be waiting with a lock of its
+    # own: seen to hang.
 
     def allgather(self, outs: Any, xs: list[Tensor], opts: Any):
         return self._rest.allgather(outs, xs, opts)
@@ -228,8 +257,8 @@ class CopyEngineGroup(dist.ProcessGroup):
         return self._beside["staged" if None in begins else "weights"].do(copy)
 
     def _later(self, out: Tensor, x: Tensor) -> CopyWork:
-        """An all-to-all that may wait for some more, with which it shares a barrier: until somebody waits for
-        one, or gathers something, or they are many."""
+        """An all-to-all that may wait for some more, with which it shares a barrier: until somebody
+        waits for one, or gathers something, or they are many."""
         if sum(room_for(asked.x) for asked in self._unsent) + room_for(x) > STAGE:
             self._send()
         self._unsent.append(asked := PendingAllToAll(out, x))
@@ -246,7 +275,9 @@ class CopyEngineGroup(dist.ProcessGroup):
     def _send(self) -> None:
         together, self._unsent = self._unsent, []
         if together:
-            wait = self._beside["staged"].do(lambda: self._swap([(asked.out, asked.x) for asked in together]))
+            wait = self._beside["staged"].do(
+                lambda: self._swap([(asked.out, asked.x) for asked in together])
+            )
             for asked in together:
                 asked.wait = wait
 
@@ -268,12 +299,15 @@ class CopyEngineGroup(dist.ProcessGroup):
         row.copy_(room.get_buffer(peer, row.shape, row.dtype, at // row.itemsize))
 
     def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[SymmetricBuffer, int]:
-        """These parts on the stage, each at its place after where the half begins (all in bytes)."""
+        """These parts on the stage, each at its place after where the half begins (all in
+        bytes)."""
         if self._stage is None:
             memory = self._allocate(2 * STAGE)
             self._stage = memory, self._meet(memory)
         memory, room = self._stage
-        if self._staged == 0:  # a recording begins here, and may follow upon itself or upon anything
+        if (
+            self._staged == 0
+        ):  # a recording begins here, and may follow upon itself or upon anything
             room.barrier(timeout_ms=self._patience)
         begin = self._staged % 2 * STAGE
         self._staged += 1
@@ -284,5 +318,6 @@ class CopyEngineGroup(dist.ProcessGroup):
 
 
 def room_for(x: Tensor) -> int:
-    """What x takes of memory in which others follow, in bytes: they are to begin where any dtype may."""
+    """What x takes of memory in which others follow, in bytes: they are to begin where any dtype
+    may."""
     return -(-x.nbytes // ALIGNED) * ALIGNED

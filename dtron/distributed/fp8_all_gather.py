@@ -1,15 +1,16 @@
 """Weights sent in 8 bits: half the bytes of a gather in bfloat16, and the same products in FP8.
 
-A product in FP8 rounds its weight to e4m3 under a scale. If that is done before the weight is gathered, a
-byte goes where two did. Who rounds sees a part of the weight only, but where scales are powers of two (see
-fp8/scaled_mm.py) a value rounds alike under any of them, but for those so small that they leave the format's
-range. So each row of a part has a scale of its own, the finest that a message has room for, and what arrives
-is a weight in bfloat16 again whose values FP8 has already: rounding it once more, under whatever scale a
-recipe wants and in whichever direction, changes nothing. The recipes need not know.
+A product in FP8 rounds its weight to e4m3 under a scale. If that is done before the weight is
+gathered, a byte goes where two did. Who rounds sees a part of the weight only, but where scales are
+powers of two (see fp8/scaled_mm.py) a value rounds alike under any of them, but for those so small
+that they leave the format's range. So each row of a part has a scale of its own, the finest that a
+message has room for, and what arrives is a weight in bfloat16 again whose values FP8 has already:
+rounding it once more, under whatever scale a recipe wants and in whichever direction, changes
+nothing. The recipes need not know.
 
-A message is a row of bytes: the values, and after them the exponent of each row's scale. (torchao's gather
-in FP8 has one scale for the whole weight, from an all-reduce of largest values after each update, and is for
-its tensorwise recipe.)"""
+A message is a row of bytes: the values, and after them the exponent of each row's scale. (torchao's
+gather in FP8 has one scale for the whole weight, from an all-reduce of largest values after each
+update, and is for its tensorwise recipe.)"""
 
 from __future__ import annotations
 
@@ -23,10 +24,15 @@ TINY = 2.0**-100  # rows of nothing larger have a scale that does not overflow
 
 
 def packed(x: Tensor) -> Tensor:
-    """``x [..., n]`` in high precision -> bytes: its values, then an exponent for each of its rows of n."""
+    """``x [..., n]`` in high precision -> bytes: its values, then an exponent for each of its rows
+    of n."""
     largest = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY)
-    exponent = (LARGEST / largest).view(torch.int32) >> 23  # a float's bits: floor(log2) + 127, and no sign
-    values = (x.float() * _power(exponent)).clamp(-LARGEST, LARGEST)  # a cast of torch 2.11 does not saturate
+    exponent = (LARGEST / largest).view(
+        torch.int32
+    ) >> 23  # a float's bits: floor(log2) + 127, and no sign
+    values = (x.float() * _power(exponent)).clamp(
+        -LARGEST, LARGEST
+    )  # a cast of torch 2.11 does not saturate
     values = values.to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.cat([values.flatten(), exponent.to(torch.uint8).flatten()])
 

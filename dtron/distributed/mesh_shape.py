@@ -1,15 +1,16 @@
-"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4,ep=8``. Nothing here needs torch: a mesh of any
-size can be spoken of on any machine. What the axes mean stands in mesh.py.
+"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4,ep=8``. Nothing here needs torch: a
+mesh of any size can be spoken of on any machine. What the axes mean stands in mesh.py.
 
-Experts may be spread over the same ranks in another way than the rest of the model (parallel folding, Liu et
-al. 2025, arXiv:2504.14960): dp * cp * tp ranks are also edp * ep * etp ranks. Two such factorisations have a
-common refinement. It is made of *atoms*: each of the six axes is a product of some of them. The DeviceMesh is
-made of the atoms, so one mesh has both views, and an axis is a name for one or more of its dims. With ep = 4,
+Experts may be spread over the same ranks in another way than the rest of the model (parallel
+folding, Liu et al. 2025, arXiv:2504.14960): dp * cp * tp ranks are also edp * ep * etp ranks. Two
+such factorisations have a common refinement. It is made of *atoms*: each of the six axes is a
+product of some of them. The DeviceMesh is made of the atoms, so one mesh has both views, and an
+axis is a name for one or more of its dims. With ep = 4,
 
     dp=8,tp=2    is    dp.edp=4, dp.ep=2, tp.ep=2
 
-``dp`` is ``(dp.edp, dp.ep)`` there, ``ep`` is ``(dp.ep, tp.ep)``, and ``edp`` is ``(dp.edp,)``. An axis that
-lies whole in ``edp`` keeps its name: without expert parallelism the atoms are the axes.
+``dp`` is ``(dp.edp, dp.ep)`` there, ``ep`` is ``(dp.ep, tp.ep)``, and ``edp`` is ``(dp.edp,)``. An
+axis that lies whole in ``edp`` keeps its name: without expert parallelism the atoms are the axes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ FOLDED = ("dp", "cp", "tp")  # the axes whose ranks experts use in their own way
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The size of every mesh axis, in ``AXES`` order, and how experts use dp, cp and tp: ``ep`` ways to
-    spread them, ``etp`` ways to cut each. ``MeshShape.parse("dp=8,tp=4")`` reads the text form."""
+    """The size of every mesh axis, in ``AXES`` order, and how experts use dp, cp and tp: ``ep``
+    ways to spread them, ``etp`` ways to cut each. ``MeshShape.parse("dp=8,tp=4")`` reads the text
+    form."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -61,8 +63,8 @@ class MeshShape:
     def atoms(self) -> dict[str, int]:
         """The dims of the DeviceMesh, outermost first: name and size, those of size 1 left out.
 
-        etp takes its ranks from tp first, then cp, then dp, and ep what it needs of the rest in the same
-        order: adjacent ranks, as far as there are any. Raises UserError where they do not fit.
+        etp takes its ranks from tp first, then cp, then dp, and ep what it needs of the rest in the
+        same order: adjacent ranks, as far as there are any. Raises UserError where they do not fit.
         """
         ranks = self.dp * self.cp * self.tp
         if ranks % (self.ep * self.etp):
@@ -81,7 +83,9 @@ class MeshShape:
         for axis in FOLDED:
             whole = left[axis] == getattr(self, axis)
             parts = {"edp": left[axis], "ep": taken[axis]["ep"], "etp": taken[axis]["etp"]}
-            found |= {axis: left[axis]} if whole else {f"{axis}.{name}": n for name, n in parts.items()}
+            found |= (
+                {axis: left[axis]} if whole else {f"{axis}.{name}": n for name, n in parts.items()}
+            )
         return {name: n for name, n in found.items() if n > 1}
 
     def parts(self, axis: str) -> int:
@@ -94,11 +98,11 @@ class MeshShape:
 
     @staticmethod
     def parse(text: str, world: int | None = None) -> MeshShape:
-        """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world`` when left
-        out.
+        """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world``
+        when left out.
 
-        Raises UserError for an unknown or repeated axis, a size that is no positive integer, and sizes whose
-        product is not ``world``.
+        Raises UserError for an unknown or repeated axis, a size that is no positive integer, and
+        sizes whose product is not ``world``.
         """
         sizes: dict[str, int] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
@@ -132,8 +136,8 @@ class MeshShape:
 
 
 def is_part(atom: str, axis: str) -> bool:
-    """Whether a dim of the DeviceMesh is (a part of) this axis. ``dp.ep`` is of dp and of ep; a ``dp`` that
-    is not split, of dp and of edp."""
+    """Whether a dim of the DeviceMesh is (a part of) this axis. ``dp.ep`` is of dp and of ep; a
+    ``dp`` that is not split, of dp and of edp."""
     dense, _, expert = atom.partition(".")
     return axis == dense or axis == (expert or ("edp" if dense in FOLDED else ""))
 
@@ -145,7 +149,9 @@ def parts(atoms: Iterable[str], axis: str) -> tuple[str, ...]:
 
 def _nearest(ranks: int, ep: int, etp: int) -> str:
     if ranks % etp:
-        near = min((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: (abs(d - etp), d))
+        near = min(
+            (d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: (abs(d - etp), d)
+        )
         return f"etp={near}"
     rest = ranks // etp
     near = min((d for d in range(1, rest + 1) if rest % d == 0), key=lambda d: (abs(d - ep), d))

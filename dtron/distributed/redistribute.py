@@ -1,7 +1,8 @@
 """What a program on DTensors needs that DTensor does not do, or does too much of.
 
-DTensor tracks *where* a tensor lies: cut along a dim, whole on every rank, or a sum still pending. Each
-function here is about one of these, takes a plain tensor too (one device), and says what it communicates.
+DTensor tracks *where* a tensor lies: cut along a dim, whole on every rank, or a sum still pending.
+Each function here is about one of these, takes a plain tensor too (one device), and says what it
+communicates.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from dtron.distributed.fp8_all_gather import packed, unpacked
 from dtron.errors import PlacementError
 from dtron.torch_compile import opaque
 
-# Two functions here decide in backward by where the gradient lies, and a compiler is to see them late; their
-# arguments are then no placements, but numbers.
+# Two functions here decide in backward by where the gradient lies, and a compiler is to see them
+# late; their arguments are then no placements, but numbers.
 
 
 def code(placements: Sequence[Placement]) -> tuple[int, ...]:
     """Placements as numbers: the dim of a shard, -1 for whole, -2 for a pending sum."""
-    return tuple(p.dim if isinstance(p, Shard) else -1 if p.is_replicate() else -2 for p in placements)
+    return tuple(
+        p.dim if isinstance(p, Shard) else -1 if p.is_replicate() else -2 for p in placements
+    )
 
 
 def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
@@ -35,17 +38,23 @@ def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
 
 @opaque
 class Unshard(torch.autograd.Function):
-    """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes only.
+    """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes
+    only.
 
-    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all along (for
-    most weights dp_replicate, for a norm's scale every axis), once per microbatch and before the
-    reduce-scatter, on the whole weight. Left Partial, those sums wait for the end of the step. ``narrow``:
-    sent in 8 bits where parts are equal (distributed/fp8_all_gather.py).
+    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all
+    along (for most weights dp_replicate, for a norm's scale every axis), once per microbatch and
+    before the reduce-scatter, on the whole weight. Left Partial, those sums wait for the end of the
+    step. ``narrow``: sent in 8 bits where parts are equal (distributed/fp8_all_gather.py).
     """
 
     @staticmethod
     def forward(
-        ctx, w: DTensor, placements: tuple[int, ...], dtype: torch.dtype, reduce: torch.dtype, narrow: bool
+        ctx,
+        w: DTensor,
+        placements: tuple[int, ...],
+        dtype: torch.dtype,
+        reduce: torch.dtype,
+        narrow: bool,
     ):
         ctx.before, ctx.reduce = w.placements, reduce
         goal = _decode(placements)
@@ -58,12 +67,14 @@ class Unshard(torch.autograd.Function):
 
 
 def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
-    """Brought there one mesh axis after the other. In one step torch (2.11 to 2.13) would gather over several
-    axes at once if there is a group of just these ranks; and where pieces of pieces are not of one size, it
-    would take them for those of one cut: other values, silently."""
+    """Brought there one mesh axis after the other. In one step torch (2.11 to 2.13) would gather
+    over several axes at once if there is a group of just these ranks; and where pieces of pieces
+    are not of one size, it would take them for those of one cut: other values, silently."""
     for axis in reversed(range(x.device_mesh.ndim)):
         if x.placements[axis] != goal[axis]:
-            x = x.redistribute(x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]])
+            x = x.redistribute(
+                x.device_mesh, [*x.placements[:axis], goal[axis], *x.placements[axis + 1 :]]
+            )
     return x
 
 
@@ -96,7 +107,9 @@ class ShardSpec:
     @property
     def gradient(self) -> ShardSpec:
         """Of a weight: where it is whole, every rank has one summand of its gradient."""
-        return replace(self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements))
+        return replace(
+            self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements)
+        )
 
     def scattered(self, goal: Sequence[Placement]) -> ShardSpec:
         """Of a gradient: after ``scatter_all``."""
@@ -110,8 +123,9 @@ class ShardSpec:
 
 @opaque
 class LocalToDTensor(torch.autograd.Function):
-    """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back as
-    ``ShardSpec.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every microbatch."""
+    """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back
+    as ``ShardSpec.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every
+    microbatch."""
 
     @staticmethod
     def forward(
@@ -141,18 +155,24 @@ def scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Plac
 
 
 def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
-    """Where a sum is to have more bits than its summands, these are sent as they are, and added up where they
-    land: the same sum, from half the bytes of a reduce-scatter in float32 for bfloat16."""
+    """Where a sum is to have more bits than its summands, these are sent as they are, and added up
+    where they land: the same sum, from half the bytes of a reduce-scatter in float32 for
+    bfloat16."""
     target = scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
-        if now.is_partial() and now != then and g.dtype.itemsize < dtype.itemsize and _even(g, axis, target):
+        if (
+            now.is_partial()
+            and now != then
+            and g.dtype.itemsize < dtype.itemsize
+            and _even(g, axis, target)
+        ):
             g = _land(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
 def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
-    """Whether x, cut as these placements say, has parts of one size on all ranks; others are padded before
-    they are sent."""
+    """Whether x, cut as these placements say, has parts of one size on all ranks; others are padded
+    before they are sent."""
     size = list(x.shape)
     for axis, at in enumerate(placements):
         if at.is_shard():
@@ -163,9 +183,11 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
     return True
 
 
-def part_of(shape: Sequence[int], mesh: DeviceMesh | None, placements: Sequence[Placement]) -> list[float]:
-    """The shape of a rank's part, with fractions where the mesh does not divide: every rank must decide
-    alike."""
+def part_of(
+    shape: Sequence[int], mesh: DeviceMesh | None, placements: Sequence[Placement]
+) -> list[float]:
+    """The shape of a rank's part, with fractions where the mesh does not divide: every rank must
+    decide alike."""
     part = list(shape)
     for axis, p in enumerate(placements):
         if isinstance(p, Shard):
@@ -174,10 +196,13 @@ def part_of(shape: Sequence[int], mesh: DeviceMesh | None, placements: Sequence[
 
 
 def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
-    """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal pieces."""
+    """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal
+    pieces."""
     dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
-    outer = any(a != b and b.is_shard(dim) for a, b in zip(g.placements[:axis], target[:axis], strict=True))
+    outer = any(
+        a != b and b.is_shard(dim) for a, b in zip(g.placements[:axis], target[:axis], strict=True)
+    )
     return not inner and not outer and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
 
 
@@ -188,12 +213,14 @@ def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     )
     landed = own.to(dtype) + others.sum(0, dtype=dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
-    return DTensor.from_local(landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())
+    return DTensor.from_local(
+        landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
+    )
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part, sharing memory. Not for use under autograd: a local region says where gradients
-    lie."""
+    """This rank's part, sharing memory. Not for use under autograd: a local region says where
+    gradients lie."""
     if not isinstance(x, DTensor):
         return x
     with torch.no_grad():
@@ -201,8 +228,9 @@ def local(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor, part: Tensor) -> Tensor:
-    """A tensor that lies as x does, of which this rank's part is ``part``, on any device. By DTensor's
-    constructor, which is not public, because ``from_local`` would move the part to the mesh's device."""
+    """A tensor that lies as x does, of which this rank's part is ``part``, on any device. By
+    DTensor's constructor, which is not public, because ``from_local`` would move the part to the
+    mesh's device."""
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
 
 
@@ -219,23 +247,24 @@ def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
 
 
 def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """A tensor that every rank holds whole, cut. Communicates nothing. Copies, because simulated ranks would
-    share x's memory, and an update in place would happen once per rank."""
+    """A tensor that every rank holds whole, cut. Communicates nothing. Copies, because simulated
+    ranks would share x's memory, and an update in place would happen once per rank."""
     own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
     whole = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, placements)
 
 
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a pending
-    sum."""
+    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a
+    pending sum."""
     if not isinstance(y, DTensor):
         return x
     return shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks too."""
+    """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks
+    too."""
     if isinstance(x, DTensor):
         x = _gathered(x, [Replicate()] * x.device_mesh.ndim).to_local()
     return x.reconcile() if hasattr(x, "reconcile") else x

@@ -1,11 +1,12 @@
-"""Memory that GPUs of one host reach of each other, and the process groups that use it (distributed/copy_engine.py).
+"""Memory that GPUs of one host reach of each other, and the process groups that use it
+(distributed/copy_engine.py).
 
-``backends`` chooses the groups when a mesh is built, ``to_symmetric_memory`` moves what they gather to where it can be
-pulled from, and ``publish_weights``, after weights have been written, tells all ranks. Nothing else in dtron knows of
-them.
+``backends`` chooses the groups when a mesh is built, ``to_symmetric_memory`` moves what they gather
+to where it can be pulled from, and ``publish_weights``, after weights have been written, tells all
+ranks. Nothing else in dtron knows of them.
 
-*Symmetric memory*, and how a group of one's own is made known to torch, are private there and this file's
-alone (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
+*Symmetric memory*, and how a group of one's own is made known to torch, are private there and this
+file's alone (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def _made(group: Any, options: Any) -> CopyEngineGroup:
     options._timeout = timeout
     nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", group.store), rank, size, options)
     nccl._set_sequence_number_for_group()
-    # Ranks meet by an ordinary group of the same ranks: torch asks it for its store, and a group written in
-    # Python has none.
+    # Ranks meet by an ordinary group of the same ranks: torch asks it for its store, and a group
+    # written in Python has none.
     name = f"{group.group_id}.copies"
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
     _register_process_group(name, place)  # which does not keep it alive
@@ -57,12 +58,15 @@ def _met(memory: Tensor, group: str) -> SymmetricBuffer:
         return symmetric.rendezvous(memory, group)
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
-        raise UserError(f"GPUs of this host cannot share memory ({why}); use --copy-engines off") from error
+        raise UserError(
+            f"GPUs of this host cannot share memory ({why}); use --copy-engines off"
+        ) from error
 
 
 def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, str] | None:
-    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies: of ``axes``, over which ZeRO
-    shards, all whose groups are of one host, where GPUs reach each other's memory. None: no dim."""
+    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies: of ``axes``,
+    over which ZeRO shards, all whose groups are of one host, where GPUs reach each other's memory.
+    None: no dim."""
     atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device != "cuda" or not atoms or not _peers(here):
         return None
@@ -86,8 +90,8 @@ def copy_engine_groups(mesh: DeviceMesh | None) -> list[str]:
 
 
 def sole_copy_engine_group(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
-    """The name of the group of copy engines, where weights are gathered over that one alone. ``axes``: the
-    dims of the mesh over which they are gathered."""
+    """The name of the group of copy engines, where weights are gathered over that one alone.
+    ``axes``: the dims of the mesh over which they are gathered."""
     groups = copy_engine_groups(mesh)
     return groups[0] if groups and len(axes) == 1 else None
 
@@ -106,7 +110,9 @@ def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
     """The same DTensors; what a group would gather has its parts moved to symmetric memory, where
     they lie at the same place in each rank's."""
     groups, tensors = _groups(_mesh(tensors)), list(tensors)
-    gathered = lambda x: any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
+    gathered = lambda x: (
+        any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
+    )
     away = [j for j, x in enumerate(tensors) if gathered(x)]
     if not away:
         return tensors

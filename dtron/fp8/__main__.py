@@ -14,7 +14,9 @@ from dtron.fp8.recipe import Recipe, Scaling
 from dtron.runtime.exit import Parser, run_cli
 
 
-def products(fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
+def products(
+    fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor
+) -> list[Tensor]:
     """``fn(x, w)`` and the gradients of x and w, where ``g`` is the gradient of the product."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = fn(x, w)
@@ -27,8 +29,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def table(size: int = 1024) -> list[str]:
-    """Rows in Markdown: errors of products of normal values in bfloat16, against float64; and of the other
-    rows of the product when one row of x is a million times as large."""
+    """Rows in Markdown: errors of products of normal values in bfloat16, against float64; and of
+    the other rows of the product when one row of x is a million times as large."""
     generator = torch.Generator().manual_seed(0)
     x, w, g = (torch.randn(size, size, generator=generator).bfloat16() for _ in range(3))
     want = products(torch.matmul, x.double(), w.double(), g.double())
@@ -48,7 +50,9 @@ def table(size: int = 1024) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    Parser(prog="python -m dtron.fp8", description="How far from exact each FP8 recipe is.").parse_args(argv)
+    Parser(
+        prog="python -m dtron.fp8", description="How far from exact each FP8 recipe is."
+    ).parse_args(argv)
     print("\n".join(table()))
     return 0
 

@@ -1,14 +1,15 @@
-"""Products with a scale for every 128 values of an activation and every 128 x 128 of a weight, DeepSeek-V3's
-recipe (arXiv:2412.19437, section 3.3 and figure 7).
+"""Products with a scale for every 128 values of an activation and every 128 x 128 of a weight,
+DeepSeek-V3's recipe (arXiv:2412.19437, section 3.3 and figure 7).
 
-A scale for a whole row serves its largest value; with 128 to a scale, one outlier costs its neighbours their
-bits and nobody else. The products follow from one rule: what is summed over is cut into pieces of 128, and in
-a piece each row of the left operand has its own scale. Of the right operand a weight's columns share theirs
-by 128, forward and towards the input; a gradient's, in the product towards the weight, do not.
+A scale for a whole row serves its largest value; with 128 to a scale, one outlier costs its
+neighbours their bits and nobody else. The products follow from one rule: what is summed over is cut
+into pieces of 128, and in a piece each row of the left operand has its own scale. Of the right
+operand a weight's columns share theirs by 128, forward and towards the input; a gradient's, in the
+product towards the weight, do not.
 
-The kernel is cuBLAS's, by the operator beneath ``F.scaled_mm``: that function is public, but torch 2.11 does
-not trace what it calls. Casts are plain arithmetic, which a compiler joins with what is around. (torchao has
-Triton kernels for the same casts, for weights that lie the other way round.)
+The kernel is cuBLAS's, by the operator beneath ``F.scaled_mm``: that function is public, but torch
+2.11 does not trace what it calls. Casts are plain arithmetic, which a compiler joins with what is
+around. (torchao has Triton kernels for the same casts, for weights that lie the other way round.)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from dtron.torch_compile import opaque
 
 @opaque
 class Blockwise(torch.autograd.Function):
-    """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values are rounded
-    to FP8 and multiplied in float32."""
+    """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values
+    are rounded to FP8 and multiplied in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -74,7 +75,9 @@ def _lines(x: Tensor) -> tuple[Tensor, Tensor]:
 def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
     values, scale = scaled_by(squares.flatten(2), 2)
-    return values.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(0, 1), scale.squeeze(2)
+    return values.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(
+        0, 1
+    ), scale.squeeze(2)
 
 
 def _columns(scale: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Grouped matmuls, ``x[rows of e] @ w[e]`` for every expert e: one kernel, and the same written out twice.
+"""Grouped matmuls, ``x[rows of e] @ w[e]`` for every expert e: one kernel, and the same written out
+twice.
 
-``x [R, I]`` is sorted by expert, and the rows of expert e end before ``ends_E[e]``. ``grouped`` is torch's
-kernel and takes bfloat16. ``looped`` is the slow and clear version; ``masked`` is the version that a compiler
-takes, because none of its shapes depends on a count. scaled_grouped_mm.py is the kernel in FP8.
+``x [R, I]`` is sorted by expert, and the rows of expert e end before ``ends_E[e]``. ``grouped`` is
+torch's kernel and takes bfloat16. ``looped`` is the slow and clear version; ``masked`` is the
+version that a compiler takes, because none of its shapes depends on a count. scaled_grouped_mm.py
+is the kernel in FP8.
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def looped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """The same, an expert at a time; the host waits for the counts. Rows after the last end are zero."""
+    """The same, an expert at a time; the host waits for the counts. Rows after the last end are
+    zero."""
     counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     parts = list(x.split([*counts, x.shape[0] - sum(counts)]))
     rest = parts.pop()
-    return torch.cat([part @ w_e for part, w_e in zip(parts, w.unbind(), strict=True)] + [rest @ w[0] * 0])
+    return torch.cat(
+        [part @ w_e for part, w_e in zip(parts, w.unbind(), strict=True)] + [rest @ w[0] * 0]
+    )
 
 
 def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """The same with shapes that no count decides, for a compiler: every expert multiplies all rows."""
+    """The same with shapes that no count decides, for a compiler: every expert multiplies all
+    rows."""
     y = x @ w[0] * 0
     for w_e, rows_R in zip(w.unbind(), runs(x, ends_E), strict=True):
         y = torch.where(rows_R, x @ w_e, y)

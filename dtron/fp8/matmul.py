@@ -1,11 +1,11 @@
-"""Matrix products in FP8: 8-bit floating point, for twice the arithmetic rate of bfloat16 on GPUs that have
-it (Micikevicius et al. 2022, arXiv:2209.05433).
+"""Matrix products in FP8: 8-bit floating point, for twice the arithmetic rate of bfloat16 on GPUs
+that have it (Micikevicius et al. 2022, arXiv:2209.05433).
 
-Of 8 bits, e4m3 spends 4 on the exponent and 3 on the mantissa (largest value 448), e5m2 5 and 2 (57344): too
-narrow a range for activations and gradients as they are. So each operand is multiplied by a scale that fills
-the range, rounded, and the product divided by the scales again. The scales are computed from the very tensors
-that are cast (dynamic scaling); a ``Recipe`` says how many there are. Weights, activations and everything
-between products stay in high precision. See docs/fp8.md.
+Of 8 bits, e4m3 spends 4 on the exponent and 3 on the mantissa (largest value 448), e5m2 5 and 2
+(57344): too narrow a range for activations and gradients as they are. So each operand is multiplied
+by a scale that fills the range, rounded, and the product divided by the scales again. The scales
+are computed from the very tensors that are cast (dynamic scaling); a ``Recipe`` says how many there
+are. Weights, activations and everything between products stay in high precision. See docs/fp8.md.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from dtron.fp8.recipe import Recipe, Scaling
 # Tensor parallelism of one product, over one mesh axis:
 #    x             w             y             gradient of x, of w
 _PLACEMENTS = (
-    (Shard(0),    Replicate(),  Shard(0),     Shard(0),     Partial()),    # rows: tokens
-    (Replicate(), Shard(1),     Shard(1),     Partial(),    Shard(1)),     # columns of the weight
-    (Shard(1),    Shard(0),     Partial(),    Shard(1),     Shard(0)),     # the summed dim
-    (Replicate(), Replicate(),  Replicate(),  Replicate(),  Replicate()),  # every rank does the same
-)  # fmt: skip
+    (Shard(0), Replicate(), Shard(0), Shard(0), Partial()),  # rows: tokens
+    (Replicate(), Shard(1), Shard(1), Partial(), Shard(1)),  # columns of the weight
+    (Shard(1), Shard(0), Partial(), Shard(1), Shard(0)),  # the summed dim
+    (Replicate(), Replicate(), Replicate(), Replicate(), Replicate()),  # every rank does the same
+)
 
 
 def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
-    """``x [T, I] @ w [I, O]``; with a recipe, in FP8 where the product is large enough on one rank (see
-    ``Recipe.converts``).
+    """``x [T, I] @ w [I, O]``; with a recipe, in FP8 where the product is large enough on one rank
+    (see ``Recipe.converts``).
 
-    DTensors enter a local region, whose placements follow from theirs. Nothing is communicated, not even a
-    largest value: each rank has scales of its own shards. These are powers of two, under which a value rounds
-    as it does under any other; so the result differs from one device's by the order of sums and by values
-    near zero. Raises PlacementError where a product cannot be local."""
+    DTensors enter a local region, whose placements follow from theirs. Nothing is communicated, not
+    even a largest value: each rank has scales of its own shards. These are powers of two, under
+    which a value rounds as it does under any other; so the result differs from one device's by the
+    order of sums and by values near zero. Raises PlacementError where a product cannot be local."""
     if recipe is None or not recipe.converts(*_sizes(x, w)):
         return x @ w
     product = scaled_product(recipe.name)
@@ -68,10 +68,12 @@ def scaled_product(scaling: Scaling) -> Callable[[Tensor, Tensor], Tensor]:
     return partial(product, scaling=scaling)
 
 
-def grouped_matmul(x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None) -> Tensor | None:
-    """Products of experts in FP8 on the tensors of one rank, see grouped.py: ``x [R, I]`` and where each
-    expert's rows end, or ``x [E, C, I]`` and None, by ``w [E, I, O]``. None where the recipe does not convert
-    them."""
+def grouped_matmul(
+    x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None
+) -> Tensor | None:
+    """Products of experts in FP8 on the tensors of one rank, see grouped.py: ``x [R, I]`` and where
+    each expert's rows end, or ``x [E, C, I]`` and None, by ``w [E, I, O]``. None where the recipe
+    does not convert them."""
     inner, outer = w.shape[1:]
     # Rows are no summed dim here, so that any number of them will do, but for none.
     if recipe is None or not x.numel() or not recipe.converts(recipe.multiple, inner, outer):
@@ -85,14 +87,17 @@ def grouped_matmul(x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe |
 
 
 def compile_options(recipe: Recipe | None) -> dict[str, Any]:
-    """For ``torch.compile(..., options=)`` with the inductor backend. It must round to bfloat16 where eager
-    does: the scale is of the rounded values, and larger ones would leave the range of FP8."""
+    """For ``torch.compile(..., options=)`` with the inductor backend. It must round to bfloat16
+    where eager does: the scale is of the rounded values, and larger ones would leave the range of
+    FP8."""
     return {} if recipe is None else {"emulate_precision_casts": True}
 
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:
     """``(T, I, O)`` on one rank."""
-    here = lambda x: part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
+    here = lambda x: (
+        part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
+    )
     (tokens, inner), (_, outer) = here(x), here(w)
     return tokens, inner, outer
 

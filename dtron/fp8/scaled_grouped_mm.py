@@ -1,9 +1,10 @@
 """Products of experts in FP8: each run of rows by its expert's matrix, all in one kernel.
 
-Scales are by row of the left and by column of each expert's matrix, whatever the recipe: the kernel takes no
-others. So no row's scale depends on which rows stand beside it, and rows that are sent elsewhere round there
-as they would here. The gradient of the matrices stays in high precision: its summed dim is that of the rows,
-and the kernel wants a multiple of 16 of them for every expert, where routing gives what it gives.
+Scales are by row of the left and by column of each expert's matrix, whatever the recipe: the kernel
+takes no others. So no row's scale depends on which rows stand beside it, and rows that are sent
+elsewhere round there as they would here. The gradient of the matrices stays in high precision: its
+summed dim is that of the rows, and the kernel wants a multiple of 16 of them for every expert,
+where routing gives what it gives.
 
 Only the casts are torchao's (see product.py); the kernel is torch's, and private there.
 """
@@ -20,9 +21,10 @@ from dtron.torch_compile import opaque
 
 
 def grouped_product(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """``x [R, I]`` sorted by expert, the rows of expert e ending before ``ends_E[e]``, times ``w [E, I, O]``
-    -> ``[R, O]``, and both gradients. Rows after the last end come out as anything. I and O are multiples of
-    16, and R is not 0. On a CPU the values are rounded to FP8 and multiplied in float32."""
+    """``x [R, I]`` sorted by expert, the rows of expert e ending before ``ends_E[e]``, times ``w
+    [E, I, O]`` -> ``[R, O]``, and both gradients. Rows after the last end come out as anything. I
+    and O are multiples of 16, and R is not 0. On a CPU the values are rounded to FP8 and multiplied
+    in float32."""
     return _Grouped.apply(x, w, ends_E.to(torch.int32))
 
 

@@ -1,15 +1,16 @@
 """One product in FP8 on the tensors of one device: torchao's recipes, scales, casts and kernels.
 
-Each of the three products (forward; backward towards the input, and towards the weight) casts its own two
-operands, because a scale must not vary along the dim that is summed over. What is saved for backward is x and
-w as they came.
+Each of the three products (forward; backward towards the input, and towards the weight) casts its
+own two operands, because a scale must not vary along the dim that is summed over. What is saved for
+backward is x and w as they came.
 
-torchao has the whole of it too, ``matmul_with_hp_or_float8_args``, for weights that lie ``[out, in]``. For
-ours, ``[in, out]``, it makes the weight's gradient transposed in memory, and the optimizer would have to copy
-it. So the three products are written out here, from torchao's parts; a test holds them against torchao's.
+torchao has the whole of it too, ``matmul_with_hp_or_float8_args``, for weights that lie ``[out,
+in]``. For ours, ``[in, out]``, it makes the weight's gradient transposed in memory, and the
+optimizer would have to copy it. So the three products are written out here, from torchao's parts; a
+test holds them against torchao's.
 
-No name imported from torchao is public there: this file alone imports them, and is itself imported only when
-FP8 is on (torchao takes some seconds).
+No name imported from torchao is public there: this file alone imports them, and is itself imported
+only when FP8 is on (torchao takes some seconds).
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from dtron.torch_compile import opaque
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """torchao's import warns about compiled parts that fit another torch. Nothing here needs them: they are
-    skipped, and the warnings about it too."""
+    """torchao's import warns about compiled parts that fit another torch. Nothing here needs them:
+    they are skipped, and the warnings about it too."""
     name = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
-    before, loggers = os.environ.get(name), [logging.getLogger(n) for n in ("torchao", "torch.utils._pytree")]
+    before, loggers = (
+        os.environ.get(name),
+        [logging.getLogger(n) for n in ("torchao", "torch.utils._pytree")],
+    )
     levels = [logger.level for logger in loggers]
     os.environ[name] = "1"
     for logger in loggers:
@@ -50,13 +54,19 @@ def _quietly() -> Iterator[None]:
 
 
 with _quietly():
-    from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingGranularity, ScalingType
+    from torchao.float8.config import (
+        CastConfig,
+        Float8LinearConfig,
+        ScalingGranularity,
+        ScalingType,
+    )
     from torchao.float8.float8_ops import addmm_float8_unwrapped
     from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
-# Made here, because torch.compile cannot trace how they are made. Scales are powers of two (those of
-# torchao's own tensorwise recipe are not): multiplying by one moves no bit of a mantissa, so ranks that scale
-# their shards differently still round like one device. Only values under FP8's normal range may differ.
+# Made here, because torch.compile cannot trace how they are made. Scales are powers of two (those
+# of torchao's own tensorwise recipe are not): multiplying by one moves no bit of a mantissa, so
+# ranks that scale their shards differently still round like one device. Only values under FP8's
+# normal range may differ.
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in get_args(Scaling)
@@ -65,8 +75,8 @@ _CONFIGS = {
 
 
 def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
-    """``x [T, I] @ w [I, O]`` in FP8, and both gradients; blockwise scales are in blockwise.py. On a CPU the
-    values are rounded to FP8 and multiplied in float32."""
+    """``x [T, I] @ w [I, O]`` in FP8, and both gradients; blockwise scales are in blockwise.py. On
+    a CPU the values are rounded to FP8 and multiplied in float32."""
     return _Product.apply(x, w, scaling)
 
 
@@ -85,9 +95,14 @@ class _Product(torch.autograd.Function):
         c = _CONFIGS[ctx.scaling]
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _mm(g, c.cast_config_grad_output, w.t(), c.cast_config_weight_for_grad_input, x.dtype)
+            dx = _mm(
+                g, c.cast_config_grad_output, w.t(), c.cast_config_weight_for_grad_input, x.dtype
+            )
         if ctx.needs_input_grad[1]:
-            x_cast, g_cast = c.cast_config_input_for_grad_weight, c.cast_config_grad_output_for_grad_weight
+            x_cast, g_cast = (
+                c.cast_config_input_for_grad_weight,
+                c.cast_config_grad_output_for_grad_weight,
+            )
             dw = _mm(x.t(), x_cast, g, g_cast, w.dtype)
         return dx, dw, None
 
@@ -107,16 +122,18 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
         return y.to(dtype)
     if a_scale.ndim > b_scale.ndim:  # the kernels take scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()
-    # They want rows of a and columns of b contiguous. In forward that is a copy of the float8 weight and none
-    # of x; compiled, it is part of the cast. Fast accumulation adds up in less than float32, as is usual in
-    # forward; in backward too it is worth another 3 to 7 % (docs/performance.md).
+    # They want rows of a and columns of b contiguous. In forward that is a copy of the float8
+    # weight and none of x; compiled, it is part of the cast. Fast accumulation adds up in less than
+    # float32, as is usual in forward; in backward too it is worth another 3 to 7 %
+    # (docs/performance.md).
     return addmm_float8_unwrapped(
         a.contiguous(), a_scale, b.t().contiguous().t(), b_scale, dtype, use_fast_accum=True
     )
 
 
 def _scaled(x: Tensor, cast: CastConfig, summed: int) -> _Scaled:
-    """``x`` in float8, filling its range. Rowwise, everything along the summed dim shares a scale."""
+    """``x`` in float8, filling its range. Rowwise, everything along the summed dim shares a
+    scale."""
     by_row = cast.scaling_granularity is ScalingGranularity.AXISWISE
     return scaled_by(x, summed if by_row else None, cast.target_dtype)
 

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out: safetensors and config.json, nothing that runs.
 
-``families.py`` has the tables, ``pattern.py`` the notation they are written in, ``safetensors.py`` the file
-format, ``load.py`` and ``export.py`` the two directions.
+``families.py`` has the tables, ``pattern.py`` the notation they are written in, ``safetensors.py``
+the file format, ``load.py`` and ``export.py`` the two directions.
 """
 
 from dtron.hf.config import contradiction, read_config

@@ -29,9 +29,21 @@ def parser() -> Parser:
     add = commands.add_parser("export", help="safetensors, config.json and tokenizer").add_argument
     add("run", metavar="RUN", help="a run directory with a checkpoint")
     add("out", metavar="DIR", help="the folder to write, which is empty or not there")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the weights (that of the model it began with)")
-    add("--family", metavar="NAME", help="model_type to write it as (the first that has all it has)")
-    add("--shard-size", type=size, default="5GB", metavar="N", help="of a file at most, as 500MB (5GB)")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of the weights (that of the model it began with)",
+    )
+    add(
+        "--family", metavar="NAME", help="model_type to write it as (the first that has all it has)"
+    )
+    add(
+        "--shard-size",
+        type=size,
+        default="5GB",
+        metavar="N",
+        help="of a file at most, as 500MB (5GB)",
+    )
     return made
 
 

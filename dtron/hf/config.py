@@ -1,7 +1,8 @@
 """config.json to ModelConfig and back, by the tables of families.py.
 
-Both ways are one check: a model can be written as a family if reading what would be written gives the model
-again. Only what does not change the function, like the weight of a loss, is left out of that.
+Both ways are one check: a model can be written as a family if reading what would be written gives
+the model again. Only what does not change the function, like the weight of a loss, is left out of
+that.
 """
 
 from __future__ import annotations
@@ -23,16 +24,28 @@ CONFIG = "config.json"
 
 # What a flag may change of a model that is loaded: how it is trained, and how far it sees.
 FREE = (
-    "context", "window", "rope", "z_loss", "init_std", "vocab_multiple", "mtp", "moe.aux_loss",
-    "moe.aux_level", "moe.z_loss", "moe.bias_rate", "moe.capacity",
-)  # fmt: skip
+    "context",
+    "window",
+    "rope",
+    "z_loss",
+    "init_std",
+    "vocab_multiple",
+    "mtp",
+    "moe.aux_loss",
+    "moe.aux_level",
+    "moe.z_loss",
+    "moe.bias_rate",
+    "moe.capacity",
+)
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """The family and the model of a folder. Raises UserError for an architecture that dtron does not have,
-    and for a choice within one that it does not compute."""
+    """The family and the model of a folder. Raises UserError for an architecture that dtron does
+    not have, and for a choice within one that it does not compute."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; give that of a model, with config.json and safetensors")
+        raise UserError(
+            f"{folder}: is no folder; give that of a model, with config.json and safetensors"
+        )
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
@@ -56,8 +69,8 @@ def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
 
 
 def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
-    """The model that a config.json describes. Raises UserError for one that is not whole, and for a choice
-    that dtron does not compute."""
+    """The model that a config.json describes. Raises UserError for one that is not whole, and for a
+    choice that dtron does not compute."""
     try:
         return _model(said, family, where)
     except (TypeError, ArithmeticError, AttributeError) as error:
@@ -69,7 +82,9 @@ def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> Mod
 def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     if said.get("quantization_config"):
         method = _object(said, "quantization_config", where).get("quant_method", "some method")
-        raise UserError(f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16")
+        raise UserError(
+            f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16"
+        )
     for key, only in family.demands.items():
         if said.get(key, only) != only:
             raise UserError(
@@ -80,7 +95,9 @@ def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
         names = theirs.split("|")
         found = next((name for name in names if name in said), None)
         if found is None and names[0] not in family.defaults:
-            raise UserError(f"{where}: lacks {names[0]}, which every {family.kind} has; download it again")
+            raise UserError(
+                f"{where}: lacks {names[0]}, which every {family.kind} has; download it again"
+            )
         values[ours] = family.defaults.get(names[0]) if found is None else said[found]
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
@@ -113,7 +130,8 @@ def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelC
 
 
 def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
-    """What config.json says of this model. Raises UserError where the family has no word for something."""
+    """What config.json says of this model. Raises UserError where the family has no word for
+    something."""
     said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
     said |= family.write(m)
@@ -123,13 +141,15 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     different = _difference(_spoken(again), _spoken(m))
     if different:
         name, theirs, ours = different
-        raise UserError(f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other")
+        raise UserError(
+            f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other"
+        )
     return said
 
 
 def best_family(m: ModelConfig) -> Family:
-    """The first family that this model can be written as. Raises UserError where there is none, with what
-    stands in the way of the nearest."""
+    """The first family that this model can be written as. Raises UserError where there is none,
+    with what stands in the way of the nearest."""
     reasons = []
     for family in FAMILIES:
         try:
@@ -146,8 +166,8 @@ def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, An
 
 
 def _spoken(m: ModelConfig) -> ModelConfig:
-    """What a config.json says of it: all that only matters in training, or means nothing in this model, is as
-    in any other."""
+    """What a config.json says of it: all that only matters in training, or means nothing in this
+    model, is as in any other."""
     same = {
         "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
         "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
@@ -212,13 +232,19 @@ def _rope(said: Mapping[str, Any], context: int, where: str) -> RopeConfig:
     theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it")
+        raise UserError(
+            f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it"
+        )
     if kind == "default":
         return RopeConfig(float(theta))
     if kind not in _STRETCHED:
-        raise UserError(f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}")
+        raise UserError(
+            f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}"
+        )
     if kind == "yarn" and rope.get("attention_factor") is not None:
-        raise UserError(f"{where}: yarn with an attention_factor of its own; dtron has that of the paper")
+        raise UserError(
+            f"{where}: yarn with an attention_factor of its own; dtron has that of the paper"
+        )
     known = {"original_max_position_embeddings": context} | rope
     values = {ours: known[theirs] for ours, theirs in _STRETCHED[kind].items() if theirs in known}
     return RopeConfig(float(theta), kind, **values)
@@ -230,7 +256,11 @@ def _rope_said(rope: RopeConfig) -> dict[str, Any]:
         return {"rope_theta": rope.theta, "rope_scaling": None}
     names, usual = _STRETCHED[rope.scaling], RopeConfig()
     unsaid = [
-        name for name in ("mscale", "mscale_all", "truncate") if getattr(rope, name) == getattr(usual, name)
+        name
+        for name in ("mscale", "mscale_all", "truncate")
+        if getattr(rope, name) == getattr(usual, name)
     ]
-    stretched = {theirs: getattr(rope, ours) for ours, theirs in names.items() if ours not in unsaid}
+    stretched = {
+        theirs: getattr(rope, ours) for ours, theirs in names.items() if ours not in unsaid
+    }
     return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.scaling, **stretched}}

@@ -1,9 +1,9 @@
 """A run's newest checkpoint as a Hugging Face folder, a tensor at a time.
 
-Their tensors are listed in order with what of ours each is made of, and made when it is written: never more
-is in memory than one of theirs and the weights of ours in it. The folder appears under its name when it is
-whole; what a run was started from gives its tokenizer and the words of config.json that training does not
-change.
+Their tensors are listed in order with what of ours each is made of, and made when it is written:
+never more is in memory than one of theirs and the weights of ours in it. The folder appears under
+its name when it is whole; what a run was started from gives its tokenizer and the words of
+config.json that training does not change.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def export(
     family: str | None = None,
     largest: int = 5_000_000_000,
 ) -> Exported:
-    """Write the checkpoint ``found`` of the model ``m``, saved by the run in ``run_dir``, into ``out``.
+    """Write the checkpoint ``found`` of the model ``m``, saved by the run in ``run_dir``, into
+    ``out``.
 
     ``out``: a folder that is empty or does not exist.
     ``dtype``: of the weights; None: that of the model that the run began with, or bfloat16.
@@ -71,7 +72,9 @@ def export(
     checkpoint.verify_checksums(found, meta)
     if dtype is None:
         name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
-        dtype = getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
+        dtype = (
+            getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
+        )
     said = {k: v for k, v in said.items() if k not in _UNSAID} or _tokens_of(run_dir)
     said |= written | {"dtype": str(dtype).removeprefix("torch.")}
     part = out.with_name(out.name + ".part")
@@ -98,7 +101,9 @@ def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
     if wanted is not None:
         named = next((f for f in FAMILIES if f.kind == wanted), None)
         if named is None:
-            raise UserError(f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}")
+            raise UserError(
+                f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}"
+            )
         return named
     return family_of(said) if said else best_family(m)
 

@@ -1,9 +1,10 @@
-"""The model families, as tables: where each of our weights is in their checkpoints, and each of our sizes in
-their config.json.
+"""The model families, as tables: where each of our weights is in their checkpoints, and each of our
+sizes in their config.json.
 
-A row of weights is ``our path: (their name, how it lies)``, with the notation of pattern.py for the second.
-``{l}`` is the number of a block and ``{e}`` that of an expert. A row of keys is ``our field: their key``. A
-model belongs to a family if all that distinguishes it can be said in these tables; nothing is guessed.
+A row of weights is ``our path: (their name, how it lies)``, with the notation of pattern.py for the
+second. ``{l}`` is the number of a block and ``{e}`` that of an expert. A row of keys is ``our
+field: their key``. A model belongs to a family if all that distinguishes it can be said in these
+tables; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ _LOCAL = {
 
 
 def _module(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """Multi-token prediction: module k is saved as a block after the last, with embedding and head again."""
+    """Multi-token prediction: module k is saved as a block after the last, with embedding and head
+    again."""
     block = {f"mtp.{{l}}.block.{path[11:]}": row for path, row in rows.items()}
     return block | {
         "mtp.{l}.norm_h.scale": Row(_LAYER + "hnorm.weight", "d -> d"),
@@ -207,18 +209,26 @@ def _write_deepseek(m: ModelConfig) -> dict[str, Any]:
 
 
 def _write_v2(m: ModelConfig) -> dict[str, Any]:
-    return _write_deepseek(m) | {"topk_method": "greedy" if m.moe.groups == 1 else "group_limited_greedy"}
+    return _write_deepseek(m) | {
+        "topk_method": "greedy" if m.moe.groups == 1 else "group_limited_greedy"
+    }
 
 
 def _layer_types(m: ModelConfig) -> dict[str, Any]:
     """Every other layer sees all."""
-    return {"layer_types": [f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(m.layers)]}
+    return {
+        "layer_types": [f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(m.layers)]
+    }
 
 
 def _read_gpt_oss(said: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     types = said.get("layer_types")
-    if types and types != [f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(len(types))]:
-        raise UserError(f"layer_types {types}: in gpt-oss every other layer has a window, the first does")
+    if types and types != [
+        f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(len(types))
+    ]:
+        raise UserError(
+            f"layer_types {types}: in gpt-oss every other layer has a window, the first does"
+        )
     return {}
 
 

@@ -1,8 +1,9 @@
 """Weights from a Hugging Face folder, each rank's own part alone.
 
-A rank asks the layout which range of each dim of a weight it has, the family's row which box of their tensor
-that is, and the reader for those bytes; then it casts them and has its shard. No rank ever has more than its
-part and one piece on the way, whatever the mesh, the ZeRO stage or the pipeline stage.
+A rank asks the layout which range of each dim of a weight it has, the family's row which box of
+their tensor that is, and the reader for those bytes; then it casts them and has its shard. No rank
+ever has more than its part and one piece on the way, whatever the mesh, the ZeRO stage or the
+pipeline stage.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from dtron.params import WeightSpec, flat, tree_map
 
 @dataclass(frozen=True)
 class Place:
-    """Where one weight of ours is: ``row`` with the block's number filled in, and the sizes of the axes in
-    its pattern."""
+    """Where one weight of ours is: ``row`` with the block's number filled in, and the sizes of the
+    axes in its pattern."""
 
     row: Row
     sizes: dict[str, int]
@@ -50,7 +51,9 @@ class Place:
         """Of their tensors: one, or one for each expert (of this range)."""
         if not self.outside:
             return [self.row.name]
-        return [self.row.name.replace("{e}", str(e)) for e in range(*(experts or (0, self.sizes["e"])))]
+        return [
+            self.row.name.replace("{e}", str(e)) for e in range(*(experts or (0, self.sizes["e"])))
+        ]
 
 
 def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
@@ -58,7 +61,9 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
     block = re.match(r"(\w+)\.(\d+)\.", w.path)
     row = family.weights.get(re.sub(r"\.\d+\.", ".{l}.", w.path, count=1))
     if row is None:
-        raise UserError(f"{w.path}: a {family.kind} has no such weight; choose another family or model")
+        raise UserError(
+            f"{w.path}: a {family.kind} has no such weight; choose another family or model"
+        )
     if block:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
@@ -87,7 +92,9 @@ class Source:
         have, wanted = dict(self.reader.entries), {}
         if not any(name.startswith(self.family.prefix) for name in have):
             # GPT-2 is also known without its prefix, as the bare model was saved.
-            plain = {self.family.prefix + name: e for name, e in have.items() if name != "lm_head.weight"}
+            plain = {
+                self.family.prefix + name: e for name, e in have.items() if name != "lm_head.weight"
+            }
             have = plain | {n: e for n, e in have.items() if n == "lm_head.weight"}
             self.reader.entries = have
         for w in flat(declare_model(self.model)):
@@ -113,10 +120,16 @@ class Source:
 
     def _skips(self, text: str, name: str) -> bool:
         found = re.fullmatch(text.replace("{later}", r"(?P<later>\d+)"), name)
-        return bool(found) and int(found.groupdict().get("later", self.model.layers)) >= self.model.layers
+        return (
+            bool(found)
+            and int(found.groupdict().get("later", self.model.layers)) >= self.model.layers
+        )
 
-    def load(self, spec: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-        """A tree of weights like ``spec``, the declared ones, in ``dtype``, that lie as the layout says."""
+    def load(
+        self, spec: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> Any:
+        """A tree of weights like ``spec``, the declared ones, in ``dtype``, that lie as the layout
+        says."""
         with torch.no_grad():
             return tree_map(lambda w: self._weight(w, layout, dtype, device), spec)
 
@@ -131,10 +144,13 @@ class Source:
         """These ranges of our dims, from the file."""
         p = pattern(where.row.lies)
         ranges = {
-            axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis])) for axis, (a, b) in zip(p.ours, box)
+            axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis]))
+            for axis, (a, b) in zip(p.ours, box)
         }
         experts = ranges[where.outside[0]] if where.outside else None
-        out = torch.zeros([b - a for a, b in box], dtype=dtype)  # rows of the padded vocabulary are zero
+        out = torch.zeros(
+            [b - a for a, b in box], dtype=dtype
+        )  # rows of the padded vocabulary are zero
         real = out[tuple(slice(ranges[axis][1] - ranges[axis][0]) for axis in p.ours)]
         for part, name in zip(real if experts else [real], where.names(experts), strict=True):
             x = p.take(self._read(name, p.box(ranges, where.sizes)), ranges, where.sizes)

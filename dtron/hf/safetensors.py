@@ -1,13 +1,15 @@
 """The safetensors format, read by ranges of bytes and written as a stream.
 
-A file is eight bytes (the length of the header, little-endian), the header, and the tensors' bytes one
-after the other. The header is JSON: per tensor its dtype, its shape and where its bytes begin and end.
-Nothing in it can be executed, which is the point of the format; a pickled checkpoint is refused.
+A file is eight bytes (the length of the header, little-endian), the header, and the tensors' bytes
+one after the other. The header is JSON: per tensor its dtype, its shape and where its bytes begin
+and end. Nothing in it can be executed, which is the point of the format; a pickled checkpoint is
+refused.
 
-The ``safetensors`` library writes a file whose tensors are all in memory, and reads slices through a memory
-map, where nobody knows what was read. Here a rank reads with ``pread`` exactly the runs of bytes that its
-part of a tensor is made of, and counts them, and tensors are written as they come. A checkpoint of several
-files has an index, ``model.safetensors.index.json``, that names the file of each tensor.
+The ``safetensors`` library writes a file whose tensors are all in memory, and reads slices through
+a memory map, where nobody knows what was read. Here a rank reads with ``pread`` exactly the runs of
+bytes that its part of a tensor is made of, and counts them, and tensors are written as they come. A
+checkpoint of several files has an index, ``model.safetensors.index.json``, that names the file of
+each tensor.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a folder, by name. ``bytes_read`` counts what ``read`` has asked of the files. Raises
-    UserError for a folder without safetensors, and for files that are damaged or not all there."""
+    """The tensors of a folder, by name. ``bytes_read`` counts what ``read`` has asked of the files.
+    Raises UserError for a folder without safetensors, and for files that are damaged or not all
+    there."""
 
     def __init__(self, folder: Path):
         self.folder, self.bytes_read = folder, 0
@@ -57,7 +60,8 @@ class Reader:
         self._open: dict[Path, int] = {}
 
     def read(self, name: str, box: Sequence[Range] | None = None) -> Tensor:
-        """The part of a tensor inside ``box``, a range per dim (None: all of it), in the file's dtype."""
+        """The part of a tensor inside ``box``, a range per dim (None: all of it), in the file's
+        dtype."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise UserError(
@@ -82,7 +86,9 @@ class Reader:
         while done < len(memory):
             n = os.preadv(self._open[entry.file], [memory[done : done + _ONE_READ]], offset + done)
             if not n:
-                raise UserError(f"{entry.file}: ends early; it was changed while it was read, start again")
+                raise UserError(
+                    f"{entry.file}: ends early; it was changed while it was read, start again"
+                )
             done += n
         self.bytes_read += done
 
@@ -97,7 +103,9 @@ def _runs(shape: Sequence[int], box: Sequence[Range]) -> Iterator[tuple[int, int
     if not shape:
         yield 0, 1
         return
-    inner = len(shape) - 1  # dims from here on make one run: the last ones that are whole, and one more
+    inner = (
+        len(shape) - 1
+    )  # dims from here on make one run: the last ones that are whole, and one more
     while inner and box[inner] == (0, shape[inner]):
         inner -= 1
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -111,19 +119,27 @@ def _entries(folder: Path) -> dict[str, Entry]:
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(f, str) and _plain(f) for f in where.values()):
-            raise UserError(f"{index}: has no weight_map from tensors to files beside it; download it again")
+        if not isinstance(where, dict) or not all(
+            isinstance(f, str) and _plain(f) for f in where.values()
+        ):
+            raise UserError(
+                f"{index}: has no weight_map from tensors to files beside it; download it again"
+            )
         files = {name: header(folder / name) for name in sorted(set(where.values()))}
         for name, file in where.items():
             if name not in files[file]:
                 raise UserError(f"{folder / file}: {index.name} says it has {name}, and it has not")
         extra = [(n, f) for f, names in files.items() for n in names if where.get(n) != f]
         if extra:
-            raise UserError(f"{folder / extra[0][1]}: has {extra[0][0]}, which {index.name} does not name")
+            raise UserError(
+                f"{folder / extra[0][1]}: has {extra[0][0]}, which {index.name} does not name"
+            )
         return {name: files[file][name] for name, file in where.items()}
     if single.is_file():
         return header(single)
-    pickled = next((f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(p)), None)
+    pickled = next(
+        (f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(p)), None
+    )
     if pickled:
         raise UserError(
             f"{folder}: has {pickled}, a pickle, which can run any code when it is read; dtron reads "
@@ -148,8 +164,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """What a file holds, checked against its size. Raises UserError for what is no safetensors file, or one
-    that is cut short."""
+    """What a file holds, checked against its size. Raises UserError for what is no safetensors
+    file, or one that is cut short."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -163,7 +179,9 @@ def header(path: Path) -> dict[str, Entry]:
         base = 8 + length
         found = {name: _entry(path, base, one) for name, one in said.items()}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: is no safetensors file, or was cut short; download it again") from error
+        raise UserError(
+            f"{path}: is no safetensors file, or was cut short; download it again"
+        ) from error
     for name, e in found.items():
         wide = DTYPES[e.dtype].itemsize if e.dtype in DTYPES else _BYTES.get(e.dtype)
         if wide is not None and e.stop - e.start != wide * math.prod(e.shape):
@@ -191,8 +209,9 @@ def write(
     make: Callable[[str], Tensor],
     largest: int,
 ) -> list[Path]:
-    """Write tensors into ``folder`` in this order, each made when its turn comes and gone after; a new file
-    before one would have more than ``largest`` bytes, and then an index. Returns the files."""
+    """Write tensors into ``folder`` in this order, each made when its turn comes and gone after; a
+    new file before one would have more than ``largest`` bytes, and then an index. Returns the
+    files."""
     size = lambda name: math.prod(shapes[name]) * dtype.itemsize
     parts: list[list[str]] = [[]]
     for name in shapes:
@@ -205,7 +224,9 @@ def write(
     if len(parts) > 1:
         where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         total = {"total_size": sum(map(size, shapes))}
-        (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": where}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": total, "weight_map": where}, indent=2) + "\n"
+        )
     return [folder / file for file in files]
 
 
@@ -226,5 +247,7 @@ def _write_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             x = make(name).to(dtype).contiguous()
-            assert x.shape == tuple(shape), f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
+            assert x.shape == tuple(shape), (
+                f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
+            )
             file.write(x.view(-1).view(torch.uint8).numpy())

@@ -5,8 +5,8 @@
     "e d (f 0/2) -> e d f"    ours is every second column of theirs
     "f d -> e d f"            e is not in theirs: it stands in the name, one tensor for each
 
-A pattern is read both ways. What makes it more than a transposition is that it also answers which box of
-their tensor a *part* of ours is made from, so that a rank reads its part alone.
+A pattern is read both ways. What makes it more than a transposition is that it also answers which
+box of their tensor a *part* of ours is made from, so that a rank reads its part alone.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class Pattern:
         return tuple(math.prod(_size(axis, sizes) for axis in dim) for dim in self.theirs)
 
     def box(self, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> list[Range]:
-        """The ranges of their dims that hold these ranges of our axes. A dim of several axes is cut by the
-        outermost that has more than one place; axes inside it are cut in ``take``."""
+        """The ranges of their dims that hold these ranges of our axes. A dim of several axes is cut
+        by the outermost that has more than one place; axes inside it are cut in ``take``."""
         return [self._range(dim, ranges, sizes) for dim in self.theirs]
 
-    def _range(self, dim: tuple[str, ...], ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> Range:
+    def _range(
+        self, dim: tuple[str, ...], ranges: Mapping[str, Range], sizes: Mapping[str, int]
+    ) -> Range:
         start, unit = 0, math.prod(_size(axis, sizes) for axis in dim)
         for axis in dim:
             unit //= _size(axis, sizes)
@@ -76,7 +78,8 @@ class Pattern:
         return x.permute([names.index(axis) for axis in self.ours if axis in names])
 
     def put(self, out: Tensor, x: Tensor, sizes: Mapping[str, int]) -> None:
-        """Write ours, whole and without the axes outside, to where it is in their tensor ``out``."""
+        """Write ours, whole and without the axes outside, to where it is in their tensor
+        ``out``."""
         axes = [axis for dim in self.theirs for axis in dim]
         whole = out.view([_size(axis, sizes) for axis in axes])
         part = whole[tuple(int(a.split("/")[0]) if "/" in a else slice(None) for a in axes)]
@@ -115,8 +118,8 @@ def pattern(text: str) -> Pattern:
 
 
 def halves(x: Tensor, rotary: int) -> Tensor:
-    """The last ``rotary`` columns from pairs that stand side by side to pairs half a width apart, as dtron
-    turns them."""
+    """The last ``rotary`` columns from pairs that stand side by side to pairs half a width apart,
+    as dtron turns them."""
     plain, turned = x.split([x.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
 

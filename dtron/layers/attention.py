@@ -1,9 +1,10 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-Tensor parallelism cuts the heads: each rank projects, rotates and attends with its own heads, and only
-``w_o`` needs the others (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a local region: each
-rank unfolds the tokens of its own heads to ``[B, S, N, H]``. Which kernels it runs on is the business of
-cores.py, and what it communicates where cp cuts the sequences, otherwise nothing, that of context.py.
+Tensor parallelism cuts the heads: each rank projects, rotates and attends with its own heads, and
+only ``w_o`` needs the others (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a
+local region: each rank unfolds the tokens of its own heads to ``[B, S, N, H]``. Which kernels it
+runs on is the business of cores.py, and what it communicates where cp cuts the sequences, otherwise
+nothing, that of context.py.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def attention(
     recipe: Recipe | None = None,
     past: KVCache | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no rotation)
-    of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token of a row in the
-    row's own order (None: one per sequence). ``mask`` is a ``ContextParallelMask`` where cp cuts the rows, see
-    context.py; ``path``: the kernels, see cores.py; ``recipe``: products in FP8, or None. ``past``: keys and
-    values of earlier tokens, to which these are added; see past.py."""
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no
+    rotation) of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token
+    of a row in the row's own order (None: one per sequence). ``mask`` is a ``ContextParallelMask``
+    where cp cuts the rows, see context.py; ``path``: the kernels, see cores.py; ``recipe``:
+    products in FP8, or None. ``past``: keys and values of earlier tokens, to which these are added;
+    see past.py."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
@@ -91,9 +93,9 @@ def core(
     mask: AttentionMask | ContextParallelMask,
     layout: Layout,
 ) -> Tensor:
-    """Rank-local: a rank's heads of its tokens. Values may have another width than queries and keys, and the
-    output has theirs. With a past, rows are whole, ``path`` is one for a mask that is a matrix, and there are
-    no documents."""
+    """Rank-local: a rank's heads of its tokens. Values may have another width than queries and
+    keys, and the output has theirs. With a past, rows are whole, ``path`` is one for a mask that is
+    a matrix, and there are no documents."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
     if past_k is None:

@@ -1,13 +1,14 @@
 """Attention to some of a row's keys, forward and backward as two functions.
 
-Ring attention sees a row's keys a block at a time, and its backward needs of each block the gradients under
-the softmax over *all* of them. Fused kernels give these as they are: a backward kernel takes the output and
-the log-sum-exp (lse) of its softmax, computes the weights as ``exp(score - lse)`` and never asks whether that
-lse came from the keys at hand. torch's public function has neither the lse nor a backward by itself, so the
-operators beneath it are called; they are private, and used here alone.
+Ring attention sees a row's keys a block at a time, and its backward needs of each block the
+gradients under the softmax over *all* of them. Fused kernels give these as they are: a backward
+kernel takes the output and the log-sum-exp (lse) of its softmax, computes the weights as
+``exp(score - lse)`` and never asks whether that lse came from the keys at hand. torch's public
+function has neither the lse nor a backward by itself, so the operators beneath it are called; they
+are private, and used here alone.
 
-Keys that heads of queries share (GQA) are repeated for these kernels, which want one for each head, and their
-gradients added after.
+Keys that heads of queries share (GQA) are repeated for these kernels, which want one for each head,
+and their gradients added after.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def block_backward(
     causal: bool,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the whole
-    softmax, of which these keys are a part."""
+    """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the
+    whole softmax, of which these keys are a part."""
     shared = k.shape[1]
     k, v = repeated(k, q), repeated(v, q)
     sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of each, and no dropout
@@ -73,7 +74,9 @@ def block_backward(
         case _:
             share = (_scores(q, k, causal, scale) - lse[..., None]).exp()
             delta = (g * o).sum(-1, keepdim=True)
-            ds = (share * (g @ v.mT - delta) * (q.shape[-1] ** -0.5 if scale is None else scale)).to(q.dtype)
+            ds = (
+                share * (g @ v.mT - delta) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            ).to(q.dtype)
             dq, dk, dv = ds @ k, ds.mT @ q, share.to(g.dtype).mT @ g
     return dq, *(x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
 
@@ -84,8 +87,9 @@ def kernel(q: Tensor, v: Tensor) -> str:
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, narrow: int, wide: int) -> str:
-    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits, and heads
-    of queries as wide as those of values; what neither takes is written out, with all scores in memory."""
+    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits,
+    and heads of queries as wide as those of values; what neither takes is written out, with all
+    scores in memory."""
     if device.type != "cuda" or dtype.itemsize != 2 or narrow != wide or narrow % 8 or narrow > 256:
         return "written"
     return "cudnn" if narrow <= 128 and _has_cudnn() else "flash"

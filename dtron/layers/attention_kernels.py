@@ -1,18 +1,19 @@
 """The cores of attention: one function, written out and through two kinds of fused kernel.
 
-Who may see whom is one rule, ``sees``. ``attention_reference`` is the definition: scores, soft-cap, mask,
-sinks, softmax, with the whole ``[S, S]`` matrix in memory. ``attention_sdpa`` is torch's fused attention: the
-fastest where the mask is plain causal, the same with a bias elsewhere, without soft-cap and sinks.
-``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which compiles a kernel for any
-mask and skips the blocks of it that are empty; GPUs only, as torch has no backward for it on a CPU.
+Who may see whom is one rule, ``sees``. ``attention_reference`` is the definition: scores, soft-cap,
+mask, sinks, softmax, with the whole ``[S, S]`` matrix in memory. ``attention_sdpa`` is torch's
+fused attention: the fastest where the mask is plain causal, the same with a bias elsewhere, without
+soft-cap and sinks. ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which
+compiles a kernel for any mask and skips the blocks of it that are empty; GPUs only, as torch has no
+backward for it on a CPU.
 
-All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N, mask) ->
-[B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose`` says which one
-``auto`` is.
+All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N,
+mask) -> [B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose``
+says which one ``auto`` is.
 
-A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the denominator
-of a head's softmax: a head that finds nothing gives its weight to the sink and adds little, where plain
-softmax must spend a weight of 1 on some token.
+A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the
+denominator of a head's softmax: a head that finds nothing gives its weight to the sink and adds
+little, where plain softmax must spend a weight of 1 on some token.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from dtron.errors import UserError
 from dtron.layers.recompute import recompute_in_backward
@@ -38,12 +44,13 @@ AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further back than
-    ``window`` tokens counting itself, and of its own document where documents are given. ``softcap`` bounds
-    the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118). ``scale`` is what scores are
-    multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]`` (B = 1: alike in every row) and ``keys
-    [S]`` are the places in the sequence of those at hand, where they are not the whole sequence in order (see
-    past.py and context.py). ``blocks`` is for flex alone, see ``with_blocks``."""
+    """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further
+    back than ``window`` tokens counting itself, and of its own document where documents are given.
+    ``softcap`` bounds the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
+    ``scale`` is what scores are multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]``
+    (B = 1: alike in every row) and ``keys [S]`` are the places in the sequence of those at hand,
+    where they are not the whole sequence in order (see past.py and context.py). ``blocks`` is for
+    flex alone, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
@@ -65,9 +72,11 @@ class AttentionMask:
         return queries, whole_S if self.keys is None else self.keys
 
 
-def sees(mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Whether query i of row b may see key j, for indices of any shapes that broadcast. The one rule: the
-    reference asks it for all pairs at once, a compiled kernel for one."""
+def sees(
+    mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    """Whether query i of row b may see key j, for indices of any shapes that broadcast. The one
+    rule: the reference asks it for all pairs at once, a compiled kernel for one."""
     ok = j <= i
     if mask.windowed:
         ok = ok & (i - j < mask.window)
@@ -77,7 +86,8 @@ def sees(mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor,
 
 
 def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key (column)."""
+    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key
+    (column)."""
     i, j = mask.places(device)
     rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
@@ -85,7 +95,12 @@ def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.devi
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents_BS: Tensor | None,
+    sinks_N: Tensor | None,
+    mask: AttentionMask,
 ) -> Tensor:
     """The definition, for every mask; softmax in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
@@ -111,11 +126,16 @@ def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: AttentionMa
 
 
 def attention_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, mask: AttentionMask, flex: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents_BS: Tensor | None,
+    mask: AttentionMask,
+    flex: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with the
-    logarithm of its softmax's denominator a part's result can be merged with that of another. A query that
-    sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
+    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with
+    the logarithm of its softmax's denominator a part's result can be merged with that of another. A
+    query that sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
     if flex:
         mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
         return _by_itself(_flex, q.device)(q, k, v, mask)
@@ -131,10 +151,15 @@ def attention_and_lse(
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents_BS: Tensor | None,
+    sinks_N: Tensor | None,
+    mask: AttentionMask,
 ) -> Tensor:
-    """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that size
-    elsewhere. Raises UserError for a soft-cap and for sinks, which its kernels do not know."""
+    """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that
+    size elsewhere. Raises UserError for a soft-cap and for sinks, which its kernels do not know."""
     if mask.softcap is not None or sinks_N is not None:
         raise UserError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
@@ -143,11 +168,13 @@ def attention_sdpa(
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale
+        )
 
 
-# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward, flash 271 and
-# 226.
+# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward,
+# flash 271 and 226.
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -162,10 +189,16 @@ def repeated(k: Tensor, q: Tensor) -> Tensor:
 
 
 def attention_flex(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None, mask: AttentionMask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents_BS: Tensor | None,
+    sinks_N: Tensor | None,
+    mask: AttentionMask,
 ) -> Tensor:
-    """flex_attention, for every mask. Inside a compiled stage it becomes part of it; elsewhere on a GPU it is
-    compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there to avoid."""
+    """flex_attention, for every mask. Inside a compiled stage it becomes part of it; elsewhere on a
+    GPU it is compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there
+    to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
     o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
@@ -179,10 +212,12 @@ def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
     return o * share[..., None].to(o.dtype)
 
 
-def with_blocks(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> AttentionMask:
-    """The mask with what flex wants to know of it: which blocks of 128 queries by 128 keys are empty, full or
-    in between. Every layer has the same, so a stage makes it once, before its blocks: torch does not compile
-    the making of it in a region that is recomputed."""
+def with_blocks(
+    mask: AttentionMask, documents_BS: Tensor | None, device: torch.device
+) -> AttentionMask:
+    """The mask with what flex wants to know of it: which blocks of 128 queries by 128 keys are
+    empty, full or in between. Every layer has the same, so a stage makes it once, before its
+    blocks: torch does not compile the making of it in a region that is recomputed."""
     rows = None if documents_BS is None else len(documents_BS)
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
     sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
@@ -206,8 +241,8 @@ def _flex(
     return o, aux.lse
 
 
-# The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another, for
-# sequences under 128 one that is made for decoding.
+# The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another,
+# for sequences under 128 one that is made for decoding.
 _KERNEL = {"BACKEND": "TRITON"}
 
 
@@ -233,10 +268,10 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPath:
-    """What ``auto`` stands for: sdpa for a plain causal mask; for any other flex, on a GPU where its kernels
-    can, otherwise sdpa with a bias where that says it all, and the reference for the rest. flex's kernels
-    round head_dim up to a power of two, but there is a least; and they add up in float32, which would make
-    float64 a pretence. Any other path is itself."""
+    """What ``auto`` stands for: sdpa for a plain causal mask; for any other flex, on a GPU where
+    its kernels can, otherwise sdpa with a bias where that says it all, and the reference for the
+    rest. flex's kernels round head_dim up to a power of two, but there is a least; and they add up
+    in float32, which would make float64 a pretence. Any other path is itself."""
     if path != "auto":
         return path
     slow = with_bias(mask.softcap, sinks)

@@ -1,8 +1,8 @@
 """Attention where every rank has a part of each sequence: context parallelism.
 
-All of a transformer but attention works token by token and never learns that its tokens are some of a longer
-row. Attention needs the keys and values of the tokens before, wherever they are. Three ways to get them, of
-one signature:
+All of a transformer but attention works token by token and never learns that its tokens are some of
+a longer row. Attention needs the keys and values of the tokens before, wherever they are. Three
+ways to get them, of one signature:
 
     allgather   Every rank gathers the keys and values of whole rows and attends with its own queries: the one
                 that is easy to see right. Memory for whole rows of keys and values.
@@ -17,9 +17,10 @@ one signature:
 
 How many bytes each sends stands in docs/context-parallelism.md, and a test counts them.
 
-What a rank must know to mask is in which *places* of the row its tokens and those of others are: with packed
-documents positions restart, so positions do not say it. Documents come whole, ``[T@rows]``, and are asked by
-place. All of this is the same in every layer and is made once, by ``prepare``.
+What a rank must know to mask is in which *places* of the row its tokens and those of others are:
+with packed documents positions restart, so positions do not say it. Documents come whole,
+``[T@rows]``, and are asked by place. All of this is the same in every layer and is made once, by
+``prepare``.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ Method = Literal["ring", "allgather", "ulysses"]
 
 @dataclass(frozen=True)
 class ContextParallelMask:
-    """What attention over parts of rows wants to know beside the ``AttentionMask`` of the whole row, on this rank.
-    ``place [1]``: which of the parts it has; ``order_S``: all of them, one after the other; ``steps``: the
-    masks between its queries and the keys of each part, in the order in which a ring brings them."""
+    """What attention over parts of rows needs on this rank beside the ``AttentionMask`` of the row.
+
+    ``place [1]``: which of the parts this rank has.
+    ``order_S``: all parts, one after the other.
+    ``steps``: the masks between this rank's queries and the keys of each part, in the order in which
+    a ring brings them."""
 
     mask: AttentionMask
     method: Method
@@ -77,9 +81,10 @@ def prepare(
     method: Method = "ring",
     zigzag: bool = False,
 ) -> tuple[AttentionMask | ContextParallelMask, AttentionPath]:
-    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in their rows
-    this rank's tokens are, and for flex the blocks of its masks. Nothing is communicated: ``documents_T
-    [T@rows]`` has whole rows on every rank. ``head_dims``: of queries and keys, and of values."""
+    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in
+    their rows this rank's tokens are, and for flex the blocks of its masks. Nothing is
+    communicated: ``documents_T [T@rows]`` has whole rows on every rank. ``head_dims``: of queries
+    and keys, and of values."""
     parts, device, least = layout.parts(AXIS), x_TD.device, min(head_dims)
     if parts == 1 or method == "ulysses":
         steps = (mask,)
@@ -91,7 +96,10 @@ def prepare(
         keys = (order_PC.flatten(),) if method == "allgather" else keys.unbind()
         steps = tuple(replace(mask, queries=own, keys=places) for places in keys)
     asked = mask if parts > 1 and method == "ring" else steps[0]
-    auto, path = path, choose(path, asked, documents_T is not None, sinks, least, x_TD.dtype, device)
+    auto, path = (
+        path,
+        choose(path, asked, documents_T is not None, sinks, least, x_TD.dtype, device),
+    )
     if auto == "auto" and path == "sdpa" and parts > 1 and method == "ring":
         # A ring on a GPU that no fused kernel takes would be written out, scores and all.
         able = device.type == "cuda" and least >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
@@ -119,8 +127,8 @@ def attend(
     layout: Layout,
     path: AttentionPath,
 ) -> Tensor:
-    """Inside a local region: attention of this rank's tokens, ``[T@tokens, heads, H]`` -> the same, H that of
-    v. ``documents_T [T@rows]``; ``mask`` and ``path`` as ``prepare`` made them."""
+    """Inside a local region: attention of this rank's tokens, ``[T@tokens, heads, H]`` -> the same,
+    H that of v. ``documents_T [T@rows]``; ``mask`` and ``path`` as ``prepare`` made them."""
     whole = mask if isinstance(mask, AttentionMask) else mask.mask
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
     if isinstance(mask, AttentionMask):
@@ -143,19 +151,35 @@ def _parts(x_TNH: Tensor, context: ContextParallelMask) -> Tensor:
 
 
 def by_ring(
-    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
+    q,
+    k,
+    v,
+    documents_BS,
+    sinks_N,
+    context: ContextParallelMask,
+    layout: Layout,
+    path: AttentionPath,
 ) -> Tensor:
     q, k, v = (_parts(x, context) for x in (q, k, v))
     plain = documents_BS is None and not context.mask.windowed
     if path == "sdpa" and plain:
         o = ring(q, k, v, context.later, context.zigzag, layout.context, context.mask.scale)
     else:
-        o = ring_plainly(q, k, v, documents_BS, sinks_N, context.steps, layout.context, path == "flex")
+        o = ring_plainly(
+            q, k, v, documents_BS, sinks_N, context.steps, layout.context, path == "flex"
+        )
     return o.transpose(1, 2).flatten(0, 1)
 
 
 def by_allgather(
-    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
+    q,
+    k,
+    v,
+    documents_BS,
+    sinks_N,
+    context: ContextParallelMask,
+    layout: Layout,
+    path: AttentionPath,
 ) -> Tensor:
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
@@ -167,21 +191,33 @@ def by_allgather(
         for x, like in zip(rows.split(widths, dim=-1), (k, v), strict=True)
     )
     q = _heads_first(q.unflatten(0, (len(k), -1)))
-    return CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(0, 1)
+    return (
+        CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(0, 1)
+    )
 
 
 def by_ulysses(
-    q, k, v, documents_BS, sinks_N, context: ContextParallelMask, layout: Layout, path: AttentionPath
+    q,
+    k,
+    v,
+    documents_BS,
+    sinks_N,
+    context: ContextParallelMask,
+    layout: Layout,
+    path: AttentionPath,
 ) -> Tensor:
     n, given = layout.parts(AXIS), (q, k, v)
-    cut = [x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given]  # [n, T, heads / n * H] each
+    cut = [
+        x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given
+    ]  # [n, T, heads / n * H] each
     sent_TC = torch.cat(cut, dim=-1).flatten(0, 1)
     got = all_to_all(sent_TC, layout.context.ranks)  # over cp
     rows = got.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     rows = rows[:, context.order_S.argsort()] if context.zigzag else rows
     parts = rows.split([x.shape[-1] for x in cut], dim=-1)
     q, k, v = (
-        _heads_first(x.unflatten(-1, (-1, like.shape[-1]))) for x, like in zip(parts, given, strict=True)
+        _heads_first(x.unflatten(-1, (-1, like.shape[-1])))
+        for x, like in zip(parts, given, strict=True)
     )
     sinks_N = None if sinks_N is None else sinks_N.unflatten(0, (n, -1))[context.place].flatten()
     o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(2)

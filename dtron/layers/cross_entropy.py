@@ -1,14 +1,16 @@
 """Cross entropy over a vocabulary that is cut over tp, a chunk of tokens at a time.
 
-The logits of a batch are its largest tensor: 8,192 tokens by 128,256 words in float32 are 4 GB. Two cuts keep
-them small. Over tp, each rank has the logits of its own words only, and the softmax needs three numbers per
-token from the others: the maximum, the sum of exponentials and the target's logit (Shoeybi et al. 2019,
-arXiv:1909.08053, section 3). Over tokens, a chunk's logits exist only while its gradient is computed: that is
-known as soon as the logits are (softmax minus one-hot), so forward makes the gradients of x and of the head
-at once and backward only scales them. Nothing is recomputed, and nothing of size ``[T, V]`` ever exists.
+The logits of a batch are its largest tensor: 8,192 tokens by 128,256 words in float32 are 4 GB. Two
+cuts keep them small. Over tp, each rank has the logits of its own words only, and the softmax needs
+three numbers per token from the others: the maximum, the sum of exponentials and the target's logit
+(Shoeybi et al. 2019, arXiv:1909.08053, section 3). Over tokens, a chunk's logits exist only while
+its gradient is computed: that is known as soon as the logits are (softmax minus one-hot), so
+forward makes the gradients of x and of the head at once and backward only scales them. Nothing is
+recomputed, and nothing of size ``[T, V]`` ever exists.
 
-The loss is a *sum* over tokens; whoever divides, divides once, by the count of the whole global batch. That
-one definition is right for data and context parallelism, microbatches and uneven masks alike.
+The loss is a *sum* over tokens; whoever divides, divides once, by the count of the whole global
+batch. That one definition is right for data and context parallelism, microbatches and uneven masks
+alike.
 
 z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token.
 """
@@ -27,20 +29,25 @@ IGNORE = -100  # a target that does not count
 
 @dataclass(frozen=True)
 class Loss:
-    """vocab: logits from here on are padding. chunk: tokens whose logits exist at once; None: 2^27 logits'
-    worth, 0.5 GiB in float32, and half of the tokens at most. z: weight of z-loss."""
+    """vocab: logits from here on are padding. chunk: tokens whose logits exist at once; None: 2^27
+    logits' worth, 0.5 GiB in float32, and half of the tokens at most. z: weight of z-loss."""
 
     vocab: int
     chunk: int | None = None
     z: float = 0.0
 
 
-def cross_entropy(x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, layout: Layout) -> Tensor:
-    """Summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a scalar, its sum over
-    the ranks' tokens still pending. Tokens whose target is IGNORE count nothing."""
+def cross_entropy(
+    x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, layout: Layout
+) -> Tensor:
+    """Summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a scalar, its
+    sum over the ranks' tokens still pending. Tokens whose target is IGNORE count nothing."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     if loss.chunk is None:
-        words, tokens = w_head.shape[0] // layout.parts("vocab"), x_TD.shape[0] // layout.parts("tokens")
+        words, tokens = (
+            w_head.shape[0] // layout.parts("vocab"),
+            x_TD.shape[0] // layout.parts("tokens"),
+        )
         loss = replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
     region = layout.local(
@@ -52,15 +59,18 @@ def cross_entropy(x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, l
 
 
 def over_all(loss: Tensor, layout: Layout) -> Tensor:
-    """The same sum, pending over tp too: there a loss is whole, and each rank gives a part. So it can be
-    added to sums over the residual stream's tokens."""
+    """The same sum, pending over tp too: there a loss is whole, and each rank gives a part. So it
+    can be added to sums over the residual stream's tokens."""
     n = layout.parts("tokens_sp") // layout.parts("tokens")
-    part = lambda x: x + (x.detach() / n - x.detach())  # the gradient of the sum is that of the whole
+    part = lambda x: (
+        x + (x.detach() / n - x.detach())
+    )  # the gradient of the sum is that of the whole
     return layout.local(part, [("+tokens",)], ("+tokens_sp",))(loss)
 
 
 def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
-    """All logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for training."""
+    """All logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for
+    training."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     logits_TV = (x_TD @ w_head.mT).to(torch.promote_types(x_TD.dtype, torch.float32))  # local
     return layout.constrain(logits_TV, "tokens", None)[:, :vocab]  # all-gather over tp
@@ -75,7 +85,9 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         train = any(ctx.needs_input_grad[:2])
         dx, dw = [], torch.zeros_like(w_VD, dtype=wide) if train else None
-        for x_CD, targets_C in zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True):
+        for x_CD, targets_C in zip(
+            x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True
+        ):
             logits_CV = (x_CD @ w_VD.mT).to(wide).masked_fill(ids_V >= loss.vocab, float("-inf"))
             top_C = layout.all_reduce(logits_CV.amax(-1), "vocab", "max")
             exp_CV = (logits_CV - top_C[:, None]).exp()
@@ -83,7 +95,9 @@ class _ChunkedLoss(torch.autograd.Function):
             mine = (targets_C >= ids_V[0]) & (targets_C <= ids_V[-1])
             place_C = (targets_C - ids_V[0]) * mine
             target_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
-            sum_C, target_C = layout.all_reduce(torch.stack([exp_CV.sum(-1), target_C]), "vocab").unbind()
+            sum_C, target_C = layout.all_reduce(
+                torch.stack([exp_CV.sum(-1), target_C]), "vocab"
+            ).unbind()
             logsum_C = top_C + sum_C.log()
             total = total + ((logsum_C - target_C + loss.z * logsum_C.square()) * counts).sum()
             if train:

@@ -1,22 +1,26 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; the same in V3, arXiv:2412.19437).
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; the same in V3,
+arXiv:2412.19437).
 
-Keys and values of all heads are made from one narrow vector per token, the latent ``c_TR``, which is all that
-a server has to keep of a token: 512 numbers and a rotary key of 64, where 128 heads of keys and values would
-be 32,768. Queries may have a latent of their own, which saves activations in training. A head's score has two
-parts: one of keys from the latent, without positions (an up-projection after a rotation could not be folded
-into the query), and one of a rotary key that all heads share. So keys are wider than values, 192 and 128.
+Keys and values of all heads are made from one narrow vector per token, the latent ``c_TR``, which
+is all that a server has to keep of a token: 512 numbers and a rotary key of 64, where 128 heads of
+keys and values would be 32,768. Queries may have a latent of their own, which saves activations in
+training. A head's score has two parts: one of keys from the latent, without positions (an
+up-projection after a rotation could not be folded into the query), and one of a rotary key that all
+heads share. So keys are wider than values, 192 and 128.
 
-Tensor parallelism cuts the heads, as in attention.py. The down-projections have no heads: they are whole on
-every rank and run on the tokens that it holds under sequence parallelism, so no rank repeats another's work
-and their gradients are sums pending over tp, like a norm's. What is then gathered over tp is the latents,
-2,112 numbers a token in DeepSeek-V3, and not the 7,168 of the residual stream. Without a latent for queries
-(V2-Lite) the stream is gathered in the same collective.
+Tensor parallelism cuts the heads, as in attention.py. The down-projections have no heads: they are
+whole on every rank and run on the tokens that it holds under sequence parallelism, so no rank
+repeats another's work and their gradients are sums pending over tp, like a norm's. What is then
+gathered over tp is the latents, 2,112 numbers a token in DeepSeek-V3, and not the 7,168 of the
+residual stream. Without a latent for queries (V2-Lite) the stream is gathered in the same
+collective.
 
-Heads are rotated by halves as everywhere here. DeepSeek's weights have pairs side by side, which is a
-permutation of the rotary columns of ``w_q_up`` and ``w_kv_down``: the business of whoever reads them.
+Heads are rotated by halves as everywhere here. DeepSeek's weights have pairs side by side, which is
+a permutation of the rotary columns of ``w_q_up`` and ``w_kv_down``: the business of whoever reads
+them.
 
-Left out: attention in the space of latents, with up-projections absorbed, which is for serving. Generation
-here keeps keys and values of all heads (past.py).
+Left out: attention in the space of latents, with up-projections absorbed, which is for serving.
+Generation here keeps keys and values of all heads (past.py).
 """
 
 from __future__ import annotations
@@ -63,7 +67,9 @@ class MLAConfig:
                 f"{self.rope_dim}, v_dim={self.v_dim}: ranks are at least 0 and widths at least 1; raise them"
             )
         if self.rope_dim % 2:
-            raise UserError(f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even")
+            raise UserError(
+                f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even"
+            )
         if self.q_rank and not self.kv_rank:
             raise UserError(
                 f"model.mla.q_rank={self.q_rank} with kv_rank=0, which is plain attention; give "
@@ -90,9 +96,9 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MLA:
-    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every head's keys
-    and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and ``q_rank`` as the dim
-    of a weight that ZeRO may cut; as with ``embed``."""
+    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every
+    head's keys and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and
+    ``q_rank`` as the dim of a weight that ZeRO may cut; as with ``embed``."""
 
     w_q_down: Tensor | None = weight("embed", "act_q_rank", summed=1, when="q_rank")
     q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
@@ -116,8 +122,8 @@ def mla(
     recipe: Recipe | None = None,
     past: KVCache | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as ``rope_dim``;
-    otherwise as ``attention``."""
+    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as
+    ``rope_dim``; otherwise as ``attention``."""
     q_TR = x_TD  # local, and so are the next lines: each rank has its own tokens
     if p.w_q_down is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
@@ -160,4 +166,6 @@ def _core(
     q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)
     k_TNH = torch.cat([kv_TNH[..., :nope], turned_k], dim=-1)
     past = past_k, past_v, places_T
-    return core(q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout)
+    return core(
+        q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout
+    )

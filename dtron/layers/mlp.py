@@ -1,8 +1,9 @@
 """The feed-forward layer: two matrices out, one back, and what tensor parallelism is in five lines.
 
-``w_gate`` and ``w_up`` are cut by columns and ``w_down`` by rows (Shoeybi et al. 2019, arXiv:1909.08053,
-figure 3a), so that the wide activation ``h_TF`` never leaves its rank: one all-gather of the tokens before,
-one reduce-scatter after (Korthikanti et al. 2022, arXiv:2205.05198, figure 5).
+``w_gate`` and ``w_up`` are cut by columns and ``w_down`` by rows (Shoeybi et al. 2019,
+arXiv:1909.08053, figure 3a), so that the wide activation ``h_TF`` never leaves its rank: one
+all-gather of the tokens before, one reduce-scatter after (Korthikanti et al. 2022,
+arXiv:2205.05198, figure 5).
 """
 
 from __future__ import annotations
@@ -37,9 +38,13 @@ class MLP:
 
 
 def mlp(
-    p: MLP, x_TD: Tensor, layout: Layout, activation: Activation = "swiglu", recipe: Recipe | None = None,
+    p: MLP,
+    x_TD: Tensor,
+    layout: Layout,
+    activation: Activation = "swiglu",
+    recipe: Recipe | None = None,
     chunk: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None.
     ``chunk``: of a rank's tokens, how many at a time, to be computed again in backward; None: all. Then
     ``h_TF`` exists for one chunk only."""
@@ -53,9 +58,14 @@ def mlp(
 
 
 def _between(
-    x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None, w_down: Tensor,
-    activation: Activation, recipe: Recipe | None,
-) -> Tensor:  # fmt: skip
+    x_TD: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    activation: Activation,
+    recipe: Recipe | None,
+) -> Tensor:
     """What is between the collectives: local."""
     h_TF = linear(x_TD, w_up, b_up, recipe)
     match activation:

@@ -1,10 +1,11 @@
-"""Normalisation over the embedding: RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et
-al. 2016, arXiv:1607.06450).
+"""Normalisation over the embedding: RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) and LayerNorm
+(Ba et al. 2016, arXiv:1607.06450).
 
-Both work on each token alone, so under sequence parallelism they run on the tokens a rank holds and need no
-communication. Their weights are whole on every rank; each rank has then seen some of the tokens only, and the
-weight's gradient is a sum still pending over dp, cp *and* tp. It is DTensor that keeps track of that: a
-trainer that forgets the tp part is wrong in exactly the norm weights (a bug that has shipped).
+Both work on each token alone, so under sequence parallelism they run on the tokens a rank holds and
+need no communication. Their weights are whole on every rank; each rank has then seen some of the
+tokens only, and the weight's gradient is a sum still pending over dp, cp *and* tp. It is DTensor
+that keeps track of that: a trainer that forgets the tp part is wrong in exactly the norm weights (a
+bug that has shipped).
 """
 
 from __future__ import annotations

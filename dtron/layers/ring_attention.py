@@ -1,29 +1,30 @@
 """Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, queries stay.
 
-Each of n ranks has a part of every row. In n steps it sees the keys and values of every part: its own first,
-then what the rank before passes on, while its own go to the next. A step's softmax is over some keys only,
-and two such results are one by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1805.02867):
+Each of n ranks has a part of every row. In n steps it sees the keys and values of every part: its
+own first, then what the rank before passes on, while its own go to the next. A step's softmax is
+over some keys only, and two such results are one by their log-sum-exps (Milakov & Gimelshein 2018,
+arXiv:1805.02867):
 
     lse = log(e^lse_1 + e^lse_2)        out = out_1 e^(lse_1 - lse) + out_2 e^(lse_2 - lse)
 
 The exchange of a step is posted before the computation of the step before, which it hides behind.
 
-Two functions say this. ``ring_plainly`` is for every mask: each step is a core that gives its lse, and what
-autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused kernels: it keeps
-no keys but its own for backward, where keys and values go round once more, and behind them a sum of their
-gradients, that every rank adds to and that arrives where it belongs.
+Two functions say this. ``ring_plainly`` is for every mask: each step is a core that gives its lse,
+and what autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused
+kernels: it keeps no keys but its own for backward, where keys and values go round once more, and
+behind them a sum of their gradients, that every rank adds to and that arrives where it belongs.
 
-Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see token_order.py) a rank
-has an early half, 0, and a late half, 1. Of a part from another rank two of the four pairs of halves are
-seen, and seen whole: its half 0 by one's half 1 in any case, and beside it half 0 by half 0 where that part
-is the earlier one, or half 1 by half 1 where it is the later. The others are left out, so ``ring`` does just
-the work that there is, the same on all ranks and in every step. Which pair it is comes as data, and one
-program runs on every rank: a compiler that moves collectives must find the same ones everywhere. In
-contiguous order the last rank needs every part and the others wait for it; here they compute what they throw
-away.
+Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see
+token_order.py) a rank has an early half, 0, and a late half, 1. Of a part from another rank two of
+the four pairs of halves are seen, and seen whole: its half 0 by one's half 1 in any case, and
+beside it half 0 by half 0 where that part is the earlier one, or half 1 by half 1 where it is the
+later. The others are left out, so ``ring`` does just the work that there is, the same on all ranks
+and in every step. Which pair it is comes as data, and one program runs on every rank: a compiler
+that moves collectives must find the same ones everywhere. In contiguous order the last rank needs
+every part and the others wait for it; here they compute what they throw away.
 
-Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but what they
-need is sent.
+Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but
+what they need is sent.
 """
 
 from __future__ import annotations
@@ -43,16 +44,23 @@ Result = tuple[Tensor, Tensor]  # out, lse
 
 
 def merge(a: Result, b: Result) -> Result:
-    """Attention to two sets of keys from that to each; in float32 at least. ``a`` has seen some key."""
+    """Attention to two sets of keys from that to each; in float32 at least. ``a`` has seen some
+    key."""
     (o_a, lse_a), (o_b, lse_b) = a, b
     lse = torch.logaddexp(lse_a, lse_b)
     return o_a * (lse_a - lse).exp()[..., None] + o_b * (lse_b - lse).exp()[..., None], lse
 
 
 def ring_plainly(
-    q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, sinks_N: Tensor | None,
-    masks: Sequence[AttentionMask], peers: RingGroup, flex: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents_BS: Tensor | None,
+    sinks_N: Tensor | None,
+    masks: Sequence[AttentionMask],
+    peers: RingGroup,
+    flex: bool,
+) -> Tensor:
     """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
     message, found = _pack(k, v), None
     for step, mask in enumerate(masks):
@@ -83,7 +91,16 @@ def ring(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q, k, v, later: Tensor, zigzag: bool, scale: float | None, group: str, place: int, steps: int
+        ctx,
+        q,
+        k,
+        v,
+        later: Tensor,
+        zigzag: bool,
+        scale: float | None,
+        group: str,
+        place: int,
+        steps: int,
     ):
         ring = (group, place, steps)
         message = _pack(k, v)
@@ -105,7 +122,10 @@ class _Ring(torch.autograd.Function):
             (o_1, o_same), (lse_1, lse_same) = o.chunk(2), lse.chunk(2)
             halves = [
                 merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
-                merge(merge(halves[1], (o_1, lse_1)), (o_same, lse_same.masked_fill(~late, float("-inf")))),
+                merge(
+                    merge(halves[1], (o_1, lse_1)),
+                    (o_same, lse_same.masked_fill(~late, float("-inf"))),
+                ),
             ]
         o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
         lse = torch.cat([lse for _, lse in halves], dim=2)
@@ -116,7 +136,12 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         q, k, v, o, lse, later, *rest = ctx.saved_tensors
-        rest, zigzag, ring, scale = tuple(rest) if ctx.fused else None, ctx.zigzag, ctx.ring, ctx.scale
+        rest, zigzag, ring, scale = (
+            tuple(rest) if ctx.fused else None,
+            ctx.zigzag,
+            ctx.ring,
+            ctx.scale,
+        )
         message, (*_, steps), returning = _pack(k, v), ring, None
         coming = shift(message, *ring)
         dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)

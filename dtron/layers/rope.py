@@ -1,8 +1,9 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch it to longer contexts.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch it to longer
+contexts.
 
-A head's dims are taken as pairs (i, i + H/2) and pair i is turned by the angle ``position * frequency_i``,
-with frequencies falling geometrically from 1 to 1/theta. Stretching a model to a longer context means slowing
-the frequencies whose wavelength the original context could not fill:
+A head's dims are taken as pairs (i, i + H/2) and pair i is turned by the angle ``position *
+frequency_i``, with frequencies falling geometrically from 1 to 1/theta. Stretching a model to a
+longer context means slowing the frequencies whose wavelength the original context could not fill:
 
 - Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
@@ -10,8 +11,8 @@ the frequencies whose wavelength the original context could not fill:
   DeepSeek gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores,
   so that it counts for dims that are not rotated too: ``RopeConfig.temperature``.
 
-Angles are computed in float32 at least from positions that travel as data: a packed document restarts at 0,
-and no layer knows.
+Angles are computed in float32 at least from positions that travel as data: a packed document
+restarts at 0, and no layer knows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class RopeConfig:
     beta_fast: float = 32.0
     """yarn: rotations above which it is kept"""
     mscale: float = 1.0
-    """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of mscale_all"""
+    """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of
+    mscale_all"""
     mscale_all: float = 0.0
     """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
     truncate: bool = True
@@ -74,7 +76,9 @@ class RopeConfig:
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-def frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+def frequencies(
+    rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
     """``[H/2]`` radians per token, and what cos and sin are multiplied by."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     freq = rope.theta**-pair
@@ -86,7 +90,11 @@ def frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.floa
         return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), 1.0
 
     def pair_with(rotations: float) -> float:
-        return head_dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            head_dim
+            * math.log(rope.original / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
@@ -99,8 +107,8 @@ def frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.floa
 
 
 def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the second. Once per
-    forward; every layer uses it. Rank-local."""
+    """``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the second.
+    Once per forward; every layer uses it. Rank-local."""
     freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))
     angle = positions_T[:, None].to(freq.dtype) * freq.to(positions_T.device)
     return torch.cat([angle.cos() * scale, angle.sin() * scale], dim=-1)

@@ -1,7 +1,8 @@
 """A microbatch: what the stages of a model are given, and what of it each rank has.
 
-Token-major, because two dims that are both cut cannot be flattened; a target is the next token. Everything
-about tokens travels as data, positions and documents above all: so no layer knows in which order they stand.
+Token-major, because two dims that are both cut cannot be flattened; a target is the next token.
+Everything about tokens travels as data, positions and documents above all: so no layer knows in
+which order they stand.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dtron.model.mtp import look_ahead
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the other unless
-    cp cuts them (see layers/token_order.py). A target is the next token, or IGNORE; ``rows_T`` is the row of a token.
-    ``documents_T [T@rows]`` are whole rows, always one after the other, or None where a row is one document.
-    ``tokens_TA`` and ``targets_TA [T@tokens, depth]`` are those further ahead, for multi-token prediction;
-    None: without it."""
+    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the
+    other unless cp cuts them (see layers/token_order.py). A target is the next token, or IGNORE;
+    ``rows_T`` is the row of a token. ``documents_T [T@rows]`` are whole rows, always one after the
+    other, or None where a row is one document. ``tokens_TA`` and ``targets_TA [T@tokens, depth]``
+    are those further ahead, for multi-token prediction; None: without it."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -37,13 +38,19 @@ class Batch:
 
 
 def make_batch(
-    rows_BS: Tensor, layout: Layout, documents_BS: Tensor | None = None, positions_BS: Tensor | None = None,
-    counted_BS: Tensor | None = None, depth: int = 0, zigzag: bool = True,
-) -> Batch:  # fmt: skip
-    """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``): inputs and,
-    shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in the loss; and for
-    ``depth`` modules of multi-token prediction, shifted further. Every rank passes the same rows and keeps
-    its own: over cp, parts of them, in ``zigzag`` order or contiguous."""
+    rows_BS: Tensor,
+    layout: Layout,
+    documents_BS: Tensor | None = None,
+    positions_BS: Tensor | None = None,
+    counted_BS: Tensor | None = None,
+    depth: int = 0,
+    zigzag: bool = True,
+) -> Batch:
+    """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``):
+    inputs and, shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in
+    the loss; and for ``depth`` modules of multi-token prediction, shifted further. Every rank
+    passes the same rows and keeps its own: over cp, parts of them, in ``zigzag`` order or
+    contiguous."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     if counted_BS is not None:
         targets = targets.masked_fill(~counted_BS, IGNORE)

@@ -1,4 +1,5 @@
-"""How a model is computed, as apart from what it computes: a ``ModelConfig`` says what, and this the rest."""
+"""How a model is computed, as apart from what it computes: a ``ModelConfig`` says what, and this
+the rest."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ Fp8 = Literal["none", Scaling]
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What may differ between two runs of one model without changing the result, beyond rounding: what is
-    computed again in backward, which kernels attend and how over cp, which products are made in FP8, how
-    tokens reach their experts. Flags of the run."""
+    """What may differ between two runs of one model without changing the result, beyond rounding:
+    what is computed again in backward, which kernels attend and how over cp, which products are
+    made in FP8, how tokens reach their experts. Flags of the run."""
 
     recompute: str = "none"
     attention: AttentionPath = "auto"
@@ -33,9 +34,13 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         if self.fp8_smallest < 0:
-            raise UserError(f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}")
+            raise UserError(
+                f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}"
+            )
         if self.fp8_gather and self.fp8 == "none":
-            raise UserError("--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too")
+            raise UserError(
+                "--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too"
+            )
         if self.recompute not in ("none", "selective", "full") and self.budget is None:
             raise UserError(
                 f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "

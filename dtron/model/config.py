@@ -1,7 +1,8 @@
 """The shape of a transformer: frozen, checked once where it is made.
 
-Sizes use the names of the logical axes, so that ``ModelConfig.dims()`` is all that a params declaration
-needs. Presets are in model/presets.py; everything else about a run is in runtime/config.py.
+Sizes use the names of the logical axes, so that ``ModelConfig.dims()`` is all that a params
+declaration needs. Presets are in model/presets.py; everything else about a run is in
+runtime/config.py.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class ModelConfig:
     init_std: float = 0.02
     """standard deviation of initial matrices"""
     vocab_multiple: int = 128
-    """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits are
-    masked"""
+    """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits
+    are masked"""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
@@ -87,7 +88,9 @@ class ModelConfig:
             "vocab_multiple",
         ):
             if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)}: a size is at least 1; raise it")
+                raise UserError(
+                    f"model.{name}={getattr(self, name)}: a size is at least 1; raise it"
+                )
         if self.latent:
             self._check_latent()
         elif self.heads % self.kv_heads:
@@ -96,7 +99,9 @@ class ModelConfig:
                 f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
             )
         if self.positions == "rotary" and not self.latent and self.head_dim % 2:
-            raise UserError(f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even")
+            raise UserError(
+                f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even"
+            )
         under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -104,7 +109,9 @@ class ModelConfig:
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
         if self.full_every < 0:
-            raise UserError(f"model.full_every={self.full_every}: a number of layers; use 0 for none")
+            raise UserError(
+                f"model.full_every={self.full_every}: a number of layers; use 0 for none"
+            )
         if self.moe.experts and self.moe.dense_layers >= self.layers:
             raise UserError(
                 f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
@@ -112,7 +119,13 @@ class ModelConfig:
             )
 
     def _check_latent(self) -> None:
-        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "positions": "rotary"}
+        others = {
+            "qk_norm": False,
+            "qkv_bias": False,
+            "bias": False,
+            "sinks": False,
+            "positions": "rotary",
+        }
         for name, only in others.items():
             if getattr(self, name) != only:
                 raise UserError(
@@ -122,7 +135,8 @@ class ModelConfig:
 
     @property
     def latent(self) -> bool:
-        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean nothing."""
+        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean
+        nothing."""
         return self.mla.kv_rank > 0
 
     @property
@@ -145,7 +159,8 @@ class ModelConfig:
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     def dims(self) -> dict[str, Any]:
-        """What declarations look names up in: sizes by logical axis, and the ``when`` conditions."""
+        """What declarations look names up in: sizes by logical axis, and the ``when``
+        conditions."""
         return {
             **{
                 name: getattr(self, name)

@@ -1,7 +1,7 @@
 """Known models by name, as their published config files describe them.
 
-The vocabulary is the published one; ``vocab_multiple`` pads the embedding's rows for speed without changing
-the model. A test counts the parameters of each and compares with the published number.
+The vocabulary is the published one; ``vocab_multiple`` pads the embedding's rows for speed without
+changing the model. A test counts the parameters of each and compares with the published number.
 """
 
 from __future__ import annotations
@@ -17,23 +17,47 @@ from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 
 
-def _llama(vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5):
+def _llama(
+    vocab, embed, layers, heads, kv_heads, mlp, context, rope, tied=False, head_dim=128, eps=1e-5
+):
     return ModelConfig(
-        vocab=vocab, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp,
-        norm_eps=eps, rope=rope, context=context, tied=tied,
-    )  # fmt: skip
+        vocab=vocab,
+        embed=embed,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=mlp,
+        norm_eps=eps,
+        rope=rope,
+        context=context,
+        tied=tied,
+    )
 
 
 def _gpt2(embed, layers, heads):
     return ModelConfig(
-        vocab=50257, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=64, mlp=4 * embed,
-        activation="gelu", norm="layernorm", positions="learned", context=1024, qkv_bias=True, bias=True,
+        vocab=50257,
+        embed=embed,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=64,
+        mlp=4 * embed,
+        activation="gelu",
+        norm="layernorm",
+        positions="learned",
+        context=1024,
+        qkv_bias=True,
+        bias=True,
         tied=True,
-    )  # fmt: skip
+    )
 
 
 def _qwen2(embed, layers, heads, kv_heads, mlp, vocab, context, tied, head_dim=128):
-    llama = _llama(vocab, embed, layers, heads, kv_heads, mlp, context, RopeConfig(1e6), tied, head_dim, 1e-6)
+    llama = _llama(
+        vocab, embed, layers, heads, kv_heads, mlp, context, RopeConfig(1e6), tied, head_dim, 1e-6
+    )
     return replace(llama, qkv_bias=True)
 
 
@@ -51,27 +75,43 @@ def _stretched(factor: float) -> RopeConfig:
 
 def _qwen3_moe(embed, layers, heads, kv_heads, mlp, vocab=151936, context=40960, **moe):
     """Qwen 3 with 128 experts of width ``mlp``, of which a token uses 8."""
-    llama = _llama(vocab, embed, layers, heads, kv_heads, 8 * mlp, context, RopeConfig(1e6), eps=1e-6)
+    llama = _llama(
+        vocab, embed, layers, heads, kv_heads, 8 * mlp, context, RopeConfig(1e6), eps=1e-6
+    )
     return replace(llama, qk_norm=True, moe=MoEConfig(128, 8, mlp, **moe))
 
 
 _MIXTRAL = replace(
-    _llama(32000, 4096, 32, 32, 8, 14336, 32768, RopeConfig(1e6)), moe=MoEConfig(8, 2, 14336, aux_loss=0.02)
+    _llama(32000, 4096, 32, 32, 8, 14336, 32768, RopeConfig(1e6)),
+    moe=MoEConfig(8, 2, 14336, aux_loss=0.02),
 )
 _GPT_OSS = replace(
     _llama(201088, 2880, 24, 64, 8, 2880, 131072, RopeConfig(1.5e5), head_dim=64),
     rope=RopeConfig(1.5e5, "yarn", 32.0, 4096, truncate=False),
-    qkv_bias=True, bias=True, sinks=True, window=128, full_every=2,
-    moe=MoEConfig(32, 4, 2880, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True,
-            aux_loss=0.001),
-)  # fmt: skip
+    qkv_bias=True,
+    bias=True,
+    sinks=True,
+    window=128,
+    full_every=2,
+    moe=MoEConfig(
+        32,
+        4,
+        2880,
+        score="topk_softmax",
+        router_bias=True,
+        activation="clamped_swiglu",
+        bias=True,
+        aux_loss=0.001,
+    ),
+)
 
 
 def _deepseek(vocab, embed, layers, heads, mlp, moe, q_rank, mscale, **more):
     """V2 and V3: latent attention, the context stretched from 4,096 to 163,840."""
     return ModelConfig(
         vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=mlp, moe=moe, norm_eps=1e-6, context=163840,
-        rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale), mla=MLAConfig(512, q_rank), **more,
+        rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale=mscale, mscale_all=mscale),
+        mla=MLAConfig(512, q_rank), **more,
     )  # fmt: skip
 
 
@@ -93,7 +133,9 @@ _TINY_DEEPSEEK = ModelConfig(
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny":          ModelConfig(),
-    "tiny-moe":      ModelConfig(embed=128, layers=2, heads=4, kv_heads=2, moe=MoEConfig(8, 2, 128, aux_loss=0.01)),
+    "tiny-moe":      ModelConfig(
+        embed=128, layers=2, heads=4, kv_heads=2, moe=MoEConfig(8, 2, 128, aux_loss=0.01)
+    ),
     "tiny-deepseek": _TINY_DEEPSEEK,
     "bench-1.3b":    _llama(32768, 2048, 24, 16, 8, 5632, 4096, RopeConfig()),
     "bench-8b-width": _llama(32768, 4096, 6, 32, 8, 14336, 4096, RopeConfig()),  # llama3-8b, 6 layers of it

@@ -1,9 +1,11 @@
-"""The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like every layer.
+"""The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like
+every layer.
 
-Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``, once per
-pipeline stage, are the whole model from a batch to the summed loss. What may vary between runs without
-changing the result, where weights are gathered and what is recomputed, is decided in layers/recompute.py alone.
-Dropout is absent by choice: models of today train without it, and recomputation needs no random state.
+Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``,
+once per pipeline stage, are the whole model from a batch to the summed loss. What may vary between
+runs without changing the result, where weights are gathered and what is recomputed, is decided in
+layers/recompute.py alone. Dropout is absent by choice: models of today train without it, and
+recomputation needs no random state.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from dtron.model.config import ModelConfig
 from dtron.model.mtp import module
 from dtron.moe.dispatch import Dispatch
 from dtron.moe.layer import MoELayer, TokenInfo, moe
-from dtron.params import WeightSpec, declare, flat, gather, part, value, weight
+from dtron.params import declare, gather, part, value, weight
 from dtron.schedules.runner import StageOutput
 
 
@@ -83,17 +85,30 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 
 def block(
-    p: Block, x_TD: Tensor, before_E: Tensor | None, seen: TokenInfo | None, table_TH: Tensor | None,
-    documents_T: Tensor | None, mask: AttentionMask | ContextParallelMask, m: ModelConfig, layout: Layout,
-    path: AttentionPath = "auto", recipe: Recipe | None = None, dispatch: Dispatch = "auto",
-    past: KVCache | None = None, chunk: int | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added to the
-    loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix products in FP8, or
-    None; ``past``: keys and values of earlier tokens; ``chunk``: of an MLP, see there."""
+    p: Block,
+    x_TD: Tensor,
+    before_E: Tensor | None,
+    seen: TokenInfo | None,
+    table_TH: Tensor | None,
+    documents_T: Tensor | None,
+    mask: AttentionMask | ContextParallelMask,
+    m: ModelConfig,
+    layout: Layout,
+    path: AttentionPath = "auto",
+    recipe: Recipe | None = None,
+    dispatch: Dispatch = "auto",
+    past: KVCache | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added
+    to the loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix
+    products in FP8, or None; ``past``: keys and values of earlier tokens; ``chunk``: of an MLP, see
+    there."""
     attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + attend(weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past)
+    x_TD = x_TD + attend(
+        weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past
+    )
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe, chunk),)
@@ -107,12 +122,19 @@ def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tenso
 
 
 def stage(
-    p: Transformer, x_TD: Tensor, batch: Batch, before: dict[str, Tensor] | None = None, *, m: ModelConfig,
-    layout: Layout, how: ComputeConfig = PLAIN,
-) -> tuple[Tensor, StageOutput | None]:  # fmt: skip
-    """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same, or the
-    summed loss over the batch's valid tokens, its sum over data ranks still pending; and what the stage adds
-    to it and reports. ``before``: the reports of the step so far, where they matter."""
+    p: Transformer,
+    x_TD: Tensor,
+    batch: Batch,
+    before: dict[str, Tensor] | None = None,
+    *,
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig = PLAIN,
+) -> tuple[Tensor, StageOutput | None]:
+    """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same,
+    or the summed loss over the batch's valid tokens, its sum over data ranks still pending; and
+    what the stage adds to it and reports. ``before``: the reports of the step so far, where they
+    matter."""
     run = _runner(p, batch, x_TD, m, layout, how, before)
     x_TD, extras = _trunk(p, x_TD, run, m, layout, how.recompute)
     if p.norm is None:
@@ -126,9 +148,14 @@ def stage(
 
 
 def stage_logits(
-    p: Transformer, x_TD: Tensor, batch: Batch, m: ModelConfig, layout: Layout,
-    past: Sequence[KVCache] | None = None, last_B: Tensor | None = None,
-) -> tuple[Tensor, None]:  # fmt: skip
+    p: Transformer,
+    x_TD: Tensor,
+    batch: Batch,
+    m: ModelConfig,
+    layout: Layout,
+    past: Sequence[KVCache] | None = None,
+    last_B: Tensor | None = None,
+) -> tuple[Tensor, None]:
     """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
     for each block, the batch goes on from the tokens before, at its positions, and is added to it.
     ``last_B [B@tokens]``: the token of each row whose logits are wanted, ``[B@tokens, vocab]``."""
@@ -144,7 +171,9 @@ def stage_logits(
 
 
 def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
-    return x_TD.unflatten(0, (-1, sequence))[torch.arange(len(places_B), device=x_TD.device), places_B]
+    return x_TD.unflatten(0, (-1, sequence))[
+        torch.arange(len(places_B), device=x_TD.device), places_B
+    ]
 
 
 def forward(
@@ -167,24 +196,37 @@ Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
 
 
 def _runner(
-    p: Transformer, batch: Batch, x_TD: Tensor, m: ModelConfig, layout: Layout, how: ComputeConfig,
-    before: dict[str, Tensor] | None = None, past: Sequence[KVCache] | None = None,
-) -> Run:  # fmt: skip
-    """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i, end)`` gives x
-    and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts; ``end``: it is the first or
-    the last of the model. ``around`` wraps the block, whose weights are then a part of ``p_i``; ``targets_T``
-    say which tokens count (None: the batch's)."""
+    p: Transformer,
+    batch: Batch,
+    x_TD: Tensor,
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig,
+    before: dict[str, Tensor] | None = None,
+    past: Sequence[KVCache] | None = None,
+) -> Run:
+    """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i,
+    end)`` gives x and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts;
+    ``end``: it is the first or the last of the model. ``around`` wraps the block, whose weights are
+    then a part of ``p_i``; ``targets_T`` say which tokens count (None: the batch's)."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     masks = {
         window: prepare(
-            AttentionMask(batch.sequence, window, m.softcap, m.score_scale), batch.documents_T, m.sinks, m.head_dims,
-            x_TD, layout, how.attention, how.cp, batch.zigzag,
+            AttentionMask(batch.sequence, window, m.softcap, m.score_scale),
+            batch.documents_T,
+            m.sinks,
+            m.head_dims,
+            x_TD,
+            layout,
+            how.attention,
+            how.cp,
+            batch.zigzag,
         )
         for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
-    }  # fmt: skip
+    }
     sparse = [p_block.moe is not None for p_block in p.all_blocks]
     tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
     chunk = mlp_chunk_tokens(how.recompute, tokens, width)
@@ -226,10 +268,16 @@ def _trunk(
 
 
 def _ahead(
-    p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, run: Run, m: ModelConfig, layout: Layout
+    p: Transformer,
+    h_TD: Tensor,
+    w_head: Tensor,
+    batch: Batch,
+    run: Run,
+    m: ModelConfig,
+    layout: Layout,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Multi-token prediction: each module's loss, a sum over tokens like the main one; and what else their
-    blocks give."""
+    """Multi-token prediction: each module's loss, a sum over tokens like the main one; and what
+    else their blocks give."""
     w_tokens = Embedding(layout.gather(p.embedding.w_tokens, "vocab", "embed"), None)
     losses, extras = [], []
     for k, p_k in enumerate(p.mtp):
@@ -256,8 +304,8 @@ def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> To
 def _extra(
     extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
 ) -> StageOutput | None:
-    """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and each
-    prediction ahead."""
+    """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and
+    each prediction ahead."""
     pending = ("+tokens_sp",)
     stack = lambda xs: layout.local(lambda *rows: torch.stack(rows), [pending] * len(xs), pending)(
         *(x.detach() for x in xs)
@@ -265,45 +313,20 @@ def _extra(
     added, report = [], {}
     if extras:
         auxes, *rows = zip(*extras, strict=True)
-        report = {name: stack(xs) for name, xs in zip(("load", "router", "dropped"), rows, strict=True)}
+        report = {
+            name: stack(xs) for name, xs in zip(("load", "router", "dropped"), rows, strict=True)
+        }
         added += auxes if m.moe.aux_loss or m.moe.z_loss else ()
     if ahead:
         ahead = [over_all(loss, layout) for loss in ahead]
         report["ahead"] = stack(ahead)
         added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
-    aux = sum(added[1:], added[0]) if added else None  # sum() alone begins with 0, which is no pending sum
+    aux = (
+        sum(added[1:], added[0]) if added else None
+    )  # sum() alone begins with 0, which is no pending sum
     return StageOutput(aux, report) if report else None
 
 
 def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
     """Row i of a pending sum."""
     return layout.local(lambda x: x[i], [("+tokens_sp",)], ("+tokens_sp",))(x)
-
-
-def parameter_count(m: ModelConfig) -> int:
-    return sum(w.numel for w in flat(declare_model(m)))
-
-
-def active(w: WeightSpec, m: ModelConfig) -> float:
-    """How much of a weight a token is multiplied by: of experts, its top k."""
-    return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
-
-
-def active_count(m: ModelConfig) -> int:
-    """Parameters that one token uses."""
-    return round(sum(active(w, m) for w in flat(declare_model(m))))
-
-
-def flops_per_token(m: ModelConfig, sequence: int) -> float:
-    """Of forward and backward, without recomputation: 6 per weight that multiplies (all but embeddings that
-    are looked up, and of experts those that a token goes to), and 6 * layers * heads * head_dim * sequence
-    for causal attention, half of the full square (PaLM, arXiv:2204.02311, appendix B, halved). Where values
-    have another width, head_dim is the mean. Multi-token prediction counts as the blocks and heads it has."""
-    spec = declare_model(m)
-    looked_up = sum(w.numel for w in flat(spec.embedding)) - (spec.embedding.w_tokens.numel if m.tied else 0)
-    attended = 0.0  # tokens, on average: half the sequence without a window
-    for p in spec.all_blocks:
-        w = min(p.window or sequence, sequence)
-        attended += w - w * w / (2 * sequence)
-    head = m.padded_vocab * m.embed * m.mtp.depth  # every module multiplies by it again
-    return 6.0 * (active_count(m) - looked_up + head) + 6.0 * m.heads * sum(m.head_dims) * attended

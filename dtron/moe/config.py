@@ -26,7 +26,8 @@ class MoEConfig:
     dense_layers: int = 0
     """first layers that keep a dense feed-forward layer, of width model.mlp"""
     score: Score = "softmax"
-    """of an expert for a token: softmax over all experts or over the top k only, or each sigmoid by itself"""
+    """of an expert for a token: softmax over all experts or over the top k only, or each sigmoid by
+    itself"""
     normalize: bool = True
     """the scores of a token's experts are divided by their sum"""
     scale: float = 1.0
@@ -48,13 +49,15 @@ class MoEConfig:
     aux_loss: float = 0.0
     """weight of the load-balancing loss, 1 per token and layer where the load is even"""
     aux_level: BalanceLevel = "micro_batch"
-    """tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the step so far"""
+    """tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the step so
+    far"""
     z_loss: float = 0.0
     """weight of the router's z-loss, logsumexp squared per token and layer"""
     bias_rate: float = 0.0
     """balance without a loss: after each step, a bias that only chooses moves by this; 0: none"""
     capacity: float = 0.0
-    """rows of each expert as a multiple of the mean, per rank; tokens over it are dropped. 0: none is"""
+    """rows of each expert as a multiple of the mean, per rank; tokens over it are dropped. 0: none
+    is"""
     balanced: bool = False
     """for benchmarks: send the same number of tokens to every expert, whatever the router says"""
 
@@ -70,10 +73,14 @@ class MoEConfig:
         }
         for name, least in low.items():
             if getattr(self, name) < least:
-                raise UserError(f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it")
+                raise UserError(
+                    f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it"
+                )
         for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"model.moe.{name}={getattr(self, name)}: must be from 0; change it")
+                raise UserError(
+                    f"model.moe.{name}={getattr(self, name)}: must be from 0; change it"
+                )
         if not self.experts:
             return
         if self.top_k > self.experts:
@@ -82,7 +89,9 @@ class MoEConfig:
                 f"experts than there are; use --model.moe.top-k {self.experts}"
             )
         if self.experts % self.groups:
-            near = min((d for d in range(1, self.experts + 1) if self.experts % d == 0), key=self._far)
+            near = min(
+                (d for d in range(1, self.experts + 1) if self.experts % d == 0), key=self._far
+            )
             raise UserError(
                 f"model.moe.experts={self.experts} in model.moe.groups={self.groups}: groups must divide "
                 f"experts; use --model.moe.groups {near}"

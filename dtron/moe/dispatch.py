@@ -1,13 +1,14 @@
 """Bringing tokens to their experts, and what comes of them back.
 
-Each of T tokens goes to K experts: T * K *slots*. A ``TokenPermutation`` says in which row of a buffer, sorted by expert,
-each slot stands. ``permute`` copies tokens into that buffer and ``unpermute`` adds a token's K results up, each
-times its weight; their gradients are each other's, so nothing is ever added into a buffer at random places.
+Each of T tokens goes to K experts: T * K *slots*. A ``TokenPermutation`` says in which row of a
+buffer, sorted by expert, each slot stands. ``permute`` copies tokens into that buffer and
+``unpermute`` adds a token's K results up, each times its weight; their gradients are each other's,
+so nothing is ever added into a buffer at random places.
 
-Four dispatchers, one signature: ``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD, dropped)``.
-``run`` computes the experts that are here on rows sorted by them, of which ``first`` is the first. ``over``
-says between which ranks experts are spread. They differ in what they communicate over ep and in what shapes
-depend on:
+Four dispatchers, one signature: ``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD,
+dropped)``. ``run`` computes the experts that are here on rows sorted by them, of which ``first`` is
+the first. ``over`` says between which ranks experts are spread. They differ in what they
+communicate over ep and in what shapes depend on:
 
     local        ep = 1; no communication; T * K rows
     alltoall     rows go to the ranks of their experts, and back: as many as there are, so the host must know
@@ -44,8 +45,8 @@ Sent = tuple[Tensor, Tensor | None]  # y_TD, and how many slots were dropped (No
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The experts that there are, the ranks that they are spread between (None: all are here) and the rows
-    that each has room for, as a multiple of the mean (0: for all)."""
+    """The experts that there are, the ranks that they are spread between (None: all are here) and
+    the rows that each has room for, as a multiple of the mean (0: for all)."""
 
     experts: int
     ranks: DeviceMesh | None
@@ -73,12 +74,17 @@ class TokenPermutation(NamedTuple):
 def by_expert(
     expert_S: Tensor, experts: int, kept_S: Tensor | None = None
 ) -> tuple[TokenPermutation, Tensor]:
-    """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots that are
-    not kept have an expert beyond the last, and so stand behind, in rows that count as empty."""
+    """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots
+    that are not kept have an expert beyond the last, and so stand behind, in rows that count as
+    empty."""
     sorted_R, slot_R = expert_S.sort(stable=True)
-    place_S = torch.empty_like(slot_R).scatter(0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device))
+    place_S = torch.empty_like(slot_R).scatter(
+        0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device)
+    )
     ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
-    return TokenPermutation(place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]), ends_E
+    return TokenPermutation(
+        place_S, kept_S, slot_R, None if kept_S is None else kept_S[slot_R]
+    ), ends_E
 
 
 def permute(x_TD: Tensor, plan: TokenPermutation) -> Tensor:
@@ -92,7 +98,8 @@ def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: TokenPermutation) -> Tenso
 
 
 def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
-    """Rows of x; zero where there is none. Not a product: what lies in an unused row may be anything."""
+    """Rows of x; zero where there is none. Not a product: what lies in an unused row may be
+    anything."""
     rows = x.index_select(0, index)
     return rows if there is None else torch.where(there[:, None], rows, 0)
 
@@ -126,7 +133,9 @@ class _Collect(torch.autograd.Function):
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
         d_weights = (rows_TKD * g[:, None]).sum(-1, dtype=weights_TK.dtype)
         k = weights_TK.shape[1]
-        d_rows = g.index_select(0, slot_R // k) * weights_TK.view(-1).index_select(0, slot_R)[:, None]
+        d_rows = (
+            g.index_select(0, slot_R // k) * weights_TK.view(-1).index_select(0, slot_R)[:, None]
+        )
         if filled_R is not None:
             d_rows = torch.where(filled_R[:, None], d_rows, 0)
         return d_rows.to(y.dtype), d_weights, None, None, None, None
@@ -195,17 +204,23 @@ def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> Toke
     """``room`` rows for each expert, for the slots of the largest weights."""
     device = expert_S.device
     by_weight = weight_S.argsort(descending=True, stable=True)
-    order_S = by_weight[expert_S[by_weight].argsort(stable=True)]  # sorted by expert, then by weight
+    order_S = by_weight[
+        expert_S[by_weight].argsort(stable=True)
+    ]  # sorted by expert, then by weight
     sorted_S = expert_S[order_S]
     starts_E = torch.searchsorted(sorted_S, torch.arange(experts, device=device))
     number_S = torch.arange(len(order_S), device=device) - starts_E[sorted_S]
     kept, rows = number_S < room, experts * room
     # What finds no room stands in a row of its own behind, which is then cut off.
     place = torch.where(kept, sorted_S * room + number_S, rows)
-    slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)[:rows]
+    slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)[
+        :rows
+    ]
     filled_R = torch.zeros(rows + 1, dtype=torch.bool, device=device).scatter(0, place, kept)[:rows]
     place_S = torch.empty_like(place).scatter(0, order_S, place.clamp(max=rows - 1))
-    return TokenPermutation(place_S, torch.empty_like(kept).scatter(0, order_S, kept), slot_R, filled_R)
+    return TokenPermutation(
+        place_S, torch.empty_like(kept).scatter(0, order_S, kept), slot_R, filled_R
+    )
 
 
 def allgather(

@@ -1,13 +1,13 @@
 """The experts: many small feed-forward layers, computed together.
 
-The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows by its
-own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding them). Beside it
-stands the slow and clear version, a loop over experts, which also serves float32 and float64: the kernel is
-one of bfloat16. Where every expert has the same number of rows they are a plain batched product. In FP8 both
-are one kernel (fp8/scaled_grouped_mm.py).
+The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows
+by its own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding
+them). Beside it stands the slow and clear version, a loop over experts, which also serves float32
+and float64: the kernel is one of bfloat16. Where every expert has the same number of rows they are
+a plain batched product. In FP8 both are one kernel (fp8/scaled_grouped_mm.py).
 
-Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each expert has
-but some of the tokens, and a chunk would leave its products too few rows.
+Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each
+expert has but some of the tokens, and a chunk would leave its products too few rows.
 """
 
 from __future__ import annotations
@@ -48,14 +48,20 @@ WEIGHTS = (
 
 
 def compute(
-    p: Experts, x: Tensor, ends_E: Tensor | None, activation: ExpertActivation, cuts: int = 1,
+    p: Experts,
+    x: Tensor,
+    ends_E: Tensor | None,
+    activation: ExpertActivation,
+    cuts: int = 1,
     recipe: Recipe | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Rank-local. ``x [R, D]`` sorted by expert, the rows of expert e ending before ``ends_E[e]`` -> the
     same shape; rows after the last end come out as anything. With ``ends_E`` None, ``x [E, C, D]``.
     ``cuts``: the ranks that each expert is cut over; what they give must be added up. ``recipe``: products in
     FP8, or None."""
-    gate, up = (product(x, w, b, ends_E, recipe) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up)))
+    gate, up = (
+        product(x, w, b, ends_E, recipe) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up))
+    )
     if activation == "swiglu":
         h = F.silu(gate) * up
     else:
@@ -75,8 +81,9 @@ def product(
         return y
     if ends_E is None:
         return y + b[:, None]
-    # A kernel leaves the rows after the last end unwritten, in backward too. They get a row of zeros that
-    # stands behind the biases: were it the last expert's, its gradient would add up what lies in them.
+    # A kernel leaves the rows after the last end unwritten, in backward too. They get a row of
+    # zeros that stands behind the biases: were it the last expert's, its gradient would add up what
+    # lies in them.
     places = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True)
     return y + F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)

@@ -1,9 +1,9 @@
 """Which token goes to which experts, and what keeps their load even.
 
-A token's logits are its product with the router's matrix; scores are their softmax or sigmoid, and the
-token goes to its top k (Shazeer et al. 2017, arXiv:1701.06538). DeepSeek-V3 (arXiv:2412.19437, section 2.1.2)
-first takes the best groups of experts, so that a token is sent to few nodes. All in float32 at least: experts
-are chosen by differences that bfloat16 does not have.
+A token's logits are its product with the router's matrix; scores are their softmax or sigmoid, and
+the token goes to its top k (Shazeer et al. 2017, arXiv:1701.06538). DeepSeek-V3 (arXiv:2412.19437,
+section 2.1.2) first takes the best groups of experts, so that a token is sent to few nodes. All in
+float32 at least: experts are chosen by differences that bfloat16 does not have.
 
 Nothing in this makes the load even, so something must be added:
 
@@ -16,9 +16,10 @@ Nothing in this makes the load even, so something must be added:
   where an expert had less than the mean and down where it had more. It is no weight of the optimizer;
 - z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5), which keeps logits small.
 
-Losses are sums over tokens, like the main loss, and are divided once by the same count. A token whose target
-does not count counts in none of this, though it goes to experts like any other. f is a count over all ranks
-that have tokens: one all-reduce of E numbers per layer (none without an auxiliary loss).
+Losses are sums over tokens, like the main loss, and are divided once by the same count. A token
+whose target does not count counts in none of this, though it goes to experts like any other. f is a
+count over all ranks that have tokens: one all-reduce of E numbers per layer (none without an
+auxiliary loss).
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ class Router:
 
 
 class Routed(NamedTuple):
-    """``weights_TK`` and ``index_TK [T@tokens_sp, K]``: a token's experts and what their outputs are
-    multiplied by. ``aux``: what is added to the loss. ``load_E``: tokens per expert. ``totals``: of tokens,
-    entropies, auxiliary losses and z-losses, in that order. The last three are sums over tokens, pending."""
+    """``weights_TK`` and ``index_TK [T@tokens_sp, K]``: a token's experts and what their outputs
+    are multiplied by. ``aux``: what is added to the loss. ``load_E``: tokens per expert.
+    ``totals``: of tokens, entropies, auxiliary losses and z-losses, in that order. The last three
+    are sums over tokens, pending."""
 
     weights_TK: Tensor
     index_TK: Tensor
@@ -59,9 +61,16 @@ TOTALS = ("tokens", "entropy", "aux_loss", "z_loss")
 
 
 def route(
-    p: Router, x_TD: Tensor, valid_T: Tensor, rows_T: Tensor, rows: int, c: MoEConfig, layout: Layout,
-    before_E: Tensor | None = None, place_T: Tensor | None = None,
-) -> Routed:  # fmt: skip
+    p: Router,
+    x_TD: Tensor,
+    valid_T: Tensor,
+    rows_T: Tensor,
+    rows: int,
+    c: MoEConfig,
+    layout: Layout,
+    before_E: Tensor | None = None,
+    place_T: Tensor | None = None,
+) -> Routed:
     """``x_TD [T@tokens_sp, D]``. ``valid_T``: whether a token counts; ``rows_T``: its sequence, of ``rows``.
     ``before_E``: the load of the step so far, for the auxiliary loss of that level. ``place_T``:
     of a token among all, for forced balance."""
@@ -77,9 +86,18 @@ def route(
 
 
 def _route(
-    x_TD: Tensor, w: Tensor, b: Tensor | None, balance: Tensor | None, valid_T: Tensor, rows_T: Tensor,
-    place_T: Tensor | None, before_E: Tensor | None, rows: int, c: MoEConfig, layout: Layout,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x_TD: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    balance: Tensor | None,
+    valid_T: Tensor,
+    rows_T: Tensor,
+    place_T: Tensor | None,
+    before_E: Tensor | None,
+    rows: int,
+    c: MoEConfig,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
     """Rank-local, but for the counts of the auxiliary loss."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TE = x_TD.to(wide) @ w.to(wide)
@@ -88,7 +106,9 @@ def _route(
     scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
     with torch.no_grad():
         if c.balanced:
-            index_TK = (place_T[:, None] * c.top_k + torch.arange(c.top_k, device=w.device)) % c.experts
+            index_TK = (
+                place_T[:, None] * c.top_k + torch.arange(c.top_k, device=w.device)
+            ) % c.experts
         else:
             index_TK = choose(scores_TE, balance, c)
         chosen_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, 1.0) * valid_T[:, None]
@@ -129,10 +149,15 @@ def choose(scores_TE: Tensor, balance: Tensor | None, c: MoEConfig) -> Tensor:
 
 
 def _fractions(
-    chosen_TE: Tensor, rows_T: Tensor, before_E: Tensor | None, rows: int, c: MoEConfig, layout: Layout
+    chosen_TE: Tensor,
+    rows_T: Tensor,
+    before_E: Tensor | None,
+    rows: int,
+    c: MoEConfig,
+    layout: Layout,
 ) -> Tensor:
-    """``[T, E]``, or ``[1, E]`` where it is the same for all tokens: the fraction of the load of a token's
-    set that each expert has. Communicates E numbers (of each sequence)."""
+    """``[T, E]``, or ``[1, E]`` where it is the same for all tokens: the fraction of the load of a
+    token's set that each expert has. Communicates E numbers (of each sequence)."""
     if c.aux_level == "sequence":
         counts = chosen_TE.new_zeros(rows, chosen_TE.shape[1]).index_add(0, rows_T, chosen_TE)
     else:

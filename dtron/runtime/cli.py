@@ -1,8 +1,9 @@
 """The command line: every field of RunConfig is a flag, by tyro; every mistake is one line.
 
-``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of it, in any order: the name is
-looked for first and becomes the default that the other flags change. tyro knows the types, the choices and
-the help; what it says of a mistake fills a screen, so the same is said here in one line, with the remedy.
+``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of it, in any order: the
+name is looked for first and becomes the default that the other flags change. tyro knows the types,
+the choices and the help; what it says of a mistake fills a screen, so the same is said here in one
+line, with the remedy.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
-    """The config that these arguments describe: ``default`` (a frozen dataclass with a ``model``; None: a
-    RunConfig) with the given fields changed. Raises UserError, in one line, for an unknown flag or a bad
-    value; ``--help`` and ``--version`` print and exit."""
+    """The config that these arguments describe: ``default`` (a frozen dataclass with a ``model``;
+    None: a RunConfig) with the given fields changed. Raises UserError, in one line, for an unknown
+    flag or a bad value; ``--help`` and ``--version`` print and exit."""
     import tyro  # a slow import, and only command lines need it
 
     default = default or RunConfig()
@@ -63,14 +64,20 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             got = tyro.cli(
-                CommandLine, args=list(argv), default=start, prog=prog, config=(tyro.conf.AvoidSubcommands,)
+                CommandLine,
+                args=list(argv),
+                default=start,
+                prog=prog,
+                config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
         if not stop.code:
             print(said.getvalue().rstrip() + ("\n\n" + EXAMPLES if prog == "train.py" else ""))
             raise
         raise UserError(_one_line(said.getvalue())) from None
-    config = config_class(**{name: value for name, value in _shallow(got).items() if name != "preset"})
+    config = config_class(
+        **{name: value for name, value in _shallow(got).items() if name != "preset"}
+    )
     return config if loaded is None else _beside(config, loaded)
 
 
@@ -79,13 +86,15 @@ def _loaded(folder: str, name: str | None) -> ModelConfig:
     from dtron.hf import read_config
 
     if name is not None:
-        raise UserError(f"--model {name} --init-from {folder}: its config.json is the model; drop --model")
+        raise UserError(
+            f"--model {name} --init-from {folder}: its config.json is the model; drop --model"
+        )
     return read_config(Path(folder))[1]
 
 
 def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
-    """The config with the tokenizer of the model that it begins with. Raises UserError where flags say that
-    the model is another."""
+    """The config with the tokenizer of the model that it begins with. Raises UserError where flags
+    say that the model is another."""
     from dtron.hf import contradiction
 
     folder = Path(config.init_from)
@@ -93,7 +102,9 @@ def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
     if wrong:
         name, theirs, ours = wrong
         flag = f"--model.{name.replace('_', '-')}"
-        raise UserError(f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}")
+        raise UserError(
+            f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}"
+        )
     d = config.data
     if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):
         return config
@@ -144,7 +155,9 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
             near = _nearest(flag.lower(), known)
-            raise UserError(f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help"))
+            raise UserError(
+                f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help")
+            )
 
 
 # What other trainers call it.
@@ -157,7 +170,8 @@ _ALIASES = {
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str | None:
-    """The flag that was meant: what others call so, one whose last part is this, or one spelled alike."""
+    """The flag that was meant: what others call so, one whose last part is this, or one spelled
+    alike."""
     name = flag.lstrip("-")
     if _ALIASES.get(name) in known:
         return _ALIASES[name]
@@ -190,5 +204,7 @@ def _one_line(box: str) -> str:
             part.append(row)
     body = " ".join(parts[1] if len(parts) > 1 and parts[1] else (parts or [part])[0])
     body = re.sub(r"\s+([.,])", r"\1", body).removeprefix("Error parsing ").rstrip(".")
-    ours = re.match(r"\w+: (?=--|\w+\.\w+=)", body)  # a config's own error, behind the name of its group
+    ours = re.match(
+        r"\w+: (?=--|\w+\.\w+=)", body
+    )  # a config's own error, behind the name of its group
     return body[ours.end() :] if ours else f"{body}; see --help"

@@ -36,24 +36,27 @@ class RunConfig(StepConfig):
     run_dir: str = "runs/latest"
     """where metrics, the resolved config and checkpoints go"""
     init_from: str | None = None
-    """begin with the weights, and the model, of a Hugging Face folder (config.json and safetensors)"""
+    """begin with the weights, and the model, of a Hugging Face folder (config.json and
+    safetensors)"""
     resume: bool = False
     """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
     save_every: int = 0
-    """steps between checkpoints, which are written while training goes on; 0: none but where a signal stops
-    the run"""
+    """steps between checkpoints, which are written while training goes on; 0: none but where a
+    signal stops the run"""
     keep: int = 0
     """how many of the newest checkpoints stay; 0: all"""
     keep_every: int = 0
     """checkpoints of steps that this divides stay too"""
     max_skips: int = 10
-    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
+    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run
+    stops"""
     simulate: bool = False
     """run all ranks of the mesh in this one process, on the CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or float64)"""
+    """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or
+    float64)"""
     log_every: int = 10
     """steps between progress lines; metrics.jsonl has every step"""
     eval_every: int = 50
@@ -63,7 +66,8 @@ class RunConfig(StepConfig):
     tensorboard: bool = False
     """also write TensorBoard events to run_dir"""
     profile: bool = False
-    """record one step, the fifth or the last: a trace of each process in run_dir, and where its time went"""
+    """record one step, the fifth or the last: a trace of each process in run_dir, and where its
+    time went"""
     timeout: int = 600
     """seconds after which a rank that does not answer counts as dead"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -84,7 +88,9 @@ class RunConfig(StepConfig):
         ):
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}")
+                raise UserError(
+                    f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
+                )
         _ = self.how  # refuses what cannot be
 
 
@@ -94,7 +100,11 @@ def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
     def flags(value: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             return {prefix: value}
-        return {k: v for name, child in value.items() for k, v in flags(child, f"{prefix}.{name}").items()}
+        return {
+            k: v
+            for name, child in value.items()
+            for k, v in flags(child, f"{prefix}.{name}").items()
+        }
 
     same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
     return flags(asdict(config.model), "model") | same

@@ -1,4 +1,5 @@
-"""How every command ends: what the user can mend is one line on stderr, and no rank is left hanging."""
+"""How every command ends: what the user can mend is one line on stderr, and no rank is left
+hanging."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other exception is a
-    fault of the program and keeps its traceback."""
+    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
+    exception is a fault of the program and keeps its traceback."""
     ending = threading.Event()
 
     def end(*_) -> None:
@@ -32,21 +33,30 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
         threading.Timer(GRACE, os._exit, [143]).start()
 
     if "WORLD_SIZE" in os.environ:
-        # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom they miss.
+        # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom
+        # they miss.
         signal.signal(signal.SIGTERM, end)
     try:
         return main(argv)
     except UserError as error:
-        text, code, at_once = "error: " + " ".join(str(error).split()), 2, isinstance(error, LostRank)
+        text, code, at_once = (
+            "error: " + " ".join(str(error).split()),
+            2,
+            isinstance(error, LostRank),
+        )
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
             raise
-        text, code, at_once = f"error: another rank has died or hangs ({lost}); see what it said", 2, True
+        text, code, at_once = (
+            f"error: another rank has died or hangs ({lost}); see what it said",
+            2,
+            True,
+        )
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
-    # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only what this
-    # rank alone has to say is still said.
+    # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only
+    # what this rank alone has to say is still said.
     if rank and not at_once and ending.wait(OTHERS_WAIT):
         os._exit(code)
     if rank:
@@ -58,8 +68,11 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def _lost(error: RuntimeError) -> str:
-    """What a collective says of a rank that is gone, in any library's words; empty for another error."""
+    """What a collective says of a rank that is gone, in any library's words; empty for another
+    error."""
     said = str(error)
-    words = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
+    words = (
+        r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
+    )
     found = re.search(words, said) if "gloo" in said or "nccl" in said.lower() else None
     return found[0] if found else ""

@@ -1,13 +1,15 @@
 """What a run outlives: being told to stop, steps that come to nothing, and losses out of line.
 
-**Signals.** A job that must make room gets SIGTERM (torchrun, Slurm) or SIGUSR1 (Slurm's warning), a person
-presses Ctrl-C. All mean: finish the step, save, leave. A signal reaches each rank at another moment, perhaps
-another step, so before every step the ranks agree: a number of one integer, over the hosts' own network.
+**Signals.** A job that must make room gets SIGTERM (torchrun, Slurm) or SIGUSR1 (Slurm's warning),
+a person presses Ctrl-C. All mean: finish the step, save, leave. A signal reaches each rank at
+another moment, perhaps another step, so before every step the ranks agree: a number of one integer,
+over the hosts' own network.
 
-**Steps that are not finite.** One bad batch in a million makes a loss of NaN or infinity, and one update with
-it makes every weight NaN. So the update itself asks whether loss and norm are finite and moves nothing
-otherwise (``update``; nobody waits for the answer). The host reads it a step later and counts. When several
-in a row come to nothing it is not the batch, and the run stops with what ``diagnose`` finds.
+**Steps that are not finite.** One bad batch in a million makes a loss of NaN or infinity, and one
+update with it makes every weight NaN. So the update itself asks whether loss and norm are finite
+and moves nothing otherwise (``update``; nobody waits for the answer). The host reads it a step
+later and counts. When several in a row come to nothing it is not the batch, and the run stops with
+what ``diagnose`` finds.
 
 **Spikes.** A loss far above those before is worth a line, and no more: most heal by themselves.
 """
@@ -34,7 +36,9 @@ from dtron.params import flat
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.step import TrainStep
 
-AT_ONCE = 3.0  # seconds after which a second Ctrl-C is another one, and not torchrun passing on the first
+AT_ONCE = (
+    3.0  # seconds after which a second Ctrl-C is another one, and not torchrun passing on the first
+)
 
 
 class StopSignal:
@@ -78,7 +82,8 @@ class StopSignal:
 
 
 class NonFiniteGuard:
-    """Looks at every step's loss and gradient norm. ``limit``: how many in a row may come to nothing."""
+    """Looks at every step's loss and gradient norm. ``limit``: how many in a row may come to
+    nothing."""
 
     WINDOW, ENOUGH, FAR = 100, 20, 6.0
 
@@ -91,13 +96,17 @@ class NonFiniteGuard:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             what = "loss" if not math.isfinite(loss) else "gradient"
-            return f"warning: step {step}: the {what} is not finite; skipped, {self.in_a_row} in a row"
+            return (
+                f"warning: step {step}: the {what} is not finite; skipped, {self.in_a_row} in a row"
+            )
         self.in_a_row = 0
         usual, self._losses = list(self._losses), deque([*self._losses, loss], self.WINDOW)
         if len(usual) < self.ENOUGH:
             return None
         middle = statistics.median(usual)
-        spread = statistics.median(abs(x - middle) for x in usual) * 1.4826  # a normal's standard deviation
+        spread = (
+            statistics.median(abs(x - middle) for x in usual) * 1.4826
+        )  # a normal's standard deviation
         if loss <= middle + self.FAR * max(spread, 1e-3 * abs(middle)):
             return None
         return f"warning: step {step}: the loss jumped to {loss:.4f}, from about {middle:.4f}"
@@ -110,10 +119,10 @@ class NonFiniteGuard:
 def diagnose(
     step: TrainStep | CudaGraphStep, params: Any, microbatches: Sequence[Any], group: Any = None
 ) -> str:
-    """Which weight, on which rank, in which microbatch: the first that is not finite, and if none is, the
-    first whose gradient is not. Every rank calls this, and all get one answer. Runs a backward if no rank,
-    ``group`` being all of them (None: one process), has a weight that is not finite: in it ranks wait for
-    each other, so none may decide alone."""
+    """Which weight, on which rank, in which microbatch: the first that is not finite, and if none
+    is, the first whose gradient is not. Every rank calls this, and all get one answer. Runs a
+    backward if no rank, ``group`` being all of them (None: one process), has a weight that is not
+    finite: in it ranks wait for each other, so none may decide alone."""
     pipe = step.pipe
     if bad := _of_all(_not_finite(zip(flat(pipe.spec), flat(params), strict=True)), group):
         path, where = bad[0]
@@ -128,7 +137,9 @@ def diagnose(
     if steep := _of_all(grads, group):
         first = min(m for *_, m in steep)
         paths = [(path, r) for path, r, m in steep if m == first]
-        path, where = paths[-1]  # the last in the order of the model is the first that backward meets
+        path, where = paths[
+            -1
+        ]  # the last in the order of the model is the first that backward meets
         many = f"({len(paths)} in all)"
         return f"the gradient of {path} is not finite on rank {where} in microbatch {first} {many}"
     return "all weights and all gradients of the last step are finite when it is done again"

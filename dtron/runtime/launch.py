@@ -1,8 +1,8 @@
 """From a config to running ranks: which device, which dtype, which processes.
 
-Three ways in, one program after: one process and one device; several processes started by torchrun (gloo on
-CPU, NCCL on GPU); or all ranks simulated in this process. Everything that can be refused is refused before a
-process group exists, so that no rank is left waiting for one that has given up.
+Three ways in, one program after: one process and one device; several processes started by torchrun
+(gloo on CPU, NCCL on GPU); or all ranks simulated in this process. Everything that can be refused
+is refused before a process group exists, so that no rank is left waiting for one that has given up.
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ def plan(config: RunConfig) -> RunPlan:
 
 def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
     if config.graph == "on" and not (can and shape.pp == 1):
-        why = f"mesh {shape}: a pipeline is not recorded" if can else "it takes a GPU and compiled stages"
+        why = (
+            f"mesh {shape}: a pipeline is not recorded"
+            if can
+            else "it takes a GPU and compiled stages"
+        )
         raise UserError(f"--graph on: {why}; use --graph auto")
     return config.graph != "off" and can and shape.pp == 1
 
@@ -87,7 +91,9 @@ def _device(config: RunConfig) -> str:
     available = torch.cuda.is_available()
     if config.simulate or config.device == "cpu" or (config.device == "auto" and not available):
         if config.simulate and config.device == "cuda":
-            raise UserError("--simulate --device cuda: simulated ranks run on the CPU; drop one of the two")
+            raise UserError(
+                "--simulate --device cuda: simulated ranks run on the CPU; drop one of the two"
+            )
         return "cpu"
     if not available:
         raise UserError("--device cuda: torch sees no GPU; use --device cpu")
@@ -101,8 +107,9 @@ def _device(config: RunConfig) -> str:
 
 
 def keep_memory() -> None:
-    """Of a process that computes on a CPU: let memory that was freed stay with it. glibc gives a large tensor
-    back to the system at once, and then each page of the next one costs a fault: a fifth of a step."""
+    """Of a process that computes on a CPU: let memory that was freed stay with it. glibc gives a
+    large tensor back to the system at once, and then each page of the next one costs a fault: a
+    fifth of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         top_that_is_given_back, smallest_of_its_own = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -111,8 +118,8 @@ def keep_memory() -> None:
 
 
 def same_on_all_ranks(values: dict[str, Any]) -> None:
-    """Raise UserError unless every process has the same values: a flag or a file that differs between
-    machines would train on, and to nothing."""
+    """Raise UserError unless every process has the same values: a flag or a file that differs
+    between machines would train on, and to nothing."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return
     mine = {name: repr(value) for name, value in values.items()}
@@ -128,8 +135,8 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
 
 
 def host_group(timeout: int) -> Any:
-    """A group of all processes that needs no GPU, new each time: threads must not share one. None where there
-    is one process."""
+    """A group of all processes that needs no GPU, new each time: threads must not share one. None
+    where there is one process."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -146,7 +153,11 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if config.simulate:
         with simulated(plan.shape) as mesh:
             yield pipeline(
-                config, plan.shape, plan.count, config.data.sequence, Layout(mesh, rules, compute, reduce)
+                config,
+                plan.shape,
+                plan.count,
+                config.data.sequence,
+                Layout(mesh, rules, compute, reduce),
             )
         return
     kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout)
@@ -160,13 +171,20 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     copied = config.zero == 3 and config.copy_engines == "auto"
     mesh = build_mesh(
-        plan.shape, kind, backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms))) if copied else None
+        plan.shape,
+        kind,
+        backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms))) if copied else None,
     )
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
     yield on_ranks(
-        pipeline(config, plan.shape, plan.count, config.data.sequence, layout), mesh, template, timeout
+        pipeline(config, plan.shape, plan.count, config.data.sequence, layout),
+        mesh,
+        template,
+        timeout,
     )
-    if plan.shape.size > 1:  # not on the way out of an error: the others may still be in a collective
+    if (
+        plan.shape.size > 1
+    ):  # not on the way out of an error: the others may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """What a run says of itself: a line to read, ``metrics.jsonl`` to plot, TensorBoard if asked.
 
-``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted device)
-are null. A resumed run first drops the steps after its checkpoint, so every step stands there once.
+``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted
+device) are null. A resumed run first drops the steps after its checkpoint, so every step stands
+there once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def peak_tflops(device: str) -> float | None:
 
 
 def memory_gib(device: str) -> float:
-    """The most this process has held so far: on the GPU what torch allocated, on the CPU its resident set."""
+    """The most this process has held so far: on the GPU what torch allocated, on the CPU its
+    resident set."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
@@ -74,9 +76,17 @@ class Metrics:
     happens."""
 
     def __init__(
-        self, run_dir: Path, device: str, ranks: int, flops_per_token: float, steps: int, start: int, main:
-        bool, tensorboard: bool = False, console: Console | None = None,
-    ):  # fmt: skip
+        self,
+        run_dir: Path,
+        device: str,
+        ranks: int,
+        flops_per_token: float,
+        steps: int,
+        start: int,
+        main: bool,
+        tensorboard: bool = False,
+        console: Console | None = None,
+    ):
         from rich.console import Console  # the benchmarks do without
 
         self._device, self._ranks, self._flops = device, ranks, flops_per_token
@@ -95,10 +105,18 @@ class Metrics:
                 self._board = _tensorboard(run_dir, start)
 
     def step(
-        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, end: Any = None, waited=0.0
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        end: Any = None,
+        waited=0.0,
     ) -> dict[str, Any]:
-        """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many it trained
-        on, over all ranks, and ``waited`` how many seconds this rank's host stood still for its data."""
+        """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many
+        it trained on, over all ranks, and ``waited`` how many seconds this rank's host stood still
+        for its data."""
         end = mark(self._device) if end is None else end
         seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
@@ -193,7 +211,9 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
 
 def _experts(record: Mapping[str, Any]) -> str:
     """The most uneven layer of experts, and what was dropped."""
-    of = lambda name: [v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)]
+    of = lambda name: [
+        v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)
+    ]
     if not (loads := of("load_max")):
         return ""
     dropped = max(of("dropped"))

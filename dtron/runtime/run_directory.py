@@ -1,4 +1,5 @@
-"""A run's directory: its config and its newest checkpoint, for programs that read what a run wrote."""
+"""A run's directory: its config and its newest checkpoint, for programs that read what a run
+wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from dtron.runtime.config import RunConfig
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
     """The config and the newest whole checkpoint of a run."""
     if not (run_dir / CONFIG).is_file():
-        raise UserError(f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote")
+        raise UserError(
+            f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote"
+        )
     try:
         config = cli.load(run_dir / CONFIG)
     except (TypeError, KeyError, AttributeError) as error:
@@ -30,6 +33,7 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
 
 
 def export_run(run_dir: Path, out: Path, **options: Any) -> Exported:
-    """Write the newest checkpoint of a run as a Hugging Face folder. ``options`` are those of ``export``."""
+    """Write the newest checkpoint of a run as a Hugging Face folder. ``options`` are those of
+    ``export``."""
     config, found = read_run(run_dir)
     return export(config.model, found, run_dir, out, **options)

@@ -21,8 +21,8 @@ from dtron.params import WeightSpec, flat
 def check(
     model: ModelConfig, mesh: MeshShape, sequence: int, cp: Method = "ring", zigzag: bool = True
 ) -> None:
-    """Divisibility, at the edge: before any process group or weight exists. Raises UserError with the
-    remedy."""
+    """Divisibility, at the edge: before any process group or weight exists. Raises UserError with
+    the remedy."""
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
     for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
@@ -63,8 +63,8 @@ def check(
 
 
 def sequence_unit(mesh: MeshShape, zigzag: bool) -> int:
-    """What the length of a sequence must be a multiple of: over cp every rank has as many of its tokens, in
-    zig-zag order two halves of them, and over tp each has as many of those."""
+    """What the length of a sequence must be a multiple of: over cp every rank has as many of its
+    tokens, in zig-zag order two halves of them, and over tp each has as many of those."""
     return mesh.cp * math.lcm(mesh.tp, 2 if mesh.cp > 1 and zigzag else 1)
 
 
@@ -76,8 +76,10 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
             raise UserError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
         return
     for flag, size, axis in (
-        ("experts", c.experts, "ep"), ("mlp", c.mlp, "etp"), ("shared", c.shared, "tp"),
-    ):  # fmt: skip
+        ("experts", c.experts, "ep"),
+        ("mlp", c.mlp, "etp"),
+        ("shared", c.shared, "tp"),
+    ):
         n = getattr(mesh, axis)
         if size % n:
             raise UserError(
@@ -102,7 +104,12 @@ def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> No
 
 
 def check_fp8(
-    how: ComputeConfig, model: ModelConfig, mesh: MeshShape, tokens: int, device: str, compute: torch.dtype
+    how: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshShape,
+    tokens: int,
+    device: str,
+    compute: torch.dtype,
 ) -> None:
     """``tokens``: of a microbatch, on one rank. Raises UserError where FP8 cannot be, or is asked for and
     would be used nowhere."""
@@ -110,7 +117,9 @@ def check_fp8(
         return
     flag = f"--fp8 {how.fp8}"
     if compute == torch.float64:
-        raise UserError(f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two")
+        raise UserError(
+            f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two"
+        )
     if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{flag}: {name} has no FP8, which begins with capability 8.9; drop --fp8")
@@ -135,22 +144,27 @@ def check_fp8(
     try:
         import dtron.fp8.scaled_mm  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'") from error
+        raise UserError(
+            f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'"
+        ) from error
 
 
 def _sizes(
     w: WeightSpec, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
 ) -> tuple[float, float, float]:
-    """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the width of
-    the residual stream, and the size beside it."""
+    """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the
+    width of the residual stream, and the size beside it."""
     beside = w.numel / model.embed
     if w.axes[0] == "experts":  # of which one product may have any number of rows
         return recipe.multiple, model.embed, beside / w.shape[0] / mesh.etp
     return tokens, model.embed, beside / mesh.tp
 
 
-def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str) -> None:
-    """Whether a path of attention that was asked for by name can do it. Raises UserError where it cannot."""
+def check_attention(
+    path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str
+) -> None:
+    """Whether a path of attention that was asked for by name can do it. Raises UserError where it
+    cannot."""
     cannot = None
     if path == "sdpa":
         if model.softcap is not None:
@@ -170,14 +184,18 @@ def check_attention(path: AttentionPath, model: ModelConfig, dtype: torch.dtype,
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
-    """``(how many, rows in each over all data ranks)`` for a global batch. Raises UserError where the batch
-    does not divide, with the nearest that does."""
+    """``(how many, rows in each over all data ranks)`` for a global batch. Raises UserError where
+    the batch does not divide, with the nearest that does."""
     if batch < 1 or (micro_batch is not None and micro_batch < 1):
-        raise UserError(f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them")
+        raise UserError(
+            f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them"
+        )
     given = micro_batch is not None
     if not given:
         share = max(1, batch // mesh.data)
-        enough = 2 * mesh.pp if mesh.pp > 1 else 1  # microbatches; with fewer a pipeline is mostly idle
+        enough = (
+            2 * mesh.pp if mesh.pp > 1 else 1
+        )  # microbatches; with fewer a pipeline is mostly idle
         micro_batch = max(
             (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough), default=1
         )

@@ -1,5 +1,5 @@
-"""Pipeline schedules: tables of actions, without a model and without torch. See table.py for the idea, and
-``python -m dtron.schedules compare`` for all of them side by side."""
+"""Pipeline schedules: tables of actions, without a model and without torch. See table.py for the
+idea, and ``python -m dtron.schedules compare`` for all of them side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from dtron.schedules.one_f_one_b import one_f_one_b
 from dtron.schedules.table import Action, Costs, Table, Timeline, check, peaks, simulate
 from dtron.schedules.zero_bubble import zb_h1, zb_v
 
-__all__ = ["SCHEDULES", "Action", "Costs", "Table", "Timeline", "check", "make", "peaks", "simulate"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Costs",
+    "Table",
+    "Timeline",
+    "check",
+    "make",
+    "peaks",
+    "simulate",
+]
 
 SCHEDULES = {
     "gpipe": gpipe,
@@ -31,11 +41,13 @@ def stages_per_rank(name: str, virtual: int = 2) -> int:
 
 
 def make(name: str, ranks: int, microbatches: int, virtual: int = 2) -> Table:
-    """The table of a schedule by name. Raises UserError for an unknown name, and for sizes that cannot
-    be."""
+    """The table of a schedule by name. Raises UserError for an unknown name, and for sizes that
+    cannot be."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise UserError(f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}")
+        raise UserError(
+            f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}"
+        )
     for what, n in (("ranks", ranks), ("microbatches", microbatches), ("virtual", virtual)):
         if n < 1:
             raise UserError(f"schedule {name}: {what}={n}; there must be at least 1")

@@ -1,4 +1,5 @@
-"""``python -m dtron.schedules compare --stages 8 --microbatches 32`` and ``... draw zb-v --stages 4``."""
+"""``python -m dtron.schedules compare --stages 8 --microbatches 32`` and ``... draw zb-v --stages
+4``."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ def compare(o: Namespace, console: Console) -> int:
     grid = Grid(
         title=f"{o.stages} pipeline ranks, {o.microbatches} microbatches, F {o.F:g}, I {o.I:g}, W {o.W:g}"
     )
-    for column in ("schedule", "stages per rank", "step", "bubble", "most activations", "sends per rank"):
+    for column in (
+        "schedule",
+        "stages per rank",
+        "step",
+        "bubble",
+        "most activations",
+        "sends per rank",
+    ):
         grid.add_column(column, justify="left" if column == "schedule" else "right")
     left_out = []
     for name in SCHEDULES:
@@ -39,7 +47,9 @@ def compare(o: Namespace, console: Console) -> int:
             left_out.append(str(error))
             continue
         t = line.table
-        sends = sum(t.rank_of[s] != t.rank_of[s + 1] for s in range(t.stages - 1)) * 2 * t.microbatches
+        sends = (
+            sum(t.rank_of[s] != t.rank_of[s + 1] for s in range(t.stages - 1)) * 2 * t.microbatches
+        )
         grid.add_row(
             name, str(t.per_rank), f"{line.makespan:g}", f"{line.bubble:.1%}",
             f"{max(peaks(t)) / t.per_rank:g}", f"{sends / o.stages:g}",
@@ -74,25 +84,44 @@ def save(o: Namespace, lines: dict[str, Timeline], console: Console) -> int:
         try:
             Path(o.out).write_text(pictures.svg(lines))
         except OSError as error:
-            raise UserError(f"-o {o.out}: cannot be written ({error.strerror}); choose another") from error
+            raise UserError(
+                f"-o {o.out}: cannot be written ({error.strerror}); choose another"
+            ) from error
         console.print(f"drawn to {o.out}")
     return 0
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dtron.schedules", description="Time pipeline schedules and draw them.")
+    made = Parser(
+        prog="python -m dtron.schedules", description="Time pipeline schedules and draw them."
+    )
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("draw", help="one schedule")
     one.add_argument("name", choices=list(SCHEDULES))
-    for command in (commands.add_parser("compare", help="all of them, in a table and a picture"), one):
+    for command in (
+        commands.add_parser("compare", help="all of them, in a table and a picture"),
+        one,
+    ):
         add = command.add_argument
         add("--stages", type=int, default=4, metavar="N", help="pipeline ranks (4)")
         add("--microbatches", type=int, default=8, metavar="N", help="per step (8)")
-        add("--virtual", type=int, default=2, metavar="N", help="interleaved: stages on each rank (2)")
+        add(
+            "--virtual",
+            type=int,
+            default=2,
+            metavar="N",
+            help="interleaved: stages on each rank (2)",
+        )
         for kind, what in (("F", "forward"), ("I", "input gradient"), ("W", "weight gradients")):
             text = f"time of a rank's {what} of a microbatch (1)"
             add(f"--{kind}", type=duration, default=1.0, metavar="T", help=text)
-        add("--transfer", type=duration, default=0.0, metavar="T", help="time to send an activation (0)")
+        add(
+            "--transfer",
+            type=duration,
+            default=0.0,
+            metavar="T",
+            help="time to send an activation (0)",
+        )
         add("-o", dest="out", default="", metavar="FILE.svg", help="draw to a file")
     return made
 

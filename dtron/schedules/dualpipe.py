@@ -1,9 +1,11 @@
-"""DualPipe-V (DeepSeek-V3, arXiv:2412.19437, section 3.2.1; the V variant is in its open repository).
+"""DualPipe-V (DeepSeek-V3, arXiv:2412.19437, section 3.2.1; the V variant is in its open
+repository).
 
-DualPipe pairs a forward of one microbatch with a backward of another, so that while one computes, the other's
-expert-parallel all-to-alls are on the wire. The original feeds the pipeline from both ends and keeps two
-copies of the weights; cut in half and folded into a V, like ZB-V, it needs one. The pairs stand next to each
-other here (``F0 B1``, ``F1 B0``); whoever overlaps their communication finds them so.
+DualPipe pairs a forward of one microbatch with a backward of another, so that while one computes,
+the other's expert-parallel all-to-alls are on the wire. The original feeds the pipeline from both
+ends and keeps two copies of the weights; cut in half and folded into a V, like ZB-V, it needs one.
+The pairs stand next to each other here (``F0 B1``, ``F1 B0``); whoever overlaps their communication
+finds them so.
 
 Needs at least as many microbatches as stages, 2p.
 """
@@ -40,7 +42,7 @@ def dualpipe_v(ranks: int, microbatches: int) -> Table:
 
 
 def _drain(rank: int) -> list[tuple[str, int]]:
-    """The last ``rank + 1`` backwards of each stage. In the second half of them only the input gradients are
-    made: the ranks above are waiting, and W can fill the gaps that follow."""
+    """The last ``rank + 1`` backwards of each stage. In the second half of them only the input
+    gradients are made: the ranks above are waiting, and W can fill the gaps that follow."""
     backwards = ["B1", "B0"] * (rank + 1)
     return [(a if i <= rank else a.replace("B", "I"), 1) for i, a in enumerate(backwards)]

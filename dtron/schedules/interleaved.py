@@ -1,12 +1,13 @@
 """Interleaved 1F1B (Narayanan et al. 2021, arXiv:2104.04473, figure 4 bottom).
 
-Each rank has ``virtual`` thin stages instead of one thick one: stage s is on rank s mod p. A microbatch
-passes all ranks ``virtual`` times, and filling the pipeline takes thin stages: the idle time is divided by
-``virtual``. It costs as many times more transfers, and somewhat more activations.
+Each rank has ``virtual`` thin stages instead of one thick one: stage s is on rank s mod p. A
+microbatch passes all ranks ``virtual`` times, and filling the pipeline takes thin stages: the idle
+time is divided by ``virtual``. It costs as many times more transfers, and somewhat more
+activations.
 
-Microbatches go in *rounds*. Within a round a rank runs them all through its first stage, then through its
-second, and so on. In the paper a round is p microbatches, and their number must be a multiple. Here they are
-dealt out to ``m // p`` rounds as evenly as possible, so any number will do.
+Microbatches go in *rounds*. Within a round a rank runs them all through its first stage, then
+through its second, and so on. In the paper a round is p microbatches, and their number must be a
+multiple. Here they are dealt out to ``m // p`` rounds as evenly as possible, so any number will do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def interleaved(ranks: int, microbatches: int, virtual: int = 2) -> Table:
     def of(rank: int) -> list[Action]:
         chunks = range(virtual)
         forwards = [Action("F", c * ranks + rank, m) for r in rounds for c in chunks for m in r]
-        backwards = [Action("B", c * ranks + rank, m) for r in rounds for c in reversed(chunks) for m in r]
+        backwards = [
+            Action("B", c * ranks + rank, m) for r in rounds for c in reversed(chunks) for m in r
+        ]
         # Forwards of all but the last stage of a round, and two for every rank that comes after.
         ahead = min((virtual - 1) * len(rounds[0]) + 2 * (ranks - 1 - rank), len(forwards))
         pairs = zip_longest(forwards[ahead:], backwards)

@@ -1,12 +1,14 @@
 """How what a stage makes reaches the next one.
 
-``InProcessLinks`` is for ranks in one process: a dictionary. ``P2PLinks`` is for processes: it knows, from the rows of
-its neighbours, which messages will come and in which order, and posts each receive one message ahead, so that
-it arrives while the rank computes. Messages are local tensors of one known shape.
+``InProcessLinks`` is for ranks in one process: a dictionary. ``P2PLinks`` is for processes: it
+knows, from the rows of its neighbours, which messages will come and in which order, and posts each
+receive one message ahead, so that it arrives while the rank computes. Messages are local tensors of
+one known shape.
 
-On GPUs a message is a kernel at either end, and the one that receives waits on the GPU, in a loop, for the
-one that sends. Two ranks that wait for each other's messages before they have sent their own never end, and
-three things beside the table can bring that about. ``PipelineGroups`` keeps them apart:
+On GPUs a message is a kernel at either end, and the one that receives waits on the GPU, in a loop,
+for the one that sends. Two ranks that wait for each other's messages before they have sent their
+own never end, and three things beside the table can bring that about. ``PipelineGroups`` keeps them
+apart:
 
 - NCCL connects two ranks in their first message, and the one that comes first waits for the other. So when
   ways are made, each is tried with one number, in an order that all ranks share.
@@ -67,9 +69,10 @@ class InProcessLinks:
 
 @dataclass(frozen=True)
 class PipelineGroups:
-    """The process groups of a line of pipeline ranks, of which this process is ``rank``. ``peers[r]`` is the
-    process of rank r, ``line`` the group of all, and ``of[source, goal]`` that of one direction between two.
-    ``host`` is a group of all that needs no GPU; None where there is none to wait for."""
+    """The process groups of a line of pipeline ranks, of which this process is ``rank``.
+    ``peers[r]`` is the process of rank r, ``line`` the group of all, and ``of[source, goal]`` that
+    of one direction between two. ``host`` is a group of all that needs no GPU; None where there is
+    none to wait for."""
 
     rank: int
     peers: tuple[int, ...]
@@ -79,7 +82,10 @@ class PipelineGroups:
 
 
 def make_ways(
-    lines: Sequence[Sequence[int]], pairs: Sequence[Pair], device: torch.device, timeout: timedelta | None
+    lines: Sequence[Sequence[int]],
+    pairs: Sequence[Pair],
+    device: torch.device,
+    timeout: timedelta | None,
 ) -> PipelineGroups:
     """The ways between ``pairs`` of ranks of each line; every process calls this."""
     of_all = partial(dist.new_subgroups_by_enumeration, timeout=timeout)
@@ -101,13 +107,18 @@ def make_ways(
 
 class P2PLinks:
     """Between processes. Stages that share one hand over, others send, by ``ways`` or ``by_host``.
-    ``empty()`` makes a buffer for one message, ``wrap`` turns it into a stage's tensor, and ``unwrap`` the
-    reverse."""
+    ``empty()`` makes a buffer for one message, ``wrap`` turns it into a stage's tensor, and
+    ``unwrap`` the reverse."""
 
     def __init__(
-        self, t: Table, ways: PipelineGroups, by_host: bool,
-        empty: Callable[[], Tensor], wrap: Callable[[Tensor], Tensor], unwrap: Callable[[Tensor], Tensor],
-    ):  # fmt: skip
+        self,
+        t: Table,
+        ways: PipelineGroups,
+        by_host: bool,
+        empty: Callable[[], Tensor],
+        wrap: Callable[[Tensor], Tensor],
+        unwrap: Callable[[Tensor], Tensor],
+    ):
         self._t, self._rank, self._peers = t, ways.rank, ways.peers
         self._group = (lambda pair: ways.host) if by_host else ways.of.__getitem__
         self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
@@ -115,7 +126,9 @@ class P2PLinks:
         self._leaving: list[tuple[Any, Tensor]] = []
         self._coming: dict[Action, tuple[Any, Tensor]] = {}
         self._to_post = {
-            r: [a for a in row if t.goal(a) == self._rank] for r, row in enumerate(t.rows) if r != self._rank
+            r: [a for a in row if t.goal(a) == self._rank]
+            for r, row in enumerate(t.rows)
+            if r != self._rank
         }
         for r in self._to_post:
             self._post(r)
@@ -156,7 +169,8 @@ class P2PLinks:
 
     @contextmanager
     def _naming(self, other: int | None = None, stage: int | None = None) -> Iterator[None]:
-        """A neighbour that has died, or hangs for longer than the timeout, is an error that names it."""
+        """A neighbour that has died, or hangs for longer than the timeout, is an error that names
+        it."""
         try:
             yield
         except RuntimeError as error:

@@ -1,13 +1,15 @@
 """The runner: executes any valid table, and knows no schedule by name.
 
-A stage is a function ``stage(params, x, batch) -> (y, extra)``; the last one's y is the loss, and any stage
-may add to what is minimised with ``extra.aux``, and say something of itself with ``extra.report``. F runs it
-and keeps the edges of autograd's graph that lead back from y and aux; B is ``torch.autograd.grad`` along
-these; I and W are its halves (split_backward.py). Nothing touches ``.grad``. What a microbatch keeps in a stage is
-dropped at its B or W, so no more is ever alive than ``peaks`` says of the table.
+A stage is a function ``stage(params, x, batch) -> (y, extra)``; the last one's y is the loss, and
+any stage may add to what is minimised with ``extra.aux``, and say something of itself with
+``extra.report``. F runs it and keeps the edges of autograd's graph that lead back from y and aux; B
+is ``torch.autograd.grad`` along these; I and W are its halves (split_backward.py). Nothing touches
+``.grad``. What a microbatch keeps in a stage is dropped at its B or W, so no more is ever alive
+than ``peaks`` says of the table.
 
-What must travel between ranks follows from the table too: an activation goes to the rank of the next stage
-when its F has ended, a gradient to that of the stage before. How, is the links' affair (links.py).
+What must travel between ranks follows from the table too: an activation goes to the rank of the
+next stage when its F has ended, a gradient to that of the stage before. How, is the links' affair
+(links.py).
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from dtron.schedules.table import Action, Table
 
 
 class StageOutput(NamedTuple):
-    """What a stage gives besides y. ``aux``: a scalar that is minimised too, a sum over tokens like the loss
-    (None: nothing). ``report``: numbers for people, by name, without gradients: sums over tokens that are
-    added up over microbatches."""
+    """What a stage gives besides y. ``aux``: a scalar that is minimised too, a sum over tokens like
+    the loss (None: nothing). ``report``: numbers for people, by name, without gradients: sums over
+    tokens that are added up over microbatches."""
 
     aux: Tensor | None
     report: dict[str, Tensor]
@@ -37,12 +39,13 @@ class StageOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the first stage
-    takes (token embeddings); ``stage(params, x, batch) -> (y, extra)`` is a stage, the last one's y a scalar
-    loss, ``extra`` an ``StageOutput`` or None. ``splits`` is false where a backward can't be made in two halves,
-    because the stage recomputes. ``carries``: a stage takes, as its last argument, the sum of its reports on
-    the microbatches before, or None. ``hold`` makes of params what the functions take (None: they take the
-    params as they are); see training/gradients.py."""
+    """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the
+    first stage takes (token embeddings); ``stage(params, x, batch) -> (y, extra)`` is a stage, the
+    last one's y a scalar loss, ``extra`` an ``StageOutput`` or None. ``splits`` is false where a
+    backward can't be made in two halves, because the stage recomputes. ``carries``: a stage takes,
+    as its last argument, the sum of its reports on the microbatches before, or None. ``hold`` makes
+    of params what the functions take (None: they take the params as they are); see
+    training/gradients.py."""
 
     enter: Callable[[Any, Any], Tensor]
     stage: Callable[..., tuple[Tensor, StageOutput | None]]
@@ -73,13 +76,18 @@ class PipelineResult:
 
 
 def run(
-    t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any],
-    flat: Mapping[int, Sequence[Tensor]], batches: Sequence[Any], links: Links,
+    t: Table,
+    ranks: Sequence[int],
+    program: Program,
+    weights: Mapping[int, Any],
+    flat: Mapping[int, Sequence[Tensor]],
+    batches: Sequence[Any],
+    links: Links,
     take: Callable[[int, int, list[Tensor | None]], None],
-) -> PipelineResult:  # fmt: skip
-    """Execute the rows of ``ranks``, and hand ``take(stage, microbatch, gradients)`` the gradients of each
-    microbatch's loss. ``weights[stage]`` are a stage's params as its function wants them, ``flat[stage]`` the
-    tensors among them to differentiate by."""
+) -> PipelineResult:
+    """Execute the rows of ``ranks``, and hand ``take(stage, microbatch, gradients)`` the gradients
+    of each microbatch's loss. ``weights[stage]`` are a stage's params as its function wants them,
+    ``flat[stage]`` the tensors among them to differentiate by."""
     kept: dict[tuple[int, int], SavedForward] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, reports, units = None, {}, {}
@@ -109,14 +117,18 @@ def run(
             continue
         here = kept[stage, m]
         if a.kind != "W":
-            gs = units[stage] if last else [links.receive(*t.gradient_from(stage, m)), *units[stage]]
+            gs = (
+                units[stage] if last else [links.receive(*t.gradient_from(stage, m)), *units[stage]]
+            )
             halves = backward_input if a.kind == "I" and program.splits else backward
             gx, here.later = halves(here.ends, here.x, flat[stage], gs)
             here.ends = None
             if stage:
                 links.send(a, gx)
             else:
-                here.later = _and_enter(here.later, get_gradient_edge(here.entered), gx, flat[stage])
+                here.later = _and_enter(
+                    here.later, get_gradient_edge(here.entered), gx, flat[stage]
+                )
         if a.kind != "I":
             take(stage, m, here.later())
             here.later = None
@@ -129,8 +141,8 @@ def run(
 def _forward(
     stage: Callable, entered: Tensor | None, weights: Any, x: Tensor, *rest: Any
 ) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
-    """What must be kept for backward; the values of y, and of aux if there is one; and the report. Nothing
-    but the first holds on to activations."""
+    """What must be kept for backward; the values of y, and of aux if there is one; and the report.
+    Nothing but the first holds on to activations."""
     y, extra = stage(weights, x, *rest)
     ends = [y] if extra is None or extra.aux is None else [y, extra.aux]
     kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
@@ -147,16 +159,24 @@ def _sum(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def run_forward(
-    t: Table, ranks: Sequence[int], program: Program, weights: Mapping[int, Any], batches: Sequence[Any],
+    t: Table,
+    ranks: Sequence[int],
+    program: Program,
+    weights: Mapping[int, Any],
+    batches: Sequence[Any],
     links: Links,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """A table of forwards: the last stage's outputs, summed; None where that stage is elsewhere."""
     total = None
     for rank, a in t.order:
         if rank not in ranks:
             continue
         stage, m = a.stage, a.microbatch
-        x = program.enter(weights[0], batches[m]) if stage == 0 else links.receive(Action("F", stage - 1, m))
+        x = (
+            program.enter(weights[0], batches[m])
+            if stage == 0
+            else links.receive(Action("F", stage - 1, m))
+        )
         y, _ = program.stage(weights[stage], x, batches[m])
         if stage == t.stages - 1:
             total = y if total is None else total + y
@@ -180,6 +200,9 @@ def _and_enter(
 
     def both() -> list[Tensor | None]:
         _, more = backward([entered], None, weights, [gx])
-        return [a if b is None else b if a is None else a + b for a, b in zip(later(), more(), strict=True)]
+        return [
+            a if b is None else b if a is None else a + b
+            for a, b in zip(later(), more(), strict=True)
+        ]
 
     return both

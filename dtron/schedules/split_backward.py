@@ -1,16 +1,18 @@
-"""A backward in two halves: the gradient of a stage's input now (I), those of its weights later (W).
+"""A backward in two halves: the gradient of a stage's input now (I), those of its weights later
+(W).
 
-Autograd makes both at once, but its graph tells them apart. Follow it from the output: some nodes lead to the
-stage's input, the others to weights only. A node of the first kind with a child of the second is where a
-weight joins the stream: a matrix product, a norm's scale. To make only the input's gradient is to ask
-autograd for nothing else; the engine then skips the weight's half of each such node, and a hook notes what
-arrives there. W goes back to every node with what arrived, and asks for the weight's half alone. Nothing is
-computed twice (the idea is that of Qi et al. 2023, arXiv:2401.10241; a test counts the matrix products).
+Autograd makes both at once, but its graph tells them apart. Follow it from the output: some nodes
+lead to the stage's input, the others to weights only. A node of the first kind with a child of the
+second is where a weight joins the stream: a matrix product, a norm's scale. To make only the
+input's gradient is to ask autograd for nothing else; the engine then skips the weight's half of
+each such node, and a hook notes what arrives there. W goes back to every node with what arrived,
+and asks for the weight's half alone. Nothing is computed twice (the idea is that of Qi et al. 2023,
+arXiv:2401.10241; a test counts the matrix products).
 
-A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region) makes all its
-gradients in one call. Those are made in I and kept, by node: two losses may share a head. A recomputed block
-needs its activations for both halves and has them only once, so the runner does not split stages that
-recompute: I makes everything and W hands it over.
+A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region) makes
+all its gradients in one call. Those are made in I and kept, by node: two losses may share a head. A
+recomputed block needs its activations for both halves and has them only once, so the runner does
+not split stages that recompute: I makes everything and W hands it over.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ DeferredWeightGrad = Callable[[], list[Tensor | None]]
 def backward(
     ends: Sequence[GradientEdge], x: Tensor | None, weights: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[Tensor | None, DeferredWeightGrad]:
-    """Both halves at once; ``later()`` only hands over. ``ends`` are what has gradients, ``gs`` these. None
-    for what no end depends on."""
+    """Both halves at once; ``later()`` only hands over. ``ends`` are what has gradients, ``gs``
+    these. None for what no end depends on."""
     inputs = [*weights] if x is None else [x, *weights]
     grads = list(torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True))
     gx = None if x is None else grads.pop(0)
@@ -44,14 +46,20 @@ def backward_input(
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
     made: dict[Node, tuple[Tensor | None, ...]] = {}
-    hooks = [node.register_prehook(lambda gs, node=node: arrived.update({node: gs})) for node, _ in plain]
-    hooks += [node.register_hook(lambda gs, _, node=node: made.update({node: gs})) for node, _ in opaque]
-    # Asked for, so that they are made; but what is returned is the sum of all ways to such an edge, some of
-    # them W's.
+    hooks = [
+        node.register_prehook(lambda gs, node=node: arrived.update({node: gs})) for node, _ in plain
+    ]
+    hooks += [
+        node.register_hook(lambda gs, _, node=node: made.update({node: gs})) for node, _ in opaque
+    ]
+    # Asked for, so that they are made; but what is returned is the sum of all ways to such an edge,
+    # some of them W's.
     asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
     try:
         inputs = [x, *asked.values()]
-        gx, *_ = torch.autograd.grad(list(ends), inputs, list(gs), retain_graph=True, allow_unused=True)
+        gx, *_ = torch.autograd.grad(
+            list(ends), inputs, list(gs), retain_graph=True, allow_unused=True
+        )
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,8 +96,8 @@ def _makes_all_at_once(node: Node) -> bool:
 
 
 def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, dict[int, GradientEdge]]]:
-    """The nodes that lead to ``goal`` and have children that do not, with the edges to those children by
-    their place among the node's."""
+    """The nodes that lead to ``goal`` and have children that do not, with the edges to those
+    children by their place among the node's."""
     leads: dict[Node, bool] = {goal: True}
     stack = list(roots)
     while stack:

@@ -1,4 +1,5 @@
-"""A pipeline schedule is a table: one row of actions per pipeline rank, executed from left to right.
+"""A pipeline schedule is a table: one row of actions per pipeline rank, executed from left to
+right.
 
 The model is cut into *stages*, the batch into *microbatches*. An action is one of
 
@@ -7,11 +8,13 @@ The model is cut into *stages*, the batch into *microbatches*. An action is one 
     I  the first half of a backward: the gradient of the input, which the stage before is waiting for
     W  the second half: the gradients of the weights, which nobody is waiting for
 
-and a schedule is nothing but the order in which each rank does its actions. It moves no data and knows no
-time: a rank takes the next action of its row as soon as that action's input is there. So a schedule can be
-made, checked, timed and drawn without a model, and one runner executes them all (runner.py).
+and a schedule is nothing but the order in which each rank does its actions. It moves no data and
+knows no time: a rank takes the next action of its row as soon as that action's input is there. So a
+schedule can be made, checked, timed and drawn without a model, and one runner executes them all
+(runner.py).
 
-Left out: actions for communication. What must be sent follows from the table, because an action needs only
+Left out: actions for communication. What must be sent follows from the table, because an action
+needs only
 
     F(s, m)  <-  F(s-1, m)
     B(s, m)  <-  F(s, m)  and  B(s+1, m), or I(s+1, m)       (I the same)
@@ -69,7 +72,8 @@ class Table:
         return sorted(s for s, r in self.rank_of.items() if r == rank)
 
     def needs(self, action: Action) -> list[Action]:
-        """The actions that must have ended before this one can start, beside those before it in its row."""
+        """The actions that must have ended before this one can start, beside those before it in its
+        row."""
         kind, s, m = action
         if kind == "F":
             return [Action("F", s - 1, m)] if s else []
@@ -78,7 +82,8 @@ class Table:
         return [Action("F", s, m), *self.gradient_from(s, m)]
 
     def gradient_from(self, stage: int, microbatch: int) -> list[Action]:
-        """The action of the next stage that makes the gradient of this one's output; none for the last."""
+        """The action of the next stage that makes the gradient of this one's output; none for the
+        last."""
         if stage == self.stages - 1:
             return []
         whole = Action("B", stage + 1, microbatch)
@@ -103,11 +108,13 @@ def table(name: str, stages: int, microbatches: int, rows: Sequence[Sequence[Act
     return made
 
 
-def row(stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: int) -> list[Action]:
-    """Spell a row: ``[("F0", 3), ("F1 I1 W1", 2)]`` is three forwards of the rank's first stage, then twice a
-    forward, an input gradient and a weight gradient of its second. Every kind takes the microbatches in
-    order; a bare ``W`` is the oldest I that still has no W. Microbatches from ``microbatches`` on are left
-    out, so that a schedule may be spelled for more than there are."""
+def row(
+    stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: int
+) -> list[Action]:
+    """Spell a row: ``[("F0", 3), ("F1 I1 W1", 2)]`` is three forwards of the rank's first stage,
+    then twice a forward, an input gradient and a weight gradient of its second. Every kind takes
+    the microbatches in order; a bare ``W`` is the oldest I that still has no W. Microbatches from
+    ``microbatches`` on are left out, so that a schedule may be spelled for more than there are."""
     next_one: dict[str, int] = {}
     pending: list[tuple[int, int]] = []
     actions = []
@@ -118,7 +125,8 @@ def row(stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: 
                     continue
                 stage, m = pending.pop(0)
             else:
-                # A whole backward counts as its two halves, so that a later I or W goes on after it.
+                # A whole backward counts as its two halves, so that a later I or W goes on after
+                # it.
                 stage = stages[int(token[1])]
                 m = next_one.get(token.replace("B", "I"), 0)
                 for key in (token, token.replace("B", "I"), token.replace("B", "W")):
@@ -132,18 +140,25 @@ def row(stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: 
 
 
 def check(t: Table) -> None:
-    """Raise ValueError, with the first thing that is wrong, unless every microbatch passes every stage once
-    in each direction, a stage's actions are all on one rank, and blocking receives never lock up."""
+    """Raise ValueError, with the first thing that is wrong, unless every microbatch passes every
+    stage once in each direction, a stage's actions are all on one rank, and blocking receives never
+    lock up."""
     ranks: dict[int, int] = {}
     seen: set[Action] = set()
     for rank, actions in enumerate(t.rows):
         for a in actions:
-            if a.kind not in KINDS or not 0 <= a.stage < t.stages or not 0 <= a.microbatch < t.microbatches:
+            if (
+                a.kind not in KINDS
+                or not 0 <= a.stage < t.stages
+                or not 0 <= a.microbatch < t.microbatches
+            ):
                 raise ValueError(f"{t.name}, rank {rank}: {a} is no action of {_size(t)}")
             if a in seen:
                 raise ValueError(f"{t.name}, rank {rank}: {a} is done twice")
             if ranks.setdefault(a.stage, rank) != rank:
-                raise ValueError(f"{t.name}: stage {a.stage} is on rank {ranks[a.stage]} and on rank {rank}")
+                raise ValueError(
+                    f"{t.name}: stage {a.stage} is on rank {ranks[a.stage]} and on rank {rank}"
+                )
             seen.add(a)
     for stage in range(t.stages):
         for m in range(t.microbatches):
@@ -157,15 +172,17 @@ def check(t: Table) -> None:
 
 
 def in_order(t: Table) -> Iterator[tuple[int, Action]]:
-    """``(rank, action)`` of all actions in an order that respects every need, each row from left to right.
-    Raises ValueError where no rank can go on: a deadlock."""
+    """``(rank, action)`` of all actions in an order that respects every need, each row from left to
+    right. Raises ValueError where no rank can go on: a deadlock."""
     done: set[Action] = set()
     places = [0] * len(t.rows)
     moved = True
     while moved:
         moved = False
         for rank, actions in enumerate(t.rows):
-            while places[rank] < len(actions) and all(n in done for n in t.needs(actions[places[rank]])):
+            while places[rank] < len(actions) and all(
+                n in done for n in t.needs(actions[places[rank]])
+            ):
                 yield rank, actions[places[rank]]
                 done.add(actions[places[rank]])
                 places[rank] += 1
@@ -181,7 +198,8 @@ def in_order(t: Table) -> Iterator[tuple[int, Action]]:
 
 
 def peaks(t: Table) -> list[int]:
-    """The most activations each rank keeps at once: a microbatch's, in a stage, from its F to its B or W."""
+    """The most activations each rank keeps at once: a microbatch's, in a stage, from its F to its B
+    or W."""
     found = []
     for actions in t.rows:
         alive = most = 0
@@ -194,7 +212,8 @@ def peaks(t: Table) -> list[int]:
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of one stage's actions, and of moving an activation to another rank. A B takes I and W."""
+    """Time of one stage's actions, and of moving an activation to another rank. A B takes I and
+    W."""
 
     F: float = 1.0
     I: float = 1.0  # noqa: E741  (the field's letter)
@@ -228,7 +247,9 @@ class Timeline:
         return max(s[-1][2] - s[0][1] - sum(end - start for _, start, end in s) for s in self.spans)
 
 
-def simulate(t: Table, costs: Costs | Callable[[Action], float] = Costs(), transfer: float = 0.0) -> Timeline:
+def simulate(
+    t: Table, costs: Costs | Callable[[Action], float] = Costs(), transfer: float = 0.0
+) -> Timeline:
     """Time a table. ``costs`` gives each action's time, by kind or, as a function, by stage too."""
     if isinstance(costs, Costs):
         costs, transfer = costs.of, costs.transfer

@@ -1,17 +1,17 @@
 """Zero-bubble schedules (Qi et al. 2023, arXiv:2401.10241).
 
-A backward is two halves: I, the gradient of the stage's input, which the rank before is waiting for, and W,
-the gradients of its weights, which nobody needs before the optimizer. Doing I first lets the pipeline drain
-faster, and W fills what would be idle.
+A backward is two halves: I, the gradient of the stage's input, which the rank before is waiting
+for, and W, the gradients of its weights, which nobody needs before the optimizer. Doing I first
+lets the pipeline drain faster, and W fills what would be idle.
 
-**ZB-H1** (figure 3) keeps no more activations than 1F1B. Rank r puts its W off by r microbatches: it has r
-activations fewer in flight than rank 0, and spends them on that. The idle time is a third of 1F1B's where
-F = I = W.
+**ZB-H1** (figure 3) keeps no more activations than 1F1B. Rank r puts its W off by r microbatches:
+it has r activations fewer in flight than rank 0, and spends them on that. The idle time is a third
+of 1F1B's where F = I = W.
 
-**ZB-V** (Qi et al. 2024, arXiv:2405.15362, figure 2; arXiv:2401.10241, section 6) gives each rank two stages
-in the shape of a V: down the ranks and up again, so that the last stage is where the first is and a
-microbatch's backward starts where its forward ended. With F = I = W and enough microbatches no rank is idle
-between its first action and its last, with 1F1B's peak of activations.
+**ZB-V** (Qi et al. 2024, arXiv:2405.15362, figure 2; arXiv:2401.10241, section 6) gives each rank
+two stages in the shape of a V: down the ranks and up again, so that the last stage is where the
+first is and a microbatch's backward starts where its forward ended. With F = I = W and enough
+microbatches no rank is idle between its first action and its last, with 1F1B's peak of activations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def zb_h1(ranks: int, microbatches: int) -> Table:
 
 
 def zb_v(ranks: int, microbatches: int) -> Table:
-    # Spelled for at least 2p - 1 microbatches, what it takes to fill the pipeline; fewer leave gaps.
+    # Spelled for at least 2p - 1 microbatches, what it takes to fill the pipeline; fewer leave
+    # gaps.
     m = max(microbatches, 2 * ranks - 1)
 
     def of(rank: int):

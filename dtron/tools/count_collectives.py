@@ -1,12 +1,13 @@
 """Counting what a program communicates: kind, mesh axis, number and bytes.
 
-A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in forward
-and in backward, on real ranks and on simulated ones. Tests assert these counts, so that communication can be
-added only on purpose; ``dtron.verify`` prints them.
+A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in
+forward and in backward, on real ranks and on simulated ones. Tests assert these counts, so that
+communication can be added only on purpose; ``dtron.verify`` prints them.
 
-Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output of an
-all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an all-reduce
-twice that. (Of an all-to-all by ``swap`` or ``shift`` all is sent: nothing in it is for the rank itself.)
+Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output
+of an all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an
+all-reduce twice that. (Of an all-to-all by ``swap`` or ``shift`` all is sent: nothing in it is for
+the rank itself.)
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Collective:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind, mesh
-    axis), and ``c.order``, the collectives one after the other."""
+    """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind,
+    mesh axis), and ``c.order``, the collectives one after the other."""
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
@@ -67,7 +68,9 @@ class CollectiveCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         kind = _KINDS.get(func.overloadpacket.__name__)
         if kind and func.namespace in ("_c10d_functional", "_dtensor", "c10d"):
-            group = next(self._axis[a] for a in reversed(args) if isinstance(a, str) and a in self._axis)
+            group = next(
+                self._axis[a] for a in reversed(args) if isinstance(a, str) and a in self._axis
+            )
             key = Collective(kind, group)
             whole = one_rank(out if kind == "all_gather" else args[0])
             self.count[key] += 1
@@ -76,7 +79,10 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
     def __str__(self) -> str:
-        return ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items())) or "none"
+        return (
+            ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items()))
+            or "none"
+        )
 
 
 class HiddenCommunication(RuntimeError):
@@ -85,8 +91,8 @@ class HiddenCommunication(RuntimeError):
 
 @contextmanager
 def no_hidden_communication() -> Iterator[None]:
-    """Inside, a redistribution that nobody wrote down raises HiddenCommunication: every collective of a
-    forward is a ``constrain``, a ``gather`` or a local region's own."""
+    """Inside, a redistribution that nobody wrote down raises HiddenCommunication: every collective
+    of a forward is a ``constrain``, a ``gather`` or a local region's own."""
     try:
         with ExplicitRedistributionContext():
             yield
@@ -109,4 +115,6 @@ def _own_lines(error: BaseException) -> str:
         for f in traceback.extract_tb(error.__traceback__)
         if not f.filename.startswith(torch_folder) and f.filename not in others
     ]
-    return ", in ".join(f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-3:]))
+    return ", in ".join(
+        f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in reversed(frames[-3:])
+    )

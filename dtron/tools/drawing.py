@@ -1,8 +1,8 @@
 """Pictures of meshes and sharded tensors, for ``dtron.show`` and the figures of docs/.
 
-A rank has one colour everywhere: its hue says which part of the tensor-parallel axis it is, its lightness
-which part of the rest. A piece that several ranks hold is cut into stripes of their colours, and grey where
-they are more than eight.
+A rank has one colour everywhere: its hue says which part of the tensor-parallel axis it is, its
+lightness which part of the rest. A piece that several ranks hold is cut into stripes of their
+colours, and grey where they are more than eight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def colour(rank: int, shape: MeshShape) -> str:
 
 
 def draw_mesh(canvas: Canvas, x: float, y: float, shape: MeshShape, most: int = 64) -> float:
-    """The ranks, tp along a row and the other axes down; returns the lower end. At most ``most`` rows."""
+    """The ranks, tp along a row and the other axes down; returns the lower end. At most ``most``
+    rows."""
     cell, height = (64, 30) if shape.tp <= 8 else (max(880 / shape.tp - 3, 6), 16)
     outer = [(a, n) for a, n in shape.sizes.items() if n > 1 and a not in ("tp", "pp")]
     rows = shape.size // shape.pp // shape.tp
@@ -36,7 +37,9 @@ def draw_mesh(canvas: Canvas, x: float, y: float, shape: MeshShape, most: int = 
         for axis, n in reversed(outer):
             rest, i = divmod(rest, n)
             label.append(f"{axis} {i}")
-        canvas.text(x, y + row * (height + 3) + height / 2 + 4, ", ".join(reversed(label)), colour=FAINT)
+        canvas.text(
+            x, y + row * (height + 3) + height / 2 + 4, ", ".join(reversed(label)), colour=FAINT
+        )
         for tp in range(shape.tp):
             rank = row * shape.tp + tp
             left, top = x + 130 + tp * (cell + 3), y + row * (height + 3)
@@ -54,12 +57,19 @@ def draw_mesh(canvas: Canvas, x: float, y: float, shape: MeshShape, most: int = 
 
 
 def draw_tensor(
-    canvas: Canvas, x: float, y: float, name: str, axes: str, whole: Sequence[int],
-    pieces: Sequence[tuple[int, Range]], shape: MeshShape, pending: str = "",
-) -> tuple[float, float]:  # fmt: skip
-    """A tensor as a rectangle, leading dims down and the others across, cut into the pieces ``(rank,
-    ranges)``; returns its width and height with the caption. ``pending`` names the axes of a sum not yet
-    taken."""
+    canvas: Canvas,
+    x: float,
+    y: float,
+    name: str,
+    axes: str,
+    whole: Sequence[int],
+    pieces: Sequence[tuple[int, Range]],
+    shape: MeshShape,
+    pending: str = "",
+) -> tuple[float, float]:
+    """A tensor as a rectangle, leading dims down and the others across, cut into the pieces
+    ``(rank, ranges)``; returns its width and height with the caption. ``pending`` names the axes of
+    a sum not yet taken."""
     split = _split(whole, pieces)
     w = _pixels(math.prod(whole[split:]))
     h = _pixels(math.prod(whole[:split])) if split else 22
@@ -70,7 +80,12 @@ def draw_tensor(
         holders[tuple(ranges)].append(rank)
     for ranges, ranks in holders.items():
         down, over = _box(ranges, whole, split)
-        px, py, pw, ph = x + over[0] * w, top + down[0] * h, (over[1] - over[0]) * w, (down[1] - down[0]) * h
+        px, py, pw, ph = (
+            x + over[0] * w,
+            top + down[0] * h,
+            (over[1] - over[0]) * w,
+            (down[1] - down[0]) * h,
+        )
         stripes = [colour(rank, shape) for rank in ranks] if len(ranks) <= 8 else [MANY]
         for i, fill in enumerate(stripes):
             canvas.rect(px + i * pw / len(stripes), py, pw / len(stripes), ph, fill, line="none")
@@ -84,18 +99,24 @@ def draw_tensor(
 
 
 def _split(whole: Sequence[int], pieces: Sequence[tuple[int, Range]]) -> int:
-    """How many dims go down. Flattened dims keep a piece in one place if the first of them alone is cut, so
-    the second dim that is cut is the first that goes across."""
+    """How many dims go down. Flattened dims keep a piece in one place if the first of them alone is
+    cut, so the second dim that is cut is the first that goes across."""
     cut = [d for d, n in enumerate(whole) if any(ranges[d] != (0, n) for _, ranges in pieces)]
     return cut[1] if len(cut) > 1 else 0 if len(whole) == 1 else cut[0] if cut and cut[0] > 0 else 1
 
 
-def _box(ranges: Range, whole: Sequence[int], split: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def _box(
+    ranges: Range, whole: Sequence[int], split: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """``(down, over)`` as shares of the rectangle."""
 
     def share(first: int, end: int) -> tuple[float, float]:
         cut = [d for d in range(first, end) if ranges[d] != (0, whole[d])]
-        return (ranges[cut[0]][0] / whole[cut[0]], ranges[cut[0]][1] / whole[cut[0]]) if cut else (0.0, 1.0)
+        return (
+            (ranges[cut[0]][0] / whole[cut[0]], ranges[cut[0]][1] / whole[cut[0]])
+            if cut
+            else (0.0, 1.0)
+        )
 
     return share(0, split), share(split, len(whole))
 

@@ -1,13 +1,15 @@
-"""Text from a model, with the same sharded forward that trains it; ``python -m dtron.generate --help``.
+"""Text from a model, with the same sharded forward that trains it; ``python -m dtron.generate
+--help``.
 
-The prompts are run at once, padded on the right, and then every step runs one token of each row. Keys and
-values of what was before are in a cache that travels beside the weights (layers/kv_cache.py), so the layers are
-those of training, on whatever mesh. All ranks draw the same tokens, since all have the same logits and the
-same seed. Rows are filled up until every rank has as many tokens, which the sharding of tokens asks for.
+The prompts are run at once, padded on the right, and then every step runs one token of each row.
+Keys and values of what was before are in a cache that travels beside the weights
+(layers/kv_cache.py), so the layers are those of training, on whatever mesh. All ranks draw the same
+tokens, since all have the same logits and the same seed. Rows are filled up until every rank has as
+many tokens, which the sharding of tokens asks for.
 
-Sampling: the temperature divides the logits, and top-p (Holtzman et al. 2019, arXiv:1904.09751, section 3.1)
-draws from the fewest tokens that have this probability together. Left out: everything that serving needs,
-as pages of cache, rows that come and go, and speculation.
+Sampling: the temperature divides the logits, and top-p (Holtzman et al. 2019, arXiv:1904.09751,
+section 3.1) draws from the fewest tokens that have this probability together. Left out: everything
+that serving needs, as pages of cache, rows that come and go, and speculation.
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ def generate(
     device: str = "cpu",
     ends: Set[int] = frozenset(),
 ) -> list[list[int]]:
-    """Every prompt and ``tokens`` new ones, or fewer where one of ``ends`` comes, which is the row's last.
-    Temperature 0 takes the likeliest. Raises UserError for a prompt that is empty or leaves no room in the
-    model's context."""
+    """Every prompt and ``tokens`` new ones, or fewer where one of ``ends`` comes, which is the
+    row's last. Temperature 0 takes the likeliest. Raises UserError for a prompt that is empty or
+    leaves no room in the model's context."""
     longest = check_prompts(prompts, tokens, m)
     step = Decoder(params, len(prompts), longest + tokens, m, pipe, device)
     texts, generator = [list(p) for p in prompts], torch.Generator().manual_seed(seed)
@@ -106,14 +108,19 @@ class Decoder:
         weights = gather(params, layout)
         heads, axis = (m.heads, "heads") if m.latent else (m.kv_heads, "kv_heads")
         dtype = weights[0].blocks[0].norm_1.scale.dtype
-        new = partial(empty_past, self._filled, slots, heads, m.head_dims, axis, layout, dtype, device)
+        new = partial(
+            empty_past, self._filled, slots, heads, m.head_dims, axis, layout, dtype, device
+        )
         self._weights = [(p, tuple(new() for _ in p.blocks)) for p in weights]
 
     def __call__(self, new: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor | None:
-        """``new`` tokens of each row, of which the first has position ``starts[row]`` -> the logits after
-        them, ``[rows, vocab]``; None on ranks without the last stage."""
+        """``new`` tokens of each row, of which the first has position ``starts[row]`` -> the logits
+        after them, ``[rows, vocab]``; None on ranks without the last stage."""
         longest, fill = max(map(len, new)), self._filled - self._rows
-        width = lambda row: [*row, *[0] * (longest - len(row) + 1)]  # the last is a target, which nobody asks
+        width = lambda row: [
+            *row,
+            *[0] * (longest - len(row) + 1),
+        ]  # the last is a target, which nobody asks
         tokens = torch.tensor([width(row) for row in [*new, *[[0]] * fill]])
         first = torch.tensor([*starts, *[0] * fill])
         places = first[:, None] + torch.arange(longest)
@@ -132,7 +139,9 @@ def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
     def enter(p: tuple[Transformer, tuple[KVCache, ...]], batch: Any) -> Tensor:
         return embed(p[0], batch, m, layout)
 
-    def run(p: tuple[Transformer, tuple[KVCache, ...]], x_TD: Tensor, batch: Any) -> tuple[Tensor, None]:
+    def run(
+        p: tuple[Transformer, tuple[KVCache, ...]], x_TD: Tensor, batch: Any
+    ) -> tuple[Tensor, None]:
         return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B)
 
     return Program(enter, run)
@@ -182,7 +191,9 @@ def run(o: Namespace) -> int:
     )  # fmt: skip
     shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
     if shape.cp > 1:
-        raise UserError(f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp")
+        raise UserError(
+            f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp"
+        )
     # A plan is one of training: the smallest batch that this mesh takes.
     sequence = DataConfig(sequence=min(shape.tp, m.context))
     config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=sequence)
@@ -224,13 +235,17 @@ def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: at least 1 is generated; raise it")
     if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature {temperature}: must be from 0, the likeliest token; change it")
+        raise UserError(
+            f"--temperature {temperature}: must be from 0, the likeliest token; change it"
+        )
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dtron.generate", description="Text from a model, on any mesh without cp.")
+    made = Parser(
+        prog="python -m dtron.generate", description="Text from a model, on any mesh without cp."
+    )
     add = made.add_argument
     add(
         "--from",
@@ -240,10 +255,20 @@ def parser() -> Parser:
         help="a Hugging Face folder, or a run directory",
     )
     add(
-        "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be repeated"
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what to go on from; may be repeated",
     )
     add("--tokens", type=int, default=64, metavar="N", help="new tokens at most (64)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (0.8)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token (0.8)",
+    )
     add(
         "--top-p",
         type=float,
@@ -254,7 +279,12 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
     add("--mesh", default="", metavar="MESH", help="how the ranks are arranged, as tp=2")
     add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: a GPU where there is one",
+    )
     dtypes = ["auto", "float32", "bfloat16", "float64"]
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     return made

@@ -1,30 +1,31 @@
-"""How much memory the activations of a long sequence take on one rank: an estimate from the model alone.
+"""How much memory the activations of a long sequence take on one rank: an estimate from the model
+alone.
 
-What grows with the sequence is what a block keeps between its forward and its backward. With u tokens of
-whole rows on a rank (rows * S / cp), t = u / tp of them between the collectives of tensor parallelism, and e
-bytes an element:
+What grows with the sequence is what a block keeps between its forward and its backward. With u
+tokens of whole rows on a rank (rows * S / cp), t = u / tp of them between the collectives of tensor
+parallelism, and e bytes an element:
 
     block, kept whole   e (2 t D + 2 u D + u (2 heads + 2 kv) H / tp + g u F / tp) + 4 u heads / tp
     selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads / tp
     full                e t D
 
-two residuals and two inputs of matrix products; queries, keys, values and results of attention, and its
-log-sum-exps; and of the feed-forward layer what its products take and give, g = 3 with a gate and 2 without.
-Under ``full`` the block that is at work is there whole, once; of its feed-forward layer only a chunk of c
-tokens, where u F / tp is large: c for u there (see ``recompute.tokens_at_once``). A block whose backward runs
-has the gradients of all that beside it, as many bytes again. Attention over cp has
-messages beside it: the ring two of keys and values and two of their gradients, allgather those of whole rows,
-ulysses what it sends and what it gets. The loss has a chunk of logits, and the gradients of its input and of
-the head.
+two residuals and two inputs of matrix products; queries, keys, values and results of attention, and
+its log-sum-exps; and of the feed-forward layer what its products take and give, g = 3 with a gate
+and 2 without. Under ``full`` the block that is at work is there whole, once; of its feed-forward
+layer only a chunk of c tokens, where u F / tp is large: c for u there (see
+``recompute.tokens_at_once``). A block whose backward runs has the gradients of all that beside it,
+as many bytes again. Attention over cp has messages beside it: the ring two of keys and values and
+two of their gradients, allgather those of whole rows, ulysses what it sends and what it gets. The
+loss has a chunk of logits, and the gradients of its input and of the head.
 
-In latent attention every head has keys of its own, and values of another width. A layer of experts has for F
-the width of the experts that a token goes to and of the shared one, and for each of the former the token once
-more; every layer is taken for one, and what routing adds is not counted.
+In latent attention every head has keys of its own, and values of another width. A layer of experts
+has for F the width of the experts that a token goes to and of the shared one, and for each of the
+former the token once more; every layer is taken for one, and what routing adds is not counted.
 
-These are what the mathematics of backward needs; a compiler may recompute a little more, and the eager
-program keeps more under ``none``. With pipeline stages, stage s has pp - s microbatches under way. (Of
-bench-1.3b, compiled, on one GPU, with full recomputation and one row of 524,288 tokens, the estimate and the
-memory of weights come to 101.4 GiB; 102.4 were measured.)
+These are what the mathematics of backward needs; a compiler may recompute a little more, and the
+eager program keeps more under ``none``. With pipeline stages, stage s has pp - s microbatches under
+way. (Of bench-1.3b, compiled, on one GPU, with full recomputation and one row of 524,288 tokens,
+the estimate and the memory of weights come to 101.4 GiB; 102.4 were measured.)
 """
 
 from __future__ import annotations
@@ -42,10 +43,15 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def block_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, element: int = 2, chunk: int | None = None
+    m: ModelConfig,
+    shape: MeshShape,
+    tokens: int,
+    recompute: str,
+    element: int = 2,
+    chunk: int | None = None,
 ) -> int:
-    """What one block keeps for backward. ``tokens``: of all cp and tp ranks together; ``chunk``: of a rank's
-    tokens, those that its MLP has at work, None: all."""
+    """What one block keeps for backward. ``tokens``: of all cp and tp ranks together; ``chunk``: of
+    a rank's tokens, those that its MLP has at work, None: all."""
     u = tokens // shape.cp
     t = u // shape.tp
     if recompute == "full":
@@ -61,7 +67,9 @@ def block_bytes(
     return element * (residuals + 2 * u * m.embed + heads + mlp) + 4 * u * m.heads // shape.tp
 
 
-def message_bytes(m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, element: int = 2) -> int:
+def message_bytes(
+    m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, element: int = 2
+) -> int:
     """What attention over cp has of other ranks' at once."""
     if shape.cp == 1:
         return 0
@@ -85,13 +93,16 @@ def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) 
 def activation_bytes(
     m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, cp: Method, layers: Sequence[int]
 ) -> int:
-    """The most that a rank has at once, of a stage with its share of ``layers``; see the top of the file."""
+    """The most that a rank has at once, of a stage with its share of ``layers``; see the top of the
+    file."""
     one = block_bytes(m, shape, tokens, recompute)
     kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
     chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
     gradients = block_bytes(m, shape, tokens, "none", chunk=chunk)
     again = gradients if recompute == "full" else 0
-    return kept + max(again + gradients + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens))
+    return kept + max(
+        again + gradients + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens)
+    )
 
 
 def table(
@@ -103,7 +114,9 @@ def table(
     sequences: Sequence[int],
 ) -> Table:
     """A line for each length that the mesh can cut; ``weights``: bytes of all else."""
-    out = Table(title=f"one row of a sequence on each data rank, bf16: {size(weights)} and activations")
+    out = Table(
+        title=f"one row of a sequence on each data rank, bf16: {size(weights)} and activations"
+    )
     for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in RECOMPUTE)):
         out.add_column(name, justify="right", no_wrap=True)
     for sequence in sequences:

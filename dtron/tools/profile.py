@@ -1,20 +1,21 @@
-"""Where the time of a training step goes: ``train.py --profile``, and ``python -m dtron.profile trace.json``.
+"""Where the time of a training step goes: ``train.py --profile``, and ``python -m dtron.profile
+trace.json``.
 
-A step is a set of intervals: what a device did, from when to when. Several may run at once, a collective
-beside a product on another stream above all. So times are not added up: each moment of the step counts once,
-for the first of these that is busy then:
+A step is a set of intervals: what a device did, from when to when. Several may run at once, a
+collective beside a product on another stream above all. So times are not added up: each moment of
+the step counts once, for the first of these that is busy then:
 
     matmul, attention, elementwise    what computes; elementwise is all that is neither of the other two
     communication                     of collectives only what is *exposed*, that nobody computes meanwhile
     copy                              memory copied or set, while nothing else runs
     idle                              nothing runs
 
-These sum to the step's span, from its first interval to its last. What of communication is *hidden* behind
-computation costs no time, is no part of the sum and is told apart. (Kernels of one stream follow each other,
-so what overlaps is on different streams.)
+These sum to the step's span, from its first interval to its last. What of communication is *hidden*
+behind computation costs no time, is no part of the sum and is told apart. (Kernels of one stream
+follow each other, so what overlaps is on different streams.)
 
-Intervals are the kernels and copies of a GPU. Without one they are the operators of the CPU, each less those
-that it calls; idle is then Python's and the dispatcher's time.
+Intervals are the kernels and copies of a GPU. Without one they are the operators of the CPU, each
+less those that it calls; idle is then Python's and the dispatcher's time.
 """
 
 from __future__ import annotations
@@ -43,8 +44,14 @@ Interval = tuple[float, float]
 KINDS: tuple[tuple[Category, str], ...] = (
     ("communication", r"nccl|gloo:|c10d"),
     ("copy", r"^mem(cpy|set)|^aten::copy_$"),
-    ("elementwise", r"^triton_(?!tem_)"),  # a fusion has the names of products and attention around it
-    ("attention", r"flash|sdpa|fmha|attention|cudnn_generated"),  # some are CUTLASS too, hence before it
+    (
+        "elementwise",
+        r"^triton_(?!tem_)",
+    ),  # a fusion has the names of products and attention around it
+    (
+        "attention",
+        r"flash|sdpa|fmha|attention|cudnn_generated",
+    ),  # some are CUTLASS too, hence before it
     ("matmul", r"nvjet|gem[mv]|cutlass|cublas|xmma|_scaled_mm|^triton_tem_\w*mm"),
     ("matmul", r"^aten::(\w*mm|\w*mv|matmul|linear|dot|einsum)$"),
     ("elementwise", ""),
@@ -147,8 +154,18 @@ def read(path: Path | str) -> list[Span]:
     try:
         trace = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         spans = spans_of([event for event in trace["traceEvents"] if event.get("ph") == "X"])
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a Chrome trace ({type(error).__name__}); {remedy}") from error
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise UserError(
+            f"{path}: is not a Chrome trace ({type(error).__name__}); {remedy}"
+        ) from error
     if not spans:
         raise UserError(f"{path}: has no kernel and no operator; {remedy}")
     return spans
@@ -157,8 +174,9 @@ def read(path: Path | str) -> list[Span]:
 def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
     """The step's kernels and copies where there are any, the operators otherwise.
 
-    The host runs ahead of the device: kernels that run while the host is in a step may be of the one before.
-    A step's own are those that it *launched*; a kernel and its launch have the same correlation.
+    The host runs ahead of the device: kernels that run while the host is in a step may be of the
+    one before. A step's own are those that it *launched*; a kernel and its launch have the same
+    correlation.
     """
     begin, end = step_range(events)
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -170,28 +188,37 @@ def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
         if e.get("cat", "").endswith(("_runtime", "_driver")) and "correlation" in e.get("args", {})
     }
     when = lambda e: launched.get(e.get("args", {}).get("correlation"), -math.inf)
-    kernels = [e for e in kernels if begin <= when(e) < end] or kernels  # all, where launches are not known
+    kernels = [
+        e for e in kernels if begin <= when(e) < end
+    ] or kernels  # all, where launches are not known
     return [Span(e["name"], classify(e["name"]), e["ts"], e["ts"] + e["dur"]) for e in kernels]
 
 
 def step_range(events: Sequence[dict[str, Any]]) -> Interval:
-    """When the host was in the step, by torch.profiler's mark; the last one of several. Always, without."""
-    marks = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("ProfilerStep#")]
+    """When the host was in the step, by torch.profiler's mark; the last one of several. Always,
+    without."""
+    marks = [
+        e
+        for e in events
+        if e.get("cat") == "user_annotation" and e["name"].startswith("ProfilerStep#")
+    ]
     last = max(marks, key=lambda e: e["ts"], default=None)
     return (last["ts"], last["ts"] + last["dur"]) if last else (-math.inf, math.inf)
 
 
-# Work on a CPU: operators, what gloo's threads do, and compiled code (less the operators that it calls: its
-# fused loops). The rest, autograd's nodes and marks, is only around them.
+# Work on a CPU: operators, what gloo's threads do, and compiled code (less the operators that it
+# calls: its fused loops). The rest, autograd's nodes and marks, is only around them.
 _WORK = re.compile(r"aten::|gloo:|\w*c10d|## Call CompiledFxGraph")
 
 
 def operators(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
-    """What each operator of the CPU does itself: of the calls open on a thread, the innermost is at work."""
+    """What each operator of the CPU does itself: of the calls open on a thread, the innermost is at
+    work."""
     threads = defaultdict(list)
     for e in events:
         if e.get("cat") in ("cpu_op", "user_annotation") and e["ts"] < e["ts"] + e["dur"]:
-            # Where two share a moment the one ends before the other begins, and the outer begins first.
+            # Where two share a moment the one ends before the other begins, and the outer begins
+            # first.
             threads[e["pid"], e["tid"]] += [
                 (e["ts"], True, -e["dur"], e["name"]),
                 (e["ts"] + e["dur"], False, -e["dur"], e["name"]),
@@ -227,7 +254,9 @@ def top(spans: Sequence[Span], n: int) -> list[str]:
     for s in spans:
         found[s.name].append(s.end - s.start)
     most = sorted(found.items(), key=lambda item: -sum(item[1]))[:n]
-    return [f"{sum(us) / 1e3:>9.2f} ms {len(us):>6} x  {classify(k):<13}  {k[:140]}" for k, us in most]
+    return [
+        f"{sum(us) / 1e3:>9.2f} ms {len(us):>6} x  {classify(k):<13}  {k[:140]}" for k, us in most
+    ]
 
 
 def show(spans: Sequence[Span]) -> None:
@@ -242,8 +271,8 @@ def show(spans: Sequence[Span]) -> None:
 
 
 class Recorder:
-    """Records one step, the ``step``-th that begins (0: none), to a file; of several processes each writes
-    its own. The first prints what is in it."""
+    """Records one step, the ``step``-th that begins (0: none), to a file; of several processes each
+    writes its own. The first prints what is in it."""
 
     def __init__(
         self, path: Path, step: int, device: str, show: Callable[[Sequence[Span]], None] = show
@@ -261,7 +290,8 @@ class Recorder:
 
         self._step += 1
         if self._target and self._step == max(self._target - 1, 1):
-            # Starting the profiler takes so long that the device runs dry: a step early, where there is one.
+            # Starting the profiler takes so long that the device runs dry: a step early, where
+            # there is one.
             gpu = [ProfilerActivity.CUDA] if self._gpu else []
             self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
             with warnings.catch_warnings(action="ignore"):  # of more cycles than one
@@ -272,7 +302,8 @@ class Recorder:
             self._mark.__enter__()
 
     def end(self) -> bool:
-        """The host has launched the step. Whether it was the one to record: the device is then idle."""
+        """The host has launched the step. Whether it was the one to record: the device is then
+        idle."""
         if self._step != self._target:
             return False
         self._mark.__exit__(None, None, None)
@@ -284,9 +315,13 @@ class Recorder:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("dtron.profile", description="Where the time of a traced step goes.")
+    parser = argparse.ArgumentParser(
+        "dtron.profile", description="Where the time of a traced step goes."
+    )
     parser.add_argument("trace", help="a Chrome trace that train.py --profile wrote")
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="also the N kernels with most time")
+    parser.add_argument(
+        "--top", type=int, default=0, metavar="N", help="also the N kernels with most time"
+    )
     o = parser.parse_args(argv)
     spans = read(o.trace)
     show(spans)

@@ -1,17 +1,17 @@
 """``python -m dtron.show --mesh dp=8,tp=4 --model llama3-8b``: where every weight lies, and what that costs.
 
-One row per weight (the blocks are alike, so they share rows): its logical axes with the mesh axes they fall
-on, its placement, its whole shape and one rank's, and the bytes one rank holds for it:
+One row per weight (the blocks are alike, so they share rows): its logical axes with the mesh axes
+they fall on, its placement, its whole shape and one rank's, and the bytes one rank holds for it:
 
     parameters  the master copy, and where the ZeRO stage gathers before the microbatches (0 to 2) a copy in
                 the compute dtype, unless that is the master copy itself
     gradients   what stays between microbatches: not yet cut over dp and cp in stages 0 and 1
     optimizer   two moments in the master's dtype
 
-``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks hold.
-Nothing is allocated and no process is started: placements follow from the rules, so this works for a mesh of
-any size on any machine. A second table has the activations of one row of a sequence, by its length; see
-tools/memory_estimate.py.
+``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks
+hold. Nothing is allocated and no process is started: placements follow from the rules, so this
+works for a mesh of any size on any machine. A second table has the activations of one row of a
+sequence, by its length; see tools/memory_estimate.py.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One weight, or ``count`` alike: shapes in elements, the rest in bytes on the rank that holds most."""
+    """One weight, or ``count`` alike: shapes in elements, the rest in bytes on the rank that holds
+    most."""
 
     path: str
     count: int
@@ -83,17 +84,25 @@ def named_axes(w: WeightSpec, shape: MeshShape, zero: int) -> str:
 
 
 def local_shape(
-    whole: Sequence[int], mesh_sizes: Sequence[int], placements: Placements, coordinate: Sequence[int]
+    whole: Sequence[int],
+    mesh_sizes: Sequence[int],
+    placements: Placements,
+    coordinate: Sequence[int],
 ) -> tuple[int, ...]:
     """The shape that the rank at ``coordinate`` holds."""
-    return tuple(stop - start for start, stop in local_range(whole, mesh_sizes, placements, coordinate))
+    return tuple(
+        stop - start for start, stop in local_range(whole, mesh_sizes, placements, coordinate)
+    )
 
 
 def local_range(
-    whole: Sequence[int], mesh_sizes: Sequence[int], placements: Placements, coordinate: Sequence[int]
+    whole: Sequence[int],
+    mesh_sizes: Sequence[int],
+    placements: Placements,
+    coordinate: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is cut as DTensor cuts it: into
-    parts of ``ceil(size / n)``, of which the last ranks may have less or nothing."""
+    """``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is cut as DTensor cuts
+    it: into parts of ``ceil(size / n)``, of which the last ranks may have less or nothing."""
     ranges = [(0, size) for size in whole]
     for n, placement, i in zip(mesh_sizes, placements, coordinate, strict=True):
         if placement.is_shard():
@@ -104,9 +113,13 @@ def local_range(
 
 
 def rows(
-    model: ModelConfig, shape: MeshShape, zero: int, compute: int = 2, master: int = 4,
+    model: ModelConfig,
+    shape: MeshShape,
+    zero: int,
+    compute: int = 2,
+    master: int = 4,
     spec: Transformer | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
     ``master``: bytes per element."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
@@ -141,7 +154,10 @@ def _grouped(spec: Transformer) -> list[tuple[WeightSpec, str, int]]:
     found, firsts = {}, []
     for run in runs:
         first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
-        old, new = f"blocks.{first}.", f"blocks.{first}-{last}." if first != last else f"blocks.{first}."
+        old, new = (
+            f"blocks.{first}.",
+            f"blocks.{first}-{last}." if first != last else f"blocks.{first}.",
+        )
         found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
         firsts.append(run[0])
     shown = flat(replace(spec, blocks=tuple(firsts)))
@@ -184,16 +200,23 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
     canvas.text(20, 28, f"mesh {shape}: {shape.size} ranks", bold=True, size=16)
     y = draw_mesh(canvas, 20, 50, shape)
     canvas.text(
-        20, y + 30, f"one block of {model.layers}, zero {zero}: who holds which part", bold=True, size=16
+        20,
+        y + 30,
+        f"one block of {model.layers}, zero {zero}: who holds which part",
+        bold=True,
+        size=16,
     )
     y, x, lowest = y + 50, 20, 0
     for w in flat(declare_model(model).blocks[-1]):
         lies = place(rules_for(zero), axes, *w.axes)
         pieces = [
-            (rank, local_range(w.shape, sizes, lies, coordinate)) for rank, coordinate in coordinates(sizes)
+            (rank, local_range(w.shape, sizes, lies, coordinate))
+            for rank, coordinate in coordinates(sizes)
         ]
         name = w.path.split(".", 2)[2]
-        width, height = draw_tensor(canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape)
+        width, height = draw_tensor(
+            canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape
+        )
         lowest, x = max(lowest, y + height), x + width + 30
         if x > 740:
             x, y = 20, lowest + 20
@@ -230,7 +253,9 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
         most = max(most, sum(total(found)))
     console.print(
-        memory_estimate.table(config.model, shape, config.cp, layers, most, memory_estimate.sequences(unit))
+        memory_estimate.table(
+            config.model, shape, config.cp, layers, most, memory_estimate.sequences(unit)
+        )
     )
     console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:

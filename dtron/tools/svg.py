@@ -1,5 +1,5 @@
-"""Small SVG pictures. An SVG is text, so no library is needed to write one, and a figure that is drawn from
-live objects can be compared with the committed one by a test."""
+"""Small SVG pictures. An SVG is text, so no library is needed to write one, and a figure that is
+drawn from live objects can be compared with the committed one by a test."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ class Canvas:
         self._add(y + h, f'<rect {box} fill="{fill}" stroke="{line}"{dash}/>')
 
     def text(
-        self, x: float, y: float, text: str, size: float = 12, bold: bool = False, anchor: str = "start",
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 12,
+        bold: bool = False,
+        anchor: str = "start",
         colour: str = INK,
-    ) -> None:  # fmt: skip
+    ) -> None:
         style = f'font-size="{size:g}" text-anchor="{anchor}" fill="{colour}"'
         style += ' font-weight="bold"' if bold else ""
         self._add(y + 4, f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
@@ -39,7 +45,10 @@ class Canvas:
     def arrow(self, x: float, y: float, length: float) -> None:
         """To the right from (x, y)."""
         end = x + length
-        self._add(y + 4, f'<path d="M{x:.1f} {y:.1f}H{end:.1f}m-6 -4l6 4l-6 4" fill="none" stroke="{INK}"/>')
+        self._add(
+            y + 4,
+            f'<path d="M{x:.1f} {y:.1f}H{end:.1f}m-6 -4l6 4l-6 4" fill="none" stroke="{INK}"/>',
+        )
 
     def line(self, points: list[tuple[float, float]], colour: str) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -1,12 +1,12 @@
 """``python -m dtron.verify --mesh dp=2,tp=2``: is the sharding still right?
 
-Builds a model and one global batch, takes one optimizer step on one device and one on the simulated mesh,
-both in float64, and compares the loss, every gradient and every weight after the step. Two correct programs
-differ by the rounding of sums taken in another order, about 1e-15; a forgotten reduction differs by 0.1 to 1.
-Anything over 1e-9 is a bug. Edit a layer, run this.
+Builds a model and one global batch, takes one optimizer step on one device and one on the simulated
+mesh, both in float64, and compares the loss, every gradient and every weight after the step. Two
+correct programs differ by the rounding of sums taken in another order, about 1e-15; a forgotten
+reduction differs by 0.1 to 1. Anything over 1e-9 is a bug. Edit a layer, run this.
 
-Also printed: what the step communicated, by kind and mesh axis. What a simulation cannot show is a mistake of
-the network or of a device; the tests repeat the comparison on real processes.
+Also printed: what the step communicated, by kind and mesh axis. What a simulation cannot show is a
+mistake of the network or of a device; the tests repeat the comparison on real processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig, Schedule
 from dtron.runtime.validate import check, microbatches
 from dtron.schedules.runner import Program
-from dtron.tools.count_collectives import CollectiveCounter, HiddenCommunication, no_hidden_communication
+from dtron.tools.count_collectives import (
+    CollectiveCounter,
+    HiddenCommunication,
+    no_hidden_communication,
+)
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optimizer import adam_init
@@ -75,7 +79,8 @@ class Difference:
 def one_step(
     config: RunConfig, shape: MeshShape, mutate: Callable[[Layout], Layout] = lambda x: x
 ) -> StepResult:
-    """The step that ``config`` describes, on simulated ranks (``MeshShape()`` is one device), in float64."""
+    """The step that ``config`` describes, on simulated ranks (``MeshShape()`` is one device), in
+    float64."""
     m = config.model
     rows = _random_rows(config)
     documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
@@ -84,7 +89,9 @@ def one_step(
         layout = mutate(Layout(mesh, rules_for(config.zero)))
         pipe = pipeline(config, shape, count, config.data.sequence, layout)
         dims = m.dims()
-        params = tree_map(lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec)
+        params = tree_map(
+            lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec
+        )
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
             make_batch(*one, depth=m.mtp.depth, zigzag=config.zigzags)
@@ -117,22 +124,26 @@ def _guarded(functions: Program) -> Program:
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
-    """The same step without a pipeline. An auxiliary loss sees which tokens are in a micro-batch, so then
-    these are the same too."""
+    """The same step without a pipeline. An auxiliary loss sees which tokens are in a micro-batch,
+    so then these are the same too."""
     config = replace(config, schedule="1f1b", pipeline=PipelineConfig())
     if not config.model.moe.aux_loss:
         return config
     return replace(
-        config, micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1]
+        config,
+        micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1],
     )
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
-    """``(relative error of the loss, errors of every weight, and last of the gradient norm)``. A weight whose
-    gradient is zero but for rounding (a key's bias: softmax does not see it) is measured against a small part
-    of the largest gradient, weight or moment instead of itself."""
+    """``(relative error of the loss, errors of every weight, and last of the gradient norm)``. A
+    weight whose gradient is zero but for rounding (a key's bias: softmax does not see it) is
+    measured against a small part of the largest gradient, weight or moment instead of itself."""
     floors = {"grads": 1e-6, "params": 1e-2, "first_moments": 1e-6, "second_moments": 1e-12}
-    errors = {name: _errors(getattr(want, name), getattr(got, name), share) for name, share in floors.items()}
+    errors = {
+        name: _errors(getattr(want, name), getattr(got, name), share)
+        for name, share in floors.items()
+    }
     rows = [
         Difference(path, grad, weight, max(m, v, key=lambda error: (error != error, error)))
         for (path, _), grad, weight, m, v in zip(leaves(want.grads), *errors.values(), strict=True)
@@ -155,7 +166,8 @@ def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 
 
 def _random_rows(config: RunConfig) -> Tensor:
-    """A global batch of random tokens in which some targets do not count, unevenly over the rows."""
+    """A global batch of random tokens in which some targets do not count, unevenly over the
+    rows."""
     g = torch.Generator().manual_seed(config.seed)
     rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
     rows[:: max(2, config.batch // 3), -max(1, config.data.sequence // 3) :] = IGNORE
@@ -173,7 +185,8 @@ def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Prove that one optimizer step on a mesh is that of one device, in float64, on simulated ranks."""
+    """Prove that one optimizer step on a mesh is that of one device, in float64, on simulated
+    ranks."""
 
     mesh: str = "dp=2,tp=2"
     """the mesh to prove, as dp=2,tp=2,pp=2"""
@@ -206,11 +219,19 @@ class VerifyConfig:
         micro_batch = self.micro_batch or (2 if shape.pp == 1 else 1)
         count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # an odd number, that fills any pipeline
         return RunConfig(
-            mesh=self.mesh, zero=self.zero, batch=self.batch or count * micro_batch * shape.data,
-            micro_batch=micro_batch, recompute=self.recompute, schedule=self.schedule, seed=self.seed,
-            cp=self.cp, zigzag=self.zigzag, pipeline=self.pipeline, model=self.model,
+            mesh=self.mesh,
+            zero=self.zero,
+            batch=self.batch or count * micro_batch * shape.data,
+            micro_batch=micro_batch,
+            recompute=self.recompute,
+            schedule=self.schedule,
+            seed=self.seed,
+            cp=self.cp,
+            zigzag=self.zigzag,
+            pipeline=self.pipeline,
+            model=self.model,
             data=DataConfig(sequence=self.sequence, document_mask=self.document_mask),
-        )  # fmt: skip
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -233,7 +254,9 @@ def main(argv: Sequence[str]) -> int:
     console.print(_collective_table(got.collectives))
     wrong = next((r for r in rows if not r.same), None)
     if wrong is None and loss_error <= TOLERANCE:
-        console.print(f"mesh {shape}, zero {config.zero}: the same result as one device, to {TOLERANCE:.0e}")
+        console.print(
+            f"mesh {shape}, zero {config.zero}: the same result as one device, to {TOLERANCE:.0e}"
+        )
         return 0
     what = (
         f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, moments {wrong.state:.1e})"
@@ -244,8 +267,12 @@ def main(argv: Sequence[str]) -> int:
     return 1
 
 
-def _error_table(shape: MeshShape, config: RunConfig, loss_error: float, rows: list[Difference]) -> Table:
-    table = Table(title=f"relative errors of one step on {shape} ({shape.size} ranks, zero {config.zero})")
+def _error_table(
+    shape: MeshShape, config: RunConfig, loss_error: float, rows: list[Difference]
+) -> Table:
+    table = Table(
+        title=f"relative errors of one step on {shape} ({shape.size} ranks, zero {config.zero})"
+    )
     table.add_column("")
     for name in ("gradient", "weight", "moments"):
         table.add_column(name, justify="right")

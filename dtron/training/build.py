@@ -1,4 +1,5 @@
-"""The step that trains, built once: train.py, the benchmarks, ``dtron.verify`` and the tests call this."""
+"""The step that trains, built once: train.py, the benchmarks, ``dtron.verify`` and the tests call
+this."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def build_step(
     overlap: bool = True,
     wrap: Callable[[Program], Program] = lambda functions: functions,
 ) -> TrainStep | CudaGraphStep:
-    """The step of a config on the ranks that ``pipe`` is of: eager, compiled, or recorded, as ``plan`` says.
+    """The step of a config on the ranks that ``pipe`` is of: eager, compiled, or recorded, as
+    ``plan`` says.
 
     ``backend``: of torch.compile.
     ``overlap``: collectives are moved ahead of what needs them.

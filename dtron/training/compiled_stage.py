@@ -1,14 +1,15 @@
 """The compiled way: DTensors exist while a function is traced, and not when it runs.
 
-A stage is compiled whole, forward and backward, once per shape: ``fullgraph``, so nothing in it goes back to
-Python. Eager, a block is some thirty kernels that each read and write every activation; compiled, what stands
-between two matrix products is one. Across the boundary go each rank's own tensors. Inside, ``LocalToDTensor`` makes
-DTensors of them again; the tracer sees through these, and what is left is kernels and collectives. (DTensors
-across the boundary would be taken apart and put together again in every call: with 2 GPUs, tp=2 and 24 layers
-that took 190 ms a step.) The same is done with what a step does once: gathering weights, reducing gradients.
+A stage is compiled whole, forward and backward, once per shape: ``fullgraph``, so nothing in it
+goes back to Python. Eager, a block is some thirty kernels that each read and write every
+activation; compiled, what stands between two matrix products is one. Across the boundary go each
+rank's own tensors. Inside, ``LocalToDTensor`` makes DTensors of them again; the tracer sees through
+these, and what is left is kernels and collectives. (DTensors across the boundary would be taken
+apart and put together again in every call: with 2 GPUs, tp=2 and 24 layers that took 190 ms a
+step.) The same is done with what a step does once: gathering weights, reducing gradients.
 
-Compiled functions make all gradients in one call, so ``I`` and ``W`` of the zero-bubble schedules are not
-split (see schedules/split_backward.py)."""
+Compiled functions make all gradients in one call, so ``I`` and ``W`` of the zero-bubble schedules
+are not split (see schedules/split_backward.py)."""
 
 from __future__ import annotations
 
@@ -37,19 +38,31 @@ from dtron.training.zero3_prefetch import Zero3Prefetch
 
 
 def compiled(
-    functions: Program, layout: Layout, how: ComputeConfig = PLAIN, backend: str = "inductor", overlap: bool = True,
+    functions: Program,
+    layout: Layout,
+    how: ComputeConfig = PLAIN,
+    backend: str = "inductor",
+    overlap: bool = True,
     fetches: bool = False,
-) -> Program:  # fmt: skip
-    """The same program with its functions compiled. ``overlap``: collectives are moved ahead of what needs
-    them, and small ones put together. ``fetches``: a stage gathers its weights itself, as ZeRO-3 has it."""
+) -> Program:
+    """The same program with its functions compiled. ``overlap``: collectives are moved ahead of
+    what needs them, and small ones put together. ``fetches``: a stage gathers its weights itself,
+    as ZeRO-3 has it."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if fetches and overlap and (group := _carried(mesh)):
-        options |= {"post_grad_custom_post_pass": Zero3Prefetch(group), "reorder_for_peak_memory": False}
+        options |= {
+            "post_grad_custom_post_pass": Zero3Prefetch(group),
+            "reorder_for_peak_memory": False,
+        }
     elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
-        # Code that comes from the cache of an earlier run calls operators that only this import registers.
+        # Code that comes from the cache of an earlier run calls operators that only this import
+        # registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
         again = how.recompute not in ("none", "selective")  # attention is
-        left_out = {"insert_overlap_deps": again, "collective_bucketing": bool(copy_engine_groups(mesh))}
+        left_out = {
+            "insert_overlap_deps": again,
+            "collective_bucketing": bool(copy_engine_groups(mesh)),
+        }
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
@@ -66,26 +79,31 @@ def _carried(mesh: DeviceMesh | None) -> str | None:
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
-"""Inductor's passes; one left out is not off. Two go wrong in torch 2.11, with an AssertionError. Buckets of
-many all-reduces wait for each other: so lists of weights and gradients, where nothing is to be hidden behind,
-are compiled without any. And what is to stay behind a collective is wrapped, which attention that is computed
-again (a kernel that could draw random numbers) does not bear: so the last is not for recomputation. Where
-copy engines gather the weights (distributed/copy_engine.py), one by one costs least, and nothing is laid end to end; and where
-they do within a stage, dtron's own pass is taken for all of these (training/zero3_prefetch.py)."""
+"""Inductor's passes; one left out is not off. Two go wrong in torch 2.11, with an AssertionError.
+Buckets of many all-reduces wait for each other: so lists of weights and gradients, where nothing is
+to be hidden behind, are compiled without any. And what is to stay behind a collective is wrapped,
+which attention that is computed again (a kernel that could draw random numbers) does not bear: so
+the last is not for recomputation. Where copy engines gather the weights
+(distributed/copy_engine.py), one by one costs least, and nothing is laid end to end; and where they
+do within a stage, dtron's own pass is taken for all of these (training/zero3_prefetch.py)."""
 
 
 @dataclass(frozen=True)
 class LocalWeights:
-    """A stage's weights as its compiled functions take them: this rank's own tensors, and where they lie."""
+    """A stage's weights as its compiled functions take them: this rank's own tensors, and where
+    they lie."""
 
     tree: Any
     lies: list[ShardSpec]
 
 
 class CompiledStage:
-    """A program's functions, compiled, on each rank's own tensors; and the ``Hold`` that goes with them."""
+    """A program's functions, compiled, on each rank's own tensors; and the ``Hold`` that goes with
+    them."""
 
-    def __init__(self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable):
+    def __init__(
+        self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable
+    ):
         self._functions, self._layout = functions, layout
         self._run, self._run_list = compile(self._traced), compile_list(self._traced_list)
 
@@ -116,10 +134,14 @@ class CompiledStage:
         tensors = [t.detach().requires_grad_() for t in tensors]
         return LocalWeights(unflatten(params, tensors), lies), tensors
 
-    def scatter(self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]) -> list[Tensor]:
+    def scatter(
+        self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]
+    ) -> list[Tensor]:
         return self._move(reduce_scatter_all, grads, [at.gradient for at in weights.lies], params)
 
-    def reduce(self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool):
+    def reduce(
+        self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool
+    ):
         lies = [at.gradient for at in weights.lies]
         if scattered:
             lies = [at.scattered(p.placements) for at, p in zip(lies, params, strict=True)]
@@ -129,13 +151,17 @@ class CompiledStage:
     def loss(self, total: Tensor) -> Tensor:
         return self._layout.from_local(total, "+tokens")
 
-    def _move(self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]):
+    def _move(
+        self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]
+    ):
         """Only what is not there yet goes through the compiled function."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
         there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
         return self._run_some(fn, grads, lies, there, goals)
 
-    def _run_some(self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args):
+    def _run_some(
+        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args
+    ):
         """Of these tensors only those that are not there yet go through the compiled function."""
         away = [i for i, done in enumerate(there) if not done]
         if not away:
@@ -148,29 +174,46 @@ class CompiledStage:
     # What is traced: locals in, DTensors, locals out.
 
     def _traced(
-        self, fn: Callable, tree: Any, lies: list[ShardSpec], x: tuple[Tensor, ...], before, batch, parts
+        self,
+        fn: Callable,
+        tree: Any,
+        lies: list[ShardSpec],
+        x: tuple[Tensor, ...],
+        before,
+        batch,
+        parts,
     ):
         here = self._layout.from_local
         mesh = self._layout.mesh
         batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
         like = next(getattr(batch, name) for name in parts)
-        whole = lambda w, at: LocalToDTensor.apply(w, like, code(at.placements), tuple(at.shape), at.stride)
+        whole = lambda w, at: LocalToDTensor.apply(
+            w, like, code(at.placements), tuple(at.shape), at.stride
+        )
         p = unflatten(tree, [whole(w, at) for w, at in zip(flat(tree), lies, strict=True)])
-        before = [r and {name: here(part, "+tokens_sp") for name, part in r.items()} for r in before]
+        before = [
+            r and {name: here(part, "+tokens_sp") for name, part in r.items()} for r in before
+        ]
         y, extra = fn(p, *(here(part, "tokens_sp", "act_embed") for part in x), batch, *before)
         if extra is None:
             return _own(y), None
         aux = None if extra.aux is None else _own(extra.aux)
-        return _own(y), StageOutput(aux, {name: part.to_local() for name, part in extra.report.items()})
+        return _own(y), StageOutput(
+            aux, {name: part.to_local() for name, part in extra.report.items()}
+        )
 
-    def _traced_list(self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args) -> list[Tensor]:
+    def _traced_list(
+        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args
+    ) -> list[Tensor]:
         wholes = [at.whole(t, self._layout.mesh) for t, at in zip(tensors, lies, strict=True)]
         return [x.to_local() for x in fn(wholes, *args)]
 
 
 def _own(y: DTensor) -> Tensor:
     """This rank's part; where it is a summand, the gradient is that of the sum."""
-    return y.to_local(grad_placements=[Replicate() if at.is_partial() else at for at in y.placements])
+    return y.to_local(
+        grad_placements=[Replicate() if at.is_partial() else at for at in y.placements]
+    )
 
 
 def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
@@ -181,7 +224,7 @@ def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
 
 
 def compiled_rule(backend: str = "inductor") -> UpdateFn:
-    """AdamW's update, compiled: see ``optim.written_out``. Once per shape, and a transformer has a dozen.
-    (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead of 70, and ran no
-    faster; with one graph for any shape every step took 5 ms more.)"""
+    """AdamW's update, compiled: see ``optim.written_out``. Once per shape, and a transformer has a
+    dozen. (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead
+    of 70, and ran no faster; with one graph for any shape every step took 5 ms more.)"""
     return partial(written_out, each=jit(adamw, backend=backend))

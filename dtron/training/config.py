@@ -1,7 +1,8 @@
-"""What decides a training step: the model, the mesh and how they are computed. runtime/config.py adds what a
-run needs around it: data, steps, checkpoints and logs.
+"""What decides a training step: the model, the mesh and how they are computed. runtime/config.py
+adds what a run needs around it: data, steps, checkpoints and logs.
 
-A ``RunPlan`` is what a config means on one machine: devices, dtypes and what is compiled, checked once.
+A ``RunPlan`` is what a config means on one machine: devices, dtypes and what is compiled, checked
+once.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ class PipelineConfig:
     split: str = ""
     """blocks of each stage, as 7,9; empty: as even as FLOPs allow"""
     gather: Literal["step", "microbatch"] = "step"
-    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and microbatch"""
+    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and
+    microbatch"""
 
     def __post_init__(self) -> None:
         if self.virtual < 1:
-            raise UserError(f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it")
+            raise UserError(
+                f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it"
+            )
         if not all(part.strip().isdigit() for part in filter(None, self.split.split(","))):
-            raise UserError(f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it")
+            raise UserError(
+                f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -55,49 +61,52 @@ class StepConfig:
     """One step of training, on any mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for experts);
-    a dp left out takes the rest"""
+    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for
+    experts); a dp left out takes the rest"""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage, what is sharded over dp and cp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
-    weights in use"""
+    """ZeRO stage, what is sharded over dp and cp: 0 nothing, 1 optimizer state, 2 also gradients, 3
+    also weights in use"""
     batch: int = 16
     """sequences per step, over all ranks"""
     micro_batch: int | None = None
-    """sequences per rank at once; None: all of a rank's share, or with pp a part that fills the pipeline"""
+    """sequences per rank at once; None: all of a rank's share, or with pp a part that fills the
+    pipeline"""
     schedule: Schedule = "1f1b"
     """pipeline schedule, for pp over 1; python -m dtron.schedules compare shows them"""
     recompute: str = "none"
-    """activations computed again in backward to save memory: none, selective, full; or, compiled, budget=0.5:
-    keep half of what none keeps"""
+    """activations computed again in backward to save memory: none, selective, full; or, compiled,
+    budget=0.5: keep half of what none keeps"""
     attention: AttentionPath = "auto"
     """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
     cp: Method = "ring"
-    """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of sequences"""
+    """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of
+    sequences"""
     zigzag: Literal["auto", "on", "off"] = "auto"
-    """over cp: a rank has an early and a late part of each sequence, so that all have the same work; auto:
-    not for ulysses, where they have it anyway"""
+    """over cp: a rank has an early and a late part of each sequence, so that all have the same
+    work; auto: not for ulysses, where they have it anyway"""
     fp8: Fp8 = "none"
-    """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the weight's
-    gradient in high precision"""
+    """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the
+    weight's gradient in high precision"""
     fp8_ends: bool = False
     """in the first and the last block too, which are kept in high precision otherwise"""
     dispatch: Dispatch = "auto"
-    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a fixed number
-    (static), or every rank gets all tokens of its group (allgather). auto: allgather where compiled, else
-    alltoall"""
+    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a
+    fixed number (static), or every rank gets all tokens of its group (allgather). auto: allgather
+    where compiled, else alltoall"""
     fp8_smallest: int = SMALLEST
-    """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left as they
-    are"""
+    """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left
+    as they are"""
     fp8_gather: bool = False
-    """with --zero 3: weights for products in FP8 are gathered in 8 bits, which is half the traffic of
-    bfloat16"""
+    """with --zero 3: weights for products in FP8 are gathered in 8 bits, which is half the traffic
+    of bfloat16"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs, without pp"""
+    """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs,
+    without pp"""
     copy_engines: Literal["auto", "off"] = "auto"
-    """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory, which takes
-    no processors from matrix products; off: NCCL sends them"""
+    """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory,
+    which takes no processors from matrix products; off: NCCL sends them"""
     reduce_bf16: bool = False
     """accumulate and reduce gradients in bfloat16 instead of float32"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -107,9 +116,15 @@ class StepConfig:
     @property
     def how(self) -> ComputeConfig:
         return ComputeConfig(
-            self.recompute, self.attention, self.fp8, self.fp8_ends, self.fp8_smallest, self.fp8_gather,
-            self.cp, self.dispatch,
-        )  # fmt: skip
+            self.recompute,
+            self.attention,
+            self.fp8,
+            self.fp8_ends,
+            self.fp8_smallest,
+            self.fp8_gather,
+            self.cp,
+            self.dispatch,
+        )
 
     @property
     def zigzags(self) -> bool:
@@ -120,8 +135,8 @@ class StepConfig:
         return self.zero == 3 and (shape.pp == 1 or self.pipeline.gather == "microbatch")
 
     def splits(self, shape: MeshShape) -> bool:
-        """Whether a backward can run in two halves: not where blocks gather weights, because those blocks are
-        recomputed."""
+        """Whether a backward can run in two halves: not where blocks gather weights, because those
+        blocks are recomputed."""
         axes = tuple(shape.atoms)
         sharded = any(
             place(RULES, axes, *w.axes) != place(whole(RULES), axes, *w.axes)

@@ -1,14 +1,15 @@
 """A training step as one CUDA graph.
 
-A step of 24 layers is thousands of kernels. Launching them from Python takes as long as a fast GPU takes to
-run them, or twice as long under tensor parallelism. A CUDA graph is a recording of all these launches with
-their addresses; the host starts it in one call
-(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording needs shapes that never change,
-weights and moments that are overwritten in place, and a host that reads no number of the step: a step of dtron
-has all three. The batch, the learning rate and the counts are copied to where the recorded kernels read them.
+A step of 24 layers is thousands of kernels. Launching them from Python takes as long as a fast GPU
+takes to run them, or twice as long under tensor parallelism. A CUDA graph is a recording of all
+these launches with their addresses; the host starts it in one call
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording needs shapes that
+never change, weights and moments that are overwritten in place, and a host that reads no number of
+the step: a step of dtron has all three. The batch, the learning rate and the counts are copied to
+where the recorded kernels read them.
 
-Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording would allow that, but
-a rank that dies would then be waited for without the timeout that names it.
+Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording would
+allow that, but a rank that dies would then be waited for without the timeout that names it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from dtron.training.step import Result, TrainStep
 
 
 class CudaGraphStep:
-    """``step(params, opt, microbatches, tokens, lr, number=)``, whose first calls run as they are, while
-    functions are compiled and collectives find their partners; then one is recorded, and from there on
-    replayed. A call with other weights or other shapes runs as it is."""
+    """``step(params, opt, microbatches, tokens, lr, number=)``, whose first calls run as they are,
+    while functions are compiled and collectives find their partners; then one is recorded, and from
+    there on replayed. A call with other weights or other shapes runs as it is."""
 
     def __init__(self, step: TrainStep, device: str, plain: int = 3):
         self._step, self._device, self._plain, self._graph = step, device, plain, None
@@ -66,14 +67,24 @@ class CudaGraphStep:
             # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._run(params, opt, *self._inputs)[:3]
-        for there, here in zip(_tensors(self._inputs), _tensors((microbatches, numbers)), strict=True):
+        for there, here in zip(
+            _tensors(self._inputs), _tensors((microbatches, numbers)), strict=True
+        ):
             local(there).copy_(local(here), non_blocking=True)
         self._graph.replay()
         own = lambda x: x if x is None else x.clone()  # the next replay overwrites them
         loss, norm, told = self._outputs
-        return own(loss), own(norm), StepReports(*map(own, told)), params, replace(opt, step=opt.step + 1)
+        return (
+            own(loss),
+            own(norm),
+            StepReports(*map(own, told)),
+            params,
+            replace(opt, step=opt.step + 1),
+        )
 
-    def _run(self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor) -> Result:
+    def _run(
+        self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor
+    ) -> Result:
         tokens, lr, number = numbers.unbind()
         return self._step(params, opt, microbatches, tokens, lr, number=number)
 

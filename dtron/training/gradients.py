@@ -1,8 +1,9 @@
 """One training step: loss and gradients over microbatches, and where ZeRO's three stages differ.
 
-ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) stores each weight, its gradient and its optimizer state on
-one of the ranks that would have the same (those of dp, and of cp) instead of on all. Here a stage is not a
-mode of any layer; it is *where* ``gather`` is called and where a gradient stops being a pending sum:
+ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) stores each weight, its gradient and its optimizer
+state on one of the ranks that would have the same (those of dp, and of cp) instead of on all. Here
+a stage is not a mode of any layer; it is *where* ``gather`` is called and where a gradient stops
+being a pending sum:
 
     stage   weights at rest     gather               gradient over dp, and over cp
     0       whole               nothing to gather    all-reduced once a step
@@ -10,8 +11,8 @@ mode of any layer; it is *where* ``gather`` is called and where a gradient stops
     2       sharded over dp     once a step          reduce-scattered every microbatch
     3       sharded over dp     inside each block    as 2: that is the backward of the gather
 
-Gradients accumulate in local tensors, float32 at least unless asked otherwise, and everything still Partial
-(over dp_replicate, and all axes on which a weight is whole) is reduced once, at the end. No
+Gradients accumulate in local tensors, float32 at least unless asked otherwise, and everything still
+Partial (over dp_replicate, and all axes on which a weight is whole) is reduced once, at the end. No
 ``.grad`` is set.
 """
 
@@ -33,12 +34,13 @@ from dtron.training.pipeline import Pipeline
 
 
 class StageWeights(Protocol):
-    """What a program's functions take and give: DTensors (``EagerWeights``), or each rank's own tensors
-    (``compiled.OnLocals``). Gradients are lists in the order of a stage's weights, and ``params`` too."""
+    """What a program's functions take and give: DTensors (``EagerWeights``), or each rank's own
+    tensors (``compiled.OnLocals``). Gradients are lists in the order of a stage's weights, and
+    ``params`` too."""
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        """A stage's weights for its functions, and the tensors to differentiate by. ``once``: gather
-        them now, and not inside the functions."""
+        """A stage's weights for its functions, and the tensors to differentiate by. ``once``:
+        gather them now, and not inside the functions."""
 
     def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
         """Gradients shrunk to where the params are sharded."""
@@ -90,10 +92,10 @@ def gradients(
     gather_each: bool = True,
     look: Callable[[int, int, list[Tensor | None]], None] | None = None,
 ) -> tuple[Tensor | None, Any, Reports]:
-    """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by ``tokens``, and
-    the gradients of the *sum*, of the loss and of what stages add to it. Whoever uses these divides, in the
-    same pass: the optimizer multiplies by a scale anyway. (In bfloat16 backward, 1 / tokens would be off by
-    up to 0.4 %.)
+    """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by
+    ``tokens``, and the gradients of the *sum*, of the loss and of what stages add to it. Whoever
+    uses these divides, in the same pass: the optimizer multiplies by a scale anyway. (In bfloat16
+    backward, 1 / tokens would be off by up to 0.4 %.)
 
     ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
     its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
@@ -106,7 +108,8 @@ def gradients(
     have many microbatches)."""
     layout, hold = pipe.layout, functions.hold or EagerWeights(pipe.layout)
     leaves = {
-        s: hold.leaves(p, once=zero < 3 or not gather_each) for s, p in zip(pipe.stages, params, strict=True)
+        s: hold.leaves(p, once=zero < 3 or not gather_each)
+        for s, p in zip(pipe.stages, params, strict=True)
     }
     weights, tensors = ({s: pair[i] for s, pair in leaves.items()} for i in (0, 1))
     targets = {s: flat(p) for s, p in zip(pipe.stages, params, strict=True)}
@@ -117,8 +120,8 @@ def gradients(
         if look is not None:
             look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
-        # The first microbatch's are added to in place, so they must be nobody else's: two weights that are
-        # added up have one and the same gradient.
+        # The first microbatch's are added to in place, so they must be nobody else's: two weights
+        # that are added up have one and the same gradient.
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if zero >= 2:
@@ -132,18 +135,24 @@ def gradients(
 
     links = pipe.links(microbatches[0], local=functions.hold is not None, by_host=look is not None)
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
-    found = [g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)]
+    found = [
+        g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
+    ]
     found = pipe.add_twins(unflatten(params, found))
     loss = None if out.total is None else hold.loss(out.total) / tokens
     return loss, found, {s: _summed(r, layout) for s, r in out.reports.items()}
 
 
-def evaluate(functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline) -> Tensor | None:
-    """The last stage's outputs, summed over microbatches, without gradients; None where that stage is
-    elsewhere. Any number of microbatches."""
+def evaluate(
+    functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline
+) -> Tensor | None:
+    """The last stage's outputs, summed over microbatches, without gradients; None where that stage
+    is elsewhere. Any number of microbatches."""
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
-    return run_forward(t, pipe.ranks, functions, by_stage, microbatches, pipe.links(microbatches[0], t))
+    return run_forward(
+        t, pipe.ranks, functions, by_stage, microbatches, pipe.links(microbatches[0], t)
+    )
 
 
 def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -1,16 +1,17 @@
-"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards, global-norm clipping, learning-rate
-schedules.
+"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards, global-norm clipping,
+learning-rate schedules.
 
-The update is elementwise, so it never needs to know that a weight is sharded: it runs on each rank's own part
-in one fused kernel for the whole tree. Only the gradient norm looks across ranks: each rank sums the squares
-it holds, each square divided by the number of ranks that hold it too, and one all-reduce per mesh axis gives
-the exact global norm.
+The update is elementwise, so it never needs to know that a weight is sharded: it runs on each
+rank's own part in one fused kernel for the whole tree. Only the gradient norm looks across ranks:
+each rank sums the squares it holds, each square divided by the number of ranks that hold it too,
+and one all-reduce per mesh axis gives the exact global norm.
 
-Functions compute in fewer bits than the masters have that are updated. A copy of each weight in these bits is
-kept with the optimizer's state and written in the same pass as the master, so that no step reads all masters
-again to cast them: of 32 bytes that a step moves for a weight those are 4.
+Functions compute in fewer bits than the masters have that are updated. A copy of each weight in
+these bits is kept with the optimizer's state and written in the same pass as the master, so that no
+step reads all masters again to cast them: of 32 bytes that a step moves for a weight those are 4.
 
-``adam_update`` consumes its arguments: gradients, params and state are overwritten in place, as if donated.
+``adam_update`` consumes its arguments: gradients, params and state are overwritten in place, as if
+donated.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class OptimConfig:
     lr: float = 1e-3
     """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays, then
-    decays"""
+    """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays,
+    then decays"""
     warmup: int = 20
     """steps from 0 to lr"""
     min_lr: float = 0.1
@@ -62,15 +63,20 @@ class OptimConfig:
         inf = float("inf")
         from_to(self, "optim", {"min_lr": (0, 1), "decay": (0, 1)})
         under(self, "optim", {"beta1": 1, "beta2": 1})
-        under(self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")})
+        under(
+            self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")}
+        )
         if self.eps == 0:
-            raise UserError("optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8")
+            raise UserError(
+                "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
+            )
 
 
 @dataclass(frozen=True)
 class AdamState:
-    """First and second moments, trees like the params; ``step`` counts updates. ``copies`` are the params in
-    the dtype of computation, or None where that is their own; a checkpoint does not have them."""
+    """First and second moments, trees like the params; ``step`` counts updates. ``copies`` are the
+    params in the dtype of computation, or None where that is their own; a checkpoint does not have
+    them."""
 
     step: int
     m: Any
@@ -82,27 +88,39 @@ def adam_init(params: Any) -> AdamState:
     return AdamState(0, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
 
-def with_compute_copies(state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None) -> AdamState:
-    """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach them if
-    they are to (distributed/symmetric_memory.py). What no gradient moves is not cast."""
+def with_compute_copies(
+    state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None
+) -> AdamState:
+    """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach
+    them if they are to (distributed/symmetric_memory.py). What no gradient moves is not cast."""
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    return replace(state, copies=unflatten(params, to_symmetric_memory(flat(tree_map(copy, spec, params)))))
+    return replace(
+        state, copies=unflatten(params, to_symmetric_memory(flat(tree_map(copy, spec, params))))
+    )
 
 
 UpdateFn = Callable[..., None]
 
 
 def adam_update(
-    grads: Any, state: AdamState, params: Any, spec: Any, lr: float | Tensor, scale: float | Tensor,
-    config: OptimConfig, rule: UpdateFn | None = None, number: Tensor | None = None, ok: Tensor | None = None,
-) -> tuple[Any, AdamState]:  # fmt: skip
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay, and which
-    are left alone. A rate or scale that is a tensor stays on its device: nothing waits for it; so does
-    ``number``, which update this is (None: the state knows), and ``ok``: where it is false nothing moves, and
-    the update is counted all the same. ``rule`` updates lists of local tensors:
-    ``fused`` (None), or ``written_out``, compiled."""
+    grads: Any,
+    state: AdamState,
+    params: Any,
+    spec: Any,
+    lr: float | Tensor,
+    scale: float | Tensor,
+    config: OptimConfig,
+    rule: UpdateFn | None = None,
+    number: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> tuple[Any, AdamState]:
+    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay,
+    and which are left alone. A rate or scale that is a tensor stays on its device: nothing waits
+    for it; so does ``number``, which update this is (None: the state knows), and ``ok``: where it
+    is false nothing moves, and the update is counted all the same. ``rule`` updates lists of local
+    tensors: ``fused`` (None), or ``written_out``, compiled."""
     step, rule = state.step + 1, rule or fused
     decays = [None if w.frozen else w.decays for w in flat(spec)]
     trees = [flat(tree) for tree in (params, grads, state.m, state.v)]
@@ -120,12 +138,21 @@ def adam_update(
 
 
 def fused(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], c: list[Tensor | None], step: int,
-    lr: float, scale: Tensor, ok: Tensor, weight_decay: float, config: OptimConfig,
-) -> None:  # fmt: skip
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    c: list[Tensor | None],
+    step: int,
+    lr: float,
+    scale: Tensor,
+    ok: Tensor,
+    weight_decay: float,
+    config: OptimConfig,
+) -> None:
     """torch's fused kernel, for all weights at once."""
-    # It walks memory without looking at strides, and an uneven shard's gradient is a slice of its padded
-    # buffer; and it divides by float32 only.
+    # It walks memory without looking at strides, and an uneven shard's gradient is a slice of its
+    # padded buffer; and it divides by float32 only.
     g = [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)]
     divides = p[0].dtype == torch.float32 and not is_simulated(p[0])
     if not divides:
@@ -142,27 +169,51 @@ def fused(
 
 
 def written_out(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], c: list[Tensor | None],
-    step: int | Tensor, lr: float | Tensor, scale: Tensor, ok: Tensor, weight_decay: float,
-    config: OptimConfig, each: Callable | None = None,
-) -> None:  # fmt: skip
-    """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over each weight
-    and takes gradients in any dtype, so that none has to be cast before."""
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    c: list[Tensor | None],
+    step: int | Tensor,
+    lr: float | Tensor,
+    scale: Tensor,
+    ok: Tensor,
+    weight_decay: float,
+    config: OptimConfig,
+    each: Callable | None = None,
+) -> None:
+    """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over
+    each weight and takes gradients in any dtype, so that none has to be cast before."""
     here = lambda x: x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
     rate, corrected = here(lr), here(step)
     c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
     rest = (rate, scale, ok, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
-    plain = lambda x: x if x is None or x.ndim < 3 else x.flatten(1)  # so that few kinds have to be compiled
+    plain = lambda x: (
+        x if x is None or x.ndim < 3 else x.flatten(1)
+    )  # so that few kinds have to be compiled
     for one in zip(p, g, m, v, c, strict=True):
         (each or adamw)(*map(plain, one), *rest)
 
 
 def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor | None, lr: Tensor, scale: Tensor, ok: Tensor,
-    c1: Tensor, c2: Tensor, weight_decay: float, beta1: float, beta2: float, eps: float,
-) -> None:  # fmt: skip
-    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias. Where ``ok``
-    is false everything stays as it is. ``c``: a copy of p in another dtype, or None."""
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    c: Tensor | None,
+    lr: Tensor,
+    scale: Tensor,
+    ok: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias.
+    Where ``ok`` is false everything stays as it is. ``c``: a copy of p in another dtype, or
+    None."""
     g = g.to(p.dtype) * scale
     m_new = beta1 * m + (1 - beta1) * g
     v_new = beta2 * v + (1 - beta2) * g * g
@@ -176,9 +227,9 @@ def adamw(
 def global_norm(
     grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """The Euclidean norm of the whole gradient, exact on every mesh, a scalar that nobody has waited for;
-    float64 where the gradients are. With ``spec``, twins are left out; ``over_stages`` adds a number up over
-    the pipeline ranks."""
+    """The Euclidean norm of the whole gradient, exact on every mesh, a scalar that nobody has
+    waited for; float64 where the gradients are. With ``spec``, twins are left out; ``over_stages``
+    adds a number up over the pipeline ranks."""
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
     counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
     wide = torch.promote_types(counted[0].dtype, torch.float32)
@@ -193,7 +244,9 @@ def global_norm(
     # Scalars, because numbers that have to be sent to the device make the host wait for it.
     torch._foreach_div_(norms, [math.sqrt(n) for n in held])
     total = torch.stack(norms).square().sum()
-    return over_stages(full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))).sqrt()
+    return over_stages(
+        full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))
+    ).sqrt()
 
 
 def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -206,13 +259,14 @@ def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def clip_scale(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of this norm by, so that it is ``limit`` at most; 0 is no limit."""
+    """What to multiply gradients of this norm by, so that it is ``limit`` at most; 0 is no
+    limit."""
     return (limit / norm).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of update ``step`` (from 0) out of ``steps``: warm-up to ``lr``, then the schedule, which
-    reaches ``min_lr * lr`` on the last step."""
+    """The rate of update ``step`` (from 0) out of ``steps``: warm-up to ``lr``, then the schedule,
+    which reaches ``min_lr * lr`` on the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     after = max(steps - config.warmup - 1, 1)

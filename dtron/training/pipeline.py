@@ -1,12 +1,13 @@
 """The model cut into stages, and the stages of this process with what connects them to the others.
 
-A stage is a ``Transformer`` of which most is missing: the first has the embedding, the last the final norm
-and the head, each its share of the blocks. Paths stay those of the whole model (``blocks.7.mlp.w_up``), so
-initial weights and checkpoints do not know how it was cut. One device is a pipeline of one stage.
+A stage is a ``Transformer`` of which most is missing: the first has the embedding, the last the
+final norm and the head, each its share of the blocks. Paths stay those of the whole model
+(``blocks.7.mlp.w_up``), so initial weights and checkpoints do not know how it was cut. One device
+is a pipeline of one stage.
 
-Where head and embedding are tied, or tokens further ahead are predicted, the first and the last stage have a
-copy of the embedding each, of which the second is a *twin*: their gradients are added once a step, and so
-they stay equal.
+Where head and embedding are tied, or tokens further ahead are predicted, the first and the last
+stage have a copy of the embedding each, of which the second is a *twin*: their gradients are added
+once a step, and so they stay equal.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from dtron.mesh import Layout
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Transformer, active, declare_model, embed, stage
+from dtron.model.flops import active
+from dtron.model.transformer import Transformer, declare_model, embed, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.p2p import InProcessLinks, Links, P2PLinks, PipelineGroups, make_ways
@@ -38,9 +40,11 @@ from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
 
 
-def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()) -> list[int]:
-    """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of the last
-    stage counts as the blocks it costs. Raises UserError for a split that does not fit."""
+def layers_per_stage(
+    m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()
+) -> list[int]:
+    """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of
+    the last stage counts as the blocks it costs. Raises UserError for a split that does not fit."""
     if split:
         if len(split) != stages or sum(split) != m.layers or min(split) < 1:
             raise UserError(
@@ -54,7 +58,9 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
     weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
-    block = weights + m.heads * sum(m.head_dims) / 2 * sequence  # as multiplications per token, on average
+    block = (
+        weights + m.heads * sum(m.head_dims) / 2 * sequence
+    )  # as multiplications per token, on average
     head = m.padded_vocab * m.embed / block  # in blocks
     head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 
@@ -67,9 +73,12 @@ def layers_per_stage(m: ModelConfig, stages: int, sequence: int, split: Sequence
 
     lows = sorted({n + extra for n in range(1, m.layers + 1) for extra in (0.0, head_cost)})
     room = next(r for most in lows if (r := fits(most)))
-    while sum(room) > m.layers:  # take back where most is left, later stages first: they start later
+    while (
+        sum(room) > m.layers
+    ):  # take back where most is left, later stages first: they start later
         widest = max(
-            range(stages), key=lambda s: (room[s] > 1, room[s] + (head_cost if s == stages - 1 else 0), s)
+            range(stages),
+            key=lambda s: (room[s] > 1, room[s] + (head_cost if s == stages - 1 else 0), s),
         )
         room[widest] -= 1
     return room
@@ -98,7 +107,9 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
     return found
 
 
-def program(m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True) -> Program:
+def program(
+    m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True
+) -> Program:
     """The model's functions, for the runner."""
     return Program(
         partial(embed, m=m, layout=layout),
@@ -110,9 +121,10 @@ def program(m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here (one
-    device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of every stage;
-    ``met`` are the kinds of messages that have been sent before, by functions that will be run again."""
+    """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here
+    (one device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of
+    every stage; ``met`` are the kinds of messages that have been sent before, by functions that
+    will be run again."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -144,14 +156,18 @@ class Pipeline:
     def links(
         self, batch: Batch, table: Table | None = None, local: bool = False, by_host: bool = False
     ) -> Links:
-        """What connects the stages for one step of microbatches like ``batch``. ``local``: they take and give
-        each rank's own tensors. The first such step sends by way of the hosts, where there are GPUs; so does
-        one that asks for it ``by_host``, because it runs what others do not, and is not counted as the
-        first."""
+        """What connects the stages for one step of microbatches like ``batch``. ``local``: they
+        take and give each rank's own tensors. The first such step sends by way of the hosts, where
+        there are GPUs; so does one that asks for it ``by_host``, because it runs what others do
+        not, and is not counted as the first."""
         if self.ways is None:
             return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
-        kind, lies, device = (t.name, tokens, local), ("tokens_sp", "act_embed"), self.template.device
+        kind, lies, device = (
+            (t.name, tokens, local),
+            ("tokens_sp", "act_embed"),
+            self.template.device,
+        )
         if not by_host:
             by_host = kind not in self.met
             self.met.add(kind)
@@ -209,11 +225,15 @@ class Pipeline:
 def on_ranks(
     pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
 ) -> Pipeline:
-    """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an activation
-    of no tokens, ``[0, D]``, in the dtype of computation."""
+    """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an
+    activation of no tokens, ``[0, D]``, in the dtype of computation."""
     if mesh is None or "pp" not in mesh.mesh_dim_names:
         return pipe
-    lines = mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
+    lines = (
+        mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1)
+        .reshape(-1, len(pipe.table.rows))
+        .tolist()
+    )
     pairs = pipe.table.pairs
     if pipe.twins is not None:
         first, last = (pipe.table.rank_of[s] for s in pipe.twins)

@@ -1,7 +1,8 @@
-"""What a step's reports are good for: the router's bias, and the numbers that a run logs of its experts.
+"""What a step's reports are good for: the router's bias, and the numbers that a run logs of its
+experts.
 
-``training.gradients`` gives the reports of the stages of this process, summed over the global batch and over
-all ranks that have tokens. The router's bias needs nothing else (moe/balance.py).
+``training.gradients`` gives the reports of the stages of this process, summed over the global batch
+and over all ranks that have tokens. The router's bias needs nothing else (moe/balance.py).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dtron.training.pipeline import Pipeline
 
 
 class StepReports(NamedTuple):
-    """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed losses of
-    predictions further ahead (model/mtp.py)."""
+    """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed
+    losses of predictions further ahead (model/mtp.py)."""
 
     experts: Tensor | None
     ahead: Tensor | None
@@ -31,10 +32,12 @@ class StepReports(NamedTuple):
 def update_router_bias(
     params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
 ) -> tuple[Any, ...]:
-    """Move the balance bias of every router here, by this step's load, unless ``ok`` is false. Overwrites it,
-    as the optimizer does weights."""
+    """Move the balance bias of every router here, by this step's load, unless ``ok`` is false.
+    Overwrites it, as the optimizer does weights."""
     for stage, tree in zip(pipe.stages, params, strict=True):
-        layers = [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
+        layers = (
+            [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
+        )
         for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
             step = bias_step(load_E, rate)
             step = step if ok is None else torch.where(ok, step, 0)
@@ -46,8 +49,8 @@ COLUMNS = (*TOTALS, "dropped")
 
 
 def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | None:
-    """``[layers, E + 5]``, on every rank: of each layer of experts in the model, the load of its experts and
-    the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
+    """``[layers, E + 5]``, on every rank: of each layer of experts in the model, the load of its
+    experts and the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
     if not c.experts:
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
@@ -56,14 +59,17 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
     rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
     for stage, r in reports.items():
         start = sum(counts[:stage])
-        rows[start : start + counts[stage]] = torch.cat([r["load"], r["router"], r["dropped"][:, None]], 1)
+        rows[start : start + counts[stage]] = torch.cat(
+            [r["load"], r["router"], r["dropped"][:, None]], 1
+        )
     return pipe.sum(rows)
 
 
 def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
-    """Numbers of a step, by name, ``experts.3.entropy`` for layer 3. ``load_max`` and ``load_min`` are the
-    largest and smallest load of an expert over the mean; ``entropy`` that of a token's scores in nats, on
-    average; ``dropped`` the share of slots; losses are per token, without their weight."""
+    """Numbers of a step, by name, ``experts.3.entropy`` for layer 3. ``load_max`` and ``load_min``
+    are the largest and smallest load of an expert over the mean; ``entropy`` that of a token's
+    scores in nats, on average; ``dropped`` the share of slots; losses are per token, without their
+    weight."""
     if totals is None:
         return {}
     found = {}
@@ -71,15 +77,18 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
         load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
         mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
         each = {"load_max": max(load) / mean, "load_min": min(load) / mean}
-        each |= {"entropy": sums["entropy"] / tokens, "dropped": sums["dropped"] / (tokens * c.top_k)}
+        each |= {
+            "entropy": sums["entropy"] / tokens,
+            "dropped": sums["dropped"] / (tokens * c.top_k),
+        }
         each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
         found |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}
     return found
 
 
 def ahead_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
-    """``[depth]``, on every rank: each module's loss summed over the tokens of a step, from its reports by
-    stage. None without modules. Nobody waits for it."""
+    """``[depth]``, on every rank: each module's loss summed over the tokens of a step, from its
+    reports by stage. None without modules. Nobody waits for it."""
     if not depth:
         return None
     mine = next((r["ahead"] for r in reports.values() if "ahead" in r), None)

@@ -10,8 +10,9 @@ These five lines are training:
 
 The first is ``TrainStep.gradients``, the others are ``TrainStep.update``.
 
-``build.build_step`` makes the step that trains: for train.py, for the benchmarks, for ``dtron.verify`` and for
-the tests. Nothing in a step waits for the device, so that it can be recorded (cuda_graph.py).
+``build.build_step`` makes the step that trains: for train.py, for the benchmarks, for
+``dtron.verify`` and for the tests. Nothing in a step waits for the device, so that it can be
+recorded (cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class TrainStep:
     ) -> tuple[Tensor | None, Any, Reports]:
         """The summed loss, its gradients, and the stages' reports: see ``training.gradients``."""
         zero = self.config.zero
-        return gradients(self.functions, weights, microbatches, 1, self.pipe, zero, self.gather_each, look)
+        return gradients(
+            self.functions, weights, microbatches, 1, self.pipe, zero, self.gather_each, look
+        )
 
     def __call__(
         self,
@@ -65,14 +68,14 @@ class TrainStep:
         lr: float | Tensor,
         number: Tensor | None = None,
     ) -> Result:
-        """``(loss, gradient norm, reports, params, optimizer state)`` after the step. Params and state are
-        overwritten in place.
+        """``(loss, gradient norm, reports, params, optimizer state)`` after the step. Params and
+        state are overwritten in place.
 
         ``tokens``: the valid targets of the global batch; the loss is the mean over them.
         ``number``: which update this is, as a tensor that the device reads; None: the state knows.
 
-        Loss and norm are scalars that nobody has waited for. A step whose loss or norm is not finite moves no
-        weight."""
+        Loss and norm are scalars that nobody has waited for. A step whose loss or norm is not
+        finite moves no weight."""
         done = self.gradients(params if opt.copies is None else opt.copies, microbatches)
         return self.update(params, opt, [*done], tokens, lr, number)
 
@@ -85,8 +88,8 @@ class TrainStep:
         lr: float | Tensor,
         number: Tensor | None = None,
     ) -> Result:
-        """What follows ``gradients``. ``done``: what they gave, a list that is emptied here, because gradients
-        that somebody still held would wait in memory for the next step's."""
+        """What follows ``gradients``. ``done``: what they gave, a list that is emptied here,
+        because gradients that somebody still held would wait in memory for the next step's."""
         pipe, m, config = self.pipe, self.config.model, self.config.optim
         total, grads, reports = done
         done.clear()
@@ -94,8 +97,12 @@ class TrainStep:
         norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
         scale = clip_scale(norm, config.clip) / tokens
         ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
-        params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, config, self.rule, number, ok)
+        params, opt = adam_update(
+            grads, opt, params, pipe.spec, lr, scale, config, self.rule, number, ok
+        )
         del grads
         params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)
-        told = StepReports(expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth))
+        told = StepReports(
+            expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth)
+        )
         return loss, norm, told, params, opt

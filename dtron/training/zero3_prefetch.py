@@ -1,26 +1,29 @@
-"""The order of a compiled stage under ZeRO-3: weights come a bucket ahead, gradients go a bucket later.
+"""The order of a compiled stage under ZeRO-3: weights come a bucket ahead, gradients go a bucket
+later.
 
-A weight that copy engines carry (distributed/copy_engine.py) costs no processor on its way, but each place where a product
-has to wait for a copy, or a copy for a product, is a gap as long as several small kernels. Inductor's
-scheduler moves collectives one by one, each ahead by as much work as hides it: under ZeRO-3 that is 28 such
-places in a block. ``Zero3Prefetch`` makes it six. It puts all gathers of a bucket, ``BUCKET`` bytes of weights in the
-order in which they are used, about a block, into one collective; asks for it where the bucket before is first
-used; and waits for it where it is first used itself. What leaves a block, its gradients, is sent at the next
-of these places and waited for at the one after. (FSDP prefetches by units of its own in the same way, Zhao et
-al. 2023, arXiv:2304.11277, section 3.3; here nothing in the model says what a unit is.)
+A weight that copy engines carry (distributed/copy_engine.py) costs no processor on its way, but
+each place where a product has to wait for a copy, or a copy for a product, is a gap as long as
+several small kernels. Inductor's scheduler moves collectives one by one, each ahead by as much work
+as hides it: under ZeRO-3 that is 28 such places in a block. ``Zero3Prefetch`` makes it six. It puts
+all gathers of a bucket, ``BUCKET`` bytes of weights in the order in which they are used, about a
+block, into one collective; asks for it where the bucket before is first used; and waits for it
+where it is first used itself. What leaves a block, its gradients, is sent at the next of these
+places and waited for at the one after. (FSDP prefetches by units of its own in the same way, Zhao
+et al. 2023, arXiv:2304.11277, section 3.3; here nothing in the model says what a unit is.)
 
     edge:  |          use bucket 1         |          use bucket 2         |
            | gather 2, wait 1, send grads  | gather 3, wait 2, wait grads  |
 
-It is a pass over a graph of operators, forward or backward, in which nothing is overwritten: so any order
-in which each comes after what it needs is the same program. Beside the weights in use there is a bucket on
-its way, and of gradients what leaves between two edges. What needs something that is not there yet stays
-where it is.
+It is a pass over a graph of operators, forward or backward, in which nothing is overwritten: so any
+order in which each comes after what it needs is the same program. Beside the weights in use there
+is a bucket on its way, and of gradients what leaves between two edges. What needs something that is
+not there yet stays where it is.
 
-Left out: weights that are gathered over two axes of the mesh one after the other (training/compiled_stage.py leaves these to
-inductor); in 8 bits a weight is used where it is unpacked, which forward does at the entry of its block, so
-that buckets smaller than a block are not hidden there; and a search for the best size: a bucket must be long
-enough in use to hide the next, and more only costs memory.
+Left out: weights that are gathered over two axes of the mesh one after the other
+(training/compiled_stage.py leaves these to inductor); in 8 bits a weight is used where it is
+unpacked, which forward does at the entry of its block, so that buckets smaller than a block are not
+hidden there; and a search for the best size: a bucket must be long enough in use to hide the next,
+and more only costs memory.
 
 Inductor takes such a pass by a class that is not public, imported here alone."""
 
@@ -37,7 +40,9 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import flop_registry
 
 BUCKET = 2**27  # bytes of gathered weights
-FIRST = 2**25  # of the first bucket, for which everything waits; each has twice the one before until then
+FIRST = (
+    2**25
+)  # of the first bucket, for which everything waits; each has twice the one before until then
 
 _OPS, _ATEN = torch.ops._c10d_functional, torch.ops.aten
 _COPIES = (_ATEN.cat.default, _ATEN.clone.default)
@@ -45,8 +50,8 @@ _COPIES = (_ATEN.cat.default, _ATEN.clone.default)
 
 @dataclass
 class WeightGather:
-    """A gather of no more than one of the stage's inputs, as a weight's is: what it is made of, views and
-    waits of what it gives, and the first that computes with them."""
+    """A gather of no more than one of the stage's inputs, as a weight's is: what it is made of,
+    views and waits of what it gives, and the first that computes with them."""
 
     start: Node
     made_of: list[Node]
@@ -102,7 +107,9 @@ class Zero3Prefetch(CustomGraphPass):
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         for n in reversed(starts[0]):
             inputs[-1].append(n)
-        for edge, sent, following, after in zip(edges, asked, [*starts[1:], [], []], given, strict=True):
+        for edge, sent, following, after in zip(
+            edges, asked, [*starts[1:], [], []], given, strict=True
+        ):
             for n in (*sent, *following, *after):
                 edge.prepend(n)
         graph.lint()
@@ -112,13 +119,23 @@ class Zero3Prefetch(CustomGraphPass):
         found = []
         for n in graph.nodes:
             if n.target is _OPS.all_gather_into_tensor.default and self._ours(n):
-                made_of = _reached(n, lambda x: x.all_input_nodes, lambda x, _: x.op != "placeholder")
+                made_of = _reached(
+                    n, lambda x: x.all_input_nodes, lambda x, _: x.op != "placeholder"
+                )
                 given = _reached(n, lambda x: x.users, _brought)
                 uses = {user for x in (n, *given) for user in x.users} - given
-                sources = {x for y in (n, *made_of) for x in y.all_input_nodes if x.op == "placeholder"}
-                if uses and len(sources) == 1 and not any(_works(x) or _communicates(x) for x in made_of):
+                sources = {
+                    x for y in (n, *made_of) for x in y.all_input_nodes if x.op == "placeholder"
+                }
+                if (
+                    uses
+                    and len(sources) == 1
+                    and not any(_works(x) or _communicates(x) for x in made_of)
+                ):
                     use = min(uses, key=place.__getitem__)
-                    found.append(WeightGather(n, _ordered(made_of, place), _ordered(given, place), use))
+                    found.append(
+                        WeightGather(n, _ordered(made_of, place), _ordered(given, place), use)
+                    )
         buckets, room = [], 0
         for fetch in sorted(found, key=lambda x: place[x.use]):
             if room <= 0 and not (buckets and buckets[-1][-1].use is fetch.use):
@@ -149,7 +166,9 @@ def _one(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
     starts = [fetch.start for fetch in bucket]
     with graph.inserting_before(graph.output_node()):
         sent = [n.args[0] for n in starts]
-        one = graph.call_function(_OPS.all_gather_into_tensor_coalesced.default, (sent, *starts[0].args[1:]))
+        one = graph.call_function(
+            _OPS.all_gather_into_tensor_coalesced.default, (sent, *starts[0].args[1:])
+        )
         outs = [graph.call_function(operator.getitem, (one, i)) for i in range(len(starts))]
     one.meta["val"] = [n.meta["val"] for n in starts]
     for n, out in zip(starts, outs, strict=True):
@@ -165,7 +184,9 @@ def _ordered(nodes: Iterable[Node], place: dict[Node, int]) -> list[Node]:
 
 def _hasten(start: Node, place: dict[Node, int]) -> None:
     """To where what it sends has been computed, with what only lays that out."""
-    laid_out = _reached(start, lambda x: x.all_input_nodes, lambda x, _: _views(x) or x.target in _COPIES)
+    laid_out = _reached(
+        start, lambda x: x.all_input_nodes, lambda x, _: _views(x) or x.target in _COPIES
+    )
     chain = [*_ordered(laid_out, place), start]
     computed = max({x for n in chain for x in n.all_input_nodes} - laid_out, key=place.__getitem__)
     for n in reversed(chain):
@@ -212,7 +233,7 @@ def _views(n: Node) -> bool:
 
 
 def _brought(n: Node, found: set[Node]) -> bool:
-    """Whether it does no more to what was found than wait for it, look at it, and put its pieces together:
-    gathered along another dim than the first, they come one after the other."""
+    """Whether it does no more to what was found than wait for it, look at it, and put its pieces
+    together: gathered along another dim than the first, they come one after the other."""
     lays_out = _views(n) or _waits(n) or n.target in (operator.getitem, _ATEN.cat.default)
     return lays_out and found.issuperset(n.all_input_nodes)
