@@ -222,10 +222,10 @@ IN_ORDER = """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch.testing._internal.distributed.fake_pg import FakeStore
     import dtron.training.zero3_prefetch
-    from dtron.training.zero3_prefetch import Ahead
+    from dtron.training.zero3_prefetch import Zero3Prefetch
     from dtron.model.batch import make_batch
     from dtron.training.compiled_stage import compiled
-    from dtron.model.compute_config import How
+    from dtron.model.compute_config import ComputeConfig
     from dtron.mesh import Layout, build_mesh
     from dtron.moe.config import MoE
     from dtron.training.optimizer import adam_init, with_copies
@@ -249,12 +249,12 @@ IN_ORDER = """
         name = layout.mesh.get_group().group_name
 
         def order(module, _):
-            Ahead(name, 2**13)(module.graph)
+            Zero3Prefetch(name, 2**13)(module.graph)
             together.append(sum("coalesced" in str(n.target) for n in module.graph.nodes))
             return make_boxed_func(module.forward)
 
         backend = aot_autograd(fw_compiler=order, partition_fn=min_cut_rematerialization_partition)
-        pipe, how = one_stage(m, 1, layout), How(recompute="selective", cp=cp)
+        pipe, how = one_stage(m, 1, layout), ComputeConfig(recompute="selective", cp=cp)
         functions = compiled(program(m, layout, how, splits=False), layout, how, backend=backend)
         params = init(pipe.spec, m.dims(), 0, layout)
         copies = with_copies(adam_init(params), params, pipe.spec, layout.compute).copies

@@ -367,5 +367,5 @@ for program in sys.argv[1:]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     helps = done.stdout.split("usage: ")[1:]
-    assert [text.split()[0] for text in helps] == ["train.py", "training/pipeline.py"]
+    assert [text.split()[0] for text in helps] == ["train.py", "pipeline.py"]
     assert all("--microbatches" in text for text in helps)

@@ -87,9 +87,9 @@ MUTANTS = {
         "_land",
         lambda g, axis, dim, dtype, land=redistribute._land: land(g, axis, dim, g.dtype),
     ),
-    "a rank's own pieces": ("swap", lambda x, mesh, dim: (x[0], x[1:])),
+    "a rank's own pieces": ("exchange_rows", lambda x, mesh, dim: (x[0], x[1:])),
     "another's piece stays": (
-        "swap",
+        "exchange_rows",
         lambda x, mesh, dim, swap=redistribute.exchange_rows: (x[0], swap(x, mesh, dim)[1]),
     ),
 }
