@@ -227,8 +227,8 @@ IN_ORDER = """
     from dtron.training.compiled_stage import compiled
     from dtron.model.compute_config import ComputeConfig
     from dtron.mesh import Layout, build_mesh
-    from dtron.moe.config import MoE
-    from dtron.training.optimizer import adam_init, with_copies
+    from dtron.moe.config import MoEConfig
+    from dtron.training.optimizer import adam_init, with_compute_copies
     from dtron.params import init
     from dtron.training.pipeline import one_stage, program
     from dtron.rules import rules_for
@@ -240,7 +240,7 @@ IN_ORDER = """
     dtron.training.zero3_prefetch.FIRST, together = 2**11, []
     model = replace(MODEL, layers=2)
     for mesh, m, cp in (
-        ("dp=4,ep=4", replace(model, moe=MoE(experts=8, top_k=2, mlp=16)), "ring"),
+        ("dp=4,ep=4", replace(model, moe=MoEConfig(experts=8, top_k=2, mlp=16)), "ring"),
         ("cp=4", model, "allgather"),
     ):
         torch.compiler.reset()
@@ -257,7 +257,7 @@ IN_ORDER = """
         pipe, how = one_stage(m, 1, layout), ComputeConfig(recompute="selective", cp=cp)
         functions = compiled(program(m, layout, how, splits=False), layout, how, backend=backend)
         params = init(pipe.spec, m.dims(), 0, layout)
-        copies = with_copies(adam_init(params), params, pipe.spec, layout.compute).copies
+        copies = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute).copies
         batch = make_batch(torch.arange(8 * 17).view(8, 17) % 61, layout)
         gradients(functions, copies, [batch], 1, pipe, 3)
         assert max(together) > 1, together

@@ -112,7 +112,7 @@ class ShardSpec:
         )
 
     def scattered(self, goal: Sequence[Placement]) -> ShardSpec:
-        """Of a gradient: after ``scatter_all``."""
+        """Of a gradient: after ``reduce_scatter_all``."""
         return replace(self, placements=scattered(self.placements, goal))
 
     def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -64,7 +64,7 @@ def _met(memory: Tensor, group: str) -> SymmetricBuffer:
 
 
 def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, str] | None:
-    """For ``init_device_mesh``: the dims of the mesh whose groups are to be Copies: of ``axes``,
+    """For ``init_device_mesh``: the dims of the mesh whose groups are to be CopyEngineGroups: of ``axes``,
     over which ZeRO shards, all whose groups are of one host, where GPUs reach each other's memory.
     None: no dim."""
     atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -101,7 +101,7 @@ def _mesh(tensors: list[Any]) -> DeviceMesh | None:
 
 
 def _groups(mesh: DeviceMesh | None) -> dict[int, CopyEngineGroup]:
-    """Those of a mesh that are Copies, by its dim."""
+    """The groups of a mesh that are CopyEngineGroups, by its dim."""
     groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
     return {i: group for i, group in groups.items() if isinstance(group, CopyEngineGroup)}
 

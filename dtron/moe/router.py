@@ -37,7 +37,7 @@ from dtron.params import weight, zeros
 
 @dataclass(frozen=True)
 class Router:
-    """``balance`` only chooses; see ``update_balance``."""
+    """``balance`` only chooses; see ``update_router_bias``."""
 
     w: Tensor = weight("embed", "act_experts")
     b: Tensor | None = weight("act_experts", init=zeros, when="router_bias")

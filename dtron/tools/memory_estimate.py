@@ -13,7 +13,7 @@ two residuals and two inputs of matrix products; queries, keys, values and resul
 its log-sum-exps; and of the feed-forward layer what its products take and give, g = 3 with a gate
 and 2 without. Under ``full`` the block that is at work is there whole, once; of its feed-forward
 layer only a chunk of c tokens, where u F / tp is large: c for u there (see
-``recompute.tokens_at_once``). A block whose backward runs has the gradients of all that beside it,
+``recompute.mlp_chunk_tokens``). A block whose backward runs has the gradients of all that beside it,
 as many bytes again. Attention over cp has messages beside it: the ring two of keys and values and
 two of their gradients, allgather those of whole rows, ulysses what it sends and what it gets. The
 loss has a chunk of logits, and the gradients of its input and of the head.

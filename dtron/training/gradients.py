@@ -35,7 +35,7 @@ from dtron.training.pipeline import Pipeline
 
 class StageWeights(Protocol):
     """What a program's functions take and give: DTensors (``EagerWeights``), or each rank's own
-    tensors (``compiled.OnLocals``). Gradients are lists in the order of a stage's weights, and
+    tensors (``compiled_stage.CompiledStage``). Gradients are lists in the order of a stage's weights, and
     ``params`` too."""
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:

@@ -6,7 +6,7 @@ These five lines are training:
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
     params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, ...)
-    params = update_balance(params, reports, pipe, moe.bias_rate, ok)
+    params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
 
 The first is ``TrainStep.gradients``, the others are ``TrainStep.update``.
 
