@@ -70,7 +70,11 @@ def train(
     stop: StopSignal,
     begin: Source | None = None,
 ) -> None:
-    """``found``: the checkpoint to go on from; ``begin``: the weights to begin with. None of both: random."""
+    """Run training.
+
+    ``found``: the checkpoint to resume from.
+    ``begin``: the initial weights. Random if both are None.
+    """
     m, spec, layout = config.model, pipe.spec, pipe.layout
     identity = identity_of(config, data.digest())
     if data.samples is not None:
@@ -249,8 +253,8 @@ def split(
 
 @torch.no_grad()
 def validate(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline) -> float:
-    """Mean loss over the same held-out rows on every mesh; rows that only fill a microbatch up do
-    not count."""
+    """Return the mean loss over the same held-out rows on every mesh. Padding rows of a microbatch
+    do not count."""
     held = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     columns, tokens = load(held.filled(here.rows), config, here)
     batches = split(columns, here, pipe.layout, config.zigzags)

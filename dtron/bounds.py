@@ -1,4 +1,4 @@
-"""What numbers of a config may be, and the error that says so."""
+"""Range checks for the numbers of a config; a number out of range raises UserError."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dtron.errors import UserError
 
 def from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) -> None:
     for name, (low, high) in limits.items():
-        if not low <= getattr(config, name) <= high:  # so that NaN is refused
+        if not low <= getattr(config, name) <= high:  # "not (low <= x <= high)" also refuses NaN
             raise UserError(
                 f"{prefix}.{name}={getattr(config, name)}: must be from {low} to {high}; change it"
             )

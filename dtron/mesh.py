@@ -1,4 +1,4 @@
-"""The mesh of devices, and what a layer may ask of it.
+"""The device mesh, and the operations on it that a layer may use.
 
 A mesh is an n-dimensional array of ranks with named axes. dtron's axes, outermost (slowest link)
 first:
@@ -9,21 +9,21 @@ first:
     cp            context parallelism; each sequence is split
     tp            tensor parallelism; adjacent ranks, because it communicates most
 
-and, another way to name the ranks of dp, cp and tp together, for the weights of experts alone:
+The ranks of dp, cp and tp together have a second set of axis names, for expert weights only:
 
-    edp           data parallelism of experts; the axis that ZeRO shards them over
+    edp           data parallelism of experts; ZeRO shards expert weights over it
     ep            expert parallelism; each rank has some of the experts
     etp           tensor parallelism within each expert
 
-How one DeviceMesh has both views stands in distributed/mesh_shape.py: its dims are *atoms*, an axis
-is one or more of them.
+One DeviceMesh has both views (distributed/mesh_shape.py). Its dims are *atoms*, and an axis is one
+or more atoms.
 
-How tensors lie on it is said by one table, in rules.py. A ``Layout`` is a mesh together with such a
-table. Its verbs are all a layer may use, and on one device (``Layout()``) each of them is the
-identity, so that the one-device program is the same program.
+One table, in rules.py, defines how tensors are sharded on the mesh. A ``Layout`` is a mesh together
+with such a table. A layer uses the mesh only through the methods of Layout. On one device
+(``Layout()``) each of these methods is the identity, so the one-device program is the same program.
 
-Left out: a cost model that picks the mesh. The axes of size 1 are dropped from the DeviceMesh that
-tensors live on: a shorter mesh means fewer placements to plan and nothing to normalise.
+Left out: a cost model that picks the mesh. Axes of size 1 are dropped from the DeviceMesh of the
+tensors: with fewer mesh dims there are fewer placements to plan and nothing to normalise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dtron.distributed.redistribute import Unshard, code, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import RULES, Rules, expand, place, whole
 
-# DTensor warns wherever two mesh axes are reduced one after the other; for our few small sums that
+# DTensor warns if two mesh axes are reduced one after the other. For the few small sums here this
 # is intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -53,8 +53,9 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 def build_mesh(
     shape: MeshShape, device_type: str, backends: Mapping[str, str] | None = None
 ) -> DeviceMesh | None:
-    """The DeviceMesh over the running processes: the atoms larger than 1, or None on one device.
-    ``backends``: of the groups along some of them, where it is not the device's own."""
+    """Build the DeviceMesh over the running processes. Its dims are the atoms larger than 1; on one
+    device the result is None. ``backends``: for some atoms, the backend of their process groups,
+    if not the device's default backend."""
     names, sizes = list(shape.atoms), list(shape.atoms.values())
     if not names:
         return None
@@ -62,8 +63,9 @@ def build_mesh(
 
 
 def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
-    """The ranks along one axis, as a mesh of one dim; None where there are none. The first time,
-    every process must call this: it makes a process group where the axis is several atoms."""
+    """Return the ranks along one axis as a one-dim mesh; None if the mesh does not have the axis.
+    Every process must make the first call for an axis: if the axis is several atoms, the call
+    creates a process group."""
     atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
     if not atoms:
         return None
@@ -73,23 +75,24 @@ def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The part of a mesh that is one pipeline stage's: that of this process."""
+    """Return the submesh of this process's pipeline stage: all mesh dims but pp."""
     axes = tuple(a for a in mesh.mesh_dim_names if a != "pp") if mesh is not None else ()
     return mesh if mesh is None or len(axes) == mesh.ndim else mesh[axes] if axes else None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place tensors on it; ``Layout()`` is one device, where each verb is
-    the identity.
+    """A mesh and the rules that place tensors on it. ``Layout()`` is one device; there each method
+    is the identity.
 
-    ``experts`` and ``context`` are made of the mesh: the ranks that tokens are sent between (ep),
-    as a mesh of one dim, and those that have the parts of a sequence (cp). ``compute`` is the dtype
-    that weights are cast to where they are gathered (None: left as they are), and ``reduce`` the
-    dtype that a weight's gradients are added up in (None: the weight's own, but float32 at least).
+    ``compute``: the dtype to which ``gather`` casts weights; None: no cast.
+    ``reduce``: the dtype in which a weight's gradients are summed; None: the weight's dtype, but at
+        least float32.
+    ``experts``: derived from the mesh: the ranks that exchange tokens (ep), as a one-dim mesh.
+    ``context``: derived from the mesh: the ranks that shard a sequence (cp).
 
-    Axis arguments are logical axis names, one per dim; None is a dim that is never sharded, and
-    ``"+vocab"`` says that a sum over the mesh axes of ``vocab`` is still pending.
+    Axis arguments are logical axis names, one per dim. None is a dim that is never sharded.
+    ``"+vocab"`` means that a sum over the mesh axes of ``vocab`` is still pending.
     """
 
     mesh: DeviceMesh | None = None
@@ -107,8 +110,8 @@ class Layout:
         ranks = ranks_along(self.mesh, axis)
         if ranks is None:
             return None
-        # Asked here, and of the whole mesh: simulated ranks find it by tensor operations, once for
-        # a mesh, which a region that is recomputed would count as its own.
+        # The coordinate is read here, and from the whole mesh. Simulated ranks find it by tensor
+        # operations, once per mesh. A recomputed region would count these operations as its own.
         place, coordinate = 0, self.mesh.get_coordinate()
         for atom in parts(self.axes, axis):
             i = self.axes.index(atom)
@@ -125,30 +128,30 @@ class Layout:
         return place(self.rules, self.axes, *axes)
 
     def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
-        """Redistribute an activation. Backward brings the gradient back to the placement x came
-        with, which is why a constrain that moves nothing in forward still matters: it pins where a
+        """Redistribute an activation. Backward redistributes the gradient to the placements of x.
+        So a constrain that moves nothing in forward still matters: it fixes the point at which a
         gradient is reduced."""
         if self.mesh is None:
             return x
         return x.redistribute(self.mesh, self.placements(*axes))
 
     def shard(self, x: Tensor, *axes: str | None) -> Tensor:
-        """A value that every rank holds whole becomes a sharded one. Communicates nothing."""
+        """Shard a tensor that every rank holds whole. Communicates nothing."""
         if self.mesh is None:
             return x
         return shard(x, self.mesh, self.placements(*axes))
 
     def iota(self, axis: str, size: int, device: torch.device | str) -> Tensor:
-        """``arange(size)`` sharded like ``axis``: inside a local region it tells a rank which part
-        it has."""
+        """Return ``arange(size)``, sharded like ``axis``. Inside a local region a rank reads from
+        it the indices of its own shard."""
         return self.shard(torch.arange(size, device=device), axis)
 
     def gather(self, w: Tensor, *axes: str | None, narrow: bool = False) -> Tensor:
-        """Undo the ZeRO shard of one weight with these logical axes and cast it for compute: an
-        all-gather over each mesh axis of a ``rules.ZERO`` row; in backward the gradient is
-        scattered over them, and stays Partial over all others. A weight that is ready already is
-        returned as it is, without a trace in autograd. ``narrow``: in 8 bits, for who rounds to
-        them anyway."""
+        """Cast one weight with these logical axes to the compute dtype, and undo its ZeRO sharding:
+        all-gather it over each mesh axis of a ``rules.ZERO`` row. Backward reduce-scatters the
+        gradient over these mesh axes; the gradient stays Partial over all others. A weight that is
+        already ``ready`` is returned as it is, without an autograd node. ``narrow``: all-gather in
+        8 bits, for a matmul that rounds the weight to 8 bits anyway."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
@@ -161,7 +164,7 @@ class Layout:
         return w.dtype == (self.compute or w.dtype) and not self.gathers(w, *axes)
 
     def summed(self, w: Tensor) -> torch.dtype:
-        """What a weight's gradients are added up in."""
+        """The dtype in which a weight's gradients are summed."""
         return self.reduce or torch.promote_types(w.dtype, torch.float32)
 
     def gathers(self, w: Tensor, *axes: str | None) -> bool:
@@ -169,12 +172,12 @@ class Layout:
         return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
 
     def shape(self, w: Tensor, *axes: str | None) -> list[float]:
-        """Of a rank's part of a weight once it is gathered; a fraction where the mesh does not
-        divide it."""
+        """The shape of a rank's shard of a weight after ``gather``, with fractions where the mesh
+        does not divide a dim."""
         return part_of(w.shape, self.mesh, self.gathered(*axes))
 
     def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
-        """Where a weight with these logical axes lies once it is gathered."""
+        """The placements of a weight with these logical axes after ``gather``."""
         return place(whole(self.rules), self.axes, *axes)
 
     def local(
@@ -183,13 +186,13 @@ class Layout:
         ins: Sequence[tuple[str | None, ...] | None],
         out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` on each rank's own shards, with declared placements in and out (a
-        list of them where ``fn`` gives several).
+        """A local region: ``fn`` runs on each rank's own shards, with declared placements of inputs
+        and outputs (``out`` is a list if ``fn`` returns several tensors).
 
-        The placements of the gradients follow: over a mesh axis that splits the region's work (some
-        input is sharded over it) an input that is whole on every rank receives one summand of its
-        gradient from each. Inputs that are None at call time are passed on. Raises UserError where
-        an input lies otherwise.
+        The placements of the input gradients follow from these declarations. A mesh axis splits the
+        region's work if some input is sharded over it. Over such an axis, an input that is whole on
+        every rank receives one summand of its gradient from each rank. Inputs that are None at call
+        time are passed on. Raises PlacementError if an input has other placements than declared.
         """
         if self.mesh is None:
             return fn
@@ -225,26 +228,26 @@ class Layout:
     def input_gradients(
         self, placements: Sequence[tuple[Placement, ...] | None]
     ) -> list[list[Placement] | None]:
-        """Where the gradients of a local region's inputs lie; see ``local``."""
+        """The placements of the gradients of a local region's inputs; see ``local``."""
         given = [p for p in placements if p is not None]
         split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
 
         def back(x: Placement, split: bool) -> Placement:
-            if x.is_partial():  # each summand's gradient is that of the sum
+            if x.is_partial():  # each summand has the gradient of the sum
                 return Replicate()
             return Partial() if split and x.is_replicate() else x
 
         return [p and [back(x, at) for x, at in zip(p, split, strict=True)] for p in placements]
 
     def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
-        """A tensor from this rank's part of it. Not differentiable."""
+        """Make a DTensor from this rank's local tensor. Not differentiable."""
         if self.mesh is None:
             return x
         return DTensor.from_local(x, self.mesh, self.placements(*axes), run_check=False)
 
     def to_local(self, x: Tensor, *axes: str | None) -> Tensor:
-        """This rank's part of a tensor that must lie as these axes say; ValueError otherwise. Not
-        differentiable."""
+        """Return this rank's local tensor. Raises PlacementError if x does not have the placements
+        of these axes. Not differentiable."""
         if self.mesh is None:
             return x
         if x.placements != self.placements(*axes):
@@ -258,16 +261,17 @@ class Layout:
         return tuple(self.axes.index(atom) for atom in expand(self.rules[axis], self.axes))
 
     def parts(self, axis: str) -> int:
-        """Into how many parts a logical axis is cut."""
+        """The number of shards of a logical axis."""
         return math.prod([self.mesh.size(dim) for dim in self.dims(axis)])
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        """Inside a local region: reduce over the mesh axes of a logical axis. Not
+        """All-reduce, inside a local region, over the mesh axes of a logical axis. Not
         differentiable."""
         return all_reduce(x, self.mesh, self.dims(axis), op)
 
 
 def by_rows(layout: Layout) -> Layout:
-    """The layout with cp one more way to cut rows, for what has no sequences to cut, as in
-    generation, where a row's next token is but one. Weights lie where they lay."""
+    """Return a layout in which cp shards rows too, and no sequences. It is for programs without
+    sequences to shard: in generation, a row's next token is a single token. The placements of
+    weights do not change."""
     return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

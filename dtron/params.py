@@ -1,4 +1,4 @@
-"""Parameters are trees of tensors, and a layer's dataclass declares them.
+"""Parameter trees: trees of tensors, declared by each layer's dataclass.
 
     @dataclass(frozen=True)
     class MLP:
@@ -6,17 +6,17 @@
         w_down: Tensor = weight("mlp", "embed", init=residual_out)
 
 ``declare(MLP, dims)`` turns the class into a tree of the same shape whose leaves are ``WeightSpec``
-records: path, logical axes, sizes, initialiser. Everything else follows from that one tree: drawing
-the weights, placing them, deciding on weight decay, printing them, checking a checkpoint. ``dims``
-maps the names used in declarations (axes, ``when`` conditions, ``count``) to numbers; a model's
-config makes it, and so can a test.
+records: path, logical axes, sizes, initialiser. Everything else is derived from this one tree:
+drawing the weights, placing them, deciding on weight decay, printing them, checking a checkpoint.
+``dims`` maps the names used in declarations (axes, ``when`` conditions, ``count``) to numbers. A
+model's config makes ``dims``, and a test can make its own.
 
-A plain number that belongs to one layer and not to all (the window of its attention) travels with
-the weights, as ``value("window")``. It is no leaf.
+A plain number that belongs to one layer and not to all, such as its attention window, is stored in
+the tree too, as ``value("window")``. It is not a leaf.
 
 A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``:
-nothing here has state, and a layer can be called on any tree of the right shape, gradients and
-optimizer moments too.
+nothing here has state. A layer can be called on any tree of the right shape, also on gradients and
+optimizer moments.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """The declaration of one weight: where it is in the tree, its logical axes, their sizes, how it
-    starts. ``twin``: another pipeline stage has the same weight, and counts it. ``frozen``: no
-    weight of the optimizer's, but something else that is kept with them. ``summed``: how many of
-    its first dims (after that of experts) a product sums over that may be made in FP8; 0: none."""
+    """The declaration of one weight.
+
+    ``path``: its path in the tree.
+    ``axes``, ``shape``: its logical axes and their sizes.
+    ``init``: its initialiser.
+    ``twin``: another pipeline stage has the same weight, and that stage counts it.
+    ``frozen``: the optimizer does not update this tensor; it is only stored with the weights.
+    ``summed``: the number of leading dims (after the expert dim) over which a matmul sums, if this
+        matmul may run in FP8; 0: no such matmul.
+    """
 
     path: str
     axes: tuple[str, ...]
@@ -56,7 +62,8 @@ class WeightSpec:
 
     @property
     def decays(self) -> bool:
-        """Matrices decay; norms and biases do not (their init is a constant)."""
+        """Whether weight decay applies: to matrices, but not to norms and biases (their init is a
+        constant)."""
         return self.init not in (ones, zeros)
 
     @property
@@ -65,14 +72,15 @@ class WeightSpec:
 
 
 def normal(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
-    """Normal of standard deviation ``dims["init_std"]``, 0.02 unless given (GPT-2)."""
+    """Draw from a normal distribution of standard deviation ``dims["init_std"]``; the default is
+    0.02 (GPT-2)."""
     x = torch.empty(w.shape, device=generator.device)
     return x.normal_(0.0, dims.get("init_std", 0.02), generator=generator)
 
 
 def residual_out(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
-    """``normal`` divided by sqrt(2 layers), so that the residual stream's variance does not grow
-    with depth (GPT-2, section 2.3)."""
+    """Draw from ``normal`` and divide by sqrt(2 layers), so that the variance of the residual
+    stream does not grow with depth (GPT-2, section 2.3)."""
     return normal(w, dims, generator) / math.sqrt(2 * dims.get("layers", 1))
 
 
@@ -87,32 +95,39 @@ def zeros(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
 def weight(
     *axes: str, summed: int = 0, init: Init = normal, when: str | None = None, frozen: bool = False
 ) -> Any:
-    """Declare a weight with these logical axes; absent (None) where ``dims[when]`` is false.
-    ``summed``: it is multiplied by ``linear``, which sums over as many of its dims. ``frozen``: the
-    optimizer leaves it alone, and it is never cast; something else may set it between steps."""
+    """Declare a weight with these logical axes.
+
+    ``summed``: the number of its dims over which ``linear`` sums, if the weight is for ``linear``.
+    ``when``: the weight is absent (None) if ``dims[when]`` is false.
+    ``frozen``: the optimizer does not update the weight, and it is never cast. Other code may set
+        it between steps.
+    """
     return field(
         metadata={"axes": axes, "init": init, "when": when, "frozen": frozen, "summed": summed}
     )
 
 
 def value(name: str) -> Any:
-    """Declare that ``dims[name]``, a plain value, travels with the weights."""
+    """Declare that ``dims[name]``, a plain value, is stored with the weights."""
     return field(metadata={"value": name})
 
 
 def part(
     *, count: str | None = None, each: str | None = None, when: str | None = None, **rename: str
 ) -> Any:
-    """Declare a sub-layer of the annotated class: ``dims[count]`` of them in a tuple, or none where
-    ``dims[when]`` is false. ``each``: the i-th of them is declared with the changes
-    ``dims[each][i]`` to dims. ``rename`` gives its axes other names: a norm over heads is
-    ``part(act_embed="head_dim")``."""
+    """Declare a sub-layer of the annotated class.
+
+    ``count``: the sub-layer is a tuple of ``dims[count]`` sub-layers.
+    ``each``: the i-th of them is declared with the changes ``dims[each][i]`` to dims.
+    ``when``: the sub-layer is absent (None) if ``dims[when]`` is false.
+    ``rename``: other names for its axes; a norm over heads is ``part(act_embed="head_dim")``.
+    """
     return field(metadata={"count": count, "each": each, "when": when, "rename": rename})
 
 
 def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
-    """The tree of ``WeightSpec`` records of a params dataclass. Raises ValueError for a name that
-    dims lacks."""
+    """Make the tree of ``WeightSpec`` records of a params dataclass. Raises ValueError for a name
+    that dims lacks."""
     rename = rename or {}
     hints = typing.get_type_hints(cls)
     tree = {}
@@ -153,20 +168,20 @@ def _look_up(dims: Dims, name: str, path: str) -> Any:
 
 
 def _layer_class(hint: Any) -> type:
-    """The params class inside ``Norm``, ``Norm | None`` or ``tuple[Block, ...]``."""
+    """Return the params class inside ``Norm``, ``Norm | None`` or ``tuple[Block, ...]``."""
     return next(
         c for c in (hint, *typing.get_args(hint)) if isinstance(c, type) and is_dataclass(c)
     )
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``(path, leaf)`` of every leaf, in declaration order; paths read like
+    """Yield ``(path, leaf)`` for every leaf, in declaration order. A path looks like
     ``blocks.3.mlp.w_up``."""
     if tree is None:
         return
     if isinstance(
         tree, (Tensor, WeightSpec)
-    ):  # before the next question, which torch.compile 2.11 cannot ask
+    ):  # before is_dataclass, which torch.compile 2.11 cannot trace
         yield path, tree
         return
     if is_dataclass(tree):
@@ -188,7 +203,7 @@ def flat(tree: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the class of a leaf says of it; see ``WeightSpec``."""
+    """The declaration of a leaf, read from its class; see ``WeightSpec``."""
 
     axes: tuple[str, ...]
     frozen: bool
@@ -196,8 +211,9 @@ class Declared:
 
 
 def declared(tree: Any) -> list[Declared]:
-    """Of every leaf of a tree of params dataclasses, in the order of ``flat``. Nothing but the
-    classes is asked: weights, gradients and local shards of them alike have logical axes."""
+    """Return the declaration of every leaf of a tree of params dataclasses, in the order of
+    ``flat``. It is read from the classes alone. So weights, gradients and local shards all have
+    logical axes."""
     found: list[Declared] = []
     _declared(tree, None, {}, found)
     return found
@@ -226,13 +242,13 @@ def _declared(
 
 
 def unflatten(like: Any, values: list[Any]) -> Any:
-    """A tree of the shape of ``like`` with these leaves, in the order of ``leaves``."""
+    """Build a tree of the shape of ``like`` from these leaves, in the order of ``leaves``."""
     return _build(like, iter(values))
 
 
 def _build(like: Any, rest: Iterator[Any]) -> Any:
-    # Not a closure in unflatten: one that calls itself is a reference cycle, and would keep every
-    # tensor of the tree alive until the garbage collector runs.
+    # Not a closure in unflatten: a closure that calls itself is a reference cycle. It would keep
+    # every tensor of the tree alive until the garbage collector runs.
     if like is None:
         return None
     if isinstance(like, (Tensor, WeightSpec)):
@@ -259,7 +275,8 @@ def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
-    """One whole weight, float32: a function of (seed, path), so that no mesh can change it."""
+    """Draw one unsharded weight in float32. It is a function of (seed, path), so it is the same on
+    every mesh."""
     digest = hashlib.sha256(f"{seed}/{w.path}".encode()).digest()
     with paused():  # simulated ranks would draw one value each
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -281,16 +298,21 @@ def init(
         )
 
 
-# Whether a product with this weight, of which a rank then has a part of this shape, is made in FP8.
+# Whether the matmul with this weight runs in FP8. The second argument is the shape of a rank's
+# shard of the weight in the matmul.
 Fp8GatherRule = Callable[["Declared", Sequence[float]], bool]
 
 
 def gather(
     tree: Any, layout: Layout, once: bool = False, narrow: Fp8GatherRule | None = None
 ) -> Any:
-    """``Layout.gather`` on every weight of a tree: ready for compute. Where this is called is the
-    ZeRO stage. ``once``: not under autograd, and small weights may share a collective
-    (distributed/bucketing.py). ``narrow``: which weights may be sent in 8 bits."""
+    """Call ``Layout.gather`` on every weight of a tree, so that it is ready for compute. The place
+    of this call in the program is the ZeRO stage.
+
+    ``once``: not under autograd, and small weights may share a collective
+        (distributed/bucketing.py).
+    ``narrow``: the rule that selects weights to all-gather in 8 bits.
+    """
     return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once, narrow))
 
 
@@ -301,7 +323,7 @@ def gather_all(
     once: bool = False,
     narrow: Fp8GatherRule | None = None,
 ) -> list[Tensor]:
-    """The same for the leaves of a tree."""
+    """Do the same as ``gather`` for the leaves of a tree, given their declarations ``of``."""
     pairs = list(zip(weights, of, strict=True))
     away = [
         i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)

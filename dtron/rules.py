@@ -1,10 +1,10 @@
-"""The one table that says how tensors lie on a mesh.
+"""The one table that defines how tensors are sharded on a mesh.
 
 A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
-``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (see
-mesh.py for these). That table is the whole description of data, tensor, sequence, context and
-expert parallelism and of ZeRO: turning one off is editing a row, and the layers never ask which is
-on (the idea is that of logical axis rules in GSPMD, arXiv:2105.04663).
+``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (mesh.py
+lists the mesh axes). This table is the whole description of data, tensor, sequence, context and
+expert parallelism and of ZeRO. To turn one off, edit a row. The layers never ask which of them is
+on. (The idea comes from the logical axis rules of GSPMD, arXiv:2105.04663.)
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ RULES: Rules = {
     "shared_mlp": ("tp",),  # of the expert that every token goes to
 }
 
-# The rows that shard a weight at rest, and are gathered for compute.
+# The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
 ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
 
 def rules_for(zero: int) -> Rules:
-    """ZeRO stage 0 is the table with its ``ZERO`` rows emptied; stages 1 to 3 share the table (see
-    training/gradients.py)."""
+    """Return the rules for a ZeRO stage. Stage 0 is the table with its ``ZERO`` rows emptied;
+    stages 1 to 3 share the table (see training/gradients.py)."""
     return whole(RULES) if zero == 0 else RULES
 
 
 def whole(rules: Rules) -> Rules:
-    """The rules by which gathered weights lie."""
+    """Return the rules for gathered weights: the ``ZERO`` rows are emptied."""
     return {**rules, **dict.fromkeys(ZERO, ())}
 
 
 def zero_axes(mesh_axes: Sequence[str]) -> tuple[str, ...]:
-    """The dims of the mesh over which ZeRO shards, and so gathers, a weight."""
+    """Return the dims of the mesh over which ZeRO shards, and so all-gathers, a weight."""
     return expand(RULES["embed"], tuple(mesh_axes))
 
 
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
-    """One placement per mesh axis for a tensor with these logical axes.
+    """Return one placement per mesh axis for a tensor with these logical axes.
 
-    Raises ValueError for an axis without a row, and for two dims that would share a mesh axis: an
-    unknown axis must never silently replicate.
+    Raises ValueError for an axis without a row: an unknown axis must never silently replicate.
+    Raises ValueError also for two dims that would share a mesh axis.
     """
     where: dict[str, Placement] = {}
     for dim, axis in enumerate(axes):
@@ -94,5 +94,5 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
 
 
 def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
-    """The dims of a DeviceMesh that these axes are made of, in the mesh's order."""
+    """Return the dims of a DeviceMesh that make up these axes, in the mesh's order."""
     return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))

@@ -1,16 +1,16 @@
-"""The promise as a library: prove that a layer computes the same on every mesh.
+"""A test library: prove that a layer computes the same on every mesh.
 
     @given(mesh=meshes(), zero=zero_stages())
     def test_my_layer(mesh, zero):
         assert_equivalent(my_layer, MyParams, mesh, {"embed": 16, "mlp": 24}, zero=zero)
 
-``assert_equivalent`` draws weights and inputs in float64, runs the function on one device and on
-simulated ranks, and compares the output, the gradient of every weight and the gradient of every
-input. The forward runs under the guard against hidden communication. What it can't see is a mistake
-that one device makes too.
+``assert_equivalent`` draws weights and inputs in float64. It runs the function on one device and on
+simulated ranks. Then it compares the output, the gradient of every weight and the gradient of every
+input. The forward runs under ``no_hidden_communication``. A mistake that one device makes too is
+not detected.
 
-A check that cannot fail proves nothing, so mutant layouts break one thing on purpose (``dropped``,
-``unsummed``), and ``assert_caught`` demands that the comparison notices.
+A check that cannot fail proves nothing. So mutant layouts break one thing on purpose (``dropped``,
+``unsummed``), and ``assert_caught`` requires that the comparison fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Mutate = Callable[[Layout], Layout]
 def meshes(
     max_ranks: int = 8, axes: tuple[str, ...] = ("dp_replicate", "dp", "tp")
 ) -> st.SearchStrategy[str]:
-    """Mesh texts of 2 to ``max_ranks`` ranks over these axes, prime sizes among them."""
+    """Draw mesh texts of 2 to ``max_ranks`` ranks over these axes; some sizes are prime."""
     sizes = st.tuples(*(st.sampled_from([1, 1, 2, 3, 4]) for _ in axes))
     shapes = sizes.map(lambda ns: MeshShape(**dict(zip(axes, ns, strict=True))))
     return shapes.filter(lambda s: 2 <= s.size <= max_ranks).map(str)
@@ -54,8 +54,8 @@ def zero_stages() -> st.SearchStrategy[int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a layer did: whole tensors, by name; and what its forward and its whole run
-    communicated."""
+    """The results of a layer: unsharded tensors by name, and the collectives of its forward and of
+    its whole run."""
 
     tensors: dict[str, Tensor]
     forward: CollectiveCounter
@@ -75,10 +75,15 @@ def run_layer(
     mutate: Mutate = lambda layout: layout,
     make: Mapping[str, Callable[[torch.Generator], Tensor]] | None = None,
 ) -> Outcome:
-    """Run ``fn(params, *inputs, layout)`` forward and backward, in float64 on the simulated
-    ``mesh`` (``"dp=1"`` is one device). ``inputs`` gives the logical axes of each; sizes are
-    ``tokens`` and those in ``dims``, values normal unless ``make`` has a function of a generator
-    for the name. The output must lie as ``out`` says (None: as the first input)."""
+    """Run ``fn(params, *inputs, layout)`` forward and backward in float64.
+
+    ``mesh``: the simulated mesh; ``"dp=1"`` is one device.
+    ``inputs``: the logical axes of each input. The axis sizes are ``tokens`` and the sizes in
+        ``dims``.
+    ``out``: the logical axes of the output, which must have their placements; None: the axes of the
+        first input.
+    ``make``: for some inputs, a function from a generator to the value. Other values are normal.
+    """
     inputs = {"x": ("tokens_sp", "act_embed")} if inputs is None else inputs
     sizes = {**dims, "tokens": tokens, "tokens_sp": tokens}
     spec = declare(params, dims)
@@ -107,7 +112,7 @@ def run_layer(
                     layout.placements(*(out or next(iter(inputs.values())))),
                 )
                 assert lies == should, f"mesh {mesh}: the output lies {lies}, not {should}"
-            with paused():  # every rank must draw the same
+            with paused():  # every rank must draw the same values
                 direction = _normal((), {}, _generator(seed, "out"), y.shape)
             direction = shard_like(direction, y)
             grads = torch.autograd.grad(y, [*flat(weights), *wanted], direction)
@@ -133,9 +138,9 @@ def assert_equivalent(
     mutate: Mutate = lambda layout: layout,
     **options: Any,
 ) -> Outcome:
-    """Raise AssertionError, naming the first tensor that differs, unless ``fn`` on the mesh gives
-    the output and all gradients of one device to ``tolerance``. Options are those of ``run_layer``;
-    returns the mesh's Outcome."""
+    """Compare ``fn`` on the mesh with ``fn`` on one device. Raises AssertionError if the output or
+    a gradient differs by more than ``tolerance``; the error names the first tensor that differs.
+    Returns the mesh's Outcome. ``options`` are the options of ``run_layer``."""
     want = run_layer(fn, params, "dp=1", dims, **options)
     got = run_layer(fn, params, mesh, dims, mutate=mutate, **options)
     floor = 1e-6 * max(t.abs().max().item() for t in want.tensors.values())
@@ -148,9 +153,9 @@ def assert_equivalent(
 
 
 def assert_caught(check: Callable[[], Any]) -> None:
-    """Demand that a check on a mutant fails: by its own assertion, or because DTensor or a local
-    region gets a tensor that lies elsewhere than it must. Any other error is one of the check
-    itself."""
+    """Require that a check on a mutant fails. It may fail by its own assertion, or because DTensor
+    or a local region gets a tensor with wrong placements. Any other error is a fault of the check
+    itself and is raised."""
     try:
         check()
     except (AssertionError, RuntimeError, PlacementError):
@@ -160,9 +165,9 @@ def assert_caught(check: Callable[[], Any]) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that a kernel allocates holds NaN (integers: the largest) until the kernel writes it.
-    So a read of an unwritten row shows as NaN, where fresh memory often holds zeros and hides the
-    read."""
+    """Fill newly allocated memory with NaN (integers: the largest value) until a kernel writes it.
+    So a read of an unwritten row shows as NaN. Without this, new memory often holds zeros and hides
+    such a read."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
@@ -177,15 +182,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def dropped(number: int) -> Mutate:
-    """A mutant whose ``number``-th constrain does nothing."""
+    """Return a mutant whose ``number``-th constrain does nothing."""
     return lambda layout: _Dropped(
         layout.mesh, layout.rules, layout.compute, layout.reduce, number, [0]
     )
 
 
 def unsummed(layout: Layout) -> Layout:
-    """A mutant whose local regions forget that the gradient of a whole input is a sum over
-    ranks."""
+    """Return a mutant whose local regions ignore that the gradient of a replicated input is a sum
+    over ranks."""
     return _Unsummed(layout.mesh, layout.rules, layout.compute, layout.reduce)
 
 
@@ -216,5 +221,6 @@ def _normal(
 
 
 def _jitter(path: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Weights away from their initial zeros and ones, where mistakes hide."""
+    """Return noise that moves weights away from their initial zeros and ones, which hide
+    mistakes."""
     return 0.1 * _normal((), {}, _generator(seed, path), shape)

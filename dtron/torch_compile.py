@@ -1,5 +1,5 @@
-"""torch.compile, with the settings that torch has nowhere but in its global configs, and what it is
-to leave alone."""
+"""torch.compile with settings that torch has only in its global configs, and a decorator for
+functions that the compiler must not trace early."""
 
 from __future__ import annotations
 
@@ -13,31 +13,39 @@ _F = TypeVar("_F", bound=type[torch.autograd.Function])
 
 
 def opaque(function: _F) -> _F:
-    """Decorates a function with a backward of its own: the compiler leaves it alone until it traces
-    real gradients. By itself it would trace both halves early, into graphs of their own. Then a
-    backward sees a gradient that it imagines: one that decides by where gradients lie forgets
-    pending sums. And in torch 2.11 what is in such a graph is kept for backward although its block
-    is to be computed again, and of a function that ends in a cast which changes nothing all
-    gradients are zero (pytorch#180642); both silently. Arguments must be tensors, numbers, strings,
-    dtypes, None, or tuples of these: so the loss, which takes a layout, goes without; its gradient
-    is no pending sum, it ends in no cast and is not computed again."""
+    """Make an ``autograd.Function`` opaque to the compiler until it traces real gradients (in
+    AOTAutograd). Without this decorator, the compiler traces forward and backward early, each into
+    a graph of its own. This causes three errors. The last two are silent.
+
+    * Backward sees an assumed gradient. A backward that depends on the gradient's placements then
+      loses pending sums (Partial).
+    * In torch 2.11 the tensors in such a graph are saved for backward, even if their block is to be
+      recomputed.
+    * In torch 2.11 a function that ends in a cast to the same dtype has zero gradients
+      (pytorch#180642).
+
+    Arguments must be tensors, numbers, strings, dtypes, None, or tuples of these. So the loss is
+    not opaque: it takes a layout. It does not need to be: its gradient is not Partial, it ends in
+    no cast, and it is not recomputed."""
     return torch.compiler.allow_in_graph(function)
 
 
-# Kinds of arguments (stages, shapes of weights, masks) that a function may be compiled for. After 8
-# torch gives up, to notice functions that never settle.
+# The number of kinds of arguments (stages, shapes of weights, masks) for which one function may be
+# compiled. By default torch gives up after 8, to detect functions that recompile forever.
 KINDS = 64
 
-# The graph of a stage on several ranks has process groups in it. The partitioner of torch 2.13 will
-# not count what is kept for backward until it is told that these take no memory; that of 2.11 does
-# not ask.
+# The graph of a stage on several ranks contains process groups. The partitioner of torch 2.13 does
+# not count the memory saved for backward unless this setting says that process groups take no
+# memory. The partitioner of torch 2.11 does not need this setting.
 _NO_SIZE = "unsafe_treat_script_objects_as_zero_size"
 
 
 def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
-    """The function, compiled whole, once for each kind of arguments. ``budget``: the share of what
-    the partitioner would keep from forward for backward that it may keep; the rest is computed
-    again, cheapest first. ``options`` are those of ``torch.compile``."""
+    """Compile a function whole (``fullgraph``), once for each kind of arguments.
+
+    ``budget``: the share of activations that the partitioner may save for backward; 1.0 is all that
+    it would save by itself. The rest is recomputed, cheapest first.
+    ``options``: the options of ``torch.compile``."""
     inner = torch.compile(fn, fullgraph=True, dynamic=False, **options)
     settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
     if budget < 1:

@@ -1,14 +1,15 @@
-"""Saving behind the back of training: it stands still for a copy, and a thread does the rest.
+"""Save asynchronously: training stops only for a copy, and a thread does the rest.
 
-    copy      every rank's own shards to memory of the host (pinned, where there is a GPU: a copy at the full
-              speed of the bus), into the same buffers each time
+    copy      each rank copies its own shards into host memory, into the same buffers each time.
+              With a GPU the memory is pinned, so the copy has the full speed of the bus
     write     torch.distributed.checkpoint, in a thread, over a process group of its own
     check     each rank reads its files back, for their checksums
-    finish    rank 0 lists them in ``meta.json``, renames the folder, and deletes what need not be kept
+    finish    rank 0 lists the files in ``meta.json``, renames the folder, and deletes checkpoints
+              that need not be kept
 
-A save that fails (a full disk, a folder that is gone) fails on all ranks, costs nothing but itself,
-and is told of at the next occasion; the last good checkpoint stays. A save waits for the one before
-it.
+A save that fails (a full disk, a deleted folder) fails on all ranks. Nothing else is lost: the last
+good checkpoint stays, and the failure is reported at the next occasion. A save waits for the
+previous save.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from dtron.errors import UserError
 
 
 class AsyncSaver:
-    """``save`` copies and returns; ``said`` gives the lines about saves that have ended. ``group``:
-    a gloo group of all processes that nobody else uses (None: one process). ``keep``,
-    ``keep_every``: see ``files.prune``."""
+    """Saves checkpoints in a thread: ``save`` copies and returns, and ``said`` returns the lines
+    about saves that have ended.
+
+    ``group``: a gloo group of all processes that nothing else uses (None: one process).
+    ``keep``, ``keep_every``: see ``files.prune``."""
 
     def __init__(self, run_dir: Path, group: Any = None, keep: int = 0, keep_every: int = 0):
         self._run_dir, self._group, self._keep, self._keep_every = run_dir, group, keep, keep_every
@@ -45,15 +48,15 @@ class AsyncSaver:
         self._thread: threading.Thread | None = None
         self._lines: list[str] = []
         self.failed: str | None = None
-        self._at = -1  # the last one asked for
+        self._at = -1  # the last step that was requested
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
-        """Make the buffers ahead, in the thread: pinning memory takes longer than copying into
+        """Allocate the buffers early, in the thread: pinning memory takes longer than copying into
         it."""
         self._start(lambda: self._room(tensors))
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> float:
-        """Begin to save; every rank calls this. Seconds that it took."""
+        """Begin to save and return the seconds that this call took. Every rank calls this."""
         start = time.perf_counter()
         if step == self._at:
             return 0.0
@@ -65,7 +68,7 @@ class AsyncSaver:
         return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until nothing is under way."""
+        """Wait until no save is running."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -75,14 +78,14 @@ class AsyncSaver:
         return lines
 
     def close(self) -> None:
-        """Wait. Raises UserError where the last save failed."""
+        """Wait until no save is running. Raises UserError if the last save failed."""
         self.wait()
         if self.failed is not None:
             raise UserError(self.failed)
 
     def _start(self, fn: Callable[[], None]) -> None:
-        # Of several processes one that fails must not wait for the others here: they may wait for
-        # it.
+        # With several processes the thread is a daemon: a process that fails must not wait here for
+        # the others, because the others may be waiting for this process.
         self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
         self._thread.start()
 
@@ -137,7 +140,8 @@ class AsyncSaver:
             )
 
     def _together(self, fn: Callable[[], Any]) -> list[Any]:
-        """What every rank's ``fn`` gives; a failure of one is one of all."""
+        """Return the result of every rank's ``fn``. A failure on one rank is a failure on all
+        ranks."""
         value = problem = None
         try:
             value = fn()
@@ -149,7 +153,7 @@ class AsyncSaver:
             found = [None] * dist.get_world_size(self._group)
             try:
                 dist.all_gather_object(found, (value, problem), group=self._group)
-            except RuntimeError as error:  # another rank is gone: the main thread will notice too
+            except RuntimeError as error:  # another rank has ended: the main thread will notice too
                 raise _Failed(str(error).splitlines()[0]) from error
         problem = next((p for _, p in found if p is not None), None)
         if problem is not None:
@@ -162,8 +166,9 @@ class _Failed(Exception):
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """Why a file there could not be written, in one line. On a full disk torch's writer fails once
-    more while it cleans up, and what it says then says nothing of disks: so the disk is asked."""
+    """Return in one line why a file in ``folder`` could not be written. On a full disk torch's
+    writer fails a second time while it cleans up, and the second message does not mention the disk.
+    So this function looks at the free space itself."""
     with suppress(OSError):
         if shutil.disk_usage(folder).free < 1 << 20:
             return "No space left on device"
@@ -177,8 +182,8 @@ def _empty(part: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint speaks of single processes and of its own plans; none of it
-    helps here."""
+    """Silence torch.distributed.checkpoint: its messages about single processes and about its own
+    plans do not help here."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)

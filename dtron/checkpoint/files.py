@@ -1,11 +1,13 @@
-"""A checkpoint on disk: which files, whole or not, and which ones to keep. Nothing here needs
-torch.
+"""A checkpoint on disk: its files, whether it is complete, and the checkpoints to keep. Nothing
+here needs torch.
 
-``checkpoints/step-00000100`` is written as ``step-00000100.part`` and renamed when all of it is
-there: whoever looks sees a whole checkpoint or none. The last file written, ``meta.json``, lists
-the others with their sizes and CRC-32s. Sizes are compared whenever a checkpoint is looked at; the
-checksums, which need every byte, when one is loaded (a flipped byte of a weight is otherwise one
-odd number among billions) or inspected.
+``checkpoints/step-00000100`` is written as ``step-00000100.part`` and renamed when it is complete.
+So a reader sees a complete checkpoint or none. The last file written, ``meta.json``, lists the
+other files with their sizes and CRC-32s.
+
+Sizes are compared whenever a checkpoint is opened. Checksums need every byte, so they are compared
+when a checkpoint is loaded or inspected. Without checksums a flipped byte of a weight would be one
+odd number among billions.
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ def target(run_dir: Path, step: int) -> Path:
 
 
 def whole(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """Return the finished checkpoints of a run, oldest first."""
     return [file.parent for file in sorted(folder(run_dir).glob("step-*[0-9]/meta.json"))]
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint of a run."""
+    """Return the newest finished checkpoint of a run."""
     return next(reversed(whole(run_dir)), None)
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's bytes."""
     found = 0
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
@@ -53,12 +55,12 @@ def checksum(file: Path) -> int:
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, list[int]]:
-    """Size and CRC-32 by name, read back from the disk."""
+    """Return size and CRC-32 of each file by name, read back from the disk."""
     return {file.name: [file.stat().st_size, checksum(file)] for file in files}
 
 
 def finish(part: Path, goal: Path, meta: dict[str, Any]) -> None:
-    """Make a written folder the checkpoint: ``meta.json`` last, then its name."""
+    """Turn a written folder into the checkpoint: write ``meta.json``, then rename the folder."""
     with (part / "meta.json").open("w") as file:
         json.dump(meta, file, indent=1)
         file.flush()
@@ -67,35 +69,35 @@ def finish(part: Path, goal: Path, meta: dict[str, Any]) -> None:
     part.rename(goal)
     opened = os.open(
         goal.parent, os.O_RDONLY
-    )  # so that the new name survives a crash of the machine too
+    )  # so that the new name survives a crash of the machine
     os.fsync(opened)
     os.close(opened)
 
 
 def prune(run_dir: Path, keep: int, keep_every: int) -> list[Path]:
-    """Delete all but the last ``keep`` checkpoints (0: all stay) and those of steps that
-    ``keep_every`` divides; the paths deleted."""
+    """Delete old checkpoints and return the deleted paths. The last ``keep`` checkpoints stay (0:
+    all stay). Checkpoints of steps that are multiples of ``keep_every`` stay too."""
     gone = (
         [p for p in whole(run_dir)[:-keep] if not (keep_every and _step(p) % keep_every == 0)]
         if keep
         else []
     )
     for path in gone:
-        (path / "meta.json").unlink()  # no checkpoint any more, whatever interrupts the rest
+        (path / "meta.json").unlink()  # no checkpoint any more, even if rmtree is interrupted
         shutil.rmtree(path)
     return gone
 
 
 def clear_parts(run_dir: Path) -> None:
-    """Remove what earlier processes left half-written."""
+    """Remove checkpoints that earlier processes left half-written."""
     for path in folder(run_dir).glob("step-*"):
         if path.suffix == ".part" or not (path / "meta.json").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The checkpoint's ``meta.json``, with every file it lists present and of its size; ValueError
-    otherwise."""
+    """Return the checkpoint's ``meta.json``. Raises UserError unless every file that it lists is
+    present and has the listed size."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         files, version = meta["files"], meta["format"]
@@ -116,14 +118,14 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, meta: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """The files whose bytes are not those that were written; of several processes each looks at its
-    part."""
+    """Return the files whose bytes have changed since they were written. With several processes
+    each process checks every ``parts``-th file, from file ``part`` on."""
     names = list(meta["files"])[part::parts]
     return [name for name in names if checksum(path / name) != meta["files"][name][1]]
 
 
 def before(path: Path) -> Path | None:
-    """The newest checkpoint before this one that is whole to the last byte."""
+    """Return the newest checkpoint before this one that is complete to the last byte."""
     for other in reversed(whole(path.parent.parent)):
         if _step(other) < _step(path):
             try:

@@ -1,5 +1,6 @@
-"""Which part of a weight this rank has, for those that read weights from files: by ranges of each
-dim."""
+"""The shard of a weight that this rank holds, as a range of each dim. The readers of weight files
+use it.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ Box = list[tuple[int, int]]
 
 
 def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
-    """The range of each dim; None where the whole weight is wanted: on one device, and where all
-    ranks are simulated here. No arithmetic of shards: the layout is asked to cut the numbers of
-    each dim's places."""
+    """Return the range of each dim. Return None if the whole weight is wanted: on one device, and
+    where all ranks are simulated in this process. There is no shard arithmetic here: the layout
+    shards the indices 0 to n - 1 of each dim, and the first and last local index give the range."""
     if layout.mesh is None:
         return None
     ids = [
@@ -29,7 +30,8 @@ def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
 
 
 def lay(x: Tensor, w: WeightSpec, layout: Layout, box: Box | None) -> Tensor:
-    """A weight that lies as the layout says, from the part in ``box``, which is not copied."""
+    """Return a weight with the layout's placements, from the shard ``x`` of the ranges in ``box``.
+    The shard is not copied."""
     if box is None:
         return layout.shard(x, *w.axes)
     whole = torch.empty(w.shape, device="meta")

@@ -1,16 +1,16 @@
-"""Save and resume, on any mesh: a checkpoint is the tree of whole tensors, whoever holds which
-part.
+"""Save and resume on any mesh: a checkpoint is a tree of whole tensors, independent of sharding.
 
-torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor
-and read back the ranges it needs, so the mesh and ZeRO stage that load need not be those that
-saved. Weights have the same paths and shapes on every mesh; nothing else is needed to make that
-true.
+torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor.
+Each rank then reads back the ranges that it needs. So a run may load with another mesh and another
+ZeRO stage than the run that saved. This needs nothing else, because weights have the same paths and
+shapes on every mesh.
 
-What is in it: weights, both moments, the routers' balance biases (which are among the weights), the
-number of the step and the place in the data. There is no state of the learning rate, which is a
-function of the step, and none of a random generator: after the initial weights nothing is drawn.
-files.py has what lies on the disk, saver.py how it is written while training goes on; ``python -m
-dtron.checkpoint inspect DIR`` shows it.
+A checkpoint holds the weights (with the routers' balance biases), both Adam moments, the step
+number and the place in the data. It holds no state of the learning rate, which is a function of the
+step. It holds no state of a random generator: after the initial weights no random number is drawn.
+
+files.py describes the files on disk. async_saver.py writes them while training goes on. ``python -m
+dtron.checkpoint inspect DIR`` shows a checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on. ``samples``: how many sequences of the data have been used."""
+    """Everything that a run needs to go on. ``samples``: number of sequences of the data that have
+    been used."""
 
     step: int
     samples: int
@@ -50,8 +51,8 @@ class TrainState:
 
 
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
-    """Write the state now; every rank calls this. ``spec``, the declared tree, names the weights.
-    Raises UserError where the folder cannot be written."""
+    """Write the state now. Every rank calls this. ``spec``: the declared tree, which names the
+    weights. Raises UserError if the folder cannot be written."""
     saver = AsyncSaver(run_dir, dist.group.WORLD if _processes() else None)
     begin(saver, state, spec, identity)
     saver.close()
@@ -59,19 +60,19 @@ def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Pat
 
 
 def begin(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
-    """Begin to write the state; seconds that it took. The state may change as soon as this
-    returns."""
+    """Begin to write the state and return the seconds that this call took. The state may change as
+    soon as this call returns."""
     meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
     return saver.save(state.step, tensors(state, spec), meta)
 
 
 def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
-    """Fill ``state``, whose tensors lie as this run wants them, from a checkpoint; they are
+    """Fill ``state`` from a checkpoint. The tensors of ``state`` have this run's placements and are
     overwritten.
 
-    Raises UserError for a checkpoint of another model, seed or text, or one that is not whole to
-    the last byte: then with the newest before it that is.
-    """
+    Raises UserError if the checkpoint is of another model, seed or text, or is not complete to the
+    last byte. If a checksum differs, the error names the newest earlier checkpoint that is
+    complete."""
     meta = read_meta(path)
     _same(path, meta["identity"], identity)
     verify_checksums(path, meta)
@@ -95,8 +96,8 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
 
 
 def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
-    """Raises UserError for a byte that is another. Each is read once, by one of the ranks, which
-    all call this."""
+    """Compare the checksum of every file; raises UserError if a byte has changed. Every rank calls
+    this. Each file is read once, by one of the ranks."""
     found = files.damaged(
         path, meta, *((rank(), dist.get_world_size()) if _processes() else (0, 1))
     )
@@ -115,15 +116,15 @@ def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
 
 
 def read_weight(path: Path, w: WeightSpec) -> Tensor:
-    """One whole weight, float32; nothing else is read."""
+    """Read one whole weight in float32. Nothing else is read."""
     into = torch.empty(w.shape)
     read_into(path, w, into)
     return into
 
 
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
-    """The weights alone, in ``dtype``, one at a time: to look at a model, not to go on training it.
-    Every rank calls this."""
+    """Load the weights alone, in ``dtype``, one at a time. This is for looking at a model, not for
+    resuming training. Every rank calls this."""
     verify_checksums(path, read_meta(path))
 
     def one(w: WeightSpec) -> Tensor:
@@ -142,7 +143,7 @@ def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, devic
 
 
 def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
-    """The part of a weight that this rank has of ``into``. Asks no other rank."""
+    """Read this rank's shard of a weight into ``into``, without communication with other ranks."""
     try:
         with quiet():
             dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
@@ -184,12 +185,13 @@ def _locals(state: TrainState) -> list[Tensor]:
 
 
 def _processes() -> bool:
-    """Whether the ranks are processes (simulated ranks are one)."""
+    """Whether the ranks are separate processes (all simulated ranks share one process)."""
     return dist.is_initialized() and dist.get_backend() != "fake"
 
 
 def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
-    """By kind and path; simulated tensors whole, all others as they lie. Twins have one name."""
+    """Return the tensors by kind and path. Simulated tensors are unsharded; all others keep their
+    placement. The copies of a tied weight have one name."""
     paths = [w.path for w in flat(spec)]
     named: dict[str, Tensor] = {}
     for kind, tree in _trees(state).items():
@@ -201,7 +203,7 @@ def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
 
 
 def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None:
-    """Where both copies of a tied weight are here, only the first has been read."""
+    """Copy a tied weight where this rank holds both copies: only the first copy has been read."""
     for kind, tree in _trees(state).items():
         for w, t in zip(flat(spec), flat(tree), strict=True):
             if loaded[f"{kind}.{w.path}"] is not t:
@@ -209,7 +211,8 @@ def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None
 
 
 def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainState:
-    """Simulated tensors that lie as those of ``state`` do, from whole ones."""
+    """Return simulated tensors with the placements of ``state``, filled from the tensors in
+    ``whole``."""
 
     def place(kind: str, tree: Any) -> Any:
         pairs = zip(flat(spec), flat(tree), strict=True)

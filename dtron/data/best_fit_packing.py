@@ -1,16 +1,15 @@
-"""Best-fit packing: whole documents side by side in rows, as few of them cut and as little padded
-as can be.
+"""Best-fit packing: rows of whole documents, with as few splits and as little padding as possible.
 
-Cutting one long line of tokens into rows also cuts documents, and what is cut off loses its
-beginning. For fine-tuning on short documents it is better to treat rows as bins. Best-fit
-decreasing (Ding et al. 2024, arXiv:2404.10830, section 3): take documents from the longest to the
-shortest, put each into the fullest row that still has room for it, and open a new row where none
-has. On text that fills rows within a fraction of a percent. A document longer than a row is cut
-into pieces of a row each first.
+Splitting one long sequence of tokens into rows also splits documents, and the rest of a
+split document loses its beginning. For fine-tuning on short documents it is better to treat rows as
+bins. The method is best-fit decreasing (Ding et al. 2024, arXiv:2404.10830, section 3). Take
+documents from the longest to the shortest. Put each document into the fullest row that still has
+room for it. Open a new row if no row has room. On text this fills rows within a fraction of a
+percent. A document longer than a row is first split into segments of one row each.
 
-A row knows where its documents are, so they never attend to each other, and positions begin anew in
-each. The rows are packed once, and every epoch has its own order of them. Left out: packing anew in
-each epoch.
+A row knows where its documents begin and end. So documents never attend to each other, and
+positions restart in each document. The rows are packed once, and every epoch has its own order of
+the rows. Left out: packing again in each epoch.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from dtron.data.sources import Rows, check_vocab
 
 
 def cut(starts: np.ndarray, lengths: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents as pieces of at most ``sequence`` + 1 tokens. Neighbouring pieces share a token, so
-    that every token but a document's first is a target once; a piece of one token has none and is
-    left out."""
+    """Split documents into segments of at most ``sequence`` + 1 tokens. Neighbouring segments share
+    a token, so every token but a document's first is a target once. A segment of one token has no
+    target and is left out."""
     pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence), 0)
     owner = np.repeat(np.arange(len(lengths)), pieces)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -35,10 +34,10 @@ def cut(starts: np.ndarray, lengths: np.ndarray, sequence: int) -> tuple[np.ndar
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Bins of at most ``capacity``, each a list of the items in it, by best-fit decreasing."""
+    """Return bins of at most ``capacity``, each a list of its items, by best-fit decreasing."""
     bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # the bins that have so much room left
-    rooms: list[int] = []  # the keys of with_room that have any, sorted
+    with_room: dict[int, list[int]] = {}  # the bins, by the room they have left
+    rooms: list[int] = []  # the keys of with_room that have bins, sorted
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         at = bisect_left(rooms, length)
@@ -59,9 +58,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Fitted:
-    """Documents ``tokens[start : start + length]`` packed by best fit. ``learn`` says of each token
-    whether it is learned as a target (None: all); a row's padding and first tokens of documents
-    never are."""
+    """Samples from documents ``tokens[start : start + length]``, packed by best fit.
+
+    ``learn``: for each token, whether it is learned as a target (None: all tokens are). Padding and
+    the first token of a document are never learned."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Fitted:
         return Rows(tokens, documents[:, :-1], positions[:, :-1], counted[:, 1:])
 
     def digest(self) -> str:
-        """By size and the tokens at both ends."""
+        """Hash the size and the tokens at both ends."""
         ends = [
             np.ascontiguousarray(part).tobytes()
             for part in (self.tokens[:65536], self.tokens[-65536:])

@@ -1,27 +1,27 @@
-"""Conversations to learn from: rows with ``messages``, of which only what the assistant says is
+"""Conversations as training data: rows with ``messages``. Only the assistant's messages are
 learned.
 
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-A conversation becomes text by a template. The simple one, ChatML, is ours:
+A template turns a conversation into text. The simple template, ChatML, is dtron's own:
 
     <|im_start|>user
     2 + 2?<|im_end|>
     <|im_start|>assistant
     4<|im_end|>
 
-Markers become the tokenizer's own tokens where it has them (and then no message can end itself or
-speak for another role, because what people said is plain text always), and plain text elsewhere.
-Learned are an assistant's words and the ``<|im_end|>`` behind them, so that a model also learns to
-stop; and the token that ends a document, which follows the last message where the tokenizer has
-another one for that.
+If the tokenizer has tokens for the markers, the markers become these tokens; otherwise they are
+plain text. With marker tokens no message can end itself or speak for another role, because the
+content of a message is always plain text. The loss counts an assistant's words and the
+``<|im_end|>`` after them, so a model also learns to stop. If the tokenizer has a separate token
+that ends a document, this token follows the last message and is learned too.
 
-Or the template is the tokenizer's: the ``chat_template`` of the tokenizer_config.json (or
-chat_template.jinja) beside tokenizer.json, rendered by jinja2's sandbox, which gives a template no
-way to run anything. What it adds to the text for an assistant's message, after the prompt for one,
-is learned. Here a message that spells a special token becomes it, as elsewhere with these
-templates. Left out: tools, images, and templates that change what they said of earlier messages,
-which are refused.
+Or the template is the tokenizer's own: the ``chat_template`` of the tokenizer_config.json (or
+chat_template.jinja) beside tokenizer.json. It is rendered by jinja2's sandbox, in which a template
+cannot run anything. The learned text of an assistant's message is the text that the template adds
+for this message after the generation prompt. Here a message that spells a special token becomes
+this token, as elsewhere with these templates. Left out: tools, images, and templates that change
+the text of earlier messages, which are refused.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 Segment = tuple[
     str, bool, bool
-]  # text; whether it is learned; whether special tokens in it are meant
+]  # text; whether it is learned; whether special tokens in it become tokens
 Messages = list[dict[str, str]]
 Template = Callable[[Messages], list[Segment]]
 
 
 def chatml(messages: Messages) -> list[Segment]:
-    """The simple template."""
+    """Render messages with the simple template."""
     found = []
     for message in messages:
         learn = message["role"] == "assistant"
@@ -67,10 +67,11 @@ def chatml(messages: Messages) -> list[Segment]:
 
 
 class Chats:
-    """The conversations at ``path``, in an order that is the same in every process. ``template``:
-    chatml, or the tokenizer's own where there is one beside ``tokenizer_path``.
+    """The conversations at ``path``, in an order that is the same in every process. Iteration gives
+    the text of each conversation, for training a tokenizer.
 
-    Iterating gives the text of each, for a tokenizer to be trained on."""
+    The template is the tokenizer's own if there is one beside ``tokenizer_path``, and chatml
+    otherwise."""
 
     def __init__(self, path: str | None, column: str, tokenizer_path: str | None) -> None:
         if path is None:
@@ -91,7 +92,8 @@ class Chats:
         return ("".join(text for text, *_ in segments) for segments in self.segments())
 
     def segments(self) -> Iterator[list[Segment]]:
-        """Raises UserError for a row that is no conversation with an assistant in it."""
+        """Yield the segments of each conversation. Raises UserError for a row that is no
+        conversation with an assistant in it."""
         found = False
         for file in self.files:
             with understood(file):
@@ -110,8 +112,11 @@ class Chats:
     def encode(
         self, tokenizer: Tokenizer, cache: Path
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``(tokens, learn, lengths)``: all conversations' ids one after the other, which of them are
-        learned, and how many each has. Cached."""
+        """Return ``(tokens, learn, lengths)``, cached.
+
+        ``tokens``: the ids of all conversations, concatenated.
+        ``learn``: whether each id is learned.
+        ``lengths``: the number of ids in each conversation."""
         target = cache / f"chat-{digest([self.key, tokenizer.to_str()])}.npy"
         whole = cached(target, _read, lambda file: _write(file, self._encoded(tokenizer)))
         n = int(whole[0])
@@ -119,7 +124,7 @@ class Chats:
         return np.where(signed < 0, ~signed, signed), signed >= 0, lengths
 
     def _encoded(self, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-        """The ids of each conversation, as ``~id`` where they are not learned."""
+        """Yield the ids of each conversation, as ``~id`` if they are not learned."""
         encoders = [encoder_of(tokenizer, special) for special in (False, True)]
         end = end_id(tokenizer) if self.source is None else None
         closing = [] if end in (None, tokenizer.token_to_id(END)) else [end]
@@ -179,13 +184,12 @@ def _read(file: Path) -> np.ndarray | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------- jinja
-# templates
+# ---------------------------------------------------------------------------- jinja templates
 
 
 def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
-    """``(template, bos token, eos token)`` of the tokenizer_config.json beside a tokenizer.json, or
-    None."""
+    """Return ``(template, bos token, eos token)`` of the tokenizer_config.json beside a
+    tokenizer.json, or None."""
     if tokenizer_path is None:
         return None
     path = Path(tokenizer_path).expanduser()
@@ -199,7 +203,7 @@ def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
             f"{str(config_file)!r} cannot be read ({one_line(error)}); mend it, or move tokenizer.json to a "
             "folder without it for the simple template"
         ) from error
-    if isinstance(template, list):  # several by name
+    if isinstance(template, list):  # several templates by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is None:
         return None
@@ -212,7 +216,7 @@ def _content(token: Any) -> str:
 
 
 def own_template(source: str, bos: str, eos: str) -> Template:
-    """A template from jinja source, as transformers would render it."""
+    """Return a template from jinja source. It renders as transformers would render it."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -221,7 +225,7 @@ def own_template(source: str, bos: str, eos: str) -> Template:
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = fail
-    # transformers' own tag for what the assistant says; here that is found by comparing texts.
+    # transformers marks the assistant's text with this tag; dtron compares rendered texts instead.
     source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
     source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
     try:

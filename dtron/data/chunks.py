@@ -1,15 +1,15 @@
-"""Packing: one long array of tokens, cut into samples of equal length, in a shuffled order.
+"""Chunks: one long array of tokens, split into samples of equal length, in a shuffled order.
 
 Sample c of `tokens` is `tokens[c * S : c * S + S + 1]`: S inputs, and the same S shifted by one as
-targets, so neighbouring samples share one token and every token but the first is a target once an
-epoch. No sample is padded; the fewer than S tokens left at the end are dropped.
+targets. So neighbouring samples share one token, and every token but the first is a target once an
+epoch. No sample is padded. The fewer than S tokens left at the end are dropped.
 
-The place in the data is one integer, the number of samples taken since the run began, and `rows` is
-a pure function of it. A checkpoint stores that integer and nothing else; a resumed run goes on with
-exactly the next sample; and global batch n is `rows(..., start=n * B, count=B)` however many
-devices share it.
+The place in the data is one integer, the number of samples taken since the run began. `rows` is a
+pure function of this integer. A checkpoint stores this integer and nothing else, and a resumed run
+goes on with exactly the next sample. Global batch n is `rows(..., start=n * B, count=B)` for any
+number of devices.
 
-Left out: worker processes (a batch is a few copies out of mapped memory).
+Left out: worker processes (building a batch takes only a few copies out of mapped memory).
 """
 
 from functools import lru_cache
@@ -20,8 +20,8 @@ from dtron.errors import UserError
 
 
 def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """A part to train on, and from the tail a `fraction` to measure with; each holds at least one
-    sample."""
+    """Split into training tokens and, from the tail, a `fraction` for validation. Each holds at
+    least one sample."""
     cut = len(tokens) - int(len(tokens) * fraction)
     check_length(cut, sequence, "training")
     check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
@@ -31,10 +31,9 @@ def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.n
 def rows(
     tokens: np.ndarray, sequence: int, seed: int, start: int, count: int, shuffle: bool = True
 ) -> np.ndarray:
-    """Samples `start` to `start + count` of the run, int64 [count, sequence + 1].
+    """Return samples `start` to `start + count` of the run, int64 [count, sequence + 1].
 
-    Sample i is chunk `order[i % N]` of the N chunks, where each epoch i // N has its own order.
-    """
+    Sample i is chunk `order[i % N]` of the N chunks. Each epoch i // N has its own order."""
     check_length(len(tokens), sequence, "given")
     if start < 0 or count < 0:
         raise UserError(
@@ -50,12 +49,12 @@ def rows(
 
 
 def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """For rows of tokens [B, S]: which document of its row each token is in, and its position
-    there.
+    """Return, for rows of tokens [B, S], the document of its row that each token is in, and the
+    token's position in this document.
 
-    An end token belongs to the document that it ends. With these two, attention can be kept inside
-    documents. A row mostly starts in the middle of one; its positions start from 0 all the same.
-    """
+    An end token belongs to the document that it ends. The two arrays allow attention to be kept
+    inside documents. A row mostly starts in the middle of a document; its positions start from 0
+    all the same."""
     begins = np.zeros(tokens.shape, bool)
     if end is not None:
         begins[:, 1:] = tokens[:, :-1] == end
@@ -63,8 +62,8 @@ def document_ids(tokens: np.ndarray, end: int | None) -> tuple[np.ndarray, np.nd
 
 
 def begin_ids(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same, from which tokens [B, S] are the first of a document; that of a row is one without
-    saying."""
+    """Return the same two arrays from a mask [B, S] of the tokens that begin a document. The first
+    token of a row always counts as a beginning, whether marked or not."""
     places = np.broadcast_to(np.arange(begins.shape[1]), begins.shape)
     begins = begins & (places > 0)
     starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
@@ -73,9 +72,9 @@ def begin_ids(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)  # this epoch's and the next one's, for training and for validation
 def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation for each epoch."""
-    # RandomState, which numpy has frozen: a Generator's stream may change with numpy's version, and
-    # a run that resumes after an upgrade would see some samples twice.
+    """Return a permutation of the chunks for each epoch."""
+    # numpy has frozen RandomState. A Generator's stream may change with numpy's version, and a run
+    # that resumes after an upgrade would see some samples twice.
     state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
     order = state.permutation(chunks)
     order.flags.writeable = False  # shared by every caller
@@ -83,7 +82,7 @@ def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def check_length(tokens: int, sequence: int, name: str, remedy: str = "") -> None:
-    """Raise UserError where so many tokens do not make one sample."""
+    """Raise UserError if ``tokens`` tokens are too few for one sample."""
     if sequence < 1:
         raise UserError(
             f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more"

@@ -1,19 +1,18 @@
-"""Where text comes from: a file, a folder, or (given nothing) the source code of Python's own
-library.
+"""Documents of text: from a file, a folder, or by default the source code of Python's own library.
 
-The default corpus needs no download: every machine that can run this has some ten megabytes of
-well-written Python on its disk. Otherwise give a .txt file (one document), .jsonl / .json /
-.parquet / .arrow (one document a row), or a folder of them. The documents become a
-`datasets.Dataset`, which is an Arrow file mapped into memory, so a corpus may be larger than RAM;
-or they are streamed, read from their files each time somebody iterates, which takes no room and no
-time before the first.
+The default corpus needs no download: every machine that can run dtron has some ten megabytes of
+well-written Python on its disk. Otherwise give a .txt file (one document), a .jsonl / .json /
+.parquet / .arrow file (one document a row), or a folder of such files. The documents become a
+`datasets.Dataset`, which is an Arrow file mapped into memory, so a corpus may be larger than RAM.
+Or the documents are streamed: they are read from their files on each iteration, which takes no disk
+space and no time before the first document.
 
-`Documents` puts that off: it lists the files and computes a key from them at once, which is cheap,
-and reads text when somebody iterates. A start whose tokens are cached under that key never imports
+`Documents` delays reading. It lists the files and computes a key from them at once, which is cheap.
+It reads text only on iteration. A start whose tokens are cached under this key never imports
 `datasets`.
 
-The files are parsed by `formats`. Left out: the Hub and every other remote source (download first).
-Rows without text (null, empty or only white space) are no documents and are passed over.
+`formats` parses the files. Left out: the Hub and every other remote source (download first). Rows
+without text (null, empty or only white space) are not documents and are skipped.
 """
 
 import os
@@ -35,8 +34,8 @@ _GIVE = (
     f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
 )
 
-# Installed packages and test suites differ from one installation to the next; what is left hardly
-# does.
+# Installed packages and test suites differ from one installation to the next; the other files
+# hardly differ.
 _NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -51,10 +50,9 @@ _NOT_LIBRARY = {
 class Documents:
     """The documents at `path`, each a string, in an order that is the same in every process.
 
-    `key` names their content: for the default corpus a hash of the files' bytes, for a user's files
-    (which may be too large to read at each start) one of their absolute paths, sizes and times of
-    change.
-    """
+    `key` names their content. For the default corpus the key is a hash of the files' bytes. A
+    user's files may be too large to read at each start, so their key is a hash of their absolute
+    paths, sizes and modification times."""
 
     def __init__(
         self,
@@ -97,7 +95,7 @@ class Documents:
         except (
             OSError,
             pyarrow.ArrowException,
-        ):  # errors in the text are UserErrors by now: HF's own cache
+        ):  # errors in the text are UserErrors, so the cache of HF is at fault
             shutil.rmtree(folder, ignore_errors=True)
         try:
             return self._generate(folder)
@@ -108,7 +106,7 @@ class Documents:
     def _reading(self) -> dict[str, Any]:
         """The arguments of `_rows`."""
         where = "Python's standard library" if self.path is None else f"--data.path {self.path!r}"
-        # A tuple, because `datasets` would deal out a list as shards.
+        # A tuple, because `datasets` would split a list into shards.
         return {
             "files": tuple(self.files),
             "column": self.column,
@@ -128,21 +126,22 @@ class Documents:
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, (UserError, OSError)):
-                raise error.__cause__ from None  # from _rows, which says all; or from writing
+                raise error.__cause__ from None  # from _rows with a full message, or from writing
             raise
 
 
 def documents(
     path: str | None = None, column: str = "text", cache: Path | None = None
 ) -> "datasets.Dataset":
-    """The documents at `path` as a `datasets.Dataset` with the column "text"; None is the default
-    corpus."""
+    """Return the documents at `path` as a `datasets.Dataset` with the column "text". None is the
+    default corpus."""
     return Documents(path, column, cache).dataset
 
 
 def _import_datasets() -> Any:
-    # Nothing here asks for the network; this holds `datasets` to it. It reads them once, on import;
-    # what the user has set stays, and what others import later is not held to it.
+    # Nothing here uses the network, and these variables keep `datasets` from using it. `datasets`
+    # reads them once, on import. Variables that the user has set stay unchanged. Libraries that are
+    # imported later are not affected.
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
     ours = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(ours, "1"))
@@ -156,8 +155,7 @@ def _import_datasets() -> Any:
     return datasets
 
 
-# ---------------------------------------------------------------------------------------- listing
-# files
+# ---------------------------------------------------------------------------- listing files
 
 
 def _library() -> Path:
@@ -167,8 +165,7 @@ def _library() -> Path:
 def _library_files() -> list[Path]:
     root, found = _library(), []
     for folder, folders, names in os.walk(root):
-        # config-* and _sysconfigdata* are written by the build of this very interpreter: its paths
-        # and flags.
+        # config-* and _sysconfigdata* hold the paths and flags of this interpreter's own build.
         folders[:] = [
             name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")
         ]
@@ -202,14 +199,14 @@ def user_files(path: str) -> list[Path]:
 
 
 def _folder_files(root: Path) -> list[Path]:
-    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it may not list
+    def fail(error: OSError) -> None:  # os.walk would skip a folder that it may not list
         raise error
 
     found = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [
             name for name in folders if not name.startswith(".")
-        ]  # .git, .cache and their like
+        ]  # .git, .cache and so on
         files = (Path(folder, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
         if any(name.endswith(".arrow") for name in names):  # a dataset that `datasets` has saved
@@ -217,15 +214,14 @@ def _folder_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-# ---------------------------------------------------------------------------------------- reading
-# files
+# ---------------------------------------------------------------------------- reading files
 
 
 def _rows(
     files: tuple[Path, ...], column: str, where: str, strict: bool
 ) -> Iterator[dict[str, str]]:
-    """What `datasets` stores. `strict`: a file that is not UTF-8 is an error rather than passed
-    over."""
+    """Yield the rows that `datasets` stores. `strict`: a file that is not UTF-8 is an error;
+    otherwise it is skipped."""
     empty = True
     for file in files:
         try:

@@ -1,23 +1,22 @@
-"""Token files in Megatron's indexed format: ``corpus.bin`` holds tokens, ``corpus.idx`` says what
-is where.
+"""Token files in Megatron's indexed format: ``corpus.bin`` holds tokens, ``corpus.idx`` the index.
 
-The .bin is nothing but token ids, one sequence after the other. The .idx, all of it little-endian:
+The .bin holds only token ids, one sequence after the other. The .idx, all of it little-endian:
 
-    bytes       type      what
+    bytes       type      content
     0           9 bytes   MMIDIDX\\0\\0
     9           u64       version, 1
     17          u8        type of a token: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 6 f64, 7 f32, 8 u16
-    18          u64       S, how many sequences
+    18          u64       S, number of sequences
     26          u64       D, documents + 1
     34          i32[S]    tokens of each sequence
-    then        i64[S]    where each begins in the .bin, in bytes
-    then        i64[D]    the sequence that each document begins with, and S at the end
+    then        i64[S]    start of each sequence in the .bin, in bytes
+    then        i64[D]    first sequence of each document, and S at the end
 
-A document has one sequence, unless its sentences were kept apart. Both files are mapped into
-memory: opening reads the .idx alone, and pages of the .bin come from the disk when they are asked
-for, so a corpus may be as large as the disk and all processes of a host share one copy. Left out:
-remote files, and writing the bytes after the last document that some multimodal files have (they
-are passed over).
+A document has one sequence, unless its sentences were stored separately. Both files are mapped into
+memory. Opening reads the .idx alone, and pages of the .bin are read from disk on access. So a
+corpus may be as large as the disk, and all processes of a host share one copy. Left out: remote
+files. Also left out: writing the bytes that some multimodal files have after the last document
+(reading skips them).
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ _AGAIN = (
 
 
 def token_dtype(vocab: int) -> np.dtype:
-    """The type that ids of a vocabulary are written in: u16 below 65,500 words, else i32."""
+    """Return the type for ids of a vocabulary: u16 below 65,500 words, else i32."""
     return np.dtype(DTYPES[8 if vocab < 65500 else 4])
 
 
 def prefix_of(path: str | Path) -> Path | None:
-    """``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` where one of the two files
-    exists, or None."""
+    """Return ``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` if one of the two files
+    exists, else None."""
     file = Path(path).expanduser()
     prefix = file.with_suffix("") if file.suffix in (".bin", ".idx") else file
     return prefix if any(_beside(prefix, suffix).is_file() for suffix in (".bin", ".idx")) else None
@@ -62,11 +61,13 @@ def _beside(prefix: Path, suffix: str) -> Path:
 
 
 class Indexed:
-    """An open pair of files. ``lengths`` [S] tokens of each sequence, ``starts`` [S] where it
-    begins in ``tokens``, ``documents`` [D] the sequence each document begins with; all read-only.
+    """An open pair of files. All arrays are read-only.
 
-    Raises UserError for a file that is missing, cut short, or says what cannot be.
-    """
+    ``lengths``: [S]; tokens of each sequence.
+    ``starts``: [S]; the start of each sequence in ``tokens``.
+    ``documents``: [D]; the first sequence of each document.
+
+    Raises UserError for a file that is missing, truncated, or has impossible values."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix).expanduser()
@@ -77,7 +78,7 @@ class Indexed:
             np.memmap(self.idx, np.uint8, mode="r")
         )  # a memmap's own slices are slow
         ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
-        if len(index) not in (ends[-1], ends[-1] + sequences):  # a byte a sequence: multimodal
+        if len(index) not in (ends[-1], ends[-1] + sequences):  # multimodal: a byte a sequence
             state = "cut short" if len(index) < ends[-1] else "too long"
             raise self._bad(
                 self.idx,
@@ -149,20 +150,20 @@ class Indexed:
         return UserError(f"{str(file)!r} {what}; {_AGAIN}")
 
     def __len__(self) -> int:
-        """How many sequences."""
+        """Return the number of sequences."""
         return len(self.lengths)
 
     def sequence(self, i: int) -> np.ndarray:
-        """The tokens of sequence i, a view of the mapped file."""
+        """Return the tokens of sequence i, a view of the mapped file."""
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
 
 class Writer:
     """Writes a pair of files, as a context: ``with Writer("corpus", token_dtype(vocab)) as out``.
 
-    They are written under temporary names and moved into place when the block ends without an
-    error, the .idx last, so that an .idx that is there has a whole .bin. Raises UserError where one
-    of the two exists (unless ``overwrite``), or where they cannot be written.
+    The files are written under temporary names. They are moved into place when the block ends
+    without an error, the .idx last. So an existing .idx always has a complete .bin. Raises
+    UserError if one of the two files exists (unless ``overwrite``), or if they cannot be written.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | str, overwrite: bool = False) -> None:
@@ -185,8 +186,8 @@ class Writer:
         return self
 
     def document(self, tokens: np.ndarray, lengths: Sequence[int] | None = None) -> None:
-        """A document, of one sequence or of several with these lengths, whose sum is that of
-        ``tokens``."""
+        """Add a document of one sequence, or of several sequences with these lengths. The lengths
+        must sum to the length of ``tokens``."""
         lengths = [len(tokens)] if lengths is None else lengths
         if sum(lengths) != len(tokens):
             raise UserError(
@@ -203,7 +204,8 @@ class Writer:
         self.documents.append(len(self.lengths))
 
     def documents_of(self, data: bytes, lengths: np.ndarray) -> None:
-        """Several documents of one sequence each, their tokens as bytes of ``dtype``."""
+        """Add several documents of one sequence each. ``data``: their tokens as bytes of
+        ``dtype``."""
         self._write(data)
         first = len(self.lengths)
         self.lengths.frombytes(lengths.astype(np.int32).tobytes())
@@ -237,7 +239,7 @@ class Writer:
             file.write(np.frombuffer(self.documents, np.int64).astype("<i8").tobytes())
         for part in (
             self._parts
-        ):  # or a crash of the host could leave a name on blocks that were never written
+        ):  # otherwise a host crash could leave a file name without its written blocks
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         self.finals[1].unlink(missing_ok=True)  # an old .idx must never stand beside a new .bin

@@ -1,21 +1,21 @@
-"""In which order a run meets the documents of an indexed corpus: the order of Megatron's
-GPTDataset.
+"""The order in which a run reads the documents of an indexed corpus: that of Megatron's GPTDataset.
 
-Three shuffles decide it, all from one ``numpy.random.RandomState(seed)``. With N samples of L
-tokens to draw from documents that have T tokens together:
+Three shuffles decide the order, all from one ``numpy.random.RandomState(seed)``. A run draws N
+samples of L tokens from documents with T tokens in total:
 
-1. **Epochs.** A sample is L inputs and their L targets, L + 1 tokens, and shares its last with the next one.
-   So E epochs, the smallest with ``E * T >= N * L + 1``, are enough.
-2. **Documents.** The documents of all E epochs are shuffled together: one may come twice before another comes
-   once. Where that would hurt, because less than 80 % of the last epoch's samples are needed, the last epoch
-   is shuffled apart, after the others.
-3. **Samples.** That row of documents is one long line of tokens, and sample k begins at its token ``k * L``.
-   The samples of the full epochs are shuffled, then those of the last one if it stands apart.
+1. **Epochs.** A sample is L inputs and their L targets, L + 1 tokens. It shares its last token with
+the next sample. So E epochs are enough, where E is the smallest number with ``E * T >= N * L + 1``.
+2. **Documents.** The documents of all E epochs are shuffled together: one document may come twice
+before another comes once. This would hurt if less than 80 % of the last epoch's samples are needed.
+Then the last epoch is shuffled separately, after the others.
+3. **Samples.** The shuffled documents are concatenated into one stream of tokens. Sample k begins
+at token ``k * L`` of the stream. The samples of the full epochs are shuffled, then the samples of
+the last epoch if it is separate.
 
-``Order`` is the result: a pure function of (lengths, L, N, seed). What only follows from the line
-of tokens, which document sample k begins in, is looked up when asked (a bisection) and not kept.
-Left out: partial samples at the end of an epoch, which Megatron can pad for validation, and saving
-the order to disk: building it takes a second or two for ten million documents.
+``Order`` is the result: a pure function of (lengths, L, N, seed). The document in which sample k
+begins follows from the stream of tokens. It is looked up on request (a bisection) and not stored.
+Left out: partial samples at the end of an epoch, which Megatron can pad for validation. Also left
+out: saving the order to disk, because building it takes a second or two for ten million documents.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ import numpy as np
 
 from dtron.errors import UserError
 
-APART = 0.8  # of an epoch's samples: a last epoch that gives fewer is shuffled apart
+APART = 0.8  # of an epoch's samples: a last epoch with fewer is shuffled separately
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """``documents`` [E * n] ids in the order they are read, ``ends`` where each ends in the line of
-    tokens, ``shuffle`` [samples] which sample of the line is drawn i-th."""
+    """The order of a run.
+
+    ``documents``: [E * n]; document ids in the order they are read.
+    ``ends``: the end of each document in the stream of tokens.
+    ``shuffle``: [samples]; the sample of the stream that is drawn i-th."""
 
     documents: np.ndarray
     ends: np.ndarray
@@ -43,16 +46,16 @@ class Order:
         return len(self.shuffle)
 
     def place(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For places in the line of tokens: which of ``documents`` each is in, and how far
-        inside."""
+        """Return, for places in the stream of tokens, the index into ``documents`` and the offset
+        inside this document."""
         at = np.searchsorted(self.ends, token, side="right")
         before = np.where(at > 0, self.ends[at - 1], 0)
         return at, token - before
 
 
 def plan_epochs(tokens: int, sequence: int, samples: int) -> tuple[int, bool]:
-    """``(E, whether the last of them is shuffled apart)`` for ``samples`` from epochs of
-    ``tokens``."""
+    """Return ``(E, whether the last epoch is shuffled separately)`` for ``samples`` samples from
+    epochs of ``tokens`` tokens."""
     epochs = max(1, -(-(samples * sequence + 1) // tokens))
     if epochs == 1:
         return 1, False
@@ -61,7 +64,7 @@ def plan_epochs(tokens: int, sequence: int, samples: int) -> tuple[int, bool]:
 
 
 def most_samples(tokens: int, sequence: int, samples: int) -> int:
-    """The largest number of samples that has the same order as ``samples``."""
+    """Return the largest number of samples that has the same order as ``samples``."""
     epochs, apart = plan_epochs(tokens, sequence, samples)
     if not apart:
         return (epochs * tokens - 1) // sequence
@@ -72,8 +75,11 @@ def most_samples(tokens: int, sequence: int, samples: int) -> int:
 def make_order(
     lengths: np.ndarray, documents: np.ndarray, sequence: int, samples: int, seed: int
 ) -> Order:
-    """The order of ``samples`` samples, or a few more, of the ``documents`` (ids) of an index that
-    has ``lengths`` [all documents]. Their tokens together must be ``sequence`` + 1 at least."""
+    """Return the order of ``samples`` samples, or a few more.
+
+    ``lengths``: [all documents]; the lengths in the index.
+    ``documents``: ids of the documents to use. Together they must have at least ``sequence`` + 1
+    tokens."""
     random = np.random.RandomState(seed)
     tokens = int(lengths[documents].sum(dtype=np.int64))
     epochs, apart = plan_epochs(tokens, sequence, samples)
@@ -90,17 +96,17 @@ def make_order(
 
 
 def in_order(lengths: np.ndarray, documents: np.ndarray, sequence: int) -> Order:
-    """One epoch as it lies in the file, nothing shuffled."""
+    """Return one epoch in the order of the file, without a shuffle."""
     ends = np.cumsum(lengths[documents], dtype=np.int64)
     return Order(documents, ends, np.arange((int(ends[-1]) - 1) // sequence), sequence)
 
 
 def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
-    """``969,30,1`` of so many documents: from where to where the training, validation and test
-    documents go.
+    """Return the ranges of the training, validation and test documents for a split like
+    ``969,30,1``.
 
-    Shares need not sum to anything; missing ones are 0. Raises UserError for what is no share.
-    """
+    Shares need not sum to anything. Missing shares are 0. Raises UserError for a value that is not
+    a share."""
     try:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
@@ -115,7 +121,7 @@ def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
             "validation and test; as 969,30,1"
         )
     shares += [0.0] * (3 - len(shares))
-    # Megatron divides first and sums then, and rounds half to even: the same float for the same
+    # Megatron divides first, then sums, and rounds half to even. The same floats give the same
     # bounds.
     total, bounds = float(np.sum(np.array(shares))), [0.0]
     for share in shares:

@@ -1,14 +1,14 @@
-"""Several sources with weights: which one each sample of a run comes from.
+"""A mixture of several sources with weights: the choice of the source for each sample of a run.
 
-The rule is greedy, and Megatron's: sample n comes from the source that is furthest behind its
-share, ``weight * max(n, 1) - samples it gave so far``, the first of several that are equally far.
-So after any number of samples, and not only on average, every source has given its share to within
-a sample or so; and no random number is drawn.
+The rule is Megatron's greedy rule. Sample n comes from the source that is furthest behind its
+share. The distance is ``weight * max(n, 1) - samples it gave so far``. Of several sources at the
+same distance the first is taken. So every source has given its share to within a sample or so after
+any number of samples, and not only on average. No random number is drawn.
 
-What a source gives is counted: its samples are taken in its own order, from its first on. The
-counts after n samples follow from n alone, and nothing else has to be kept to resume. They have no
-formula, so they are counted anew, within a microsecond a sample, once at a resume. Left out:
-weights that change in a run.
+The samples of each source are counted, and they are taken in the source's own order from its first
+sample on. The counts after n samples follow from n alone, so nothing else has to be stored to
+resume. The counts have no formula. So they are recomputed once at a resume, within a microsecond
+per sample. Left out: weights that change during a run.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import numpy as np
 from dtron.data.indexed import prefix_of
 from dtron.errors import UserError
 
-SURPLUS = 0.005  # of each source's samples, that Megatron orders for a mixture beyond its share
+SURPLUS = 0.005  # of a source's samples: Megatron orders this many beyond its share
 _MARK = 1 << 16  # samples between remembered counts
 
 
 def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
-    """``'0.7 web.jsonl, 0.3 code.parquet'`` -> weights that sum to 1, and paths; a path alone has
-    weight 1.
+    """Parse ``'0.7 web.jsonl, 0.3 code.parquet'`` into weights that sum to 1, and paths. A path
+    alone has weight 1.
 
     A source of weight 0 is left out. Raises UserError for a weight that is missing, negative, or no
-    number, and where all are 0.
-    """
+    number, and if all weights are 0."""
     if path is None or Path(path).expanduser().exists() or prefix_of(path):
         return [(1.0, path)]
     parts = [
@@ -63,7 +62,7 @@ def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
 
 
 def samples_of(weight: float, samples: int, alone: bool) -> int:
-    """How many samples a source's order is made for, in a run of ``samples``."""
+    """Return the number of samples that a source's order is made for, in a run of ``samples``."""
     return samples if alone else math.ceil(math.ceil(samples * weight) * (1 + SURPLUS))
 
 
@@ -75,8 +74,8 @@ class Blend:
         self._marks = [[0] * len(self.weights)]  # the counts before sample k * _MARK
 
     def choose(self, start: int, count: int) -> tuple[list[int], np.ndarray]:
-        """How many of samples 0 to ``start`` each source gave, and which gives each of the next
-        ``count``."""
+        """Return the number of samples before ``start`` that each source gave, and the source of
+        each of the next ``count`` samples."""
         mark = min(start // _MARK, len(self._marks) - 1)
         counts, chosen = list(self._marks[mark]), np.empty(count, np.int64)
         self._run(counts, mark * _MARK, start, None)

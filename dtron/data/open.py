@@ -1,8 +1,8 @@
-"""From the command line to what a run reads: ``open_data``.
+"""From the command line to the data of a run: ``open_data``.
 
-``--data.path`` names one source or several with weights. Each is text (encoded once and cached, or
-streamed), conversations, or a pair of indexed files; each gives a training and a validation part,
-and all share one tokenizer.
+``--data.path`` names one source or several with weights. Each source is text (encoded once and
+cached, or streamed), conversations, or a pair of indexed files. Each source gives a training and a
+validation split, and all sources share one tokenizer.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ Text = Documents | Chats | Indexed
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Samples to learn from and to measure with, and the tokenizer (None: not known, for indexed files).
-    ``samples``: the largest number of samples that has this run's order, where the order depends on it."""
+    """The samples for training and for validation, and the tokenizer (None: not known, for indexed
+    files).
+
+    ``samples``: the largest number of samples that has this run's order, if the order depends on
+    this number."""
 
     train: Source
     validation: Source
@@ -46,7 +49,7 @@ class Data:
     samples: int | None = None
 
     def digest(self) -> str:
-        """Tells apart what would give other samples or other tokens."""
+        """Return a hash that differs if the samples or the tokens differ."""
         text = "" if self.tokenizer is None else self.tokenizer.to_str()
         return digest([self.train.digest(), self.validation.digest(), text])
 
@@ -57,8 +60,9 @@ class Data:
 def open_data(
     d: DataConfig, vocab: int, seed: int, samples: int, cache: Path | None = None
 ) -> Data:
-    """What ``--data.*`` names, for a run of ``samples`` samples. Raises UserError for what cannot
-    be read, is too short for one sample, or has ids that a model of ``vocab`` words does not."""
+    """Open the data that ``--data.*`` names, for a run of ``samples`` samples. Raises UserError if
+    the data cannot be read, is too short for one sample, or has ids that a model of ``vocab`` words
+    does not have."""
     cache = cache if cache is not None else cache_dir()
     samples = d.samples or samples
     named = parse_sources(d.path)
@@ -113,7 +117,7 @@ def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
 
 
 def beside(prefix: Path) -> Path:
-    """The tokenizer that ``prepare`` leaves beside its files."""
+    """Return the path of the tokenizer that ``prepare`` leaves beside its files."""
     return prefix.with_name(prefix.name + ".tokenizer.json")
 
 
@@ -133,7 +137,7 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
 
 
 class Turns:
-    """Documents of several sources in turn, to train a tokenizer on."""
+    """Documents of several sources in turn, for training a tokenizer."""
 
     def __init__(self, docs: list[Documents | Chats]) -> None:
         self.docs, self.key = docs, digest([key_of(part) for part in docs])
@@ -160,7 +164,7 @@ def _text(
 
 
 def _spans(tokens: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document begins, and its length, its end token included."""
+    """Return the start of each document, and its length including the end token."""
     ends = np.flatnonzero(tokens == end) + 1
     if not len(ends) or ends[-1] < len(tokens):
         ends = np.append(ends, len(tokens))
@@ -210,7 +214,7 @@ def _indexed(
     for source in (
         first,
         held,
-    ):  # a wrong tokenizer shows at once; every row is looked at again when read
+    ):  # a wrong tokenizer fails at once; every row is checked again when it is read
         source.rows(0, min(len(source), 32))
     most = most_samples(first.size, d.sequence, samples)
     if not d.fitted:

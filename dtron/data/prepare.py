@@ -1,16 +1,16 @@
-"""Text files to a pair of indexed token files, on all cores: ``python -m dtron.data prepare``.
+"""Text files to a pair of indexed token files, on all CPU cores: ``python -m dtron.data prepare``.
 
-Tokenising is work for processors, and documents do not depend on each other. This process reads
-files in blocks of about a megabyte (of a .jsonl file as raw lines, which nobody has looked at),
-hands each to a worker process, and writes what comes back, in the order of the documents: the same
-files for any number of workers. A worker parses, encodes its documents as one batch, and answers
-with the bytes to write; so what passes between processes is two bytes a token and not a list of
-Python integers. Few blocks are on their way at once, and memory holds twelve bytes a document,
+Tokenising is CPU work, and documents do not depend on each other. This process reads files in
+blocks of about a megabyte. The blocks of a .jsonl file are raw lines that are not parsed here. It
+hands each block to a worker process and writes the results in the order of the documents, so the
+files are the same for any number of workers. A worker parses a block, encodes its documents as one
+batch, and returns the bytes to write. So two bytes a token pass between processes, and not a list
+of Python integers. Few blocks are in flight at once, and memory holds twelve bytes a document,
 whatever the size of the corpus.
 
-What a document is, and its tokens, are those of ``dtron.data.tokenization``: rows without text are
-passed over, every document ends with the tokenizer's end token, special tokens that are spelled out
-are plain text.
+Documents and tokens are the same as in ``dtron.data.tokenization``: rows without text are skipped,
+every document ends with the tokenizer's end token, and special tokens that are spelled out are
+plain text.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def prepare(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Done:
-    """Write ``out.bin`` and ``out.idx`` from the documents of ``files``. ``progress`` is called
-    with the bytes read and tokens written so far. Raises UserError for what cannot be read or
-    written; then nothing is left."""
+    """Write ``out.bin`` and ``out.idx`` from the documents of ``files``.
+
+    ``progress``: called with the bytes read and the tokens written so far.
+
+    Raises UserError if something cannot be read or written. Then no file is left."""
     dtype = token_dtype(vocab_of(tokenizer))
     workers = workers or _cores()
     start, tokens, read = time.perf_counter(), 0, 0
@@ -90,12 +92,12 @@ def prepare(
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Return the number of CPU cores that this process may use, if the system reports it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
-    """Blocks of work, each with the bytes of its file that it stands for."""
+    """Yield blocks of work, each with the number of bytes of its file that it covers."""
     for file in files:
         with understood(file):
             if file.suffix.lower() == ".jsonl":
@@ -118,7 +120,7 @@ def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
 def _ahead(
     pool: ProcessPoolExecutor, blocks: Iterable[tuple[int, Block]], most: int
 ) -> Iterator[tuple[int, Future]]:
-    """The blocks' futures in order, of which ``most`` are under way at once."""
+    """Yield the blocks' futures in order. At most ``most`` of them are in flight at once."""
     waiting: deque[tuple[int, Future]] = deque()
     for size, block in blocks:
         waiting.append((size, pool.submit(_encode, block)))
@@ -134,21 +136,20 @@ def _answer(future: Future) -> tuple[bytes, np.ndarray]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- in a
-# worker
+# ---------------------------------------------------------------------------- in a worker
 
 _worker: tuple[Tokenizer, str, np.dtype]
 
 
 def _start(tokenizer: str, column: str, dtype: str) -> None:
-    global _worker  # what every block needs is sent once to each process
+    global _worker  # the data that every block needs is sent once a process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
     _worker = encoder_of(tokenizer), column, np.dtype(dtype)
 
 
 def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
-    """The tokens of a block's documents as bytes, and the length of each; or what is wrong with
-    it."""
+    """Return the tokens of a block's documents as bytes, and the length of each document; or the
+    error message."""
     encoder, column, dtype = _worker
     file, first, rows = block
     try:

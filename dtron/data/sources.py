@@ -1,14 +1,14 @@
-"""Where samples come from: each source is a pure function from the number of a sample to the
-sample.
+"""Sources of samples: each source is a pure function from a sample's number to the sample.
 
-A run takes samples 0, 1, 2, ... and its place in the data is how many it has taken, one integer.
-What sample i is depends on nothing but the source's own choices (its files, sequence length, seed):
-not on the mesh, the micro-batch or what was read before. So global batch n is ``rows(n * B, B)`` on
-any number of devices, and a resumed run goes on with exactly the next sample. No source ends: when
-all its samples are taken it begins another epoch.
+A run takes samples 0, 1, 2, ... Its place in the data is the number of samples taken, one integer.
+Sample i depends only on the source's own choices (its files, sequence length, seed). It does not
+depend on the mesh, the microbatch or earlier reads. So global batch n is ``rows(n * B, B)`` on any
+number of devices, and a resumed run goes on with exactly the next sample. No source ends: when all
+its samples are taken it begins another epoch.
 
-Here are the sources made of long lines of tokens: ``Chunks`` of text, ``Packed`` for indexed files,
-and ``Mixed`` of others. ``fit`` packs whole documents, ``stream`` reads text as it goes.
+This file has the sources that read one long sequence of tokens: ``Chunks`` for text, ``Packed`` for
+indexed files, and ``Mixed`` for a mixture of other sources. ``best_fit_packing`` packs whole
+documents. ``stream`` reads text during the run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from dtron.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Samples: ``tokens`` int64 [B, S + 1], S inputs and, shifted by one, S targets. ``documents``
-    and ``positions`` [B, S]: which document of its row each input is in, and its place there; None
-    where nobody asked. ``counted`` bool [B, S]: which targets are part of the loss; None: all."""
+    """A batch of samples.
+
+    ``tokens``: int64 [B, S + 1]; S inputs and, shifted by one, S targets.
+    ``documents``, ``positions``: [B, S]; the document of its row that each input is in, and the
+    input's position in this document. None if they were not requested.
+    ``counted``: bool [B, S]; True for targets that are part of the loss. None: all targets are."""
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
@@ -40,11 +43,12 @@ class Rows:
 
     @property
     def valid(self) -> int:
-        """How many targets count."""
+        """Number of targets that are part of the loss."""
         return self.tokens[:, 1:].size if self.counted is None else int(self.counted.sum())
 
     def filled(self, multiple: int) -> Rows:
-        """The same and empty rows, of which nothing counts, up to a multiple."""
+        """Return these rows, padded with empty rows to a multiple. No target of an empty row is
+        part of the loss."""
         more = -len(self.tokens) % multiple
         if not more:
             return self
@@ -63,17 +67,17 @@ class Source(Protocol):
     """tokens of one epoch"""
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
+        """Return the number of samples of one epoch."""
 
     def rows(self, start: int, count: int) -> Rows:
-        """Samples ``start`` to ``start + count`` of the run."""
+        """Return samples ``start`` to ``start + count`` of the run."""
 
     def digest(self) -> str:
-        """Tells sources apart that give other samples."""
+        """Return a hash that differs between sources with different samples."""
 
 
 def check_vocab(tokens: np.ndarray, vocab: int | None, where: str) -> None:
-    """Raise UserError for an id that a model of ``vocab`` words (None: any) has not."""
+    """Raise UserError for an id outside a vocabulary of ``vocab`` words (None: any id is valid)."""
     if vocab is None or not tokens.size or 0 <= tokens.min() <= tokens.max() < vocab:
         return
     wrong = tokens.max() if tokens.max() >= vocab else tokens.min()
@@ -84,8 +88,11 @@ def check_vocab(tokens: np.ndarray, vocab: int | None, where: str) -> None:
 
 
 class Chunks:
-    """A long array of tokens, cut into chunks; every epoch has its own order of them (``loader.rows``).
-    ``end``: the token that ends a document, for ``marks``: whether to say where documents are."""
+    """Samples from a long array of tokens, split into chunks. Every epoch has its own order of the
+    chunks (``chunks.rows``).
+
+    ``end``: the token that ends a document.
+    ``marks``: whether to return documents and positions."""
 
     def __init__(
         self,
@@ -107,7 +114,7 @@ class Chunks:
         return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
 
     def digest(self) -> str:
-        """By size and the tokens at both ends."""
+        """Hash the size and the tokens at both ends."""
         ends = [
             np.ascontiguousarray(part).tobytes()
             for part in (self.tokens[:65536], self.tokens[-65536:])
@@ -116,13 +123,12 @@ class Chunks:
 
 
 class Packed:
-    """Sequences ``first`` to ``last`` of an indexed corpus in the order of Megatron's GPTDataset
-    (``order``) for a run of ``samples``. A run that goes on beyond the order begins another, of the
-    next seed.
+    """Samples from sequences ``first`` to ``last`` of an indexed corpus, in the order of Megatron's
+    GPTDataset (``megatron_order``) for a run of ``samples``. A run that goes beyond the order
+    begins another order, with the next seed.
 
-    Every token read is checked against ``vocab``: a ValueError names the first that is not below
-    it.
-    """
+    Every token that is read is checked against ``vocab``. A UserError names an id that is not below
+    it."""
 
     def __init__(
         self,
@@ -181,13 +187,14 @@ class Packed:
                 filled, at, inside = filled + some, at + 1, 0
 
     def _begin(self, order: Order, samples: np.ndarray, begins: np.ndarray) -> None:
-        """Mark the first token of each document in each row: where the one ahead of it ends."""
+        """Mark the first token of each document in each row: its place is the end of the document
+        before it."""
         for row, first in zip(begins, samples.astype(np.int64) * self.sequence, strict=True):
             low, high = np.searchsorted(order.ends, [first, first + self.sequence], side="right")
             row[order.ends[low:high] - first] = True
 
     def digest(self) -> str:
-        """By the sizes of the files, which part of them, and the tokens at both ends."""
+        """Hash the sizes of the files, the range of sequences, and the tokens at both ends."""
         tokens = self.data.tokens
         sizes = f"{len(self.data)} {len(tokens)} {self.size} {self.bounds} {self.sequence}"
         return digest([f"packed {sizes}", tokens[:65536].tobytes(), tokens[-65536:].tobytes()])
@@ -219,7 +226,7 @@ class Mixed:
 
 def _together(parts: list[Rows]) -> Rows:
     counted = [part.counted for part in parts]
-    if any(c is not None for c in counted):  # what counts everywhere beside what does not
+    if any(c is not None for c in counted):  # a None beside a mask means that all targets count
         counted = [
             np.ones_like(p.tokens[:, 1:], bool) if p.counted is None else p.counted for p in parts
         ]

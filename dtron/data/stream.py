@@ -1,12 +1,14 @@
-"""Text that is tokenised while the run goes on: nothing to prepare and no disk to fill before the
-first step.
+"""Text that is tokenised during the run: there is nothing to prepare and no disk space to fill
+before the first step.
 
 The documents are taken in the order of their files, without a shuffle: shuffle them beforehand. The
-first ``HELD`` samples are held out for validation. Reading goes one way only, but the source is a
-pure function of the sample's number all the same: asked for a sample that is not the next, it
-begins again at the last document that it remembers ahead of it (or the first of all), and tokenises
-on from there. A resumed run therefore pays for the text that it passes over; ``prepare`` the files
-for a run where that hurts. Every rank tokenises the whole global batch.
+first ``HELD`` samples are held out for validation.
+
+Reading goes forward only, but the source is still a pure function of the sample's number. If the
+requested sample is not the next one, the source goes back to the last remembered document before
+this sample, or to the first document of all, and tokenises from there. So a resumed run pays for
+the text that it skips. Use ``prepare`` on the files for a run where this cost matters. Every rank
+tokenises the whole global batch.
 
 Left out: shuffling in a buffer, and sharing the work between ranks.
 """
@@ -30,8 +32,10 @@ _MARK = 1 << 20  # tokens between remembered documents
 
 
 class Stream:
-    """Samples of documents, from sample ``first`` of the stream on (and only ``count`` of them an
-    epoch, where given). Its ``size`` is not known, 0."""
+    """Samples of streamed documents, from sample ``first`` of the stream on.
+
+    ``count``: number of samples in an epoch (0: no limit).
+    ``size`` is 0, because the size is not known."""
 
     size = 0
 
@@ -48,7 +52,7 @@ class Stream:
         self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
         self._known = [
             (0, 0)
-        ]  # (place in the line of tokens, documents ahead of it), all epochs together
+        ]  # (place in the stream of tokens, documents before it), all epochs together
         self._in_epoch = 0  # documents of an epoch; 0: not known yet
         self._next, self._left, self._pieces = 0, np.empty(0, np.int64), self._from(0)
 
@@ -56,7 +60,7 @@ class Stream:
         return self.count
 
     def rows(self, start: int, count: int) -> Rows:
-        """Raises UserError for text that cannot be read, when it comes to it."""
+        """Return the samples. Raises UserError when it reaches text that cannot be read."""
         if self.count:
             numbers = [self.first + i % self.count for i in range(start, start + count)]
             out = np.concatenate([self._take(0, 0), *(self._take(number, 1) for number in numbers)])
@@ -102,7 +106,7 @@ class Stream:
         self._left = np.concatenate(parts)
 
     def _from(self, document: int, place: int = 0) -> Iterator[np.ndarray]:
-        """The tokens of documents from this one on, epoch after epoch, without end."""
+        """Yield the tokens of documents from this document on, epoch after epoch, without end."""
         while True:
             skipped = document % self._in_epoch if self._in_epoch else document
             number = document - skipped

@@ -1,12 +1,12 @@
-"""From documents to one long array of token ids, which is all that training reads.
+"""From documents to one long array of token ids, the only data that training reads.
 
-Without a tokenizer of the user's own, a byte-level BPE is trained on the documents: its alphabet is
-the 256 bytes, so there is no unknown token and decoding gives back every text exactly. The ids of
-all documents are written one after the other, each document ended by the end-of-text token, as raw
-integers that are mapped into memory, which therefore does not grow with the corpus. A start reads
-the file once, for its checksum.
+If the user gives no tokenizer, a byte-level BPE is trained on the documents. Its alphabet is the
+256 bytes, so there is no unknown token, and decoding gives back every text exactly. The ids of all
+documents are concatenated. Each document ends with the end-of-text token. The ids are stored as raw
+integers and mapped into memory, so memory does not grow with the corpus. A start reads the file
+once, for its checksum.
 
-Both results are cached, under keys that name their inputs (`dtron.data.cache`). Left out:
+Tokenizer and ids are cached, under keys that name their inputs (`dtron.data.cache`). Left out:
 normalisation and other tokenizer families. Make such a tokenizer with the `tokenizers` library and
 give its tokenizer.json.
 """
@@ -24,21 +24,20 @@ from dtron.errors import UserError
 
 END = "<|endoftext|>"
 
-# What other tokenizers call it; the first that the vocabulary has is taken.
+# Names of this token in other tokenizers. The first name that the vocabulary has is taken.
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-_PIECE = 1 << 20  # characters of one document encoded at once; a whole book is too much memory
+_PIECE = 1 << 20  # characters of one document encoded at once; a whole book needs too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
 _SAMPLE = (
     1 << 25
-)  # characters to learn merges from: they settle long before, and counting costs memory
+)  # characters to learn merges from: merges settle much earlier, and counting costs memory
 
 
 def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache: Path) -> Tokenizer:
-    """The tokenizer.json at `path`, or (None) a byte-level BPE of at most `vocab_size` tokens for
-    `docs`.
+    """Return the tokenizer.json at `path`, or (None) a byte-level BPE of at most `vocab_size`
+    tokens for `docs`.
 
-    It learns from the first 32 million characters of `docs`, and is the same each time.
-    """
+    The BPE learns from the first 32 million characters of `docs`, and is the same each time."""
     if path is not None:
         return load_tokenizer(path, vocab_size)
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
@@ -52,19 +51,18 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the token that ends a document, or None where the vocabulary has none that is
-    known."""
+    """Return the id of the token that ends a document, or None if the vocabulary has no
+    known one."""
     ids = (tokenizer.token_to_id(name) for name in _ENDS)
     return next((token for token in ids if token is not None), None)
 
 
 def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
-    """All documents' ids, concatenated and read-only, each document ended by `end_id`.
+    """Return all documents' ids, concatenated and read-only. Each document ends with `end_id`.
 
-    A tokenizer without such a token gives documents that follow each other with nothing between.
-    Text that happens to spell a special token is encoded as ordinary text: only this function ends
-    a document.
-    """
+    If the tokenizer has no such token, documents follow each other with nothing between them. Text
+    that happens to spell a special token is encoded as ordinary text: only this function ends a
+    document."""
     text = tokenizer.to_str()
     dtype = np.dtype(np.uint16 if vocab_of(tokenizer) <= 1 << 16 else np.uint32)
     target = cache / f"tokens-{digest([key_of(docs), text])}.{dtype}"
@@ -74,21 +72,22 @@ def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray
 
 
 def key_of(docs: Iterable[str]) -> str:
-    """What has files knows its key without reading them; anything else that holds strings is
-    hashed."""
+    """Return the key of documents. Documents with files know their key without reading the files;
+    any other iterable of strings is hashed."""
     return getattr(docs, "key", None) or digest(docs)
 
 
 def vocab_of(tokenizer: Tokenizer) -> int:
-    """How many rows an embedding needs: ids may have gaps, so counting the tokens is not enough."""
+    """Return the number of rows that an embedding needs. Ids may have gaps, so the number of tokens
+    is not enough."""
     return max(tokenizer.get_vocab_size(), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def load_tokenizer(
     path: str, vocab_size: int | None = None, flag: str = "--data.tokenizer"
 ) -> Tokenizer:
-    """The tokenizer.json at `path`, or in that folder; of at most `vocab_size` words, where that is
-    given."""
+    """Load the tokenizer.json at `path`, or in that folder. If `vocab_size` is given, the tokenizer
+    may have at most `vocab_size` words."""
     file = Path(path).expanduser()
     if path and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
@@ -144,12 +143,11 @@ def _read_tokenizer(file: Path) -> Tokenizer | None:
 
 
 def _pieces(docs: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents cut to at most `_PIECE` characters, after a line where possible; True with the last
-    piece.
+    """Yield documents, split into segments of at most `_PIECE` characters, after a line where
+    possible; True with the last segment of a document.
 
-    No merge crosses a cut, so about one token in a million characters differs from an encoding in
-    one go.
-    """
+    No merge crosses a split, so about one token in a million characters differs from an encoding of
+    the whole document."""
     for text in docs:
         start = 0
         while len(text) - start > _PIECE:
@@ -171,10 +169,12 @@ def _batches(docs: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
-    """A copy that neither cuts nor pads. ``special``: whether special tokens that are spelled out
-    in a text become those tokens, or are plain text as all else."""
+    """Return a copy that neither truncates nor pads.
+
+    ``special``: whether special tokens that are spelled out in a text become special tokens.
+    Otherwise they are plain text."""
     text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
-    encoder = Tokenizer.from_str(text)  # a copy: the settings below are not for the caller's
+    encoder = Tokenizer.from_str(text)  # a copy, so the caller's tokenizer keeps its settings
     encoder.no_truncation()
     encoder.no_padding()
     encoder.encode_special_tokens = not special
@@ -182,7 +182,8 @@ def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
 
 
 def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of each text. ValueError where the tokenizer has no token for something in it."""
+    """Return the ids of each text. Raises UserError if the tokenizer has no token for something in
+    it."""
     try:
         return [e.ids for e in encoder.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises nothing narrower
@@ -195,8 +196,8 @@ def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
 def encoded(
     docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """The ids of documents, in pieces; True with the last of each, which has the end token behind
-    it."""
+    """Yield the ids of documents, in segments. True with the last segment of each document, which
+    the end token follows."""
     end = end_id(encoder)
     closing = [] if end is None else [end]
     for batch in _batches(docs):
@@ -206,7 +207,7 @@ def encoded(
 
 
 def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
-    """The ids as raw `dtype`, then the CRC-32 of all that: what is there can be trusted or is
+    """Write the ids as raw `dtype`, then the CRC-32 of these bytes. A file with a wrong CRC-32 is
     rebuilt."""
     check = 0
     with file.open("wb") as out:

@@ -1,15 +1,15 @@
-"""Weights and gradients brought to where they belong, all of a stage at once.
+"""Bucketing: move all weights or gradients of a stage to their placements in few collectives.
 
-A collective costs a latency and then its bytes, and a model has many weights whose bytes are few.
-So *small* ones share collectives: they are laid end to end, row by row. For a reduce-scatter over n
-ranks each gradient is cut into its n pieces, ``[n, size of a piece]``, and these matrices are put
-side by side; a row of the sum has a rank's piece of every one of them. An all-gather is the same
-backwards. (DDP's buckets, Li et al. 2020, arXiv:2006.15704, section 3.2.3, are for gradients of any
-size and hide behind backward; here nothing has to wait for a bucket to fill, and large weights are
-sent from where they lie.)
+A collective costs a latency plus the time for its bytes, and many weights of a model have few
+bytes. So *small* tensors share collectives: they are concatenated, row by row. For a reduce-scatter
+over n ranks, each gradient is split into its n shards, ``[n, size of a shard]``, and these matrices
+are concatenated side by side. A row of the sum then has one rank's shard of every gradient. An
+all-gather does the same in reverse. (DDP's buckets, Li et al. 2020, arXiv:2006.15704, section
+3.2.3, hold gradients of any size and are hidden behind backward. Here nothing has to wait for a
+bucket to fill, and large weights are sent without a copy to a bucket.)
 
-Left out: what is cut over other axes too, what cannot be cut into equal pieces, and ZeRO-3's
-gathers in every block, which are overlapped one by one."""
+Left out: tensors that are sharded over other axes too, tensors that cannot be split into equal
+shards, and ZeRO-3's all-gathers in every block, which are overlapped one by one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.redistribute import cast, equal_parts, local, scatter, scattered
 
-SMALL = 2**20  # elements
+SMALL = 2**20  # elements; smaller tensors share collectives
 
-# For each gradient, where its weight lies and what to add it up in.
+# For each gradient: the placements of its weight, and the dtype in which to sum it.
 GradTargets = Sequence[tuple[Sequence[Placement], torch.dtype]]
 
 
 def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
-    """Reduce-scatter gradients to where their weights are sharded; what is Partial over other axes
-    stays so. What is not to be reduced keeps its dtype."""
+    """Reduce-scatter gradients to the placements of their weights on the axes where the weights are
+    sharded. Gradients stay Partial over other axes. A gradient that is not reduced keeps its
+    dtype."""
 
     def shared(i: int) -> Any:
         g, (goal, dtype) = grads[i], goals[i]
@@ -61,8 +62,8 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
 def gather_some(
     weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], dtype: torch.dtype | None
 ) -> dict[int, DTensor]:
-    """``{i: weight i where goals[i] says, in dtype}`` for those that can share an all-gather; not
-    under autograd."""
+    """All-gather the weights that can share an all-gather. Return these weights only, as ``{i:
+    weight i with placements goals[i], in dtype}``. Not for use under autograd."""
 
     def shared(i: int) -> Any:
         w, goal = weights[i], tuple(goals[i])
@@ -80,8 +81,9 @@ def gather_some(
 
 
 def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
-    """Bring gradients to the placements of their weights: what shrinks them first, then the
-    remaining sums, of which those of small ones (norms, biases) are laid end to end too."""
+    """Reduce gradients to the placements of their weights. First come the reduce-scatters, which
+    shrink the gradients, then the remaining sums. Small gradients (norms, biases) are concatenated
+    for these sums too."""
     found = reduce_scatter_all(grads, goals)
 
     def shared(i: int) -> Any:
@@ -118,7 +120,8 @@ def _grouped(n: int, key: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
 
 
 def _line(x: Tensor, mesh: DeviceMesh, axis: int, lies: Placement) -> DTensor:
-    """A rank's rows, as if nothing were known of the other axes: they are left alone."""
+    """Make a DTensor of a rank's rows, with placement ``lies`` on one axis. All other axes are
+    declared Replicate, whatever their true placement, so that no collective runs over them."""
     placements = [lies if i == axis else Replicate() for i in range(mesh.ndim)]
     return DTensor.from_local(x, mesh, placements, run_check=False)
 

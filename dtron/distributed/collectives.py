@@ -1,9 +1,9 @@
-"""Collectives inside local regions: on each rank's plain tensors, and differentiable.
+"""Collectives for local regions: on each rank's plain tensors, and differentiable.
 
-Functional collectives are the only ones that autograd, torch.compile and simulated ranks all
-understand. They are semi-private, so they are imported here alone. The gradient of each is written
-out: that of an all-to-all is an all-to-all with the splits swapped, that of an all-gather a
-reduce-scatter, and the reverse.
+Functional collectives are the only ones that work with autograd, torch.compile and simulated ranks.
+They are semi-private in torch, so only this file imports them. Each backward is written out here.
+The backward of an all-to-all is an all-to-all with the splits swapped. The backward of an
+all-gather is a reduce-scatter, and the reverse.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from dtron.torch_compile import opaque
 
 Splits = Sequence[int] | None
 
-# torch 2.13 has given them other names.
+# torch 2.13 renamed both functions.
 _ALL_GATHER = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 _REDUCE_SCATTER = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum") -> Tensor:
-    """One after the other over some dims of a mesh. Not differentiable."""
+    """All-reduce x over these dims of the mesh, one dim after another. Not differentiable."""
     for dim in dims:
         x = funcol.wait_tensor(funcol.all_reduce(x, op, (mesh, dim)))
     return x
 
 
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
-    """Row i of x goes to rank i of a dim of the mesh. The row that stays here, and those that came,
-    in the order of their ranks. Not differentiable."""
+    """Send row i of x to rank i along a dim of the mesh. Return two tensors: this rank's own row,
+    and the received rows in the order of their ranks. Not differentiable."""
     n, place = mesh.size(dim), mesh.get_coordinate()[dim]
     others = [i + (i + n - place) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
     rows = [x.narrow(0, i, 1) for i in others]
@@ -44,25 +44,26 @@ def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor
 
 
 def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """``[1, ...]`` of each rank along a dim of the mesh -> ``[ranks, ...]``. Not differentiable."""
+    """All-gather along a dim of the mesh: ``[1, ...]`` of each rank -> ``[ranks, ...]``. Not
+    differentiable."""
     return funcol.wait_tensor(_ALL_GATHER(x, 0, (mesh, dim)))
 
 
 def all_to_all(
     x: Tensor, ranks: DeviceMesh, received: Splits = None, sent: Splits = None
 ) -> Tensor:
-    """The ranks of a mesh of one dim each send ``sent[i]`` rows of x to rank i, and get
-    ``received[i]`` from it; None: equal parts."""
+    """All-to-all over a one-dim mesh: each rank sends ``sent[i]`` rows of x to rank i and receives
+    ``received[i]`` rows from rank i. None: equal splits."""
     return _AllToAll.apply(x, _name(ranks), received, sent)
 
 
 def all_gather(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    """The rows of all ranks, in order."""
+    """Concatenate the rows of all ranks, in the order of the ranks."""
     return _AllGather.apply(x, _name(ranks))
 
 
 def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
-    """The sum of all ranks' rows, of which each gets its part."""
+    """Sum x over all ranks; each rank receives its shard of the rows."""
     return _ReduceScatter.apply(x, _name(ranks))
 
 
@@ -104,34 +105,35 @@ class _ReduceScatter(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class RingGroup:
-    """Ranks, as a mesh of one dim, and the place of this one among them."""
+    """The ranks of a ring, as a one-dim mesh, and the place of this rank among them."""
 
     ranks: DeviceMesh
     place: int
 
     @property
     def args(self) -> tuple[str, int, int]:
-        """What ``shift`` takes: the group's name, this rank's place, and how many they are."""
+        """The arguments of ``shift``: the group's name, this rank's place, the number of ranks."""
         return _name(self.ranks), self.place, self.ranks.size()
 
 
 def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
-    """In a ring of n ranks (``RingGroup.args``): x goes to the rank that is ``by`` further on, and
-    that of the one as far behind comes. It is on its way: ``wait`` for it, and let work that does
-    not need it come first. Not differentiable. An all-to-all of which all other parts are empty; a
-    send would be no functional collective."""
+    """Send x to the rank ``by`` places ahead in a ring of n ranks, and receive the x of the rank
+    ``by`` places behind. ``group``, ``place`` and ``n`` are ``RingGroup.args``. The transfer is
+    asynchronous: first do the work that does not need the result, then call ``wait`` on the result.
+    Not differentiable. It is an all-to-all in which all other splits are empty, because a send is
+    not a functional collective."""
     to, of = (_one_hot(x.shape[0], place + d, n) for d in (by, n - by))
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, group)
 
 
 def wait(x: Tensor) -> Tensor:
-    """For what ``shift`` gave."""
+    """Wait for the result of ``shift``, and return it."""
     return funcol.wait_tensor(x)
 
 
 def _one_hot(size: int, at: int, n: int) -> list[int]:
-    """``size`` at place ``at % n`` of n, 0 elsewhere: in arithmetic alone, since a simulated rank's
-    number is one for each rank, and compares with nothing."""
+    """Return n numbers: ``size`` at index ``at % n``, 0 elsewhere. Uses arithmetic only: under
+    simulation ``at`` has one value for each rank, and comparisons with it are not possible."""
     return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
 
 

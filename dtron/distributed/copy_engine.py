@@ -1,34 +1,35 @@
-"""Collectives that copy engines carry, so that all processors are left to matrix products.
+"""Collectives carried by a GPU's copy engines, so that all SMs are left to matmuls.
 
-NCCL moves data with kernels, and these take processors (SMs) from the products they are to hide
-behind: under ZeRO-3 a collective is under way a quarter of the time. But an all-gather adds nothing
-up, and neither does the all-to-all in which gradients are sent to where they are summed (``swap``
-in distributed/collectives.py). Both are copies out of another GPU's memory, and for these a GPU has
-engines of their own. So the process groups of the axes that ZeRO shards over are
-``CopyEngineGroup`` (distributed/symmetric_memory.py makes them): functional collectives, DTensor
-and inductor's scheduler find an ordinary group, of which these two kinds are pulled from *symmetric
-memory*, memory of each rank that all of them have mapped, on streams of their own. Anything else,
-and what does not fit, is NCCL's.
+NCCL moves data with kernels. These kernels occupy SMs, and so slow down the matmuls that should
+hide the communication. Under ZeRO-3 a collective is running a quarter of the time. But an
+all-gather sums nothing. Neither does the all-to-all that sends gradients to the ranks that sum them
+(``exchange_rows`` in distributed/collectives.py). Both only copy out of another GPU's memory, and a
+GPU has separate engines for copies. So the process groups of the axes that ZeRO shards over are
+``CopyEngineGroup`` (created by distributed/symmetric_memory.py). Functional collectives, DTensor
+and inductor's scheduler see an ordinary process group. For these two collectives the group pulls
+data from *symmetric memory*, on side streams. Symmetric memory is memory of each rank that all
+ranks have mapped. All other collectives, and tensors that do not fit, go through NCCL.
 
-What still needs a processor, and so waits for one, is kept out of the way: a *barrier*, which says
-that all ranks have come to it, and the copy of a rank's own part of a weight, which is a kernel.
-(Its own piece of a gradient is added from where it is.)
+Two operations still need an SM, and so wait until one is free. One is a *barrier*, which ends when
+all ranks have reached it. The other is the copy of a rank's own shard of a weight, which is a
+kernel. Both are kept out of the way. (A rank's own row of a gradient is added without a copy.)
 
-* A weight's part lies in symmetric memory from the beginning. One barrier after the update (``settle``) says
-  for all weights that they are there, and a gather needs none. Nobody says that a weight has been pulled and
-  may be written again: a step has its gradients only when its weights have landed, and no rank goes on to
-  write before all ranks' gradients are in the norm.
-* Anything else is copied to a stage first, and a barrier says that it is there. Two halves of the stage take
-  turns: who has come to the next barrier has pulled what was in the other half. All-to-alls wait for others
-  to share a barrier with.
-* Weights that lie there do not queue behind what is staged: each has a stream (``CopyStream``).
-* What is asked for together is waited for together (training/zero3_prefetch.py).
+* A weight's shard is in symmetric memory from the start. One barrier after the optimizer's update
+  (``settle``) announces all weights, so their all-gathers need no barrier. No barrier announces
+  that a shard has been pulled and may be overwritten. None is needed: a step has its gradients only
+  after its weights have arrived, and no rank overwrites weights before the gradients of all ranks
+  are in the gradient norm.
+* Any other tensor is first copied to a staging buffer, and a barrier announces it. The two halves
+  of the staging buffer alternate: a rank that has reached the next barrier has pulled everything
+  from the other half. All-to-alls are delayed, so that several of them share one barrier.
+* Weights in symmetric memory do not queue behind staged tensors: both have their own stream
+  (``CopyStream``).
+* Collectives that are issued together are waited for together (training/zero3_prefetch.py).
 
-Left out: reductions in flight (NVLink's switches could add; multicast is off on many machines),
-groups over several hosts, and more than one engine at a time.
+Left out: reductions in the network (NVLink's switches could sum; multicast is off on many
+machines), groups over several hosts, and more than one copy engine at a time.
 
-A process group written in Python, and all that torch has for it that is private, is this file's
-alone."""
+Only this file implements a process group in Python and uses torch's private API for it."""
 
 from __future__ import annotations
 
@@ -42,27 +43,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STAGE = (
-    2**27
-)  # bytes of symmetric memory, twice, for what is not there yet; what is larger goes by NCCL
-MANY = 2**26  # bytes to exchange, for which a barrier is little
-ALIGNED = 256  # bytes
+STAGE = 2**27  # bytes of each half of the staging buffer; larger tensors go through NCCL
+MANY = 2**26  # bytes of delayed all-to-alls; from here on a barrier is cheap in comparison
+ALIGNED = 256  # bytes; alignment of each tensor in symmetric memory
 
 
 class SymmetricBuffer(Protocol):
-    """Symmetric memory, as torch gives it."""
+    """Symmetric memory: the methods of torch's handle that are used here."""
 
     def get_buffer(
         self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int
     ) -> Tensor:
-        """A part of the memory of any rank, mapped here."""
+        """Return a view of any rank's memory, mapped into this process."""
 
     def barrier(self, channel: int = 0, timeout_ms: int = 0) -> None:
-        """In the stream: until all ranks' streams have come here."""
+        """Make the current stream wait until the streams of all ranks have reached this barrier."""
 
 
 class CopyWork(dist.Work):
-    """Copies under way. What they read and write must live until then."""
+    """Copies in progress. ``keeps`` holds the tensors that the copies read and write: these tensors
+    must stay alive until ``wait``."""
 
     def __init__(self, waits: Sequence[Callable[[], Any]], keeps: Any):
         super().__init__()
@@ -76,21 +76,20 @@ class CopyWork(dist.Work):
 
 
 class CopyStream:
-    """A stream of copies beside the one that computes. In a CUDA graph a wait costs about as much
-    as a small kernel, so one is made to do for several copies: a wait is for all that had been
-    asked for when the last one was, which is a product's time ago, and those that it covers are
-    none."""
+    """A side stream for copies. Inside a CUDA graph each event wait costs about as much as a small
+    kernel. So one wait covers several copies: it waits for the newest copy that had been issued by
+    the time of the previous wait, about one matmul earlier. Waits for copies that are already
+    covered are skipped."""
 
     def __init__(self, device: str):
         self._device, self._stream = device, None
-        self._last, self._before = (
-            (-1, None),
-            (-1, None),
-        )  # the last copy, and that when one was waited for
-        self._covered: dict[torch.cuda.Stream, int] = {}  # by who waits
+        # Each is (number, event): the newest copy, and the newest copy as of the previous wait.
+        self._last, self._before = (-1, None), (-1, None)
+        self._covered: dict[torch.cuda.Stream, int] = {}  # waiting stream: newest covered copy
 
     def do(self, copy: Callable[[], None]) -> Callable[[], None]:
-        """Copies after all that is asked for so far; gives how to wait for the end of it."""
+        """Run ``copy`` in this stream, after all work issued so far in the current stream. Return a
+        function: the stream that is current when it is called waits for the end of the copy."""
         if self._device != "cuda":
             copy()
             return lambda: None
@@ -114,7 +113,7 @@ class CopyStream:
 
 @dataclass
 class PendingAllToAll:
-    """An all-to-all that has not begun, or how to wait for it."""
+    """An all-to-all. ``wait`` is None until it has been issued; then ``wait`` waits for its end."""
 
     out: Tensor
     x: Tensor
@@ -122,9 +121,13 @@ class PendingAllToAll:
 
 
 class CopyEngineGroup(dist.ProcessGroup):
-    """A group whose all-gathers, and all-to-alls of a row for each other rank, are copies.
-    ``allocate(bytes)`` gives memory that ``meet(memory)``, called by all ranks, makes a Room of;
-    ``rest`` is the backend for anything else."""
+    """A process group that does two collectives by copies: all-gathers, and all-to-alls with one
+    row for each other rank.
+
+    ``rest``: the backend for all other collectives.
+    ``allocate``: allocates a number of bytes of memory for ``meet``.
+    ``meet``: makes a SymmetricBuffer of this memory; all ranks must call it.
+    """
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         self._patience = int(timeout.total_seconds() * 1000)
         self._stage: tuple[Tensor, SymmetricBuffer] | None = None
         self._near: tuple[Tensor, SymmetricBuffer] | None = None
-        self._staged = 0  # since all ranks last agreed
+        self._staged = 0  # calls of _put since the last ``settle``
         self._unsent: list[PendingAllToAll] = []
         self._beside = {name: CopyStream(device) for name in ("weights", "staged")}
 
@@ -155,14 +158,15 @@ class CopyEngineGroup(dist.ProcessGroup):
         return "copies"
 
     def meet(self, memory: Tensor) -> None:
-        """From now on what lies in here is pulled from where it is. All ranks must call this."""
+        """Register memory: from now on tensors in this memory are pulled without staging. All ranks
+        must call this."""
         self._near = memory, self._meet(memory)
         self.settle()
 
     def settle(self) -> None:
-        """What lies in memory that all have met at has its values for others to pull. All ranks
-        must call this when they have written there, and when what they asked for until now has
-        landed."""
+        """Announce that the tensors in the memory registered by ``meet`` have been written and may
+        be pulled. All ranks must call this after they have written there, and after all collectives
+        issued so far have completed."""
         self._send()
         if met := self._near or self._stage:
             met[1].barrier(timeout_ms=self._patience)
@@ -183,9 +187,10 @@ class CopyEngineGroup(dist.ProcessGroup):
     def alltoall_base(
         self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None
     ):
-        # Only what ``swap`` asks for, a row for each other rank. All must decide alike, and rows of
-        # experts are as many as they happen to be, on each rank: these have two dims, and swap's
-        # have more.
+        # Only the all-to-alls of ``exchange_rows`` are done by copies: one row for each other rank.
+        # All ranks must decide alike. The splits of an expert all-to-all depend on the routing, so
+        # on some ranks they may look the same by chance. But expert tensors have two dims, and
+        # tensors of ``exchange_rows`` have more.
         received, sent = list(received or []), list(sent or [])
         one_each = (
             received == sent == [int(i != self._rank) for i in range(self._size)] and x.dim() > 2
@@ -194,9 +199,9 @@ class CopyEngineGroup(dist.ProcessGroup):
             return self._rest.alltoall_base(out, x, received, sent)
         return self._later(out, x)
 
-    # What follows is the backend's. A method that is not here would find its way there by itself,
-    # but holding Python's lock, for which a thread of the backend may be waiting with a lock of its
-    # own: seen to hang.
+    # The methods below forward to the backend. A method that is missing here would be forwarded
+    # too, but with Python's GIL held. A thread of the backend may hold a lock of its own and wait
+    # for the GIL. This deadlock was seen.
 
     def allgather(self, outs: Any, xs: list[Tensor], opts: Any):
         return self._rest.allgather(outs, xs, opts)
@@ -229,11 +234,11 @@ class CopyEngineGroup(dist.ProcessGroup):
         return self._rest.recv(xs, of, tag)
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether x can be staged."""
+        """Whether x can be staged: it is contiguous and fits into half of the staging buffer."""
         return x.is_contiguous() and 0 < x.nbytes <= STAGE
 
     def _at(self, x: Tensor) -> int | None:
-        """Where x lies in the memory that all have met at."""
+        """Return the offset of x in the memory registered by ``meet``, in bytes, or None."""
         if self._near is None:
             return None
         at = x.data_ptr() - self._near[0].data_ptr()
@@ -257,8 +262,9 @@ class CopyEngineGroup(dist.ProcessGroup):
         return self._beside["staged" if None in begins else "weights"].do(copy)
 
     def _later(self, out: Tensor, x: Tensor) -> CopyWork:
-        """An all-to-all that may wait for some more, with which it shares a barrier: until somebody
-        waits for one, or gathers something, or they are many."""
+        """Delay an all-to-all, so that it shares a barrier with later ones. All delayed all-to-alls
+        are issued when one of them is waited for, when anything is all-gathered, or when together
+        they have many bytes (``MANY``)."""
         if sum(room_for(asked.x) for asked in self._unsent) + room_for(x) > STAGE:
             self._send()
         self._unsent.append(asked := PendingAllToAll(out, x))
@@ -286,28 +292,27 @@ class CopyEngineGroup(dist.ProcessGroup):
         room, begin = self._put([(at, x) for at, (_, x) in zip(begins, pairs, strict=False)])
         for at, (out, x) in zip(begins, pairs, strict=False):
             rows, size = out.view(self._size - 1, -1), x[0].nbytes
-            for peer in self._others():  # it has no row for itself, and no rank has one
+            for peer in self._others():  # no rank sends a row to itself
                 mine = begin + at + (self._rank - (self._rank > peer)) * size
                 self._pull(rows[peer - (peer > self._rank)], room, peer, mine)
 
     def _others(self) -> list[int]:
-        """Each rank begins with another."""
+        """Return the other ranks in pull order. Each rank begins with a different peer."""
         return [(self._rank + step) % self._size for step in range(1, self._size)]
 
     def _pull(self, row: Tensor, room: SymmetricBuffer, peer: int, at: int) -> None:
-        """From where it lies there, in bytes."""
+        """Copy a row out of the memory of ``peer``. ``at``: its offset there, in bytes."""
         row.copy_(room.get_buffer(peer, row.shape, row.dtype, at // row.itemsize))
 
     def _put(self, parts: list[tuple[int, Tensor]]) -> tuple[SymmetricBuffer, int]:
-        """These parts on the stage, each at its place after where the half begins (all in
-        bytes)."""
+        """Copy tensors to the next half of the staging buffer, each to its given offset in this
+        half. Return the buffer and the offset of the half. All offsets are in bytes."""
         if self._stage is None:
             memory = self._allocate(2 * STAGE)
             self._stage = memory, self._meet(memory)
         memory, room = self._stage
-        if (
-            self._staged == 0
-        ):  # a recording begins here, and may follow upon itself or upon anything
+        # A CUDA graph begins here. Its replay may follow another replay, or any other work.
+        if self._staged == 0:
             room.barrier(timeout_ms=self._patience)
         begin = self._staged % 2 * STAGE
         self._staged += 1
@@ -318,6 +323,6 @@ class CopyEngineGroup(dist.ProcessGroup):
 
 
 def room_for(x: Tensor) -> int:
-    """What x takes of memory in which others follow, in bytes: they are to begin where any dtype
-    may."""
+    """Return the bytes that x takes in memory shared with other tensors. They are rounded up, so
+    that the next tensor begins at an offset that is valid for any dtype."""
     return -(-x.nbytes // ALIGNED) * ALIGNED

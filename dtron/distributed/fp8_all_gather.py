@@ -1,16 +1,16 @@
-"""Weights sent in 8 bits: half the bytes of a gather in bfloat16, and the same products in FP8.
+"""All-gather of weights in 8 bits: half the bytes of a bfloat16 all-gather, the same FP8 matmuls.
 
-A product in FP8 rounds its weight to e4m3 under a scale. If that is done before the weight is
-gathered, a byte goes where two did. Who rounds sees a part of the weight only, but where scales are
-powers of two (see fp8/scaled_mm.py) a value rounds alike under any of them, but for those so small
-that they leave the format's range. So each row of a part has a scale of its own, the finest that a
-message has room for, and what arrives is a weight in bfloat16 again whose values FP8 has already:
-rounding it once more, under whatever scale a recipe wants and in whichever direction, changes
-nothing. The recipes need not know.
+An FP8 matmul rounds its weight to e4m3 under a scale. If the weight is rounded before its
+all-gather, one byte is sent instead of two. A rank that rounds sees its own shard of the weight
+only. But where scales are powers of two (see fp8/scaled_mm.py), a value rounds alike under any
+scale, except for values so small that they leave the format's range. So each row of a shard has its
+own scale, the finest that a message has room for. The receiver unpacks a bfloat16 weight whose
+values FP8 can already represent. Rounding this weight again changes nothing, under whatever scale a
+recipe wants and in whichever direction. So the recipes need not know of the 8-bit all-gather.
 
-A message is a row of bytes: the values, and after them the exponent of each row's scale. (torchao's
-gather in FP8 has one scale for the whole weight, from an all-reduce of largest values after each
-update, and is for its tensorwise recipe.)"""
+A message is a row of bytes: the values, then the exponent of each row's scale. (torchao's FP8
+all-gather has one scale for the whole weight, from an all-reduce of maxima after each update. It is
+for torchao's tensorwise recipe.)"""
 
 from __future__ import annotations
 
@@ -19,33 +19,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LARGEST = 448.0  # of e4m3
-TINY = 2.0**-100  # rows of nothing larger have a scale that does not overflow
+LARGEST = 448.0  # the largest value of e4m3
+TINY = 2.0**-100  # lower bound of a row's maximum, so that its scale does not overflow
 
 
 def packed(x: Tensor) -> Tensor:
-    """``x [..., n]`` in high precision -> bytes: its values, then an exponent for each of its rows
-    of n."""
+    """Pack ``x [..., n]`` from high precision into bytes: the values, then one exponent for each
+    row of n values."""
     largest = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY)
-    exponent = (LARGEST / largest).view(
-        torch.int32
-    ) >> 23  # a float's bits: floor(log2) + 127, and no sign
-    values = (x.float() * _power(exponent)).clamp(
-        -LARGEST, LARGEST
-    )  # a cast of torch 2.11 does not saturate
+    # The exponent bits of a float are floor(log2) + 127. The sign bit is 0 here.
+    exponent = (LARGEST / largest).view(torch.int32) >> 23
+    # Clamped, because the cast of torch 2.11 does not saturate.
+    values = (x.float() * _power(exponent)).clamp(-LARGEST, LARGEST)
     values = values.to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.cat([values.flatten(), exponent.to(torch.uint8).flatten()])
 
 
 def unpacked(messages: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Messages of tensors of one shape, ``[..., bytes]`` -> ``[..., *shape]``."""
+    """Unpack messages of tensors of one shape: ``[..., bytes]`` -> ``[..., *shape]``."""
     rows = torch.Size(shape[:-1])
     values, exponent = messages.split([rows.numel() * shape[-1], rows.numel()], -1)
     values = values.view(torch.float8_e4m3fn).unflatten(-1, shape).float()
-    scale = _power(254 - exponent.to(torch.int32)).unflatten(-1, rows).unsqueeze(-1)  # one over it
+    scale = _power(254 - exponent.to(torch.int32)).unflatten(-1, rows).unsqueeze(-1)  # 1 / scale
     return (values * scale).to(dtype)
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """2 to the power of ``exponent - 127``, as float32."""
+    """Return 2 to the power of ``exponent - 127``, as float32."""
     return (exponent << 23).view(torch.float32)

@@ -1,16 +1,17 @@
-"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4,ep=8``. Nothing here needs torch: a
-mesh of any size can be spoken of on any machine. What the axes mean stands in mesh.py.
+"""The sizes of a mesh's axes and their text form, ``dp=8,tp=4,ep=8``. Nothing here needs torch, so
+a mesh of any size can be described on any machine. mesh.py defines the axes.
 
-Experts may be spread over the same ranks in another way than the rest of the model (parallel
-folding, Liu et al. 2025, arXiv:2504.14960): dp * cp * tp ranks are also edp * ep * etp ranks. Two
-such factorisations have a common refinement. It is made of *atoms*: each of the six axes is a
-product of some of them. The DeviceMesh is made of the atoms, so one mesh has both views, and an
-axis is a name for one or more of its dims. With ep = 4,
+Experts may be sharded over the same ranks in another way than the rest of the model (parallel
+folding, Liu et al. 2025, arXiv:2504.14960): dp * cp * tp ranks are also edp * ep * etp ranks. These
+two factorisations have a common refinement, made of *atoms*: each of the six axes is a product of
+atoms. The dims of the DeviceMesh are the atoms. So one mesh has both views, and an axis is a name
+for one or more of its dims. With ep = 4,
 
     dp=8,tp=2    is    dp.edp=4, dp.ep=2, tp.ep=2
 
 ``dp`` is ``(dp.edp, dp.ep)`` there, ``ep`` is ``(dp.ep, tp.ep)``, and ``edp`` is ``(dp.edp,)``. An
-axis that lies whole in ``edp`` keeps its name: without expert parallelism the atoms are the axes.
+axis whose ranks all belong to ``edp`` keeps its name: without expert parallelism the atoms are the
+axes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from dtron.errors import UserError
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
-FOLDED = ("dp", "cp", "tp")  # the axes whose ranks experts use in their own way
+FOLDED = ("dp", "cp", "tp")  # experts have other axes over the ranks of these
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The size of every mesh axis, in ``AXES`` order, and how experts use dp, cp and tp: ``ep``
-    ways to spread them, ``etp`` ways to cut each. ``MeshShape.parse("dp=8,tp=4")`` reads the text
-    form."""
+    """The size of every mesh axis, in ``AXES`` order, and the use of dp, cp and tp by experts: they
+    are spread over ``ep`` groups of ranks, and each expert is sharded over ``etp`` ranks.
+    ``MeshShape.parse("dp=8,tp=4")`` reads the text form."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -46,25 +47,27 @@ class MeshShape:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the axes whose product is the number of ranks."""
+        """The sizes of the axes in ``AXES``; their product is the number of ranks."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def data(self) -> int:
-        """How many ways the sequences of a batch are split."""
+        """The number of ranks over which the sequences of a batch are sharded."""
         return self.dp_replicate * self.dp
 
     @property
     def edp(self) -> int:
-        """How many ranks hold the same part of the same experts, in one replica and stage."""
+        """The number of ranks with the same ep and etp shard of the experts, in one replica and
+        stage."""
         return self.dp * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def atoms(self) -> dict[str, int]:
-        """The dims of the DeviceMesh, outermost first: name and size, those of size 1 left out.
+        """The names and sizes of the DeviceMesh's dims, outermost first, without dims of size 1.
 
-        etp takes its ranks from tp first, then cp, then dp, and ep what it needs of the rest in the
-        same order: adjacent ranks, as far as there are any. Raises UserError where they do not fit.
+        etp takes its ranks from tp first, then cp, then dp. ep takes its ranks from the rest, in
+        the same order. So both get adjacent ranks, as far as there are any. Raises UserError if the
+        sizes do not fit.
         """
         ranks = self.dp * self.cp * self.tp
         if ranks % (self.ep * self.etp):
@@ -89,7 +92,7 @@ class MeshShape:
         return {name: n for name, n in found.items() if n > 1}
 
     def parts(self, axis: str) -> int:
-        """The size of any axis, those of experts too."""
+        """The size of any axis, expert axes included."""
         return math.prod(n for atom, n in self.atoms.items() if is_part(atom, axis))
 
     def __str__(self) -> str:
@@ -98,11 +101,11 @@ class MeshShape:
 
     @staticmethod
     def parse(text: str, world: int | None = None) -> MeshShape:
-        """Read ``"dp=8,tp=4"``: any order, axes of size 1 optional, dp filled in from ``world``
-        when left out.
+        """Read ``"dp=8,tp=4"``. The axes may be in any order, and axes of size 1 are optional. If
+        dp is left out, it is computed from ``world``.
 
-        Raises UserError for an unknown or repeated axis, a size that is no positive integer, and
-        sizes whose product is not ``world``.
+        Raises UserError for an unknown or repeated axis, for a size that is not a positive integer,
+        and for sizes whose product is not ``world``.
         """
         sizes: dict[str, int] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
@@ -136,14 +139,14 @@ class MeshShape:
 
 
 def is_part(atom: str, axis: str) -> bool:
-    """Whether a dim of the DeviceMesh is (a part of) this axis. ``dp.ep`` is of dp and of ep; a
-    ``dp`` that is not split, of dp and of edp."""
+    """Whether a dim of the DeviceMesh is this axis or a factor of it. ``dp.ep`` is a factor of dp
+    and of ep. A ``dp`` that is not split is a factor of dp and of edp."""
     dense, _, expert = atom.partition(".")
     return axis == dense or axis == (expert or ("edp" if dense in FOLDED else ""))
 
 
 def parts(atoms: Iterable[str], axis: str) -> tuple[str, ...]:
-    """The dims of a DeviceMesh that an axis is made of, outermost first."""
+    """Return the dims of a DeviceMesh that make up an axis, outermost first."""
     return tuple(atom for atom in atoms if is_part(atom, axis))
 
 

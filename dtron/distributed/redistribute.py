@@ -1,8 +1,8 @@
-"""What a program on DTensors needs that DTensor does not do, or does too much of.
+"""Redistribution that DTensor lacks, or that DTensor does with too much communication.
 
-DTensor tracks *where* a tensor lies: cut along a dim, whole on every rank, or a sum still pending.
-Each function here is about one of these, takes a plain tensor too (one device), and says what it
-communicates.
+DTensor tracks the *placement* of a tensor: sharded along a dim (Shard), whole on every rank
+(Replicate), or a sum that is still pending (Partial). Each function here handles one such
+placement. It also accepts a plain tensor (one device), and its docstring says what it communicates.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from dtron.distributed.fp8_all_gather import packed, unpacked
 from dtron.errors import PlacementError
 from dtron.torch_compile import opaque
 
-# Two functions here decide in backward by where the gradient lies, and a compiler is to see them
-# late; their arguments are then no placements, but numbers.
+# `Unshard` and `LocalToDTensor` choose their backward by the gradient's placement. They are opaque
+# to torch.compile until AOTAutograd runs, and opaque functions may not take Placement objects, so
+# placements are encoded as integers.
 
 
 def code(placements: Sequence[Placement]) -> tuple[int, ...]:
-    """Placements as numbers: the dim of a shard, -1 for whole, -2 for a pending sum."""
+    """Encode placements as integers: the dim of a Shard, -1 for Replicate, -2 for Partial."""
     return tuple(
         p.dim if isinstance(p, Shard) else -1 if p.is_replicate() else -2 for p in placements
     )
@@ -38,13 +39,15 @@ def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
 
 @opaque
 class Unshard(torch.autograd.Function):
-    """All-gather a weight to placements (as ``code``); reduce-scatter its gradient over these axes
-    only.
+    """All-gather a weight to ``placements`` (encoded by ``code``); in backward, reduce-scatter its
+    gradient over the gathered mesh axes only.
 
-    ``DTensor.redistribute`` would in backward also reduce over the axes that were replicated all
-    along (for most weights dp_replicate, for a norm's scale every axis), once per microbatch and
-    before the reduce-scatter, on the whole weight. Left Partial, those sums wait for the end of the
-    step. ``narrow``: sent in 8 bits where parts are equal (distributed/fp8_all_gather.py).
+    The backward of ``DTensor.redistribute`` would also reduce over the axes that were replicated
+    before the all-gather: dp_replicate for most weights, every axis for a norm's scale. It would do
+    so once per microbatch, before the reduce-scatter, on the unsharded gradient. Here the gradient
+    stays Partial over these axes, and is reduced over them once, at the end of the step.
+
+    ``narrow``: all-gather in 8 bits if all shards have one size (distributed/fp8_all_gather.py).
     """
 
     @staticmethod
@@ -67,9 +70,10 @@ class Unshard(torch.autograd.Function):
 
 
 def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
-    """Brought there one mesh axis after the other. In one step torch (2.11 to 2.13) would gather
-    over several axes at once if there is a group of just these ranks; and where pieces of pieces
-    are not of one size, it would take them for those of one cut: other values, silently."""
+    """Redistribute x to ``goal``, one mesh axis after another. In a single call, torch (2.11 to
+    2.13) all-gathers over several axes at once if a process group of exactly these ranks exists. It
+    then treats nested shards as the shards of one split. If the nested shards are not of one size,
+    the result has wrong values, silently."""
     for axis in reversed(range(x.device_mesh.ndim)):
         if x.placements[axis] != goal[axis]:
             x = x.redistribute(
@@ -87,14 +91,15 @@ def _gathered_narrow(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     sizes = [mesh.size(axis) for axis in axes]
     whole = unpacked(messages.unflatten(0, sizes), part.shape, x.dtype)
     for i, axis in reversed(list(enumerate(axes))):
-        dim = x.placements[axis].dim + i  # i axes are still in front of it
+        dim = x.placements[axis].dim + i  # i dims of ranks are still in front of it
         whole = whole.movedim(i, dim).flatten(dim, dim + 1)
     return DTensor.from_local(whole, mesh, goal, run_check=False, shape=x.shape, stride=x.stride())
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Where a tensor lies: what makes a DTensor of a rank's part."""
+    """The placements, global shape and stride of a DTensor: with them a rank's local tensor becomes
+    a DTensor again."""
 
     placements: tuple[Placement, ...]
     shape: torch.Size
@@ -106,13 +111,14 @@ class ShardSpec:
 
     @property
     def gradient(self) -> ShardSpec:
-        """Of a weight: where it is whole, every rank has one summand of its gradient."""
+        """The spec of a weight's gradient, given the weight's spec. It is Partial on each mesh axis
+        where the weight is replicated: there every rank has one summand of the gradient."""
         return replace(
             self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements)
         )
 
     def scattered(self, goal: Sequence[Placement]) -> ShardSpec:
-        """Of a gradient: after ``reduce_scatter_all``."""
+        """The spec of a gradient after ``reduce_scatter_all``."""
         return replace(self, placements=scattered(self.placements, goal))
 
     def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -123,9 +129,9 @@ class ShardSpec:
 
 @opaque
 class LocalToDTensor(torch.autograd.Function):
-    """A rank's part of a weight becomes a DTensor on the mesh of ``like``; the gradient comes back
-    as ``ShardSpec.gradient`` says. ``DTensor.from_local`` would reduce what is pending, in every
-    microbatch."""
+    """Make a DTensor on the mesh of ``like`` from a rank's local tensor of a weight. The gradient
+    must have the placements of ``ShardSpec.gradient``; backward returns its local tensor. The
+    backward of ``DTensor.from_local`` would reduce pending sums in every microbatch."""
 
     @staticmethod
     def forward(
@@ -155,9 +161,10 @@ def scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Plac
 
 
 def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
-    """Where a sum is to have more bits than its summands, these are sent as they are, and added up
-    where they land: the same sum, from half the bytes of a reduce-scatter in float32 for
-    bfloat16."""
+    """Reduce-scatter a gradient to the sharded axes of ``goal``, with sums in ``dtype``. If
+    ``dtype`` is wider than the gradient's dtype, ranks exchange the summands unconverted
+    (all-to-all), and the receiving rank adds them up in ``dtype``. The sum is the same; for
+    bfloat16 it takes half the bytes of a float32 reduce-scatter."""
     target = scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
         if (
@@ -171,8 +178,8 @@ def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTenso
 
 
 def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
-    """Whether x, cut as these placements say, has parts of one size on all ranks; others are padded
-    before they are sent."""
+    """Whether x, sharded by these placements, has shards of one size on all ranks. Unequal shards
+    are padded before they are sent."""
     size = list(x.shape)
     for axis, at in enumerate(placements):
         if at.is_shard():
@@ -186,8 +193,8 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
 def part_of(
     shape: Sequence[int], mesh: DeviceMesh | None, placements: Sequence[Placement]
 ) -> list[float]:
-    """The shape of a rank's part, with fractions where the mesh does not divide: every rank must
-    decide alike."""
+    """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim. So
+    the shape is the same on every rank, and all ranks decide alike."""
     part = list(shape)
     for axis, p in enumerate(placements):
         if isinstance(p, Shard):
@@ -196,8 +203,8 @@ def part_of(
 
 
 def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
-    """Whether the next cut of a dim is that over this mesh axis, of each rank's part into equal
-    pieces."""
+    """Whether this mesh axis can shard its dim next, into equal shards: no inner axis shards the
+    dim already, no outer axis has yet to shard it, and the local size is divisible."""
     dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
     outer = any(
@@ -219,8 +226,8 @@ def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part, sharing memory. Not for use under autograd: a local region says where
-    gradients lie."""
+    """Return this rank's local tensor; it shares memory with x. Not for use under autograd: there,
+    use a local region (``Layout.local``), which declares the placements of gradients."""
     if not isinstance(x, DTensor):
         return x
     with torch.no_grad():
@@ -228,14 +235,14 @@ def local(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor, part: Tensor) -> Tensor:
-    """A tensor that lies as x does, of which this rank's part is ``part``, on any device. By
-    DTensor's constructor, which is not public, because ``from_local`` would move the part to the
-    mesh's device."""
+    """Return a tensor with the placements of x and ``part`` as this rank's local tensor, on any
+    device. This calls DTensor's constructor, which is not public: ``from_local`` would move
+    ``part`` to the mesh's device."""
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
 
 
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """``x.to(dtype)`` that leaves a pending sum pending: DTensor's own may reduce it first."""
+    """Cast like ``x.to(dtype)``, but keep Partial placements: DTensor's ``to`` may reduce first."""
     if not isinstance(x, DTensor):
         return x.to(dtype, copy=copy)
     if x.dtype == dtype and not copy:
@@ -247,24 +254,24 @@ def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
 
 
 def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """A tensor that every rank holds whole, cut. Communicates nothing. Copies, because simulated
-    ranks would share x's memory, and an update in place would happen once per rank."""
+    """Shard a tensor that every rank holds whole. Communicates nothing. Copies x: otherwise
+    simulated ranks would share its memory, and an in-place update would happen once per rank."""
     own = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
     whole = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, placements)
 
 
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """x, which every rank holds whole, placed as the gradient of y is: as y, and whole where y is a
-    pending sum."""
+    """Shard x, which every rank holds whole, by the placements of y's gradient. These are the
+    placements of y, but Replicate where y is Partial."""
     if not isinstance(y, DTensor):
         return x
     return shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank; a plain tensor on one device and from simulated ranks
-    too."""
+    """Unshard a tensor: return the whole of it, as a plain tensor, on every rank. Simulated ranks
+    and one device also give a plain tensor."""
     if isinstance(x, DTensor):
         x = _gathered(x, [Replicate()] * x.device_mesh.ndim).to_local()
     return x.reconcile() if hasattr(x, "reconcile") else x

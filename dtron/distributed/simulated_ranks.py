@@ -1,13 +1,15 @@
-"""Many ranks in one process: what property tests, ``--simulate`` and ``dtron.verify`` stand on.
+"""Many simulated ranks in one process: the basis of property tests, ``--simulate`` and
+``dtron.verify``.
 
-``LocalTensorMode`` replaces every rank-local tensor by one value per rank and runs each operation
-once for each of them; collectives move values between them. The program is the one that runs on
-real ranks, DTensor and all, only slower by the number of ranks, and it needs no GPU, no torchrun
-and no network.
+``LocalTensorMode`` replaces every rank-local tensor by one value per rank. It runs each operation
+once for each rank, and collectives move values between ranks. The program is the same as on real
+ranks, DTensor included. It is slower by the number of ranks, and it needs no GPU, no torchrun and
+no network.
 
-LocalTensorMode and the fake process group that names its groups are private to torch: this file
-alone imports them. What they cannot do, and so nothing here relies on: draw random numbers per rank
-(dtron draws whole weights, outside the mode, and slices), and time anything.
+LocalTensorMode is private to torch, and so is the fake process group that gives its groups their
+names. Only this file imports them. They cannot draw random numbers per rank, and they cannot time
+anything; nothing here relies on either. dtron draws whole weights outside the mode, and slices
+them.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from dtron.distributed.mesh_shape import MeshShape
 
 @contextmanager
 def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
-    """Run the body on ``shape.size`` simulated ranks; yields the stage's DeviceMesh (None for one
-    rank)."""
+    """Run the body on ``shape.size`` simulated ranks. Yields the stage's DeviceMesh; None for one
+    rank."""
     axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
         yield None
@@ -44,7 +46,7 @@ def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
 
 
 def one_rank(x: torch.Tensor) -> torch.Tensor:
-    """Rank 0's value of a simulated tensor; any other tensor as it is."""
+    """Return rank 0's value of a simulated tensor, and any other tensor as it is."""
     return x._local_tensors[0] if isinstance(x, LocalTensor) else x
 
 
@@ -53,22 +55,23 @@ def is_simulated(x: torch.Tensor) -> bool:
 
 
 def by_rank(x: torch.Tensor, rank: int) -> dict[int, torch.Tensor]:
-    """Every rank's value of a simulated tensor; that of this ``rank`` of any other."""
+    """Return ``{rank: value}``: every rank's value of a simulated tensor; any other tensor is the
+    value of ``rank`` alone."""
     return dict(x._local_tensors) if isinstance(x, LocalTensor) else {rank: x}
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Inside a simulation, make plain tensors again: for code that allocates and knows nothing of
-    ranks."""
+    """Pause the simulation, so that new tensors are plain tensors again. It is for code that
+    allocates tensors and does not know about ranks."""
     with maybe_disable_local_tensor_mode():
         yield
 
 
 @cache
 def _mesh(axes: tuple[tuple[str, int], ...]) -> DeviceMesh:
-    """Meshes are built once: DTensor plans per mesh, and two meshes are equal only if they are the
-    same one."""
+    """Build each mesh once. DTensor plans redistributions per mesh, and two meshes are equal only
+    if they are the same object."""
     size = math.prod(n for _, n in axes)
     if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()

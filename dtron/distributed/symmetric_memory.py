@@ -1,12 +1,13 @@
-"""Memory that GPUs of one host reach of each other, and the process groups that use it
-(distributed/copy_engine.py).
+"""Symmetric memory: memory that all GPUs of one host can access, and the process
+groups that use it (distributed/copy_engine.py).
 
-``backends`` chooses the groups when a mesh is built, ``to_symmetric_memory`` moves what they gather
-to where it can be pulled from, and ``publish_weights``, after weights have been written, tells all
-ranks. Nothing else in dtron knows of them.
+``backends`` chooses the process groups when a mesh is built. ``to_symmetric_memory`` moves the
+tensors that these groups all-gather to symmetric memory. ``publish_weights`` announces to all ranks
+that weights have been written. ``copy_engine_groups`` and ``sole_copy_engine_group`` return their
+names for the compiler passes. Nothing else in dtron knows of these groups.
 
-*Symmetric memory*, and how a group of one's own is made known to torch, are private there and this
-file's alone (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
+In torch, *symmetric memory* and the registration of a custom process group are private API. Only
+this file uses them (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
 
 from __future__ import annotations
 
@@ -27,14 +28,15 @@ from dtron.errors import UserError
 
 
 def allocate(size: int) -> Tensor:
-    """Bytes that other GPUs of this host can map."""
-    import torch.distributed._symmetric_memory as symmetric  # takes a second, and a CPU has none
+    """Allocate ``size`` bytes that other GPUs of this host can map."""
+    # Imported here, because the import takes a second, and a CPU has no symmetric memory.
+    import torch.distributed._symmetric_memory as symmetric
 
     return symmetric.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def _made(group: Any, options: Any) -> CopyEngineGroup:
-    """What torch calls for a group of backend "copies"."""
+    """Create a process group of backend "copies". torch calls this function."""
     from torch._C._distributed_c10d import _register_process_group
 
     rank, size, timeout = group.group_rank, group.group_size, group.timeout
@@ -42,11 +44,11 @@ def _made(group: Any, options: Any) -> CopyEngineGroup:
     options._timeout = timeout
     nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", group.store), rank, size, options)
     nccl._set_sequence_number_for_group()
-    # Ranks meet by an ordinary group of the same ranks: torch asks it for its store, and a group
-    # written in Python has none.
+    # The rendezvous needs an ordinary process group of the same ranks: torch asks the group for its
+    # store, and a group written in Python has no store.
     name = f"{group.group_id}.copies"
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
-    _register_process_group(name, place)  # which does not keep it alive
+    _register_process_group(name, place)  # this keeps no reference; ``meet`` does
     meet = lambda memory, place=place: _met(memory, name)
     return CopyEngineGroup(nccl, rank, size, "cuda", allocate, meet, timeout)
 
@@ -64,9 +66,12 @@ def _met(memory: Tensor, group: str) -> SymmetricBuffer:
 
 
 def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, str] | None:
-    """For ``init_device_mesh``: the dims of the mesh whose groups are to be CopyEngineGroups: of ``axes``,
-    over which ZeRO shards, all whose groups are of one host, where GPUs reach each other's memory.
-    None: no dim."""
+    """Return the backends for ``init_device_mesh``: "copies" for each mesh dim whose groups are to
+    be CopyEngineGroups, or None if there is no such dim. A dim of ``axes`` is chosen if each of its
+    groups is within one host, and the GPUs of this host can access each other's memory.
+
+    ``axes``: the mesh dims that ZeRO shards over.
+    """
     atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device != "cuda" or not atoms or not _peers(here):
         return None
@@ -75,7 +80,7 @@ def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, st
     spans, span = {}, 1
     for atom, n in reversed(atoms.items()):
         span *= n
-        spans[atom] = span  # a group's first and last rank are less than this apart
+        spans[atom] = span  # the first and last rank of a group are less than this apart
     return {atom: "copies" for atom in axes if here % spans[atom] == 0} or None
 
 
@@ -85,13 +90,16 @@ def _peers(count: int) -> bool:
 
 
 def copy_engine_groups(mesh: DeviceMesh | None) -> list[str]:
-    """The names of the groups in which copy engines carry the gathers of weights."""
+    """Return the names of the groups whose weight all-gathers are carried by copy engines."""
     return [group.group_name for group in _groups(mesh).values()]
 
 
 def sole_copy_engine_group(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
-    """The name of the group of copy engines, where weights are gathered over that one alone.
-    ``axes``: the dims of the mesh over which they are gathered."""
+    """Return the name of the CopyEngineGroup if weights are all-gathered over this group alone,
+    else None.
+
+    ``axes``: the mesh dims over which weights are all-gathered.
+    """
     groups = copy_engine_groups(mesh)
     return groups[0] if groups and len(axes) == 1 else None
 
@@ -101,14 +109,14 @@ def _mesh(tensors: list[Any]) -> DeviceMesh | None:
 
 
 def _groups(mesh: DeviceMesh | None) -> dict[int, CopyEngineGroup]:
-    """The groups of a mesh that are CopyEngineGroups, by its dim."""
+    """Return the CopyEngineGroups of a mesh, by mesh dim."""
     groups = {} if mesh is None else {i: mesh.get_group(i) for i in range(mesh.ndim)}
     return {i: group for i, group in groups.items() if isinstance(group, CopyEngineGroup)}
 
 
 def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
-    """The same DTensors; what a group would gather has its parts moved to symmetric memory, where
-    they lie at the same place in each rank's."""
+    """Return the same DTensors. The shards of DTensors that a CopyEngineGroup would all-gather are
+    moved to symmetric memory. There a shard has the same offset on every rank."""
     groups, tensors = _groups(_mesh(tensors)), list(tensors)
     gathered = lambda x: (
         any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
@@ -128,6 +136,6 @@ def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
 
 
 def publish_weights(tensors: list[Any]) -> None:
-    """Says to all ranks that these weights have been written."""
+    """Announce to all ranks that these weights have been written."""
     for group in _groups(_mesh(tensors)).values():
         group.settle()

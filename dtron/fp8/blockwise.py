@@ -1,16 +1,17 @@
-"""Products with a scale for every 128 values of an activation and every 128 x 128 of a weight,
+"""Matmuls with one scale per 128 values of an activation and per 128 x 128 block of a weight:
 DeepSeek-V3's recipe (arXiv:2412.19437, section 3.3 and figure 7).
 
-A scale for a whole row serves its largest value; with 128 to a scale, one outlier costs its
-neighbours their bits and nobody else. The products follow from one rule: what is summed over is cut
-into pieces of 128, and in a piece each row of the left operand has its own scale. Of the right
-operand a weight's columns share theirs by 128, forward and towards the input; a gradient's, in the
-product towards the weight, do not.
+A scale for a whole row is set by the row's largest value. With one scale per 128 values, an
+outlier costs precision only in its own block. All three matmuls follow one rule. The contracted
+dim is split into blocks of 128, and within a block each row of the left operand has its own
+scale. For the right operand there are two cases. A weight's columns share scales in groups of
+128 (forward, and backward to the input). A gradient's columns each have their own scale
+(backward to the weight).
 
-The kernel is cuBLAS's, by the operator beneath ``F.scaled_mm``: that function is public, but torch
-2.11 does not trace what it calls. Casts are plain arithmetic, which a compiler joins with what is
-around. (torchao has Triton kernels for the same casts, for weights that lie the other way round.)
-"""
+The kernel is cuBLAS's. It is called through the operator below ``F.scaled_mm``: that function is
+public, but torch 2.11 cannot trace its internals. Casts are plain arithmetic, which a compiler
+fuses with the surrounding operations. (torchao has Triton kernels for the same casts, for
+weights stored transposed.)"""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from dtron.torch_compile import opaque
 
 @opaque
 class Blockwise(torch.autograd.Function):
-    """``x [T, I] @ w [I, O]`` and both gradients; all sizes multiples of 128. On a CPU the values
-    are rounded to FP8 and multiplied in float32."""
+    """Compute ``x [T, I] @ w [I, O]`` and both gradients. All sizes are multiples of 128. On a
+    CPU the values are rounded to FP8 and multiplied in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Blockwise(torch.autograd.Function):
 
 
 def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
-    """``a [M, K] @ b [K, N]``; ``weight``: columns of b share scales."""
+    """Compute ``a [M, K] @ b [K, N]``. ``weight``: whether columns of b share scales."""
     x, x_scale = _lines(a)  # [M, K], [M, K / 128]
     y, y_scale = _squares(b.t()) if weight else _lines(b.t())  # [N, K], [N (/ 128), K / 128]
     if a.device.type == "cpu":
@@ -51,7 +52,7 @@ def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
         found = wide(x, x_scale) @ wide(y, y_scale).t()
         return found.to(a.dtype)
     lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
-    # It wants rows of a and columns of b contiguous, and scales the other way round.
+    # It needs rows of a and columns of b contiguous, and scales in the other memory order.
     y_scale = _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal())
     return torch.ops.aten._scaled_mm_v2(
         x.contiguous(),
@@ -85,5 +86,5 @@ def _columns(scale: Tensor) -> Tensor:
 
 
 def _padded(scale: Tensor) -> Tensor:
-    """To a multiple of 4 along the summed dim, as cuBLAS reads them."""
+    """Pad scales to a multiple of 4 along the contracted dim, as cuBLAS reads them."""
     return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0)

@@ -1,12 +1,12 @@
-"""Matrix products in FP8: 8-bit floating point, for twice the arithmetic rate of bfloat16 on GPUs
-that have it (Micikevicius et al. 2022, arXiv:2209.05433).
+"""Matmuls in FP8: 8-bit floating point, with twice the arithmetic rate of bfloat16 on GPUs that
+support FP8 (Micikevicius et al. 2022, arXiv:2209.05433).
 
-Of 8 bits, e4m3 spends 4 on the exponent and 3 on the mantissa (largest value 448), e5m2 5 and 2
-(57344): too narrow a range for activations and gradients as they are. So each operand is multiplied
-by a scale that fills the range, rounded, and the product divided by the scales again. The scales
-are computed from the very tensors that are cast (dynamic scaling); a ``Recipe`` says how many there
-are. Weights, activations and everything between products stay in high precision. See docs/fp8.md.
-"""
+Of its 8 bits, e4m3 uses 4 for the exponent and 3 for the mantissa (largest value 448); e5m2 uses
+5 and 2 (57344). This range is too narrow for unscaled activations and gradients. So each operand
+is multiplied by a scale that fills the range and is then rounded. The result is divided by the
+scales again. The scales are computed from the tensors that are being cast (dynamic scaling). A
+``Recipe`` defines how many scales a tensor has. Weights, activations and everything between
+matmuls stay in high precision. See docs/fp8.md."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from dtron.distributed.redistribute import part_of
 from dtron.errors import PlacementError
 from dtron.fp8.recipe import Recipe, Scaling
 
-# Tensor parallelism of one product, over one mesh axis:
+# Placements of one matmul and its gradients, over one mesh axis:
 #    x             w             y             gradient of x, of w
 _PLACEMENTS = (
     (Shard(0), Replicate(), Shard(0), Shard(0), Partial()),  # rows: tokens
     (Replicate(), Shard(1), Shard(1), Partial(), Shard(1)),  # columns of the weight
-    (Shard(1), Shard(0), Partial(), Shard(1), Shard(0)),  # the summed dim
+    (Shard(1), Shard(0), Partial(), Shard(1), Shard(0)),  # the contracted dim
     (Replicate(), Replicate(), Replicate(), Replicate(), Replicate()),  # every rank does the same
 )
 
 
 def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
-    """``x [T, I] @ w [I, O]``; with a recipe, in FP8 where the product is large enough on one rank
-    (see ``Recipe.converts``).
+    """Compute ``x [T, I] @ w [I, O]``. With a recipe, use FP8 if the matmul is large enough on
+    one rank (see ``Recipe.converts``).
 
-    DTensors enter a local region, whose placements follow from theirs. Nothing is communicated, not
-    even a largest value: each rank has scales of its own shards. These are powers of two, under
-    which a value rounds as it does under any other; so the result differs from one device's by the
-    order of sums and by values near zero. Raises PlacementError where a product cannot be local."""
+    DTensors enter a local region, whose placements follow from the operands' placements. Nothing
+    is communicated, not even a largest value (amax): each rank scales its own shards. Scales are
+    powers of two, so a value rounds the same under any of them. The result differs from one
+    device's only by the order of sums and by values near zero. Raises PlacementError if a matmul
+    cannot be local."""
     if recipe is None or not recipe.converts(*_sizes(x, w)):
         return x @ w
     product = scaled_product(recipe.name)
@@ -58,7 +59,7 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
 
 
 def scaled_product(scaling: Scaling) -> Callable[[Tensor, Tensor], Tensor]:
-    """The product in FP8 on the tensors of one rank. Imports torchao."""
+    """Return the FP8 matmul for the tensors of one rank. Imports torchao."""
     if scaling == "blockwise":
         from dtron.fp8.blockwise import Blockwise
 
@@ -71,11 +72,14 @@ def scaled_product(scaling: Scaling) -> Callable[[Tensor, Tensor], Tensor]:
 def grouped_matmul(
     x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None
 ) -> Tensor | None:
-    """Products of experts in FP8 on the tensors of one rank, see grouped.py: ``x [R, I]`` and where
-    each expert's rows end, or ``x [E, C, I]`` and None, by ``w [E, I, O]``. None where the recipe
-    does not convert them."""
+    """Compute the experts' matmuls in FP8 on the tensors of one rank; see scaled_grouped_mm.py.
+    Returns None if the recipe does not convert them.
+
+    ``x``: ``[R, I]`` with ``ends_E``, the row where each expert ends; or ``[E, C, I]`` with
+        None.
+    ``w``: ``[E, I, O]``."""
     inner, outer = w.shape[1:]
-    # Rows are no summed dim here, so that any number of them will do, but for none.
+    # Rows are not contracted here, so any number of rows is allowed except 0.
     if recipe is None or not x.numel() or not recipe.converts(recipe.multiple, inner, outer):
         return None
     from dtron.fp8.scaled_grouped_mm import grouped_product  # imports torchao
@@ -87,14 +91,14 @@ def grouped_matmul(
 
 
 def compile_options(recipe: Recipe | None) -> dict[str, Any]:
-    """For ``torch.compile(..., options=)`` with the inductor backend. It must round to bfloat16
-    where eager does: the scale is of the rounded values, and larger ones would leave the range of
-    FP8."""
+    """Return options for ``torch.compile(..., options=)`` with the inductor backend. Inductor
+    must round to bfloat16 where eager does. The scale is computed from the rounded values,
+    and larger unrounded values would exceed the FP8 range."""
     return {} if recipe is None else {"emulate_precision_casts": True}
 
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:
-    """``(T, I, O)`` on one rank."""
+    """Return ``(T, I, O)`` on one rank."""
     here = lambda x: (
         part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
     )
@@ -103,7 +107,7 @@ def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:
 
 
 def _placements(x: DTensor, w: DTensor) -> tuple[list, list, list]:
-    """Of ``x @ w`` and of the gradients of x and w."""
+    """Return the placements of ``x @ w`` and of the gradients of x and w."""
     rows = []
     for axis, (x_lies, w_lies) in enumerate(zip(x.placements, w.placements, strict=True)):
         row = [rest for x_row, w_row, *rest in _PLACEMENTS if x_row == x_lies and w_row == w_lies]

@@ -1,13 +1,13 @@
-"""Products of experts in FP8: each run of rows by its expert's matrix, all in one kernel.
+"""Matmuls of experts in FP8: the rows of each expert times the expert's matrix, all in one
+kernel.
 
-Scales are by row of the left and by column of each expert's matrix, whatever the recipe: the kernel
-takes no others. So no row's scale depends on which rows stand beside it, and rows that are sent
-elsewhere round there as they would here. The gradient of the matrices stays in high precision: its
-summed dim is that of the rows, and the kernel wants a multiple of 16 of them for every expert,
-where routing gives what it gives.
+Scales are per row of the left operand and per column of each expert's matrix, for every recipe:
+the kernel supports no others. So a row's scale does not depend on the other rows of the buffer,
+and a row rounds the same on any rank. The gradient of the matrices stays in high precision. Its
+contracted dim is the rows, and the kernel needs a multiple of 16 rows for every expert; routing
+does not guarantee this.
 
-Only the casts are torchao's (see product.py); the kernel is torch's, and private there.
-"""
+Only the casts are torchao's (see scaled_mm.py). The kernel is torch's, and private there."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from dtron.torch_compile import opaque
 
 
 def grouped_product(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """``x [R, I]`` sorted by expert, the rows of expert e ending before ``ends_E[e]``, times ``w
-    [E, I, O]`` -> ``[R, O]``, and both gradients. Rows after the last end come out as anything. I
-    and O are multiples of 16, and R is not 0. On a CPU the values are rounded to FP8 and multiplied
-    in float32."""
+    """Compute each expert's rows of x times its matrix, ``[R, O]``, and both gradients. On a CPU
+    the values are rounded to FP8 and multiplied in float32.
+
+    ``x``: ``[R, I]``, sorted by expert. R is not 0.
+    ``w``: ``[E, I, O]``. I and O are multiples of 16.
+    ``ends_E``: the rows of expert e end before ``ends_E[e]``. Output rows after the last end are
+        undefined."""
     return _Grouped.apply(x, w, ends_E.to(torch.int32))
 
 
@@ -44,12 +47,12 @@ class _Grouped(torch.autograd.Function):
 
 
 def _mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """``a [R, K]`` by ``b [E, K, N]`` -> ``[R, N]``."""
+    """Multiply ``a [R, K]`` by ``b [E, K, N]`` -> ``[R, N]``."""
     (x, x_scale), (y, y_scale) = scaled_by(a, 1), scaled_by(b, 1)
     if a.device.type == "cpu":
         found = masked(x.float() / x_scale, y.float() / y_scale, ends_E)
         return found.to(a.dtype)
-    return torch._scaled_grouped_mm(  # it wants rows of a and columns of b contiguous
+    return torch._scaled_grouped_mm(  # needs rows of a and columns of b contiguous
         x.contiguous(),
         y.mT.contiguous().mT,
         x_scale.reciprocal().squeeze(1),
@@ -61,7 +64,7 @@ def _mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _outer(x: Tensor, g: Tensor, ends_E: Tensor) -> Tensor:
-    """``x[e].T @ g[e]`` for the rows of each expert, in high precision: ``[E, I, O]``."""
+    """Compute ``x[e].T @ g[e]`` for the rows of each expert, in high precision: ``[E, I, O]``."""
     if x.device.type == "cpu":
         return torch.stack([torch.where(rows_R, x, 0).mT @ g for rows_R in runs(x, ends_E)])
     return F.grouped_mm(x.mT, g, offs=ends_E)

@@ -1,17 +1,16 @@
-"""One product in FP8 on the tensors of one device: torchao's recipes, scales, casts and kernels.
+"""One FP8 matmul on the tensors of one device: torchao's recipes, scales, casts and kernels.
 
-Each of the three products (forward; backward towards the input, and towards the weight) casts its
-own two operands, because a scale must not vary along the dim that is summed over. What is saved for
-backward is x and w as they came.
+There are three matmuls: forward, backward to the input and backward to the weight. Each casts
+its own two operands, because a scale must not vary along the contracted dim. x and w are saved
+for backward uncast.
 
-torchao has the whole of it too, ``matmul_with_hp_or_float8_args``, for weights that lie ``[out,
-in]``. For ours, ``[in, out]``, it makes the weight's gradient transposed in memory, and the
-optimizer would have to copy it. So the three products are written out here, from torchao's parts; a
-test holds them against torchao's.
+torchao also has the whole function, ``matmul_with_hp_or_float8_args``, for weights stored
+``[out, in]``. For dtron's weights, ``[in, out]``, torchao's function returns the weight's
+gradient transposed in memory, and the optimizer would have to copy it. So the three matmuls are
+written out here from torchao's functions. A test compares them with torchao's own.
 
-No name imported from torchao is public there: this file alone imports them, and is itself imported
-only when FP8 is on (torchao takes some seconds).
-"""
+No name imported from torchao here is public. Only this file imports them, and it is imported
+only when FP8 is on (importing torchao takes some seconds)."""
 
 from __future__ import annotations
 
@@ -31,8 +30,9 @@ from dtron.torch_compile import opaque
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """torchao's import warns about compiled parts that fit another torch. Nothing here needs them:
-    they are skipped, and the warnings about it too."""
+    """Silence warnings of torchao's import about compiled extensions built for another torch.
+    Nothing here needs these extensions, so their loading is skipped and its warnings are
+    hidden."""
     name = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
     before, loggers = (
         os.environ.get(name),
@@ -63,20 +63,20 @@ with _quietly():
     from torchao.float8.float8_ops import addmm_float8_unwrapped
     from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
-# Made here, because torch.compile cannot trace how they are made. Scales are powers of two (those
-# of torchao's own tensorwise recipe are not): multiplying by one moves no bit of a mantissa, so
-# ranks that scale their shards differently still round like one device. Only values under FP8's
-# normal range may differ.
+# The configs are built at import, because torch.compile cannot trace their construction. Scales
+# are powers of two (in torchao's own tensorwise recipe they are not). Multiplying by a power of two
+# does not change the mantissa. So ranks that scale their shards differently still round like one
+# device. Only values below FP8's normal range may differ.
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in get_args(Scaling)
-    if name != "blockwise"  # torchao has it, but not among these
+    if name != "blockwise"  # torchao has blockwise too, but not as a named recipe
 }
 
 
 def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
-    """``x [T, I] @ w [I, O]`` in FP8, and both gradients; blockwise scales are in blockwise.py. On
-    a CPU the values are rounded to FP8 and multiplied in float32."""
+    """Compute ``x [T, I] @ w [I, O]`` in FP8, and both gradients. Blockwise scales are in
+    blockwise.py. On a CPU the values are rounded to FP8 and multiplied in float32."""
     return _Product.apply(x, w, scaling)
 
 
@@ -109,22 +109,22 @@ class _Product(torch.autograd.Function):
 
 class _Scaled(NamedTuple):
     values: Tensor  # float8
-    scale: Tensor  # what they were multiplied by: a scalar, or one for each row or column
+    scale: Tensor  # the factor of the values: a scalar, or one per row or column
 
 
 def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: torch.dtype) -> Tensor:
-    """``a [M, K] @ b [K, N]``, both cast as said."""
+    """Compute ``a [M, K] @ b [K, N]``, with the operands cast by ``a_cast`` and ``b_cast``."""
     if a_cast.scaling_type is ScalingType.DISABLED:
         return a @ b
     (a, a_scale), (b, b_scale) = _scaled(a, a_cast, 1), _scaled(b, b_cast, 0)
     if a.device.type == "cpu":
         y = (a.float() / a_scale) @ (b.float() / b_scale)
         return y.to(dtype)
-    if a_scale.ndim > b_scale.ndim:  # the kernels take scales of one kind
+    if a_scale.ndim > b_scale.ndim:  # the kernels need both scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()
-    # They want rows of a and columns of b contiguous. In forward that is a copy of the float8
-    # weight and none of x; compiled, it is part of the cast. Fast accumulation adds up in less than
-    # float32, as is usual in forward; in backward too it is worth another 3 to 7 %
+    # The kernels need rows of a and columns of b contiguous. In forward this copies the float8
+    # weight, but not x; compiled, the copy is part of the cast. Fast accumulation sums in less than
+    # float32. This is usual in forward; using it in backward too gains another 3 to 7 %
     # (docs/performance.md).
     return addmm_float8_unwrapped(
         a.contiguous(), a_scale, b.t().contiguous().t(), b_scale, dtype, use_fast_accum=True
@@ -132,17 +132,18 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
 
 
 def _scaled(x: Tensor, cast: CastConfig, summed: int) -> _Scaled:
-    """``x`` in float8, filling its range. Rowwise, everything along the summed dim shares a
-    scale."""
+    """Cast ``x`` to float8, scaled to fill its range. Rowwise, all values along the contracted
+    dim (``summed``) share a scale."""
     by_row = cast.scaling_granularity is ScalingGranularity.AXISWISE
     return scaled_by(x, summed if by_row else None, cast.target_dtype)
 
 
 def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> _Scaled:
-    """The same, with a scale for everything along the summed dim (None: one for all)."""
+    """Cast ``x`` to float8, with one scale for all values along the contracted dim ``summed``
+    (None: one scale for the tensor)."""
     by = ScalingGranularity.TENSORWISE if summed is None else ScalingGranularity.AXISWISE
     scale = tensor_to_scale(
         x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True
     )
-    # Saturated, because a cast of torch 2.11 makes NaN of what is out of range.
+    # Saturate: in torch 2.11 a cast turns out-of-range values into NaN.
     return _Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)

@@ -1,8 +1,8 @@
-"""config.json to ModelConfig and back, by the tables of families.py.
+"""Conversion of config.json to ModelConfig and back, by the tables of families.py.
 
-Both ways are one check: a model can be written as a family if reading what would be written gives
-the model again. Only what does not change the function, like the weight of a loss, is left out of
-that.
+Both directions check each other: a family can express a model if the config.json that would be
+written reads back as the same model. The check leaves out only fields that do not change the
+function, like the weight of a loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dtron.moe.config import MoEConfig
 
 CONFIG = "config.json"
 
-# What a flag may change of a model that is loaded: how it is trained, and how far it sees.
+# Fields of a loaded model that a flag may change: training options, context, window and RoPE.
 FREE = (
     "context",
     "window",
@@ -40,8 +40,8 @@ FREE = (
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """The family and the model of a folder. Raises UserError for an architecture that dtron does
-    not have, and for a choice within one that it does not compute."""
+    """Return the family and the model of a folder. Raises UserError for an architecture that dtron
+    does not have, and for an option of an architecture that dtron does not compute."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: is no folder; give that of a model, with config.json and safetensors"
@@ -69,8 +69,8 @@ def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
 
 
 def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
-    """The model that a config.json describes. Raises UserError for one that is not whole, and for a
-    choice that dtron does not compute."""
+    """Return the model that a config.json describes. Raises UserError for an incomplete
+    config.json, and for an option that dtron does not compute."""
     try:
         return _model(said, family, where)
     except (TypeError, ArithmeticError, AttributeError) as error:
@@ -118,7 +118,8 @@ def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
 
 
 def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelConfig:
-    """``start`` (None: the default) with these fields; ``moe.experts`` is a field of a field."""
+    """Return ``start`` (None: the default) with these fields. ``moe.experts`` is a field of a
+    field."""
     m = start or ModelConfig()
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -130,8 +131,8 @@ def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelC
 
 
 def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
-    """What config.json says of this model. Raises UserError where the family has no word for
-    something."""
+    """Return the entries of config.json for this model. Raises UserError if the family cannot
+    express one of the fields."""
     said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
     said |= family.write(m)
@@ -148,8 +149,8 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def best_family(m: ModelConfig) -> Family:
-    """The first family that this model can be written as. Raises UserError where there is none,
-    with what stands in the way of the nearest."""
+    """Return the first family that can express this model. Raises UserError if no family can, with
+    the reason of each family."""
     reasons = []
     for family in FAMILIES:
         try:
@@ -161,13 +162,14 @@ def best_family(m: ModelConfig) -> Family:
 
 
 def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, Any] | None:
-    """``(field, in the checkpoint, by flag)`` of the first field that flags may not change."""
+    """Return ``(field, in the checkpoint, by flag)`` of the first field that flags may
+    not change."""
     return _difference(build({name: _get(flags, name) for name in FREE}, loaded), flags)
 
 
 def _spoken(m: ModelConfig) -> ModelConfig:
-    """What a config.json says of it: all that only matters in training, or means nothing in this
-    model, is as in any other."""
+    """Return the model as a config.json can express it. Fields that only matter in training, or
+    have no effect in this model, get a fixed value."""
     same = {
         "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
         "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
@@ -207,7 +209,7 @@ def _get(m: Any, path: str) -> Any:
     return m
 
 
-# Our field of Rope by their key, for each way to stretch.
+# dtron's fields of RopeConfig, each with the Hugging Face key, for each RoPE scaling method.
 _STRETCHED = {
     "llama3": {
         "factor": "factor", "original": "original_max_position_embeddings", "low": "low_freq_factor",
@@ -251,7 +253,8 @@ def _rope(said: Mapping[str, Any], context: int, where: str) -> RopeConfig:
 
 
 def _rope_said(rope: RopeConfig) -> dict[str, Any]:
-    """As transformers had it before version 5, which that reads too."""
+    """Return the entries in the format of transformers before version 5. Version 5 reads this
+    format too."""
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
     names, usual = _STRETCHED[rope.scaling], RopeConfig()

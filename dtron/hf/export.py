@@ -1,9 +1,9 @@
-"""A run's newest checkpoint as a Hugging Face folder, a tensor at a time.
+"""Export of a run's newest checkpoint as a Hugging Face folder, one tensor at a time.
 
-Their tensors are listed in order with what of ours each is made of, and made when it is written:
-never more is in memory than one of theirs and the weights of ours in it. The folder appears under
-its name when it is whole; what a run was started from gives its tokenizer and the words of
-config.json that training does not change.
+The Hugging Face tensors are listed in order, each with the dtron weights that it is made of. Each
+tensor is made when it is written. So memory never holds more than one Hugging Face tensor and the
+dtron weights in it. The folder gets its final name when it is complete. The model that the run
+started from gives its tokenizer and the entries of config.json that training does not change.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def export(
     ``out``.
 
     ``out``: a folder that is empty or does not exist.
-    ``dtype``: of the weights; None: that of the model that the run began with, or bfloat16.
-    ``family``: the model_type; None: that of the same model, or the first family that has all its parts.
-    ``largest``: bytes of one file, at most.
+    ``dtype``: dtype of the weights; None: the dtype of the model that the run began with, or
+    bfloat16.
+    ``family``: the model_type; None: the family of the model that the run began with, or the first
+    family that can express this model.
+    ``largest``: maximum bytes of one file.
 
-    Raises UserError for a model that no family has, and where ``out`` cannot be written."""
+    Raises UserError for a model that no family has, and if ``out`` cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     origin = run_dir / ORIGIN / CONFIG
@@ -110,7 +112,7 @@ def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
 
 @dataclass
 class _Maker:
-    """Makes their tensors, by name."""
+    """Makes Hugging Face tensors by name."""
 
     m: ModelConfig
     family: Family
@@ -140,7 +142,7 @@ class _Maker:
             x = self.held[w.path] if e is None else self.held[w.path][e]
             p = pattern(place.row.lies)
             if "v" in p.ours:
-                x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the rest is padding
+                x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the other rows are padding
             p.put(out, pairs(x, rotary_columns(self.m)) if place.row.paired else x, place.sizes)
         return out
 
@@ -160,7 +162,7 @@ def _write_tokenizer(run_dir: Path, out: Path) -> None:
 
 
 def _tokens_of(run_dir: Path) -> dict[str, Any]:
-    """The special tokens of a run with a tokenizer of its own."""
+    """Return the special tokens of a run with a tokenizer of its own."""
     file = run_dir / "tokenizer.json"
     end = end_id(Tokenizer.from_file(str(file))) if file.is_file() else None
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

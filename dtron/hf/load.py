@@ -1,9 +1,9 @@
-"""Weights from a Hugging Face folder, each rank's own part alone.
+"""Weights from a Hugging Face folder. Each rank reads only its own shard.
 
-A rank asks the layout which range of each dim of a weight it has, the family's row which box of
-their tensor that is, and the reader for those bytes; then it casts them and has its shard. No rank
-ever has more than its part and one piece on the way, whatever the mesh, the ZeRO stage or the
-pipeline stage.
+A rank takes four steps for each weight. The layout gives the rank's range of each dim. The family's
+row maps these ranges to a box of the Hugging Face tensor. The reader reads the bytes of this box.
+The rank casts them and has its shard. No rank ever holds more than its shard and one box in flight,
+whatever the mesh, the ZeRO stage or the pipeline stage.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dtron.params import WeightSpec, flat, tree_map
 
 @dataclass(frozen=True)
 class Place:
-    """Where one weight of ours is: ``row`` with the block's number filled in, and the sizes of the
-    axes in its pattern."""
+    """The place of one dtron weight in a checkpoint. ``row``: the family's row with the block's
+    number filled in. ``sizes``: the sizes of the axes in its pattern."""
 
     row: Row
     sizes: dict[str, int]
@@ -44,11 +44,12 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of each of their tensors."""
+        """The shape of each of the Hugging Face tensors."""
         return pattern(self.row.lies).shape(self.sizes)
 
     def names(self, experts: Range | None = None) -> list[str]:
-        """Of their tensors: one, or one for each expert (of this range)."""
+        """Return the names of the Hugging Face tensors: one name, or one for each expert (of this
+        range)."""
         if not self.outside:
             return [self.row.name]
         return [
@@ -57,7 +58,7 @@ class Place:
 
 
 def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
-    """Raises UserError where the family has no such weight."""
+    """Return the place of a weight. Raises UserError if the family has no such weight."""
     block = re.match(r"(\w+)\.(\d+)\.", w.path)
     row = family.weights.get(re.sub(r"\.\d+\.", ".{l}.", w.path, count=1))
     if row is None:
@@ -72,11 +73,11 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
 
 
 class Source:
-    """A folder with a model in it, opened and checked: nothing of its weights has been read."""
+    """A folder with a model in it, opened and checked. No weights have been read yet."""
 
     def __init__(self, folder: str | Path, m: ModelConfig | None = None):
-        """``m``: the model that is wanted (None: the folder's own). Raises UserError for a folder that does
-        not have all its weights and no others, each of its shape."""
+        """``m``: the model that is wanted (None: the folder's own). Raises UserError unless the
+        folder has all weights of the model and no others, each of its shape."""
         self.folder = Path(folder)
         self.family, self.model = read_config(self.folder)
         self.model = m or self.model
@@ -91,7 +92,7 @@ class Source:
     def _check(self) -> None:
         have, wanted = dict(self.reader.entries), {}
         if not any(name.startswith(self.family.prefix) for name in have):
-            # GPT-2 is also known without its prefix, as the bare model was saved.
+            # GPT-2 also exists without its prefix, saved from the bare model.
             plain = {
                 self.family.prefix + name: e for name, e in have.items() if name != "lm_head.weight"
             }
@@ -128,20 +129,20 @@ class Source:
     def load(
         self, spec: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> Any:
-        """A tree of weights like ``spec``, the declared ones, in ``dtype``, that lie as the layout
-        says."""
+        """Return a tree of weights like ``spec``, the declared tree, in ``dtype``, with the
+        layout's placements."""
         with torch.no_grad():
             return tree_map(lambda w: self._weight(w, layout, dtype, device), spec)
 
     def _weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
         box = shard_range(w, layout, device)
-        with paused():  # where ranks are simulated, they share what is read
+        with paused():  # simulated ranks share the weights that are read
             where = place(w, self.family, self.model)
             x = self._part(where, box or [(0, n) for n in w.shape], dtype).to(device)
         return lay(x, w, layout, box)
 
     def _part(self, where: Place, box: list[Range], dtype: torch.dtype) -> Tensor:
-        """These ranges of our dims, from the file."""
+        """Return these ranges of dtron's dims, read from the file."""
         p = pattern(where.row.lies)
         ranges = {
             axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis]))
@@ -158,7 +159,8 @@ class Source:
         return out
 
     def _read(self, name: str, box: list[Range]) -> Tensor:
-        """What was read last is kept: two of our weights may be two halves of one of theirs."""
+        """Read a box of a tensor. The last result is kept, because two dtron weights may be two
+        halves of one Hugging Face tensor."""
         if self._last is None or self._last[0] != (name, box):
             self._last = None
             self._last = (name, box), self.reader.read(name, box)
@@ -178,6 +180,6 @@ def _some(names: list[str]) -> str:
 
 
 def weights_of(m: ModelConfig, family: Family) -> Iterator[tuple[WeightSpec, Place]]:
-    """Every weight of the model, and where it is in the family's checkpoints."""
+    """Yield every weight of the model, and its place in the family's checkpoints."""
     for w in flat(declare_model(m)):
         yield w, place(w, family, m)

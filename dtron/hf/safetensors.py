@@ -1,13 +1,13 @@
-"""The safetensors format, read by ranges of bytes and written as a stream.
+"""The safetensors format, read by byte ranges and written as a stream.
 
-A file is eight bytes (the length of the header, little-endian), the header, and the tensors' bytes
-one after the other. The header is JSON: per tensor its dtype, its shape and where its bytes begin
-and end. Nothing in it can be executed, which is the point of the format; a pickled checkpoint is
-refused.
+A file is eight bytes (the length of the header, little-endian), the header, and the concatenated
+bytes of the tensors. The header is JSON: for each tensor its dtype, its shape, and the begin and
+end of its bytes. Nothing in a file can be executed, which is the purpose of the format. A pickled
+checkpoint is refused.
 
-The ``safetensors`` library writes a file whose tensors are all in memory, and reads slices through
-a memory map, where nobody knows what was read. Here a rank reads with ``pread`` exactly the runs of
-bytes that its part of a tensor is made of, and counts them, and tensors are written as they come. A
+The ``safetensors`` library writes a file whose tensors are all in memory. It reads slices through a
+memory map, so the bytes that were read are not known. Here a rank reads with ``pread`` exactly the
+runs of bytes of its shard, and counts them. Tensors are written one at a time, as they are made. A
 checkpoint of several files has an index, ``model.safetensors.index.json``, that names the file of
 each tensor.
 """
@@ -32,15 +32,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LARGEST_HEADER = 100_000_000  # bytes; the library's limit too
-_ONE_READ = 1 << 30  # Linux reads 2 GiB at a time at most
+_LARGEST_HEADER = 100_000_000  # bytes; the library has the same limit
+_ONE_READ = 1 << 30  # Linux reads at most 2 GiB at a time
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its bytes are ``start`` to ``stop``."""
+    """A tensor in a file. Its bytes are ``start`` to ``stop``."""
 
     file: Path
     dtype: str
@@ -50,9 +50,9 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a folder, by name. ``bytes_read`` counts what ``read`` has asked of the files.
-    Raises UserError for a folder without safetensors, and for files that are damaged or not all
-    there."""
+    """The tensors of a folder, by name. ``bytes_read`` counts the bytes that ``read`` has read from
+    the files. Raises UserError for a folder without safetensors, and for files that are damaged or
+    incomplete."""
 
     def __init__(self, folder: Path):
         self.folder, self.bytes_read = folder, 0
@@ -60,8 +60,8 @@ class Reader:
         self._open: dict[Path, int] = {}
 
     def read(self, name: str, box: Sequence[Range] | None = None) -> Tensor:
-        """The part of a tensor inside ``box``, a range per dim (None: all of it), in the file's
-        dtype."""
+        """Return the slice of a tensor inside ``box``, one range per dim (None: the whole tensor),
+        in the file's dtype."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise UserError(
@@ -99,13 +99,13 @@ class Reader:
 
 
 def _runs(shape: Sequence[int], box: Sequence[Range]) -> Iterator[tuple[int, int]]:
-    """``(first, count)`` of the elements inside a box, as runs that lie together, in order."""
+    """Yield ``(first, count)`` for each contiguous run of the elements inside a box, in order."""
     if not shape:
         yield 0, 1
         return
     inner = (
         len(shape) - 1
-    )  # dims from here on make one run: the last ones that are whole, and one more
+    )  # dims from here on make one run: the last dims that are whole, and one more
     while inner and box[inner] == (0, shape[inner]):
         inner -= 1
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -153,7 +153,7 @@ def _plain(name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where there is no JSON object."""
+    """Read a JSON object. Raises UserError if the file has none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -164,8 +164,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """What a file holds, checked against its size. Raises UserError for what is no safetensors
-    file, or one that is cut short."""
+    """Return the entries of a file, checked against the file's size. Raises UserError for a file
+    that is not in safetensors format or is truncated."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -209,9 +209,11 @@ def write(
     make: Callable[[str], Tensor],
     largest: int,
 ) -> list[Path]:
-    """Write tensors into ``folder`` in this order, each made when its turn comes and gone after; a
-    new file before one would have more than ``largest`` bytes, and then an index. Returns the
-    files."""
+    """Write tensors into ``folder`` in this order and return the files. Each tensor is made when it
+    is written, and freed afterwards.
+
+    ``largest``: maximum bytes of one file. A new file begins before a file would exceed this size.
+    Several files get an index."""
     size = lambda name: math.prod(shapes[name]) * dtype.itemsize
     parts: list[list[str]] = [[]]
     for name in shapes:
@@ -242,7 +244,7 @@ def _write_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
         said[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(said, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""What a run keeps of the model that it began with: its words, not its weights."""
+"""The small files that a run keeps of the model it began with: config and tokenizer, no weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dtron.hf.config import CONFIG
 
-ORIGIN = "hf"  # the folder of a run with the small files of the model that it began with
+ORIGIN = "hf"  # folder of a run with the small files of the model that the run began with
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,7 +22,7 @@ TOKENIZER = (
 
 
 def keep_origin(folder: Path, run_dir: Path) -> None:
-    """Copy the small files of the model that a run begins with into its directory."""
+    """Copy the small files of the model that a run begins with into the run's directory."""
     (run_dir / ORIGIN).mkdir(exist_ok=True)
     for name in (CONFIG, *TOKENIZER):
         if (folder / name).is_file():

@@ -1,10 +1,10 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-Tensor parallelism cuts the heads: each rank projects, rotates and attends with its own heads, and
-only ``w_o`` needs the others (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a
-local region: each rank unfolds the tokens of its own heads to ``[B, S, N, H]``. Which kernels it
-runs on is the business of cores.py, and what it communicates where cp cuts the sequences, otherwise
-nothing, that of context.py.
+Tensor parallelism shards the heads. Each rank projects, rotates and attends with its own heads, and
+only ``w_o`` needs the other heads (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a
+local region: each rank unflattens the tokens of its own heads to ``[B, S, N, H]``.
+attention_kernels.py selects the kernels. If cp shards the sequences, context_parallel.py does the
+communication; otherwise the core communicates nothing.
 """
 
 from __future__ import annotations
@@ -52,14 +52,17 @@ def attention(
     recipe: Recipe | None = None,
     past: KVCache | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles (None: no
-    rotation) of each token, ``[T@tokens]``; ``documents_T [T@rows]`` has the document of each token
-    of a row in the row's own order (None: one per sequence). ``mask`` is a ``ContextParallelMask``
-    where cp cuts the rows, see context.py; ``path``: the kernels, see cores.py; ``recipe``:
-    products in FP8, or None. ``past``: keys and values of earlier tokens, to which these are added;
-    see past.py."""
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement.
+
+    ``table_TH``: the rotary angles of each token, ``[T@tokens]`` (None: no rotation).
+    ``documents_T [T@rows]``: the document of each token, in the row's own order (None: one document
+    per sequence).
+    ``mask``: a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
+    ``path``: the kernels, see attention_kernels.py.
+    ``recipe``: the recipe for FP8 matmuls, or None.
+    ``past``: keys and values of earlier tokens, see kv_cache.py. The new ones are added to it."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, and so are the next lines
+    q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, like the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
     v_TKH = linear(x_TD, p.w_v, p.b_v, recipe)
     if p.q_norm is not None:
@@ -67,7 +70,7 @@ def attention(
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
     region = layout.local(partial(core, path=path, mask=mask, layout=layout), ins, q)
-    # Over cp: see context.py.
+    # Communication over cp: see context_parallel.py.
     o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
@@ -75,7 +78,7 @@ def attention(
 
 
 def parts(past: KVCache | None) -> tuple[Tensor | None, ...]:
-    """What a local region takes of it."""
+    """Return a cache's three tensors, as arguments of a local region."""
     return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
 
 
@@ -93,9 +96,9 @@ def core(
     mask: AttentionMask | ContextParallelMask,
     layout: Layout,
 ) -> Tensor:
-    """Rank-local: a rank's heads of its tokens. Values may have another width than queries and
-    keys, and the output has theirs. With a past, rows are whole, ``path`` is one for a mask that is
-    a matrix, and there are no documents."""
+    """Attend with a rank's own heads and its own tokens. Rank-local. Values may have another width
+    than queries and keys; the output is as wide as the values. With a past, rows are whole,
+    ``path`` is a core that takes the mask as an explicit matrix, and there are no documents."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
     if past_k is None:

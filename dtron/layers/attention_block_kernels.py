@@ -1,14 +1,14 @@
-"""Attention to some of a row's keys, forward and backward as two functions.
+"""Attention to some of a row's keys, with forward and backward as two functions.
 
-Ring attention sees a row's keys a block at a time, and its backward needs of each block the
-gradients under the softmax over *all* of them. Fused kernels give these as they are: a backward
-kernel takes the output and the log-sum-exp (lse) of its softmax, computes the weights as
-``exp(score - lse)`` and never asks whether that lse came from the keys at hand. torch's public
-function has neither the lse nor a backward by itself, so the operators beneath it are called; they
-are private, and used here alone.
+Ring attention sees a row's keys one block at a time. Its backward needs, for each block, the
+gradients under the softmax over *all* blocks. Fused kernels give these gradients unchanged: a
+backward kernel takes the output and the log-sum-exp (lse) of its softmax, computes the weights as
+``exp(score - lse)`` and never checks whether this lse came from the given keys. torch's public
+function returns no lse and has no separate backward. So this file calls the operators below it.
+They are private, and only this file uses them.
 
-Keys that heads of queries share (GQA) are repeated for these kernels, which want one for each head,
-and their gradients added after.
+Under GQA several query heads share a key head. These kernels need one key head per query head. So
+keys and values are repeated, and their gradients are summed afterwards.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from dtron.layers.attention_kernels import products, repeated
 
 Kernel = tuple[
     Tensor, Tensor
-]  # what a fused backward wants back from its forward, without dropout for naught
+]  # passed from a fused forward to its backward, which ignores it without dropout
 _aten = torch.ops.aten
 
 
 def block_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Kernel | None]:
-    """``(out [B, N, S, H], lse [B, N, S], what block_backward wants)`` for ``q [B, N, S, H]`` and k, v
-    ``[B, K, S, H]``: ``causal``, or each query sees every key. ``scale``: of scores (None: 1 / sqrt(H))."""
+    """Return ``(out [B, N, S, H], lse [B, N, S], rest for block_backward)`` for ``q [B, N, S, H]``
+    and k, v ``[B, K, S, H]``.
+
+    ``causal``: whether the mask is causal; otherwise each query sees every key.
+    ``scale``: the factor on scores (None: 1 / sqrt(H))."""
     k, v = repeated(k, q), repeated(v, q)
     match kernel(q, v):
         case "cudnn":
@@ -57,11 +60,11 @@ def block_backward(
     causal: bool,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output, where ``o`` and ``lse`` are those of the
-    whole softmax, of which these keys are a part."""
+    """Return the gradients of q, k and v from the output's gradient ``g``. ``o`` and ``lse`` belong
+    to the whole softmax; the given keys are only some of its keys."""
     shared = k.shape[1]
     k, v = repeated(k, q), repeated(v, q)
-    sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of each, and no dropout
+    sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of q and of k, no dropout
     match kernel(q, v):
         case "cudnn":
             dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -82,14 +85,14 @@ def block_backward(
 
 
 def kernel(q: Tensor, v: Tensor) -> str:
-    """Which one ``block_forward`` and ``block_backward`` take for these; see ``kernel_for``."""
+    """Return the kernel that ``block_forward`` and ``block_backward`` use; see ``kernel_for``."""
     return kernel_for(q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, narrow: int, wide: int) -> str:
-    """cuDNN's is about twice as fast as flash on Hopper, where it is there. Both are for 16 bits,
-    and heads of queries as wide as those of values; what neither takes is written out, with all
-    scores in memory."""
+    """Select the kernel. Where cuDNN's is available, on Hopper, it is about twice as fast as flash.
+    Both need 16-bit dtypes, and query heads (``narrow``) as wide as value heads (``wide``).
+    Otherwise attention runs as plain matmuls ("written"), with all scores in memory."""
     if device.type != "cuda" or dtype.itemsize != 2 or narrow != wide or narrow % 8 or narrow > 256:
         return "written"
     return "cudnn" if narrow <= 128 and _has_cudnn() else "flash"

@@ -1,19 +1,19 @@
-"""The cores of attention: one function, written out and through two kinds of fused kernel.
+"""Attention cores: one function, as a plain reference and through two kinds of fused kernel.
 
-Who may see whom is one rule, ``sees``. ``attention_reference`` is the definition: scores, soft-cap,
-mask, sinks, softmax, with the whole ``[S, S]`` matrix in memory. ``attention_sdpa`` is torch's
-fused attention: the fastest where the mask is plain causal, the same with a bias elsewhere, without
-soft-cap and sinks. ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496), which
-compiles a kernel for any mask and skips the blocks of it that are empty; GPUs only, as torch has no
-backward for it on a CPU.
+One rule, ``sees``, defines the keys that a query may see. ``attention_reference`` is the
+definition: scores, soft-cap, mask, sinks, softmax, with the whole ``[S, S]`` matrix in memory.
+``attention_sdpa`` is torch's fused attention. It is the fastest core for a plain causal mask; it
+takes other masks as a bias, and it has no soft-cap and no sinks. ``attention_flex`` is
+flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel for any mask and skips
+empty blocks of the mask. It runs on GPUs only, as torch has no backward for it on a CPU.
 
-All have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS, sinks_N,
-mask) -> [B, N, S, W]``, and a test holds them together. W is H but in latent attention. ``choose``
-says which one ``auto`` is.
+All cores have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS,
+sinks_N, mask) -> [B, N, S, W]``, and a test checks that they agree. W equals H except in latent
+attention. ``choose`` selects the core for ``auto``.
 
 A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the
-denominator of a head's softmax: a head that finds nothing gives its weight to the sink and adds
-little, where plain softmax must spend a weight of 1 on some token.
+denominator of a head's softmax. A head that finds nothing gives its weight to the sink and adds
+little. In a plain softmax the head must spend a total weight of 1 on tokens.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who attends to whom: a token sees earlier tokens (and itself) of its sequence, no further
-    back than ``window`` tokens counting itself, and of its own document where documents are given.
-    ``softcap`` bounds the scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
-    ``scale`` is what scores are multiplied by, before that (None: 1 / sqrt(H)). ``queries [B, S]``
-    (B = 1: alike in every row) and ``keys [S]`` are the places in the sequence of those at hand,
-    where they are not the whole sequence in order (see past.py and context.py). ``blocks`` is for
-    flex alone, see ``with_blocks``."""
+    """The mask: a token sees itself and earlier tokens of its sequence. Where documents are given,
+    it sees only tokens of its own document.
+
+    ``window``: the number of tokens that a token sees at most, itself included.
+    ``softcap``: bounds scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
+    ``scale``: the factor on scores, applied before the soft-cap (None: 1 / sqrt(H)).
+    ``queries [B, S]`` (B = 1: the same in every row), ``keys [S]``: the places of the given queries
+    and keys in the sequence (None: the whole sequence in order). kv_cache.py and
+    context_parallel.py set them.
+    ``blocks``: for flex only, see ``with_blocks``."""
 
     sequence: int
     window: int | None = None
@@ -66,7 +69,7 @@ class AttentionMask:
         return self.window is not None and self.window < self.sequence
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of the queries, ``[B, S]``, and of the keys at hand, ``[S]``."""
+        """Return the places of the given queries, ``[B, S]``, and of the given keys, ``[S]``."""
         whole_S = torch.arange(self.sequence, device=device)
         queries = whole_S[None] if self.queries is None else self.queries
         return queries, whole_S if self.keys is None else self.keys
@@ -75,8 +78,8 @@ class AttentionMask:
 def sees(
     mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor
 ) -> Tensor:
-    """Whether query i of row b may see key j, for indices of any shapes that broadcast. The one
-    rule: the reference asks it for all pairs at once, a compiled kernel for one."""
+    """Whether query i of row b may see key j, for indices of any shapes that broadcast. All cores
+    use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
     ok = j <= i
     if mask.windowed:
         ok = ok & (i - j < mask.window)
@@ -86,8 +89,8 @@ def sees(
 
 
 def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """``[B, 1, S, S]``, B = 1 where rows do not differ: True where query (row) may see key
-    (column)."""
+    """Return ``[B, 1, S, S]``: True where the query (row) may see the key (column). B = 1 if all
+    batch rows are the same."""
     i, j = mask.places(device)
     rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
@@ -102,23 +105,23 @@ def attention_reference(
     sinks_N: Tensor | None,
     mask: AttentionMask,
 ) -> Tensor:
-    """The definition, for every mask; softmax in float32 at least."""
+    """Define attention, for every mask. The softmax runs in float32 at least."""
     k, v = repeated(k, q), repeated(v, q)
     scores = _scores(q, k, documents_BS, mask)
-    if sinks_N is not None:  # a key that everybody sees and that has no value
+    if sinks_N is not None:  # a key that every query sees, without a value
         sink = sinks_N.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 def products(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """``[B, N, S, S]``, in float32 at least."""
+    """Return the scaled scores q k^T, ``[B, N, S, S]``, in float32 at least."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
 def _scores(q: Tensor, k: Tensor, documents_BS: Tensor | None, mask: AttentionMask) -> Tensor:
-    """``[B, N, S, S]``, -inf where a query does not see a key."""
+    """Return the scores ``[B, N, S, S]``: -inf where a query does not see a key."""
     scores = products(q, k, mask.scale)
     if mask.softcap is not None:
         scores = mask.softcap * torch.tanh(scores / mask.softcap)
@@ -133,9 +136,10 @@ def attention_and_lse(
     mask: AttentionMask,
     flex: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, N, S, H], lse [B, N, S])`` of the keys at hand, which may be some of a row's: with
-    the logarithm of its softmax's denominator a part's result can be merged with that of another. A
-    query that sees no key has 0 and -inf. Differentiable in both. Written out, or through flex."""
+    """Return ``(out [B, N, S, H], lse [B, N, S])`` for the given keys, which may be some of a row's
+    keys. lse is the logarithm of the softmax's denominator. It allows merging the results for two
+    sets of keys. A query that sees no key has out = 0 and lse = -inf. Both are differentiable. Runs
+    as plain matmuls, or through flex."""
     if flex:
         mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
         return _by_itself(_flex, q.device)(q, k, v, mask)
@@ -158,8 +162,9 @@ def attention_sdpa(
     sinks_N: Tensor | None,
     mask: AttentionMask,
 ) -> Tensor:
-    """torch's fused attention: no ``[S, S]`` matrix where the mask is plain causal, a mask of that
-    size elsewhere. Raises UserError for a soft-cap and for sinks, which its kernels do not know."""
+    """Run torch's fused attention. It needs no ``[S, S]`` matrix for a plain causal mask. For other
+    masks it needs a mask of this size. Raises UserError for a soft-cap and for sinks: its kernels
+    have neither."""
     if mask.softcap is not None or sinks_N is not None:
         raise UserError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
@@ -173,8 +178,8 @@ def attention_sdpa(
         )
 
 
-# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN has 545 TFLOP/s forward and 439 backward,
-# flash 271 and 226.
+# On an H200 (head_dim 128, sequence 4096, bf16) cuDNN reaches 545 TFLOP/s forward and 439
+# backward, flash 271 and 226.
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -184,7 +189,7 @@ _FASTEST = [
 
 
 def repeated(k: Tensor, q: Tensor) -> Tensor:
-    """Keys or values, once for every head of queries that shares them."""
+    """Repeat keys or values, once for every query head that shares them."""
     return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
@@ -196,9 +201,9 @@ def attention_flex(
     sinks_N: Tensor | None,
     mask: AttentionMask,
 ) -> Tensor:
-    """flex_attention, for every mask. Inside a compiled stage it becomes part of it; elsewhere on a
-    GPU it is compiled by itself, since uncompiled it makes the ``[S, S]`` matrix that it is there
-    to avoid."""
+    """Run flex_attention, for every mask. Inside a compiled stage it is compiled with the stage.
+    Elsewhere on a GPU it is compiled by itself: uncompiled it would make the ``[S, S]`` matrix that
+    it is meant to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
     o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
@@ -206,8 +211,8 @@ def attention_flex(
 
 
 def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
-    """A softmax with one more term e^sink in its denominator is the plain one times
-    e^lse / (e^lse + e^sink). The gradient flows back through lse too."""
+    """Add sinks to a plain softmax's result. A softmax with one more term e^sink in its denominator
+    is the plain softmax times e^lse / (e^lse + e^sink). Gradients flow through lse too."""
     share = torch.sigmoid(lse - sinks_N.to(lse.dtype)[:, None])
     return o * share[..., None].to(o.dtype)
 
@@ -215,9 +220,9 @@ def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
 def with_blocks(
     mask: AttentionMask, documents_BS: Tensor | None, device: torch.device
 ) -> AttentionMask:
-    """The mask with what flex wants to know of it: which blocks of 128 queries by 128 keys are
-    empty, full or in between. Every layer has the same, so a stage makes it once, before its
-    blocks: torch does not compile the making of it in a region that is recomputed."""
+    """Return the mask with flex's block mask: for each block of 128 queries by 128 keys, whether it
+    is empty, full or partial. All layers share it. A stage makes it once, before its transformer
+    blocks, as torch does not compile this construction inside a recomputed region."""
     rows = None if documents_BS is None else len(documents_BS)
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
     sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
@@ -241,13 +246,13 @@ def _flex(
     return o, aux.lse
 
 
-# The kernel that is differentiable in its log-sum-exp too. Left to itself torch may take another,
-# for sequences under 128 one that is made for decoding.
+# The kernel whose log-sum-exp is differentiable too. By default torch may take another kernel: for
+# sequences under 128 it takes one made for decoding.
 _KERNEL = {"BACKEND": "TRITON"}
 
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:
-    """The function, compiled where it runs on a GPU and no stage around it is being compiled."""
+    """Return fn, compiled if it runs on a GPU and no enclosing stage is being compiled."""
     return fn if device.type != "cuda" or torch.compiler.is_compiling() else _compiled(fn)
 
 
@@ -256,7 +261,7 @@ def _compiled(fn: Callable) -> Callable:
     return jit(fn)
 
 
-LEAST_HEAD_DIM = 16  # of flex's kernels on a GPU: the smallest a tensor core multiplies
+LEAST_HEAD_DIM = 16  # flex's minimum on a GPU: the smallest size of a tensor core
 
 
 def choose(
@@ -268,10 +273,11 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPath:
-    """What ``auto`` stands for: sdpa for a plain causal mask; for any other flex, on a GPU where
-    its kernels can, otherwise sdpa with a bias where that says it all, and the reference for the
-    rest. flex's kernels round head_dim up to a power of two, but there is a least; and they add up
-    in float32, which would make float64 a pretence. Any other path is itself."""
+    """Resolve ``auto``; return any other path as it is. A plain causal mask takes sdpa. Any other
+    mask takes flex, on a GPU where flex's kernels support the arguments. Otherwise it takes sdpa
+    with a bias if a bias can express the mask, else the reference. flex's kernels round head_dim up
+    to a power of two, but have a minimum. They accumulate in float32, so float64 would be
+    pretence."""
     if path != "auto":
         return path
     slow = with_bias(mask.softcap, sinks)
@@ -283,7 +289,7 @@ def choose(
 
 
 def with_bias(softcap: float | None, sinks: bool) -> AttentionPath:
-    """The path for a mask that is an explicit matrix: sdpa, where that says it all."""
+    """Return the path for a mask that is an explicit matrix: sdpa, if a bias can express it all."""
     return "sdpa" if softcap is None and not sinks else "reference"
 
 

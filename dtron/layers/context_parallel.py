@@ -1,26 +1,29 @@
-"""Attention where every rank has a part of each sequence: context parallelism.
+"""Context parallelism: attention where every rank holds a shard of each sequence.
 
-All of a transformer but attention works token by token and never learns that its tokens are some of
-a longer row. Attention needs the keys and values of the tokens before, wherever they are. Three
-ways to get them, of one signature:
+All layers of a transformer except attention work token by token. They never see that their tokens
+belong to a longer row. Attention needs the keys and values of all earlier tokens, on whichever rank
+they are. Three methods get them, with one signature:
 
-    allgather   Every rank gathers the keys and values of whole rows and attends with its own queries: the one
-                that is easy to see right. Memory for whole rows of keys and values.
-    ring        They come part by part, and each part's coming is hidden behind the attention to the one
-                before (see ring.py). Memory for two parts. Any number of heads. The default: under
-                grouped-query attention keys and values are few, and what is sent is hidden.
-    ulysses     One all-to-all makes parts of rows with all heads into whole rows with a part of the heads,
-                and a second one brings the result back (Jacobs et al. 2023, arXiv:2309.14509). Attention
-                itself is the ordinary one. Sends queries and results too, but each rank only its n-th part of
-                it, so it sends less where ranks are many; nothing to hide it behind. Ranks must divide the kv
-                heads.
+    allgather   Every rank all-gathers the keys and values of whole rows and attends with its own
+                queries. This is the easiest method to verify. Memory: keys and values of whole
+                rows.
+    ring        Keys and values arrive shard by shard. Receiving a shard is hidden behind the
+                attention to the previous shard (see ring_attention.py). Memory: two shards. Works
+                for any number of heads. This is the default: under grouped-query attention keys and
+                values are small, and their communication is hidden.
+    ulysses     One all-to-all turns shards of rows with all heads into whole rows with 1/n of the
+                heads. A second all-to-all returns the result (Jacobs et al. 2023,
+                arXiv:2309.14509). Attention itself is the ordinary one. Queries and results are
+                sent too, but each rank sends only its n-th of everything. So ulysses sends less
+                where there are many ranks. Nothing hides this communication. The number of ranks
+                must divide the number of kv heads.
 
-How many bytes each sends stands in docs/context-parallelism.md, and a test counts them.
+docs/context-parallelism.md lists the bytes that each method sends, and a test counts them.
 
-What a rank must know to mask is in which *places* of the row its tokens and those of others are:
-with packed documents positions restart, so positions do not say it. Documents come whole,
-``[T@rows]``, and are asked by place. All of this is the same in every layer and is made once, by
-``prepare``.
+To mask, a rank must know the *places* of its own tokens and of the other ranks' tokens. A place is
+an index in the row. Positions cannot replace places, because with packed documents positions
+restart. Every rank holds the documents of whole rows, ``[T@rows]``, and looks them up by place. All
+of this is the same in every layer, so ``prepare`` makes it once.
 """
 
 from __future__ import annotations
@@ -50,12 +53,12 @@ Method = Literal["ring", "allgather", "ulysses"]
 
 @dataclass(frozen=True)
 class ContextParallelMask:
-    """What attention over parts of rows needs on this rank beside the ``AttentionMask`` of the row.
+    """The ``AttentionMask`` of the row, plus the data that this rank needs for its row shard.
 
-    ``place [1]``: which of the parts this rank has.
-    ``order_S``: all parts, one after the other.
-    ``steps``: the masks between this rank's queries and the keys of each part, in the order in which
-    a ring brings them."""
+    ``place [1]``: the index of this rank's shard.
+    ``order_S``: the places of all shards, concatenated.
+    ``steps``: the masks between this rank's queries and the keys of each shard, in the order in
+    which a ring delivers the shards."""
 
     mask: AttentionMask
     method: Method
@@ -66,7 +69,7 @@ class ContextParallelMask:
 
     @property
     def later(self) -> Tensor:
-        """``[n]``: whether the part of a step is later in the row than this rank's own."""
+        """``[n]``: for each step, whether its shard is later in the row than this rank's shard."""
         return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0, 0]
 
 
@@ -81,10 +84,11 @@ def prepare(
     method: Method = "ring",
     zigzag: bool = False,
 ) -> tuple[AttentionMask | ContextParallelMask, AttentionPath]:
-    """What all layers of a stage share, made once: the path that ``auto`` stands for, where in
-    their rows this rank's tokens are, and for flex the blocks of its masks. Nothing is
-    communicated: ``documents_T [T@rows]`` has whole rows on every rank. ``head_dims``: of queries
-    and keys, and of values."""
+    """Make once the data that all layers of a stage share: the path that ``auto`` stands for, the
+    places of this rank's tokens in their rows, and for flex the block masks. Communicates nothing.
+
+    ``documents_T [T@rows]``: whole rows on every rank.
+    ``head_dims``: the width of a head of queries and keys, and the width of a head of values."""
     parts, device, least = layout.parts(AXIS), x_TD.device, min(head_dims)
     if parts == 1 or method == "ulysses":
         steps = (mask,)
@@ -101,7 +105,7 @@ def prepare(
         choose(path, asked, documents_T is not None, sinks, least, x_TD.dtype, device),
     )
     if auto == "auto" and path == "sdpa" and parts > 1 and method == "ring":
-        # A ring on a GPU that no fused kernel takes would be written out, scores and all.
+        # On a GPU, a ring without a fused kernel would hold all scores in memory: use flex.
         able = device.type == "cuda" and least >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
         if able and kernel_for(device, x_TD.dtype, *head_dims) == "written":
             path = "flex"
@@ -127,8 +131,9 @@ def attend(
     layout: Layout,
     path: AttentionPath,
 ) -> Tensor:
-    """Inside a local region: attention of this rank's tokens, ``[T@tokens, heads, H]`` -> the same,
-    H that of v. ``documents_T [T@rows]``; ``mask`` and ``path`` as ``prepare`` made them."""
+    """Compute attention for this rank's tokens, inside a local region: ``[T@tokens, heads, H]`` ->
+    the same shape, with v's H. ``documents_T`` is ``[T@rows]``. ``mask`` and ``path`` come from
+    ``prepare``."""
     whole = mask if isinstance(mask, AttentionMask) else mask.mask
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
     if isinstance(mask, AttentionMask):
@@ -146,7 +151,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _parts(x_TNH: Tensor, context: ContextParallelMask) -> Tensor:
-    """``[B, heads, S / n, H]``: this rank's part of each row."""
+    """Return ``[B, heads, S / n, H]``: this rank's shard of each row."""
     return _heads_first(x_TNH.unflatten(0, (-1, len(context.order_S) // len(context.steps))))
 
 
@@ -184,7 +189,7 @@ def by_allgather(
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
     kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
-    kv_TC = all_gather(kv_TC, layout.context.ranks)  # over cp; in backward a reduce-scatter
+    kv_TC = all_gather(kv_TC, layout.context.ranks)  # over cp; backward: reduce-scatter
     rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))

@@ -1,13 +1,14 @@
-"""Keys and values of the tokens before, so that generating a token computes one token.
+"""KV cache: keys and values of earlier tokens, so that generating a token computes only one token.
 
-A row of the cache has a slot for every position, and a key lies in the slot of its position. So
-rows of unequal lengths need no padding on the left and no bookkeeping: a query sees the slots up to
-its own position, which is the one rule of cores.py, and whatever lies in later slots is overwritten
-before it is seen.
+A row of the cache has a slot for every position, and a key is stored in the slot of its position.
+So rows of unequal lengths need no left padding and no bookkeeping. A query sees the slots up to its
+own position, by the one rule ``sees`` of attention_kernels.py. The content of later slots is
+overwritten before any query sees it.
 
-The layers are those of training. They hand this to the core of attention along with the new keys
-and values; the core writes those into their slots and attends to all of them. The cache is written
-in place, like an optimizer's moments: a copy per token would cost as much as reading it.
+The layers are the same as in training. They pass the cache to the core of attention together with
+the new keys and values. The core writes the new ones into their slots and attends to all of them.
+The cache is updated in place, like an optimizer's moments: a copy per token would cost as much as
+reading the cache.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from dtron.mesh import Layout
 
 @dataclass(frozen=True)
 class KVCache:
-    """Of one layer: ``k_TKH`` and ``v_TKH`` ``[rows * slots @tokens, K@kv_heads, H]`` (in latent
-    attention all heads), and ``places_T [T@tokens]``, the positions of the new tokens (None between
-    steps)."""
+    """The cache of one layer.
+
+    ``k_TKH``, ``v_TKH``: ``[rows * slots @tokens, K@kv_heads, H]`` (in latent attention all heads).
+    ``places_T [T@tokens]``: the positions of the new tokens (None between steps)."""
 
     k_TKH: Tensor
     v_TKH: Tensor
@@ -42,8 +44,11 @@ def empty_past(
     dtype: torch.dtype,
     device: str,
 ) -> KVCache:
-    """For ``rows`` over all ranks, each in ``layout.parts("tokens")`` equal parts. ``widths``: of a
-    head's keys and values; ``axis``: the logical axis of their heads."""
+    """Make an empty cache for ``rows`` rows over all ranks, sharded into ``layout.parts("tokens")``
+    equal shards.
+
+    ``widths``: the width of a head's keys, and the width of its values.
+    ``axis``: the logical axis of the heads of keys and values."""
     tokens, own = rows * slots // layout.parts("tokens"), heads // layout.parts(axis)
     zeros = lambda width: torch.zeros(tokens, own, width, dtype=dtype, device=device)
     return KVCache(*(layout.from_local(zeros(width), "tokens", axis, None) for width in widths))
@@ -52,8 +57,8 @@ def empty_past(
 def recall(
     k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, places_T: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, AttentionMask]:
-    """Rank-local: write the new ``k`` and ``v [T, K, H]`` into their slots. Returns all ``[B, K,
-    slots, H]`` of them, and the mask for queries at these places."""
+    """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
+    ``[B, K, slots, H]`` each, and the mask for queries at ``places_T``. Rank-local."""
     places_BS = places_T.unflatten(0, (-1, mask.sequence))
     rows = torch.arange(len(places_BS), device=k.device)[:, None]
     found = []

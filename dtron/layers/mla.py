@@ -1,26 +1,26 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; the same in V3,
 arXiv:2412.19437).
 
-Keys and values of all heads are made from one narrow vector per token, the latent ``c_TR``, which
-is all that a server has to keep of a token: 512 numbers and a rotary key of 64, where 128 heads of
-keys and values would be 32,768. Queries may have a latent of their own, which saves activations in
-training. A head's score has two parts: one of keys from the latent, without positions (an
-up-projection after a rotation could not be folded into the query), and one of a rotary key that all
-heads share. So keys are wider than values, 192 and 128.
+Keys and values of all heads are projected from one narrow vector per token, the latent ``c_TR``. A
+server has to cache only this latent and a rotary key: 512 and 64 numbers per token. 128 heads of
+keys and values would be 32,768 numbers. Queries may have a latent of their own, which saves
+activations in training. A head's score has two parts. One part uses keys from the latent, without
+positions: with a rotation in between, the up-projection could not be folded into the query. The
+other part uses a rotary key that all heads share. So keys are wider than values, 192 and 128.
 
-Tensor parallelism cuts the heads, as in attention.py. The down-projections have no heads: they are
-whole on every rank and run on the tokens that it holds under sequence parallelism, so no rank
-repeats another's work and their gradients are sums pending over tp, like a norm's. What is then
-gathered over tp is the latents, 2,112 numbers a token in DeepSeek-V3, and not the 7,168 of the
-residual stream. Without a latent for queries (V2-Lite) the stream is gathered in the same
-collective.
+Tensor parallelism shards the heads, as in attention.py. The down-projections have no heads: every
+rank holds them whole and runs them on its own tokens under sequence parallelism. So no rank repeats
+another rank's work. Their gradients are sums pending over tp, like a norm's gradients. Then the
+latents are all-gathered over tp: 2,112 numbers per token in DeepSeek-V3, instead of the 7,168 of
+the residual stream. Without a latent for queries (V2-Lite) the residual stream is gathered in the
+same collective.
 
-Heads are rotated by halves as everywhere here. DeepSeek's weights have pairs side by side, which is
-a permutation of the rotary columns of ``w_q_up`` and ``w_kv_down``: the business of whoever reads
-them.
+Rotation pairs dim i with i + H/2, as everywhere in dtron. In DeepSeek's weights the two dims of a
+pair are adjacent. The difference is a permutation of the rotary columns of ``w_q_up`` and
+``w_kv_down``. The code that reads these weights must apply it.
 
-Left out: attention in the space of latents, with up-projections absorbed, which is for serving.
-Generation here keeps keys and values of all heads (past.py).
+Left out: attention in the space of latents, with absorbed up-projections, which is for serving.
+Generation in dtron caches keys and values of all heads (kv_cache.py).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MLAConfig:
         return self.nope_dim + self.rope_dim
 
     def dims(self) -> dict[str, Any]:
-        """What the declaration of ``MLA`` looks up; see ``ModelConfig.dims``."""
+        """Return sizes and flags for the declaration of ``MLA``; see ``ModelConfig.dims``."""
         return {
             "mla": self.kv_rank > 0,
             "q_rank": self.q_rank,
@@ -96,9 +96,10 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MLA:
-    """``w_kv_down`` makes the latent and the shared rotary key, ``w_kv_up`` of the latent every
-    head's keys and values. ``act_q_rank`` is the latent as an activation, which nothing cuts, and
-    ``q_rank`` as the dim of a weight that ZeRO may cut; as with ``embed``."""
+    """The weights. ``w_kv_down`` makes the latent and the shared rotary key. ``w_kv_up`` makes the
+    keys and values of all heads from the latent. ``act_q_rank`` names the query latent's dim in an
+    activation, which is never sharded. ``q_rank`` names this dim in a weight that ZeRO may shard.
+    ``act_embed`` and ``embed`` differ in the same way."""
 
     w_q_down: Tensor | None = weight("embed", "act_q_rank", summed=1, when="q_rank")
     q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
@@ -122,9 +123,10 @@ def mla(
     recipe: Recipe | None = None,
     past: KVCache | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same. ``table_TH`` holds the rotary angles, as wide as
-    ``rope_dim``; otherwise as ``attention``."""
-    q_TR = x_TD  # local, and so are the next lines: each rank has its own tokens
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement.
+    ``table_TH`` holds the rotary angles and is as wide as ``rope_dim``. All other parameters are as
+    in ``attention``."""
+    q_TR = x_TD  # local, like the next lines: each rank has its own tokens
     if p.w_q_down is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
     rank, rotary = p.kv_norm.scale.shape[0], table_TH.shape[-1]
@@ -140,7 +142,7 @@ def mla(
         (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",)),
         heads,
     )
-    # Over cp: see context.py.
+    # Communication over cp: see context_parallel.py.
     o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *parts(past))
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
@@ -160,7 +162,7 @@ def _core(
     mask: AttentionMask | ContextParallelMask,
     layout: Layout,
 ) -> Tensor:
-    """Rank-local: queries and keys put together from their two parts."""
+    """Concatenate the two parts of queries and of keys, and attend. Rank-local."""
     turned_q = rotate(q_TNH[..., nope:], table_TH)
     turned_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
     q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)

@@ -1,8 +1,8 @@
-"""The feed-forward layer: two matrices out, one back, and what tensor parallelism is in five lines.
+"""The feed-forward layer: two matmuls up, one matmul down, and tensor parallelism in five lines.
 
-``w_gate`` and ``w_up`` are cut by columns and ``w_down`` by rows (Shoeybi et al. 2019,
-arXiv:1909.08053, figure 3a), so that the wide activation ``h_TF`` never leaves its rank: one
-all-gather of the tokens before, one reduce-scatter after (Korthikanti et al. 2022,
+``w_gate`` and ``w_up`` are sharded by columns and ``w_down`` by rows (Shoeybi et al. 2019,
+arXiv:1909.08053, figure 3a). So the wide activation ``h_TF`` never leaves its rank. There is one
+all-gather of the tokens before, and one reduce-scatter after (Korthikanti et al. 2022,
 arXiv:2205.05198, figure 5).
 """
 

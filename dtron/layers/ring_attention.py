@@ -1,30 +1,38 @@
 """Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, queries stay.
 
-Each of n ranks has a part of every row. In n steps it sees the keys and values of every part: its
-own first, then what the rank before passes on, while its own go to the next. A step's softmax is
-over some keys only, and two such results are one by their log-sum-exps (Milakov & Gimelshein 2018,
-arXiv:1805.02867):
+Each of n ranks holds a shard of every row. Ring attention takes n steps. In step 0 a rank attends
+to its own keys and values. In each later step it receives keys and values from the previous rank
+and passes its current ones to the next rank. The softmax of one step covers only some of the keys.
+Two such results merge by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1805.02867):
 
     lse = log(e^lse_1 + e^lse_2)        out = out_1 e^(lse_1 - lse) + out_2 e^(lse_2 - lse)
 
-The exchange of a step is posted before the computation of the step before, which it hides behind.
+The exchange for a step is posted before the computation of the previous step, which hides it.
 
-Two functions say this. ``ring_plainly`` is for every mask: each step is a core that gives its lse,
-and what autograd makes of it is the backward ring. ``ring`` is for the plain causal mask, on fused
-kernels: it keeps no keys but its own for backward, where keys and values go round once more, and
-behind them a sum of their gradients, that every rank adds to and that arrives where it belongs.
+There are two implementations:
 
-Under a causal mask half of all pairs of query and key count nothing. In zig-zag order (see
-token_order.py) a rank has an early half, 0, and a late half, 1. Of a part from another rank two of
-the four pairs of halves are seen, and seen whole: its half 0 by one's half 1 in any case, and
-beside it half 0 by half 0 where that part is the earlier one, or half 1 by half 1 where it is the
-later. The others are left out, so ``ring`` does just the work that there is, the same on all ranks
-and in every step. Which pair it is comes as data, and one program runs on every rank: a compiler
-that moves collectives must find the same ones everywhere. In contiguous order the last rank needs
-every part and the others wait for it; here they compute what they throw away.
+- ``ring_plainly`` works for every mask. Each step runs an attention core that also returns its lse.
+  autograd derives the backward ring.
+- ``ring`` works for the plain causal mask, on fused kernels. For backward it saves only the rank's
+  own keys and values. In backward all keys and values go round once more. The sum of their
+  gradients follows them: every rank adds to it, and it ends on the rank that owns the keys.
 
-Left out: steps that a sliding window makes empty are skipped block by block inside of flex, but
-what they need is sent.
+Under a causal mask half of all query-key pairs are masked. In zig-zag order (see token_order.py) a
+rank has an early half, 0, and a late half, 1. Between a rank's queries and another rank's keys, two
+of the four pairs of halves are unmasked, and both are unmasked as a whole:
+
+- Query half 1 always sees key half 0.
+- Query half 0 sees key half 0 if the key shard is earlier. Query half 1 sees key half 1 if the key
+  shard is later.
+
+``ring`` computes only these two pairs. So it does no masked work, and every rank does the same
+amount in every step. A tensor selects the pair, and all ranks run the same program: a compiler that
+moves collectives must find the same collectives on every rank. In contiguous order the last rank
+needs every shard, and the other ranks wait for it. There, the other ranks compute results that they
+discard.
+
+Left out: skipping the communication of steps that a sliding window makes empty. flex skips their
+computation block by block, but their keys and values are still sent.
 """
 
 from __future__ import annotations
@@ -44,8 +52,8 @@ Result = tuple[Tensor, Tensor]  # out, lse
 
 
 def merge(a: Result, b: Result) -> Result:
-    """Attention to two sets of keys from that to each; in float32 at least. ``a`` has seen some
-    key."""
+    """Merge the attention results for two sets of keys, in float32 at least. In ``a`` every query
+    must have seen at least one key."""
     (o_a, lse_a), (o_b, lse_b) = a, b
     lse = torch.logaddexp(lse_a, lse_b)
     return o_a * (lse_a - lse).exp()[..., None] + o_b * (lse_b - lse).exp()[..., None], lse
@@ -61,7 +69,9 @@ def ring_plainly(
     peers: RingGroup,
     flex: bool,
 ) -> Tensor:
-    """``masks``: of each step, with the places of its queries and keys. Shapes as in cores.py."""
+    """Run the ring for any mask, with autograd's backward. Shapes as in attention_kernels.py.
+
+    ``masks``: one mask per step, with the places of its queries and keys."""
     message, found = _pack(k, v), None
     for step, mask in enumerate(masks):
         coming = _Shift.apply(message, *peers.args) if step + 1 < len(masks) else None
@@ -82,8 +92,10 @@ def ring(
     peers: RingGroup,
     scale: float | None = None,
 ) -> Tensor:
-    """``later [n]``: whether the part of each step is later in the row than one's own; ``scale``: of scores,
-    see ``AttentionMask``."""
+    """Run the ring for the plain causal mask, on fused kernels.
+
+    ``later [n]``: for each step, whether its key shard is later in the row than this rank's shard.
+    ``scale``: the factor on scores, see ``AttentionMask``."""
     return _Ring.apply(q, k, v, later, zigzag, scale, *peers.args)
 
 
@@ -161,7 +173,7 @@ class _Ring(torch.autograd.Function):
             dq = dq + found[0]
             sums = _pack(*found[1:])
             if returning is not None:
-                sums = sums + wait(returning)  # what the ranks before found for the same keys
+                sums = sums + wait(returning)  # previous ranks' sum for the same keys
             returning = shift(sums, *ring)
         dk_others, dv_others = _unpack(wait(returning), k, v)
         return dq, dk + dk_others, dv + dv_others, *[None] * 6
@@ -172,14 +184,14 @@ def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
 
 
 def _pairs(x: Tensor, late: Tensor, first: int) -> Tensor:
-    """``[2B, ...]``: half ``first`` of every row, then half 1 where the part at hand is the later, otherwise
-    half 0."""
+    """Return ``[2B, ...]``: for every row half ``first``, then one more half for every row. The
+    latter is half 1 if the key shard is later (``late``), and half 0 otherwise."""
     halves = x.chunk(2, dim=2)
     return torch.cat([halves[first], torch.where(late, halves[1], halves[0])])
 
 
 def _apart(x: Tensor, late: Tensor, first: int) -> Tensor:
-    """Undo ``_pairs`` of a gradient: what went into two places is added up."""
+    """Undo ``_pairs`` for a gradient. A half that ``_pairs`` used twice gets the sum of both."""
     one, same = x.chunk(2)
     halves = [same.masked_fill(late, 0), same.masked_fill(~late, 0)]
     halves[first] = halves[first] + one
@@ -187,7 +199,7 @@ def _apart(x: Tensor, late: Tensor, first: int) -> Tensor:
 
 
 def _pack(k: Tensor, v: Tensor) -> Tensor:
-    """One message of two tensors."""
+    """Concatenate two tensors into one message."""
     return torch.cat([k.flatten(), v.flatten()])
 
 
@@ -198,7 +210,8 @@ def _unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @opaque
 class _Shift(torch.autograd.Function):
-    """To the next rank; not there before ``_Wait``. Its gradient comes back the same way."""
+    """Send a tensor to the next rank. The result is ready only after ``_Wait``. In backward the
+    gradient goes to the previous rank."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *ring: str | int):

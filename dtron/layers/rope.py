@@ -1,18 +1,19 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch it to longer
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to extend it to longer
 contexts.
 
-A head's dims are taken as pairs (i, i + H/2) and pair i is turned by the angle ``position *
-frequency_i``, with frequencies falling geometrically from 1 to 1/theta. Stretching a model to a
-longer context means slowing the frequencies whose wavelength the original context could not fill:
+A head's dims form pairs (i, i + H/2). Pair i is rotated by the angle ``position * frequency_i``.
+Frequencies fall geometrically from 1 to 1/theta. To extend a model to a longer context, the
+frequencies whose wavelength the original context could not fill are slowed:
 
-- Llama 3: keep short wavelengths, divide long ones by ``factor``, blend between.
-- YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp measured in rotations over the
-  original context, and a temperature: cos and sin are multiplied by 0.1 ln(factor) + 1 (equation 22).
-  DeepSeek gives that factor a coefficient, and takes (a part of) it out of cos and sin and into the scores,
-  so that it counts for dims that are not rotated too: ``RopeConfig.temperature``.
+- Llama 3: keep short wavelengths, divide the frequencies of long ones by ``factor``, blend between.
+- YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp, measured in rotations over
+  the original context, and a temperature. cos and sin are multiplied by 0.1 ln(factor) + 1
+  (equation 22). DeepSeek gives this temperature a coefficient. It moves the temperature, or a part
+  of it, from cos and sin to the scores. So the temperature applies to dims without rotation too:
+  ``RopeConfig.temperature``.
 
-Angles are computed in float32 at least from positions that travel as data: a packed document
-restarts at 0, and no layer knows.
+Angles are computed in float32 at least. Positions are an input tensor: a packed document restarts
+at 0, and no layer needs to know.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dtron.errors import UserError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary angles; the fields as model cards have them."""
+    """Rotary angles. The fields are as in model cards."""
 
     theta: float = 10_000.0
     """base of the frequencies"""
@@ -69,7 +70,7 @@ class RopeConfig:
 
     @property
     def temperature(self) -> float:
-        """What attention scores are multiplied by, beside 1 / sqrt(head_dim)."""
+        """Return the factor on attention scores, in addition to 1 / sqrt(head_dim)."""
         return self.stretch(self.mscale_all) ** 2 if self.scaling == "yarn" else 1.0
 
     def stretch(self, mscale: float) -> float:
@@ -79,7 +80,7 @@ class RopeConfig:
 def frequencies(
     rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, float]:
-    """``[H/2]`` radians per token, and what cos and sin are multiplied by."""
+    """Return the frequencies ``[H/2]``, in radians per token, and the factor on cos and sin."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     freq = rope.theta**-pair
     if rope.scaling == "none":
@@ -107,15 +108,15 @@ def frequencies(
 
 
 def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the second.
-    Once per forward; every layer uses it. Rank-local."""
+    """Return ``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the
+    second. Made once per forward, and used by every layer. Rank-local."""
     freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))
     angle = positions_T[:, None].to(freq.dtype) * freq.to(positions_T.device)
     return torch.cat([angle.cos() * scale, angle.sin() * scale], dim=-1)
 
 
 def rotate(x_TNH: Tensor, table_TH: Tensor) -> Tensor:
-    """Turn every head of every token by its angles. Rank-local."""
+    """Rotate every head of every token by the token's angles. Rank-local."""
     cos, sin = table_TH[:, None, :].chunk(2, dim=-1)
     a, b = x_TNH.to(table_TH.dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TNH.dtype)

@@ -1,16 +1,16 @@
-"""Which tokens of a row a rank has: the order in which a batch lies.
+"""Token order of a batch: the tokens of each row that a rank holds.
 
-Tokens are token-major, ``[T]``, and every cut of them is a cut of T into equal parts, one after the
-other. Context parallelism cuts each *row*. So a batch is laid in such an order that the cut of T
-over (dp_replicate, dp, cp) gives every cp rank its part of all its rows: per data rank, part by
-part, and within a part row by row. With cp=1 that is the rows one after the other.
+Tensors are token-major, ``[T]``. Every sharding of tokens splits T into equal contiguous shards.
+Context parallelism shards each *row*. So a batch is ordered such that sharding T over
+(dp_replicate, dp, cp) gives every cp rank its shard of all its rows. The order is: per data rank,
+shard by shard, and inside a shard row by row. With cp=1 the rows follow one another.
 
-Which tokens the parts are is a choice of its own. Under a causal mask a token has as many keys as
-there are tokens before it, so of contiguous parts the last has nearly all the work. *Zig-zag* cuts
-the row into 2 * cp chunks and gives rank r the chunks r and 2 * cp - 1 - r, an early and a late
-one: all ranks then have the same work (as in Llama 3, arXiv:2407.21783, section 3.3.2). It is a
-permutation and nothing else: what belongs to a token (its target, its position) is laid in the same
-order, the loss is a sum, and no layer but attention asks which token stands beside which.
+The choice of tokens for each shard is independent of this. Under a causal mask a token has as many
+keys as there are tokens before it. So with contiguous shards the last shard has nearly all the
+work. *Zig-zag* splits the row into 2 * cp chunks and gives rank r the chunks r and 2 * cp - 1 - r,
+an early and a late one. Then all ranks have the same work (as in Llama 3, arXiv:2407.21783, section
+3.3.2). Zig-zag is only a permutation. A token's target and position are permuted in the same way,
+the loss is a sum, and no layer except attention depends on the order of tokens.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dtron.mesh import Layout
 def row_order(
     sequence: int, parts: int, zigzag: bool, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """``[S]``: the tokens of a row in the order in which its parts have them. Within a part it rises, so that
-    a part's own mask is the plain causal one. Raises UserError for a row that is no 2 * parts equal
-    chunks."""
+    """Return ``[S]``: the places of a row's tokens in the order of the row's shards. Inside a shard
+    the places increase, so a shard's mask against itself is the plain causal mask. Raises
+    UserError if zig-zag cannot split the row into 2 * parts equal chunks."""
     if not zigzag or parts == 1:
         return torch.arange(sequence, device=device)
     if sequence % (2 * parts):
         raise UserError(
             f"sequence {sequence}: zigzag over cp={parts} wants a multiple of {2 * parts}; use --zigzag off"
         )
-    # Chunk p, then chunk 2n - 1 - p. By arithmetic: the compiler puts this into flex's kernels,
-    # which take no tensors laid end to end.
+    # Chunk p, then chunk 2n - 1 - p. Computed by arithmetic: the compiler puts this into flex's
+    # kernels, which take no concatenated tensors.
     place_S, half = torch.arange(sequence, device=device), sequence // parts // 2
     part_S, within_S = place_S // (2 * half), place_S % (2 * half)
     chunk_S = torch.where(within_S < half, part_S, 2 * parts - 1 - part_S)
@@ -43,8 +43,8 @@ def row_order(
 
 
 def as_tokens(x_BS: Tensor, layout: Layout, zigzag: bool) -> Tensor:
-    """``[B, S]`` -> ``[T]`` in the batch's order, still whole; and so with any number of further
-    dims."""
+    """Convert ``[B, S, ...]`` to ``[T, ...]`` in the batch's token order, for any number of further
+    dims. The result is not sharded yet."""
     data, parts = layout.parts("rows"), layout.parts("sequence")
     if parts == 1:
         return x_BS.flatten(0, 1)
@@ -53,7 +53,7 @@ def as_tokens(x_BS: Tensor, layout: Layout, zigzag: bool) -> Tensor:
 
 
 def as_rows(x_T: Tensor, layout: Layout, sequence: int, zigzag: bool) -> Tensor:
-    """Undo ``as_tokens``, of any number of further dims: ``[T, ...]`` -> ``[B, S, ...]``."""
+    """Undo ``as_tokens``, for any number of further dims: ``[T, ...]`` -> ``[B, S, ...]``."""
     data, parts = layout.parts("rows"), layout.parts("sequence")
     if parts == 1:
         return x_T.unflatten(0, (-1, sequence))

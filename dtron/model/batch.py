@@ -1,9 +1,8 @@
-"""A microbatch: what the stages of a model are given, and what of it each rank has.
+"""A microbatch: the input of the model's stages, and each rank's shard of it.
 
-Token-major, because two dims that are both cut cannot be flattened; a target is the next token.
-Everything about tokens travels as data, positions and documents above all: so no layer knows in
-which order they stand.
-"""
+Tensors are token-major, because two sharded dims cannot be flattened. A target is the next
+token. All token data, above all positions and documents, is part of the batch. So no layer
+depends on the order of the tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +19,16 @@ from dtron.model.mtp import look_ahead
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens, ``[T@tokens]`` each, one after the
-    other unless cp cuts them (see layers/token_order.py). A target is the next token, or IGNORE;
-    ``rows_T`` is the row of a token. ``documents_T [T@rows]`` are whole rows, always one after the
-    other, or None where a row is one document. ``tokens_TA`` and ``targets_TA [T@tokens, depth]``
-    are those further ahead, for multi-token prediction; None: without it."""
+    """A microbatch, token-major: rows of ``sequence`` tokens, concatenated unless cp shards them
+    (see layers/token_order.py).
+
+    ``tokens_T``, ``targets_T``, ``positions_T``: ``[T@tokens]`` each. A target is the next
+        token, or IGNORE.
+    ``rows_T``: ``[T@tokens]``, the row of each token.
+    ``documents_T``: ``[T@rows]``, whole rows, always concatenated; None if each row is one
+        document.
+    ``tokens_TA``, ``targets_TA``: ``[T@tokens, depth]``, inputs and targets of multi-token
+        prediction; None without it."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -46,11 +50,14 @@ def make_batch(
     depth: int = 0,
     zigzag: bool = True,
 ) -> Batch:
-    """From rows of sequence + 1 tokens (or targets already IGNOREd in the last ``sequence``):
-    inputs and, shifted by one, targets, of which those that ``counted_BS`` (None: all) says are in
-    the loss; and for ``depth`` modules of multi-token prediction, shifted further. Every rank
-    passes the same rows and keeps its own: over cp, parts of them, in ``zigzag`` order or
-    contiguous."""
+    """Make a microbatch. Every rank passes the same rows and keeps its own shard.
+
+    ``rows_BS``: rows of sequence + 1 tokens. Inputs are the first ``sequence`` tokens, targets
+        the last ``sequence`` tokens, which may already contain IGNORE.
+    ``counted_BS``: whether a target is in the loss (None: all are).
+    ``depth``: number of multi-token-prediction modules, whose inputs and targets are shifted
+        further.
+    ``zigzag``: the order of each rank's tokens over cp; False: contiguous."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     if counted_BS is not None:
         targets = targets.masked_fill(~counted_BS, IGNORE)
@@ -66,5 +73,5 @@ def make_batch(
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
-    """How many targets of these rows count."""
+    """Return how many targets of these rows count."""
     return int((rows_BS[:, 1:] != IGNORE).sum())

@@ -1,5 +1,4 @@
-"""How a model is computed, as apart from what it computes: a ``ModelConfig`` says what, and this
-the rest."""
+"""The compute config: how a model is computed. A ``ModelConfig`` defines the model itself."""
 
 from __future__ import annotations
 
@@ -19,9 +18,13 @@ Fp8 = Literal["none", Scaling]
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What may differ between two runs of one model without changing the result, beyond rounding:
-    what is computed again in backward, which kernels attend and how over cp, which products are
-    made in FP8, how tokens reach their experts. Flags of the run."""
+    """Settings that may differ between two runs of one model without changing the result beyond
+    rounding. They are flags of the run:
+
+    - which activations are recomputed in backward,
+    - which attention kernels are used, and which method over cp,
+    - which matmuls are in FP8,
+    - how tokens are dispatched to experts."""
 
     recompute: str = "none"
     attention: AttentionPath = "auto"

@@ -1,26 +1,28 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): more tokens predicted at
-every position, for a denser loss.
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): more tokens are predicted
+at every position, for a denser loss.
 
-Behind the main model, which from tokens up to i predicts token i + 1, comes a chain of modules.
-Module k takes the representation h of position i from the one before (of the main model: after its
-last norm) and the embedding of token i + k, and predicts token i + k + 1 (equations 21 to 23):
+The main model predicts token i + 1 from the tokens up to i. A chain of modules follows it.
+Module k takes two inputs: the representation h of position i from the previous module (from the
+main model: after its last norm), and the embedding of token i + k. It predicts token i + k + 1
+(equations 21 to 23):
 
     x = w_h norm(h) + w_token norm(embedding of token i + k)      one matrix [2D, D], in two halves
     h = norm(block(x))
     loss_k = cross entropy of head(h)
 
-so a prediction further ahead is made from all tokens in between. Embedding and head are those of
-the main model. What is minimised is the main loss plus ``weight`` times the mean of the modules'
-(equations 24 and 25): sums over tokens, all divided by the main loss's count. It is an auxiliary
-loss like that of experts: a stage gives it beside y, and the loss reported is the main one.
+So a prediction further ahead uses all tokens in between. The modules share the main model's
+embedding and head. The training loss is the main loss plus ``weight`` times the mean of the
+modules' losses (equations 24 and 25). All are sums over tokens, divided by the main loss's
+count. The modules' loss is an auxiliary loss, like the auxiliary loss of experts: a stage
+returns it beside y, and the reported loss is the main loss.
 
-Which token is k places further is known where a row is whole, in ``make_batch``, and travels as
-data: so the shift communicates nothing, on any mesh. Under pipelining all this is in the last
-stage, which then has a copy of the embedding, a twin of the first stage's (training/pipeline.py).
+``make_batch`` shifts the tokens by k, because it has whole rows. The shifted tokens are part of
+the batch, so the shift needs no communication on any mesh. Under pipelining all modules are in
+the last stage. That stage then has a copy of the first stage's embedding (training/pipeline.py).
 
-The modules do not change what the model predicts; without them, or where a batch has no tokens
-ahead (validation, generation), the rest is the model. Left out: drafting with them.
-"""
+The modules do not change the main model's predictions. Without modules, or with a batch that has
+no tokens ahead (validation, generation), only the main model runs. Left out: speculative
+decoding with the modules."""
 
 from __future__ import annotations
 
@@ -57,11 +59,14 @@ class MTPConfig:
 def look_ahead(
     tokens_BS: Tensor, targets_BS: Tensor, depth: int, documents_BS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``[B, S, depth]`` each: what the modules take, tokens i + 1 to i + depth, and their targets,
-    tokens i + 2 to i + 1 + depth, for ``tokens_BS`` (token i) and ``targets_BS`` (token i + 1, or
-    IGNORE). A target is IGNORE where there is none in the row, where the main loss ignores it, and
-    where it is of another document. (A row's last target counts as of the document of the token
-    before.) Tokens past the end are 0, and only ignored targets are behind them."""
+    """Return the modules' inputs and targets, ``[B, S, depth]`` each.
+
+    ``tokens_BS``: token i.
+    ``targets_BS``: token i + 1, or IGNORE.
+    Inputs are tokens i + 1 to i + depth; targets are tokens i + 2 to i + 1 + depth. A target is
+    IGNORE in three cases: the row has no such token, the main loss ignores it, or it is in
+    another document. (A row's last target counts as part of the document of the token before
+    it.) Tokens past the end are 0; they have only ignored targets."""
     shift = lambda x, k, fill: F.pad(x[:, k:], (0, min(k, x.shape[1])), value=fill)
     ahead = torch.cat([tokens_BS[:, 1:], targets_BS[:, -1:].clamp(min=0)], dim=1)
     tokens = [shift(ahead, k, 0) for k in range(depth)]
@@ -76,9 +81,12 @@ def look_ahead(
 def module(
     p: Any, h_TD: Tensor, load_E: Tensor | None, e_TD: Tensor, block: Callable, eps: float
 ) -> tuple[Tensor, ...]:
-    """One module: ``h_TD [T@tokens_sp, D]`` of the one before and ``e_TD``, the embedding of its
-    token -> its own h, and what else ``block(p.block, x_TD, load_E)``, a transformer block, gives.
-    All else is local."""
+    """Apply one module. Everything except ``block`` is local.
+
+    ``h_TD``: ``[T@tokens_sp, D]``, the previous module's h.
+    ``e_TD``: the embedding of this module's token.
+    ``block``: a transformer block, called as ``block(p.block, x_TD, load_E)``.
+    Returns the module's own h and the block's other outputs."""
     x_TD = linear(norm(p.norm_h, h_TD, eps), p.w_h) + linear(
         norm(p.norm_token, e_TD, eps), p.w_token
     )

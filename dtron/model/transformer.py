@@ -1,12 +1,11 @@
-"""The transformer: embedding, blocks, norm, head; as a params dataclass and pure functions like
-every layer.
+"""The transformer: embedding, blocks, norm, head. Like every layer, it is a params dataclass and
+pure functions.
 
-Pre-norm blocks (x + f(norm(x))), as Llama, Qwen and GPT-2 have them. ``embed`` and then ``stage``,
-once per pipeline stage, are the whole model from a batch to the summed loss. What may vary between
-runs without changing the result, where weights are gathered and what is recomputed, is decided in
-layers/recompute.py alone. Dropout is absent by choice: models of today train without it, and
-recomputation needs no random state.
-"""
+Blocks are pre-norm, x + f(norm(x)), as in Llama, Qwen and GPT-2. ``embed``, followed by
+``stage`` once per pipeline stage, is the whole model from a batch to the summed loss.
+layers/recompute.py alone decides where weights are all-gathered and which activations are
+recomputed; both may vary between runs without changing the result. Dropout is left out on
+purpose: current models train without it, and recompute then needs no random state."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Module:
-    """Of multi-token prediction; see model/mtp.py."""
+    """One module of multi-token prediction; see model/mtp.py."""
 
     norm_h: Norm = part()
     norm_token: Norm = part()
@@ -66,7 +65,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Transformer:
-    """The model, or a stage of it with the rest missing; see training/pipeline.py."""
+    """The model, or one stage of it with the other params missing; see training/pipeline.py."""
 
     embedding: Embedding | None = part()
     blocks: tuple[Block, ...] = part(count="layers", each="blocks")
@@ -76,7 +75,7 @@ class Transformer:
 
     @property
     def all_blocks(self) -> tuple[Block, ...]:
-        """Those of multi-token prediction too, last."""
+        """All blocks; the blocks of multi-token prediction come last."""
         return (*self.blocks, *(module.block for module in self.mtp))
 
 
@@ -100,10 +99,13 @@ def block(
     past: KVCache | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``x_TD [T@tokens_sp, D]`` -> ``(the same,)``, and from a layer of experts also what is added
-    to the loss and its ``Report``. ``before_E`` and ``seen`` are for experts; ``recipe``: matrix
-    products in FP8, or None; ``past``: keys and values of earlier tokens; ``chunk``: of an MLP, see
-    there."""
+    """Apply a block: ``x_TD [T@tokens_sp, D]`` -> ``(x_TD,)``. A block with experts also returns
+    its term of the loss and the fields of its ``LayerStats``.
+
+    ``before_E``, ``seen``: for experts, see ``moe``.
+    ``recipe``: matmuls in FP8, or None.
+    ``past``: keys and values of earlier tokens.
+    ``chunk``: chunk size of the MLP, see ``mlp``."""
     attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
     x_TD = x_TD + attend(
@@ -117,7 +119,7 @@ def block(
 
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
-    """What the first stage takes: ``x_TD [T@tokens_sp, D]``."""
+    """Compute the first stage's input: ``x_TD [T@tokens_sp, D]``."""
     return embedding(gather(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
 
 
@@ -131,10 +133,13 @@ def stage(
     layout: Layout,
     how: ComputeConfig = PLAIN,
 ) -> tuple[Tensor, StageOutput | None]:
-    """The blocks of a stage, and in the last one the head. ``x_TD [T@tokens_sp, D]`` -> the same,
-    or the summed loss over the batch's valid tokens, its sum over data ranks still pending; and
-    what the stage adds to it and reports. ``before``: the reports of the step so far, where they
-    matter."""
+    """Run the blocks of a stage, and in the last stage the head.
+
+    ``x_TD``: ``[T@tokens_sp, D]``.
+    ``before``: the summed reports of the step so far, where they are needed.
+    Returns x_TD again, or in the last stage the loss summed over the batch's valid tokens. The
+    loss's sum over data ranks is still pending. Also returns the stage's terms of the loss and
+    its report."""
     run = _runner(p, batch, x_TD, m, layout, how, before)
     x_TD, extras = _trunk(p, x_TD, run, m, layout, how.recompute)
     if p.norm is None:
@@ -156,9 +161,12 @@ def stage_logits(
     past: Sequence[KVCache] | None = None,
     last_B: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """``stage``, but the last one gives logits ``[T@tokens, vocab]``, in float32 at least. With ``past``, one
-    for each block, the batch goes on from the tokens before, at its positions, and is added to it.
-    ``last_B [B@tokens]``: the token of each row whose logits are wanted, ``[B@tokens, vocab]``."""
+    """``stage``, but the last stage returns logits ``[T@tokens, vocab]``, in float32 at least.
+
+    ``past``: one KV cache per block. The batch continues the cached tokens at its positions and
+        is appended to the cache.
+    ``last_B``: ``[B@tokens]``, the one token of each row whose logits are returned: ``[B@tokens,
+        vocab]``."""
     how = PLAIN if past is None else replace(PLAIN, attention=with_bias(m.softcap, m.sinks))
     x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
     if p.norm is None:
@@ -179,12 +187,12 @@ def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
 def forward(
     p: Transformer, batch: Batch, m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN
 ) -> Tensor:
-    """The whole model as one stage: the summed loss."""
+    """Run the whole model as one stage and return the summed loss."""
     return stage(p, embed(p, batch, m, layout), batch, m=m, layout=layout, how=how)[0]
 
 
 def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
-    """The whole model as one stage: the logits."""
+    """Run the whole model as one stage and return the logits."""
     return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
 
 
@@ -205,10 +213,13 @@ def _runner(
     before: dict[str, Tensor] | None = None,
     past: Sequence[KVCache] | None = None,
 ) -> Run:
-    """What runs the blocks of a stage, with all that they have in common. ``run(p_i, x_TD, i,
-    end)`` gives x and a list of what else the i-th of ``p.all_blocks`` gives, if it has experts;
-    ``end``: it is the first or the last of the model. ``around`` wraps the block, whose weights are
-    then a part of ``p_i``; ``targets_T`` say which tokens count (None: the batch's)."""
+    """Return ``run(p_i, x_TD, i, end)``, which runs block i of ``p.all_blocks``. Everything that
+    the blocks of a stage share is prepared here once. ``run`` returns x_TD and a list of the
+    block's other outputs, which is empty without experts.
+
+    ``end``: whether the block is the first or the last of the model.
+    ``around``: wraps the block; the block's weights are then a field of ``p_i``.
+    ``targets_T``: decides which tokens count (None: the batch's targets)."""
     table_TH = None
     if m.positions == "rotary":
         make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
@@ -254,8 +265,8 @@ def _runner(
 def _trunk(
     p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout, recompute: str = "none"
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """The blocks, and in the last stage the norm before the head."""
-    # With a tied head, or predictions further ahead, the last stage has an embedding too.
+    """Run the blocks, and in the last stage the norm before the head."""
+    # With a tied head or multi-token prediction the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
     extras = []
     for i, p_block in enumerate(p.blocks):
@@ -276,8 +287,8 @@ def _ahead(
     m: ModelConfig,
     layout: Layout,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Multi-token prediction: each module's loss, a sum over tokens like the main one; and what
-    else their blocks give."""
+    """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
+    loss, and the other outputs of the modules' blocks."""
     w_tokens = Embedding(layout.gather(p.embedding.w_tokens, "vocab", "embed"), None)
     losses, extras = [], []
     for k, p_k in enumerate(p.mtp):
@@ -291,7 +302,7 @@ def _ahead(
 
 
 def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> TokenInfo:
-    """Each rank takes its part: local."""
+    """Make the ``TokenInfo``. Each rank keeps its shard; no communication."""
     valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
     rows = batch.tokens_T.shape[0] // batch.sequence
     place_T = None
@@ -304,8 +315,8 @@ def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> To
 def _extra(
     extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
 ) -> StageOutput | None:
-    """Of a stage: what is added to the loss, and reports, with a row for each layer of experts and
-    each prediction ahead."""
+    """Collect a stage's terms of the loss and its reports. A report has one row per layer with
+    experts, or per prediction ahead."""
     pending = ("+tokens_sp",)
     stack = lambda xs: layout.local(lambda *rows: torch.stack(rows), [pending] * len(xs), pending)(
         *(x.detach() for x in xs)
@@ -323,10 +334,10 @@ def _extra(
         added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
     aux = (
         sum(added[1:], added[0]) if added else None
-    )  # sum() alone begins with 0, which is no pending sum
+    )  # sum() starts with 0, and 0 is not a pending sum
     return StageOutput(aux, report) if report else None
 
 
 def _row(x: Tensor, i: int, layout: Layout) -> Tensor:
-    """Row i of a pending sum."""
+    """Select row i of a pending sum."""
     return layout.local(lambda x: x[i], [("+tokens_sp",)], ("+tokens_sp",))(x)

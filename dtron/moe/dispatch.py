@@ -1,27 +1,30 @@
-"""Bringing tokens to their experts, and what comes of them back.
+"""Dispatch: send tokens to their experts and combine the experts' outputs.
 
-Each of T tokens goes to K experts: T * K *slots*. A ``TokenPermutation`` says in which row of a
-buffer, sorted by expert, each slot stands. ``permute`` copies tokens into that buffer and
-``unpermute`` adds a token's K results up, each times its weight; their gradients are each other's,
-so nothing is ever added into a buffer at random places.
+Each of T tokens goes to K experts. These T * K (token, expert) pairs are the *slots*. A
+``TokenPermutation`` gives the row of each slot in a buffer that is sorted by expert. ``permute``
+copies tokens into this buffer. ``unpermute`` multiplies the K outputs of each token by their
+weights and sums them. Each is the backward of the other, so no scatter-add at random rows is ever
+needed.
 
-Four dispatchers, one signature: ``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD,
-dropped)``. ``run`` computes the experts that are here on rows sorted by them, of which ``first`` is
-the first. ``over`` says between which ranks experts are spread. They differ in what they
-communicate over ep and in what shapes depend on:
+There are four dispatchers with one signature:
+``(x_TD, weights_TK, index_TK, first, run, over) -> (y_TD, dropped)``.
+``first``: the index of the first expert on this rank.
+``run``: computes the experts of this rank, on rows sorted by expert.
+``over``: the ranks that the experts are sharded over.
+The dispatchers differ in their communication over ep and in their shapes:
 
-    local        ep = 1; no communication; T * K rows
-    alltoall     rows go to the ranks of their experts, and back: as many as there are, so the host must know
-                 how many, and waits for it. Two all-to-alls of rows, and one of E counts. Not compiled
-    static       the same with room for ``capacity`` rows per expert from each rank, filled or not: two
-                 all-to-alls. What finds no room is dropped, the smallest weights first; or there is room for
-                 every token, and none is
-    allgather    every rank gets all tokens of the group, computes its own experts' rows and adds to the sum
-                 that each gets its part of: an all-gather and a reduce-scatter. Less than an all-to-all sends
-                 where ep < K; but the buffers are those of all ranks' slots
+    local        ep = 1: no communication; T * K rows.
+    alltoall     Sends rows to the ranks of their experts, and back. The number of rows depends on
+                 the data, so the host waits for it. Two all-to-alls of rows and one of E counts.
+                 Not compiled.
+    static       The same, with a fixed ``capacity`` of rows per expert and source rank, filled or
+                 not. Two all-to-alls. Slots beyond the capacity are dropped, smallest weights
+                 first. With room for every token, no slot is dropped.
+    allgather    Every rank all-gathers the tokens of its group, computes the rows of its own
+                 experts, and a reduce-scatter sums the outputs. Sends less than an all-to-all
+                 where ep < K. But the buffers have room for the slots of all ranks.
 
-``static`` and ``allgather`` never wait for the host, and compile without breaks.
-"""
+``static`` and ``allgather`` never wait for the host and compile without graph breaks."""
 
 from __future__ import annotations
 
@@ -38,15 +41,18 @@ from dtron.distributed.collectives import all_gather, all_to_all, reduce_scatter
 from dtron.torch_compile import opaque
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
-Run = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on the experts that are here
+Run = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on this rank's experts
 
-Sent = tuple[Tensor, Tensor | None]  # y_TD, and how many slots were dropped (None: none can be)
+Sent = tuple[Tensor, Tensor | None]  # y_TD and the number of dropped slots (None: cannot drop)
 
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The experts that there are, the ranks that they are spread between (None: all are here) and
-    the rows that each has room for, as a multiple of the mean (0: for all)."""
+    """Number of experts, their ranks, and their capacity.
+
+    ``experts``: the number of experts on all ranks.
+    ``ranks``: the ranks that the experts are sharded over (None: all experts are on this rank).
+    ``capacity``: rows per expert, as a multiple of the mean load (0: room for all tokens)."""
 
     experts: int
     ranks: DeviceMesh | None
@@ -62,8 +68,12 @@ class ExpertGroup:
 
 
 class TokenPermutation(NamedTuple):
-    """``place_S``: the row of each slot; ``kept_S``: whether it has one (None: all have). ``slot_R``: the
-    slot in each row; ``filled_R``: whether there is one (None: in all)."""
+    """Mapping between slots and rows of a buffer, in both directions.
+
+    ``place_S``: the row of each slot.
+    ``kept_S``: whether the slot has a row (None: every slot has one).
+    ``slot_R``: the slot of each row.
+    ``filled_R``: whether the row has a slot (None: every row has one)."""
 
     place_S: Tensor
     kept_S: Tensor | None
@@ -74,9 +84,9 @@ class TokenPermutation(NamedTuple):
 def by_expert(
     expert_S: Tensor, experts: int, kept_S: Tensor | None = None
 ) -> tuple[TokenPermutation, Tensor]:
-    """Rows sorted by expert, as many as there are slots, and where each expert's rows end. Slots
-    that are not kept have an expert beyond the last, and so stand behind, in rows that count as
-    empty."""
+    """Return a permutation with one row per slot, sorted by expert, and the row where each
+    expert ends. Slots that are not kept have an expert index beyond the last expert. So they
+    are sorted to the end, and their rows count as empty."""
     sorted_R, slot_R = expert_S.sort(stable=True)
     place_S = torch.empty_like(slot_R).scatter(
         0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device)
@@ -88,18 +98,18 @@ def by_expert(
 
 
 def permute(x_TD: Tensor, plan: TokenPermutation) -> Tensor:
-    """``[R, D]``: each row the token of its slot."""
+    """Copy into each row the token of its slot: ``[R, D]``."""
     return _Spread.apply(x_TD, *plan)
 
 
 def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: TokenPermutation) -> Tensor:
-    """``[T, D]``: the sum of each token's rows, times their weights."""
+    """Sum the rows of each token, times their weights: ``[T, D]``."""
     return _Collect.apply(y_RD, weights_TK, *plan)
 
 
 def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
-    """Rows of x; zero where there is none. Not a product: what lies in an unused row may be
-    anything."""
+    """Select rows of x; a row that is not ``there`` is zero. Uses where() instead of multiplying
+    by 0, because an unused row may hold any value (NaN too)."""
     rows = x.index_select(0, index)
     return rows if there is None else torch.where(there[:, None], rows, 0)
 
@@ -153,7 +163,7 @@ def alltoall(
 ) -> Sent:
     plan, ends_E = by_expert(index_TK.flatten(), over.experts)
     counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(over.parts, over.here)
-    theirs_RE = all_to_all(counts_RE, over.ranks)  # of my experts, what each rank has for them
+    theirs_RE = all_to_all(counts_RE, over.ranks)  # rows from each rank per local expert
     sent, received = counts_RE.sum(1).tolist(), theirs_RE.sum(1).tolist()  # the host waits
     rows = all_to_all(permute(x_TD, plan), over.ranks, received, sent)
     experts = torch.arange(over.here, device=rows.device).repeat(over.parts)
@@ -169,7 +179,7 @@ def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 @opaque
 class _Permute(torch.autograd.Function):
-    """``permute`` with one slot per token, of which there may be none."""
+    """``permute`` with one slot per token. The number of tokens may be 0."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -185,7 +195,7 @@ def static(
     x_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, first: Tensor, run: Run, over: ExpertGroup
 ) -> Sent:
     tokens, k = index_TK.shape
-    room = tokens  # a token goes to an expert once at most
+    room = tokens  # a token goes to an expert at most once
     if over.capacity:
         room = min(tokens, math.ceil(over.capacity * tokens * k / over.experts))
     plan = by_room(index_TK.flatten(), weights_TK.detach().flatten(), over.experts, room)
@@ -201,7 +211,7 @@ def static(
 
 
 def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> TokenPermutation:
-    """``room`` rows for each expert, for the slots of the largest weights."""
+    """Give each expert ``room`` rows, for its slots with the largest weights."""
     device = expert_S.device
     by_weight = weight_S.argsort(descending=True, stable=True)
     order_S = by_weight[
@@ -211,7 +221,7 @@ def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> Toke
     starts_E = torch.searchsorted(sorted_S, torch.arange(experts, device=device))
     number_S = torch.arange(len(order_S), device=device) - starts_E[sorted_S]
     kept, rows = number_S < room, experts * room
-    # What finds no room stands in a row of its own behind, which is then cut off.
+    # Dropped slots share one extra row at the end, which is then sliced off.
     place = torch.where(kept, sorted_S * room + number_S, rows)
     slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)[
         :rows
@@ -238,7 +248,7 @@ DISPATCHERS = {"local": local, "alltoall": alltoall, "static": static, "allgathe
 
 
 def choose_dispatcher(dispatch: Dispatch, over: ExpertGroup) -> Callable:
-    """The dispatcher that a setting stands for."""
+    """Return the dispatcher for a setting."""
     if over.capacity or dispatch == "static":
         return static
     if over.ranks is None:

@@ -1,14 +1,14 @@
 """The experts: many small feed-forward layers, computed together.
 
-The rows that they get stand sorted by expert, and one *grouped* product multiplies each run of rows
-by its own matrix (``F.grouped_mm``; Gale et al. 2022, arXiv:2211.15841, is the idea of not padding
-them). Beside it stands the slow and clear version, a loop over experts, which also serves float32
-and float64: the kernel is one of bfloat16. Where every expert has the same number of rows they are
-a plain batched product. In FP8 both are one kernel (fp8/scaled_grouped_mm.py).
+Their input rows are sorted by expert. One *grouped* matmul multiplies the rows of each expert by
+that expert's matrix (``F.grouped_mm``; the idea of not padding them is from Gale et al. 2022,
+arXiv:2211.15841). There is also a slow and clear version, a loop over experts. It serves float32
+and float64, because the kernel supports bfloat16 only. If every expert has the same number of
+rows, a batched matmul is enough. In FP8 both cases use one kernel (fp8/scaled_grouped_mm.py).
 
-Unlike an MLP (``recompute.in_chunks``) they take all rows at once, at any length of sequence: each
-expert has but some of the tokens, and a chunk would leave its products too few rows.
-"""
+Unlike an MLP (``recompute.in_chunks``), the experts take all rows at once, at any sequence
+length. Each expert has only some of the tokens, so with chunks its matmuls would have too few
+rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dtron.fp8.recipe import Recipe
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 
-LIMIT, SLOPE = 7.0, 1.702  # of gpt-oss's SwiGLU
+LIMIT, SLOPE = 7.0, 1.702  # constants of gpt-oss's SwiGLU
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Experts:
     b_down: Tensor | None = weight("experts", "act_embed", init=zeros, when="expert_bias")
 
 
-# What a region of experts takes of them, in the order of ``flat``.
+# Placements of the expert weights in a local region, in the order of ``flat``.
 WEIGHTS = (
     *[("experts", None, "expert_mlp")] * 2,
     ("experts", "expert_mlp", None),
@@ -55,10 +55,14 @@ def compute(
     cuts: int = 1,
     recipe: Recipe | None = None,
 ) -> Tensor:
-    """Rank-local. ``x [R, D]`` sorted by expert, the rows of expert e ending before ``ends_E[e]`` -> the
-    same shape; rows after the last end come out as anything. With ``ends_E`` None, ``x [E, C, D]``.
-    ``cuts``: the ranks that each expert is cut over; what they give must be added up. ``recipe``: products in
-    FP8, or None."""
+    """Compute the experts of this rank (rank-local).
+
+    ``x``: ``[R, D]``, sorted by expert, or ``[E, C, D]`` if ``ends_E`` is None. The output has
+        the same shape.
+    ``ends_E``: the rows of expert e end before ``ends_E[e]``. Output rows after the last end are
+        undefined.
+    ``cuts``: the number of ranks that each expert is sharded over. Their outputs must be summed.
+    ``recipe``: matmuls in FP8, or None."""
     gate, up = (
         product(x, w, b, ends_E, recipe) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up))
     )
@@ -73,7 +77,7 @@ def compute(
 def product(
     x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe: Recipe | None = None
 ) -> Tensor:
-    """``x @ w[e] + b[e]`` for the rows of each expert e."""
+    """Compute ``x @ w[e] + b[e]`` for the rows of each expert e."""
     y = grouped_matmul(x, w, ends_E, recipe)
     if y is None:
         y = x @ w if ends_E is None else _way(x)(x, w, ends_E)
@@ -81,9 +85,9 @@ def product(
         return y
     if ends_E is None:
         return y + b[:, None]
-    # A kernel leaves the rows after the last end unwritten, in backward too. They get a row of
-    # zeros that stands behind the biases: were it the last expert's, its gradient would add up what
-    # lies in them.
+    # Kernels leave the rows after the last end unwritten, in backward too. These rows get an
+    # extra bias row of zeros. If they used the last expert's bias, its gradient would sum their
+    # undefined values.
     places = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True)
     return y + F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)

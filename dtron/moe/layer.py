@@ -1,12 +1,15 @@
-"""A mixture-of-experts layer: router, dispatch, experts, and back.
+"""A mixture-of-experts layer: router, dispatch, experts, combine.
 
-The router works on each token once, where the residual stream has it. What a token needs goes with
-it to where experts get it: over etp, where each expert is cut, its ranks need the same tokens, as
-in any tensor- parallel layer (an all-gather before, a reduce-scatter after); over ep, each rank
-sends its tokens to those that have their experts (dispatch.py). The region that does so is one
-local region, with the rest of the parallelism in its declared placements: gradients of expert
-weights are sums over the ranks that hold the same experts, edp and dp_replicate, and over no other.
-"""
+The router computes each token once, on the rank that holds the token's shard of the residual
+stream. Then tokens, weights and indices are sent to the ranks of the experts:
+
+- Over etp each expert is sharded and its ranks need the same tokens, as in any tensor-parallel
+  layer: an all-gather before, a reduce-scatter after.
+- Over ep each rank sends its tokens to the ranks of their experts (dispatch.py).
+
+The dispatch is one local region. Its declared placements express the rest of the parallelism:
+gradients of expert weights are summed over the ranks that hold the same experts (edp and
+dp_replicate) and over no other ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ from dtron.params import part, weight
 
 @dataclass(frozen=True)
 class MoELayer:
-    """``shared`` is an expert that every token uses, ``w_shared`` its gate."""
+    """A mixture-of-experts layer's params.
+
+    ``shared``: an expert that every token uses.
+    ``w_shared``: the gate of the shared expert."""
 
     router: Router = part()
     experts: Experts = part()
@@ -37,8 +43,11 @@ class MoELayer:
 
 
 class TokenInfo(NamedTuple):
-    """What the router and its losses must know of tokens, ``[T@tokens_sp]``: whether each counts,
-    and its sequence, of ``rows``; and for forced balance its place among the tokens of all rows."""
+    """Token data for the router and its losses, ``[T@tokens_sp]``.
+
+    ``valid_T``: whether the token counts.
+    ``rows_T``: the token's sequence, out of ``rows``.
+    ``place_T``: the token's position among the tokens of all rows, for forced balance."""
 
     valid_T: Tensor
     rows_T: Tensor
@@ -47,8 +56,11 @@ class TokenInfo(NamedTuple):
 
 
 class LayerStats(NamedTuple):
-    """Of one layer, sums over tokens, pending: tokens per expert; tokens, entropies, auxiliary and
-    z-losses; slots dropped."""
+    """Statistics of one layer: sums over tokens, pending (not yet all-reduced).
+
+    ``load_E``: tokens per expert.
+    ``totals``: tokens, entropies, auxiliary losses and z-losses.
+    ``dropped``: dropped slots."""
 
     load_E: Tensor
     totals: Tensor
@@ -65,13 +77,16 @@ def moe(
     dispatch: Dispatch = "auto",
     recipe: Recipe | None = None,
 ) -> tuple[Tensor, Tensor, LayerStats]:
-    """``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``: the same shape and placement, and what
-    is added to the loss, its sum over tokens pending. ``before_E``: see ``route``; ``recipe``:
-    products in FP8, or None."""
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``.
+
+    ``y_TD``: has the shape and placement of ``x_TD``.
+    ``aux``: a term of the loss; its sum over tokens is pending.
+    ``before_E``: see ``route``.
+    ``recipe``: matmuls in FP8, or None."""
     to = route(p.router, x_TD, *seen[:3], c, layout, before_E, seen.place_T)
     tokens, chosen = ("tokens_ep", "act_embed"), ("tokens_ep", None)
     first = layout.iota("experts", c.experts, x_TD.device)
-    # Nothing moves but over etp: all-gathers, and the reduce-scatter after.
+    # Communicates over etp only: all-gathers here, and the reduce-scatter after.
     sent = layout.constrain(x_TD, *tokens)
     weights_TK, index_TK = (
         layout.constrain(to.weights_TK, *chosen),
@@ -106,13 +121,13 @@ def _experts(
     dispatch: Dispatch,
     recipe: Recipe | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rank-local, but for what the dispatcher communicates over ep."""
+    """Rank-local, except for the dispatcher's communication over ep."""
     over = ExpertGroup(c.experts, layout.experts, c.capacity)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     y_TD, dropped = choose_dispatcher(dispatch, over)(
         x_TD, weights_TK, index_TK, first[0], run, over
     )
-    # The ranks that share an expert have dropped the same.
+    # The ranks that shard one expert have dropped the same slots.
     count = x_TD.new_zeros((), dtype=weights_TK.dtype)
     return y_TD, count if dropped is None else dropped.to(weights_TK.dtype) / cuts

@@ -1,26 +1,28 @@
-"""Which token goes to which experts, and what keeps their load even.
+"""The router: chooses the experts of each token and keeps their load even.
 
-A token's logits are its product with the router's matrix; scores are their softmax or sigmoid, and
-the token goes to its top k (Shazeer et al. 2017, arXiv:1701.06538). DeepSeek-V3 (arXiv:2412.19437,
-section 2.1.2) first takes the best groups of experts, so that a token is sent to few nodes. All in
-float32 at least: experts are chosen by differences that bfloat16 does not have.
+A token's logits are its matmul with the router's matrix. Scores are the softmax or sigmoid of
+the logits. The token goes to its top k experts (Shazeer et al. 2017, arXiv:1701.06538).
+DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) first chooses the best groups of experts, so that a
+token is sent to few nodes. The router computes in float32 at least, because score differences
+that decide the choice can be smaller than bfloat16 resolves.
 
-Nothing in this makes the load even, so something must be added:
+Nothing in this makes the load even. Three terms can be added:
 
-- the auxiliary loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6): per token, ``E sum_e f_e p_e``,
-  with the fraction f of the load that expert e has and the token's score p. It is 1 where the load is even
-  and more where it is not. Its *level* is the set of tokens that f is counted over: a micro-batch, of all
-  ranks; each sequence (DeepSeek-V3, equations 17 to 20); or the step so far, every micro-batch up to this
-  one (Qiu et al. 2025, arXiv:2501.11873: the larger the set, the freer experts are to specialise);
-- a bias on the scores that only chooses (Wang et al. 2024, arXiv:2408.15664): after each step, it goes up
-  where an expert had less than the mean and down where it had more. It is no weight of the optimizer;
-- z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5), which keeps logits small.
+- The auxiliary loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6): per token, ``E
+  sum_e f_e p_e``, where f_e is the fraction of the load of expert e and p_e the token's score.
+  It is 1 if the load is even, and more otherwise. Its *level* is the set of tokens that f is
+  counted over: a microbatch, of all ranks; each sequence (DeepSeek-V3, equations 17 to 20); or
+  the step so far, i.e. every microbatch up to this one (Qiu et al. 2025, arXiv:2501.11873: the
+  larger the set, the freer experts are to specialise).
+- A bias on the scores that affects only the choice (Wang et al. 2024, arXiv:2408.15664). After
+  each step it increases for experts with less than the mean load and decreases for experts with
+  more. The optimizer does not update it.
+- The z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5), which keeps logits small.
 
 Losses are sums over tokens, like the main loss, and are divided once by the same count. A token
-whose target does not count counts in none of this, though it goes to experts like any other. f is a
-count over all ranks that have tokens: one all-reduce of E numbers per layer (none without an
-auxiliary loss).
-"""
+whose target is ignored adds to no loss and no load, but it goes to experts like any other token.
+f is counted over all ranks that have tokens: one all-reduce of E numbers per layer (none without
+an auxiliary loss)."""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from dtron.params import weight, zeros
 
 @dataclass(frozen=True)
 class Router:
-    """``balance`` only chooses; see ``update_router_bias``."""
+    """The router's params. ``balance`` affects only the choice of experts; see
+    ``update_router_bias``."""
 
     w: Tensor = weight("embed", "act_experts")
     b: Tensor | None = weight("act_experts", init=zeros, when="router_bias")
@@ -45,10 +48,13 @@ class Router:
 
 
 class Routed(NamedTuple):
-    """``weights_TK`` and ``index_TK [T@tokens_sp, K]``: a token's experts and what their outputs
-    are multiplied by. ``aux``: what is added to the loss. ``load_E``: tokens per expert.
-    ``totals``: of tokens, entropies, auxiliary losses and z-losses, in that order. The last three
-    are sums over tokens, pending."""
+    """The router's output. The last three fields are sums over tokens, pending.
+
+    ``weights_TK``: ``[T@tokens_sp, K]``, the factors of the experts' outputs.
+    ``index_TK``: ``[T@tokens_sp, K]``, the experts of each token.
+    ``aux``: a term of the loss.
+    ``load_E``: tokens per expert.
+    ``totals``: sums of tokens, entropies, auxiliary losses and z-losses, in this order."""
 
     weights_TK: Tensor
     index_TK: Tensor
@@ -71,9 +77,12 @@ def route(
     before_E: Tensor | None = None,
     place_T: Tensor | None = None,
 ) -> Routed:
-    """``x_TD [T@tokens_sp, D]``. ``valid_T``: whether a token counts; ``rows_T``: its sequence, of ``rows``.
-    ``before_E``: the load of the step so far, for the auxiliary loss of that level. ``place_T``:
-    of a token among all, for forced balance."""
+    """Route ``x_TD [T@tokens_sp, D]``.
+
+    ``valid_T``: whether a token counts.
+    ``rows_T``: the token's sequence, out of ``rows``.
+    ``before_E``: the load of the step so far, for the auxiliary loss of level ``global_batch``.
+    ``place_T``: the token's position among all tokens, for forced balance."""
     ins = (
         ("tokens_sp", None), (None, "act_experts"), ("act_experts",), ("act_experts",),
         ("tokens_sp",), ("tokens_sp",), ("tokens_sp",), ("+tokens_sp",),
@@ -98,7 +107,7 @@ def _route(
     c: MoEConfig,
     layout: Layout,
 ) -> tuple[Tensor, ...]:
-    """Rank-local, but for the counts of the auxiliary loss."""
+    """Rank-local, except for the counts of the auxiliary loss."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TE = x_TD.to(wide) @ w.to(wide)
     if b is not None:
@@ -134,8 +143,9 @@ def _route(
 
 
 def choose(scores_TE: Tensor, balance: Tensor | None, c: MoEConfig) -> Tensor:
-    """``[T, K]``: the experts of each token. The score of a group is the sum of its two best experts where
-    scores are sigmoids (DeepSeek-V3) and that of its best where they are a softmax (DeepSeek-V2)."""
+    """Return the experts of each token: ``[T, K]``. The score of a group is the sum of its two
+    best experts if scores are sigmoids (DeepSeek-V3), and its best expert if they are a
+    softmax (DeepSeek-V2)."""
     if balance is not None:
         scores_TE = scores_TE + balance.to(scores_TE.dtype)
     if c.groups > 1:
@@ -156,8 +166,8 @@ def _fractions(
     c: MoEConfig,
     layout: Layout,
 ) -> Tensor:
-    """``[T, E]``, or ``[1, E]`` where it is the same for all tokens: the fraction of the load of a
-    token's set that each expert has. Communicates E numbers (of each sequence)."""
+    """Return each expert's fraction of the load in the token's set: ``[T, E]``, or ``[1, E]`` if
+    it is the same for all tokens. Communicates E numbers (per sequence at level ``sequence``)."""
     if c.aux_level == "sequence":
         counts = chosen_TE.new_zeros(rows, chosen_TE.shape[1]).index_add(0, rows_T, chosen_TE)
     else:

@@ -1,9 +1,9 @@
-"""The command line: every field of RunConfig is a flag, by tyro; every mistake is one line.
+"""The command line: tyro turns every field of RunConfig into a flag; every error is one line.
 
-``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of it, in any order: the
-name is looked for first and becomes the default that the other flags change. tyro knows the types,
-the choices and the help; what it says of a mistake fills a screen, so the same is said here in one
-line, with the remedy.
+``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of the preset, in any order.
+The name is parsed first and becomes the default for the other flags. tyro handles the types, the
+choices and the help. Its error messages fill a screen, so this module shortens them to one line
+with the remedy.
 """
 
 import contextlib
@@ -33,10 +33,14 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
-    """The config that these arguments describe: ``default`` (a frozen dataclass with a ``model``;
-    None: a RunConfig) with the given fields changed. Raises UserError, in one line, for an unknown
-    flag or a bad value; ``--help`` and ``--version`` print and exit."""
-    import tyro  # a slow import, and only command lines need it
+    """Parse the arguments into a config: ``default`` with the given fields changed.
+
+    ``default``: a frozen dataclass with a ``model``; None: a RunConfig.
+
+    Raises UserError, in one line, for an unknown flag or a bad value. ``--help`` and ``--version``
+    print and exit.
+    """
+    import tyro  # a slow import that only command lines need
 
     default = default or RunConfig()
     config_class = type(default)
@@ -82,7 +86,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
 
 
 def _loaded(folder: str, name: str | None) -> ModelConfig:
-    """The model that ``--init-from`` begins with."""
+    """Read the model config of the ``--init-from`` folder."""
     from dtron.hf import read_config
 
     if name is not None:
@@ -93,8 +97,8 @@ def _loaded(folder: str, name: str | None) -> ModelConfig:
 
 
 def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
-    """The config with the tokenizer of the model that it begins with. Raises UserError where flags
-    say that the model is another."""
+    """Return the config with the tokenizer of the ``--init-from`` model. Raises UserError if flags
+    contradict this model."""
     from dtron.hf import contradiction
 
     folder = Path(config.init_from)
@@ -124,7 +128,7 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 def load(path: Path) -> RunConfig:
-    """Read what ``save`` wrote."""
+    """Read a config written by ``save``."""
     return _build(RunConfig, json.loads(path.read_text()))
 
 
@@ -160,7 +164,7 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-# What other trainers call it.
+# Flag names of other trainers.
 _ALIASES = {
     "lr": "--optim.lr", "learning-rate": "--optim.lr", "precision": "--dtype", "epochs": "--steps",
     "seq-length": "--data.sequence", "seq-len": "--data.sequence", "hidden-size": "--model.embed",
@@ -170,8 +174,8 @@ _ALIASES = {
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str | None:
-    """The flag that was meant: what others call so, one whose last part is this, or one spelled
-    alike."""
+    """Return the intended flag: an alias of other trainers, a flag with the same last component, or
+    a flag with similar spelling."""
     name = flag.lstrip("-")
     if _ALIASES.get(name) in known:
         return _ALIASES[name]
@@ -192,7 +196,7 @@ def _value_of(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _one_line(box: str) -> str:
-    """What tyro's box says, less its frame, its title and its hints."""
+    """Return the text of tyro's error box without its frame, title and hints."""
     text = re.sub(r"\x1b\[[\d;]*m", "", box)
     rows = [re.sub(r"^[\s│|╭╰]+|[\s│|╮╯]+$", "", row) for row in text.splitlines()]
     parts, part = [], []
@@ -206,5 +210,5 @@ def _one_line(box: str) -> str:
     body = re.sub(r"\s+([.,])", r"\1", body).removeprefix("Error parsing ").rstrip(".")
     ours = re.match(
         r"\w+: (?=--|\w+\.\w+=)", body
-    )  # a config's own error, behind the name of its group
+    )  # the config's own error message, after the name of its group
     return body[ours.end() :] if ours else f"{body}; see --help"

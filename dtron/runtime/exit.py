@@ -1,5 +1,5 @@
-"""How every command ends: what the user can mend is one line on stderr, and no rank is left
-hanging."""
+"""Exit handling of every command. An error that the user can fix is one line on stderr. No rank is
+left hanging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError instead of printing its usage and leaving."""
+    """A parser that raises UserError instead of printing its usage and exiting."""
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
-    exception is a fault of the program and keeps its traceback."""
+    exception is a bug in the program and keeps its traceback."""
     ending = threading.Event()
 
     def end(*_) -> None:
@@ -33,8 +33,8 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
         threading.Timer(GRACE, os._exit, [143]).start()
 
     if "WORLD_SIZE" in os.environ:
-        # When a rank dies, torchrun ends the others at once. A moment's grace lets them say whom
-        # they miss.
+        # When a rank dies, torchrun sends SIGTERM to the others at once. The grace period lets them
+        # report which rank is lost.
         signal.signal(signal.SIGTERM, end)
     try:
         return main(argv)
@@ -55,20 +55,20 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
-    # What every rank refuses, rank 0 says: torchrun then ends the others while they wait here. Only
-    # what this rank alone has to say is still said.
+    # If every rank has the same error, rank 0 reports it. torchrun then ends the other ranks while
+    # they wait here. An error of this rank alone is still printed after the wait.
     if rank and not at_once and ending.wait(OTHERS_WAIT):
         os._exit(code)
     if rank:
         text = f"rank {rank}: {text}"
     print(text, file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
-        os._exit(code)  # not through a process group that others may wait in
+        os._exit(code)  # skip process group teardown: other ranks may wait in it
     return code
 
 
 def _lost(error: RuntimeError) -> str:
-    """What a collective says of a rank that is gone, in any library's words; empty for another
+    """Return the part of a gloo or NCCL error that says a rank is lost; empty for any other
     error."""
     said = str(error)
     words = (

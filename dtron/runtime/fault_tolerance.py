@@ -1,17 +1,18 @@
-"""What a run outlives: being told to stop, steps that come to nothing, and losses out of line.
+"""Fault tolerance: stop signals, non-finite steps and loss spikes.
 
-**Signals.** A job that must make room gets SIGTERM (torchrun, Slurm) or SIGUSR1 (Slurm's warning),
-a person presses Ctrl-C. All mean: finish the step, save, leave. A signal reaches each rank at
-another moment, perhaps another step, so before every step the ranks agree: a number of one integer,
-over the hosts' own network.
+**Signals.** A preempted job gets SIGTERM (torchrun, Slurm) or SIGUSR1 (Slurm's warning). A user
+presses Ctrl-C. All three mean: finish the step, save a checkpoint, exit. A signal reaches each rank
+at a different time, perhaps in a different step. So the ranks agree before every step: they
+all-reduce one integer over gloo, the hosts' own network.
 
-**Steps that are not finite.** One bad batch in a million makes a loss of NaN or infinity, and one
-update with it makes every weight NaN. So the update itself asks whether loss and norm are finite
-and moves nothing otherwise (``update``; nobody waits for the answer). The host reads it a step
-later and counts. When several in a row come to nothing it is not the batch, and the run stops with
-what ``diagnose`` finds.
+**Non-finite steps.** One bad batch in a million gives a loss of NaN or infinity. One update with
+this loss makes every weight NaN. So the update itself checks that loss and norm are finite, and
+changes nothing otherwise (``update``). The host does not wait for the result: it reads the result
+one step later and counts skipped steps. Several skipped steps in a row are not caused by one bad
+batch. Then the run stops and reports the result of ``diagnose``.
 
-**Spikes.** A loss far above those before is worth a line, and no more: most heal by themselves.
+**Spikes.** A loss far above the recent losses is reported in one line. The run continues, because
+most spikes recover by themselves.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from dtron.params import flat
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.step import TrainStep
 
-AT_ONCE = (
-    3.0  # seconds after which a second Ctrl-C is another one, and not torchrun passing on the first
-)
+AT_ONCE = 3.0  # seconds; a second SIGINT within this time is torchrun forwarding the first Ctrl-C
 
 
 class StopSignal:
-    """``with Stop(group) as stop``: in the body, signals ask the run to stop. ``group``: a gloo group of all
-    processes (None: one)."""
+    """``with StopSignal(group) as stop``: inside the body, signals ask the run to stop.
+
+    ``group``: a gloo group of all processes (None: one process).
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -51,7 +52,7 @@ class StopSignal:
         self.name, self.group, self._since, self._before = "", group, 0.0, {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # else not allowed
             self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
@@ -66,7 +67,7 @@ class StopSignal:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
 
     def asked(self) -> bool:
-        """Whether any rank has been; every rank calls this, and all get one answer."""
+        """Return whether any rank got a signal. Every rank calls this; all get the same answer."""
         if self.group is None:
             return bool(self.name)
         mine = self.SIGNALS.index(signal.Signals[self.name]) + 1 if self.name else 0
@@ -82,8 +83,10 @@ class StopSignal:
 
 
 class NonFiniteGuard:
-    """Looks at every step's loss and gradient norm. ``limit``: how many in a row may come to
-    nothing."""
+    """Checks every step's loss and gradient norm.
+
+    ``limit``: the number of skipped steps in a row at which the run stops.
+    """
 
     WINDOW, ENOUGH, FAR = 100, 20, 6.0
 
@@ -92,7 +95,7 @@ class NonFiniteGuard:
         self._losses: deque[float] = deque(maxlen=self.WINDOW)
 
     def note(self, step: int, loss: float, norm: float) -> str | None:
-        """A warning, where there is something to say."""
+        """Return a warning for a non-finite step or a loss spike, else None."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -106,7 +109,7 @@ class NonFiniteGuard:
         middle = statistics.median(usual)
         spread = (
             statistics.median(abs(x - middle) for x in usual) * 1.4826
-        )  # a normal's standard deviation
+        )  # MAD to the standard deviation of a normal distribution
         if loss <= middle + self.FAR * max(spread, 1e-3 * abs(middle)):
             return None
         return f"warning: step {step}: the loss jumped to {loss:.4f}, from about {middle:.4f}"
@@ -119,10 +122,14 @@ class NonFiniteGuard:
 def diagnose(
     step: TrainStep | CudaGraphStep, params: Any, microbatches: Sequence[Any], group: Any = None
 ) -> str:
-    """Which weight, on which rank, in which microbatch: the first that is not finite, and if none
-    is, the first whose gradient is not. Every rank calls this, and all get one answer. Runs a
-    backward if no rank, ``group`` being all of them (None: one process), has a weight that is not
-    finite: in it ranks wait for each other, so none may decide alone."""
+    """Name the first non-finite weight and its rank. If all weights are finite, name the first
+    non-finite gradient, its rank and its microbatch. Every rank calls this; all get one answer.
+
+    ``group``: all ranks (None: one process).
+
+    The backward runs only if no rank has a non-finite weight. Ranks wait for each other in this
+    backward, so no rank may decide alone.
+    """
     pipe = step.pipe
     if bad := _of_all(_not_finite(zip(flat(pipe.spec), flat(params), strict=True)), group):
         path, where = bad[0]
@@ -137,16 +144,14 @@ def diagnose(
     if steep := _of_all(grads, group):
         first = min(m for *_, m in steep)
         paths = [(path, r) for path, r, m in steep if m == first]
-        path, where = paths[
-            -1
-        ]  # the last in the order of the model is the first that backward meets
+        path, where = paths[-1]  # backward reaches the last weight in model order first
         many = f"({len(paths)} in all)"
         return f"the gradient of {path} is not finite on rank {where} in microbatch {first} {many}"
     return "all weights and all gradients of the last step are finite when it is done again"
 
 
 def _of_all(mine: list[Any], group: Any) -> list[Any]:
-    """What every rank of the group has found, in the order of ranks."""
+    """Return the findings of all ranks of the group, in rank order."""
     if group is None:
         return mine
     every: list[Any] = [None] * dist.get_world_size(group)
@@ -155,7 +160,7 @@ def _of_all(mine: list[Any], group: Any) -> list[Any]:
 
 
 def _not_finite(pairs) -> list[tuple[str, int]]:
-    """Path and rank of what is not."""
+    """Return path and rank of every non-finite tensor."""
     return [
         (w.path, r)
         for w, x in pairs

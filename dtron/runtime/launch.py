@@ -1,8 +1,8 @@
-"""From a config to running ranks: which device, which dtype, which processes.
+"""Launch: turn a config into running ranks, and choose device, dtype and processes.
 
-Three ways in, one program after: one process and one device; several processes started by torchrun
-(gloo on CPU, NCCL on GPU); or all ranks simulated in this process. Everything that can be refused
-is refused before a process group exists, so that no rank is left waiting for one that has given up.
+There are three ways to launch the same program: one process with one device; several processes
+started by torchrun (gloo on CPU, NCCL on GPU); or all ranks simulated in this process. Invalid
+configs are refused before a process group exists. So no rank waits for a rank that has exited.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 
 def plan(config: RunConfig) -> RunPlan:
-    """Raises UserError for a mesh, batch, model or device that cannot be."""
+    """Resolve the config. Raises UserError for an invalid mesh, batch, model or device."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
         raise UserError(
@@ -41,7 +41,7 @@ def plan(config: RunConfig) -> RunPlan:
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(
         config, shape, count, config.data.sequence, Layout()
-    )  # refuses a schedule or a split that cannot be
+    )  # raises UserError for an invalid schedule or split
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
@@ -107,9 +107,9 @@ def _device(config: RunConfig) -> str:
 
 
 def keep_memory() -> None:
-    """Of a process that computes on a CPU: let memory that was freed stay with it. glibc gives a
-    large tensor back to the system at once, and then each page of the next one costs a fault: a
-    fifth of a step."""
+    """Keep freed memory in a process that computes on a CPU. By default glibc returns a large
+    tensor to the system at once. Then each page of the next tensor costs a page fault: a fifth of a
+    step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         top_that_is_given_back, smallest_of_its_own = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -118,8 +118,8 @@ def keep_memory() -> None:
 
 
 def same_on_all_ranks(values: dict[str, Any]) -> None:
-    """Raise UserError unless every process has the same values: a flag or a file that differs
-    between machines would train on, and to nothing."""
+    """Raise UserError unless every process has the same values. If a flag or a file differed
+    between machines, training would continue, but the result would be worthless."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return
     mine = {name: repr(value) for name, value in values.items()}
@@ -135,8 +135,8 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
 
 
 def host_group(timeout: int) -> Any:
-    """A group of all processes that needs no GPU, new each time: threads must not share one. None
-    where there is one process."""
+    """Create a gloo group of all processes; gloo needs no GPU. Each call creates a new group,
+    because threads must not share one. Returns None if there is one process."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -166,7 +166,8 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if plan.shape.size > 1:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
-        # A pipeline's messages have groups of their own for what this warns of (schedules/p2p.py).
+        # The pipeline's P2P messages have their own groups, so this warning does not apply
+        # (schedules/p2p.py).
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     copied = config.zero == 3 and config.copy_engines == "auto"
@@ -183,8 +184,6 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         template,
         timeout,
     )
-    if (
-        plan.shape.size > 1
-    ):  # not on the way out of an error: the others may still be in a collective
+    if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

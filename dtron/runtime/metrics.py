@@ -1,8 +1,8 @@
-"""What a run says of itself: a line to read, ``metrics.jsonl`` to plot, TensorBoard if asked.
+"""Metrics of a run: a progress line, ``metrics.jsonl`` for plots, and optionally TensorBoard.
 
-``metrics.jsonl`` has one JSON object per step; numbers that are not known (the peak of an unlisted
-device) are null. A resumed run first drops the steps after its checkpoint, so every step stands
-there once.
+``metrics.jsonl`` has one JSON object per step. Unknown numbers are null (the MFU of a device with
+no listed peak). A resumed run first drops the steps after its checkpoint, so every step is in the
+file once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dtron.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Dense bf16 TFLOP/s by the vendors' datasheets, by a part of the device's name.
+# Dense bf16 TFLOP/s from the vendors' datasheets, keyed by a substring of the device name.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -46,8 +46,8 @@ def peak_tflops(device: str) -> float | None:
 
 
 def memory_gib(device: str) -> float:
-    """The most this process has held so far: on the GPU what torch allocated, on the CPU its
-    resident set."""
+    """Return the peak memory of this process so far: memory allocated by torch on a GPU, the
+    resident set on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
@@ -55,7 +55,7 @@ def memory_gib(device: str) -> float:
 
 
 def mark(device: str) -> Any:
-    """A moment in the device's stream of work; nobody waits."""
+    """Record a time in the device's stream. The host does not wait."""
     if not device.startswith("cuda"):
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -72,8 +72,8 @@ def elapsed(a: Any, b: Any) -> float:
 
 
 class Metrics:
-    """Collects a run's steps. Only the main rank writes; the others pass ``main=False`` and nothing
-    happens."""
+    """Collects a run's steps. Only the main rank writes. The other ranks pass ``main=False`` and
+    write nothing."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Metrics:
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
         self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
         self._mark, self._begun, self._first = mark(device), time.perf_counter(), start
-        self._blocked = False  # the file, now
+        self._blocked = False  # whether the last write to the file failed
         if main:
             path = run_dir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
@@ -131,7 +131,7 @@ class Metrics:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Put a step on file."""
+        """Write a step to ``metrics.jsonl``, and to TensorBoard if enabled."""
         if self._main:
             known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
             try:
@@ -149,7 +149,7 @@ class Metrics:
                         self._board.add_scalar(name, value, record["step"])
 
     def restart_clock(self) -> None:
-        """What was done since the last step is no part of the next."""
+        """Exclude the time since the last step from the next step."""
         self._mark = mark(self._device)
 
     def line(self, record: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # said before
+            with contextlib.suppress(OSError):  # already reported
                 self._file.close()
         if self._board is not None:
             self._board.close()
@@ -179,7 +179,7 @@ class Metrics:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """A file that cannot be written when a run begins is the user's to mend: a ValueError."""
+    """Turn an OSError into a UserError: an unwritable file at the start is for the user to fix."""
     try:
         yield
     except OSError as error:
@@ -189,7 +189,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an earlier run; one that was cut off while it was written is dropped."""
+    """Read the complete lines of an earlier run. A partly written line is dropped."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -210,7 +210,7 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
 
 
 def _experts(record: Mapping[str, Any]) -> str:
-    """The most uneven layer of experts, and what was dropped."""
+    """Format the load of the most imbalanced MoE layer and the largest dropped fraction."""
     of = lambda name: [
         v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)
     ]

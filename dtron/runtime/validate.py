@@ -1,4 +1,4 @@
-"""Whether a model, a mesh and a batch go together; asked once, before anything is started."""
+"""Checks that model, mesh and batch fit together. They run once, before anything is started."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dtron.params import WeightSpec, flat
 def check(
     model: ModelConfig, mesh: MeshShape, sequence: int, cp: Method = "ring", zigzag: bool = True
 ) -> None:
-    """Divisibility, at the edge: before any process group or weight exists. Raises UserError with
-    the remedy."""
+    """Check divisibility before any process group or weight exists. Raises UserError with the
+    remedy."""
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
     for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
@@ -42,7 +42,7 @@ def check(
             f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
             f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
         )
-    name = "heads" if model.latent else "kv_heads"  # in latent attention every head has its own
+    name = "heads" if model.latent else "kv_heads"  # latent: each head has its own keys
     size, both = getattr(model, name), mesh.tp * mesh.cp
     if mesh.cp > 1 and cp == "ulysses" and size % both:
         raise UserError(
@@ -63,14 +63,14 @@ def check(
 
 
 def sequence_unit(mesh: MeshShape, zigzag: bool) -> int:
-    """What the length of a sequence must be a multiple of: over cp every rank has as many of its
-    tokens, in zig-zag order two halves of them, and over tp each has as many of those."""
+    """Return the number that must divide the sequence length. Every cp rank holds equally many
+    tokens, in zig-zag order as two equal chunks. Its tp ranks shard these tokens evenly."""
     return mesh.cp * math.lcm(mesh.tp, 2 if mesh.cp > 1 and zigzag else 1)
 
 
 def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
-    """Raises UserError where ep or etp don't fit the mesh or the experts."""
-    c, _ = model.moe, mesh.atoms  # refuses an ep that the mesh has no ranks for
+    """Raise UserError if ep or etp do not fit the mesh or the experts."""
+    c, _ = model.moe, mesh.atoms  # raises if the mesh has no ranks for ep
     if not c.experts:
         if mesh.ep * mesh.etp > 1:
             raise UserError(f"mesh {mesh}: the model has no experts; leave ep and etp out")
@@ -89,7 +89,7 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
 
 
 def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> None:
-    """Raises UserError for a dispatcher that cannot do what is asked."""
+    """Raise UserError if the dispatcher does not support the capacity limit or torch.compile."""
     c = model.moe
     if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
         raise UserError(
@@ -111,8 +111,10 @@ def check_fp8(
     device: str,
     compute: torch.dtype,
 ) -> None:
-    """``tokens``: of a microbatch, on one rank. Raises UserError where FP8 cannot be, or is asked for and
-    would be used nowhere."""
+    """Raise UserError if FP8 is unsupported, or if FP8 is requested but no matmul would use it.
+
+    ``tokens``: tokens of a microbatch on one rank.
+    """
     if how.fp8 == "none":
         return
     flag = f"--fp8 {how.fp8}"
@@ -152,10 +154,10 @@ def check_fp8(
 def _sizes(
     w: WeightSpec, model: ModelConfig, mesh: MeshShape, tokens: int, recipe: Recipe
 ) -> tuple[float, float, float]:
-    """Of a product with this weight, or with that of one of the experts, on one rank: tokens, the
-    width of the residual stream, and the size beside it."""
+    """Sizes of a matmul with this weight (or with one expert's weight) on one rank: tokens, width
+    of the residual stream, and the weight's other dim."""
     beside = w.numel / model.embed
-    if w.axes[0] == "experts":  # of which one product may have any number of rows
+    if w.axes[0] == "experts":  # one expert matmul may have any number of rows
         return recipe.multiple, model.embed, beside / w.shape[0] / mesh.etp
     return tokens, model.embed, beside / mesh.tp
 
@@ -163,8 +165,8 @@ def _sizes(
 def check_attention(
     path: AttentionPath, model: ModelConfig, dtype: torch.dtype, device: str
 ) -> None:
-    """Whether a path of attention that was asked for by name can do it. Raises UserError where it
-    cannot."""
+    """Raise UserError if the attention path requested by name does not support the model, dtype or
+    device."""
     cannot = None
     if path == "sdpa":
         if model.softcap is not None:
@@ -184,8 +186,8 @@ def check_attention(
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
-    """``(how many, rows in each over all data ranks)`` for a global batch. Raises UserError where
-    the batch does not divide, with the nearest that does."""
+    """Return ``(number of microbatches, rows in each over all data ranks)`` for a global batch.
+    Raises UserError if the batch is not divisible, and suggests the nearest divisible batch."""
     if batch < 1 or (micro_batch is not None and micro_batch < 1):
         raise UserError(
             f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them"
@@ -195,7 +197,7 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
         share = max(1, batch // mesh.data)
         enough = (
             2 * mesh.pp if mesh.pp > 1 else 1
-        )  # microbatches; with fewer a pipeline is mostly idle
+        )  # microbatches; with fewer, a pipeline is mostly idle
         micro_batch = max(
             (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough), default=1
         )

@@ -1,25 +1,26 @@
-"""How what a stage makes reaches the next one.
+"""Links: send a stage's output to the next stage.
 
-``InProcessLinks`` is for ranks in one process: a dictionary. ``P2PLinks`` is for processes: it
-knows, from the rows of its neighbours, which messages will come and in which order, and posts each
-receive one message ahead, so that it arrives while the rank computes. Messages are local tensors of
-one known shape.
+``InProcessLinks`` is for ranks in one process: a dictionary. ``P2PLinks`` is for ranks in
+several processes. From its neighbours' rows of the table it knows which messages will arrive and
+in which order. It posts each receive one message ahead, so that the message arrives while the
+rank computes. Messages are local tensors of one known shape.
 
-On GPUs a message is a kernel at either end, and the one that receives waits on the GPU, in a loop,
-for the one that sends. Two ranks that wait for each other's messages before they have sent their
-own never end, and three things beside the table can bring that about. ``PipelineGroups`` keeps them
-apart:
+On GPUs a message is a kernel on both ranks, and the receiving kernel spins on the GPU until the
+sender's kernel runs. Two ranks deadlock if each waits for the other's message before it has sent
+its own. Three things outside the table can cause this deadlock. ``PipelineGroups`` prevents
+them:
 
-- NCCL connects two ranks in their first message, and the one that comes first waits for the other. So when
-  ways are made, each is tried with one number, in an order that all ranks share.
-- Within a process group NCCL does one thing after another, so a message to the rank after would queue up
-  behind one that is awaited from the rank before. So each direction between two ranks is a group of its own.
-- Loading a kernel, compiling one and timing it may wait for all that runs on a GPU, receives included. That
-  happens where functions run for the first time, and then messages go by way of the hosts, where nobody
-  waits for them until they are needed.
+- NCCL connects two ranks at their first message, and the first rank to arrive waits for the
+  other. So when the groups are made, each sends one number, in an order that all ranks share.
+- Within a process group NCCL runs one operation after another. A message to the next rank would
+  queue behind a receive from the previous rank. So each direction between two ranks has its own
+  group.
+- Loading, compiling or timing a kernel may wait for everything that runs on the GPU, receives
+  included. This happens when functions run for the first time. In that phase messages are sent
+  through the hosts, where a rank waits for a message only when it needs the message.
 
-What is left: a later step can wait for all that runs, too (docs/pipelining.md says when).
-"""
+One case is left: a later step can also wait for everything that runs on the GPU
+(docs/pipelining.md describes when)."""
 
 from __future__ import annotations
 
@@ -37,22 +38,22 @@ from torch import Tensor
 from dtron.errors import LostRank
 from dtron.schedules.table import Action, Table
 
-Pair = tuple[int, int]  # pipeline ranks: who sends, who receives
+Pair = tuple[int, int]  # pipeline ranks: (sender, receiver)
 
 
 class Links(Protocol):
-    """How a stage's output reaches the next stage. ``made`` is the action that made the tensor."""
+    """Links between stages. ``made`` is the action that computed the tensor."""
 
     def send(self, made: Action, x: Tensor) -> None: ...
 
     def receive(self, made: Action) -> Tensor: ...
 
     def finish(self) -> None:
-        """Wait for what is still on its way."""
+        """Wait for messages that are still in flight."""
 
 
 class InProcessLinks:
-    """All ranks are here."""
+    """Links for ranks that are all in this process."""
 
     def __init__(self) -> None:
         self._waiting: dict[Action, Tensor] = {}
@@ -69,10 +70,13 @@ class InProcessLinks:
 
 @dataclass(frozen=True)
 class PipelineGroups:
-    """The process groups of a line of pipeline ranks, of which this process is ``rank``.
-    ``peers[r]`` is the process of rank r, ``line`` the group of all, and ``of[source, goal]`` that
-    of one direction between two. ``host`` is a group of all that needs no GPU; None where there is
-    none to wait for."""
+    """The process groups of one line of pipeline ranks.
+
+    ``rank``: this process's pipeline rank.
+    ``peers[r]``: the process of rank r.
+    ``line``: the group of all ranks.
+    ``of[source, goal]``: the group of one direction between two ranks.
+    ``host``: a CPU (gloo) group of all ranks; None without GPUs."""
 
     rank: int
     peers: tuple[int, ...]
@@ -87,7 +91,7 @@ def make_ways(
     device: torch.device,
     timeout: timedelta | None,
 ) -> PipelineGroups:
-    """The ways between ``pairs`` of ranks of each line; every process calls this."""
+    """Make the groups between ``pairs`` of ranks of each line. Every process must call this."""
     of_all = partial(dist.new_subgroups_by_enumeration, timeout=timeout)
     line = of_all(lines)[0]
     host = of_all(lines, backend="gloo")[0] if device.type == "cuda" else None
@@ -101,14 +105,17 @@ def make_ways(
                 dist.send(number, mine[goal], group=group)
             else:
                 dist.recv(number, mine[source], group=group)
-            number.item()  # NCCL has only begun
+            number.item()  # NCCL is asynchronous: wait
     return PipelineGroups(rank, tuple(mine), line, of, host)
 
 
 class P2PLinks:
-    """Between processes. Stages that share one hand over, others send, by ``ways`` or ``by_host``.
-    ``empty()`` makes a buffer for one message, ``wrap`` turns it into a stage's tensor, and
-    ``unwrap`` the reverse."""
+    """Links between processes. Stages of the same process use ``InProcessLinks``; other stages
+    send messages, by ``ways`` or through the hosts (``by_host``).
+
+    ``empty()``: makes a buffer for one message.
+    ``wrap``: turns a buffer into a stage's tensor.
+    ``unwrap``: the reverse of ``wrap``."""
 
     def __init__(
         self,
@@ -169,8 +176,8 @@ class P2PLinks:
 
     @contextmanager
     def _naming(self, other: int | None = None, stage: int | None = None) -> Iterator[None]:
-        """A neighbour that has died, or hangs for longer than the timeout, is an error that names
-        it."""
+        """Turn a neighbour's death, or a hang longer than the timeout, into an error that names
+        the neighbour."""
         try:
             yield
         except RuntimeError as error:

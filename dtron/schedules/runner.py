@@ -1,16 +1,16 @@
-"""The runner: executes any valid table, and knows no schedule by name.
+"""The runner: executes any valid table. It contains no code for a particular schedule.
 
-A stage is a function ``stage(params, x, batch) -> (y, extra)``; the last one's y is the loss, and
-any stage may add to what is minimised with ``extra.aux``, and say something of itself with
-``extra.report``. F runs it and keeps the edges of autograd's graph that lead back from y and aux; B
-is ``torch.autograd.grad`` along these; I and W are its halves (split_backward.py). Nothing touches
-``.grad``. What a microbatch keeps in a stage is dropped at its B or W, so no more is ever alive
-than ``peaks`` says of the table.
+A stage is a function ``stage(params, x, batch) -> (y, extra)``. The last stage's y is the loss.
+Any stage may add a term to the loss with ``extra.aux`` and return statistics in
+``extra.report``. F runs the stage and keeps the edges of the autograd graph at y and aux. B
+calls ``torch.autograd.grad`` on these edges. I and W are the two halves of B
+(split_backward.py). Nothing reads or writes ``.grad``. The saved activations of a microbatch in
+a stage are freed at its B or W. So the number of live activations never exceeds the table's
+``peaks``.
 
-What must travel between ranks follows from the table too: an activation goes to the rank of the
-next stage when its F has ended, a gradient to that of the stage before. How, is the links' affair
-(links.py).
-"""
+The table also determines the messages between ranks. After F, the activation is sent to the rank
+of the next stage; after B or I, the gradient is sent to the rank of the previous stage. The
+links do the sending (p2p.py)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ from dtron.schedules.table import Action, Table
 
 
 class StageOutput(NamedTuple):
-    """What a stage gives besides y. ``aux``: a scalar that is minimised too, a sum over tokens like
-    the loss (None: nothing). ``report``: numbers for people, by name, without gradients: sums over
-    tokens that are added up over microbatches."""
+    """A stage's outputs besides y.
+
+    ``aux``: a scalar that is added to the loss, a sum over tokens like the loss (None: nothing).
+    ``report``: statistics for logging, by name, without gradients: sums over tokens, which are
+        summed over microbatches."""
 
     aux: Tensor | None
     report: dict[str, Tensor]
@@ -39,13 +41,17 @@ class StageOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A model as functions of one stage's params. ``enter(params, batch) -> x`` makes what the
-    first stage takes (token embeddings); ``stage(params, x, batch) -> (y, extra)`` is a stage, the
-    last one's y a scalar loss, ``extra`` an ``StageOutput`` or None. ``splits`` is false where a
-    backward can't be made in two halves, because the stage recomputes. ``carries``: a stage takes,
-    as its last argument, the sum of its reports on the microbatches before, or None. ``hold`` makes
-    of params what the functions take (None: they take the params as they are); see
-    training/gradients.py."""
+    """A model as functions of one stage's params.
+
+    ``enter(params, batch) -> x``: makes the first stage's input (token embeddings).
+    ``stage(params, x, batch) -> (y, extra)``: a stage. The last stage's y is a scalar loss;
+        ``extra`` is a ``StageOutput`` or None.
+    ``splits``: False if the backward cannot be split into two halves, because the stage
+        recomputes.
+    ``hold``: turns params into the functions' params argument (None: params are passed as they
+        are); see training/gradients.py.
+    ``carries``: a stage takes, as its last argument, the sum of its reports on the previous
+        microbatches, or None."""
 
     enter: Callable[[Any, Any], Tensor]
     stage: Callable[..., tuple[Tensor, StageOutput | None]]
@@ -56,19 +62,22 @@ class Program:
 
 @dataclass
 class SavedForward:
-    """What one microbatch keeps in one stage, from its F to its B or W."""
+    """The state that one microbatch keeps in one stage, from its F to its B or W."""
 
     x: Tensor
-    ends: list[GradientEdge]  # of y and aux
+    ends: list[GradientEdge]  # edges of y and aux
     entered: Tensor | None  # the first stage's input, with its own graph
     later: DeferredWeightGrad | None = None
 
 
 @dataclass
 class PipelineResult:
-    """``total``: the last stage's outputs, summed over microbatches; None where that stage is elsewhere.
-    ``reports``: by stage, those here, likewise summed. ``peak``: the most activations that each rank here
-    kept at once."""
+    """The result of a run.
+
+    ``total``: the last stage's outputs, summed over microbatches; None if that stage is in
+        another process.
+    ``reports``: the reports of this process's stages, by stage, summed over microbatches.
+    ``peak``: the largest number of activations that each rank of this process kept at once."""
 
     total: Tensor | None
     reports: dict[int, dict[str, Tensor]]
@@ -85,9 +94,11 @@ def run(
     links: Links,
     take: Callable[[int, int, list[Tensor | None]], None],
 ) -> PipelineResult:
-    """Execute the rows of ``ranks``, and hand ``take(stage, microbatch, gradients)`` the gradients
-    of each microbatch's loss. ``weights[stage]`` are a stage's params as its function wants them,
-    ``flat[stage]`` the tensors among them to differentiate by."""
+    """Execute the rows of ``ranks``. Call ``take(stage, microbatch, gradients)`` with the
+    gradients of each microbatch's loss.
+
+    ``weights[stage]``: a stage's params, as its function takes them.
+    ``flat[stage]``: the tensors in these params to differentiate by."""
     kept: dict[tuple[int, int], SavedForward] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, reports, units = None, {}, {}
@@ -104,7 +115,7 @@ def run(
             args = (weights[stage], x, batches[m], *before)
             kept[stage, m], values, report = _forward(program.stage, entered, *args)
             y = values[0]
-            if stage not in units:  # the gradient of what is minimised
+            if stage not in units:  # gradients of the loss terms: ones
                 units[stage] = [_one(value) for value in (values if last else values[1:])]
             if report:
                 reports[stage] = _sum(reports.get(stage), report)
@@ -141,8 +152,8 @@ def run(
 def _forward(
     stage: Callable, entered: Tensor | None, weights: Any, x: Tensor, *rest: Any
 ) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
-    """What must be kept for backward; the values of y, and of aux if there is one; and the report.
-    Nothing but the first holds on to activations."""
+    """Run a stage. Return the state kept for backward; the values of y and of aux, if there is
+    one; and the report. Only the first of the three keeps activations alive."""
     y, extra = stage(weights, x, *rest)
     ends = [y] if extra is None or extra.aux is None else [y, extra.aux]
     kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
@@ -166,7 +177,8 @@ def run_forward(
     batches: Sequence[Any],
     links: Links,
 ) -> Tensor | None:
-    """A table of forwards: the last stage's outputs, summed; None where that stage is elsewhere."""
+    """Execute a table of forwards. Return the last stage's outputs, summed; None if that stage
+    is in another process."""
     total = None
     for rank, a in t.order:
         if rank not in ranks:
@@ -187,7 +199,7 @@ def run_forward(
 
 
 def forward_table(t: Table, microbatches: int) -> Table:
-    """Forwards only, of any number of microbatches, on the ranks of ``t``."""
+    """Make a table of forwards only, for any number of microbatches, on the ranks of ``t``."""
     order = [Action("F", s, m) for m in range(microbatches) for s in range(t.stages)]
     rows = (tuple(a for a in order if t.rank_of[a.stage] == rank) for rank in range(len(t.rows)))
     return Table(f"forwards of {t.name}", t.stages, microbatches, tuple(rows))
@@ -196,7 +208,7 @@ def forward_table(t: Table, microbatches: int) -> Table:
 def _and_enter(
     later: DeferredWeightGrad, entered: GradientEdge, gx: Tensor, weights: Sequence[Tensor]
 ) -> DeferredWeightGrad:
-    """The first stage's weights have a share in its input too."""
+    """Add the weight gradients from ``enter``: the first stage's input depends on weights too."""
 
     def both() -> list[Tensor | None]:
         _, more = backward([entered], None, weights, [gx])

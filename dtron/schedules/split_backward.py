@@ -1,19 +1,19 @@
-"""A backward in two halves: the gradient of a stage's input now (I), those of its weights later
-(W).
+"""A backward in two halves: first the gradient of a stage's input (I), later the gradients of
+its weights (W).
 
-Autograd makes both at once, but its graph tells them apart. Follow it from the output: some nodes
-lead to the stage's input, the others to weights only. A node of the first kind with a child of the
-second is where a weight joins the stream: a matrix product, a norm's scale. To make only the
-input's gradient is to ask autograd for nothing else; the engine then skips the weight's half of
-each such node, and a hook notes what arrives there. W goes back to every node with what arrived,
-and asks for the weight's half alone. Nothing is computed twice (the idea is that of Qi et al. 2023,
-arXiv:2401.10241; a test counts the matrix products).
+Autograd computes both at once, but its graph separates them. Seen from the output, some nodes
+lead to the stage's input and the other nodes lead to weights only. A node of the first kind with
+a child of the second kind is a *join*: a weight joins the stream there, in a matmul or a norm's
+scale. I asks autograd for the input's gradient only. The engine then skips the weight's half of
+each join, and a hook saves the gradient that arrives at the join. W passes the saved gradient to
+each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from
+Qi et al. 2023, arXiv:2401.10241; a test counts the matmuls).
 
-A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region) makes
-all its gradients in one call. Those are made in I and kept, by node: two losses may share a head. A
-recomputed block needs its activations for both halves and has them only once, so the runner does
-not split stages that recompute: I makes everything and W hands it over.
-"""
+A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region)
+computes all its gradients in one call. These gradients are computed in I and saved by node,
+because two losses may share a head. A recomputed block needs its activations for both halves and
+has them only once. So the runner does not split stages that recompute: I computes all gradients
+and W returns them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ DeferredWeightGrad = Callable[[], list[Tensor | None]]
 def backward(
     ends: Sequence[GradientEdge], x: Tensor | None, weights: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[Tensor | None, DeferredWeightGrad]:
-    """Both halves at once; ``later()`` only hands over. ``ends`` are what has gradients, ``gs``
-    these. None for what no end depends on."""
+    """Compute both halves at once; ``later()`` only returns the weight gradients. A gradient is
+    None if no end depends on its tensor.
+
+    ``ends``: the outputs' graph edges.
+    ``gs``: the gradients of the ends."""
     inputs = [*weights] if x is None else [x, *weights]
     grads = list(torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True))
     gx = None if x is None else grads.pop(0)
@@ -40,7 +43,8 @@ def backward(
 def backward_input(
     ends: Sequence[GradientEdge], x: Tensor, weights: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[Tensor, DeferredWeightGrad]:
-    """``(gradient of x, later)``, where ``later()`` makes the gradients of the weights, once."""
+    """Return ``(gradient of x, later)``. ``later()`` computes the gradients of the weights; it
+    may be called once."""
     joins = _joins([end.node for end in ends], get_gradient_edge(x).node)
     opaque = [(node, edges) for node, edges in joins if _makes_all_at_once(node)]
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
@@ -52,8 +56,8 @@ def backward_input(
     hooks += [
         node.register_hook(lambda gs, _, node=node: made.update({node: gs})) for node, _ in opaque
     ]
-    # Asked for, so that they are made; but what is returned is the sum of all ways to such an edge,
-    # some of them W's.
+    # Requested only so that the opaque nodes compute them. The returned values are not used: each
+    # is a sum over all paths to its edge, and some of these paths belong to W.
     asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
     try:
         inputs = [x, *asked.values()]
@@ -96,8 +100,8 @@ def _makes_all_at_once(node: Node) -> bool:
 
 
 def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, dict[int, GradientEdge]]]:
-    """The nodes that lead to ``goal`` and have children that do not, with the edges to those
-    children by their place among the node's."""
+    """Return the nodes that lead to ``goal`` and have children that do not. Each comes with its
+    edges to these children, by input index."""
     leads: dict[Node, bool] = {goal: True}
     stack = list(roots)
     while stack:

@@ -1,13 +1,13 @@
-"""Counting what a program communicates: kind, mesh axis, number and bytes.
+"""Counts the collectives of a program: kind, mesh axis, number and bytes.
 
-A dispatch mode sees every functional collective, whether DTensor or a local region asked for it, in
-forward and in backward, on real ranks and on simulated ones. Tests assert these counts, so that
-communication can be added only on purpose; ``dtron.verify`` prints them.
+A dispatch mode sees every functional collective, issued by DTensor or by a local region, in forward
+and in backward, on real and on simulated ranks. Tests assert these counts, so communication can be
+added only on purpose. ``dtron.verify`` prints the counts.
 
-Bytes are those of the whole tensor that a collective makes or takes apart, on one rank: the output
-of an all-gather, the input of the others. A ring over n ranks then sends (n-1)/n of it per rank, an
-all-reduce twice that. (Of an all-to-all by ``swap`` or ``shift`` all is sent: nothing in it is for
-the rank itself.)
+Bytes are the size of the unsharded tensor on one rank: the output of an all-gather, the input of
+the other collectives. A ring over n ranks sends (n-1)/n of these bytes per rank; an all-reduce
+sends twice as much. (An all-to-all by ``swap`` or ``shift`` sends all bytes: it has no data for the
+rank itself.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# The guard is private to torch; it is imported here alone.
+# The guard is private to torch; only this module imports it.
 from torch.distributed.tensor._utils import ExplicitRedistributionContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +49,7 @@ class Collective:
 
 class CollectiveCounter(TorchDispatchMode):
     """``with CollectiveCounter(mesh) as c: ...`` fills ``c.count`` and ``c.bytes``, keyed by (kind,
-    mesh axis), and ``c.order``, the collectives one after the other."""
+    mesh axis), and ``c.order``, the collectives in issue order."""
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
@@ -64,7 +64,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # let DTensor come down to the collectives first
+            return NotImplemented  # let DTensor decompose into collectives first
         out = func(*args, **(kwargs or {}))
         kind = _KINDS.get(func.overloadpacket.__name__)
         if kind and func.namespace in ("_c10d_functional", "_dtensor", "c10d"):
@@ -86,13 +86,13 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 class HiddenCommunication(RuntimeError):
-    """An operation would communicate, though no line says so."""
+    """An operation would communicate without an explicit redistribution in the code."""
 
 
 @contextmanager
 def no_hidden_communication() -> Iterator[None]:
-    """Inside, a redistribution that nobody wrote down raises HiddenCommunication: every collective
-    of a forward is a ``constrain``, a ``gather`` or a local region's own."""
+    """Raise HiddenCommunication for any implicit redistribution inside the context. Every
+    collective of a forward must be a ``constrain``, a ``gather`` or part of a local region."""
     try:
         with ExplicitRedistributionContext():
             yield
@@ -107,7 +107,7 @@ def no_hidden_communication() -> Iterator[None]:
 
 
 def _own_lines(error: BaseException) -> str:
-    """The three innermost lines of the traceback that are neither torch's nor this module's."""
+    """The three innermost lines of the traceback outside torch and this module."""
     torch_folder = str(Path(torch.__file__).parent)
     others = (__file__, contextlib.__file__)
     frames = [

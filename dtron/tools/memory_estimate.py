@@ -1,31 +1,29 @@
-"""How much memory the activations of a long sequence take on one rank: an estimate from the model
-alone.
+"""Estimate of activation memory on one rank for long sequences, from the model config alone.
 
-What grows with the sequence is what a block keeps between its forward and its backward. With u
-tokens of whole rows on a rank (rows * S / cp), t = u / tp of them between the collectives of tensor
-parallelism, and e bytes an element:
+The activations that a block keeps from forward to backward grow with the sequence. A rank has
+u = rows * S / cp tokens, of which t = u / tp under sequence parallelism. An element has e bytes:
 
     block, kept whole   e (2 t D + 2 u D + u (2 heads + 2 kv) H / tp + g u F / tp) + 4 u heads / tp
     selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads / tp
     full                e t D
 
-two residuals and two inputs of matrix products; queries, keys, values and results of attention, and
-its log-sum-exps; and of the feed-forward layer what its products take and give, g = 3 with a gate
-and 2 without. Under ``full`` the block that is at work is there whole, once; of its feed-forward
-layer only a chunk of c tokens, where u F / tp is large: c for u there (see
-``recompute.mlp_chunk_tokens``). A block whose backward runs has the gradients of all that beside it,
-as many bytes again. Attention over cp has messages beside it: the ring two of keys and values and
-two of their gradients, allgather those of whole rows, ulysses what it sends and what it gets. The
-loss has a chunk of logits, and the gradients of its input and of the head.
+The terms are: two residuals and two matmul inputs; query, key, value and output of attention, and
+its log-sum-exps; inputs and outputs of the MLP matmuls, g = 3 with a gate and 2 without. Under
+``full``, one block at a time is recomputed and held whole. Where u F / tp is large, its MLP runs in
+chunks of c tokens, and c replaces u there (see ``recompute.mlp_chunk_tokens``). A block in backward
+also holds the gradients of all these tensors: as many bytes again. Attention over cp also holds
+messages. The ring holds two of keys and values and two of their gradients; allgather holds keys and
+values of whole rows and their gradients; ulysses holds its send and receive buffers. The loss holds
+a chunk of logits, and the gradients of its input and of the head.
 
-In latent attention every head has keys of its own, and values of another width. A layer of experts
-has for F the width of the experts that a token goes to and of the shared one, and for each of the
-former the token once more; every layer is taken for one, and what routing adds is not counted.
+In latent attention every head has its own keys, and values of another width. In an MoE layer F is
+the width of the token's routed experts plus the shared expert, and each routed expert holds one
+more copy of the token. If the model has experts, every layer counts as MoE. Routing is not counted.
 
-These are what the mathematics of backward needs; a compiler may recompute a little more, and the
-eager program keeps more under ``none``. With pipeline stages, stage s has pp - s microbatches under
-way. (Of bench-1.3b, compiled, on one GPU, with full recomputation and one row of 524,288 tokens,
-the estimate and the memory of weights come to 101.4 GiB; 102.4 were measured.)
+The estimate is the minimum that backward needs. A compiler may recompute a little more, and the
+eager program keeps more under ``none``. Pipeline stage s has pp - s microbatches in flight.
+(bench-1.3b, compiled, on one GPU, full recompute, one row of 524,288 tokens: the estimate plus the
+memory of weights is 101.4 GiB; 102.4 GiB were measured.)
 """
 
 from __future__ import annotations
@@ -50,8 +48,11 @@ def block_bytes(
     element: int = 2,
     chunk: int | None = None,
 ) -> int:
-    """What one block keeps for backward. ``tokens``: of all cp and tp ranks together; ``chunk``: of
-    a rank's tokens, those that its MLP has at work, None: all."""
+    """Return the bytes that one block keeps for backward.
+
+    ``tokens``: tokens of all cp and tp ranks together.
+    ``chunk``: tokens of a rank that its MLP processes at once (None: all).
+    """
     u = tokens // shape.cp
     t = u // shape.tp
     if recompute == "full":
@@ -70,12 +71,12 @@ def block_bytes(
 def message_bytes(
     m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, element: int = 2
 ) -> int:
-    """What attention over cp has of other ranks' at once."""
+    """Return the peak bytes of messages in attention over cp."""
     if shape.cp == 1:
         return 0
     u = tokens // shape.cp
     kv = element * u * _kv_heads(m) * sum(m.head_dims) // shape.tp
-    q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and results
+    q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and outputs
     return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp]
 
 
@@ -84,7 +85,7 @@ def _kv_heads(m: ModelConfig) -> int:
 
 
 def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) -> int:
-    """A chunk's logits and their exponentials in float32, and the gradients that forward makes."""
+    """A chunk's logits and their exponentials in float32, and gradients computed in forward."""
     u, words = tokens // shape.cp, -(-m.padded_vocab // shape.tp)
     chunk = max(1, min(2**27 // words, (u + 1) // 2))
     return 2 * 4 * chunk * words + 2 * element * u * m.embed + 4 * words * m.embed
@@ -93,8 +94,10 @@ def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) 
 def activation_bytes(
     m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, cp: Method, layers: Sequence[int]
 ) -> int:
-    """The most that a rank has at once, of a stage with its share of ``layers``; see the top of the
-    file."""
+    """Return the peak activation bytes of a rank; see the module docstring.
+
+    ``layers``: number of layers of each stage.
+    """
     one = block_bytes(m, shape, tokens, recompute)
     kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
     chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
@@ -113,7 +116,7 @@ def table(
     weights: int,
     sequences: Sequence[int],
 ) -> Table:
-    """A line for each length that the mesh can cut; ``weights``: bytes of all else."""
+    """Build a row for each sequence length. ``weights``: bytes of everything but activations."""
     out = Table(
         title=f"one row of a sequence on each data rank, bf16: {size(weights)} and activations"
     )
@@ -127,12 +130,12 @@ def table(
 
 
 def sequences(unit: int) -> list[int]:
-    """Powers of 2 from 4096 to 1048576, rounded up to what the mesh cuts."""
+    """Powers of 2 from 4096 to 1048576, rounded up to a multiple of ``unit``."""
     return [-(-(2**n) // unit) * unit for n in range(12, 21)]
 
 
 def size(n: float) -> str:
-    """Bytes for people: 1536 is 1.5 KiB."""
+    """Format bytes with a binary unit: 1536 is 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if n < 1024 or unit == "TiB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

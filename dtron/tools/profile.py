@@ -1,21 +1,21 @@
-"""Where the time of a training step goes: ``train.py --profile``, and ``python -m dtron.profile
+"""Time breakdown of a training step: ``train.py --profile``, and ``python -m dtron.profile
 trace.json``.
 
-A step is a set of intervals: what a device did, from when to when. Several may run at once, a
-collective beside a product on another stream above all. So times are not added up: each moment of
-the step counts once, for the first of these that is busy then:
+A step is a set of intervals of device work. Intervals may overlap, above all a collective with a
+matmul on another stream. So times are not added up. Each moment of the step counts once, for the
+first of these categories that is busy:
 
-    matmul, attention, elementwise    what computes; elementwise is all that is neither of the other two
-    communication                     of collectives only what is *exposed*, that nobody computes meanwhile
+    matmul, attention, elementwise    compute; elementwise is all compute but matmul and attention
+    communication                     only *exposed* collectives: no compute runs meanwhile
     copy                              memory copied or set, while nothing else runs
     idle                              nothing runs
 
-These sum to the step's span, from its first interval to its last. What of communication is *hidden*
-behind computation costs no time, is no part of the sum and is told apart. (Kernels of one stream
-follow each other, so what overlaps is on different streams.)
+These sum to the step's span, from its first interval to its last. Communication *hidden* behind
+compute costs no time. It is not in the sum and is reported separately. (Kernels of one stream run
+one after the other, so overlapping kernels are on different streams.)
 
 Intervals are the kernels and copies of a GPU. Without one they are the operators of the CPU, each
-less those that it calls; idle is then Python's and the dispatcher's time.
+without the operators that it calls; idle is then Python's and the dispatcher's time.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Category = Literal["matmul", "attention", "elementwise", "communication", "copy"
 ORDER: tuple[Category, ...] = ("matmul", "attention", "elementwise", "communication", "copy")
 Interval = tuple[float, float]
 
-# The first row that is found in the name, in any case, says what a kernel or an operator is.
+# The first row that matches the name, ignoring case, gives the category of a kernel or operator.
 KINDS: tuple[tuple[Category, str], ...] = (
     ("communication", r"nccl|gloo:|c10d"),
     ("copy", r"^mem(cpy|set)|^aten::copy_$"),
     (
         "elementwise",
         r"^triton_(?!tem_)",
-    ),  # a fusion has the names of products and attention around it
+    ),  # fusion names contain names of matmuls and attention
     (
         "attention",
         r"flash|sdpa|fmha|attention|cudnn_generated",
@@ -59,12 +59,12 @@ KINDS: tuple[tuple[Category, str], ...] = (
 
 
 def classify(name: str) -> Category:
-    """What a kernel or an operator of this name does."""
+    """Return the category of a kernel or an operator by name."""
     return next(category for category, part in KINDS if re.search(part, name, re.IGNORECASE))
 
 
 class Span(NamedTuple):
-    """What a device did from ``start`` to ``end``, in microseconds."""
+    """One interval of device work, from ``start`` to ``end``, in microseconds."""
 
     name: str
     category: Category
@@ -87,7 +87,7 @@ class Breakdown:
 
 
 def breakdown(spans: Sequence[Span]) -> Breakdown:
-    """Where the time from the first span to the last one goes. At least one span."""
+    """Break down the time from the first span to the last. Needs at least one span."""
     of = {c: union((s.start, s.end) for s in spans if s.category == c) for c in ORDER}
     busy: list[Interval] = []
     counted = {}
@@ -103,11 +103,11 @@ def breakdown(spans: Sequence[Span]) -> Breakdown:
     )
 
 
-# ---- intervals; a list of them is sorted and disjoint where nothing else is said
+# ---- intervals; lists of intervals are sorted and disjoint unless stated otherwise
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The moments that lie in any of these intervals, which may be in any order and overlap."""
+    """Union of intervals. The input may be unsorted and may overlap."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -118,7 +118,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """The moments of ``a`` that are not in ``b``."""
+    """Return the parts of ``a`` outside ``b``."""
     left, first = [], 0
     for start, end in a:
         while first < len(b) and b[first][1] <= start:  # over before this one and all that follow
@@ -172,11 +172,11 @@ def read(path: Path | str) -> list[Span]:
 
 
 def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
-    """The step's kernels and copies where there are any, the operators otherwise.
+    """Return the step's kernels and copies if there are any, else the operators.
 
-    The host runs ahead of the device: kernels that run while the host is in a step may be of the
-    one before. A step's own are those that it *launched*; a kernel and its launch have the same
-    correlation.
+    The host runs ahead of the device: kernels that run while the host is in a step may belong
+    to the previous step. A step's own kernels are the kernels that it *launched*; a kernel and its
+    launch have the same correlation.
     """
     begin, end = step_range(events)
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -190,13 +190,13 @@ def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
     when = lambda e: launched.get(e.get("args", {}).get("correlation"), -math.inf)
     kernels = [
         e for e in kernels if begin <= when(e) < end
-    ] or kernels  # all, where launches are not known
+    ] or kernels  # all, if launches are unknown
     return [Span(e["name"], classify(e["name"]), e["ts"], e["ts"] + e["dur"]) for e in kernels]
 
 
 def step_range(events: Sequence[dict[str, Any]]) -> Interval:
-    """When the host was in the step, by torch.profiler's mark; the last one of several. Always,
-    without."""
+    """Return the host's interval of the step, from torch.profiler's last mark. Without a mark:
+    all time."""
     marks = [
         e
         for e in events
@@ -212,8 +212,7 @@ _WORK = re.compile(r"aten::|gloo:|\w*c10d|## Call CompiledFxGraph")
 
 
 def operators(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
-    """What each operator of the CPU does itself: of the calls open on a thread, the innermost is at
-    work."""
+    """Yield each CPU operator's own time: on a thread, time counts for the innermost open call."""
     threads = defaultdict(list)
     for e in events:
         if e.get("cat") in ("cpu_op", "user_annotation") and e["ts"] < e["ts"] + e["dur"]:
@@ -235,7 +234,7 @@ def operators(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
             since = now
 
 
-# ---- in words
+# ---- output
 
 
 def rows(b: Breakdown) -> list[tuple[str, str, str]]:
@@ -271,8 +270,8 @@ def show(spans: Sequence[Span]) -> None:
 
 
 class Recorder:
-    """Records one step, the ``step``-th that begins (0: none), to a file; of several processes each
-    writes its own. The first prints what is in it."""
+    """Records the ``step``-th step (0: none) to a file. Each process writes its own file. The
+    first process prints the breakdown."""
 
     def __init__(
         self, path: Path, step: int, device: str, show: Callable[[Sequence[Span]], None] = show
@@ -285,7 +284,7 @@ class Recorder:
         self._gpu = device.startswith("cuda")
 
     def begin(self) -> None:
-        """A step begins."""
+        """Mark the begin of a step."""
         from torch.profiler import ProfilerActivity, profile, record_function
 
         self._step += 1

@@ -1,12 +1,13 @@
-"""``python -m dtron.verify --mesh dp=2,tp=2``: is the sharding still right?
+"""``python -m dtron.verify --mesh dp=2,tp=2``: check that sharding does not change the result.
 
-Builds a model and one global batch, takes one optimizer step on one device and one on the simulated
-mesh, both in float64, and compares the loss, every gradient and every weight after the step. Two
-correct programs differ by the rounding of sums taken in another order, about 1e-15; a forgotten
-reduction differs by 0.1 to 1. Anything over 1e-9 is a bug. Edit a layer, run this.
+The command builds a model and one global batch. It takes one optimizer step on one device and one
+on the simulated mesh, both in float64. Then it compares the loss, every gradient and every weight
+after the step. Two correct programs sum in a different order; their rounding differs by about
+1e-15. A forgotten reduction differs by 0.1 to 1. Anything over 1e-9 is a bug. Run this after
+editing a layer.
 
-Also printed: what the step communicated, by kind and mesh axis. What a simulation cannot show is a
-mistake of the network or of a device; the tests repeat the comparison on real processes.
+The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
+faults of the network or of a device; the tests repeat the comparison on real processes.
 """
 
 from __future__ import annotations
@@ -72,15 +73,14 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Written so that NaN is not."""
+        """Whether all errors are within TOLERANCE; NaN is not."""
         return self.grad <= TOLERANCE and self.weight <= TOLERANCE and self.state <= TOLERANCE
 
 
 def one_step(
     config: RunConfig, shape: MeshShape, mutate: Callable[[Layout], Layout] = lambda x: x
 ) -> StepResult:
-    """The step that ``config`` describes, on simulated ranks (``MeshShape()`` is one device), in
-    float64."""
+    """Take the step of ``config`` in float64 on simulated ranks (``MeshShape()`` is one device)."""
     m = config.model
     rows = _random_rows(config)
     documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
@@ -111,7 +111,7 @@ def one_step(
 
 
 def _guarded(functions: Program) -> Program:
-    """The same functions, under the guard against hidden communication."""
+    """Wrap the functions in the guard against hidden communication."""
 
     def guard(fn: Callable) -> Callable:
         def guarded(*args):
@@ -124,8 +124,8 @@ def _guarded(functions: Program) -> Program:
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
-    """The same step without a pipeline. An auxiliary loss sees which tokens are in a micro-batch,
-    so then these are the same too."""
+    """The same step without a pipeline. An auxiliary loss depends on the tokens of a microbatch.
+    With such a loss, the microbatches are the same too."""
     config = replace(config, schedule="1f1b", pipeline=PipelineConfig())
     if not config.model.moe.aux_loss:
         return config
@@ -136,9 +136,10 @@ def on_one_device(config: RunConfig) -> RunConfig:
 
 
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
-    """``(relative error of the loss, errors of every weight, and last of the gradient norm)``. A
-    weight whose gradient is zero but for rounding (a key's bias: softmax does not see it) is
-    measured against a small part of the largest gradient, weight or moment instead of itself."""
+    """Return ``(relative error of the loss, errors of every weight, and last of the gradient
+    norm)``. Some weights have zero gradient except for rounding (a key's bias: softmax ignores
+    it). The error of such a weight is relative to a small part of the largest gradient, weight or
+    moment."""
     floors = {"grads": 1e-6, "params": 1e-2, "first_moments": 1e-6, "second_moments": 1e-12}
     errors = {
         name: _errors(getattr(want, name), getattr(got, name), share)
@@ -166,8 +167,7 @@ def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 
 
 def _random_rows(config: RunConfig) -> Tensor:
-    """A global batch of random tokens in which some targets do not count, unevenly over the
-    rows."""
+    """Draw a global batch of random tokens. Some targets are ignored, unevenly over the rows."""
     g = torch.Generator().manual_seed(config.seed)
     rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
     rows[:: max(2, config.batch // 3), -max(1, config.data.sequence // 3) :] = IGNORE
@@ -175,7 +175,7 @@ def _random_rows(config: RunConfig) -> Tensor:
 
 
 def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """``(document, position)`` of every token, a document beginning at about every tenth."""
+    """Draw ``(document, position)`` of every token; about every tenth token begins a document."""
     g = torch.Generator().manual_seed(config.seed + 1)
     begins = torch.rand(config.batch, config.data.sequence, generator=g) < 0.1
     places = torch.arange(config.data.sequence).expand(begins.shape)
@@ -217,7 +217,7 @@ class VerifyConfig:
         """The training run whose step is taken."""
         shape = MeshShape.parse(self.mesh)
         micro_batch = self.micro_batch or (2 if shape.pp == 1 else 1)
-        count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # an odd number, that fills any pipeline
+        count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # odd, and fills any pipeline
         return RunConfig(
             mesh=self.mesh,
             zero=self.zero,
@@ -241,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(config, shape, count, config.data.sequence, Layout())  # refuses what cannot be
+    pipeline(config, shape, count, config.data.sequence, Layout())  # raises if invalid
     console = Console()
     want = one_step(on_one_device(config), MeshShape())
     try:

@@ -1,15 +1,17 @@
-"""The compiled way: DTensors exist while a function is traced, and not when it runs.
+"""Compiled stages: DTensors exist while a function is traced, and not when it runs.
 
-A stage is compiled whole, forward and backward, once per shape: ``fullgraph``, so nothing in it
-goes back to Python. Eager, a block is some thirty kernels that each read and write every
-activation; compiled, what stands between two matrix products is one. Across the boundary go each
-rank's own tensors. Inside, ``LocalToDTensor`` makes DTensors of them again; the tracer sees through
-these, and what is left is kernels and collectives. (DTensors across the boundary would be taken
-apart and put together again in every call: with 2 GPUs, tp=2 and 24 layers that took 190 ms a
-step.) The same is done with what a step does once: gathering weights, reducing gradients.
+A stage is compiled whole (``fullgraph``), forward and backward, once per shape. So no part of it
+returns to Python. An eager block launches about thirty kernels, and each reads and writes every
+activation. In a compiled block, all operators between two matmuls are one kernel.
 
-Compiled functions make all gradients in one call, so ``I`` and ``W`` of the zero-bubble schedules
-are not split (see schedules/split_backward.py)."""
+A compiled function takes and returns local tensors of each rank. Inside, ``LocalToDTensor`` turns
+them into DTensors again. The tracer sees through DTensors, so only kernels and collectives are
+left. (If a compiled function took DTensors, every call would unwrap and rewrap them: with 2 GPUs,
+tp=2 and 24 layers that took 190 ms a step.) The functions that run once per step are compiled in
+the same way: the gathering of weights and the reduction of gradients.
+
+A compiled function returns all gradients in one call. So the actions ``I`` and ``W`` of the
+zero-bubble schedules are not split (see schedules/split_backward.py)."""
 
 from __future__ import annotations
 
@@ -45,20 +47,22 @@ def compiled(
     overlap: bool = True,
     fetches: bool = False,
 ) -> Program:
-    """The same program with its functions compiled. ``overlap``: collectives are moved ahead of
-    what needs them, and small ones put together. ``fetches``: a stage gathers its weights itself,
-    as ZeRO-3 has it."""
+    """Compile the functions of a program.
+
+    ``how``: its FP8 recipe and its recompute setting choose the compiler's options.
+    ``overlap``: collectives are issued ahead of their use, and small collectives are bucketed.
+    ``fetches``: a stage all-gathers its weights itself, as under ZeRO-3."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
     if fetches and overlap and (group := _carried(mesh)):
         options |= {
             "post_grad_custom_post_pass": Zero3Prefetch(group),
             "reorder_for_peak_memory": False,
         }
-    elif mesh is not None and mesh.device_type == "cuda":  # it knows the speed of GPUs alone
+    elif mesh is not None and mesh.device_type == "cuda":  # inductor knows the speed of GPUs only
         # Code that comes from the cache of an earlier run calls operators that only this import
         # registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
-        again = how.recompute not in ("none", "selective")  # attention is
+        again = how.recompute not in ("none", "selective")  # attention is recomputed
         left_out = {
             "insert_overlap_deps": again,
             "collective_bucketing": bool(copy_engine_groups(mesh)),
@@ -79,27 +83,36 @@ def _carried(mesh: DeviceMesh | None) -> str | None:
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
-"""Inductor's passes; one left out is not off. Two go wrong in torch 2.11, with an AssertionError.
-Buckets of many all-reduces wait for each other: so lists of weights and gradients, where nothing is
-to be hidden behind, are compiled without any. And what is to stay behind a collective is wrapped,
-which attention that is computed again (a kernel that could draw random numbers) does not bear: so
-the last is not for recomputation. Where copy engines gather the weights
-(distributed/copy_engine.py), one by one costs least, and nothing is laid end to end; and where they
-do within a stage, dtron's own pass is taken for all of these (training/zero3_prefetch.py)."""
+"""Inductor's passes for overlap. An option that is not set is not off, so each is set explicitly.
+
+Two passes fail in torch 2.11 with an AssertionError:
+
+* ``collective_bucketing``: buckets of many all-reduces wait for each other. So the functions on
+  lists of weights or gradients are compiled without any of these passes. They have no compute to
+  hide a collective behind.
+* ``insert_overlap_deps`` wraps the operators that must stay behind a collective. Recomputed
+  attention, a kernel that could draw random numbers, cannot be wrapped. So this pass is off where
+  attention is recomputed.
+
+Where copy engines all-gather the weights (distributed/copy_engine.py), ``collective_bucketing`` is
+off: separate copies cost least, and nothing is concatenated. Where copy engines all-gather them
+inside a stage, dtron's own pass replaces all of these (training/zero3_prefetch.py)."""
 
 
 @dataclass(frozen=True)
 class LocalWeights:
-    """A stage's weights as its compiled functions take them: this rank's own tensors, and where
-    they lie."""
+    """A stage's weights as its compiled functions take them.
+
+    ``tree``: this rank's local tensors.
+    ``lies``: the placements, shape and stride of each weight."""
 
     tree: Any
     lies: list[ShardSpec]
 
 
 class CompiledStage:
-    """A program's functions, compiled, on each rank's own tensors; and the ``Hold`` that goes with
-    them."""
+    """The compiled functions of a program, on local tensors of each rank. It is also their
+    ``StageWeights`` (training/gradients.py)."""
 
     def __init__(
         self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable
@@ -154,7 +167,7 @@ class CompiledStage:
     def _move(
         self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]
     ):
-        """Only what is not there yet goes through the compiled function."""
+        """Run ``fn`` on the gradients that do not have the placements of their params yet."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
         there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
         return self._run_some(fn, grads, lies, there, goals)
@@ -162,7 +175,7 @@ class CompiledStage:
     def _run_some(
         self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args
     ):
-        """Of these tensors only those that are not there yet go through the compiled function."""
+        """Run the compiled ``fn`` on the tensors that are not ``there`` yet; return all tensors."""
         away = [i for i, done in enumerate(there) if not done]
         if not away:
             return tensors
@@ -171,7 +184,7 @@ class CompiledStage:
         moved = dict(zip(away, found, strict=True))
         return [moved.get(i, x) for i, x in enumerate(tensors)]
 
-    # What is traced: locals in, DTensors, locals out.
+    # The traced functions: local tensors in, DTensors inside, local tensors out.
 
     def _traced(
         self,
@@ -210,21 +223,24 @@ class CompiledStage:
 
 
 def _own(y: DTensor) -> Tensor:
-    """This rank's part; where it is a summand, the gradient is that of the sum."""
+    """The local tensor of ``y``. On an axis where ``y`` is Partial, its gradient is Replicate: the
+    gradient of the sum."""
     return y.to_local(
         grad_placements=[Replicate() if at.is_partial() else at for at in y.placements]
     )
 
 
 def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
-    """A batch without its tensors, and of each this rank's part and where it lies."""
+    """Split a batch into the batch without its tensors, and this rank's shard of each tensor with
+    its ShardSpec."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
     parts = {name: (local(x), ShardSpec.of(x)) for name, x in tensors.items()}
     return replace(batch, **dict.fromkeys(tensors)), parts
 
 
 def compiled_rule(backend: str = "inductor") -> UpdateFn:
-    """AdamW's update, compiled: see ``optim.written_out``. Once per shape, and a transformer has a
-    dozen. (On an H200, bench-1.3b: with all weights in one graph the first step took 160 s instead
-    of 70, and ran no faster; with one graph for any shape every step took 5 ms more.)"""
+    """AdamW's update, compiled: see ``optimizer.written_out``. It is compiled once per shape, and a
+    transformer has a dozen shapes. (On an H200, bench-1.3b: with all weights in one graph the first
+    step took 160 s instead of 70 s, and ran no faster. With one graph for any shape every step took
+    5 ms more.)"""
     return partial(written_out, each=jit(adamw, backend=backend))

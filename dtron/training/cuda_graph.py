@@ -2,14 +2,14 @@
 
 A step of 24 layers is thousands of kernels. Launching them from Python takes as long as a fast GPU
 takes to run them, or twice as long under tensor parallelism. A CUDA graph is a recording of all
-these launches with their addresses; the host starts it in one call
-(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording needs shapes that
-never change, weights and moments that are overwritten in place, and a host that reads no number of
-the step: a step of dtron has all three. The batch, the learning rate and the counts are copied to
-where the recorded kernels read them.
+these launches with their addresses. The host launches the graph in one call
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording has three
+requirements: shapes never change, weights and moments are overwritten in place, and the host reads
+no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
+are copied into the buffers that the recorded kernels read.
 
-Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording would
-allow that, but a rank that dies would then be waited for without the timeout that names it.
+Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows
+such waits. But if a rank died, the others would wait for it without the timeout that names it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ from dtron.training.step import Result, TrainStep
 
 
 class CudaGraphStep:
-    """``step(params, opt, microbatches, tokens, lr, number=)``, whose first calls run as they are,
-    while functions are compiled and collectives find their partners; then one is recorded, and from
-    there on replayed. A call with other weights or other shapes runs as it is."""
+    """A training step that is recorded as a CUDA graph and replayed.
+
+    ``step(params, opt, microbatches, tokens, lr, number=)``: the step.
+    ``plain``: the number of first calls that run unrecorded. In them functions are compiled and
+    collectives connect their ranks. The next call is recorded, and later calls are replayed.
+
+    A call with other weights or other shapes than the recorded ones runs unrecorded."""
 
     def __init__(self, step: TrainStep, device: str, plain: int = 3):
         self._step, self._device, self._plain, self._graph = step, device, plain, None
@@ -61,10 +65,10 @@ class CudaGraphStep:
             own = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
             self._inputs = tree_map(own, tuple(microbatches)), numbers.to(self._device)
             self._graph = torch.cuda.CUDAGraph()
-            publish_weights(
-                flat(params)
-            )  # so that it follows upon anything: a validation may have come before
-            # Only this thread's calls count: that of NCCL's watchdog may ask for events meanwhile.
+            # The graph must be able to follow any earlier work, such as a validation.
+            publish_weights(flat(params))
+            # Only calls of this thread can invalidate the recording: the thread of NCCL's watchdog
+            # may query events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._run(params, opt, *self._inputs)[:3]
         for there, here in zip(
@@ -72,7 +76,7 @@ class CudaGraphStep:
         ):
             local(there).copy_(local(here), non_blocking=True)
         self._graph.replay()
-        own = lambda x: x if x is None else x.clone()  # the next replay overwrites them
+        own = lambda x: x if x is None else x.clone()  # the next replay overwrites x
         loss, norm, told = self._outputs
         return (
             own(loss),
@@ -90,7 +94,7 @@ class CudaGraphStep:
 
 
 def _kind(microbatches: Sequence[Batch]) -> list:
-    """What a recording is made for."""
+    """The shapes, dtypes and plain values of microbatches. A recording is valid for one kind."""
     return [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in flat(microbatches)]
 
 

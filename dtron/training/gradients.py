@@ -1,19 +1,19 @@
-"""One training step: loss and gradients over microbatches, and where ZeRO's three stages differ.
+"""Loss and gradients of one training step, and the differences between ZeRO's three stages.
 
-ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) stores each weight, its gradient and its optimizer
-state on one of the ranks that would have the same (those of dp, and of cp) instead of on all. Here
-a stage is not a mode of any layer; it is *where* ``gather`` is called and where a gradient stops
-being a pending sum:
+ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) shards each weight, its gradient and its optimizer
+state over the ranks that would otherwise hold equal copies: the ranks of dp, and of cp. Here a ZeRO
+stage is not a mode of a layer. It is the place where ``gather`` is called, and the place where a
+gradient stops being Partial:
 
     stage   weights at rest     gather               gradient over dp, and over cp
-    0       whole               nothing to gather    all-reduced once a step
+    0       replicated          nothing to gather    all-reduced once a step
     1       sharded over dp     once a step          stays Partial; reduce-scattered once a step
     2       sharded over dp     once a step          reduce-scattered every microbatch
-    3       sharded over dp     inside each block    as 2: that is the backward of the gather
+    3       sharded over dp     inside each block    as 2: in the backward of the gather
 
-Gradients accumulate in local tensors, float32 at least unless asked otherwise, and everything still
-Partial (over dp_replicate, and all axes on which a weight is whole) is reduced once, at the end. No
-``.grad`` is set.
+Gradients accumulate in local tensors. Their dtype is at least float32, unless the config asks for
+another. Gradients that are still Partial (over dp_replicate, and over every axis on which a weight
+is replicated) are reduced once, at the end. No ``.grad`` is set.
 """
 
 from __future__ import annotations
@@ -34,29 +34,32 @@ from dtron.training.pipeline import Pipeline
 
 
 class StageWeights(Protocol):
-    """What a program's functions take and give: DTensors (``EagerWeights``), or each rank's own
-    tensors (``compiled_stage.CompiledStage``). Gradients are lists in the order of a stage's weights, and
-    ``params`` too."""
+    """The weights that a program's functions take, and the gradients that they return: DTensors
+    (``EagerWeights``), or local tensors of each rank (``compiled_stage.CompiledStage``).
+    ``grads`` and ``params`` are lists in the order of a stage's weights."""
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        """A stage's weights for its functions, and the tensors to differentiate by. ``once``:
-        gather them now, and not inside the functions."""
+        """A stage's weights for its functions, and the tensors to differentiate by.
+
+        ``once``: gather the weights now, and not inside the functions."""
 
     def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-        """Gradients shrunk to where the params are sharded."""
+        """Reduce-scatter gradients on the axes on which their params are sharded."""
 
     def reduce(
         self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
     ) -> list[Tensor]:
-        """Gradients, shrunk before or not, as tensors that lie like the params."""
+        """Reduce gradients to the placements of their params.
+
+        ``scattered``: whether ``scatter`` has reduce-scattered them before."""
 
     def loss(self, total: Tensor) -> Tensor:
-        """The summed loss, its sum over data ranks pending."""
+        """The summed loss; it is still Partial over the data ranks."""
 
 
 @dataclass(frozen=True)
 class EagerWeights:
-    """Functions of DTensors, or of one device's tensors."""
+    """The weights of functions on DTensors, or on the tensors of one device."""
 
     layout: Layout
 
@@ -92,20 +95,24 @@ def gradients(
     gather_each: bool = True,
     look: Callable[[int, int, list[Tensor | None]], None] | None = None,
 ) -> tuple[Tensor | None, Any, Reports]:
-    """``(loss, gradients, reports)`` of a step: the microbatches' summed losses divided by
-    ``tokens``, and the gradients of the *sum*, of the loss and of what stages add to it. Whoever
-    uses these divides, in the same pass: the optimizer multiplies by a scale anyway. (In bfloat16
-    backward, 1 / tokens would be off by up to 0.4 %.)
+    """Compute ``(loss, gradients, reports)`` of a step.
 
-    ``params`` are the trees of the stages here, in the order of ``pipe.stages``. The loss is a scalar with
-    its sum over data ranks pending (None where the last stage is elsewhere); the gradients are a tree like
-    params, with the params' placements, in the dtype that they were added up in (``Layout.summed``), or that
-    of computation where there was nothing to add. Reports are those of the stages here, by stage and name,
-    summed over microbatches and ranks: plain tensors.
-    ``look(stage, microbatch, gradients)`` sees those of every microbatch before they are added up. What it
-    does for that may be loaded in the middle of the step, so the stages' messages go by way of the hosts.
-    ``gather_each``: whether ZeRO-3 gathers in every microbatch, or like 1 and 2 once a step (a pipeline may
-    have many microbatches)."""
+    ``params``: the trees of the stages here, in the order of ``pipe.stages``.
+    ``tokens``: the divisor of the loss. The gradients are not divided, see below.
+    ``gather_each``: whether ZeRO-3 gathers in every microbatch, or once a step, as ZeRO-1 and 2 do
+    (a pipeline may have many microbatches).
+    ``look(stage, microbatch, gradients)``: called with the gradients of every microbatch before
+    they are added up. Its kernels may be loaded in the middle of the step. So messages between
+    stages go by way of the hosts.
+
+    The loss is the sum over microbatches divided by ``tokens``: a scalar, still Partial over the
+    data ranks, or None if the last stage is on another rank. The gradients are those of the *sum*
+    of the loss and of the auxiliary losses that stages add. The caller divides them: the optimizer
+    multiplies by a scale anyway, in the same pass. (In bfloat16 backward, 1 / tokens would be off
+    by up to 0.4 %.) They are a tree like params with the params' placements. Their dtype is the one
+    in which they were added up (``Layout.summed``), or the compute dtype if there was nothing to
+    add. The reports of the stages here, by stage and name, are plain tensors, summed over
+    microbatches and ranks."""
     layout, hold = pipe.layout, functions.hold or EagerWeights(pipe.layout)
     leaves = {
         s: hold.leaves(p, once=zero < 3 or not gather_each)
@@ -120,8 +127,8 @@ def gradients(
         if look is not None:
             look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
-        # The first microbatch's are added to in place, so they must be nobody else's: two weights
-        # that are added up have one and the same gradient.
+        # The other microbatches are added in place to the first microbatch's gradients. So no two
+        # weights may share a gradient tensor: two weights that are added up have the same one.
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if zero >= 2:
@@ -146,8 +153,8 @@ def gradients(
 def evaluate(
     functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline
 ) -> Tensor | None:
-    """The last stage's outputs, summed over microbatches, without gradients; None where that stage
-    is elsewhere. Any number of microbatches."""
+    """The last stage's outputs, summed over any number of microbatches, without gradients; None if
+    the last stage is on another rank."""
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     return run_forward(
@@ -156,7 +163,8 @@ def evaluate(
 
 
 def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Over the ranks that have tokens; laid end to end, one all-reduce per mesh axis."""
+    """Sum a report over the ranks that have tokens. All its tensors are concatenated, so there is
+    one all-reduce per mesh axis."""
     parts = [local(x) for x in report.values()]
     line = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
     split = line.split([x.numel() for x in parts])

@@ -1,17 +1,17 @@
 """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards, global-norm clipping,
 learning-rate schedules.
 
-The update is elementwise, so it never needs to know that a weight is sharded: it runs on each
-rank's own part in one fused kernel for the whole tree. Only the gradient norm looks across ranks:
-each rank sums the squares it holds, each square divided by the number of ranks that hold it too,
-and one all-reduce per mesh axis gives the exact global norm.
+The update is elementwise, so it does not depend on sharding: it runs on each rank's local shards in
+one fused kernel for the whole tree. Only the gradient norm communicates. Each rank sums the squares
+of its gradients; each square is divided by the number of ranks that hold the same element. One
+all-reduce per mesh axis then gives the exact global norm.
 
-Functions compute in fewer bits than the masters have that are updated. A copy of each weight in
-these bits is kept with the optimizer's state and written in the same pass as the master, so that no
-step reads all masters again to cast them: of 32 bytes that a step moves for a weight those are 4.
+The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
+optimizer state keeps a copy of every weight in the compute dtype. The update writes it in the same
+pass as the master. Otherwise each step would read all masters again just to cast them: 4 of the 32
+bytes that a step moves per weight.
 
-``adam_update`` consumes its arguments: gradients, params and state are overwritten in place, as if
-donated.
+``adam_update`` overwrites its arguments in place, as if donated: gradients, params and state.
 """
 
 from __future__ import annotations
@@ -74,9 +74,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AdamState:
-    """First and second moments, trees like the params; ``step`` counts updates. ``copies`` are the
-    params in the dtype of computation, or None where that is their own; a checkpoint does not have
-    them."""
+    """The state of AdamW.
+
+    ``step``: the number of updates.
+    ``m``, ``v``: first and second moments, trees like the params.
+    ``copies``: the params in the compute dtype, or None if that is their own dtype. A checkpoint
+    does not contain them."""
 
     step: int
     m: Any
@@ -91,8 +94,9 @@ def adam_init(params: Any) -> AdamState:
 def with_compute_copies(
     state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None
 ) -> AdamState:
-    """The state with copies of the params in ``dtype`` (None: without), where other ranks can reach
-    them if they are to (distributed/symmetric_memory.py). What no gradient moves is not cast."""
+    """The state with copies of the params in ``dtype`` (None: without copies). If copy engines
+    all-gather the weights, the copies are in symmetric memory, where other ranks can read them
+    (distributed/symmetric_memory.py). Frozen weights are not cast."""
     if dtype is None:
         return replace(state, copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
@@ -116,11 +120,15 @@ def adam_update(
     number: Tensor | None = None,
     ok: Tensor | None = None,
 ) -> tuple[Any, AdamState]:
-    """One AdamW step with ``grads * scale``. ``spec`` (the declared tree) says which weights decay,
-    and which are left alone. A rate or scale that is a tensor stays on its device: nothing waits
-    for it; so does ``number``, which update this is (None: the state knows), and ``ok``: where it
-    is false nothing moves, and the update is counted all the same. ``rule`` updates lists of local
-    tensors: ``fused`` (None), or ``written_out``, compiled."""
+    """One AdamW step with ``grads * scale``.
+
+    ``spec``: the declared tree. It says which weights decay, and which are frozen.
+    ``lr``, ``scale``: numbers or tensors.
+    ``rule``: the update of lists of local tensors. None: ``fused``; or ``written_out``, compiled.
+    ``number``: the number of this update, as a tensor; None: one more than ``state.step``.
+    ``ok``: if false, no weight and no moment changes, but the update is counted.
+
+    Tensors among these arguments stay on the device: the host does not wait for them."""
     step, rule = state.step + 1, rule or fused
     decays = [None if w.frozen else w.decays for w in flat(spec)]
     trees = [flat(tree) for tree in (params, grads, state.m, state.v)]
@@ -150,9 +158,9 @@ def fused(
     weight_decay: float,
     config: OptimConfig,
 ) -> None:
-    """torch's fused kernel, for all weights at once."""
-    # It walks memory without looking at strides, and an uneven shard's gradient is a slice of its
-    # padded buffer; and it divides by float32 only.
+    """Update all weights at once with torch's fused AdamW kernel."""
+    # The kernel ignores strides, and the gradient of an uneven shard is a slice of its padded
+    # buffer. And the kernel divides gradients (``grad_scale``) in float32 only.
     g = [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)]
     divides = p[0].dtype == torch.float32 and not is_simulated(p[0])
     if not divides:
@@ -182,15 +190,16 @@ def written_out(
     config: OptimConfig,
     each: Callable | None = None,
 ) -> None:
-    """The same, written out (algorithm 2 of the paper). Compiled (``each``), it is one pass over
-    each weight and takes gradients in any dtype, so that none has to be cast before."""
+    """The same update as ``fused``, written out (algorithm 2 of the paper).
+
+    ``each``: ``adamw``, compiled. Then the update is one kernel per weight and takes gradients in
+    any dtype, so no gradient has to be cast before."""
     here = lambda x: x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
     rate, corrected = here(lr), here(step)
     c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
     rest = (rate, scale, ok, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
-    plain = lambda x: (
-        x if x is None or x.ndim < 3 else x.flatten(1)
-    )  # so that few kinds have to be compiled
+    # At most two dims, so that fewer shapes are compiled.
+    plain = lambda x: x if x is None or x.ndim < 3 else x.flatten(1)
     for one in zip(p, g, m, v, c, strict=True):
         (each or adamw)(*map(plain, one), *rest)
 
@@ -211,9 +220,11 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> None:
-    """AdamW's arithmetic for one weight, in place. ``c1`` and ``c2`` correct the moments' bias.
-    Where ``ok`` is false everything stays as it is. ``c``: a copy of p in another dtype, or
-    None."""
+    """AdamW's arithmetic for one weight, in place.
+
+    ``c``: the copy of ``p`` in the compute dtype, or None.
+    ``ok``: if false, nothing changes.
+    ``c1``, ``c2``: the bias corrections of the moments."""
     g = g.to(p.dtype) * scale
     m_new = beta1 * m + (1 - beta1) * g
     v_new = beta2 * v + (1 - beta2) * g * g
@@ -227,9 +238,11 @@ def adamw(
 def global_norm(
     grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """The Euclidean norm of the whole gradient, exact on every mesh, a scalar that nobody has
-    waited for; float64 where the gradients are. With ``spec``, twins are left out; ``over_stages``
-    adds a number up over the pipeline ranks."""
+    """The Euclidean norm of the whole gradient, exact on every mesh. It is a scalar on the device,
+    and the host does not wait for it. It is float64 if the gradients are float64.
+
+    ``spec``: the declared tree. With it, twins are not counted.
+    ``over_stages``: sums a number over the pipeline ranks."""
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
     counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
     wide = torch.promote_types(counted[0].dtype, torch.float32)
@@ -237,11 +250,11 @@ def global_norm(
     mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
     if mesh is None:
         return over_stages(torch.stack(norms).square().sum()).sqrt()
-    held = [  # by how many ranks each is held whole
+    held = [  # the number of ranks that hold the same shard
         math.prod(n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard())
         for g in counted
     ]
-    # Scalars, because numbers that have to be sent to the device make the host wait for it.
+    # Python scalars, because a copy of numbers to the device would make the host wait for it.
     torch._foreach_div_(norms, [math.sqrt(n) for n in held])
     total = torch.stack(norms).square().sum()
     return over_stages(
@@ -250,7 +263,8 @@ def global_norm(
 
 
 def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """A kernel for all that have one dtype; those of several would be a kernel each."""
+    """The norm of each gradient, with one ``_foreach_norm`` kernel per dtype. A list of several
+    dtypes would launch one kernel per gradient."""
     found: dict[int, Tensor] = {}
     for kind in {g.dtype: None for g in grads}:
         where = [i for i, g in enumerate(grads) if g.dtype == kind]
@@ -259,14 +273,13 @@ def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def clip_scale(norm: Tensor, limit: float) -> Tensor:
-    """What to multiply gradients of this norm by, so that it is ``limit`` at most; 0 is no
-    limit."""
+    """The factor that scales gradients of this norm to a norm of at most ``limit``; 0: no limit."""
     return (limit / norm).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of update ``step`` (from 0) out of ``steps``: warm-up to ``lr``, then the schedule,
-    which reaches ``min_lr * lr`` on the last step."""
+    """The learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then the
+    schedule. The schedule reaches ``min_lr * lr`` on the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     after = max(steps - config.warmup - 1, 1)

@@ -1,13 +1,14 @@
-"""The model cut into stages, and the stages of this process with what connects them to the others.
+"""The model split into pipeline stages, and the stages of this process with their links to other
+ranks.
 
-A stage is a ``Transformer`` of which most is missing: the first has the embedding, the last the
-final norm and the head, each its share of the blocks. Paths stay those of the whole model
-(``blocks.7.mlp.w_up``), so initial weights and checkpoints do not know how it was cut. One device
-is a pipeline of one stage.
+A stage is a ``Transformer`` that lacks most weights of the model. The first stage has the
+embedding, the last stage has the final norm and the head, and each stage has its share of the
+blocks. Weights keep their paths of the whole model (``blocks.7.mlp.w_up``). So initial weights and
+checkpoints do not depend on the split. One device is a pipeline of one stage.
 
-Where head and embedding are tied, or tokens further ahead are predicted, the first and the last
-stage have a copy of the embedding each, of which the second is a *twin*: their gradients are added
-once a step, and so they stay equal.
+With a tied head, or with multi-token prediction, the first and the last stage each have a copy of
+the embedding. The copy in the last stage is called a *twin*. The gradients of both copies are added
+once a step, so the copies stay equal.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ from dtron.training.config import StepConfig
 def layers_per_stage(
     m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()
 ) -> list[int]:
-    """How many blocks each stage has: ``split``, or the most even cut by FLOPs, where the head of
-    the last stage counts as the blocks it costs. Raises UserError for a split that does not fit."""
+    """The number of blocks of each stage.
+
+    ``split``: these numbers, from the user. Empty: the most even split by FLOPs, in which the head
+    of the last stage counts as many blocks as it costs.
+
+    Raises UserError for a split that does not fit."""
     if split:
         if len(split) != stages or sum(split) != m.layers or min(split) < 1:
             raise UserError(
@@ -58,14 +63,14 @@ def layers_per_stage(
             f"(pp, --pipeline.virtual) or --model.layers {stages}"
         )
     weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
-    block = (
-        weights + m.heads * sum(m.head_dims) / 2 * sequence
-    )  # as multiplications per token, on average
+    # The cost of an average block, in multiplications per token.
+    block = weights + m.heads * sum(m.head_dims) / 2 * sequence
     head = m.padded_vocab * m.embed / block  # in blocks
     head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 
     def fits(most: float) -> list[int] | None:
-        """As many blocks as ``most`` allows, from the front; None if some are left over."""
+        """The largest number of blocks of each stage at a cost of at most ``most`` blocks. None if
+        some blocks of the model are left over."""
         room = [max(1, math.floor(most + 1e-9))] * (stages - 1) + [
             max(1, math.floor(most - head_cost + 1e-9))
         ]
@@ -73,9 +78,8 @@ def layers_per_stage(
 
     lows = sorted({n + extra for n in range(1, m.layers + 1) for extra in (0.0, head_cost)})
     room = next(r for most in lows if (r := fits(most)))
-    while (
-        sum(room) > m.layers
-    ):  # take back where most is left, later stages first: they start later
+    # Take surplus blocks from the stages of highest cost, later stages first: they start later.
+    while sum(room) > m.layers:
         widest = max(
             range(stages),
             key=lambda s: (room[s] > 1, room[s] + (head_cost if s == stages - 1 else 0), s),
@@ -110,7 +114,7 @@ def cut(m: ModelConfig, layers: Sequence[int]) -> list[Transformer]:
 def program(
     m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True
 ) -> Program:
-    """The model's functions, for the runner."""
+    """The model's functions, as the schedule runner takes them."""
     return Program(
         partial(embed, m=m, layout=layout),
         partial(stage, m=m, layout=layout, how=how),
@@ -121,10 +125,15 @@ def program(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of this process. ``ways`` to the other pipeline ranks, or None where all are here
-    (one device, or simulated); ``template`` is a message of no tokens; ``specs`` are the weights of
-    every stage; ``met`` are the kinds of messages that have been sent before, by functions that
-    will be run again."""
+    """The stages of this process.
+
+    ``table``: the schedule.
+    ``specs``: the declared weights of every stage.
+    ``ways``: the process groups to the other pipeline ranks. None: all stages are in this process
+    (one device, or simulated ranks).
+    ``template``: a message of no tokens.
+    ``met``: the kinds of messages that have been sent before, by functions that will be run
+    again."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -139,27 +148,30 @@ class Pipeline:
 
     @property
     def stages(self) -> list[int]:
-        """The stages here, in the order in which params trees have them."""
+        """The stages here, in the order of the params trees."""
         return sorted(s for r in self.ranks for s in self.table.stages_of(r))
 
     @property
     def spec(self) -> tuple[Transformer, ...]:
-        """The declared weights of the stages here: the shape of every params tree."""
+        """The declared weights of the stages here. Every params tree has this structure."""
         return tuple(self.specs[s] for s in self.stages)
 
     @property
     def twins(self) -> tuple[int, int] | None:
-        """The stages that have a copy of the embedding each; None where there is one."""
+        """The two stages that each have a copy of the embedding; None if there is only one copy."""
         first, last = 0, self.table.stages - 1
         return None if first == last or self.specs[last].embedding is None else (first, last)
 
     def links(
         self, batch: Batch, table: Table | None = None, local: bool = False, by_host: bool = False
     ) -> Links:
-        """What connects the stages for one step of microbatches like ``batch``. ``local``: they
-        take and give each rank's own tensors. The first such step sends by way of the hosts, where
-        there are GPUs; so does one that asks for it ``by_host``, because it runs what others do
-        not, and is not counted as the first."""
+        """The links between stages for one step of microbatches like ``batch``.
+
+        ``local``: stages take and return local tensors of each rank, and no DTensors.
+        ``by_host``: messages go by way of the hosts, because this step runs functions that other
+        steps do not run. It does not count as the first step.
+
+        On GPUs, the first step of a kind sends its messages by way of the hosts, too."""
         if self.ways is None:
             return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
@@ -179,7 +191,7 @@ class Pipeline:
         return P2PLinks(t, self.ways, by_host, empty, wrap, unwrap)
 
     def add_twins(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Add the gradients of the embedding's two copies, wherever they are."""
+        """Add the gradients of the embedding's two copies, whichever ranks have them."""
         if self.twins is None:
             return grads
         first, last = self.twins
@@ -207,7 +219,7 @@ class Pipeline:
         return tuple(put(tree, sums[s]) if s in sums else tree for s, tree in trees.items())
 
     def sum(self, value: Tensor | None) -> Tensor:
-        """A scalar summed over the pipeline ranks; None counts as 0."""
+        """Sum a value over the pipeline ranks; None counts as 0."""
         if self.ways is None:
             return value
         value = torch.zeros((), device=self.template.device) if value is None else value
@@ -216,7 +228,7 @@ class Pipeline:
         return box
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
-        """One tree of the whole model from those of all stages, where all are here."""
+        """One tree of the whole model from the trees of all stages, if all stages are here."""
         first, last = trees[0], trees[-1]
         blocks = tuple(b for tree in trees for b in tree.blocks)
         return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
@@ -225,8 +237,9 @@ class Pipeline:
 def on_ranks(
     pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
 ) -> Pipeline:
-    """A pipeline whose ranks are processes of ``mesh``; every process calls this. ``template``: an
-    activation of no tokens, ``[0, D]``, in the dtype of computation."""
+    """The same pipeline with its ranks as processes of ``mesh``. Every process must call this.
+
+    ``template``: an activation of no tokens, ``[0, D]``, in the compute dtype."""
     if mesh is None or "pp" not in mesh.mesh_dim_names:
         return pipe
     lines = (
@@ -242,14 +255,15 @@ def on_ranks(
 
 
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
-    """A pipeline of the whole model."""
+    """A pipeline of one stage: the whole model."""
     return Pipeline(make("1f1b", 1, microbatches), tuple(cut(m, [m.layers])), layout)
 
 
 def pipeline(
     config: StepConfig, shape: MeshShape, microbatches: int, sequence: int, layout: Layout
 ) -> Pipeline:
-    """The pipeline of a config, all ranks of it here. Raises UserError for one that cannot be."""
+    """The pipeline of a config, with all its ranks in this process. Raises UserError for a config
+    that is not possible."""
     t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
     layers = layers_per_stage(config.model, t.stages, sequence, config.pipeline.layers)
     return Pipeline(t, tuple(cut(config.model, layers)), layout)

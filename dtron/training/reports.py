@@ -1,8 +1,7 @@
-"""What a step's reports are good for: the router's bias, and the numbers that a run logs of its
-experts.
+"""Uses of a step's reports: the update of the router bias, and the logged numbers of the experts.
 
-``training.gradients`` gives the reports of the stages of this process, summed over the global batch
-and over all ranks that have tokens. The router's bias needs nothing else (moe/balance.py).
+``training.gradients`` returns the reports of the stages of this process, summed over the global
+batch and over all ranks that have tokens. The router bias needs nothing else (moe/balance.py).
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from dtron.training.pipeline import Pipeline
 
 
 class StepReports(NamedTuple):
-    """What stages say of themselves, on every rank: of experts (moe/balance.py), and the summed
-    losses of predictions further ahead (model/mtp.py)."""
+    """The reports of all stages, on every rank.
+
+    ``experts``: load and sums of the expert layers (``expert_totals``, moe/balance.py).
+    ``ahead``: the summed losses of multi-token prediction (model/mtp.py)."""
 
     experts: Tensor | None
     ahead: Tensor | None
@@ -32,8 +33,8 @@ class StepReports(NamedTuple):
 def update_router_bias(
     params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
 ) -> tuple[Any, ...]:
-    """Move the balance bias of every router here, by this step's load, unless ``ok`` is false.
-    Overwrites it, as the optimizer does weights."""
+    """Update the balance bias of every router here, given this step's load, unless ``ok`` is false.
+    The bias is overwritten in place, as weights are by the optimizer."""
     for stage, tree in zip(pipe.stages, params, strict=True):
         layers = (
             [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
@@ -49,8 +50,9 @@ COLUMNS = (*TOTALS, "dropped")
 
 
 def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | None:
-    """``[layers, E + 5]``, on every rank: of each layer of experts in the model, the load of its
-    experts and the sums over tokens of ``COLUMNS``. None for a dense model. Nobody waits for it."""
+    """``[layers, E + 5]``, on every rank: for each MoE layer of the model, the load of its experts
+    and the sums over tokens of ``COLUMNS``. None for a dense model. The host does not wait for
+    it."""
     if not c.experts:
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
@@ -66,10 +68,12 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
 
 
 def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
-    """Numbers of a step, by name, ``experts.3.entropy`` for layer 3. ``load_max`` and ``load_min``
-    are the largest and smallest load of an expert over the mean; ``entropy`` that of a token's
-    scores in nats, on average; ``dropped`` the share of slots; losses are per token, without their
-    weight."""
+    """The numbers of a step by name, such as ``experts.3.entropy`` for layer 3.
+
+    ``load_max``, ``load_min``: the largest and smallest load of an expert, over the mean load.
+    ``entropy``: the entropy of a token's scores in nats, averaged over tokens.
+    ``dropped``: the share of dropped slots.
+    ``aux_loss``, ``z_loss``: losses per token, without their weights."""
     if totals is None:
         return {}
     found = {}
@@ -87,8 +91,10 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
 
 
 def ahead_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
-    """``[depth]``, on every rank: each module's loss summed over the tokens of a step, from its
-    reports by stage. None without modules. Nobody waits for it."""
+    """``[depth]``, on every rank: the loss of each multi-token prediction module, summed over the
+    tokens of a step. None without modules. The host does not wait for it.
+
+    ``reports``: the reports of a step, by stage."""
     if not depth:
         return None
     mine = next((r["ahead"] for r in reports.values() if "ahead" in r), None)

@@ -1,31 +1,36 @@
-"""The order of a compiled stage under ZeRO-3: weights come a bucket ahead, gradients go a bucket
-later.
+"""Prefetch of weights in a compiled ZeRO-3 stage: weights are all-gathered one bucket ahead, and
+gradients are sent one bucket later.
 
-A weight that copy engines carry (distributed/copy_engine.py) costs no processor on its way, but
-each place where a product has to wait for a copy, or a copy for a product, is a gap as long as
-several small kernels. Inductor's scheduler moves collectives one by one, each ahead by as much work
-as hides it: under ZeRO-3 that is 28 such places in a block. ``Zero3Prefetch`` makes it six. It puts
-all gathers of a bucket, ``BUCKET`` bytes of weights in the order in which they are used, about a
-block, into one collective; asks for it where the bucket before is first used; and waits for it
-where it is first used itself. What leaves a block, its gradients, is sent at the next of these
-places and waited for at the one after. (FSDP prefetches by units of its own in the same way, Zhao
-et al. 2023, arXiv:2304.11277, section 3.3; here nothing in the model says what a unit is.)
+An all-gather by copy engines (distributed/copy_engine.py) uses no SM. But wherever a matmul waits
+for a copy, or a copy for a matmul, there is a gap as long as several small kernels. Inductor's
+scheduler moves collectives one by one, each ahead of enough compute to hide it. Under ZeRO-3 this
+gives 28 such gaps per block. ``Zero3Prefetch`` reduces them to six. It sorts the all-gathers by the
+first use of their weights and fills buckets of ``BUCKET`` bytes, about one block each. The
+all-gathers of a bucket become one collective. This collective is issued at the first use of the
+previous bucket, and waited for at the first use of its own bucket. These first uses are called
+edges. The gradients of a block are sent at the next edge and waited for at the edge after it.
+(FSDP prefetches in the same way, by units that it defines, Zhao et al. 2023, arXiv:2304.11277,
+section 3.3. Here nothing in the model defines a unit.)
 
     edge:  |          use bucket 1         |          use bucket 2         |
            | gather 2, wait 1, send grads  | gather 3, wait 2, wait grads  |
 
-It is a pass over a graph of operators, forward or backward, in which nothing is overwritten: so any
-order in which each comes after what it needs is the same program. Beside the weights in use there
-is a bucket on its way, and of gradients what leaves between two edges. What needs something that is
-not there yet stays where it is.
+The pass works on a graph of operators, forward or backward, without in-place writes. So any
+topological order of the graph is the same program. Memory, besides the weights in use: one
+prefetched bucket, and the gradients sent between two edges. A node stays in its place if one of its
+inputs does not exist yet at the new place.
 
-Left out: weights that are gathered over two axes of the mesh one after the other
-(training/compiled_stage.py leaves these to inductor); in 8 bits a weight is used where it is
-unpacked, which forward does at the entry of its block, so that buckets smaller than a block are not
-hidden there; and a search for the best size: a bucket must be long enough in use to hide the next,
-and more only costs memory.
+Left out:
 
-Inductor takes such a pass by a class that is not public, imported here alone."""
+* Weights that are all-gathered over two mesh axes in sequence: training/compiled_stage.py leaves
+  them to inductor.
+* Small buckets in FP8. The first use of an FP8 weight is its unpacking, and forward unpacks weights
+  at the start of their block. So buckets smaller than a block are not hidden there.
+* A search for the best bucket size. The compute of a bucket must be long enough to hide the next
+  bucket; a larger bucket only costs memory.
+
+Inductor takes such a pass as a ``CustomGraphPass``. This class is not public and is imported only
+in this file."""
 
 from __future__ import annotations
 
@@ -40,9 +45,9 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import flop_registry
 
 BUCKET = 2**27  # bytes of gathered weights
-FIRST = (
-    2**25
-)  # of the first bucket, for which everything waits; each has twice the one before until then
+# Bytes of the first bucket, for which all compute waits. Each later bucket is twice as large, up to
+# BUCKET.
+FIRST = 2**25
 
 _OPS, _ATEN = torch.ops._c10d_functional, torch.ops.aten
 _COPIES = (_ATEN.cat.default, _ATEN.clone.default)
@@ -50,8 +55,12 @@ _COPIES = (_ATEN.cat.default, _ATEN.clone.default)
 
 @dataclass
 class WeightGather:
-    """A gather of no more than one of the stage's inputs, as a weight's is: what it is made of,
-    views and waits of what it gives, and the first that computes with them."""
+    """An all-gather that depends on one input of the stage only: on a weight.
+
+    ``start``: the all-gather.
+    ``made_of``: the nodes between the stage's input and the all-gather.
+    ``given``: waits, views and concatenations of its output.
+    ``use``: the first node that computes with its output."""
 
     start: Node
     made_of: list[Node]
@@ -65,13 +74,16 @@ class WeightGather:
 
 
 class Zero3Prefetch(CustomGraphPass):
-    """The pass, for what goes over the process group of this name."""
+    """The pass, for the collectives of one process group.
+
+    ``group``: the group's name.
+    ``bucket``: bytes of a bucket."""
 
     def __init__(self, group: str, bucket: int = BUCKET):
         self._group, self._bucket = group, bucket
 
     def uuid(self) -> tuple:
-        """Compiled code is kept for who has the same."""
+        """The key of this pass in inductor's cache of compiled code."""
         return get_hash_for_files((__file__,)), self._group, self._bucket
 
     def __call__(self, graph: Graph) -> None:
@@ -89,7 +101,7 @@ class Zero3Prefetch(CustomGraphPass):
             until = place[edges[min(at + 1, len(buckets))]]
             others = {x for n in tail for x in n.all_input_nodes} - {start, *tail}
             if any(x in brought or place[x] > until for x in others):
-                continue  # it joins what is not there yet
+                continue  # it is combined with a tensor that does not exist yet at that edge
             if at == len(buckets):
                 _hasten(start, place)
             else:
@@ -115,7 +127,8 @@ class Zero3Prefetch(CustomGraphPass):
         graph.lint()
 
     def _buckets(self, graph: Graph, place: dict[Node, int]) -> list[list[WeightGather]]:
-        """All gathers that need not wait for anything, in the order of their use."""
+        """Sort into buckets, by first use, all all-gathers that depend on no matmul, attention or
+        other collective."""
         found = []
         for n in graph.nodes:
             if n.target is _OPS.all_gather_into_tensor.default and self._ours(n):
@@ -148,7 +161,8 @@ class Zero3Prefetch(CustomGraphPass):
     def _sent(
         self, graph: Graph, place: dict[Node, int], edges: set[Node]
     ) -> Iterator[tuple[Node, list[Node]]]:
-        """Every all-to-all for which no other work waits, and all that follows from it."""
+        """Find every all-to-all on which no matmul, attention or other collective depends, and all
+        nodes that depend on it."""
         for n in graph.nodes:
             if n.target is _OPS.all_to_all_single.default and self._ours(n):
                 tail = _reached(n, lambda x: x.users, lambda x, _: x.op != "output")
@@ -162,7 +176,8 @@ class Zero3Prefetch(CustomGraphPass):
 
 
 def _one(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
-    """One collective instead of a bucket's. All that reads them reads it now."""
+    """Replace the all-gathers of a bucket by one coalesced all-gather. All their users read its
+    outputs now."""
     starts = [fetch.start for fetch in bucket]
     with graph.inserting_before(graph.output_node()):
         sent = [n.args[0] for n in starts]
@@ -183,7 +198,8 @@ def _ordered(nodes: Iterable[Node], place: dict[Node, int]) -> list[Node]:
 
 
 def _hasten(start: Node, place: dict[Node, int]) -> None:
-    """To where what it sends has been computed, with what only lays that out."""
+    """Move an all-to-all to directly after the node that computes its input. The views and copies
+    in between, which only lay out the input, move too."""
     laid_out = _reached(
         start, lambda x: x.all_input_nodes, lambda x, _: _views(x) or x.target in _COPIES
     )
@@ -194,7 +210,8 @@ def _hasten(start: Node, place: dict[Node, int]) -> None:
 
 
 def _soon(n: Node, place: dict[Node, int]) -> tuple[int, int]:
-    """The wait for what was sent last is to come first: it is one for all others."""
+    """Sort key of waits: the wait for the newest all-to-all comes first, because it covers the
+    waits for all earlier ones."""
     source = n.all_input_nodes[0]
     return (0, -place[source]) if source.target is _OPS.all_to_all_single.default else (1, place[n])
 
@@ -202,7 +219,10 @@ def _soon(n: Node, place: dict[Node, int]) -> tuple[int, int]:
 def _reached(
     n: Node, step: Callable[[Node], Iterable[Node]], goes: Callable[[Node, set[Node]], bool]
 ) -> set[Node]:
-    """All that steps lead to from n, as far as it ``goes``, given what has been reached."""
+    """All nodes that can be reached from ``n``, without ``n``.
+
+    ``step``: the neighbours of a node.
+    ``goes``: whether the search includes a node, given the nodes found so far."""
     found, rest = {n}, [n]
     while rest:
         new = {x for x in step(rest.pop()) if goes(x, found)} - found
@@ -220,7 +240,7 @@ def _communicates(n: Node) -> bool:
 
 
 def _works(n: Node) -> bool:
-    """Products and attention, and what a compiler does not look into."""
+    """Whether the node is a matmul, attention, or an operator that is opaque to the compiler."""
     return (
         isinstance(n.target, HigherOrderOperator)
         or getattr(n.target, "overloadpacket", None) in flop_registry
@@ -233,7 +253,8 @@ def _views(n: Node) -> bool:
 
 
 def _brought(n: Node, found: set[Node]) -> bool:
-    """Whether it does no more to what was found than wait for it, look at it, and put its pieces
-    together: gathered along another dim than the first, they come one after the other."""
+    """Whether the node only waits for, views or concatenates nodes of ``found``. An all-gather puts
+    shards one after the other along the first dim. A weight that is sharded along another dim is
+    concatenated from them afterwards."""
     lays_out = _views(n) or _waits(n) or n.target in (operator.getitem, _ATEN.cat.default)
     return lays_out and found.issuperset(n.all_input_nodes)
