@@ -49,13 +49,14 @@ def main(argv: list[str]) -> int:
 
 
 def program(name: str) -> Callable[[list[str]], int]:
-    """The ``main`` of a command. train.py lies beside the package in a checkout, and inside it in a
-    wheel."""
+    """Return the ``main`` of a command. A wheel has train.py inside the package, and a checkout has
+    train.py beside the package. The package comes first: in a folder of installed packages, a
+    train.py beside this one belongs to another project."""
     if name != "train":
         return importlib.import_module(COMMANDS[name][0]).main
     package = Path(__file__).resolve().parent
     path = next(
-        p for p in (package.parent / "train.py", package / "train_program.py") if p.is_file()
+        p for p in (package / "train_program.py", package.parent / "train.py") if p.is_file()
     )
     spec = importlib.util.spec_from_file_location("dtron_train", path)
     module = importlib.util.module_from_spec(spec)

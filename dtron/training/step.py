@@ -76,8 +76,11 @@ class TrainStep:
 
         Loss and norm are scalars that nobody has waited for. A step whose loss or norm is not
         finite moves no weight."""
-        done = self.gradients(params if opt.copies is None else opt.copies, microbatches)
-        return self.update(params, opt, [*done], tokens, lr, number)
+        weights = params if opt.copies is None else opt.copies
+        # No variable here holds the gradients: ``update`` frees them.
+        return self.update(
+            params, opt, [*self.gradients(weights, microbatches)], tokens, lr, number
+        )
 
     def update(
         self,
@@ -88,8 +91,10 @@ class TrainStep:
         lr: float | Tensor,
         number: Tensor | None = None,
     ) -> Result:
-        """What follows ``gradients``. ``done``: what they gave, a list that is emptied here,
-        because gradients that somebody still held would wait in memory for the next step's."""
+        """Apply the result of ``gradients``: clip, update weights and router biases, and report.
+
+        ``done``: the three values that ``gradients`` returned, as a list. The list is emptied, so that
+        the gradients can be freed before the next step makes its own."""
         pipe, m, config = self.pipe, self.config.model, self.config.optim
         total, grads, reports = done
         done.clear()
