@@ -43,7 +43,7 @@ from dtron.distributed.collectives import RingGroup, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.redistribute import Unshard, code, part_of, shard
 from dtron.errors import PlacementError
-from dtron.rules import RULES, Rules, expand, place, whole
+from dtron.rules import RULES, Rules, expand, place, place_gathered
 
 # DTensor warns if two mesh axes are reduced one after the other. For the few small sums here this
 # is intended.
@@ -178,7 +178,7 @@ class Layout:
 
     def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
         """The placements of a weight with these logical axes after ``gather``."""
-        return place(whole(self.rules), self.axes, *axes)
+        return place_gathered(self.rules, self.axes, *axes)
 
     def local(
         self,

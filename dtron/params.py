@@ -26,6 +26,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor
 from dtron.distributed.bucketing import gather_some
 from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
+from dtron.torch_compile import static
 
 Dims = Mapping[str, Any]
 Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
@@ -177,28 +179,51 @@ def _layer_class(hint: Any) -> type:
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf, in declaration order. A path looks like
     ``blocks.3.mlp.w_up``."""
-    if tree is None:
-        return
-    if isinstance(
-        tree, (Tensor, WeightSpec)
-    ):  # before is_dataclass, which torch.compile 2.11 cannot trace
+    if _is_node(tree):
+        for name, child in _children(tree):
+            yield from leaves(child, f"{path}.{name}" if path else name)
+    elif tree is not None:
         yield path, tree
-        return
-    if is_dataclass(tree):
-        children = [
-            (f.name, getattr(tree, f.name)) for f in fields(tree) if "value" not in f.metadata
-        ]
-    elif isinstance(tree, (tuple, list)):
-        children = [(str(i), child) for i, child in enumerate(tree)]
-    else:
-        yield path, tree
-        return
-    for name, child in children:
-        yield from leaves(child, f"{path}.{name}" if path else name)
 
 
 def flat(tree: Any) -> list[Any]:
-    return [leaf for _, leaf in leaves(tree)]
+    """Return the leaves, in the order of ``leaves``."""
+    found: list[Any] = []
+    _flat(tree, found)
+    return found
+
+
+def _flat(tree: Any, found: list[Any]) -> None:
+    if _is_node(tree):
+        for _, child in _children(tree):
+            _flat(child, found)
+    elif tree is not None:
+        found.append(tree)
+
+
+def _is_node(tree: Any) -> bool:
+    # Tensors come first: is_dataclass of a tensor cannot be traced by torch.compile 2.11.
+    if tree is None or isinstance(tree, (Tensor, WeightSpec)):
+        return False
+    return isinstance(tree, (tuple, list)) or is_dataclass(tree)
+
+
+def _children(tree: Any) -> list[tuple[str, Any]]:
+    if isinstance(tree, (tuple, list)):
+        return [(str(i), child) for i, child in enumerate(tree)]
+    return [(name, getattr(tree, name)) for name in _names(type(tree))[0]]
+
+
+@static
+def _names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the fields of a params class: those with leaves, and the plain values."""
+    return _cached_names(cls)
+
+
+@cache
+def _cached_names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    plain = tuple(f.name for f in fields(cls) if "value" in f.metadata)
+    return tuple(f.name for f in fields(cls) if f.name not in plain), plain
 
 
 @dataclass(frozen=True)
@@ -215,30 +240,44 @@ def declared(tree: Any) -> list[Declared]:
     ``flat``. It is read from the classes alone. So weights, gradients and local shards all have
     logical axes."""
     found: list[Declared] = []
-    _declared(tree, None, {}, found)
+    _declared(tree, (), found)
     return found
 
 
-def _declared(
-    tree: Any, leaf: Declared | None, rename: Mapping[str, str], found: list[Declared]
-) -> None:
+def _declared(tree: Any, rename: tuple[tuple[str, str], ...], found: list[Declared]) -> None:
     if tree is None:
         return
-    if isinstance(tree, (Tensor, WeightSpec)):
-        found.append(leaf)
-    elif isinstance(tree, (tuple, list)):
+    if isinstance(tree, (tuple, list)):
         for child in tree:
-            _declared(child, leaf, rename, found)
-    else:
-        for f in fields(tree):
-            meta = f.metadata
-            if "axes" in meta:
-                axes = tuple(rename.get(a, a) for a in meta["axes"])
-                _declared(
-                    getattr(tree, f.name), Declared(axes, meta["frozen"], meta["summed"]), {}, found
-                )
-            elif "value" not in meta:
-                _declared(getattr(tree, f.name), None, meta["rename"], found)
+            _declared(child, rename, found)
+        return
+    for name, leaf, changes in _declarations(type(tree), rename):
+        child = getattr(tree, name)
+        if leaf is None:
+            _declared(child, changes, found)
+        elif child is not None:
+            found.append(leaf)
+
+
+@static
+def _declarations(
+    cls: type, rename: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, Declared | None, tuple[tuple[str, str], ...]], ...]:
+    """Return name, declaration and renamed axes for every field of a params class. A sub-layer has
+    renamed axes, and no declaration (None)."""
+    return _cached_declarations(cls, rename)
+
+
+@cache
+def _cached_declarations(cls, rename):
+    found = []
+    for f in fields(cls):
+        if "axes" in f.metadata:
+            axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])
+            found.append((f.name, Declared(axes, f.metadata["frozen"], f.metadata["summed"]), ()))
+        elif "value" not in f.metadata:
+            found.append((f.name, None, tuple(f.metadata["rename"].items())))
+    return tuple(found)
 
 
 def unflatten(like: Any, values: list[Any]) -> Any:
@@ -251,20 +290,13 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     # every tensor of the tree alive until the garbage collector runs.
     if like is None:
         return None
-    if isinstance(like, (Tensor, WeightSpec)):
+    if not _is_node(like):
         return next(rest)
-    if is_dataclass(like):
-        return type(like)(
-            **{
-                f.name: getattr(like, f.name)
-                if "value" in f.metadata
-                else _build(getattr(like, f.name), rest)
-                for f in fields(like)
-            }
-        )
     if isinstance(like, (tuple, list)):
-        return tuple(_build(child, rest) for child in like)
-    return next(rest)
+        return tuple([_build(child, rest) for child in like])
+    names, plain = _names(type(like))
+    children = {name: _build(getattr(like, name), rest) for name in names}
+    return type(like)(**children, **{name: getattr(like, name) for name in plain})
 
 
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from dtron.distributed.mesh_shape import is_part
+from dtron.torch_compile import static
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -69,6 +70,7 @@ def zero_axes(mesh_axes: Sequence[str]) -> tuple[str, ...]:
     return expand(RULES["embed"], tuple(mesh_axes))
 
 
+@static
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
     """Return one placement per mesh axis for a tensor with these logical axes.
 
@@ -93,6 +95,15 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
     return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
 
 
+@static
+def place_gathered(
+    rules: Rules, mesh_axes: Sequence[str], *axes: str | None
+) -> tuple[Placement, ...]:
+    """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO`` rows."""
+    return place(whole(rules), mesh_axes, *axes)
+
+
+@static
 def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
     """Return the dims of a DeviceMesh that make up these axes, in the mesh's order."""
     return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))

@@ -1,5 +1,5 @@
-"""torch.compile with settings that torch has only in its global configs, and a decorator for
-functions that the compiler must not trace early."""
+"""torch.compile with settings that torch has only in its global configs, and two decorators: for
+functions that the compiler must not trace early, and for functions that it need not trace at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 _F = TypeVar("_F", bound=type[torch.autograd.Function])
+_G = TypeVar("_G", bound=Callable)
 
 
 def opaque(function: _F) -> _F:
@@ -28,6 +29,16 @@ def opaque(function: _F) -> _F:
     not opaque: it takes a layout. It does not need to be: its gradient is not Partial, it ends in
     no cast, and it is not recomputed."""
     return torch.compiler.allow_in_graph(function)
+
+
+def static(function: _G) -> _G:
+    """Let the compiler call a function while it traces, and use the result as a constant. Arguments
+    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these.
+
+    The bookkeeping of a model (which placements has a weight with these axes?) is pure Python on
+    such arguments. Without this decorator the compiler interprets each of its bytecodes, which takes
+    longer than everything that depends on tensors."""
+    return torch.compiler.assume_constant_result(function)
 
 
 # The number of kinds of arguments (stages, shapes of weights, masks) for which one function may be

@@ -29,6 +29,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
+from dtron.schedules.runner import Program
 from dtron.training.compiled_stage import compiled, compiled_rule
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import adam_init, adam_update
@@ -164,11 +165,11 @@ def test_code_from_the_cache_finds_its_operators():
     code = """
         from types import SimpleNamespace as Of
         import torch
+        from dtron.schedules.runner import Program
         from dtron.training.compiled_stage import compiled
         found = lambda: hasattr(torch.ops.bucketing, "_pre_bucket_all_gather")
         before = found()
-        program = Of(enter=None, stage=None, splits=True, carries=None)
-        compiled(program, Of(mesh=Of(device_type="cuda", ndim=0)))
+        compiled(Program(None, None), Of(mesh=Of(device_type="cuda", ndim=0)))
         assert (before, found()) == (False, True), (before, found())
     """
     done = subprocess.run(
@@ -186,8 +187,7 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
         "jit",
         lambda fn, **how: found.append(how.get("options")) or fn,
     )
-    only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
-    compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
+    compiled(Program(None, None), SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
     passes = {name.rpartition(".")[2]: on for name, on in next(filter(None, found)).items()}
     assert passes["collective_bucketing"] is not copied and passes["enable_overlap_scheduling"]
 
@@ -205,8 +205,9 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
         "jit",
         lambda fn, **how: found.append(how.get("options")) or fn,
     )
-    only = SimpleNamespace(enter=None, stage=None, splits=True, carries=None)
-    compiled(only, SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True)
+    compiled(
+        Program(None, None), SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True
+    )
     options = next(filter(None, found))
     assert ("post_grad_custom_post_pass" in options) == (alone is not None)
     assert ("aten_distributed_optimizations.enable_overlap_scheduling" in options) == (

@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from dtron.distributed.collectives import exchange_rows, gather_along
 from dtron.distributed.fp8_all_gather import packed, unpacked
 from dtron.errors import PlacementError
-from dtron.torch_compile import opaque
+from dtron.torch_compile import opaque, static
 
 # `Unshard` and `LocalToDTensor` choose their backward by the gradient's placement. They are opaque
 # to torch.compile until AOTAutograd runs, and opaque functions may not take Placement objects, so
 # placements are encoded as integers.
 
 
+@static
 def code(placements: Sequence[Placement]) -> tuple[int, ...]:
     """Encode placements as integers: the dim of a Shard, -1 for Replicate, -2 for Partial."""
     return tuple(

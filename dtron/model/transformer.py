@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,11 @@ def block(
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """Compute the first stage's input: ``x_TD [T@tokens_sp, D]``."""
     return embedding(gather(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
+
+
+def embed_params(p: Any) -> Any:
+    """Return the params that ``embed`` uses: those of the embedding alone."""
+    return replace(p, blocks=(), norm=None, w_head=None, mtp=())
 
 
 def stage(

@@ -44,6 +44,8 @@ class Program:
     """A model as functions of one stage's params.
 
     ``enter(params, batch) -> x``: makes the first stage's input (token embeddings).
+    ``enter_params(params)``: the part of the params that ``enter`` uses, as a tree of the same
+        class.
     ``stage(params, x, batch) -> (y, extra)``: a stage. The last stage's y is a scalar loss;
         ``extra`` is a ``StageOutput`` or None.
     ``splits``: False if the backward cannot be split into two halves, because the stage
@@ -58,6 +60,7 @@ class Program:
     splits: bool = True
     hold: Any = None
     carries: bool = False
+    enter_params: Callable[[Any], Any] = lambda params: params
 
 
 @dataclass

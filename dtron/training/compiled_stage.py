@@ -75,7 +75,7 @@ def compiled(
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
     here = CompiledStage(functions, layout, compile, partial(jit, backend=backend))
-    return Program(here.enter, here.stage, False, here, functions.carries)
+    return Program(here.enter, here.stage, False, here, functions.carries, functions.enter_params)
 
 
 def _carried(mesh: DeviceMesh | None) -> str | None:
@@ -104,10 +104,12 @@ class LocalWeights:
     """A stage's weights as its compiled functions take them.
 
     ``tree``: this rank's local tensors.
-    ``lies``: the placements, shape and stride of each weight."""
+    ``lies``: the placements, shape and stride of each weight.
+    ``entrance``: the part of them that ``enter`` takes."""
 
     tree: Any
     lies: list[ShardSpec]
+    entrance: LocalWeights | None = None
 
 
 class CompiledStage:
@@ -121,6 +123,8 @@ class CompiledStage:
         self._run, self._run_list = compile(self._traced), compile_list(self._traced_list)
 
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
+        # The compiler traces, and at each call guards, every weight that a function takes.
+        p = p.entrance
         return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]
 
     def stage(
@@ -145,7 +149,10 @@ class CompiledStage:
             gather = lambda ws: gather_all(ws, rest, layout, once=True)
             tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
-        return LocalWeights(unflatten(params, tensors), lies), tensors
+        tree, part = unflatten(params, tensors), self._functions.enter_params
+        indices = flat(part(unflatten(params, list(range(len(tensors))))))
+        entrance = LocalWeights(part(tree), [lies[i] for i in indices])
+        return LocalWeights(tree, lies, entrance), tensors
 
     def scatter(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]

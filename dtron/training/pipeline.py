@@ -33,7 +33,7 @@ from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.flops import active
-from dtron.model.transformer import Transformer, declare_model, embed, stage
+from dtron.model.transformer import Transformer, declare_model, embed, embed_params, stage
 from dtron.params import flat, tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.p2p import InProcessLinks, Links, P2PLinks, PipelineGroups, make_ways
@@ -120,6 +120,7 @@ def program(
         partial(stage, m=m, layout=layout, how=how),
         splits and how.recompute == "none",
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
+        enter_params=embed_params,
     )
 
 
