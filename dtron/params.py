@@ -256,15 +256,15 @@ def _declared(tree: Any, rename: tuple[tuple[str, str], ...], found: list[Declar
         if leaf is None:
             _declared(child, changes, found)
         elif child is not None:
-            found.append(leaf)
+            found.append(Declared(*leaf))
 
 
 @static
 def _declarations(
     cls: type, rename: tuple[tuple[str, str], ...]
-) -> tuple[tuple[str, Declared | None, tuple[tuple[str, str], ...]], ...]:
-    """Return name, declaration and renamed axes for every field of a params class. A sub-layer has
-    renamed axes, and no declaration (None)."""
+) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:
+    """Return, for every field of a params class, its name, the arguments of ``Declared``, and the
+    renamed axes of its class. A sub-layer has no arguments of ``Declared`` (None)."""
     return _cached_declarations(cls, rename)
 
 
@@ -274,7 +274,7 @@ def _cached_declarations(cls, rename):
     for f in fields(cls):
         if "axes" in f.metadata:
             axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])
-            found.append((f.name, Declared(axes, f.metadata["frozen"], f.metadata["summed"]), ()))
+            found.append((f.name, (axes, f.metadata["frozen"], f.metadata["summed"]), ()))
         elif "value" not in f.metadata:
             found.append((f.name, None, tuple(f.metadata["rename"].items())))
     return tuple(found)

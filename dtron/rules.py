@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from dtron.distributed.mesh_shape import is_part
+from dtron.distributed.redistribute import code, decode
 from dtron.torch_compile import static
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -70,14 +71,27 @@ def zero_axes(mesh_axes: Sequence[str]) -> tuple[str, ...]:
     return expand(RULES["embed"], tuple(mesh_axes))
 
 
-@static
 def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Placement, ...]:
     """Return one placement per mesh axis for a tensor with these logical axes.
 
     Raises ValueError for an axis without a row: an unknown axis must never silently replicate.
     Raises ValueError also for two dims that would share a mesh axis.
     """
-    where: dict[str, Placement] = {}
+    return decode(_codes(rules, tuple(mesh_axes), axes))
+
+
+def place_gathered(
+    rules: Rules, mesh_axes: Sequence[str], *axes: str | None
+) -> tuple[Placement, ...]:
+    """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO`` rows."""
+    return decode(_codes(rules, tuple(mesh_axes), axes, gathered=True))
+
+
+@static
+def _codes(
+    rules: Rules, mesh_axes: tuple[str, ...], axes: tuple[str | None, ...], gathered: bool = False
+) -> tuple[int, ...]:
+    rules, where = whole(rules) if gathered else rules, {}
     for dim, axis in enumerate(axes):
         if axis is None:
             continue
@@ -92,15 +106,7 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
                     f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules"
                 )
             where[atom] = Partial() if axis.startswith("+") else Shard(dim)
-    return tuple(where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes)
-
-
-@static
-def place_gathered(
-    rules: Rules, mesh_axes: Sequence[str], *axes: str | None
-) -> tuple[Placement, ...]:
-    """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO`` rows."""
-    return place(whole(rules), mesh_axes, *axes)
+    return code([where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes])
 
 
 @static

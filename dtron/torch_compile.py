@@ -33,7 +33,8 @@ def opaque(function: _F) -> _F:
 
 def static(function: _G) -> _G:
     """Let the compiler call a function while it traces, and use the result as a constant. Arguments
-    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these.
+    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these. The
+    result may have no placements and no other objects: torch 2.11 cannot guard them.
 
     The bookkeeping of a model (which placements has a weight with these axes?) is pure Python on
     such arguments. Without this decorator the compiler interprets each of its bytecodes, which takes

@@ -34,8 +34,13 @@ def code(placements: Sequence[Placement]) -> tuple[int, ...]:
     )
 
 
-def _decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
-    return tuple(Shard(n) if n >= 0 else Replicate() if n == -1 else Partial() for n in numbers)
+def decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
+    """Return the placements that ``code`` has encoded."""
+    return tuple([_PLACEMENTS[n] for n in numbers])
+
+
+# Made once: a compiler would trace each call of these constructors.
+_PLACEMENTS = {-2: Partial(), -1: Replicate(), **{dim: Shard(dim) for dim in range(8)}}
 
 
 @opaque
@@ -61,7 +66,7 @@ class Unshard(torch.autograd.Function):
         narrow: bool,
     ):
         ctx.before, ctx.reduce = w.placements, reduce
-        goal = _decode(placements)
+        goal = decode(placements)
         narrow = narrow and w.placements != goal and equal_parts(w, w.placements)
         return (_gathered_narrow if narrow else _gathered)(w.to(dtype), goal)
 
@@ -143,7 +148,7 @@ class LocalToDTensor(torch.autograd.Function):
         shape: Sequence[int],
         stride: Sequence[int],
     ) -> DTensor:
-        lies = ShardSpec(_decode(placements), torch.Size(shape), tuple(stride))
+        lies = ShardSpec(decode(placements), torch.Size(shape), tuple(stride))
         ctx.placements = lies.gradient.placements
         return lies.whole(x, like.device_mesh)
 
