@@ -1,0 +1,76 @@
+"""Simulated ranks compute what torch's own simulation computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import by_rank, simulated
+
+RANKS = 4
+
+
+def ranks_of(shape: tuple[int, ...]) -> LocalTensor:
+    """A tensor with another value on every rank."""
+    n = torch.Size(shape).numel()
+    return LocalTensor({r: torch.arange(n).view(shape) * 1.5 + 100 * r for r in range(RANKS)})
+
+
+def views(x):
+    y = x.view(2, 6)
+    y[0].mul_(2)  # through a view of a view
+    z = x.transpose(0, 1).narrow(0, 1, 2)
+    z.add_(1)
+    return x, y, z
+
+
+OPERATIONS = {
+    "views": views,
+    "matmul": lambda x: x @ x.mT,
+    "list": lambda x: torch.cat([x, x[:1]]),
+    "split": lambda x: x.split(2),
+    "several results": lambda x: x.max(1),
+    "dtype": lambda x: x.sum(0, dtype=torch.float64),
+    "in place": lambda x: x.add_(x[0].clone()),
+    "out": lambda x: torch.add(x, 1, out=torch.empty_like(x)),
+    "sizes": lambda x: (x.shape, x.stride(), x.storage_offset(), x[1:].storage_offset(), x.dim()),
+    "random": lambda x: torch.manual_seed(3) and torch.rand_like(x) + x,
+    "new": lambda x: x + torch.arange(3),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_short_way_gives_what_the_long_one_does(name):
+    want, got = [], []
+    for found, mode in (
+        (want, LocalTensorMode(RANKS)),
+        (got, simulated(MeshShape(dp=RANKS))),
+    ):
+        with mode:
+            x = ranks_of((4, 3))
+            result = OPERATIONS[name](x)
+            for y in result if isinstance(result, (list, tuple)) else [result]:
+                found.append(
+                    {r: t.clone() for r, t in by_rank(y, 0).items()}
+                    if isinstance(y, torch.Tensor)
+                    else str(y)
+                )
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        if isinstance(a, str):
+            assert a == b
+            continue
+        assert a.keys() == b.keys() and len(a) == RANKS
+        for r in a:
+            torch.testing.assert_close(a[r], b[r], rtol=0, atol=0)
+
+
+def test_gradients_pass_through_views():
+    with simulated(MeshShape(dp=RANKS)):
+        x = ranks_of((4, 3)).requires_grad_()
+        (g,) = torch.autograd.grad((x.view(2, 6).transpose(0, 1).reshape(-1) ** 2).sum(), x)
+        pairs = [(by_rank(g, 0)[r], by_rank(x.detach(), 0)[r]) for r in range(RANKS)]
+    for a, b in pairs:
+        torch.testing.assert_close(a, 2 * b)
