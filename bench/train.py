@@ -31,6 +31,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from turns import await_turn
+
 from dtron.data import Indexed, Prefetch, Writer
 from dtron.data.indexed import token_dtype
 from dtron.data.sources import Packed
@@ -145,17 +147,6 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
-
-
-def await_turn(turn: str) -> None:
-    """Until there is this file (bench/cases.py makes it); says that it waits by one beside it. Ends
-    where the folder is gone."""
-    if turn:
-        Path(f"{turn}.{os.environ.get('RANK', 0)}.ready").touch()
-        while not Path(turn).exists():
-            if not Path(turn).parent.exists():
-                sys.exit(f"{turn}: nobody gives turns any more")
-            time.sleep(0.05)
 
 
 def reading(config: RunConfig, here, steps: int) -> Prefetch:

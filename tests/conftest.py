@@ -61,3 +61,14 @@ def pool(tmp_path_factory):
     pool = Pool(tmp_path_factory.mktemp("pool"))
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A pool of two ranks. Each rank that compiles traces for seconds, so where one axis is enough
+    for what a test asks, two ranks are."""
+    from pool import Pool
+
+    pool = Pool(tmp_path_factory.mktemp("pair"), 2)
+    yield pool
+    pool.close()

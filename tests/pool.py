@@ -30,17 +30,20 @@ PATIENCE = 180  # seconds for one job before the pool counts as hung
 
 
 class Pool:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ranks: int = RANKS):
+        self._ranks = ranks
         with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # see ranks.py
             forkserver.ensure_running()
-        self._inbox = [context.Queue() for _ in range(RANKS)]
+        self._inbox = [context.Queue() for _ in range(ranks)]
         self._outbox = context.Queue()
         store = str(folder / "store")
         self._processes = [
             context.Process(
-                target=_work, args=(r, store, self._inbox[r], self._outbox), daemon=True
+                target=_work,
+                args=(r, ranks, store, self._inbox[r], self._outbox),
+                daemon=True,
             )
-            for r in range(RANKS)
+            for r in range(ranks)
         ]
         for process in self._processes:
             process.start()
@@ -51,18 +54,18 @@ class Pool:
         for inbox in self._inbox:
             inbox.put((self._jobs, job, args))
         results: dict[int, Any] = {}
-        while len(results) < RANKS:
+        while len(results) < self._ranks:
             try:
                 number, rank, ok, value = self._outbox.get(timeout=PATIENCE)
             except queue.Empty:
                 raise AssertionError(
-                    f"ranks {set(range(RANKS)) - set(results)} hang in {job.__name__}{args}"
+                    f"ranks {set(range(self._ranks)) - set(results)} hang in {job.__name__}{args}"
                 ) from None
             if number < self._jobs:  # of a job that had failed by then
                 continue
             assert ok, f"rank {rank} failed in {job.__name__}:\n{value}"
             results[rank] = value
-        return [results[r] for r in range(RANKS)]
+        return [results[r] for r in range(self._ranks)]
 
     def close(self) -> None:
         for inbox in self._inbox:
@@ -72,14 +75,14 @@ class Pool:
             process.kill()
 
 
-def _work(rank: int, store: str, inbox, outbox) -> None:
+def _work(rank: int, ranks: int, store: str, inbox, outbox) -> None:
     torch.set_num_threads(1)
     keep_memory()
     dist.init_process_group(
         "gloo",
         rank=rank,
-        world_size=RANKS,
-        store=dist.FileStore(store, RANKS),
+        world_size=ranks,
+        store=dist.FileStore(store, ranks),
         timeout=timedelta(seconds=60),
     )
     while (item := inbox.get()) is not None:

@@ -18,7 +18,7 @@ import cases  # noqa: E402  (the benchmarks are no part of the package)
 TRAIN = """
 import json, sys
 sys.path.insert(0, {bench!r})
-from train import await_turn
+from turns import await_turn
 
 def note(what):
     with open({log!r}, "a") as f:

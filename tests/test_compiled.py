@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -17,23 +15,28 @@ import torch
 from runs import MODEL
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.distributed.device_mesh import DeviceMesh
 from values import flex_on_cpu
 
 import dtron.training.compiled_stage
+import dtron.training.zero3_prefetch
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
+from dtron.moe.config import MoEConfig
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
 from dtron.training.compiled_stage import compiled, compiled_rule
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update
+from dtron.training.optimizer import adam_init, adam_update, with_compute_copies
 from dtron.training.pipeline import one_stage, program
+from dtron.training.zero3_prefetch import Zero3Prefetch
 
 ONE = Layout()
 BLOCK = replace(
@@ -215,66 +218,41 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
     )
 
 
-IN_ORDER = """
-    from dataclasses import replace
-    import torch, torch.distributed as dist
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    import dtron.training.zero3_prefetch
-    from dtron.training.zero3_prefetch import Zero3Prefetch
-    from dtron.model.batch import make_batch
-    from dtron.training.compiled_stage import compiled
-    from dtron.model.compute_config import ComputeConfig
-    from dtron.mesh import Layout, build_mesh
-    from dtron.moe.config import MoEConfig
-    from dtron.training.optimizer import adam_init, with_compute_copies
-    from dtron.params import init
-    from dtron.training.pipeline import one_stage, program
-    from dtron.rules import rules_for
-    from dtron.distributed.mesh_shape import MeshShape
-    from dtron.training.gradients import gradients
-    from runs import MODEL
-
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    dtron.training.zero3_prefetch.FIRST, together = 2**11, []
-    model = replace(MODEL, layers=2)
-    for mesh, m, cp in (
-        ("dp=4,ep=4", replace(model, moe=MoEConfig(experts=8, top_k=2, mlp=16)), "ring"),
-        ("cp=4", model, "allgather"),
-    ):
-        torch.compiler.reset()
-        together.clear()
-        layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(3), compute=torch.bfloat16)
-        name = layout.mesh.get_group().group_name
-
-        def order(module, _):
-            Zero3Prefetch(name, 2**13)(module.graph)
-            together.append(sum("coalesced" in str(n.target) for n in module.graph.nodes))
-            return make_boxed_func(module.forward)
-
-        backend = aot_autograd(fw_compiler=order, partition_fn=min_cut_rematerialization_partition)
-        pipe, how = one_stage(m, 1, layout), ComputeConfig(recompute="selective", cp=cp)
-        functions = compiled(program(m, layout, how, splits=False), layout, how, backend=backend)
-        params = init(pipe.spec, m.dims(), 0, layout)
-        copies = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute).copies
-        batch = make_batch(torch.arange(8 * 17).view(8, 17) % 61, layout)
-        gradients(functions, copies, [batch], 1, pipe, 3)
-        assert max(together) > 1, together
-"""
-
-
-def test_stages_that_gather_more_than_weights_are_put_in_order():
+@pytest.mark.parametrize(
+    ("mesh", "change", "cp"),
+    [
+        ("dp=4,ep=4", {"moe": MoEConfig(experts=8, top_k=2, mlp=16)}, "ring"),
+        ("cp=4", {}, "allgather"),
+    ],
+)
+def test_stages_that_gather_more_than_weights_are_put_in_order(monkeypatch, mesh, change, cp):
     """Recomputed tokens, router weights, keys and values, made of elementwise operators alone, are
     gathered over the same group, and used elsewhere too. The other ranks are not there: nothing is
     sent."""
-    where = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
-    done = subprocess.run(
-        [sys.executable, "-c", dedent(IN_ORDER)], capture_output=True, text=True, timeout=300,
-        env=os.environ | where,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(dtron.training.zero3_prefetch, "FIRST", 2**11)
+    model, together = replace(MODEL, **change), []
+    layout = Layout(lone_rank(mesh), rules_for(3), compute=torch.bfloat16)
+    prefetch = Zero3Prefetch(layout.mesh.get_group().group_name, 2**13)
+
+    def order(module, _):
+        prefetch(module.graph)
+        together.append(sum("coalesced" in str(n.target) for n in module.graph.nodes))
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=order, partition_fn=min_cut_rematerialization_partition)
+    pipe, how = one_stage(model, 1, layout), ComputeConfig(recompute="selective", cp=cp)
+    functions = compiled(program(model, layout, how, splits=False), layout, how, backend=backend)
+    params = init(pipe.spec, model.dims(), 0, layout)
+    copies = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute).copies
+    gradients(functions, copies, [make_batch(ROWS, layout)], 1, pipe, 3)
+    assert max(together) > 1, together
+
+
+def lone_rank(mesh: str) -> DeviceMesh:
+    """A mesh of which this process is rank 0. It asks for as many collectives where the others are
+    not there."""
+    with simulated(MeshShape.parse(mesh)) as devices:
+        return devices  # the mesh outlives its simulation
 
 
 def test_nothing_is_compiled_again_after_the_first_step():
@@ -356,17 +334,18 @@ def eager_on_pool(pool, *how) -> list[list[float]]:
     ("mesh", "zero"),
     [
         ("dp=2,tp=2", 1),
-        ("dp=4", 1),  # where small weights share a gather
+        ("dp=2", 1),  # where small weights share a gather
         pytest.param("dp=2,tp=2", 2, marks=pytest.mark.slow),
         ("dp=2,tp=2", 3),
         ("dp_replicate=2,dp=2", 3),
         pytest.param("tp=4", 1, marks=pytest.mark.slow),
     ],
 )
-def test_sharded_stages_compile_too(pool, mesh, zero):
+def test_sharded_stages_compile_too(request, mesh, zero):
     """DTensors in the trace, local kernels and collectives out of it; on real ranks. The tracer
     looks at the backward of a custom function before it knows where gradients lie; one that decides
     there by what it is shown forgets to sum them."""
+    pool = request.getfixturevalue("pair" if mesh == "dp=2" else "pool")
     want = eager_on_pool(pool, mesh, zero, None)
     got = pool.run(steps_on_pool, mesh, zero, "aot_eager")
     assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(
@@ -375,21 +354,18 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
 
 
 @pytest.mark.xdist_group("pool")
-def test_a_budget_holds_where_groups_are_in_the_graph(pool):
+def test_a_budget_holds_where_groups_are_in_the_graph(pair):
     """The partitioner of torch 2.13 counts what is kept, and does not know what a process group
     takes."""
     how = "aot_eager_decomp_partition", "auto", "ring", "budget=0.5"
-    got = pool.run(steps_on_pool, "dp=2,tp=2", 3, *how)[0]
-    assert got == pytest.approx(eager_on_pool(pool, "dp=2,tp=2", 3, None)[0], rel=1e-4)
+    got = pair.run(steps_on_pool, "dp=2", 3, *how)[0]
+    assert got == pytest.approx(eager_on_pool(pair, "dp=2", 3, None)[0], rel=1e-4)
 
 
 def collectives(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
-    """How many collectives of each kind one step is, seen from outside. Of one rank of the mesh: it
-    asks for as many where the others are not there."""
+    """How many collectives of each kind one step is, seen from outside."""
     torch.compiler.reset()
-    with simulated(MeshShape.parse(mesh)) as devices:
-        pass  # the mesh outlives its simulation
-    layout = Layout(devices, rules_for(zero), compute=torch.float32)
+    layout = Layout(lone_rank(mesh), rules_for(zero), compute=torch.float32)
     pipe = one_stage(BLOCK, 1, layout)
     functions = program(BLOCK, layout, splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
@@ -421,10 +397,11 @@ def test_a_compiled_step_communicates_what_an_eager_one_does():
         ),
     ],
 )
-def test_attention_over_cp_compiles(pool, cp, path):
+def test_attention_over_cp_compiles(request, cp, path):
     """With its exchanges, in one graph; and backward exchanges too: a custom function whose
     gradients a compiler takes for zero, or a rank's own, is another loss in the next step."""
-    mesh = "dp=2,cp=2" if path == "auto" else "cp=4"
+    mesh = "cp=2" if path == "auto" else "cp=4"
+    pool = request.getfixturevalue("pair" if path == "auto" else "pool")
     want = pool.run(steps_on_pool, mesh, 3, None, path, cp)
     got = pool.run(steps_on_pool, mesh, 3, "aot_eager", path, cp)
     assert got[0] == pytest.approx(want[0], rel=1e-4) and want[0] == pytest.approx(
@@ -442,8 +419,8 @@ def test_compiled_blocks_gather_again_in_backward():
 
 
 @pytest.mark.xdist_group("pool")
-def test_flex_in_sharded_stages(pool):
+def test_flex_in_sharded_stages(pair):
     """Each rank makes the blocks of its own documents, outside what ZeRO-3 recomputes."""
-    want = pool.run(steps_on_pool, "dp=2,tp=2", 3, None, "reference")
-    got = pool.run(steps_on_pool, "dp=2,tp=2", 3, "aot_eager", "flex")
+    want = pair.run(steps_on_pool, "dp=2", 3, None, "reference")
+    got = pair.run(steps_on_pool, "dp=2", 3, "aot_eager", "flex")
     assert got[0] == pytest.approx(want[0], rel=1e-4)
