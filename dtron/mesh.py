@@ -39,11 +39,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
-from dtron.distributed.collectives import RingGroup, all_reduce
+from dtron.distributed.collectives import AxisGroup, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.redistribute import Unshard, code, part_of, shard
 from dtron.errors import PlacementError
-from dtron.rules import RULES, Rules, expand, place, place_gathered
+from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
 
 # DTensor warns if two mesh axes are reduced one after the other. For the few small sums here this
 # is intended.
@@ -88,8 +88,8 @@ class Layout:
     ``compute``: the dtype to which ``gather`` casts weights; None: no cast.
     ``reduce``: the dtype in which a weight's gradients are summed; None: the weight's dtype, but at
         least float32.
-    ``experts``: derived from the mesh: the ranks that exchange tokens (ep), as a one-dim mesh.
-    ``context``: derived from the mesh: the ranks that shard a sequence (cp).
+    ``groups``: derived from the mesh: for each axis of ``rules.EXCHANGED`` that the mesh has, its
+        ranks; see ``group``.
 
     Axis arguments are logical axis names, one per dim. None is a dim that is never sharded.
     ``"+vocab"`` means that a sum over the mesh axes of ``vocab`` is still pending.
@@ -99,24 +99,26 @@ class Layout:
     rules: Rules = field(default_factory=lambda: RULES)
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
-    experts: DeviceMesh | None = field(init=False, default=None, compare=False)
-    context: RingGroup | None = field(init=False, default=None, compare=False)
+    groups: Mapping[str, AxisGroup] = field(init=False, default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", ranks_along(self.mesh, "ep"))
-        object.__setattr__(self, "context", self._peers("cp"))
+        for axis in EXCHANGED:
+            if (ranks := ranks_along(self.mesh, axis)) is not None:
+                self.groups[axis] = self._group(ranks, axis)
 
-    def _peers(self, axis: str) -> RingGroup | None:
-        ranks = ranks_along(self.mesh, axis)
-        if ranks is None:
-            return None
+    def _group(self, ranks: DeviceMesh, axis: str) -> AxisGroup:
         # The coordinate is read here, and from the whole mesh. Simulated ranks find it by tensor
         # operations, once per mesh. A recomputed region would count these operations as its own.
         place, coordinate = 0, self.mesh.get_coordinate()
         for atom in parts(self.axes, axis):
             i = self.axes.index(atom)
             place = place * self.mesh.size(i) + coordinate[i]
-        return RingGroup(ranks, place)
+        return AxisGroup(ranks, place)
+
+    def group(self, axis: str) -> AxisGroup | None:
+        """Return the ranks along an axis of ``rules.EXCHANGED``; None if the mesh does not have the
+        axis."""
+        return self.groups.get(axis)
 
     @property
     def axes(self) -> tuple[str, ...]:

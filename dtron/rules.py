@@ -54,6 +54,9 @@ RULES: Rules = {
 # The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
 ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
+# The mesh axes along which layers exchange rows themselves. Each has a process group.
+EXCHANGED = ("ep", "cp")
+
 
 def rules_for(zero: int) -> Rules:
     """Return the rules for a ZeRO stage. Stage 0 is the table with its ``ZERO`` rows emptied;

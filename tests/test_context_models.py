@@ -219,6 +219,6 @@ def test_one_group_for_cp_however_many_dims():
     """In the order in which DTensor cuts over them."""
     with simulated(MeshShape(cp=4, ep=2)) as mesh:
         layout = Layout(mesh)
-        assert layout.axes == ("cp.edp", "cp.ep") and layout.context.ranks.size() == 4
+        assert layout.axes == ("cp.edp", "cp.ep") and layout.group("cp").ranks.size() == 4
         place = layout.to_local(layout.iota(context_parallel.AXIS, 4, "cpu"), context_parallel.AXIS)
-        assert torch.equal(place, torch.full((1,), 0) + layout.context.place)
+        assert torch.equal(place, torch.full((1,), 0) + layout.group("cp").place)

@@ -53,7 +53,7 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
         keys = context.steps[0].keys
         arrived = [keys]
         for _ in range(1, ranks):
-            keys = wait(shift(keys, *layout.context.args))
+            keys = wait(shift(keys, *layout.group("cp").args))
             arrived.append(keys)
         places = [
             [_of(t, rank) for rank in range(ranks)] for t in (context.steps[0].queries[0], *arrived)

@@ -104,8 +104,8 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class RingGroup:
-    """The ranks of a ring, as a one-dim mesh, and the place of this rank among them."""
+class AxisGroup:
+    """The ranks along an axis, as a one-dim mesh, and the place of this rank among them."""
 
     ranks: DeviceMesh
     place: int
@@ -118,7 +118,7 @@ class RingGroup:
 
 def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
     """Send x to the rank ``by`` places ahead in a ring of n ranks, and receive the x of the rank
-    ``by`` places behind. ``group``, ``place`` and ``n`` are ``RingGroup.args``. The transfer is
+    ``by`` places behind. ``group``, ``place`` and ``n`` are ``AxisGroup.args``. The transfer is
     asynchronous: first do the work that does not need the result, then call ``wait`` on the result.
     Not differentiable. It is an all-to-all in which all other splits are empty, because a send is
     not a functional collective."""

@@ -168,10 +168,10 @@ def by_ring(
     q, k, v = (_parts(x, context) for x in (q, k, v))
     plain = documents_BS is None and not context.mask.windowed
     if path == "sdpa" and plain:
-        o = ring(q, k, v, context.later, context.zigzag, layout.context, context.mask.scale)
+        o = ring(q, k, v, context.later, context.zigzag, layout.group("cp"), context.mask.scale)
     else:
         o = ring_plainly(
-            q, k, v, documents_BS, sinks_N, context.steps, layout.context, path == "flex"
+            q, k, v, documents_BS, sinks_N, context.steps, layout.group("cp"), path == "flex"
         )
     return o.transpose(1, 2).flatten(0, 1)
 
@@ -189,7 +189,7 @@ def by_allgather(
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
     kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
-    kv_TC = all_gather(kv_TC, layout.context.ranks)  # over cp; backward: reduce-scatter
+    kv_TC = all_gather(kv_TC, layout.group("cp").ranks)  # over cp; backward: reduce-scatter
     rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))
@@ -216,7 +216,7 @@ def by_ulysses(
         x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given
     ]  # [n, T, heads / n * H] each
     sent_TC = torch.cat(cut, dim=-1).flatten(0, 1)
-    got = all_to_all(sent_TC, layout.context.ranks)  # over cp
+    got = all_to_all(sent_TC, layout.group("cp").ranks)  # over cp
     rows = got.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     rows = rows[:, context.order_S.argsort()] if context.zigzag else rows
     parts = rows.split([x.shape[-1] for x in cut], dim=-1)
@@ -228,7 +228,7 @@ def by_ulysses(
     o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(2)
     o = o[:, context.order_S] if context.zigzag else o
     o = o.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 2)
-    o = all_to_all(o, layout.context.ranks).unflatten(0, (n, -1))  # over cp
+    o = all_to_all(o, layout.group("cp").ranks).unflatten(0, (n, -1))  # over cp
     return o.unflatten(-1, (-1, given[2].shape[-1])).movedim(0, 1).flatten(1, 2)
 
 

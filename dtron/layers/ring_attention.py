@@ -42,7 +42,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtron.distributed.collectives import RingGroup, shift, wait
+from dtron.distributed.collectives import AxisGroup, shift, wait
 from dtron.layers.attention_block_kernels import block_backward, block_forward
 from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, with_sinks
 from dtron.torch_compile import opaque
@@ -66,7 +66,7 @@ def ring_plainly(
     documents_BS: Tensor | None,
     sinks_N: Tensor | None,
     masks: Sequence[AttentionMask],
-    peers: RingGroup,
+    peers: AxisGroup,
     flex: bool,
 ) -> Tensor:
     """Run the ring for any mask, with autograd's backward. Shapes as in attention_kernels.py.
@@ -89,7 +89,7 @@ def ring(
     v: Tensor,
     later: Tensor,
     zigzag: bool,
-    peers: RingGroup,
+    peers: AxisGroup,
     scale: float | None = None,
 ) -> Tensor:
     """Run the ring for the plain causal mask, on fused kernels.

@@ -122,7 +122,8 @@ def _experts(
     recipe: Recipe | None,
 ) -> tuple[Tensor, Tensor]:
     """Rank-local, except for the dispatcher's communication over ep."""
-    over = ExpertGroup(c.experts, layout.experts, c.capacity)
+    group = layout.group("ep")
+    over = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     y_TD, dropped = choose_dispatcher(dispatch, over)(

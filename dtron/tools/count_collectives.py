@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.simulated_ranks import one_rank
 from dtron.mesh import ranks_along
+from dtron.rules import EXCHANGED
 
 _KINDS = {
     "all_reduce": "all_reduce",
@@ -55,7 +56,7 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         names = mesh.mesh_dim_names if mesh is not None else ()
         self._axis = {mesh.get_group(name).group_name: name for name in names}
-        for axis in ("ep", "cp"):  # groups of their own where they are several dims of the mesh
+        for axis in EXCHANGED:  # groups of their own where they are several dims of the mesh
             if (ranks := ranks_along(mesh, axis)) is not None:
                 self._axis.setdefault(ranks.get_group().group_name, axis)
         self.count: Counter[Collective] = Counter()
