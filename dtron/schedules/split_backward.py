@@ -18,10 +18,14 @@ and W returns them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+# A node written in Python, such as a custom ``autograd.Function``, dies with the graph above it.
+_NODES_DIE = torch.__version__ < "2.13"
 
 DeferredWeightGrad = Callable[[], list[Tensor | None]]
 
@@ -58,6 +62,10 @@ def backward_input(
     ]
     # Requested only so that the opaque nodes compute them. The returned values are not used: each
     # is a sum over all paths to its edge, and some of these paths belong to W.
+    # Edges to nodes written in Python do not keep these nodes alive in torch 2.11. The whole graph
+    # does, and then its saved tensors too stay until W.
+    below = [e.node for _, edges in opaque for e in edges.values()]
+    owner = ends if _NODES_DIE and any(map(_makes_all_at_once, below)) else None
     asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
     try:
         inputs = [x, *asked.values()]
@@ -68,7 +76,7 @@ def backward_input(
         for hook in hooks:
             hook.remove()
 
-    def later() -> list[Tensor | None]:
+    def later(owner: Any = owner) -> list[Tensor | None]:
         edges, grads = [], []
         for node, children in opaque:
             edges += children.values()
