@@ -24,7 +24,7 @@ from values import ONE, normal, tree
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.fp8.__main__ import error
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.mesh import Layout, build_mesh
@@ -105,7 +105,7 @@ def test_chunks_in_fp8(name):
     run = lambda chunk, recipe: mlp(p, xs, ONE, recipe=recipe, chunk=chunk)
     results = {}
     for chunk, recipe in ((None, None), (None, name), (32, name)):
-        y = run(chunk, recipe and Recipe(recipe, smallest=0))
+        y = run(chunk, recipe and replace(RECIPES[recipe], smallest=0))
         results[chunk, recipe] = [y, *torch.autograd.grad(y.square().sum(), [xs, *flat(p)])]
     exact, want, got = results.values()
     for a, b, c in zip(got, want, exact, strict=True):
