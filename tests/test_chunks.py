@@ -229,16 +229,19 @@ def test_chunks_compile_on_real_ranks(pool):
 
 
 def test_when_there_are_chunks():
-    """At long sequences, and where everything is recomputed; multiples of 128, 8 of them at
-    most."""
-    assert (
-        mlp_chunk_tokens("full", 2**16, 2**11) is None
-        and mlp_chunk_tokens("selective", 2**20, 2**14) is None
-    )
-    assert mlp_chunk_tokens("full", 2**16 + 1, 2**11) == 2**15 + 128
-    assert mlp_chunk_tokens("full", 131072, 5632) == 21888
-    assert mlp_chunk_tokens("full", 2**20, 5632) == 2**17
+    """At long sequences; multiples of 128, 8 of them at most."""
+    assert mlp_chunk_tokens(2**16, 2**11) is None
+    assert mlp_chunk_tokens(2**16 + 1, 2**11) == 2**15 + 128
+    assert mlp_chunk_tokens(131072, 5632) == 21888
+    assert mlp_chunk_tokens(2**20, 5632) == 2**17
     asked = []
     with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
         step(program(M, ONE, ComputeConfig("full")))
-    assert asked == [("full", TOKENS, M.mlp)]
+    assert asked == [(TOKENS, M.mlp)]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_there_are_chunks_only_where_blocks_run_again(recompute):
+    with chunks_of(CHUNK), Wide() as wide:
+        step(program(M, ONE, ComputeConfig(recompute)))
+    assert wide.rows == TOKENS

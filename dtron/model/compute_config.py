@@ -11,6 +11,7 @@ from dtron.fp8.recipe import SMALLEST, Recipe
 from dtron.fp8.recipes import RECIPES
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
+from dtron.model.activation_checkpoint import ActivationPolicy, parse_policy
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
@@ -50,21 +51,12 @@ class ComputeConfig:
                 f"--fp8-gather --fp8 {self.fp8}: this recipe does not round weights to FP8 under powers "
                 "of two, so they cannot be gathered in 8 bits; drop --fp8-gather"
             )
-        if self.recompute not in ("none", "selective", "full") and self.budget is None:
-            raise UserError(
-                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
-                "use --recompute budget=0.5"
-            )
+        parse_policy(self.recompute)  # raises UserError for an unknown one
 
     @property
-    def budget(self) -> float | None:
-        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
-        name, _, value = self.recompute.partition("=")
-        try:
-            share = float(value) if name == "budget" else -1.0
-        except ValueError:
-            return None
-        return share if 0 <= share <= 1 else None
+    def policy(self) -> ActivationPolicy:
+        """What blocks keep for backward."""
+        return parse_policy(self.recompute)
 
     def recipe(self, end: bool) -> Recipe | None:
         """For the products of a block; ``end``: the first or the last."""
