@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.moe.experts import compute
@@ -46,7 +47,7 @@ def main() -> None:
     rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
     ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
 
-    recipe = Recipe("rowwise", smallest=0) if o.fp8 else None
+    recipe = replace(RECIPES["rowwise"], smallest=0) if o.fp8 else None
 
     def layer(p: MoELayer, x: Tensor) -> Tensor:
         return moe(p, x, seen, c, layout, dispatch=o.dispatch, recipe=recipe)[0]

@@ -17,12 +17,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import get_args
+from dataclasses import replace
 
 import torch
 
 from dtron.fp8.matmul import compile_options, matmul
-from dtron.fp8.recipe import Recipe, Scaling
+from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 
 SIZES = [
     "8192x2048x2048",
@@ -99,9 +100,7 @@ def main() -> None:
     p.add_argument(
         "--sizes", nargs="+", default=SIZES, help="tokens x in x out, as 8192x4096x14336"
     )
-    p.add_argument(
-        "--recipes", nargs="+", default=list(get_args(Scaling)), choices=get_args(Scaling)
-    )
+    p.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     p.add_argument("--calls", type=int, default=10, help="captured in one graph")
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--device", default="cuda")
@@ -114,7 +113,8 @@ def main() -> None:
     rows.append("|---" * (2 + len(args.recipes)) + "|")
     for size in args.sizes:
         t, i, o = map(int, size.split("x"))
-        results = [measure(t, i, o, r, args) for r in (None, *(Recipe(n, 0) for n in args.recipes))]
+        recipes = [replace(RECIPES[name], smallest=0) for name in args.recipes]
+        results = [measure(t, i, o, recipe, args) for recipe in (None, *recipes)]
         for result in results:
             print(json.dumps(result), flush=True)
         plain, *others = results

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dtron.fp8.matmul import matmul
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 
 # Of y, and of the gradients of x and w. e4m3 keeps 3 bits: a rounded value is off by .027 (root
 # mean square), a product of two by .038; e5m2 is twice as coarse. The last is bfloat16's own.
@@ -34,4 +35,4 @@ def operands(
 
 def converted(name: str):
     """The product in FP8, of whatever size."""
-    return partial(matmul, recipe=Recipe(name, smallest=0))
+    return partial(matmul, recipe=replace(RECIPES[name], smallest=0))

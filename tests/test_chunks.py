@@ -24,7 +24,7 @@ from values import ONE, normal, tree
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.fp8.__main__ import error
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.mesh import Layout, build_mesh
@@ -105,7 +105,7 @@ def test_chunks_in_fp8(name):
     run = lambda chunk, recipe: mlp(p, xs, ONE, recipe=recipe, chunk=chunk)
     results = {}
     for chunk, recipe in ((None, None), (None, name), (32, name)):
-        y = run(chunk, recipe and Recipe(recipe, smallest=0))
+        y = run(chunk, recipe and replace(RECIPES[recipe], smallest=0))
         results[chunk, recipe] = [y, *torch.autograd.grad(y.square().sum(), [xs, *flat(p)])]
     exact, want, got = results.values()
     for a, b, c in zip(got, want, exact, strict=True):
@@ -229,16 +229,19 @@ def test_chunks_compile_on_real_ranks(pool):
 
 
 def test_when_there_are_chunks():
-    """At long sequences, and where everything is recomputed; multiples of 128, 8 of them at
-    most."""
-    assert (
-        mlp_chunk_tokens("full", 2**16, 2**11) is None
-        and mlp_chunk_tokens("selective", 2**20, 2**14) is None
-    )
-    assert mlp_chunk_tokens("full", 2**16 + 1, 2**11) == 2**15 + 128
-    assert mlp_chunk_tokens("full", 131072, 5632) == 21888
-    assert mlp_chunk_tokens("full", 2**20, 5632) == 2**17
+    """At long sequences; multiples of 128, 8 of them at most."""
+    assert mlp_chunk_tokens(2**16, 2**11) is None
+    assert mlp_chunk_tokens(2**16 + 1, 2**11) == 2**15 + 128
+    assert mlp_chunk_tokens(131072, 5632) == 21888
+    assert mlp_chunk_tokens(2**20, 5632) == 2**17
     asked = []
     with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
         step(program(M, ONE, ComputeConfig("full")))
-    assert asked == [("full", TOKENS, M.mlp)]
+    assert asked == [(TOKENS, M.mlp)]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_there_are_chunks_only_where_blocks_run_again(recompute):
+    with chunks_of(CHUNK), Wide() as wide:
+        step(program(M, ONE, ComputeConfig(recompute)))
+    assert wide.rows == TOKENS

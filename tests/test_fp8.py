@@ -22,7 +22,7 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.errors import PlacementError
 from dtron.fp8.__main__ import error, products, table
 from dtron.fp8.matmul import matmul
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.layers.mlp import MLP, mlp
 from dtron.testing import assert_caught, assert_equivalent, dropped
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
@@ -157,7 +157,7 @@ def test_the_errors_shown_are_those_of_the_command():
     ],
 )
 def test_which_products_are_converted(sizes, yes):
-    assert Recipe("tensorwise").converts(*sizes) is yes
+    assert RECIPES["tensorwise"].converts(*sizes) is yes
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_others_are_plain_products(t, i, o):
     xs = operands(t, i, o)
     want, got = products(torch.matmul, *xs), products(converted("rowwise"), *xs)
     assert got[0].equal(want[0]) is ((t, i, o) != (16, 32, 32)) and got[2].shape == (i, o)
-    small = products(partial(matmul, recipe=Recipe("rowwise", i * o + 1)), *xs)
+    small = products(partial(matmul, recipe=replace(RECIPES["rowwise"], smallest=i * o + 1)), *xs)
     assert all(a.equal(b) for a, b in zip(small, want, strict=True))
 
 
@@ -253,7 +253,9 @@ DIMS = {"embed": 32, "mlp": 64, "gated": True, "bias": False, "layers": 1}
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "dp=2,tp=2"])
 def test_a_layer_is_that_of_one_device_with_the_communication_of_high_precision(mesh):
     check = partial(assert_equivalent, params=MLP, mesh=mesh, dims=DIMS, tokens=64, tolerance=1e-3)
-    layer = lambda p, x_TD, layout: mlp(p, x_TD, layout, recipe=Recipe("tensorwise", 0))
+    layer = lambda p, x_TD, layout: mlp(
+        p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], smallest=0)
+    )
     got, plain = check(layer), check(mlp)
     assert got.total.count == plain.total.count and got.total.bytes == plain.total.bytes
     assert all(error(got.tensors[name], plain.tensors[name]) > 0.02 for name in plain.tensors)

@@ -18,7 +18,7 @@ import dtron.fp8.scaled_mm as product
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.fp8.__main__ import error
 from dtron.fp8.matmul import compile_options, grouped_matmul, matmul
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
@@ -27,7 +27,10 @@ from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught
 
-ROWWISE, HALF = Recipe("rowwise", smallest=0), Recipe("rowwise_with_gw_hp", smallest=0)
+ROWWISE, HALF = (
+    replace(RECIPES["rowwise"], smallest=0),
+    replace(RECIPES["rowwise_with_gw_hp"], smallest=0),
+)
 
 
 def operands(counts: list[int], inner: int = 32, outer: int = 48, rest: int = 0, seed: int = 0):
@@ -109,7 +112,7 @@ def test_as_many_rows_for_each():
 def test_what_is_not_converted():
     x, w, ends_E, _ = operands([16, 16])
     assert grouped_matmul(x, w, ends_E, None) is None
-    assert grouped_matmul(x, w, ends_E, Recipe("rowwise")) is None, "too small"
+    assert grouped_matmul(x, w, ends_E, RECIPES["rowwise"]) is None, "too small"
     assert grouped_matmul(x[:, :24], w[:, :24], ends_E, ROWWISE) is None, "no multiple of 16"
     assert grouped_matmul(x[:0], w, ends_E * 0, ROWWISE) is None, "no rows"
     assert grouped_matmul(x, w, ends_E, ROWWISE) is not None

@@ -14,7 +14,7 @@ from runs import MODEL, on_pool, simulate, train
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.fp8.matmul import compile_options, matmul
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
@@ -155,7 +155,7 @@ def test_sharded_stages_compile_too(pool, mesh, zero):
 def test_inductor_gives_the_bits_of_eager(name):
     """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
     with it as rounded as eager has it (tests/test_gpu_fp8.py has that). Needs a C++ compiler."""
-    recipe, g = Recipe(name, 0), torch.Generator().manual_seed(0)
+    recipe, g = replace(RECIPES[name], smallest=0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)
     both = []

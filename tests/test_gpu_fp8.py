@@ -16,7 +16,7 @@ from test_gpu import losses
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.fp8.__main__ import error, products
 from dtron.fp8.matmul import compile_options, grouped_matmul
-from dtron.fp8.recipe import Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout
 from dtron.runtime.config import DataConfig, RunConfig
 
@@ -35,7 +35,7 @@ def on_gpu(*sizes: int, dtype: torch.dtype = torch.bfloat16):
 
 def compiled(fn, name: str):
     torch.compiler.reset()
-    return torch.compile(fn, fullgraph=True, dynamic=False, options=compile_options(Recipe(name)))
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=compile_options(RECIPES[name]))
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -74,7 +74,7 @@ def test_compiled_is_eager_where_it_is_fused_with_what_is_around(name):
 def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
     x, w, ends_E, dy = grouped_operands(counts, inner=256, outer=384, rest=11)
     torch.compiler.reset()
-    fn = partial(grouped_matmul, recipe=Recipe("rowwise", smallest=0))
+    fn = partial(grouped_matmul, recipe=replace(RECIPES["rowwise"], smallest=0))
     there = torch.compile(fn, fullgraph=True, dynamic=False) if compile else fn
     xs = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
     of = lambda fn, xs, ends_E, dy: all_of(fn, *xs, ends_E, dy)

@@ -14,6 +14,7 @@ from dtron.distributed.redistribute import local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_kernels
 from dtron.mesh import Layout
+from dtron.model.activation_checkpoint import POLICIES
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
@@ -57,7 +58,8 @@ def test_the_estimate_of_kept_activations():
     activation functions."""
     m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
     of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
-    estimate = lambda r: block_bytes(m, MeshShape(), 2 * 128, r, element=4)
+    sizes = block_bytes(m, MeshShape(), 2 * 128, element=4)
+    estimate = lambda r: POLICIES[r].block(0).kept_bytes(sizes)
     assert of_a_block("full") == estimate("full")
     assert 1 <= of_a_block("none") / estimate("none") <= 3
 
@@ -67,20 +69,18 @@ def test_memory_by_length_of_sequence(capsys, monkeypatch):
     assert show.main(["--mesh", "cp=4,tp=2,pp=2", "--model", "llama3-8b"]) == 0
     assert "131,072 │           16,384" in capsys.readouterr().out
     m, whole, n = ModelConfig(vocab=64), MeshShape(), 2**17  # short enough for no chunks
-    for recompute in ("none", "selective", "full"):
+    for policy in POLICIES.values():
         one, two = (
-            activation_bytes(m, MeshShape(cp=cp), n, recompute, "ulysses", [4]) for cp in (1, 2)
+            activation_bytes(m, MeshShape(cp=cp), n, policy, "ulysses", [4]) for cp in (1, 2)
         )
-        assert (
-            one == activation_bytes(m, whole, n, recompute, "ring", [4]) and 0.5 < two / one < 0.7
-        )
+        assert one == activation_bytes(m, whole, n, policy, "ring", [4]) and 0.5 < two / one < 0.7
 
 
 def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
     """An eighth of what it would have, from one layer only, and as much again of gradients."""
     m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
     needs = lambda width, n: (
-        activation_bytes(replace(m, mlp=width), MeshShape(), n, "full", "ring", [4]) / n
+        activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4]) / n
     )
     products, difference = 3, 8192 - 4096
     assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference

@@ -1,2 +1,2 @@
-"""Matrix products in 8 bits: ``matmul`` is what layers call, ``recipe`` says how scales are
-chosen."""
+"""Matrix products in 8 bits: ``matmul`` is what layers call, ``recipe`` defines what a recipe is,
+``recipes`` lists them."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dtron.fp8.matmul import matmul
-from dtron.fp8.recipe import Recipe, Scaling
+from dtron.fp8.recipes import RECIPES
 from dtron.runtime.exit import Parser, run_cli
 
 
@@ -40,12 +41,13 @@ def table(size: int = 1024) -> list[str]:
         "| products in | y | gradient of x | gradient of w | y, beside a huge row |",
         "|---|---|---|---|---|",
     ]
-    for name in (None, *get_args(Scaling)):
-        fn = lambda x, w, name=name: matmul(x, w, name and Recipe(name, smallest=0))
+    recipes = {name: replace(recipe, smallest=0) for name, recipe in RECIPES.items()}
+    for name, recipe in {"bfloat16": None, **recipes}.items():
+        fn = partial(matmul, recipe=recipe)
         errors = [error(a, b) for a, b in zip(products(fn, x, w, g), want, strict=True)]
         errors.append(error(fn(beside, w)[1:], want[0][1:]))
         cells = " | ".join(f"{e:.2g}" for e in errors)
-        rows.append(f"| {name or 'bfloat16'} | {cells} |")
+        rows.append(f"| {name} | {cells} |")
     return rows
 
 

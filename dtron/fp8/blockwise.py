@@ -1,5 +1,5 @@
-"""Matmuls with one scale per 128 values of an activation and per 128 x 128 block of a weight:
-DeepSeek-V3's recipe (arXiv:2412.19437, section 3.3 and figure 7).
+"""One scale per 128 values of an activation and per 128 x 128 block of a weight: DeepSeek-V3's
+recipe (arXiv:2412.19437, section 3.3 and figure 7).
 
 A scale for a whole row is set by the row's largest value. With one scale per 128 values, an
 outlier costs precision only in its own block. All three matmuls follow one rule. The contracted
@@ -15,70 +15,87 @@ weights stored transposed.)"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.fp8.recipe import BLOCK
-from dtron.fp8.scaled_mm import scaled_by
-from dtron.torch_compile import opaque
+from dtron.fp8.recipe import Role
+from dtron.fp8.torchao_recipe import TorchaoRecipe
+
+BLOCK = 128  # values that share a scale
 
 
-@opaque
-class Blockwise(torch.autograd.Function):
-    """Compute ``x [T, I] @ w [I, O]`` and both gradients. All sizes are multiples of 128. On a
-    CPU the values are rounded to FP8 and multiplied in float32."""
+class Blocks(NamedTuple):
+    """A cast operand.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return _mm(x, w, weight=True)
+    ``values``: float8, ``[rows, K]`` with the contracted dim last. A right operand is transposed.
+    ``scale``: the factor of the values, one for each block: ``[rows, K / 128]``, or ``[rows / 128,
+        K / 128]`` of a weight.
+    ``squares``: whether blocks are 128 x 128."""
 
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, w = ctx.saved_tensors
-        dx = _mm(g, w.t(), weight=True) if ctx.needs_input_grad[0] else None
-        dw = _mm(x.t(), g, weight=False) if ctx.needs_input_grad[1] else None
-        return dx, dw
+    values: Tensor
+    scale: Tensor
+    squares: bool
+
+    def wide(self) -> Tensor:
+        """Return the values in float32, divided by their scales."""
+        scale = self.scale.repeat_interleave(BLOCK, 0) if self.squares else self.scale
+        return self.values.float() / scale.repeat_interleave(BLOCK, 1)
 
 
-def _mm(a: Tensor, b: Tensor, weight: bool) -> Tensor:
-    """Compute ``a [M, K] @ b [K, N]``. ``weight``: whether columns of b share scales."""
-    x, x_scale = _lines(a)  # [M, K], [M, K / 128]
-    y, y_scale = _squares(b.t()) if weight else _lines(b.t())  # [N, K], [N (/ 128), K / 128]
-    if a.device.type == "cpu":
-        wide = lambda v, s: v.float() / s.repeat_interleave(BLOCK, 1)
-        y_scale = y_scale.repeat_interleave(BLOCK, 0) if weight else y_scale
-        found = wide(x, x_scale) @ wide(y, y_scale).t()
-        return found.to(a.dtype)
-    lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
-    # It needs rows of a and columns of b contiguous, and scales in the other memory order.
-    y_scale = _padded(y_scale.reciprocal()).t() if weight else _columns(y_scale.reciprocal())
-    return torch.ops.aten._scaled_mm_v2(
-        x.contiguous(),
-        y.contiguous().t(),
-        [_columns(x_scale.reciprocal())],
-        [lines],
-        [],
-        [y_scale],
-        [squares if weight else lines],
-        [],
-        None,
-        a.dtype,
-    )
+@dataclass(frozen=True)
+class Blockwise(TorchaoRecipe):
+    """The recipe, with torchao's rule for a block's scale. Experts are multiplied as under
+    torchao's recipes: their kernel supports no scales of blocks."""
+
+    multiple = BLOCK
+
+    def cast(self, x: Tensor, dim: int, role: Role) -> Blocks:
+        x = x if dim == 1 else x.t()
+        squares = role in ("weight", "weight_for_grad_input")
+        return Blocks(*(_squares(x) if squares else _lines(x)), squares)
+
+    def mm(self, a: Blocks, b: Blocks, dtype: torch.dtype) -> Tensor:
+        if a.values.device.type == "cpu":
+            return (a.wide() @ b.wide().t()).to(dtype)
+        lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
+        # It needs rows of a and columns of b contiguous, and scales in the other memory order.
+        b_scale = b.scale.reciprocal()
+        b_scale = _padded(b_scale).t() if b.squares else _columns(b_scale)
+        return torch.ops.aten._scaled_mm_v2(
+            a.values.contiguous(),
+            b.values.contiguous().t(),
+            [_columns(a.scale.reciprocal())],
+            [lines],
+            [],
+            [b_scale],
+            [squares if b.squares else lines],
+            [],
+            None,
+            dtype,
+        )
 
 
 def _lines(x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scale = scaled_by(x.unflatten(1, (-1, BLOCK)), 2)
+    values, scale = _scaled(x.unflatten(1, (-1, BLOCK)))
     return values.flatten(1), scale.squeeze(2)
 
 
 def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    values, scale = scaled_by(squares.flatten(2), 2)
-    return values.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(
-        0, 1
-    ), scale.squeeze(2)
+    values, scale = _scaled(squares.flatten(2))
+    values = values.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2)
+    return values.flatten(2).flatten(0, 1), scale.squeeze(2)
+
+
+def _scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast blocks, each one a row of the last dim."""
+    from dtron.fp8.scaled_mm import scaled_by  # imports torchao
+
+    return scaled_by(blocks, 2)
 
 
 def _columns(scale: Tensor) -> Tensor:

@@ -3,8 +3,8 @@ twice.
 
 ``x [R, I]`` is sorted by expert, and the rows of expert e end before ``ends_E[e]``. ``grouped`` is
 torch's kernel and takes bfloat16. ``looped`` is the slow and clear version; ``masked`` is the
-version that a compiler takes, because none of its shapes depends on a count. scaled_grouped_mm.py
-is the kernel in FP8.
+version that a compiler takes, because none of its shapes depends on a count. ``weight_gradient`` is
+the gradient of w. scaled_grouped_mm.py is the kernel in FP8.
 """
 
 from __future__ import annotations
@@ -44,3 +44,12 @@ def runs(x: Tensor, ends_E: Tensor) -> list[Tensor]:
     place_R = torch.arange(x.shape[0], device=x.device)[:, None]
     starts = [0, *ends_E[:-1].unbind()]
     return [(place_R >= a) & (place_R < b) for a, b in zip(starts, ends_E.unbind(), strict=True)]
+
+
+def weight_gradient(x: Tensor, g: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute ``x[rows of e].T @ g[rows of e]`` for every expert e: ``[E, I, O]``.
+
+    ``ends_E``: int32."""
+    if x.device.type == "cpu":
+        return torch.stack([torch.where(rows_R, x, 0).mT @ g for rows_R in runs(x, ends_E)])
+    return F.grouped_mm(x.mT, g, offs=ends_E)

@@ -10,7 +10,6 @@ matmuls stay in high precision. See docs/fp8.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.distributed.tensor.experimental import local_map
 
 from dtron.distributed.redistribute import part_of
 from dtron.errors import PlacementError
-from dtron.fp8.recipe import Recipe, Scaling
+from dtron.fp8.autograd import fp8_grouped_mm, fp8_mm
+from dtron.fp8.recipe import Recipe
 
 # Placements of one matmul and its gradients, over one mesh axis:
 #    x             w             y             gradient of x, of w
@@ -44,7 +44,8 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
     cannot be local."""
     if recipe is None or not recipe.converts(*_sizes(x, w)):
         return x @ w
-    product = scaled_product(recipe.name)
+    recipe.load()
+    product = partial(fp8_mm, name=recipe.name)
     if not isinstance(x, DTensor):
         return product(x, w)
     mesh, (y_lies, dx_lies, dw_lies) = x.device_mesh, _placements(x, w)
@@ -58,21 +59,10 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
     return region(x, w)
 
 
-def scaled_product(scaling: Scaling) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the FP8 matmul for the tensors of one rank. Imports torchao."""
-    if scaling == "blockwise":
-        from dtron.fp8.blockwise import Blockwise
-
-        return Blockwise.apply
-    from dtron.fp8.scaled_mm import product
-
-    return partial(product, scaling=scaling)
-
-
 def grouped_matmul(
     x: Tensor, w: Tensor, ends_E: Tensor | None, recipe: Recipe | None
 ) -> Tensor | None:
-    """Compute the experts' matmuls in FP8 on the tensors of one rank; see scaled_grouped_mm.py.
+    """Compute the experts' matmuls in FP8 on the tensors of one rank; see ``fp8_grouped_mm``.
     Returns None if the recipe does not convert them.
 
     ``x``: ``[R, I]`` with ``ends_E``, the row where each expert ends; or ``[E, C, I]`` with
@@ -82,19 +72,18 @@ def grouped_matmul(
     # Rows are not contracted here, so any number of rows is allowed except 0.
     if recipe is None or not x.numel() or not recipe.converts(recipe.multiple, inner, outer):
         return None
-    from dtron.fp8.scaled_grouped_mm import grouped_product  # imports torchao
-
+    recipe.load()
+    product = partial(fp8_grouped_mm, name=recipe.name)
     if ends_E is not None:
-        return grouped_product(x, w, ends_E)
+        return product(x, w, ends_E)
     ends_E = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
-    return grouped_product(x.flatten(0, 1), w, ends_E).unflatten(0, x.shape[:2])
+    return product(x.flatten(0, 1), w, ends_E).unflatten(0, x.shape[:2])
 
 
 def compile_options(recipe: Recipe | None) -> dict[str, Any]:
-    """Return options for ``torch.compile(..., options=)`` with the inductor backend. Inductor
-    must round to bfloat16 where eager does. The scale is computed from the rounded values,
-    and larger unrounded values would exceed the FP8 range."""
-    return {} if recipe is None else {"emulate_precision_casts": True}
+    """Return the options for ``torch.compile(..., options=)`` with the inductor backend that the
+    recipe needs."""
+    return {} if recipe is None else dict(recipe.compile_options)
 
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:

@@ -1,16 +1,18 @@
-"""FP8 recipes: how a matmul is scaled, and which matmuls are large enough for FP8. One rule, in
-one place."""
+"""FP8 recipes: what defines one, and which matmuls are large enough for FP8.
+
+A recipe is one object. The three matmuls of a layer (forward, backward to the input and backward
+to the weight) are written once for all recipes, in autograd.py. A recipe defines how each of their
+operands is cast, and which kernel multiplies the cast operands. recipes.py lists the recipes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-Scaling = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
-
-BLOCK = 128  # values that share a scale, blockwise
+from torch import Tensor
 
 # Smallest number of weights in one matmul on one rank. A cast reads its operand once; a matmul uses
 # it once per row of the other operand. So only a large matmul gains more than its casts cost. In
@@ -18,20 +20,73 @@ BLOCK = 128  # values that share a scale, blockwise
 # FP8; smaller matmuls are mostly slower.
 SMALLEST = 2**24
 
+# An operand's role, by torchao's names. Two operands for each matmul: forward, backward to the
+# input, backward to the weight.
+Role = Literal[
+    "input",
+    "weight",
+    "grad_output",
+    "weight_for_grad_input",
+    "input_for_grad_weight",
+    "grad_output_for_grad_weight",
+]
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """A scaling recipe and the smallest size of weight that it is used for.
+class Recipe(ABC):
+    """A scaling recipe, and the smallest size of weight that it is used for.
 
-    ``tensorwise``: one scale per tensor; gradients in e5m2, everything else in e4m3.
-    ``rowwise``: one scale per row of the left operand and per column of the right operand, all
-        in e4m3.
-    ``rowwise_with_gw_hp``: ``rowwise``, with the weight's gradient in high precision.
-    ``blockwise``: one scale per 128 values of a row or column of an activation or gradient, and
-        per 128 x 128 block of a weight."""
+    ``name``: the recipe's key in ``RECIPES``, which is the value of ``--fp8``. Compiled code finds
+        the recipe by this name.
+    ``smallest``: the smallest number of weights in a matmul that is converted.
 
-    name: Scaling
+    A subclass defines ``cast``, ``mm`` and ``grouped_mm``. It overrides these attributes where its
+    kernels differ:
+
+    ``multiple``: the number that a matmul's sizes must be multiples of.
+    ``capability``: the least compute capability of a GPU that has the kernels. A CPU emulates them.
+    ``compile_options``: options for ``torch.compile`` with the inductor backend. By default,
+        inductor must round to bfloat16 where eager does. A scale is computed from the rounded
+        values, and larger unrounded values would exceed the FP8 range.
+    ``fp8_gather``: whether weights may be all-gathered in 8 bits. They may if the recipe casts
+        weights to e4m3 under scales that are powers of two (distributed/fp8_all_gather.py)."""
+
+    name: str
     smallest: int = SMALLEST
+
+    multiple: ClassVar[int] = 16
+    capability: ClassVar[tuple[int, int]] = (8, 9)
+    compile_options: ClassVar[Mapping[str, Any]] = {"emulate_precision_casts": True}
+    fp8_gather: ClassVar[bool] = False
+
+    def load(self) -> None:  # noqa: B027  (a recipe may need nothing)
+        """Import the package that the recipe needs. It is called before a recipe is used. Raises
+        UserError if the package is missing."""
+
+    @abstractmethod
+    def cast(self, x: Tensor, dim: int, role: Role) -> Any:
+        """Cast one operand of a matmul and return it in the form that ``mm`` takes.
+
+        ``x``: ``[M, K]`` with ``dim=1``, or ``[K, N]`` with ``dim=0``.
+        ``dim``: the contracted dim. The kernels of a recipe decide how far a scale may vary along
+            it: not at all, or from block to block.
+        ``role``: which operand of which matmul ``x`` is."""
+
+    @abstractmethod
+    def mm(self, a: Any, b: Any, dtype: Any) -> Tensor:
+        """Multiply two cast operands, ``[M, K]`` by ``[K, N]``.
+
+        ``dtype``: the dtype of the result."""
+
+    @abstractmethod
+    def grouped_mm(self, x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply ``x [R, K]``, sorted by expert, by ``w [E, K, N]`` -> ``[R, N]``.
+
+        The operands are not cast yet: a kernel for experts may need other scales than ``mm``.
+        The gradient of the experts' weights is no such product; it stays in high precision.
+
+        ``ends_E``: int32. The rows of expert e end before ``ends_E[e]``. Output rows after the last
+            end are undefined."""
 
     def converts(self, tokens: float, inner: float, outer: float) -> bool:
         """Whether ``[tokens, inner] @ [inner, outer]`` is computed in FP8. Sizes are the sizes
@@ -55,8 +110,3 @@ class Recipe:
             shape, tokens = shape[1:], self.multiple
         sizes = math.prod(shape[: w.summed]), math.prod(shape[w.summed :])
         return w.summed > 0 and self.converts(tokens, *sizes)
-
-    @property
-    def multiple(self) -> int:
-        """The number that sizes must be multiples of."""
-        return BLOCK if self.name == "blockwise" else 16

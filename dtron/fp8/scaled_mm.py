@@ -1,13 +1,9 @@
-"""One FP8 matmul on the tensors of one device: torchao's recipes, scales, casts and kernels.
+"""Casts and kernel of one FP8 matmul on the tensors of one device, from torchao's functions.
 
-There are three matmuls: forward, backward to the input and backward to the weight. Each casts
-its own two operands, because a scale must not vary along the contracted dim. x and w are saved
-for backward uncast.
-
-torchao also has the whole function, ``matmul_with_hp_or_float8_args``, for weights stored
-``[out, in]``. For dtron's weights, ``[in, out]``, torchao's function returns the weight's
+torchao also has the whole function under autograd, ``matmul_with_hp_or_float8_args``, for weights
+stored ``[out, in]``. For dtron's weights, ``[in, out]``, torchao's function returns the weight's
 gradient transposed in memory, and the optimizer would have to copy it. So the three matmuls are
-written out here from torchao's functions. A test compares them with torchao's own.
+written out in autograd.py. A test compares them with torchao's own.
 
 No name imported from torchao here is public. Only this file imports them, and it is imported
 only when FP8 is on (importing torchao takes some seconds)."""
@@ -19,13 +15,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dtron.fp8.recipe import Scaling
-from dtron.torch_compile import opaque
+from dtron.fp8.recipe import Role
 
 
 @contextmanager
@@ -57,6 +52,7 @@ with _quietly():
     from torchao.float8.config import (
         CastConfig,
         Float8LinearConfig,
+        Float8LinearRecipeName,
         ScalingGranularity,
         ScalingType,
     )
@@ -69,57 +65,37 @@ with _quietly():
 # device. Only values below FP8's normal range may differ.
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
-    for name in get_args(Scaling)
-    if name != "blockwise"  # torchao has blockwise too, but not as a named recipe
+    for name in (recipe.value for recipe in Float8LinearRecipeName)
 }
 
 
-def product(x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
-    """Compute ``x [T, I] @ w [I, O]`` in FP8, and both gradients. Blockwise scales are in
-    blockwise.py. On a CPU the values are rounded to FP8 and multiplied in float32."""
-    return _Product.apply(x, w, scaling)
+class Scaled(NamedTuple):
+    """A cast operand.
+
+    ``values``: in float8, or uncast if ``scale`` is None.
+    ``scale``: the factor of the values: a scalar, or one per row or column. None: the recipe leaves
+        this matmul in high precision."""
+
+    values: Tensor
+    scale: Tensor | None
 
 
-@opaque
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, scaling: Scaling) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.scaling = scaling
-        c = _CONFIGS[scaling]
-        return _mm(x, c.cast_config_input, w, c.cast_config_weight, x.dtype)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w = ctx.saved_tensors
-        c = _CONFIGS[ctx.scaling]
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = _mm(
-                g, c.cast_config_grad_output, w.t(), c.cast_config_weight_for_grad_input, x.dtype
-            )
-        if ctx.needs_input_grad[1]:
-            x_cast, g_cast = (
-                c.cast_config_input_for_grad_weight,
-                c.cast_config_grad_output_for_grad_weight,
-            )
-            dw = _mm(x.t(), x_cast, g, g_cast, w.dtype)
-        return dx, dw, None
+def cast(x: Tensor, dim: int, role: Role, name: str) -> Scaled:
+    """Cast an operand by torchao's recipe of this name; see ``Recipe.cast``."""
+    config: CastConfig = getattr(_CONFIGS[name], f"cast_config_{role}")
+    if config.scaling_type is ScalingType.DISABLED:
+        return Scaled(x, None)
+    by_row = config.scaling_granularity is ScalingGranularity.AXISWISE
+    return scaled_by(x, dim if by_row else None, config.target_dtype)
 
 
-class _Scaled(NamedTuple):
-    values: Tensor  # float8
-    scale: Tensor  # the factor of the values: a scalar, or one per row or column
-
-
-def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: torch.dtype) -> Tensor:
-    """Compute ``a [M, K] @ b [K, N]``, with the operands cast by ``a_cast`` and ``b_cast``."""
-    if a_cast.scaling_type is ScalingType.DISABLED:
+def mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+    """Multiply ``a [M, K]`` by ``b [K, N]``; see ``Recipe.mm``."""
+    (a, a_scale), (b, b_scale) = a, b
+    if a_scale is None:
         return a @ b
-    (a, a_scale), (b, b_scale) = _scaled(a, a_cast, 1), _scaled(b, b_cast, 0)
     if a.device.type == "cpu":
-        y = (a.float() / a_scale) @ (b.float() / b_scale)
-        return y.to(dtype)
+        return ((a.float() / a_scale) @ (b.float() / b_scale)).to(dtype)
     if a_scale.ndim > b_scale.ndim:  # the kernels need both scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()
     # The kernels need rows of a and columns of b contiguous. In forward this copies the float8
@@ -131,14 +107,7 @@ def _mm(a: Tensor, a_cast: CastConfig, b: Tensor, b_cast: CastConfig, dtype: tor
     )
 
 
-def _scaled(x: Tensor, cast: CastConfig, summed: int) -> _Scaled:
-    """Cast ``x`` to float8, scaled to fill its range. Rowwise, all values along the contracted
-    dim (``summed``) share a scale."""
-    by_row = cast.scaling_granularity is ScalingGranularity.AXISWISE
-    return scaled_by(x, summed if by_row else None, cast.target_dtype)
-
-
-def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> _Scaled:
+def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Scaled:
     """Cast ``x`` to float8, with one scale for all values along the contracted dim ``summed``
     (None: one scale for the tensor)."""
     by = ScalingGranularity.TENSORWISE if summed is None else ScalingGranularity.AXISWISE
@@ -146,4 +115,4 @@ def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e
         x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True
     )
     # Saturate: in torch 2.11 a cast turns out-of-range values into NaN.
-    return _Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)
+    return Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)

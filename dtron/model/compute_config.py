@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from dtron.errors import UserError
-from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
+from dtron.fp8.recipe import SMALLEST, Recipe
+from dtron.fp8.recipes import RECIPES
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
+from dtron.model.activation_checkpoint import ActivationPolicy, parse_policy
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
-Fp8 = Literal["none", Scaling]
+Fp8 = Literal["none", *RECIPES]
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,23 @@ class ComputeConfig:
             raise UserError(
                 "--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too"
             )
-        if self.recompute not in ("none", "selective", "full") and self.budget is None:
+        if self.fp8_gather and not RECIPES[self.fp8].fp8_gather:
             raise UserError(
-                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
-                "use --recompute budget=0.5"
+                f"--fp8-gather --fp8 {self.fp8}: this recipe does not round weights to FP8 under powers "
+                "of two, so they cannot be gathered in 8 bits; drop --fp8-gather"
             )
+        parse_policy(self.recompute)  # raises UserError for an unknown one
 
     @property
-    def budget(self) -> float | None:
-        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
-        name, _, value = self.recompute.partition("=")
-        try:
-            share = float(value) if name == "budget" else -1.0
-        except ValueError:
-            return None
-        return share if 0 <= share <= 1 else None
+    def policy(self) -> ActivationPolicy:
+        """What blocks keep for backward."""
+        return parse_policy(self.recompute)
 
     def recipe(self, end: bool) -> Recipe | None:
         """For the products of a block; ``end``: the first or the last."""
         if self.fp8 == "none" or (end and not self.fp8_ends):
             return None
-        return Recipe(self.fp8, self.fp8_smallest)
+        return replace(RECIPES[self.fp8], smallest=self.fp8_smallest)
 
     def narrow(self, end: bool, tokens: float) -> Fp8GatherRule | None:
         """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""

@@ -3,7 +3,7 @@ pure functions.
 
 Blocks are pre-norm, x + f(norm(x)), as in Llama, Qwen and GPT-2. ``embed``, followed by
 ``stage`` once per pipeline stage, is the whole model from a batch to the summed loss.
-layers/recompute.py alone decides where weights are all-gathered and which activations are
+activation_checkpoint.py alone decides where weights are all-gathered and which activations are
 recomputed; both may vary between runs without changing the result. Dropout is left out on
 purpose: current models train without it, and recompute then needs no random state."""
 
@@ -27,10 +27,17 @@ from dtron.layers.kv_cache import KVCache
 from dtron.layers.mla import MLA, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
-from dtron.layers.recompute import mlp_chunk_tokens, run_block, run_end
+from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.layers.rope import rope_tables
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
+from dtron.model.activation_checkpoint import (
+    NONE,
+    ActivationPolicy,
+    BlockFunction,
+    run_block,
+    run_end,
+)
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
@@ -147,7 +154,7 @@ def stage(
     loss's sum over data ranks is still pending. Also returns the stage's terms of the loss and
     its report."""
     run = _runner(p, batch, x_TD, m, layout, how, before)
-    x_TD, extras = _trunk(p, x_TD, run, m, layout, how.recompute)
+    x_TD, extras = _trunk(p, x_TD, run, m, layout, how.policy)
     if p.norm is None:
         return x_TD, _extra(extras, None, m, layout)
     w_head, ahead = _head(p, layout), None
@@ -246,30 +253,37 @@ def _runner(
     }
     sparse = [p_block.moe is not None for p_block in p.all_blocks]
     tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
-    chunk = mlp_chunk_tokens(how.recompute, tokens, width)
+    chunk, policy = mlp_chunk_tokens(tokens, width), how.policy
 
     def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
         mask, path = masks[p.all_blocks[i].window]
+        keep = policy.block(i)
         targets_T = batch.targets_T if targets_T is None else targets_T
         run_it = around(
             partial(
                 block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
                 table_TH=table_TH,
                 documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
-                recipe=how.recipe(end), dispatch=how.dispatch, chunk=chunk,
+                recipe=how.recipe(end), dispatch=how.dispatch, chunk=chunk if keep.reruns else None,
                 past=None if past is None else replace(past[i], places_T=batch.positions_T),
             )
         )  # fmt: skip
         load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None
         narrow = how.narrow(end, x_TD.shape[0] / layout.parts("tokens_sp"))
-        x_TD, *more = run_block(run_it, p_i, x_TD, load_E, layout, how.recompute, narrow)
+        fn = BlockFunction(run_it, load_E, layout, narrow)
+        x_TD, *more = run_block(fn, p_i, x_TD, keep)
         return x_TD, [more] if more else []
 
     return run
 
 
 def _trunk(
-    p: Transformer, x_TD: Tensor, run: Run, m: ModelConfig, layout: Layout, recompute: str = "none"
+    p: Transformer,
+    x_TD: Tensor,
+    run: Run,
+    m: ModelConfig,
+    layout: Layout,
+    policy: ActivationPolicy = NONE,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Run the blocks, and in the last stage the norm before the head."""
     # With a tied head or multi-token prediction the last stage has an embedding too.
@@ -280,7 +294,8 @@ def _trunk(
         x_TD, more = run(p_block, x_TD, i, end)
         extras += more
     if p.norm is not None:
-        x_TD = run_end(partial(norm, eps=m.norm_eps), gather(p.norm, layout), x_TD, recompute)
+        last, p_norm = policy.block(len(p.blocks) - 1), gather(p.norm, layout)
+        x_TD = run_end(partial(norm, eps=m.norm_eps), p_norm, x_TD, last)
     return x_TD, extras
 
 

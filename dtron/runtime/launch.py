@@ -45,7 +45,7 @@ def plan(config: RunConfig) -> RunPlan:
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
-    if config.how.budget is not None and not compiles:
+    if config.how.policy.budget is not None and not compiles:
         raise UserError(
             f"--recompute {config.recompute}: the compiler keeps to a budget, and nothing is compiled here; "
             "use --compile on or --recompute selective"

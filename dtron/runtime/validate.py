@@ -122,15 +122,21 @@ def check_fp8(
         raise UserError(
             f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two"
         )
-    if device != "cpu" and torch.cuda.get_device_capability(device) < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"{flag}: {name} has no FP8, which begins with capability 8.9; drop --fp8")
+    recipe = how.recipe(end=False)
+    if device != "cpu" and torch.cuda.get_device_capability(device) < recipe.capability:
+        has, needs = (
+            ".".join(map(str, capability))
+            for capability in (torch.cuda.get_device_capability(device), recipe.capability)
+        )
+        raise UserError(
+            f"{flag}: {torch.cuda.get_device_name(device)} has compute capability {has}, and the recipe's "
+            f"kernels need {needs}; drop --fp8"
+        )
     if model.layers < 3 and not how.fp8_ends:
         raise UserError(
             f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
             "has no other; use --fp8-ends, or drop --fp8"
         )
-    recipe = how.recipe(end=False)
     sizes = {
         _sizes(w, model, mesh, tokens, recipe)
         for p in declare_model(model).blocks
@@ -143,12 +149,7 @@ def check_fp8(
             f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
             f"{recipe.multiple}; drop --fp8, or lower --fp8-smallest"
         )
-    try:
-        import dtron.fp8.scaled_mm  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{flag}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'"
-        ) from error
+    recipe.load()
 
 
 def _sizes(

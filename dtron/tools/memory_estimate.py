@@ -35,37 +35,34 @@ from rich.table import Table
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.context_parallel import Method
 from dtron.layers.recompute import mlp_chunk_tokens
+from dtron.model.activation_checkpoint import POLICIES, ActivationPolicy, BlockBytes
 from dtron.model.config import ModelConfig
-
-RECOMPUTE = ("none", "selective", "full")
 
 
 def block_bytes(
-    m: ModelConfig,
-    shape: MeshShape,
-    tokens: int,
-    recompute: str,
-    element: int = 2,
-    chunk: int | None = None,
-) -> int:
-    """Return the bytes that one block keeps for backward.
+    m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2, chunk: int | None = None
+) -> BlockBytes:
+    """Return the bytes of one block's activations. An activation policy keeps some of them.
 
     ``tokens``: tokens of all cp and tp ranks together.
     ``chunk``: tokens of a rank that its MLP processes at once (None: all).
     """
     u = tokens // shape.cp
     t = u // shape.tp
-    if recompute == "full":
-        return element * t * m.embed
     heads = u * (m.heads + _kv_heads(m)) * sum(m.head_dims) // shape.tp
-    products = (3 if m.activation in ("swiglu", "geglu") else 2) - (recompute == "selective")
-    residuals = (1 if recompute == "selective" else 2) * t * m.embed
     c = m.moe
-    if c.experts:
-        mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
-    else:
-        mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
-    return element * (residuals + 2 * u * m.embed + heads + mlp) + 4 * u * m.heads // shape.tp
+
+    def total(residuals: int, products: int) -> int:
+        """Add up, with this many residuals and inputs or outputs of the MLP's matmuls."""
+        if c.experts:
+            mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
+        else:
+            mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
+        streams = residuals * t * m.embed + 2 * u * m.embed
+        return element * (streams + heads + mlp) + 4 * u * m.heads // shape.tp
+
+    products = 3 if m.activation in ("swiglu", "geglu") else 2
+    return BlockBytes(element * t * m.embed, total(1, products - 1), total(2, products))
 
 
 def message_bytes(
@@ -92,20 +89,27 @@ def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) 
 
 
 def activation_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, recompute: str, cp: Method, layers: Sequence[int]
+    m: ModelConfig,
+    shape: MeshShape,
+    tokens: int,
+    policy: ActivationPolicy,
+    cp: Method,
+    layers: Sequence[int],
 ) -> int:
     """Return the peak activation bytes of a rank; see the module docstring.
 
     ``layers``: number of layers of each stage.
     """
-    one = block_bytes(m, shape, tokens, recompute)
-    kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
-    chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
-    gradients = block_bytes(m, shape, tokens, "none", chunk=chunk)
-    again = gradients if recompute == "full" else 0
-    return kept + max(
-        again + gradients + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens)
+    one = block_bytes(m, shape, tokens)
+    kept = max(
+        sum(policy.block(i).kept_bytes(one) for i in range(n)) * (shape.pp - s)
+        for s, n in enumerate(layers)
     )
+    chunk = mlp_chunk_tokens(tokens // shape.cp, m.mlp // shape.tp)
+    in_chunks = block_bytes(m, shape, tokens, chunk=chunk).all
+    # A block's gradients, and its activations again where they are recomputed.
+    work = max(2 * in_chunks if policy.block(i).reruns else one.all for i in range(max(layers)))
+    return kept + max(work + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens))
 
 
 def table(
@@ -120,10 +124,12 @@ def table(
     out = Table(
         title=f"one row of a sequence on each data rank, bf16: {size(weights)} and activations"
     )
-    for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in RECOMPUTE)):
+    for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in POLICIES)):
         out.add_column(name, justify="right", no_wrap=True)
     for sequence in sequences:
-        needs = [activation_bytes(m, shape, sequence, r, cp, layers) for r in RECOMPUTE]
+        needs = [
+            activation_bytes(m, shape, sequence, policy, cp, layers) for policy in POLICIES.values()
+        ]
         cells = (f"{size(n)}, all {size(n + weights)}" for n in needs)
         out.add_row(f"{sequence:,}", f"{sequence // shape.cp // shape.tp:,}", *cells)
     return out

@@ -49,7 +49,7 @@ def compiled(
 ) -> Program:
     """Compile the functions of a program.
 
-    ``how``: its FP8 recipe and its recompute setting choose the compiler's options.
+    ``how``: its FP8 recipe and its activation policy choose the compiler's options.
     ``overlap``: collectives are issued ahead of their use, and small collectives are bucketed.
     ``fetches``: a stage all-gathers its weights itself, as under ZeRO-3."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
@@ -62,15 +62,14 @@ def compiled(
         # Code that comes from the cache of an earlier run calls operators that only this import
         # registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
-        again = how.recompute not in ("none", "selective")  # attention is recomputed
         left_out = {
-            "insert_overlap_deps": again,
+            "insert_overlap_deps": how.policy.recomputes_attention,
             "collective_bucketing": bool(copy_engine_groups(mesh)),
         }
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
-    budget = 1.0 if how.budget is None else how.budget
+    budget = 1.0 if how.policy.budget is None else how.policy.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)

@@ -118,7 +118,7 @@ def program(
     return Program(
         partial(embed, m=m, layout=layout),
         partial(stage, m=m, layout=layout, how=how),
-        splits and how.recompute == "none",
+        splits and how.policy.splits,
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
         enter_params=embed_params,
     )

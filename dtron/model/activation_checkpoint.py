@@ -1,0 +1,246 @@
+"""Activation policies: what each block keeps from forward to backward, and what backward recomputes.
+
+Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198,
+section 5) trades compute for memory. ``full`` keeps a block's input and runs the block again in
+backward. ``selective`` keeps the outputs of matmuls and attention and recomputes the cheap rest.
+``budget`` lets the compiler's partitioner choose what to keep.
+
+Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
+backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep everything
+but the gathered weights. (In a compiled block, copies that only a kernel needs are not kept either:
+see ``recompute_in_backward``.)
+
+A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives every block of a stage
+its block policy. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.
+
+Left out: a policy that moves activations to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from dtron.errors import UserError
+from dtron.layers.recompute import checkpointed, recompute_in_backward
+from dtron.mesh import Layout
+from dtron.params import Fp8GatherRule, declared, flat, gather, gather_all, unflatten
+
+
+@dataclass(frozen=True)
+class BlockFunction:
+    """One block as a function of its weights and its input. The inputs are no fields, so that a
+    recomputed region alone decides how long they live.
+
+    ``block``: the block with gathered weights, called as ``block(p, x_TD, load_E)``.
+    ``load_E``: for experts, see ``moe``.
+    ``narrow``: the rule that selects weights to all-gather in 8 bits."""
+
+    block: Callable[..., tuple[Tensor, ...]]
+    load_E: Tensor | None
+    layout: Layout
+    narrow: Fp8GatherRule | None = None
+
+    def run(self, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """All-gather the weights ``p`` and run the block on ``x_TD [T@tokens_sp, D]``."""
+        return self.block(self.gather(p), x_TD, self.load_E)
+
+    def gather(self, p: Any) -> Any:
+        """All-gather the weights. ZeRO-3 communicates over dp and cp. Otherwise nothing is left to
+        do."""
+        return gather(p, self.layout, narrow=self.narrow)
+
+    def gathers(self, p: Any) -> bool:
+        """Whether ``gather`` would communicate."""
+        pairs = zip(flat(p), declared(p), strict=True)
+        return any(self.layout.gathers(w, *d.axes) for w, d in pairs)
+
+
+class BlockBytes(NamedTuple):
+    """Bytes of one block's activations, for the memory estimate.
+
+    ``input``: the block's input.
+    ``matmuls``: the input, and the outputs of matmuls and attention.
+    ``all``: every tensor that backward reads."""
+
+    input: int
+    matmuls: int
+    all: int
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """What one block keeps for backward.
+
+    ``run``: runs the block on its weights and its input, where gradients are wanted.
+    ``kept_bytes``: the bytes that the block keeps.
+    ``reruns``: whether backward runs the whole block again from its input. Only such a block runs a
+        long MLP in chunks (layers/recompute.py)."""
+
+    run: Callable[[BlockFunction, Any, Tensor], tuple[Tensor, ...]]
+    kept_bytes: Callable[[BlockBytes], int]
+    reruns: bool = False
+
+
+@dataclass(frozen=True)
+class ActivationPolicy:
+    """What the blocks of a stage keep for backward.
+
+    ``name``: the policy's key in ``POLICIES``, which is the value of ``--recompute``.
+    ``block``: gives the policy of a block from its index in its stage. Blocks of multi-token
+        prediction come last.
+    ``splits``: whether a backward can run in two halves (schedules/split_backward.py). A recomputed
+        region cannot.
+    ``recomputes_attention``: whether some block may recompute its attention in backward. One of
+        the compiler's passes is then off (training/compiled_stage.py).
+    ``budget``: the share of activation memory that the compiler's partitioner may use. None: no
+        limit. A policy with a budget needs a compiler."""
+
+    name: str
+    block: Callable[[int], BlockPolicy]
+    splits: bool = False
+    recomputes_attention: bool = True
+    budget: float | None = None
+
+
+def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, policy: BlockPolicy) -> tuple[Tensor, ...]:
+    """Run one block under its policy."""
+    return policy.run(fn, p, x_TD) if torch.is_grad_enabled() else fn.run(p, x_TD)
+
+
+def run_end(fn: Callable, p: Any, x_TD: Tensor, last: BlockPolicy) -> Tensor:
+    """Run ``fn(p, x_TD)``, the layer after the last block. If backward reruns the last block, this
+    layer is a recomputed region of its own. So the last block's output is kept as the input of this
+    region, just as the output of every other block is kept as the input of the next block.
+    Otherwise a compiler would recompute this output, and so the whole last matmul of the block,
+    before the rest of the block's backward.
+
+    ``last``: the policy of the last block."""
+    region = last.reruns and torch.is_grad_enabled()
+    return checkpointed(fn, p, x_TD) if region else fn(p, x_TD)
+
+
+def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+    """Run a block and keep everything but its gathered weights."""
+    if not fn.gathers(p):
+        return fn.run(p, x_TD)
+    if torch.compiler.is_compiling():
+        gather_each = lambda *ws: tuple(gather_all(ws, declared(p), fn.layout, narrow=fn.narrow))
+        gathered = recompute_in_backward(gather_each, *flat(p))
+        # The compiler selects what else to keep.
+        return fn.block(unflatten(p, list(gathered)), x_TD, fn.load_E)
+    kept = _AllKept()
+
+    def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+        kept.gathering = True
+        p = fn.gather(p)
+        kept.gathering = False
+        return fn.block(p, x_TD, fn.load_E)
+
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    return checkpointed(run, p, x_TD, context_fn=contexts)
+
+
+def keep_matmuls(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+    """Run a block and keep its input and the outputs of matmuls and attention."""
+    contexts = partial(create_selective_checkpoint_contexts, _matmuls)
+    return checkpointed(fn.run, p, x_TD, context_fn=contexts)
+
+
+def keep_input(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+    """Run a block and keep its input alone."""
+    return checkpointed(fn.run, p, x_TD)
+
+
+KEEP_ALL = BlockPolicy(keep_all, attrgetter("all"))
+KEEP_MATMULS = BlockPolicy(keep_matmuls, attrgetter("matmuls"))
+KEEP_INPUT = BlockPolicy(keep_input, attrgetter("input"), reruns=True)
+
+
+def every_block(policy: BlockPolicy) -> Callable[[int], BlockPolicy]:
+    """Give every block the same policy."""
+
+    def block(index: int) -> BlockPolicy:
+        return policy
+
+    return block
+
+
+def budget(share: float) -> ActivationPolicy:
+    """Make the policy under which the partitioner keeps this share of what ``none`` keeps."""
+
+    def kept_bytes(block: BlockBytes) -> int:
+        return int(share * block.all)
+
+    each = BlockPolicy(keep_all, kept_bytes)
+    return ActivationPolicy(f"budget={share}", every_block(each), budget=share)
+
+
+NONE = ActivationPolicy("none", every_block(KEEP_ALL), splits=True, recomputes_attention=False)
+
+POLICIES: dict[str, ActivationPolicy] = {
+    policy.name: policy
+    for policy in (
+        NONE,
+        ActivationPolicy("selective", every_block(KEEP_MATMULS), recomputes_attention=False),
+        ActivationPolicy("full", every_block(KEEP_INPUT)),
+    )
+}
+
+
+def parse_policy(recompute: str) -> ActivationPolicy:
+    """Return the policy that a value of ``--recompute`` names. Raises UserError for an unknown
+    name."""
+    if recompute in POLICIES:
+        return POLICIES[recompute]
+    name, _, value = recompute.partition("=")
+    try:
+        share = float(value) if name == "budget" else -1.0
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(
+            f"--recompute {recompute}: {', '.join(POLICIES)}, or a memory budget from 0 to 1; "
+            "use --recompute budget=0.5"
+        )
+    return budget(share)
+
+
+_MATMULS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "_scaled_mm",
+    "_grouped_mm",
+    "_scaled_dot_product",
+    "flex_attention",
+)
+
+
+def _is_view(op) -> bool:
+    # flex_attention, an operator that takes functions, has no schema.
+    schema = getattr(op, "_schema", None)
+    return schema is not None and any(out.alias_info is not None for out in schema.returns)
+
+
+def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep the outputs of matmuls and attention."""
+    keep = getattr(op, "overloadpacket", op).__name__.startswith(_MATMULS) and not _is_view(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _AllKept:
+    """Keep everything but gathered weights and views (a view may be of a gathered weight)."""
+
+    def __init__(self):
+        self.gathering = False
+
+    def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = not self.gathering and not _is_view(op)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
