@@ -333,7 +333,7 @@ def eager_on_pool(pool, *how) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("mesh", "zero"),
     [
-        ("dp=2,tp=2", 1),
+        pytest.param("dp=2,tp=2", 1, marks=pytest.mark.slow),
         ("dp=2", 1),  # where small weights share a gather
         pytest.param("dp=2,tp=2", 2, marks=pytest.mark.slow),
         ("dp=2,tp=2", 3),

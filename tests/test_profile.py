@@ -353,6 +353,7 @@ import runpy, sys
 sys.modules.update(dict.fromkeys(["rich", "tyro", "tokenizers", "datasets"]))
 for program in sys.argv[1:]:
     sys.argv = [program, "--help"]
+    sys.path.insert(0, program.rpartition("/")[0])  # as python does for a program
     try:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as stop:
