@@ -34,4 +34,4 @@ def operands(
 
 def converted(name: str):
     """The product in FP8, of whatever size."""
-    return partial(matmul, recipe=Recipe(name, smallest=0))
+    return partial(matmul, recipe=Recipe(name, min_weights=0))

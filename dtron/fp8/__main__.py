@@ -41,7 +41,7 @@ def table(size: int = 1024) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name in (None, *get_args(Scaling)):
-        fn = lambda x, w, name=name: matmul(x, w, name and Recipe(name, smallest=0))
+        fn = lambda x, w, name=name: matmul(x, w, name and Recipe(name, min_weights=0))
         errors = [error(a, b) for a, b in zip(products(fn, x, w, g), want, strict=True)]
         errors.append(error(fn(beside, w)[1:], want[0][1:]))
         cells = " | ".join(f"{e:.2g}" for e in errors)

@@ -16,7 +16,7 @@ BLOCK = 128  # values that share a scale, blockwise
 # it once per row of the other operand. So only a large matmul gains more than its casts cost. In
 # docs/performance.md, at 8192 tokens, matmuls from 4096 x 4096 up are 1.1 to 1.6 times as fast in
 # FP8; smaller matmuls are mostly slower.
-SMALLEST = 2**24
+MIN_WEIGHTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
         per 128 x 128 block of a weight."""
 
     name: Scaling
-    smallest: int = SMALLEST
+    min_weights: int = MIN_WEIGHTS
 
     def converts(self, tokens: float, inner: float, outer: float) -> bool:
         """Whether ``[tokens, inner] @ [inner, outer]`` is computed in FP8. Sizes are the sizes
@@ -43,7 +43,7 @@ class Recipe:
         dims. The CPU needs no multiples, but the choice should not depend on the device. With 0
         tokens there is no largest value to compute a scale from."""
         fits = all(size % self.multiple == 0 for size in (tokens, inner, outer))
-        return tokens > 0 and inner * outer >= self.smallest and fits
+        return tokens > 0 and inner * outer >= self.min_weights and fits
 
     def takes(self, w: Any, shape: Sequence[float], tokens: float) -> bool:
         """Whether a block's matmuls with the declared weight ``w`` are computed in FP8.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from dtron.errors import UserError
-from dtron.fp8.recipe import SMALLEST, Recipe, Scaling
+from dtron.fp8.recipe import MIN_WEIGHTS, Recipe, Scaling
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
 Fp8 = Literal["none", Scaling]
+Recompute = Literal["none", "selective", "full", "budget"]
 
 
 @dataclass(frozen=True)
@@ -26,45 +27,50 @@ class ComputeConfig:
     - which matmuls are in FP8,
     - how tokens are dispatched to experts."""
 
-    recompute: str = "none"
-    attention: AttentionPath = "auto"
+    recompute: Recompute = "none"
+    recompute_budget: float | None = None
+    attention_kernel: AttentionPath = "auto"
     fp8: Fp8 = "none"
-    fp8_ends: bool = False
-    fp8_smallest: int = SMALLEST
+    fp8_first_last: bool = False
+    fp8_min_weights: int = MIN_WEIGHTS
     fp8_gather: bool = False
-    cp: Method = "ring"
-    dispatch: Dispatch = "auto"
+    cp_method: Method = "ring"
+    moe_dispatch: Dispatch = "auto"
 
     def __post_init__(self) -> None:
-        if self.fp8_smallest < 0:
+        if self.fp8_min_weights < 0:
             raise UserError(
-                f"--fp8-smallest {self.fp8_smallest}: a size; use --fp8-smallest {SMALLEST}"
+                f"--fp8-min-weights {self.fp8_min_weights}: a size; use --fp8-min-weights {MIN_WEIGHTS}"
             )
         if self.fp8_gather and self.fp8 == "none":
             raise UserError(
                 "--fp8-gather: of weights for products in FP8; use --fp8 tensorwise too"
             )
-        if self.recompute not in ("none", "selective", "full") and self.budget is None:
+        if self.recompute not in get_args(Recompute):
             raise UserError(
-                f"--recompute {self.recompute}: none, selective, full, or a memory budget from 0 to 1; "
-                "use --recompute budget=0.5"
+                f"--recompute {self.recompute}: must be one of {', '.join(get_args(Recompute))}; use "
+                "--recompute full"
             )
-
-    @property
-    def budget(self) -> float | None:
-        """The share of activation memory that ``recompute="budget=0.5"`` allows, or None."""
-        name, _, value = self.recompute.partition("=")
-        try:
-            share = float(value) if name == "budget" else -1.0
-        except ValueError:
-            return None
-        return share if 0 <= share <= 1 else None
+        if self.recompute == "budget" and self.recompute_budget is None:
+            raise UserError(
+                "--recompute budget: needs the share of activations to keep; use --recompute-budget 0.5"
+            )
+        if self.recompute != "budget" and self.recompute_budget is not None:
+            raise UserError(
+                f"--recompute-budget {self.recompute_budget}: is for the policy budget; use "
+                "--recompute budget too"
+            )
+        if self.recompute == "budget" and not 0 <= self.recompute_budget <= 1:
+            raise UserError(
+                f"--recompute-budget {self.recompute_budget}: a share from 0 to 1; use "
+                "--recompute-budget 0.5"
+            )
 
     def recipe(self, end: bool) -> Recipe | None:
         """For the products of a block; ``end``: the first or the last."""
-        if self.fp8 == "none" or (end and not self.fp8_ends):
+        if self.fp8 == "none" or (end and not self.fp8_first_last):
             return None
-        return Recipe(self.fp8, self.fp8_smallest)
+        return Recipe(self.fp8, self.fp8_min_weights)
 
     def narrow(self, end: bool, tokens: float) -> Fp8GatherRule | None:
         """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""

@@ -122,7 +122,7 @@ def _experts(
     recipe: Recipe | None,
 ) -> tuple[Tensor, Tensor]:
     """Rank-local, except for the dispatcher's communication over ep."""
-    over = ExpertGroup(c.experts, layout.experts, c.capacity)
+    over = ExpertGroup(c.experts, layout.experts, c.capacity_factor)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     y_TD, dropped = choose_dispatcher(dispatch, over)(

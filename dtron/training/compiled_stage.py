@@ -70,7 +70,7 @@ def compiled(
         passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
-    budget = 1.0 if how.budget is None else how.budget
+    budget = 1.0 if how.recompute_budget is None else how.recompute_budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
