@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     run_dir, found = open_run(config)
     data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
     begin = Source(config.init_from, config.model) if config.init_from and not found else None
-    with ranks(config, here) as pipe, StopSignal(host_group(config.timeout)) as stop:
+    with ranks(config, here) as pipe, StopSignal(host_group(config.timeout_seconds)) as stop:
         train(config, here, pipe, data, run_dir, found, stop, begin)
     return 0
 
@@ -94,8 +94,8 @@ def train(
                 f"--steps {config.steps}: {found} is at step {state.step} already; use more"
             )
     state = replace(state, opt=with_compute_copies(state.opt, state.params, spec, layout.compute))
-    watch = NonFiniteGuard(config.max_skips)
-    saver = AsyncSaver(run_dir, host_group(config.timeout), config.keep, config.keep_every)
+    watch = NonFiniteGuard(config.max_nonfinite_steps)
+    saver = AsyncSaver(run_dir, host_group(config.timeout_seconds), config.keep, config.keep_every)
     if config.save_every:
         saver.prepare(checkpoint.tensors(state, spec))
     if here.main:  # not earlier: a refused resume leaves the run as it was
@@ -105,7 +105,7 @@ def train(
             keep_origin(begin.folder, run_dir)
         if data.tokenizer is not None:
             data.tokenizer.save(str(run_dir / "tokenizer.json"))
-    flops, n = flops_per_token(m, config.data.sequence), here.shape.size
+    flops, n = flops_per_token(m, config.data.seq_len), here.shape.size
     metrics = Metrics(
         run_dir, here.device, n, flops, config.steps, state.step, here.main, config.tensorboard
     )
@@ -129,9 +129,9 @@ def train(
         if warning := watch.note(step, value, norm):
             metrics.say(warning)
         record = metrics.step(step, value, norm, lr, tokens, end, waited)
-        record |= {"skipped": watch.skipped} | describe_experts(told.experts, m.moe)
-        for k, total in enumerate([] if told.ahead is None else told.ahead.tolist(), start=1):
-            record[f"ahead.{k}.loss"] = total / tokens
+        record |= {"skipped_steps": watch.skipped_steps} | describe_experts(told.experts, m.moe)
+        for k, total in enumerate([] if told.mtp is None else told.mtp.tolist(), start=1):
+            record[f"mtp.{k}.loss"] = total / tokens
         if step % config.log_every == 0 or step in (1, config.steps):
             metrics.line(record)
         return record
@@ -179,7 +179,7 @@ def train(
             record["validation_loss"] = held
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
         if saves:
-            record["save_seconds"] = checkpoint.begin(saver, state, spec, identity)
+            record["checkpoint_stall_seconds"] = checkpoint.begin(saver, state, spec, identity)
         metrics.write(record)
         metrics.restart_clock()
     if launched:
@@ -187,7 +187,7 @@ def train(
     if stopped:
         checkpoint.begin(saver, state, spec, identity)
         metrics.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
-    elif config.sample:
+    elif config.sample_tokens:
         metrics.say("sample: " + sample(state.params, data, config, here, pipe))
     saver.wait()
     for line in saver.said():
@@ -213,7 +213,7 @@ def describe(config: RunConfig, here: RunPlan, data: Data, step: int) -> str:
     return (
         f"{parameters} on {here.shape} ({_count(n, 'rank')}, {here.device}, "
         f"{compute}, zero {config.zero}); {size} of text; "
-        f"{config.batch} x {config.data.sequence} tokens a step in {_count(here.count, 'microbatch', 'es')}"
+        f"{config.batch} x {config.data.seq_len} tokens a step in {_count(here.count, 'microbatch', 'es')}"
         + (f"; resumed at step {step}" if step else "")
     )
 
@@ -272,7 +272,7 @@ def sample(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline)
     ):  # here every rank's weights are at hand, and one device is as many times faster
         layout = Layout(compute=pipe.layout.compute)
         params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
-    tokens = min(config.sample, config.model.context - len(prompt))
+    tokens = min(config.sample_tokens, config.model.context - len(prompt))
     (ids,) = generate(
         params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device
     )

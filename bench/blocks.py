@@ -41,7 +41,8 @@ from dtron.model.batch import make_batch
 from dtron.model.presets import preset
 from dtron.model.transformer import block
 from dtron.params import flat, init
-from dtron.runtime.metrics import elapsed, mark, memory_gib
+from dtron.runtime.exit import Parser, run_cli
+from dtron.runtime.metrics import elapsed, mark, peak_memory_gib
 from dtron.schedules.runner import Program
 from dtron.torch_compile import jit
 from dtron.training.compiled_stage import compiled
@@ -72,7 +73,7 @@ def functions(way: str, m, layout: Layout) -> Program:
 
 def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
     table = rope_tables(m.rope, batch.positions_T, m.head_dim, x_TD.dtype)
-    mask = AttentionMask(batch.sequence, m.window, m.softcap)
+    mask = AttentionMask(batch.seq_len, m.window, m.softcap)
     mask, _ = prepare(mask, None, m.sinks, m.head_dims, x_TD, layout, "sdpa")
     for p_block in p.blocks:
         x_TD = one(p_block, x_TD, table, mask)
@@ -91,7 +92,7 @@ def measure(o: argparse.Namespace) -> dict:
     pipe, run = one_stage(m, 1, layout), functions(o.way, m, layout)
     params = init(pipe.spec, m.dims(), 0, layout, torch.float32, device)
     generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(m.vocab, (o.rows, o.sequence + 1), device=device, generator=generator)
+    ids = torch.randint(m.vocab, (o.rows, o.seq_len + 1), device=device, generator=generator)
     batches = [make_batch(ids, layout)]
     start = time.perf_counter()
     marks, norms = [mark(device)], []
@@ -106,31 +107,33 @@ def measure(o: argparse.Namespace) -> dict:
     seconds = statistics.median([elapsed(a, b) for a, b in pairwise(marks)][2:])
     return {
         "way": o.way, "model": o.model, "layers": m.layers, "cache": o.cache, "first_step_s": round(first, 1),
-        "gradients_ms": round(1e3 * seconds, 2), "memory_gib": round(memory_gib(device), 1),
+        "gradients_ms": round(1e3 * seconds, 2), "peak_memory_gib": round(peak_memory_gib(device), 1),
         "norm": round(norms[0].item(), 4), "torch": torch.__version__,
     }  # fmt: skip
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="One graph for a stage, or one for a block.")
+def main(argv: list[str]) -> int:
+    p = Parser(description="One graph for a stage, or one for a block.")
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--way", choices=WAYS, help="this one alone, in this process")
     p.add_argument("--cache", default="empty", help=argparse.SUPPRESS)
-    for name, default in (("layers", 0), ("rows", 2), ("sequence", 4096), ("steps", 12)):
+    for name, default in (("layers", 0), ("rows", 2), ("seq-len", 4096), ("steps", 12)):
         p.add_argument(f"--{name}", type=int, default=default)
-    o = p.parse_args()
+    o = p.parse_args(argv)
     if o.way:
         print(json.dumps(measure(o)), flush=True)
-        return
+        return 0
     for way in WAYS:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("empty", "full"):
-                options = [f"--{k}={v}" for k, v in vars(o).items() if k not in ("way", "cache")]
+                given = {k: v for k, v in vars(o).items() if k not in ("way", "cache")}
+                options = [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
                 command = [sys.executable, __file__, *options, f"--way={way}", f"--cache={state}"]
                 subprocess.run(
                     command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}, check=False
                 )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.runtime.exit import Parser, run_cli
 
 
-def run(flags: dict[str, object], gpus: int, timeout: int) -> dict:
+def run(flags: dict[str, object], gpus: int, timeout_seconds: int) -> dict:
     """What bench/train.py printed, or the case and its error."""
-    argv = [*(f"--{name}={value}" for name, value in flags.items() if value is not True)]
-    argv += [f"--{name}" for name, value in flags.items() if value is True]
+    named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+    argv = [flag if value is True else f"{flag}={value}" for flag, value in named.items()]
     try:
-        done = subprocess.run(command(argv, gpus), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command(argv, gpus), capture_output=True, text=True, timeout=timeout_seconds
+        )
     except subprocess.TimeoutExpired:
-        return {**flags, "gpus": gpus, "error": f"took longer than {timeout} s"}
+        return {**flags, "gpus": gpus, "error": f"took longer than {timeout_seconds} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
@@ -48,34 +50,34 @@ def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
     common = {"model": o.model, "recompute": o.recompute, "steps": o.steps}
     common |= {"layers": o.layers} if o.layers else {}
     common |= {"eager": True} if o.eager else {}
-    for sequence in o.sequences:
-        alone = {**common, "sequence": sequence, "rows": max(1, o.tokens // sequence)}
+    for seq_len in o.seq_lens:
+        alone = {**common, "seq_len": seq_len, "rows": max(1, o.tokens // seq_len)}
         yield alone, 1
         if o.gpus == 1:
             continue
-        together = {**alone, "mesh": f"cp={o.gpus}", "rows": max(1, o.gpus * o.tokens // sequence)}
+        together = {**alone, "mesh": f"cp={o.gpus}", "rows": max(1, o.gpus * o.tokens // seq_len)}
         for method in o.methods:
-            yield {**together, "cp": method}, o.gpus
+            yield {**together, "cp_method": method}, o.gpus
 
 
 def longest(o: argparse.Namespace) -> Iterator[dict]:
     """Doubles the sequence while it fits, then halves the gap to what does not, down to an eighth
     of it."""
-    fits, too_long, sequence = 0, 0, min(o.sequences)
+    fits, too_long, seq_len = 0, 0, min(o.seq_lens)
     while not too_long or too_long - fits > fits // 8:
         flags = {
             "model": o.model,
             "recompute": o.recompute,
             "steps": 1,
-            "sequence": sequence,
+            "seq_len": seq_len,
             "rows": 1,
         }
-        line = run(flags, 1, o.timeout)
+        line = run(flags, 1, o.timeout_seconds)
         yield line
-        fits, too_long = (fits, sequence) if "error" in line else (sequence, too_long)
+        fits, too_long = (fits, seq_len) if "error" in line else (seq_len, too_long)
         if not fits:
             return
-        sequence = 2 * sequence if not too_long else (fits + too_long) // 2 // 1024 * 1024
+        seq_len = 2 * seq_len if not too_long else (fits + too_long) // 2 // 1024 * 1024
 
 
 def main(argv: list[str]) -> int:
@@ -86,14 +88,16 @@ def main(argv: list[str]) -> int:
     p.add_argument("--layers", type=int, default=0, help="fewer than the preset has")
     p.add_argument("--recompute", default="full")
     p.add_argument("--steps", type=int, default=10)
-    p.add_argument("--timeout", type=int, default=600, help="seconds for one case")
+    p.add_argument("--timeout-seconds", type=int, default=600, help="seconds for one case")
     p.add_argument("--methods", nargs="+", default=["ring", "ulysses", "allgather"])
-    p.add_argument("--sequences", nargs="+", type=int, default=[2**n for n in range(13, 18)])
+    p.add_argument("--seq-lens", nargs="+", type=int, default=[2**n for n in range(13, 18)])
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument("--longest", action="store_true", help="on one GPU, by trying")
     o = p.parse_args(argv)
     for line in (
-        longest(o) if o.longest else (run(flags, gpus, o.timeout) for flags, gpus in cases(o))
+        longest(o)
+        if o.longest
+        else (run(flags, gpus, o.timeout_seconds) for flags, gpus in cases(o))
     ):
         print(json.dumps(line), flush=True)
     return 0

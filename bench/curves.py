@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FP8 = ["--fp8-ends", "--fp8-smallest", "0"]
+FP8 = ["--fp8-first-last", "--fp8-min-weights", "0"]
 WAYS = {
     "float32, eager": ["--dtype", "float32", "--compile", "off"],
     "bfloat16, eager": ["--dtype", "bfloat16", "--compile", "off"],
@@ -73,7 +73,7 @@ def curve(flags: list[str], o) -> list[float]:
             o.device,
             "--run-dir",
             folder,
-            "--sample",
+            "--sample-tokens",
             0,
             "--eval-every",
             0,

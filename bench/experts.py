@@ -29,11 +29,12 @@ from dtron.moe.experts import compute
 from dtron.moe.layer import MoELayer, TokenInfo, moe
 from dtron.moe.router import route
 from dtron.params import declare, flat, init, tree_map
+from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.metrics import peak_tflops
 
 
-def main() -> None:
-    o = arguments()
+def main(argv: list[str]) -> int:
+    o = arguments(argv)
     m, device, layout = preset(o.model), o.device, Layout()
     c, dims = m.moe, m.dims()
     dtype = torch.bfloat16
@@ -47,10 +48,10 @@ def main() -> None:
     rows = torch.randn(o.tokens * c.top_k, m.embed, device=device).to(dtype).requires_grad_()
     ends = torch.arange(1, c.experts + 1, device=device) * (len(rows) // c.experts)
 
-    recipe = replace(RECIPES["rowwise"], smallest=0) if o.fp8 else None
+    recipe = replace(RECIPES["rowwise"], min_weights=0) if o.fp8 else None
 
     def layer(p: MoELayer, x: Tensor) -> Tensor:
-        return moe(p, x, seen, c, layout, dispatch=o.dispatch, recipe=recipe)[0]
+        return moe(p, x, seen, c, layout, dispatch=o.moe_dispatch, recipe=recipe)[0]
 
     def router(p: MoELayer, x: Tensor) -> Tensor:
         return route(p.router, x, *seen[:3], c, layout, place_T=seen.place_T).weights_TK
@@ -64,7 +65,7 @@ def main() -> None:
     peak = peak_tflops(device)
     tflops = flops / ms["products"] / 1e9
     report = {
-        "model": o.model, "tokens": o.tokens, "dispatch": o.dispatch, "fp8": o.fp8,
+        "model": o.model, "tokens": o.tokens, "moe_dispatch": o.moe_dispatch, "fp8": o.fp8,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         **{f"{name}_ms": round(t, 3) for name, t in ms.items()},
@@ -72,6 +73,7 @@ def main() -> None:
         "products_tflops": round(tflops, 1), "products_mfu": round(tflops / peak, 3) if peak else None,
     }  # fmt: skip
     print(json.dumps(report))
+    return 0
 
 
 def seconds(fn: Callable, p: MoELayer, x: Tensor, repeats: int) -> float:
@@ -106,18 +108,16 @@ def _step(fn: Callable, p: MoELayer, x: Tensor) -> None:
     torch.autograd.grad(y, [x, *flat(p)], torch.ones_like(y), allow_unused=True)
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description="Time one layer of experts and its parts; one JSON line."
-    )
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser(description="Time one layer of experts and its parts; one JSON line.")
     p.add_argument("--model", default="bench-moe", help="a preset with experts")
-    p.add_argument("--dispatch", default="auto")
+    p.add_argument("--moe-dispatch", default="auto")
     p.add_argument("--fp8", action="store_true", help="products in FP8, of any size")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--repeats", type=int, default=20)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

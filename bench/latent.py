@@ -1,7 +1,7 @@
 """Kernels of attention where values are narrower than keys: as they are, and padded to the keys'
 width.
 
-    python bench/latent.py --batch 2 --heads 16 --sequence 4096
+    python bench/latent.py --batch 2 --heads 16 --seq-len 4096
 
 A JSON line for each: forward and backward in TFLOP/s of causal attention (half of the square,
 unpadded widths), or why a kernel refused. Needs a GPU, and nothing but torch.
@@ -9,8 +9,8 @@ unpadded widths), or why a kernel refused. Needs a GPU, and nothing but torch.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtron.layers.attention_kernels import AttentionMask, attention_flex, with_blocks
+from dtron.runtime.exit import Parser, run_cli
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -27,7 +28,7 @@ BACKENDS = {
 }
 
 
-def kernels(sequence: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def kernels(seq_len: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     def sdpa(backend: SDPBackend):
         def run(q, k, v):
             with sdpa_kernel(backend):
@@ -35,7 +36,7 @@ def kernels(sequence: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tenso
 
         return run
 
-    mask = with_blocks(AttentionMask(sequence), None, torch.device("cuda"))
+    mask = with_blocks(AttentionMask(seq_len), None, torch.device("cuda"))
     return {name: sdpa(backend) for name, backend in BACKENDS.items()} | {
         "flex": lambda q, k, v: attention_flex(q, k, v, None, None, mask)
     }
@@ -53,18 +54,18 @@ def seconds(fn: Callable[[], object], repeats: int = 20) -> float:
     return start.elapsed_time(end) / repeats / 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 2), ("heads", 16), ("sequence", 4096), ("qk", 192), ("v", 128)):
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    for name, default in (("batch", 2), ("heads", 16), ("seq-len", 4096), ("qk", 192), ("v", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    o = parser.parse_args()
+    o = parser.parse_args(argv)
     make = lambda width: torch.randn(
-        o.batch, o.sequence, o.heads, width, device="cuda", dtype=torch.bfloat16
+        o.batch, o.seq_len, o.heads, width, device="cuda", dtype=torch.bfloat16
     ).transpose(1, 2)
     q, k, v = (make(width).requires_grad_() for width in (o.qk, o.qk, o.v))
     direction = make(o.v)
-    flops = o.batch * o.heads * o.sequence**2 * (o.qk + o.v)  # causal, forward
-    for name, run in kernels(o.sequence).items():
+    flops = o.batch * o.heads * o.seq_len**2 * (o.qk + o.v)  # causal, forward
+    for name, run in kernels(o.seq_len).items():
         for padded in (False, True):
             wide = o.qk - o.v if padded else 0
             forward = lambda run=run, wide=wide: run(q, k, F.pad(v, (0, wide)))[..., : o.v]
@@ -84,7 +85,8 @@ def main() -> None:
             except RuntimeError as error:
                 line["refused"] = str(error).splitlines()[0]
             print(json.dumps(line), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

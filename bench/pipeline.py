@@ -34,8 +34,9 @@ from dtron.model.presets import preset
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig, PipelineConfig, RunConfig
+from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import same_on_all_ranks
-from dtron.runtime.metrics import memory_gib, peak_tflops
+from dtron.runtime.metrics import peak_memory_gib, peak_tflops
 from dtron.schedules import SCHEDULES, simulate
 from dtron.schedules.split_backward import backward, backward_input
 from dtron.training.gradients import gradients
@@ -43,8 +44,8 @@ from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_
 from dtron.training.pipeline import on_ranks, pipeline, program
 
 
-def main() -> None:
-    o = arguments()
+def main(argv: list[str]) -> int:
+    o = arguments(argv)
     gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
     compute = torch.bfloat16 if gpu else torch.float32
@@ -57,15 +58,14 @@ def main() -> None:
     m = preset(o.model)
     config = RunConfig(
         model=m,
-        schedule=o.schedule,
-        pipeline=PipelineConfig(split=o.split),
+        pipeline=PipelineConfig(o.schedule, layers=o.layers),
         batch=o.rows * o.microbatches,
     )
     mesh = build_mesh(shape, device.partition(":")[0])
     layout = Layout(stage_mesh(mesh), rules_for(1), compute if gpu else None)
     template = torch.empty(0, m.embed, dtype=compute, device=device)
     pipe = on_ranks(
-        pipeline(config, shape, o.microbatches, config.data.sequence, layout), mesh, template
+        pipeline(config, shape, o.microbatches, config.data.seq_len, layout), mesh, template
     )
     same_on_all_ranks({"arguments": vars(o)})
 
@@ -73,10 +73,10 @@ def main() -> None:
     opt, functions = adam_init(params), program(m, layout)
     g = torch.Generator(device).manual_seed(0)
     rows = torch.randint(
-        m.vocab, (o.rows * o.microbatches, o.sequence + 1), device=device, generator=g
+        m.vocab, (o.rows * o.microbatches, o.seq_len + 1), device=device, generator=g
     )
     batches = [make_batch(r, layout) for r in rows.chunk(o.microbatches)]
-    tokens = rows.shape[0] * o.sequence
+    tokens = rows.shape[0] * o.seq_len
 
     costs = {**stage_costs(pipe, functions, params, batches[0], template, o.repeats)}
     everyone: list = [None] * dist.get_world_size()
@@ -97,10 +97,11 @@ def main() -> None:
     times = times[len(times) // 2 :]
     part, whole = (statistics.median(t[i] for t in times) for i in (0, 1))
     per_gpu = tokens / whole / dist.get_world_size()
-    tflops, peak = per_gpu * flops_per_token(m, o.sequence) / 1e12, peak_tflops(device)
+    tflops, peak = per_gpu * flops_per_token(m, o.seq_len) / 1e12, peak_tflops(device)
     report = {
-        "model": o.model, "schedule": o.schedule, "pp": o.pp, "microbatches": o.microbatches, "rows": o.rows,
-        "mesh": str(shape), "zero": 1, "sequence": o.sequence, "recompute": "none", "compiled": False,
+        "model": o.model, "pipeline.schedule": o.schedule, "pp": o.pp,
+        "microbatches": o.microbatches, "rows": o.rows, "mesh": str(shape), "zero": 1,
+        "seq_len": o.seq_len, "recompute": "none", "compiled": False,
         "dtype": str(compute).removeprefix("torch."), "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__,
         "tokens_per_s_per_gpu": round(per_gpu), "tflops_per_gpu": round(tflops, 1),
@@ -108,12 +109,13 @@ def main() -> None:
         "pipeline_ms": round(1e3 * part, 2), "simulated_ms": round(1e3 * line.makespan, 2),
         "measured_over_simulated": round(part / line.makespan, 3), "bubble": round(line.bubble, 4),
         "costs_ms": {f"{kind}{stage}": round(1e3 * c, 3) for (stage, kind), c in sorted(costs.items())},
-        "memory_gib": round(memory_gib(device), 1),
+        "peak_memory_gib": round(peak_memory_gib(device), 1),
     }  # fmt: skip
     if dist.get_rank() == 0:
         print(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 def stage_costs(
@@ -170,24 +172,23 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description="Time a pipelined step, and say how long it should take."
-    )
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser(description="Time a pipelined step, and say how long it should take.")
     p.add_argument("--model", default="bench-1.3b", help="a preset")
-    p.add_argument("--schedule", default="1f1b", choices=list(SCHEDULES))
-    p.add_argument("--split", default="", help="blocks of each stage, as 12,12")
+    add = p.add_argument
+    add("--pipeline.schedule", dest="schedule", default="1f1b", choices=list(SCHEDULES))
+    add("--pipeline.layers", dest="layers", default="", help="blocks of each stage, as 12,12")
     for name, default in (
         ("pp", 2),
         ("microbatches", 8),
         ("rows", 2),
-        ("sequence", 4096),
+        ("seq-len", 4096),
         ("steps", 12),
     ):
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--repeats", type=int, default=6, help="of each action, timed alone")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

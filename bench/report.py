@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.renamed import current
 from dtron.runtime.exit import run_cli
 
 RESULTS, PEERS = (Path(__file__).parent / name for name in ("results.jsonl", "peers.json"))
@@ -29,7 +30,7 @@ NEEDED = (
     "model",
     "mesh",
     "rows",
-    "sequence",
+    "seq_len",
     "dtype",
     "device",
     "torch",
@@ -55,20 +56,21 @@ class Case(NamedTuple):
     precision: str
     microbatches: int
     rows: int
-    sequence: int
+    seq_len: int
 
     def __str__(self) -> str:
         parts = f"{self.microbatches} x " if self.microbatches > 1 else ""
-        sizes = f"{parts}{self.rows} x {self.sequence}"
+        sizes = f"{parts}{self.rows} x {self.seq_len}"
         named = (self.model, self.mesh, self.zero, self.precision, sizes, self.recompute)
         return ", ".join(filter(None, named))
 
 
 def case_of(line: Line) -> Case:
     shape, fp8, again = MeshShape.parse(line["mesh"]), line.get("fp8"), line.get("recompute")
+    share = line.get("recompute_budget")
     precision = {"bfloat16": "bf16", "float32": "fp32"}.get(line["dtype"], line["dtype"])
     if fp8 not in (None, "none"):
-        precision = f"fp8 {fp8}{' ends too' if line.get('fp8_ends') else ''}"
+        precision = f"fp8 {fp8}{' ends too' if line.get('fp8_first_last') else ''}"
         precision += ", gathered in FP8" if line.get("fp8_gather") else ""
     return Case(
         line["model"],
@@ -76,11 +78,13 @@ def case_of(line: Line) -> Case:
         shape.size,
         "one GPU" if shape.size == 1 else str(shape),
         f"zero {line['zero']}" if shape.dp * shape.cp > 1 else "",
-        "" if again in (None, "none") else f"recompute {again}",
+        ""
+        if again in (None, "none")
+        else f"recompute {again}{'' if share is None else f' {share:g}'}",
         precision,
         line.get("microbatches") or 1,
         line["rows"],
-        line["sequence"],
+        line["seq_len"],
     )
 
 
@@ -89,16 +93,31 @@ def system_of(line: Line) -> str:
     result."""
     if "system" in line:
         return line["system"]
-    attention = line.get("attention") or "auto"
+    attention = line.get("attention_kernel") or "auto"
     path = "" if attention == "auto" else f"attention {attention}"
     plain = "" if line.get("overlap", True) else "no overlap"
-    graph = "CUDA graph" if line.get("graph") else ""
+    graph = "CUDA graph" if line.get("cuda_graph") else ""
     how = "compiled" if line["compiled"] else "eager"
-    method = f"cp by {line['cp']}" if line.get("cp") else ""
+    method = f"cp by {line['cp_method']}" if line.get("cp_method") else ""
     copies = "copy engines" if line.get("copy_engines") else ""
-    sums = f"sums in {line['reduce']}" if line.get("reduce") else ""
-    data = "" if line.get("data_wait") is None else f"reading data, {line['data_wait']:.3%} waiting"
-    parts = ("**dtron**", how, graph, line.get("schedule"), path, plain, method, copies, sums, data)
+    sums = f"sums in {line['reduce_dtype']}" if line.get("reduce_dtype") else ""
+    data = (
+        ""
+        if line.get("data_wait_ratio") is None
+        else f"reading data, {line['data_wait_ratio']:.3%} waiting"
+    )
+    parts = (
+        "**dtron**",
+        how,
+        graph,
+        line.get("pipeline.schedule"),
+        path,
+        plain,
+        method,
+        copies,
+        sums,
+        data,
+    )
     return ", ".join(filter(None, parts))
 
 
@@ -127,7 +146,9 @@ def read_peers() -> list[Line]:
 
 
 def checked(line: Any, where: str, needed: Iterable[str]) -> Line:
-    missing = [k for k in needed if not isinstance(line, dict) or line.get(k) is None]
+    """The line under today's names, whatever version printed it."""
+    line = current(line) if isinstance(line, dict) else {}
+    missing = [k for k in needed if line.get(k) is None]
     if missing:
         raise UserError(
             f"{where}: has no {', '.join(missing)}, which every row needs; measure it again"
@@ -163,7 +184,8 @@ def cells(x: Line, best: float | None) -> list[str]:
     ratio = f"{x['tokens_per_s_per_gpu'] / best:.2f}x" if best and "system" not in x else ""
     return [
         system_of(x), str(case_of(x)), number("tokens_per_s_per_gpu", ",.0f"),
-        number("tflops_per_gpu", ".0f"), number("mfu", ".1%").replace("%", " %"), number("memory_gib", ".1f"),
+        number("tflops_per_gpu", ".0f"), number("mfu", ".1%").replace("%", " %"),
+        number("peak_memory_gib", ".1f"),
         " / ".join(t or "-" for t in times) if any(times) else "", number("first_step_s", ".0f"), ratio,
         f"{x['device']}, torch {x['torch']}, {x['date']}",
     ]  # fmt: skip

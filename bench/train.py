@@ -1,6 +1,6 @@
 """Time training steps of one case and print one JSON line.
 
-    python bench/train.py --model bench-1.3b --rows 2 --sequence 4096
+    python bench/train.py --model bench-1.3b --rows 2 --seq-len 4096
     torchrun --nproc-per-node 2 bench/train.py --mesh dp=2 --zero 3 --model bench-1.3b --rows 2
 
 A step is everything: gather, forward, backward, gradient norm, clipping, AdamW. Random tokens. The
@@ -41,14 +41,14 @@ from dtron.distributed.symmetric_memory import copy_engine_groups
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import Fp8
+from dtron.model.compute_config import Fp8, Recompute
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.presets import preset
 from dtron.params import init
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan, ranks
-from dtron.runtime.metrics import elapsed, mark, memory_gib, peak_tflops
+from dtron.runtime.metrics import elapsed, mark, peak_memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
 from dtron.training.build import build_step
 from dtron.training.optimizer import adam_init, with_compute_copies
@@ -57,13 +57,15 @@ from dtron.training.optimizer import adam_init, with_compute_copies
 def main(argv: list[str]) -> int:
     o = arguments(argv)
     m = preset(o.model)
-    m = replace(m, layers=o.layers or m.layers, context=max(m.context, o.sequence))
+    m = replace(m, layers=o.layers or m.layers, context=max(m.context, o.seq_len))
     shape = MeshShape.parse(o.mesh, int(os.environ.get("WORLD_SIZE", 1)))
     config = RunConfig(
-        mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, micro_batch=o.rows,
-        fp8=o.fp8, fp8_ends=o.fp8_ends, fp8_gather=o.fp8_gather, attention=o.attention, cp=o.cp,
-        zigzag=o.zigzag, reduce_bf16=o.reduce_bf16, copy_engines="off" if o.no_copy_engines else "auto",
-        batch=o.rows * o.microbatches * shape.data, data=DataConfig(sequence=o.sequence),
+        mesh=o.mesh, zero=o.zero, model=m, recompute=o.recompute, recompute_budget=o.recompute_budget,
+        micro_batch=o.rows, fp8=o.fp8, fp8_first_last=o.fp8_first_last, fp8_gather=o.fp8_gather,
+        attention_kernel=o.attention_kernel, cp_method=o.cp_method, zigzag=o.zigzag,
+        reduce_dtype=o.reduce_dtype, cuda_graph=o.cuda_graph,
+        copy_engines="off" if o.no_copy_engines else "auto",
+        batch=o.rows * o.microbatches * shape.data, data=DataConfig(seq_len=o.seq_len),
     )  # fmt: skip
     here = plan(config)
     with ranks(config, here) as pipe:
@@ -79,15 +81,14 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     opt = with_compute_copies(adam_init(params), params, spec, layout.compute)
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(
-        m.vocab, (config.batch, o.sequence + 1), device=here.device, generator=generator
+        m.vocab, (config.batch, o.seq_len + 1), device=here.device, generator=generator
     )
     place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
     batches = [place(r) for r in ids.split(here.rows)]
-    tokens, host, losses, waited = config.batch * o.sequence, [], [], []
+    tokens, host, losses, waited = config.batch * o.seq_len, [], [], []
     ahead = reading(config, here, o.steps) if o.data else None
 
-    here = replace(here, compile=not o.eager)
-    here = replace(here, graph=here.graph and not (o.eager or o.no_graph))
+    here = replace(here, compile=not o.eager, cuda_graph=here.cuda_graph and not o.eager)
     one = build_step(config, here, pipe, overlap=not o.no_overlap)
 
     def step(params, opt):  # with the batches of now
@@ -124,7 +125,7 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     n, timed = here.shape.size, {}
     if times:
         seconds, peak = statistics.median(times), peak_tflops(here.device)
-        tflops = tokens / seconds / n * flops_per_token(m, o.sequence) / 1e12
+        tflops = tokens / seconds / n * flops_per_token(m, o.seq_len) / 1e12
         timed = {
             "tokens_per_s_per_gpu": round(tokens / seconds / n), "tflops_per_gpu": round(tflops, 1),
             "mfu": round(tflops / peak, 4) if peak else None, "step_ms": round(1e3 * seconds, 2),
@@ -133,26 +134,27 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
     return {
         "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
         "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
-        "rows": o.rows, "microbatches": o.microbatches, "sequence": o.sequence, "recompute": o.recompute,
-        "compiled": not o.eager, "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
-        "fp8_ends": o.fp8_ends, "fp8_gather": o.fp8_gather, "attention": o.attention,
-        "overlap": not o.no_overlap,
-        "graph": here.graph, "date": date.today().isoformat(),
+        "rows": o.rows, "microbatches": o.microbatches, "seq_len": o.seq_len, "recompute": o.recompute,
+        "recompute_budget": o.recompute_budget, "compiled": not o.eager,
+         "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
+        "fp8_first_last": o.fp8_first_last, "fp8_gather": o.fp8_gather,
+        "attention_kernel": o.attention_kernel, "overlap": not o.no_overlap,
+        "cuda_graph": here.cuda_graph, "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
         "torch": torch.__version__, **timed,
-        "memory_gib": round(memory_gib(here.device), 1), "first_step_s": round(first, 1),
-        **({"reduce": "bfloat16"} if o.reduce_bf16 else {}),
+        "peak_memory_gib": round(peak_memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        **({"reduce_dtype": "bfloat16"} if o.reduce_dtype == "bfloat16" else {}),
         **({"copy_engines": True} if copy_engine_groups(layout.mesh) else {}),
-        **({"cp": o.cp, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
+        **({"cp_method": o.cp_method, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
-        "data_wait": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
+        "data_wait_ratio": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
 
 
 def reading(config: RunConfig, here, steps: int) -> Prefetch:
     """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has
     been opened, read ahead as train.py does; with documents of 500 tokens on average."""
-    random, m, s = np.random.default_rng(0), config.model, config.data.sequence
+    random, m, s = np.random.default_rng(0), config.model, config.data.seq_len
     with tempfile.TemporaryDirectory() as folder:
         with Writer(Path(folder) / "tokens", token_dtype(m.vocab)) as out:
             while sum(out.lengths) < 2 * config.batch * s:
@@ -183,13 +185,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--mesh", default="")
     p.add_argument("--zero", type=int, default=1)
-    p.add_argument("--recompute", default="none")
-    p.add_argument("--reduce-bf16", action="store_true", help="add gradients up in bfloat16")
+    p.add_argument("--recompute", default="none", choices=get_args(Recompute))
+    p.add_argument("--recompute-budget", type=float, help="the share of activations to keep")
+    p.add_argument("--reduce-dtype", default="float32", choices=("float32", "bfloat16"))
     p.add_argument("--fp8", default="none", choices=get_args(Fp8))
-    p.add_argument("--fp8-ends", action="store_true", help="in the first and the last block too")
+    p.add_argument(
+        "--fp8-first-last", action="store_true", help="in the first and the last block too"
+    )
     p.add_argument("--fp8-gather", action="store_true", help="weights of ZeRO-3 gathered in 8 bits")
-    p.add_argument("--attention", default="auto", choices=get_args(AttentionPath))
-    p.add_argument("--cp", default="ring", choices=get_args(Method), help="attention over cp")
+    p.add_argument("--attention-kernel", default="auto", choices=get_args(AttentionPath))
+    p.add_argument(
+        "--cp-method", default="ring", choices=get_args(Method), help="attention over cp"
+    )
     p.add_argument("--zigzag", default="auto", choices=("auto", "on", "off"))
     p.add_argument(
         "--no-overlap", action="store_true", help="leave collectives where they are written"
@@ -198,7 +205,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--no-copy-engines", action="store_true", help="NCCL gathers the weights of ZeRO-3"
     )
     p.add_argument(
-        "--no-graph", action="store_true", help="launch every kernel from Python, every step"
+        "--cuda-graph",
+        default="auto",
+        choices=("auto", "off"),
+        help="off: launch every kernel from Python",
     )
     p.add_argument("--eager", action="store_true", help="do not compile")
     p.add_argument(
@@ -212,7 +222,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         ("layers", 0),
         ("rows", 2),
         ("microbatches", 1),
-        ("sequence", 4096),
+        ("seq-len", 4096),
         ("steps", 20),
     ):
         p.add_argument(f"--{name}", type=int, default=default)

@@ -35,4 +35,4 @@ def operands(
 
 def converted(name: str):
     """The product in FP8, of whatever size."""
-    return partial(matmul, recipe=replace(RECIPES[name], smallest=0))
+    return partial(matmul, recipe=replace(RECIPES[name], min_weights=0))

@@ -61,7 +61,7 @@ def train(
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
     pipe = change(
-        on_ranks(pipeline(config, shape, count, config.data.sequence, layout), mesh, template)
+        on_ranks(pipeline(config, shape, count, config.data.seq_len, layout), mesh, template)
     )
     spec = pipe.spec
     params = init(
@@ -110,7 +110,7 @@ def random_rows(config: RunConfig, step: int) -> torch.Tensor:
     """Step ``step``'s global batch, from a small set that can be learned; some targets do not
     count."""
     g = torch.Generator().manual_seed(1000 * config.seed + step % 3)
-    rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
+    rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)
     rows[::3, -5:] = IGNORE
     return rows
 

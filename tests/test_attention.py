@@ -215,7 +215,7 @@ def test_sinks():
     ("sinks", "mask"), [(None, AttentionMask(4, softcap=1.5)), (torch.zeros(1), AttentionMask(4))]
 )
 def test_sdpa_refuses_what_it_has_not(sinks, mask):
-    with pytest.raises(ValueError, match="sdpa has neither; use --attention auto"):
+    with pytest.raises(ValueError, match="sdpa has neither; use --attention-kernel auto"):
         attention_sdpa(*torch.zeros(3, 1, 1, 4, 4), None, sinks, mask)
 
 

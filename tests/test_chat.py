@@ -179,8 +179,8 @@ def test_from_parquet_into_rows_that_learn_answers_alone(tmp_path, tokenizer):
     parquet.write_table(table, tmp_path / "c.parquet")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     d = DataConfig(
-        path=str(tmp_path / "c.parquet"), tokenizer=str(tmp_path), column="turns", chat=True, sequence=96,
-        validation=0.1,
+        path=str(tmp_path / "c.parquet"), tokenizer=str(tmp_path), column="turns", chat=True, seq_len=96,
+        validation_ratio=0.1,
     )  # fmt: skip
     data = open_data(d, 400, 0, 100, tmp_path / "cache")
     rows = data.train.rows(0, len(data.train))
@@ -198,10 +198,10 @@ def test_from_parquet_into_rows_that_learn_answers_alone(tmp_path, tokenizer):
     held = data.validation.rows(0, len(data.validation))
     assert held.valid > 0 and len(data.validation) < len(data.train)
 
-    short = DataConfig(**{**d.__dict__, "sequence": 4})
+    short = DataConfig(**{**d.__dict__, "seq_len": 4})
     one_line(
         lambda: open_data(short, 400, 0, 9, tmp_path / "cache"),
         "0 of 60",
         "first 4 tokens",
-        "--data.sequence",
+        "--data.seq-len",
     )

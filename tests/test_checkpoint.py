@@ -34,7 +34,7 @@ from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
 from dtron.params import WeightSpec, flat, init, tree_map
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, ModelConfig, RunConfig, identity_of
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, identity_of
 from dtron.schedules.p2p import PipelineGroups
 from dtron.training.optimizer import AdamState, adam_init
 from dtron.training.pipeline import pipeline
@@ -93,8 +93,10 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
     nothing."""
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
-    config = RunConfig(model=SPARSE, mesh=text, schedule=schedule, data=DataConfig(sequence=16))
-    pipe = pipeline(config, shape, 8, config.data.sequence, layout)
+    config = RunConfig(
+        model=SPARSE, mesh=text, pipeline=PipelineConfig(schedule), data=DataConfig(seq_len=16)
+    )
+    pipe = pipeline(config, shape, 8, config.data.seq_len, layout)
     if rank is not None and shape.pp > 1:
         pipe = replace(pipe, ways=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
@@ -272,7 +274,7 @@ def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
     assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
     assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
     assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=RopeConfig(5e5)))
-    assert "--data.sequence 16" in refused(path, data=DataConfig(sequence=8))
+    assert "--data.seq-len 16" in refused(path, data=DataConfig(seq_len=8))
     assert "--seed 3" in refused(path, seed=4)
     with pytest.raises(ValueError, match="other text"):
         checkpoint.load(path, fresh(Layout()), SPEC, SAME | {"text": "other"})

@@ -105,7 +105,7 @@ def test_chunks_in_fp8(name):
     run = lambda chunk, recipe: mlp(p, xs, ONE, recipe=recipe, chunk=chunk)
     results = {}
     for chunk, recipe in ((None, None), (None, name), (32, name)):
-        y = run(chunk, recipe and replace(RECIPES[recipe], smallest=0))
+        y = run(chunk, recipe and replace(RECIPES[recipe], min_weights=0))
         results[chunk, recipe] = [y, *torch.autograd.grad(y.square().sum(), [xs, *flat(p)])]
     exact, want, got = results.values()
     for a, b, c in zip(got, want, exact, strict=True):

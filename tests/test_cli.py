@@ -44,7 +44,7 @@ def parsed(line: str) -> RunConfig:
 
 def test_nothing_said_is_the_defaults():
     assert parse([]) == RunConfig()
-    other = RunConfig(steps=7, data=DataConfig(sequence=32))
+    other = RunConfig(steps=7, data=DataConfig(seq_len=32))
     assert parse([], other) == other
     assert parse(["--steps", "8"], other) == replace(other, steps=8)
 
@@ -71,11 +71,12 @@ def test_nothing_said_is_the_defaults():
         ("--device cpu", "device", "cpu"),
         ("--dtype float64", "dtype", "float64"),
         ("--recompute selective", "recompute", "selective"),
-        ("--recompute budget=0.5", "recompute", "budget=0.5"),
+        ("--cp-method ulysses", "cp_method", "ulysses"),
+        ("--reduce-dtype bfloat16", "reduce_dtype", "bfloat16"),
         ("--fp8 rowwise", "fp8", "rowwise"),
-        ("--fp8-ends", "fp8_ends", True),
-        ("--attention flex", "attention", "flex"),
-        ("--sample 0", "sample", 0),
+        ("--fp8-first-last", "fp8_first_last", True),
+        ("--attention-kernel flex", "attention_kernel", "flex"),
+        ("--sample-tokens 0", "sample_tokens", 0),
         ("--micro_batch 2 --run_dir a_b", "run_dir", "a_b"),
         ("--steps 3 --steps 4", "steps", 4),
     ],
@@ -180,8 +181,8 @@ def test_a_typo_is_named_as_it_was_typed():
         ("--optim.lr fast", ["--optim.lr", "'fast'"]),
         ("--optim.beta2 1.5", ["optim.beta2=1.5", "under 1"]),
         ("--optim.schedule step", ["--optim.schedule", "'step'", "'wsd'"]),
-        ("--data.sequence 0", ["data.sequence=0", "at least 1"]),
-        ("--data.validation 1", ["data.validation=1.0", "between 0 and 1"]),
+        ("--data.seq-len 0", ["data.seq_len=0", "at least 1"]),
+        ("--data.validation-ratio 1", ["data.validation_ratio=1.0", "between 0 and 1"]),
         ("--seed -1", ["seed"]),
         ("--model.init-std -1", ["model.init_std"]),
         ("--simulate yes", ["yes"]),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.moe.config import MoEConfig
-from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
+from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import check, check_attention, microbatches
 
 
@@ -34,26 +34,26 @@ from dtron.runtime.validate import check, check_attention, microbatches
             {"mlp": 8},
         ),
         (
-            {"mesh": "tp=2", "sequence": 15},
-            "sequence=15 over tp=2.*--data.sequence 16",
-            {"sequence": 16},
+            {"mesh": "tp=2", "seq_len": 15},
+            "seq_len=15 over tp=2.*--data.seq-len 16",
+            {"seq_len": 16},
         ),
-        ({"sequence": 2049}, "data.sequence=2049.*2048 or --model.context 2049", {"context": 2049}),
+        ({"seq_len": 2049}, "data.seq_len=2049.*2048 or --model.context 2049", {"context": 2049}),
         (
             {"mesh": "tp=3", "heads": 3, "kv_heads": 3, "mlp": 6, "vocab": 4, "vocab_multiple": 1},
             "model.vocab=4 over tp=3.*use --model.vocab-multiple 3",
             {"vocab_multiple": 3},
         ),
         (
-            {"mesh": "cp=2", "sequence": 18},
-            "sequence=18 over cp=2.*--data.sequence 20",
-            {"sequence": 20},
+            {"mesh": "cp=2", "seq_len": 18},
+            "seq_len=18 over cp=2.*--data.seq-len 20",
+            {"seq_len": 20},
         ),
     ],
 )
 def test_check(values, message, remedy):
     """Every error has the value and a remedy, and the remedy helps."""
-    run = lambda mesh="", sequence=24, **m: check(ModelConfig(**m), MeshShape.parse(mesh), sequence)
+    run = lambda mesh="", seq_len=24, **m: check(ModelConfig(**m), MeshShape.parse(mesh), seq_len)
     with pytest.raises(ValueError, match=message):
         run(**values)
     run(**values | remedy)
@@ -88,7 +88,7 @@ def test_check(values, message, remedy):
     ],
 )
 def test_a_path_of_attention_that_cannot(path, model, dtype, device, message):
-    with pytest.raises(ValueError, match=message + ".*; use --attention auto"):
+    with pytest.raises(ValueError, match=message + ".*; use --attention-kernel auto"):
         check_attention(path, ModelConfig(**model), dtype, device)
     for able in ("auto", "reference"):
         check_attention(able, ModelConfig(**model), dtype, device)
@@ -186,7 +186,5 @@ def test_bad_mesh_text(text, world, message):
 )
 def test_a_backward_is_in_halves_where_blocks_gather_nothing(mesh, experts, zero, halves):
     model = ModelConfig(moe=MoEConfig(experts=experts, top_k=2)) if experts else ModelConfig()
-    config = RunConfig(
-        mesh=mesh, zero=zero, model=model, pipeline=PipelineConfig(gather="microbatch")
-    )
+    config = RunConfig(mesh=mesh, zero=zero, model=model, zero3_gather="microbatch")
     assert config.splits(MeshShape.parse(mesh)) == halves

@@ -45,12 +45,14 @@ def configured(
     shape = MeshShape.parse(mesh)
     heads = kv * shape.tp * (shape.cp if method == "ulysses" else 1)
     documents = choices.pop("documents", False)
-    sequence = sequence_unit(shape, zigzag=True) * math.ceil(12 / sequence_unit(shape, zigzag=True))
+    seq_len = sequence_unit(shape, zigzag=True) * math.ceil(12 / sequence_unit(shape, zigzag=True))
     choices = (
-        dict(heads=heads * group, kv_heads=heads, context=64, batch=2 * shape.data, cp=method)
+        dict(
+            heads=heads * group, kv_heads=heads, context=64, batch=2 * shape.data, cp_method=method
+        )
         | choices
     )
-    data = DataConfig(sequence=sequence, document_mask=documents)
+    data = DataConfig(seq_len=seq_len, document_mask=documents)
     return replace(model_config(mesh, 1, **choices), data=data)
 
 
@@ -69,7 +71,7 @@ CHOICES = dict(
     mesh=meshes(8, ("dp", "cp", "tp")).filter(lambda mesh: "cp" in mesh), method=st.sampled_from(METHODS),
     zigzag=st.sampled_from(["on", "off"]), documents=st.booleans(), group=st.sampled_from([1, 2, 3]),
     kv=st.sampled_from([1, 2]), window=st.sampled_from([None, None, 3, 7]), sinks=st.booleans(),
-    softcap=st.sampled_from([None, None, 2.0]), attention=st.sampled_from(["auto", "reference"]),
+    softcap=st.sampled_from([None, None, 2.0]), attention_kernel=st.sampled_from(["auto", "reference"]),
     zero=st.sampled_from([0, 1, 2, 3]), recompute=st.sampled_from(["none", "selective", "full"]),
     seed=st.integers(0, 99), learned=st.booleans(),
 )  # fmt: skip
@@ -215,10 +217,10 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
     """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's.
     (ZeRO 0, because what gathers weights over dp does it over cp.)"""
     shape = MeshShape.parse(mesh)
-    config = configured(mesh, method, kv=2, attention=attention, recompute=recompute, zero=0)
+    config = configured(mesh, method, kv=2, attention_kernel=attention, recompute=recompute, zero=0)
     m, n, again = config.model, shape.cp, 2 if recompute == "full" else 1
     got = one_step(config, shape).collectives
-    tokens = config.batch * config.data.sequence // shape.data // n  # of one rank
+    tokens = config.batch * config.data.seq_len // shape.data // n  # of one rank
     kv, q = 8 * tokens * 2 * m.kv_heads * m.head_dim, 8 * tokens * m.heads * m.head_dim
     moved = {
         kind: got.bytes[Collective(kind, "cp")]
@@ -280,11 +282,11 @@ CP_MODEL = replace(MODEL, heads=8, kv_heads=4)
 def test_real_ranks_have_the_losses_of_one_device(pool, mesh, method):
     config = RunConfig(
         model=CP_MODEL,
-        data=DataConfig(sequence=16),
+        data=DataConfig(seq_len=16),
         batch=8,
         steps=2,
         seed=3,
-        cp=method,
+        cp_method=method,
         micro_batch=2,
     )
     want = train(Layout(), MeshShape(), config)
@@ -296,36 +298,36 @@ def test_real_ranks_have_the_losses_of_one_device(pool, mesh, method):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "sequence", "method", "message", "fine"),
+    ("mesh", "seq_len", "method", "message", "fine"),
     [
         (
             "cp=2,tp=2",
             30,
             "ring",
-            "data.sequence=30 over cp=2,tp=2.*multiple of 4; use --data.sequence 32",
+            "data.seq_len=30 over cp=2,tp=2.*multiple of 4; use --data.seq-len 32",
             32,
         ),
-        ("cp=3", 9, "ring", "two parts a rank, so.*multiple of 6; use --data.sequence 12", 12),
+        ("cp=3", 9, "ring", "two parts a rank, so.*multiple of 6; use --data.seq-len 12", 12),
         (
             "cp=8",
             16,
             "ulysses",
-            "kv_heads=4, which cp must divide; use --cp ring.*--model.kv-heads 8",
+            "kv_heads=4, which cp must divide; use --cp-method ring.*--model.kv-heads 8",
             None,
         ),
         ("cp=2,tp=4", 16, "ulysses", "a rank has 1 of .*--model.kv-heads 8", None),
     ],
 )
-def test_what_cannot_be_cut_is_refused_with_the_remedy(mesh, sequence, method, message, fine):
+def test_what_cannot_be_cut_is_refused_with_the_remedy(mesh, seq_len, method, message, fine):
     shape, model = MeshShape.parse(mesh), ModelConfig()
     with pytest.raises(ValueError, match=message) as error:
-        check(model, shape, sequence, method)
+        check(model, shape, seq_len, method)
     assert "\n" not in str(error.value)
     if fine:
         check(model, shape, fine, method)
     else:
-        check(model, shape, sequence, "ring")
-        check(replace(model, kv_heads=8), shape, sequence, method)
+        check(model, shape, seq_len, "ring")
+        check(replace(model, kv_heads=8), shape, seq_len, method)
 
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -353,8 +355,8 @@ def test_fp8_over_cp_follows_one_device():
     """To the rounding of FP8: a rank's scales are those of its own tokens."""
     pytest.importorskip("torchao")
     config = RunConfig(
-        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8), data=DataConfig(sequence=16), batch=8, steps=2,
-        micro_batch=4, fp8="rowwise", fp8_ends=True, fp8_smallest=0,
+        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8), data=DataConfig(seq_len=16), batch=8, steps=2,
+        micro_batch=4, fp8="rowwise", fp8_first_last=True, fp8_min_weights=0,
     )  # fmt: skip
     want = train(Layout(), MeshShape(), config).losses
     assert simulate("cp=2", config).losses == pytest.approx(want, rel=1e-4)

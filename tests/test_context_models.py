@@ -67,7 +67,7 @@ def test_experts(mesh, choices):
     method=st.sampled_from(["ring", "allgather", "ulysses"]),
     zigzag=st.sampled_from(["on", "off"]),
     documents=st.booleans(),
-    attention=st.sampled_from(["auto", "reference"]),
+    attention_kernel=st.sampled_from(["auto", "reference"]),
     zero=st.sampled_from([0, 1, 2, 3]),
     recompute=st.sampled_from(["none", "selective", "full"]),
     aux_level=st.sampled_from(["micro_batch", "sequence", "global_batch"]),
@@ -75,7 +75,7 @@ def test_experts(mesh, choices):
     latent=st.booleans(),
     depth=st.sampled_from([0, 1]),
     seed=st.integers(0, 99),
-    dispatch=st.sampled_from(["auto", "static", "allgather"]),
+    moe_dispatch=st.sampled_from(["auto", "static", "allgather"]),
 )
 def test_any_mesh(mesh, latent, depth, **choices):
     config = of_experts(mesh, **choices)
@@ -102,7 +102,7 @@ shard = Layout.shard
 def with_rows_in_order(rows_BS, layout, *others, **choices):
     """As they would be without cp: what of a token's row its rank has is not asked."""
     batch = make_batch(rows_BS, layout, *others, **choices)
-    rows_T = torch.arange(len(rows_BS)).repeat_interleave(batch.sequence)
+    rows_T = torch.arange(len(rows_BS)).repeat_interleave(batch.seq_len)
     return replace(batch, rows_T=layout.shard(rows_T, "tokens"))
 
 
@@ -131,7 +131,7 @@ def of_latents(mesh: str, method: str, **choices) -> RunConfig:
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 def test_latent_attention(method, attention):
     """Whose values are narrower than keys, and whose scores have a scale of their own."""
-    config = of_latents("cp=2", method, attention=attention)
+    config = of_latents("cp=2", method, attention_kernel=attention)
     assert config.model.score_scale is not None
     assert_same_step(config)
 
@@ -205,7 +205,7 @@ def test_deepseek_in_small_on_real_ranks(pool, mesh):
     )
     model = replace(CP_MODEL, qk_norm=False, mla=LATENT, moe=experts, mtp=MTPConfig(1, 0.5))
     config = RunConfig(
-        model=model, data=DataConfig(sequence=16), batch=4, steps=2, seed=3, micro_batch=2
+        model=model, data=DataConfig(seq_len=16), batch=4, steps=2, seed=3, micro_batch=2
     )
     want = train(Layout(), MeshShape(), config)
     for losses, norms, initial in pool.run(on_pool, mesh, config):

@@ -223,7 +223,7 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
     whether anything was written too early; how many collectives were copies, and whether weights
     are in reach."""
     model = replace(MODEL, embed=embed)
-    config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(sequence=8))
+    config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(seq_len=8))
     with copying(mode, 2**16) as (mesh, group):
         history = train(
             Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config

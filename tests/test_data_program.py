@@ -69,8 +69,8 @@ KINDS = {
     "chat": [
         "--data.path=chat.jsonl",
         "--data.chat",
-        "--data.sequence=96",
-        "--data.validation=0.1",
+        "--data.seq-len=96",
+        "--data.validation-ratio=0.1",
     ],
 }
 
@@ -78,7 +78,7 @@ KINDS = {
 def killed_and_resumed(run_dir: Path, *argv: str, then: list[str]) -> None:
     """Four steps of one device; the last two again, in another way."""
     want = run(run_dir, *argv, "--save-every=2")
-    assert all(0 <= record["data_wait"] <= 1 for record in want)
+    assert all(0 <= record["data_wait_ratio"] <= 1 for record in want)
     shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
     found = run(run_dir, *argv, *then, "--resume")
     agree(found, losses(want))
@@ -124,7 +124,7 @@ def test_the_options_about_documents_change_what_is_computed(run_dir):
 
 
 def test_a_conversation_is_learned_where_the_assistant_speaks(run_dir, capsys):
-    found = run(run_dir, *KINDS["chat"], "--steps=30", "--sample=0")
+    found = run(run_dir, *KINDS["chat"], "--steps=30", "--sample-tokens=0")
     assert found[-1]["loss"] < found[0]["loss"] - 1
     assert all(record["tokens"] < 4 * 96 * 0.7 * record["step"] for record in found)
 
@@ -132,7 +132,7 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(run_dir, capsys):
 def test_the_order_is_part_of_a_run(run_dir, capsys):
     """Two epochs of the text would be shuffled together: a longer run is another order, unless
     told."""
-    argv = ["--data.path=tokens", "--steps=60", "--sample=0", "--log-every=99"]
+    argv = ["--data.path=tokens", "--steps=60", "--sample-tokens=0", "--log-every=99"]
     run(run_dir, *argv, "--save-every=60", "--batch=8")
     capsys.readouterr()
     longer = [*TINY, f"--run-dir={run_dir}", *argv, "--batch=8", "--resume", "--steps=2000"]
@@ -181,8 +181,8 @@ def test_what_is_refused_is_one_line(folder, run_dir, capsys):
     assert "the 'tokens.bin' validation text has 0 tokens" in refused(
         "--data.path=tokens", "--data.split=1"
     )
-    assert "larger share by --data.validation" in refused(
-        "--data.path=tokens", "--data.validation=0.0001"
+    assert "larger share by --data.validation-ratio" in refused(
+        "--data.path=tokens", "--data.validation-ratio=0.0001"
     )
     assert "tokens have no roles" in refused("--data.path=tokens", "--data.chat")
     assert "line 1" in (said := refused("--data.chat")) and "'messages'" in said
@@ -206,7 +206,7 @@ def test_text_that_turns_out_bad_while_it_is_streamed(folder, run_dir, capsys):
 
 
 def test_the_run_says_how_long_it_waited_for_data(run_dir, monkeypatch):
-    """data_wait is the share of a step in which the host stood still."""
+    """data_wait_ratio is the share of a step in which the host stood still."""
     original = Prefetch.next
 
     def late(self):
@@ -214,4 +214,4 @@ def test_the_run_says_how_long_it_waited_for_data(run_dir, monkeypatch):
         return found
 
     monkeypatch.setattr(Prefetch, "next", late)
-    assert [record["data_wait"] for record in run(run_dir, "--steps=3")] == [1.0] * 3
+    assert [record["data_wait_ratio"] for record in run(run_dir, "--steps=3")] == [1.0] * 3

@@ -213,7 +213,7 @@ def test_losses_of_predictions_ahead():
         batch = make_batch(rows, ONE, depth=2)
         with torch.no_grad():
             return stage(params, embed(params, batch, m, ONE), batch, m=m, layout=ONE)[1].report[
-                "ahead"
+                "mtp"
             ]
 
     params = mapped(theirs, m)

@@ -100,9 +100,9 @@ def attend(mask: AttentionMask, rope: bool = True, path="auto"):
 ATTENTION_INPUTS = {"x": X, "positions": ("tokens",), "documents": ("tokens",)}
 
 
-def attention_values(sequence: int, tokens: int):
+def attention_values(seq_len: int, tokens: int):
     return {
-        "positions": lambda g: torch.arange(sequence).repeat(tokens // sequence),
+        "positions": lambda g: torch.arange(seq_len).repeat(tokens // seq_len),
         "documents": lambda g: torch.randint(0, 2, (tokens,), generator=g).cumsum(0),
     }
 
@@ -132,19 +132,19 @@ def attention_values(sequence: int, tokens: int):
 )
 def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     assume(path == "reference" or not (sinks or softcap))
-    tp, sequence = tp_of(mesh), 12
-    tokens = 8 * sequence if MeshShape.parse(mesh).data not in (3, 6) else 6 * sequence
+    tp, seq_len = tp_of(mesh), 12
+    tokens = 8 * seq_len if MeshShape.parse(mesh).data not in (3, 6) else 6 * seq_len
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
-    mask = AttentionMask(sequence, window, softcap)
+    mask = AttentionMask(seq_len, window, softcap)
     assert_equivalent(
         attend(mask, path=path),
         Attention,
         mesh,
         dims,
         inputs=ATTENTION_INPUTS,
-        make=attention_values(sequence, tokens),
+        make=attention_values(seq_len, tokens),
         tokens=tokens,
         zero=zero,
         seed=seed,
@@ -309,8 +309,8 @@ def model_config(mesh: str, group: int, **choices) -> RunConfig:
             **fields,
         }
     )
-    sequence = 12
-    return RunConfig(mesh=mesh, model=model, data=DataConfig(sequence=sequence), **choices)
+    seq_len = 12
+    return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=seq_len), **choices)
 
 
 def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:

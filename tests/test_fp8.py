@@ -167,7 +167,9 @@ def test_others_are_plain_products(t, i, o):
     xs = operands(t, i, o)
     want, got = products(torch.matmul, *xs), products(converted("rowwise"), *xs)
     assert got[0].equal(want[0]) is ((t, i, o) != (16, 32, 32)) and got[2].shape == (i, o)
-    small = products(partial(matmul, recipe=replace(RECIPES["rowwise"], smallest=i * o + 1)), *xs)
+    small = products(
+        partial(matmul, recipe=replace(RECIPES["rowwise"], min_weights=i * o + 1)), *xs
+    )
     assert all(a.equal(b) for a, b in zip(small, want, strict=True))
 
 
@@ -254,7 +256,7 @@ DIMS = {"embed": 32, "mlp": 64, "gated": True, "bias": False, "layers": 1}
 def test_a_layer_is_that_of_one_device_with_the_communication_of_high_precision(mesh):
     check = partial(assert_equivalent, params=MLP, mesh=mesh, dims=DIMS, tokens=64, tolerance=1e-3)
     layer = lambda p, x_TD, layout: mlp(
-        p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], smallest=0)
+        p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], min_weights=0)
     )
     got, plain = check(layer), check(mlp)
     assert got.total.count == plain.total.count and got.total.bytes == plain.total.bytes

@@ -28,8 +28,8 @@ from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught
 
 ROWWISE, HALF = (
-    replace(RECIPES["rowwise"], smallest=0),
-    replace(RECIPES["rowwise_with_gw_hp"], smallest=0),
+    replace(RECIPES["rowwise"], min_weights=0),
+    replace(RECIPES["rowwise_with_gw_hp"], min_weights=0),
 )
 
 
@@ -130,13 +130,15 @@ def test_compiled_is_eager():
 SPARSE = replace(
     MODEL, embed=32, head_dim=8, mlp=32, moe=MoEConfig(experts=4, top_k=2, mlp=32, balanced=True)
 )
-RUN = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=3, seed=3, fp8_ends=True)
+RUN = RunConfig(
+    model=SPARSE, data=DataConfig(seq_len=16), batch=8, steps=3, seed=3, fp8_first_last=True
+)
 
 
 @pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
 def test_a_mesh_follows_one_device(dispatch):
-    config = replace(RUN, fp8="rowwise", fp8_smallest=0, micro_batch=2, dispatch=dispatch)
-    alone = lambda c: train(Layout(), MeshShape(), replace(c, dispatch="auto")).losses
+    config = replace(RUN, fp8="rowwise", fp8_min_weights=0, micro_batch=2, moe_dispatch=dispatch)
+    alone = lambda c: train(Layout(), MeshShape(), replace(c, moe_dispatch="auto")).losses
     want = alone(config)
     assert simulate("dp=2,ep=2", config).losses == pytest.approx(want, rel=1e-4)
     assert alone(replace(config, fp8="none")) != pytest.approx(want, rel=1e-4)

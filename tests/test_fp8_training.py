@@ -20,7 +20,7 @@ from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.launch import plan
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
@@ -29,9 +29,9 @@ from dtron.training.pipeline import one_stage, program
 
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)
 PLAIN = RunConfig(
-    model=SIZES, data=DataConfig(sequence=16), batch=8, micro_batch=1, steps=10, seed=3
+    model=SIZES, data=DataConfig(seq_len=16), batch=8, micro_batch=1, steps=10, seed=3
 )
-FP8 = replace(PLAIN, fp8="rowwise", fp8_ends=True, fp8_smallest=0)
+FP8 = replace(PLAIN, fp8="rowwise", fp8_first_last=True, fp8_min_weights=0)
 
 
 def losses(config: RunConfig, stages: int = 1) -> list[float]:
@@ -55,10 +55,19 @@ def test_ten_steps_follow_high_precision(name):
 
 def test_the_first_and_the_last_block_are_left_out():
     two = replace(FP8, steps=2)
-    assert losses(replace(two, fp8_ends=False)) == losses(replace(two, fp8="none")) != losses(two)
+    assert (
+        losses(replace(two, fp8_first_last=False))
+        == losses(replace(two, fp8="none"))
+        != losses(two)
+    )
     three = replace(two, model=replace(SIZES, layers=3))
     assert (
-        len({losses(replace(three, **c))[0] for c in ({"fp8": "none"}, {"fp8_ends": False}, {})})
+        len(
+            {
+                losses(replace(three, **c))[0]
+                for c in ({"fp8": "none"}, {"fp8_first_last": False}, {})
+            }
+        )
         == 3
     )
 
@@ -71,7 +80,7 @@ def test_recomputed_blocks_round_the_same_way(recompute):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_a_pipeline_rounds_the_same_way(schedule):
     config = replace(FP8, steps=3)
-    got = losses(replace(config, schedule=schedule), stages=2)
+    got = losses(replace(config, pipeline=PipelineConfig(schedule)), stages=2)
     assert got == pytest.approx(losses(config), rel=1e-5)
 
 
@@ -117,7 +126,7 @@ def step(functions, layout: Layout = ONE, zero: int = 1):
 def test_compiled_gradients_are_those_of_eager(name, recompute):
     """The whole stage is one graph."""
     torch.compiler.reset()
-    how = ComputeConfig(recompute, fp8=name, fp8_ends=True, fp8_smallest=0)
+    how = ComputeConfig(recompute, fp8=name, fp8_first_last=True, fp8_min_weights=0)
     want_loss, want, _ = step(program(BLOCK, ONE, how))
     got_loss, got, _ = step(compiled(program(BLOCK, ONE, how), ONE, how, "aot_eager"))
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
@@ -156,7 +165,7 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 def test_inductor_gives_the_bits_of_eager(name):
     """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
     with it as rounded as eager has it (tests/test_gpu_fp8.py has that). Needs a C++ compiler."""
-    recipe, g = replace(RECIPES[name], smallest=0), torch.Generator().manual_seed(0)
+    recipe, g = replace(RECIPES[name], min_weights=0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)
     both = []
@@ -170,11 +179,11 @@ def test_inductor_gives_the_bits_of_eager(name):
     ("changes", "says"),
     [
         (
-            {"fp8_smallest": 2**24},
+            {"fp8_min_weights": 2**24},
             "--fp8 rowwise: no matrix of this model has 16777216 weights.*at most 2048.*drop",
         ),
-        ({"data": DataConfig(sequence=8)}, "the 8 tokens multiples of 16"),
-        ({"fp8_ends": False}, "model.layers=2.*use --fp8-ends"),
+        ({"data": DataConfig(seq_len=8)}, "the 8 tokens multiples of 16"),
+        ({"fp8_first_last": False}, "model.layers=2.*use --fp8-first-last"),
         ({"dtype": "float64"}, "--fp8 rowwise --dtype float64.*drop one"),
     ],
 )
@@ -185,8 +194,8 @@ def test_refused_at_the_edge(changes, says):
 
 
 def test_a_negative_size_is_refused():
-    with pytest.raises(ValueError, match="--fp8-smallest -1"):
-        replace(FP8, fp8_smallest=-1)
+    with pytest.raises(ValueError, match="--fp8-min-weights -1"):
+        replace(FP8, fp8_min_weights=-1)
 
 
 def test_without_torchao_the_remedy_is_named(monkeypatch):

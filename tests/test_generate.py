@@ -110,7 +110,7 @@ def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list
     shape = MeshShape.parse(mesh)
     config = RunConfig(mesh=mesh, model=m)
     template = torch.empty(0, m.embed, dtype=F64)
-    pipe = on_ranks(pipeline(config, shape, 1, config.data.sequence, layout), device_mesh, template)
+    pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
     return greedy(m, weights(m, layout, pipe.spec), pipe)
 
 

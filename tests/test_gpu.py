@@ -21,7 +21,7 @@ from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
-from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.training.compiled_stage import compiled, compiled_rule
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.gradients import gradients
@@ -31,7 +31,7 @@ from dtron.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
-TEN = RunConfig(model=MODEL, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+TEN = RunConfig(model=MODEL, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)
 
 
 def test_ten_steps_in_float32_are_those_of_the_cpu():
@@ -52,9 +52,18 @@ def test_ten_steps_in_bfloat16_follow_float32(recompute):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_pipeline_stages_on_one_gpu(schedule):
     """The runner and backwards in halves; the stages share the GPU and hand over."""
-    config = replace(TEN, model=replace(MODEL, layers=4), schedule=schedule, batch=8, micro_batch=1)
+    config = replace(
+        TEN,
+        model=replace(MODEL, layers=4),
+        pipeline=PipelineConfig(schedule),
+        batch=8,
+        micro_batch=1,
+    )
     want = train(
-        Layout(compute=torch.bfloat16), MeshShape(), replace(config, schedule="1f1b"), device="cuda"
+        Layout(compute=torch.bfloat16),
+        MeshShape(),
+        replace(config, pipeline=PipelineConfig()),
+        device="cuda",
     )
     got = train(Layout(compute=torch.bfloat16), MeshShape(pp=2), config, device="cuda")
     assert got.losses == pytest.approx(want.losses, rel=1e-3)
@@ -72,16 +81,14 @@ MASKS = {
 }
 
 
-def inputs(sequence: int, documents: bool, sinks: bool, head_dim: int = 128):
+def inputs(seq_len: int, documents: bool, sinks: bool, head_dim: int = 128):
     """Queries, keys, values (and sinks) that bfloat16 holds, and documents."""
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
     # As the layer has them: token-major, heads inside.
-    q, k, v = (draw(2, sequence, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
+    q, k, v = (draw(2, seq_len, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
     ids = (
-        (torch.rand(2, sequence, device="cuda", generator=g) < 0.01).cumsum(1)
-        if documents
-        else None
+        (torch.rand(2, seq_len, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
     )
     return [q, k, v, *([draw(8)] if sinks else [])], ids
 
@@ -113,19 +120,19 @@ def _fresh():
 
 
 @pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("sequence", [512, 1000])
+@pytest.mark.parametrize("seq_len", [512, 1000])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("path", ["sdpa", "flex"])
-def test_attention_in_bfloat16_is_the_reference(path, name, compile, sequence):
+def test_attention_in_bfloat16_is_the_reference(path, name, compile, seq_len):
     window, documents, softcap, sinks = MASKS[name]
     if path == "sdpa" and (compile or softcap or sinks):
         pytest.skip("sdpa has no soft-cap and no sinks, and compiled it is the same kernels")
     core = CORES[path]
     if compile:
         core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
-    xs, ids = inputs(sequence, documents, sinks)
-    mask = AttentionMask(sequence, window, softcap)
+    xs, ids = inputs(seq_len, documents, sinks)
+    mask = AttentionMask(seq_len, window, softcap)
     assert difference(core, xs, ids, mask) < 2e-2
     assert difference(core, xs, ids, mask, replace(mask, window=50)) > 5e-2
 
@@ -174,7 +181,7 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
         loss, grads, _ = gradients(functions, params, batches, 800, pipe, 1)
         return [loss, *flat(grads)]
 
-    want = run(ComputeConfig(attention="reference"), False)
+    want = run(ComputeConfig(attention_kernel="reference"), False)
     got = run(ComputeConfig(recompute), compile)
     for a, b in zip(got, want, strict=True):
         assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
@@ -229,7 +236,7 @@ def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32"
     """Of train.py, started as a user would."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
-    common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample", "0"]
+    common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample-tokens", "0"]
     subprocess.run([*program, *common, *flags], check=True, cwd=ROOT, timeout=300)
     return [
         json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -244,9 +251,9 @@ def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32"
         "--mesh tp=2",
         "--mesh dp=2 --zero 1",
         "--mesh tp=2 --recompute full",
-        "--mesh cp=2 --cp ulysses --recompute full",
+        "--mesh cp=2 --cp-method ulysses --recompute full",
         "--mesh pp=2",
-        "--mesh pp=2 --schedule zb-v",
+        "--mesh pp=2 --pipeline.schedule zb-v",
     ],
 )
 def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
@@ -279,7 +286,16 @@ def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
         "2",
         str(ROOT / "train.py"),
     ]
-    flags = ["--mesh", "pp=2", "--optim.lr", "1e30", "--max-skips", "2", "--run-dir", str(tmp_path)]
+    flags = [
+        "--mesh",
+        "pp=2",
+        "--optim.lr",
+        "1e30",
+        "--max-nonfinite-steps",
+        "2",
+        "--run-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [sys.executable, *launch, *flags], cwd=ROOT, timeout=300, capture_output=True, text=True
     )

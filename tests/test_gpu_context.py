@@ -53,7 +53,8 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 @pytest.mark.parametrize(
-    "flags", ["--cp ring", "--cp allgather", "--cp ulysses", "--data.document-mask"]
+    "flags",
+    ["--cp-method ring", "--cp-method allgather", "--cp-method ulysses", "--data.document-mask"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus_have_the_losses_of_one(tmp_path, flags, dtype):

@@ -74,7 +74,7 @@ def test_compiled_is_eager_where_it_is_fused_with_what_is_around(name):
 def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
     x, w, ends_E, dy = grouped_operands(counts, inner=256, outer=384, rest=11)
     torch.compiler.reset()
-    fn = partial(grouped_matmul, recipe=replace(RECIPES["rowwise"], smallest=0))
+    fn = partial(grouped_matmul, recipe=replace(RECIPES["rowwise"], min_weights=0))
     there = torch.compile(fn, fullgraph=True, dynamic=False) if compile else fn
     xs = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
     of = lambda fn, xs, ends_E, dy: all_of(fn, *xs, ends_E, dy)
@@ -102,8 +102,8 @@ def test_ten_steps_follow_bfloat16(name):
     """In the mean. Single steps of so small a model, which learns so fast, are up to 4 % apart; 200
     steps of a larger one are in docs/performance.md."""
     model = replace(MODEL, embed=128, head_dim=32, mlp=128)
-    config = RunConfig(model=model, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
-    in_fp8 = replace(config, fp8=name, fp8_ends=True, fp8_smallest=0)
+    config = RunConfig(model=model, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)
+    in_fp8 = replace(config, fp8=name, fp8_first_last=True, fp8_min_weights=0)
     want, got = (
         train(Layout(compute=torch.bfloat16), MeshShape(), c, device="cuda").losses
         for c in (config, in_fp8)
@@ -116,7 +116,7 @@ def test_ten_steps_follow_bfloat16(name):
 def test_two_gpus_gather_in_8_bits(tmp_path, engines):
     """The losses of a gather in bfloat16, compiled and recorded."""
     flags = ["--mesh", "dp=2", "--zero", "3", "--copy-engines", engines, "--model.layers", "2"]
-    fp8 = ["--fp8", "tensorwise", "--fp8-ends", "--fp8-smallest", "0"]
+    fp8 = ["--fp8", "tensorwise", "--fp8-first-last", "--fp8-min-weights", "0"]
     want, got = (
         losses(tmp_path / name, *flags, *fp8, *more, processes=2, dtype="bfloat16")
         for name, more in (("wide", []), ("narrow", ["--fp8-gather"]))

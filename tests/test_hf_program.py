@@ -18,7 +18,13 @@ from dtron.tools.generate import main as generate
 
 pytestmark = pytest.mark.xdist_group("program")
 
-SMALL = ["--data.path=text.txt", "--data.sequence=16", "--batch=4", "--sample=3", "--device=cpu"]
+SMALL = [
+    "--data.path=text.txt",
+    "--data.seq-len=16",
+    "--batch=4",
+    "--sample-tokens=3",
+    "--device=cpu",
+]
 SMALL += ["--save-every=1"]
 
 

@@ -117,23 +117,23 @@ def test_nothing_is_written_over_and_nothing_half_written_stays(tmp_path):
 
 
 @given(st.integers(2, 60), st.integers(1, 9), st.integers(1, 80))
-def test_epochs_are_the_smallest_and_the_same_order_is_known_as_such(tokens, sequence, samples):
-    tokens = max(tokens, sequence + 1)
-    epochs, apart = plan_epochs(tokens, sequence, samples)
-    assert epochs * tokens >= samples * sequence + 1
-    assert epochs == 1 or (epochs - 1) * tokens < samples * sequence + 1
-    most = most_samples(tokens, sequence, samples)
-    assert most >= samples and plan_epochs(tokens, sequence, most) == (epochs, apart)
-    assert plan_epochs(tokens, sequence, most + 1) != (epochs, apart)
+def test_epochs_are_the_smallest_and_the_same_order_is_known_as_such(tokens, seq_len, samples):
+    tokens = max(tokens, seq_len + 1)
+    epochs, apart = plan_epochs(tokens, seq_len, samples)
+    assert epochs * tokens >= samples * seq_len + 1
+    assert epochs == 1 or (epochs - 1) * tokens < samples * seq_len + 1
+    most = most_samples(tokens, seq_len, samples)
+    assert most >= samples and plan_epochs(tokens, seq_len, most) == (epochs, apart)
+    assert plan_epochs(tokens, seq_len, most + 1) != (epochs, apart)
 
 
 @given(DOCUMENTS, st.integers(1, 8), st.integers(1, 60), st.integers(0, 99))
-def test_an_order_draws_every_sample_of_the_line_once(documents, sequence, samples, seed):
+def test_an_order_draws_every_sample_of_the_line_once(documents, seq_len, samples, seed):
     lengths = np.array([len(d) for d in documents])
-    if lengths.sum() <= sequence:
+    if lengths.sum() <= seq_len:
         return
-    order = make_order(lengths, np.arange(len(lengths)), sequence, samples, seed)
-    epochs, apart = plan_epochs(int(lengths.sum()), sequence, samples)
+    order = make_order(lengths, np.arange(len(lengths)), seq_len, samples, seed)
+    epochs, apart = plan_epochs(int(lengths.sum()), seq_len, samples)
     assert sorted(order.shuffle) == list(range(len(order))) and len(order) >= samples
     assert np.bincount(order.documents, minlength=len(lengths)).tolist() == [epochs] * len(lengths)
     if apart:
@@ -141,8 +141,8 @@ def test_an_order_draws_every_sample_of_the_line_once(documents, sequence, sampl
     line = np.concatenate([np.arange(lengths[d]) for d in order.documents])
     at, inside = order.place(np.arange(len(line)))
     assert np.array_equal(inside, line) and lengths[order.documents[at]].min() > 0
-    flat = in_order(lengths, np.arange(len(lengths)), sequence)
-    assert flat.shuffle.tolist() == list(range((int(lengths.sum()) - 1) // sequence))
+    flat = in_order(lengths, np.arange(len(lengths)), seq_len)
+    assert flat.shuffle.tolist() == list(range((int(lengths.sum()) - 1) // seq_len))
 
 
 def test_the_split_of_documents():
@@ -172,12 +172,12 @@ class Words:
 
 
 def theirs(
-    megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int, reset: bool = False
+    megatron, prefix: Path, split: str, seq_len: int, samples: int, seed: int, reset: bool = False
 ):
     """GPTDataset's training samples, as its builder makes them."""
     gpt, indexed, utils = megatron
     config = gpt.GPTDatasetConfig(
-        random_seed=seed, sequence_length=sequence, blend=([str(prefix)], None), split=split,
+        random_seed=seed, sequence_length=seq_len, blend=([str(prefix)], None), split=split,
         tokenizer=Words(), reset_position_ids=reset, reset_attention_mask=reset, eod_mask_loss=False,
         create_attention_mask=reset, path_to_cache=str(prefix.parent / "cache"),
     )  # fmt: skip
@@ -189,19 +189,19 @@ def theirs(
 
 
 def agree(
-    megatron, prefix: Path, split: str, sequence: int, samples: int, seed: int
+    megatron, prefix: Path, split: str, seq_len: int, samples: int, seed: int
 ) -> tuple[int, bool]:
-    want = theirs(megatron, prefix, split, sequence, samples, seed)
+    want = theirs(megatron, prefix, split, seq_len, samples, seed)
     data = Indexed(prefix)
     (low, high), *_ = split_documents(split, len(data))
-    got = make_order(data.lengths, np.arange(low, high), sequence, samples, seed)
+    got = make_order(data.lengths, np.arange(low, high), seq_len, samples, seed)
     assert np.array_equal(got.documents, want.document_index)
     assert np.array_equal(got.shuffle, want.shuffle_index) and len(got) >= samples
-    at, inside = got.place(np.arange(len(got)) * sequence)
+    at, inside = got.place(np.arange(len(got)) * seq_len)
     assert np.array_equal(at, want.sample_index[:-1, 0]) and np.array_equal(
         inside, want.sample_index[:-1, 1]
     )
-    return plan_epochs(int(data.lengths[low:high].sum()), sequence, samples)
+    return plan_epochs(int(data.lengths[low:high].sum()), seq_len, samples)
 
 
 def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
@@ -245,8 +245,8 @@ def test_orders_of_many_kinds_are_those_of_gpt_dataset(megatron, tmp_path):
         prefix = tmp_path / str(number)
         synthetic(prefix, number, int(random.integers(100, 20_000)), int(random.integers(3, 200)))
         split = ",".join(map(str, random.integers(1, 1000, int(random.integers(1, 4)))))
-        sequence, samples = int(random.integers(2, 70)), int(random.integers(10_000, 15_000))
+        seq_len, samples = int(random.integers(2, 70)), int(random.integers(10_000, 15_000))
         (low, high), *_ = split_documents(split, len(Indexed(prefix)))
-        if Indexed(prefix).lengths[low:high].sum() > sequence:
-            kinds.add(agree(megatron, prefix, split, sequence, samples, number))
+        if Indexed(prefix).lengths[low:high].sum() > seq_len:
+            kinds.add(agree(megatron, prefix, split, seq_len, samples, number))
     assert len(kinds) > 10 and {apart for _, apart in kinds} == {True, False}

@@ -171,7 +171,7 @@ def test_a_batch_shifts_by_one():
     assert batch.targets_T.tolist() == [6, 7, 8, IGNORE, 2, IGNORE]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.documents_T.tolist() == [0, 0, 1, 0, 0, 0]
-    assert batch.sequence == 3 and make_batch(rows, ONE).documents_T is None
+    assert batch.seq_len == 3 and make_batch(rows, ONE).documents_T is None
 
 
 @pytest.mark.parametrize("z", [0.0, 0.1])

@@ -39,26 +39,26 @@ LENGTHS = st.integers(1, 9).flatmap(lambda s: st.tuples(st.just(s), st.integers(
     st.booleans(),
 )
 def test_a_range_is_the_concatenation_of_its_pieces(lengths, seed, start, counts, shuffle):
-    sequence, length = lengths
+    seq_len, length = lengths
     data = np.arange(length, dtype=np.uint16)
-    whole = rows(data, sequence, seed, start, sum(counts), shuffle)
+    whole = rows(data, seq_len, seed, start, sum(counts), shuffle)
     starts = start + np.cumsum([0, *counts])
     pieces = [
-        rows(data, sequence, seed, int(s), c, shuffle) for s, c in zip(starts, counts, strict=False)
+        rows(data, seq_len, seed, int(s), c, shuffle) for s, c in zip(starts, counts, strict=False)
     ]
-    assert whole.dtype == np.int64 and whole.shape == (sum(counts), sequence + 1)
+    assert whole.dtype == np.int64 and whole.shape == (sum(counts), seq_len + 1)
     assert np.array_equal(whole, np.concatenate([whole[:0], *pieces]))
 
 
 @given(LENGTHS, st.integers(0, 2**40), st.integers(0, 3))
 def test_an_epoch_takes_every_chunk_once(lengths, seed, epoch):
-    sequence, length = lengths
-    chunks = (length - 1) // sequence
-    taken = rows(np.arange(length), sequence, seed, epoch * chunks, chunks)
-    assert sorted(taken[:, 0]) == [chunk * sequence for chunk in range(chunks)]
+    seq_len, length = lengths
+    chunks = (length - 1) // seq_len
+    taken = rows(np.arange(length), seq_len, seed, epoch * chunks, chunks)
+    assert sorted(taken[:, 0]) == [chunk * seq_len for chunk in range(chunks)]
     # Targets are inputs shifted by one, and the last target is the first input of the next chunk.
     assert np.array_equal(taken[:, 1:], taken[:, :-1] + 1)
-    assert sorted(taken[:, 1:].ravel()) == list(range(1, chunks * sequence + 1))
+    assert sorted(taken[:, 1:].ravel()) == list(range(1, chunks * seq_len + 1))
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -78,8 +78,8 @@ def test_the_order_is_a_fixed_one():
 
 
 def test_rows_rejects_what_it_cannot_serve():
-    one_line(lambda: rows(np.arange(8), 8, 0, 0, 1), "8 tokens", "9", "--data.sequence")
-    one_line(lambda: rows(np.arange(8), 0, 0, 0, 1), "--data.sequence 0", "1 or more")
+    one_line(lambda: rows(np.arange(8), 8, 0, 0, 1), "8 tokens", "9", "--data.seq-len")
+    one_line(lambda: rows(np.arange(8), 0, 0, 0, 1), "--data.seq-len 0", "1 or more")
     one_line(lambda: rows(np.arange(8), 2, 0, -1, 1), "start -1", "count from 0")
 
 
@@ -102,8 +102,8 @@ def test_document_ids_agree_with_a_loop(given_rows):
             document, position = (document + 1, 0) if token == 0 else (document, position + 1)
 
 
-def config(file: Path, sequence: int = 16, fraction: float = 0.1, **more) -> DataConfig:
-    return DataConfig(path=str(file), sequence=sequence, validation=fraction, **more)
+def config(file: Path, seq_len: int = 16, fraction: float = 0.1, **more) -> DataConfig:
+    return DataConfig(path=str(file), seq_len=seq_len, validation_ratio=fraction, **more)
 
 
 def test_a_corpus_is_split_and_comes_back_from_the_cache(
@@ -130,20 +130,20 @@ def test_a_corpus_is_split_and_comes_back_from_the_cache(
 
 
 def test_corpus_errors(corpus_file: Path, cache: Path):
-    def load(sequence: int, fraction: float = 0.02):
-        return lambda: open_data(config(corpus_file, sequence, fraction), 400, 0, 1, cache)
+    def load(seq_len: int, fraction: float = 0.02):
+        return lambda: open_data(config(corpus_file, seq_len, fraction), 400, 0, 1, cache)
 
-    one_line(load(10**6), "the training text", str(10**6 + 1), "lower --data.sequence")
+    one_line(load(10**6), "the training text", str(10**6 + 1), "lower --data.seq-len")
     one_line(
         load(512),
         "the validation text",
         "513",
-        "lower --data.sequence",
-        "raise --data.validation, or",
+        "lower --data.seq-len",
+        "raise --data.validation-ratio, or",
     )
-    one_line(load(0), "data.sequence=0", "at least 1")
+    one_line(load(0), "data.seq_len=0", "at least 1")
     for fraction in (1.0, -0.1, 0.0, float("nan")):
-        one_line(load(8, fraction), f"data.validation={fraction}", "between 0 and 1")
+        one_line(load(8, fraction), f"data.validation_ratio={fraction}", "between 0 and 1")
 
 
 def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: Path):

@@ -112,17 +112,19 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
     ("mesh", "change", "how"),
     [
         ("cp=4", {}, ComputeConfig("full")),
-        pytest.param("dp=2,cp=2", {}, ComputeConfig("full", cp="ulysses"), marks=pytest.mark.slow),
+        pytest.param(
+            "dp=2,cp=2", {}, ComputeConfig("full", cp_method="ulysses"), marks=pytest.mark.slow
+        ),
         pytest.param(
             "dp=4,ep=4",
             {"moe": MoEConfig(experts=8, top_k=2)},
-            ComputeConfig("full", dispatch="static"),
+            ComputeConfig("full", moe_dispatch="static"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
             "tp=4",
             {"embed": 64, "mlp": 256},
-            ComputeConfig("full", fp8="tensorwise", fp8_ends=True, fp8_smallest=0),
+            ComputeConfig("full", fp8="tensorwise", fp8_first_last=True, fp8_min_weights=0),
             marks=pytest.mark.slow,
         ),
     ],

@@ -55,8 +55,8 @@ def attend(mask: AttentionMask, latent: MLAConfig, path: str = "auto"):
     return layer
 
 
-def options(sequence: int, tokens: int) -> dict:
-    return dict(inputs=ATTENTION_INPUTS, make=attention_values(sequence, tokens), tokens=tokens)
+def options(seq_len: int, tokens: int) -> dict:
+    return dict(inputs=ATTENTION_INPUTS, make=attention_values(seq_len, tokens), tokens=tokens)
 
 
 @settings(max_examples=8)
@@ -128,20 +128,18 @@ def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_r
 
 def test_it_is_the_definition():
     """Equations 9 to 19 of DeepSeek-V2, one head and one pair of tokens at a time."""
-    latent, heads, sequence = LATENT, 3, 5
+    latent, heads, seq_len = LATENT, 3, 5
     dims = {"embed": 10, "heads": heads, "layers": 2, "layernorm": False, **latent.dims()}
     p = tree(MLA, **dims)
-    x, places = normal(sequence, 10, seed=7), torch.arange(sequence)
-    got = mla(
-        p, x, rope_tables(YARN, places, 4, F64), None, AttentionMask(sequence, scale=0.3), ONE
-    )
+    x, places = normal(seq_len, 10, seed=7), torch.arange(seq_len)
+    got = mla(p, x, rope_tables(YARN, places, 4, F64), None, AttentionMask(seq_len, scale=0.3), ONE)
     c_q, down = norm(p.q_norm, x @ p.w_q_down), x @ p.w_kv_down
     c, r = norm(p.kv_norm, down[:, :9]), turned(down[:, None, 9:], places, YARN)[:, 0]
     want = torch.zeros_like(x)
     for n in range(heads):
         q, kv = c_q @ p.w_q_up[:, n], c @ p.w_kv_up[:, n]
         q_plain, q_rotary = q[:, :6], turned(q[:, None, 6:], places, YARN)[:, 0]
-        for i in range(sequence):
+        for i in range(seq_len):
             scores = torch.stack(
                 [q_plain[i] @ kv[j, :6] + q_rotary[i] @ r[j] for j in range(i + 1)]
             )

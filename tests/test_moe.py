@@ -341,7 +341,7 @@ def test_the_static_path_never_waits_for_the_device(capacity):
     )  # fmt: skip
     seen = TokenInfo(torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.long), 1)
     waited = {}
-    for dispatch, c in (("static", replace(plain, capacity=capacity)), ("auto", plain)):
+    for dispatch, c in (("static", replace(plain, capacity_factor=capacity)), ("auto", plain)):
         with Waits() as waits:
             y, aux, _ = moe(p, make(T, 10), seen, c, ONE, dispatch=dispatch)
             torch.autograd.grad(y.sum() + aux, [p.experts.w_up, p.router.w])

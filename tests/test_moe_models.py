@@ -33,7 +33,7 @@ def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:
         mlp=4 * shape.tp, vocab_multiple=1, context=24, moe=c,
     )  # fmt: skip
     run = {"batch": 2 * shape.data, "micro_batch": 1} | run
-    return RunConfig(mesh=mesh, model=model, data=DataConfig(sequence=12), **run)
+    return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=12), **run)
 
 
 def assert_step(config: RunConfig, mutate=lambda layout: layout) -> None:
@@ -58,14 +58,14 @@ EVERYTHING = {"aux_loss": 0.1, "z_loss": 0.05, "bias_rate": 1e-2, "router_bias":
     aux_level=st.sampled_from(["micro_batch", "sequence", "global_batch"]),
     recompute=st.sampled_from(["none", "selective", "full"]),
     dense_layers=st.sampled_from([0, 1]),
-    dispatch=st.sampled_from(["auto", "static", "allgather"]),
+    moe_dispatch=st.sampled_from(["auto", "static", "allgather"]),
     schedule=st.sampled_from(["1f1b", "interleaved", "zb-h1"]),
 )
 @pytest.mark.slow
 def test_one_step_on_any_mesh(mesh, pp, schedule, **choices):
     mesh, layers = f"pp={pp},{mesh}" if pp > 1 else mesh, 4 if pp > 1 else 2
     if pp > 1:
-        choices["schedule"] = schedule
+        choices["pipeline"] = PipelineConfig(schedule)
     count = 4 if pp > 1 else 2
     data = MeshShape.parse(mesh).data
     assert_step(model_config(mesh, layers=layers, batch=count * data, **EVERYTHING, **choices))
@@ -76,12 +76,12 @@ STEPS = [
     ("dp=2,tp=2,ep=4", {"zero": 1, "shared": 4, "shared_gate": True, "each": 1, "top_k": 1}),
     (
         "dp=4,ep=2",
-        {"zero": 3, "aux_level": "sequence", "dispatch": "allgather", "recompute": "selective"},
+        {"zero": 3, "aux_level": "sequence", "moe_dispatch": "allgather", "recompute": "selective"},
     ),
-    ("dp_replicate=2,dp=2,ep=2", {"zero": 2, "dispatch": "static"}),
+    ("dp_replicate=2,dp=2,ep=2", {"zero": 2, "moe_dispatch": "static"}),
     ("dp=2,tp=2,ep=2,etp=2", {"zero": 3, "score": "sigmoid", "groups": 2, "bias": True}),
     ("pp=2,dp=2,ep=2", {"zero": 1, "layers": 3, "dense_layers": 1, "aux_level": "global_batch"}),
-    ("pp=2,tp=2,ep=2", {"zero": 2, "layers": 2, "schedule": "zb-h1", "batch": 4}),
+    ("pp=2,tp=2,ep=2", {"zero": 2, "layers": 2, "pipeline": PipelineConfig("zb-h1"), "batch": 4}),
 ]
 
 
@@ -97,8 +97,8 @@ def test_one_step(mesh, choices):
 )
 def test_every_schedule(schedule):
     config = model_config(
-        "pp=2,dp=2,ep=2", layers=4, batch=8, schedule=schedule, aux_level="global_batch",
-        pipeline=PipelineConfig(virtual=2), **EVERYTHING,
+        "pp=2,dp=2,ep=2", layers=4, batch=8, aux_level="global_batch",
+        pipeline=PipelineConfig(schedule, stages_per_rank=2), **EVERYTHING,
     )  # fmt: skip
     assert_step(config)
 

@@ -35,7 +35,7 @@ EXPERTS = MoEConfig(
     8, 2, 16, aux_loss=0.02, z_loss=1e-3, bias_rate=1e-3, shared=24, aux_level="global_batch"
 )
 SPARSE = replace(MODEL, moe=EXPERTS)
-FOUR = RunConfig(model=SPARSE, data=DataConfig(sequence=16), batch=8, steps=4, seed=3)
+FOUR = RunConfig(model=SPARSE, data=DataConfig(seq_len=16), batch=8, steps=4, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def one_device():
     ],
 )
 def test_steps_on_real_ranks(pool, one_device, mesh, zero, dispatch):
-    config = replace(FOUR, zero=zero, dispatch=dispatch)
+    config = replace(FOUR, zero=zero, moe_dispatch=dispatch)
     want = one_device
     if "pp" in mesh:  # more microbatches, and what is in one matters to an auxiliary loss
         config = replace(config, micro_batch=1)
@@ -90,7 +90,7 @@ SLOW = pytest.mark.slow
     ("recompute", "choices"),
     [
         ("none", {"bias": True, "shared_gate": True}),
-        pytest.param("selective", {"capacity": 1.0}, marks=SLOW),
+        pytest.param("selective", {"capacity_factor": 1.0}, marks=SLOW),
         pytest.param("full", {"score": "sigmoid", "groups": 4, "group_top_k": 2}, marks=SLOW),
         pytest.param("none", {"aux_level": "sequence", "activation": "clamped_swiglu"}, marks=SLOW),
     ],
@@ -114,7 +114,7 @@ def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -
     torch.compiler.reset()
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
     m = replace(SPARSE, layers=1, moe=replace(EXPERTS, aux_level="micro_batch"))
-    functions = program(m, layout, ComputeConfig(dispatch=dispatch), splits=False)
+    functions = program(m, layout, ComputeConfig(moe_dispatch=dispatch), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions
     loss, grads, reports = gradients_of(functions, m, layout, zero)
     return [
@@ -191,7 +191,7 @@ def test_reports_of_layers():
         == {}
         == describe_experts(expert_totals({}, pipe, MoEConfig()), MoEConfig())
     )
-    few = replace(m, moe=replace(m.moe, capacity=0.5))
+    few = replace(m, moe=replace(m.moe, capacity_factor=0.5))
     _, _, reports = gradients_of(program(few, ONE), few, dtype=torch.float64)
     dropped = describe_experts(expert_totals(reports, pipe, few.moe), few.moe)["experts.1.dropped"]
     assert 0.4 < dropped < 0.9
@@ -258,10 +258,10 @@ def test_meshes_that_cannot_be(mesh, moe, message):
 
 
 def test_dispatchers_that_cannot_be():
-    m = replace(MODEL, moe=MoEConfig(8, capacity=1.0))
-    with pytest.raises(ValueError, match="it drops nothing; use --dispatch static"):
-        check_dispatch(ComputeConfig(dispatch="alltoall"), m, False)
-    with pytest.raises(ValueError, match="cannot be compiled; use --dispatch allgather"):
-        check_dispatch(ComputeConfig(dispatch="alltoall"), SPARSE, True)
+    m = replace(MODEL, moe=MoEConfig(8, capacity_factor=1.0))
+    with pytest.raises(ValueError, match="it drops nothing; use --moe-dispatch static"):
+        check_dispatch(ComputeConfig(moe_dispatch="alltoall"), m, False)
+    with pytest.raises(ValueError, match="cannot be compiled; use --moe-dispatch allgather"):
+        check_dispatch(ComputeConfig(moe_dispatch="alltoall"), SPARSE, True)
     with pytest.raises(ValueError, match="no layer would have experts"):
         replace(MODEL, moe=MoEConfig(8, dense_layers=2))

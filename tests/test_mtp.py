@@ -26,8 +26,8 @@ from dtron.model.transformer import embed, forward, predict, stage
 from dtron.moe.config import MoEConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
-from dtron.runtime.config import ModelConfig, RunConfig
-from dtron.schedules import SCHEDULES, stages_per_rank
+from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
+from dtron.schedules import SCHEDULES, stages_of_rank
 from dtron.testing import assert_caught, dropped, meshes, unsummed, zero_stages
 from dtron.tools.verify import one_step
 from dtron.training.compiled_stage import compiled
@@ -47,27 +47,27 @@ ONE = Layout()
 
 @given(
     rows=st.integers(1, 3),
-    sequence=st.integers(1, 9),
+    seq_len=st.integers(1, 9),
     depth=st.integers(1, 4),
     packed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_is_predicted_from_what(rows, sequence, depth, packed, seed):
+def test_what_is_predicted_from_what(rows, seq_len, depth, packed, seed):
     """Against the definition, one position at a time."""
     g = torch.Generator().manual_seed(seed)
-    row = torch.randint(1, 50, (rows, sequence + 1), generator=g)
-    row[:, 1:][torch.rand(rows, sequence, generator=g) < 0.2] = IGNORE
+    row = torch.randint(1, 50, (rows, seq_len + 1), generator=g)
+    row[:, 1:][torch.rand(rows, seq_len, generator=g) < 0.2] = IGNORE
     tokens, targets = row[:, :-1].clamp(min=0), row[:, 1:]
-    documents = (torch.rand(rows, sequence, generator=g) < 0.3).cumsum(1) if packed else None
+    documents = (torch.rand(rows, seq_len, generator=g) < 0.3).cumsum(1) if packed else None
     got_tokens, got_targets = look_ahead(tokens, targets, depth, documents)
     for b in range(rows):
-        for i in range(sequence):
+        for i in range(seq_len):
             for k in range(1, depth + 1):
-                token = row[b, i + k].clamp(min=0) if i + k <= sequence else 0
+                token = row[b, i + k].clamp(min=0) if i + k <= seq_len else 0
                 assert got_tokens[b, i, k - 1] == token
-                there = i + k + 1 <= sequence
+                there = i + k + 1 <= seq_len
                 if there and packed:
-                    there = documents[b, i] == documents[b, min(i + k + 1, sequence - 1)]
+                    there = documents[b, i] == documents[b, min(i + k + 1, seq_len - 1)]
                 assert got_targets[b, i, k - 1] == (row[b, i + k + 1] if there else IGNORE)
 
 
@@ -92,7 +92,7 @@ def reported(
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     batches = [make_batch(rows, layout, documents, depth=m.mtp.depth)]
     loss, _, reports = gradients(program(m, layout), params, batches, 1, pipe, zero=1)
-    return loss, reports[0]["ahead"]
+    return loss, reports[0]["mtp"]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -110,7 +110,7 @@ def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
             targets[i, depth] = batch.targets_TA[i, depth]
             one = replace(batch, targets_TA=targets)
             extra = stage(params, embed(params, one, m, ONE), one, m=m, layout=ONE)[1]
-            found.append(extra.report["ahead"][depth].item())
+            found.append(extra.report["mtp"][depth].item())
         return found
 
     other = rows.clone()
@@ -187,12 +187,12 @@ def test_one_step_is_that_of_one_device(mesh, zero, depth, tied, mla, learned, s
 
 def pipelined(mesh: str, schedule: str, layers: int = 0, **choices) -> RunConfig:
     shape = MeshShape.parse(mesh)
-    stages = shape.pp * stages_per_rank(schedule, 2)
+    stages = shape.pp * stages_of_rank(schedule, 2)
     count = 2 * shape.pp if schedule == "dualpipe-v" else shape.pp + 1
     return config_of(
         mesh,
         layers=layers or stages,
-        schedule=schedule,
+        pipeline=PipelineConfig(schedule),
         batch=count * shape.data,
         micro_batch=1,
         **choices,
@@ -307,7 +307,7 @@ def test_the_report_is_that_of_one_device(mesh):
 FOUR = RunConfig(
     model=replace(SMALL, context=16, mla=LATENT, mtp=MTPConfig(1)), batch=8, steps=4, seed=3,
 )  # fmt: skip
-FOUR = replace(FOUR, data=replace(FOUR.data, sequence=16))
+FOUR = replace(FOUR, data=replace(FOUR.data, seq_len=16))
 
 
 @pytest.mark.xdist_group("pool")
@@ -335,7 +335,7 @@ def test_compiled_gradients_are_those_of_eager(recompute):
         found.append(gradients(functions, drawn(m), batches, 1, pipe, 1))
     (want_loss, want, _), (got_loss, got, reports) = found
     torch.testing.assert_close(got_loss, want_loss, rtol=1e-12, atol=0)
-    assert reports[0]["ahead"].shape == (2,)
+    assert reports[0]["mtp"].shape == (2,)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -171,9 +171,10 @@ def test_a_step_is_that_of_weights_gathered_in_high_precision(mesh, name):
     "config",
     [
         SPARSE,
-        pytest.param(replace(SHARDED, fp8_smallest=2000), marks=pytest.mark.slow),
+        pytest.param(replace(SHARDED, fp8_min_weights=2000), marks=pytest.mark.slow),
         pytest.param(
-            replace(SHARDED, fp8_ends=False, model=replace(SIZES, layers=3)), marks=pytest.mark.slow
+            replace(SHARDED, fp8_first_last=False, model=replace(SIZES, layers=3)),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -226,7 +227,7 @@ def test_every_product_of_a_block_says_what_it_sums_over():
         ({"zero": 1}, "--fp8-gather --zero 1.*use --zero 3, or drop"),
         (
             {"mesh": "pp=2", "simulate": True},
-            "every block gathers; use --zero 3 --pipeline.gather microbatch",
+            "every block gathers; use --zero 3 --zero3-gather microbatch",
         ),
     ],
 )

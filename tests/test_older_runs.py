@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import train
+from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 
 DATA = Path(__file__).parent / "data"
@@ -18,10 +20,10 @@ MODEL = [
     "--model.mlp=16", "--model.vocab=280", "--model.vocab-multiple=1",
 ]  # fmt: skip
 RUN = [
-    "--data.sequence=16",
+    "--data.seq-len=16",
     "--batch=4",
     "--steps=4",
-    "--sample=0",
+    "--sample-tokens=0",
     "--optim.warmup=1",
     "--eval-every=0",
 ]
@@ -45,7 +47,10 @@ def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
     ]
     mesh_flags = ["--simulate", f"--mesh={mesh}"] if mesh else []
     assert run_cli(train.main, [*flags, *mesh_flags, "--resume"]) == 0
-    got = [
-        json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    got = [record["loss"] for record in records]
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4
+    # Its records have today's names too, and so has its config.
+    names = [set(r) - {"validation_loss", "checkpoint_stall_seconds"} for r in records]
+    assert names == [names[-1]] * 4
+    assert json.loads((run_dir / "config.json").read_text()).keys() == asdict(RunConfig()).keys()

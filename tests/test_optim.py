@@ -109,16 +109,16 @@ def test_clipping_is_that_of_torch(limit):
     schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     warmup=st.integers(0, 20),
     rest=st.integers(2, 50),
-    min_lr=st.floats(0, 1),
-    decay=st.floats(0.01, 1),
+    min_lr_ratio=st.floats(0, 1),
+    wsd_decay_ratio=st.floats(0.01, 1),
 )
-def test_learning_rate(schedule, warmup, rest, min_lr, decay):
-    config = OptimConfig(3.0, schedule, warmup, min_lr, decay)
+def test_learning_rate(schedule, warmup, rest, min_lr_ratio, wsd_decay_ratio):
+    config = OptimConfig(3.0, schedule, warmup, min_lr_ratio, wsd_decay_ratio)
     rates = [learning_rate(config, step, warmup + rest) for step in range(warmup + rest)]
     assert rates[: warmup + 1] == pytest.approx(
         [3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0]
     )
-    assert rates[-1] == pytest.approx(3.0 if schedule == "constant" else 3.0 * min_lr)
+    assert rates[-1] == pytest.approx(3.0 if schedule == "constant" else 3.0 * min_lr_ratio)
     assert all(a >= b * (1 - 1e-12) for a, b in pairwise(rates[warmup:]))
 
 

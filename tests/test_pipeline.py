@@ -23,7 +23,7 @@ from dtron.model.transformer import declare_model
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.schedules import SCHEDULES, make, peaks, stages_per_rank
+from dtron.schedules import SCHEDULES, make, peaks, stages_of_rank
 from dtron.schedules.p2p import InProcessLinks
 from dtron.schedules.runner import Program, run
 from dtron.schedules.split_backward import backward, backward_input
@@ -53,7 +53,7 @@ STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp
     pp=[4] * 6 + [2] * 6,
     more=[5] * 6 + [1] * 6,
     inner=[""] * 6 + [",dp=3", ",dp_replicate=2,dp=2", ",tp=2", ",dp=2,tp=2", ",dp=2", ",dp=2"],
-    virtual=[2, 3, 2],
+    stages_per_rank=[2, 3, 2],
     extra=[1] * 6 + [0] * 6,
     zero=[1, 3, 0, 2, 3],
     tied=[True, False, False],
@@ -65,7 +65,7 @@ STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp
     schedule=st.sampled_from(list(SCHEDULES)),
     pp=st.sampled_from([2, 2, 4]),
     inner=st.sampled_from(STAGE_MESHES),
-    virtual=st.integers(1, 3),
+    stages_per_rank=st.integers(1, 3),
     more=st.integers(0, 13),
     extra=st.integers(0, 2),
     zero=st.sampled_from([0, 1, 2, 3]),
@@ -75,17 +75,17 @@ STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp
     seed=st.integers(0, 99),
 )
 def test_one_step_is_that_of_one_device(
-    schedule, pp, inner, virtual, more, extra, zero, tied, each, recompute, seed
+    schedule, pp, inner, stages_per_rank, more, extra, zero, tied, each, recompute, seed
 ):
     """Microbatches from pp (for DualPipe-V 2 pp) to 4 pp + 1; one to three stages on a rank."""
     shape = MeshShape.parse(f"pp={pp}{inner}")
-    stages = pp * stages_per_rank(schedule, virtual)
+    stages = pp * stages_of_rank(schedule, stages_per_rank)
     count = min(max(pp + more, 2 * pp if schedule == "dualpipe-v" else 0), 4 * pp + 1)
     assume(stages * count * shape.size // pp <= MOST or not inner)  # seconds
     config = model_config(
         str(shape), 1, zero=zero, batch=count * shape.data, micro_batch=1, layers=stages + extra, tied=tied,
-        recompute=recompute, seed=seed, schedule=schedule, bias=True,
-        pipeline=PipelineConfig(virtual=virtual, gather="microbatch" if each else "step"),
+        recompute=recompute, seed=seed, bias=True, zero3_gather="microbatch" if each else "step",
+        pipeline=PipelineConfig(schedule, stages_per_rank),
     )  # fmt: skip
     assert_same_step(config)
 
@@ -127,7 +127,9 @@ class Halved(InProcessLinks):
 @pytest.mark.parametrize("links", [Mixed, Halved])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_broken_links_are_caught(links, schedule):
-    config = model_config("pp=2", 1, zero=1, batch=5, micro_batch=1, layers=4, schedule=schedule)
+    config = model_config(
+        "pp=2", 1, zero=1, batch=5, micro_batch=1, layers=4, pipeline=PipelineConfig(schedule)
+    )
     assert_same_step(config)
     assert_caught(lambda: assert_same_step(config, broken(lambda _: links())))
 
@@ -301,7 +303,7 @@ def test_zero_3_gathers_once_a_step_unless_asked():
         for micro in (2, 3):
             config = model_config(
                 "pp=2,dp=2", 1, zero=3, batch=2 * micro, micro_batch=1, layers=2,
-                pipeline=PipelineConfig(gather=gather),
+                zero3_gather=gather,
             )  # fmt: skip
             done = one_step(config, MeshShape(pp=2, dp=2)).collectives.count
             counts[gather, micro] = sum(n for c, n in done.items() if c.kind == "all_gather")
@@ -316,9 +318,9 @@ def test_one_stage_is_a_pipeline():
         pipe = one_stage(MODEL, 3, layout)
         assert pipe.stages == [0] and len(pipe.spec) == 1
         config = RunConfig(
-            model=MODEL, data=DataConfig(sequence=16), mesh="dp=2", batch=6, micro_batch=1
+            model=MODEL, data=DataConfig(seq_len=16), mesh="dp=2", batch=6, micro_batch=1
         )
         assert (
-            pipeline(config, MeshShape(dp=2), 3, config.data.sequence, layout).table.rows
+            pipeline(config, MeshShape(dp=2), 3, config.data.seq_len, layout).table.rows
             == pipe.table.rows
         )

@@ -11,21 +11,31 @@ from runs import MODEL, on_pool, simulate, train
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.mesh import Layout
-from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.fault_tolerance import diagnose
 from dtron.tools.verify import on_one_device
 from dtron.training.pipeline import Pipeline
 
 TEN = RunConfig(
-    model=replace(MODEL, layers=4), data=DataConfig(sequence=16), batch=8, steps=10, seed=3
+    model=replace(MODEL, layers=4), data=DataConfig(seq_len=16), batch=8, steps=10, seed=3
 )
 CASES = [
-    ("pp=2,tp=2", {"schedule": "1f1b", "zero": 0}),
-    ("pp=2,dp=2", {"schedule": "zb-v", "zero": 3}),
-    ("pp=2,dp=2", {"schedule": "interleaved", "zero": 2, "model": replace(TEN.model, tied=True)}),
-    ("pp=4", {"schedule": "zb-h1"}),
-    ("pp=4", {"schedule": "gpipe", "model": replace(TEN.model, tied=True)}),
-    ("pp=2,dp=2", {"schedule": "dualpipe-v", "recompute": "full", "micro_batch": 1}),
+    ("pp=2,tp=2", {"pipeline": PipelineConfig("1f1b"), "zero": 0}),
+    ("pp=2,dp=2", {"pipeline": PipelineConfig("zb-v"), "zero": 3}),
+    (
+        "pp=2,dp=2",
+        {
+            "pipeline": PipelineConfig("interleaved"),
+            "zero": 2,
+            "model": replace(TEN.model, tied=True),
+        },
+    ),
+    ("pp=4", {"pipeline": PipelineConfig("zb-h1")}),
+    ("pp=4", {"pipeline": PipelineConfig("gpipe"), "model": replace(TEN.model, tied=True)}),
+    (
+        "pp=2,dp=2",
+        {"pipeline": PipelineConfig("dualpipe-v"), "recompute": "full", "micro_batch": 1},
+    ),
 ]
 
 
@@ -87,7 +97,12 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
     )
     once = 1 if tied else 0
     assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
-    assert pool.run(sends_on_pool, "pp=4", replace(config, schedule="zb-v")) == [10, 20, 20, 10]
+    assert pool.run(sends_on_pool, "pp=4", replace(config, pipeline=PipelineConfig("zb-v"))) == [
+        10,
+        20,
+        20,
+        10,
+    ]
 
 
 def by_host_on_pool(
@@ -119,7 +134,9 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
     nothing does; nor do the gradients of tied weights ever, which are sent when all messages have
     come."""
     m = replace(TEN.model, layers=8, tied=True)
-    config = replace(TEN, model=m, micro_batch=1, batch=5, steps=3, schedule=schedule)
+    config = replace(
+        TEN, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
+    )
     losses, _ = one_device({"model": m, "micro_batch": 1, "batch": 5, "steps": 3})
     each = {"1f1b": [5, 10, 10, 5], "interleaved": [15, 20, 20, 15]}[schedule]
     for rank, (got, went) in enumerate(pool.run(by_host_on_pool, "pp=4", config)):

@@ -37,7 +37,7 @@ from dtron.model.activation_checkpoint import (
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.params import flat
-from dtron.runtime.config import RunConfig
+from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools.memory_estimate import activation_bytes, block_bytes
 from dtron.training.compiled_stage import compiled
@@ -95,7 +95,8 @@ def test_a_mesh_follows_one_device_that_keeps_all(mesh, zero, seed):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_a_pipeline_follows_one_device(schedule):
     """Blocks are counted within a stage, and a backward that recomputes is not split."""
-    test_equivalence.assert_same_step(config("pp=2,dp=2", layers=4, schedule=schedule, batch=8))
+    pipeline = PipelineConfig(schedule=schedule)
+    test_equivalence.assert_same_step(config("pp=2,dp=2", layers=4, pipeline=pipeline, batch=8))
 
 
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])
@@ -167,5 +168,6 @@ def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
 
 def test_the_flag_takes_its_name_and_no_other():
     assert ComputeConfig(NAME).policy is EVERY_SECOND
-    with pytest.raises(ValueError, match=f"--recompute every_third: none, selective, full, {NAME}"):
+    names = f"none, selective, full, {NAME}"
+    with pytest.raises(ValueError, match=f"--recompute every_third: must be one of {names}"):
         ComputeConfig("every_third")

@@ -129,8 +129,8 @@ def test_a_preset_fits_its_meshes(name):
     widest = max(tp for tp in range(1, 9) if m.kv_heads % tp == m.heads % tp == m.mlp % tp == 0)
     assert widest >= 2
     for tp in (1, widest):
-        for sequence in (tp, m.context // tp * tp):
-            check(m, MeshShape(dp=8, tp=tp), sequence)
+        for seq_len in (tp, m.context // tp * tp):
+            check(m, MeshShape(dp=8, tp=tp), seq_len)
     with pytest.raises(ValueError, match=r"longer than model\.context"):
         check(m, MeshShape(), m.context + 1)
 

@@ -42,15 +42,15 @@ TINY = [
     "--model.kv-heads=2",
     "--model.vocab=300",
 ]
-TINY += ["--model.head-dim=16", "--model.mlp=64", "--data.sequence=16", "--data.path=corpus.jsonl"]
-TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample=5"]
+TINY += ["--model.head-dim=16", "--model.mlp=64", "--data.seq-len=16", "--data.path=corpus.jsonl"]
+TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample-tokens=5"]
 TINY += [
     "--optim.lr=5e-3",
     "--optim.warmup=1",
 ]  # steps long enough that a wrong one shows in the next loss
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
-KEYS |= {"memory_gib", "step_seconds", "data_wait", "skipped"}
+KEYS |= {"peak_memory_gib", "step_seconds", "data_wait_ratio", "skipped_steps"}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_run_learns_and_says_so(run_dir, capsys):
             {"validation_loss"} if record["step"] in (8, 16, 20) else set()
         )
         assert record["tokens"] == 64 * record["step"] and record["mfu"] is None
-        assert min(record[key] for key in KEYS - {"mfu", "skipped"}) > 0
+        assert min(record[key] for key in KEYS - {"mfu", "skipped_steps"}) > 0
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     assert found[-1]["validation_loss"] < found[7]["validation_loss"]
     assert load(run_dir / "config.json") == parse([*TINY, f"--run-dir={run_dir}", *argv])
@@ -130,7 +130,9 @@ def test_what_only_saves_memory_or_adds_digits_does_not_change_the_losses(
     agree(run(run_dir, *argv), one_device)
 
 
-@pytest.mark.parametrize("argv", [["--dtype=bfloat16"], ["--reduce-bf16", "--micro-batch=1"]])
+@pytest.mark.parametrize(
+    "argv", [["--dtype=bfloat16"], ["--reduce-dtype=bfloat16", "--micro-batch=1"]]
+)
 def test_bfloat16_stays_close(run_dir, one_device, argv):
     got = losses(run(run_dir, *argv))
     assert got == pytest.approx(one_device, rel=1e-2) and got != one_device
@@ -207,7 +209,7 @@ def test_simulated_ranks_give_the_losses_of_one_device(many, one_device):
 def test_context_parallel_ranks_give_the_losses_and_the_validation_of_one_device(
     run_dir, one_device, cp
 ):
-    agree(run(run_dir, "--simulate", "--mesh=cp=2", f"--cp={cp}"), one_device)
+    agree(run(run_dir, "--simulate", "--mesh=cp=2", f"--cp-method={cp}"), one_device)
 
 
 def test_simulated_and_plain_runs_may_follow_each_other_in_one_process(
@@ -324,7 +326,12 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher
     """Within the timeout, by the rank next to it; the patience with these processes would be the
     hang."""
     timeout = 60 if launcher else 10  # a busy machine takes seconds to start those of a launcher
-    pipe = ("--mesh=pp=2", "--model.layers=2", f"--timeout={timeout}", f"--run-dir={run_dir}")
+    pipe = (
+        "--mesh=pp=2",
+        "--model.layers=2",
+        f"--timeout-seconds={timeout}",
+        f"--run-dir={run_dir}",
+    )
     if launcher:
         done = torchrun(*pipe, program="tests/dying.py", DIES=dies, HOW=how)
         code, said = done.returncode, done.stderr
@@ -336,13 +343,13 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher
     assert code, said
     other = 1 - int(dies)
     line = f"error: stage {other}: pipeline rank {dies} (stage {dies}) has died or hangs"
-    assert line in said and ("--timeout" in said) == (how == "hangs"), said
+    assert line in said and ("--timeout-seconds" in said) == (how == "hangs"), said
 
 
 def test_pipeline_processes_give_the_losses_of_one_device(run_dir):
     model = ("--model.layers=2", "--model.tied")
     want = losses(run(run_dir.with_name("one"), *model))
-    argv = [*TINY, "--mesh=pp=2", "--schedule=zb-h1", *model, f"--run-dir={run_dir}"]
+    argv = [*TINY, "--mesh=pp=2", "--pipeline.schedule=zb-h1", *model, f"--run-dir={run_dir}"]
     ranks = Ranks(argv, 2, run_dir.with_name("output.txt"))
     assert ranks.together() == [0, 0], ranks.output.read_text()
     agree(records(run_dir), want)
@@ -363,7 +370,13 @@ def test_a_run_resumes_on_another_pipeline(run_dir, first, then, monkeypatch):
     def flags(text: str) -> list[str]:
         mesh, schedule = text.split()
         model = ["--model.layers=4", "--model.tied", "--micro-batch=1"]
-        return ["--simulate", f"--mesh={mesh}", f"--schedule={schedule}", "--sample=0", *model]
+        return [
+            "--simulate",
+            f"--mesh={mesh}",
+            f"--pipeline.schedule={schedule}",
+            "--sample-tokens=0",
+            *model,
+        ]
 
     plain = ["--model.layers=4", "--model.tied"]
     want = losses(run(run_dir.with_name("one"), *plain))
@@ -418,38 +431,38 @@ def refused(capsys, *argv: str) -> str:
         ("--simulate --mesh dp=two", ["'two'", "positive"]),
         ("--simulate --mesh dp", ["dp has size ''", "dp=2"]),
         (
-            "--simulate --mesh cp=2 --data.sequence 14",
-            ["data.sequence=", "over cp=2", "multiple of 4"],
+            "--simulate --mesh cp=2 --data.seq-len 14",
+            ["data.seq_len=", "over cp=2", "multiple of 4"],
         ),
         ("--simulate --mesh pp=2", ["2 pipeline stages for model.layers=1", "--model.layers 2"]),
         (
-            "--simulate --mesh pp=2 --model.layers 4 --pipeline.split 3,2",
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.layers 3,2",
             ["3,2", "sum to model.layers=4"],
         ),
         (
-            "--simulate --mesh pp=2 --model.layers 4 --pipeline.split 4",
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.layers 4",
             ["must be 2 positive numbers"],
         ),
-        ("--simulate --mesh pp=2 --model.layers 4 --pipeline.split a,b", ["'a,b'", "7,9"]),
+        ("--simulate --mesh pp=2 --model.layers 4 --pipeline.layers a,b", ["'a,b'", "7,9"]),
         (
-            "--simulate --mesh pp=2 --model.layers 4 --schedule zbv",
-            ["--schedule", "'zbv'", "'zb-v'"],
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.schedule zbv",
+            ["--pipeline.schedule", "'zbv'", "'zb-v'"],
         ),
         (
-            "--simulate --mesh pp=4 --model.layers 8 --schedule dualpipe-v",
+            "--simulate --mesh pp=4 --model.layers 8 --pipeline.schedule dualpipe-v",
             ["at least 8 microbatches, has 4"],
         ),
         ("--simulate --mesh tp=4", ["model.heads=2", "tp=2", "--model.heads 4"]),
         ("--simulate --mesh tp=2 --model.kv-heads 1", ["model.kv_heads=1", "--model.kv-heads 2"]),
         ("--simulate --mesh tp=2 --model.mlp 63", ["model.mlp=63", "--model.mlp 64"]),
-        ("--simulate --mesh tp=2 --data.sequence 15", ["data.sequence=15", "--data.sequence 16"]),
+        ("--simulate --mesh tp=2 --data.seq-len 15", ["data.seq_len=15", "--data.seq-len 16"]),
         ("--simulate --mesh dp=3", ["batch=4", "3 data ranks", "--batch 3"]),
         ("--micro-batch 3", ["batch=4", "micro_batch=3", "--batch 3"]),
         ("--micro-batch 0", ["micro_batch=0", "at least 1"]),
         ("--simulate --device cuda", ["--simulate --device cuda", "drop one"]),
-        ("--graph on", ["--graph on", "a GPU and compiled stages", "--graph auto"]),
-        ("--data.sequence 4096", ["data.sequence=4096", "--model.context 4096"]),
-        ("--data.validation 1e-4", ["validation text", "raise --data.validation,"]),
+        ("--cuda-graph on", ["--cuda-graph on", "a GPU and compiled stages", "--cuda-graph auto"]),
+        ("--data.seq-len 4096", ["data.seq_len=4096", "--model.context 4096"]),
+        ("--data.validation-ratio 1e-4", ["validation text", "raise --data.validation-ratio,"]),
         ("--data.path /no/such.txt", ["--data.path '/no/such.txt'", "does not exist"]),
         ("--data.tokenizer /no/such.json", ["--data.tokenizer '/no/such.json'", "does not exist"]),
         ("--data.column body", ["'body'", "--data.column", "'text'"]),

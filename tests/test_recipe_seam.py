@@ -29,7 +29,7 @@ from dtron.fp8.grouped_mm import masked
 from dtron.fp8.recipe import Recipe, Role
 from dtron.fp8.recipes import RECIPES
 from dtron.model.compute_config import ComputeConfig
-from dtron.runtime.config import RunConfig
+from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools.verify import compare, on_one_device, one_step
@@ -82,7 +82,7 @@ def toy():
 
 
 def in_fp8(config: RunConfig) -> RunConfig:
-    return replace(config, fp8=NAME, fp8_ends=True, fp8_smallest=0)
+    return replace(config, fp8=NAME, fp8_first_last=True, fp8_min_weights=0)
 
 
 def follows(
@@ -129,9 +129,9 @@ def test_a_mesh_follows_one_device(mesh, zero, recompute, seed):
 @pytest.mark.parametrize(
     ("mesh", "choices"),
     [
-        ("dp=2,ep=2", {"dispatch": "alltoall", "balanced": True}),
-        ("dp=2,tp=2,ep=4", {"dispatch": "allgather", "zero": 3, "shared": 4}),
-        ("dp=2,tp=2,ep=2,etp=2", {"dispatch": "static", "zero": 3}),
+        ("dp=2,ep=2", {"moe_dispatch": "alltoall", "balanced": True}),
+        ("dp=2,tp=2,ep=4", {"moe_dispatch": "allgather", "zero": 3, "shared": 4}),
+        ("dp=2,tp=2,ep=2,etp=2", {"moe_dispatch": "static", "zero": 3}),
     ],
 )
 def test_experts_follow_one_device(mesh, choices):
@@ -140,11 +140,12 @@ def test_experts_follow_one_device(mesh, choices):
 
 def test_a_split_backward_follows_one_device():
     """Of ZB-H1: an opaque function makes both gradients at once."""
-    follows(dense("pp=2,tp=2", layers=2, schedule="zb-h1"))
+    follows(dense("pp=2,tp=2", layers=2, pipeline=PipelineConfig(schedule="zb-h1")))
 
 
 @pytest.mark.parametrize(
-    "config", [dense("dp=2,tp=2"), test_moe_models.model_config("dp=2,ep=2", dispatch="allgather")]
+    "config",
+    [dense("dp=2,tp=2"), test_moe_models.model_config("dp=2,ep=2", moe_dispatch="allgather")],
 )
 @pytest.mark.parametrize(
     ("alone", "together"),

@@ -20,16 +20,16 @@ PAGE = ROOT / "docs" / "performance.md"
 def line(**changes) -> dict:
     """What bench/train.py prints, less what the table has no use for."""
     return {
-        "model": "bench-1.3b", "mesh": "dp=2", "zero": 3, "rows": 2, "microbatches": 1, "sequence": 4096,
-        "recompute": "none", "compiled": True, "dtype": "bfloat16", "fp8": "none", "fp8_ends": False,
-        "attention": "auto", "date": "2026-11-24", "device": "NVIDIA H200", "torch": "2.13.0",
+        "model": "bench-1.3b", "mesh": "dp=2", "zero": 3, "rows": 2, "microbatches": 1, "seq_len": 4096,
+        "recompute": "none", "compiled": True, "dtype": "bfloat16", "fp8": "none", "fp8_first_last": False,
+        "attention_kernel": "auto", "date": "2026-11-24", "device": "NVIDIA H200", "torch": "2.13.0",
         "tokens_per_s_per_gpu": 50000, "tflops_per_gpu": 420.4, "mfu": 0.4251, "step_ms": 163.8,
-        "host_ms": 20.04, "memory_gib": 22.64, "first_step_s": 71.2, **changes,
+        "host_ms": 20.04, "peak_memory_gib": 22.64, "first_step_s": 71.2, **changes,
     }  # fmt: skip
 
 
 def peer(**changes) -> dict:
-    ours = {"compiled", "fp8", "fp8_ends", "attention", "host_ms", "first_step_s"}
+    ours = {"compiled", "fp8", "fp8_first_last", "attention_kernel", "host_ms", "first_step_s"}
     return {"system": "other", **{k: v for k, v in line(**changes).items() if k not in ours}}
 
 
@@ -69,7 +69,7 @@ def test_a_row_has_what_was_measured():
 
 def test_what_is_not_known_is_blank():
     unknown = dict.fromkeys(
-        ("tflops_per_gpu", "mfu", "memory_gib", "host_ms", "step_ms", "first_step_s")
+        ("tflops_per_gpu", "mfu", "peak_memory_gib", "host_ms", "step_ms", "first_step_s")
     )
     (row,) = cells([line(**unknown)], [])
     assert row[3:9] == [""] * 6 and all(row[:3]) and row[9]
@@ -85,8 +85,8 @@ def test_the_latest_line_counts():
 
 OTHER_CASES = [
     {"model": "bench-8b-width"}, {"device": "NVIDIA H100 80GB HBM3"}, {"mesh": "dp=4"}, {"zero": 1},
-    {"fp8": "rowwise"}, {"fp8": "rowwise", "fp8_ends": True}, {"dtype": "float32"}, {"recompute": "full"},
-    {"microbatches": 8}, {"rows": 4}, {"sequence": 8192},
+    {"fp8": "rowwise"}, {"fp8": "rowwise", "fp8_first_last": True}, {"dtype": "float32"},
+    {"recompute": "full"}, {"microbatches": 8}, {"rows": 4}, {"seq_len": 8192},
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_what_is_another_case_is_a_row_of_its_own_and_not_compared(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"compiled": False}, {"attention": "flex"}, {"schedule": "zb-v"}]
+    "changes", [{"compiled": False}, {"attention_kernel": "flex"}, {"pipeline.schedule": "zb-v"}]
 )
 def test_another_way_to_run_a_case_is_compared_too(changes):
     rows = cells([line(), line(**changes, tokens_per_s_per_gpu=25000)], [peer()])

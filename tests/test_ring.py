@@ -38,13 +38,13 @@ def test_the_order_is_a_permutation_that_is_undone(mesh, rows, chunk, zigzag):
     """And every rank has its chunks of its rows: an early and a late one, together as long as all
     others'."""
     shape = MeshShape.parse(mesh)
-    n, sequence = shape.cp, 2 * shape.cp * chunk
-    x = torch.arange(rows * shape.data * sequence).view(-1, sequence)
+    n, seq_len = shape.cp, 2 * shape.cp * chunk
+    x = torch.arange(rows * shape.data * seq_len).view(-1, seq_len)
     with simulated(shape) as device_mesh:
         layout = Layout(device_mesh)
         placed = layout.shard(as_tokens(x, layout, zigzag), "tokens")
         held = list(placed.to_local()._local_tensors.values())
-    assert torch.equal(as_rows(as_tokens(x, layout, zigzag), layout, sequence, zigzag), x)
+    assert torch.equal(as_rows(as_tokens(x, layout, zigzag), layout, seq_len, zigzag), x)
     for rank, got in enumerate(held):
         data, part = divmod(rank, n)
         early = (
@@ -89,8 +89,8 @@ def test_places_are_made_by_arithmetic(method, monkeypatch):
             )
         return seen.names
 
-    def laid(sequence, parts, zigzag, device="cpu"):  # the mutant
-        chunks = torch.arange(sequence).view(2 * parts, -1)
+    def laid(seq_len, parts, zigzag, device="cpu"):  # the mutant
+        chunks = torch.arange(seq_len).view(2 * parts, -1)
         return torch.stack([chunks[:parts], chunks[parts:].flip(0)], dim=1).flatten()
 
     assert "arange" in called() and not called() & {"cat", "stack"}

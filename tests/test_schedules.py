@@ -17,16 +17,16 @@ RANKS, VIRTUAL = st.integers(1, 6), st.integers(1, 3)
 COST = st.integers(1, 9)
 
 
-def sized(name: str, ranks: int, microbatches: int, virtual: int) -> Table:
+def sized(name: str, ranks: int, microbatches: int, stages_per_rank: int) -> Table:
     assume(name != "dualpipe-v" or microbatches >= 2 * ranks)
-    return make(name, ranks, microbatches, virtual)
+    return make(name, ranks, microbatches, stages_per_rank)
 
 
 @settings(max_examples=200)
 @given(NAMES, RANKS, st.integers(1, 25), VIRTUAL)
-def test_every_table_is_valid(name, ranks, microbatches, virtual):
+def test_every_table_is_valid(name, ranks, microbatches, stages_per_rank):
     """Any number of microbatches, from one up: ``make`` checks what it makes."""
-    t = sized(name, ranks, microbatches, virtual)
+    t = sized(name, ranks, microbatches, stages_per_rank)
     assert len(t.rows) == ranks and t.stages == ranks * t.per_rank
     split = {a.kind for row in t.rows for a in row} & set("IW")
     assert bool(split) == (name in ("zb-h1", "zb-v") or (name == "dualpipe-v"))
@@ -35,9 +35,9 @@ def test_every_table_is_valid(name, ranks, microbatches, virtual):
 @settings(max_examples=200)
 @given(NAMES, RANKS, st.integers(1, 20), VIRTUAL, st.randoms(use_true_random=False))
 def test_swapping_two_dependent_actions_fails(
-    name, ranks, microbatches, virtual, rng: random.Random
+    name, ranks, microbatches, stages_per_rank, rng: random.Random
 ):
-    t = sized(name, ranks, microbatches, virtual)
+    t = sized(name, ranks, microbatches, stages_per_rank)
     rank = rng.randrange(ranks)
     row = list(t.rows[rank])
     later = rng.choice([i for i, a in enumerate(row) if any(n in row for n in t.needs(a))])
@@ -128,8 +128,8 @@ def test_peaks_within_the_papers_bounds(p, m, v):
 
 
 @given(NAMES, RANKS, st.integers(1, 20), VIRTUAL, COST, COST, COST, st.integers(0, 3))
-def test_a_timeline_keeps_every_need(name, ranks, microbatches, virtual, f, i, w, transfer):
-    t = sized(name, ranks, microbatches, virtual)
+def test_a_timeline_keeps_every_need(name, ranks, microbatches, stages_per_rank, f, i, w, transfer):
+    t = sized(name, ranks, microbatches, stages_per_rank)
     line = simulate(t, Costs(f, i, w, transfer))
     spans = {a: (start, end, r) for r, row in enumerate(line.spans) for a, start, end in row}
     assert [a for a, _, _ in line.spans[0]] == list(t.rows[0])
@@ -141,8 +141,8 @@ def test_a_timeline_keeps_every_need(name, ranks, microbatches, virtual, f, i, w
 
 
 @given(NAMES, RANKS, st.integers(1, 20), VIRTUAL)
-def test_what_is_made_goes_where_it_is_needed(name, ranks, microbatches, virtual):
-    t = sized(name, ranks, microbatches, virtual)
+def test_what_is_made_goes_where_it_is_needed(name, ranks, microbatches, stages_per_rank):
+    t = sized(name, ranks, microbatches, stages_per_rank)
     here = {a: rank for rank, row in enumerate(t.rows) for a in row}
     needed = {(a, rank) for b, rank in here.items() for a in t.needs(b) if a.stage != b.stage}
     assert needed == {(a, t.goal(a)) for a in here if t.goal(a) is not None}
@@ -154,7 +154,7 @@ def test_unknown_and_impossible_schedules():
         (("zbv", 2, 4), "did you mean zb-v"),
         (("1f1b", 0, 4), "ranks=0"),
         (("gpipe", 2, 0), "microbatches=0"),
-        (("interleaved", 2, 4, 0), "virtual=0"),
+        (("interleaved", 2, 4, 0), "stages_per_rank=0"),
         (("dualpipe-v", 4, 7), "at least 8 microbatches, has 7"),
     ]:
         with pytest.raises(ValueError, match=message) as error:

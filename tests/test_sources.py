@@ -118,31 +118,31 @@ def test_sources_have_digests_of_their_own(indexed, stream):
 )
 @settings(max_examples=40)
 def test_rows_are_stretches_of_the_line_of_documents(
-    tmp_path_factory, lengths, sequence, samples, seed, shuffle
+    tmp_path_factory, lengths, seq_len, samples, seed, shuffle
 ):
-    if sum(lengths) <= sequence:
+    if sum(lengths) <= seq_len:
         return
     first = np.cumsum(lengths) - lengths
     documents = [np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)]
     data = write(tmp_path_factory.mktemp("p") / "c", documents)
-    source = Packed(data, 0, len(data), sequence, seed, samples, 999, True, shuffle)
+    source = Packed(data, 0, len(data), seq_len, seed, samples, 999, True, shuffle)
     order = source._made(0)
     line = np.concatenate([documents[d] for d in order.documents])
     begins = np.isin(np.arange(len(line)), order.ends)
     rows = source.rows(0, len(order))
     for row, sample in enumerate(order.shuffle):
-        part = slice(int(sample) * sequence, int(sample) * sequence + sequence)
+        part = slice(int(sample) * seq_len, int(sample) * seq_len + seq_len)
         assert np.array_equal(rows.tokens[row, :-1], line[part])
         assert rows.tokens[row, -1] == line[part.stop]
         inner = begins[part].copy()
         inner[0] = False
         assert np.array_equal(rows.documents[row], np.cumsum(inner))
-        places = np.arange(sequence)
+        places = np.arange(seq_len)
         assert np.array_equal(
             rows.positions[row], places - np.maximum.accumulate(np.where(inner, places, 0))
         )
     if shuffle:  # a longer run goes on in another order, of the next seed
-        other = Packed(data, 0, len(data), sequence, seed + 1, samples, 999, True)
+        other = Packed(data, 0, len(data), seq_len, seed + 1, samples, 999, True)
         assert same(source.rows(len(order), 3), other.rows(0, 3))
 
 
@@ -200,15 +200,15 @@ def test_best_fit_wastes_little():
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 12))
-def test_every_token_but_a_first_is_a_target_once(lengths, sequence):
+def test_every_token_but_a_first_is_a_target_once(lengths, seq_len):
     lengths = np.array(lengths)
     if lengths.max() < 2:
         return
     starts = np.cumsum(lengths) - lengths
     tokens = np.arange(lengths.sum())
-    source = Fitted(tokens, starts, lengths, sequence, 0)
-    _, pieces = cut(starts, lengths, sequence)
-    assert pieces.min() >= 2 and pieces.max() <= sequence + 1
+    source = Fitted(tokens, starts, lengths, seq_len, 0)
+    _, pieces = cut(starts, lengths, seq_len)
+    assert pieces.min() >= 2 and pieces.max() <= seq_len + 1
     rows = source.rows(0, len(source))
     targets = rows.tokens[:, 1:][rows.counted]
     firsts = {int(s) for s, n in zip(starts, lengths, strict=True) if n}

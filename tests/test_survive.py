@@ -43,7 +43,7 @@ from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 
-SIX = ["--steps=6", "--eval-every=0", "--sample=0", "--save-every=2"]
+SIX = ["--steps=6", "--eval-every=0", "--sample-tokens=0", "--save-every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_saves_while_training_keep_the_last_and_change_nothing(run_dir, capsys):
     found = run(run_dir, *SIX, "--keep=1", "--keep-every=4")
     assert losses(found) == want
     assert [p.name for p in files.whole(run_dir)] == ["step-00000004", "step-00000006"]
-    assert [r["step"] for r in found if "save_seconds" in r] == [2, 4, 6]
+    assert [r["step"] for r in found if "checkpoint_stall_seconds" in r] == [2, 4, 6]
     assert capsys.readouterr().out.count("saved ") == 3
     assert (
         inspect(["inspect", str(run_dir)]) == 0
@@ -196,7 +196,14 @@ def test_what_torchrun_starts_again_resumes_by_itself(run_dir, monkeypatch, caps
 # ---- SIGKILL
 
 
-EVERY = [*TINY, "--eval-every=0", "--sample=0", "--save-every=1", "--keep=2", "--log-every=1000"]
+EVERY = [
+    *TINY,
+    "--eval-every=0",
+    "--sample-tokens=0",
+    "--save-every=1",
+    "--keep=2",
+    "--log-every=1000",
+]
 
 
 def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
@@ -272,7 +279,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(run_dir):
     while not files.newest(run_dir):
         assert not ranks.ended(0.002), ranks.output.read_text()
     ranks.kill([2])
-    codes = ranks.codes(patience=120)  # and not --timeout, which is 600
+    codes = ranks.codes(patience=120)  # and not --timeout-seconds, which is 600
     said = ranks.output.read_text()
     assert codes[2] == -9 and codes[:2] + codes[3:] == [2, 2, 2], said
     assert "another rank has died or hangs (" in said and "Traceback" not in said
@@ -377,14 +384,20 @@ def test_a_weight_of_one_rank_is_named_by_all(pool, mesh, zero, block):
 
 
 def test_a_run_that_comes_to_nothing_stops_and_says_why(run_dir, capsys):
-    argv = [*TINY, f"--run-dir={run_dir}", "--optim.lr=1e30", "--steps=30", "--max-skips=3"]
+    argv = [
+        *TINY,
+        f"--run-dir={run_dir}",
+        "--optim.lr=1e30",
+        "--steps=30",
+        "--max-nonfinite-steps=3",
+    ]
     assert run_cli(train.main, argv) == 2
     out, err = capsys.readouterr()
     assert (
         "3 steps in a row came to nothing; " in err and "--optim.lr" in err and err.count("\n") == 1
     )
     assert "not finite; skipped, 1 in a row" in out
-    assert records(run_dir)[-1]["skipped"] >= 2 and records(run_dir)[-1]["grad_norm"] is None
+    assert records(run_dir)[-1]["skipped_steps"] >= 2 and records(run_dir)[-1]["grad_norm"] is None
 
 
 @given(st.lists(st.floats(1.0, 1.2), min_size=25, max_size=60), st.floats(3.0, 9.0))
@@ -393,5 +406,5 @@ def test_a_spike_is_noticed_and_noise_is_not(usual, high):
     assert not any(watch.note(i, x, 1.0) for i, x in enumerate([1.0, 1.1, 1.2] * 10))
     assert "jumped to" in watch.note(99, high, 1.0)
     assert watch.note(100, math.nan, 1.0) and watch.note(101, 1.0, math.inf)
-    assert watch.skipped == watch.in_a_row == 2 and not watch.over
+    assert watch.skipped_steps == watch.in_a_row == 2 and not watch.over
     assert watch.note(102, 1.1, 1.0) is None and watch.in_a_row == 0

@@ -119,7 +119,7 @@ def test_errors_in_json_lines(data: bytes, parts: list[str], tmp_path: Path, cac
     # The same through the cache, as a run meets it; nothing half-made is left to be found next
     # time.
     for _ in range(2):
-        d = DataConfig(path=str(file), sequence=8)
+        d = DataConfig(path=str(file), seq_len=8)
         one_line(lambda d=d: open_data(d, 300, 0, 1, cache), str(file), *parts)
 
 

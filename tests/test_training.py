@@ -20,7 +20,7 @@ from dtron.params import flat
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
 
-TEN = RunConfig(model=MODEL, data=DataConfig(sequence=16), batch=8, steps=10, seed=3)
+TEN = RunConfig(model=MODEL, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)
 THREE = replace(TEN, steps=3)
 PLACES = [  # config, mesh, ZeRO stage, sequences per rank at once
     *((THREE, mesh, 1, None) for mesh in ("dp=4", "tp=4", "dp_replicate=2,dp=2")),
@@ -156,8 +156,8 @@ def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["tokens"] for line in lines] == [64, 128, 192, 256, 320]
-    wanted = "step loss grad_norm lr tokens tokens_per_s tflops_per_device mfu memory_gib"
-    wanted += " step_seconds data_wait"
+    wanted = "step loss grad_norm lr tokens tokens_per_s tflops_per_device mfu peak_memory_gib"
+    wanted += " step_seconds data_wait_ratio"
     assert set(lines[0]) == set(wanted.split()) and lines[0]["mfu"] is None
 
 

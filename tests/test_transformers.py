@@ -131,8 +131,8 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
     return params
 
 
-def random_rows(seed: int, rows: int = 4, sequence: int = 48) -> Tensor:
-    return torch.randint(61, (rows, sequence + 1), generator=torch.Generator().manual_seed(seed))
+def random_rows(seed: int, rows: int = 4, seq_len: int = 48) -> Tensor:
+    return torch.randint(61, (rows, seq_len + 1), generator=torch.Generator().manual_seed(seed))
 
 
 def differ(model: torch.nn.Module, m: ModelConfig) -> float:
@@ -192,7 +192,9 @@ def test_training(name):
     step."""
     m, kind, scaling, _ = CASES[name]
     model = transformers_model(kind, m, scaling)
-    config = OptimConfig(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+    config = OptimConfig(
+        lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+    )
     spec, params, rows = declare_model(m), mapped(model, m), random_rows(2)
     rows[0, -9:] = IGNORE
     inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]
@@ -214,8 +216,8 @@ def test_training(name):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         theirs.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        assert norm > config.clip  # clipping is at work
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        assert norm > config.max_grad_norm  # clipping is at work
         theirs.step()
         want.append(loss.item())
 
@@ -224,7 +226,7 @@ def test_training(name):
         loss, (grads,), _ = gradients(program(m, ONE), (params,), batches, tokens, pipe, zero=1)
         ours = global_norm(grads) / tokens
         assert ours.item() == pytest.approx(norm.item(), rel=1e-3)
-        scale = clip_scale(ours, config.clip) / tokens
+        scale = clip_scale(ours, config.max_grad_norm) / tokens
         params, state = adam_update(grads, state, params, spec, config.lr, scale, config)
         got.append(loss.item())
     assert got == pytest.approx(want, rel=1e-4)

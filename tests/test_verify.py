@@ -53,7 +53,7 @@ def test_it_passes_and_shows_what_was_communicated(capsys):
 def test_documents_are_proved_too(capsys, monkeypatch):
     """And with them the mask: a mesh step without it differs."""
     assert run(capsys, "--document-mask")[0] == 0
-    bare = lambda step, config, shape: step(replace(config, data=DataConfig(sequence=32)), shape)
+    bare = lambda step, config, shape: step(replace(config, data=DataConfig(seq_len=32)), shape)
     spoil(monkeypatch, bare)
     assert run(capsys, "--document-mask")[0] == 1
 

@@ -180,10 +180,10 @@ def masks() -> str:
                     continue
                 canvas.rect(x + j * cell, y + i * cell, cell, cell, fills[kind], line="#fff")
 
-    def seen(sequence: int, window: int | None, cuts: tuple[float, ...]) -> Tensor:
-        place = torch.arange(sequence) / sequence
+    def seen(seq_len: int, window: int | None, cuts: tuple[float, ...]) -> Tensor:
+        place = torch.arange(seq_len) / seq_len
         documents = sum((place >= cut).long() for cut in cuts)[None] if cuts else None
-        return allowed(AttentionMask(sequence, window), documents, place.device)[0, 0]
+        return allowed(AttentionMask(seq_len, window), documents, place.device)[0, 0]
 
     canvas.text(20, 24, f"{small} tokens: the query of each row sees the keys in blue", bold=True)
     canvas.text(20, 264, f"{long} tokens in blocks of {block} (window of {5 * 64})", bold=True)

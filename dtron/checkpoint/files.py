@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
+from dtron.renamed import current
 
 FORMAT = 3
 REMEDY = "delete it to resume from the one before"
@@ -97,10 +98,10 @@ def clear_parts(run_dir: Path) -> None:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """Return the checkpoint's ``meta.json``. Raises UserError unless every file that it lists is
-    present and has the listed size."""
+    present and has the listed size. The identity of an older version gets today's names."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        files, version = meta["files"], meta["format"]
+        files, version, identity = meta["files"], meta["format"], meta["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no readable checkpoint ({error}); {REMEDY}") from error
     if version != FORMAT:
@@ -114,7 +115,7 @@ def read_meta(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{file}: has {have} of {size} bytes, the checkpoint is not whole; {REMEDY}"
             )
-    return meta
+    return meta | {"identity": current(identity)}
 
 
 def damaged(path: Path, meta: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:

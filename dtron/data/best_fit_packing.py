@@ -23,14 +23,14 @@ from dtron.data.chunks import epoch_order
 from dtron.data.sources import Rows, check_vocab
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split documents into segments of at most ``sequence`` + 1 tokens. Neighbouring segments share
+def cut(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split documents into segments of at most ``seq_len`` + 1 tokens. Neighbouring segments share
     a token, so every token but a document's first is a target once. A segment of one token has no
     target and is left out."""
-    pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence), 0)
+    pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // seq_len), 0)
     owner = np.repeat(np.arange(len(lengths)), pieces)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return starts[owner] + nth * sequence, np.minimum(sequence + 1, lengths[owner] - nth * sequence)
+    return starts[owner] + nth * seq_len, np.minimum(seq_len + 1, lengths[owner] - nth * seq_len)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -68,23 +68,23 @@ class Fitted:
         tokens: np.ndarray,
         starts: np.ndarray,
         lengths: np.ndarray,
-        sequence: int,
+        seq_len: int,
         seed: int,
         learn: np.ndarray | None = None,
         shuffle: bool = True,
         vocab: int | None = None,
     ):
-        self.tokens, self.learn, self.sequence, self.seed = tokens, learn, sequence, seed
+        self.tokens, self.learn, self.seq_len, self.seed = tokens, learn, seq_len, seed
         self.shuffle, self.vocab = shuffle, vocab
-        self.starts, self.lengths = cut(starts, lengths, sequence)
-        self.bins = best_fit(self.lengths, sequence + 1)
+        self.starts, self.lengths = cut(starts, lengths, seq_len)
+        self.bins = best_fit(self.lengths, seq_len + 1)
         self.size = int(lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def rows(self, start: int, count: int) -> Rows:
-        shape = (count, self.sequence + 1)
+        shape = (count, self.seq_len + 1)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)
         for row in range(count):
@@ -118,4 +118,4 @@ class Fitted:
             np.ascontiguousarray(part).tobytes()
             for part in (self.tokens[:65536], self.tokens[-65536:])
         ]
-        return digest([f"fitted {self.size} {len(self.starts)} {len(self)} {self.sequence}", *ends])
+        return digest([f"fitted {self.size} {len(self.starts)} {len(self)} {self.seq_len}", *ends])

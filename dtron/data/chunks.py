@@ -19,32 +19,32 @@ import numpy as np
 from dtron.errors import UserError
 
 
-def split_text(tokens: np.ndarray, sequence: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_text(tokens: np.ndarray, seq_len: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Split into training tokens and, from the tail, a `fraction` for validation. Each holds at
     least one sample."""
     cut = len(tokens) - int(len(tokens) * fraction)
-    check_length(cut, sequence, "training")
-    check_length(len(tokens) - cut, sequence, "validation", ", raise --data.validation")
+    check_length(cut, seq_len, "training")
+    check_length(len(tokens) - cut, seq_len, "validation", ", raise --data.validation-ratio")
     return tokens[:cut], tokens[cut:]
 
 
 def rows(
-    tokens: np.ndarray, sequence: int, seed: int, start: int, count: int, shuffle: bool = True
+    tokens: np.ndarray, seq_len: int, seed: int, start: int, count: int, shuffle: bool = True
 ) -> np.ndarray:
-    """Return samples `start` to `start + count` of the run, int64 [count, sequence + 1].
+    """Return samples `start` to `start + count` of the run, int64 [count, seq_len + 1].
 
     Sample i is chunk `order[i % N]` of the N chunks. Each epoch i // N has its own order."""
-    check_length(len(tokens), sequence, "given")
+    check_length(len(tokens), seq_len, "given")
     if start < 0 or count < 0:
         raise UserError(
             f"start {start} and count {count} must not be negative; samples count from 0"
         )
-    chunks = (len(tokens) - 1) // sequence
-    out = np.empty((count, sequence + 1), np.int64)
+    chunks = (len(tokens) - 1) // seq_len
+    out = np.empty((count, seq_len + 1), np.int64)
     for row, sample in enumerate(range(start, start + count)):
         epoch, place = divmod(sample, chunks)
-        first = int(epoch_order(chunks, seed, epoch)[place] if shuffle else place) * sequence
-        out[row] = tokens[first : first + sequence + 1]
+        first = int(epoch_order(chunks, seed, epoch)[place] if shuffle else place) * seq_len
+        out[row] = tokens[first : first + seq_len + 1]
     return out
 
 
@@ -81,14 +81,14 @@ def epoch_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def check_length(tokens: int, sequence: int, name: str, remedy: str = "") -> None:
+def check_length(tokens: int, seq_len: int, name: str, remedy: str = "") -> None:
     """Raise UserError if ``tokens`` tokens are too few for one sample."""
-    if sequence < 1:
+    if seq_len < 1:
         raise UserError(
-            f"--data.sequence {sequence} is not a length; set --data.sequence to 1 or more"
+            f"--data.seq-len {seq_len} is not a length; set --data.seq-len to 1 or more"
         )
-    if tokens < sequence + 1:
+    if tokens < seq_len + 1:
         raise UserError(
-            f"the {name} text has {tokens} tokens, and one sample takes {sequence + 1} (--data.sequence "
-            f"{sequence}, and one more for the last target); lower --data.sequence{remedy}, or give more text"
+            f"the {name} text has {tokens} tokens, and one sample takes {seq_len + 1} (--data.seq-len "
+            f"{seq_len}, and one more for the last target); lower --data.seq-len{remedy}, or give more text"
         )

@@ -21,7 +21,7 @@ class DataConfig:
     byte-level BPE of model.vocab words, trained on the text and cached"""
     column: str | None = None
     """the field or column that holds the text; None: text, or messages with chat"""
-    sequence: int = 256
+    seq_len: int = 256
     """tokens per sample"""
     packing: Literal["concatenate", "best-fit"] = "concatenate"
     """cut one long line of documents, or put whole documents into rows, masked from each other"""
@@ -33,22 +33,20 @@ class DataConfig:
     """tokens attend within their document only"""
     document_positions: bool | None = None
     """positions restart in each document; None: where tokens attend within it only"""
-    validation: float = 0.02
+    validation_ratio: float = 0.02
     """share of the text held out"""
     split: str | None = None
     """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1;
-    None: by validation"""
+    None: by validation_ratio"""
     samples: int | None = None
     """of a .bin/.idx pair: how many samples the order is made for; None: steps times batch"""
 
     def __post_init__(self) -> None:
-        if self.sequence < 1:
+        if self.seq_len < 1:
+            raise UserError(f"data.seq_len={self.seq_len}: a sample has at least 1 token; raise it")
+        if not 0 < self.validation_ratio < 1:
             raise UserError(
-                f"data.sequence={self.sequence}: a sample has at least 1 token; raise it"
-            )
-        if not 0 < self.validation < 1:
-            raise UserError(
-                f"data.validation={self.validation}: a share between 0 and 1; change it"
+                f"data.validation_ratio={self.validation_ratio}: a share between 0 and 1; change it"
             )
         if self.samples is not None and self.samples < 1:
             raise UserError(

@@ -40,7 +40,7 @@ class Order:
     documents: np.ndarray
     ends: np.ndarray
     shuffle: np.ndarray
-    sequence: int
+    seq_len: int
 
     def __len__(self) -> int:
         return len(self.shuffle)
@@ -53,52 +53,52 @@ class Order:
         return at, token - before
 
 
-def plan_epochs(tokens: int, sequence: int, samples: int) -> tuple[int, bool]:
+def plan_epochs(tokens: int, seq_len: int, samples: int) -> tuple[int, bool]:
     """Return ``(E, whether the last epoch is shuffled separately)`` for ``samples`` samples from
     epochs of ``tokens`` tokens."""
-    epochs = max(1, -(-(samples * sequence + 1) // tokens))
+    epochs = max(1, -(-(samples * seq_len + 1) // tokens))
     if epochs == 1:
         return 1, False
-    from_last = samples - ((epochs - 1) * tokens - 1) // sequence
-    return epochs, from_last < int(APART * ((tokens - 1) // sequence))
+    from_last = samples - ((epochs - 1) * tokens - 1) // seq_len
+    return epochs, from_last < int(APART * ((tokens - 1) // seq_len))
 
 
-def most_samples(tokens: int, sequence: int, samples: int) -> int:
+def most_samples(tokens: int, seq_len: int, samples: int) -> int:
     """Return the largest number of samples that has the same order as ``samples``."""
-    epochs, apart = plan_epochs(tokens, sequence, samples)
+    epochs, apart = plan_epochs(tokens, seq_len, samples)
     if not apart:
-        return (epochs * tokens - 1) // sequence
-    of_full = ((epochs - 1) * tokens - 1) // sequence
-    return of_full + int(APART * ((tokens - 1) // sequence)) - 1
+        return (epochs * tokens - 1) // seq_len
+    of_full = ((epochs - 1) * tokens - 1) // seq_len
+    return of_full + int(APART * ((tokens - 1) // seq_len)) - 1
 
 
 def make_order(
-    lengths: np.ndarray, documents: np.ndarray, sequence: int, samples: int, seed: int
+    lengths: np.ndarray, documents: np.ndarray, seq_len: int, samples: int, seed: int
 ) -> Order:
     """Return the order of ``samples`` samples, or a few more.
 
     ``lengths``: [all documents]; the lengths in the index.
-    ``documents``: ids of the documents to use. Together they must have at least ``sequence`` + 1
+    ``documents``: ids of the documents to use. Together they must have at least ``seq_len`` + 1
     tokens."""
     random = np.random.RandomState(seed)
     tokens = int(lengths[documents].sum(dtype=np.int64))
-    epochs, apart = plan_epochs(tokens, sequence, samples)
+    epochs, apart = plan_epochs(tokens, seq_len, samples)
     parts = [epochs - 1, 1] if apart else [epochs]
-    total = (epochs * tokens - 1) // sequence
-    cuts = [0, ((epochs - 1) * tokens - 1) // sequence, total] if apart else [0, total]
+    total = (epochs * tokens - 1) // seq_len
+    cuts = [0, ((epochs - 1) * tokens - 1) // seq_len, total] if apart else [0, total]
     lines = [_shuffled(np.tile(documents.astype(np.int32), n), random) for n in parts]
     kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
     draws = [
         _shuffled(np.arange(a, b, dtype=kind), random) for a, b in zip(cuts, cuts[1:], strict=False)
     ]
     line = np.concatenate(lines)
-    return Order(line, np.cumsum(lengths[line], dtype=np.int64), np.concatenate(draws), sequence)
+    return Order(line, np.cumsum(lengths[line], dtype=np.int64), np.concatenate(draws), seq_len)
 
 
-def in_order(lengths: np.ndarray, documents: np.ndarray, sequence: int) -> Order:
+def in_order(lengths: np.ndarray, documents: np.ndarray, seq_len: int) -> Order:
     """Return one epoch in the order of the file, without a shuffle."""
     ends = np.cumsum(lengths[documents], dtype=np.int64)
-    return Order(documents, ends, np.arange((int(ends[-1]) - 1) // sequence), sequence)
+    return Order(documents, ends, np.arange((int(ends[-1]) - 1) // seq_len), seq_len)
 
 
 def split_documents(split: str, documents: int) -> list[tuple[int, int]]:

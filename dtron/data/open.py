@@ -86,8 +86,8 @@ def open_data(
         elif isinstance(text, Chats):
             pair = _chats(d, text, tokenizer, seed, cache)
         elif d.streaming:
-            held = Stream(text, tokenizer, d.sequence, d.marked, 0, HELD)
-            pair = [Stream(text, tokenizer, d.sequence, d.marked, HELD), held]
+            held = Stream(text, tokenizer, d.seq_len, d.marked, 0, HELD)
+            pair = [Stream(text, tokenizer, d.seq_len, d.marked, HELD), held]
         else:
             pair = _text(d, text, tokenizer, seed, cache)
         found.append(pair)
@@ -150,16 +150,16 @@ class Turns:
 def _text(
     d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path
 ) -> list[Source]:
-    train, held = split_text(encode(docs, tokenizer, cache), d.sequence, d.validation)
+    train, held = split_text(encode(docs, tokenizer, cache), d.seq_len, d.validation_ratio)
     end = end_id(tokenizer)
     if d.fitted:
         return [
-            Fitted(part, *_spans(part, end), d.sequence, seed, shuffle=part is train)
+            Fitted(part, *_spans(part, end), d.seq_len, seed, shuffle=part is train)
             for part in (train, held)
         ]
     return [
-        Chunks(train, d.sequence, seed, end, d.marked),
-        Chunks(held, d.sequence, 0, end, d.marked, shuffle=False),
+        Chunks(train, d.seq_len, seed, end, d.marked),
+        Chunks(held, d.seq_len, 0, end, d.marked, shuffle=False),
     ]
 
 
@@ -177,19 +177,19 @@ def _chats(
 ) -> list[Source]:
     tokens, learn, lengths = chats.encode(tokenizer, cache)
     starts = np.cumsum(lengths) - lengths
-    kept = np.minimum(lengths, d.sequence + 1)  # a longer conversation loses its end
+    kept = np.minimum(lengths, d.seq_len + 1)  # a longer conversation loses its end
     taught = np.concatenate([[0], np.cumsum(learn)])
     some = taught[starts + kept] > taught[np.minimum(starts + 1, starts + kept)]
     starts, kept = starts[some], kept[some]
-    cut = len(kept) - int(len(kept) * d.validation)
+    cut = len(kept) - int(len(kept) * d.validation_ratio)
     if cut == len(kept):
         raise UserError(
             f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have something to "
-            f"learn in their first {d.sequence} tokens, and a share of {d.validation} of them is not one to "
-            "validate with; raise --data.sequence or --data.validation, or give more"
+            f"learn in their first {d.seq_len} tokens, and a share of {d.validation_ratio} of them is "
+            "not one to validate with; raise --data.seq-len or --data.validation-ratio, or give more"
         )
     pack = lambda part, shuffle: Fitted(
-        tokens, starts[part], kept[part], d.sequence, seed, learn, shuffle
+        tokens, starts[part], kept[part], d.seq_len, seed, learn, shuffle
     )
     return [pack(slice(0, cut), True), pack(slice(cut, None), False)]
 
@@ -201,29 +201,29 @@ def _indexed(
         raise UserError(
             f"{str(data.idx)!r} has tokens of type {data.dtype}, and ids are whole numbers; {_MAKE}"
         )
-    split = d.split if d.split is not None else f"{1 - d.validation},{d.validation}"
+    split = d.split if d.split is not None else f"{1 - d.validation_ratio},{d.validation_ratio}"
     (low, cut), (_, high), _ = split_documents(split, len(data))
-    flag = "--data.validation" if d.split is None else "--data.split"
+    flag = "--data.validation-ratio" if d.split is None else "--data.split"
     for name, a, b in (("training", low, cut), ("validation", cut, high)):
         size = int(data.lengths[a:b].sum(dtype=np.int64))
         check_length(
-            size, d.sequence, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}"
+            size, d.seq_len, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}"
         )
-    first = Packed(data, low, cut, d.sequence, seed, samples, vocab, d.marked)
-    held = Packed(data, cut, high, d.sequence, 0, 1, vocab, d.marked, shuffle=False)
+    first = Packed(data, low, cut, d.seq_len, seed, samples, vocab, d.marked)
+    held = Packed(data, cut, high, d.seq_len, 0, 1, vocab, d.marked, shuffle=False)
     for source in (
         first,
         held,
     ):  # a wrong tokenizer fails at once; every row is checked again when it is read
         source.rows(0, min(len(source), 32))
-    most = most_samples(first.size, d.sequence, samples)
+    most = most_samples(first.size, d.seq_len, samples)
     if not d.fitted:
         return first, held, most
     pack = lambda a, b, shuffle: Fitted(
         data.tokens,
         data.starts[a:b],
         data.lengths[a:b],
-        d.sequence,
+        d.seq_len,
         seed,
         shuffle=shuffle,
         vocab=vocab,

@@ -97,20 +97,20 @@ class Chunks:
     def __init__(
         self,
         tokens: np.ndarray,
-        sequence: int,
+        seq_len: int,
         seed: int,
         end: int | None,
         marks: bool,
         shuffle: bool = True,
     ) -> None:
-        self.tokens, self.sequence, self.seed, self.shuffle = tokens, sequence, seed, shuffle
+        self.tokens, self.seq_len, self.seed, self.shuffle = tokens, seq_len, seed, shuffle
         self.end, self.marks, self.size = end, marks, len(tokens)
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.sequence
+        return (len(self.tokens) - 1) // self.seq_len
 
     def rows(self, start: int, count: int) -> Rows:
-        out = rows(self.tokens, self.sequence, self.seed, start, count, self.shuffle)
+        out = rows(self.tokens, self.seq_len, self.seed, start, count, self.shuffle)
         return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
 
     def digest(self) -> str:
@@ -119,7 +119,7 @@ class Chunks:
             np.ascontiguousarray(part).tobytes()
             for part in (self.tokens[:65536], self.tokens[-65536:])
         ]
-        return digest([f"chunks {self.size} {self.sequence}", *ends])
+        return digest([f"chunks {self.size} {self.seq_len}", *ends])
 
 
 class Packed:
@@ -135,14 +135,14 @@ class Packed:
         data: Indexed,
         first: int,
         last: int,
-        sequence: int,
+        seq_len: int,
         seed: int,
         samples: int,
         vocab: int,
         marks: bool,
         shuffle: bool = True,
     ):
-        self.data, self.bounds, self.sequence, self.seed = data, (first, last), sequence, seed
+        self.data, self.bounds, self.seq_len, self.seed = data, (first, last), seq_len, seed
         self.samples, self.vocab, self.marks, self.shuffle = samples, vocab, marks, shuffle
         self.size = int(data.lengths[first:last].sum(dtype=np.int64))
         self._made = lru_cache(maxsize=2)(self._make)
@@ -150,15 +150,15 @@ class Packed:
     def _make(self, number: int) -> Order:
         ids = np.arange(*self.bounds)
         if not self.shuffle:
-            return in_order(self.data.lengths, ids, self.sequence)
-        return make_order(self.data.lengths, ids, self.sequence, self.samples, self.seed + number)
+            return in_order(self.data.lengths, ids, self.seq_len)
+        return make_order(self.data.lengths, ids, self.seq_len, self.samples, self.seed + number)
 
     def __len__(self) -> int:
-        return (self.size - 1) // self.sequence
+        return (self.size - 1) // self.seq_len
 
     def rows(self, start: int, count: int) -> Rows:
         n = len(self._made(0))
-        out = np.empty((count, self.sequence + 1), np.int64)
+        out = np.empty((count, self.seq_len + 1), np.int64)
         begins = np.zeros(out.shape, bool) if self.marks else None
         row = 0
         while row < count:
@@ -175,8 +175,8 @@ class Packed:
 
     def _fill(self, order: Order, samples: np.ndarray, out: np.ndarray) -> None:
         tokens, starts, lengths = self.data.tokens, self.data.starts, self.data.lengths
-        width = self.sequence + 1
-        ats, insides = order.place(samples.astype(np.int64) * self.sequence)
+        width = self.seq_len + 1
+        ats, insides = order.place(samples.astype(np.int64) * self.seq_len)
         for row, at, inside in zip(out, ats.tolist(), insides.tolist(), strict=True):
             filled = 0
             while filled < width:
@@ -189,14 +189,14 @@ class Packed:
     def _begin(self, order: Order, samples: np.ndarray, begins: np.ndarray) -> None:
         """Mark the first token of each document in each row: its place is the end of the document
         before it."""
-        for row, first in zip(begins, samples.astype(np.int64) * self.sequence, strict=True):
-            low, high = np.searchsorted(order.ends, [first, first + self.sequence], side="right")
+        for row, first in zip(begins, samples.astype(np.int64) * self.seq_len, strict=True):
+            low, high = np.searchsorted(order.ends, [first, first + self.seq_len], side="right")
             row[order.ends[low:high] - first] = True
 
     def digest(self) -> str:
         """Hash the sizes of the files, the range of sequences, and the tokens at both ends."""
         tokens = self.data.tokens
-        sizes = f"{len(self.data)} {len(tokens)} {self.size} {self.bounds} {self.sequence}"
+        sizes = f"{len(self.data)} {len(tokens)} {self.size} {self.bounds} {self.seq_len}"
         return digest([f"packed {sizes}", tokens[:65536].tobytes(), tokens[-65536:].tobytes()])
 
 

@@ -43,12 +43,12 @@ class Stream:
         self,
         docs: Documents,
         tokenizer: Tokenizer,
-        sequence: int,
+        seq_len: int,
         marks: bool,
         first: int = 0,
         count: int = 0,
     ) -> None:
-        self.docs, self.encoder, self.sequence = docs, encoder_of(tokenizer), sequence
+        self.docs, self.encoder, self.seq_len = docs, encoder_of(tokenizer), seq_len
         self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
         self._known = [
             (0, 0)
@@ -71,13 +71,13 @@ class Stream:
     def digest(self) -> str:
         return digest(
             [
-                f"stream {self.docs.key} {self.sequence} {self.first} {self.count}",
+                f"stream {self.docs.key} {self.seq_len} {self.first} {self.count}",
                 self.encoder.to_str(),
             ]
         )
 
     def _take(self, number: int, count: int) -> np.ndarray:
-        s = self.sequence
+        s = self.seq_len
         if not count:
             return np.empty((0, s + 1), np.int64)
         if number != self._next:

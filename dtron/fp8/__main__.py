@@ -41,7 +41,7 @@ def table(size: int = 1024) -> list[str]:
         "| products in | y | gradient of x | gradient of w | y, beside a huge row |",
         "|---|---|---|---|---|",
     ]
-    recipes = {name: replace(recipe, smallest=0) for name, recipe in RECIPES.items()}
+    recipes = {name: replace(recipe, min_weights=0) for name, recipe in RECIPES.items()}
     for name, recipe in {"bfloat16": None, **recipes}.items():
         fn = partial(matmul, recipe=recipe)
         errors = [error(a, b) for a, b in zip(products(fn, x, w, g), want, strict=True)]

@@ -18,7 +18,7 @@ from torch import Tensor
 # it once per row of the other operand. So only a large matmul gains more than its casts cost. In
 # docs/performance.md, at 8192 tokens, matmuls from 4096 x 4096 up are 1.1 to 1.6 times as fast in
 # FP8; smaller matmuls are mostly slower.
-SMALLEST = 2**24
+MIN_WEIGHTS = 2**24
 
 # An operand's role, by torchao's names. Two operands for each matmul: forward, backward to the
 # input, backward to the weight.
@@ -38,7 +38,7 @@ class Recipe(ABC):
 
     ``name``: the recipe's key in ``RECIPES``, which is the value of ``--fp8``. Compiled code finds
         the recipe by this name.
-    ``smallest``: the smallest number of weights in a matmul that is converted.
+    ``min_weights``: the smallest number of weights in a matmul that is converted.
 
     A subclass defines ``cast``, ``mm`` and ``grouped_mm``. It overrides these attributes where its
     kernels differ:
@@ -52,7 +52,7 @@ class Recipe(ABC):
         weights to e4m3 under scales that are powers of two (distributed/fp8_all_gather.py)."""
 
     name: str
-    smallest: int = SMALLEST
+    min_weights: int = MIN_WEIGHTS
 
     multiple: ClassVar[int] = 16
     capability: ClassVar[tuple[int, int]] = (8, 9)
@@ -98,7 +98,7 @@ class Recipe(ABC):
         dims. The CPU needs no multiples, but the choice should not depend on the device. With 0
         tokens there is no largest value to compute a scale from."""
         fits = all(size % self.multiple == 0 for size in (tokens, inner, outer))
-        return tokens > 0 and inner * outer >= self.smallest and fits
+        return tokens > 0 and inner * outer >= self.min_weights and fits
 
     def takes(self, w: Any, shape: Sequence[float], tokens: float) -> bool:
         """Whether a block's matmuls with the declared weight ``w`` are computed in FP8.

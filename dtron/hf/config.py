@@ -35,7 +35,7 @@ FREE = (
     "moe.aux_level",
     "moe.z_loss",
     "moe.bias_rate",
-    "moe.capacity",
+    "moe.capacity_factor",
 )
 
 
@@ -173,7 +173,7 @@ def _spoken(m: ModelConfig) -> ModelConfig:
     same = {
         "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
         "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
-        "moe.capacity": 0.0, "moe.balanced": False, "mtp": MTPConfig(),
+        "moe.capacity_factor": 0.0, "moe.balanced": False, "mtp": MTPConfig(),
         "moe.bias_rate": float(m.moe.bias_rate > 0),
     }  # fmt: skip
     if m.moe.experts and not m.moe.dense_layers:

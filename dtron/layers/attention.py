@@ -103,6 +103,6 @@ def core(
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
     if past_k is None:
         return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
-    q = q_TNH.unflatten(0, (-1, mask.sequence)).transpose(1, 2)
+    q = q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
     k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
     return CORES[path](q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)

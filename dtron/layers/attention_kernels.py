@@ -55,7 +55,7 @@ class AttentionMask:
     context_parallel.py set them.
     ``blocks``: for flex only, see ``with_blocks``."""
 
-    sequence: int
+    seq_len: int
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
@@ -66,11 +66,11 @@ class AttentionMask:
     @property
     def windowed(self) -> bool:
         """Whether the window hides anything."""
-        return self.window is not None and self.window < self.sequence
+        return self.window is not None and self.window < self.seq_len
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the places of the given queries, ``[B, S]``, and of the given keys, ``[S]``."""
-        whole_S = torch.arange(self.sequence, device=device)
+        whole_S = torch.arange(self.seq_len, device=device)
         queries = whole_S[None] if self.queries is None else self.queries
         return queries, whole_S if self.keys is None else self.keys
 
@@ -167,7 +167,8 @@ def attention_sdpa(
     have neither."""
     if mask.softcap is not None or sinks_N is not None:
         raise UserError(
-            f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use --attention auto"
+            f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use "
+            "--attention-kernel auto"
         )
     k, v = recompute_in_backward(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
@@ -225,7 +226,7 @@ def with_blocks(
     blocks, as torch does not compile this construction inside a recomputed region."""
     rows = None if documents_BS is None else len(documents_BS)
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
-    sizes = (mask.sequence if x is None else x.shape[-1] for x in (queries, mask.keys))
+    sizes = (mask.seq_len if x is None else x.shape[-1] for x in (queries, mask.keys))
     query = lambda b, i: i if queries is None else queries[b, i]
     key = lambda j: j if mask.keys is None else mask.keys[j]
     rule = lambda b, n, i, j: sees(mask, documents_BS, b, query(b, i), key(j))

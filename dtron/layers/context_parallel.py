@@ -93,7 +93,7 @@ def prepare(
     if parts == 1 or method == "ulysses":
         steps = (mask,)
     else:
-        order_PC = row_order(mask.sequence, parts, zigzag, device).view(parts, -1)
+        order_PC = row_order(mask.seq_len, parts, zigzag, device).view(parts, -1)
         place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
         own = order_PC[place]  # [1, S / n], the same in every row
         keys = order_PC[(place - torch.arange(parts, device=device)) % parts]
@@ -112,11 +112,11 @@ def prepare(
     if path == "flex":
         documents = None
         if documents_T is not None:
-            documents = layout.to_local(documents_T, "rows").unflatten(0, (-1, mask.sequence))
+            documents = layout.to_local(documents_T, "rows").unflatten(0, (-1, mask.seq_len))
         steps = tuple(with_blocks(m, documents, device) for m in steps)
     if parts == 1:
         return steps[0], path
-    order_S = row_order(mask.sequence, parts, zigzag, device)
+    order_S = row_order(mask.seq_len, parts, zigzag, device)
     place = layout.to_local(layout.iota(AXIS, parts, device), AXIS)
     return ContextParallelMask(mask, method, zigzag, place, order_S, steps), path
 
@@ -135,13 +135,13 @@ def attend(
     the same shape, with v's H. ``documents_T`` is ``[T@rows]``. ``mask`` and ``path`` come from
     ``prepare``."""
     whole = mask if isinstance(mask, AttentionMask) else mask.mask
-    documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.sequence))
+    documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.seq_len))
     if isinstance(mask, AttentionMask):
         least = min(q_TNH.shape[-1], v_TKH.shape[-1])
         path = choose(
             path, mask, documents is not None, sinks_N is not None, least, q_TNH.dtype, q_TNH.device
         )
-        q, k, v = (_heads_first(t.unflatten(0, (-1, mask.sequence))) for t in (q_TNH, k_TKH, v_TKH))
+        q, k, v = (_heads_first(t.unflatten(0, (-1, mask.seq_len))) for t in (q_TNH, k_TKH, v_TKH))
         return CORES[path](q, k, v, documents, sinks_N, mask).transpose(1, 2).flatten(0, 1)
     return METHODS[mask.method](q_TNH, k_TKH, v_TKH, documents, sinks_N, mask, layout, path)
 

@@ -59,12 +59,12 @@ def recall(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
     ``[B, K, slots, H]`` each, and the mask for queries at ``places_T``. Rank-local."""
-    places_BS = places_T.unflatten(0, (-1, mask.sequence))
+    places_BS = places_T.unflatten(0, (-1, mask.seq_len))
     rows = torch.arange(len(places_BS), device=k.device)[:, None]
     found = []
     for new, past in ((k, past_k), (v, past_v)):
         past = past.unflatten(0, (len(places_BS), -1))
-        past[rows, places_BS] = new.unflatten(0, (-1, mask.sequence)).to(past.dtype)
+        past[rows, places_BS] = new.unflatten(0, (-1, mask.seq_len)).to(past.dtype)
         found.append(past.transpose(1, 2))
     k, v = found
-    return k, v, replace(mask, sequence=k.shape[2], queries=places_BS)
+    return k, v, replace(mask, seq_len=k.shape[2], queries=places_BS)

@@ -22,21 +22,19 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 
 
-def row_order(
-    sequence: int, parts: int, zigzag: bool, device: torch.device | str = "cpu"
-) -> Tensor:
+def row_order(seq_len: int, parts: int, zigzag: bool, device: torch.device | str = "cpu") -> Tensor:
     """Return ``[S]``: the places of a row's tokens in the order of the row's shards. Inside a shard
     the places increase, so a shard's mask against itself is the plain causal mask. Raises
     UserError if zig-zag cannot split the row into 2 * parts equal chunks."""
     if not zigzag or parts == 1:
-        return torch.arange(sequence, device=device)
-    if sequence % (2 * parts):
+        return torch.arange(seq_len, device=device)
+    if seq_len % (2 * parts):
         raise UserError(
-            f"sequence {sequence}: zigzag over cp={parts} wants a multiple of {2 * parts}; use --zigzag off"
+            f"sequence {seq_len}: zigzag over cp={parts} wants a multiple of {2 * parts}; use --zigzag off"
         )
     # Chunk p, then chunk 2n - 1 - p. Computed by arithmetic: the compiler puts this into flex's
     # kernels, which take no concatenated tensors.
-    place_S, half = torch.arange(sequence, device=device), sequence // parts // 2
+    place_S, half = torch.arange(seq_len, device=device), seq_len // parts // 2
     part_S, within_S = place_S // (2 * half), place_S % (2 * half)
     chunk_S = torch.where(within_S < half, part_S, 2 * parts - 1 - part_S)
     return chunk_S * half + within_S % half
@@ -52,15 +50,15 @@ def as_tokens(x_BS: Tensor, layout: Layout, zigzag: bool) -> Tensor:
     return x_BS.unflatten(1, (parts, -1)).unflatten(0, (data, -1)).transpose(1, 2).flatten(0, 3)
 
 
-def as_rows(x_T: Tensor, layout: Layout, sequence: int, zigzag: bool) -> Tensor:
+def as_rows(x_T: Tensor, layout: Layout, seq_len: int, zigzag: bool) -> Tensor:
     """Undo ``as_tokens``, for any number of further dims: ``[T, ...]`` -> ``[B, S, ...]``."""
     data, parts = layout.parts("rows"), layout.parts("sequence")
     if parts == 1:
-        return x_T.unflatten(0, (-1, sequence))
+        return x_T.unflatten(0, (-1, seq_len))
     x_BS = (
-        x_T.unflatten(0, (data, parts, -1, sequence // parts))
+        x_T.unflatten(0, (data, parts, -1, seq_len // parts))
         .transpose(1, 2)
         .flatten(2, 3)
         .flatten(0, 1)
     )
-    return x_BS[:, row_order(sequence, parts, zigzag, x_T.device).argsort()]
+    return x_BS[:, row_order(seq_len, parts, zigzag, x_T.device).argsort()]

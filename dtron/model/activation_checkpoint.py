@@ -179,7 +179,7 @@ def budget(share: float) -> ActivationPolicy:
         return int(share * block.all)
 
     each = BlockPolicy(keep_all, kept_bytes)
-    return ActivationPolicy(f"budget={share}", every_block(each), budget=share)
+    return ActivationPolicy("budget", every_block(each), budget=share)
 
 
 NONE = ActivationPolicy("none", every_block(KEEP_ALL), splits=True, recomputes_attention=False)
@@ -194,22 +194,30 @@ POLICIES: dict[str, ActivationPolicy] = {
 }
 
 
-def parse_policy(recompute: str) -> ActivationPolicy:
-    """Return the policy that a value of ``--recompute`` names. Raises UserError for an unknown
-    name."""
-    if recompute in POLICIES:
-        return POLICIES[recompute]
-    name, _, value = recompute.partition("=")
-    try:
-        share = float(value) if name == "budget" else -1.0
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
+def policy_for(recompute: str, share: float | None = None) -> ActivationPolicy:
+    """Return the policy of ``--recompute``. ``share``: the value of ``--recompute-budget``, for the
+    policy ``budget`` alone. Raises UserError for an unknown name, and for a share that is missing,
+    out of range or of no use."""
+    if recompute == "budget":
+        if share is None:
+            raise UserError(
+                "--recompute budget: needs the share of activations to keep; use --recompute-budget 0.5"
+            )
+        if not 0 <= share <= 1:
+            raise UserError(
+                f"--recompute-budget {share}: a share from 0 to 1; use --recompute-budget 0.5"
+            )
+        return budget(share)
+    if share is not None:
         raise UserError(
-            f"--recompute {recompute}: {', '.join(POLICIES)}, or a memory budget from 0 to 1; "
-            "use --recompute budget=0.5"
+            f"--recompute-budget {share}: is for the policy budget; use --recompute budget too"
         )
-    return budget(share)
+    if recompute not in POLICIES:
+        raise UserError(
+            f"--recompute {recompute}: must be one of {', '.join(POLICIES)}, budget; use --recompute "
+            "full"
+        )
+    return POLICIES[recompute]
 
 
 _MATMULS = (

@@ -19,7 +19,7 @@ from dtron.model.mtp import look_ahead
 
 @dataclass(frozen=True)
 class Batch:
-    """A microbatch, token-major: rows of ``sequence`` tokens, concatenated unless cp shards them
+    """A microbatch, token-major: rows of ``seq_len`` tokens, concatenated unless cp shards them
     (see layers/token_order.py).
 
     ``tokens_T``, ``targets_T``, ``positions_T``: ``[T@tokens]`` each. A target is the next
@@ -35,7 +35,7 @@ class Batch:
     positions_T: Tensor
     rows_T: Tensor
     documents_T: Tensor | None
-    sequence: int
+    seq_len: int
     zigzag: bool
     tokens_TA: Tensor | None = None
     targets_TA: Tensor | None = None
@@ -52,8 +52,8 @@ def make_batch(
 ) -> Batch:
     """Make a microbatch. Every rank passes the same rows and keeps its own shard.
 
-    ``rows_BS``: rows of sequence + 1 tokens. Inputs are the first ``sequence`` tokens, targets
-        the last ``sequence`` tokens, which may already contain IGNORE.
+    ``rows_BS``: rows of seq_len + 1 tokens. Inputs are the first ``seq_len`` tokens, targets
+        the last ``seq_len`` tokens, which may already contain IGNORE.
     ``counted_BS``: whether a target is in the loss (None: all are).
     ``depth``: number of multi-token-prediction modules, whose inputs and targets are shifted
         further.

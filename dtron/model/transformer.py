@@ -157,12 +157,12 @@ def stage(
     x_TD, extras = _trunk(p, x_TD, run, m, layout, how.policy)
     if p.norm is None:
         return x_TD, _extra(extras, None, m, layout)
-    w_head, ahead = _head(p, layout), None
+    w_head, mtp_losses = _head(p, layout), None
     loss = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
     if batch.targets_TA is not None:
-        ahead, more = _ahead(p, x_TD, w_head, batch, run, m, layout)
+        mtp_losses, more = _mtp(p, x_TD, w_head, batch, run, m, layout)
         extras = [*extras, *more]
-    return loss, _extra(extras, ahead, m, layout)
+    return loss, _extra(extras, mtp_losses, m, layout)
 
 
 def stage_logits(
@@ -180,19 +180,19 @@ def stage_logits(
         is appended to the cache.
     ``last_B``: ``[B@tokens]``, the one token of each row whose logits are returned: ``[B@tokens,
         vocab]``."""
-    how = PLAIN if past is None else replace(PLAIN, attention=with_bias(m.softcap, m.sinks))
+    how = PLAIN if past is None else replace(PLAIN, attention_kernel=with_bias(m.softcap, m.sinks))
     x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
     if p.norm is None:
         return x_TD, None
     if last_B is not None:
         x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
         ins = (("tokens", "act_embed"), ("tokens",))
-        x_TD = layout.local(partial(_pick_rows, sequence=batch.sequence), ins, ins[0])(x_TD, last_B)
+        x_TD = layout.local(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(x_TD, last_B)
     return logits(x_TD, _head(p, layout), m.vocab, layout), None
 
 
-def _pick_rows(x_TD: Tensor, places_B: Tensor, sequence: int) -> Tensor:
-    return x_TD.unflatten(0, (-1, sequence))[
+def _pick_rows(x_TD: Tensor, places_B: Tensor, seq_len: int) -> Tensor:
+    return x_TD.unflatten(0, (-1, seq_len))[
         torch.arange(len(places_B), device=x_TD.device), places_B
     ]
 
@@ -239,14 +239,14 @@ def _runner(
         table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
     masks = {
         window: prepare(
-            AttentionMask(batch.sequence, window, m.softcap, m.score_scale),
+            AttentionMask(batch.seq_len, window, m.softcap, m.score_scale),
             batch.documents_T,
             m.sinks,
             m.head_dims,
             x_TD,
             layout,
-            how.attention,
-            how.cp,
+            how.attention_kernel,
+            how.cp_method,
             batch.zigzag,
         )
         for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
@@ -264,7 +264,7 @@ def _runner(
                 block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
                 table_TH=table_TH,
                 documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
-                recipe=how.recipe(end), dispatch=how.dispatch, chunk=chunk if keep.reruns else None,
+                recipe=how.recipe(end), dispatch=how.moe_dispatch, chunk=chunk if keep.reruns else None,
                 past=None if past is None else replace(past[i], places_T=batch.positions_T),
             )
         )  # fmt: skip
@@ -299,7 +299,7 @@ def _trunk(
     return x_TD, extras
 
 
-def _ahead(
+def _mtp(
     p: Transformer,
     h_TD: Tensor,
     w_head: Tensor,
@@ -325,7 +325,7 @@ def _ahead(
 def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> TokenInfo:
     """Make the ``TokenInfo``. Each rank keeps its shard; no communication."""
     valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
-    rows = batch.tokens_T.shape[0] // batch.sequence
+    rows = batch.tokens_T.shape[0] // batch.seq_len
     place_T = None
     if balanced:
         place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
@@ -334,10 +334,13 @@ def _seen(targets_T: Tensor, batch: Batch, balanced: bool, layout: Layout) -> To
 
 
 def _extra(
-    extras: Sequence[Sequence[Tensor]], ahead: list[Tensor] | None, m: ModelConfig, layout: Layout
+    extras: Sequence[Sequence[Tensor]],
+    mtp_losses: list[Tensor] | None,
+    m: ModelConfig,
+    layout: Layout,
 ) -> StageOutput | None:
     """Collect a stage's terms of the loss and its reports. A report has one row per layer with
-    experts, or per prediction ahead."""
+    experts, or per module of multi-token prediction."""
     pending = ("+tokens_sp",)
     stack = lambda xs: layout.local(lambda *rows: torch.stack(rows), [pending] * len(xs), pending)(
         *(x.detach() for x in xs)
@@ -349,10 +352,10 @@ def _extra(
             name: stack(xs) for name, xs in zip(("load", "router", "dropped"), rows, strict=True)
         }
         added += auxes if m.moe.aux_loss or m.moe.z_loss else ()
-    if ahead:
-        ahead = [over_all(loss, layout) for loss in ahead]
-        report["ahead"] = stack(ahead)
-        added += [loss * (m.mtp.weight / len(ahead)) for loss in ahead]
+    if mtp_losses:
+        losses = [over_all(loss, layout) for loss in mtp_losses]
+        report["mtp"] = stack(losses)
+        added += [loss * (m.mtp.weight / len(losses)) for loss in losses]
     aux = (
         sum(added[1:], added[0]) if added else None
     )  # sum() starts with 0, and 0 is not a pending sum

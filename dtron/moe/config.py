@@ -55,7 +55,7 @@ class MoEConfig:
     """weight of the router's z-loss, logsumexp squared per token and layer"""
     bias_rate: float = 0.0
     """balance without a loss: after each step, a bias that only chooses moves by this; 0: none"""
-    capacity: float = 0.0
+    capacity_factor: float = 0.0
     """rows of each expert as a multiple of the mean, per rank; tokens over it are dropped. 0: none
     is"""
     balanced: bool = False
@@ -76,7 +76,7 @@ class MoEConfig:
                 raise UserError(
                     f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it"
                 )
-        for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity"):
+        for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity_factor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
                     f"model.moe.{name}={getattr(self, name)}: must be from 0; change it"

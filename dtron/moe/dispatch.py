@@ -17,9 +17,9 @@ The dispatchers differ in their communication over ep and in their shapes:
     alltoall     Sends rows to the ranks of their experts, and back. The number of rows depends on
                  the data, so the host waits for it. Two all-to-alls of rows and one of E counts.
                  Not compiled.
-    static       The same, with a fixed ``capacity`` of rows per expert and source rank, filled or
-                 not. Two all-to-alls. Slots beyond the capacity are dropped, smallest weights
-                 first. With room for every token, no slot is dropped.
+    static       The same, with a fixed number of rows per expert and source rank, filled or not:
+                 ``capacity_factor`` times the mean. Two all-to-alls. Slots beyond are dropped,
+                 smallest weights first. With room for every token, no slot is dropped.
     allgather    Every rank all-gathers the tokens of its group, computes the rows of its own
                  experts, and a reduce-scatter sums the outputs. Sends less than an all-to-all
                  where ep < K. But the buffers have room for the slots of all ranks.
@@ -52,11 +52,11 @@ class ExpertGroup:
 
     ``experts``: the number of experts on all ranks.
     ``ranks``: the ranks that the experts are sharded over (None: all experts are on this rank).
-    ``capacity``: rows per expert, as a multiple of the mean load (0: room for all tokens)."""
+    ``capacity_factor``: rows per expert, as a multiple of the mean load (0: room for all tokens)."""
 
     experts: int
     ranks: DeviceMesh | None
-    capacity: float = 0.0
+    capacity_factor: float = 0.0
 
     @property
     def parts(self) -> int:
@@ -196,8 +196,8 @@ def static(
 ) -> Sent:
     tokens, k = index_TK.shape
     room = tokens  # a token goes to an expert at most once
-    if over.capacity:
-        room = min(tokens, math.ceil(over.capacity * tokens * k / over.experts))
+    if over.capacity_factor:
+        room = min(tokens, math.ceil(over.capacity_factor * tokens * k / over.experts))
     plan = by_room(index_TK.flatten(), weights_TK.detach().flatten(), over.experts, room)
     rows = permute(x_TD, plan)  # [E * room, D]
     if over.ranks is not None:
@@ -249,7 +249,7 @@ DISPATCHERS = {"local": local, "alltoall": alltoall, "static": static, "allgathe
 
 def choose_dispatcher(dispatch: Dispatch, over: ExpertGroup) -> Callable:
     """Return the dispatcher for a setting."""
-    if over.capacity or dispatch == "static":
+    if over.capacity_factor or dispatch == "static":
         return static
     if over.ranks is None:
         return local

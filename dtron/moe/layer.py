@@ -123,7 +123,7 @@ def _experts(
 ) -> tuple[Tensor, Tensor]:
     """Rank-local, except for the dispatcher's communication over ep."""
     group = layout.group("ep")
-    over = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity)
+    over = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity_factor)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     y_TD, dropped = choose_dispatcher(dispatch, over)(

@@ -23,6 +23,7 @@ from dtron.data.indexed import prefix_of
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.presets import PRESETS, preset
+from dtron.renamed import current_tree, last_component, refuse_old_flags
 from dtron.runtime.config import RunConfig
 
 EXAMPLES = """examples:
@@ -128,8 +129,8 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 def load(path: Path) -> RunConfig:
-    """Read a config written by ``save``."""
-    return _build(RunConfig, json.loads(path.read_text()))
+    """Read a config written by ``save``, of this version or an older one."""
+    return _build(RunConfig, current_tree(json.loads(path.read_text())))
 
 
 def _build(cls: Any, value: Any) -> Any:
@@ -155,6 +156,7 @@ def _flags(cls: type, prefix: str = "--") -> tuple[str, ...]:
 
 
 def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
+    refuse_old_flags(argv, known)
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
@@ -167,19 +169,20 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
 # Flag names of other trainers.
 _ALIASES = {
     "lr": "--optim.lr", "learning-rate": "--optim.lr", "precision": "--dtype", "epochs": "--steps",
-    "seq-length": "--data.sequence", "seq-len": "--data.sequence", "hidden-size": "--model.embed",
-    "num-layers": "--model.layers", "global-batch-size": "--batch", "micro-batch-size": "--micro-batch",
-    **dict.fromkeys(("tp", "dp", "pp", "cp", "gpus"), "--mesh"),
+    "seq-length": "--data.seq-len", "hidden-size": "--model.embed", "num-layers": "--model.layers",
+    "global-batch-size": "--batch", "micro-batch-size": "--micro-batch",
+    **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
 }  # fmt: skip
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str | None:
-    """Return the intended flag: an alias of other trainers, a flag with the same last component, or
-    a flag with similar spelling."""
+    """Return the intended flag: an alias of other trainers, a flag with the same last component
+    (perhaps under its old name), or a flag with similar spelling."""
     name = flag.lstrip("-")
     if _ALIASES.get(name) in known:
         return _ALIASES[name]
-    same_end = [k for k in known if k.rpartition(".")[2] == name]
+    ends = (name, last_component(name))
+    same_end = [k for k in known if k.rpartition(".")[2] in ends]
     return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dtron.data.config import DataConfig
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
+from dtron.renamed import dotted
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
 from dtron.training.optimizer import OptimConfig
 
@@ -47,7 +48,7 @@ class RunConfig(StepConfig):
     """how many of the newest checkpoints stay; 0: all"""
     keep_every: int = 0
     """checkpoints of steps that this divides stay too"""
-    max_skips: int = 10
+    max_nonfinite_steps: int = 10
     """steps in a row whose loss or gradient is not finite, and which are skipped, before the run
     stops"""
     simulate: bool = False
@@ -61,14 +62,14 @@ class RunConfig(StepConfig):
     """steps between progress lines; metrics.jsonl has every step"""
     eval_every: int = 50
     """steps between measurements of the validation loss; 0: only at the end"""
-    sample: int = 60
+    sample_tokens: int = 60
     """tokens of text to generate at the end; 0: none"""
     tensorboard: bool = False
     """also write TensorBoard events to run_dir"""
     profile: bool = False
     """record one step, the fifth or the last: a trace of each process in run_dir, and where its
     time went"""
-    timeout: int = 600
+    timeout_seconds: int = 600
     """seconds after which a rank that does not answer counts as dead"""
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -80,11 +81,11 @@ class RunConfig(StepConfig):
             ("save_every", 0),
             ("keep", 0),
             ("keep_every", 0),
-            ("max_skips", 1),
+            ("max_nonfinite_steps", 1),
             ("log_every", 1),
             ("eval_every", 0),
-            ("sample", 0),
-            ("timeout", 1),
+            ("sample_tokens", 0),
+            ("timeout_seconds", 1),
         ):
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
@@ -96,15 +97,5 @@ class RunConfig(StepConfig):
 
 def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
     """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
-
-    def flags(value: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v
-            for name, child in value.items()
-            for k, v in flags(child, f"{prefix}.{name}").items()
-        }
-
-    same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
-    return flags(asdict(config.model), "model") | same
+    same = {"seed": config.seed, "data.seq_len": config.data.seq_len, "text": text}
+    return dotted(asdict(config.model), "model.") | same

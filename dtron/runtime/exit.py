@@ -9,15 +9,33 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dtron.errors import LostRank, UserError
+from dtron.renamed import refuse_old_flags
 
 OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError instead of printing its usage and exiting."""
+    """A parser that raises UserError instead of printing its usage and exiting. It takes no
+    abbreviations, and it refuses the old name of a flag."""
+
+    def __init__(self, **options: Any):
+        self._flags: list[str] = []
+        super().__init__(**options, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        self._flags += names
+        return super().add_argument(*names, **options)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = sys.argv[1:] if args is None else list(args)
+        refuse_old_flags(args, self._flags)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")

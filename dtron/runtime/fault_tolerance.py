@@ -91,13 +91,13 @@ class NonFiniteGuard:
     WINDOW, ENOUGH, FAR = 100, 20, 6.0
 
     def __init__(self, limit: int):
-        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+        self.limit, self.skipped_steps, self.in_a_row = limit, 0, 0
         self._losses: deque[float] = deque(maxlen=self.WINDOW)
 
     def note(self, step: int, loss: float, norm: float) -> str | None:
         """Return a warning for a non-finite step or a loss spike, else None."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            self.skipped_steps, self.in_a_row = self.skipped_steps + 1, self.in_a_row + 1
             what = "loss" if not math.isfinite(loss) else "gradient"
             return (
                 f"warning: step {step}: the {what} is not finite; skipped, {self.in_a_row} in a row"

@@ -37,30 +37,30 @@ def plan(config: RunConfig) -> RunPlan:
             f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
         )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
-    check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
+    check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(
-        config, shape, count, config.data.sequence, Layout()
-    )  # raises UserError for an invalid schedule or split
+        config, shape, count, config.data.seq_len, Layout()
+    )  # raises UserError for an invalid schedule or layers
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
     if config.how.policy.budget is not None and not compiles:
         raise UserError(
-            f"--recompute {config.recompute}: the compiler keeps to a budget, and nothing is compiled here; "
+            "--recompute budget: the compiler keeps to a budget, and nothing is compiled here; "
             "use --compile on or --recompute selective"
         )
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
-    tokens = rows // shape.data * config.data.sequence // shape.cp
+    tokens = rows // shape.data * config.data.seq_len // shape.cp
     check_fp8(config.how, config.model, shape, tokens, device, compute)
     if config.fp8_gather and not config.gathers_each(shape):
-        more = " --pipeline.gather microbatch" if shape.pp > 1 else ""
+        more = " --zero3-gather microbatch" if shape.pp > 1 else ""
         raise UserError(
             f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
             f"--zero 3{more}, or drop --fp8-gather"
         )
-    check_attention(config.attention, config.model, compute, device)
+    check_attention(config.attention_kernel, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
     return RunPlan(
         shape,
@@ -77,14 +77,14 @@ def plan(config: RunConfig) -> RunPlan:
 
 
 def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
-    if config.graph == "on" and not (can and shape.pp == 1):
+    if config.cuda_graph == "on" and not (can and shape.pp == 1):
         why = (
             f"mesh {shape}: a pipeline is not recorded"
             if can
             else "it takes a GPU and compiled stages"
         )
-        raise UserError(f"--graph on: {why}; use --graph auto")
-    return config.graph != "off" and can and shape.pp == 1
+        raise UserError(f"--cuda-graph on: {why}; use --cuda-graph auto")
+    return config.cuda_graph != "off" and can and shape.pp == 1
 
 
 def _device(config: RunConfig) -> str:
@@ -134,12 +134,12 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
                 )
 
 
-def host_group(timeout: int) -> Any:
+def host_group(timeout_seconds: int) -> Any:
     """Create a gloo group of all processes; gloo needs no GPU. Each call creates a new group,
     because threads must not share one. Returns None if there is one process."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 @contextmanager
@@ -149,18 +149,18 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         keep_memory()
     rules = rules_for(config.zero)
     compute = None if plan.compute == plan.master else plan.compute
-    reduce = torch.bfloat16 if config.reduce_bf16 else None
+    reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
     if config.simulate:
         with simulated(plan.shape) as mesh:
             yield pipeline(
                 config,
                 plan.shape,
                 plan.count,
-                config.data.sequence,
+                config.data.seq_len,
                 Layout(mesh, rules, compute, reduce),
             )
         return
-    kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout)
+    kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout_seconds)
     if kind == "cuda":
         torch.cuda.set_device(plan.device)
     if plan.shape.size > 1:
@@ -179,7 +179,7 @@ def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
     yield on_ranks(
-        pipeline(config, plan.shape, plan.count, config.data.sequence, layout),
+        pipeline(config, plan.shape, plan.count, config.data.seq_len, layout),
         mesh,
         template,
         timeout,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dtron.errors import UserError
+from dtron.renamed import current
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ def peak_tflops(device: str) -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def memory_gib(device: str) -> float:
+def peak_memory_gib(device: str) -> float:
     """Return the peak memory of this process so far: memory allocated by torch on a GPU, the
     resident set on a CPU."""
     if device.startswith("cuda"):
@@ -125,8 +126,8 @@ class Metrics:
             "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": self._tokens,
             "tokens_per_s": tokens / seconds, "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
-            "memory_gib": memory_gib(self._device), "step_seconds": seconds,
-            "data_wait": min(waited / seconds, 1.0),
+            "peak_memory_gib": peak_memory_gib(self._device), "step_seconds": seconds,
+            "data_wait_ratio": min(waited / seconds, 1.0),
         }  # fmt: skip
         return record
 
@@ -162,7 +163,7 @@ class Metrics:
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
             f"{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
             f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
-            f"{record['memory_gib']:.1f} GiB  left {_clock(left)}"
+            f"{record['peak_memory_gib']:.1f} GiB  left {_clock(left)}"
         )
 
     def say(self, text: str) -> None:
@@ -189,11 +190,12 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of an earlier run. A partly written line is dropped."""
+    """Read the complete lines of an earlier run, whatever version wrote them. A partly written line
+    is dropped."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            found.append(current(json.loads(line)))
         except ValueError:
             continue
     return found

@@ -19,7 +19,11 @@ from dtron.params import WeightSpec, flat
 
 
 def check(
-    model: ModelConfig, mesh: MeshShape, sequence: int, cp: Method = "ring", zigzag: bool = True
+    model: ModelConfig,
+    mesh: MeshShape,
+    seq_len: int,
+    cp_method: Method = "ring",
+    zigzag: bool = True,
 ) -> None:
     """Check divisibility before any process group or weight exists. Raises UserError with the
     remedy."""
@@ -34,31 +38,31 @@ def check(
                 f"{-(-size // mesh.tp) * mesh.tp}"
             )
     unit = sequence_unit(mesh, zigzag)
-    if sequence % unit:
+    if seq_len % unit:
         axes = {a: n for a, n in (("cp", mesh.cp), ("tp", mesh.tp)) if n > 1}
         over = ",".join(f"{a}={n}" for a, n in axes.items())
         how = ", two parts a rank" if mesh.cp > 1 and zigzag else ""
         raise UserError(
-            f"data.sequence={sequence} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
-            f"must be a multiple of {unit}; use --data.sequence {-(-sequence // unit) * unit}"
+            f"data.seq_len={seq_len} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
+            f"must be a multiple of {unit}; use --data.seq-len {-(-seq_len // unit) * unit}"
         )
     name = "heads" if model.latent else "kv_heads"  # latent: each head has its own keys
     size, both = getattr(model, name), mesh.tp * mesh.cp
-    if mesh.cp > 1 and cp == "ulysses" and size % both:
+    if mesh.cp > 1 and cp_method == "ulysses" and size % both:
         raise UserError(
-            f"--cp ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
-            f"model.{name}={size}, which cp must divide; use --cp ring, which takes any number of heads, or "
-            f"--model.{name.replace('_', '-')} {-(-size // both) * both}"
+            f"--cp-method ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
+            f"model.{name}={size}, which cp must divide; use --cp-method ring, which takes any number "
+            f"of heads, or --model.{name.replace('_', '-')} {-(-size // both) * both}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise UserError(
             f"model.vocab={model.vocab} over tp={mesh.tp}: some rank would hold no row; "
             f"use --model.vocab-multiple {mesh.tp}"
         )
-    if sequence > model.context:
+    if seq_len > model.context:
         raise UserError(
-            f"data.sequence={sequence}: longer than model.context={model.context}; use --data.sequence "
-            f"{model.context} or --model.context {sequence}"
+            f"data.seq_len={seq_len}: longer than model.context={model.context}; use --data.seq-len "
+            f"{model.context} or --model.context {seq_len}"
         )
 
 
@@ -91,15 +95,15 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
 def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> None:
     """Raise UserError if the dispatcher does not support the capacity limit or torch.compile."""
     c = model.moe
-    if c.experts and c.capacity and how.dispatch in ("alltoall", "allgather"):
+    if c.experts and c.capacity_factor and how.moe_dispatch in ("alltoall", "allgather"):
         raise UserError(
-            f"--dispatch {how.dispatch} with model.moe.capacity={c.capacity}: it drops nothing; use "
-            "--dispatch static, or --model.moe.capacity 0"
+            f"--moe-dispatch {how.moe_dispatch} with model.moe.capacity_factor={c.capacity_factor}: it "
+            "drops nothing; use --moe-dispatch static, or --model.moe.capacity-factor 0"
         )
-    if c.experts and how.dispatch == "alltoall" and compiles:
+    if c.experts and how.moe_dispatch == "alltoall" and compiles:
         raise UserError(
-            "--dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
-            "compiled; use --dispatch allgather, --dispatch static or --compile off"
+            "--moe-dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
+            "compiled; use --moe-dispatch allgather, --moe-dispatch static or --compile off"
         )
 
 
@@ -132,10 +136,10 @@ def check_fp8(
             f"{flag}: {torch.cuda.get_device_name(device)} has compute capability {has}, and the recipe's "
             f"kernels need {needs}; drop --fp8"
         )
-    if model.layers < 3 and not how.fp8_ends:
+    if model.layers < 3 and not how.fp8_first_last:
         raise UserError(
             f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
-            "has no other; use --fp8-ends, or drop --fp8"
+            "has no other; use --fp8-first-last, or drop --fp8"
         )
     sizes = {
         _sizes(w, model, mesh, tokens, recipe)
@@ -145,9 +149,9 @@ def check_fp8(
     }
     if not any(recipe.converts(*size) for size in sizes):
         raise UserError(
-            f"{flag}: no matrix of this model has {how.fp8_smallest} weights on a rank (at most "
+            f"{flag}: no matrix of this model has {how.fp8_min_weights} weights on a rank (at most "
             f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
-            f"{recipe.multiple}; drop --fp8, or lower --fp8-smallest"
+            f"{recipe.multiple}; drop --fp8, or lower --fp8-min-weights"
         )
     recipe.load()
 
@@ -183,7 +187,7 @@ def check_attention(
         elif dtype == torch.float64:
             cannot = "dtype=float64: its kernels add up in float32"
     if cannot:
-        raise UserError(f"--attention {path} with {cannot}; use --attention auto")
+        raise UserError(f"--attention-kernel {path} with {cannot}; use --attention-kernel auto")
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:

@@ -35,12 +35,12 @@ SCHEDULES = {
 }
 
 
-def stages_per_rank(name: str, virtual: int = 2) -> int:
+def stages_of_rank(name: str, stages_per_rank: int = 2) -> int:
     """How many stages each rank has under a schedule."""
-    return {"interleaved": virtual, "zb-v": 2, "dualpipe-v": 2}.get(name, 1)
+    return {"interleaved": stages_per_rank, "zb-v": 2, "dualpipe-v": 2}.get(name, 1)
 
 
-def make(name: str, ranks: int, microbatches: int, virtual: int = 2) -> Table:
+def make(name: str, ranks: int, microbatches: int, stages_per_rank: int = 2) -> Table:
     """The table of a schedule by name. Raises UserError for an unknown name, and for sizes that
     cannot be."""
     if name not in SCHEDULES:
@@ -48,8 +48,12 @@ def make(name: str, ranks: int, microbatches: int, virtual: int = 2) -> Table:
         raise UserError(
             f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}"
         )
-    for what, n in (("ranks", ranks), ("microbatches", microbatches), ("virtual", virtual)):
+    for what, n in (
+        ("ranks", ranks),
+        ("microbatches", microbatches),
+        ("stages_per_rank", stages_per_rank),
+    ):
         if n < 1:
             raise UserError(f"schedule {name}: {what}={n}; there must be at least 1")
-    extra = (virtual,) if name == "interleaved" else ()
+    extra = (stages_per_rank,) if name == "interleaved" else ()
     return SCHEDULES[name](ranks, microbatches, *extra)

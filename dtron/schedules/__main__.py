@@ -19,7 +19,7 @@ from dtron.tools import draw_schedules as pictures
 
 def timed(name: str, o: Namespace) -> Timeline:
     """A schedule on ranks that all have the same layers: thin stages are as much shorter."""
-    t = make(name, o.stages, o.microbatches, o.virtual)
+    t = make(name, o.stages, o.microbatches, o.stages_per_rank)
     n = t.per_rank
     return simulate(t, Costs(o.F / n, o.I / n, o.W / n, o.transfer))
 
@@ -106,7 +106,7 @@ def parser() -> Parser:
         add("--stages", type=int, default=4, metavar="N", help="pipeline ranks (4)")
         add("--microbatches", type=int, default=8, metavar="N", help="per step (8)")
         add(
-            "--virtual",
+            "--stages-per-rank",
             type=int,
             default=2,
             metavar="N",

@@ -21,7 +21,7 @@ def dualpipe_v(ranks: int, microbatches: int) -> Table:
     if microbatches < 2 * ranks:
         raise UserError(
             f"schedule dualpipe-v on {ranks} ranks: needs at least {2 * ranks} microbatches, has "
-            f"{microbatches}; use a smaller --micro-batch, or --schedule zb-v"
+            f"{microbatches}; use a smaller --micro-batch, or --pipeline.schedule zb-v"
         )
 
     def of(rank: int):

@@ -185,7 +185,11 @@ class P2PLinks:
             if other is not None:
                 s = self._t.stages_of(other)[0] if stage is None else stage
                 who = f"pipeline rank {other} (stage {s})"
-            why = "no answer within --timeout" if "imed out" in str(error) else "connection lost"
+            why = (
+                "no answer within --timeout-seconds"
+                if "imed out" in str(error)
+                else "connection lost"
+            )
             raise LostRank(
                 f"stage {self._t.stages_of(self._rank)[0]}: {who} has died or hangs ({why}); see what it said"
             ) from error

@@ -186,8 +186,8 @@ def run(o: Namespace) -> int:
     prompts = [tokenizer.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
     config = RunConfig(
-        mesh=o.mesh, simulate=o.simulate, device=o.device, dtype=o.dtype, zero=0, compile="off", graph="off",
-        model=m,
+        mesh=o.mesh, simulate=o.simulate, device=o.device, dtype=o.dtype, zero=0, compile="off",
+        cuda_graph="off", model=m,
     )  # fmt: skip
     shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
     if shape.cp > 1:
@@ -195,8 +195,8 @@ def run(o: Namespace) -> int:
             f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp"
         )
     # A plan is one of training: the smallest batch that this mesh takes.
-    sequence = DataConfig(sequence=min(shape.tp, m.context))
-    config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=sequence)
+    data = DataConfig(seq_len=min(shape.tp, m.context))
+    config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=data)
     here = plan(config)
     ends = _ends(folder, tokenizer)
     with ranks(config, here) as pipe:

@@ -66,7 +66,7 @@ def block_bytes(
 
 
 def message_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, element: int = 2
+    m: ModelConfig, shape: MeshShape, tokens: int, cp_method: Method, element: int = 2
 ) -> int:
     """Return the peak bytes of messages in attention over cp."""
     if shape.cp == 1:
@@ -74,7 +74,7 @@ def message_bytes(
     u = tokens // shape.cp
     kv = element * u * _kv_heads(m) * sum(m.head_dims) // shape.tp
     q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and outputs
-    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp]
+    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp_method]
 
 
 def _kv_heads(m: ModelConfig) -> int:
@@ -93,7 +93,7 @@ def activation_bytes(
     shape: MeshShape,
     tokens: int,
     policy: ActivationPolicy,
-    cp: Method,
+    cp_method: Method,
     layers: Sequence[int],
 ) -> int:
     """Return the peak activation bytes of a rank; see the module docstring.
@@ -109,16 +109,18 @@ def activation_bytes(
     in_chunks = block_bytes(m, shape, tokens, chunk=chunk).all
     # A block's gradients, and its activations again where they are recomputed.
     work = max(2 * in_chunks if policy.block(i).reruns else one.all for i in range(max(layers)))
-    return kept + max(work + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens))
+    return kept + max(
+        work + message_bytes(m, shape, tokens, cp_method), loss_bytes(m, shape, tokens)
+    )
 
 
 def table(
     m: ModelConfig,
     shape: MeshShape,
-    cp: Method,
+    cp_method: Method,
     layers: Sequence[int],
     weights: int,
-    sequences: Sequence[int],
+    seq_lens: Sequence[int],
 ) -> Table:
     """Build a row for each sequence length. ``weights``: bytes of everything but activations."""
     out = Table(
@@ -126,16 +128,17 @@ def table(
     )
     for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in POLICIES)):
         out.add_column(name, justify="right", no_wrap=True)
-    for sequence in sequences:
+    for seq_len in seq_lens:
         needs = [
-            activation_bytes(m, shape, sequence, policy, cp, layers) for policy in POLICIES.values()
+            activation_bytes(m, shape, seq_len, policy, cp_method, layers)
+            for policy in POLICIES.values()
         ]
         cells = (f"{size(n)}, all {size(n + weights)}" for n in needs)
-        out.add_row(f"{sequence:,}", f"{sequence // shape.cp // shape.tp:,}", *cells)
+        out.add_row(f"{seq_len:,}", f"{seq_len // shape.cp // shape.tp:,}", *cells)
     return out
 
 
-def sequences(unit: int) -> list[int]:
+def seq_lens(unit: int) -> list[int]:
     """Powers of 2 from 4096 to 1048576, rounded up to a multiple of ``unit``."""
     return [-(-(2**n) // unit) * unit for n in range(12, 21)]
 

@@ -53,7 +53,7 @@ class ShowConfig:
     """ZeRO stage"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of computation; master weights, gradients and optimizer are float32"""
-    cp: Method = "ring"
+    cp_method: Method = "ring"
     """attention over cp, for its messages"""
     svg: str | None = None
     """also draw the mesh and one block, to this file"""
@@ -239,7 +239,12 @@ def main(argv: Sequence[str]) -> int:
     config = parse(argv, ShowConfig(), prog="python -m dtron.show")
     shape = MeshShape.parse(config.mesh)
     unit = sequence_unit(shape, zigzag=True)
-    check(replace(config.model, context=max(unit, config.model.context)), shape, unit, config.cp)
+    check(
+        replace(config.model, context=max(unit, config.model.context)),
+        shape,
+        unit,
+        config.cp_method,
+    )
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
@@ -254,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
         most = max(most, sum(total(found)))
     console.print(
         memory_estimate.table(
-            config.model, shape, config.cp, layers, most, memory_estimate.sequences(unit)
+            config.model, shape, config.cp_method, layers, most, memory_estimate.seq_lens(unit)
         )
     )
     console.print(f"rules: {_rules_line(shape, config.model)}")

@@ -31,7 +31,7 @@ from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.config import ModelConfig
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig, Schedule
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, microbatches
 from dtron.schedules.runner import Program
 from dtron.tools.count_collectives import (
@@ -87,7 +87,7 @@ def one_step(
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     with simulated(shape) as mesh:
         layout = mutate(Layout(mesh, rules_for(config.zero)))
-        pipe = pipeline(config, shape, count, config.data.sequence, layout)
+        pipe = pipeline(config, shape, count, config.data.seq_len, layout)
         dims = m.dims()
         params = tree_map(
             lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec
@@ -126,7 +126,7 @@ def _guarded(functions: Program) -> Program:
 def on_one_device(config: RunConfig) -> RunConfig:
     """The same step without a pipeline. An auxiliary loss depends on the tokens of a microbatch.
     With such a loss, the microbatches are the same too."""
-    config = replace(config, schedule="1f1b", pipeline=PipelineConfig())
+    config = replace(config, pipeline=PipelineConfig())
     if not config.model.moe.aux_loss:
         return config
     return replace(
@@ -169,16 +169,16 @@ def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 def _random_rows(config: RunConfig) -> Tensor:
     """Draw a global batch of random tokens. Some targets are ignored, unevenly over the rows."""
     g = torch.Generator().manual_seed(config.seed)
-    rows = torch.randint(config.model.vocab, (config.batch, config.data.sequence + 1), generator=g)
-    rows[:: max(2, config.batch // 3), -max(1, config.data.sequence // 3) :] = IGNORE
+    rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)
+    rows[:: max(2, config.batch // 3), -max(1, config.data.seq_len // 3) :] = IGNORE
     return rows
 
 
 def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
     """Draw ``(document, position)`` of every token; about every tenth token begins a document."""
     g = torch.Generator().manual_seed(config.seed + 1)
-    begins = torch.rand(config.batch, config.data.sequence, generator=g) < 0.1
-    places = torch.arange(config.data.sequence).expand(begins.shape)
+    begins = torch.rand(config.batch, config.data.seq_len, generator=g) < 0.1
+    places = torch.arange(config.data.seq_len).expand(begins.shape)
     starts = torch.where(begins, places, 0).cummax(1).values
     return begins.cumsum(1), places - starts
 
@@ -196,18 +196,18 @@ class VerifyConfig:
     """sequences in the step; None: a few microbatches"""
     micro_batch: int | None = None
     """sequences per rank at once"""
-    sequence: int = 32
+    seq_len: int = 32
     """tokens per sequence"""
     document_mask: bool = False
     """several documents in a sequence, which attend within themselves only"""
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     """activations computed again in backward"""
-    cp: Method = "ring"
+    cp_method: Method = "ring"
     """attention over cp"""
     zigzag: Literal["auto", "on", "off"] = "auto"
     """over cp: each rank has an early and a late part of a sequence"""
-    schedule: Schedule = "1f1b"
-    """pipeline schedule"""
+    zero3_gather: Literal["step", "microbatch"] = "step"
+    """zero 3 with pp: when weights are gathered"""
     seed: int = 0
     """of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -224,13 +224,13 @@ class VerifyConfig:
             batch=self.batch or count * micro_batch * shape.data,
             micro_batch=micro_batch,
             recompute=self.recompute,
-            schedule=self.schedule,
+            zero3_gather=self.zero3_gather,
             seed=self.seed,
-            cp=self.cp,
+            cp_method=self.cp_method,
             zigzag=self.zigzag,
             pipeline=self.pipeline,
             model=self.model,
-            data=DataConfig(sequence=self.sequence, document_mask=self.document_mask),
+            data=DataConfig(seq_len=self.seq_len, document_mask=self.document_mask),
         )
 
 
@@ -239,9 +239,9 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, VerifyConfig(), prog="python -m dtron.verify").run()
     shape = MeshShape.parse(config.mesh)
-    check(config.model, shape, config.data.sequence, config.cp, config.zigzags)
+    check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(config, shape, count, config.data.sequence, Layout())  # raises if invalid
+    pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     console = Console()
     want = one_step(on_one_device(config), MeshShape())
     try:

@@ -32,4 +32,4 @@ def build_step(
         functions = compiled(functions, pipe.layout, config.how, backend, overlap, plan.gather_each)
         rule = compiled_rule(backend)
     step = TrainStep(functions, pipe, config, plan.gather_each, rule)
-    return CudaGraphStep(step, plan.device) if plan.graph else step
+    return CudaGraphStep(step, plan.device) if plan.cuda_graph else step

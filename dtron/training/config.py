@@ -15,10 +15,10 @@ import torch
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.fp8.recipe import SMALLEST
+from dtron.fp8.recipe import MIN_WEIGHTS
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
-from dtron.model.compute_config import ComputeConfig, Fp8
+from dtron.model.compute_config import ComputeConfig, Fp8, Recompute
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
@@ -33,27 +33,27 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"
 class PipelineConfig:
     """How the model is cut into pipeline stages."""
 
-    virtual: int = 2
+    schedule: Schedule = "1f1b"
+    """order of forwards and backwards, for pp over 1; python -m dtron.schedules compare shows
+    them"""
+    stages_per_rank: int = 2
     """interleaved: stages on each rank"""
-    split: str = ""
+    layers: str = ""
     """blocks of each stage, as 7,9; empty: as even as FLOPs allow"""
-    gather: Literal["step", "microbatch"] = "step"
-    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and
-    microbatch"""
 
     def __post_init__(self) -> None:
-        if self.virtual < 1:
+        if self.stages_per_rank < 1:
             raise UserError(
-                f"pipeline.virtual={self.virtual}: a rank has at least 1 stage; raise it"
+                f"pipeline.stages_per_rank={self.stages_per_rank}: a rank has at least 1 stage; raise it"
             )
-        if not all(part.strip().isdigit() for part in filter(None, self.split.split(","))):
+        if not all(part.strip().isdigit() for part in filter(None, self.layers.split(","))):
             raise UserError(
-                f"pipeline.split={self.split!r}: must be numbers of blocks, as in 7,9; change it"
+                f"pipeline.layers={self.layers!r}: must be numbers of blocks, as in 7,9; change it"
             )
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in filter(None, self.split.split(",")))
+    def layer_counts(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in filter(None, self.layers.split(",")))
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,17 @@ class StepConfig:
     micro_batch: int | None = None
     """sequences per rank at once; None: all of a rank's share, or with pp a part that fills the
     pipeline"""
-    schedule: Schedule = "1f1b"
-    """pipeline schedule, for pp over 1; python -m dtron.schedules compare shows them"""
-    recompute: str = "none"
-    """activations computed again in backward to save memory: none, selective, full; or, compiled,
-    budget=0.5: keep half of what none keeps"""
-    attention: AttentionPath = "auto"
+    zero3_gather: Literal["step", "microbatch"] = "step"
+    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and
+    microbatch"""
+    recompute: Recompute = "none"
+    """activations computed again in backward to save memory; budget: as many as recompute_budget
+    asks for, compiled only"""
+    recompute_budget: float | None = None
+    """with recompute budget: the share of activations to keep, as 0.5; recompute none keeps 1"""
+    attention_kernel: AttentionPath = "auto"
     """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
-    cp: Method = "ring"
+    cp_method: Method = "ring"
     """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of
     sequences"""
     zigzag: Literal["auto", "on", "off"] = "auto"
@@ -87,13 +90,13 @@ class StepConfig:
     fp8: Fp8 = "none"
     """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the
     weight's gradient in high precision"""
-    fp8_ends: bool = False
-    """in the first and the last block too, which are kept in high precision otherwise"""
-    dispatch: Dispatch = "auto"
+    fp8_first_last: bool = False
+    """FP8 in the first and the last block too, which are kept in high precision otherwise"""
+    moe_dispatch: Dispatch = "auto"
     """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a
     fixed number (static), or every rank gets all tokens of its group (allgather). auto: allgather
     where compiled, else alltoall"""
-    fp8_smallest: int = SMALLEST
+    fp8_min_weights: int = MIN_WEIGHTS
     """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left
     as they are"""
     fp8_gather: bool = False
@@ -101,14 +104,14 @@ class StepConfig:
     of bfloat16"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
-    graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs,
     without pp"""
     copy_engines: Literal["auto", "off"] = "auto"
     """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory,
     which takes no processors from matrix products; off: NCCL sends them"""
-    reduce_bf16: bool = False
-    """accumulate and reduce gradients in bfloat16 instead of float32"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """in which gradients are accumulated and reduced; float64 where weights are float64"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -117,22 +120,23 @@ class StepConfig:
     def how(self) -> ComputeConfig:
         return ComputeConfig(
             self.recompute,
-            self.attention,
+            self.recompute_budget,
+            self.attention_kernel,
             self.fp8,
-            self.fp8_ends,
-            self.fp8_smallest,
+            self.fp8_first_last,
+            self.fp8_min_weights,
             self.fp8_gather,
-            self.cp,
-            self.dispatch,
+            self.cp_method,
+            self.moe_dispatch,
         )
 
     @property
     def zigzags(self) -> bool:
-        return self.zigzag == "on" or (self.zigzag == "auto" and self.cp != "ulysses")
+        return self.zigzag == "on" or (self.zigzag == "auto" and self.cp_method != "ulysses")
 
     def gathers_each(self, shape: MeshShape) -> bool:
         """Whether ZeRO-3 unshards weights in every microbatch, and not once a step."""
-        return self.zero == 3 and (shape.pp == 1 or self.pipeline.gather == "microbatch")
+        return self.zero == 3 and (shape.pp == 1 or self.zero3_gather == "microbatch")
 
     def splits(self, shape: MeshShape) -> bool:
         """Whether a backward can run in two halves: not where blocks gather weights, because those
@@ -162,7 +166,7 @@ class RunPlan:
     splits: bool
     """a backward can be made in two halves"""
     compile: bool
-    graph: bool
+    cuda_graph: bool
     """a step is recorded once and replayed"""
 
     @classmethod

@@ -40,13 +40,13 @@ class OptimConfig:
     lr: float = 1e-3
     """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays,
-    then decays"""
+    """after warm-up: constant; down to min_lr_ratio * lr by the last step, linearly or as a cosine;
+    wsd stays, then decays"""
     warmup: int = 20
     """steps from 0 to lr"""
-    min_lr: float = 0.1
+    min_lr_ratio: float = 0.1
     """the last step's rate, as a share of lr"""
-    decay: float = 0.2
+    wsd_decay_ratio: float = 0.2
     """wsd: the share of steps that decay at the end"""
     beta1: float = 0.9
     """decay of the first moment"""
@@ -56,15 +56,17 @@ class OptimConfig:
     """added to the second moment's root"""
     weight_decay: float = 0.1
     """of matrices; norms and biases have none"""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
 
     def __post_init__(self) -> None:
         inf = float("inf")
-        from_to(self, "optim", {"min_lr": (0, 1), "decay": (0, 1)})
+        from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
         under(self, "optim", {"beta1": 1, "beta2": 1})
         under(
-            self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")}
+            self,
+            "optim",
+            {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "max_grad_norm")},
         )
         if self.eps == 0:
             raise UserError(
@@ -279,7 +281,7 @@ def clip_scale(norm: Tensor, limit: float) -> Tensor:
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then the
-    schedule. The schedule reaches ``min_lr * lr`` on the last step."""
+    schedule. The schedule reaches ``min_lr_ratio * lr`` on the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     after = max(steps - config.warmup - 1, 1)
@@ -292,5 +294,5 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         case "cosine":
             share = 0.5 * (1 + math.cos(math.pi * done))
         case "wsd":
-            share = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-    return config.lr * (config.min_lr + (1 - config.min_lr) * share)
+            share = min(1.0, (1 - done) / config.wsd_decay_ratio) if config.wsd_decay_ratio else 1.0
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

@@ -42,29 +42,29 @@ from dtron.training.config import StepConfig
 
 
 def layers_per_stage(
-    m: ModelConfig, stages: int, sequence: int, split: Sequence[int] = ()
+    m: ModelConfig, stages: int, seq_len: int, layers: Sequence[int] = ()
 ) -> list[int]:
     """The number of blocks of each stage.
 
-    ``split``: these numbers, from the user. Empty: the most even split by FLOPs, in which the head
+    ``layers``: these numbers, from the user. Empty: the most even split by FLOPs, in which the head
     of the last stage counts as many blocks as it costs.
 
-    Raises UserError for a split that does not fit."""
-    if split:
-        if len(split) != stages or sum(split) != m.layers or min(split) < 1:
+    Raises UserError for numbers that do not fit."""
+    if layers:
+        if len(layers) != stages or sum(layers) != m.layers or min(layers) < 1:
             raise UserError(
-                f"--pipeline.split {','.join(map(str, split))}: must be {stages} positive numbers, one per "
+                f"--pipeline.layers {','.join(map(str, layers))}: must be {stages} positive numbers, one per "
                 f"stage, that sum to model.layers={m.layers}; change it, or leave it out"
             )
-        return list(split)
+        return list(layers)
     if stages > m.layers:
         raise UserError(
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
-            f"(pp, --pipeline.virtual) or --model.layers {stages}"
+            f"(pp, --pipeline.stages-per-rank) or --model.layers {stages}"
         )
     weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
     # The cost of an average block, in multiplications per token.
-    block = weights + m.heads * sum(m.head_dims) / 2 * sequence
+    block = weights + m.heads * sum(m.head_dims) / 2 * seq_len
     head = m.padded_vocab * m.embed / block  # in blocks
     head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 
@@ -261,10 +261,10 @@ def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
 
 
 def pipeline(
-    config: StepConfig, shape: MeshShape, microbatches: int, sequence: int, layout: Layout
+    config: StepConfig, shape: MeshShape, microbatches: int, seq_len: int, layout: Layout
 ) -> Pipeline:
     """The pipeline of a config, with all its ranks in this process. Raises UserError for a config
     that is not possible."""
-    t = make(config.schedule, shape.pp, microbatches, config.pipeline.virtual)
-    layers = layers_per_stage(config.model, t.stages, sequence, config.pipeline.layers)
+    t = make(config.pipeline.schedule, shape.pp, microbatches, config.pipeline.stages_per_rank)
+    layers = layers_per_stage(config.model, t.stages, seq_len, config.pipeline.layer_counts)
     return Pipeline(t, tuple(cut(config.model, layers)), layout)

@@ -23,10 +23,10 @@ class StepReports(NamedTuple):
     """The reports of all stages, on every rank.
 
     ``experts``: load and sums of the expert layers (``expert_totals``, moe/balance.py).
-    ``ahead``: the summed losses of multi-token prediction (model/mtp.py)."""
+    ``mtp``: the summed losses of multi-token prediction (model/mtp.py)."""
 
     experts: Tensor | None
-    ahead: Tensor | None
+    mtp: Tensor | None
 
 
 @torch.no_grad()
@@ -90,12 +90,12 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     return found
 
 
-def ahead_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
+def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
     """``[depth]``, on every rank: the loss of each multi-token prediction module, summed over the
     tokens of a step. None without modules. The host does not wait for it.
 
     ``reports``: the reports of a step, by stage."""
     if not depth:
         return None
-    mine = next((r["ahead"] for r in reports.values() if "ahead" in r), None)
+    mine = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
     return pipe.sum(torch.zeros(depth, device=pipe.template.device) if mine is None else mine)

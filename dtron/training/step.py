@@ -4,7 +4,7 @@ These five lines are training:
 
     total, grads, reports = gradients(functions, weights, microbatches, ...)    # forward and backward
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
-    scale = clip_scale(norm, optim.clip) / tokens
+    scale = clip_scale(norm, optim.max_grad_norm) / tokens
     params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, ...)
     params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
 
@@ -30,7 +30,7 @@ from dtron.training.config import StepConfig
 from dtron.training.gradients import Reports, gradients
 from dtron.training.optimizer import AdamState, UpdateFn, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import StepReports, ahead_losses, expert_totals, update_router_bias
+from dtron.training.reports import StepReports, expert_totals, mtp_losses, update_router_bias
 
 Result = tuple[Tensor, Tensor, StepReports, Any, AdamState]
 Look = Callable[[int, int, list[Tensor | None]], None]
@@ -100,7 +100,7 @@ class TrainStep:
         done.clear()
         loss = pipe.sum(None if total is None else full(total)) / tokens
         norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
-        scale = clip_scale(norm, config.clip) / tokens
+        scale = clip_scale(norm, config.max_grad_norm) / tokens
         ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
         params, opt = adam_update(
             grads, opt, params, pipe.spec, lr, scale, config, self.rule, number, ok
@@ -108,6 +108,6 @@ class TrainStep:
         del grads
         params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)
         told = StepReports(
-            expert_totals(reports, pipe, m.moe), ahead_losses(reports, pipe, m.mtp.depth)
+            expert_totals(reports, pipe, m.moe), mtp_losses(reports, pipe, m.mtp.depth)
         )
         return loss, norm, told, params, opt
