@@ -38,10 +38,11 @@ from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.tools.generate import generate
 from dtron.tools.profile import Recorder
+from dtron.training.adamw import adam_init, with_compute_copies
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
-from dtron.training.optimizer import adam_init, learning_rate, with_compute_copies
+from dtron.training.lr_schedule import learning_rate
 from dtron.training.pipeline import Pipeline, one_stage, program
 from dtron.training.reports import StepReports, describe_experts
 

@@ -38,8 +38,9 @@ from dtron.runtime.launch import same_on_all_ranks
 from dtron.runtime.metrics import memory_gib, peak_tflops
 from dtron.schedules import SCHEDULES, simulate
 from dtron.schedules.split_backward import backward, backward_input
+from dtron.training.adamw import adam_init, adam_update
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import on_ranks, pipeline, program
 
 

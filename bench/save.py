@@ -24,7 +24,7 @@ from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.params import init
-from dtron.training.optimizer import adam_init
+from dtron.training.adamw import adam_init
 from dtron.training.pipeline import one_stage
 
 

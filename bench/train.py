@@ -48,8 +48,8 @@ from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan, ranks
 from dtron.runtime.metrics import elapsed, mark, memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
+from dtron.training.adamw import adam_init, with_compute_copies
 from dtron.training.build import build_step
-from dtron.training.optimizer import adam_init, with_compute_copies
 
 
 def main(argv: list[str]) -> int:

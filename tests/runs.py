@@ -20,9 +20,9 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
+from dtron.training.adamw import adam_init, with_compute_copies
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import adam_init, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 MODEL = ModelConfig(

@@ -36,7 +36,7 @@ from dtron.params import WeightSpec, flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig, identity_of
 from dtron.schedules.p2p import PipelineGroups
-from dtron.training.optimizer import AdamState, adam_init
+from dtron.training.adamw import AdamState, adam_init
 from dtron.training.pipeline import pipeline
 
 # ---- every mesh to every other

@@ -30,9 +30,9 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
+from dtron.training.adamw import adam_init, adam_update
 from dtron.training.compiled_stage import compiled, compiled_rule
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update
 from dtron.training.pipeline import one_stage, program
 
 ONE = Layout()
@@ -229,7 +229,7 @@ IN_ORDER = """
     from dtron.model.compute_config import ComputeConfig
     from dtron.mesh import Layout, build_mesh
     from dtron.moe.config import MoEConfig
-    from dtron.training.optimizer import adam_init, with_compute_copies
+    from dtron.training.adamw import adam_init, with_compute_copies
     from dtron.params import init
     from dtron.training.pipeline import one_stage, program
     from dtron.rules import rules_for

@@ -37,8 +37,8 @@ from dtron.model.batch import make_batch
 from dtron.params import flat, init
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import DataConfig, RunConfig
+from dtron.training.adamw import adam_init, with_compute_copies
 from dtron.training.compiled_stage import compiled
-from dtron.training.optimizer import adam_init, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 from dtron.training.zero3_prefetch import Zero3Prefetch

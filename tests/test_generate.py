@@ -27,7 +27,7 @@ from dtron.runtime import cli
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.testing import meshes
 from dtron.tools.generate import Decoder, check_sampling, generate, main, pick
-from dtron.training.optimizer import adam_init
+from dtron.training.adamw import adam_init
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 
 M = ModelConfig(

@@ -22,10 +22,10 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
 from dtron.runtime.config import DataConfig, RunConfig
+from dtron.training.adamw import adam_init
 from dtron.training.compiled_stage import compiled, compiled_rule
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 

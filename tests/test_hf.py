@@ -23,7 +23,7 @@ from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import export_run
 from dtron.tools.generate import generate
-from dtron.training.optimizer import adam_init
+from dtron.training.adamw import adam_init
 from dtron.training.pipeline import one_stage
 
 hf = pytest.importorskip("transformers")

@@ -27,7 +27,7 @@ from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import export_run
-from dtron.training.optimizer import adam_init
+from dtron.training.adamw import adam_init
 
 
 @pytest.fixture

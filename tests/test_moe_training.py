@@ -24,9 +24,9 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.validate import check, check_dispatch
+from dtron.training.adamw import adam_init
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import layers_per_stage, one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 

@@ -18,15 +18,9 @@ from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
 from dtron.params import flat, init, leaves, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
-from dtron.training.optimizer import (
-    adam_init,
-    adam_update,
-    clip_scale,
-    global_norm,
-    learning_rate,
-    with_compute_copies,
-    written_out,
-)
+from dtron.training.adamw import adam_init, adam_update, with_compute_copies, written_out
+from dtron.training.grad_norm import clip_scale, global_norm
+from dtron.training.lr_schedule import learning_rate
 
 
 def test_adam_is_torch_adamw():

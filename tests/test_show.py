@@ -21,7 +21,7 @@ from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
 from dtron.testing import meshes
 from dtron.tools.show import coordinates, local_range, main, picture, rows, size, total
-from dtron.training.optimizer import adam_init
+from dtron.training.adamw import adam_init
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(

@@ -38,8 +38,8 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group
+from dtron.training.adamw import adam_init
 from dtron.training.compiled_stage import compiled_rule
-from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 

@@ -22,8 +22,9 @@ from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.params import WeightSpec, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.adamw import adam_init, adam_update
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import one_stage, program
 
 hf = pytest.importorskip("transformers")

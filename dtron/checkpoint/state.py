@@ -34,7 +34,7 @@ from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec, flat, tree_map, unflatten
-from dtron.training.optimizer import AdamState
+from dtron.training.adamw import AdamState
 
 Identity = dict[str, Any]
 

@@ -12,7 +12,7 @@ from dtron.data.config import DataConfig
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
-from dtron.training.optimizer import OptimConfig
+from dtron.training.optim_config import OptimConfig
 
 __all__ = [
     "DataConfig",

@@ -39,9 +39,9 @@ from dtron.tools.count_collectives import (
     HiddenCommunication,
     no_hidden_communication,
 )
+from dtron.training.adamw import adam_init
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import adam_init
 from dtron.training.pipeline import pipeline
 
 TOLERANCE = 1e-9

@@ -35,7 +35,7 @@ from dtron.params import declared, flat, gather_all, unflatten
 from dtron.rules import zero_axes
 from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import jit
-from dtron.training.optimizer import UpdateFn, adamw, written_out
+from dtron.training.adamw import UpdateFn, adamw, written_out
 from dtron.training.zero3_prefetch import Zero3Prefetch
 
 

@@ -25,8 +25,8 @@ from dtron.distributed.redistribute import local
 from dtron.distributed.symmetric_memory import publish_weights
 from dtron.model.batch import Batch
 from dtron.params import flat, tree_map
+from dtron.training.adamw import AdamState
 from dtron.training.gradients import Reports
-from dtron.training.optimizer import AdamState
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports
 from dtron.training.step import Result, TrainStep

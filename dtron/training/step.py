@@ -26,9 +26,10 @@ from torch import Tensor
 from dtron.distributed.redistribute import full
 from dtron.model.batch import Batch
 from dtron.schedules.runner import Program
+from dtron.training.adamw import AdamState, UpdateFn, adam_update
 from dtron.training.config import StepConfig
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
-from dtron.training.optimizer import AdamState, UpdateFn, adam_update, clip_scale, global_norm
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports, ahead_losses, expert_totals, update_router_bias
 

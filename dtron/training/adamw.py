@@ -1,10 +1,7 @@
-"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards, global-norm clipping,
-learning-rate schedules.
+"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards.
 
 The update is elementwise, so it does not depend on sharding: it runs on each rank's local shards in
-one fused kernel for the whole tree. Only the gradient norm communicates. Each rank sums the squares
-of its gradients; each square is divided by the number of ranks that hold the same element. One
-all-reduce per mesh axis then gives the exact global norm.
+one fused kernel for the whole tree.
 
 The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
 optimizer state keeps a copy of every weight in the compute dtype. The update writes it in the same
@@ -16,60 +13,18 @@ bytes that a step moves per weight.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
-from dtron.bounds import from_to, under
-from dtron.distributed.redistribute import cast, full, local
+from dtron.distributed.redistribute import cast, local
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
-from dtron.errors import UserError
 from dtron.params import flat, tree_map, unflatten
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning rate."""
-
-    lr: float = 1e-3
-    """learning rate after warm-up"""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """after warm-up: constant; down to min_lr by the last step, linearly or as a cosine; wsd stays,
-    then decays"""
-    warmup: int = 20
-    """steps from 0 to lr"""
-    min_lr: float = 0.1
-    """the last step's rate, as a share of lr"""
-    decay: float = 0.2
-    """wsd: the share of steps that decay at the end"""
-    beta1: float = 0.9
-    """decay of the first moment"""
-    beta2: float = 0.95
-    """decay of the second moment"""
-    eps: float = 1e-8
-    """added to the second moment's root"""
-    weight_decay: float = 0.1
-    """of matrices; norms and biases have none"""
-    clip: float = 1.0
-    """largest global gradient norm; 0: do not clip"""
-
-    def __post_init__(self) -> None:
-        inf = float("inf")
-        from_to(self, "optim", {"min_lr": (0, 1), "decay": (0, 1)})
-        under(self, "optim", {"beta1": 1, "beta2": 1})
-        under(
-            self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")}
-        )
-        if self.eps == 0:
-            raise UserError(
-                "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
-            )
+from dtron.training.optim_config import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -233,64 +188,3 @@ def adamw(
         old.copy_(torch.where(ok, new, old))
     if c is not None:
         c.copy_(p)
-
-
-def global_norm(
-    grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """The Euclidean norm of the whole gradient, exact on every mesh. It is a scalar on the device,
-    and the host does not wait for it. It is float64 if the gradients are float64.
-
-    ``spec``: the declared tree. With it, twins are not counted.
-    ``over_stages``: sums a number over the pipeline ranks."""
-    twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
-    counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
-    wide = torch.promote_types(counted[0].dtype, torch.float32)
-    norms = _norms([local(g) for g in counted], wide)
-    mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
-    if mesh is None:
-        return over_stages(torch.stack(norms).square().sum()).sqrt()
-    held = [  # the number of ranks that hold the same shard
-        math.prod(n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard())
-        for g in counted
-    ]
-    # Python scalars, because a copy of numbers to the device would make the host wait for it.
-    torch._foreach_div_(norms, [math.sqrt(n) for n in held])
-    total = torch.stack(norms).square().sum()
-    return over_stages(
-        full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))
-    ).sqrt()
-
-
-def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The norm of each gradient, with one ``_foreach_norm`` kernel per dtype. A list of several
-    dtypes would launch one kernel per gradient."""
-    found: dict[int, Tensor] = {}
-    for kind in {g.dtype: None for g in grads}:
-        where = [i for i, g in enumerate(grads) if g.dtype == kind]
-        found |= zip(where, torch._foreach_norm([grads[i] for i in where], 2, dtype), strict=True)
-    return [found[i] for i in range(len(grads))]
-
-
-def clip_scale(norm: Tensor, limit: float) -> Tensor:
-    """The factor that scales gradients of this norm to a norm of at most ``limit``; 0: no limit."""
-    return (limit / norm).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then the
-    schedule. The schedule reaches ``min_lr * lr`` on the last step."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    after = max(steps - config.warmup - 1, 1)
-    done = min((step - config.warmup) / after, 1.0)
-    match config.schedule:
-        case "constant":
-            share = 1.0
-        case "linear":
-            share = 1 - done
-        case "cosine":
-            share = 0.5 * (1 + math.cos(math.pi * done))
-        case "wsd":
-            share = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-    return config.lr * (config.min_lr + (1 - config.min_lr) * share)
