@@ -38,11 +38,12 @@ from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.tools.generate import generate
 from dtron.tools.profile import Recorder
-from dtron.training.adamw import adam_init, with_compute_copies
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.lr_schedule import learning_rate
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, one_stage, program
 from dtron.training.reports import StepReports, describe_experts
 
@@ -87,7 +88,8 @@ def train(
         params = begin.load(spec, layout, here.master, here.device)
     else:
         params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
-    state = checkpoint.TrainState(0, 0, params, adam_init(params))
+    optimizer = build_optimizer(config.optim)
+    state = checkpoint.TrainState(0, 0, params, init_state(optimizer, spec, params))
     if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:

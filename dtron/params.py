@@ -280,6 +280,24 @@ def _cached_declarations(cls, rename):
     return tuple(found)
 
 
+def with_specs(spec: Any, tree: Any) -> list[tuple[WeightSpec, Any]]:
+    """Return every leaf of a tree with its declaration. The tree may lack leaves of ``spec``
+    (None)."""
+    found: list[tuple[WeightSpec, Any]] = []
+    _with_specs(spec, tree, found)
+    return found
+
+
+def _with_specs(spec: Any, tree: Any, found: list[tuple[WeightSpec, Any]]) -> None:
+    if tree is None:
+        return
+    if not _is_node(spec):
+        found.append((spec, tree))
+        return
+    for (_, w), (_, child) in zip(_children(spec), _children(tree), strict=True):
+        _with_specs(w, child, found)
+
+
 def unflatten(like: Any, values: list[Any]) -> Any:
     """Build a tree of the shape of ``like`` from these leaves, in the order of ``leaves``."""
     return _build(like, iter(values))

@@ -17,7 +17,7 @@ import torch
 from runs import MODEL
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from values import flex_on_cpu
+from values import ADAMW, flex_on_cpu
 
 import dtron.training.compiled_stage
 from dtron.distributed.mesh_shape import MeshShape
@@ -30,9 +30,10 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
-from dtron.training.adamw import adam_init, adam_update
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import one_stage, program
 
 ONE = Layout()
@@ -229,13 +230,14 @@ IN_ORDER = """
     from dtron.model.compute_config import ComputeConfig
     from dtron.mesh import Layout, build_mesh
     from dtron.moe.config import MoEConfig
-    from dtron.training.adamw import adam_init, with_compute_copies
+    from dtron.training.optimizer import init_state, with_compute_copies
     from dtron.params import init
     from dtron.training.pipeline import one_stage, program
     from dtron.rules import rules_for
     from dtron.distributed.mesh_shape import MeshShape
     from dtron.training.gradients import gradients
     from runs import MODEL
+    from values import ADAMW
 
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     dtron.training.zero3_prefetch.FIRST, together = 2**11, []
@@ -258,7 +260,8 @@ IN_ORDER = """
         pipe, how = one_stage(m, 1, layout), ComputeConfig(recompute="selective", cp=cp)
         functions = compiled(program(m, layout, how, splits=False), layout, how, backend=backend)
         params = init(pipe.spec, m.dims(), 0, layout)
-        copies = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute).copies
+        opt = init_state(ADAMW, pipe.spec, params)
+        copies = with_compute_copies(opt, params, pipe.spec, layout.compute).compute_copies
         batch = make_batch(torch.arange(8 * 17).view(8, 17) % 61, layout)
         gradients(functions, copies, [batch], 1, pipe, 3)
         assert max(together) > 1, together
@@ -286,26 +289,25 @@ def test_nothing_is_compiled_again_after_the_first_step():
 
 @pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])
 def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
-    model, config = MODEL, OptimConfig(weight_decay=0.3, eps=1e-3)
+    model, adamw = MODEL, build_optimizer(OptimConfig(weight_decay=0.3, eps=1e-3))
     spec = one_stage(model, 1, ONE).spec
     states = []
-    for rule in (None, compiled_rule("aot_eager")):
+    for optimizer in (adamw, adamw.compiled("aot_eager")):
         params = init(spec, model.dims(), 0, ONE, torch.float64)
-        opt = adam_init(params)
+        opt = init_state(optimizer, spec, params)
         for number in range(3):
             g = torch.Generator().manual_seed(number)
             draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(
                 gradients_dtype
             )
-            params, opt = adam_update(
-                tree_map(draw, params), opt, params, spec, 0.1 / (number + 1), 0.7, config, rule
-            )
+            grads, scalars = tree_map(draw, params), UpdateScalars(0.1 / (number + 1), 0.7)
+            params, opt = apply_update(optimizer, spec, params, grads, opt, scalars, ONE)
         states.append((params, opt))
     (a, a_opt), (b, b_opt) = states
     assert a_opt.step == b_opt.step == 3
     for x, y in zip(
-        (*flat(a), *flat(a_opt.m), *flat(a_opt.v)),
-        (*flat(b), *flat(b_opt.m), *flat(b_opt.v)),
+        flat((a, *a_opt.trees.values())),
+        flat((b, *b_opt.trees.values())),
         strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
@@ -330,7 +332,7 @@ def steps_on_pool(
     functions = program(m, layout, how, splits=False)
     functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
-    opt, found = adam_init(params), []
+    opt, found = init_state(ADAMW, pipe.spec, params), []
     with (
         flex_on_cpu() if path == "flex" else nullcontext()
     ):  # which forgets at its end what was compiled
@@ -341,7 +343,8 @@ def steps_on_pool(
             ]
             loss, grads, _ = gradients(functions, params, batches, 64, pipe, zero)
             found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
-            params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
+            scalars = UpdateScalars(1e-2, 1 / 64)
+            params, opt = apply_update(ADAMW, pipe.spec, params, grads, opt, scalars, layout)
     return found
 
 

@@ -107,4 +107,5 @@ def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
         }
 
     same = {"seed": config.seed, "data.sequence": config.data.sequence, "text": text}
+    same |= {"optim.name": config.optim.name}
     return flags(asdict(config.model), "model") | same

@@ -1,18 +1,27 @@
-"""The flags of the optimizer and of its learning rate."""
+"""The optimizers by name, and the flags of the optimizer and of its learning rate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import typing
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from dtron.bounds import from_to, under
 from dtron.errors import UserError
+from dtron.training.adamw import AdamW
+from dtron.training.optimizer import Optimizer
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: str = "adamw"
+    """which optimizer, of those in training/optim_config.py"""
+    options: str = ""
+    """options that only this optimizer has, as momentum=0.9,nesterov=true"""
     lr: float = 1e-3
     """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -38,11 +47,48 @@ class OptimConfig:
     def __post_init__(self) -> None:
         inf = float("inf")
         from_to(self, "optim", {"min_lr": (0, 1), "decay": (0, 1)})
-        under(self, "optim", {"beta1": 1, "beta2": 1})
-        under(
-            self, "optim", {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "clip")}
+        under(self, "optim", {name: inf for name in ("lr", "warmup", "clip")})
+        build_optimizer(self)  # which checks the options
+
+
+def build_optimizer(config: OptimConfig) -> Optimizer:
+    """Return the optimizer that the flags name. An option of the optimizer (a field of its class)
+    has the value of the flag of the same name; if there is none, ``options`` gives the value.
+
+    Raises UserError for a name or an option that does not exist."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name={config.name}: there is no such optimizer; use {' or '.join(OPTIMIZERS)}"
         )
-        if self.eps == 0:
+    chosen, flags = OPTIMIZERS[config.name], {f.name for f in fields(config)}
+    names = [f.name for f in fields(chosen) if f.compare]  # a compiled kernel is not an option
+    values = {name: getattr(config, name) for name in names if name in flags}
+    return chosen(**values, **_options(config, [name for name in names if name not in flags]))
+
+
+def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
+    types, values = typing.get_type_hints(OPTIMIZERS[config.name]), {}
+    for part in filter(None, config.options.split(",")):
+        name, _, text = (word.strip() for word in part.partition("="))
+        if name not in names:
+            has = f"has {', '.join(names)}" if names else "has none"
             raise UserError(
-                "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
+                f"optim.options={config.options}: {config.name} has no option {name!r} beside the flags; "
+                f"it {has}"
             )
+        try:
+            values[name] = _PARSERS[types[name]](text)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"optim.options={config.options}: {name} must be a {types[name].__name__}, not {text!r}; "
+                "change it"
+            ) from None
+    return values
+
+
+_PARSERS = {
+    int: int,
+    float: float,
+    str: str,
+    bool: {"true": True, "false": False}.__getitem__,
+}

@@ -1,0 +1,296 @@
+"""What an optimizer is, and what every optimizer is served with.
+
+An optimizer is a frozen dataclass whose fields are its options. It has three functions (the
+protocol ``Optimizer``): ``init`` makes its state, ``update`` takes one step, and ``state_bytes``
+counts memory. Its state is a dict of trees by name, such as ``{"m": ..., "v": ...}``. Checkpoints,
+``dtron.show`` and ``dtron.verify`` iterate over these names. An optimizer is chosen by its name in
+``optim_config.OPTIMIZERS``.
+
+An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
+``rule``, pure arithmetic on one weight. It does not depend on sharding: it runs on each rank's
+local shards. It runs eagerly, or compiled into one kernel per weight.
+
+The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
+optimizer state keeps a copy of every weight in the compute dtype. The update writes it in the same
+pass as the master. Otherwise each step would read all masters again just to cast them: 4 of the 32
+bytes that a step of AdamW moves per weight.
+
+Every update keeps three promises, so that a step can be recorded as a CUDA graph (cuda_graph.py)
+and a bad step does no harm:
+
+* It overwrites params and state in place. It may overwrite gradients.
+* The host waits for no number: ``UpdateScalars`` may be tensors.
+* If ``ok`` is false, nothing changes (``overwrite``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from dtron.distributed.redistribute import cast, local
+from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
+from dtron.mesh import Layout
+from dtron.params import WeightSpec, flat, tree_map, unflatten
+from dtron.torch_compile import jit
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The state of an optimizer.
+
+    ``step``: the number of updates.
+    ``trees``: the trees of the optimizer, by name. A tree is shaped like the params; it may lack
+        weights (None), and a leaf may have another shape than its weight.
+    ``compute_copies``: the params in the compute dtype, or None if that is their own dtype. A
+        checkpoint does not contain them."""
+
+    step: int
+    trees: dict[str, Any]
+    compute_copies: Any = None
+
+
+@dataclass(frozen=True)
+class UpdateScalars:
+    """The numbers of one update. Each may be a tensor on the device.
+
+    ``lr``: the learning rate.
+    ``scale``: the factor of the gradients: clipping, and the division by the number of tokens.
+    ``ok``: if false, no weight and no state changes, but the update is counted. None: true.
+    ``step``: the number of this update, from 1. None: one more than the state's."""
+
+    lr: float | Tensor
+    scale: float | Tensor = 1.0
+    ok: Tensor | None = None
+    step: int | Tensor | None = None
+
+
+class Optimizer(Protocol):
+    """The functions of an optimizer. Subclass it for an update that is not elementwise: such an
+    update may communicate, and may treat weights by their logical axes (``WeightSpec.axes``)."""
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        """Make the trees of the state, by name.
+
+        ``spec``: the declared tree, with a ``WeightSpec`` for each weight."""
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        """Take one step and return params and state, overwritten in place. The compute copies of
+        the state are written too. Frozen weights stay.
+
+        ``scalars``: here ``scale`` and ``ok`` are tensors, and ``step`` is not None.
+        ``layout``: the mesh, for updates that communicate."""
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        """Return the bytes of state that a rank holds for its shard of a weight.
+
+        ``shape``: the shape of the shard.
+        ``element``: the bytes of an element of the master weight."""
+
+    def compiled(self, backend: str = "inductor") -> Optimizer:
+        """Return the same optimizer with its arithmetic compiled. Without this function the update
+        stays eager."""
+        return self
+
+
+class DeviceScalars(NamedTuple):
+    """The numbers of an elementwise update, as tensors on the device of the weights.
+
+    ``terms``: ``ElementwiseOptimizer.step_terms``."""
+
+    lr: Tensor
+    scale: Tensor
+    ok: Tensor
+    terms: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ElementwiseOptimizer(Optimizer):
+    """The base of optimizers that update each element of a weight by itself. A subclass has
+    ``state_names`` and ``rule``, and what else it wants.
+
+    ``kernel``: ``update_weight``, compiled. None: ``fused`` where there is one, else eager."""
+
+    kernel: Callable[..., None] | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """the names of the state's trees, each like the params"""
+
+    fused: ClassVar[Callable[..., None] | None] = None
+    """a method ``fused(w, g, state, scalars)`` that updates lists of weights at once, in place, with
+    a kernel of torch. ``state`` has a list for each of ``state_names``"""
+
+    def rule(
+        self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the new weight and its new state. Nothing is overwritten here.
+
+        ``g``: the gradient, scaled, in the dtype of the weight.
+        ``state``: the weight's state, in the order of ``state_names``.
+        ``terms``: the result of ``step_terms``."""
+        raise NotImplementedError
+
+    def step_terms(self, step: Tensor) -> tuple[Tensor, ...]:
+        """Return what the rule needs of the step's number (from 1). It is computed once a step, and
+        not in the kernel of each weight."""
+        return ()
+
+    def for_weight(self, w: WeightSpec) -> Self:
+        """Return the optimizer with the options of one weight, chosen by its declaration. Weights
+        with equal options are updated together."""
+        return self
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        return {name: tree_map(torch.zeros_like, params) for name in self.state_names}
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        return len(self.state_names) * math.prod(shape) * element
+
+    def compiled(self, backend: str = "inductor") -> Self:
+        """The kernel is compiled once per shape, and a transformer has a dozen shapes. (On an H200,
+        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and ran
+        no faster. With one graph for any shape every step took 5 ms more.)"""
+        return replace(self, kernel=jit(update_weight, backend=backend))
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        groups: dict[Self, list[int]] = {}
+        for i, w in enumerate(flat(spec)):
+            if not w.frozen:
+                groups.setdefault(self.for_weight(w), []).append(i)
+        weights, grads = flat(params), flat(grads)
+        trees = [flat(state.trees[name]) for name in self.state_names]
+        copies = flat(state.compute_copies) or [None] * len(weights)
+        for optimizer, chosen in groups.items():
+            pick = lambda xs, chosen=chosen: [
+                None if xs[i] is None else local(xs[i]) for i in chosen
+            ]
+            optimizer._update_group(
+                pick(weights), pick(grads), [*map(pick, trees)], pick(copies), scalars
+            )
+        return params, state
+
+    def _update_group(
+        self,
+        w: list[Tensor],
+        g: list[Tensor],
+        state: list[list[Tensor]],
+        copies: list[Tensor | None],
+        scalars: UpdateScalars,
+    ) -> None:
+        """Update lists of local tensors in place."""
+        if self.kernel is None and self.fused is not None:
+            self.fused(w, g, state, scalars)
+            pairs = [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]
+            if pairs:
+                torch._foreach_copy_(*zip(*pairs, strict=True))
+            return
+        kernel = self.kernel or update_weight
+        lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
+        numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
+        for i, (x, dx, copy) in enumerate(zip(w, g, copies, strict=True)):
+            mine = tuple(_plain(tree[i]) for tree in state)
+            kernel(self, _plain(x), _plain(dx), mine, _plain(copy), numbers)
+
+
+def update_weight(
+    optimizer: ElementwiseOptimizer,
+    w: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    copy: Tensor | None,
+    scalars: DeviceScalars,
+) -> None:
+    """Update one weight in place. Compiled, it is one kernel, which takes gradients in any dtype:
+    no gradient has to be cast before.
+
+    ``copy``: the weight in the compute dtype, or None."""
+    g = g.to(w.dtype) * scalars.scale
+    new_w, new_state = optimizer.rule(w, g, state, scalars.lr, *scalars.terms)
+    overwrite((w, *state), (new_w, *new_state), scalars.ok)
+    if copy is not None:
+        copy.copy_(w)
+
+
+def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
+    """Overwrite tensors with their new values, unless ``ok`` is false. (A multiplication by 0 would
+    not do: NaN times 0 is NaN.)"""
+    for x, y in zip(old, new, strict=True):
+        x.copy_(torch.where(ok, y, x))
+
+
+def _like(scale: Tensor, x: float | Tensor) -> Tensor:
+    return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    """View a tensor with at most two dims, so that fewer shapes are compiled."""
+    return x if x is None or x.ndim < 3 else x.flatten(1)
+
+
+def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
+    """Return the state before the first update. Raises ValueError if a tree has a name that a
+    checkpoint cannot store."""
+    trees = optimizer.init(spec, params)
+    for name in trees:
+        if name == "params" or "." in name:  # a checkpoint calls a tensor NAME.PATH
+            raise ValueError(f"a tree of {type(optimizer).__name__} is called {name!r}; rename it")
+    return OptimizerState(0, trees)
+
+
+def with_compute_copies(
+    state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
+) -> OptimizerState:
+    """The state with copies of the params in ``dtype`` (None: without copies). If copy engines
+    all-gather the weights, the copies are in symmetric memory, where other ranks can read them
+    (distributed/symmetric_memory.py). Frozen weights are not cast."""
+    if dtype is None:
+        return replace(state, compute_copies=None)
+    copy = lambda w, p: p if w.frozen else cast(p, dtype)
+    copies = to_symmetric_memory(flat(tree_map(copy, spec, params)))
+    return replace(state, compute_copies=unflatten(params, copies))
+
+
+def apply_update(
+    optimizer: Optimizer,
+    spec: Any,
+    params: Any,
+    grads: Any,
+    state: OptimizerState,
+    scalars: UpdateScalars,
+    layout: Layout,
+) -> tuple[Any, OptimizerState]:
+    """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
+    All ranks are told that the weights have been written."""
+    first, ok = local(flat(params)[0]), scalars.ok
+    scalars = replace(
+        scalars,
+        scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),
+        ok=torch.ones((), dtype=torch.bool, device=first.device) if ok is None else ok,
+        step=state.step + 1 if scalars.step is None else scalars.step,
+    )
+    params, state = optimizer.update(spec, params, grads, state, scalars, layout)
+    publish_weights(flat(params))
+    return params, replace(state, step=state.step + 1)
