@@ -16,7 +16,7 @@ the tree too, as ``value("window")``. It is not a leaf.
 
 A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``:
 nothing here has state. A layer can be called on any tree of the right shape, also on gradients and
-optimizer moments.
+trees of optimizer state.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ Each rank then reads back the ranges that it needs. So a run may load with anoth
 ZeRO stage than the run that saved. This needs nothing else, because weights have the same paths and
 shapes on every mesh.
 
-A checkpoint holds the weights (with the routers' balance biases), the trees of the optimizer's state, the
-step number and the place in the data. It holds no state of the learning rate, which is a function of the
-step. It holds no state of a random generator: after the initial weights no random number is drawn.
+A checkpoint holds the weights (with the routers' balance biases), the trees of the optimizer's
+state, the step number and the place in the data. It holds no state of the learning rate, which is a
+function of the step. It holds no state of a random generator: after the initial weights no random
+number is drawn.
 
 files.py describes the files on disk. async_saver.py writes them while training goes on. ``python -m
 dtron.checkpoint inspect DIR`` shows a checkpoint.

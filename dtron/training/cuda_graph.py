@@ -4,8 +4,8 @@ A step of 24 layers is thousands of kernels. Launching them from Python takes as
 takes to run them, or twice as long under tensor parallelism. A CUDA graph is a recording of all
 these launches with their addresses. The host launches the graph in one call
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording has three
-requirements: shapes never change, weights and optimizer state are overwritten in place, and the host reads
-no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
+requirements: shapes never change, weights and optimizer state are overwritten in place, and the
+host reads no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
 are copied into the buffers that the recorded kernels read.
 
 Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows

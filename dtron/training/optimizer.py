@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -132,8 +133,8 @@ class ElementwiseOptimizer(Optimizer):
     """the names of the state's trees, each like the params"""
 
     fused: ClassVar[Callable[..., None] | None] = None
-    """a method ``fused(w, g, state, scalars)`` that updates lists of weights at once, in place, with
-    a kernel of torch. ``state`` has a list for each of ``state_names``"""
+    """a method ``fused(w, g, state, scalars)`` that updates lists of weights at once, in place,
+    with a kernel of torch; ``state`` has a list for each of ``state_names``"""
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor
@@ -210,9 +211,10 @@ class ElementwiseOptimizer(Optimizer):
         kernel = self.kernel or update_weight
         lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
         numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
-        for i, (x, dx, copy) in enumerate(zip(w, g, copies, strict=True)):
-            mine = tuple(_plain(tree[i]) for tree in state)
-            kernel(self, _plain(x), _plain(dx), mine, _plain(copy), numbers)
+        w, g, copies, *state = ([*map(_plain, xs)] for xs in (w, g, copies, *state))
+        states = zip(*state, strict=True) if state else repeat(())
+        for x, dx, mine, copy in zip(w, g, states, copies):
+            kernel(self, x, dx, mine, copy, numbers)
 
 
 def update_weight(
@@ -284,7 +286,8 @@ def apply_update(
 ) -> tuple[Any, OptimizerState]:
     """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
     All ranks are told that the weights have been written."""
-    first, ok = local(flat(params)[0]), scalars.ok
+    weights = flat(params)
+    first, ok = local(weights[0]), scalars.ok
     scalars = replace(
         scalars,
         scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),
@@ -292,5 +295,5 @@ def apply_update(
         step=state.step + 1 if scalars.step is None else scalars.step,
     )
     params, state = optimizer.update(spec, params, grads, state, scalars, layout)
-    publish_weights(flat(params))
+    publish_weights(weights)
     return params, replace(state, step=state.step + 1)

@@ -5,7 +5,7 @@ These five lines are training:
     total, grads, reports = gradients(functions, weights, microbatches, ...)    # forward and backward
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.clip) / tokens
-    params, opt = apply_update(optimizer, pipe.spec, params, grads, opt, UpdateScalars(lr, scale), ...)
+    params, opt = apply_update(optimizer, spec, params, grads, opt, UpdateScalars(lr, scale), layout)
     params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
 
 The first is ``TrainStep.gradients``, the others are ``TrainStep.update``.
