@@ -41,7 +41,9 @@ from dtron.tools.profile import Recorder
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
-from dtron.training.optimizer import adam_init, learning_rate, with_compute_copies
+from dtron.training.lr_schedule import learning_rate
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, one_stage, program
 from dtron.training.reports import StepReports, describe_experts
 
@@ -86,7 +88,8 @@ def train(
         params = begin.load(spec, layout, here.master, here.device)
     else:
         params = init(spec, m.dims(), config.seed, layout, here.master, here.device)
-    state = checkpoint.TrainState(0, 0, params, adam_init(params))
+    optimizer = build_optimizer(config.optim)
+    state = checkpoint.TrainState(0, 0, params, init_state(optimizer, spec, params))
     if found:
         state = checkpoint.load(found, state, spec, identity)
         if state.step >= config.steps:

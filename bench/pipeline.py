@@ -33,14 +33,16 @@ from dtron.model.flops import flops_per_token
 from dtron.model.presets import preset
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
-from dtron.runtime.config import OptimConfig, PipelineConfig, RunConfig
+from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import same_on_all_ranks
 from dtron.runtime.metrics import peak_memory_gib, peak_tflops
 from dtron.schedules import SCHEDULES, simulate
 from dtron.schedules.split_backward import backward, backward_input
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import on_ranks, pipeline, program
 
 
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> int:
     same_on_all_ranks({"arguments": vars(o)})
 
     params = init(pipe.spec, m.dims(), 0, layout, torch.float32, device)
-    opt, functions = adam_init(params), program(m, layout)
+    optimizer, functions = build_optimizer(config.optim), program(m, layout)
+    opt = init_state(optimizer, pipe.spec, params)
     g = torch.Generator(device).manual_seed(0)
     rows = torch.randint(
         m.vocab, (o.rows * o.microbatches, o.seq_len + 1), device=device, generator=g
@@ -85,13 +88,14 @@ def main(argv: list[str]) -> int:
     time_of = lambda a: costs[a.stage, a.kind]
     line = simulate(pipe.table, time_of, transfer(pipe, batches[0]))
 
-    times, config_optim = [], OptimConfig()
+    times = []
     for _ in range(o.steps):
         begin = clock(device)
         _, grads, _ = gradients(functions, params, batches, tokens, pipe, 1)
         scale = clip_scale(global_norm(grads, pipe.spec, pipe.sum) / tokens, 1.0) / tokens
         middle = clock(device)
-        params, opt = adam_update(grads, opt, params, pipe.spec, 1e-4, scale, config_optim)
+        scalars = UpdateScalars(1e-4, scale)
+        params, opt = apply_update(optimizer, pipe.spec, params, grads, opt, scalars, layout)
         del grads
         times.append((middle - begin, clock(device) - begin))
     times = times[len(times) // 2 :]

@@ -24,7 +24,8 @@ from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.params import init
-from dtron.training.optimizer import adam_init
+from dtron.training.optim_config import OptimConfig, build_optimizer
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     m, layout = preset(o.model), Layout()
     spec = one_stage(m, 1, layout).spec
     params = init(spec, m.dims(), 0, layout, torch.float32, device)
-    opt = adam_init(params)
+    opt = init_state(build_optimizer(OptimConfig()), spec, params)
     shutil.rmtree(o.dir, ignore_errors=True)
     saver = AsyncSaver(o.dir, keep=1)
     start = time.perf_counter()

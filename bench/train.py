@@ -51,7 +51,8 @@ from dtron.runtime.launch import plan, ranks
 from dtron.runtime.metrics import elapsed, mark, peak_memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
 from dtron.training.build import build_step
-from dtron.training.optimizer import adam_init, with_compute_copies
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import init_state, with_compute_copies
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +79,8 @@ def main(argv: list[str]) -> int:
 def measure(o, config: RunConfig, here, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, here.master, here.device)
-    opt = with_compute_copies(adam_init(params), params, spec, layout.compute)
+    opt = init_state(build_optimizer(config.optim), spec, params)
+    opt = with_compute_copies(opt, params, spec, layout.compute)
     generator = torch.Generator(here.device).manual_seed(0)
     ids = torch.randint(
         m.vocab, (config.batch, o.seq_len + 1), device=here.device, generator=generator

@@ -16,7 +16,7 @@ the tree too, as ``value("window")``. It is not a leaf.
 
 A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``:
 nothing here has state. A layer can be called on any tree of the right shape, also on gradients and
-optimizer moments.
+trees of optimizer state.
 """
 
 from __future__ import annotations
@@ -278,6 +278,24 @@ def _cached_declarations(cls, rename):
         elif "value" not in f.metadata:
             found.append((f.name, None, tuple(f.metadata["rename"].items())))
     return tuple(found)
+
+
+def with_specs(spec: Any, tree: Any) -> list[tuple[WeightSpec, Any]]:
+    """Return every leaf of a tree with its declaration. The tree may lack leaves of ``spec``
+    (None)."""
+    found: list[tuple[WeightSpec, Any]] = []
+    _with_specs(spec, tree, found)
+    return found
+
+
+def _with_specs(spec: Any, tree: Any, found: list[tuple[WeightSpec, Any]]) -> None:
+    if tree is None:
+        return
+    if not _is_node(spec):
+        found.append((spec, tree))
+        return
+    for (_, w), (_, child) in zip(_children(spec), _children(tree), strict=True):
+        _with_specs(w, child, found)
 
 
 def unflatten(like: Any, values: list[Any]) -> Any:

@@ -22,7 +22,7 @@ from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import adam_init, with_compute_copies
+from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 MODEL = ModelConfig(
@@ -68,12 +68,12 @@ def train(
         spec, m.dims(), config.seed, layout, dtype
     )  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
-    opt, initial = (
-        with_compute_copies(adam_init(params), params, spec, layout.compute),
-        digest(params),
-    )
+    initial = digest(params)
     plan = RunPlan.eager(config, shape, count, dtype, layout.compute or dtype)
-    step = change_step(build_step(config, plan, pipe))
+    step = build_step(config, plan, pipe)
+    opt = init_state(step.optimizer, spec, params)
+    opt = with_compute_copies(opt, params, spec, layout.compute)
+    step = change_step(step)
     losses, norms = [], []
     for number in range(config.steps):
         with paused():  # all ranks must draw the same

@@ -22,6 +22,7 @@ from texts import one_line
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from values import ADAMW
 
 from dtron import checkpoint
 from dtron.checkpoint.__main__ import main as inspect
@@ -36,7 +37,7 @@ from dtron.params import WeightSpec, flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, identity_of
 from dtron.schedules.p2p import PipelineGroups
-from dtron.training.optimizer import AdamState, adam_init
+from dtron.training.optimizer import OptimizerState, init_state
 from dtron.training.pipeline import pipeline
 
 # ---- every mesh to every other
@@ -88,9 +89,11 @@ def value(w: WeightSpec, kind: str) -> Tensor:
         )
 
 
-def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
+def built(
+    where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool, names=ADAMW.state_names
+):
     """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of
-    nothing."""
+    nothing, with optimizer trees of these names."""
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
     config = RunConfig(
@@ -106,20 +109,22 @@ def built(where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool):
             ),
             pipe.spec,
         )
-        for kind in ("params", "m", "v")
+        for kind in ("params", *names)
     }
     step = 0 if blank else 7
-    opt = AdamState(step, trees["m"], trees["v"])
-    return pipe.spec, checkpoint.TrainState(step, 8 * step, trees["params"], opt)
+    params = trees.pop("params")
+    return pipe.spec, checkpoint.TrainState(step, 8 * step, params, OptimizerState(step, trees))
 
 
-def differences(where: Where, rank: int | None, mesh: DeviceMesh | None, folder: str) -> list[str]:
+def differences(
+    where: Where, rank: int | None, mesh: DeviceMesh | None, folder: str, names=ADAMW.state_names
+) -> list[str]:
     """Load, and name what has another bit than it must."""
-    spec, state = built(where, rank, mesh, blank=True)
+    spec, state = built(where, rank, mesh, True, names)
     state = checkpoint.load(checkpoint.newest(Path(folder)), state, spec, {})
-    _, want = built(where, rank, mesh, blank=False)
-    trees = {"params": (state.params, want.params), "m": (state.opt.m, want.opt.m)}
-    trees["v"] = state.opt.v, want.opt.v
+    _, want = built(where, rank, mesh, False, names)
+    trees = {name: (state.opt.trees[name], want.opt.trees[name]) for name in names}
+    trees["params"] = state.params, want.params
     wrong = [
         f"{kind}.{w.path}"
         for kind, (a, b) in trees.items()
@@ -130,14 +135,16 @@ def differences(where: Where, rank: int | None, mesh: DeviceMesh | None, folder:
     return wrong + ([] if numbers == (7, 56, 7) else [f"step, samples, updates {numbers}"])
 
 
-def move_on_pool(saved: Where, loaded: Where, folder: str, mutant: str = "") -> list[str]:
+def move_on_pool(
+    saved: Where, loaded: Where, folder: str, mutant: str = "", names=ADAMW.state_names
+) -> list[str]:
     """A job: save on one mesh and load on another. All ranks know when the file is whole."""
     build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
     with mutated(mutant):
-        spec, state = built(saved, dist.get_rank(), build(saved), blank=False)
+        spec, state = built(saved, dist.get_rank(), build(saved), False, names)
         checkpoint.save(Path(folder), state, spec, {})
     with mutated(mutant if mutant == "twin" else ""):
-        return differences(loaded, dist.get_rank(), build(loaded), folder)
+        return differences(loaded, dist.get_rank(), build(loaded), folder, names)
 
 
 def moves(pool, folder: Path, saved: Where, loaded: Where, mutant: str = "") -> None:
@@ -217,19 +224,20 @@ SPEC, SAME = declare_model(MODEL), identity_of(TEN, "text")
 
 def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
     params = init(declare_model(MODEL), MODEL.dims(), seed, layout)
-    return checkpoint.TrainState(0, 0, params, adam_init(params))
+    return checkpoint.TrainState(0, 0, params, init_state(ADAMW, SPEC, params))
 
 
 def used(layout: Layout) -> checkpoint.TrainState:
     """A state in which every tensor differs from a fresh one's."""
     state = fresh(layout)
     move = lambda tree, by: tree_map(lambda t: t + by, tree)
-    opt = replace(state.opt, step=7, m=move(state.opt.m, 0.5), v=move(state.opt.v, 0.25))
+    trees = {name: move(tree, by) for (name, tree), by in zip(state.opt.trees.items(), (0.5, 0.25))}
+    opt = replace(state.opt, step=7, trees=trees)
     return checkpoint.TrainState(7, 56, move(state.params, 1.0), opt)
 
 
-def digests(state: checkpoint.TrainState) -> tuple[str, str, str]:
-    return digest(state.params), digest(state.opt.m), digest(state.opt.v)
+def digests(state: checkpoint.TrainState) -> list[str]:
+    return [digest(tree) for tree in (state.params, *state.opt.trees.values())]
 
 
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])

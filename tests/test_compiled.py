@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import DeviceMesh
-from values import flex_on_cpu
+from values import ADAMW, flex_on_cpu
 
 import dtron.training.compiled_stage
 import dtron.training.zero3_prefetch
@@ -32,9 +32,10 @@ from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, with_compute_copies
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import UpdateScalars, apply_update, init_state, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.zero3_prefetch import Zero3Prefetch
 
@@ -246,7 +247,8 @@ def test_stages_that_gather_more_than_weights_are_put_in_order(monkeypatch, mesh
     pipe, how = one_stage(model, 1, layout), ComputeConfig(recompute="selective", cp_method=cp)
     functions = compiled(program(model, layout, how, splits=False), layout, how, backend=backend)
     params = init(pipe.spec, model.dims(), 0, layout)
-    copies = with_compute_copies(adam_init(params), params, pipe.spec, layout.compute).copies
+    opt = init_state(ADAMW, pipe.spec, params)
+    copies = with_compute_copies(opt, params, pipe.spec, layout.compute).compute_copies
     gradients(functions, copies, [make_batch(ROWS, layout)], 1, pipe, 3)
     assert max(together) > 1, together
 
@@ -267,26 +269,25 @@ def test_nothing_is_compiled_again_after_the_first_step():
 
 @pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])
 def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
-    model, config = MODEL, OptimConfig(weight_decay=0.3, eps=1e-3)
+    model, adamw = MODEL, build_optimizer(OptimConfig(weight_decay=0.3, eps=1e-3))
     spec = one_stage(model, 1, ONE).spec
     states = []
-    for rule in (None, compiled_rule("aot_eager")):
+    for optimizer in (adamw, adamw.compiled("aot_eager")):
         params = init(spec, model.dims(), 0, ONE, torch.float64)
-        opt = adam_init(params)
+        opt = init_state(optimizer, spec, params)
         for number in range(3):
             g = torch.Generator().manual_seed(number)
             draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(
                 gradients_dtype
             )
-            params, opt = adam_update(
-                tree_map(draw, params), opt, params, spec, 0.1 / (number + 1), 0.7, config, rule
-            )
+            grads, scalars = tree_map(draw, params), UpdateScalars(0.1 / (number + 1), 0.7)
+            params, opt = apply_update(optimizer, spec, params, grads, opt, scalars, ONE)
         states.append((params, opt))
     (a, a_opt), (b, b_opt) = states
     assert a_opt.step == b_opt.step == 3
     for x, y in zip(
-        (*flat(a), *flat(a_opt.m), *flat(a_opt.v)),
-        (*flat(b), *flat(b_opt.m), *flat(b_opt.v)),
+        flat((a, *a_opt.trees.values())),
+        flat((b, *b_opt.trees.values())),
         strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
@@ -312,7 +313,7 @@ def steps_on_pool(
     functions = program(m, layout, how, splits=False)
     functions = compiled(functions, layout, how, backend) if backend else functions
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
-    opt, found = adam_init(params), []
+    opt, found = init_state(ADAMW, pipe.spec, params), []
     with (
         flex_on_cpu() if path == "flex" else nullcontext()
     ):  # which forgets at its end what was compiled
@@ -323,7 +324,8 @@ def steps_on_pool(
             ]
             loss, grads, _ = gradients(functions, params, batches, 64, pipe, zero)
             found += [full(loss).item(), *(full(g).norm().item() for g in flat(grads))]
-            params, opt = adam_update(grads, opt, params, pipe.spec, 1e-2, 1 / 64, OptimConfig())
+            scalars = UpdateScalars(1e-2, 1 / 64)
+            params, opt = apply_update(ADAMW, pipe.spec, params, grads, opt, scalars, layout)
     return found
 
 

@@ -24,6 +24,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx import Graph
+from values import ADAMW
 
 import dtron.distributed.copy_engine
 import dtron.distributed.symmetric_memory
@@ -38,7 +39,7 @@ from dtron.params import flat, init
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.compiled_stage import compiled
-from dtron.training.optimizer import adam_init, with_compute_copies
+from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 from dtron.training.zero3_prefetch import Zero3Prefetch
@@ -301,10 +302,12 @@ def compiled_on_pool(
             )
             params = init(pipe.spec, BLOCK.dims(), 0, layout)
             opt, found = (
-                with_compute_copies(adam_init(params), params, pipe.spec, layout.compute),
+                with_compute_copies(
+                    init_state(ADAMW, pipe.spec, params), params, pipe.spec, layout.compute
+                ),
                 [],
             )
-            step = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3))
+            step = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3), ADAMW)
             for _ in range(3):
                 loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
                 found += [full(loss).item(), *(full(w).norm().item() for w in flat(params))]

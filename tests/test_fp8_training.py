@@ -23,8 +23,8 @@ from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.launch import plan
 from dtron.training.compiled_stage import compiled
+from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import global_norm
 from dtron.training.pipeline import one_stage, program
 
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)

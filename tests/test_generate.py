@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import one_line
 from torch import Tensor
-from values import ONE
+from values import ADAMW, ONE
 
 from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
@@ -27,7 +27,7 @@ from dtron.runtime import cli
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.testing import meshes
 from dtron.tools.generate import Decoder, check_sampling, generate, main, pick
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 
 M = ModelConfig(
@@ -224,7 +224,9 @@ def test_from_a_run_directory(tmp_path, capsys):
     spec = (declare_model(m),)
     params = init(spec, m.dims(), 0, ONE)
     cli.save(RunConfig(model=m), tmp_path / "config.json")
-    checkpoint.save(tmp_path, checkpoint.TrainState(3, 0, params, adam_init(params)), spec, {})
+    checkpoint.save(
+        tmp_path, checkpoint.TrainState(3, 0, params, init_state(ADAMW, spec, params)), spec, {}
+    )
     argv = [
         "--from",
         str(tmp_path),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import MODEL, random_rows, train
+from values import ADAMW
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention_kernels import CORES, AttentionMask, attention_reference
@@ -22,10 +23,10 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
 from dtron.params import flat, init, tree_map
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.compiled_stage import compiled
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 
@@ -216,8 +217,11 @@ def test_a_recorded_step_is_the_step(count):
     for record in (False, True):
         pipe = one_stage(MODEL, count, layout)
         params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
-        opt, functions = adam_init(params), compiled(program(MODEL, layout), layout)
-        step = TrainStep(functions, pipe, RunConfig(model=MODEL), rule=compiled_rule())
+        opt, functions = (
+            init_state(ADAMW, pipe.spec, params),
+            compiled(program(MODEL, layout), layout),
+        )
+        step = TrainStep(functions, pipe, RunConfig(model=MODEL), ADAMW.compiled())
         step = CudaGraphStep(step, "cuda") if record else step
         for number in range(8):
             rows = random_rows(config, number)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import FAMILIES, folder, model
-from values import ONE
+from values import ADAMW, ONE
 
 from dtron import checkpoint
 from dtron.hf import Source
@@ -23,7 +23,7 @@ from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import export_run
 from dtron.tools.generate import generate
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 
 hf = pytest.importorskip("transformers")
@@ -77,7 +77,9 @@ def as_run(source: Source, run_dir: Path) -> None:
     spec = (declare_model(source.model),)
     params = source.load(spec, ONE)
     cli.save(RunConfig(model=source.model), run_dir / "config.json")
-    checkpoint.save(run_dir, checkpoint.TrainState(0, 0, params, adam_init(params)), spec, {})
+    checkpoint.save(
+        run_dir, checkpoint.TrainState(0, 0, params, init_state(ADAMW, spec, params)), spec, {}
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

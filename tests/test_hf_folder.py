@@ -13,7 +13,7 @@ import torch
 from hf_models import FAMILIES, folder
 from test_hf import as_run
 from texts import one_line
-from values import ONE
+from values import ADAMW, ONE
 
 from dtron import checkpoint
 from dtron.hf import Source, keep_origin
@@ -27,7 +27,7 @@ from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import export_run
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 
 
 @pytest.fixture
@@ -204,7 +204,9 @@ def test_modules_of_multi_token_prediction(tmp_path):
     spec = (declare_model(m),)
     params = init(spec, m.dims(), 0, ONE)
     cli.save(RunConfig(model=m), tmp_path / "config.json")
-    checkpoint.save(tmp_path, checkpoint.TrainState(0, 0, params, adam_init(params)), spec, {})
+    checkpoint.save(
+        tmp_path, checkpoint.TrainState(0, 0, params, init_state(ADAMW, spec, params)), spec, {}
+    )
     export_run(tmp_path, tmp_path / "out", dtype=torch.float32)
     assert "model.layers.4.eh_proj.weight" in Reader(tmp_path / "out").entries
     plain = Source(tmp_path / "out")

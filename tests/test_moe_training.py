@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import MODEL, on_pool, train
+from values import ADAMW
 
 from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
@@ -26,7 +27,7 @@ from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.validate import check, check_dispatch
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import layers_per_stage, one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 
@@ -150,7 +151,7 @@ def test_resuming_with_another_ep(tmp_path):
     def state(layout: Layout, seed: int):
         spec = declare_model(SPARSE)
         params = init(spec, SPARSE.dims(), seed, layout)
-        return checkpoint.TrainState(3, 24, params, adam_init(params)), spec
+        return checkpoint.TrainState(3, 24, params, init_state(ADAMW, spec, params)), spec
 
     with simulated(MeshShape.parse("dp=4,ep=4")) as mesh:
         saved, spec = state(Layout(mesh, rules_for(3)), 1)

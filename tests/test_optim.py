@@ -12,25 +12,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from values import F64, ONE, SMALL, close, normal
+from values import ADAMW, F64, ONE, SMALL, close, normal
 
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
 from dtron.params import flat, init, leaves, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.grad_norm import clip_scale, global_norm
+from dtron.training.lr_schedule import learning_rate
+from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import (
-    adam_init,
-    adam_update,
-    clip_scale,
-    global_norm,
-    learning_rate,
+    UpdateScalars,
+    apply_update,
+    init_state,
+    update_weight,
     with_compute_copies,
-    written_out,
 )
 
 
 def test_adam_is_torch_adamw():
-    config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3)
+    adamw = build_optimizer(OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3))
     model = replace(SMALL, qk_norm=True, qkv_bias=True, bias=True, norm="layernorm")
     spec = declare_model(model).blocks[0]
     ours = init(spec, model.dims(), 0, ONE, F64)
@@ -42,7 +43,7 @@ def test_adam_is_torch_adamw():
         [{"params": groups[True], "weight_decay": 0.3}, {"params": groups[False], "weight_decay": 0.0}],
         betas=(0.8, 0.9), eps=1e-3,
     )  # fmt: skip
-    state = adam_init(ours)
+    state = init_state(adamw, spec, ours)
     for step in range(5):
         lr = 0.1 / (step + 1)
         grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
@@ -51,31 +52,32 @@ def test_adam_is_torch_adamw():
         for group in theirs_step.param_groups:
             group["lr"] = lr
         theirs_step.step()
-        ours, state = adam_update(grads, state, ours, spec, lr, 0.7, config)
+        ours, state = apply_update(adamw, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
 
 
-@pytest.mark.parametrize("rule", [None, written_out])
-def test_copies_are_the_masters_in_fewer_bits(rule):
+@pytest.mark.parametrize("kernel", [None, update_weight])
+def test_copies_are_the_masters_in_fewer_bits(kernel):
     """After every step, of which the third is not to move anything; and nothing else changes by
     them."""
-    spec, config = declare_model(SMALL), OptimConfig()
+    spec, adamw = declare_model(SMALL), replace(ADAMW, kernel=kernel)
     found = []
     for dtype in (None, torch.bfloat16):
         params = init(spec, SMALL.dims(), 0, ONE)
-        state = with_compute_copies(adam_init(params), params, spec, dtype)
+        state = with_compute_copies(init_state(adamw, spec, params), params, spec, dtype)
         for step in range(4):
             grads = tree_map(
                 lambda w, step=step: normal(*w.shape, seed=step).float().detach(), params
             )
             ok = torch.tensor(step != 2)
             before = [w.clone() for w in flat(params)]
-            params, state = adam_update(grads, state, params, spec, 0.1, 0.7, config, rule, ok=ok)
+            scalars = UpdateScalars(0.1, 0.7, ok)
+            params, state = apply_update(adamw, spec, params, grads, state, scalars, ONE)
             assert all(a.equal(b) != (step != 2) for a, b in zip(flat(params), before, strict=True))
             if dtype is not None:
-                of = zip(flat(state.copies), flat(params), strict=True)
+                of = zip(flat(state.compute_copies), flat(params), strict=True)
                 assert all(c.dtype == dtype and c.equal(p.to(dtype)) for c, p in of)
-        found.append([*flat(params), *flat(state.m), *flat(state.v)])
+        found.append(flat((params, *state.trees.values())))
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
@@ -113,7 +115,13 @@ def test_clipping_is_that_of_torch(limit):
     wsd_decay_ratio=st.floats(0.01, 1),
 )
 def test_learning_rate(schedule, warmup, rest, min_lr_ratio, wsd_decay_ratio):
-    config = OptimConfig(3.0, schedule, warmup, min_lr_ratio, wsd_decay_ratio)
+    config = OptimConfig(
+        lr=3.0,
+        schedule=schedule,
+        warmup=warmup,
+        min_lr_ratio=min_lr_ratio,
+        wsd_decay_ratio=wsd_decay_ratio,
+    )
     rates = [learning_rate(config, step, warmup + rest) for step in range(warmup + rest)]
     assert rates[: warmup + 1] == pytest.approx(
         [3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0]
@@ -123,7 +131,8 @@ def test_learning_rate(schedule, warmup, rest, min_lr_ratio, wsd_decay_ratio):
 
 
 def test_the_shapes_of_schedules():
-    rates = lambda name: [learning_rate(OptimConfig(1, name, 0, 0.2, 0.5), s, 5) for s in range(5)]
+    config = OptimConfig(lr=1, warmup=0, min_lr_ratio=0.2, wsd_decay_ratio=0.5)
+    rates = lambda name: [learning_rate(replace(config, schedule=name), s, 5) for s in range(5)]
     assert rates("constant") == [1] * 5
     assert rates("linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert rates("cosine") == pytest.approx(

@@ -29,8 +29,8 @@ from dtron.schedules.runner import Program, run
 from dtron.schedules.split_backward import backward, backward_input
 from dtron.testing import assert_caught
 from dtron.tools.verify import StepResult, compare, on_one_device, one_step
+from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import global_norm
 from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from values import ADAMW
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
@@ -21,7 +22,7 @@ from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
 from dtron.testing import meshes
 from dtron.tools.show import coordinates, local_range, main, picture, rows, size, total
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(
@@ -63,12 +64,12 @@ def test_the_bytes_are_those_of_real_shards(mesh, zero):
     with simulated(shape) as device_mesh:
         layout = Layout(device_mesh, rules_for(zero))
         params = init(declare_model(SMALL), SMALL.dims(), 0, layout)
-        opt = adam_init(params)
+        opt = init_state(ADAMW, declare_model(SMALL), params)
         held = lambda tree: sum(4 * _first_rank(t).numel() for t in flat(tree))
         assert total(rows(SMALL, shape, zero, compute=4)) == (
             held(params),
             held(params),
-            held(opt.m) + held(opt.v),
+            sum(map(held, opt.trees.values())),
         )
 
 

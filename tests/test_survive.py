@@ -21,6 +21,7 @@ from test_program import TINY, enter, losses, records, refused, run
 from test_training import TEN
 from texts import corpus
 from torch.distributed.checkpoint import FileSystemReader
+from values import ADAMW
 
 import train
 from dtron import checkpoint
@@ -38,8 +39,7 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group
-from dtron.training.compiled_stage import compiled_rule
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 
@@ -76,7 +76,7 @@ def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_offered(tmp_path
     params = init(pipe.spec, MODEL.dims(), 0, Layout())
     identity = {"text": "x"}
     for step in (2, 4):
-        state = checkpoint.TrainState(step, step, params, adam_init(params))
+        state = checkpoint.TrainState(step, step, params, init_state(ADAMW, pipe.spec, params))
         path = checkpoint.save(run_dir, state, pipe.spec, identity)
     file = data.draw(st.sampled_from(sorted(f for f in path.iterdir() if f.name != "meta.json")))
     place = data.draw(st.integers(0, file.stat().st_size - 1))
@@ -288,28 +288,27 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(run_dir):
 # ---- steps that are not finite
 
 
-def steps_of(rule, spoil: int | None) -> list[torch.Tensor]:
-    """Weights and moments after three updates, of which number ``spoil`` meets a loss of NaN."""
+def steps_of(optimizer, spoil: int | None) -> list[torch.Tensor]:
+    """Weights and optimizer state after three updates; the loss of update ``spoil`` is NaN."""
     layout, found = Layout(), []
     pipe = one_stage(MODEL, 2, layout)
     params = init(pipe.spec, MODEL.dims(), 0, layout)
-    opt, functions = adam_init(params), program(MODEL, layout)
+    opt, functions = init_state(optimizer, pipe.spec, params), program(MODEL, layout)
     spoiled = replace(functions, stage=lambda *a: (functions.stage(*a)[0] * math.nan, None))
     for number in range(3):
         batches = [make_batch(r, layout) for r in random_rows(TEN, number).chunk(2)]
         fn = spoiled if number == spoil else functions
-        step = TrainStep(fn, pipe, RunConfig(model=MODEL), rule=rule)
+        step = TrainStep(fn, pipe, RunConfig(model=MODEL), optimizer)
         loss, norm, _, params, opt = step(params, opt, batches, 64, 1e-2)
         assert loss.isfinite().item() == (number != spoil)
-        found.append([x.clone() for tree in (params, opt.m, opt.v) for x in flat(tree)])
+        found.append([x.clone() for tree in (params, *opt.trees.values()) for x in flat(tree)])
     assert opt.step == 3
     return found
 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_step_that_is_not_finite_moves_nothing(compile):
-    rule = compiled_rule("aot_eager") if compile else None
-    first, second, third = steps_of(rule, 1)
+    first, second, third = steps_of(ADAMW.compiled("aot_eager") if compile else ADAMW, 1)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
     assert not any(a.equal(b) for a, b in zip(second, third, strict=True))
     assert all(x.isfinite().all() for x in third)

@@ -22,8 +22,10 @@ from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.params import WeightSpec, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import adam_init, adam_update, clip_scale, global_norm
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import one_stage, program
 
 hf = pytest.importorskip("transformers")
@@ -210,7 +212,8 @@ def test_training(name):
     theirs = torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
     )
-    state, got, want = adam_init(params), [], []
+    optimizer = build_optimizer(config)
+    state, got, want = init_state(optimizer, spec, params), [], []
     for _ in range(5):
         logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
@@ -227,7 +230,8 @@ def test_training(name):
         ours = global_norm(grads) / tokens
         assert ours.item() == pytest.approx(norm.item(), rel=1e-3)
         scale = clip_scale(ours, config.max_grad_norm) / tokens
-        params, state = adam_update(grads, state, params, spec, config.lr, scale, config)
+        scalars = UpdateScalars(config.lr, scale)
+        params, state = apply_update(optimizer, spec, params, grads, state, scalars, ONE)
         got.append(loss.item())
     assert got == pytest.approx(want, rel=1e-4)
     assert all(b < a for a, b in pairwise(got)) and got[-1] < 0.9 * got[0]

@@ -12,9 +12,11 @@ from torch import Tensor
 from dtron.layers.rope import RopeConfig, frequencies
 from dtron.mesh import Layout
 from dtron.params import declare, tree_map
-from dtron.runtime.config import ModelConfig
+from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.optim_config import build_optimizer
 
 ONE, F64 = Layout(), torch.float64
+ADAMW = build_optimizer(OptimConfig())
 SMALL = ModelConfig(
     vocab=50, embed=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40, vocab_multiple=8
 )

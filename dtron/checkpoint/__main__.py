@@ -60,15 +60,17 @@ def _one(path: Path, console: Console) -> int:
     table = Table(title=f"{path.name}: step {meta['step']}, {meta['samples']} samples, {state}")
     for name in ("weight", "shape", "dtype", "parts"):
         table.add_column(name)
-    entries, total = FileSystemReader(path).read_metadata().state_dict_metadata, 0
+    entries, total, state_names = FileSystemReader(path).read_metadata().state_dict_metadata, 0, []
     for name, entry in sorted(entries.items()):
         kind, _, weight = name.partition(".")
-        if kind == "params":
+        if kind != "params":
+            state_names += [kind] * (kind not in state_names)
+        else:
             total += math.prod(entry.size)
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             table.add_row(weight, "x".join(map(str, entry.size)), dtype, str(len(entry.chunks)))
     console.print(table)
-    console.print(f"{total:,} parameters, with the first and second moment of each")
+    console.print(f"{total:,} parameters; optimizer state: {', '.join(state_names) or 'none'}")
     for name, value in meta["identity"].items():
         console.print(f"  {name} = {value}", markup=False)
     return 0 if state == "whole" else 1

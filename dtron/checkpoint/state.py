@@ -5,9 +5,10 @@ Each rank then reads back the ranges that it needs. So a run may load with anoth
 ZeRO stage than the run that saved. This needs nothing else, because weights have the same paths and
 shapes on every mesh.
 
-A checkpoint holds the weights (with the routers' balance biases), both Adam moments, the step
-number and the place in the data. It holds no state of the learning rate, which is a function of the
-step. It holds no state of a random generator: after the initial weights no random number is drawn.
+A checkpoint holds the weights (with the routers' balance biases), the trees of the optimizer's
+state, the step number and the place in the data. It holds no state of the learning rate, which is a
+function of the step. It holds no state of a random generator: after the initial weights no random
+number is drawn.
 
 files.py describes the files on disk. async_saver.py writes them while training goes on. ``python -m
 dtron.checkpoint inspect DIR`` shows a checkpoint.
@@ -33,8 +34,8 @@ from dtron.distributed.redistribute import full, local, rank, shard_like
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
-from dtron.params import WeightSpec, flat, tree_map, unflatten
-from dtron.training.optimizer import AdamState
+from dtron.params import WeightSpec, flat, tree_map, unflatten, with_specs
+from dtron.training.optimizer import OptimizerState
 
 Identity = dict[str, Any]
 
@@ -47,7 +48,7 @@ class TrainState:
     step: int
     samples: int
     params: Any
-    opt: AdamState
+    opt: OptimizerState
 
 
 def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
@@ -87,12 +88,8 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
         state = _placed(state, spec, whole)
     else:
         _fill_twins(state, spec, whole)
-    return TrainState(
-        meta["step"],
-        meta["samples"],
-        state.params,
-        AdamState(meta["updates"], state.opt.m, state.opt.v),
-    )
+    opt = OptimizerState(meta["updates"], state.opt.trees)
+    return TrainState(meta["step"], meta["samples"], state.params, opt)
 
 
 def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
@@ -154,9 +151,13 @@ def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
         ) from error
 
 
+# What a checkpoint was made with that an older version wrote, before it recorded the entry.
+_UNRECORDED: Identity = {"optim.name": "adamw"}
+
+
 def _same(path: Path, saved: Identity, now: Identity) -> None:
     for name, value in now.items():
-        was = saved.get(name)
+        was = saved.get(name, _UNRECORDED.get(name))
         if was == value:
             continue
         if name == "text":
@@ -177,7 +178,8 @@ def _same(path: Path, saved: Identity, now: Identity) -> None:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "m": state.opt.m, "v": state.opt.v}
+    """Return the trees of a checkpoint by kind: the weights and the optimizer's state."""
+    return {"params": state.params, **state.opt.trees}
 
 
 def _locals(state: TrainState) -> list[Tensor]:
@@ -192,11 +194,10 @@ def _processes() -> bool:
 def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
     """Return the tensors by kind and path. Simulated tensors are unsharded; all others keep their
     placement. The copies of a tied weight have one name."""
-    paths = [w.path for w in flat(spec)]
     named: dict[str, Tensor] = {}
     for kind, tree in _trees(state).items():
-        for path, t in zip(paths, flat(tree), strict=True):
-            named.setdefault(f"{kind}.{path}", t)
+        for w, t in with_specs(spec, tree):
+            named.setdefault(f"{kind}.{w.path}", t)
     if any(is_simulated(t) for t in _locals(state)):
         named = {name: full(t) for name, t in named.items()}
     return named
@@ -205,7 +206,7 @@ def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
 def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None:
     """Copy a tied weight where this rank holds both copies: only the first copy has been read."""
     for kind, tree in _trees(state).items():
-        for w, t in zip(flat(spec), flat(tree), strict=True):
+        for w, t in with_specs(spec, tree):
             if loaded[f"{kind}.{w.path}"] is not t:
                 local(t).copy_(local(loaded[f"{kind}.{w.path}"]))
 
@@ -215,13 +216,9 @@ def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainStat
     ``whole``."""
 
     def place(kind: str, tree: Any) -> Any:
-        pairs = zip(flat(spec), flat(tree), strict=True)
+        pairs = with_specs(spec, tree)
         return unflatten(tree, [shard_like(whole[f"{kind}.{w.path}"], t) for w, t in pairs])
 
     trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
-    return TrainState(
-        state.step,
-        state.samples,
-        trees["params"],
-        AdamState(state.opt.step, trees["m"], trees["v"]),
-    )
+    params = trees.pop("params")
+    return TrainState(state.step, state.samples, params, OptimizerState(state.opt.step, trees))

@@ -13,7 +13,7 @@ from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.renamed import dotted
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
-from dtron.training.optimizer import OptimConfig
+from dtron.training.optim_config import OptimConfig
 
 __all__ = [
     "DataConfig",
@@ -97,5 +97,10 @@ class RunConfig(StepConfig):
 
 def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
     """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
-    same = {"seed": config.seed, "data.seq_len": config.data.seq_len, "text": text}
+    same = {
+        "seed": config.seed,
+        "data.seq_len": config.data.seq_len,
+        "text": text,
+        "optim.name": config.optim.name,
+    }
     return dotted(asdict(config.model), "model.") | same

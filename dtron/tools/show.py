@@ -6,7 +6,7 @@ they fall on, its placement, its whole shape and one rank's, and the bytes one r
     parameters  the master copy, and where the ZeRO stage gathers before the microbatches (0 to 2) a copy in
                 the compute dtype, unless that is the master copy itself
     gradients   what stays between microbatches: not yet cut over dp and cp in stages 0 and 1
-    optimizer   two moments in the master's dtype
+    optimizer   the optimizer's state: for AdamW two moments in the master's dtype
 
 ``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks
 hold. Nothing is allocated and no process is started: placements follow from the rules, so this
@@ -38,6 +38,7 @@ from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
+from dtron.training.optim_config import OptimConfig, build_optimizer
 from dtron.training.pipeline import cut, layers_per_stage
 
 Placements = tuple
@@ -57,6 +58,7 @@ class ShowConfig:
     """attention over cp, for its messages"""
     svg: str | None = None
     """also draw the mesh and one block, to this file"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -119,17 +121,22 @@ def rows(
     compute: int = 2,
     master: int = 4,
     spec: Transformer | None = None,
+    optim: OptimConfig | None = None,
 ) -> list[Row]:
-    """A row for each weight of ``spec`` (None: the whole model); equal blocks share theirs. ``compute`` and
-    ``master``: bytes per element."""
+    """Return a row for each weight; equal blocks share rows.
+
+    ``compute``, ``master``: bytes per element.
+    ``spec``: the weights (None: the whole model).
+    ``optim``: the optimizer whose state is counted (None: the default one)."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     axes, sizes = list(atoms), list(atoms.values())
     first = [0] * len(axes)  # the first rank's part is never smaller than another's
-    found = []
+    found, optimizer = [], build_optimizer(optim or OptimConfig())
     for w, path, count in _grouped(spec or declare_model(model)):
         lies = place(rules_for(zero), axes, *w.axes)
         gathered = place(rules_for(0), axes, *w.axes)
-        n, n_gathered = (math.prod(local_shape(w.shape, sizes, p, first)) for p in (lies, gathered))
+        held, held_gathered = (local_shape(w.shape, sizes, p, first) for p in (lies, gathered))
+        n, n_gathered = math.prod(held), math.prod(held_gathered)
         copies = n_gathered * compute if zero < 3 and (compute != master or n != n_gathered) else 0
         found.append(
             Row(
@@ -138,10 +145,10 @@ def rows(
                 named_axes(w, shape, zero),
                 "(" + ", ".join(f"{a}: {_short(p)}" for a, p in zip(axes, lies, strict=True)) + ")",
                 w.shape,
-                local_shape(w.shape, sizes, lies, first),
+                held,
                 count * (n * master + copies),
                 count * master * (n_gathered if zero < 2 else n),
-                count * 2 * master * n,
+                count * optimizer.state_bytes(w, held, master),
             )
         )
     return found
@@ -252,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = cut(config.model, layers), 0
     for number, spec in enumerate(stages):
-        found = rows(config.model, shape, config.zero, compute, spec=spec)
+        found = rows(config.model, shape, config.zero, compute, spec=spec, optim=config.optim)
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")

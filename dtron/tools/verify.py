@@ -12,8 +12,9 @@ faults of the network or of a device; the tests repeat the comparison on real pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.config import ModelConfig
 from dtron.params import draw, flat, leaves, tree_map
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
+from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, microbatches
 from dtron.schedules.runner import Program
 from dtron.tools.count_collectives import (
@@ -41,7 +42,7 @@ from dtron.tools.count_collectives import (
 )
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import adam_init
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import pipeline
 
 TOLERANCE = 1e-9
@@ -56,8 +57,7 @@ class StepResult:
     norm: float
     grads: Any
     params: Any
-    first_moments: Any
-    second_moments: Any
+    state: dict[str, Any]
     collectives: CollectiveCounter
 
 
@@ -69,7 +69,7 @@ class Difference:
     grad: float
     weight: float
     state: float = 0.0
-    """of the optimizer's moments, the larger error of the two"""
+    """of the optimizer's state, the largest error of its trees"""
 
     @property
     def same(self) -> bool:
@@ -103,11 +103,13 @@ def one_step(
         step = build_step(config, run_plan, pipe, wrap=_guarded)
         with CollectiveCounter(mesh) as counter:
             done = [*step.gradients(params, batches)]
-        whole_grads = pipe.whole(done[1], lambda g: full(g).clone())  # the update consumes them
+        whole = partial(pipe.whole, fn=lambda x: full(x).clone())
+        whole_grads = whole(done[1])  # the update consumes them
         tokens, lr = valid_tokens(rows), config.optim.lr
-        loss, norm, _, params, opt = step.update(params, adam_init(params), done, tokens, lr)
-        whole = [pipe.whole(tree, lambda x: full(x).clone()) for tree in (params, opt.m, opt.v)]
-        return StepResult(loss.item(), norm.item(), whole_grads, *whole, counter)
+        opt = init_state(step.optimizer, pipe.spec, params)
+        loss, norm, _, params, opt = step.update(params, opt, done, tokens, lr)
+        state = {name: whole(tree) for name, tree in opt.trees.items()}
+        return StepResult(loss.item(), norm.item(), whole_grads, whole(params), state, counter)
 
 
 def _guarded(functions: Program) -> Program:
@@ -139,23 +141,30 @@ def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]
     """Return ``(relative error of the loss, errors of every weight, and last of the gradient
     norm)``. Some weights have zero gradient except for rounding (a key's bias: softmax ignores
     it). The error of such a weight is relative to a small part of the largest gradient, weight or
-    moment."""
-    floors = {"grads": 1e-6, "params": 1e-2, "first_moments": 1e-6, "second_moments": 1e-12}
-    errors = {
-        name: _errors(getattr(want, name), getattr(got, name), share)
-        for name, share in floors.items()
-    }
+    state."""
+    grads = _errors(want.grads, got.grads, 1e-6)
+    weights = _errors(want.params, got.params, 1e-2)
+    states = [_errors(want.state[name], got.state[name], 1e-6) for name in want.state]
     rows = [
-        Difference(path, grad, weight, max(m, v, key=lambda error: (error != error, error)))
-        for (path, _), grad, weight, m, v in zip(leaves(want.grads), *errors.values(), strict=True)
+        Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
+        for path in grads
     ]
     norm = abs(got.norm - want.norm) / abs(want.norm)
     return abs(got.loss - want.loss) / abs(want.loss), [*rows, Difference(NORM, norm, 0.0)]
 
 
-def _errors(want: Any, got: Any, share: float) -> list[float]:
-    floor = share * max(x.abs().max().item() for x in flat(want))
-    return [relative_error(y, x, floor) for x, y in zip(flat(want), flat(got), strict=True)]
+def _errors(want: Any, got: Any, share: float) -> dict[str, float]:
+    """Return the error of every leaf by path.
+
+    ``share``: the part of the largest value that errors are relative to, at least."""
+    found = dict(leaves(got))
+    floor = share * max((x.abs().max().item() for x in flat(want)), default=0.0)
+    return {path: relative_error(found[path], x, floor) for path, x in leaves(want)}
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """Return the largest error, or NaN if one is NaN."""
+    return max(errors, key=lambda error: (error != error, error), default=0.0)
 
 
 def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
@@ -211,6 +220,7 @@ class VerifyConfig:
     seed: int = 0
     """of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def run(self) -> RunConfig:
@@ -229,6 +239,7 @@ class VerifyConfig:
             cp_method=self.cp_method,
             zigzag=self.zigzag,
             pipeline=self.pipeline,
+            optim=self.optim,
             model=self.model,
             data=DataConfig(seq_len=self.seq_len, document_mask=self.document_mask),
         )
@@ -259,7 +270,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 0
     what = (
-        f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, moments {wrong.state:.1e})"
+        f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, state {wrong.state:.1e})"
         if wrong
         else f"loss {loss_error:.1e}"
     )
@@ -274,7 +285,7 @@ def _error_table(
         title=f"relative errors of one step on {shape} ({shape.size} ranks, zero {config.zero})"
     )
     table.add_column("")
-    for name in ("gradient", "weight", "moments"):
+    for name in ("gradient", "weight", "state"):
         table.add_column(name, justify="right")
     table.add_row("loss", f"{loss_error:.1e}", "", "")
     for r in rows:

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dtron.schedules.runner import Program
-from dtron.training.compiled_stage import compiled, compiled_rule
+from dtron.training.compiled_stage import compiled
 from dtron.training.config import RunPlan, StepConfig
 from dtron.training.cuda_graph import CudaGraphStep
+from dtron.training.optim_config import build_optimizer
 from dtron.training.pipeline import Pipeline, program
 from dtron.training.step import TrainStep
 
@@ -27,9 +28,10 @@ def build_step(
     ``backend``: of torch.compile.
     ``overlap``: collectives are moved ahead of what needs them.
     ``wrap``: what a proof or a test puts around the model's functions before they are compiled."""
-    functions, rule = wrap(program(config.model, pipe.layout, config.how, plan.splits)), None
+    functions = wrap(program(config.model, pipe.layout, config.how, plan.splits))
+    optimizer = build_optimizer(config.optim)
     if plan.compile:
         functions = compiled(functions, pipe.layout, config.how, backend, overlap, plan.gather_each)
-        rule = compiled_rule(backend)
-    step = TrainStep(functions, pipe, config, plan.gather_each, rule)
+        optimizer = optimizer.compiled(backend)
+    step = TrainStep(functions, pipe, config, optimizer, plan.gather_each)
     return CudaGraphStep(step, plan.device) if plan.cuda_graph else step

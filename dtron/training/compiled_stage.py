@@ -35,7 +35,6 @@ from dtron.params import declared, flat, gather_all, unflatten
 from dtron.rules import zero_axes
 from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import jit
-from dtron.training.optimizer import UpdateFn, adamw, written_out
 from dtron.training.zero3_prefetch import Zero3Prefetch
 
 
@@ -242,11 +241,3 @@ def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
     parts = {name: (local(x), ShardSpec.of(x)) for name, x in tensors.items()}
     return replace(batch, **dict.fromkeys(tensors)), parts
-
-
-def compiled_rule(backend: str = "inductor") -> UpdateFn:
-    """AdamW's update, compiled: see ``optimizer.written_out``. It is compiled once per shape, and a
-    transformer has a dozen shapes. (On an H200, bench-1.3b: with all weights in one graph the first
-    step took 160 s instead of 70 s, and ran no faster. With one graph for any shape every step took
-    5 ms more.)"""
-    return partial(written_out, each=jit(adamw, backend=backend))

@@ -24,7 +24,7 @@ from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
 from dtron.params import flat
 from dtron.rules import RULES, place, whole
-from dtron.training.optimizer import OptimConfig
+from dtron.training.optim_config import OptimConfig
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 

@@ -4,8 +4,8 @@ A step of 24 layers is thousands of kernels. Launching them from Python takes as
 takes to run them, or twice as long under tensor parallelism. A CUDA graph is a recording of all
 these launches with their addresses. The host launches the graph in one call
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording has three
-requirements: shapes never change, weights and moments are overwritten in place, and the host reads
-no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
+requirements: shapes never change, weights and optimizer state are overwritten in place, and the
+host reads no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
 are copied into the buffers that the recorded kernels read.
 
 Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows
@@ -26,7 +26,7 @@ from dtron.distributed.symmetric_memory import publish_weights
 from dtron.model.batch import Batch
 from dtron.params import flat, tree_map
 from dtron.training.gradients import Reports
-from dtron.training.optimizer import AdamState
+from dtron.training.optimizer import OptimizerState
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports
 from dtron.training.step import Result, TrainStep
@@ -53,7 +53,12 @@ class CudaGraphStep:
         return self._step.gradients(*args)
 
     def __call__(
-        self, params: Any, opt: AdamState, microbatches: Sequence[Batch], tokens: int, lr: float
+        self,
+        params: Any,
+        opt: OptimizerState,
+        microbatches: Sequence[Batch],
+        tokens: int,
+        lr: float,
     ) -> Result:
         numbers = torch.tensor([tokens, lr, opt.step + 1], dtype=torch.float64)
         kind = _kind(microbatches)
@@ -87,7 +92,7 @@ class CudaGraphStep:
         )
 
     def _run(
-        self, params: Any, opt: AdamState, microbatches: Sequence[Batch], numbers: Tensor
+        self, params: Any, opt: OptimizerState, microbatches: Sequence[Batch], numbers: Tensor
     ) -> Result:
         tokens, lr, number = numbers.unbind()
         return self._step(params, opt, microbatches, tokens, lr, number=number)

@@ -1,298 +1,299 @@
-"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) on local shards, global-norm clipping,
-learning-rate schedules.
+"""What an optimizer is, and what every optimizer is served with.
 
-The update is elementwise, so it does not depend on sharding: it runs on each rank's local shards in
-one fused kernel for the whole tree. Only the gradient norm communicates. Each rank sums the squares
-of its gradients; each square is divided by the number of ranks that hold the same element. One
-all-reduce per mesh axis then gives the exact global norm.
+An optimizer is a frozen dataclass whose fields are its options. It has three functions (the
+protocol ``Optimizer``): ``init`` makes its state, ``update`` takes one step, and ``state_bytes``
+counts memory. Its state is a dict of trees by name, such as ``{"m": ..., "v": ...}``. Checkpoints,
+``dtron.show`` and ``dtron.verify`` iterate over these names. An optimizer is chosen by its name in
+``optim_config.OPTIMIZERS``.
+
+An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
+``rule``, pure arithmetic on one weight. It does not depend on sharding: it runs on each rank's
+local shards. It runs eagerly, or compiled into one kernel per weight.
 
 The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
 optimizer state keeps a copy of every weight in the compute dtype. The update writes it in the same
 pass as the master. Otherwise each step would read all masters again just to cast them: 4 of the 32
-bytes that a step moves per weight.
+bytes that a step of AdamW moves per weight.
 
-``adam_update`` overwrites its arguments in place, as if donated: gradients, params and state.
+Every update keeps three promises, so that a step can be recorded as a CUDA graph (cuda_graph.py)
+and a bad step does no harm:
+
+* It overwrites params and state in place. It may overwrite gradients.
+* The host waits for no number: ``UpdateScalars`` may be tensors.
+* If ``ok`` is false, nothing changes (``overwrite``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
-from dtron.bounds import from_to, under
-from dtron.distributed.redistribute import cast, full, local
-from dtron.distributed.simulated_ranks import is_simulated
+from dtron.distributed.redistribute import cast, local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
-from dtron.errors import UserError
-from dtron.params import flat, tree_map, unflatten
+from dtron.mesh import Layout
+from dtron.params import WeightSpec, flat, tree_map, unflatten
+from dtron.torch_compile import jit
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning rate."""
-
-    lr: float = 1e-3
-    """learning rate after warm-up"""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """after warm-up: constant; down to min_lr_ratio * lr by the last step, linearly or as a cosine;
-    wsd stays, then decays"""
-    warmup: int = 20
-    """steps from 0 to lr"""
-    min_lr_ratio: float = 0.1
-    """the last step's rate, as a share of lr"""
-    wsd_decay_ratio: float = 0.2
-    """wsd: the share of steps that decay at the end"""
-    beta1: float = 0.9
-    """decay of the first moment"""
-    beta2: float = 0.95
-    """decay of the second moment"""
-    eps: float = 1e-8
-    """added to the second moment's root"""
-    weight_decay: float = 0.1
-    """of matrices; norms and biases have none"""
-    max_grad_norm: float = 1.0
-    """largest global gradient norm; 0: do not clip"""
-
-    def __post_init__(self) -> None:
-        inf = float("inf")
-        from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
-        under(self, "optim", {"beta1": 1, "beta2": 1})
-        under(
-            self,
-            "optim",
-            {name: inf for name in ("lr", "warmup", "eps", "weight_decay", "max_grad_norm")},
-        )
-        if self.eps == 0:
-            raise UserError(
-                "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
-            )
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """The state of AdamW.
+class OptimizerState:
+    """The state of an optimizer.
 
     ``step``: the number of updates.
-    ``m``, ``v``: first and second moments, trees like the params.
-    ``copies``: the params in the compute dtype, or None if that is their own dtype. A checkpoint
-    does not contain them."""
+    ``trees``: the trees of the optimizer, by name. A tree is shaped like the params; it may lack
+        weights (None), and a leaf may have another shape than its weight.
+    ``compute_copies``: the params in the compute dtype, or None if that is their own dtype. A
+        checkpoint does not contain them."""
 
     step: int
-    m: Any
-    v: Any
-    copies: Any = None
+    trees: dict[str, Any]
+    compute_copies: Any = None
 
 
-def adam_init(params: Any) -> AdamState:
-    return AdamState(0, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
+@dataclass(frozen=True)
+class UpdateScalars:
+    """The numbers of one update. Each may be a tensor on the device.
+
+    ``lr``: the learning rate.
+    ``scale``: the factor of the gradients: clipping, and the division by the number of tokens.
+    ``ok``: if false, no weight and no state changes, but the update is counted. None: true.
+    ``step``: the number of this update, from 1. None: one more than the state's."""
+
+    lr: float | Tensor
+    scale: float | Tensor = 1.0
+    ok: Tensor | None = None
+    step: int | Tensor | None = None
+
+
+class Optimizer(Protocol):
+    """The functions of an optimizer. Subclass it for an update that is not elementwise: such an
+    update may communicate, and may treat weights by their logical axes (``WeightSpec.axes``)."""
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        """Make the trees of the state, by name.
+
+        ``spec``: the declared tree, with a ``WeightSpec`` for each weight."""
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        """Take one step and return params and state, overwritten in place. The compute copies of
+        the state are written too. Frozen weights stay.
+
+        ``scalars``: here ``scale`` and ``ok`` are tensors, and ``step`` is not None.
+        ``layout``: the mesh, for updates that communicate."""
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        """Return the bytes of state that a rank holds for its shard of a weight.
+
+        ``shape``: the shape of the shard.
+        ``element``: the bytes of an element of the master weight."""
+
+    def compiled(self, backend: str = "inductor") -> Optimizer:
+        """Return the same optimizer with its arithmetic compiled. Without this function the update
+        stays eager."""
+        return self
+
+
+class DeviceScalars(NamedTuple):
+    """The numbers of an elementwise update, as tensors on the device of the weights.
+
+    ``terms``: ``ElementwiseOptimizer.step_terms``."""
+
+    lr: Tensor
+    scale: Tensor
+    ok: Tensor
+    terms: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ElementwiseOptimizer(Optimizer):
+    """The base of optimizers that update each element of a weight by itself. A subclass has
+    ``state_names`` and ``rule``, and what else it wants.
+
+    ``kernel``: ``update_weight``, compiled. None: ``fused`` where there is one, else eager."""
+
+    kernel: Callable[..., None] | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """the names of the state's trees, each like the params"""
+
+    fused: ClassVar[Callable[..., None] | None] = None
+    """a method ``fused(w, g, state, scalars)`` that updates lists of weights at once, in place,
+    with a kernel of torch; ``state`` has a list for each of ``state_names``"""
+
+    def rule(
+        self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the new weight and its new state. Nothing is overwritten here.
+
+        ``g``: the gradient, scaled, in the dtype of the weight.
+        ``state``: the weight's state, in the order of ``state_names``.
+        ``terms``: the result of ``step_terms``."""
+        raise NotImplementedError
+
+    def step_terms(self, step: Tensor) -> tuple[Tensor, ...]:
+        """Return what the rule needs of the step's number (from 1). It is computed once a step, and
+        not in the kernel of each weight."""
+        return ()
+
+    def for_weight(self, w: WeightSpec) -> Self:
+        """Return the optimizer with the options of one weight, chosen by its declaration. Weights
+        with equal options are updated together."""
+        return self
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        return {name: tree_map(torch.zeros_like, params) for name in self.state_names}
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        return len(self.state_names) * math.prod(shape) * element
+
+    def compiled(self, backend: str = "inductor") -> Self:
+        """The kernel is compiled once per shape, and a transformer has a dozen shapes. (On an H200,
+        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and ran
+        no faster. With one graph for any shape every step took 5 ms more.)"""
+        return replace(self, kernel=jit(update_weight, backend=backend))
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        groups: dict[Self, list[int]] = {}
+        for i, w in enumerate(flat(spec)):
+            if not w.frozen:
+                groups.setdefault(self.for_weight(w), []).append(i)
+        weights, grads = flat(params), flat(grads)
+        trees = [flat(state.trees[name]) for name in self.state_names]
+        copies = flat(state.compute_copies) or [None] * len(weights)
+        for optimizer, chosen in groups.items():
+            pick = lambda xs, chosen=chosen: [
+                None if xs[i] is None else local(xs[i]) for i in chosen
+            ]
+            optimizer._update_group(
+                pick(weights), pick(grads), [*map(pick, trees)], pick(copies), scalars
+            )
+        return params, state
+
+    def _update_group(
+        self,
+        w: list[Tensor],
+        g: list[Tensor],
+        state: list[list[Tensor]],
+        copies: list[Tensor | None],
+        scalars: UpdateScalars,
+    ) -> None:
+        """Update lists of local tensors in place."""
+        if self.kernel is None and self.fused is not None:
+            self.fused(w, g, state, scalars)
+            pairs = [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]
+            if pairs:
+                torch._foreach_copy_(*zip(*pairs, strict=True))
+            return
+        kernel = self.kernel or update_weight
+        lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
+        numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
+        w, g, copies, *state = ([*map(_plain, xs)] for xs in (w, g, copies, *state))
+        states = zip(*state, strict=True) if state else repeat(())
+        for x, dx, mine, copy in zip(w, g, states, copies):
+            kernel(self, x, dx, mine, copy, numbers)
+
+
+def update_weight(
+    optimizer: ElementwiseOptimizer,
+    w: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    copy: Tensor | None,
+    scalars: DeviceScalars,
+) -> None:
+    """Update one weight in place. Compiled, it is one kernel, which takes gradients in any dtype:
+    no gradient has to be cast before.
+
+    ``copy``: the weight in the compute dtype, or None."""
+    g = g.to(w.dtype) * scalars.scale
+    new_w, new_state = optimizer.rule(w, g, state, scalars.lr, *scalars.terms)
+    overwrite((w, *state), (new_w, *new_state), scalars.ok)
+    if copy is not None:
+        copy.copy_(w)
+
+
+def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
+    """Overwrite tensors with their new values, unless ``ok`` is false. (A multiplication by 0 would
+    not do: NaN times 0 is NaN.)"""
+    for x, y in zip(old, new, strict=True):
+        x.copy_(torch.where(ok, y, x))
+
+
+def _like(scale: Tensor, x: float | Tensor) -> Tensor:
+    return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    """View a tensor with at most two dims, so that fewer shapes are compiled."""
+    return x if x is None or x.ndim < 3 else x.flatten(1)
+
+
+def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
+    """Return the state before the first update. Raises ValueError if a tree has a name that a
+    checkpoint cannot store."""
+    trees = optimizer.init(spec, params)
+    for name in trees:
+        if name == "params" or "." in name:  # a checkpoint calls a tensor NAME.PATH
+            raise ValueError(f"a tree of {type(optimizer).__name__} is called {name!r}; rename it")
+    return OptimizerState(0, trees)
 
 
 def with_compute_copies(
-    state: AdamState, params: Any, spec: Any, dtype: torch.dtype | None
-) -> AdamState:
+    state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
+) -> OptimizerState:
     """The state with copies of the params in ``dtype`` (None: without copies). If copy engines
     all-gather the weights, the copies are in symmetric memory, where other ranks can read them
     (distributed/symmetric_memory.py). Frozen weights are not cast."""
     if dtype is None:
-        return replace(state, copies=None)
+        return replace(state, compute_copies=None)
     copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    return replace(
-        state, copies=unflatten(params, to_symmetric_memory(flat(tree_map(copy, spec, params))))
-    )
+    copies = to_symmetric_memory(flat(tree_map(copy, spec, params)))
+    return replace(state, compute_copies=unflatten(params, copies))
 
 
-UpdateFn = Callable[..., None]
-
-
-def adam_update(
-    grads: Any,
-    state: AdamState,
-    params: Any,
+def apply_update(
+    optimizer: Optimizer,
     spec: Any,
-    lr: float | Tensor,
-    scale: float | Tensor,
-    config: OptimConfig,
-    rule: UpdateFn | None = None,
-    number: Tensor | None = None,
-    ok: Tensor | None = None,
-) -> tuple[Any, AdamState]:
-    """One AdamW step with ``grads * scale``.
-
-    ``spec``: the declared tree. It says which weights decay, and which are frozen.
-    ``lr``, ``scale``: numbers or tensors.
-    ``rule``: the update of lists of local tensors. None: ``fused``; or ``written_out``, compiled.
-    ``number``: the number of this update, as a tensor; None: one more than ``state.step``.
-    ``ok``: if false, no weight and no moment changes, but the update is counted.
-
-    Tensors among these arguments stay on the device: the host does not wait for them."""
-    step, rule = state.step + 1, rule or fused
-    decays = [None if w.frozen else w.decays for w in flat(spec)]
-    trees = [flat(tree) for tree in (params, grads, state.m, state.v)]
-    trees.append([None] * len(decays) if state.copies is None else flat(state.copies))
-    for wanted in (True, False):
-        chosen = ([x for x, d in zip(xs, decays, strict=True) if d is wanted] for xs in trees)
-        p, g, m, v, c = ([x if x is None else local(x) for x in xs] for xs in chosen)
-        if p:
-            factor = torch.as_tensor(scale, dtype=p[0].dtype, device=p[0].device)
-            decay = config.weight_decay if wanted else 0.0
-            sure = torch.ones((), dtype=torch.bool, device=p[0].device) if ok is None else ok
-            rule(p, g, m, v, c, step if number is None else number, lr, factor, sure, decay, config)
-    publish_weights(flat(params))
-    return params, replace(state, step=step)
-
-
-def fused(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    c: list[Tensor | None],
-    step: int,
-    lr: float,
-    scale: Tensor,
-    ok: Tensor,
-    weight_decay: float,
-    config: OptimConfig,
-) -> None:
-    """Update all weights at once with torch's fused AdamW kernel."""
-    # The kernel ignores strides, and the gradient of an uneven shard is a slice of its padded
-    # buffer. And the kernel divides gradients (``grad_scale``) in float32 only.
-    g = [x.to(y.dtype).contiguous() for x, y in zip(g, p, strict=True)]
-    divides = p[0].dtype == torch.float32 and not is_simulated(p[0])
-    if not divides:
-        torch._foreach_mul_(g, scale)
-    torch._fused_adamw_(
-        p, g, m, v, [], [torch.full((), float(step), device=x.device) for x in p],
-        lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=weight_decay, eps=config.eps,
-        amsgrad=False, maximize=False, grad_scale=1 / scale if divides else None,
-        found_inf=(~ok).to(torch.float32),
-    )  # fmt: skip
-    pairs = [(y, x) for y, x in zip(c, p, strict=True) if y is not None]
-    if pairs:
-        torch._foreach_copy_(*zip(*pairs, strict=True))
-
-
-def written_out(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    c: list[Tensor | None],
-    step: int | Tensor,
-    lr: float | Tensor,
-    scale: Tensor,
-    ok: Tensor,
-    weight_decay: float,
-    config: OptimConfig,
-    each: Callable | None = None,
-) -> None:
-    """The same update as ``fused``, written out (algorithm 2 of the paper).
-
-    ``each``: ``adamw``, compiled. Then the update is one kernel per weight and takes gradients in
-    any dtype, so no gradient has to be cast before."""
-    here = lambda x: x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
-    rate, corrected = here(lr), here(step)
-    c1, c2 = 1 - config.beta1**corrected, 1 - config.beta2**corrected
-    rest = (rate, scale, ok, c1, c2, weight_decay, config.beta1, config.beta2, config.eps)
-    # At most two dims, so that fewer shapes are compiled.
-    plain = lambda x: x if x is None or x.ndim < 3 else x.flatten(1)
-    for one in zip(p, g, m, v, c, strict=True):
-        (each or adamw)(*map(plain, one), *rest)
-
-
-def adamw(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    c: Tensor | None,
-    lr: Tensor,
-    scale: Tensor,
-    ok: Tensor,
-    c1: Tensor,
-    c2: Tensor,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """AdamW's arithmetic for one weight, in place.
-
-    ``c``: the copy of ``p`` in the compute dtype, or None.
-    ``ok``: if false, nothing changes.
-    ``c1``, ``c2``: the bias corrections of the moments."""
-    g = g.to(p.dtype) * scale
-    m_new = beta1 * m + (1 - beta1) * g
-    v_new = beta2 * v + (1 - beta2) * g * g
-    p_new = p * (1 - lr * weight_decay) - lr * (m_new / c1) / ((v_new / c2).sqrt() + eps)
-    for old, new in ((p, p_new), (m, m_new), (v, v_new)):
-        old.copy_(torch.where(ok, new, old))
-    if c is not None:
-        c.copy_(p)
-
-
-def global_norm(
-    grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """The Euclidean norm of the whole gradient, exact on every mesh. It is a scalar on the device,
-    and the host does not wait for it. It is float64 if the gradients are float64.
-
-    ``spec``: the declared tree. With it, twins are not counted.
-    ``over_stages``: sums a number over the pipeline ranks."""
-    twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
-    counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
-    wide = torch.promote_types(counted[0].dtype, torch.float32)
-    norms = _norms([local(g) for g in counted], wide)
-    mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
-    if mesh is None:
-        return over_stages(torch.stack(norms).square().sum()).sqrt()
-    held = [  # the number of ranks that hold the same shard
-        math.prod(n for n, p in zip(mesh.shape, g.placements, strict=True) if not p.is_shard())
-        for g in counted
-    ]
-    # Python scalars, because a copy of numbers to the device would make the host wait for it.
-    torch._foreach_div_(norms, [math.sqrt(n) for n in held])
-    total = torch.stack(norms).square().sum()
-    return over_stages(
-        full(DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False))
-    ).sqrt()
-
-
-def _norms(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The norm of each gradient, with one ``_foreach_norm`` kernel per dtype. A list of several
-    dtypes would launch one kernel per gradient."""
-    found: dict[int, Tensor] = {}
-    for kind in {g.dtype: None for g in grads}:
-        where = [i for i, g in enumerate(grads) if g.dtype == kind]
-        found |= zip(where, torch._foreach_norm([grads[i] for i in where], 2, dtype), strict=True)
-    return [found[i] for i in range(len(grads))]
-
-
-def clip_scale(norm: Tensor, limit: float) -> Tensor:
-    """The factor that scales gradients of this norm to a norm of at most ``limit``; 0: no limit."""
-    return (limit / norm).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then the
-    schedule. The schedule reaches ``min_lr_ratio * lr`` on the last step."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    after = max(steps - config.warmup - 1, 1)
-    done = min((step - config.warmup) / after, 1.0)
-    match config.schedule:
-        case "constant":
-            share = 1.0
-        case "linear":
-            share = 1 - done
-        case "cosine":
-            share = 0.5 * (1 + math.cos(math.pi * done))
-        case "wsd":
-            share = min(1.0, (1 - done) / config.wsd_decay_ratio) if config.wsd_decay_ratio else 1.0
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+    params: Any,
+    grads: Any,
+    state: OptimizerState,
+    scalars: UpdateScalars,
+    layout: Layout,
+) -> tuple[Any, OptimizerState]:
+    """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
+    All ranks are told that the weights have been written."""
+    weights = flat(params)
+    first, ok = local(weights[0]), scalars.ok
+    scalars = replace(
+        scalars,
+        scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),
+        ok=torch.ones((), dtype=torch.bool, device=first.device) if ok is None else ok,
+        step=state.step + 1 if scalars.step is None else scalars.step,
+    )
+    params, state = optimizer.update(spec, params, grads, state, scalars, layout)
+    publish_weights(weights)
+    return params, replace(state, step=state.step + 1)

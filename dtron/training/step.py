@@ -5,7 +5,7 @@ These five lines are training:
     total, grads, reports = gradients(functions, weights, microbatches, ...)    # forward and backward
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.max_grad_norm) / tokens
-    params, opt = adam_update(grads, opt, params, pipe.spec, lr, scale, ...)
+    params, opt = apply_update(optimizer, spec, params, grads, opt, UpdateScalars(lr, scale), layout)
     params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
 
 The first is ``TrainStep.gradients``, the others are ``TrainStep.update``.
@@ -27,12 +27,13 @@ from dtron.distributed.redistribute import full
 from dtron.model.batch import Batch
 from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
+from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
-from dtron.training.optimizer import AdamState, UpdateFn, adam_update, clip_scale, global_norm
+from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars, apply_update
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports, expert_totals, mtp_losses, update_router_bias
 
-Result = tuple[Tensor, Tensor, StepReports, Any, AdamState]
+Result = tuple[Tensor, Tensor, StepReports, Any, OptimizerState]
 Look = Callable[[int, int, list[Tensor | None]], None]
 
 
@@ -41,14 +42,14 @@ class TrainStep:
     """A step of the stages of this process.
 
     ``functions``: the model, eager or compiled.
-    ``rule``: AdamW's arithmetic, compiled; None: torch's fused kernel.
+    ``optimizer``: eager or compiled; the one of ``config``.
     ``gather_each``: ZeRO-3 unshards weights in every block and microbatch, and not once a step."""
 
     functions: Program
     pipe: Pipeline
     config: StepConfig
+    optimizer: Optimizer
     gather_each: bool = True
-    rule: UpdateFn | None = None
 
     def gradients(
         self, weights: Any, microbatches: Sequence[Batch], look: Look | None = None
@@ -62,7 +63,7 @@ class TrainStep:
     def __call__(
         self,
         params: Any,
-        opt: AdamState,
+        opt: OptimizerState,
         microbatches: Sequence[Batch],
         tokens: int | Tensor,
         lr: float | Tensor,
@@ -76,7 +77,7 @@ class TrainStep:
 
         Loss and norm are scalars that nobody has waited for. A step whose loss or norm is not
         finite moves no weight."""
-        weights = params if opt.copies is None else opt.copies
+        weights = params if opt.compute_copies is None else opt.compute_copies
         # No variable here holds the gradients: ``update`` frees them.
         return self.update(
             params, opt, [*self.gradients(weights, microbatches)], tokens, lr, number
@@ -85,7 +86,7 @@ class TrainStep:
     def update(
         self,
         params: Any,
-        opt: AdamState,
+        opt: OptimizerState,
         done: list,
         tokens: int | Tensor,
         lr: float | Tensor,
@@ -102,8 +103,9 @@ class TrainStep:
         norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
         scale = clip_scale(norm, config.max_grad_norm) / tokens
         ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
-        params, opt = adam_update(
-            grads, opt, params, pipe.spec, lr, scale, config, self.rule, number, ok
+        scalars = UpdateScalars(lr, scale, ok, number)
+        params, opt = apply_update(
+            self.optimizer, pipe.spec, params, grads, opt, scalars, pipe.layout
         )
         del grads
         params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)

@@ -1,0 +1,85 @@
+"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dtron.bounds import under
+from dtron.distributed.simulated_ranks import is_simulated
+from dtron.errors import UserError
+from dtron.params import WeightSpec
+from dtron.training.optimizer import ElementwiseOptimizer, UpdateScalars
+
+
+@dataclass(frozen=True)
+class AdamW(ElementwiseOptimizer):
+    """AdamW: ``m`` and ``v`` are the first and the second moment of the gradient.
+
+    ``beta1``, ``beta2``: the decays of the moments.
+    ``eps``: added to the second moment's root.
+    ``weight_decay``: of matrices; norms and biases have none.
+
+    ``OptimConfig`` has these options as flags, with their defaults."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+    state_names = ("m", "v")
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        under(self, "optim", {"beta1": 1, "beta2": 1, "eps": inf, "weight_decay": inf})
+        if self.eps == 0:
+            raise UserError(
+                "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
+            )
+
+    def for_weight(self, w: WeightSpec) -> Self:
+        return self if w.decays else replace(self, weight_decay=0.0)
+
+    def step_terms(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the bias corrections of the moments."""
+        return 1 - self.beta1**step, 1 - self.beta2**step
+
+    def rule(
+        self,
+        w: Tensor,
+        g: Tensor,
+        state: tuple[Tensor, ...],
+        lr: Tensor,
+        c1: Tensor,
+        c2: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Algorithm 2 of the paper.
+
+        ``c1``, ``c2``: the bias corrections of the moments."""
+        m, v = state
+        m = self.beta1 * m + (1 - self.beta1) * g
+        v = self.beta2 * v + (1 - self.beta2) * g * g
+        w = w * (1 - lr * self.weight_decay) - lr * (m / c1) / ((v / c2).sqrt() + self.eps)
+        return w, (m, v)
+
+    def fused(
+        self, w: list[Tensor], g: list[Tensor], state: list[list[Tensor]], scalars: UpdateScalars
+    ) -> None:
+        """Update all weights at once with torch's fused AdamW kernel."""
+        m, v = state
+        # The kernel ignores strides, and the gradient of an uneven shard is a slice of its padded
+        # buffer. And the kernel divides gradients (``grad_scale``) in float32 only.
+        g = [x.to(y.dtype).contiguous() for x, y in zip(g, w, strict=True)]
+        divides = w[0].dtype == torch.float32 and not is_simulated(w[0])
+        if not divides:
+            torch._foreach_mul_(g, scalars.scale)
+        torch._fused_adamw_(
+            w, g, m, v, [], [torch.full((), float(scalars.step), device=x.device) for x in w],
+            lr=scalars.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay,
+            eps=self.eps, amsgrad=False, maximize=False,
+            grad_scale=1 / scalars.scale if divides else None,
+            found_inf=(~scalars.ok).to(torch.float32),
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The optimizers by name, and the flags of the optimizer and of its learning rate."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from dtron.bounds import from_to, under
+from dtron.errors import UserError
+from dtron.training.adamw import AdamW
+from dtron.training.optimizer import Optimizer
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: str = "adamw"
+    """which optimizer, of those in training/optim_config.py"""
+    options: str = ""
+    """options that only this optimizer has, as momentum=0.9,nesterov=true"""
+    lr: float = 1e-3
+    """learning rate after warm-up"""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """after warm-up: constant; down to min_lr_ratio * lr by the last step, linearly or as a cosine;
+    wsd stays, then decays"""
+    warmup: int = 20
+    """steps from 0 to lr"""
+    min_lr_ratio: float = 0.1
+    """the last step's rate, as a share of lr"""
+    wsd_decay_ratio: float = 0.2
+    """wsd: the share of steps that decay at the end"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the second moment's root"""
+    weight_decay: float = 0.1
+    """of matrices; norms and biases have none"""
+    max_grad_norm: float = 1.0
+    """largest global gradient norm; 0: do not clip"""
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
+        under(self, "optim", {name: inf for name in ("lr", "warmup", "max_grad_norm")})
+        build_optimizer(self)  # which checks the options
+
+
+def build_optimizer(config: OptimConfig) -> Optimizer:
+    """Return the optimizer that the flags name. An option of the optimizer (a field of its class)
+    has the value of the flag of the same name; if there is none, ``options`` gives the value.
+
+    Raises UserError for a name or an option that does not exist."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name={config.name}: there is no such optimizer; use {' or '.join(OPTIMIZERS)}"
+        )
+    chosen, flags = OPTIMIZERS[config.name], {f.name for f in fields(config)}
+    names = [f.name for f in fields(chosen) if f.compare]  # a compiled kernel is not an option
+    values = {name: getattr(config, name) for name in names if name in flags}
+    return chosen(**values, **_options(config, [name for name in names if name not in flags]))
+
+
+def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
+    types, values = typing.get_type_hints(OPTIMIZERS[config.name]), {}
+    for part in filter(None, config.options.split(",")):
+        name, _, text = (word.strip() for word in part.partition("="))
+        if name not in names:
+            has = f"has {', '.join(names)}" if names else "has none"
+            raise UserError(
+                f"optim.options={config.options}: {config.name} has no option {name!r} beside the flags; "
+                f"it {has}"
+            )
+        try:
+            values[name] = _PARSERS[types[name]](text)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"optim.options={config.options}: {name} must be a {types[name].__name__}, not {text!r}; "
+                "change it"
+            ) from None
+    return values
+
+
+_PARSERS = {
+    int: int,
+    float: float,
+    str: str,
+    bool: {"true": True, "false": False}.__getitem__,
+}
