@@ -47,17 +47,19 @@ def block_bytes(
     recompute: str,
     element: int = 2,
     chunk: int | None = None,
+    layer: int = 0,
 ) -> int:
     """Return the bytes that one block keeps for backward.
 
     ``tokens``: tokens of all cp and tp ranks together.
     ``chunk``: tokens of a rank that its MLP processes at once (None: all).
+    ``layer``: the index of the block, which chooses its mixer.
     """
     u = tokens // shape.cp
     t = u // shape.tp
     if recompute == "full":
         return element * t * m.embed
-    heads = u * (m.heads + _kv_heads(m)) * sum(m.head_dims) // shape.tp
+    mixer = m.mixer(m.letter(layer)).activation_bytes(shape, tokens, element)
     products = (3 if m.activation in ("swiglu", "geglu") else 2) - (recompute == "selective")
     residuals = (1 if recompute == "selective" else 2) * t * m.embed
     c = m.moe
@@ -65,23 +67,7 @@ def block_bytes(
         mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
     else:
         mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
-    return element * (residuals + 2 * u * m.embed + heads + mlp) + 4 * u * m.heads // shape.tp
-
-
-def message_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, cp: Method, element: int = 2
-) -> int:
-    """Return the peak bytes of messages in attention over cp."""
-    if shape.cp == 1:
-        return 0
-    u = tokens // shape.cp
-    kv = element * u * _kv_heads(m) * sum(m.head_dims) // shape.tp
-    q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and outputs
-    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp]
-
-
-def _kv_heads(m: ModelConfig) -> int:
-    return m.heads if m.latent else m.kv_heads
+    return element * (residuals + 2 * u * m.embed + mlp) + mixer
 
 
 def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) -> int:
@@ -98,14 +84,19 @@ def activation_bytes(
 
     ``layers``: number of layers of each stage.
     """
-    one = block_bytes(m, shape, tokens, recompute)
-    kept = max(n * one * (shape.pp - s) for s, n in enumerate(layers))
-    chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
-    gradients = block_bytes(m, shape, tokens, "none", chunk=chunk)
-    again = gradients if recompute == "full" else 0
-    return kept + max(
-        again + gradients + message_bytes(m, shape, tokens, cp), loss_bytes(m, shape, tokens)
+    ones = [block_bytes(m, shape, tokens, recompute, layer=i) for i in range(m.layers)]
+    starts = [sum(layers[:s]) for s in range(len(layers))]
+    kept = max(
+        sum(ones[start : start + n]) * (shape.pp - s)
+        for s, (start, n) in enumerate(zip(starts, layers, strict=True))
     )
+    chunk = mlp_chunk_tokens(recompute, tokens // shape.cp, m.mlp // shape.tp)
+    gradients = max(
+        block_bytes(m, shape, tokens, "none", chunk=chunk, layer=i) for i in range(m.layers)
+    )
+    again = gradients if recompute == "full" else 0
+    messages = max(mixer.message_bytes(shape, tokens, cp, element=2) for mixer in m.mixers)
+    return kept + max(again + gradients + messages, loss_bytes(m, shape, tokens))
 
 
 def table(

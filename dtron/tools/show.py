@@ -238,8 +238,10 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, ShowConfig(), prog="python -m dtron.show")
     shape = MeshShape.parse(config.mesh)
-    unit = sequence_unit(shape, zigzag=True)
-    check(replace(config.model, context=max(unit, config.model.context)), shape, unit, config.cp)
+    zigzag = config.model.token_order(config.cp) == "zigzag"
+    unit = sequence_unit(shape, zigzag)
+    model = replace(config.model, context=max(unit, config.model.context))
+    check(model, shape, unit, config.cp, zigzag)
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
