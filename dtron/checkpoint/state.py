@@ -154,9 +154,13 @@ def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
         ) from error
 
 
+# Fields that older checkpoints lack, each with the value that their models have.
+_ADDED = {"model.pattern": "A"}
+
+
 def _same(path: Path, saved: Identity, now: Identity) -> None:
     for name, value in now.items():
-        was = saved.get(name)
+        was = saved.get(name, _ADDED.get(name))
         if was == value:
             continue
         if name == "text":
