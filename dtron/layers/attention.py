@@ -233,7 +233,7 @@ class AttentionMixer(Mixer):
                 f"model.head_dim={m.head_dim}: rotary positions turn pairs; make it even"
             )
 
-    def check_mesh(self, mesh: MeshShape, method: Method) -> None:
+    def check_mesh(self, mesh: MeshShape, sequence: int, method: Method) -> None:
         for axis in dict.fromkeys(("heads", self.kv_axis)):
             divides(f"model.{axis}", getattr(self.model, axis), "tp", mesh.tp)
         size, both = self.kv_heads, mesh.tp * mesh.cp

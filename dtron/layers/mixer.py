@@ -124,8 +124,9 @@ class Mixer:
     def check_model(self) -> None:
         """Raise UserError if the model's config does not fit this mixer."""
 
-    def check_mesh(self, mesh: MeshShape, method: Method) -> None:
-        """Raise UserError if the mesh or the attention method does not fit this mixer."""
+    def check_mesh(self, mesh: MeshShape, sequence: int, method: Method) -> None:
+        """Raise UserError if the mesh, the sequence length or the attention method does not fit
+        this mixer."""
 
     def check_kernel(self, path: AttentionPath, dtype: torch.dtype, device: str) -> None:
         """Raise UserError if the requested attention kernels do not support this mixer."""

@@ -26,7 +26,7 @@ def check(
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
     for mixer in model.mixers:
-        mixer.check_mesh(mesh, cp)
+        mixer.check_mesh(mesh, sequence, cp)
     if dense:
         divides("model.mlp", model.mlp, "tp", mesh.tp)
     order = "zigzag" if zigzag else "contiguous"

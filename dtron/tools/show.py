@@ -240,8 +240,9 @@ def main(argv: Sequence[str]) -> int:
     shape = MeshShape.parse(config.mesh)
     zigzag = config.model.token_order(config.cp) == "zigzag"
     unit = sequence_unit(shape, zigzag)
-    model = replace(config.model, context=max(unit, config.model.context))
-    check(model, shape, unit, config.cp, zigzag)
+    sequence = memory_estimate.sequences(unit)[0]
+    model = replace(config.model, context=max(sequence, config.model.context))
+    check(model, shape, sequence, config.cp, zigzag)
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
