@@ -361,13 +361,12 @@ def test_a_compiled_stage():
 
 
 def test_the_recipe_is_this_file():
-    """Every piece of code of the recipe in CONTRIBUTING is in this file."""
-    root = Path(__file__).parents[1]
-    section = (
-        (root / "CONTRIBUTING.md").read_text().split("## Add a layer type")[1].split("\n## ")[0]
-    )
+    """Every piece of code of the recipe in CONTRIBUTING is in this file. The formatter indents and
+    wraps methods differently there."""
+    recipe = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    section = recipe.split("## Add a layer type")[1].split("\n## ")[0]
     pieces = re.findall(r"```python\n(.*?)```", section, re.S)
-    source = Path(__file__).read_text()
+    squeezed = lambda code: "".join(code.split())
     assert len(pieces) >= 8
     for piece in pieces:
-        assert piece.strip() in source, piece
+        assert squeezed(piece) in squeezed(Path(__file__).read_text()), piece
