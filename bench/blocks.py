@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dtron.layers.attention import AttentionInputs, AttentionMixer
 from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.context_parallel import prepare
 from dtron.layers.cross_entropy import Loss, cross_entropy
@@ -39,7 +40,7 @@ from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.presets import preset
-from dtron.model.transformer import block
+from dtron.model.transformer import BlockInputs, block
 from dtron.params import flat, init
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.metrics import elapsed, mark, peak_memory_gib
@@ -58,7 +59,8 @@ def functions(way: str, m, layout: Layout) -> Program:
         return compiled(whole, layout)
 
     def one(p_block, x_TD, table_TH, mask):
-        return block(p_block, x_TD, None, None, table_TH, None, mask, m, layout, "sdpa")[0]
+        inputs = AttentionInputs(table_TH=table_TH, mask=mask, path="sdpa", eps=m.norm_eps)
+        return block(p_block, x_TD, None, BlockInputs(AttentionMixer(m), inputs), m, layout)[0]
 
     if way == "block":
         return replace(
@@ -74,7 +76,7 @@ def functions(way: str, m, layout: Layout) -> Program:
 def by_blocks(one: Callable, last: Callable, m, layout: Layout, p, x_TD, batch):
     table = rope_tables(m.rope, batch.positions_T, m.head_dim, x_TD.dtype)
     mask = AttentionMask(batch.seq_len, m.window, m.softcap)
-    mask, _ = prepare(mask, None, m.sinks, m.head_dims, x_TD, layout, "sdpa")
+    mask, _ = prepare(mask, None, m.sinks, AttentionMixer(m).head_dims, x_TD, layout, "sdpa")
     for p_block in p.blocks:
         x_TD = one(p_block, x_TD, table, mask)
     return last(p.norm, p.w_head, x_TD, batch.targets_T), None

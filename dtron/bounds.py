@@ -23,5 +23,14 @@ def under(config: Any, prefix: str, limits: dict[str, float]) -> None:
             )
 
 
+def divides(name: str, size: int, axis: str, n: int) -> None:
+    """Check that the ``n`` ranks of a mesh axis divide a size of the model: ``model.heads``."""
+    if size % n:
+        raise UserError(
+            f"{name}={size} over {axis}={n}: {axis} must divide {name.rpartition('.')[2]}; use "
+            f"{axis}={nearest_divisor(size, n)} or --{name.replace('_', '-')} {-(-size // n) * n}"
+        )
+
+
 def nearest_divisor(n: int, near: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))

@@ -115,16 +115,24 @@ def value(name: str) -> Any:
 
 
 def part(
-    *, count: str | None = None, each: str | None = None, when: str | None = None, **rename: str
+    *,
+    count: str | None = None,
+    each: str | None = None,
+    when: str | None = None,
+    choose: str | None = None,
+    **rename: str,
 ) -> Any:
     """Declare a sub-layer of the annotated class.
 
     ``count``: the sub-layer is a tuple of ``dims[count]`` sub-layers.
     ``each``: the i-th of them is declared with the changes ``dims[each][i]`` to dims.
     ``when``: the sub-layer is absent (None) if ``dims[when]`` is false.
+    ``choose``: ``dims[choose]`` is the sub-layer's class and its own changes to dims. Paths have the
+        class's ``segment`` in place of the field's name.
     ``rename``: other names for its axes; a norm over heads is ``part(act_embed="head_dim")``.
     """
-    return field(metadata={"count": count, "each": each, "when": when, "rename": rename})
+    kinds = {"count": count, "each": each, "when": when, "choose": choose, "rename": rename}
+    return field(metadata=kinds)
 
 
 def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | None = None) -> Any:
@@ -144,6 +152,10 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
             shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
             kind = {name: meta[name] for name in ("frozen", "summed")}
             tree[f.name] = WeightSpec(here, axes, shape, meta["init"], **kind)
+        elif meta["choose"]:
+            sub, changes = _look_up(dims, meta["choose"], here)
+            here = f"{path}.{sub.segment}" if path else sub.segment
+            tree[f.name] = declare(sub, {**dims, **changes}, here, meta["rename"])
         else:
             sub = _layer_class(hints[f.name])
             count = meta["count"]
@@ -180,7 +192,10 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf, in declaration order. A path looks like
     ``blocks.3.mlp.w_up``."""
     if _is_node(tree):
+        chosen = _chosen(type(tree))
         for name, child in _children(tree):
+            if name in chosen:
+                name = type(child).segment
             yield from leaves(child, f"{path}.{name}" if path else name)
     elif tree is not None:
         yield path, tree
@@ -212,6 +227,14 @@ def _children(tree: Any) -> list[tuple[str, Any]]:
     if isinstance(tree, (tuple, list)):
         return [(str(i), child) for i, child in enumerate(tree)]
     return [(name, getattr(tree, name)) for name in _names(type(tree))[0]]
+
+
+@cache
+def _chosen(cls: type) -> frozenset[str]:
+    """Return the names of the fields of a params class whose class is chosen by dims."""
+    if not is_dataclass(cls):
+        return frozenset()
+    return frozenset(f.name for f in fields(cls) if f.metadata.get("choose"))
 
 
 @static

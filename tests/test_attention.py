@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from values import F64, ONE, SMALL, close, flex_on_cpu, normal, same, tree, turned
 
 from dtron.layers import attention_kernels
-from dtron.layers.attention import Attention, attention
+from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_kernels import (
     CORES,
     AttentionMask,
@@ -272,15 +272,8 @@ def test_attention_layer(extras, softcap):
     dims = dict(embed=10, heads=4, kv_heads=2, head_dim=6)
     dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks"), extras)
     p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
-    got = attention(
-        p,
-        x,
-        rope_tables(RopeConfig(), positions, 6, F64),
-        None,
-        AttentionMask(s, softcap=softcap),
-        ONE,
-        eps=0.1,
-    )
+    table, mask = rope_tables(RopeConfig(), positions, 6, F64), AttentionMask(s, softcap=softcap)
+    got = attention(p, x, AttentionInputs(table_TH=table, mask=mask, eps=0.1), ONE)
     q, k, v = (torch.einsum("td,dnh->tnh", x, w) for w in (p.w_q, p.w_k, p.w_v))
     if extras:
         q, k, v = q + p.b_q, k + p.b_k, v + p.b_v
@@ -303,7 +296,8 @@ def test_attention_layer(extras, softcap):
 def test_grouped_queries_are_repeated_keys_and_values():
     p, x = tree(Attention, embed=10, heads=6, kv_heads=2, head_dim=4), normal(8, 10)
     repeated = replace(p, w_k=p.w_k.repeat_interleave(3, 1), w_v=p.w_v.repeat_interleave(3, 1))
-    grouped, plain = (attention(w, x, None, None, AttentionMask(4), ONE) for w in (p, repeated))
+    inputs = AttentionInputs(mask=AttentionMask(4))
+    grouped, plain = (attention(w, x, inputs, ONE) for w in (p, repeated))
     same(grouped, plain, [x, *flat(p)])
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import one_rank, simulated
-from dtron.layers.attention import Attention, attention
+from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
@@ -49,7 +49,7 @@ def counts(**named: int) -> Counter:
 
 
 def attend(p, x, layout):
-    return attention(p, x, None, None, AttentionMask(12), layout)
+    return attention(p, x, AttentionInputs(mask=AttentionMask(12)), layout)
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp_replicate=2,tp=2"])

@@ -132,7 +132,7 @@ def of_latents(mesh: str, method: str, **choices) -> RunConfig:
 def test_latent_attention(method, attention):
     """Whose values are narrower than keys, and whose scores have a scale of their own."""
     config = of_latents("cp=2", method, attention_kernel=attention)
-    assert config.model.score_scale is not None
+    assert config.model.mixers[0].score_scale is not None
     assert_same_step(config)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.attention import Attention, attention
+from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
@@ -92,7 +92,8 @@ def attend(mask: AttentionMask, rope: bool = True, path="auto"):
         if rope:
             make = lambda t: rope_tables(RopeConfig(), t, 6, torch.float64)
             table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
-        return attention(p, x, table, documents, mask, layout, path=path)
+        inputs = AttentionInputs(documents_T=documents, mask=mask, table_TH=table, path=path)
+        return attention(p, x, inputs, layout)
 
     return layer
 
@@ -174,7 +175,9 @@ def test_attention_that_leaks_over_a_window_is_caught():
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None
-        return attention(p, x, None, documents, AttentionMask(12, window), layout, path="reference")
+        mask = AttentionMask(12, window)
+        inputs = AttentionInputs(documents_T=documents, mask=mask, path="reference")
+        return attention(p, x, inputs, layout)
 
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     assert_caught(lambda: assert_equivalent(layer, Attention, "tp=2", dims, **options))

@@ -15,6 +15,7 @@ from test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
 from values import F64, ONE, close, halves, normal, tree, turned
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers.attention import AttentionInputs
 from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.mla import MLA, MLAConfig, mla
 from dtron.layers.norm import norm
@@ -50,7 +51,8 @@ def attend(mask: AttentionMask, latent: MLAConfig, path: str = "auto"):
     def layer(p, x, positions, documents, layout):
         make = lambda t: rope_tables(YARN, t, latent.rope_dim, torch.float64)
         table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
-        return mla(p, x, table, documents, mask, layout, path=path)
+        inputs = AttentionInputs(documents_T=documents, mask=mask, table_TH=table, path=path)
+        return mla(p, x, inputs, layout)
 
     return layer
 
@@ -132,7 +134,8 @@ def test_it_is_the_definition():
     dims = {"embed": 10, "heads": heads, "layers": 2, "layernorm": False, **latent.dims()}
     p = tree(MLA, **dims)
     x, places = normal(seq_len, 10, seed=7), torch.arange(seq_len)
-    got = mla(p, x, rope_tables(YARN, places, 4, F64), None, AttentionMask(seq_len, scale=0.3), ONE)
+    mask, table = AttentionMask(seq_len, scale=0.3), rope_tables(YARN, places, 4, F64)
+    got = mla(p, x, AttentionInputs(mask=mask, table_TH=table), ONE)
     c_q, down = norm(p.q_norm, x @ p.w_q_down), x @ p.w_kv_down
     c, r = norm(p.kv_norm, down[:, :9]), turned(down[:, None, 9:], places, YARN)[:, 0]
     want = torch.zeros_like(x)
@@ -157,15 +160,17 @@ def test_queries_and_keys_may_be_permuted_alike():
 
 def test_sizes_of_the_model():
     m = ModelConfig(heads=4, kv_heads=3, mla=MLAConfig(16, 0, 8, 4, 6))  # kv_heads means nothing
-    assert m.head_dims == (12, 6) and m.rotary_dim == 4 and m.score_scale is None
+    (mixer,) = m.mixers
+    assert mixer.head_dims == (12, 6) and mixer.rotary_dim == 4 and mixer.score_scale is None
     spec = declare_model(m).blocks[0]
-    assert (
-        spec.attention is None and spec.mla.w_q.shape == (256, 4, 12) and spec.mla.w_q_down is None
-    )
+    assert spec.mixer.w_q.path == "blocks.0.mla.w_q" and spec.mixer.w_q.shape == (256, 4, 12)
+    assert spec.letter == "M" and spec.mixer.w_q_down is None
     stretched = replace(m, rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale_all=1.0))
-    assert stretched.score_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / math.sqrt(12))
+    assert stretched.mixers[0].score_scale == pytest.approx(
+        (0.1 * math.log(40) + 1) ** 2 / math.sqrt(12)
+    )
     plain = ModelConfig(heads=4, kv_heads=4, head_dim=9, rope=stretched.rope, positions="learned")
-    assert plain.score_scale is None
+    assert plain.mixers[0].score_scale is None
 
 
 def test_flops_count_keys_and_values_of_their_own_widths():

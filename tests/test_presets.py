@@ -111,7 +111,8 @@ def test_padding_the_vocabulary_adds_rows_of_the_embedding_and_nothing_else(name
 @each
 def test_the_sizes_of_a_preset_fit_each_other(name):
     m = preset(name)
-    dims, spec = m.dims(), declare_model(m)
+    own = {k: v for mixer in m.mixers for k, v in mixer.dims().items()}
+    dims, spec = m.dims() | own, declare_model(m)
     assert len(spec.blocks) == m.layers
     for path, w in leaves(spec):
         assert w.shape == tuple(dims[a.removeprefix("act_")] for a in w.axes), path

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.layers.attention import Attention, attention
+from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_kernels import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
@@ -262,7 +262,7 @@ def test_attention_with_sinks():
     unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
     want, _ = theirs(x, unturned, hidden)
     run = lambda p, window: attention(
-        p, x.flatten(0, 1), None, None, AttentionMask(16, window), ONE
+        p, x.flatten(0, 1), AttentionInputs(mask=AttentionMask(16, window)), ONE
     ).view(2, 16, 12)
     torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
     for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):

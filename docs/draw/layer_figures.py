@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.attention import AttentionInputs
 from dtron.layers.attention_kernels import AttentionMask
-from dtron.layers.mla import MLA, MLAConfig, mla
+from dtron.layers.mla import MLA, MLAConfig, MLAMixer, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
@@ -133,7 +134,7 @@ def latent(shape: MeshShape) -> str:
         x = layout.shard(torch.ones(1024, 768), "tokens_sp", "act_embed")
         table = layout.shard(torch.zeros(1024, sizes.rope_dim), "tokens", None)
         with CollectiveCounter(mesh) as counter:
-            mla(p, x, table, None, AttentionMask(1024), layout)
+            mla(p, x, AttentionInputs(mask=AttentionMask(1024), table_TH=table), layout)
         (line_before, line_after), (y_before, y_after) = layout.seen
         canvas = Canvas(1400)
         first, second = counter.order
@@ -156,7 +157,7 @@ def latent(shape: MeshShape) -> str:
         name: cached(preset(name)) for name in ("llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")
     }
     m = preset("deepseek-v3")
-    kept["deepseek-v3 with keys and values of all heads"] = m.heads * sum(m.head_dims)
+    kept["deepseek-v3 with keys and values of all heads"] = m.heads * sum(MLAMixer(m).head_dims)
     for i, (name, n) in enumerate(kept.items()):
         width = max(3, 700 * n / max(kept.values()))
         canvas.text(20, y + 31 + 28 * i, name)

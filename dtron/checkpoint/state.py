@@ -151,8 +151,8 @@ def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
         ) from error
 
 
-# What a checkpoint was made with that an older version wrote, before it recorded the entry.
-_UNRECORDED: Identity = {"optim.name": "adamw"}
+# Entries that older checkpoints lack, each with the value that their runs have.
+_UNRECORDED: Identity = {"optim.name": "adamw", "model.pattern": "A"}
 
 
 def _same(path: Path, saved: Identity, now: Identity) -> None:

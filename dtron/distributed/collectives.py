@@ -131,6 +131,24 @@ def wait(x: Tensor) -> Tensor:
     return funcol.wait_tensor(x)
 
 
+def ring_shift(x: Tensor, ranks: AxisGroup) -> Tensor:
+    """Send x to the next rank, and return the x of the previous rank. The first rank receives from
+    the last one. Differentiable: the gradient goes to the previous rank."""
+    return _RingShift.apply(x, *ranks.args)
+
+
+@opaque
+class _RingShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *ring: str | int) -> Tensor:
+        ctx.ring = ring
+        return wait(shift(x, *ring))
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
+
+
 def _one_hot(size: int, at: int, n: int) -> list[int]:
     """Return n numbers: ``size`` at index ``at % n``, 0 elsewhere. Uses arithmetic only: under
     simulation ``at`` has one value for each rank, and comparisons with it are not possible."""

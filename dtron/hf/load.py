@@ -172,7 +172,7 @@ class Source:
 
 
 def rotary_columns(m: ModelConfig) -> int:
-    return getattr(m, "rotary_dim", m.head_dim)
+    return m.mla.rope_dim if m.latent else m.head_dim
 
 
 def _some(names: list[str]) -> str:

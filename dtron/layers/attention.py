@@ -11,22 +11,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from dtron.fp8.recipe import Recipe
-from dtron.layers.attention_kernels import CORES, AttentionMask, AttentionPath
-from dtron.layers.context_parallel import ContextParallelMask, attend
-from dtron.layers.kv_cache import KVCache, recall
+from dtron.bounds import divides, nearest_divisor
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
+from dtron.layers.attention_kernels import (
+    CORES,
+    LEAST_HEAD_DIM,
+    AttentionMask,
+    AttentionPath,
+    with_bias,
+)
+from dtron.layers.context_parallel import ContextParallelMask, Method, attend, prepare
+from dtron.layers.kv_cache import KVCache, empty_kv_cache, recall
 from dtron.layers.linear import linear, linear_in
+from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.norm import Norm, norm
-from dtron.layers.rope import rotate
+from dtron.layers.rope import rope_tables, rotate
+from dtron.layers.token_order import TokenOrder
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros
 
 
 @dataclass(frozen=True)
 class Attention:
+    segment: ClassVar[str] = "attention"
+
     w_q: Tensor = weight("embed", "heads", "head_dim", summed=1)
     w_k: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
     w_v: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
@@ -40,46 +54,47 @@ class Attention:
     k_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
 
 
-def attention(
-    p: Attention,
-    x_TD: Tensor,
-    table_TH: Tensor | None,
-    documents_T: Tensor | None,
-    mask: AttentionMask | ContextParallelMask,
-    layout: Layout,
-    eps: float = 1e-5,
-    path: AttentionPath = "auto",
-    recipe: Recipe | None = None,
-    past: KVCache | None = None,
-) -> Tensor:
-    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement.
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs(MixerInputs):
+    """The inputs of attention.
 
-    ``table_TH``: the rotary angles of each token, ``[T@tokens]`` (None: no rotation).
-    ``documents_T [T@rows]``: the document of each token, in the row's own order (None: one document
-    per sequence).
     ``mask``: a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
+    ``table_TH``: the rotary angles of each token, ``[T@tokens]`` (None: no rotation).
     ``path``: the kernels, see attention_kernels.py.
-    ``recipe``: the recipe for FP8 matmuls, or None.
-    ``past``: keys and values of earlier tokens, see kv_cache.py. The new ones are added to it."""
+    ``cache``: a ``KVCache``. The new keys and values are added to it.
+    ``positions_T [T@tokens]``: the slots of the new tokens in the cache."""
+
+    mask: AttentionMask | ContextParallelMask
+    table_TH: Tensor | None = None
+    path: AttentionPath = "auto"
+    positions_T: Tensor | None = None
+
+    @property
+    def past(self) -> tuple[Tensor | None, ...]:
+        """The cache and the new tokens' slots, as arguments of a local region."""
+        if self.cache is None:
+            return None, None, None
+        return self.cache.k_TKH, self.cache.v_TKH, self.positions_T
+
+
+def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+    recipe = inputs.recipe
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, like the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
     v_TKH = linear(x_TD, p.w_v, p.b_v, recipe)
     if p.q_norm is not None:
-        q_TNH, k_TKH = norm(p.q_norm, q_TNH, eps), norm(p.k_norm, k_TKH, eps)
+        q_TNH = norm(p.q_norm, q_TNH, inputs.eps)
+        k_TKH = norm(p.k_norm, k_TKH, inputs.eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
-    region = layout.local(partial(core, path=path, mask=mask, layout=layout), ins, q)
+    region = layout.local(partial(core, path=inputs.path, mask=inputs.mask, layout=layout), ins, q)
     # Communication over cp: see context_parallel.py.
-    o_TNH = region(q_TNH, k_TKH, v_TKH, table_TH, documents_T, p.sinks, *parts(past))
+    o_TNH = region(q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past)
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o
-
-
-def parts(past: KVCache | None) -> tuple[Tensor | None, ...]:
-    """Return a cache's three tensors, as arguments of a local region."""
-    return (None, None, None) if past is None else (past.k_TKH, past.v_TKH, past.places_T)
 
 
 def core(
@@ -97,12 +112,152 @@ def core(
     layout: Layout,
 ) -> Tensor:
     """Attend with a rank's own heads and its own tokens. Rank-local. Values may have another width
-    than queries and keys; the output is as wide as the values. With a past, rows are whole,
-    ``path`` is a core that takes the mask as an explicit matrix, and there are no documents."""
+    than queries and keys; the output is as wide as the values. With a past, rows are whole and
+    there are no documents. The mask is then an explicit matrix, whatever ``path`` is."""
     if table_TH is not None:
         q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
     if past_k is None:
         return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
     q = q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
     k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
-    return CORES[path](q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+    attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
+    return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+
+
+class AttentionMixer(Mixer):
+    """Grouped-query attention as a mixer. The name of a logical axis of heads is also the name of
+    their number in the model's config.
+
+    ``kv_axis``: the logical axis of the heads of keys and values.
+    ``width_name``: what an error message writes before the width of a head."""
+
+    params: ClassVar[type] = Attention
+    kv_axis: ClassVar[str] = "kv_heads"
+    width_name: ClassVar[str] = "model.head_dim="
+
+    @property
+    def kv_heads(self) -> int:
+        return getattr(self.model, self.kv_axis)
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Widths of a head's queries and keys, and of its values."""
+        return self.model.head_dim, self.model.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.model.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """The factor on attention scores; None: 1 / sqrt(head_dim)."""
+        m = self.model
+        warm = m.rope.temperature if m.positions == "rotary" else 1.0
+        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
+
+    def apply(self, p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
+        return attention(p, x_TD, inputs, layout)
+
+    def prepare(self, stage: StageInputs, layout: Layout) -> dict[int | None, AttentionInputs]:
+        """Make the rotary angles, and a mask for each window."""
+        m, batch, table_TH = self.model, stage.batch, None
+        if m.positions == "rotary":
+            make = partial(rope_tables, m.rope, head_dim=self.rotary_dim, dtype=stage.x_TD.dtype)
+            table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
+        found = {}
+        for window in stage.windows:
+            mask, path = prepare(
+                AttentionMask(batch.seq_len, window, m.softcap, self.score_scale),
+                batch.documents_T,
+                m.sinks,
+                self.head_dims,
+                stage.x_TD,
+                layout,
+                stage.kernel,
+                stage.cp_method,
+                batch.zigzag,
+            )
+            found[window] = AttentionInputs(
+                documents_T=batch.documents_T,
+                mask=mask,
+                table_TH=table_TH,
+                path=path,
+                positions_T=batch.positions_T,
+            )
+        return found
+
+    def empty_cache(
+        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
+    ) -> KVCache:
+        return empty_kv_cache(
+            rows, slots, self.kv_heads, self.head_dims, self.kv_axis, layout, dtype, device
+        )
+
+    def orders(self, method: Method) -> tuple[TokenOrder, ...]:
+        """Zig-zag gives all ranks the same work. Under ulysses they have it anyway."""
+        found = ("zigzag", "contiguous")
+        return found[::-1] if method == "ulysses" else found
+
+    def flops(self, seq_len: int, window: int | None) -> float:
+        """6 * heads * head_dim for each attended token and for each of keys and values: on average
+        half the sequence without a window."""
+        w = min(window or seq_len, seq_len)
+        return 6.0 * self.model.heads * sum(self.head_dims) * (w - w * w / (2 * seq_len))
+
+    def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
+        """Query, key, value and output, and the log-sum-exps."""
+        u, heads = tokens // mesh.cp, self.model.heads
+        kept = u * (heads + self.kv_heads) * sum(self.head_dims) // mesh.tp
+        return element * kept + 4 * u * heads // mesh.tp
+
+    def message_bytes(self, mesh: MeshShape, tokens: int, method: Method, element: int) -> int:
+        """The ring holds two messages of keys and values and two of their gradients; allgather
+        holds keys and values of whole rows and their gradients; ulysses holds its send and receive
+        buffers."""
+        if mesh.cp == 1:
+            return 0
+        u = tokens // mesh.cp
+        kv = element * u * self.kv_heads * sum(self.head_dims) // mesh.tp
+        q = element * u * self.model.heads * sum(self.head_dims) // mesh.tp  # and outputs
+        return {"ring": 4 * kv, "allgather": 2 * mesh.cp * kv, "ulysses": 2 * (q + kv)}[method]
+
+    def check_model(self) -> None:
+        m = self.model
+        if m.heads % m.kv_heads:
+            raise UserError(
+                f"model.heads={m.heads}, model.kv_heads={m.kv_heads}: kv_heads must divide heads; "
+                f"use --model.kv-heads {nearest_divisor(m.heads, m.kv_heads)}"
+            )
+        if m.positions == "rotary" and m.head_dim % 2:
+            raise UserError(
+                f"model.head_dim={m.head_dim}: rotary positions turn pairs; make it even"
+            )
+
+    def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
+        for axis in dict.fromkeys(("heads", self.kv_axis)):
+            divides(f"model.{axis}", getattr(self.model, axis), "tp", mesh.tp)
+        size, both = self.kv_heads, mesh.tp * mesh.cp
+        if mesh.cp > 1 and method == "ulysses" and size % both:
+            raise UserError(
+                f"--cp-method ulysses over cp={mesh.cp}: it cuts the heads, and a rank has "
+                f"{size // mesh.tp} of model.{self.kv_axis}={size}, which cp must divide; use "
+                f"--cp-method ring, which takes any number of heads, or "
+                f"--model.{self.kv_axis.replace('_', '-')} {-(-size // both) * both}"
+            )
+
+    def check_kernel(self, path: AttentionPath, dtype: torch.dtype, device: str) -> None:
+        m, least, cannot = self.model, min(self.head_dims), None
+        if path == "sdpa":
+            if m.softcap is not None:
+                cannot = f"model.softcap={m.softcap}: torch's fused attention has no soft-cap"
+            elif m.sinks:
+                cannot = "model.sinks=True: torch's fused attention has no sinks"
+        elif path == "flex":
+            if device == "cpu":
+                cannot = "device=cpu: flex_attention has no backward there"
+            elif least < LEAST_HEAD_DIM:
+                cannot = f"{self.width_name}{least}: its kernels take {LEAST_HEAD_DIM} and more"
+            elif dtype == torch.float64:
+                cannot = "dtype=float64: its kernels add up in float32"
+        if cannot:
+            raise UserError(f"--attention-kernel {path} with {cannot}; use --attention-kernel auto")

@@ -6,9 +6,9 @@ own position, by the one rule ``sees`` of attention_kernels.py. The content of l
 overwritten before any query sees it.
 
 The layers are the same as in training. They pass the cache to the core of attention together with
-the new keys and values. The core writes the new ones into their slots and attends to all of them.
-The cache is updated in place, like an optimizer's moments: a copy per token would cost as much as
-reading the cache.
+the new keys, the new values and their positions. The core writes them into their slots and attends
+to all of them. The cache is updated in place, like an optimizer's moments: a copy per token would
+cost as much as reading the cache.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from dtron.mesh import Layout
 class KVCache:
     """The cache of one layer.
 
-    ``k_TKH``, ``v_TKH``: ``[rows * slots @tokens, K@kv_heads, H]`` (in latent attention all heads).
-    ``places_T [T@tokens]``: the positions of the new tokens (None between steps)."""
+    ``k_TKH``, ``v_TKH``: ``[rows * slots @tokens, K@kv_heads, H]`` (in latent attention all
+        heads)."""
 
     k_TKH: Tensor
     v_TKH: Tensor
-    places_T: Tensor | None = None
 
 
-def empty_past(
+def empty_kv_cache(
     rows: int,
     slots: int,
     heads: int,

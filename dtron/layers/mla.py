@@ -27,17 +27,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dtron.errors import UserError
-from dtron.fp8.recipe import Recipe
-from dtron.layers.attention import core, parts
+from dtron.layers.attention import AttentionInputs, AttentionMixer, core
 from dtron.layers.attention_kernels import AttentionMask, AttentionPath
 from dtron.layers.context_parallel import ContextParallelMask
-from dtron.layers.kv_cache import KVCache
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
@@ -81,9 +79,8 @@ class MLAConfig:
         return self.nope_dim + self.rope_dim
 
     def dims(self) -> dict[str, Any]:
-        """Return sizes and flags for the declaration of ``MLA``; see ``ModelConfig.dims``."""
+        """Return sizes and flags for the declaration of ``MLA``."""
         return {
-            "mla": self.kv_rank > 0,
             "q_rank": self.q_rank,
             "whole_q": self.q_rank == 0,
             "kv_rank": self.kv_rank,
@@ -101,6 +98,8 @@ class MLA:
     activation, which is never sharded. ``q_rank`` names this dim in a weight that ZeRO may shard.
     ``act_embed`` and ``embed`` differ in the same way."""
 
+    segment: ClassVar[str] = "mla"
+
     w_q_down: Tensor | None = weight("embed", "act_q_rank", summed=1, when="q_rank")
     q_norm: Norm | None = part(when="q_rank", act_embed="act_q_rank")
     w_q_up: Tensor | None = weight("q_rank", "heads", "qk_dim", summed=1, when="q_rank")
@@ -111,21 +110,10 @@ class MLA:
     w_o: Tensor = weight("heads", "v_dim", "embed", summed=2, init=residual_out)
 
 
-def mla(
-    p: MLA,
-    x_TD: Tensor,
-    table_TH: Tensor,
-    documents_T: Tensor | None,
-    mask: AttentionMask | ContextParallelMask,
-    layout: Layout,
-    eps: float = 1e-5,
-    path: AttentionPath = "auto",
-    recipe: Recipe | None = None,
-    past: KVCache | None = None,
-) -> Tensor:
-    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement.
-    ``table_TH`` holds the rotary angles and is as wide as ``rope_dim``. All other parameters are as
-    in ``attention``."""
+def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement. The rotary angles
+    ``inputs.table_TH`` are as wide as ``rope_dim``."""
+    table_TH, recipe, eps = inputs.table_TH, inputs.recipe, inputs.eps
     q_TR = x_TD  # local, like the next lines: each rank has its own tokens
     if p.w_q_down is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
@@ -138,12 +126,14 @@ def mla(
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
     region = layout.local(
-        partial(_core, nope=q_TNH.shape[-1] - rotary, path=path, mask=mask, layout=layout),
+        partial(
+            _core, nope=q_TNH.shape[-1] - rotary, path=inputs.path, mask=inputs.mask, layout=layout
+        ),
         (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",)),
         heads,
     )
     # Communication over cp: see context_parallel.py.
-    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *parts(past))
+    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past)
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
@@ -171,3 +161,40 @@ def _core(
     return core(
         q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout
     )
+
+
+class MLAMixer(AttentionMixer):
+    """Multi-head latent attention as a mixer. Every head has its own keys and values."""
+
+    params: ClassVar[type] = MLA
+    kv_axis: ClassVar[str] = "heads"
+    width_name: ClassVar[str] = "heads of width "
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        return self.model.mla.qk_dim, self.model.mla.v_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.model.mla.rope_dim
+
+    def dims(self) -> dict[str, Any]:
+        return self.model.mla.dims()
+
+    def apply(self, p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
+        return mla(p, x_TD, inputs, layout)
+
+    def check_model(self) -> None:
+        m = self.model
+        if not m.mla.kv_rank:
+            raise UserError(
+                f"model.pattern={m.pattern}: latent attention has a latent of keys and values; give "
+                "--model.mla.kv-rank"
+            )
+        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False}
+        for name, only in {**others, "positions": "rotary"}.items():
+            if getattr(m, name) != only:
+                raise UserError(
+                    f"model.{name}={getattr(m, name)} with model.mla.kv_rank={m.mla.kv_rank}: latent "
+                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                )

@@ -10,16 +10,21 @@ keys as there are tokens before it. So with contiguous shards the last shard has
 work. *Zig-zag* splits the row into 2 * cp chunks and gives rank r the chunks r and 2 * cp - 1 - r,
 an early and a late one. Then all ranks have the same work (as in Llama 3, arXiv:2407.21783, section
 3.3.2). Zig-zag is only a permutation. A token's target and position are permuted in the same way,
-the loss is a sum, and no layer except attention depends on the order of tokens.
+the loss is a sum, and no layer except the mixer of a block depends on the order of tokens: see
+``Mixer.orders`` in mixer.py.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dtron.errors import UserError
 from dtron.mesh import Layout
+
+TokenOrder = Literal["zigzag", "contiguous"]
 
 
 def row_order(seq_len: int, parts: int, zigzag: bool, device: torch.device | str = "cpu") -> Tensor:

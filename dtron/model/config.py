@@ -7,21 +7,31 @@ runtime/config.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from dtron.bounds import nearest_divisor, under
+from dtron.bounds import under
 from dtron.errors import UserError
-from dtron.layers.mla import MLAConfig
+from dtron.layers.attention import AttentionMixer
+from dtron.layers.context_parallel import Method
+from dtron.layers.mixer import Mixer
+from dtron.layers.mla import MLAConfig, MLAMixer
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import RopeConfig
+from dtron.layers.token_order import TokenOrder
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
+
+# The letters of ``ModelConfig.pattern``.
+MIXERS: Mapping[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the transformer: a preset, and what overrides it."""
+
+    kinds: ClassVar[Mapping[str, type[Mixer]]] = MIXERS
 
     vocab: int = 4096
     """words of the tokenizer; the embedding has this rounded up to vocab_multiple"""
@@ -29,6 +39,9 @@ class ModelConfig:
     """width of the residual stream"""
     layers: int = 4
     """transformer blocks"""
+    pattern: str = "A"
+    """mixers of the blocks, one letter each, repeated over the layers: A attention (with
+    model.mla.kv_rank multi-head latent attention, which M names too)"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -91,17 +104,13 @@ class ModelConfig:
                 raise UserError(
                     f"model.{name}={getattr(self, name)}: a size is at least 1; raise it"
                 )
-        if self.latent:
-            self._check_latent()
-        elif self.heads % self.kv_heads:
+        if not self.pattern or not set(self.pattern) <= set(self.kinds):
             raise UserError(
-                f"model.heads={self.heads}, model.kv_heads={self.kv_heads}: kv_heads must divide heads; "
-                f"use --model.kv-heads {nearest_divisor(self.heads, self.kv_heads)}"
+                f"model.pattern={self.pattern!r}: must be one or more of the letters "
+                f"{', '.join(self.kinds)}; change it"
             )
-        if self.positions == "rotary" and not self.latent and self.head_dim % 2:
-            raise UserError(
-                f"model.head_dim={self.head_dim}: rotary positions turn pairs; make it even"
-            )
+        for mixer in self.mixers:
+            mixer.check_model()
         under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
         for name in ("window", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -118,41 +127,37 @@ class ModelConfig:
                 "would have experts; use fewer, or --model.moe.experts 0"
             )
 
-    def _check_latent(self) -> None:
-        others = {
-            "qk_norm": False,
-            "qkv_bias": False,
-            "bias": False,
-            "sinks": False,
-            "positions": "rotary",
-        }
-        for name, only in others.items():
-            if getattr(self, name) != only:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)} with model.mla.kv_rank={self.mla.kv_rank}: latent "
-                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
-                )
-
     @property
     def latent(self) -> bool:
         """Whether attention is multi-head latent attention; then kv_heads and head_dim mean
         nothing."""
         return self.mla.kv_rank > 0
 
-    @property
-    def head_dims(self) -> tuple[int, int]:
-        """Widths of a head's queries and keys, and of its values."""
-        return (self.mla.qk_dim, self.mla.v_dim) if self.latent else (self.head_dim, self.head_dim)
+    def letter(self, i: int) -> str:
+        """The letter of block i; the blocks of multi-token prediction come last."""
+        letter = self.pattern[i % len(self.pattern)]
+        return "M" if letter == "A" and self.latent else letter
+
+    def mixer(self, letter: str) -> Mixer:
+        return self.kinds[letter](self)
 
     @property
-    def rotary_dim(self) -> int:
-        return self.mla.rope_dim if self.latent else self.head_dim
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixers of the model's blocks, each kind once."""
+        letters = dict.fromkeys(self.letter(i) for i in range(self.layers + self.mtp.depth))
+        return tuple(self.mixer(letter) for letter in letters)
 
-    @property
-    def score_scale(self) -> float | None:
-        """What attention scores are multiplied by; None: 1 / sqrt(head_dim)."""
-        warm = self.rope.temperature if self.positions == "rotary" else 1.0
-        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
+    def token_order(self, method: Method) -> TokenOrder:
+        """The token order over cp that all mixers support. Of several, the one that the first mixer
+        prefers."""
+        supported = [mixer.orders(method) for mixer in self.mixers]
+        for order in supported[0]:
+            if all(order in orders for orders in supported):
+                return order
+        raise UserError(
+            f"model.pattern={self.pattern}: its layers support no common order of tokens over cp; "
+            "use a mesh without cp, or change the pattern"
+        )
 
     @property
     def padded_vocab(self) -> int:
@@ -174,8 +179,6 @@ class ModelConfig:
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
             **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
-            "plain_attention": not self.latent,
-            **self.mla.dims(),
             **self._expert_dims(),
             "blocks": [self._block(i) for i in range(self.layers)],
             "mtp_depth": self.mtp.depth,
@@ -200,4 +203,12 @@ class ModelConfig:
         """What layer i has of its own."""
         sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
         full = self.full_every and (i + 1) % self.full_every == 0
-        return {"sparse": sparse, "dense": not sparse, "window": None if full else self.window}
+        letter = self.letter(i)
+        mixer = self.mixer(letter)
+        return {
+            "letter": letter,
+            "mixer": (mixer.params, mixer.dims()),
+            "sparse": sparse,
+            "dense": not sparse,
+            "window": None if full else self.window,
+        }

@@ -23,17 +23,14 @@ def active_count(m: ModelConfig) -> int:
 
 def flops_per_token(m: ModelConfig, seq_len: int) -> float:
     """Of forward and backward, without recomputation: 6 per weight that multiplies (all but
-    embeddings that are looked up, and of experts those that a token goes to), and 6 * layers *
-    heads * head_dim * seq_len for causal attention, half of the full square (PaLM,
-    arXiv:2204.02311, appendix B, halved). Where values have another width, head_dim is the mean.
-    Multi-token prediction counts as the blocks and heads it has."""
+    embeddings that are looked up, and of experts those that a token goes to), and what the mixers
+    add: for causal attention 6 * layers * heads * head_dim * seq_len, half of the full square
+    (PaLM, arXiv:2204.02311, appendix B, halved). Multi-token prediction counts as the blocks and
+    heads it has."""
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding)) - (
         spec.embedding.w_tokens.numel if m.tied else 0
     )
-    attended = 0.0  # tokens, on average: half the sequence without a window
-    for p in spec.all_blocks:
-        w = min(p.window or seq_len, seq_len)
-        attended += w - w * w / (2 * seq_len)
+    mixing = sum(m.mixer(p.letter).flops(seq_len, p.window) for p in spec.all_blocks)
     head = m.padded_vocab * m.embed * m.mtp.depth  # every module multiplies by it again
-    return 6.0 * (active_count(m) - looked_up + head) + 6.0 * m.heads * sum(m.head_dims) * attended
+    return 6.0 * (active_count(m) - looked_up + head) + mixing

@@ -18,17 +18,12 @@ import torch
 from torch import Tensor
 
 from dtron.fp8.recipe import Recipe
-from dtron.layers.attention import Attention, attention
-from dtron.layers.attention_kernels import AttentionMask, AttentionPath, with_bias
-from dtron.layers.context_parallel import ContextParallelMask, prepare
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
-from dtron.layers.kv_cache import KVCache
-from dtron.layers.mla import MLA, mla
+from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.recompute import mlp_chunk_tokens
-from dtron.layers.rope import rope_tables
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
 from dtron.model.activation_checkpoint import (
@@ -51,11 +46,11 @@ from dtron.schedules.runner import StageOutput
 @dataclass(frozen=True)
 class Block:
     norm_1: Norm = part()
-    attention: Attention | None = part(when="plain_attention")
-    mla: MLA | None = part(when="mla")
+    mixer: Any = part(choose="mixer")
     norm_2: Norm = part()
     mlp: MLP | None = part(when="dense")
     moe: MoELayer | None = part(when="sparse")
+    letter: str = value("letter")
     window: int | None = value("window")
 
 
@@ -91,38 +86,43 @@ def declare_model(model: ModelConfig) -> Transformer:
     return declare(Transformer, model.dims())
 
 
+@dataclass(frozen=True)
+class BlockInputs:
+    """The inputs of a block besides weights, activations, model and layout.
+
+    ``mixer``, ``mixer_inputs``: the block's mixer and its inputs.
+    ``seen``: for experts, see ``moe``.
+    ``dispatch``: the dispatcher of tokens to experts.
+    ``recipe``: matmuls in FP8, or None.
+    ``chunk``: chunk size of the MLP, see ``mlp``."""
+
+    mixer: Mixer
+    mixer_inputs: MixerInputs
+    seen: TokenInfo | None = None
+    dispatch: Dispatch = "auto"
+    recipe: Recipe | None = None
+    chunk: int | None = None
+
+
 def block(
     p: Block,
     x_TD: Tensor,
     before_E: Tensor | None,
-    seen: TokenInfo | None,
-    table_TH: Tensor | None,
-    documents_T: Tensor | None,
-    mask: AttentionMask | ContextParallelMask,
+    inputs: BlockInputs,
     m: ModelConfig,
     layout: Layout,
-    path: AttentionPath = "auto",
-    recipe: Recipe | None = None,
-    dispatch: Dispatch = "auto",
-    past: KVCache | None = None,
-    chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply a block: ``x_TD [T@tokens_sp, D]`` -> ``(x_TD,)``. A block with experts also returns
-    its term of the loss and the fields of its ``LayerStats``.
-
-    ``before_E``, ``seen``: for experts, see ``moe``.
-    ``recipe``: matmuls in FP8, or None.
-    ``past``: keys and values of earlier tokens.
-    ``chunk``: chunk size of the MLP, see ``mlp``."""
-    attend, weights = (attention, p.attention) if p.mla is None else (mla, p.mla)
+    its term of the loss and the fields of its ``LayerStats``. ``before_E``: for experts, see
+    ``moe``."""
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + attend(
-        weights, h_TD, table_TH, documents_T, mask, layout, m.norm_eps, path, recipe, past
-    )
+    x_TD = x_TD + inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
-        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, recipe, chunk),)
-    y_TD, aux, report = moe(p.moe, h_TD, seen, m.moe, layout, before_E, dispatch, recipe)
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk),)
+    y_TD, aux, report = moe(
+        p.moe, h_TD, inputs.seen, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
+    )
     return x_TD + y_TD, aux, *report
 
 
@@ -171,17 +171,19 @@ def stage_logits(
     batch: Batch,
     m: ModelConfig,
     layout: Layout,
-    past: Sequence[KVCache] | None = None,
+    caches: Sequence[Any] | None = None,
     last_B: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """``stage``, but the last stage returns logits ``[T@tokens, vocab]``, in float32 at least.
 
-    ``past``: one KV cache per block. The batch continues the cached tokens at its positions and
-        is appended to the cache.
+    ``caches``: one decoding cache per block. The batch continues the cached tokens at its positions
+        and is appended to the caches.
     ``last_B``: ``[B@tokens]``, the one token of each row whose logits are returned: ``[B@tokens,
-        vocab]``."""
-    how = PLAIN if past is None else replace(PLAIN, attention_kernel=with_bias(m.softcap, m.sinks))
-    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, past=past), m, layout)
+        vocab]``. Later tokens are padding."""
+    # With a cache the mask is an explicit matrix: no kernel needs anything prepared for it.
+    how = PLAIN if caches is None else replace(PLAIN, attention_kernel="reference")
+    decoding = Decoding(caches, last_B)
+    x_TD, _ = _trunk(p, x_TD, _runner(p, batch, x_TD, m, layout, how, decoding=decoding), m, layout)
     if p.norm is None:
         return x_TD, None
     if last_B is not None:
@@ -213,6 +215,14 @@ def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The state of generation; see ``stage_logits``."""
+
+    caches: Sequence[Any] | None = None
+    last_B: Tensor | None = None
+
+
 Run = Callable[..., tuple[Tensor, list[list[Tensor]]]]
 
 
@@ -224,7 +234,7 @@ def _runner(
     layout: Layout,
     how: ComputeConfig,
     before: dict[str, Tensor] | None = None,
-    past: Sequence[KVCache] | None = None,
+    decoding: Decoding = Decoding(),
 ) -> Run:
     """Return ``run(p_i, x_TD, i, end)``, which runs block i of ``p.all_blocks``. Everything that
     the blocks of a stage share is prepared here once. ``run`` returns x_TD and a list of the
@@ -233,41 +243,35 @@ def _runner(
     ``end``: whether the block is the first or the last of the model.
     ``around``: wraps the block; the block's weights are then a field of ``p_i``.
     ``targets_T``: decides which tokens count (None: the batch's targets)."""
-    table_TH = None
-    if m.positions == "rotary":
-        make = partial(rope_tables, m.rope, head_dim=m.rotary_dim, dtype=x_TD.dtype)
-        table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
-    masks = {
-        window: prepare(
-            AttentionMask(batch.seq_len, window, m.softcap, m.score_scale),
-            batch.documents_T,
-            m.sinks,
-            m.head_dims,
-            x_TD,
-            layout,
-            how.attention_kernel,
-            how.cp_method,
-            batch.zigzag,
+    prepared = {}
+    for letter in {p_block.letter: None for p_block in p.all_blocks}:  # in order, each once
+        windows = {p_block.window: None for p_block in p.all_blocks if p_block.letter == letter}
+        shared = StageInputs(
+            batch, x_TD, tuple(windows), how.attention_kernel, how.cp_method, decoding.last_B
         )
-        for window in {p_block.window: None for p_block in p.all_blocks}  # in order, each once
-    }
+        prepared[letter] = m.mixer(letter).prepare(shared, layout)
     sparse = [p_block.moe is not None for p_block in p.all_blocks]
     tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
     chunk, policy = mlp_chunk_tokens(tokens, width), how.policy
 
     def run(p_i, x_TD, i, end, around=lambda block: block, targets_T=None):
-        mask, path = masks[p.all_blocks[i].window]
+        letter, recipe = p.all_blocks[i].letter, how.recipe(end)
         keep = policy.block(i)
         targets_T = batch.targets_T if targets_T is None else targets_T
-        run_it = around(
-            partial(
-                block, seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
-                table_TH=table_TH,
-                documents_T=batch.documents_T, mask=mask, m=m, layout=layout, path=path,
-                recipe=how.recipe(end), dispatch=how.moe_dispatch, chunk=chunk if keep.reruns else None,
-                past=None if past is None else replace(past[i], places_T=batch.positions_T),
-            )
-        )  # fmt: skip
+        inputs = BlockInputs(
+            mixer=m.mixer(letter),
+            mixer_inputs=replace(
+                prepared[letter][p.all_blocks[i].window],
+                eps=m.norm_eps,
+                recipe=recipe,
+                cache=decoding.caches and decoding.caches[i],
+            ),
+            seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
+            dispatch=how.moe_dispatch,
+            recipe=recipe,
+            chunk=chunk if keep.reruns else None,
+        )
+        run_it = around(partial(block, inputs=inputs, m=m, layout=layout))
         load_E = _row(before["load"], sum(sparse[:i]), layout) if before and sparse[i] else None
         narrow = how.narrow(end, x_TD.shape[0] / layout.parts("tokens_sp"))
         fn = BlockFunction(run_it, load_E, layout, narrow)

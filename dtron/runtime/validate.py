@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from dtron.bounds import nearest_divisor
+from dtron.bounds import divides
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe
-from dtron.layers.attention_kernels import LEAST_HEAD_DIM, AttentionPath
+from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
@@ -29,13 +29,17 @@ def check(
     remedy."""
     check_experts(model, mesh)
     dense = not model.moe.experts or model.moe.dense_layers
-    for name in ("heads", *["kv_heads"] * (not model.latent), *["mlp"] * bool(dense)):
-        size = getattr(model, name)
-        if size % mesh.tp:
+    for mixer in model.mixers:
+        mixer.check_mesh(mesh, seq_len, cp_method)
+    if dense:
+        divides("model.mlp", model.mlp, "tp", mesh.tp)
+    order = "zigzag" if zigzag else "contiguous"
+    for mixer in model.mixers:
+        if mesh.cp > 1 and order not in mixer.orders(cp_method):
             raise UserError(
-                f"model.{name}={size} over tp={mesh.tp}: tp must divide {name}; "
-                f"use tp={nearest_divisor(size, mesh.tp)} or --model.{name.replace('_', '-')} "
-                f"{-(-size // mesh.tp) * mesh.tp}"
+                f"--zigzag {'on' if zigzag else 'off'} over cp={mesh.cp}: the tokens are then in "
+                f"{order} order, which a layer of model.pattern={model.pattern} does not support "
+                f"({mixer.params.segment}); use --zigzag auto"
             )
     unit = sequence_unit(mesh, zigzag)
     if seq_len % unit:
@@ -45,14 +49,6 @@ def check(
         raise UserError(
             f"data.seq_len={seq_len} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
             f"must be a multiple of {unit}; use --data.seq-len {-(-seq_len // unit) * unit}"
-        )
-    name = "heads" if model.latent else "kv_heads"  # latent: each head has its own keys
-    size, both = getattr(model, name), mesh.tp * mesh.cp
-    if mesh.cp > 1 and cp_method == "ulysses" and size % both:
-        raise UserError(
-            f"--cp-method ulysses over cp={mesh.cp}: it cuts the heads, and a rank has {size // mesh.tp} of "
-            f"model.{name}={size}, which cp must divide; use --cp-method ring, which takes any number "
-            f"of heads, or --model.{name.replace('_', '-')} {-(-size // both) * both}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise UserError(
@@ -84,12 +80,7 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
         ("mlp", c.mlp, "etp"),
         ("shared", c.shared, "tp"),
     ):
-        n = getattr(mesh, axis)
-        if size % n:
-            raise UserError(
-                f"model.moe.{flag}={size} over {axis}={n}: {axis} must divide {flag}; use "
-                f"{axis}={nearest_divisor(size, n)} or --model.moe.{flag} {-(-size // n) * n}"
-            )
+        divides(f"model.moe.{flag}", size, axis, getattr(mesh, axis))
 
 
 def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> None:
@@ -172,22 +163,8 @@ def check_attention(
 ) -> None:
     """Raise UserError if the attention path requested by name does not support the model, dtype or
     device."""
-    cannot = None
-    if path == "sdpa":
-        if model.softcap is not None:
-            cannot = f"model.softcap={model.softcap}: torch's fused attention has no soft-cap"
-        elif model.sinks:
-            cannot = "model.sinks=True: torch's fused attention has no sinks"
-    elif path == "flex":
-        if device == "cpu":
-            cannot = "device=cpu: flex_attention has no backward there"
-        elif min(model.head_dims) < LEAST_HEAD_DIM:
-            name = "heads of width " if model.latent else "model.head_dim="
-            cannot = f"{name}{min(model.head_dims)}: its kernels take {LEAST_HEAD_DIM} and more"
-        elif dtype == torch.float64:
-            cannot = "dtype=float64: its kernels add up in float32"
-    if cannot:
-        raise UserError(f"--attention-kernel {path} with {cannot}; use --attention-kernel auto")
+    for mixer in model.mixers:
+        mixer.check_kernel(path, dtype, device)
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 --help``.
 
 The prompts are run at once, padded on the right, and then every step runs one token of each row.
-Keys and values of what was before are in a cache that travels beside the weights
-(layers/kv_cache.py), so the layers are those of training, on whatever mesh. All ranks draw the same
+What the mixers need of earlier tokens is in caches that travel beside the weights (of attention:
+layers/kv_cache.py), so the layers are those of training, on whatever mesh. All ranks draw the same
 tokens, since all have the same logits and the same seed. Rows are filled up until every rank has as
 many tokens, which the sharding of tokens asks for.
 
@@ -35,11 +35,10 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
 from dtron.hf.safetensors import read_json
-from dtron.layers.kv_cache import KVCache, empty_past
 from dtron.mesh import Layout, by_rows
 from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Transformer, embed, stage_logits
+from dtron.model.transformer import Block, Transformer, embed, stage_logits
 from dtron.params import gather
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
@@ -106,12 +105,12 @@ class Decoder:
         self._rows, self._filled = rows, -(-rows // unit) * unit
         self._m, self._pipe, self._layout, self._device = m, pipe, layout, device
         weights = gather(params, layout)
-        heads, axis = (m.heads, "heads") if m.latent else (m.kv_heads, "kv_heads")
         dtype = weights[0].blocks[0].norm_1.scale.dtype
-        new = partial(
-            empty_past, self._filled, slots, heads, m.head_dims, axis, layout, dtype, device
-        )
-        self._weights = [(p, tuple(new() for _ in p.blocks)) for p in weights]
+
+        def empty(p: Block) -> Any:
+            return m.mixer(p.letter).empty_cache(self._filled, slots, layout, dtype, device)
+
+        self._weights = [(p, tuple(map(empty, p.blocks))) for p in weights]
 
     def __call__(self, new: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor | None:
         """``new`` tokens of each row, of which the first has position ``starts[row]`` -> the logits
@@ -134,13 +133,13 @@ class Decoder:
 
 
 def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
-    """The model's, for stages whose params are pairs of weights and past."""
+    """The model's, for stages whose params are pairs of weights and decoding caches."""
 
-    def enter(p: tuple[Transformer, tuple[KVCache, ...]], batch: Any) -> Tensor:
+    def enter(p: tuple[Transformer, tuple[Any, ...]], batch: Any) -> Tensor:
         return embed(p[0], batch, m, layout)
 
     def run(
-        p: tuple[Transformer, tuple[KVCache, ...]], x_TD: Tensor, batch: Any
+        p: tuple[Transformer, tuple[Any, ...]], x_TD: Tensor, batch: Any
     ) -> tuple[Tensor, None]:
         return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B)
 

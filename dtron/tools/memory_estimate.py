@@ -40,16 +40,22 @@ from dtron.model.config import ModelConfig
 
 
 def block_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2, chunk: int | None = None
+    m: ModelConfig,
+    shape: MeshShape,
+    tokens: int,
+    element: int = 2,
+    chunk: int | None = None,
+    layer: int = 0,
 ) -> BlockBytes:
     """Return the bytes of one block's activations. An activation policy keeps some of them.
 
     ``tokens``: tokens of all cp and tp ranks together.
     ``chunk``: tokens of a rank that its MLP processes at once (None: all).
+    ``layer``: the index of the block, which chooses its mixer.
     """
     u = tokens // shape.cp
     t = u // shape.tp
-    heads = u * (m.heads + _kv_heads(m)) * sum(m.head_dims) // shape.tp
+    mixer = m.mixer(m.letter(layer)).activation_bytes(shape, tokens, element)
     c = m.moe
 
     def total(residuals: int, products: int) -> int:
@@ -59,26 +65,10 @@ def block_bytes(
         else:
             mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
         streams = residuals * t * m.embed + 2 * u * m.embed
-        return element * (streams + heads + mlp) + 4 * u * m.heads // shape.tp
+        return element * (streams + mlp) + mixer
 
     products = 3 if m.activation in ("swiglu", "geglu") else 2
     return BlockBytes(element * t * m.embed, total(1, products - 1), total(2, products))
-
-
-def message_bytes(
-    m: ModelConfig, shape: MeshShape, tokens: int, cp_method: Method, element: int = 2
-) -> int:
-    """Return the peak bytes of messages in attention over cp."""
-    if shape.cp == 1:
-        return 0
-    u = tokens // shape.cp
-    kv = element * u * _kv_heads(m) * sum(m.head_dims) // shape.tp
-    q = element * u * m.heads * sum(m.head_dims) // shape.tp  # and outputs
-    return {"ring": 4 * kv, "allgather": 2 * shape.cp * kv, "ulysses": 2 * (q + kv)}[cp_method]
-
-
-def _kv_heads(m: ModelConfig) -> int:
-    return m.heads if m.latent else m.kv_heads
 
 
 def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) -> int:
@@ -100,18 +90,19 @@ def activation_bytes(
 
     ``layers``: number of layers of each stage.
     """
-    one = block_bytes(m, shape, tokens)
-    kept = max(
-        sum(policy.block(i).kept_bytes(one) for i in range(n)) * (shape.pp - s)
-        for s, n in enumerate(layers)
-    )
     chunk = mlp_chunk_tokens(tokens // shape.cp, m.mlp // shape.tp)
-    in_chunks = block_bytes(m, shape, tokens, chunk=chunk).all
-    # A block's gradients, and its activations again where they are recomputed.
-    work = max(2 * in_chunks if policy.block(i).reruns else one.all for i in range(max(layers)))
-    return kept + max(
-        work + message_bytes(m, shape, tokens, cp_method), loss_bytes(m, shape, tokens)
-    )
+    kept, work = 0, 0
+    for stage, n in enumerate(layers):
+        start, stage_kept = sum(layers[:stage]), 0
+        for i in range(n):
+            block, one = policy.block(i), block_bytes(m, shape, tokens, layer=start + i)
+            stage_kept += block.kept_bytes(one)
+            in_chunks = block_bytes(m, shape, tokens, chunk=chunk, layer=start + i).all
+            # A block's gradients, and its activations again where they are recomputed.
+            work = max(work, 2 * in_chunks if block.reruns else one.all)
+        kept = max(kept, stage_kept * (shape.pp - stage))
+    messages = max(mixer.message_bytes(shape, tokens, cp_method, element=2) for mixer in m.mixers)
+    return kept + max(work + messages, loss_bytes(m, shape, tokens))
 
 
 def table(

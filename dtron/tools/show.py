@@ -245,13 +245,11 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, ShowConfig(), prog="python -m dtron.show")
     shape = MeshShape.parse(config.mesh)
-    unit = sequence_unit(shape, zigzag=True)
-    check(
-        replace(config.model, context=max(unit, config.model.context)),
-        shape,
-        unit,
-        config.cp_method,
-    )
+    zigzag = config.model.token_order(config.cp_method) == "zigzag"
+    unit = sequence_unit(shape, zigzag)
+    seq_len = memory_estimate.seq_lens(unit)[0]
+    model = replace(config.model, context=max(seq_len, config.model.context))
+    check(model, shape, seq_len, config.cp_method, zigzag)
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:

@@ -132,7 +132,9 @@ class StepConfig:
 
     @property
     def zigzags(self) -> bool:
-        return self.zigzag == "on" or (self.zigzag == "auto" and self.cp_method != "ulysses")
+        """Whether the tokens of a sequence are in zig-zag order over cp."""
+        auto = self.zigzag == "auto" and self.model.token_order(self.cp_method) == "zigzag"
+        return auto or self.zigzag == "on"
 
     def gathers_each(self, shape: MeshShape) -> bool:
         """Whether ZeRO-3 unshards weights in every microbatch, and not once a step."""

@@ -62,9 +62,11 @@ def layers_per_stage(
             f"{stages} pipeline stages for model.layers={m.layers}: each needs a block; use fewer stages "
             f"(pp, --pipeline.stages-per-rank) or --model.layers {stages}"
         )
-    weights = sum(active(w, m) for w in flat(declare_model(m).blocks)) / m.layers
+    blocks = declare_model(m).blocks
+    weights = sum(active(w, m) for w in flat(blocks)) / m.layers
+    mixing = sum(m.mixer(p.letter).flops(seq_len, None) for p in blocks) / m.layers
     # The cost of an average block, in multiplications per token.
-    block = weights + m.heads * sum(m.head_dims) / 2 * seq_len
+    block = weights + mixing / 6
     head = m.padded_vocab * m.embed / block  # in blocks
     head_cost = head + m.mtp.depth * (head + 1 + 2 * m.embed**2 / block)
 

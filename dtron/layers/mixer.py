@@ -1,0 +1,132 @@
+"""The mixer of a block: the layer in which a token sees other tokens of its sequence.
+
+All other layers of a block work token by token. Attention is a mixer, and so are convolutions over
+the sequence and recurrences. A ``Mixer`` is everything that the rest of dtron must know about one
+kind of mixer: its weights, its forward, its decoding cache, its cost, and the models, meshes and
+token orders that it supports. A model names the kinds of its blocks by letters (``pattern`` in
+model/config.py). No other file asks which kinds a model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.fp8.recipe import Recipe
+from dtron.layers.attention_kernels import AttentionPath
+from dtron.layers.context_parallel import Method
+from dtron.layers.token_order import TokenOrder
+from dtron.mesh import Layout
+
+
+class TokenData(Protocol):
+    """The data of a microbatch's tokens that a mixer may need; see ``Batch`` in model/batch.py."""
+
+    positions_T: Tensor
+    documents_T: Tensor | None
+    seq_len: int
+    zigzag: bool
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """The inputs of ``Mixer.prepare``: one microbatch in one pipeline stage.
+
+    ``x_TD``: the stage's input. Only its dtype and device matter.
+    ``windows``: the attention windows of the stage's blocks with this mixer, each once.
+    ``kernel``, ``cp_method``: the requested attention kernels, and the requested method over cp.
+    ``last_B [B@tokens]``: in generation, the index of the last token of each row. Later tokens are
+        padding (None: there is no padding)."""
+
+    batch: TokenData
+    x_TD: Tensor
+    windows: tuple[int | None, ...]
+    kernel: AttentionPath = "auto"
+    cp_method: Method = "ring"
+    last_B: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerInputs:
+    """The inputs of a mixer besides weights, activations and layout. A mixer adds its own fields in
+    a subclass.
+
+    ``documents_T [T@rows]``: the document of each token, in the row's own order (None: one document
+        per seq_len).
+    ``eps``: for norms.
+    ``recipe``: the recipe for FP8 matmuls, or None.
+    ``cache``: the decoding cache of this block, see ``Mixer.empty_cache`` (None: no generation)."""
+
+    documents_T: Tensor | None = None
+    eps: float = 1e-5
+    recipe: Recipe | None = None
+    cache: Any = None
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One kind of mixer in one model. It has no state.
+
+    ``model``: the model's config.
+    ``params``: the class of the weights. Its ``segment`` is their name in paths:
+        ``blocks.3.attention.w_q``.
+
+    Sizes and costs of a mesh are per rank. ``tokens`` counts the tokens of all cp and tp ranks
+    together, and ``element`` is the number of bytes of one number."""
+
+    model: Any
+
+    params: ClassVar[type]
+
+    def dims(self) -> dict[str, Any]:
+        """Return sizes and flags for the declaration of ``params``, in addition to the model's."""
+        return {}
+
+    def apply(self, p: Any, x_TD: Tensor, inputs: MixerInputs, layout: Layout) -> Tensor:
+        """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+        raise NotImplementedError
+
+    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:
+        """Make once the data that the blocks of a stage share. Return the inputs of blocks by their
+        window. The caller sets ``eps``, ``recipe`` and ``cache``."""
+        inputs = MixerInputs(documents_T=stage.batch.documents_T)
+        return dict.fromkeys(stage.windows, inputs)
+
+    def empty_cache(
+        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
+    ) -> Any:
+        """Make the decoding cache of one block, for ``rows`` rows over all ranks of up to ``slots``
+        tokens. ``apply`` updates it in place. The ranks of cp have whole rows in generation."""
+        raise NotImplementedError
+
+    def orders(self, method: Method) -> tuple[TokenOrder, ...]:
+        """Return the token orders over cp that the mixer supports, the best first. ``method``: the
+        method of attention."""
+        raise NotImplementedError
+
+    def flops(self, seq_len: int, window: int | None) -> float:
+        """Return the FLOPs per token, forward and backward, in addition to 6 per weight."""
+        return 0.0
+
+    def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
+        """Return the bytes that the layer keeps for backward, without its input."""
+        raise NotImplementedError
+
+    def message_bytes(self, mesh: MeshShape, tokens: int, method: Method, element: int) -> int:
+        """Return the peak bytes of messages over cp."""
+        return 0
+
+    def check_model(self) -> None:
+        """Raise UserError if the model's config does not fit this mixer."""
+
+    def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
+        """Raise UserError if the mesh, the sequence length or the attention method does not fit
+        this mixer."""
+
+    def check_kernel(self, path: AttentionPath, dtype: torch.dtype, device: str) -> None:
+        """Raise UserError if the requested attention kernels do not support this mixer."""
