@@ -29,6 +29,7 @@ from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
+from dtron.layers.mla import MLAConfig
 from dtron.layers.token_order import TokenOrder
 from dtron.mesh import Layout
 from dtron.model.activation_checkpoint import POLICIES
@@ -218,6 +219,7 @@ def test_the_layer_is_conv1d(packed):
     same(convolution(p, x, inputs, ONE), torch.cat(rows), [x, *flat(p)])
 
 
+LATENT = MLAConfig(kv_rank=12, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)
 STEPS = [
     ("dp=2,tp=2", "C", {"zero": 0}),
     ("dp=3,tp=2", "AC", {"zero": 2, "documents": True}),
@@ -227,6 +229,7 @@ STEPS = [
     ("dp=2,cp=2", "CA", {"zero": 3, "cp_method": "ulysses"}),
     ("pp=2,cp=2", "AC", {"zero": 1, "recompute": "selective"}),
     ("pp=2,tp=2", "AAC", {"zero": 2, "model": {"layers": 4, "window": 5, "full_every": 2}}),
+    ("cp=2,tp=2", "AMC", {"documents": True, "model": {"layers": 3, "mla": LATENT}}),
     ("cp=2,ep=2", "C", {"model": {"moe": MoEConfig(4, 2, 8), "mtp": MTPConfig(1)}}),
 ]
 
@@ -272,10 +275,11 @@ def test_a_dropped_constrain_is_caught(number):
 PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
 
 
-@pytest.mark.parametrize("pattern", ["C", "AC"])
+@pytest.mark.parametrize("pattern", ["C", "AC", "AMC"])
 def test_the_cache_changes_nothing(pattern):
     """Rows of unequal lengths, in pieces; a cache that stays empty is seen."""
-    m, rows = replace(M, pattern=pattern), texts(*map(sum, PIECES))
+    latent = LATENT if "M" in pattern else MLAConfig()
+    m, rows = replace(M, pattern=pattern, layers=3, mla=latent), texts(*map(sum, PIECES))
 
     def check_all():
         for row, cuts, got in zip(rows, PIECES, cached(m, rows, PIECES), strict=True):
@@ -308,6 +312,11 @@ def test_paths_of_weights_name_the_mixer():
     assert paths == [w.path for w in flat(spec)]
     assert "blocks.0.attention.w_q" in paths and "blocks.1.convolution.w_taps" in paths
     assert spec.blocks[1].mixer.w_taps.shape == (WIDTH, 4, 6)
+    mixed = replace(M, layers=3, mla=LATENT)
+    letters = lambda pattern: [
+        p.letter for p in declare_model(replace(mixed, pattern=pattern)).blocks
+    ]
+    assert letters("AC") == ["M", "C", "M"] and letters("AMC") == ["A", "M", "C"]
 
 
 def test_flops_and_memory():

@@ -182,6 +182,8 @@ def _spoken(m: ModelConfig) -> ModelConfig:
         same["moe"] = MoEConfig()
     if m.latent:
         same |= {"kv_heads": 1, "head_dim": 2}
+    if set(m.pattern) == {"M"}:
+        same["pattern"] = "A"  # the same model
     if m.positions != "rotary":
         same["rope"] = RopeConfig()
     elif m.rope.scaling == "none":

@@ -40,8 +40,8 @@ class ModelConfig:
     layers: int = 4
     """transformer blocks"""
     pattern: str = "A"
-    """mixers of the blocks, one letter each, repeated over the layers: A attention (with
-    model.mla.kv_rank multi-head latent attention, which M names too)"""
+    """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
+    latent attention; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -129,14 +129,15 @@ class ModelConfig:
 
     @property
     def latent(self) -> bool:
-        """Whether attention is multi-head latent attention; then kv_heads and head_dim mean
+        """Whether the model has multi-head latent attention, for which kv_heads and head_dim mean
         nothing."""
         return self.mla.kv_rank > 0
 
     def letter(self, i: int) -> str:
         """The letter of block i; the blocks of multi-token prediction come last."""
         letter = self.pattern[i % len(self.pattern)]
-        return "M" if letter == "A" and self.latent else letter
+        only_latent = self.latent and "M" not in self.pattern
+        return "M" if letter == "A" and only_latent else letter
 
     def mixer(self, letter: str) -> Mixer:
         return self.kinds[letter](self)
@@ -149,15 +150,10 @@ class ModelConfig:
 
     def token_order(self, method: Method) -> TokenOrder:
         """The token order over cp that all mixers support. Of several, the one that the first mixer
-        prefers."""
-        supported = [mixer.orders(method) for mixer in self.mixers]
-        for order in supported[0]:
-            if all(order in orders for orders in supported):
-                return order
-        raise UserError(
-            f"model.pattern={self.pattern}: its layers support no common order of tokens over cp; "
-            "use a mesh without cp, or change the pattern"
-        )
+        prefers; of none, too."""
+        first, *others = [mixer.orders(method) for mixer in self.mixers]
+        common = (order for order in first if all(order in orders for orders in others))
+        return next(common, first[0])
 
     @property
     def padded_vocab(self) -> int:

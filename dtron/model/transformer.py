@@ -264,7 +264,7 @@ def _runner(
                 prepared[letter][p.all_blocks[i].window],
                 eps=m.norm_eps,
                 recipe=recipe,
-                cache=decoding.caches and decoding.caches[i],
+                cache=None if decoding.caches is None else decoding.caches[i],
             ),
             seen=_seen(targets_T, batch, m.moe.balanced, layout) if sparse[i] else None,
             dispatch=how.moe_dispatch,

@@ -39,7 +39,7 @@ def check(
             raise UserError(
                 f"--zigzag {'on' if zigzag else 'off'} over cp={mesh.cp}: the tokens are then in "
                 f"{order} order, which a layer of model.pattern={model.pattern} does not support "
-                f"({mixer.params.segment}); use --zigzag auto"
+                f"({mixer.params.segment}); use --zigzag auto, or a mesh without cp"
             )
     unit = sequence_unit(mesh, zigzag)
     if seq_len % unit:
