@@ -342,11 +342,11 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
             )
             functions = replace(functions, stage=spoilt)
             want = "the gradient of w_head is not finite on rank"
-        said = diagnose(TrainStep(functions, pipe, TEN), params, batches)
+        said = diagnose(TrainStep(functions, pipe, TEN, ADAMW), params, batches)
         assert want in said
         assert where == "weight" or "in microbatch 1 " in said
         if where == "gradient":
-            clean = diagnose(TrainStep(program(MODEL, layout), pipe, TEN), params, batches)
+            clean = diagnose(TrainStep(program(MODEL, layout), pipe, TEN, ADAMW), params, batches)
             assert "are finite" in clean
 
 
