@@ -15,8 +15,7 @@ A check that cannot fail proves nothing. So mutant layouts break one thing on pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,9 @@ from dtron.errors import PlacementError
 from dtron.mesh import Layout
 from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.rules import rules_for
+from dtron.tools.compare_steps import relative_error
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
-from dtron.tools.verify import relative_error
+from dtron.tools.poisoned_memory import poisoned_memory as poisoned_memory  # for tests
 from dtron.training.gradients import EagerWeights
 
 Axes = tuple[str | None, ...]
@@ -161,24 +161,6 @@ def assert_caught(check: Callable[[], Any]) -> None:
     except (AssertionError, RuntimeError, PlacementError):
         return
     raise AssertionError("the mutant went unnoticed: the check cannot fail here")
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill newly allocated memory with NaN (integers: the largest value) until a kernel writes it.
-    So a read of an unwritten row shows as NaN. Without this, new memory often holds zeros and hides
-    such a read."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def dropped(number: int) -> Mutate:

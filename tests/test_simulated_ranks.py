@@ -7,7 +7,7 @@ import torch
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.simulated_ranks import by_rank, simulated
+from dtron.distributed.simulated_ranks import by_rank, same_on_all, simulated
 
 RANKS = 4
 
@@ -74,3 +74,13 @@ def test_gradients_pass_through_views():
         pairs = [(by_rank(g, 0)[r], by_rank(x.detach(), 0)[r]) for r in range(RANKS)]
     for a, b in pairs:
         torch.testing.assert_close(a, 2 * b)
+
+
+def test_a_value_that_all_ranks_share_may_be_nan_and_may_not_differ():
+    """A step that is not finite is reported, and does not end in an error of the simulation."""
+    values = [torch.tensor([1.0, float("nan")]) for _ in range(RANKS)]
+    got = same_on_all(LocalTensor(dict(enumerate(values))))
+    torch.testing.assert_close(got, values[0], equal_nan=True)
+    values[2] = torch.tensor([1.0, 2.0])
+    with pytest.raises(AssertionError, match="differs by rank"):
+        same_on_all(LocalTensor(dict(enumerate(values))))

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.collectives import exchange_rows, gather_along
 from dtron.distributed.fp8_all_gather import packed, unpacked
+from dtron.distributed.simulated_ranks import same_on_all
 from dtron.errors import PlacementError
 from dtron.torch_compile import opaque, static
 
@@ -280,7 +281,7 @@ def full(x: Tensor) -> Tensor:
     and one device also give a plain tensor."""
     if isinstance(x, DTensor):
         x = _gathered(x, [Replicate()] * x.device_mesh.ndim).to_local()
-    return x.reconcile() if hasattr(x, "reconcile") else x
+    return same_on_all(x)
 
 
 def rank() -> int:

@@ -1,10 +1,15 @@
 """``python -m dtron.verify --mesh dp=2,tp=2``: check that sharding does not change the result.
 
 The command builds a model and one global batch. It takes one optimizer step on one device and one
-on the simulated mesh, both in float64. Then it compares the loss, every gradient and every weight
-after the step. Two correct programs sum in a different order; their rounding differs by about
-1e-15. A forgotten reduction differs by 0.1 to 1. Anything over 1e-9 is a bug. Run this after
-editing a layer.
+on the simulated mesh, both in float64. Then it compares the loss, the gradient norm, every gradient,
+and every weight and optimizer state after the step. Two correct programs sum in a different order;
+their rounding differs by about 1e-15. A forgotten reduction differs by 0.1 to 1. Anything over 1e-9
+is a bug. Run this after editing a layer.
+
+With ``--dtype bfloat16`` the steps compute as training does: in bfloat16, from float32 master
+weights. Memory that no kernel has written is filled with NaN, so a read of it shows. The rounding
+of bfloat16 has no fixed size. So both steps are compared with the float64 step of one device: the
+mesh may be wrong by a few times what one device is wrong by.
 
 The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
 faults of the network or of a device; the tests repeat the comparison on real processes.
@@ -12,7 +17,8 @@ faults of the network or of a device; the tests repeat the comparison on real pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,67 +36,51 @@ from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.config import ModelConfig
-from dtron.params import draw, flat, leaves, tree_map
+from dtron.moe.dispatch import Dispatch
+from dtron.params import draw, flat, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, microbatches
 from dtron.schedules.runner import Program
+from dtron.tools.compare_steps import TOLERANCE, Difference, StepResult, compare, compare_rounded
 from dtron.tools.count_collectives import (
     CollectiveCounter,
     HiddenCommunication,
     no_hidden_communication,
 )
+from dtron.tools.first_nonfinite import FirstNonFinite
+from dtron.tools.poisoned_memory import poisoned_memory
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import init_state
+from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import pipeline
 
-TOLERANCE = 1e-9
-NORM = "the gradient norm"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, as whole tensors."""
-
-    loss: float
-    norm: float
-    grads: Any
-    params: Any
-    state: dict[str, Any]
-    collectives: CollectiveCounter
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Relative errors of one weight: largest difference over largest value."""
-
-    path: str
-    grad: float
-    weight: float
-    state: float = 0.0
-    """of the optimizer's state, the largest error of its trees"""
-
-    @property
-    def same(self) -> bool:
-        """Whether all errors are within TOLERANCE; NaN is not."""
-        return self.grad <= TOLERANCE and self.weight <= TOLERANCE and self.state <= TOLERANCE
+Watch = Callable[[Any], AbstractContextManager]
 
 
 def one_step(
-    config: RunConfig, shape: MeshShape, mutate: Callable[[Layout], Layout] = lambda x: x
+    config: RunConfig,
+    shape: MeshShape,
+    mutate: Callable[[Layout], Layout] = lambda x: x,
+    dtype: torch.dtype = torch.float64,
+    watch: Watch = lambda weights: nullcontext(),
 ) -> StepResult:
-    """Take the step of ``config`` in float64 on simulated ranks (``MeshShape()`` is one device)."""
-    m = config.model
+    """Take the step of ``config`` on simulated ranks (``MeshShape()`` is one device).
+
+    ``dtype``: in which to compute. Below float32 the master weights are in float32, and unwritten
+        memory is poisoned.
+    ``watch``: makes a context for the step from pairs of a path and a weight."""
+    m, low = config.model, dtype.itemsize < 4
+    master = torch.float32 if low else dtype
     rows = _random_rows(config)
     documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     with simulated(shape) as mesh:
-        layout = mutate(Layout(mesh, rules_for(config.zero)))
+        layout = mutate(Layout(mesh, rules_for(config.zero), compute=dtype if low else None))
         pipe = pipeline(config, shape, count, config.data.seq_len, layout)
         dims = m.dims()
         params = tree_map(
-            lambda w: layout.shard(draw(w, dims, config.seed).double(), *w.axes), pipe.spec
+            lambda w: layout.shard(draw(w, dims, config.seed).to(master), *w.axes), pipe.spec
         )
         parts = lambda x: [None] * count if x is None else x.chunk(count)
         batches = [
@@ -99,14 +89,18 @@ def one_step(
                 rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
             )
         ]
-        run_plan = RunPlan.eager(config, shape, count, torch.float64, torch.float64)
+        run_plan = RunPlan.eager(config, shape, count, master, dtype)
         step = build_step(config, run_plan, pipe, wrap=_guarded)
-        with CollectiveCounter(mesh) as counter:
-            done = [*step.gradients(params, batches)]
+        opt = init_state(step.optimizer, pipe.spec, params)
+        opt = with_compute_copies(opt, params, pipe.spec, layout.compute)
+        weights = params if opt.compute_copies is None else opt.compute_copies
+        pairs = [(w.path, x) for w, x in zip(flat(pipe.spec), flat(weights), strict=True)]
+        poison = poisoned_memory() if low else nullcontext()
+        with poison, CollectiveCounter(mesh) as counter, watch(pairs):
+            done = [*step.gradients(weights, batches)]
         whole = partial(pipe.whole, fn=lambda x: full(x).clone())
         whole_grads = whole(done[1])  # the update consumes them
         tokens, lr = valid_tokens(rows), config.optim.lr
-        opt = init_state(step.optimizer, pipe.spec, params)
         loss, norm, _, params, opt = step.update(params, opt, done, tokens, lr)
         state = {name: whole(tree) for name, tree in opt.trees.items()}
         return StepResult(loss.item(), norm.item(), whole_grads, whole(params), state, counter)
@@ -135,44 +129,6 @@ def on_one_device(config: RunConfig) -> RunConfig:
         config,
         micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1],
     )
-
-
-def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
-    """Return ``(relative error of the loss, errors of every weight, and last of the gradient
-    norm)``. Some weights have zero gradient except for rounding (a key's bias: softmax ignores
-    it). The error of such a weight is relative to a small part of the largest gradient, weight or
-    state."""
-    grads = _errors(want.grads, got.grads, 1e-6)
-    weights = _errors(want.params, got.params, 1e-2)
-    states = [_errors(want.state[name], got.state[name], 1e-6) for name in want.state]
-    rows = [
-        Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
-        for path in grads
-    ]
-    norm = abs(got.norm - want.norm) / abs(want.norm)
-    return abs(got.loss - want.loss) / abs(want.loss), [*rows, Difference(NORM, norm, 0.0)]
-
-
-def _errors(want: Any, got: Any, share: float) -> dict[str, float]:
-    """Return the error of every leaf by path.
-
-    ``share``: the part of the largest value that errors are relative to, at least."""
-    found = dict(leaves(got))
-    floor = share * max((x.abs().max().item() for x in flat(want)), default=0.0)
-    return {path: relative_error(found[path], x, floor) for path, x in leaves(want)}
-
-
-def _worst(errors: Iterable[float]) -> float:
-    """Return the largest error, or NaN if one is NaN."""
-    return max(errors, key=lambda error: (error != error, error), default=0.0)
-
-
-def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    """Largest difference over the largest value, or over ``floor`` where that is larger."""
-    if got.shape != want.shape:
-        return float("inf")
-    gap, scale = (got - want).abs().max().item(), max(want.abs().max().item(), floor)
-    return gap / scale if scale else gap
 
 
 def _random_rows(config: RunConfig) -> Tensor:
@@ -217,6 +173,10 @@ class VerifyConfig:
     """over cp: each rank has an early and a late part of a sequence"""
     zero3_gather: Literal["step", "microbatch"] = "step"
     """zero 3 with pp: when weights are gathered"""
+    moe_dispatch: Dispatch = "auto"
+    """how tokens reach their experts"""
+    dtype: Literal["float64", "bfloat16"] = "float64"
+    """bfloat16: compute as training does, with NaN in memory that no kernel has written"""
     seed: int = 0
     """of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -235,6 +195,7 @@ class VerifyConfig:
             micro_batch=micro_batch,
             recompute=self.recompute,
             zero3_gather=self.zero3_gather,
+            moe_dispatch=self.moe_dispatch,
             seed=self.seed,
             cp_method=self.cp_method,
             zigzag=self.zigzag,
@@ -248,48 +209,75 @@ class VerifyConfig:
 def main(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse  # tests import this module and need no command line
 
-    config = parse(argv, VerifyConfig(), prog="python -m dtron.verify").run()
+    flags = parse(argv, VerifyConfig(), prog="python -m dtron.verify")
+    config, dtype, console = flags.run(), getattr(torch, flags.dtype), Console()
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
-    console = Console()
-    want = one_step(on_one_device(config), MeshShape())
+    name = f"mesh {shape}, zero {config.zero}"
+    exact = dtype == torch.float64
     try:
-        got = one_step(config, shape)
+        want = one_step(on_one_device(config), MeshShape())
+        one = want if exact else one_step(on_one_device(config), MeshShape(), dtype=dtype)
+        got = one_step(config, shape, **({} if exact else {"dtype": dtype}))
     except (HiddenCommunication, ValueError) as error:
-        console.print(f"mesh {shape}, zero {config.zero}: {error}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {error}", markup=False, soft_wrap=True)
         return 1
-    loss_error, rows = compare(want, got)
-    console.print(_error_table(shape, config, loss_error, rows))
+    for result, run, ranks, where in (
+        (one, on_one_device(config), MeshShape(), "one device"),
+        (got, config, shape, "the mesh"),
+    ):
+        if not result.finite:
+            why = first_nonfinite(run, ranks, dtype) or result.first_nonfinite
+            console.print(
+                f"{name}: the step of {where} is not finite; {why}", markup=False, soft_wrap=True
+            )
+            return 1
+    loss_error, rows = compare(want, got) if exact else compare_rounded(want, one, got)
+    console.print(_error_table(shape, config, loss_error, rows, TOLERANCE if exact else 1.0))
     console.print(_collective_table(got.collectives))
-    wrong = next((r for r in rows if not r.same), None)
-    if wrong is None and loss_error <= TOLERANCE:
-        console.print(
-            f"mesh {shape}, zero {config.zero}: the same result as one device, to {TOLERANCE:.0e}"
-        )
+    wrong = next((r for r in rows if not r.within(TOLERANCE if exact else 1.0)), None)
+    if wrong is None and loss_error <= (TOLERANCE if exact else 1.0):
+        within = f"to {TOLERANCE:.0e}" if exact else f"within the rounding of {flags.dtype}"
+        console.print(f"{name}: the same result as one device, {within}", soft_wrap=True)
         return 0
     what = (
         f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, state {wrong.state:.1e})"
         if wrong
         else f"loss {loss_error:.1e}"
     )
-    console.print(f"mesh {shape}, zero {config.zero}: differs from one device, first in {what}")
+    console.print(f"{name}: differs from one device, first in {what}", soft_wrap=True)
     return 1
 
 
+def first_nonfinite(config: RunConfig, shape: MeshShape, dtype: torch.dtype) -> str | None:
+    """Take the step again, and describe the first operation whose result is not finite."""
+    watches: list[FirstNonFinite] = []
+
+    def watch(weights: list[tuple[str, Tensor]]) -> FirstNonFinite:
+        watches.append(FirstNonFinite(weights))
+        return watches[0]
+
+    one_step(config, shape, dtype=dtype, watch=watch)
+    return watches[0].where
+
+
 def _error_table(
-    shape: MeshShape, config: RunConfig, loss_error: float, rows: list[Difference]
+    shape: MeshShape,
+    config: RunConfig,
+    loss_error: float,
+    rows: list[Difference],
+    tolerance: float,
 ) -> Table:
-    table = Table(
-        title=f"relative errors of one step on {shape} ({shape.size} ranks, zero {config.zero})"
-    )
+    kind = "relative errors" if tolerance < 1 else "errors, as multiples of the rounding,"
+    table = Table(title=f"{kind} of one step on {shape} ({shape.size} ranks, zero {config.zero})")
     table.add_column("")
     for name in ("gradient", "weight", "state"):
         table.add_column(name, justify="right")
     table.add_row("loss", f"{loss_error:.1e}", "", "")
     for r in rows:
-        style = None if r.same else "bold red"
+        style = None if r.within(tolerance) else "bold red"
         table.add_row(r.path, f"{r.grad:.1e}", f"{r.weight:.1e}", f"{r.state:.1e}", style=style)
     return table
 

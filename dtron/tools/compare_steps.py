@@ -1,0 +1,142 @@
+"""Comparison of two optimizer steps: exact in float64, and within rounding in fewer bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.params import flat, leaves
+from dtron.tools.count_collectives import CollectiveCounter
+
+TOLERANCE = 1e-9
+NORM = "the gradient norm"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, as whole tensors."""
+
+    loss: float
+    norm: float
+    grads: Any
+    params: Any
+    state: dict[str, Any]
+    collectives: CollectiveCounter
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss, the gradient norm and every gradient are finite."""
+        grads = all(bool(g.isfinite().all()) for g in flat(self.grads))
+        return math.isfinite(self.loss) and math.isfinite(self.norm) and grads
+
+    @property
+    def first_nonfinite(self) -> str:
+        """Say which value is not finite: the first gradient, or else the loss or the norm."""
+        paths = [path for path, g in leaves(self.grads) if not g.isfinite().all()]
+        if paths:
+            return f"the gradient of {paths[0]} is the first"
+        return "the loss" if not math.isfinite(self.loss) else NORM
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative errors of one weight: largest difference over largest value."""
+
+    path: str
+    grad: float
+    weight: float
+    state: float = 0.0
+    """of the optimizer's state, the largest error of its trees"""
+
+    def within(self, tolerance: float) -> bool:
+        """Whether all errors are within the tolerance; NaN is not."""
+        return self.grad <= tolerance and self.weight <= tolerance and self.state <= tolerance
+
+    @property
+    def same(self) -> bool:
+        """Whether all errors are within TOLERANCE."""
+        return self.within(TOLERANCE)
+
+
+def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
+    """Return ``(relative error of the loss, errors of every weight, and last of the gradient
+    norm)``. Some weights have zero gradient except for rounding (a key's bias: softmax ignores
+    it). The error of such a weight is relative to a small part of the largest gradient, weight or
+    state."""
+    grads = _errors(want.grads, got.grads, 1e-6)
+    weights = _errors(want.params, got.params, 1e-2)
+    states = [_errors(want.state[name], got.state[name], 1e-6) for name in want.state]
+    rows = [
+        Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
+        for path in grads
+    ]
+    norm = abs(got.norm - want.norm) / abs(want.norm)
+    return abs(got.loss - want.loss) / abs(want.loss), [*rows, Difference(NORM, norm, 0.0)]
+
+
+def compare_rounded(
+    want: StepResult, one: StepResult, got: StepResult
+) -> tuple[float, list[Difference]]:
+    """Compare a step in few bits with the step of one device in the same bits, by their distances
+    from the step in float64. Return the loss's error and a row for each weight, as ``compare``
+    does.
+
+    An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
+    more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
+    weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
+    too."""
+    trees = [(want.grads, one.grads, got.grads), (want.params, one.params, got.params)]
+    trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
+    grads, weights, *states = (_rounded(*three) for three in trees)
+    rows = [
+        Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
+        for path in grads
+    ]
+    loss, norm = (
+        _excess(*(torch.tensor([getattr(r, name)]).double() for r in (want, one, got)))
+        for name in ("loss", "norm")
+    )
+    return loss, [*rows, Difference(NORM, norm, 0.0)]
+
+
+ROUNDINGS, FLOOR = 4.0, 2**-6
+
+
+def _rounded(want: Any, one: Any, got: Any) -> dict[str, float]:
+    ones, found = dict(leaves(one)), dict(leaves(got))
+    floor = 1e-3 * max((x.double().norm().item() for x in flat(want)), default=0.0)
+    return {path: _excess(x, ones[path], found[path], floor) for path, x in leaves(want)}
+
+
+def _excess(want: Tensor, one: Tensor, got: Tensor, floor: float = 0.0) -> float:
+    allowed = ROUNDINGS * (one.double() - want).norm() + FLOOR * want.double().norm().clamp(floor)
+    return (
+        ((got.double() - want).norm() / allowed).item() if allowed else float((got != want).any())
+    )
+
+
+def _errors(want: Any, got: Any, share: float) -> dict[str, float]:
+    """Return the error of every leaf by path.
+
+    ``share``: the part of the largest value that errors are relative to, at least."""
+    found = dict(leaves(got))
+    floor = share * max((x.abs().max().item() for x in flat(want)), default=0.0)
+    return {path: relative_error(found[path], x, floor) for path, x in leaves(want)}
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """Return the largest error, or NaN if one is NaN."""
+    return max(errors, key=lambda error: (error != error, error), default=0.0)
+
+
+def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """Largest difference over the largest value, or over ``floor`` where that is larger."""
+    if got.shape != want.shape:
+        return float("inf")
+    gap, scale = (got - want).abs().max().item(), max(want.abs().max().item(), floor)
+    return gap / scale if scale else gap
