@@ -28,7 +28,7 @@ from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
 from dtron.testing import run_layer
 from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidden_communication
-from dtron.tools.verify import one_step
+from dtron.tools.verify_step import one_step
 
 DIMS = {
     "embed": 8,

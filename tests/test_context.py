@@ -29,10 +29,12 @@ from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.validate import check, sequence_unit
 from dtron.testing import assert_caught, meshes
-from dtron.tools import verify
+from dtron.tools import verify_step
+from dtron.tools.compare_steps import StepResult, compare
 from dtron.tools.count_collectives import Collective
 from dtron.tools.generate import generate
-from dtron.tools.verify import compare, on_one_device, one_step
+from dtron.tools.verify import on_one_device
+from dtron.tools.verify_step import one_step
 from dtron.training.pipeline import one_stage
 
 METHODS = ("ring", "allgather", "ulysses")
@@ -56,7 +58,7 @@ def configured(
     return replace(model_config(mesh, 1, **choices), data=data)
 
 
-def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> verify.StepResult:
+def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> StepResult:
     alone = replace(on_one_device(config), recompute="none", micro_batch=None)
     want = one_step(alone, MeshShape())
     got = one_step(config, MeshShape.parse(config.mesh), mutate)
@@ -116,7 +118,7 @@ def changed(name: str, **places):
         contiguous = make(rows, layout, *others, **{**choices, "zigzag": False})
         return replace(batch, **{name: getattr(contiguous, name)})
 
-    return mock.patch.object(verify, "make_batch", wrong)
+    return mock.patch.object(verify_step, "make_batch", wrong)
 
 
 def merged_without_rescaling(a, b):

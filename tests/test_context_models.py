@@ -29,8 +29,8 @@ from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check
 from dtron.testing import assert_caught
-from dtron.tools import verify
-from dtron.tools.verify import one_step
+from dtron.tools import verify_step
+from dtron.tools.verify_step import one_step
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
 WARM = RopeConfig(scaling="yarn", original=8, mscale_all=1.0)
@@ -87,7 +87,7 @@ def test_any_mesh(mesh, latent, depth, **choices):
 
 EXPERT_MUTANTS = {
     "sequences left in order": (
-        "cp=2,ep=2", {}, lambda: mock.patch.object(verify, "make_batch", with_rows_in_order),
+        "cp=2,ep=2", {}, lambda: mock.patch.object(verify_step, "make_batch", with_rows_in_order),
     ),
     "forced places left in order": (
         "cp=2,ep=2", {"balanced": True, "aux_loss": 0.0},

@@ -26,7 +26,8 @@ from dtron.params import weight
 from dtron.rules import RULES
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, unsummed, zero_stages
-from dtron.tools.verify import compare, one_step
+from dtron.tools.compare_steps import compare
+from dtron.tools.verify_step import one_step
 
 X = ("tokens_sp", "act_embed")
 

@@ -19,7 +19,9 @@ from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules.runner import StageOutput
 from dtron.testing import assert_caught, zero_stages
-from dtron.tools.verify import compare, on_one_device, one_step
+from dtron.tools.compare_steps import compare
+from dtron.tools.verify import on_one_device
+from dtron.tools.verify_step import one_step
 
 
 def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:

@@ -29,7 +29,7 @@ from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules import SCHEDULES, stages_of_rank
 from dtron.testing import assert_caught, dropped, meshes, unsummed, zero_stages
-from dtron.tools.verify import one_step
+from dtron.tools.verify_step import one_step
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, program

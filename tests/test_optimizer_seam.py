@@ -46,6 +46,7 @@ from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunCon
 from dtron.runtime.exit import run_cli
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import show, verify
+from dtron.tools.compare_steps import StepResult
 from dtron.training.optim_config import OPTIMIZERS, build_optimizer
 from dtron.training.optimizer import (
     ElementwiseOptimizer,
@@ -472,7 +473,7 @@ def test_verify_names_the_weight_whose_state_differs(capsys, monkeypatch):
     """As if the mesh had another optimizer than the device."""
     step = verify.one_step
 
-    def one_step(c: RunConfig, shape: MeshShape) -> verify.StepResult:
+    def one_step(c: RunConfig, shape: MeshShape) -> StepResult:
         mutant = replace(c.optim, name="shard-mean" if shape.size > 1 else "sgd")
         return step(replace(c, optim=mutant), shape)
 

@@ -28,7 +28,9 @@ from dtron.schedules.p2p import InProcessLinks
 from dtron.schedules.runner import Program, run
 from dtron.schedules.split_backward import backward, backward_input
 from dtron.testing import assert_caught
-from dtron.tools.verify import StepResult, compare, on_one_device, one_step
+from dtron.tools.compare_steps import StepResult, compare
+from dtron.tools.verify import on_one_device
+from dtron.tools.verify_step import one_step
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program

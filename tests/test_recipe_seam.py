@@ -32,7 +32,9 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught, meshes, zero_stages
-from dtron.tools.verify import compare, on_one_device, one_step
+from dtron.tools.compare_steps import compare
+from dtron.tools.verify import on_one_device
+from dtron.tools.verify_step import one_step
 
 NAME = "bfloat16_operands"
 

@@ -8,13 +8,18 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from runs import MODEL
 from test_moe import last_experts
 
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.params import leaves
 from dtron.runtime.config import DataConfig
 from dtron.runtime.exit import run_cli
 from dtron.testing import dropped, unsummed
-from dtron.tools import verify
+from dtron.tools import verify, verify_step
+from dtron.tools.compare_steps import StepResult
+from dtron.tools.verify_processes import step_of_processes
 
 TINY = [
     "--model.layers=1",
@@ -31,7 +36,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     return code, " ".join(capsys.readouterr().out.split())
 
 
-def spoil(monkeypatch, change: Callable[..., verify.StepResult]) -> list[verify.StepResult]:
+def spoil(monkeypatch, change: Callable[..., StepResult]) -> list[StepResult]:
     """Let ``change`` take the step on the mesh instead; returns the two steps, once they are
     taken."""
     step, taken = verify.one_step, []
@@ -89,7 +94,7 @@ def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monk
 @pytest.mark.parametrize("factor", [1 + 1e-8, float("nan")])
 @pytest.mark.parametrize("path", ["blocks.0.mlp.w_up", "w_head"])
 def test_one_wrong_gradient_or_weight_is_named(capsys, monkeypatch, tree, factor, path):
-    def change(step, *args: Any) -> verify.StepResult:
+    def change(step, *args: Any) -> StepResult:
         result = step(*args)
         dict(leaves(getattr(result, tree)))[path].mul_(factor)
         return result
@@ -136,9 +141,9 @@ def test_unwritten_memory_that_is_read_is_found_in_bfloat16(capsys, monkeypatch)
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_layer_and_line(capsys, monkeypatch):
-    draw, large = verify.draw, ("blocks.1.mlp.w_up", "blocks.1.mlp.w_gate")
+    draw, large = verify_step.draw, ("blocks.1.mlp.w_up", "blocks.1.mlp.w_gate")
     monkeypatch.setattr(
-        verify, "draw", lambda w, *rest: draw(w, *rest) * (1e30 if w.path in large else 1)
+        verify_step, "draw", lambda w, *rest: draw(w, *rest) * (1e30 if w.path in large else 1)
     )
     code, out = run(capsys, "--dtype=bfloat16", "--model.layers=3")
     assert code == 1 and "the step of one device is not finite" in out
@@ -147,9 +152,11 @@ def test_a_value_that_is_not_finite_is_named_with_its_layer_and_line(capsys, mon
 
 @pytest.mark.parametrize("path", ["blocks.0.mlp.w_up", "w_head"])
 def test_a_weight_that_is_not_finite_is_named(capsys, monkeypatch, path):
-    draw = verify.draw
+    draw = verify_step.draw
     monkeypatch.setattr(
-        verify, "draw", lambda w, *rest: draw(w, *rest) * (float("inf") if w.path == path else 1)
+        verify_step,
+        "draw",
+        lambda w, *rest: draw(w, *rest) * (float("inf") if w.path == path else 1),
     )
     code, out = run(capsys)
     assert code == 1 and f"the weight {path} itself is not finite" in out
@@ -160,3 +167,16 @@ def test_a_mesh_or_a_model_that_cannot_be_is_refused(capsys):
         assert run_cli(verify.main, [*TINY, *argv]) == 2
         out, err = capsys.readouterr()
         assert re.fullmatch(r"error: [^\n]+\n", err) and not out
+
+
+def test_the_compiled_step_of_processes_is_that_of_one_device():
+    """And its comparison can fail: another learning rate is another weight."""
+    small = replace(verify.VerifyConfig(), mesh="dp=2", zero=3, model=MODEL).run()
+    small = replace(small, model=replace(small.model, layers=1))
+    want = verify.one_step(verify.on_one_device(small), MeshShape())
+    got = step_of_processes(small, MeshShape(dp=2), want, torch.float64, backend="aot_eager")
+    loss, rows = verify.compare(want, got)
+    assert loss <= verify.TOLERANCE and all(row.same for row in rows)
+    other = replace(small, optim=replace(small.optim, lr=2e-3))
+    rows = verify.compare(verify.one_step(verify.on_one_device(other), MeshShape()), got)[1]
+    assert not all(row.same for row in rows)

@@ -26,7 +26,7 @@ class StepResult:
     grads: Any
     params: Any
     state: dict[str, Any]
-    collectives: CollectiveCounter
+    collectives: CollectiveCounter | None
 
     @property
     def finite(self) -> bool:

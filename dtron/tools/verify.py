@@ -11,17 +11,18 @@ weights. Memory that no kernel has written is filled with NaN, so a read of it s
 of bfloat16 has no fixed size. So both steps are compared with the float64 step of one device: the
 mesh may be wrong by a few times what one device is wrong by.
 
+With ``--compile`` the mesh is not simulated. The command starts a process for each rank, and they take
+the step that torch.compile makes. (Compiled on a CPU, where inductor writes C++.)
+
 The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
-faults of the network or of a device; the tests repeat the comparison on real processes.
+faults of the network or of a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -29,94 +30,21 @@ from rich.table import Table
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import full
-from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.context_parallel import Method
-from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
-from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
-from dtron.params import draw, flat, tree_map
-from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, microbatches
-from dtron.schedules.runner import Program
-from dtron.tools.compare_steps import TOLERANCE, Difference, StepResult, compare, compare_rounded
+from dtron.tools.compare_steps import TOLERANCE, Difference, compare, compare_rounded
 from dtron.tools.count_collectives import (
     CollectiveCounter,
     HiddenCommunication,
-    no_hidden_communication,
 )
 from dtron.tools.first_nonfinite import FirstNonFinite
-from dtron.tools.poisoned_memory import poisoned_memory
-from dtron.training.build import build_step
-from dtron.training.config import RunPlan
-from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.tools.verify_processes import step_of_processes
+from dtron.tools.verify_step import one_step
 from dtron.training.pipeline import pipeline
-
-Watch = Callable[[Any], AbstractContextManager]
-
-
-def one_step(
-    config: RunConfig,
-    shape: MeshShape,
-    mutate: Callable[[Layout], Layout] = lambda x: x,
-    dtype: torch.dtype = torch.float64,
-    watch: Watch = lambda weights: nullcontext(),
-) -> StepResult:
-    """Take the step of ``config`` on simulated ranks (``MeshShape()`` is one device).
-
-    ``dtype``: in which to compute. Below float32 the master weights are in float32, and unwritten
-        memory is poisoned.
-    ``watch``: makes a context for the step from pairs of a path and a weight."""
-    m, low = config.model, dtype.itemsize < 4
-    master = torch.float32 if low else dtype
-    rows = _random_rows(config)
-    documents, positions = _random_documents(config) if config.data.document_mask else (None, None)
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
-    with simulated(shape) as mesh:
-        layout = mutate(Layout(mesh, rules_for(config.zero), compute=dtype if low else None))
-        pipe = pipeline(config, shape, count, config.data.seq_len, layout)
-        dims = m.dims()
-        params = tree_map(
-            lambda w: layout.shard(draw(w, dims, config.seed).to(master), *w.axes), pipe.spec
-        )
-        parts = lambda x: [None] * count if x is None else x.chunk(count)
-        batches = [
-            make_batch(*one, depth=m.mtp.depth, zigzag=config.zigzags)
-            for one in zip(
-                rows.chunk(count), [layout] * count, parts(documents), parts(positions), strict=True
-            )
-        ]
-        run_plan = RunPlan.eager(config, shape, count, master, dtype)
-        step = build_step(config, run_plan, pipe, wrap=_guarded)
-        opt = init_state(step.optimizer, pipe.spec, params)
-        opt = with_compute_copies(opt, params, pipe.spec, layout.compute)
-        weights = params if opt.compute_copies is None else opt.compute_copies
-        pairs = [(w.path, x) for w, x in zip(flat(pipe.spec), flat(weights), strict=True)]
-        poison = poisoned_memory() if low else nullcontext()
-        with poison, CollectiveCounter(mesh) as counter, watch(pairs):
-            done = [*step.gradients(weights, batches)]
-        whole = partial(pipe.whole, fn=lambda x: full(x).clone())
-        whole_grads = whole(done[1])  # the update consumes them
-        tokens, lr = valid_tokens(rows), config.optim.lr
-        loss, norm, _, params, opt = step.update(params, opt, done, tokens, lr)
-        state = {name: whole(tree) for name, tree in opt.trees.items()}
-        return StepResult(loss.item(), norm.item(), whole_grads, whole(params), state, counter)
-
-
-def _guarded(functions: Program) -> Program:
-    """Wrap the functions in the guard against hidden communication."""
-
-    def guard(fn: Callable) -> Callable:
-        def guarded(*args):
-            with no_hidden_communication():
-                return fn(*args)
-
-        return guarded
-
-    return replace(functions, enter=guard(functions.enter), stage=guard(functions.stage))
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
@@ -129,23 +57,6 @@ def on_one_device(config: RunConfig) -> RunConfig:
         config,
         micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1],
     )
-
-
-def _random_rows(config: RunConfig) -> Tensor:
-    """Draw a global batch of random tokens. Some targets are ignored, unevenly over the rows."""
-    g = torch.Generator().manual_seed(config.seed)
-    rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)
-    rows[:: max(2, config.batch // 3), -max(1, config.data.seq_len // 3) :] = IGNORE
-    return rows
-
-
-def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Draw ``(document, position)`` of every token; about every tenth token begins a document."""
-    g = torch.Generator().manual_seed(config.seed + 1)
-    begins = torch.rand(config.batch, config.data.seq_len, generator=g) < 0.1
-    places = torch.arange(config.data.seq_len).expand(begins.shape)
-    starts = torch.where(begins, places, 0).cummax(1).values
-    return begins.cumsum(1), places - starts
 
 
 @dataclass(frozen=True)
@@ -177,6 +88,8 @@ class VerifyConfig:
     """how tokens reach their experts"""
     dtype: Literal["float64", "bfloat16"] = "float64"
     """bfloat16: compute as training does, with NaN in memory that no kernel has written"""
+    compile: bool = False
+    """take the compiled step, on processes that are started here, one a rank"""
     seed: int = 0
     """of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -220,7 +133,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         want = one_step(on_one_device(config), MeshShape())
         one = want if exact else one_step(on_one_device(config), MeshShape(), dtype=dtype)
-        got = one_step(config, shape, **({} if exact else {"dtype": dtype}))
+        if flags.compile:
+            got = step_of_processes(config, shape, want, dtype)
+        else:
+            got = one_step(config, shape, **({} if exact else {"dtype": dtype}))
     except (HiddenCommunication, ValueError) as error:
         console.print(f"{name}: {error}", markup=False, soft_wrap=True)
         return 1
@@ -236,7 +152,8 @@ def main(argv: Sequence[str]) -> int:
             return 1
     loss_error, rows = compare(want, got) if exact else compare_rounded(want, one, got)
     console.print(_error_table(shape, config, loss_error, rows, TOLERANCE if exact else 1.0))
-    console.print(_collective_table(got.collectives))
+    if got.collectives is not None:
+        console.print(_collective_table(got.collectives))
     wrong = next((r for r in rows if not r.within(TOLERANCE if exact else 1.0)), None)
     if wrong is None and loss_error <= (TOLERANCE if exact else 1.0):
         within = f"to {TOLERANCE:.0e}" if exact else f"within the rounding of {flags.dtype}"
