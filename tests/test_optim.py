@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from values import ADAMW, F64, ONE, SMALL, close, normal
+from values import ADAMW, ONE, SMALL, assert_steps_of_torch, close, normal
 
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
@@ -33,27 +33,7 @@ from dtron.training.optimizer import (
 def test_adam_is_torch_adamw():
     adamw = build_optimizer(OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3))
     model = replace(SMALL, qk_norm=True, qkv_bias=True, bias=True, norm="layernorm")
-    spec = declare_model(model).blocks[0]
-    ours = init(spec, model.dims(), 0, ONE, F64)
-    theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
-    groups = {True: [], False: []}
-    for path, w in theirs.items():
-        groups[path.rpartition(".")[2].startswith("w_")].append(w)
-    theirs_step = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": 0.3}, {"params": groups[False], "weight_decay": 0.0}],
-        betas=(0.8, 0.9), eps=1e-3,
-    )  # fmt: skip
-    state = init_state(adamw, spec, ours)
-    for step in range(5):
-        lr = 0.1 / (step + 1)
-        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
-        for w, g in zip(theirs.values(), flat(grads), strict=True):
-            w.grad = 0.7 * g
-        for group in theirs_step.param_groups:
-            group["lr"] = lr
-        theirs_step.step()
-        ours, state = apply_update(adamw, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
-        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+    assert_steps_of_torch(adamw, model, torch.optim.AdamW, betas=(0.8, 0.9), eps=1e-3)
 
 
 @pytest.mark.parametrize("kernel", [None, update_weight])

@@ -28,7 +28,7 @@ from test_moe_training import SPARSE
 from test_show import _first_rank
 from texts import one_line
 from torch import Tensor
-from values import F64, ONE, close, normal
+from values import F64, ONE, assert_steps_of_torch, normal
 
 import train as program
 from dtron import checkpoint
@@ -39,7 +39,7 @@ from dtron.distributed.redistribute import full, like, local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec, flat, init, leaves, tree_map
+from dtron.params import WeightSpec, flat, init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.cli import parse
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
@@ -177,30 +177,7 @@ def _registered():
 def steps_of_torch(optimizer: SGD) -> None:
     """Five steps of one block are those of torch.optim.SGD."""
     model = replace(MODEL, qkv_bias=True, bias=True)
-    spec = declare_model(model).blocks[0]
-    ours = init(spec, model.dims(), 0, ONE, F64)
-    theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
-    groups = {True: [], False: []}
-    for path, w in theirs.items():
-        groups[path.rpartition(".")[2].startswith("w_")].append(w)
-    reference = torch.optim.SGD(
-        [
-            {"params": groups[True], "weight_decay": 0.3},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        momentum=0.8,
-    )
-    state = init_state(optimizer, spec, ours)
-    for step in range(5):
-        lr = 0.1 / (step + 1)
-        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
-        for w, g in zip(theirs.values(), flat(grads), strict=True):
-            w.grad = 0.7 * g
-        for group in reference.param_groups:
-            group["lr"] = lr
-        reference.step()
-        ours, state = apply_update(optimizer, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
-        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+    assert_steps_of_torch(optimizer, model, torch.optim.SGD, momentum=0.8)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -473,9 +450,9 @@ def test_verify_names_the_weight_whose_state_differs(capsys, monkeypatch):
     """As if the mesh had another optimizer than the device."""
     step = verify.one_step
 
-    def one_step(c: RunConfig, shape: MeshShape) -> StepResult:
+    def one_step(c: RunConfig, shape: MeshShape, **how: Any) -> StepResult:
         mutant = replace(c.optim, name="shard-mean" if shape.size > 1 else "sgd")
-        return step(replace(c, optim=mutant), shape)
+        return step(replace(c, optim=mutant), shape, **how)
 
     monkeypatch.setattr(verify, "one_step", one_step)
     model = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2"]

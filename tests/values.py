@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dtron.layers.rope import RopeConfig, frequencies
 from dtron.mesh import Layout
-from dtron.params import declare, tree_map
+from dtron.model.transformer import declare_model
+from dtron.params import declare, flat, init, leaves, tree_map
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 
 ONE, F64 = Layout(), torch.float64
 ADAMW = build_optimizer(OptimConfig())
@@ -76,3 +78,33 @@ def flex_on_cpu() -> Iterator[None]:
     with refusal, torch._dynamo.config.patch(**compiles):
         yield
     torch._dynamo.reset()
+
+
+def assert_steps_of_torch(optimizer, model: ModelConfig, reference, **options) -> None:
+    """Five steps of one block, with the gradients scaled by 0.7, are the steps of an optimizer of
+    torch, which decays matrices by 0.3.
+
+    ``reference``: its class; ``options``: its arguments."""
+    spec = declare_model(model).blocks[0]
+    ours = init(spec, model.dims(), 0, ONE, F64)
+    theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
+    groups = {True: [], False: []}
+    for path, w in theirs.items():
+        groups[path.rpartition(".")[2].startswith("w_")].append(w)
+    decays = [
+        {"params": groups[True], "weight_decay": 0.3},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+    theirs_step = reference(decays, **options)
+    state = init_state(optimizer, spec, ours)
+    for step in range(5):
+        lr = 0.1 / (step + 1)
+        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
+        for w, g in zip(theirs.values(), flat(grads), strict=True):
+            w.grad = 0.7 * g
+        for group in theirs_step.param_groups:
+            group["lr"] = lr
+        theirs_step.step()
+        scalars = UpdateScalars(lr, 0.7)
+        ours, state = apply_update(optimizer, spec, ours, grads, state, scalars, ONE)
+        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from dtron.tools.count_collectives import CollectiveCounter
 
 TOLERANCE = 1e-9
 NORM = "the gradient norm"
+
+Errors = dict[str, float]  # by the path of the weight
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,19 @@ def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]
     grads = _errors(want.grads, got.grads, 1e-6)
     weights = _errors(want.params, got.params, 1e-2)
     states = [_errors(want.state[name], got.state[name], 1e-6) for name in want.state]
+    norm = abs(got.norm - want.norm) / abs(want.norm)
+    return abs(got.loss - want.loss) / abs(want.loss), _table(grads, weights, states, norm)
+
+
+def _table(
+    grads: Errors, weights: Errors, states: Sequence[Errors], norm: float
+) -> list[Difference]:
+    """Return a row for each weight, and last a row for the gradient norm. A state may lack weights."""
     rows = [
         Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
         for path in grads
     ]
-    norm = abs(got.norm - want.norm) / abs(want.norm)
-    return abs(got.loss - want.loss) / abs(want.loss), [*rows, Difference(NORM, norm, 0.0)]
+    return [*rows, Difference(NORM, norm, 0.0)]
 
 
 def compare_rounded(
@@ -93,21 +102,17 @@ def compare_rounded(
     trees = [(want.grads, one.grads, got.grads), (want.params, one.params, got.params)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
     grads, weights, *states = (_rounded(*three) for three in trees)
-    rows = [
-        Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
-        for path in grads
-    ]
     loss, norm = (
         _excess(*(torch.tensor([getattr(r, name)]).double() for r in (want, one, got)))
         for name in ("loss", "norm")
     )
-    return loss, [*rows, Difference(NORM, norm, 0.0)]
+    return loss, _table(grads, weights, states, norm)
 
 
 ROUNDINGS, FLOOR = 4.0, 2**-6
 
 
-def _rounded(want: Any, one: Any, got: Any) -> dict[str, float]:
+def _rounded(want: Any, one: Any, got: Any) -> Errors:
     ones, found = dict(leaves(one)), dict(leaves(got))
     floor = 1e-3 * max((x.double().norm().item() for x in flat(want)), default=0.0)
     return {path: _excess(x, ones[path], found[path], floor) for path, x in leaves(want)}
@@ -120,7 +125,7 @@ def _excess(want: Tensor, one: Tensor, got: Tensor, floor: float = 0.0) -> float
     )
 
 
-def _errors(want: Any, got: Any, share: float) -> dict[str, float]:
+def _errors(want: Any, got: Any, share: float) -> Errors:
     """Return the error of every leaf by path.
 
     ``share``: the part of the largest value that errors are relative to, at least."""

@@ -9,10 +9,10 @@ is a bug. Run this after editing a layer.
 With ``--dtype bfloat16`` the steps compute as training does: in bfloat16, from float32 master
 weights. Memory that no kernel has written is filled with NaN, so a read of it shows. The rounding
 of bfloat16 has no fixed size. So both steps are compared with the float64 step of one device: the
-mesh may be wrong by a few times what one device is wrong by.
+mesh may differ by a few times as much as one device does.
 
-With ``--compile`` the mesh is not simulated. The command starts a process for each rank, and they take
-the step that torch.compile makes. (Compiled on a CPU, where inductor writes C++.)
+With ``--compile`` the mesh is not simulated. The command starts a process for each rank, and the
+processes take the compiled step on the CPU, where inductor generates C++.
 
 The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
 faults of the network or of a device.
@@ -130,13 +130,14 @@ def main(argv: Sequence[str]) -> int:
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     name = f"mesh {shape}, zero {config.zero}"
     exact = dtype == torch.float64
+    limit = TOLERANCE if exact else 1.0
     try:
         want = one_step(on_one_device(config), MeshShape())
         one = want if exact else one_step(on_one_device(config), MeshShape(), dtype=dtype)
         if flags.compile:
             got = step_of_processes(config, shape, want, dtype)
         else:
-            got = one_step(config, shape, **({} if exact else {"dtype": dtype}))
+            got = one_step(config, shape, dtype=dtype)
     except (HiddenCommunication, ValueError) as error:
         console.print(f"{name}: {error}", markup=False, soft_wrap=True)
         return 1
@@ -151,11 +152,11 @@ def main(argv: Sequence[str]) -> int:
             )
             return 1
     loss_error, rows = compare(want, got) if exact else compare_rounded(want, one, got)
-    console.print(_error_table(shape, config, loss_error, rows, TOLERANCE if exact else 1.0))
+    console.print(_error_table(shape, config, loss_error, rows, limit))
     if got.collectives is not None:
         console.print(_collective_table(got.collectives))
-    wrong = next((r for r in rows if not r.within(TOLERANCE if exact else 1.0)), None)
-    if wrong is None and loss_error <= (TOLERANCE if exact else 1.0):
+    wrong = next((r for r in rows if not r.within(limit)), None)
+    if wrong is None and loss_error <= limit:
         within = f"to {TOLERANCE:.0e}" if exact else f"within the rounding of {flags.dtype}"
         console.print(f"{name}: the same result as one device, {within}", soft_wrap=True)
         return 0

@@ -1,16 +1,16 @@
 """The compiled step on real processes, for ``dtron.verify --compile``.
 
-The parent starts one process for each rank, with gloo between them. Every process builds the step that
-training builds, compiled, and takes it. It writes the whole gradients, weights and states of its
-stages to a file, which the parent puts together."""
+The parent starts one process for each rank, with gloo between them. Every process builds and takes
+the compiled step that training takes. It writes the whole gradients, weights and states of its
+stages to a file. The parent combines these files."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,10 @@ from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.params import leaves, unflatten, with_specs
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
-from dtron.runtime.validate import microbatches
 from dtron.tools.compare_steps import StepResult
-from dtron.tools.poisoned_memory import poisoned_memory
-from dtron.tools.verify_step import step_inputs
+from dtron.tools.verify_step import compute_copies_in, plan_of, take_step
 from dtron.training.build import build_step
-from dtron.training.config import RunPlan
-from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
-
-BACKEND = "inductor"
 
 
 def step_of_processes(
@@ -41,7 +35,7 @@ def step_of_processes(
     shape: MeshShape,
     like: StepResult,
     dtype: torch.dtype,
-    backend: str = BACKEND,
+    backend: str = "inductor",
 ) -> StepResult:
     """Take the step, compiled, on ``shape.size`` processes that are started here.
 
@@ -72,26 +66,16 @@ def _rank(
     dist.init_process_group(
         "gloo", rank=rank, world_size=shape.size, store=store, timeout=timedelta(minutes=10)
     )
-    low = dtype.itemsize < 4
-    master = torch.float32 if low else dtype
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    plan = replace(plan_of(config, shape, dtype), compile=True)
     mesh = build_mesh(shape, "cpu")
-    layout = Layout(stage_mesh(mesh), rules_for(config.zero), compute=dtype if low else None)
+    layout = Layout(stage_mesh(mesh), rules_for(config.zero), compute=compute_copies_in(dtype))
     template = torch.empty(0, config.model.embed, dtype=dtype)
-    pipe = on_ranks(pipeline(config, shape, count, config.data.seq_len, layout), mesh, template)
-    params, batches, tokens = step_inputs(config, pipe, count, master)
-    plan = replace(RunPlan.eager(config, shape, count, master, dtype), compile=True)
-    step = build_step(config, plan, pipe, backend)
-    opt = init_state(step.optimizer, pipe.spec, params)
-    opt = with_compute_copies(opt, params, pipe.spec, layout.compute)
-    weights = params if opt.compute_copies is None else opt.compute_copies
-    with poisoned_memory() if low else nullcontext():
-        done = [*step.gradients(weights, batches)]
-    here: dict[str, dict[str, Any]] = {"grads": _whole(pipe, done[1])}  # the update consumes them
-    loss, norm, _, params, opt = step.update(params, opt, done, tokens, config.optim.lr)
-    here["params"] = _whole(pipe, params)
-    here |= {f"state.{name}": _whole(pipe, tree) for name, tree in opt.trees.items()}
-    here["numbers"] = {"loss": loss.item(), "norm": norm.item()}
+    pipe = pipeline(config, shape, plan.count, config.data.seq_len, layout)
+    step = build_step(config, plan, on_ranks(pipe, mesh, template), backend)
+    taken = take_step(config, step, plan, partial(_whole, step.pipe))
+    here = {"grads": taken.grads, "params": taken.params}
+    here |= {f"state.{name}": tree for name, tree in taken.state.items()}
+    here["numbers"] = {"loss": taken.loss, "norm": taken.norm}
     torch.save(here, f"{folder}/rank{rank:05}.pt")
     dist.barrier()
     dist.destroy_process_group()

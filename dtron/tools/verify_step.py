@@ -3,10 +3,9 @@ ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
+from dtron.training.step import TrainStep
 
 Watch = Callable[[Any], AbstractContextManager]
 
@@ -79,27 +79,59 @@ def one_step(
     ``dtype``: in which to compute. Below float32 the master weights are in float32, and unwritten
         memory is poisoned.
     ``watch``: makes a context for the step from pairs of a path and a weight."""
-    low = dtype.itemsize < 4
-    master = torch.float32 if low else dtype
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    plan = plan_of(config, shape, dtype)
     with simulated(shape) as mesh:
-        layout = mutate(Layout(mesh, rules_for(config.zero), compute=dtype if low else None))
-        pipe = pipeline(config, shape, count, config.data.seq_len, layout)
-        params, batches, tokens = step_inputs(config, pipe, count, master)
-        plan = RunPlan.eager(config, shape, count, master, dtype)
+        layout = mutate(Layout(mesh, rules_for(config.zero), compute=compute_copies_in(dtype)))
+        pipe = pipeline(config, shape, plan.count, config.data.seq_len, layout)
+        counter = CollectiveCounter(mesh)
+
+        @contextmanager
+        def around(weights: Any) -> Iterator[None]:
+            with counter, watch(zip([w.path for w in flat(pipe.spec)], flat(weights), strict=True)):
+                yield
+
+        def whole(trees: Any) -> Any:
+            return pipe.whole(trees, lambda x: full(x).clone())
+
         step = build_step(config, plan, pipe, wrap=_guarded)
-        opt = init_state(step.optimizer, pipe.spec, params)
-        opt = with_compute_copies(opt, params, pipe.spec, layout.compute)
-        weights = params if opt.compute_copies is None else opt.compute_copies
-        pairs = [(w.path, x) for w, x in zip(flat(pipe.spec), flat(weights), strict=True)]
-        poison = poisoned_memory() if low else nullcontext()
-        with poison, CollectiveCounter(mesh) as counter, watch(pairs):
-            done = [*step.gradients(weights, batches)]
-        whole = partial(pipe.whole, fn=lambda x: full(x).clone())
-        grads = whole(done[1])  # the update consumes them
-        loss, norm, _, params, opt = step.update(params, opt, done, tokens, config.optim.lr)
-        state = {name: whole(tree) for name, tree in opt.trees.items()}
-        return StepResult(loss.item(), norm.item(), grads, whole(params), state, counter)
+        return replace(take_step(config, step, plan, whole, around), collectives=counter)
+
+
+def compute_copies_in(dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the weights' compute copies. None: the masters have this dtype."""
+    return dtype if dtype.itemsize < 4 else None
+
+
+def plan_of(config: RunConfig, shape: MeshShape, dtype: torch.dtype) -> RunPlan:
+    """Return the plan of an eager step that computes in ``dtype``. Master weights have float32 at
+    least."""
+    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    return RunPlan.eager(config, shape, count, torch.promote_types(dtype, torch.float32), dtype)
+
+
+def take_step(
+    config: RunConfig,
+    step: TrainStep,
+    plan: RunPlan,
+    whole: Callable[[Any], Any],
+    around: Watch = lambda weights: nullcontext(),
+) -> StepResult:
+    """Draw weights and a batch, and take the step with them. Unwritten memory is poisoned if the
+    step computes in fewer bits than float32.
+
+    ``whole``: makes whole tensors of the stages' trees.
+    ``around``: makes a context for the gradients from the weights that compute."""
+    pipe, copies = step.pipe, compute_copies_in(plan.compute)
+    params, batches, tokens = step_inputs(config, pipe, plan.count, plan.master)
+    opt = init_state(step.optimizer, pipe.spec, params)
+    opt = with_compute_copies(opt, params, pipe.spec, copies)
+    weights = params if copies is None else opt.compute_copies
+    with poisoned_memory() if copies else nullcontext(), around(weights):
+        done = [*step.gradients(weights, batches)]
+    grads = whole(done[1])  # the update consumes them
+    loss, norm, _, params, opt = step.update(params, opt, done, tokens, config.optim.lr)
+    state = {name: whole(tree) for name, tree in opt.trees.items()}
+    return StepResult(loss.item(), norm.item(), grads, whole(params), state, None)
 
 
 def _guarded(functions: Program) -> Program:

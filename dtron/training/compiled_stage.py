@@ -148,8 +148,8 @@ class CompiledStage:
             tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         tree, part = unflatten(params, tensors), self._functions.enter_params
-        indices = flat(part(unflatten(params, list(range(len(tensors))))))
-        entrance = LocalWeights(part(tree), [lies[i] for i in indices])
+        placed = dict(zip(map(id, tensors), lies, strict=True))
+        entrance = LocalWeights(part(tree), [placed[id(w)] for w in flat(part(tree))])
         return LocalWeights(tree, lies, entrance), tensors
 
     def scatter(
