@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def await_turn(turn: str) -> None:
-    """Wait until the file ``turn`` exists; cases.py creates it. An empty ``turn`` waits for nothing.
+    """Wait until the file ``turn`` exists; cases.py creates it. An empty ``turn`` waits for
+    nothing.
 
     A file beside it, ``TURN.RANK.ready``, tells cases.py that this rank waits. The process exits if
     the folder is gone: then cases.py has ended."""

@@ -86,7 +86,8 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
 def place_gathered(
     rules: Rules, mesh_axes: Sequence[str], *axes: str | None
 ) -> tuple[Placement, ...]:
-    """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO`` rows."""
+    """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO``
+    rows."""
     return decode(_codes(rules, tuple(mesh_axes), axes, gathered=True))
 
 

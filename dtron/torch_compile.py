@@ -1,5 +1,6 @@
 """torch.compile with settings that torch has only in its global configs, and two decorators: for
-functions that the compiler must not trace early, and for functions that it need not trace at all."""
+functions that the compiler must not trace early, and for functions that it need not trace at
+all."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def static(function: _G) -> _G:
     result may have no placements and no other objects: torch 2.11 cannot guard them.
 
     The bookkeeping of a model (which placements has a weight with these axes?) is pure Python on
-    such arguments. Without this decorator the compiler interprets each of its bytecodes, which takes
-    longer than everything that depends on tensors."""
+    such arguments. Without this decorator the compiler interprets each of its bytecodes, which
+    takes longer than everything that depends on tensors."""
     return torch.compiler.assume_constant_result(function)
 
 

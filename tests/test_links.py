@@ -18,7 +18,8 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that a page's headings have: lower case, without punctuation, spaces as dashes."""
+    """The anchors that a page's headings have: lower case, without punctuation, spaces as
+    dashes."""
     found: set[str] = set()
     for line in re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S).splitlines():
         if heading := re.match(r"#+ +(.+)", line):

@@ -1,7 +1,7 @@
 """The seam of FP8 recipes: a recipe that only this file knows has the properties of the others.
 
-The toy recipe rounds both operands of a matmul to bfloat16. A value rounds alike on every rank, so a
-mesh gives one device's step to float64's precision."""
+The toy recipe rounds both operands of a matmul to bfloat16. A value rounds alike on every rank, so
+a mesh gives one device's step to float64's precision."""
 
 from __future__ import annotations
 

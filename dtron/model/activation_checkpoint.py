@@ -1,4 +1,5 @@
-"""Activation policies: what each block keeps from forward to backward, and what backward recomputes.
+"""Activation policies: what each block keeps from forward to backward, and what backward
+recomputes.
 
 Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198,
 section 5) trades compute for memory. ``full`` keeps a block's input and runs the block again in
@@ -6,9 +7,9 @@ backward. ``selective`` keeps the outputs of matmuls and attention and recompute
 ``budget`` lets the compiler's partitioner choose what to keep.
 
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
-backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep everything
-but the gathered weights. (In a compiled block, copies that only a kernel needs are not kept either:
-see ``recompute_in_backward``.)
+backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
+everything but the gathered weights. (In a compiled block, copies that only a kernel needs are not
+kept either: see ``recompute_in_backward``.)
 
 A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives every block of a stage
 its block policy. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.

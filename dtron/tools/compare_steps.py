@@ -80,7 +80,8 @@ def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]
 def _table(
     grads: Errors, weights: Errors, states: Sequence[Errors], norm: float
 ) -> list[Difference]:
-    """Return a row for each weight, and last a row for the gradient norm. A state may lack weights."""
+    """Return a row for each weight, and last a row for the gradient norm. A state may lack
+    weights."""
     rows = [
         Difference(path, grads[path], weights[path], _worst(s[path] for s in states if path in s))
         for path in grads

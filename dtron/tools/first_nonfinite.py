@@ -26,8 +26,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class FirstNonFinite(TorchDispatchMode):
-    """``with FirstNonFinite(leaves(params)) as first: ...`` sets ``first.where`` to a description of
-    the first non-finite result; None: every result was finite.
+    """``with FirstNonFinite(leaves(params)) as first: ...`` sets ``first.where`` to a description
+    of the first non-finite result; None: every result was finite.
 
     ``weights``: pairs of a path and a weight."""
 

@@ -1,10 +1,10 @@
 """``python -m dtron.verify --mesh dp=2,tp=2``: check that sharding does not change the result.
 
 The command builds a model and one global batch. It takes one optimizer step on one device and one
-on the simulated mesh, both in float64. Then it compares the loss, the gradient norm, every gradient,
-and every weight and optimizer state after the step. Two correct programs sum in a different order;
-their rounding differs by about 1e-15. A forgotten reduction differs by 0.1 to 1. Anything over 1e-9
-is a bug. Run this after editing a layer.
+on the simulated mesh, both in float64. Then it compares the loss, the gradient norm, every
+gradient, and every weight and optimizer state after the step. Two correct programs sum in a
+different order; their rounding differs by about 1e-15. A forgotten reduction differs by 0.1 to 1.
+Anything over 1e-9 is a bug. Run this after editing a layer.
 
 With ``--dtype bfloat16`` the steps compute as training does: in bfloat16, from float32 master
 weights. Memory that no kernel has written is filled with NaN, so a read of it shows. The rounding

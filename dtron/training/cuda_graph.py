@@ -5,8 +5,8 @@ takes to run them, or twice as long under tensor parallelism. A CUDA graph is a 
 these launches with their addresses. The host launches the graph in one call
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording has three
 requirements: shapes never change, weights and optimizer state are overwritten in place, and the
-host reads no number of the step. A step of dtron meets all three. The batch, the learning rate and the counts
-are copied into the buffers that the recorded kernels read.
+host reads no number of the step. A step of dtron meets all three. The batch, the learning rate and
+the counts are copied into the buffers that the recorded kernels read.
 
 Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows
 such waits. But if a rank died, the others would wait for it without the timeout that names it.
