@@ -47,7 +47,7 @@ from dtron.model.presets import preset
 from dtron.params import init
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
-from dtron.runtime.launch import plan, ranks
+from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.metrics import elapsed, mark, peak_memory_gib, peak_tflops
 from dtron.tools.profile import Recorder, breakdown, rows, top
 from dtron.training.build import build_step
@@ -68,65 +68,65 @@ def main(argv: list[str]) -> int:
         copy_engines="off" if o.no_copy_engines else "auto",
         batch=o.rows * o.microbatches * shape.data, data=DataConfig(seq_len=o.seq_len),
     )  # fmt: skip
-    here = plan(config)
-    with ranks(config, here) as pipe:
-        report = measure(o, config, here, pipe)
-    if here.main:
+    plan = plan_run(config)
+    with start_ranks(config, plan) as pipe:
+        report = measure(o, config, plan, pipe)
+    if plan.main:
         print(json.dumps(report))
     return 0
 
 
-def measure(o, config: RunConfig, here, pipe) -> dict:
+def measure(o, config: RunConfig, plan, pipe) -> dict:
     m, spec, layout = config.model, pipe.spec, pipe.layout
-    params = init(spec, m.dims(), 0, layout, here.master, here.device)
+    params = init(spec, m.dims(), 0, layout, plan.master, plan.device)
     opt = init_state(build_optimizer(config.optim), spec, params)
     opt = with_compute_copies(opt, params, spec, layout.compute)
-    generator = torch.Generator(here.device).manual_seed(0)
+    generator = torch.Generator(plan.device).manual_seed(0)
     ids = torch.randint(
-        m.vocab, (config.batch, o.seq_len + 1), device=here.device, generator=generator
+        m.vocab, (config.batch, o.seq_len + 1), device=plan.device, generator=generator
     )
     place = partial(make_batch, layout=layout, depth=m.mtp.depth, zigzag=config.zigzags)
-    batches = [place(r) for r in ids.split(here.rows)]
+    batches = [place(r) for r in ids.split(plan.rows)]
     tokens, host, losses, waited = config.batch * o.seq_len, [], [], []
-    ahead = reading(config, here, o.steps) if o.data else None
+    ahead = reading(config, plan, o.steps) if o.data else None
 
-    here = replace(here, compile=not o.eager, cuda_graph=here.cuda_graph and not o.eager)
-    one = build_step(config, here, pipe, overlap=not o.no_overlap)
+    plan = replace(plan, compile=not o.eager, cuda_graph=plan.cuda_graph and not o.eager)
+    one = build_step(config, plan, pipe, overlap=not o.no_overlap)
 
     def step(params, opt):  # with the batches of now
         loss, _, _, params, opt = one(params, opt, batches, tokens, 1e-4)
         return loss, params, opt
 
-    marks = [mark(here.device)]
+    marks = [mark(plan.device)]
     for _ in range(o.steps):
         if ahead is not None:
-            ids = ahead.next().to(here.device, non_blocking=True)
-            batches = [place(r) for r in ids.split(here.rows)]
+            ids = ahead.next().to(plan.device, non_blocking=True)
+            batches = [place(r) for r in ids.split(plan.rows)]
             waited.append(ahead.waited)
         loss, params, opt = step(params, opt)
-        marks.append(mark(here.device))
+        marks.append(mark(plan.device))
         losses.append(loss)
         if len(losses) == 1:
             first = elapsed(marks[0], marks[1])  # waits for it, compilation and all
             await_turn(o.turn)
-            marks[1] = mark(here.device)
+            marks[1] = mark(plan.device)
     times = [elapsed(a, b) for a, b in pairwise(marks[1:])][-12:]
     for _ in range(
         3 if times else 0
     ):  # a host that runs ahead of a busy device would in the end wait for it
-        elapsed(marks[-1], mark(here.device))
+        elapsed(marks[-1], mark(plan.device))
         start = time.perf_counter()
         loss, params, opt = step(params, opt)
         host.append(time.perf_counter() - start)
     if o.profile:
-        recorder = Recorder(Path(o.profile), 2, here.device, show)
+        recorder = Recorder(Path(o.profile), 2, plan.device, show)
         for _ in range(2):
             recorder.begin()
             loss, params, opt = step(params, opt)
             recorder.end()
-    n, timed = here.shape.size, {}
+    n, timed = plan.shape.size, {}
     if times:
-        seconds, peak = statistics.median(times), peak_tflops(here.device)
+        seconds, peak = statistics.median(times), peak_tflops(plan.device)
         tflops = tokens / seconds / n * flops_per_token(m, o.seq_len) / 1e12
         timed = {
             "tokens_per_s_per_gpu": round(tokens / seconds / n), "tflops_per_gpu": round(tflops, 1),
@@ -135,25 +135,25 @@ def measure(o, config: RunConfig, here, pipe) -> dict:
         }  # fmt: skip
     return {
         "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
-        "parameters": parameter_count(m), "mesh": str(here.shape), "zero": config.zero,
+        "parameters": parameter_count(m), "mesh": str(plan.shape), "zero": config.zero,
         "rows": o.rows, "microbatches": o.microbatches, "seq_len": o.seq_len, "recompute": o.recompute,
         "recompute_budget": o.recompute_budget, "compiled": not o.eager,
-         "dtype": str(here.compute).removeprefix("torch."), "fp8": o.fp8,
+         "dtype": str(plan.compute).removeprefix("torch."), "fp8": o.fp8,
         "fp8_first_last": o.fp8_first_last, "fp8_gather": o.fp8_gather,
         "attention_kernel": o.attention_kernel, "overlap": not o.no_overlap,
-        "cuda_graph": here.cuda_graph, "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if here.device != "cpu" else "cpu",
+        "cuda_graph": plan.cuda_graph, "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if plan.device != "cpu" else "cpu",
         "torch": torch.__version__, **timed,
-        "peak_memory_gib": round(peak_memory_gib(here.device), 1), "first_step_s": round(first, 1),
+        "peak_memory_gib": round(peak_memory_gib(plan.device), 1), "first_step_s": round(first, 1),
         **({"reduce_dtype": "bfloat16"} if o.reduce_dtype == "bfloat16" else {}),
         **({"copy_engines": True} if copy_engine_groups(layout.mesh) else {}),
-        **({"cp_method": o.cp_method, "zigzag": config.zigzags} if here.shape.cp > 1 else {}),
+        **({"cp_method": o.cp_method, "zigzag": config.zigzags} if plan.shape.cp > 1 else {}),
         "loss_first": losses[0].item(), "loss_last": losses[-1].item(),
         "data_wait_ratio": round(sum(waited[-12:]) / sum(times), 5) if waited else None,
     }  # fmt: skip
 
 
-def reading(config: RunConfig, here, steps: int) -> Prefetch:
+def reading(config: RunConfig, plan, steps: int) -> Prefetch:
     """Every step's batch from a .bin/.idx of random tokens, written here and removed when it has
     been opened, read ahead as train.py does; with documents of 500 tokens on average."""
     random, m, s = np.random.default_rng(0), config.model, config.data.seq_len
@@ -167,9 +167,9 @@ def reading(config: RunConfig, here, steps: int) -> Prefetch:
 
     def load(start: int) -> torch.Tensor:
         rows = torch.from_numpy(source.rows(start, config.batch).tokens)
-        if here.device == "cpu":
+        if plan.device == "cpu":
             return rows
-        torch.cuda.set_device(here.device)  # for this thread
+        torch.cuda.set_device(plan.device)  # for this thread
         return rows.pin_memory()
 
     return Prefetch(load, range(0, steps * config.batch, config.batch))

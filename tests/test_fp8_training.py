@@ -21,7 +21,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
-from dtron.runtime.launch import plan
+from dtron.runtime.launch import plan_run
 from dtron.training.compiled_stage import compiled
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
@@ -188,9 +188,9 @@ def test_inductor_gives_the_bits_of_eager(name):
     ],
 )
 def test_refused_at_the_edge(changes, says):
-    plan(replace(FP8, device="cpu"))
+    plan_run(replace(FP8, device="cpu"))
     with pytest.raises(ValueError, match=says):
-        plan(replace(FP8, device="cpu", **changes))
+        plan_run(replace(FP8, device="cpu", **changes))
 
 
 def test_a_negative_size_is_refused():
@@ -204,8 +204,8 @@ def test_without_torchao_the_remedy_is_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--fp8 rowwise: needs torchao.*pip install 'dtron\[fp8\]'"
     ):
-        plan(replace(FP8, device="cpu"))
-    plan(replace(PLAIN, device="cpu"))
+        plan_run(replace(FP8, device="cpu"))
+    plan_run(replace(PLAIN, device="cpu"))
 
 
 def test_torchao_is_imported_late_and_quietly():

@@ -29,7 +29,7 @@ from dtron.moe.config import MoEConfig
 from dtron.params import flat
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
-from dtron.runtime.launch import plan
+from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools.count_collectives import Collective, CollectiveCounter
 
@@ -233,6 +233,6 @@ def test_every_product_of_a_block_says_what_it_sums_over():
 )
 def test_refused_at_the_edge(changes, says):
     good = replace(SHARDED, model=SIZES, fp8_gather=True, device="cpu")
-    plan(good)
+    plan_run(good)
     with pytest.raises(ValueError, match=says):
-        plan(replace(good, **changes))
+        plan_run(replace(good, **changes))

@@ -24,8 +24,8 @@ from dtron.data import get_tokenizer
 from dtron.data.sources import Chunks
 from dtron.runtime.cli import load, parse
 from dtron.runtime.exit import run_cli
-from dtron.runtime.launch import plan
-from dtron.runtime.metrics import Metrics
+from dtron.runtime.launch import plan_run
+from dtron.runtime.metrics import Metrics, Throughput
 from dtron.tools.profile import breakdown, read
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def test_every_kind_of_input_gives_the_same_losses(run_dir, folder, one_device):
 
 
 def test_a_sample_is_printed_as_it_is(tmp_path, capsys):
-    metrics = Metrics(tmp_path, "cpu", 1, 1.0, 1, 0, main=True)
+    metrics = Metrics(tmp_path, Throughput("cpu", 1, 1.0), 1, 0, main=True)
     metrics.say("sample: [red]d[:key:] :smile:")
     metrics.close()
     assert capsys.readouterr().out == "sample: [red]d[:key:] :smile:\n"
@@ -249,6 +249,13 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert starts[:2] == [8, 12]  # samples: two steps of four are behind it
     assert [record["tokens"] for record in found] == [64, 128, 192, 256]
     assert load(run_dir / "config.json").resume
+    starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
+    meshes = [
+        [a[7:] for a in argv if a.startswith("--mesh=")] or ["dp=1"] for argv in (first, then)
+    ]
+    assert [[start["mesh"]] for start in starts] == meshes
+    assert all(start["torch"] == torch.__version__ and start["device"] == "cpu" for start in starts)
 
 
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -403,7 +410,7 @@ def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         try:
-            run_cli(lambda argv: plan(parse(argv)) and 0, ["--device=cuda"])
+            run_cli(lambda argv: plan_run(parse(argv)) and 0, ["--device=cuda"])
         except SystemExit as stop:
             assert stop.code == 2
     assert "this machine has 1 GPUs" in capsys.readouterr().err

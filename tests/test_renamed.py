@@ -20,7 +20,7 @@ from dtron.renamed import RENAMED, current, current_tree, dotted, nested
 from dtron.runtime.cli import _flags, load, parse
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.exit import Parser, run_cli
-from dtron.runtime.metrics import Metrics
+from dtron.runtime.metrics import Metrics, Throughput
 from dtron.schedules.__main__ import main as schedules
 from dtron.testing import assert_caught
 from dtron.tools.show import ShowConfig
@@ -276,7 +276,7 @@ def test_metrics_of_an_older_version_go_on_under_the_new_names(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text((OLD_RUN / "metrics.jsonl").read_text())
     before = [json.loads(line) for line in file.read_text().splitlines()]
-    Metrics(tmp_path, "cpu", 1, 1.0, 4, 2, True).close()
+    Metrics(tmp_path, Throughput("cpu", 1, 1.0), 4, 2, True).close()
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert [a["step"] for a in after] == [1, 2]
     names = {

@@ -35,6 +35,7 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.params import flat, init
 from dtron.rules import rules_for
+from dtron.runtime import run_directory
 from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
@@ -126,7 +127,7 @@ def test_a_folder_that_cannot_be_written_costs_the_checkpoint_alone(run_dir, mon
     for step in (4, 6):  # a file where a folder must be
         files.target(run_dir, step).with_suffix(".part").write_text("")
 
-    monkeypatch.setattr(train, "clear_parts", lambda run_dir: None)
+    monkeypatch.setattr(run_directory, "clear_parts", lambda run_dir: None)
     assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", *SIX, "--resume"]) == 2
     out, err = capsys.readouterr()
     assert out.count("warning: ") == 2 and out.count("training goes on") == 2

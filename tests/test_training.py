@@ -141,10 +141,10 @@ def test_gradients_may_be_reduced_in_bfloat16():
 
 
 def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
-    from dtron.runtime.metrics import Metrics
+    from dtron.runtime.metrics import Metrics, Throughput
 
     def steps(start: int, end: int) -> None:
-        metrics = Metrics(tmp_path, "cpu", 1, 1e6, 5, start, main=True)
+        metrics = Metrics(tmp_path, Throughput("cpu", 1, 1e6), 5, start, main=True)
         for step in range(start + 1, end + 1):
             metrics.write(metrics.step(step, 2.0, 1.0, 1e-3, 64))
         metrics.close()

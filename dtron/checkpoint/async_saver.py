@@ -32,7 +32,7 @@ from torch import Tensor
 from dtron.checkpoint import files
 from dtron.distributed.redistribute import like, local, rank
 from dtron.distributed.simulated_ranks import paused
-from dtron.errors import UserError
+from dtron.errors import LostRank, UserError
 
 
 class AsyncSaver:
@@ -76,6 +76,17 @@ class AsyncSaver:
     def said(self) -> list[str]:
         lines, self._lines = self._lines, []
         return lines
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        """Let the last save end, also if all ranks stop with the same UserError. After any other
+        error, other ranks may never come to their part of the save, so nothing waits for it."""
+        if error is None:
+            self.close()
+        elif isinstance(error, UserError) and not isinstance(error, LostRank):
+            self.wait()
 
     def close(self) -> None:
         """Wait until no save is running. Raises UserError if the last save failed."""

@@ -94,6 +94,19 @@ class RunConfig(StepConfig):
                 )
         _ = self.how  # refuses what cannot be
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the validation loss is measured after this step."""
+        return _due(self.eval_every, step) or step == self.steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is saved after this step."""
+        last = self.save_every > 0 and step == self.steps
+        return _due(self.save_every, step) or last
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
 
 def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
     """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""

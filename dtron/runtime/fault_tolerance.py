@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import local, rank
 from dtron.distributed.simulated_ranks import by_rank
-from dtron.errors import LostRank
+from dtron.errors import LostRank, UserError
 from dtron.params import flat
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.step import TrainStep
@@ -107,16 +107,27 @@ class NonFiniteGuard:
         if len(usual) < self.ENOUGH:
             return None
         middle = statistics.median(usual)
-        spread = (
-            statistics.median(abs(x - middle) for x in usual) * 1.4826
-        )  # MAD to the standard deviation of a normal distribution
+        # 1.4826: from the median absolute deviation to the standard deviation of a normal.
+        spread = statistics.median(abs(x - middle) for x in usual) * 1.4826
         if loss <= middle + self.FAR * max(spread, 1e-3 * abs(middle)):
             return None
         return f"warning: step {step}: the loss jumped to {loss:.4f}, from about {middle:.4f}"
 
     @property
+    def reason(self) -> str:
+        return f"{self.in_a_row} steps in a row came to nothing"
+
+    @property
     def over(self) -> bool:
         return self.in_a_row >= self.limit
+
+
+def diverged(step: int, why: str) -> UserError:
+    """The error that ends a run that cannot recover. Every rank raises it at once."""
+    return UserError(
+        f"step {step}: {why}. The run has diverged: lower --optim.lr, raise --optim.warmup, or "
+        "resume from an earlier checkpoint"
+    )
 
 
 def diagnose(
@@ -133,7 +144,10 @@ def diagnose(
     pipe = step.pipe
     if bad := _of_all(_not_finite(zip(flat(pipe.spec), flat(params), strict=True)), group):
         path, where = bad[0]
-        return f"{path} itself is not finite on rank {where} ({len(bad)} in all): resume from a checkpoint"
+        return (
+            f"{path} itself is not finite on rank {where} ({len(bad)} in all): resume from a "
+            "checkpoint"
+        )
     grads: list[tuple[str, int, int]] = []
 
     def look(stage: int, microbatch: int, found: Sequence[Tensor | None]) -> None:

@@ -29,7 +29,7 @@ from dtron.training.config import RunPlan
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 
-def plan(config: RunConfig) -> RunPlan:
+def plan_run(config: RunConfig) -> RunPlan:
     """Resolve the config. Raises UserError for an invalid mesh, batch, model or device."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
@@ -143,7 +143,7 @@ def host_group(timeout_seconds: int) -> Any:
 
 
 @contextmanager
-def ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
+def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     """Start the ranks and yield the pipeline stages of this process, with their layout."""
     if plan.device == "cpu":
         keep_memory()

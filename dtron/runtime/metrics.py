@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -72,16 +72,39 @@ def elapsed(a: Any, b: Any) -> float:
     return a.elapsed_time(b) / 1e3
 
 
+class Throughput(NamedTuple):
+    """The numbers that turn seconds into tokens/s, TFLOP/s and MFU.
+
+    ``device``: of this rank.
+    ``ranks``: number of devices.
+    ``flops_per_token``: of forward and backward, without recomputation (model/flops.py)."""
+
+    device: str
+    ranks: int
+    flops_per_token: float
+
+    def per_second(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """``tokens``: of a step, over all ranks."""
+        tflops = tokens * self.flops_per_token / seconds / self.ranks / 1e12
+        peak = peak_tflops(self.device)
+        return {
+            "tokens_per_s": tokens / seconds,
+            "tflops_per_device": tflops,
+            "mfu": tflops / peak if peak else None,
+        }
+
+
 class Metrics:
     """Collects a run's steps. Only the main rank writes. The other ranks pass ``main=False`` and
-    write nothing."""
+    write nothing.
+
+    ``steps``, ``start``: the last step of the run, and the step that it resumes after.
+    ``console``: of the progress lines; None: the standard output."""
 
     def __init__(
         self,
         run_dir: Path,
-        device: str,
-        ranks: int,
-        flops_per_token: float,
+        throughput: Throughput,
         steps: int,
         start: int,
         main: bool,
@@ -90,10 +113,10 @@ class Metrics:
     ):
         from rich.console import Console  # the benchmarks do without
 
-        self._device, self._ranks, self._flops = device, ranks, flops_per_token
+        self._throughput, self._device = throughput, throughput.device
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
-        self._peak, self._tokens, self._file, self._board = peak_tflops(device), 0, None, None
-        self._mark, self._begun, self._first = mark(device), time.perf_counter(), start
+        self._tokens, self._file, self._board = 0, None, None
+        self._mark, self._begun, self._first = mark(self._device), time.perf_counter(), start
         self._blocked = False  # whether the last write to the file failed
         if main:
             path = run_dir / "metrics.jsonl"
@@ -113,23 +136,27 @@ class Metrics:
         lr: float,
         tokens: int,
         end: Any = None,
-        waited=0.0,
+        waited: float = 0.0,
     ) -> dict[str, Any]:
-        """The record of a step that ended at the mark ``end`` (None: now); ``tokens`` is how many
-        it trained on, over all ranks, and ``waited`` how many seconds this rank's host stood still
-        for its data."""
+        """Return the record of a step.
+
+        ``tokens``: valid targets of the step, over all ranks.
+        ``end``: the mark at which the step ended (None: now).
+        ``waited``: seconds that this rank's host waited for data."""
         end = mark(self._device) if end is None else end
         seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
-        tflops = tokens * self._flops / seconds / self._ranks / 1e12
-        record = {
-            "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": self._tokens,
-            "tokens_per_s": tokens / seconds, "tflops_per_device": tflops,
-            "mfu": tflops / self._peak if self._peak else None,
-            "peak_memory_gib": peak_memory_gib(self._device), "step_seconds": seconds,
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": self._tokens,
+            **self._throughput.per_second(tokens, seconds),
+            "peak_memory_gib": peak_memory_gib(self._device),
+            "step_seconds": seconds,
             "data_wait_ratio": min(waited / seconds, 1.0),
-        }  # fmt: skip
-        return record
+        }
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a step to ``metrics.jsonl``, and to TensorBoard if enabled."""
@@ -140,9 +167,8 @@ class Metrics:
                 self._blocked = False
             except OSError as error:  # a full disk is no reason to stop
                 if not self._blocked:
-                    self.say(
-                        f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on"
-                    )
+                    why = f"cannot be written ({error.strerror})"
+                    self.say(f"warning: {self._file.name}: {why}; training goes on")
                 self._blocked = True
             if self._board is not None:
                 for name, value in known.items():
@@ -155,11 +181,11 @@ class Metrics:
 
     def line(self, record: Mapping[str, Any]) -> None:
         """The progress line of a step."""
-        done = record["step"] - self._first
-        left = (time.perf_counter() - self._begun) / max(done, 1) * (self._steps - record["step"])
+        step, done = record["step"], record["step"] - self._first
+        left = (time.perf_counter() - self._begun) / max(done, 1) * (self._steps - step)
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         self.say(
-            f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
             f"{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
             f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
@@ -213,12 +239,14 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
 
 def _experts(record: Mapping[str, Any]) -> str:
     """Format the load of the most imbalanced MoE layer and the largest dropped fraction."""
-    of = lambda name: [
-        v for k, v in record.items() if k.startswith("experts.") and k.endswith("." + name)
-    ]
-    if not (loads := of("load_max")):
+
+    def of_layers(name: str) -> list[float]:
+        keys = (k for k in record if k.startswith("experts.") and k.endswith("." + name))
+        return [record[k] for k in keys]
+
+    if not (loads := of_layers("load_max")):
         return ""
-    dropped = max(of("dropped"))
+    dropped = max(of_layers("dropped"))
     return f"load {max(loads):.2f}x  " + (f"dropped {dropped:.1%}  " if dropped else "")
 
 

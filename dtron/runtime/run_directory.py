@@ -1,17 +1,114 @@
-"""A run's directory: its config and its newest checkpoint, for programs that read what a run
-wrote."""
+"""A run's directory: its resolved config, its checkpoints, and a record of every start.
+
+``RunDirectory`` is the directory of the run that trains. ``read_run`` and ``export_run`` serve
+programs that read the directory of another run.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtron import checkpoint
+from dtron.checkpoint.files import clear_parts
+from dtron.data import Data
 from dtron.errors import UserError
+from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
 from dtron.hf.export import Exported, export
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
+from dtron.training.config import RunPlan
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory that a run writes to.
+
+    ``found``: the checkpoint to resume from, or None."""
+
+    path: Path
+    found: Path | None
+
+    @classmethod
+    def open(cls, config: RunConfig) -> RunDirectory:
+        """Create the directory and find the checkpoint to resume from: with --resume, or if
+        torchrun has started this process again. Raises UserError if the directory cannot be
+        written, has nothing to resume, or holds another run that training would overwrite."""
+        path = Path(config.run_dir)
+        found = checkpoint.newest(path)
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if config.resume and not found:
+            raise UserError(
+                f"--resume: {path} has no checkpoint; drop --resume, or train with --save-every"
+            )
+        if found and not (config.resume or restarted):
+            raise UserError(
+                f"--run-dir {path}: holds checkpoints of another run, up to {found.name}; go on "
+                "from there with --resume, choose another --run-dir, or delete it"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {path}: cannot be written ({error.strerror}); choose another"
+            ) from error
+        return cls(path, found)
+
+    def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> None:
+        """Write what is known when training starts after ``step``: the resolved config, the
+        tokenizer, the small files of ``config.init_from``, and a line of ``starts.jsonl``."""
+        clear_parts(self.path)
+        cli.save(config, self.path / CONFIG)
+        if config.init_from and not self.found:
+            keep_origin(Path(config.init_from), self.path)
+        if data.tokenizer is not None:
+            data.tokenizer.save(str(self.path / "tokenizer.json"))
+        with (self.path / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(_start(plan, step)) + "\n")
+
+
+def _start(plan: RunPlan, step: int) -> dict[str, Any]:
+    """Return the record of a start: when, after which step, by which code, on which mesh."""
+    gpu = plan.device.startswith("cuda")
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "commit": _commit(),
+        "dtron": version("dtron"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mesh": str(plan.shape),
+        "device": torch.cuda.get_device_name(plan.device) if gpu else "cpu",
+        "compute": str(plan.compute).removeprefix("torch."),
+        "master": str(plan.master).removeprefix("torch."),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of dtron's checkout, with ``-dirty`` if files differ from it. None outside
+    a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.data import Data
 from dtron.data.tokenization import end_id, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
@@ -42,11 +43,12 @@ from dtron.model.transformer import Block, Transformer, embed, stage_logits
 from dtron.params import gather
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
-from dtron.runtime.launch import plan, ranks
+from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.run_directory import read_run
 from dtron.schedules.runner import Program
+from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
-from dtron.training.pipeline import Pipeline
+from dtron.training.pipeline import Pipeline, one_stage
 
 
 @torch.no_grad()
@@ -86,6 +88,20 @@ def generate(
         if not open_rows:
             break
     return texts
+
+
+def sample(params: Any, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline) -> str:
+    """Return the first tokens of the held-out text, continued by the model for
+    ``config.sample_tokens`` tokens."""
+    prompt = data.validation.rows(0, 1).tokens[0, :8].tolist()
+    if config.simulate:  # this process has every rank's weights, and one device is faster
+        layout = Layout(compute=pipe.layout.compute)
+        params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
+    tokens = min(config.sample_tokens, config.model.context - len(prompt))
+    (ids,) = generate(
+        params, [prompt], tokens, config.model, pipe, seed=config.seed, device=plan.device
+    )
+    return data.decode(ids)
 
 
 class Decoder:
@@ -196,14 +212,14 @@ def run(o: Namespace) -> int:
     # A plan is one of training: the smallest batch that this mesh takes.
     data = DataConfig(seq_len=min(shape.tp, m.context))
     config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=data)
-    here = plan(config)
+    plan = plan_run(config)
     ends = _ends(folder, tokenizer)
-    with ranks(config, here) as pipe:
-        weights = opened(pipe.spec, pipe.layout, here.compute, here.device)
+    with start_ranks(config, plan) as pipe:
+        weights = opened(pipe.spec, pipe.layout, plan.compute, plan.device)
         texts = generate(
-            weights, prompts, o.tokens, m, pipe, o.temperature, o.top_p, o.seed, here.device, ends
+            weights, prompts, o.tokens, m, pipe, o.temperature, o.top_p, o.seed, plan.device, ends
         )  # fmt: skip
-    if here.main:
+    if plan.main:
         for ids in texts:
             print(tokenizer.decode(ids), flush=True)
     return 0

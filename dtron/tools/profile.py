@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtron.errors import UserError
+from dtron.runtime.config import RunConfig
 
 Category = Literal["matmul", "attention", "elementwise", "communication", "copy"]
 ORDER: tuple[Category, ...] = ("matmul", "attention", "elementwise", "communication", "copy")
@@ -269,6 +270,9 @@ def show(spans: Sequence[Span]) -> None:
     Console(highlight=False).print(table)
 
 
+RECORDED_STEP = 5
+
+
 class Recorder:
     """Records the ``step``-th step (0: none) to a file. Each process writes its own file. The
     first process prints the breakdown."""
@@ -282,6 +286,15 @@ class Recorder:
             name = f"{stem}-rank{self._rank}{dot}{ending}"
         self._path, self._target, self._step, self._show = path.with_name(name), step, 0, show
         self._gpu = device.startswith("cuda")
+
+    @classmethod
+    def of_run(cls, config: RunConfig, run_dir: Path, done: int, device: str) -> Recorder:
+        """A recorder of the fifth step of this process, or of the last one. Steps before it compile
+        and allocate.
+
+        ``done``: steps that an earlier process has trained."""
+        step = min(RECORDED_STEP, config.steps - done) if config.profile else 0
+        return cls(run_dir / "trace.json", step, device)
 
     def begin(self) -> None:
         """Mark the begin of a step."""

@@ -1,0 +1,92 @@
+"""The global batches of a run, as microbatches on this rank's device.
+
+A thread reads the next batches while the device works (data/prefetch.py). With a GPU it copies them
+into pinned memory, from which the GPU copies without the host. A batch is a pure function of the
+number of its first sample, so a resumed run continues with the batch that an uninterrupted run
+would read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtron.data import Data, Prefetch, Rows
+from dtron.mesh import Layout
+from dtron.model.batch import Batch, make_batch
+from dtron.runtime.config import RunConfig
+from dtron.training.config import RunPlan
+
+
+class HostBatch(NamedTuple):
+    """A global batch in host memory.
+
+    ``columns``: tokens, documents, positions, counted targets, as in ``Rows``; None if not used.
+    ``valid``: the number of targets in the loss."""
+
+    columns: tuple[Tensor | None, ...]
+    valid: int
+
+
+class GlobalBatch(NamedTuple):
+    """A global batch on the device.
+
+    ``valid``: the number of targets in the loss, over all ranks.
+    ``wait_seconds``: the time that this rank's host waited for the data."""
+
+    microbatches: list[Batch]
+    valid: int
+    wait_seconds: float
+
+    @property
+    def inputs(self) -> tuple[list[Batch], int]:
+        """What a training step takes of it."""
+        return self.microbatches, self.valid
+
+
+class Batches:
+    """The global batches of training, from sample ``start`` on: ``next()`` for each step."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan, layout: Layout, data: Data, start: int):
+        def read(sample: int) -> HostBatch:
+            return to_host(data.train.rows(sample, config.batch), config, plan)
+
+        self._config, self._plan, self._layout = config, plan, layout
+        starts = range(start, config.steps * config.batch, config.batch)
+        self._prefetch = Prefetch(read, starts)
+
+    def next(self) -> GlobalBatch:
+        batch = self._prefetch.next()
+        microbatches = split(batch, self._config, self._plan, self._layout)
+        return GlobalBatch(microbatches, batch.valid, self._prefetch.waited)
+
+
+def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
+    """Convert rows to tensors, in pinned memory if the device is a GPU. Any thread may call this."""
+    gpu = plan.device.startswith("cuda")
+    if gpu:
+        torch.cuda.set_device(plan.device)  # of this thread; pinned memory belongs to a device
+    documents = rows.documents if config.data.masked else None
+    positions = rows.positions if config.data.restarts else None
+    columns = (rows.tokens, documents, positions, rows.counted)
+    tensors = (None if x is None else torch.from_numpy(x) for x in columns)
+    return HostBatch(
+        tuple(x.pin_memory() if gpu and x is not None else x for x in tensors), rows.valid
+    )
+
+
+def split(batch: HostBatch, config: RunConfig, plan: RunPlan, layout: Layout) -> list[Batch]:
+    """Split a global batch into microbatches. Every rank passes the whole batch and keeps its own
+    shard."""
+    count = len(batch.columns[0]) // plan.rows
+
+    def on_device(column: Tensor | None) -> list[Tensor | None]:
+        if column is None:
+            return [None] * count
+        return list(column.to(plan.device, non_blocking=True).split(plan.rows))
+
+    parts = zip(*map(on_device, batch.columns), strict=True)
+    depth, zigzag = config.model.mtp.depth, config.zigzags
+    return [make_batch(rows, layout, *others, depth, zigzag) for rows, *others in parts]

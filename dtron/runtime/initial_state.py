@@ -1,0 +1,62 @@
+"""The state that a run starts from: random weights, a published model, or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtron import checkpoint
+from dtron.data import Data
+from dtron.errors import UserError
+from dtron.hf import Source
+from dtron.params import init
+from dtron.runtime.config import RunConfig, identity_of
+from dtron.runtime.launch import same_on_all_ranks
+from dtron.training.config import RunPlan
+from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.training.pipeline import Pipeline
+
+
+def identity(config: RunConfig, data: Data) -> dict[str, Any]:
+    """Return what must be the same when the run goes on. Raises UserError if the flags or the data
+    differ between ranks."""
+    same = identity_of(config, data.digest())
+    if data.samples is not None:
+        same["data.samples"] = data.samples
+    more = {"batch": config.batch, "optim": config.optim, "steps": config.steps}
+    same_on_all_ranks(same | more)
+    return same
+
+
+def initial_state(
+    config: RunConfig,
+    plan: RunPlan,
+    pipe: Pipeline,
+    identity: dict[str, Any],
+    found: Path | None,
+    source: Source | None,
+) -> checkpoint.TrainState:
+    """Return weights and optimizer state, with the placements of this run.
+
+    ``found``: the checkpoint to resume from, or None.
+    ``source``: the Hugging Face folder of the initial weights. Random if both are None.
+
+    Raises UserError for a checkpoint of another run, or of a step that needs no more training."""
+    spec, layout = pipe.spec, pipe.layout
+    if source is not None:
+        params = source.load(spec, layout, plan.master, plan.device)
+    else:
+        dims = config.model.dims()
+        params = init(spec, dims, config.seed, layout, plan.master, plan.device)
+    opt = init_state(build_optimizer(config.optim), spec, params)
+    state = checkpoint.TrainState(0, 0, params, opt)
+    if found is not None:
+        state = checkpoint.load(found, state, spec, identity)
+        if state.step >= config.steps:
+            raise UserError(
+                f"--steps {config.steps}: {found} is at step {state.step} already; use more"
+            )
+    copies = with_compute_copies(state.opt, state.params, spec, layout.compute)
+    return replace(state, opt=copies)

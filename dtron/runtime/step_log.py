@@ -1,0 +1,137 @@
+"""The log of a run, one step behind the device.
+
+The host must not wait for a step before it launches the next one. So ``launched`` takes a step's
+results as tensors, and reads the numbers of the step before, which the device has finished by then.
+``finish`` waits for the last launched step; the run calls it where the host has to wait anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dtron.data import Data
+from dtron.model.flops import active_count, flops_per_token, parameter_count
+from dtron.runtime.batches import GlobalBatch
+from dtron.runtime.config import RunConfig
+from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged
+from dtron.runtime.metrics import Metrics, Throughput, mark
+from dtron.training.config import RunPlan
+from dtron.training.reports import StepReports, describe_experts
+
+
+class Launched(NamedTuple):
+    """A step that the device works on: its results, and the time mark of its end."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    reports: StepReports
+    lr: float
+    valid: int
+    wait_seconds: float
+    end: Any
+
+
+class StepLog:
+    """Logs the steps of a run from step ``start`` on. Only the main rank writes."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan, run_dir: Path, start: int):
+        self._config, self._device = config, plan.device
+        self.guard = NonFiniteGuard(config.max_nonfinite_steps)
+        flops = flops_per_token(config.model, config.data.seq_len)
+        throughput = Throughput(plan.device, plan.shape.size, flops)
+        self._metrics = Metrics(
+            run_dir, throughput, config.steps, start, plan.main, config.tensorboard
+        )
+        self._launched: Launched | None = None
+        self._record: dict[str, Any] | None = None
+
+    def launched(
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        reports: StepReports,
+        lr: float,
+        batch: GlobalBatch,
+    ) -> None:
+        """Take the results of a step, and write the step before."""
+        end = mark(self._device)
+        before = self._launched
+        self._launched = Launched(
+            step, loss, grad_norm, reports, lr, batch.valid, batch.wait_seconds, end
+        )
+        if before is not None:
+            self._metrics.write(self._read(before))
+
+    def finish(self) -> None:
+        """Wait for the last launched step and print its line."""
+        if self._launched is not None:
+            self._record, self._launched = self._read(self._launched), None
+
+    def validation(self, loss: float) -> None:
+        """Add the validation loss to the finished step. Raises UserError if it is not finite."""
+        step = self._record["step"]
+        if not math.isfinite(loss):
+            raise diverged(step, "the validation loss is not finite")
+        self._record["validation_loss"] = loss
+        self.say(f"step {step}: validation loss {loss:.4f}")
+
+    def saved_in(self, seconds: float) -> None:
+        """Add the time that training stopped for a checkpoint after the finished step."""
+        self._record["checkpoint_stall_seconds"] = seconds
+
+    def write(self) -> None:
+        """Write the finished step. The time since its end does not count as time of the next."""
+        if self._record is not None:
+            self._metrics.write(self._record)
+            self._metrics.restart_clock()
+            self._record = None
+
+    def say(self, *lines: str) -> None:
+        """Print lines, on the main rank."""
+        for line in lines:
+            self._metrics.say(line)
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+
+    def _read(self, x: Launched) -> dict[str, Any]:
+        """Return the record of a step. The host waits for the step here."""
+        loss, norm, config = x.loss.item(), x.grad_norm.item(), self._config
+        if warning := self.guard.note(x.step, loss, norm):
+            self.say(warning)
+        record = self._metrics.step(x.step, loss, norm, x.lr, x.valid, x.end, x.wait_seconds)
+        record["skipped_steps"] = self.guard.skipped_steps
+        record |= describe_experts(x.reports.experts, config.model.moe)
+        mtp = [] if x.reports.mtp is None else x.reports.mtp.tolist()
+        record |= {f"mtp.{k}.loss": total / x.valid for k, total in enumerate(mtp, start=1)}
+        if x.step % config.log_every == 0 or x.step in (1, config.steps):
+            self._metrics.line(record)
+        return record
+
+
+def describe(config: RunConfig, plan: RunPlan, data: Data, step: int) -> str:
+    """The first line of a run: model, mesh, dtype, data and batch."""
+    ranks = _count(plan.shape.size, "rank")
+    compute = str(plan.compute).removeprefix("torch.")
+    size = f"{data.train.size:,} tokens" if data.train.size else "a stream"
+    parameters = f"{parameter_count(config.model):,} parameters"
+    if config.model.moe.experts:
+        parameters += f" ({active_count(config.model):,} for each token)"
+    return (
+        f"{parameters} on {plan.shape} ({ranks}, {plan.device}, {compute}, zero {config.zero}); "
+        f"{size} of text; {config.batch} x {config.data.seq_len} tokens a step in "
+        f"{_count(plan.count, 'microbatch', 'es')}" + (f"; resumed at step {step}" if step else "")
+    )
+
+
+def _count(n: int, noun: str, ending: str = "s") -> str:
+    return f"{n} {noun}{ending if n > 1 else ''}"
