@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, settings
+from hypothesis import HealthCheck, settings
 
 from dtron.runtime.launch import keep_memory
 
@@ -24,31 +22,6 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("default")
 
 
-def examples(n: int) -> int:
-    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any
-    profile."""
-    return max(1, n * settings().max_examples // 100)
-
-
-# One of each set of axes; 3 divides hardly anything.
-KINDS = [
-    "dp_replicate=2", "dp=3", "tp=4", "dp_replicate=2,dp=3", "dp_replicate=2,tp=3", "dp=2,tp=2",
-    "dp_replicate=2,dp=2,tp=2",
-]  # fmt: skip
-
-
-def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
-    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the
-    longest list, of which the others' values take turns."""
-
-    def add(test: Callable) -> Callable:
-        for i in range(max(map(len, lists.values()))):
-            test = example(**{name: xs[i % len(xs)] for name, xs in lists.items()})(test)
-        return test
-
-    return add
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
@@ -56,7 +29,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory):
-    from pool import Pool
+    from tests.helpers.pool import Pool
 
     pool = Pool(tmp_path_factory.mktemp("pool"))
     yield pool
@@ -67,7 +40,7 @@ def pool(tmp_path_factory):
 def pair(tmp_path_factory):
     """A pool of two ranks. Each rank that compiles traces for seconds, so where one axis is enough
     for what a test asks, two ranks are."""
-    from pool import Pool
+    from tests.helpers.pool import Pool
 
     pool = Pool(tmp_path_factory.mktemp("pair"), 2)
     yield pool

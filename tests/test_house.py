@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 # From the ground up. Folders of one line may import each other.
 LEVELS = [
     {"errors", "bounds", "renamed", "torch_compile"},

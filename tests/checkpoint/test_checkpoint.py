@@ -1,0 +1,310 @@
+"""What is saved on one mesh is loaded on any other, equal to the bit; and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from dtron import checkpoint
+from dtron.checkpoint.__main__ import main as inspect
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local
+from dtron.distributed.simulated_ranks import paused, simulated
+from dtron.layers.rope import RopeConfig
+from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.model.transformer import declare_model
+from dtron.moe.config import MoEConfig
+from dtron.params import WeightSpec, flat, init, tree_map
+from dtron.rules import rules_for
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, identity_of
+from dtron.schedules.p2p import PipelineGroups
+from dtron.training.optimizer import OptimizerState, init_state
+from dtron.training.pipeline import pipeline
+from tests.helpers.examples import examples
+from tests.helpers.runs import MODEL, digest
+from tests.helpers.texts import one_line
+from tests.helpers.values import ADAMW
+from tests.training.test_steps import TEN
+
+# ---- every mesh to every other
+
+
+# Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied
+# embedding, of which two stages have a copy.
+SPARSE = ModelConfig(
+    vocab=13, embed=6, layers=4, heads=4, kv_heads=4, head_dim=2, mlp=8, vocab_multiple=4, tied=True,
+    qk_norm=True, context=16, moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
+)  # fmt: skip
+Where = tuple[str, int, str]  # mesh, ZeRO stage, schedule
+
+SCHEDULES = {1: ["1f1b"], 2: ["1f1b", "interleaved", "zb-v"], 4: ["1f1b"]}  # as four layers allow
+
+
+def shapes(ranks: int, *axes: str) -> list[MeshShape]:
+    """All ways to have so many ranks over some axes, and experts over those in all ways."""
+    sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    found = []
+    for ns in product(sizes, repeat=len(axes)):
+        dense = MeshShape(**dict(zip(axes, ns, strict=True)))
+        inner = dense.dp * dense.cp * dense.tp
+        if dense.size == ranks:
+            experts = [(ep, etp) for ep in sizes for etp in sizes if inner % (ep * etp) == 0]
+            found += [replace(dense, ep=ep, etp=etp) for ep, etp in experts]
+    return found
+
+
+def places(shapes: list[MeshShape]) -> st.SearchStrategy[Where]:
+    return st.sampled_from(shapes).flatmap(
+        lambda s: st.tuples(
+            st.just(str(s)), st.sampled_from([0, 1, 2, 3]), st.sampled_from(SCHEDULES[s.pp])
+        )
+    )
+
+
+REAL = places(shapes(4, "pp", "dp_replicate", "dp", "cp", "tp"))
+SIMULATED = places(
+    [MeshShape(), *shapes(2, "pp", "dp", "tp"), *shapes(3, "dp"), *shapes(4, "pp", "dp", "tp")]
+)
+
+
+def value(w: WeightSpec, kind: str) -> Tensor:
+    """Any number, another one in every place of every weight and moment."""
+    with paused():  # simulated ranks would draw each their own
+        return torch.randn(
+            w.shape, generator=torch.Generator().manual_seed(crc32(f"{kind}.{w.path}".encode()))
+        )
+
+
+def built(
+    where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool, names=ADAMW.state_names
+):
+    """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of
+    nothing, with optimizer trees of these names."""
+    text, zero, schedule = where
+    shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
+    config = RunConfig(
+        model=SPARSE, mesh=text, pipeline=PipelineConfig(schedule), data=DataConfig(seq_len=16)
+    )
+    pipe = pipeline(config, shape, 8, config.data.seq_len, layout)
+    if rank is not None and shape.pp > 1:
+        pipe = replace(pipe, ways=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
+    trees = {
+        kind: tree_map(
+            lambda w, kind=kind: layout.shard(
+                torch.zeros(w.shape) if blank else value(w, kind), *w.axes
+            ),
+            pipe.spec,
+        )
+        for kind in ("params", *names)
+    }
+    step = 0 if blank else 7
+    params = trees.pop("params")
+    return pipe.spec, checkpoint.TrainState(step, 8 * step, params, OptimizerState(step, trees))
+
+
+def differences(
+    where: Where, rank: int | None, mesh: DeviceMesh | None, folder: str, names=ADAMW.state_names
+) -> list[str]:
+    """Load, and name what has another bit than it must."""
+    spec, state = built(where, rank, mesh, True, names)
+    state = checkpoint.load(checkpoint.newest(Path(folder)), state, spec, {})
+    _, want = built(where, rank, mesh, False, names)
+    trees = {name: (state.opt.trees[name], want.opt.trees[name]) for name in names}
+    trees["params"] = state.params, want.params
+    wrong = [
+        f"{kind}.{w.path}"
+        for kind, (a, b) in trees.items()
+        for w, x, y in zip(flat(spec), flat(a), flat(b), strict=True)
+        if not torch.equal(local(x), local(y))
+    ]
+    numbers = state.step, state.samples, state.opt.step
+    return wrong + ([] if numbers == (7, 56, 7) else [f"step, samples, updates {numbers}"])
+
+
+def move_on_pool(
+    saved: Where, loaded: Where, folder: str, mutant: str = "", names=ADAMW.state_names
+) -> list[str]:
+    """A job: save on one mesh and load on another. All ranks know when the file is whole."""
+    build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
+    with mutated(mutant):
+        spec, state = built(saved, dist.get_rank(), build(saved), False, names)
+        checkpoint.save(Path(folder), state, spec, {})
+    with mutated(mutant if mutant == "twin" else ""):
+        return differences(loaded, dist.get_rank(), build(loaded), folder, names)
+
+
+def moves(pool, folder: Path, saved: Where, loaded: Where, mutant: str = "") -> None:
+    assert pool.run(move_on_pool, saved, loaded, str(folder), mutant) == [[]] * 4, (saved, loaded)
+
+
+def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where) -> None:
+    """Four real ranks write, and read as another four; then ranks simulated here, as many as there
+    may be."""
+    moves(pool, folder, saved, loaded)
+    with simulated(MeshShape.parse(then[0])) as mesh:
+        assert differences(then, None, mesh, str(folder)) == []
+
+
+@pytest.mark.xdist_group("pool")
+@settings(max_examples=examples(2))
+@given(saved=REAL, loaded=REAL, then=SIMULATED)
+@example(("pp=2,tp=2", 1, "zb-v"), ("dp=4,ep=2", 3, "1f1b"), ("dp=1", 0, "1f1b"))
+@example(("dp=2,tp=2,ep=4", 3, "1f1b"), ("pp=2,dp=2", 0, "zb-v"), ("dp=3", 2, "1f1b"))
+def test_saved_on_any_mesh_and_loaded_on_any_other(pool, tmp_path_factory, saved, loaded, then):
+    """Any two meshes over pp, dp_replicate, dp, cp, tp, ep and etp, any ZeRO stages and
+    schedules."""
+    there_and_back(pool, tmp_path_factory.mktemp("moved"), saved, loaded, then)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("pool")
+@settings(max_examples=40)
+@given(saved=REAL, loaded=REAL, then=SIMULATED)
+def test_saved_on_many_meshes_and_loaded_on_many_others(
+    pool, tmp_path_factory, saved, loaded, then
+):
+    there_and_back(pool, tmp_path_factory.mktemp("moved"), saved, loaded, then)
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """``moment``: the second is saved as the first; ``offset``: every part under that of the rank opposite;
+    ``twin``: of a tied weight's two copies here, only one is filled."""
+    true = checkpoint.tensors
+
+    def tensors(state: checkpoint.TrainState, spec) -> dict[str, Tensor]:
+        named = true(state, spec)
+        if name == "moment":
+            return {path: named[re.sub(r"^m\.", "v.", path)] for path in named}
+        mesh = next(x for x in named.values() if isinstance(x, DTensor)).device_mesh
+        flipped = DeviceMesh("cpu", mesh.mesh.flip(-1), mesh_dim_names=mesh.mesh_dim_names)
+        return {
+            path: DTensor.from_local(
+                local(x), flipped, x.placements, shape=x.shape, stride=x.stride()
+            )
+            for path, x in named.items()
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "twin":
+            patch.setattr(checkpoint.state, "_fill_twins", lambda *_: None)
+        elif name:
+            patch.setattr(checkpoint.state, "tensors", tensors)
+        yield
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("mutant", ["moment", "offset", "twin"])
+def test_a_tensor_in_another_place_is_seen(pool, tmp_path, mutant):
+    saved, loaded = ("dp_replicate=2,tp=2", 3, "1f1b"), ("pp=2,tp=2", 1, "zb-v")
+    moves(pool, tmp_path / "right", saved, loaded)
+    with pytest.raises(AssertionError, match="w_tokens"):
+        moves(pool, tmp_path / "wrong", saved, loaded, mutant)
+
+
+# ---- refused
+
+
+SPEC, SAME = declare_model(MODEL), identity_of(TEN, "text")
+
+
+def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
+    params = init(declare_model(MODEL), MODEL.dims(), seed, layout)
+    return checkpoint.TrainState(0, 0, params, init_state(ADAMW, SPEC, params))
+
+
+def used(layout: Layout) -> checkpoint.TrainState:
+    """A state in which every tensor differs from a fresh one's."""
+    state = fresh(layout)
+    move = lambda tree, by: tree_map(lambda t: t + by, tree)
+    trees = {name: move(tree, by) for (name, tree), by in zip(state.opt.trees.items(), (0.5, 0.25))}
+    opt = replace(state.opt, step=7, trees=trees)
+    return checkpoint.TrainState(7, 56, move(state.params, 1.0), opt)
+
+
+def digests(state: checkpoint.TrainState) -> list[str]:
+    return [digest(tree) for tree in (state.params, *state.opt.trees.values())]
+
+
+@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])
+def test_a_checkpoint_of_simulated_ranks_loads_on_one_device(tmp_path, mesh):
+    with simulated(MeshShape.parse(mesh)) as device_mesh:
+        checkpoint.save(tmp_path, used(Layout(device_mesh)), SPEC, SAME)
+    state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout()), SPEC, SAME)
+    assert digests(state) == digests(used(Layout())) != digests(fresh(Layout()))
+
+
+def saved(tmp_path: Path) -> Path:
+    return checkpoint.save(tmp_path, used(Layout()), SPEC, SAME)
+
+
+def refused(path: Path, **changes) -> str:
+    with pytest.raises(ValueError) as error:
+        config = replace(TEN, **changes)
+        checkpoint.load(path, fresh(Layout()), SPEC, identity_of(config, "text"))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    path = saved(tmp_path)
+    data = max(path.iterdir(), key=lambda f: f.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-100])
+    assert "not whole" in refused(path) and data.name in refused(path)
+    data.unlink()
+    assert "0 of" in refused(path)
+
+
+def test_a_corrupt_checkpoint_is_refused(tmp_path):
+    path = saved(tmp_path)
+    (path / ".metadata").write_bytes(b"x" * (path / ".metadata").stat().st_size)
+    assert "delete it" in refused(path)
+    (path / "meta.json").write_text("{")
+    assert "no readable checkpoint" in refused(path)
+
+
+def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
+    path = saved(tmp_path)
+    assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
+    assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
+    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=RopeConfig(5e5)))
+    assert "--data.seq-len 16" in refused(path, data=DataConfig(seq_len=8))
+    assert "--seed 3" in refused(path, seed=4)
+    with pytest.raises(ValueError, match="other text"):
+        checkpoint.load(path, fresh(Layout()), SPEC, SAME | {"text": "other"})
+
+
+def test_a_checkpoint_in_the_making_is_not_found(tmp_path):
+    path = saved(tmp_path)
+    later = path.with_name("step-00000009.part")
+    later.mkdir()
+    (path.with_name("step-00000008")).mkdir()  # without meta.json: not whole
+    assert checkpoint.newest(tmp_path) == path
+    assert checkpoint.read_meta(path)["step"] == 7
+
+
+def test_an_unwritable_folder_is_one_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="cannot write the checkpoint"):
+        checkpoint.save(blocked, used(Layout()), SPEC, SAME)
+
+
+def test_what_inspect_does_not_understand(tmp_path):
+    for argv in (["inspect"], ["look", str(tmp_path)], ["inspect", str(tmp_path), "--all"]):
+        one_line(lambda argv=argv: inspect(argv), "see --help")
+    one_line(lambda: inspect(["inspect", str(tmp_path)]), "no checkpoint there", "run directory")

@@ -1,0 +1,306 @@
+"""What only a GPU can show: bfloat16 training, the fused kernels it picks, and NCCL. ``pytest -m
+gpu``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers.attention_kernels import CORES, AttentionMask, attention_reference
+from dtron.layers.cross_entropy import IGNORE
+from dtron.mesh import Layout
+from dtron.model.batch import make_batch, valid_tokens
+from dtron.model.compute_config import ComputeConfig
+from dtron.model.presets import preset
+from dtron.params import flat, init, tree_map
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
+from dtron.training.compiled_stage import compiled
+from dtron.training.cuda_graph import CudaGraphStep
+from dtron.training.gradients import gradients
+from dtron.training.optimizer import init_state
+from dtron.training.pipeline import one_stage, program
+from dtron.training.step import TrainStep
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import MODEL, random_rows, train
+from tests.helpers.values import ADAMW
+
+pytestmark = pytest.mark.gpu
+TEN = RunConfig(model=MODEL, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)
+
+
+def test_ten_steps_in_float32_are_those_of_the_cpu():
+    want = train(Layout(), MeshShape(), TEN)
+    got = train(Layout(), MeshShape(), TEN, device="cuda")
+    assert got.losses == pytest.approx(want.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_ten_steps_in_bfloat16_follow_float32(recompute):
+    want = train(Layout(), MeshShape(), TEN, device="cuda")
+    config = replace(TEN, recompute=recompute)
+    got = train(Layout(compute=torch.bfloat16), MeshShape(), config, device="cuda")
+    assert got.losses == pytest.approx(want.losses, rel=3e-2) and got.losses != want.losses
+    assert got.losses[-1] < got.losses[0] - 0.5
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_pipeline_stages_on_one_gpu(schedule):
+    """The runner and backwards in halves; the stages share the GPU and hand over."""
+    config = replace(
+        TEN,
+        model=replace(MODEL, layers=4),
+        pipeline=PipelineConfig(schedule),
+        batch=8,
+        micro_batch=1,
+    )
+    want = train(
+        Layout(compute=torch.bfloat16),
+        MeshShape(),
+        replace(config, pipeline=PipelineConfig()),
+        device="cuda",
+    )
+    got = train(Layout(compute=torch.bfloat16), MeshShape(pp=2), config, device="cuda")
+    assert got.losses == pytest.approx(want.losses, rel=1e-3)
+
+
+# Everything a mask can have, each alone and all at once: window, documents, soft-cap, sinks.
+MASKS = {
+    "causal": (None, False, None, False),
+    "window": (100, False, None, False),
+    "documents": (None, True, None, False),
+    "softcap": (None, False, 2.0, False),
+    "sinks": (None, False, None, True),
+    "window, documents": (100, True, None, False),
+    "all": (100, True, 2.0, True),
+}
+
+
+def inputs(seq_len: int, documents: bool, sinks: bool, head_dim: int = 128):
+    """Queries, keys, values (and sinks) that bfloat16 holds, and documents."""
+    g = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
+    # As the layer has them: token-major, heads inside.
+    q, k, v = (draw(2, seq_len, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
+    ids = (
+        (torch.rand(2, seq_len, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
+    )
+    return [q, k, v, *([draw(8)] if sinks else [])], ids
+
+
+def forward_and_backward(core, xs: list, ids, mask: AttentionMask, dtype: torch.dtype) -> list:
+    xs = [x.detach().to(dtype).requires_grad_() for x in xs]
+    y = core(*xs[:3], ids, xs[3] if len(xs) > 3 else None, mask)
+    g = torch.Generator("cuda").manual_seed(1)
+    return [
+        y,
+        *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype)),
+    ]
+
+
+def difference(
+    core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None
+) -> float:
+    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients,
+    relative."""
+    want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
+    got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
+    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def _fresh():
+    """torch gives up on a function that it compiled for too many shapes."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("seq_len", [512, 1000])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("path", ["sdpa", "flex"])
+def test_attention_in_bfloat16_is_the_reference(path, name, compile, seq_len):
+    window, documents, softcap, sinks = MASKS[name]
+    if path == "sdpa" and (compile or softcap or sinks):
+        pytest.skip("sdpa has no soft-cap and no sinks, and compiled it is the same kernels")
+    core = CORES[path]
+    if compile:
+        core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
+    xs, ids = inputs(seq_len, documents, sinks)
+    mask = AttentionMask(seq_len, window, softcap)
+    assert difference(core, xs, ids, mask) < 2e-2
+    assert difference(core, xs, ids, mask, replace(mask, window=50)) > 5e-2
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 256])
+def test_flex_takes_any_head_dim_from_16(head_dim):
+    window, documents, softcap, sinks = MASKS["all"]
+    xs, ids = inputs(300, documents, sinks, head_dim)
+    assert difference(CORES["flex"], xs, ids, AttentionMask(300, window, softcap)) < 2e-2
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_flex_in_the_eager_program_makes_no_square_matrix():
+    """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
+    xs, ids = inputs(8192, True, True)
+    run = lambda: forward_and_backward(
+        CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16
+    )
+    run()  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_of_a_model_with_every_mask(recompute, compile):
+    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the
+    microbatches have other documents."""
+    model = replace(MODEL, head_dim=16, context=200, window=50, softcap=2.0, sinks=True)
+    layout, g = Layout(), torch.Generator().manual_seed(0)
+    rows = torch.randint(model.vocab, (4, 201), generator=g).cuda()
+    documents = (torch.rand(4, 200, generator=g) < 0.02).cumsum(1).cuda()
+    batches = [
+        make_batch(r, layout, d) for r, d in zip(rows.chunk(2), documents.chunk(2), strict=True)
+    ]
+    pipe = one_stage(model, 2, layout)
+    params = tree_map(lambda w: w.cuda(), init(pipe.spec, model.dims(), 0, layout))
+
+    def run(how: ComputeConfig, compile: bool) -> list:
+        functions = program(model, layout, how)
+        functions = compiled(functions, layout) if compile else functions
+        loss, grads, _ = gradients(functions, params, batches, 800, pipe, 1)
+        return [loss, *flat(grads)]
+
+    want = run(ComputeConfig(attention_kernel="reference"), False)
+    got = run(ComputeConfig(recompute), compile)
+    for a, b in zip(got, want, strict=True):
+        assert b.norm() > 0 and ((a - b).norm() / b.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-deepseek"])
+def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
+    """Tokens choose experts by a fixed rule here: rounding must not send one to another."""
+    m = preset(name)
+    m = replace(m, layers=3, moe=replace(m.moe, balanced=True)) if m.moe.experts else m
+    layout = Layout(compute=torch.bfloat16)
+    pipe = one_stage(m, 1, layout)
+    params = tree_map(lambda w: w.cuda(), init(pipe.spec, m.dims(), 0, layout))
+    rows = torch.randint(m.vocab, (2, 129), generator=torch.Generator().manual_seed(0)).cuda()
+    batches = [make_batch(rows, layout, depth=m.mtp.depth)]
+    plain = program(m, layout)
+    want, got = (
+        gradients(fn, params, batches, 256, pipe, 1)[:2] for fn in (plain, compiled(plain, layout))
+    )
+    assert got[0].item() == pytest.approx(want[0].item(), rel=1e-3)
+    for w, a, b in zip(flat(pipe.spec), flat(got[1]), flat(want[1]), strict=True):
+        assert w.frozen or (
+            b.norm() > 0 and (a.float() - b.float()).norm() / b.float().norm() < 5e-2
+        ), w.path
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_recorded_step_is_the_step(count):
+    """Replayed with other batches, rates and counts of tokens than those it was recorded with."""
+    config, layout = replace(TEN, batch=8, micro_batch=8 // count), Layout()
+    found = []
+    for record in (False, True):
+        pipe = one_stage(MODEL, count, layout)
+        params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
+        opt, functions = (
+            init_state(ADAMW, pipe.spec, params),
+            compiled(program(MODEL, layout), layout),
+        )
+        step = TrainStep(functions, pipe, RunConfig(model=MODEL), ADAMW.compiled())
+        step = CudaGraphStep(step, "cuda") if record else step
+        for number in range(8):
+            rows = random_rows(config, number)
+            rows[:number, -3:] = IGNORE
+            batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
+            loss, norm, _, params, opt = step(
+                params, opt, batches, valid_tokens(rows), 1e-2 / (1 + number)
+            )
+            found.append((loss.item(), norm.item()))
+        assert opt.step == 8
+    plain, recorded = found[:8], found[8:]
+    assert recorded == [pytest.approx(x, rel=1e-5) for x in plain] and len(set(plain)) == 8
+
+
+def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32") -> list[float]:
+    """Of train.py, started as a user would."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
+    common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample-tokens", "0"]
+    subprocess.run([*program, *common, *flags], check=True, cwd=ROOT, timeout=300)
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mesh dp=2 --zero 3",
+        "--mesh tp=2",
+        "--mesh dp=2 --zero 1",
+        "--mesh tp=2 --recompute full",
+        "--mesh cp=2 --cp-method ulysses --recompute full",
+        "--mesh pp=2",
+        "--mesh pp=2 --pipeline.schedule zb-v",
+    ],
+)
+def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
+    want = losses(tmp_path / "one")
+    got = losses(tmp_path / "two", *flags.split(), processes=2)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
+    """In bfloat16, where weights are pulled from where they are and gradients are added up where
+    they land; compiled, in a CUDA graph from the fourth step on."""
+    flags = ["--mesh", "dp=2", "--zero", "3", "--compile", compile]
+    want, got = (
+        losses(tmp_path / how, *flags, "--copy-engines", how, processes=2, dtype="bfloat16")
+        for how in ("off", "auto")
+    )
+    assert got == pytest.approx(want, rel=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
+def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
+    """The diagnosis runs what no step has run, with messages on their way."""
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
+    flags = [
+        "--mesh",
+        "pp=2",
+        "--optim.lr",
+        "1e30",
+        "--max-nonfinite-steps",
+        "2",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, *flags], cwd=ROOT, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode and "The run has diverged: lower --optim.lr" in done.stdout + done.stderr

@@ -1,0 +1,33 @@
+"""How many examples a property draws, and the examples that it never leaves to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import example, settings
+
+
+def examples(n: int) -> int:
+    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any
+    profile."""
+    return max(1, n * settings().max_examples // 100)
+
+
+# One of each set of axes; 3 divides hardly anything.
+KINDS = [
+    "dp_replicate=2", "dp=3", "tp=4", "dp_replicate=2,dp=3", "dp_replicate=2,tp=3", "dp=2,tp=2",
+    "dp_replicate=2,dp=2,tp=2",
+]  # fmt: skip
+
+
+def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
+    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the
+    longest list, of which the others' values take turns."""
+
+    def add(test: Callable) -> Callable:
+        for i in range(max(map(len, lists.values()))):
+            test = example(**{name: xs[i % len(xs)] for name, xs in lists.items()})(test)
+        return test
+
+    return add

@@ -1,0 +1,68 @@
+"""A run that begins with a Hugging Face folder: the same on every mesh, resumable, and back out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtron.hf.__main__ import main as hf_main
+from dtron.hf.safetensors import Reader
+from dtron.tools.generate import main as generate
+from tests.helpers.hf_models import folder
+from tests.helpers.texts import words
+from tests.runtime.test_train import train
+
+pytestmark = pytest.mark.xdist_group("program")
+
+SMALL = [
+    "--data.path=text.txt",
+    "--data.seq-len=16",
+    "--batch=4",
+    "--sample-tokens=3",
+    "--device=cpu",
+]
+SMALL += ["--save-every=1"]
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A model with a tokenizer, and a text."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DTRON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder("qwen2"), "model")
+    vocab = {f"w{i}": i for i in range(60)} | {"</s>": 60}
+    words(vocab, tmp_path / "model" / "tokenizer.json")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 60}" for i in range(3000)))
+
+
+def losses(run_dir: str, *flags: str) -> list[float]:
+    assert train.main(["--init-from=model", f"--run-dir={run_dir}", *SMALL, *flags]) == 0
+    with open(f"{run_dir}/metrics.jsonl") as file:
+        return [json.loads(line)["loss"] for line in file]
+
+
+def test_from_a_folder_to_a_folder(beside, capsys):
+    """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause
+    and a change of mesh."""
+    start = losses("still", "--steps=1", "--optim.lr=0", "--simulate", "--mesh=tp=2")
+    assert hf_main(["export", "still", "out"]) == 0
+    before, after = Reader(Path("model")), Reader(Path("out"))
+    assert before.entries.keys() == after.entries.keys()
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.entries)
+    want = losses("one", "--steps=2")
+    assert want[0] == pytest.approx(start[0], rel=1e-5) and want[1] != want[0]
+    losses("several", "--steps=2", "--simulate", "--mesh=dp=2", "--zero=3")
+    shutil.rmtree("several/checkpoints/step-00000002")
+    got = losses("several", "--steps=2", "--resume")
+    assert got[-1] == pytest.approx(want[1], rel=1e-4)
+    capsys.readouterr()
+    argv = ["--prompt", "w1 w4 w9", "--tokens", "5", "--temperature", "0"]
+    assert generate(["--from", "model", *argv]) == 0 and generate(["--from", "out", *argv]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("w1 w4 w9 ")

@@ -1,0 +1,154 @@
+"""The memory of activations: what is kept for backward, and what dtron.show estimates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import local
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers import attention_kernels
+from dtron.mesh import Layout
+from dtron.model.activation_checkpoint import POLICIES
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import ComputeConfig
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model, forward
+from dtron.moe.config import MoEConfig
+from dtron.params import flat, init, tree_map
+from dtron.rules import rules_for
+from dtron.tools import show
+from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.training.compiled_stage import compiled
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
+from tests.helpers.runs import MODEL
+
+ROWS = torch.arange(8 * 17).view(8, 17) % 61
+
+
+def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
+    """Bytes that the eager program keeps for backward, each piece of memory once, weights aside."""
+    layout, seen = Layout(), {}
+    params = tree_map(lambda w: w.requires_grad_(), init(declare_model(m), m.dims(), 0, layout))
+    weights = {w.untyped_storage().data_ptr() for w in flat(params)}
+
+    def note(x: Tensor) -> Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in weights:
+            seen[memory.data_ptr()] = (
+                memory.nbytes(),
+                x,
+            )  # kept alive, or its place may be used again
+        return x
+
+    batch = make_batch(torch.zeros(rows, m.context + 1, dtype=torch.long), layout)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        forward(params, batch, m, layout, ComputeConfig(recompute))
+    return sum(n for n, _ in seen.values())
+
+
+def test_the_estimate_of_kept_activations():
+    """Of a block, from models of 2 and of 3: exact under full recomputation, where a block keeps
+    its input; and otherwise what the eager program keeps is some more, the steps of norms and
+    activation functions."""
+    m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
+    of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
+    sizes = block_bytes(m, MeshShape(), 2 * 128, element=4)
+    estimate = lambda r: POLICIES[r].block(0).kept_bytes(sizes)
+    assert of_a_block("full") == estimate("full")
+    assert 1 <= of_a_block("none") / estimate("none") <= 3
+
+
+def test_memory_by_length_of_sequence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert show.main(["--mesh", "cp=4,tp=2,pp=2", "--model", "llama3-8b"]) == 0
+    assert "131,072 │           16,384" in capsys.readouterr().out
+    m, whole, n = ModelConfig(vocab=64), MeshShape(), 2**17  # short enough for no chunks
+    for policy in POLICIES.values():
+        one, two = (
+            activation_bytes(m, MeshShape(cp=cp), n, policy, "ulysses", [4]) for cp in (1, 2)
+        )
+        assert one == activation_bytes(m, whole, n, policy, "ring", [4]) and 0.5 < two / one < 0.7
+
+
+def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
+    """An eighth of what it would have, from one layer only, and as much again of gradients."""
+    m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
+    needs = lambda width, n: (
+        activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4]) / n
+    )
+    products, difference = 3, 8192 - 4096
+    assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference
+    assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
+
+
+def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int:
+    """Bytes of activations that a compiled stage keeps for backward."""
+    torch.compiler.reset()
+    sizes = []
+    pipe = one_stage(model, 1, layout)
+    functions = program(model, layout, how, splits=False)
+    functions = compiled(functions, layout, how, "aot_eager_decomp_partition")
+    params = init(pipe.spec, model.dims(), 0, layout)
+    weights = {local(w).untyped_storage().data_ptr() for w in flat(params)}
+
+    def note(x: Tensor) -> Tensor:
+        other = x.untyped_storage().data_ptr() not in weights
+        if other and x.is_floating_point():  # which a kernel's random state is not
+            sizes.append(x.numel() * x.element_size())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        gradients(functions, params, [make_batch(ROWS, layout)], 128, pipe, 0)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "change", "how"),
+    [
+        ("cp=2", {}, ComputeConfig("full")),
+        pytest.param("cp=4", {}, ComputeConfig("full"), marks=pytest.mark.slow),
+        pytest.param(
+            "dp=2,cp=2", {}, ComputeConfig("full", cp_method="ulysses"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "dp=4,ep=4",
+            {"moe": MoEConfig(experts=8, top_k=2)},
+            ComputeConfig("full", moe_dispatch="static"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "tp=4",
+            {"embed": 64, "mlp": 256},
+            ComputeConfig("full", fp8="tensorwise", fp8_first_last=True, fp8_min_weights=0),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, change, how):
+    """Compiled too, where a custom function may hide from the compiler that it is to be run again:
+    with torch 2.11 a ring kept all its queries, keys, values and results. Of one more block than
+    one, which share what is constant. One rank of the mesh compiles: sizes do not depend on what
+    the others would send."""
+    with simulated(MeshShape.parse(mesh)) as devices:
+        pass  # the mesh outlives its simulation
+    sizes, layout = replace(MODEL, **change), Layout(devices, rules_for(0))
+    one, two = (kept_compiled(layout, replace(sizes, layers=n), how) for n in (1, 2))
+    numbers = 64  # bytes for a few: an auxiliary loss
+    assert 0 <= two - one - ROWS[:, :-1].numel() // layout.mesh.size() * sizes.embed * 4 <= numbers
+
+
+def test_keys_that_heads_share_are_kept_once(monkeypatch):
+    """The kernels want one for every head; a compiler would keep these copies for backward."""
+    m = replace(MODEL, layers=1, kv_heads=1)
+    kept = kept_compiled(Layout(), m, ComputeConfig())
+    monkeypatch.setattr(
+        attention_kernels, "recompute_in_backward", lambda fn, *xs: fn(*xs)
+    )  # the mutant
+    copies = 2 * ROWS[:, :-1].numel() * (m.heads - 1) * m.head_dim * 4
+    assert kept_compiled(Layout(), m, ComputeConfig()) - kept == m.layers * copies > 0

@@ -1,0 +1,263 @@
+"""Generation: the cache changes nothing, nor does the mesh; and what is drawn is what was asked
+for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dtron import checkpoint
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.layers.mla import MLAConfig
+from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.model.batch import make_batch
+from dtron.model.transformer import declare_model, predict
+from dtron.moe.config import MoEConfig
+from dtron.params import init, tree_map
+from dtron.rules import rules_for
+from dtron.runtime import cli
+from dtron.runtime.config import ModelConfig, RunConfig
+from dtron.testing import meshes
+from dtron.tools.generate import Decoder, check_sampling, generate, main, pick
+from dtron.training.optimizer import init_state
+from dtron.training.pipeline import on_ranks, one_stage, pipeline
+from tests.helpers.texts import one_line
+from tests.helpers.values import ADAMW, ONE
+
+M = ModelConfig(
+    vocab=61, embed=24, layers=2, heads=4, kv_heads=4, head_dim=6, mlp=40, context=64, vocab_multiple=1,
+    init_std=0.3,
+)  # fmt: skip
+MODELS = {
+    "grouped": replace(M, kv_heads=2, qk_norm=True),
+    "window": replace(M, window=5),
+    "sinks": replace(M, sinks=True, window=5, full_every=2, qkv_bias=True, bias=True),
+    "softcap": replace(M, softcap=2.0),
+    "learned": replace(M, positions="learned", norm="layernorm", activation="gelu", tied=True),
+    "latent": replace(M, mla=MLAConfig(kv_rank=12, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)),
+    "experts": replace(M, moe=MoEConfig(experts=4, top_k=2, mlp=16)),
+}
+F64 = torch.float64
+
+
+def weights(m: ModelConfig, layout: Layout = ONE, spec=None):
+    spec = (declare_model(m),) if spec is None else spec
+    return init(spec, m.dims(), 0, layout, F64)
+
+
+def texts(*lengths: int) -> list[list[int]]:
+    g = torch.Generator().manual_seed(2)
+    return [torch.randint(61, (n,), generator=g).tolist() for n in lengths]
+
+
+def uncached(m: ModelConfig, text: list[int]) -> Tensor:
+    rows = torch.tensor([[*text, 0]])
+    with torch.no_grad():
+        return predict(weights(m)[0], make_batch(rows, ONE), m, ONE)
+
+
+def cached(
+    m: ModelConfig, rows: list[list[int]], pieces: list[list[int]], late: int = 0
+) -> list[list[Tensor]]:
+    """The logits after each of the pieces that the rows are fed in, of these lengths. ``late``: how
+    wrong the second piece's positions are."""
+    decoder, found = (
+        Decoder(weights(m), len(rows), 40, m, one_stage(m, 1, ONE), "cpu"),
+        [[] for _ in rows],
+    )
+    starts = [0] * len(rows)
+    for step in range(len(pieces[0])):
+        ends = [a + piece[step] for a, piece in zip(starts, pieces, strict=True)]
+        new = [row[a:b] for row, a, b in zip(rows, starts, ends, strict=True)]
+        at = [a + late if step else a for a in starts]
+        logits = decoder(new, at)
+        for row, got in zip(found, logits, strict=True):
+            row.append(got)
+        starts = ends
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=4)
+@given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
+def test_the_cache_changes_nothing(name, pieces):
+    """Rows of unequal lengths, fed in any pieces; a position that is off by one is seen."""
+    m, rows = MODELS[name], texts(*(sum(row) for row in pieces))
+    for row, cuts, got in zip(rows, pieces, cached(m, rows, pieces), strict=True):
+        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
+        torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
+    late = cached(m, rows, pieces, late=1)
+    assert any(
+        (b[1] - uncached(m, r)[c[0] + c[1] - 1]).abs().max() > 1e-4
+        for r, c, b in zip(rows, pieces, late)
+    )
+
+
+PROMPTS = texts(5, 2, 7)  # here, because simulated ranks would draw each their own
+
+
+def greedy(m: ModelConfig, params, pipe, ends=frozenset(), **options) -> list[list[int]]:
+    return generate(params, PROMPTS, 12, m, pipe, ends=ends, **{"temperature": 0.0, **options})
+
+
+def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list[list[int]]:
+    shape = MeshShape.parse(mesh)
+    config = RunConfig(mesh=mesh, model=m)
+    template = torch.empty(0, m.embed, dtype=F64)
+    pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
+    return greedy(m, weights(m, layout, pipe.spec), pipe)
+
+
+WIDE = {
+    name: replace(
+        MODELS[name], layers=1, heads=12, kv_heads=12, mlp=48, moe=replace(MODELS[name].moe, mlp=24)
+    )
+    for name in ("grouped", "latent", "experts")
+}
+
+
+def same_on(mesh: str, name: str) -> None:
+    m = WIDE[name]
+    with simulated(MeshShape.parse(mesh)) as device_mesh:
+        got = on_mesh(m, mesh, Layout(device_mesh, rules_for(1)))
+    assert got == greedy(m, weights(m), one_stage(m, 1, ONE))
+
+
+@pytest.mark.parametrize(
+    "mesh, name",
+    [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts"), ("cp=2", "latent")],
+)
+def test_the_mesh_changes_nothing(mesh, name):
+    same_on(mesh, name)
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(meshes(6, ("dp", "cp", "tp")), st.sampled_from(sorted(WIDE)))
+def test_no_mesh_changes_anything(mesh, name):
+    same_on(mesh, name)
+
+
+def on_pool(mesh: str) -> list[list[int]]:
+    """A job: text on real ranks."""
+    device_mesh = build_mesh(MeshShape.parse(mesh), "cpu")
+    return on_mesh(
+        MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh
+    )
+
+
+@pytest.mark.xdist_group("pool")
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2,tp=2"])
+def test_real_ranks(pool, mesh):
+    m = MODELS["grouped"]
+    want = greedy(m, weights(m), one_stage(m, 1, ONE))
+    assert pool.run(on_pool, mesh) == [want] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_changes_nothing(name):
+    m = MODELS[name]
+    there = tree_map(lambda w: w.cuda(), weights(m))
+    got = greedy(m, there, one_stage(m, 1, ONE), device="cuda")
+    assert got == greedy(m, weights(m), one_stage(m, 1, ONE))
+
+
+def test_a_row_ends_where_its_text_does():
+    """And the others go on as if nothing had been."""
+    m = MODELS["grouped"]
+    pipe, params = one_stage(m, 1, ONE), weights(m)
+    free = greedy(m, params, pipe)
+    end = free[0][5 + 3]  # what the first row says fourth
+    stopped = greedy(m, params, pipe, ends={end})
+    for prompt, full, cut in zip(PROMPTS, free, stopped, strict=True):
+        new = full[len(prompt) :]
+        n = new.index(end) + 1 if end in new else len(new)
+        assert cut == full[: len(prompt) + n]
+    assert len(stopped[0]) < len(free[0])
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
+def test_only_the_likeliest_are_drawn(seed, top_p, temperature):
+    """The fewest tokens that together have the probability."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, 9, generator=g) * 2
+    drawn = pick(logits, temperature, top_p, g)
+    odds = (logits / temperature).softmax(-1)
+    for row, token in zip(odds, drawn, strict=True):
+        likelier = row[row > row[token]].sum()
+        assert likelier < top_p + 1e-5
+
+
+def test_draws_follow_the_odds():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    g = torch.Generator().manual_seed(0)
+    share = lambda **o: torch.bincount(pick(logits, generator=g, **o), minlength=3) / 20_000
+    torch.testing.assert_close(
+        share(temperature=1.0, top_p=1.0), torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0
+    )
+    torch.testing.assert_close(
+        share(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0.0]), atol=0.02, rtol=0
+    )
+    torch.testing.assert_close(
+        share(temperature=0.5, top_p=1.0), torch.tensor([25.0, 9, 4]) / 38, atol=0.02, rtol=0
+    )
+    assert share(temperature=0.0, top_p=1.0).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_from_a_run_directory(tmp_path, capsys):
+    """The command, on one device and on simulated ranks."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    m = replace(MODELS["grouped"], vocab=256)
+    spec = (declare_model(m),)
+    params = init(spec, m.dims(), 0, ONE)
+    cli.save(RunConfig(model=m), tmp_path / "config.json")
+    checkpoint.save(
+        tmp_path, checkpoint.TrainState(3, 0, params, init_state(ADAMW, spec, params)), spec, {}
+    )
+    argv = [
+        "--from",
+        str(tmp_path),
+        "--prompt",
+        "def",
+        "--prompt",
+        "x",
+        "--tokens",
+        "5",
+        "--temperature",
+        "0",
+    ]
+    assert main(argv) == 0
+    want = capsys.readouterr().out
+    assert want.startswith("def") and "\nx" in want
+    assert main([*argv, "--simulate", "--mesh", "pp=2,tp=2"]) == 0
+    assert capsys.readouterr().out == want
+    refused = lambda more, *said: one_line(lambda: main([*argv, *more]), *said)
+    refused(["--tokens", "62"], "--tokens 62", "context is 64", "use --tokens 61")
+    refused(["--prompt", ""], "no tokens")
+    refused(["--simulate", "--mesh", "tp=3"], "tp must divide")
+    refused(["--simulate", "--mesh", "cp=2"], "cp")
+    refused(["--from", str(tmp_path / "no")], "no folder")
+    refused(["--top", "2"], "--top")
+    (tmp_path / "tokenizer.json").unlink()
+    refused([], "has no tokenizer.json")
+
+
+def test_what_cannot_be_sampled():
+    one_line(lambda: check_sampling(0, 1.0, 1.0), "--tokens 0")
+    for bad in (-0.5, float("nan"), float("inf")):
+        one_line(lambda bad=bad: check_sampling(1, bad, 1.0), "--temperature")
+    for bad in (0.0, 1.5, float("nan")):
+        one_line(lambda bad=bad: check_sampling(1, 1.0, bad), "--top-p")
