@@ -7,8 +7,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from dtron.runtime.launch import keep_memory
+from tests.helpers.collect import collect_seldom
 
 keep_memory()
+collect_seldom()
 
 # Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean
 # nothing here. ``--hypothesis-profile thorough`` draws ten times as many.

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import DispatchKey
 from torch.distributed._local_tensor import (
     LocalTensor,
     LocalTensorMode,
@@ -63,6 +64,11 @@ class _SimulatedRanks(LocalTensorMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = {type(x) for x in _flat(args)}
+        if func is torch.ops.aten.promote_types.default:
+            return func(*args)
+        if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
+            with _SimulatedRanks(self.ranks):  # torch enters a plain LocalTensorMode here
+                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         if LocalTensor not in found or not found <= _KNOWN or not _is_pure(func):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.dim.default:
@@ -77,10 +83,20 @@ class _SimulatedRanks(LocalTensorMode):
             )
             for rank in sorted(self.ranks)
         }
+        if len({len(x) for x in results.values() if isinstance(x, (list, tuple))}) > 1:
+            return super().__torch_dispatch__(func, types, args, kwargs)
         return combined(results, None)
 
 
-_RETURNED = (["Tensor"], ["int"], ["SymInt"], ["List[int]"], ["List[SymInt]"])
+_RETURNED = (
+    ["Tensor"],
+    ["List[Tensor]"],
+    ["int"],
+    ["SymInt"],
+    ["List[int]"],
+    ["List[SymInt]"],
+    ["bool"],
+)
 _KNOWN = {LocalTensor, torch.Tensor, torch.nn.Parameter}
 
 
@@ -99,7 +115,7 @@ def _on_rank(x: Any, rank: int) -> Any:
 @cache
 def _is_pure(func: Any) -> bool:
     """Whether an operation of torch itself writes to no argument, draws no random number, takes
-    tensors by position alone, and returns one tensor or integers."""
+    tensors by position alone, and returns tensors or integers."""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
         return False
     schema = func._schema
@@ -124,12 +140,13 @@ def same_on_all(x: torch.Tensor) -> torch.Tensor:
         return x
     first, *others = x._local_tensors.values()
     for other in others:
-        same = first.shape == other.shape and (
-            (first == other) | (first != first) & (other != other)
-        )
-        if same is False or not same.all():
+        if not torch.equal(first, other) and not _equal_with_nan(first, other):
             raise AssertionError("a tensor that should be whole on every rank differs by rank")
     return first.clone()
+
+
+def _equal_with_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
 
 
 def is_simulated(x: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from hypothesis import settings
 
 from dtron.hf.config import best_family, to_hf
 from dtron.model.presets import preset
@@ -45,8 +46,15 @@ def test_the_comparison_shown_is_what_the_command_prints(capsys):
 
 
 def test_the_five_line_proof_runs():
-    scope = {}
-    exec(compile(python_block("def test_my_layer"), "README.md", "exec"), scope)
+    """With fewer examples than a reader draws."""
+    few = settings(settings.get_profile("default"), max_examples=15)
+    settings.register_profile("few", few)
+    settings.load_profile("few")
+    try:
+        scope = {}
+        exec(compile(python_block("def test_my_layer"), "README.md", "exec"), scope)
+    finally:
+        settings.load_profile("default")
     scope["test_my_layer"]()
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dtron.runtime.launch import keep_memory
+from tests.helpers.collect import collect_seldom
 from tests.helpers.ranks import context
 
 RANKS = 4
@@ -80,6 +81,7 @@ class Pool:
 def _work(rank: int, ranks: int, store: str, inbox, outbox) -> None:
     torch.set_num_threads(1)
     keep_memory()
+    collect_seldom()
     dist.init_process_group(
         "gloo",
         rank=rank,

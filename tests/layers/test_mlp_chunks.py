@@ -177,7 +177,7 @@ def peak(graph: torch.fx.GraphModule) -> int:
     return most
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
     """Of forward's graph and of backward's: what all tokens need at once, only a chunk does. And
     gradients are those of the eager step."""

@@ -1,4 +1,4 @@
-"""Pipelines whose ranks are processes: ten steps are those of one device, and what is sent, and
+"""Pipelines whose ranks are processes: five steps are those of one device, and what is sent, and
 which way."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dtron.tools.verify import on_one_device
 from dtron.training.pipeline import Pipeline
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 
-TEN = RunConfig(
-    model=replace(MODEL, layers=4), data=DataConfig(seq_len=16), batch=8, steps=10, seed=3
+FIVE = RunConfig(
+    model=replace(MODEL, layers=4), data=DataConfig(seq_len=16), batch=8, steps=5, seed=3
 )
 CASES = [
     ("pp=2,tp=2", {"pipeline": PipelineConfig("1f1b"), "zero": 0}),
@@ -27,11 +27,11 @@ CASES = [
         {
             "pipeline": PipelineConfig("interleaved"),
             "zero": 2,
-            "model": replace(TEN.model, tied=True),
+            "model": replace(FIVE.model, tied=True),
         },
     ),
     ("pp=4", {"pipeline": PipelineConfig("zb-h1")}),
-    ("pp=4", {"pipeline": PipelineConfig("gpipe"), "model": replace(TEN.model, tied=True)}),
+    ("pp=4", {"pipeline": PipelineConfig("gpipe"), "model": replace(FIVE.model, tied=True)}),
     (
         "pp=2,dp=2",
         {"pipeline": PipelineConfig("dualpipe-v"), "recompute": "full", "micro_batch": 1},
@@ -40,14 +40,14 @@ CASES = [
 
 
 def one_device(changes: dict) -> tuple[list[float], list[float]]:
-    history = train(Layout(), MeshShape(), on_one_device(replace(TEN, **changes)))
+    history = train(Layout(), MeshShape(), on_one_device(replace(FIVE, **changes)))
     return history.losses, history.norms
 
 
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        (mesh, {**changes, "model": replace(TEN.model, layers=n)})
+        (mesh, {**changes, "model": replace(FIVE.model, layers=n)})
         for (mesh, changes), n in zip(CASES, (2, 4))
     ],
 )
@@ -55,17 +55,17 @@ def test_three_steps_on_simulated_ranks(mesh, changes):
     """The third loss is the first that depends on both moments of Adam; a layer for each stage."""
     changes = {**changes, "steps": 3}
     losses, norms = one_device(changes)
-    got = simulate(mesh, replace(TEN, **changes))
+    got = simulate(mesh, replace(FIVE, **changes))
     assert got.losses == pytest.approx(losses, rel=1e-5)
     assert got.norms == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(("mesh", "changes"), CASES)
-def test_ten_steps_on_real_ranks(pool, mesh, changes):
+def test_five_steps_on_real_ranks(pool, mesh, changes):
     losses, norms = one_device(changes)
-    for got, got_norms, _ in pool.run(on_pool, mesh, replace(TEN, **changes)):
-        assert got == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0] - 0.5
+    for got, got_norms, _ in pool.run(on_pool, mesh, replace(FIVE, **changes)):
+        assert got == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0] - 0.1
         assert got_norms == pytest.approx(norms, rel=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
     once a step, both ways. In the V of ZB-V the last rank turns without sending, and both copies
     are on rank 0."""
     config = replace(
-        TEN, model=replace(TEN.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
+        FIVE, model=replace(FIVE.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
     )
     once = 1 if tied else 0
     assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
@@ -133,9 +133,9 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
     """There functions are loaded, which may wait for a GPU that waits for a message. After it,
     nothing does; nor do the gradients of tied weights ever, which are sent when all messages have
     come."""
-    m = replace(TEN.model, layers=8, tied=True)
+    m = replace(FIVE.model, layers=8, tied=True)
     config = replace(
-        TEN, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
+        FIVE, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
     )
     losses, _ = one_device({"model": m, "micro_batch": 1, "batch": 5, "steps": 3})
     each = {"1f1b": [5, 10, 10, 5], "interleaved": [15, 20, 20, 15]}[schedule]
@@ -159,7 +159,7 @@ def diagnosed(step):
 def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
     """It loads functions that no step has run. So it does not count as the first step either, and
     the steps after it go their usual way."""
-    config = replace(TEN, micro_batch=1, batch=5, steps=3)
+    config = replace(FIVE, micro_batch=1, batch=5, steps=3)
     losses, _ = one_device({"micro_batch": 1, "batch": 5, "steps": 3})
     for each, (got, went) in zip(
         [5, 10, 10, 5], pool.run(by_host_on_pool, "pp=4", config, diagnosed)
@@ -190,7 +190,7 @@ def test_each_way_is_tried_once_in_one_order(pool, tied):
     """At the start, and nothing else is sent so: the ways down and up between neighbours, and
     between the two copies of a tied weight. Whoever is in two ways tries them in the order that all
     share."""
-    config = replace(TEN, model=replace(TEN.model, tied=tied), micro_batch=1, batch=4, steps=1)
+    config = replace(FIVE, model=replace(FIVE.model, tied=tied), micro_batch=1, batch=4, steps=1)
     ends = [(0, 3), (3, 0)] if tied else []
     ways = sorted([(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), *ends])
     for rank, tried in enumerate(pool.run(tried_on_pool, "pp=4", config)):
