@@ -36,8 +36,8 @@ from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
+from dtron.runtime.profiler import Recorder
 from dtron.tools.generate import generate
-from dtron.tools.profile import Recorder
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
@@ -164,7 +164,7 @@ def train(
             raise diverged(
                 state.step - 1, f"{watch.in_a_row} steps in a row came to nothing; {why}"
             )
-        for line in saver.said():
+        for line in saver.drain_messages():
             metrics.say(line)
         launched = (state.step, loss, norm, told, lr, tokens, mark(here.device), batches.waited)
 
@@ -182,18 +182,18 @@ def train(
             record["validation_loss"] = held
             metrics.say(f"step {state.step}: validation loss {held:.4f}")
         if saves:
-            record["checkpoint_stall_seconds"] = checkpoint.begin(saver, state, spec, identity)
+            record["checkpoint_stall_seconds"] = checkpoint.start_save(saver, state, spec, identity)
         metrics.write(record)
         metrics.restart_clock()
     if launched:
         metrics.write(finish(*launched))
     if stopped:
-        checkpoint.begin(saver, state, spec, identity)
+        checkpoint.start_save(saver, state, spec, identity)
         metrics.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
     elif config.sample_tokens:
         metrics.say("sample: " + sample(state.params, data, config, here, pipe))
     saver.wait()
-    for line in saver.said():
+    for line in saver.drain_messages():
         metrics.say(line)
     metrics.close()
     saver.close()

@@ -26,7 +26,8 @@ from dtron.runtime.cli import load, parse
 from dtron.runtime.exit import run_cli
 from dtron.runtime.launch import plan
 from dtron.runtime.metrics import Metrics
-from dtron.tools.profile import breakdown, read
+from dtron.runtime.time_breakdown import breakdown
+from dtron.runtime.trace import read
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
