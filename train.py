@@ -37,7 +37,7 @@ from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
 from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.runtime.profiler import Recorder
-from dtron.tools.generate import generate
+from dtron.tools.generate import Sampling, generate
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
@@ -277,7 +277,7 @@ def sample(params, data: Data, config: RunConfig, here: RunPlan, pipe: Pipeline)
         params, pipe = (pipe.whole(params),), one_stage(config.model, 1, layout)
     tokens = min(config.sample_tokens, config.model.context - len(prompt))
     (ids,) = generate(
-        params, [prompt], tokens, config.model, pipe, seed=config.seed, device=here.device
+        params, [prompt], tokens, config.model, pipe, Sampling(seed=config.seed), here.device
     )
     return data.decode(ids)
 

@@ -1,15 +1,14 @@
-"""Text from a model, with the same sharded forward that trains it; ``python -m dtron.generate
---help``.
+"""Generates text with the same sharded forward that trains: ``python -m dtron.generate``.
 
-The prompts are run at once, padded on the right, and then every step runs one token of each row.
-What the mixers need of earlier tokens is in caches that travel beside the weights (of attention:
-layers/kv_cache.py), so the layers are those of training, on whatever mesh. All ranks draw the same
-tokens, since all have the same logits and the same seed. Rows are filled up until every rank has as
-many tokens, which the sharding of tokens asks for.
+The first step runs all prompts together, padded on the right. Each later step runs one token of
+each row. The caches of the mixers (for attention: layers/kv_cache.py) are passed beside the
+weights, so generation runs the layers of training, on any mesh without cp. All ranks draw the same
+tokens, because they have the same logits and the same seed. Sharded tokens need the same number of
+rows on every rank, so rows of padding are added.
 
-Sampling: the temperature divides the logits, and top-p (Holtzman et al. 2019, arXiv:1904.09751,
-section 3.1) draws from the fewest tokens that have this probability together. Left out: everything
-that serving needs, as pages of cache, rows that come and go, and speculation.
+Sampling: the temperature divides the logits. Top-p (Holtzman et al. 2019, arXiv:1904.09751, section
+3.1) draws from the smallest set of most likely tokens whose probabilities sum to ``top_p``. Left
+out: the needs of serving, such as a paged cache, continuous batching and speculative decoding.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,19 @@ from dtron.training.gradients import evaluate
 from dtron.training.pipeline import Pipeline
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    ``temperature``: divides the logits; 0 takes the most likely token.
+    ``top_p``: the probability of the tokens to draw from.
+    ``seed``: of the random generator."""
+
+    temperature: float = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+
+
 @torch.no_grad()
 def generate(
     params: tuple[Transformer, ...],
@@ -56,40 +68,40 @@ def generate(
     tokens: int,
     m: ModelConfig,
     pipe: Pipeline,
-    temperature: float = 0.8,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     device: str = "cpu",
     ends: Set[int] = frozenset(),
 ) -> list[list[int]]:
-    """Every prompt and ``tokens`` new ones, or fewer where one of ``ends`` comes, which is the
-    row's last. Temperature 0 takes the likeliest. Raises UserError for a prompt that is empty or
-    leaves no room in the model's context."""
+    """Return every prompt with its continuation. Raises UserError for a prompt that is empty or
+    leaves no room in the model's context.
+
+    ``tokens``: maximum number of new tokens in each row.
+    ``ends``: tokens that end a row. The end token is the row's last."""
     longest = check_prompts(prompts, tokens, m)
     step = Decoder(params, len(prompts), longest + tokens, m, pipe, device)
-    texts, generator = [list(p) for p in prompts], torch.Generator().manual_seed(seed)
+    texts, generator = [list(p) for p in prompts], torch.Generator().manual_seed(sampling.seed)
     new, open_rows = [list(p) for p in prompts], set(range(len(prompts)))
     for _ in range(tokens):
         logits_BV = step(new, [len(text) - len(row) for text, row in zip(texts, new, strict=True)])
         with paused():
             drawn = torch.zeros(len(prompts))
             if logits_BV is not None:
-                drawn = pick(logits_BV, temperature, top_p, generator)
-            drawn = pipe.sum(drawn.to(device)).tolist()  # from the last stage to all
+                drawn = draw_tokens(logits_BV, sampling, generator)
+            drawn = pipe.sum(drawn.to(device)).tolist()  # from the last stage to all ranks
         new = [[int(token)] for token in drawn]
         for row in list(open_rows):
             texts[row] += new[row]
             if new[row][0] in ends:
                 open_rows.remove(row)
         for row in set(range(len(prompts))) - open_rows:
-            new[row] = texts[row][-1:]  # its last token again, in its slot
+            new[row] = texts[row][-1:]  # a row that has ended repeats its last token in its slot
         if not open_rows:
             break
     return texts
 
 
 class Decoder:
-    """The model and what it has seen of ``rows`` texts, of up to ``slots`` tokens."""
+    """The model with the caches of ``rows`` texts of up to ``slots`` tokens each."""
 
     def __init__(
         self,
@@ -113,14 +125,15 @@ class Decoder:
         self._weights = [(p, tuple(map(empty, p.blocks))) for p in weights]
 
     def __call__(self, new: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor | None:
-        """``new`` tokens of each row, of which the first has position ``starts[row]`` -> the logits
-        after them, ``[rows, vocab]``; None on ranks without the last stage."""
+        """Run new tokens of each row and return the logits after them, ``[rows, vocab]``. Returns
+        None on ranks without the last stage.
+
+        ``new``: the new tokens of each row.
+        ``starts``: the position of each row's first new token."""
         longest, fill = max(map(len, new)), self._filled - self._rows
-        width = lambda row: [
-            *row,
-            *[0] * (longest - len(row) + 1),
-        ]  # the last is a target, which nobody asks
-        tokens = torch.tensor([width(row) for row in [*new, *[[0]] * fill]])
+        # Padded to one more token than the longest row: a batch has a target for its last token.
+        padded = [[*row, *[0] * (longest - len(row) + 1)] for row in [*new, *[[0]] * fill]]
+        tokens = torch.tensor(padded)
         first = torch.tensor([*starts, *[0] * fill])
         places = first[:, None] + torch.arange(longest)
         last = torch.tensor([len(row) - 1 for row in new] + [0] * fill)
@@ -128,12 +141,12 @@ class Decoder:
         tokens, places, last = (x.to(self._device) for x in (tokens, places, last))
         batch = make_batch(tokens, layout, positions_BS=places)
         functions = _functions(self._m, layout, layout.shard(last, "tokens"))
-        found = evaluate(functions, self._weights, [batch], self._pipe)
-        return None if found is None else full(found)[: self._rows].float().cpu()
+        logits = evaluate(functions, self._weights, [batch], self._pipe)
+        return None if logits is None else full(logits)[: self._rows].float().cpu()
 
 
 def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
-    """The model's, for stages whose params are pairs of weights and decoding caches."""
+    """Return the model's functions for stages whose params are pairs of weights and caches."""
 
     def enter(p: tuple[Transformer, tuple[Any, ...]], batch: Any) -> Tensor:
         return embed(p[0], batch, m, layout)
@@ -146,86 +159,106 @@ def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
     return Program(enter, run)
 
 
-def pick(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token for each row."""
-    if temperature == 0:
+def draw_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token for each row."""
+    if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    odds, order = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True)
-    before = odds.cumsum(-1) - odds  # the likeliest has nothing before it, so it is never left out
-    odds = odds.masked_fill(before >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(odds, 1, generator=generator))[:, 0]
+    probabilities = (logits_BV / sampling.temperature).softmax(-1)
+    sorted_BV, order_BV = probabilities.sort(dim=-1, descending=True)
+    # The probability of the more likely tokens. It is 0 for the most likely token, which is
+    # therefore never masked.
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    sorted_BV = sorted_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+    return order_BV.gather(1, torch.multinomial(sorted_BV, 1, generator=generator))[:, 0]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], tokens: int, m: ModelConfig) -> int:
-    """The longest's length; ValueError for what cannot be gone on from."""
+    """Return the length of the longest prompt. Raises UserError for a prompt that cannot be
+    continued by ``tokens`` tokens."""
     if not prompts or not all(prompts):
         raise UserError("--prompt: a prompt has no tokens; give at least one word")
     largest = max(map(max, prompts))
     if largest >= m.vocab:
         raise UserError(
-            f"--prompt: has token {largest}, the model {m.vocab} of them; give the model's own tokenizer"
+            f"--prompt: has token {largest}, the model {m.vocab} of them; give the model's own "
+            "tokenizer"
         )
     longest = max(map(len, prompts))
     if longest + tokens > m.context:
         raise UserError(
-            f"--tokens {tokens} after a prompt of {longest}: the model's context is {m.context}; use "
-            + (f"--tokens {m.context - longest}" if longest < m.context else "a shorter prompt")
+            f"--tokens {tokens} after a prompt of {longest}: the model's context is {m.context}; "
+            + (
+                f"use --tokens {m.context - longest}"
+                if longest < m.context
+                else "use a shorter prompt"
+            )
         )
     return longest
 
 
 def run(o: Namespace) -> int:
-    """The command."""
+    """Run the command."""
     check_sampling(o.tokens, o.temperature, o.top_p)
     folder = Path(o.folder)
-    opened, m = _open(folder)
+    load_weights, m = _open(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--from {folder}: has no tokenizer.json; put that of the model there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     prompts = [tokenizer.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
-    config = RunConfig(
-        mesh=o.mesh, simulate=o.simulate, device=o.device, dtype=o.dtype, zero=0, compile="off",
-        cuda_graph="off", model=m,
-    )  # fmt: skip
-    shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
-    if shape.cp > 1:
-        raise UserError(
-            f"--mesh {o.mesh}: cp cuts sequences, and there are but tokens; use dp or tp"
-        )
-    # A plan is one of training: the smallest batch that this mesh takes.
-    data = DataConfig(seq_len=min(shape.tp, m.context))
-    config = replace(config, mesh=str(shape), batch=shape.data, micro_batch=1, data=data)
+    config = _run_config(o, m)
     here = plan(config)
-    ends = _ends(folder, tokenizer)
+    ends, sampling = _ends(folder, tokenizer), Sampling(o.temperature, o.top_p, o.seed)
     with ranks(config, here) as pipe:
-        weights = opened(pipe.spec, pipe.layout, here.compute, here.device)
-        texts = generate(
-            weights, prompts, o.tokens, m, pipe, o.temperature, o.top_p, o.seed, here.device, ends
-        )  # fmt: skip
+        weights = load_weights(pipe.spec, pipe.layout, here.compute, here.device)
+        texts = generate(weights, prompts, o.tokens, m, pipe, sampling, here.device, ends)
     if here.main:
         for ids in texts:
             print(tokenizer.decode(ids), flush=True)
     return 0
 
 
+def _run_config(o: Namespace, m: ModelConfig) -> RunConfig:
+    """Return a config for these ranks. A config needs a batch and a sequence length, as for
+    training: here the smallest that the mesh allows."""
+    shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
+    if shape.cp > 1:
+        raise UserError(
+            f"--mesh {o.mesh}: cp shards sequences, and a step has single tokens; use dp or tp"
+        )
+    return RunConfig(
+        mesh=str(shape),
+        simulate=o.simulate,
+        device=o.device,
+        dtype=o.dtype,
+        zero=0,
+        compile="off",
+        cuda_graph="off",
+        batch=shape.data,
+        micro_batch=1,
+        data=DataConfig(seq_len=min(shape.tp, m.context)),
+        model=m,
+    )
+
+
 def _open(folder: Path) -> tuple[Callable[..., Any], ModelConfig]:
-    """What loads the weights of a run directory or a Hugging Face folder, and their model."""
+    """Open a run directory or a Hugging Face folder. Return a function that loads its weights, and
+    its model."""
     if checkpoint.folder(folder).is_dir():
         config, found = read_run(folder)
-        checkpoint.read_meta(found)  # it is whole
+        checkpoint.read_meta(found)  # raises UserError if it is incomplete
         return partial(checkpoint.load_params, found), config.model
     source = Source(folder)
     return source.load, source.model
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """The tokens after which a text has ended."""
+    """Return the tokens that end a text: those of the model's config, or else of its tokenizer."""
     for name in ("generation_config.json", CONFIG):
         if (folder / name).is_file():
-            said = read_json(folder / name).get("eos_token_id")
-            if said is not None:
-                return set(said) if isinstance(said, list) else {said}
+            ids = read_json(folder / name).get("eos_token_id")
+            if ids is not None:
+                return set(ids) if isinstance(ids, list) else {ids}
     end = end_id(tokenizer)
     return set() if end is None else {end}
 
@@ -235,15 +268,15 @@ def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
         raise UserError(f"--tokens {tokens}: at least 1 is generated; raise it")
     if not 0 <= temperature < float("inf"):
         raise UserError(
-            f"--temperature {temperature}: must be from 0, the likeliest token; change it"
+            f"--temperature {temperature}: must be 0 (the most likely token) or more; change it"
         )
     if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p}: a probability over 0 and up to 1, all tokens; change it")
+        raise UserError(f"--top-p {top_p}: must be over 0 and at most 1 (all tokens); change it")
 
 
 def parser() -> Parser:
     made = Parser(
-        prog="python -m dtron.generate", description="Text from a model, on any mesh without cp."
+        prog="python -m dtron.generate", description="Generate text, on any mesh without cp."
     )
     add = made.add_argument
     add(
@@ -258,31 +291,31 @@ def parser() -> Parser:
         action="append",
         required=True,
         metavar="TEXT",
-        help="what to go on from; may be repeated",
+        help="text to continue; may be repeated",
     )
-    add("--tokens", type=int, default=64, metavar="N", help="new tokens at most (64)")
+    add("--tokens", type=int, default=64, metavar="N", help="maximum number of new tokens (64)")
     add(
         "--temperature",
         type=float,
         default=0.8,
         metavar="T",
-        help="0 takes the likeliest token (0.8)",
+        help="divides the logits; 0 takes the most likely token (0.8)",
     )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw from the likeliest of this probability (1)",
+        help="draw from the most likely tokens that have this probability together (1)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
-    add("--mesh", default="", metavar="MESH", help="how the ranks are arranged, as tp=2")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    add("--mesh", default="", metavar="MESH", help="axes of the mesh, as tp=2")
     add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
     add(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="auto: a GPU where there is one",
+        help="auto: a GPU if there is one",
     )
     dtypes = ["auto", "float32", "bfloat16", "float64"]
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")

@@ -4,7 +4,8 @@ The activations that a block keeps from forward to backward grow with the sequen
 u = rows * S / cp tokens, of which t = u / tp under sequence parallelism. An element has e bytes:
 
     block, kept whole   e (2 t D + 2 u D + u (2 heads + 2 kv) H / tp + g u F / tp) + 4 u heads / tp
-    selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads / tp
+    selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads /
+    tp
     full                e t D
 
 The terms are: two residuals and two matmul inputs; query, key, value and output of attention, and
