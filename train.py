@@ -34,10 +34,10 @@ from dtron.runtime.cli import parse, save
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
+from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.launch import host_group, plan, ranks, same_on_all_ranks
 from dtron.runtime.metrics import Metrics, mark
 from dtron.runtime.profiler import Recorder
-from dtron.tools.generate import Sampling, generate
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--gpus", type=int, default=2)
     p.add_argument("--tokens", type=int, default=16384, help="tokens of a step on each GPU (16384)")
-    p.add_argument("--layers", type=int, default=0, help="number of blocks (those of the preset)")
+    p.add_argument("--layers", type=int, default=0, help="number of blocks (the preset's number)")
     p.add_argument("--recompute", default="full")
     p.add_argument("--steps", type=int, default=10)
     p.add_argument("--timeout-seconds", type=int, default=600, help="limit for one case (600)")

@@ -10,7 +10,7 @@ are random.
   in train.py, the host runs ahead and does not wait for the end of a step.
 - **The first step** includes compilation and is reported separately. ``--steps 1`` measures peak
   memory and no times.
-- **FLOPs** are those of ``flops_per_token``: causal attention, no recomputation.
+- **FLOPs** are counted by ``flops_per_token``: causal attention, no recomputation.
 - **Host time** is the time from an idle device to the launch of the step's last kernel, the median
   of 3.
 - **--data** reads every batch from a file, as in train.py. The line then has the share of time that
@@ -69,7 +69,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass
 class Measured:
-    """What the steps of one case took.
+    """Measurements of one case.
 
     ``first``: seconds of the first step.
     ``steps``: seconds of each of the last 12 steps.
@@ -268,7 +268,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p = Parser(description="Time training steps of one case; one JSON line.")
     add, on = p.add_argument, {"action": "store_true"}
     add("--model", default="bench-1.3b", help="name of a preset (bench-1.3b)")
-    add("--layers", type=int, default=0, help="number of blocks (those of the preset)")
+    add("--layers", type=int, default=0, help="number of blocks (the preset's number)")
     add("--mesh", default="", help="axes of the mesh, as dp=2,tp=2")
     add("--zero", type=int, default=1, help="ZeRO stage (1)")
     add("--rows", type=int, default=2, help="sequences per microbatch and data rank (2)")
@@ -287,10 +287,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--no-overlap", **on, help="leave collectives at their place in the program")
     add("--no-copy-engines", **on, help="ZeRO-3 gathers weights through NCCL")
     add(
-        "--cuda-graph",
-        default="auto",
-        choices=("auto", "off"),
-        help="off: Python launches every kernel",
+        "--cuda-graph", default="auto", choices=("auto", "off"), help="off: Python launches kernels"
     )
     add("--eager", **on, help="do not compile")
     add("--data", **on, help="read each step's batch from a .bin/.idx that is written first")

@@ -27,12 +27,12 @@ from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.validate import check, sequence_unit
 from dtron.testing import assert_caught, meshes
 from dtron.tools import verify_step
 from dtron.tools.compare_steps import StepResult, compare
 from dtron.tools.count_collectives import Collective
-from dtron.tools.generate import Sampling, generate
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
 from dtron.training.pipeline import one_stage

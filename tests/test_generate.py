@@ -25,8 +25,9 @@ from dtron.params import init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime import cli
 from dtron.runtime.config import ModelConfig, RunConfig
+from dtron.runtime.generation import Decoder, Sampling, draw_tokens, generate
 from dtron.testing import meshes
-from dtron.tools.generate import Decoder, Sampling, check_sampling, draw_tokens, generate, main
+from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 

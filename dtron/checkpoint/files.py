@@ -6,8 +6,8 @@ So a reader sees a complete checkpoint or none. The last file written, ``meta.js
 other files with their sizes and CRC-32s.
 
 Sizes are compared whenever a checkpoint is opened. Checksums need every byte, so they are compared
-when a checkpoint is loaded or inspected. Without checksums nobody would notice a flipped byte of a
-weight.
+when a checkpoint is loaded or inspected. Without checksums a flipped byte of a
+weight would go unnoticed.
 """
 
 from __future__ import annotations

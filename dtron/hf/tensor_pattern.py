@@ -1,6 +1,6 @@
 """Patterns that map the dims of a Hugging Face tensor to the dims of a dtron weight.
 
-The notation is that of einops. The Hugging Face tensor is on the left, the dtron weight on the
+The notation follows einops. The Hugging Face tensor is on the left, the dtron weight on the
 right:
 
     "(n h) d -> d n h"        [heads * head_dim, embed] becomes [embed, heads, head_dim]

@@ -112,8 +112,8 @@ def step_range(events: Sequence[Event]) -> Interval:
 
 
 # Names of work on a CPU: operators, the work of gloo's threads, and compiled code. The own time of
-# compiled code is that of its fused loops. All other events (autograd's nodes, marks) only enclose
-# work.
+# compiled code is the time of its fused loops. All other events (autograd's nodes, marks) only
+# enclose work.
 _WORK = re.compile(r"aten::|gloo:|\w*c10d|## Call CompiledFxGraph")
 
 

@@ -17,7 +17,7 @@ messages. The ring holds two of keys and values and two of their gradients; allg
 values of whole rows and their gradients; ulysses holds its send and receive buffers. The loss holds
 a chunk of logits, and the gradients of its input and of the head.
 
-The terms of attention, and its messages, are those of its mixer (layers/attention.py). A layer with
+The mixer gives the terms of attention and of its messages (layers/attention.py). A layer with
 another mixer has the terms of that mixer instead. In latent attention every head has its own keys,
 and values of another width. In an MoE layer F is the width of the token's routed experts plus the
 shared expert, and each routed expert holds one more copy of the token. If the model has experts,
