@@ -20,12 +20,12 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.evaluation import validate
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import StopSignal, diagnose, diverged
+from dtron.runtime.generation import sample
 from dtron.runtime.initial_state import identity, initial_state
 from dtron.runtime.launch import host_group, plan_run, start_ranks
+from dtron.runtime.profiler import Recorder
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.step_log import StepLog, describe
-from dtron.tools.generate import sample
-from dtron.tools.profile import Recorder
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import learning_rate
@@ -80,7 +80,7 @@ def train(
             *results, params, opt = step(state.params, state.opt, *batch.inputs, lr)
             state = TrainState(state.step + 1, state.samples + config.batch, params, opt)
             log.launched(state.step, *results, lr, batch)  # writes the step before, which is over
-            log.say(*saver.said())
+            log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)
                 raise diverged(state.step - 1, f"{log.guard.reason}; {why}")
@@ -90,17 +90,17 @@ def train(
             if evaluates:
                 log.validation(validate(state.params, data, config, plan, pipe))
             if saves:
-                log.saved_in(checkpoint.begin(saver, state, pipe.spec, same))
+                log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
             log.write()
         log.finish()
         log.write()
         if stopped:
-            checkpoint.begin(saver, state, pipe.spec, same)
+            checkpoint.start_save(saver, state, pipe.spec, same)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
         elif config.sample_tokens:
             log.say("sample: " + sample(state.params, data, config, plan, pipe))
         saver.wait()
-        log.say(*saver.said())
+        log.say(*saver.drain_messages())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Run many cases of bench/train.py on one machine: a batch compiles together, then each case is
-timed alone.
+"""Run many cases of bench/train.py: a batch compiles together, each case is timed alone.
 
-    python bench/cases.py bench/cases.txt --gpus 2 | tee -a bench/results.jsonl
+    python bench/cases.py bench/results/cases.txt --gpus 2 | tee -a bench/results/results.jsonl
     python bench/report.py --write docs/performance.md
 
-A line of the file is a case, the flags of bench/train.py; ranks of its ``--mesh`` are processes of
-torchrun. An empty line ends a batch, # begins a remark. Compiling takes minutes of the host and
-hardly any of the GPU, being timed some seconds; so all cases of a batch start at once, stop behind
-their first step, and go on one after the other. First steps then take longer than alone, and what
-the cases hold must fit the GPUs together. What a case prints beside its line (with --profile, where
-its time went) goes to stderr, and so does why it failed, which spoils no other. Needs torch and
-numpy alone."""
+A line of the file is a case: the flags of bench/train.py. The ranks of its ``--mesh`` are processes
+of torchrun. An empty line ends a batch, and # begins a comment.
+
+Compilation takes minutes of the host and hardly any time of the GPU; the timed steps take seconds.
+So all cases of a batch start at the same time, wait after their first step, and continue one after
+the other. First steps then take longer than alone, and all cases of a batch together must fit into
+the GPUs' memory.
+
+The line of each case goes to stdout. Other output of a case (the time breakdown of --profile, the
+reason of a failure) goes to stderr. A failed case does not affect the others. Needs torch and
+numpy, nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +30,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
@@ -36,16 +38,18 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def command(flags: Sequence[str], ranks: int) -> list[str]:
-    """bench/train.py with these flags, in one process or in those of torchrun."""
+    """Return the command of bench/train.py with these flags, with torchrun for several ranks."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, *(launch if ranks > 1 else []), str(TRAIN), *flags]
 
 
 @dataclass
 class Case:
+    """One case. ``turn``: the file that its processes wait for."""
+
     flags: list[str]
     ranks: int
-    turn: Path  # what it waits for
+    turn: Path
     process: subprocess.Popen | None = None
 
     def start(self, gpus: Sequence[str]) -> None:
@@ -59,23 +63,24 @@ class Case:
 
     @property
     def waits(self) -> bool:
-        """Whether all its ranks have come to where they wait, or it has ended."""
+        """Whether all ranks wait for their turn, or the case has ended."""
         there = len(list(self.turn.parent.glob(f"{self.turn.name}.*.ready")))
         return there == self.ranks or self.process.poll() is not None
 
     def result(self) -> str | None:
-        """Its turn: the line it prints, or None and a word on stderr."""
+        """Let the case take its turn and return its line. Returns None after a failure, and prints
+        the reason to stderr."""
         self.turn.touch()
         failed = self.process.wait()
-        printed, said = (
+        printed, errors = (
             self.turn.with_suffix(x).read_text().splitlines() for x in (".out", ".err")
         )
         lines = [x for x in printed if x.startswith("{")]
         line = lines[-1] if lines and not failed else None
         print(shlex.join(self.flags), *(x for x in printed if x != line), sep="\n", file=sys.stderr)
-        if line is None:  # torchrun's last word is not the reason
-            why = [x for x in said if re.search("[Ee]rror:", x) and "ChildFailedError" not in x]
-            print((why or said or ["no output"])[-1][:300], file=sys.stderr)
+        if line is None:  # torchrun's own error (ChildFailedError) is not the reason
+            why = [x for x in errors if re.search("[Ee]rror:", x) and "ChildFailedError" not in x]
+            print((why or errors or ["no output"])[-1][:300], file=sys.stderr)
         return line
 
     def end(self) -> None:
@@ -85,8 +90,8 @@ class Case:
 
 
 def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
-    """The batches of a file. Raises UserError for one that cannot be read, and for a case too
-    large."""
+    """Read the batches of a file. Raises UserError if the file cannot be read, or if a case needs
+    more than ``gpus`` GPUs."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +117,7 @@ def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
 
 
 def mesh_of(flags: list[str]) -> str:
-    """What follows ``--mesh`` or ``--mesh=``; empty where it is not there."""
+    """Return the value of ``--mesh``, or an empty string if the flag is missing."""
     for flag, value in pairwise([*flags, ""]):
         if flag == "--mesh" or flag.startswith("--mesh="):
             return value if flag == "--mesh" else flag.removeprefix("--mesh=")
@@ -121,12 +126,12 @@ def mesh_of(flags: list[str]) -> str:
 
 def main(argv: list[str]) -> int:
     p = Parser(description="Run cases of bench/train.py; a JSON line for each.")
-    p.add_argument("file", type=Path, help="a case a line")
+    p.add_argument("file", type=Path, help="file with one case per line")
     p.add_argument(
         "--gpus",
         type=int,
         default=1,
-        help="how many to use, of CUDA_VISIBLE_DEVICES if that is set",
+        help="number of GPUs to use; the first ones of CUDA_VISIBLE_DEVICES if it is set",
     )
     o = p.parse_args(argv)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -153,6 +158,11 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+def exit_on_signal(*_) -> None:
+    """Exit through the ``finally`` blocks that end the cases."""
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the cases
+    signal.signal(signal.SIGTERM, exit_on_signal)
     sys.exit(run_cli(main, sys.argv[1:]))

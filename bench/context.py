@@ -1,13 +1,12 @@
-"""Time long sequences with and without context parallelism; a JSON line for each case.
+"""Time long sequences with and without context parallelism. Prints one JSON line for each case.
 
     python bench/context.py --gpus 2                # 8k to 128k, cp=1 and cp=2, every method
-    python bench/context.py --gpus 2 --layers 2 --tokens 65536      # what differs is attention
+    python bench/context.py --gpus 2 --layers 2 --tokens 65536    # mostly attention
     python bench/context.py --longest               # the longest sequence that fits one GPU
 
-Every case is bench/train.py in processes of its own, so that one that runs out of memory spoils no
-other; it is a line too, with its error. The tokens of a step are the same in all cases of one
-number of GPUs per row of the table: ``--tokens`` on each GPU, in rows as long as the sequence; a
-sequence longer than that is one row. Needs torch and numpy alone."""
+Every case runs bench/train.py in its own processes. A case that runs out of memory does not affect
+the other cases; its line has the error. A step has ``--tokens`` tokens on each GPU, in rows of the
+sequence length. A longer sequence is one row. Needs torch and numpy, nothing else."""
 
 from __future__ import annotations
 
@@ -16,16 +15,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from cases import command
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.runtime.exit import Parser, run_cli
 
 
 def run(flags: dict[str, object], gpus: int, timeout_seconds: int) -> dict:
-    """What bench/train.py printed, or the case and its error."""
+    """Return the line that bench/train.py printed, or the case and its error."""
     named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
     argv = [flag if value is True else f"{flag}={value}" for flag, value in named.items()]
     try:
@@ -46,7 +43,7 @@ def run(flags: dict[str, object], gpus: int, timeout_seconds: int) -> dict:
 
 
 def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
-    """Without cp on one GPU, then on all of them with every method."""
+    """Yield each length without cp on one GPU, then on all GPUs with every method."""
     common = {"model": o.model, "recompute": o.recompute, "steps": o.steps}
     common |= {"layers": o.layers} if o.layers else {}
     common |= {"eager": True} if o.eager else {}
@@ -61,18 +58,14 @@ def cases(o: argparse.Namespace) -> Iterator[tuple[dict[str, object], int]]:
 
 
 def longest(o: argparse.Namespace) -> Iterator[dict]:
-    """Doubles the sequence while it fits, then halves the gap to what does not, down to an eighth
-    of it."""
+    """Yield the results of a search for the longest sequence that fits.
+
+    The length doubles while it fits. Then the search bisects between the longest length that fits
+    and the shortest that does not, until they differ by an eighth."""
     fits, too_long, seq_len = 0, 0, min(o.seq_lens)
     while not too_long or too_long - fits > fits // 8:
-        flags = {
-            "model": o.model,
-            "recompute": o.recompute,
-            "steps": 1,
-            "seq_len": seq_len,
-            "rows": 1,
-        }
-        line = run(flags, 1, o.timeout_seconds)
+        flags = {"model": o.model, "recompute": o.recompute, "steps": 1, "rows": 1}
+        line = run(flags | {"seq_len": seq_len}, 1, o.timeout_seconds)
         yield line
         fits, too_long = (fits, seq_len) if "error" in line else (seq_len, too_long)
         if not fits:
@@ -84,21 +77,20 @@ def main(argv: list[str]) -> int:
     p = Parser(description="Time long sequences with and without cp; JSON lines.")
     p.add_argument("--model", default="bench-1.3b", help="a preset")
     p.add_argument("--gpus", type=int, default=2)
-    p.add_argument("--tokens", type=int, default=16384, help="of a step, on each GPU")
-    p.add_argument("--layers", type=int, default=0, help="fewer than the preset has")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens of a step on each GPU (16384)")
+    p.add_argument("--layers", type=int, default=0, help="number of blocks (the preset's number)")
     p.add_argument("--recompute", default="full")
     p.add_argument("--steps", type=int, default=10)
-    p.add_argument("--timeout-seconds", type=int, default=600, help="seconds for one case")
+    p.add_argument("--timeout-seconds", type=int, default=600, help="limit for one case (600)")
     p.add_argument("--methods", nargs="+", default=["ring", "ulysses", "allgather"])
     p.add_argument("--seq-lens", nargs="+", type=int, default=[2**n for n in range(13, 18)])
     p.add_argument("--eager", action="store_true", help="do not compile")
-    p.add_argument("--longest", action="store_true", help="on one GPU, by trying")
+    p.add_argument(
+        "--longest", action="store_true", help="search for the longest sequence that fits one GPU"
+    )
     o = p.parse_args(argv)
-    for line in (
-        longest(o)
-        if o.longest
-        else (run(flags, gpus, o.timeout_seconds) for flags, gpus in cases(o))
-    ):
+    measured = (run(flags, gpus, o.timeout_seconds) for flags, gpus in cases(o))
+    for line in longest(o) if o.longest else measured:
         print(json.dumps(line), flush=True)
     return 0
 

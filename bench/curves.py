@@ -1,12 +1,11 @@
-"""Does it still learn the same? The same 200 steps in several ways of computing, into
-bench/curves.json.
+"""Train the same 200 steps in several precisions and write the losses to bench/results/curves.json.
 
-    python bench/curves.py                      # and then python docs/draw/figures.py draws them
+    python bench/curves.py                      # then draw them: python docs/draw/figures.py
     python bench/curves.py --steps 20 --device cpu --out /tmp/curves.json
 
-Each way is train.py as a user would start it, with the default model, text and seed. FP8 is made to
-convert every block of this small model, which a run for speed would leave alone. All run at once:
-nothing is timed. Needs what train.py needs."""
+Each way starts train.py as a user would, with the default model, text and seed. FP8 converts every
+block here; by default it would leave blocks of this small model in high precision. All ways run at
+the same time, because nothing is timed. Needs the dependencies of train.py."""
 
 from __future__ import annotations
 
@@ -17,41 +16,34 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FP8 = ["--fp8-first-last", "--fp8-min-weights", "0"]
+COMPILED = ["--dtype", "bfloat16", "--compile", "on"]
+FP8 = [*COMPILED, "--fp8-first-last", "--fp8-min-weights", "0"]
 WAYS = {
     "float32, eager": ["--dtype", "float32", "--compile", "off"],
     "bfloat16, eager": ["--dtype", "bfloat16", "--compile", "off"],
-    "bfloat16, compiled": ["--dtype", "bfloat16", "--compile", "on"],
-    "FP8 tensorwise, compiled": [
-        "--dtype",
-        "bfloat16",
-        "--compile",
-        "on",
-        "--fp8",
-        "tensorwise",
-        *FP8,
-    ],
-    "FP8 rowwise, compiled": ["--dtype", "bfloat16", "--compile", "on", "--fp8", "rowwise", *FP8],
+    "bfloat16, compiled": COMPILED,
+    "FP8 tensorwise, compiled": [*FP8, "--fp8", "tensorwise"],
+    "FP8 rowwise, compiled": [*FP8, "--fp8", "rowwise"],
 }
 
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        description="Loss curves of the same steps, computed in several ways."
+        description="Train the same steps in several precisions and write the losses."
     )
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", default=str(ROOT / "bench" / "curves.json"))
+    p.add_argument("--out", default=str(ROOT / "bench" / "results" / "curves.json"))
     o = p.parse_args()
     with ThreadPoolExecutor(len(WAYS)) as at_once:
-        losses = dict(
-            zip(WAYS, at_once.map(lambda flags: curve(flags, o), WAYS.values()), strict=True)
-        )
+        results = at_once.map(partial(curve, o=o), WAYS.values())
+        losses = dict(zip(WAYS, results, strict=True))
     on_gpu = o.device != "cpu" and torch.cuda.is_available()
     where = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -64,22 +56,13 @@ def main() -> None:
         print(f"{name:26}  first {values[0]:.4f}  mean of the last 20 {sum(values[-20:]) / 20:.4f}")
 
 
-def curve(flags: list[str], o) -> list[float]:
+def curve(flags: list[str], o: argparse.Namespace) -> list[float]:
+    """Train with these flags and return the loss of each step."""
     with tempfile.TemporaryDirectory() as folder:
-        common = [
-            "--steps",
-            o.steps,
-            "--device",
-            o.device,
-            "--run-dir",
-            folder,
-            "--sample-tokens",
-            0,
-            "--eval-every",
-            0,
-        ]
-        command = [sys.executable, ROOT / "train.py", *common, *flags]
-        subprocess.run([*map(str, command)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        common = f"--steps={o.steps} --device={o.device} --sample-tokens=0 --eval-every=0".split()
+        run_dir = f"--run-dir={folder}"
+        command = [sys.executable, str(ROOT / "train.py"), *common, run_dir, *flags]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         return [
             json.loads(row)["loss"]
             for row in (Path(folder) / "metrics.jsonl").read_text().splitlines()

@@ -1,13 +1,14 @@
-"""From what the benchmarks printed to the table of docs/performance.md, so that no number is copied
-by hand.
+"""Make the table of docs/performance.md from the lines that benchmarks printed.
 
-    python bench/train.py ... | tail -1 >> bench/results.jsonl
-    python bench/report.py --write docs/performance.md      # puts the table between the page's two marks
-    python bench/report.py --check docs/performance.md      # exit code 1 where the page says anything else
+    python bench/train.py ... | tail -1 >> bench/results/results.jsonl
+    python bench/report.py --write docs/performance.md    # writes the table between its two marks
+    python bench/report.py --check docs/performance.md    # exit code 1 if the page differs
 
-Of several lines for one case, measured in the same way, the latest date counts, then the last one
-in the file. Other systems' rows are in peers.json and stand beside ours of the same case: the same
-model, mesh, ZeRO stage, precision, sizes and device. Needs Python alone."""
+No number is copied by hand. If a case was measured several times in the same way, the line with the
+latest date counts; of one date, the last line in the file. The rows of other systems are in
+results/peers.json. A row of another system is printed if dtron has a row of the same case: the same
+model, mesh, ZeRO stage, precision, sizes and device. Needs dtron, but not
+torch."""
 
 from __future__ import annotations
 
@@ -15,16 +16,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.renamed import current
 from dtron.runtime.exit import run_cli
 
-RESULTS, PEERS = (Path(__file__).parent / name for name in ("results.jsonl", "peers.json"))
+FOLDER = Path(__file__).parent / "results"
+RESULTS, PEERS = FOLDER / "results.jsonl", FOLDER / "peers.json"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 NEEDED = (
     "model",
@@ -38,21 +40,32 @@ NEEDED = (
     "tokens_per_s_per_gpu",
 )
 COLUMNS = (
-    "system", "case", "tokens/s per GPU", "TFLOP/s per GPU", "MFU", "peak GiB", "host / step ms",
-    "first step s", "to the best peer", "measured on",
-)  # fmt: skip
+    "system",
+    "case",
+    "tokens/s per GPU",
+    "TFLOP/s per GPU",
+    "MFU",
+    "peak GiB",
+    "host / step ms",
+    "first step s",
+    "to the best peer",
+    "measured on",
+)
 Line = Mapping[str, Any]
 
 
 class Case(NamedTuple):
-    """What must be the same for two rows to be compared, in the order of the table."""
+    """The case of a row, in the order of the table. Only rows of the same case are compared.
+
+    ``zero``: empty if there is nothing to shard over, because then all ZeRO stages are the same.
+    ``recompute``: empty if nothing is recomputed."""
 
     model: str
     device: str
     gpus: int
     mesh: str
-    zero: str  # empty where there is nothing to shard over: all stages are the same then
-    recompute: str  # empty: nothing is
+    zero: str
+    recompute: str
     precision: str
     microbatches: int
     rows: int
@@ -66,8 +79,9 @@ class Case(NamedTuple):
 
 
 def case_of(line: Line) -> Case:
-    shape, fp8, again = MeshShape.parse(line["mesh"]), line.get("fp8"), line.get("recompute")
-    share = line.get("recompute_budget")
+    shape, fp8 = MeshShape.parse(line["mesh"]), line.get("fp8")
+    policy, share = line.get("recompute") or "none", line.get("recompute_budget")
+    budget = "" if share is None else f" {share:g}"
     precision = {"bfloat16": "bf16", "float32": "fp32"}.get(line["dtype"], line["dtype"])
     if fp8 not in (None, "none"):
         precision = f"fp8 {fp8}{' ends too' if line.get('fp8_first_last') else ''}"
@@ -78,9 +92,7 @@ def case_of(line: Line) -> Case:
         shape.size,
         "one GPU" if shape.size == 1 else str(shape),
         f"zero {line['zero']}" if shape.dp * shape.cp > 1 else "",
-        ""
-        if again in (None, "none")
-        else f"recompute {again}{'' if share is None else f' {share:g}'}",
+        "" if policy == "none" else f"recompute {policy}{budget}",
         precision,
         line.get("microbatches") or 1,
         line["rows"],
@@ -89,8 +101,7 @@ def case_of(line: Line) -> Case:
 
 
 def system_of(line: Line) -> str:
-    """Who trained: a peer by its name, or dtron and what was chosen that does not change the
-    result."""
+    """Return a peer's name, or dtron with the options that do not change the result."""
     if "system" in line:
         return line["system"]
     attention = line.get("attention_kernel") or "auto"
@@ -101,11 +112,8 @@ def system_of(line: Line) -> str:
     method = f"cp by {line['cp_method']}" if line.get("cp_method") else ""
     copies = "copy engines" if line.get("copy_engines") else ""
     sums = f"sums in {line['reduce_dtype']}" if line.get("reduce_dtype") else ""
-    data = (
-        ""
-        if line.get("data_wait_ratio") is None
-        else f"reading data, {line['data_wait_ratio']:.3%} waiting"
-    )
+    wait = line.get("data_wait_ratio")
+    data = "" if wait is None else f"reading data, {wait:.3%} waiting"
     parts = (
         "**dtron**",
         how,
@@ -122,7 +130,7 @@ def system_of(line: Line) -> str:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file. Raises UserError for one that no benchmark printed."""
+    """Read the lines of a file. Raises UserError for a line that no benchmark printed."""
     remedy = "append the last line that bench/train.py prints"
     try:
         text = path.read_text()
@@ -146,7 +154,8 @@ def read_peers() -> list[Line]:
 
 
 def checked(line: Any, where: str, needed: Iterable[str]) -> Line:
-    """The line under today's names, whatever version printed it."""
+    """Return the line under today's names, whichever version printed it. Raises UserError if a
+    needed name is missing."""
     line = current(line) if isinstance(line, dict) else {}
     missing = [k for k in needed if line.get(k) is None]
     if missing:
@@ -157,42 +166,54 @@ def checked(line: Any, where: str, needed: Iterable[str]) -> Line:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """One line for each case and way to run it."""
-    return list(
-        {(case_of(x), system_of(x)): x for x in sorted(lines, key=lambda x: x["date"])}.values()
-    )
+    """Return the latest line of each case and way to run it."""
+    by_date = sorted(lines, key=itemgetter("date"))
+    return list({(case_of(x), system_of(x)): x for x in by_date}.values())
 
 
 def table(ours: Iterable[Line], peers: Iterable[Line]) -> str:
-    """Markdown: cases in order, in each the fastest first; peers where there is a row of ours to
-    compare."""
+    """Return the table in Markdown. Cases are in order, and within a case the fastest system is
+    first. A peer's row is left out if dtron has no row of its case."""
     ours, peers = latest(ours), list(peers)
     cases = {case_of(x) for x in ours}
     best: dict[Case, float] = {}
     for x in peers:
         best[case_of(x)] = max(x["tokens_per_s_per_gpu"], best.get(case_of(x), 0))
     shown = [*ours, *(x for x in peers if case_of(x) in cases)]
-    shown.sort(key=lambda x: (case_of(x), -x["tokens_per_s_per_gpu"]))
+    shown.sort(key=case_and_speed)
     head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     return "\n".join([*head, *(f"| {' | '.join(cells(x, best.get(case_of(x))))} |" for x in shown)])
 
 
+def case_and_speed(line: Line) -> tuple[Case, float]:
+    """Sort by case, and within a case the fastest first."""
+    return case_of(line), -line["tokens_per_s_per_gpu"]
+
+
 def cells(x: Line, best: float | None) -> list[str]:
-    """A row; what is not known is left blank."""
-    number = lambda name, form: "" if x.get(name) is None else format(x[name], form)
+    """Return the cells of a row. Unknown values are blank."""
+
+    def number(name: str, form: str) -> str:
+        return "" if x.get(name) is None else format(x[name], form)
+
     times = [number("host_ms", ".1f"), number("step_ms", ".1f")]
     ratio = f"{x['tokens_per_s_per_gpu'] / best:.2f}x" if best and "system" not in x else ""
     return [
-        system_of(x), str(case_of(x)), number("tokens_per_s_per_gpu", ",.0f"),
-        number("tflops_per_gpu", ".0f"), number("mfu", ".1%").replace("%", " %"),
+        system_of(x),
+        str(case_of(x)),
+        number("tokens_per_s_per_gpu", ",.0f"),
+        number("tflops_per_gpu", ".0f"),
+        number("mfu", ".1%").replace("%", " %"),
         number("peak_memory_gib", ".1f"),
-        " / ".join(t or "-" for t in times) if any(times) else "", number("first_step_s", ".0f"), ratio,
+        " / ".join(t or "-" for t in times) if any(times) else "",
+        number("first_step_s", ".0f"),
+        ratio,
         f"{x['device']}, torch {x['torch']}, {x['date']}",
-    ]  # fmt: skip
+    ]
 
 
 def replaced(page: Path, new: str) -> tuple[str, str]:
-    """The page as it is, and with this table between its marks."""
+    """Return the page as it is, and the page with this table between its marks."""
     try:
         old = page.read_text()
     except OSError as error:
@@ -210,9 +231,9 @@ def replaced(page: Path, new: str) -> tuple[str, str]:
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        description="The table of docs/performance.md, from what was measured."
+        description="Make the table of docs/performance.md from measured lines."
     )
-    p.add_argument("files", nargs="*", type=Path, default=[RESULTS], help="what benchmarks printed")
+    p.add_argument("files", nargs="*", type=Path, default=[RESULTS], help="lines of benchmarks")
     do = p.add_mutually_exclusive_group()
     do.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     do.add_argument(

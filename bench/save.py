@@ -1,24 +1,22 @@
-"""How long a save holds training up, and how long it then takes behind its back.
+"""Time how long a save stalls training, and how long it takes until the checkpoint is complete.
 
     python bench/save.py --model bench-1.3b --dir /tmp/saved
 
-Weights, both moments and nothing else, on one device; three saves of the same state, of which the
-first may wait for the host's buffers. One JSON line: seconds of standing still, seconds until the
-checkpoint is whole, GiB."""
+The state is the weights and AdamW's two moments, on one device. The same state is saved three
+times; the first save may wait for the host's buffers. Prints one JSON line: seconds of the stall,
+seconds until the checkpoint is complete, GiB."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
-import sys
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron import checkpoint
 from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.mesh import Layout
@@ -31,8 +29,10 @@ from dtron.training.pipeline import one_stage
 
 def main() -> None:
     p = argparse.ArgumentParser(description="Time saves.")
-    p.add_argument("--model", default="bench-1.3b", help="a preset")
-    p.add_argument("--dir", type=Path, default=Path("/tmp/saved"), help="where to; emptied")
+    p.add_argument("--model", default="bench-1.3b", help="name of a preset")
+    p.add_argument(
+        "--dir", type=Path, default=Path("/tmp/saved"), help="folder to write to; it is emptied"
+    )
     o = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     m, layout = preset(o.model), Layout()
@@ -48,19 +48,24 @@ def main() -> None:
     for step in range(3):
         start = time.perf_counter()
         stalls.append(
-            checkpoint.begin(saver, checkpoint.TrainState(step, 0, params, opt), spec, {})
+            checkpoint.start_save(saver, checkpoint.TrainState(step, 0, params, opt), spec, {})
         )
         saver.wait()
         whole.append(time.perf_counter() - start)
     saver.close()
     size = sum(f.stat().st_size for f in checkpoint.newest(o.dir).iterdir())
     shutil.rmtree(o.dir)
-    print(json.dumps({
-        "model": o.model, "gib": round(size / 2**30, 2), "buffers_s": round(buffers, 2),
-        "stall_s": [round(x, 3) for x in stalls], "whole_s": [round(x, 1) for x in whole],
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+    line = {
+        "model": o.model,
+        "gib": round(size / 2**30, 2),
+        "buffers_s": round(buffers, 2),
+        "stall_s": [round(x, 3) for x in stalls],
+        "whole_s": [round(x, 1) for x in whole],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
         "date": date.today().isoformat(),
-    }))  # fmt: skip
+    }
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Take turns: the cases of a batch compile together, and each is timed alone (cases.py)."""
+"""Let a case wait for its turn: a batch compiles together, each case is timed alone (cases.py)."""
 
 import os
 import sys

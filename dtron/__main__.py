@@ -1,4 +1,4 @@
-"""``dtron COMMAND ...`` and ``python -m dtron COMMAND ...``: every program of dtron under one name.
+"""``dtron COMMAND ...`` and ``python -m dtron COMMAND ...`` start every program of dtron.
 
 ``dtron train`` is train.py, ``dtron verify`` is ``python -m dtron.verify``, and so on.
 """
@@ -17,15 +17,15 @@ from dtron.runtime.exit import run_cli
 
 COMMANDS = {
     "train": ("", "train a model; the same as train.py"),
-    "verify": ("dtron.tools.verify", "prove that a step on a mesh is that of one device"),
-    "show": ("dtron.tools.show", "every weight on a mesh, and its memory"),
-    "generate": ("dtron.tools.generate", "text from a model"),
-    "profile": ("dtron.tools.profile", "where the time of a traced step goes"),
-    "data": ("dtron.data.__main__", "make token files from text, and look at them"),
+    "verify": ("dtron.tools.verify", "prove that a step on a mesh has the result of one device"),
+    "show": ("dtron.tools.show", "show every weight on a mesh, and its memory"),
+    "generate": ("dtron.tools.generate", "generate text"),
+    "profile": ("dtron.tools.profile", "print the time breakdown of a recorded step"),
+    "data": ("dtron.data.__main__", "make and describe token files"),
     "hf": ("dtron.hf.__main__", "export a run as a Hugging Face folder"),
-    "checkpoint": ("dtron.checkpoint.__main__", "look at the checkpoints of a run"),
+    "checkpoint": ("dtron.checkpoint.__main__", "inspect the checkpoints of a run"),
     "schedules": ("dtron.schedules.__main__", "time pipeline schedules and draw them"),
-    "fp8": ("dtron.fp8.__main__", "how far from exact each FP8 recipe is"),
+    "fp8": ("dtron.fp8.__main__", "measure the rounding errors of each FP8 recipe"),
 }
 
 
@@ -65,7 +65,7 @@ def program(name: str) -> Callable[[list[str]], int]:
 
 
 def run() -> None:
-    """The console command."""
+    """Run the console command."""
     sys.exit(run_cli(main, sys.argv[1:]))
 
 

@@ -157,8 +157,8 @@ def refuse_old_flags(argv: Sequence[str], known: Collection[str]) -> None:
 
 
 def last_component(flag: str) -> str | None:
-    """Return the last component of the new flag, given that of the old one: ``max-grad-norm`` for
-    ``clip``. None if no flag ended so."""
+    """Return the last component of the new flag, given the last component of the old flag:
+    ``max-grad-norm`` for ``clip``. None if no flag ended so."""
     ends = {row.old.rpartition(".")[2]: row.new.rpartition(".")[2] for row in RENAMED}
     new = ends.get(flag.replace("-", "_"))
     return new and new.replace("_", "-")

@@ -1,5 +1,4 @@
-"""The figures of docs/context-parallelism.md, drawn from what simulated ranks really have; see
-figures.py."""
+"""The figures of docs/context-parallelism.md, drawn from simulated ranks; see figures.py."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ CELL, EMPTY = 11, "#f2f2f2"
 
 
 def zigzag(tokens: int = 16, ranks: int = 4) -> str:
-    """Who computes which pairs of query and key, in both orders."""
+    """Draw the rank that computes each pair of query and key, in both token orders."""
     shape, canvas = MeshShape(cp=ranks), Canvas(560)
     for n, (name, on) in enumerate((("contiguous", False), ("zig-zag", True))):
         x = 20 + 270 * n
@@ -41,8 +40,8 @@ def zigzag(tokens: int = 16, ranks: int = 4) -> str:
 
 
 def ring(tokens: int = 16, ranks: int = 4) -> str:
-    """Each rank's queries and, step by step, the keys at hand: from the masks that ranks make, in
-    the order in which their exchange brings the keys."""
+    """Draw each rank's queries and the keys that it has in each step. Both come from the ranks'
+    masks and messages."""
     shape = MeshShape(cp=ranks)
     with simulated(shape) as mesh:
         layout = Layout(mesh)
@@ -83,12 +82,8 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
             if rank + 1 < ranks and step + 1 < ranks:
                 canvas.arrow(x + width + 8, y + width + 10, 90)
     y = 56 + ranks * (width + 44) - 8
-    canvas.text(
-        90,
-        y,
-        "arrows: keys and values go to the next rank, the last one's to the first",
-        colour=FAINT,
-    )
+    note = "arrows: keys and values go to the next rank, the last one's to the first"
+    canvas.text(90, y, note, colour=FAINT)
     return canvas.svg()
 
 
@@ -97,7 +92,7 @@ def _of(x: torch.Tensor, rank: int) -> list[int]:
 
 
 def _runs(tokens: list[int]) -> str:
-    """0-1, 14-15"""
+    """Return tokens as ranges: ``0-1, 14-15``."""
     runs: list[list[int]] = []
     for token in tokens:
         if runs and runs[-1][-1] == token - 1:

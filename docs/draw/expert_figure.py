@@ -1,6 +1,8 @@
-"""The figure of docs/experts.md: one mesh in two views, and what a layer of experts sends."""
+"""The figure of docs/experts.md: one mesh in two views, and the collectives of an MoE layer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from layer_figures import COLOURS, draw
@@ -16,19 +18,30 @@ from dtron.tools.drawing import FAINT, Canvas, colour, draw_mesh
 from dtron.tools.show import coordinates
 
 DIMS = {
-    "embed": 512, "expert_embed": 512, "experts": 8, "expert_mlp": 256, "layers": 1, "mlp": 1024,
-    "shared_mlp": 1024, "gated": True, "bias": False,
-    "expert_bias": False, "router_bias": False, "balance_bias": False, "shared_expert": True,
+    "embed": 512,
+    "expert_embed": 512,
+    "experts": 8,
+    "expert_mlp": 256,
+    "layers": 1,
+    "mlp": 1024,
+    "shared_mlp": 1024,
+    "gated": True,
+    "bias": False,
+    "expert_bias": False,
+    "router_bias": False,
+    "balance_bias": False,
+    "shared_expert": True,
     "shared_gate": False,
-}  # fmt: skip
+}
 
 
 def view(canvas: Canvas, x: float, y: float, shape: MeshShape) -> None:
-    """The ranks with edp down and ep across: the same ranks, by where their experts are."""
+    """Draw the ranks with edp down and ep across."""
     atoms = shape.atoms
-    place = lambda at, axis: _flat(
-        [(i, n) for (a, n), i in zip(atoms.items(), at) if a in parts(atoms, axis)]
-    )
+
+    def place(at: Sequence[int], axis: str) -> int:
+        return _flat([(i, n) for (a, n), i in zip(atoms.items(), at) if a in parts(atoms, axis)])
+
     for rank, at in coordinates(list(atoms.values())):
         row, column = place(at, "edp"), place(at, "ep")
         left, top = x + 60 + column * 67, y + row * 33
@@ -70,15 +83,8 @@ def experts(shape: MeshShape) -> str:
         ):
             left += draw(canvas, left, top + 14, name, dims, tensor, shape) + 40
         canvas.text(left, top + 26, "gathered over edp, for compute", bold=True)
-        draw(
-            canvas,
-            left,
-            top + 36,
-            "w_up of 8 experts",
-            "EDF",
-            gather(p.experts, layout).w_up,
-            shape,
-        )
+        w_up = gather(p.experts, layout).w_up
+        draw(canvas, left, top + 36, "w_up of 8 experts", "EDF", w_up, shape)
         ones = layout.shard(torch.ones(2048), "tokens_sp")
         seen = TokenInfo(ones > 0, ones.long() * 0, 1)
         p = gather_but_shared(p, layout)
@@ -94,6 +100,6 @@ def experts(shape: MeshShape) -> str:
 
 
 def gather_but_shared(p: MoELayer, layout: Layout) -> MoELayer:
-    """Gathered, and without the expert that every token goes to: it is a dense layer."""
+    """Return gathered weights without the shared expert, which is a dense layer."""
     p = gather(p, layout)
     return MoELayer(p.router, p.experts, None, None)

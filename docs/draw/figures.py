@@ -1,8 +1,7 @@
-"""``python docs/draw/figures.py`` draws every figure of these pages again, into docs/figures/.
+"""``python docs/draw/figures.py`` draws every figure of the docs into docs/figures/.
 
-Nothing in them is drawn by hand: the pieces come from the placements of real DTensors on simulated
-ranks, and the collectives from a counter that watched a real step. A test draws them too and
-compares.
+No figure is drawn by hand. The shards come from the placements of real DTensors on simulated ranks,
+and the collectives from a counter of a real step. A test draws the figures too and compares.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ FOLDER = Path(__file__).parents[1] / "figures"
 
 
 def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
-    """The collectives of one real step over dp in order, with a mark before each microbatch's
-    forward, and one where the last has ended."""
+    """Return the collectives of one real step over dp in order, with marks where the forward and
+    the backward of a microbatch begin."""
     m = ModelConfig(
         vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1
     )
@@ -65,7 +64,7 @@ def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective
 
 
 def zero(shape: MeshShape) -> str:
-    """Above: what a rank keeps. Below: when it communicates."""
+    """Draw the memory of a rank in each ZeRO stage, and below the order of its collectives."""
     canvas, model = Canvas(1180), ModelConfig()
     canvas.text(
         20, 28, f"What one rank of {shape} keeps, bf16 compute (model tiny)", bold=True, size=16
@@ -108,7 +107,8 @@ def zero(shape: MeshShape) -> str:
 
 
 def schedules(ranks: int, microbatches: int, costs: Costs) -> str:
-    """Every schedule on one scale of time; a thin stage takes as much less."""
+    """Draw every schedule on one scale of time. With n stages per rank, a stage takes 1/n of the
+    costs."""
     lines = {}
     for name in SCHEDULES:
         t = make(name, ranks, microbatches)
@@ -119,24 +119,35 @@ def schedules(ranks: int, microbatches: int, costs: Costs) -> str:
 
 
 def curves() -> str:
-    """Above: measured losses. Below: each against the first, as a running mean of 20 steps."""
-    found = json.loads((FOLDER.parent.parent / "bench" / "curves.json").read_text())
+    """Draw measured losses, and below the difference of each from the first, as a running mean of
+    20 steps."""
+    found = json.loads((FOLDER.parent.parent / "bench" / "results" / "curves.json").read_text())
     losses = found["losses"]
     steps, first = len(next(iter(losses.values()))), next(iter(losses))
     tints = dict(zip(losses, ("#222", "#4a8fd0", "#50b060", "#d05050", "#d0a050"), strict=True))
-    canvas, across = Canvas(1180), lambda i: 70 + 1000 * i / (steps - 1)
+    canvas = Canvas(1180)
+
+    def across(step: int) -> float:
+        return 70 + 1000 * step / (steps - 1)
+
     where = f"{found['device']}, torch {found['torch']}"
     title = f"The same {steps} steps, computed in {len(losses)} ways ({where})"
     canvas.text(20, 28, title, bold=True, size=16)
     low, high = min(map(min, losses.values())), max(map(max, losses.values()))
-    down = lambda loss: 60 + 240 * (high - loss) / (high - low)
+
+    def down(loss: float) -> float:
+        return 60 + 240 * (high - loss) / (high - low)
+
     for loss in range(math.ceil(low), math.floor(high) + 1):
         canvas.text(60, down(loss) + 4, f"{loss}", anchor="end", colour=FAINT)
         canvas.line([(70, down(loss)), (1070, down(loss))], "#eee")
     for name, values in losses.items():
         canvas.line([(across(i), down(loss)) for i, loss in enumerate(values)], tints[name])
     canvas.text(20, 340, f"Difference from {first}, mean of 20 steps", bold=True)
-    off = lambda share: 430 - 60 * share / 0.01
+
+    def off(share: float) -> float:
+        return 430 - 60 * share / 0.01
+
     for share in (-0.01, 0.0, 0.01):
         canvas.text(60, off(share) + 4, f"{share:+.0%}", anchor="end", colour=FAINT)
         canvas.line([(70, off(share)), (1070, off(share))], "#eee")
@@ -157,8 +168,8 @@ def windows(values: list[float]) -> list[list[float]]:
 
 
 def masks() -> str:
-    """Who may see whom, by the function that the reference masks with; and, of longer sequences,
-    which blocks of 128 by 128 flex skips, computes without asking, or asks for every pair."""
+    """Draw attention masks, from the mask function of the reference. Below, for longer sequences:
+    the blocks of 128 by 128 that flex skips, computes without a mask, or computes with a mask."""
     small, long, block = 16, 2048, 128
     kinds = [
         ("causal", None, ()),
@@ -166,11 +177,8 @@ def masks() -> str:
         ("three documents", None, (0.35, 0.7)),
         ("both", 5, (0.35, 0.7)),
     ]
-    canvas, cell, fills = (
-        Canvas(900),
-        12,
-        {"empty": "#f2f2f2", "full": "#4a8fd0", "some": "#a8cbec"},
-    )
+    canvas, cell = Canvas(900), 12
+    fills = {"empty": "#f2f2f2", "full": "#4a8fd0", "some": "#a8cbec"}
 
     def draw_square(x: float, y: float, filled: list[list[str]]) -> None:
         canvas.rect(x, y, cell * len(filled), cell * len(filled), fills["empty"], line="#fff")
@@ -190,17 +198,16 @@ def masks() -> str:
     for n, (name, window, cuts) in enumerate(kinds):
         x = 20 + n * 216
         canvas.text(x, 44, name, colour=FAINT)
-        draw_square(
-            x, 52, [["full" if ok else "empty" for ok in row] for row in seen(small, window, cuts)]
-        )
-        blocks = (
-            seen(long, window and window * 64, cuts)
-            .unflatten(0, (-1, block))
-            .unflatten(2, (-1, block))
-        )
+        pairs = seen(small, window, cuts)
+        draw_square(x, 52, [["full" if ok else "empty" for ok in row] for row in pairs])
+        pairs = seen(long, window and window * 64, cuts)
+        blocks = pairs.unflatten(0, (-1, block)).unflatten(2, (-1, block))
         any_, all_ = blocks.any(3).any(1), blocks.all(3).all(1)
-        kind = lambda some, full: "full" if full else "some" if some else "empty"
-        draw_square(x, 274, [[kind(*at) for at in zip(*row)] for row in zip(any_, all_)])
+        kinds_of_blocks = [
+            ["full" if full else "some" if some else "empty" for some, full in zip(*row)]
+            for row in zip(any_, all_)
+        ]
+        draw_square(x, 274, kinds_of_blocks)
         canvas.text(x, 486, f"{any_.float().mean():.0%} of all blocks", colour=FAINT)
     legend(canvas, 20, 504, [("skipped", fills["empty"]), ("some pairs", fills["some"])])
     legend(canvas, 280, 504, [("all pairs", fills["full"])])
@@ -215,7 +222,7 @@ def legend(canvas: Canvas, x: float, y: float, entries) -> None:
 
 
 def figures() -> dict[str, str]:
-    """Every figure by file name."""
+    """Return every figure by file name."""
     return {
         "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),

@@ -1,5 +1,4 @@
-"""Figures of layers: tensors on their way through one, from the placements of real DTensors on
-simulated ranks; see figures.py."""
+"""Figures of layers and their tensors, from real DTensors on simulated ranks; see figures.py."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from dtron.model.config import ModelConfig
 from dtron.model.presets import preset
 from dtron.params import declare, gather, init
 from dtron.tools.count_collectives import Collective, CollectiveCounter
-from dtron.tools.drawing import FAINT, Canvas, draw_mesh, draw_tensor
+from dtron.tools.drawing import FAINT, Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.show import coordinates, local_range
 
 COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "#d05050"}
 
 
 def pieces_of(x: Tensor) -> list:
-    """Which part of a DTensor each rank holds, from its own placements."""
+    """Return the shard of a DTensor on each rank, from its placements."""
     sizes = tuple(x.device_mesh.shape)
     return [
         (rank, local_range(x.shape, sizes, x.placements, at)) for rank, at in coordinates(sizes)
@@ -34,7 +33,7 @@ def pieces_of(x: Tensor) -> list:
 
 
 def pending(x: Tensor) -> str:
-    """The mesh axes over which a sum is pending."""
+    """Return the mesh axes over which a sum is pending."""
     names = x.device_mesh.mesh_dim_names
     return "+".join(a for a, p in zip(names, x.placements, strict=True) if p.is_partial())
 
@@ -42,24 +41,24 @@ def pending(x: Tensor) -> str:
 def draw(
     canvas: Canvas, x: float, y: float, name: str, dims: str, t: Tensor, shape: MeshShape
 ) -> float:
-    """``dims`` has a letter for each dim; the caption adds the mesh axes that cut it. Returns the
-    width."""
-    cut = [[] for _ in dims]
+    """Draw a DTensor with its shards and return the width.
+
+    ``dims``: a letter for each dim; the caption adds the mesh axes that shard the dim."""
+    sharded_by = [[] for _ in dims]
     for axis, p in zip(t.device_mesh.mesh_dim_names, t.placements, strict=True):
         if p.is_shard():
-            cut[p.dim].append(axis)
-    lies = ", ".join(
-        d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, cut, strict=True)
+            sharded_by[p.dim].append(axis)
+    caption = ", ".join(
+        d + "@" * bool(axes) + "+".join(axes) for d, axes in zip(dims, sharded_by, strict=True)
     )
-    w, _ = draw_tensor(
-        canvas, x, y, name, f"[{lies}]", tuple(t.shape), pieces_of(t), shape, pending(t)
-    )
-    return w
+    tensor = TensorPicture(name, f"[{caption}]", tuple(t.shape), pieces_of(t), pending(t))
+    width, _ = draw_tensor(canvas, x, y, tensor, shape)
+    return width
 
 
 @dataclass(frozen=True)
 class Recorder(Layout):
-    """A layout that remembers what every constrain took and gave."""
+    """A layout that records the input and the output of every ``constrain``."""
 
     seen: list = field(default_factory=list)
 
@@ -70,7 +69,7 @@ class Recorder(Layout):
 
 
 def layer(shape: MeshShape) -> str:
-    """An MLP's tensors on their way through it."""
+    """Draw the tensors of an MLP from left to right."""
     dims = {"embed": 384, "mlp": 1280, "gated": True, "bias": False, "layers": 1}
     with simulated(shape) as mesh:
         layout = Recorder(mesh)
@@ -100,8 +99,8 @@ def flow(
     steps: list[tuple[str, str, torch.Tensor, Collective | str]],
     shape: MeshShape,
 ) -> float:
-    """The mesh, and tensors from left to right, each followed by what is done with it; how far down
-    they begin."""
+    """Draw the mesh, and below it tensors from left to right, each followed by its operation or
+    collective. Returns the upper end of the tensors."""
     canvas.text(20, 28, f"{name} on {shape}", bold=True, size=16)
     draw_mesh(canvas, 20, 44, shape)
     left, top = 20.0, 70 + 33 * shape.size / shape.tp + 16
@@ -125,7 +124,7 @@ def arrow(canvas: Canvas, x: float, y: float, collective: Collective) -> None:
 
 
 def latent(shape: MeshShape) -> str:
-    """Latent attention's tensors on their way through it; below, what a server keeps of a token."""
+    """Draw the tensors of latent attention, and below the cached numbers per token of models."""
     sizes = MLAConfig(kv_rank=256, q_rank=384, nope_dim=48, rope_dim=64, v_dim=64)
     dims = {"embed": 768, "heads": 16, "layers": 1, "layernorm": False, **sizes.dims()}
     with simulated(shape) as mesh:
@@ -167,5 +166,5 @@ def latent(shape: MeshShape) -> str:
 
 
 def cached(m: ModelConfig) -> int:
-    """Numbers that generation keeps of a token in a layer."""
+    """Return the numbers that generation caches for a token in a layer."""
     return m.mla.kv_rank + m.mla.rope_dim if m.latent else 2 * m.kv_heads * m.head_dim

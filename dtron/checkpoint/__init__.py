@@ -1,4 +1,4 @@
-"""Checkpoints: ``state`` saves and loads a run on any mesh, ``files`` is what lies on the disk,
+"""Checkpoints: ``state`` saves and loads a run on any mesh, ``files`` describes the files on disk,
 ``async_saver`` writes while training goes on."""
 
 from dtron.checkpoint.async_saver import AsyncSaver
@@ -6,12 +6,12 @@ from dtron.checkpoint.files import FORMAT, folder, newest, read_meta
 from dtron.checkpoint.state import (
     Identity,
     TrainState,
-    begin,
     load,
     load_params,
     read_into,
     read_weight,
     save,
+    start_save,
     tensors,
     verify_checksums,
 )
@@ -21,7 +21,6 @@ __all__ = [
     "Identity",
     "AsyncSaver",
     "TrainState",
-    "begin",
     "folder",
     "load",
     "load_params",
@@ -30,6 +29,7 @@ __all__ = [
     "read_meta",
     "read_weight",
     "save",
+    "start_save",
     "tensors",
     "verify_checksums",
 ]

@@ -1,4 +1,7 @@
-"""``python -m dtron.checkpoint inspect DIR``: the checkpoints of a run, or what is in one; are they whole?"""
+"""``python -m dtron.checkpoint inspect DIR``: lists checkpoints, or the weights of one.
+
+Every file is read and its checksum compared. The exit code is 1 if a checkpoint is damaged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dtron.runtime.exit import Parser, run_cli
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m dtron.checkpoint", description="Look at checkpoints.")
+    parser = Parser(prog="python -m dtron.checkpoint", description="Inspect checkpoints.")
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("dir", type=Path, help="a run directory, or one checkpoint in it")
     o = parser.parse_args(argv)
@@ -51,7 +54,7 @@ def _state(path: Path) -> tuple[dict, str]:
 
 
 def _one(path: Path, console: Console) -> int:
-    """Its weights, by name, as torch.distributed.checkpoint lists them."""
+    """Print the weights of one checkpoint, as torch.distributed.checkpoint lists them."""
     from torch.distributed.checkpoint import FileSystemReader
 
     meta, state = _state(path)
@@ -60,7 +63,8 @@ def _one(path: Path, console: Console) -> int:
     table = Table(title=f"{path.name}: step {meta['step']}, {meta['samples']} samples, {state}")
     for name in ("weight", "shape", "dtype", "parts"):
         table.add_column(name)
-    entries, total, state_names = FileSystemReader(path).read_metadata().state_dict_metadata, 0, []
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    total, state_names = 0, []
     for name, entry in sorted(entries.items()):
         kind, _, weight = name.partition(".")
         if kind != "params":

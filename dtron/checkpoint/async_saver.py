@@ -2,14 +2,14 @@
 
     copy      each rank copies its own shards into host memory, into the same buffers each time.
               With a GPU the memory is pinned, so the copy has the full speed of the bus
-    write     torch.distributed.checkpoint, in a thread, over a process group of its own
-    check     each rank reads its files back, for their checksums
+    write     torch.distributed.checkpoint, in a thread, over its own process group
+    check     each rank reads its files back and computes their checksums
     finish    rank 0 lists the files in ``meta.json``, renames the folder, and deletes checkpoints
               that need not be kept
 
 A save that fails (a full disk, a deleted folder) fails on all ranks. Nothing else is lost: the last
-good checkpoint stays, and the failure is reported at the next occasion. A save waits for the
-previous save.
+good checkpoint stays, and ``drain_messages`` returns the reason. A save waits for the previous
+save.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,35 +37,35 @@ from dtron.errors import LostRank, UserError
 
 
 class AsyncSaver:
-    """Saves checkpoints in a thread: ``save`` copies and returns, and ``said`` returns the lines
-    about saves that have ended.
+    """Saves checkpoints in a thread. ``save`` copies and returns; the thread writes.
 
     ``group``: a gloo group of all processes that nothing else uses (None: one process).
-    ``keep``, ``keep_every``: see ``files.prune``."""
+    ``keep``, ``keep_every``: see ``files.prune``.
+    ``failed``: why the last save failed, or None."""
 
     def __init__(self, run_dir: Path, group: Any = None, keep: int = 0, keep_every: int = 0):
         self._run_dir, self._group, self._keep, self._keep_every = run_dir, group, keep, keep_every
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._lines: list[str] = []
+        self._messages: list[str] = []
         self.failed: str | None = None
-        self._at = -1  # the last step that was requested
+        self._last_step = -1  # the last step that was requested
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Allocate the buffers early, in the thread: pinning memory takes longer than copying into
         it."""
-        self._start(lambda: self._room(tensors))
+        self._start(partial(self._allocate, tensors))
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> float:
-        """Begin to save and return the seconds that this call took. Every rank calls this."""
+        """Start to save and return the seconds that this call took. Every rank calls this."""
         start = time.perf_counter()
-        if step == self._at:
+        if step == self._last_step:
             return 0.0
         self.wait()
-        self._at = step
+        self._last_step = step
         with paused(), torch.no_grad():
             copies = self._copies(tensors)
-        self._start(lambda: self._write(step, copies, meta))
+        self._start(partial(self._write, step, copies, meta))
         return time.perf_counter() - start
 
     def wait(self) -> None:
@@ -73,9 +74,10 @@ class AsyncSaver:
             self._thread.join()
             self._thread = None
 
-    def said(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
+    def drain_messages(self) -> list[str]:
+        """Return the messages about finished and failed saves since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -100,14 +102,14 @@ class AsyncSaver:
         self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
         self._thread.start()
 
-    def _room(self, tensors: dict[str, Tensor]) -> None:
+    def _allocate(self, tensors: dict[str, Tensor]) -> None:
         for name, x in tensors.items():
             part = local(x)
             if name not in self._buffers:
                 self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
 
     def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self._room(tensors)
+        self._allocate(tensors)
         for name, x in tensors.items():
             self._buffers[name].copy_(local(x), non_blocking=True)
         if any(local(x).is_cuda for x in tensors.values()):
@@ -118,30 +120,28 @@ class AsyncSaver:
         goal = files.target(self._run_dir, step)
         part = goal.with_name(goal.name + ".part")
         try:
-            self._together(lambda: _empty(part) if rank() == 0 else None)
-            self._together(lambda: self._dump(part, copies))
-            mine = self._together(lambda: files.describe_files(sorted(part.glob(f"__{rank()}_*"))))
-            listed = {name: entry for each in mine for name, entry in each.items()}
-
-            def end() -> None:
-                if rank() == 0:
-                    listed.update(files.describe_files([part / ".metadata"]))
-                    files.finish(
-                        part, goal, {"format": files.FORMAT, "step": step, **meta, "files": listed}
-                    )
-                    files.prune(self._run_dir, self._keep, self._keep_every)
-
-            self._together(end)
+            self._on_all_ranks(partial(_make_empty, part))
+            self._on_all_ranks(partial(self._write_shards, part, copies))
+            described = self._on_all_ranks(partial(_describe_own_files, part))
+            listed = {name: entry for each in described for name, entry in each.items()}
+            meta = {"format": files.FORMAT, "step": step, **meta, "files": listed}
+            self._on_all_ranks(partial(self._finish, part, goal, meta))
             self.failed = None
-            self._lines.append(f"saved {goal}")
+            self._messages.append(f"saved {goal}")
         except _Failed as failure:
             remedy = "free space, or choose another --run-dir"
             self.failed = f"{goal}: cannot write the checkpoint ({failure}); {remedy}"
-            self._lines.append(f"warning: {self.failed}; training goes on")
+            self._messages.append(f"warning: {self.failed}; training goes on")
             if rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
 
-    def _dump(self, part: Path, copies: dict[str, Tensor]) -> None:
+    def _finish(self, part: Path, goal: Path, meta: dict[str, Any]) -> None:
+        if rank() == 0:
+            meta["files"] |= files.describe_files([part / ".metadata"])
+            files.finish(part, goal, meta)
+            files.prune(self._run_dir, self._keep, self._keep_every)
+
+    def _write_shards(self, part: Path, copies: dict[str, Tensor]) -> None:
         with quiet():
             dcp.save(
                 copies,
@@ -150,26 +150,26 @@ class AsyncSaver:
                 no_dist=self._group is None,
             )
 
-    def _together(self, fn: Callable[[], Any]) -> list[Any]:
-        """Return the result of every rank's ``fn``. A failure on one rank is a failure on all
-        ranks."""
+    def _on_all_ranks(self, fn: Callable[[], Any]) -> list[Any]:
+        """Run ``fn`` on every rank and return all results. A failure on one rank is a failure on
+        all ranks."""
         value = problem = None
         try:
             value = fn()
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             problem = reason(error, self._run_dir)
         if self._group is None:
-            found = [(value, problem)]
+            outcomes = [(value, problem)]
         else:
-            found = [None] * dist.get_world_size(self._group)
+            outcomes = [None] * dist.get_world_size(self._group)
             try:
-                dist.all_gather_object(found, (value, problem), group=self._group)
+                dist.all_gather_object(outcomes, (value, problem), group=self._group)
             except RuntimeError as error:  # another rank has ended: the main thread will notice too
                 raise _Failed(str(error).splitlines()[0]) from error
-        problem = next((p for _, p in found if p is not None), None)
+        problem = next((p for _, p in outcomes if p is not None), None)
         if problem is not None:
             raise _Failed(problem)
-        return [v for v, _ in found]
+        return [v for v, _ in outcomes]
 
 
 class _Failed(Exception):
@@ -177,24 +177,30 @@ class _Failed(Exception):
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """Return in one line why a file in ``folder`` could not be written. On a full disk torch's
-    writer fails a second time while it cleans up, and the second message does not mention the disk.
-    So this function looks at the free space itself."""
+    """Return in one line why a file in ``folder`` could not be written.
+
+    On a full disk torch's writer fails a second time while it cleans up, and the second message
+    does not mention the disk. So this function checks the free space itself."""
     with suppress(OSError):
         if shutil.disk_usage(folder).free < 1 << 20:
             return "No space left on device"
     return str(error).strip().splitlines()[-1]
 
 
-def _empty(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def _make_empty(folder: Path) -> None:
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
+def _describe_own_files(folder: Path) -> dict[str, list[int]]:
+    return files.describe_files(sorted(folder.glob(f"__{rank()}_*")))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch.distributed.checkpoint: its messages about single processes and about its own
-    plans do not help here."""
+    """Silence torch.distributed.checkpoint. Its messages about single processes and about its plans
+    are no help to a user."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)

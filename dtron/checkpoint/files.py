@@ -6,8 +6,8 @@ So a reader sees a complete checkpoint or none. The last file written, ``meta.js
 other files with their sizes and CRC-32s.
 
 Sizes are compared whenever a checkpoint is opened. Checksums need every byte, so they are compared
-when a checkpoint is loaded or inspected. Without checksums a flipped byte of a weight would be one
-odd number among billions.
+when a checkpoint is loaded or inspected. Without checksums a flipped byte of a
+weight would go unnoticed.
 """
 
 from __future__ import annotations
@@ -68,23 +68,18 @@ def finish(part: Path, goal: Path, meta: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     shutil.rmtree(goal, ignore_errors=True)
     part.rename(goal)
-    opened = os.open(
-        goal.parent, os.O_RDONLY
-    )  # so that the new name survives a crash of the machine
-    os.fsync(opened)
+    opened = os.open(goal.parent, os.O_RDONLY)
+    os.fsync(opened)  # so that the new name survives a crash of the machine
     os.close(opened)
 
 
 def prune(run_dir: Path, keep: int, keep_every: int) -> list[Path]:
     """Delete old checkpoints and return the deleted paths. The last ``keep`` checkpoints stay (0:
     all stay). Checkpoints of steps that are multiples of ``keep_every`` stay too."""
-    gone = (
-        [p for p in whole(run_dir)[:-keep] if not (keep_every and _step(p) % keep_every == 0)]
-        if keep
-        else []
-    )
+    old = whole(run_dir)[:-keep] if keep else []
+    gone = [p for p in old if not (keep_every and _step(p) % keep_every == 0)]
     for path in gone:
-        (path / "meta.json").unlink()  # no checkpoint any more, even if rmtree is interrupted
+        (path / "meta.json").unlink()  # first: an interrupted rmtree leaves no valid checkpoint
         shutil.rmtree(path)
     return gone
 

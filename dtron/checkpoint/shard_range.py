@@ -1,6 +1,4 @@
-"""The shard of a weight that this rank holds, as a range of each dim. The readers of weight files
-use it.
-"""
+"""This rank's shard of a weight as a range of each dim, for readers of weight files."""
 
 from __future__ import annotations
 
@@ -12,13 +10,15 @@ from dtron.distributed.simulated_ranks import is_simulated
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 
-Box = list[tuple[int, int]]
+Range = tuple[int, int]  # start, stop
 
 
-def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
-    """Return the range of each dim. Return None if the whole weight is wanted: on one device, and
-    where all ranks are simulated in this process. There is no shard arithmetic here: the layout
-    shards the indices 0 to n - 1 of each dim, and the first and last local index give the range."""
+def shard_range(w: WeightSpec, layout: Layout, device: str) -> list[Range] | None:
+    """Return the range of each dim, or None if the whole weight is needed: on one device, and if
+    all ranks are simulated in this process.
+
+    This function does no shard arithmetic. The layout shards the indices 0 to n - 1 of each dim,
+    and the first and last local index give the range."""
     if layout.mesh is None:
         return None
     ids = [
@@ -29,10 +29,11 @@ def shard_range(w: WeightSpec, layout: Layout, device: str) -> Box | None:
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in ids]
 
 
-def lay(x: Tensor, w: WeightSpec, layout: Layout, box: Box | None) -> Tensor:
-    """Return a weight with the layout's placements, from the shard ``x`` of the ranges in ``box``.
-    The shard is not copied."""
-    if box is None:
+def place_shard(x: Tensor, w: WeightSpec, layout: Layout, ranges: list[Range] | None) -> Tensor:
+    """Return a weight with the layout's placements from its shard ``x``. The shard is not copied.
+
+    ``ranges``: the ranges of the shard (None: ``x`` is the whole weight)."""
+    if ranges is None:
         return layout.shard(x, *w.axes)
     whole = torch.empty(w.shape, device="meta")
     return ShardSpec(layout.placements(*w.axes), whole.shape, whole.stride()).whole(x, layout.mesh)

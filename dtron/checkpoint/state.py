@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from dtron.checkpoint import files
 from dtron.checkpoint.async_saver import AsyncSaver, quiet
 from dtron.checkpoint.files import read_meta
-from dtron.checkpoint.shard_range import lay, shard_range
+from dtron.checkpoint.shard_range import place_shard, shard_range
 from dtron.distributed.redistribute import full, local, rank, shard_like
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
@@ -42,8 +42,9 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a run needs to go on. ``samples``: number of sequences of the data that have
-    been used."""
+    """Everything that a run needs to go on.
+
+    ``samples``: number of sequences of the data that have been used."""
 
     step: int
     samples: int
@@ -55,13 +56,13 @@ def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Pat
     """Write the state now. Every rank calls this. ``spec``: the declared tree, which names the
     weights. Raises UserError if the folder cannot be written."""
     saver = AsyncSaver(run_dir, dist.group.WORLD if _processes() else None)
-    begin(saver, state, spec, identity)
+    start_save(saver, state, spec, identity)
     saver.close()
     return files.target(run_dir, state.step)
 
 
-def begin(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
-    """Begin to write the state and return the seconds that this call took. The state may change as
+def start_save(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
+    """Start to write the state and return the seconds that this call took. The state may change as
     soon as this call returns."""
     meta = {"samples": state.samples, "updates": state.opt.step, "identity": dict(identity)}
     return saver.save(state.step, tensors(state, spec), meta)
@@ -120,20 +121,20 @@ def read_weight(path: Path, w: WeightSpec) -> Tensor:
 
 
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
-    """Load the weights alone, in ``dtype``, one at a time. This is for looking at a model, not for
-    resuming training. Every rank calls this."""
+    """Load the weights alone, in ``dtype``, one at a time. Every rank calls this. A run that
+    resumes training needs ``load``."""
     verify_checksums(path, read_meta(path))
 
     def one(w: WeightSpec) -> Tensor:
-        box = shard_range(w, layout, device)
+        ranges = shard_range(w, layout, device)
         with paused():
-            if box is None:
+            if ranges is None:
                 x = read_weight(path, w)
             else:
-                x = torch.empty([b - a for a, b in box], device=device)
-                read_into(path, w, lay(x, w, layout, box))
+                x = torch.empty([b - a for a, b in ranges], device=device)
+                read_into(path, w, place_shard(x, w, layout, ranges))
             x = x.to(device, dtype)
-        return lay(x, w, layout, box)
+        return place_shard(x, w, layout, ranges)
 
     with torch.no_grad():
         return tree_map(one, spec)
@@ -162,8 +163,8 @@ def _same(path: Path, saved: Identity, now: Identity) -> None:
             continue
         if name == "text":
             raise UserError(
-                f"{path}: was trained on other text, or with another tokenizer; give the --data.path and "
-                "--data.tokenizer it was started with, or another --run-dir"
+                f"{path}: was trained on other text, or with another tokenizer; give the "
+                "--data.path and --data.tokenizer it was started with, or another --run-dir"
             )
         stem, _, last = name.replace("_", "-").rpartition(".")
         dot = f"--{stem}." if stem else "--"
@@ -173,7 +174,8 @@ def _same(path: Path, saved: Identity, now: Identity) -> None:
             else f"{dot}{last} {was}"
         )
         raise UserError(
-            f"{path}: was made with {name}={was}, this run has {value}; use {flag}, or another --run-dir"
+            f"{path}: was made with {name}={was}, this run has {value}; "
+            f"use {flag}, or another --run-dir"
         )
 
 

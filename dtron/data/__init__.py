@@ -1,11 +1,14 @@
-"""Text, tokens and conversations to training samples.
+"""Training samples from text, token files and conversations.
 
-Documents: `formats` and `documents` read them, `chat` reads conversations, `tokenization` encodes,
-`indexed` reads and writes token files, `prepare` makes those from text. Samples: `sources` (from
-`chunks` or `megatron_order`), `best_fit_packing`, `stream`, several by weight with `mixture`.
-`open` puts together what the command line names, and `prefetch` reads ahead.
+From files to tokens: `formats` and `documents` read text, `chat` reads conversations, and
+`tokenization` encodes them. `indexed` reads and writes token files, and `prepare` makes token files
+from text.
 
-Names are imported when somebody asks for them: reading token files takes numpy and nothing else.
+From tokens to samples: `sources` (in the order of `chunks` or `megatron_order`),
+`best_fit_packing`, `stream`, and `mixture` for several sources with weights. `open` opens the data
+that the command line names, and `prefetch` reads ahead.
+
+Names are imported on first access, so reading token files needs numpy and nothing else.
 """
 
 import importlib

@@ -1,5 +1,8 @@
-"""``python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus``, and
-``info``."""
+"""``python -m dtron.data prepare`` makes token files from text; ``info`` describes token files.
+
+python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus
+python -m dtron.data info corpus
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from dtron.data.tokenization import get_tokenizer, load_tokenizer, vocab_of
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
-_PIECE = 1 << 24  # tokens looked at together
+_PIECE = 1 << 24  # tokens read at once
 
 
 def run_prepare(o: Namespace, console: Console) -> int:
@@ -31,36 +34,41 @@ def run_prepare(o: Namespace, console: Console) -> int:
         raise UserError(
             f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out"
         )
-    Writer(o.out, token_dtype(0), o.overwrite)  # refuses what exists before any work is done
+    Writer(o.out, token_dtype(0), o.overwrite)  # refuses existing files before any work is done
     if not o.overwrite and beside(Path(o.out).expanduser()).exists():
         raise UserError(
-            f"--out {o.out!r}: {str(beside(Path(o.out)))!r} exists; choose another name, or --overwrite"
+            f"--out {o.out!r}: {str(beside(Path(o.out)))!r} exists; choose another name, or "
+            "--overwrite"
         )
     try:
         files = list(chain.from_iterable(user_files(path) for path in o.paths))
         tokenizer = _tokenizer(o)
         columns = (
-            BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()
-        )  # fmt: skip
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=sum(file.stat().st_size for file in files), said="")
+            task = bar.add_task("", total=sum(file.stat().st_size for file in files), status="")
 
             def progress(read: int, tokens: int) -> None:
                 rate = tokens / max(bar.tasks[0].elapsed or 0, 1e-9)
-                bar.update(task, completed=read, said=f"{tokens:,} tokens, {rate / 1e6:.2f}M/s")
+                status = f"{tokens:,} tokens, {rate / 1e6:.2f}M/s"
+                bar.update(task, completed=read, status=status)
 
             done = prepare(files, tokenizer, o.out, o.column, o.workers, o.overwrite, progress)
-    except ValueError as error:  # the same rules as train.py's, under this program's names
-        said = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
-        said = said.replace("--data.", "--").replace("--model.", "--")
-        raise UserError(said) from error
+    except ValueError as error:  # the messages name flags of train.py; replace them
+        message = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
+        message = message.replace("--data.", "--").replace("--model.", "--")
+        raise UserError(message) from error
     prefix = Path(o.out).expanduser()
     part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
     tokenizer.save(str(part))
     os.replace(part, beside(prefix))
     console.print(
-        f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, {done.tokens:,} tokens "
-        f"in {done.seconds:.1f} s, {done.rate / 1e6:.2f}M tokens/s",
+        f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, "
+        f"{done.tokens:,} tokens in {done.seconds:.1f} s, {done.rate / 1e6:.2f}M tokens/s",
         soft_wrap=True,
     )
     return 0
@@ -75,7 +83,7 @@ def _tokenizer(o: Namespace):
 
 
 def run_info(o: Namespace, console: Console) -> int:
-    """What a pair of files holds, every token looked at."""
+    """Describe the contents of a pair of files. Every token is read."""
     prefix = prefix_of(o.path)
     if prefix is None:
         raise UserError(
@@ -86,18 +94,17 @@ def run_info(o: Namespace, console: Console) -> int:
     for start in range(0, len(data.tokens), _PIECE):
         piece = data.tokens[start : start + _PIECE]
         low, high = min(low, piece.min()), max(high, piece.max())
-    of_documents = np.add.reduceat(np.append(data.lengths, 0), data.documents[:-1], dtype=np.int64)
-    of_documents[data.documents[1:] == data.documents[:-1]] = (
-        0  # reduceat gives those the next length
-    )
+    sizes = np.add.reduceat(np.append(data.lengths, 0), data.documents[:-1], dtype=np.int64)
+    empty = data.documents[1:] == data.documents[:-1]
+    sizes[empty] = 0  # reduceat gives an empty document the length of the next sequence
     total = int(data.lengths.sum(dtype=np.int64))
     lines = {
         "files": f"{data.bin} ({data.bin.stat().st_size:,} bytes), {data.idx.name}",
-        "documents": f"{len(of_documents):,}",
+        "documents": f"{len(sizes):,}",
         "sequences": f"{len(data):,}",
         "tokens": f"{total:,} of type {NAMES[data.code]}",
-        "tokens of a document": f"{np.median(of_documents):g} in the middle, {of_documents.mean():.1f} on "
-        f"average, {of_documents.max():,} at most",
+        "tokens of a document": f"{np.median(sizes):g} in the middle, {sizes.mean():.1f} on "
+        f"average, {sizes.max():,} at most",
         "token ids": f"{low} to {high}",
     }
     if beside(prefix).is_file():
@@ -108,7 +115,8 @@ def run_info(o: Namespace, console: Console) -> int:
         if high >= vocab_of(tokenizer):
             raise UserError(
                 f"{str(data.bin)!r} holds the token id {high}, and {beside(prefix).name} has "
-                f"{vocab_of(tokenizer)} words; prepare it again, or put the right tokenizer beside it"
+                f"{vocab_of(tokenizer)} words; prepare it again, or put the right tokenizer beside "
+                "it"
             )
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -117,9 +125,7 @@ def run_info(o: Namespace, console: Console) -> int:
 
 
 def parser() -> Parser:
-    made = Parser(
-        prog="python -m dtron.data", description="Make token files from text, and look at them."
-    )
+    made = Parser(prog="python -m dtron.data", description="Make and describe token files.")
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     make = commands.add_parser("prepare", help="text to OUT.bin, OUT.idx and OUT.tokenizer.json")
     add = make.add_argument
@@ -133,20 +139,20 @@ def parser() -> Parser:
     add(
         "--tokenizer",
         metavar="FILE",
-        help="a tokenizer.json, or a folder with one; left out: trained on it",
+        help="a tokenizer.json, or a folder with one (trained on the text)",
     )
     add(
         "--vocab",
         type=int,
         default=4096,
         metavar="N",
-        help="words of a tokenizer that is trained (4096)",
+        help="words of the tokenizer, if it is trained (4096)",
     )
-    add("--column", default="text", help="field or column that holds the text (text)")
-    add("--workers", type=int, metavar="N", help="processes (one for each core)")
+    add("--column", default="text", help="field or column with the text (text)")
+    add("--workers", type=int, metavar="N", help="number of processes (one per core)")
     add("--overwrite", action="store_true", help="replace OUT's files")
-    look = commands.add_parser("info", help="what a pair of files holds")
-    look.add_argument("path", help="OUT, as given to prepare")
+    look = commands.add_parser("info", help="describe a pair of files")
+    look.add_argument("path", help="the OUT of prepare")
     return made
 
 

@@ -15,6 +15,7 @@ the rows. Left out: packing again in each epoch.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,10 +24,14 @@ from dtron.data.chunks import epoch_order
 from dtron.data.sources import Rows, check_vocab
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split documents into segments of at most ``seq_len`` + 1 tokens. Neighbouring segments share
-    a token, so every token but a document's first is a target once. A segment of one token has no
-    target and is left out."""
+def split_into_segments(
+    starts: np.ndarray, lengths: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split documents into segments of at most ``seq_len`` + 1 tokens and return the segments'
+    starts and lengths.
+
+    Neighbouring segments share a token, so every token but a document's first is a target once. A
+    segment of one token has no target and is left out."""
     pieces = np.maximum(-(-(lengths.astype(np.int64) - 1) // seq_len), 0)
     owner = np.repeat(np.arange(len(lengths)), pieces)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -36,7 +41,7 @@ def cut(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarr
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Return bins of at most ``capacity``, each a list of its items, by best-fit decreasing."""
     bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # the bins, by the room they have left
+    with_room: dict[int, list[int]] = {}  # bins by the room that is left in them
     rooms: list[int] = []  # the keys of with_room that have bins, sorted
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
@@ -57,28 +62,45 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-class Fitted:
-    """Samples from documents ``tokens[start : start + length]``, packed by best fit.
+@dataclass(frozen=True, eq=False)
+class TokenizedDocuments:
+    """Documents in one array of tokens.
 
-    ``learn``: for each token, whether it is learned as a target (None: all tokens are). Padding and
-    the first token of a document are never learned."""
+    Document i is ``tokens[starts[i] : starts[i] + lengths[i]]``.
+
+    ``learn``: for each token, whether it is learned as a target (None: all tokens are)."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    learn: np.ndarray | None = None
+
+    def part(self, documents: slice) -> TokenizedDocuments:
+        """Return some of the documents."""
+        return replace(self, starts=self.starts[documents], lengths=self.lengths[documents])
+
+
+class Fitted:
+    """Samples from whole documents, packed by best fit. Padding and the first token of a document
+    are never learned.
+
+    ``vocab``: every id must be below it (None: any id is valid)."""
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
+        documents: TokenizedDocuments,
         seq_len: int,
         seed: int,
-        learn: np.ndarray | None = None,
         shuffle: bool = True,
         vocab: int | None = None,
     ):
-        self.tokens, self.learn, self.seq_len, self.seed = tokens, learn, seq_len, seed
-        self.shuffle, self.vocab = shuffle, vocab
-        self.starts, self.lengths = cut(starts, lengths, seq_len)
+        self.tokens, self.learn = documents.tokens, documents.learn
+        self.seq_len, self.seed, self.shuffle, self.vocab = seq_len, seed, shuffle, vocab
+        self.starts, self.lengths = split_into_segments(
+            documents.starts, documents.lengths, seq_len
+        )
         self.bins = best_fit(self.lengths, seq_len + 1)
-        self.size = int(lengths.sum(dtype=np.int64))
+        self.size = int(documents.lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -88,29 +110,26 @@ class Fitted:
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)
         for row in range(count):
-            epoch, place = divmod(start + row, len(self))
-            items = self.bins[
-                epoch_order(len(self), self.seed, epoch)[place] if self.shuffle else place
-            ]
+            items = self._bin(start + row)
             filled = 0
             for number, item in enumerate(items):
                 first, n = int(self.starts[item]), int(self.lengths[item])
-                here, there = np.s_[row, filled : filled + n], np.s_[first : first + n]
-                tokens[here], documents[here], positions[here] = (
-                    self.tokens[there],
-                    number,
-                    np.arange(n),
-                )
-                counted[row, filled + 1 : filled + n] = (
-                    True if self.learn is None else self.learn[first + 1 : first + n]
-                )
-                filled += n
-            documents[row, filled:], positions[row, filled:] = (
-                len(items),
-                np.arange(shape[1] - filled),
-            )
+                stop = filled + n
+                tokens[row, filled:stop] = self.tokens[first : first + n]
+                documents[row, filled:stop] = number
+                positions[row, filled:stop] = np.arange(n)
+                learn = True if self.learn is None else self.learn[first + 1 : first + n]
+                counted[row, filled + 1 : stop] = learn
+                filled = stop
+            documents[row, filled:] = len(items)  # padding is a document of its own
+            positions[row, filled:] = np.arange(shape[1] - filled)
         check_vocab(tokens, self.vocab, "the text")
         return Rows(tokens, documents[:, :-1], positions[:, :-1], counted[:, 1:])
+
+    def _bin(self, sample: int) -> list[int]:
+        """Return the segments in this sample of the run."""
+        epoch, place = divmod(sample, len(self))
+        return self.bins[epoch_order(len(self), self.seed, epoch)[place] if self.shuffle else place]
 
     def digest(self) -> str:
         """Hash the size and the tokens at both ends."""

@@ -1,13 +1,13 @@
 """A small on-disk cache that many processes may fill at the same moment.
 
-Every rank of a job starts with the same question ("are these documents tokenised already?"), so a
-cache entry must never be visible half-written. The entry is written under a temporary name and
-moved into place with `os.replace`, which is atomic; that alone makes the answer right. The lock
-around it only saves work: one process builds the entry, and the others wait and read it.
+Every rank of a job looks up the same entries at the start, so an entry must never be visible
+half-written. An entry is written under a temporary name and moved into place with `os.replace`,
+which is atomic. This alone makes the cache correct. The lock only saves work: one process builds
+the entry, and the other processes wait and read it.
 
-The name of an entry holds a hash of everything that it depends on, so nothing is ever invalidated:
-changed inputs make a new name. Left out: deleting old entries. They are plain files; remove the
-folder at will.
+The name of an entry contains a hash of all its inputs. Changed inputs make a new name, so no entry
+is ever invalidated. Left out: deleting old entries. They are plain files; remove the folder at
+will.
 """
 
 import hashlib
@@ -22,22 +22,21 @@ from dtron.errors import UserError
 T = TypeVar("T")
 
 FORMAT = "1"
-"""Part of every key: raise it when the meaning of a cached file changes, and old files are left
-alone."""
+"""Part of every key. Raise it when the meaning of a cached file changes; old files are then not
+used."""
 
 
 def cache_dir() -> Path:
-    """The folder given by $DTRON_CACHE, or ~/.cache/dtron."""
+    """Return the folder given by $DTRON_CACHE, or ~/.cache/dtron."""
     return Path(os.environ.get("DTRON_CACHE") or "~/.cache/dtron").expanduser()
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    """A short hash of a sequence; each part's length goes in too, so ("ab", "c") is not ("a",
-    "bc")."""
+    """Return a short hash of a sequence. It includes each part's length, so ("ab", "c") and
+    ("a", "bc") differ."""
     state = hashlib.blake2b(FORMAT.encode(), digest_size=12)
     for part in parts:
-        # "surrogatepass": file names may hold bytes that are no UTF-8, which Python keeps as
-        # surrogates.
+        # "surrogatepass": Python keeps bytes of a file name that are no UTF-8 as surrogates.
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
@@ -45,14 +44,12 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path], None]) -> T:
-    """`read(target)`, after `write` has built it where `read` answers None: nothing there, or
-    damaged."""
+    """Return `read(target)`. If this is None (the file is missing or damaged), `write` builds the
+    file first."""
     value = read(target)
     if value is not None:
         return value
-    from filelock import (
-        FileLock,
-    )  # here, not above: a start that finds its cache full does not need it
+    from filelock import FileLock  # imported late: a start that finds its entries does not need it
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +67,8 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
 
 def unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"the cache folder {str(folder)!r} cannot be written ({error.strerror or error}); set DTRON_CACHE to "
-        "a folder that this user may write, on a disk with room"
+        f"the cache folder {str(folder)!r} cannot be written ({error.strerror or error}); set "
+        "DTRON_CACHE to a folder that this user may write, on a disk with room"
     )
 
 
@@ -80,8 +77,7 @@ def _build(target: Path, write: Callable[[Path], None]) -> None:
     temporary = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
         write(temporary)
-        # Without this a crash of the host could leave the new name on blocks that never reached the
-        # disk.
+        # Without fsync, a crash of the host could leave the new name without the written blocks.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -1,5 +1,6 @@
-"""Conversations as training data: rows with ``messages``. Only the assistant's messages are
-learned.
+"""Conversations as training data. Only the assistant's messages are learned.
+
+A row has ``messages``:
 
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -16,7 +17,7 @@ content of a message is always plain text. The loss counts an assistant's words 
 ``<|im_end|>`` after them, so a model also learns to stop. If the tokenizer has a separate token
 that ends a document, this token follows the last message and is learned too.
 
-Or the template is the tokenizer's own: the ``chat_template`` of the tokenizer_config.json (or
+The other template is the tokenizer's own: the ``chat_template`` of the tokenizer_config.json (or
 chat_template.jinja) beside tokenizer.json. It is rendered by jinja2's sandbox, in which a template
 cannot run anything. The learned text of an assistant's message is the text that the template adds
 for this message after the generation prompt. Here a message that spells a special token becomes
@@ -45,9 +46,7 @@ from dtron.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"
 
-Segment = tuple[
-    str, bool, bool
-]  # text; whether it is learned; whether special tokens in it become tokens
+Segment = tuple[str, bool, bool]  # text; is it learned; do its special tokens become tokens
 Messages = list[dict[str, str]]
 Template = Callable[[Messages], list[Segment]]
 
@@ -118,7 +117,11 @@ class Chats:
         ``learn``: whether each id is learned.
         ``lengths``: the number of ids in each conversation."""
         target = cache / f"chat-{digest([self.key, tokenizer.to_str()])}.npy"
-        whole = cached(target, _read, lambda file: _write(file, self._encoded(tokenizer)))
+
+        def write(file: Path) -> None:
+            _write(file, self._encoded(tokenizer))
+
+        whole = cached(target, _read, write)
         n = int(whole[0])
         lengths, signed = whole[1 : n + 1], whole[n + 1 :]
         return np.where(signed < 0, ~signed, signed), signed >= 0, lengths
@@ -161,13 +164,14 @@ def _checked(value: Any, where: str, column: str) -> Messages:
         wrong = "no message of the assistant, so there is nothing to learn"
     if wrong:
         raise UserError(
-            f'{where} has in {column!r} {wrong}; write [{{"role": "user", "content": "..."}}, {{"role": '
-            '"assistant", "content": "..."}]'
+            f'{where} has in {column!r} {wrong}; write [{{"role": "user", "content": "..."}}, '
+            '{"role": "assistant", "content": "..."}]'
         )
     return value
 
 
 def _write(file: Path, conversations: Iterable[np.ndarray]) -> None:
+    """Write the number of conversations, their lengths, and their ids."""
     found = list(conversations)
     parts = [[len(found)], [len(ids) for ids in found], *found]
     with file.open("wb") as out:
@@ -200,8 +204,8 @@ def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
         template = jinja.read_text() if jinja.is_file() else config.get("chat_template")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{str(config_file)!r} cannot be read ({one_line(error)}); mend it, or move tokenizer.json to a "
-            "folder without it for the simple template"
+            f"{str(config_file)!r} cannot be read ({one_line(error)}); mend it, or move "
+            "tokenizer.json to a folder without it for the simple template"
         ) from error
     if isinstance(template, list):  # several templates by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -243,8 +247,9 @@ def own_template(source: str, bos: str, eos: str) -> Template:
             )
         except Exception as error:  # a template may fail in any way
             raise UserError(
-                f"the tokenizer's chat template cannot render it ({one_line(error)}); change the messages, "
-                "or move tokenizer.json to a folder without tokenizer_config.json for the simple template"
+                f"the tokenizer's chat template cannot render it ({one_line(error)}); change the "
+                "messages, or move tokenizer.json to a folder without tokenizer_config.json for "
+                "the simple template"
             ) from error
 
     def segments(messages: Messages) -> list[Segment]:
@@ -257,8 +262,9 @@ def own_template(source: str, bos: str, eos: str) -> Template:
                     before.startswith(done) and after.startswith(before) and whole.startswith(after)
                 ):
                     raise UserError(
-                        "the tokenizer's chat template changes earlier messages, so what the assistant said "
-                        "cannot be found; give one that only adds, or a folder without it"
+                        "the tokenizer's chat template changes earlier messages, so what the "
+                        "assistant said cannot be found; give one that only adds, or a folder "
+                        "without it"
                     )
                 found += [(before[len(done) :], False, True), (after[len(before) :], True, True)]
                 done = after

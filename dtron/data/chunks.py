@@ -89,6 +89,7 @@ def check_length(tokens: int, seq_len: int, name: str, remedy: str = "") -> None
         )
     if tokens < seq_len + 1:
         raise UserError(
-            f"the {name} text has {tokens} tokens, and one sample takes {seq_len + 1} (--data.seq-len "
-            f"{seq_len}, and one more for the last target); lower --data.seq-len{remedy}, or give more text"
+            f"the {name} text has {tokens} tokens, and one sample takes {seq_len + 1} "
+            f"(--data.seq-len {seq_len}, and one more for the last target); lower "
+            f"--data.seq-len{remedy}, or give more text"
         )

@@ -1,4 +1,4 @@
-"""Where a run's text comes from, and how it is packed into samples."""
+"""Config of a run's data: the source of the text, and how it is packed into samples."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from dtron.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from."""
+    """Source of the text."""
 
     path: str | None = None
     """a .txt, .jsonl, .parquet or .arrow file, a folder of them, or the name of a .bin/.idx pair;
-    several with weights as '0.7 web.jsonl, 0.3 code'; None: the source of Python's standard
-    library"""
+    several with weights as '0.7 web.jsonl, 0.3 code'; None: the source code of Python's
+    standard library"""
     tokenizer: str | None = None
-    """a tokenizer.json, or a folder with one; None: that beside a .bin/.idx pair, or else a
-    byte-level BPE of model.vocab words, trained on the text and cached"""
+    """a tokenizer.json, or a folder with one; None: the tokenizer beside a .bin/.idx pair, or else
+    a byte-level BPE of model.vocab words, trained on the text and cached"""
     column: str | None = None
-    """the field or column that holds the text; None: text, or messages with chat"""
+    """field or column with the text; None: text, or messages with chat"""
     seq_len: int = 256
     """tokens per sample"""
     packing: Literal["concatenate", "best-fit"] = "concatenate"
-    """cut one long line of documents, or put whole documents into rows, masked from each other"""
+    """concatenate: split the concatenated documents into rows; best-fit: pack whole documents into
+    rows, masked from each other"""
     chat: bool = False
-    """rows are conversations, packed by best fit; only what the assistant says is learned"""
+    """rows are conversations, packed by best fit; only the assistant's messages are learned"""
     streaming: bool = False
-    """tokenise text while training, in the order of the files, rather than before"""
+    """tokenise text during training, in the order of the files, instead of before training"""
     document_mask: bool = False
     """tokens attend within their document only"""
     document_positions: bool | None = None
-    """positions restart in each document; None: where tokens attend within it only"""
+    """positions restart in each document; None: if tokens attend within their document only"""
     validation_ratio: float = 0.02
-    """share of the text held out"""
+    """share of the text that is held out for validation"""
     split: str | None = None
-    """of a .bin/.idx pair: the documents' shares for training, validation and test, as 969,30,1;
-    None: by validation_ratio"""
+    """shares of a .bin/.idx pair's documents for training, validation and test, as 969,30,1; None:
+    by validation_ratio"""
     samples: int | None = None
-    """of a .bin/.idx pair: how many samples the order is made for; None: steps times batch"""
+    """number of samples that the order of a .bin/.idx pair is made for; None: steps times batch"""
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
@@ -75,5 +76,5 @@ class DataConfig:
 
     @property
     def marked(self) -> bool:
-        """Whether it matters where documents are."""
+        """Whether samples need the place of their documents."""
         return self.masked or self.restarts

@@ -92,10 +92,8 @@ class Documents:
         folder = self.cache / "datasets" / self.key
         try:
             return self._generate(folder)
-        except (
-            OSError,
-            pyarrow.ArrowException,
-        ):  # errors in the text are UserErrors, so the cache of HF is at fault
+        except (OSError, pyarrow.ArrowException):
+            # Errors in the text are UserErrors, so this is a damaged cache of `datasets`.
             shutil.rmtree(folder, ignore_errors=True)
         try:
             return self._generate(folder)
@@ -175,6 +173,8 @@ def _library_files() -> list[Path]:
 
 
 def user_files(path: str) -> list[Path]:
+    """Return the files at ``path``, a file or a folder. Raises UserError if there is no readable
+    file."""
     where = f"--data.path {path!r}"
     root = Path(path).expanduser()
     try:
@@ -204,9 +204,7 @@ def _folder_files(root: Path) -> list[Path]:
 
     found = []
     for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [
-            name for name in folders if not name.startswith(".")
-        ]  # .git, .cache and so on
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache
         files = (Path(folder, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
         if any(name.endswith(".arrow") for name in names):  # a dataset that `datasets` has saved

@@ -1,8 +1,11 @@
-"""The columns of text files: one reader for each format, chosen by the suffix.
+"""Readers of one column of a file: one reader for each format, chosen by the suffix.
 
-A .jsonl file has one object a line, a .json file that or one array of objects, .parquet and .arrow
-files have columns, and a .txt file is one row as a whole. They are parsed here rather than by
-`datasets`' own readers, so that an error can say which line of which file is wrong. Left out:
+    .jsonl             one object per line
+    .json              one object per line, or one array of objects
+    .parquet, .arrow   columns
+    .txt               one row: the whole file
+
+The readers of `datasets` are not used, so that an error can name the line and the file. Left out:
 compressed files, and columns inside columns.
 """
 
@@ -17,12 +20,11 @@ from dtron.errors import UserError
 SUFFIXES = (".txt", ".text", ".jsonl", ".json", ".parquet", ".arrow")
 
 NOT_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json"}
-"""What `datasets` writes beside .arrow files, about them."""
+"""Files of `datasets` that describe the .arrow files beside them."""
 
 
 def texts(file: Path, column: str) -> Iterator[str]:
-    """The strings of a column, those that are not empty. ValueError for anything else that stands
-    there."""
+    """Yield the non-empty strings of a column. Raises UserError for a value that is no string."""
     if file.suffix.lower() in (".parquet", ".arrow"):
         from pyarrow import types
 
@@ -36,8 +38,9 @@ def texts(file: Path, column: str) -> Iterator[str]:
 
 
 def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
-    """``texts`` of some lines of a .jsonl file, of which ``first`` (from 1) is the number of the
-    first."""
+    """Yield the texts of some lines of a .jsonl file.
+
+    ``first``: the number of the first line, from 1."""
     return _strings(_named(file, _line_rows(file, lines, first), column), column)
 
 
@@ -46,12 +49,12 @@ def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
         if text is not None and not isinstance(text, str):
             raise _not_text(where, column, type(text).__name__)
         if text:
-            text.encode()  # "\\ud800" is good JSON and half a character, which UTF-8 has no bytes for
+            text.encode()  # fails for a lone surrogate: "\\ud800" is valid JSON but no valid text
             yield text
 
 
 def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands (for an error to say) and what it has in the column."""
+    """Yield the place of each row (for error messages) and its value in the column."""
     match file.suffix.lower():
         case ".jsonl" | ".json":
             yield from _named(file, _json_rows(file), column)
@@ -60,7 +63,7 @@ def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
             yield from (
                 (f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1)
             )
-        case _:  # as bytes, so that line endings stay what they are
+        case _:  # read as bytes, because text mode would change line endings
             yield repr(str(file)), file.read_bytes().decode("utf-8-sig")
 
 
@@ -75,11 +78,10 @@ def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterato
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """One value a line; or, in a .json file that starts with "[", the values of that array."""
+    """Yield one value per line. If a .json file starts with "[", yield the values of its array."""
     with file.open("rb") as lines:
-        if file.suffix.lower() == ".json" and lines.read(4096).lstrip(
-            b"\xef\xbb\xbf \t\r\n"
-        ).startswith(b"["):
+        start = lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if file.suffix.lower() == ".json" and start.startswith(b"["):
             lines.seek(0)
             array = _parse(lines.read().decode("utf-8-sig"), repr(str(file)))
             yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
@@ -100,18 +102,17 @@ def _parse(source: str, where: str) -> Any:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where} is malformed JSON ({error}); write one object a line, or one array of objects in a "
-            ".json file"
+            f"{where} is malformed JSON ({error}); write one object a line, or one array of "
+            "objects in a .json file"
         ) from error
 
 
 def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
-    """The type of a column and, in batches, what it holds; both as pyarrow has them."""
+    """Yield a column in batches, each with the column's type; both are pyarrow objects."""
     from pyarrow import ipc, parquet
 
-    with file.open(
-        "rb"
-    ) as source:  # opened by us, so that a lack of permission is not taken for damage
+    # Opened here and not by pyarrow, so that a missing permission is not reported as damage.
+    with file.open("rb") as source:
         if file.suffix.lower() == ".parquet":
             with _reading(file, "Parquet"):
                 table = parquet.ParquetFile(source)
@@ -121,7 +122,7 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
                 yield from ((schema.field(column).type, batch.column(0)) for batch in batches)
             return
         with _reading(file, "Arrow"):
-            # The random-access format begins so; `datasets` writes the one for streams.
+            # The random-access format begins with this magic. `datasets` writes the stream format.
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             if is_file:
@@ -130,14 +131,13 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
             else:
                 batches = table = ipc.open_stream(source)
             _has(file, table.schema, column)
-            yield from (
-                (table.schema.field(column).type, batch.column(column)) for batch in batches
-            )
+            kind = table.schema.field(column).type
+            yield from ((kind, batch.column(column)) for batch in batches)
 
 
 @contextmanager
 def understood(file: Path) -> Iterator[None]:
-    """What goes wrong while a file is read, as a ValueError that says what to do."""
+    """Convert errors in reading a file into UserErrors with a remedy."""
     try:
         yield
     except UnicodeError as error:
@@ -148,8 +148,8 @@ def understood(file: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(
-            f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out of "
-            "--data.path"
+            f"{str(file)!r} cannot be read ({reason}); allow this user to read it, or leave it out "
+            "of --data.path"
         ) from error
 
 
@@ -172,7 +172,7 @@ def _has(file: Path, schema: Any, column: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Another library's message, which may be long and of many lines, as part of ours."""
+    """Return another library's message in one line of at most 120 characters."""
     return " ".join(str(error).split())[:120]
 
 
@@ -192,6 +192,6 @@ def _missing(where: str, column: str, present: list[str]) -> UserError:
 
 def _not_text(where: str, column: str, kind: str) -> UserError:
     return UserError(
-        f"{where} holds {kind} in the column {column!r}, and documents must be strings; set --data.column to "
-        "the column with the text"
+        f"{where} holds {kind} in the column {column!r}, and documents must be strings; set "
+        "--data.column to the column with the text"
     )

@@ -74,16 +74,14 @@ class Indexed:
         self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
         self.code, sequences, documents = self._header()
         self.dtype = np.dtype(DTYPES[self.code])
-        index = np.asarray(
-            np.memmap(self.idx, np.uint8, mode="r")
-        )  # a memmap's own slices are slow
+        index = np.asarray(np.memmap(self.idx, np.uint8, mode="r"))  # slices of a memmap are slow
         ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
         if len(index) not in (ends[-1], ends[-1] + sequences):  # multimodal: a byte a sequence
             state = "cut short" if len(index) < ends[-1] else "too long"
             raise self._bad(
                 self.idx,
-                f"is {state}: {len(index)} bytes, where {sequences} sequences in {documents - 1} documents "
-                f"take {ends[-1]}",
+                f"is {state}: {len(index)} bytes, where {sequences} sequences in {documents - 1} "
+                f"documents take {ends[-1]}",
             )
         self.lengths = index[HEADER.size : ends[0]].view("<i4")
         offsets = index[ends[0] : ends[1]].view("<i8")
@@ -108,7 +106,8 @@ class Indexed:
             self.bin.open("rb").close()
         except OSError as error:
             raise UserError(
-                f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to read it"
+                f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to "
+                "read it"
             ) from error
         if not data.startswith(MAGIC[: len(data)]) or not data:
             raise self._bad(
@@ -172,8 +171,8 @@ class Writer:
         for file in self.finals:
             if not overwrite and os.path.lexists(file):
                 raise UserError(
-                    f"--out {str(prefix)!r}: {str(file)!r} exists; choose another name, or replace it with "
-                    "--overwrite"
+                    f"--out {str(prefix)!r}: {str(file)!r} exists; choose another name, or replace "
+                    "it with --overwrite"
                 )
         tag = uuid4().hex
         self._parts = [file.with_name(f"{file.name}.{tag}.tmp") for file in self.finals]
@@ -191,13 +190,14 @@ class Writer:
         lengths = [len(tokens)] if lengths is None else lengths
         if sum(lengths) != len(tokens):
             raise UserError(
-                f"sequences of {sum(lengths)} tokens in a document of {len(tokens)}; make them equal"
+                f"sequences of {sum(lengths)} tokens in a document of {len(tokens)}; make them "
+                "equal"
             )
         limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else None
         if limits and len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise UserError(
-                f"a token id {tokens.min()} or {tokens.max()} is not in {self.dtype}; use a wider type, or "
-                "the tokenizer that the vocabulary belongs to"
+                f"a token id {tokens.min()} or {tokens.max()} is not in {self.dtype}; use a wider "
+                "type, or the tokenizer that the vocabulary belongs to"
             )
         self._write(np.asarray(tokens, self.dtype).tobytes())
         self.lengths.extend(lengths)
@@ -237,9 +237,8 @@ class Writer:
             file.write(lengths.astype("<i4").tobytes())
             file.write(offsets.astype("<i8").tobytes())
             file.write(np.frombuffer(self.documents, np.int64).astype("<i8").tobytes())
-        for part in (
-            self._parts
-        ):  # otherwise a host crash could leave a file name without its written blocks
+        # Without fsync, a crash of the host could leave a file name without the written blocks.
+        for part in self._parts:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         self.finals[1].unlink(missing_ok=True)  # an old .idx must never stand beside a new .bin
@@ -252,6 +251,6 @@ class Writer:
             yield
         except OSError as error:
             raise UserError(
-                f"--out {str(self.prefix)!r}: cannot be written ({error.strerror or error}); free space, or "
-                "choose another place"
+                f"--out {str(self.prefix)!r}: cannot be written ({error.strerror or error}); free "
+                "space, or choose another place"
             ) from error

@@ -1,4 +1,4 @@
-"""The order in which a run reads the documents of an indexed corpus: that of Megatron's GPTDataset.
+"""The order in which a run reads an indexed corpus: the order of Megatron's GPTDataset.
 
 Three shuffles decide the order, all from one ``numpy.random.RandomState(seed)``. A run draws N
 samples of L tokens from documents with T tokens in total:
@@ -111,14 +111,11 @@ def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
         shares = []
-    if (
-        not 1 <= len(shares) <= 3
-        or not all(0 <= share < float("inf") for share in shares)
-        or not sum(shares)
-    ):
+    finite = all(0 <= share < float("inf") for share in shares)
+    if not (1 <= len(shares) <= 3 and finite and sum(shares)):
         raise UserError(
-            f"--data.split {split!r}: one to three shares that are not negative and not all 0, for training, "
-            "validation and test; as 969,30,1"
+            f"--data.split {split!r}: one to three shares that are not negative and not all 0, for "
+            "training, validation and test; as 969,30,1"
         )
     shares += [0.0] * (3 - len(shares))
     # Megatron divides first, then sums, and rounds half to even. The same floats give the same

@@ -49,8 +49,8 @@ def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
             weight = math.nan
         if not 0 <= weight < math.inf:
             raise UserError(
-                f"--data.path {path!r}: {text.strip()!r} does not begin with a weight of 0 or more; write "
-                "every source as WEIGHT PATH, as in '0.7 web.jsonl, 0.3 code.parquet'"
+                f"--data.path {path!r}: {text.strip()!r} does not begin with a weight of 0 or "
+                "more; write every source as WEIGHT PATH, as in '0.7 web.jsonl, 0.3 code.parquet'"
             )
         found.append((weight, part[2]))
     total = float(np.sum(np.array([weight for weight, _ in found])))

@@ -1,4 +1,4 @@
-"""From the command line to the data of a run: ``open_data``.
+"""Opens the data that the command line names, for training and for validation: ``open_data``.
 
 ``--data.path`` names one source or several with weights. Each source is text (encoded once and
 cached, or streamed), conversations, or a pair of indexed files. Each source gives a training and a
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from dtron.data.best_fit_packing import Fitted
+from dtron.data.best_fit_packing import Fitted, TokenizedDocuments
 from dtron.data.cache import cache_dir, digest
 from dtron.data.chat import Chats
 from dtron.data.chunks import check_length, split_text
@@ -37,9 +37,10 @@ Text = Documents | Chats | Indexed
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The samples for training and for validation, and the tokenizer (None: not known, for indexed
-    files).
+    """The data of a run.
 
+    ``train``, ``validation``: the samples.
+    ``tokenizer``: None if it is not known, for indexed files.
     ``samples``: the largest number of samples that has this run's order, if the order depends on
     this number."""
 
@@ -75,8 +76,8 @@ def open_data(
     ):
         flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
         raise UserError(
-            f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or drop "
-            f"{flag}"
+            f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or "
+            f"drop {flag}"
         )
     found, most = [], None
     for (weight, _), text in zip(named, texts, strict=True):
@@ -95,12 +96,8 @@ def open_data(
         return Data(*found[0], tokenizer, most)
     weights = [weight for weight, _ in named]
     train, held = (Mixed(list(sources), weights) for sources in zip(*found, strict=True))
-    return Data(
-        train,
-        held,
-        tokenizer,
-        samples if any(isinstance(text, Indexed) for text in texts) else None,
-    )
+    ordered = any(isinstance(text, Indexed) for text in texts)
+    return Data(train, held, tokenizer, samples if ordered else None)
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
@@ -130,14 +127,14 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
     known = {file.read_bytes() for file in there}
     if len(known) > 1 or (docs and len(there) < len(files)):
         raise UserError(
-            f"--data.path {d.path!r}: its sources were made with different or unknown tokenizers; make them "
-            "with one, and give it as --data.tokenizer"
+            f"--data.path {d.path!r}: its sources were made with different or unknown tokenizers; "
+            "make them with one, and give it as --data.tokenizer"
         )
     return get_tokenizer(str(there[0]), [], vocab, cache) if there else None
 
 
 class Turns:
-    """Documents of several sources in turn, for training a tokenizer."""
+    """Documents of several sources, interleaved, for training a tokenizer."""
 
     def __init__(self, docs: list[Documents | Chats]) -> None:
         self.docs, self.key = docs, digest([key_of(part) for part in docs])
@@ -154,7 +151,7 @@ def _text(
     end = end_id(tokenizer)
     if d.fitted:
         return [
-            Fitted(part, *_spans(part, end), d.seq_len, seed, shuffle=part is train)
+            Fitted(_documents(part, end), d.seq_len, seed, shuffle=part is train)
             for part in (train, held)
         ]
     return [
@@ -163,13 +160,13 @@ def _text(
     ]
 
 
-def _spans(tokens: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start of each document, and its length including the end token."""
+def _documents(tokens: np.ndarray, end: int) -> TokenizedDocuments:
+    """Find the documents in a text. Each includes its end token."""
     ends = np.flatnonzero(tokens == end) + 1
     if not len(ends) or ends[-1] < len(tokens):
         ends = np.append(ends, len(tokens))
     starts = np.concatenate([[0], ends[:-1]])
-    return starts, ends - starts
+    return TokenizedDocuments(tokens, starts, ends - starts)
 
 
 def _chats(
@@ -184,14 +181,14 @@ def _chats(
     cut = len(kept) - int(len(kept) * d.validation_ratio)
     if cut == len(kept):
         raise UserError(
-            f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have something to "
-            f"learn in their first {d.seq_len} tokens, and a share of {d.validation_ratio} of them is "
-            "not one to validate with; raise --data.seq-len or --data.validation-ratio, or give more"
+            f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have "
+            f"something to learn in their first {d.seq_len} tokens, and a share of "
+            f"{d.validation_ratio} of them is not one to validate with; raise --data.seq-len or "
+            "--data.validation-ratio, or give more"
         )
-    pack = lambda part, shuffle: Fitted(
-        tokens, starts[part], kept[part], d.seq_len, seed, learn, shuffle
-    )
-    return [pack(slice(0, cut), True), pack(slice(cut, None), False)]
+    documents = TokenizedDocuments(tokens, starts, kept, learn)
+    train, held = documents.part(slice(cut)), documents.part(slice(cut, None))
+    return [Fitted(train, d.seq_len, seed), Fitted(held, d.seq_len, seed, shuffle=False)]
 
 
 def _indexed(
@@ -209,26 +206,17 @@ def _indexed(
         check_length(
             size, d.seq_len, f"{str(data.bin)!r} {name}", f", give it a larger share by {flag}"
         )
-    first = Packed(data, low, cut, d.seq_len, seed, samples, vocab, d.marked)
-    held = Packed(data, cut, high, d.seq_len, 0, 1, vocab, d.marked, shuffle=False)
-    for source in (
-        first,
-        held,
-    ):  # a wrong tokenizer fails at once; every row is checked again when it is read
+    train = Packed(data, range(low, cut), d.seq_len, seed, samples, vocab, d.marked)
+    held = Packed(data, range(cut, high), d.seq_len, 0, 1, vocab, d.marked, shuffle=False)
+    # A wrong tokenizer fails here, at the start. Every row is checked again when it is read.
+    for source in (train, held):
         source.rows(0, min(len(source), 32))
-    most = most_samples(first.size, d.seq_len, samples)
     if not d.fitted:
-        return first, held, most
-    pack = lambda a, b, shuffle: Fitted(
-        data.tokens,
-        data.starts[a:b],
-        data.lengths[a:b],
-        d.seq_len,
-        seed,
-        shuffle=shuffle,
-        vocab=vocab,
-    )
-    return pack(low, cut, True), pack(cut, high, False), None
+        return train, held, most_samples(train.size, d.seq_len, samples)
+    documents = TokenizedDocuments(data.tokens, data.starts, data.lengths)
+    train = Fitted(documents.part(slice(low, cut)), d.seq_len, seed, vocab=vocab)
+    held = Fitted(documents.part(slice(cut, high)), d.seq_len, seed, shuffle=False, vocab=vocab)
+    return train, held, None
 
 
 _MAKE = "make it with `python -m dtron.data prepare`"

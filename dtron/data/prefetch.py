@@ -1,8 +1,8 @@
-"""The next batches are read while the device works on this one.
+"""Reads the next batches in a thread while the device works on the current batch.
 
-A thread, not processes: reading is copying out of mapped memory, which takes milliseconds, and a
-thread shares that memory. It runs at most ``depth`` batches ahead. What it makes is still a pure
-function of the sample's number, so nothing of it has to be saved: a resumed run starts another
+A thread suffices: reading a batch copies from mapped memory, which takes milliseconds, and a thread
+shares this memory. The thread reads at most ``depth`` batches ahead. A batch is a pure function of
+its first sample's number, so a checkpoint stores no state of the thread. A resumed run starts a
 thread at its own number.
 """
 
@@ -19,18 +19,22 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """``make(n)`` for each of ``numbers``, in their order. ``waited`` is how many seconds the last
-    ``next`` took: what an error in ``make`` raises is raised there, and StopIteration after the
-    last number."""
+    """Calls ``make(n)`` for each of ``numbers`` in a thread; ``next`` returns the results in order.
+
+    ``depth``: the maximum number of results that are ready.
+    ``waited``: the seconds that the last ``next`` took.
+
+    An error in ``make`` is raised by ``next``. After the last number, ``next`` raises
+    StopIteration."""
 
     def __init__(self, make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> None:
         self.waited = 0.0
-        self._found: SimpleQueue = SimpleQueue()
+        self._results: SimpleQueue = SimpleQueue()
         self._room = threading.Semaphore(depth)
         stop = threading.Event()
         self._thread = threading.Thread(
             target=_work,
-            args=(make, numbers, self._found, self._room, stop),
+            args=(make, numbers, self._results, self._room, stop),
             name="data",
             daemon=True,
         )
@@ -38,32 +42,33 @@ class Prefetch(Generic[T]):
         self._thread.start()
 
     def next(self) -> T:
+        """Return the next result. Waits until it is ready."""
         start = time.perf_counter()
-        value, error = self._found.get()
+        value, error = self._results.get()
         self.waited = time.perf_counter() - start
         if error is not None:
-            self._found.put((None, error))  # for whoever asks again
+            self._results.put((None, error))  # the next call raises it again
             raise error
         self._room.release()
         return value
 
     def close(self) -> None:
-        """Let the thread end, once it has made what it is at."""
+        """Let the thread end after its current result."""
         self._end()
 
 
 def _work(
-    make, numbers: Iterable[int], found: SimpleQueue, room: threading.Semaphore, stop
+    make, numbers: Iterable[int], results: SimpleQueue, room: threading.Semaphore, stop
 ) -> None:
     try:
         for number in numbers:
             room.acquire()
             if stop.is_set():
                 return
-            found.put((make(number), None))
+            results.put((make(number), None))
         raise StopIteration
-    except BaseException as error:  # whatever it is, it belongs to the one who waits
-        found.put((None, error))
+    except BaseException as error:  # of any kind: ``next`` raises it
+        results.put((None, error))
 
 
 def _end(stop: threading.Event, room: threading.Semaphore) -> None:

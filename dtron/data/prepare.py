@@ -1,12 +1,12 @@
-"""Text files to a pair of indexed token files, on all CPU cores: ``python -m dtron.data prepare``.
+"""Makes indexed token files from text, on all CPU cores: ``python -m dtron.data prepare``.
 
-Tokenising is CPU work, and documents do not depend on each other. This process reads files in
-blocks of about a megabyte. The blocks of a .jsonl file are raw lines that are not parsed here. It
-hands each block to a worker process and writes the results in the order of the documents, so the
-files are the same for any number of workers. A worker parses a block, encodes its documents as one
-batch, and returns the bytes to write. So two bytes a token pass between processes, and not a list
-of Python integers. Few blocks are in flight at once, and memory holds twelve bytes a document,
-whatever the size of the corpus.
+Tokenisation is CPU work, and documents do not depend on each other. The main process reads files in
+blocks of about a megabyte. The blocks of a .jsonl file are raw lines that are not parsed there. The
+main process hands each block to a worker process and writes the results in the order of the
+documents, so the files are the same for any number of workers. A worker parses a block, encodes its
+documents as one batch, and returns the bytes to write. So two bytes a token pass between processes,
+and not a list of Python integers. Few blocks are in flight at once, and memory holds twelve bytes a
+document, whatever the size of the corpus.
 
 Documents and tokens are the same as in ``dtron.data.tokenization``: rows without text are skipped,
 every document ends with the tokenizer's end token, and special tokens that are spelled out are
@@ -35,13 +35,14 @@ from dtron.errors import UserError
 
 BLOCK = 1 << 20  # bytes or characters
 
-Block = tuple[
-    Path, int, list[bytes] | list[str]
-]  # a file; the number of its first line; lines, or documents
+# A file, the number of the block's first line, and lines. Or a file, 0, and documents.
+Block = tuple[Path, int, list[bytes] | list[str]]
 
 
 @dataclass(frozen=True)
 class Done:
+    """Size and time of a finished preparation."""
+
     documents: int
     tokens: int
     seconds: float
@@ -58,7 +59,7 @@ def prepare(
     column: str = "text",
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, tokens: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Done:
     """Write ``out.bin`` and ``out.idx`` from the documents of ``files``.
 
@@ -74,13 +75,15 @@ def prepare(
         )
         try:
             for size, future in _ahead(pool, _blocks(files, column), 2 * workers):
-                data, lengths = _answer(future)
+                data, lengths = _result(future)
                 writer.documents_of(data, lengths)
                 tokens, read = tokens + int(lengths.sum()), read + size
-                progress(read, tokens)
+                if progress is not None:
+                    progress(read, tokens)
         except BrokenProcessPool as error:
             raise UserError(
-                f"--workers {workers}: a worker process was ended, for lack of memory it may be; use fewer"
+                f"--workers {workers}: a worker process was ended, for lack of memory it may be; "
+                "use fewer"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -129,11 +132,11 @@ def _ahead(
     yield from waiting
 
 
-def _answer(future: Future) -> tuple[bytes, np.ndarray]:
-    found = future.result()
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
+def _result(future: Future) -> tuple[bytes, np.ndarray]:
+    result = future.result()
+    if isinstance(result, str):  # an error message
+        raise UserError(result)
+    return result
 
 
 # ---------------------------------------------------------------------------- in a worker
@@ -142,7 +145,7 @@ _worker: tuple[Tokenizer, str, np.dtype]
 
 
 def _start(tokenizer: str, column: str, dtype: str) -> None:
-    global _worker  # the data that every block needs is sent once a process
+    global _worker  # every block needs these values; they are sent once per process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
     _worker = encoder_of(tokenizer), column, np.dtype(dtype)
 

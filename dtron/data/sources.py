@@ -13,8 +13,10 @@ documents. ``stream`` reads text during the run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -54,15 +56,22 @@ class Rows:
             return self
         counted = np.ones_like(self.tokens[:, 1:], bool) if self.counted is None else self.counted
         rows = Rows(self.tokens, self.documents, self.positions, counted)
-        return _each(rows, lambda x: np.concatenate([x, np.zeros((more, x.shape[1]), x.dtype)]))
+
+        def pad(x: np.ndarray) -> np.ndarray:
+            return np.concatenate([x, np.zeros((more, x.shape[1]), x.dtype)])
+
+        return _map_rows(pad, rows)
 
 
-def _each(rows: Rows, fn) -> Rows:
+def _map_rows(fn: Callable[[np.ndarray], np.ndarray], rows: Rows) -> Rows:
+    """Apply ``fn`` to each array."""
     values = [getattr(rows, field.name) for field in fields(rows)]
     return Rows(*(None if value is None else fn(value) for value in values))
 
 
 class Source(Protocol):
+    """A source of samples. Epochs follow each other without end."""
+
     size: int
     """tokens of one epoch"""
 
@@ -82,8 +91,8 @@ def check_vocab(tokens: np.ndarray, vocab: int | None, where: str) -> None:
         return
     wrong = tokens.max() if tokens.max() >= vocab else tokens.min()
     raise UserError(
-        f"{where} holds the token id {wrong}, and the model has ids from 0 to {vocab - 1}; set --model.vocab "
-        "to that of the tokenizer it was made with"
+        f"{where} holds the token id {wrong}, and the model has ids from 0 to {vocab - 1}; set "
+        "--model.vocab to that of the tokenizer it was made with"
     )
 
 
@@ -123,18 +132,19 @@ class Chunks:
 
 
 class Packed:
-    """Samples from sequences ``first`` to ``last`` of an indexed corpus, in the order of Megatron's
-    GPTDataset (``megatron_order``) for a run of ``samples``. A run that goes beyond the order
-    begins another order, with the next seed.
+    """Samples from an indexed corpus, in the order of Megatron's GPTDataset (``megatron_order``)
+    for a run of ``samples``. A run that goes beyond the order begins another order, with the next
+    seed.
 
-    Every token that is read is checked against ``vocab``. A UserError names an id that is not below
-    it."""
+    ``sequences``: the sequences of the corpus to use.
+    ``vocab``: every id must be below it. Reading another id raises UserError with this id.
+    ``marks``: whether to return documents and positions.
+    ``shuffle``: False for one epoch in the order of the file."""
 
     def __init__(
         self,
         data: Indexed,
-        first: int,
-        last: int,
+        sequences: range,
         seq_len: int,
         seed: int,
         samples: int,
@@ -142,13 +152,13 @@ class Packed:
         marks: bool,
         shuffle: bool = True,
     ):
-        self.data, self.bounds, self.seq_len, self.seed = data, (first, last), seq_len, seed
+        self.data, self.sequences, self.seq_len, self.seed = data, sequences, seq_len, seed
         self.samples, self.vocab, self.marks, self.shuffle = samples, vocab, marks, shuffle
-        self.size = int(data.lengths[first:last].sum(dtype=np.int64))
+        self.size = int(data.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
         self._made = lru_cache(maxsize=2)(self._make)
 
     def _make(self, number: int) -> Order:
-        ids = np.arange(*self.bounds)
+        ids = np.asarray(self.sequences)
         if not self.shuffle:
             return in_order(self.data.lengths, ids, self.seq_len)
         return make_order(self.data.lengths, ids, self.seq_len, self.samples, self.seed + number)
@@ -196,7 +206,8 @@ class Packed:
     def digest(self) -> str:
         """Hash the sizes of the files, the range of sequences, and the tokens at both ends."""
         tokens = self.data.tokens
-        sizes = f"{len(self.data)} {len(tokens)} {self.size} {self.bounds} {self.seq_len}"
+        bounds = self.sequences.start, self.sequences.stop
+        sizes = f"{len(self.data)} {len(tokens)} {self.size} {bounds} {self.seq_len}"
         return digest([f"packed {sizes}", tokens[:65536].tobytes(), tokens[-65536:].tobytes()])
 
 
@@ -217,14 +228,14 @@ class Mixed:
             s.rows(n, len(places)) for s, n, places in zip(self.sources, before, where, strict=True)
         ]
         back = np.argsort(np.concatenate(where))
-        return _each(_together(parts), lambda x: x[back])
+        return _map_rows(itemgetter(back), _concatenate(parts))
 
     def digest(self) -> str:
         weights = " ".join(map(repr, self.blend.weights))
         return digest([f"mixed {weights}", *(source.digest() for source in self.sources)])
 
 
-def _together(parts: list[Rows]) -> Rows:
+def _concatenate(parts: list[Rows]) -> Rows:
     counted = [part.counted for part in parts]
     if any(c is not None for c in counted):  # a None beside a mask means that all targets count
         counted = [

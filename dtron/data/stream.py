@@ -1,5 +1,4 @@
-"""Text that is tokenised during the run: there is nothing to prepare and no disk space to fill
-before the first step.
+"""Text that is tokenised during the run, without preparation and without disk space.
 
 The documents are taken in the order of their files, without a shuffle: shuffle them beforehand. The
 first ``HELD`` samples are held out for validation.
@@ -50,9 +49,9 @@ class Stream:
     ) -> None:
         self.docs, self.encoder, self.seq_len = docs, encoder_of(tokenizer), seq_len
         self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
-        self._known = [
-            (0, 0)
-        ]  # (place in the stream of tokens, documents before it), all epochs together
+        # Remembered places: (place in the stream of tokens, number of documents before it). Both
+        # count from the first epoch.
+        self._known = [(0, 0)]
         self._in_epoch = 0  # documents of an epoch; 0: not known yet
         self._next, self._left, self._pieces = 0, np.empty(0, np.int64), self._from(0)
 
@@ -69,12 +68,8 @@ class Stream:
         return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
 
     def digest(self) -> str:
-        return digest(
-            [
-                f"stream {self.docs.key} {self.seq_len} {self.first} {self.count}",
-                self.encoder.to_str(),
-            ]
-        )
+        sizes = f"{self.seq_len} {self.first} {self.count}"
+        return digest([f"stream {self.docs.key} {sizes}", self.encoder.to_str()])
 
     def _take(self, number: int, count: int) -> np.ndarray:
         s = self.seq_len
@@ -86,9 +81,8 @@ class Stream:
             self._drop(number * s - place)
         self._fill(count * s + 1)
         self._next = number + count
-        out = np.lib.stride_tricks.sliding_window_view(self._left[: count * s + 1], s + 1)[
-            ::s
-        ].copy()
+        tokens = self._left[: count * s + 1]
+        out = np.lib.stride_tricks.sliding_window_view(tokens, s + 1)[::s].copy()
         self._left = self._left[count * s :]
         return out
 
@@ -110,9 +104,8 @@ class Stream:
         while True:
             skipped = document % self._in_epoch if self._in_epoch else document
             number = document - skipped
-            for ids, last in encoded(
-                islice(iter(self.docs), skipped, None), self.encoder, np.dtype(np.int64)
-            ):
+            docs = islice(iter(self.docs), skipped, None)
+            for ids, last in encoded(docs, self.encoder, np.dtype(np.int64)):
                 yield ids
                 place, document = place + len(ids), document + last
                 if last and place >= self._known[-1][0] + _MARK:

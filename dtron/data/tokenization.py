@@ -1,4 +1,4 @@
-"""From documents to one long array of token ids, the only data that training reads.
+"""Tokenization: documents become one long array of token ids.
 
 If the user gives no tokenizer, a byte-level BPE is trained on the documents. Its alphabet is the
 256 bytes, so there is no unknown token, and decoding gives back every text exactly. The ids of all
@@ -13,6 +13,7 @@ give its tokenizer.json.
 
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,8 @@ END = "<|endoftext|>"
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _PIECE = 1 << 20  # characters of one document encoded at once; a whole book needs too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
-_SAMPLE = (
-    1 << 25
-)  # characters to learn merges from: merges settle much earlier, and counting costs memory
+# Characters to learn merges from. Merges settle much earlier, and counting costs memory.
+_SAMPLE = 1 << 25
 
 
 def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache: Path) -> Tokenizer:
@@ -43,11 +43,15 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < smallest:
         raise UserError(
-            f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a token for each "
-            f"of 256 bytes and the end of text; set --model.vocab {smallest} or more"
+            f"--model.vocab {vocab_size} is too small for a byte-level tokenizer, which has a "
+            f"token for each of 256 bytes and the end of text; set --model.vocab {smallest} or more"
         )
     target = cache / f"tokenizer-{digest([key_of(docs), str(vocab_size)])}.json"
-    return cached(target, _read_tokenizer, lambda file: _train(docs, vocab_size).save(str(file)))
+
+    def write(file: Path) -> None:
+        _train(docs, vocab_size).save(str(file))
+
+    return cached(target, _read_tokenizer, write)
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
@@ -66,9 +70,8 @@ def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray
     text = tokenizer.to_str()
     dtype = np.dtype(np.uint16 if vocab_of(tokenizer) <= 1 << 16 else np.uint32)
     target = cache / f"tokens-{digest([key_of(docs), text])}.{dtype}"
-    return cached(
-        target, lambda file: _read_tokens(file, dtype), lambda file: _write(file, docs, text, dtype)
-    )
+    read = partial(_read_tokens, dtype=dtype)
+    return cached(target, read, partial(_write, docs=docs, tokenizer=text, dtype=dtype))
 
 
 def key_of(docs: Iterable[str]) -> str:
@@ -224,10 +227,7 @@ def _read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
     except (OSError, ValueError):  # missing, or empty, which cannot be mapped
         return None
     ids, check = data[:-4], data[-4:]
-    if (
-        len(check) < 4
-        or len(ids) % dtype.itemsize
-        or zlib.crc32(ids) != int.from_bytes(check, "little")
-    ):
+    whole = len(check) == 4 and len(ids) % dtype.itemsize == 0
+    if not whole or zlib.crc32(ids) != int.from_bytes(check, "little"):
         return None
     return ids.view(dtype)

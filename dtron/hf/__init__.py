@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in and out: safetensors and config.json, nothing that runs.
+"""Import and export of Hugging Face checkpoints: safetensors and config.json, no executable files.
 
-``families.py`` has the tables, ``pattern.py`` the notation they are written in, ``safetensors.py``
-the file format, ``load.py`` and ``export.py`` the two directions.
+``families`` and ``weight_tables`` have the tables, in the notation of ``tensor_pattern``.
+``config`` converts config.json. ``safetensors`` reads and writes the file format. ``load`` reads
+weights, and ``export`` writes them. ``source_files`` keeps the small files of a loaded model.
 """
 
 from dtron.hf.config import contradiction, read_config

@@ -1,4 +1,7 @@
-"""``python -m dtron.hf export RUN DIR``: a run's newest checkpoint as a Hugging Face folder."""
+"""``python -m dtron.hf export RUN DIR``: exports a run as a Hugging Face folder.
+
+The run's newest checkpoint is exported.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,30 @@ def size(text: str) -> int:
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dtron.hf", description="Hugging Face checkpoints from runs.")
+    made = Parser(prog="python -m dtron.hf", description="Export runs as Hugging Face checkpoints.")
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
-    add = commands.add_parser("export", help="safetensors, config.json and tokenizer").add_argument
+    add = commands.add_parser(
+        "export", help="write safetensors, config.json and tokenizer"
+    ).add_argument
     add("run", metavar="RUN", help="a run directory with a checkpoint")
-    add("out", metavar="DIR", help="the folder to write, which is empty or not there")
+    add("out", metavar="DIR", help="the folder to write, which must be empty or not exist")
     add(
         "--dtype",
         choices=["bfloat16", "float32"],
-        help="of the weights (that of the model it began with)",
+        help="dtype of the weights (dtype of the model that the run began with)",
     )
     add(
-        "--family", metavar="NAME", help="model_type to write it as (the first that has all it has)"
+        "--family",
+        metavar="NAME",
+        help="the model_type (the family of the model that the run began with, or the first family "
+        "that can express the model)",
     )
     add(
         "--shard-size",
         type=size,
         default="5GB",
         metavar="N",
-        help="of a file at most, as 500MB (5GB)",
+        help="maximum size of one file, as 500MB (5GB)",
     )
     return made
 
@@ -50,9 +58,10 @@ def parser() -> Parser:
 def run_export(o: Namespace) -> int:
     dtype = None if o.dtype is None else getattr(torch, o.dtype)
     done = export_run(Path(o.run), Path(o.out), dtype=dtype, family=o.family, largest=o.shard_size)
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
-        f"{o.out}: {done.family}, {done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {len(done.files)} "
-        f"file{'s' if len(done.files) > 1 else ''}, of step {done.step}"
+        f"{o.out}: {done.family}, {done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {files}, "
+        f"of step {done.step}"
     )
     return 0
 

@@ -44,71 +44,72 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     does not have, and for an option of an architecture that dtron does not compute."""
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: is no folder; give that of a model, with config.json and safetensors"
+            f"{folder}: is no folder; give a model's folder, with config.json and safetensors"
         )
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
-    said = read_json(path)
-    family = family_of(said, str(path))
-    return family, from_hf(said, family, str(path))
+    entries = read_json(path)
+    family = family_of(entries, str(path))
+    return family, from_hf(entries, family, str(path))
 
 
-def family_of(said: Mapping[str, Any], where: str = CONFIG) -> Family:
-    names = said.get("architectures") or []
+def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
+    names = entries.get("architectures") or []
     if not isinstance(names, list):
         raise UserError(
             f"{where}: architectures is {names!r}, and must be a list of names; download it again"
         )
     for family in FAMILIES:
-        if family.architecture in names or (not names and said.get("model_type") == family.kind):
+        if family.architecture in names or (not names and entries.get("model_type") == family.kind):
             return family
-    what = ", ".join(map(str, names)) or said.get("model_type") or "none"
+    what = ", ".join(map(str, names)) or entries.get("model_type") or "none"
     known = ", ".join(f.architecture for f in FAMILIES)
     raise UserError(f"{where}: architecture {what} is unknown; dtron has {known}")
 
 
-def from_hf(said: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
+def from_hf(entries: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
     """Return the model that a config.json describes. Raises UserError for an incomplete
     config.json, and for an option that dtron does not compute."""
     try:
-        return _model(said, family, where)
+        return _model(entries, family, where)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"{where}: a value has another type than it must have ({error}); download it again"
         ) from error
 
 
-def _model(said: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
-    if said.get("quantization_config"):
-        method = _object(said, "quantization_config", where).get("quant_method", "some method")
+def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
+    if entries.get("quantization_config"):
+        method = _object(entries, "quantization_config", where).get("quant_method", "some method")
         raise UserError(
             f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16"
         )
     for key, only in family.demands.items():
-        if said.get(key, only) != only:
+        if entries.get(key, only) != only:
             raise UserError(
-                f"{where}: {key} is {said[key]!r}, and dtron computes {family.kind} with {only!r}"
+                f"{where}: {key} is {entries[key]!r}, and dtron computes {family.kind} with "
+                f"{only!r}"
             )
     values = {}
     for ours, theirs in family.keys.items():
         names = theirs.split("|")
-        found = next((name for name in names if name in said), None)
+        found = next((name for name in names if name in entries), None)
         if found is None and names[0] not in family.defaults:
             raise UserError(
                 f"{where}: lacks {names[0]}, which every {family.kind} has; download it again"
             )
-        values[ours] = family.defaults.get(names[0]) if found is None else said[found]
+        values[ours] = family.defaults.get(names[0]) if found is None else entries[found]
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
     values["mlp"] = values.get("mlp") or 4 * values["embed"]
     values |= family.fixed
     try:
-        values |= family.read(said, values)
+        values |= family.read(entries, values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
     if values.get("positions", "rotary") == "rotary":
-        values["rope"] = _rope(said, values["context"], where)
+        values["rope"] = _rope(entries, values["context"], where)
         if values["rope"].mscale_all and not values.get("mla.kv_rank"):
             raise UserError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
     try:
@@ -133,19 +134,19 @@ def build(values: Mapping[str, Any], start: ModelConfig | None = None) -> ModelC
 def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the entries of config.json for this model. Raises UserError if the family cannot
     express one of the fields."""
-    said = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
-    said |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
-    said |= family.write(m)
+    entries = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
+    entries |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
+    entries |= family.write(m)
     if m.positions == "rotary":
-        said |= _rope_said(m.rope)
-    again = from_hf(said, family)
-    different = _difference(_spoken(again), _spoken(m))
+        entries |= _rope_entries(m.rope)
+    again = from_hf(entries, family)
+    different = _difference(_comparable(again), _comparable(m))
     if different:
         name, theirs, ours = different
         raise UserError(
             f"model.{name}={ours}: a {family.kind} has {theirs}, and no word for any other"
         )
-    return said
+    return entries
 
 
 def best_family(m: ModelConfig) -> Family:
@@ -167,15 +168,21 @@ def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, An
     return _difference(build({name: _get(flags, name) for name in FREE}, loaded), flags)
 
 
-def _spoken(m: ModelConfig) -> ModelConfig:
+def _comparable(m: ModelConfig) -> ModelConfig:
     """Return the model as a config.json can express it. Fields that only matter in training, or
     have no effect in this model, get a fixed value."""
     same = {
-        "z_loss": 0.0, "init_std": 0.02, "vocab_multiple": 1, "moe.aux_loss": 0.0,
-        "moe.aux_level": "micro_batch", "moe.z_loss": 0.0,
-        "moe.capacity_factor": 0.0, "moe.balanced": False, "mtp": MTPConfig(),
+        "z_loss": 0.0,
+        "init_std": 0.02,
+        "vocab_multiple": 1,
+        "mtp": MTPConfig(),
+        "moe.aux_loss": 0.0,
+        "moe.aux_level": "micro_batch",
+        "moe.z_loss": 0.0,
+        "moe.capacity_factor": 0.0,
+        "moe.balanced": False,
         "moe.bias_rate": float(m.moe.bias_rate > 0),
-    }  # fmt: skip
+    }
     if m.moe.experts and not m.moe.dense_layers:
         same["mlp"] = 1
     if not m.moe.experts:
@@ -212,60 +219,65 @@ def _get(m: Any, path: str) -> Any:
 
 
 # dtron's fields of RopeConfig, each with the Hugging Face key, for each RoPE scaling method.
-_STRETCHED = {
+_ROPE_KEYS = {
     "llama3": {
-        "factor": "factor", "original": "original_max_position_embeddings", "low": "low_freq_factor",
+        "factor": "factor",
+        "original": "original_max_position_embeddings",
+        "low": "low_freq_factor",
         "high": "high_freq_factor",
     },
     "yarn": {
-        "factor": "factor", "original": "original_max_position_embeddings", "beta_slow": "beta_slow",
-        "beta_fast": "beta_fast", "mscale": "mscale", "mscale_all": "mscale_all_dim", "truncate": "truncate",
+        "factor": "factor",
+        "original": "original_max_position_embeddings",
+        "beta_slow": "beta_slow",
+        "beta_fast": "beta_fast",
+        "mscale": "mscale",
+        "mscale_all": "mscale_all_dim",
+        "truncate": "truncate",
     },
-}  # fmt: skip
+}
 
 
-def _object(said: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    found = said.get(key) or {}
+def _object(entries: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = entries.get(key) or {}
     if not isinstance(found, Mapping):
         raise UserError(f"{where}: {key} is {found!r}, and must be an object; download it again")
     return found
 
 
-def _rope(said: Mapping[str, Any], context: int, where: str) -> RopeConfig:
-    rope = _object(said, "rope_parameters", where) or _object(said, "rope_scaling", where)
-    theta = rope.get("rope_theta", said.get("rope_theta", 10_000.0))
+def _rope(entries: Mapping[str, Any], context: int, where: str) -> RopeConfig:
+    rope = _object(entries, "rope_parameters", where) or _object(entries, "rope_scaling", where)
+    theta = rope.get("rope_theta", entries.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
+    if rope.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(
-            f"{where}: turns part of a head only (partial_rotary_factor); dtron turns all of it"
+            f"{where}: rotates part of a head only (partial_rotary_factor); dtron rotates all of it"
         )
     if kind == "default":
         return RopeConfig(float(theta))
-    if kind not in _STRETCHED:
+    if kind not in _ROPE_KEYS:
         raise UserError(
-            f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_STRETCHED)}"
+            f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_ROPE_KEYS)}"
         )
     if kind == "yarn" and rope.get("attention_factor") is not None:
         raise UserError(
-            f"{where}: yarn with an attention_factor of its own; dtron has that of the paper"
+            f"{where}: yarn with its own attention_factor; dtron computes the paper's factor"
         )
     known = {"original_max_position_embeddings": context} | rope
-    values = {ours: known[theirs] for ours, theirs in _STRETCHED[kind].items() if theirs in known}
+    values = {ours: known[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if theirs in known}
     return RopeConfig(float(theta), kind, **values)
 
 
-def _rope_said(rope: RopeConfig) -> dict[str, Any]:
+def _rope_entries(rope: RopeConfig) -> dict[str, Any]:
     """Return the entries in the format of transformers before version 5. Version 5 reads this
     format too."""
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
-    names, usual = _STRETCHED[rope.scaling], RopeConfig()
-    unsaid = [
-        name
-        for name in ("mscale", "mscale_all", "truncate")
-        if getattr(rope, name) == getattr(usual, name)
-    ]
+    names, usual = _ROPE_KEYS[rope.scaling], RopeConfig()
+    optional = "mscale", "mscale_all", "truncate"  # left out if they have the default value
     stretched = {
-        theirs: getattr(rope, ours) for ours, theirs in names.items() if ours not in unsaid
+        theirs: getattr(rope, ours)
+        for ours, theirs in names.items()
+        if ours not in optional or getattr(rope, ours) != getattr(usual, ours)
     }
     return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.scaling, **stretched}}

@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.model.config import ModelConfig
 from dtron.params import WeightSpec
 
-_UNSAID = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
+_DROPPED_KEYS = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,23 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     origin = run_dir / ORIGIN / CONFIG
-    said = read_json(origin) if origin.is_file() else {}
-    kind = _family(family, said, m)
+    entries = read_json(origin) if origin.is_file() else {}
+    kind = _family(family, entries, m)
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
     checkpoint.verify_checksums(found, meta)
     if dtype is None:
-        name = said.get("dtype") or said.get("torch_dtype") or "bfloat16"
-        dtype = (
-            getattr(torch, name) if name in ("float32", "float16", "bfloat16") else torch.bfloat16
-        )
-    said = {k: v for k, v in said.items() if k not in _UNSAID} or _tokens_of(run_dir)
-    said |= written | {"dtype": str(dtype).removeprefix("torch.")}
+        name = entries.get("dtype") or entries.get("torch_dtype") or "bfloat16"
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+    entries = {k: v for k, v in entries.items() if k not in _DROPPED_KEYS} or _tokens_of(run_dir)
+    entries |= written | {"dtype": str(dtype).removeprefix("torch.")}
     part = out.with_name(out.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        maker = _Maker(m, kind, lambda w: checkpoint.read_weight(found, w), dtype)
+        maker = _Maker(m, kind, partial(checkpoint.read_weight, found), dtype)
         files = write(part, maker.shapes, dtype, maker, largest)
-        (part / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+        (part / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         _write_tokenizer(run_dir, part)
         if out.exists():
             out.rmdir()
@@ -99,7 +98,7 @@ def export(
     return Exported(kind.kind, meta["step"], len(maker.shapes), size, [out / f.name for f in files])
 
 
-def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
+def _family(wanted: str | None, entries: dict[str, Any], m: ModelConfig) -> Family:
     if wanted is not None:
         named = next((f for f in FAMILIES if f.kind == wanted), None)
         if named is None:
@@ -107,12 +106,17 @@ def _family(wanted: str | None, said: dict[str, Any], m: ModelConfig) -> Family:
                 f"--family {wanted}: is unknown; one of {', '.join(f.kind for f in FAMILIES)}"
             )
         return named
-    return family_of(said) if said else best_family(m)
+    return family_of(entries) if entries else best_family(m)
 
 
 @dataclass
 class _Maker:
-    """Makes Hugging Face tensors by name."""
+    """Makes Hugging Face tensors by name.
+
+    ``read``: reads one dtron weight.
+    ``pieces``: for each Hugging Face tensor its dtron weights, each with its place and the number
+    of the expert (None: the whole weight).
+    ``held``: dtron weights that the current tensor needs."""
 
     m: ModelConfig
     family: Family
@@ -140,7 +144,7 @@ class _Maker:
             if w.path not in self.held:
                 self.held[w.path] = self.read(w)
             x = self.held[w.path] if e is None else self.held[w.path][e]
-            p = pattern(place.row.lies)
+            p = pattern(place.row.pattern)
             if "v" in p.ours:
                 x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the other rows are padding
             p.put(out, pairs(x, rotary_columns(self.m)) if place.row.paired else x, place.sizes)
@@ -156,13 +160,16 @@ def _write_tokenizer(run_dir: Path, out: Path) -> None:
         shutil.copyfile(own, out / own.name)
         tokenizer = Tokenizer.from_file(str(own))
         end = end_id(tokenizer)
-        said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        said |= {} if end is None else {"eos_token": tokenizer.id_to_token(end)}
-        (out / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+        entries = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        entries |= {} if end is None else {"eos_token": tokenizer.id_to_token(end)}
+        (out / "tokenizer_config.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def _tokens_of(run_dir: Path) -> dict[str, Any]:
-    """Return the special tokens of a run with a tokenizer of its own."""
+    """Return the special tokens of a run that made its own tokenizer."""
     file = run_dir / "tokenizer.json"
     end = end_id(Tokenizer.from_file(str(file))) if file.is_file() else None
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

@@ -1,9 +1,14 @@
 """Weights from a Hugging Face folder. Each rank reads only its own shard.
 
-A rank takes four steps for each weight. The layout gives the rank's range of each dim. The family's
-row maps these ranges to a box of the Hugging Face tensor. The reader reads the bytes of this box.
-The rank casts them and has its shard. No rank ever holds more than its shard and one box in flight,
-whatever the mesh, the ZeRO stage or the pipeline stage.
+A rank takes four steps for each weight:
+
+1. The layout gives the rank's range of each dim.
+2. The family's row maps these ranges to a box (one range per dim) of the Hugging Face tensor.
+3. The reader reads the bytes of this box.
+4. The rank casts the bytes to the dtype of its shard.
+
+No rank ever holds more than its shards and one box in flight, whatever the mesh, the ZeRO stage or
+the pipeline stage.
 """
 
 from __future__ import annotations
@@ -11,19 +16,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtron.checkpoint.shard_range import lay, shard_range
+from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import read_config
-from dtron.hf.families import Family, Row
+from dtron.hf.families import Family
 from dtron.hf.safetensors import Reader
-from dtron.hf.tensor_pattern import Range, halves, pattern
+from dtron.hf.tensor_pattern import halves, pattern
+from dtron.hf.weight_tables import Row
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
@@ -32,29 +39,31 @@ from dtron.params import WeightSpec, flat, tree_map
 
 @dataclass(frozen=True)
 class Place:
-    """The place of one dtron weight in a checkpoint. ``row``: the family's row with the block's
-    number filled in. ``sizes``: the sizes of the axes in its pattern."""
+    """The place of one dtron weight in a checkpoint.
+
+    ``row``: the family's row with the block's number filled in.
+    ``sizes``: the sizes of the axes in the row's pattern."""
 
     row: Row
     sizes: dict[str, int]
 
     @property
     def outside(self) -> tuple[str, ...]:
-        return pattern(self.row.lies).outside
+        """The axes that are in the names of the Hugging Face tensors: no axis, or the experts."""
+        return pattern(self.row.pattern).outside
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each of the Hugging Face tensors."""
-        return pattern(self.row.lies).shape(self.sizes)
+        return pattern(self.row.pattern).shape(self.sizes)
 
     def names(self, experts: Range | None = None) -> list[str]:
-        """Return the names of the Hugging Face tensors: one name, or one for each expert (of this
-        range)."""
+        """Return the names of the Hugging Face tensors: one name, or one for each expert of the
+        range ``experts`` (None: all experts)."""
         if not self.outside:
             return [self.row.name]
-        return [
-            self.row.name.replace("{e}", str(e)) for e in range(*(experts or (0, self.sizes["e"])))
-        ]
+        start, stop = experts or (0, self.sizes["e"])
+        return [self.row.name.replace("{e}", str(e)) for e in range(start, stop)]
 
 
 def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
@@ -68,7 +77,7 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
     if block:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
-    sizes = dict(zip(pattern(row.lies).ours, w.shape, strict=True))
+    sizes = dict(zip(pattern(row.pattern).ours, w.shape, strict=True))
     return Place(row, sizes | ({"v": m.vocab} if "v" in sizes else {}))
 
 
@@ -76,8 +85,10 @@ class Source:
     """A folder with a model in it, opened and checked. No weights have been read yet."""
 
     def __init__(self, folder: str | Path, m: ModelConfig | None = None):
-        """``m``: the model that is wanted (None: the folder's own). Raises UserError unless the
-        folder has all weights of the model and no others, each of its shape."""
+        """Open the folder and check that it has all weights of the model, no others, and each in
+        its shape. Raises UserError otherwise.
+
+        ``m``: the model (None: the model of the folder's config.json)."""
         self.folder = Path(folder)
         self.family, self.model = read_config(self.folder)
         self.model = m or self.model
@@ -93,10 +104,10 @@ class Source:
         have, wanted = dict(self.reader.entries), {}
         if not any(name.startswith(self.family.prefix) for name in have):
             # GPT-2 also exists without its prefix, saved from the bare model.
-            plain = {
-                self.family.prefix + name: e for name, e in have.items() if name != "lm_head.weight"
+            have = {
+                name if name == "lm_head.weight" else self.family.prefix + name: entry
+                for name, entry in have.items()
             }
-            have = plain | {n: e for n, e in have.items() if n == "lm_head.weight"}
             self.reader.entries = have
         for w in flat(declare_model(self.model)):
             where = place(w, self.family, self.model)
@@ -107,51 +118,53 @@ class Source:
         skipped = [*self.family.ignored, *([r"lm_head\.weight"] if self.model.tied else [])]
         extra = [n for n in have if n not in wanted and not any(self._skips(p, n) for p in skipped)]
         if extra:
-            kind = self.family.kind
             raise UserError(
-                f"{self.folder}: has {_some(extra)}, which dtron's {kind} does not know; give a plain one"
+                f"{self.folder}: has {_some(extra)}, which dtron's {self.family.kind} does not "
+                "know; give a plain one"
             )
         for name, shape in wanted.items():
             e = have[name]
             if e.shape != shape:
                 raise UserError(
-                    f"{e.file}: {name} is {list(e.shape)}, and by config.json must be {list(shape)}; "
-                    "they are not of one model, download both again"
+                    f"{e.file}: {name} is {list(e.shape)}, and by config.json must be "
+                    f"{list(shape)}; they are not of one model, download both again"
                 )
 
     def _skips(self, text: str, name: str) -> bool:
-        found = re.fullmatch(text.replace("{later}", r"(?P<later>\d+)"), name)
-        return (
-            bool(found)
-            and int(found.groupdict().get("later", self.model.layers)) >= self.model.layers
-        )
+        """Whether the pattern ``text`` of ``Family.ignored`` matches this tensor's name."""
+        match = re.fullmatch(text.replace("{later}", r"(?P<later>\d+)"), name)
+        if match is None:
+            return False
+        return int(match.groupdict().get("later", self.model.layers)) >= self.model.layers
 
     def load(
         self, spec: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> Any:
-        """Return a tree of weights like ``spec``, the declared tree, in ``dtype``, with the
-        layout's placements."""
+        """Load the weights with the layout's placements.
+
+        ``spec``: the declared tree; the result is a tree like it.
+        ``dtype``: dtype of the weights."""
         with torch.no_grad():
-            return tree_map(lambda w: self._weight(w, layout, dtype, device), spec)
+            read = partial(self._weight, layout=layout, dtype=dtype, device=device)
+            return tree_map(read, spec)
 
     def _weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
-        box = shard_range(w, layout, device)
+        shard = shard_range(w, layout, device)
         with paused():  # simulated ranks share the weights that are read
             where = place(w, self.family, self.model)
-            x = self._part(where, box or [(0, n) for n in w.shape], dtype).to(device)
-        return lay(x, w, layout, box)
+            x = self._part(where, shard or [(0, n) for n in w.shape], dtype).to(device)
+        return place_shard(x, w, layout, shard)
 
-    def _part(self, where: Place, box: list[Range], dtype: torch.dtype) -> Tensor:
-        """Return these ranges of dtron's dims, read from the file."""
-        p = pattern(where.row.lies)
+    def _part(self, where: Place, shard: list[Range], dtype: torch.dtype) -> Tensor:
+        """Read the shard with these ranges of dtron's dims. Rows of the padded vocabulary are
+        zero."""
+        p = pattern(where.row.pattern)
         ranges = {
             axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis]))
-            for axis, (a, b) in zip(p.ours, box)
+            for axis, (a, b) in zip(p.ours, shard)
         }
         experts = ranges[where.outside[0]] if where.outside else None
-        out = torch.zeros(
-            [b - a for a, b in box], dtype=dtype
-        )  # rows of the padded vocabulary are zero
+        out = torch.zeros([b - a for a, b in shard], dtype=dtype)
         real = out[tuple(slice(ranges[axis][1] - ranges[axis][0]) for axis in p.ours)]
         for part, name in zip(real if experts else [real], where.names(experts), strict=True):
             x = p.take(self._read(name, p.box(ranges, where.sizes)), ranges, where.sizes)

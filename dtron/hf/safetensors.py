@@ -5,10 +5,12 @@ bytes of the tensors. The header is JSON: for each tensor its dtype, its shape, 
 end of its bytes. Nothing in a file can be executed, which is the purpose of the format. A pickled
 checkpoint is refused.
 
-The ``safetensors`` library writes a file whose tensors are all in memory. It reads slices through a
-memory map, so the bytes that were read are not known. Here a rank reads with ``pread`` exactly the
-runs of bytes of its shard, and counts them. Tensors are written one at a time, as they are made. A
-checkpoint of several files has an index, ``model.safetensors.index.json``, that names the file of
+The ``safetensors`` library has two limits that this module avoids. It writes a file only if all
+tensors of the file are in memory; here tensors are written one at a time, as they are made. It
+reads slices through a memory map, so the number of bytes read is unknown; here a rank reads with
+``pread`` exactly the contiguous runs of bytes of its shard, and counts them.
+
+A checkpoint of several files has an index, ``model.safetensors.index.json``, that names the file of
 each tensor.
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.checkpoint.shard_range import Range
 from dtron.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,8 +37,6 @@ _BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes; the library has the same limit
 _ONE_READ = 1 << 30  # Linux reads at most 2 GiB at a time
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a folder, by name. ``bytes_read`` counts the bytes that ``read`` has read from
-    the files. Raises UserError for a folder without safetensors, and for files that are damaged or
-    incomplete."""
+    """The tensors of a folder, by name. Raises UserError for a folder without safetensors, and for
+    files that are damaged or incomplete.
+
+    ``bytes_read``: counts the bytes that ``read`` has read from the files."""
 
     def __init__(self, folder: Path):
         self.folder, self.bytes_read = folder, 0
@@ -65,8 +67,8 @@ class Reader:
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise UserError(
-                f"{entry.file}: {name} is {entry.dtype}, a quantised or integer tensor; weights must be "
-                f"{', '.join(DTYPES)}: give a checkpoint that is not quantised"
+                f"{entry.file}: {name} is {entry.dtype}, a quantised or integer tensor; weights "
+                f"must be {', '.join(DTYPES)}: give a checkpoint that is not quantised"
             )
         box = [(0, n) for n in entry.shape] if box is None else list(box)
         out = torch.empty([b - a for a, b in box], dtype=DTYPES[entry.dtype])
@@ -103,9 +105,9 @@ def _runs(shape: Sequence[int], box: Sequence[Range]) -> Iterator[tuple[int, int
     if not shape:
         yield 0, 1
         return
-    inner = (
-        len(shape) - 1
-    )  # dims from here on make one run: the last dims that are whole, and one more
+    # The dims from ``inner`` on are contiguous in the box: the last dims whose range is the whole
+    # dim, and the dim before them.
+    inner = len(shape) - 1
     while inner and box[inner] == (0, shape[inner]):
         inner -= 1
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -142,8 +144,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
     )
     if pickled:
         raise UserError(
-            f"{folder}: has {pickled}, a pickle, which can run any code when it is read; dtron reads "
-            "safetensors only: convert it"
+            f"{folder}: has {pickled}, a pickle, which can run any code when it is read; dtron "
+            "reads safetensors only: convert it"
         )
     raise UserError(f"{folder}: no {SINGLE} and no {INDEX} in it; give the folder of a model")
 
@@ -174,10 +176,10 @@ def header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download it again") from error
     try:
-        said = json.loads(text)
-        said.pop("__metadata__", None)
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
         base = 8 + length
-        found = {name: _entry(path, base, one) for name, one in said.items()}
+        found = {name: _entry(path, base, one) for name, one in entries.items()}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: is no safetensors file, or was cut short; download it again"
@@ -185,9 +187,9 @@ def header(path: Path) -> dict[str, Entry]:
     for name, e in found.items():
         wide = DTYPES[e.dtype].itemsize if e.dtype in DTYPES else _BYTES.get(e.dtype)
         if wide is not None and e.stop - e.start != wide * math.prod(e.shape):
-            shape = list(e.shape)
             raise UserError(
-                f"{path}: {name} is {e.dtype} {shape}, and has {e.stop - e.start} bytes; download it again"
+                f"{path}: {name} is {e.dtype} {list(e.shape)}, and has {e.stop - e.start} bytes; "
+                "download it again"
             )
     end = max((e.stop for e in found.values()), default=base)
     if end > size:
@@ -195,11 +197,11 @@ def header(path: Path) -> dict[str, Entry]:
     return found
 
 
-def _entry(path: Path, base: int, said: Mapping[str, Any]) -> Entry:
-    (begin, end), shape = said["data_offsets"], tuple(said["shape"])
+def _entry(path: Path, base: int, entries: Mapping[str, Any]) -> Entry:
+    (begin, end), shape = entries["data_offsets"], tuple(entries["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)) or begin > end:
         raise UserError("not sizes")
-    return Entry(path, str(said["dtype"]), shape, base + begin, base + end)
+    return Entry(path, str(entries["dtype"]), shape, base + begin, base + end)
 
 
 def write(
@@ -212,9 +214,14 @@ def write(
     """Write tensors into ``folder`` in this order and return the files. Each tensor is made when it
     is written, and freed afterwards.
 
+    ``shapes``: the shape of each tensor by name.
+    ``make``: makes the tensor of a name.
     ``largest``: maximum bytes of one file. A new file begins before a file would exceed this size.
     Several files get an index."""
-    size = lambda name: math.prod(shapes[name]) * dtype.itemsize
+
+    def size(name: str) -> int:
+        return math.prod(shapes[name]) * dtype.itemsize
+
     parts: list[list[str]] = [[]]
     for name in shapes:
         if parts[-1] and sum(map(size, parts[-1])) + size(name) > largest:
@@ -237,13 +244,13 @@ def _file(i: int, n: int) -> str:
 
 
 def _write_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, make) -> None:
-    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, shape in shapes.items():
         end = begin + math.prod(shape) * dtype.itemsize
-        said[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(said, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

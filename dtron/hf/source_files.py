@@ -1,4 +1,4 @@
-"""The small files that a run keeps of the model it began with: config and tokenizer, no weights."""
+"""The small files of the model that a run began with: config and tokenizer, no weights."""
 
 from __future__ import annotations
 

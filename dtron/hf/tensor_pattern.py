@@ -1,12 +1,15 @@
-"""How a tensor of a Hugging Face checkpoint lies beside ours, in the notation of einops.
+"""Patterns that map the dims of a Hugging Face tensor to the dims of a dtron weight.
 
-    "(n h) d -> d n h"        their [heads * head_dim, embed] is our [embed, heads, head_dim]
-    "d (1/3 n h) -> d n h"    ours is the second of three parts of theirs
-    "e d (f 0/2) -> e d f"    ours is every second column of theirs
-    "f d -> e d f"            e is not in theirs: it stands in the name, one tensor for each
+The notation follows einops. The Hugging Face tensor is on the left, the dtron weight on the
+right:
 
-A pattern is read both ways. What makes it more than a transposition is that it also answers which
-box of their tensor a *part* of ours is made from, so that a rank reads its part alone.
+    "(n h) d -> d n h"        [heads * head_dim, embed] becomes [embed, heads, head_dim]
+    "d (1/3 n h) -> d n h"    the weight is the second of three parts of the tensor
+    "e d (f 0/2) -> e d f"    the weight is every second column of the tensor
+    "f d -> e d f"            the tensor has no axis e: there is one tensor for each e, named by it
+
+A pattern works in both directions. It also gives the box of the Hugging Face tensor (one range per
+dim) that contains a *shard* of the weight. So a rank reads only its shard.
 """
 
 from __future__ import annotations
@@ -19,30 +22,34 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Range = tuple[int, int]
+from dtron.checkpoint.shard_range import Range
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """``theirs``: the axes that each of their dims is made of, outermost first. ``ours``: those of each of
-    ours."""
+    """A parsed pattern.
+
+    ``theirs``: the axes that make up each dim of the Hugging Face tensor, outermost first.
+    ``ours``: the axis of each dim of the dtron weight."""
 
     theirs: tuple[tuple[str, ...], ...]
     ours: tuple[str, ...]
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """The axes that stand in their names."""
+        """The axes that are not dims of the Hugging Face tensor, but are part of its name."""
         inside = {axis for dim in self.theirs for axis in dim}
         return tuple(axis for axis in self.ours if axis not in inside)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of their tensor."""
+        """Return the shape of the Hugging Face tensor."""
         return tuple(math.prod(_size(axis, sizes) for axis in dim) for dim in self.theirs)
 
     def box(self, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> list[Range]:
-        """The ranges of their dims that hold these ranges of our axes. A dim of several axes is cut
-        by the outermost that has more than one place; axes inside it are cut in ``take``."""
+        """Return the ranges of the Hugging Face dims that contain these ranges of dtron's axes.
+
+        In a dim of several axes, the outermost axis whose range has more than one index determines
+        the range of the dim. ``take`` slices the axes inside it."""
         return [self._range(dim, ranges, sizes) for dim in self.theirs]
 
     def _range(
@@ -58,19 +65,21 @@ class Pattern:
         return start, start + 1
 
     def take(self, x: Tensor, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> Tensor:
-        """Our part, without the axes outside, of their ``box``."""
-        shape, cuts = [], []
+        """Return the shard of the dtron weight, without the axes outside, from the Hugging Face
+        tensor's ``box``."""
+        shape, slices = [], []
         for dim in self.theirs:
-            cut = True  # whether all axes before had one place
+            sliced = True  # whether ``box`` has sliced this axis: all axes before have one index
             for axis in dim:
                 a, b = _within(axis, ranges)
-                shape.append(b - a if cut else _size(axis, sizes))
-                cuts.append(slice(None) if cut else slice(a, b))
-                cut = cut and b - a == 1
-        return self._to_ours(x.reshape(shape)[tuple(cuts)])
+                shape.append(b - a if sliced else _size(axis, sizes))
+                slices.append(slice(None) if sliced else slice(a, b))
+                sliced = sliced and b - a == 1
+        return self._to_ours(x.reshape(shape)[tuple(slices)])
 
     def _to_ours(self, x: Tensor) -> Tensor:
-        """From one dim for each axis of theirs, parts having one place."""
+        """Permute a tensor with one dim for each Hugging Face axis to dtron's order of axes. Axes
+        like ``1/3`` have size 1 and are dropped."""
         axes = [axis for dim in self.theirs for axis in dim]
         parts = [i for i, axis in enumerate(axes) if "/" in axis]
         names = [axis for axis in axes if "/" not in axis]
@@ -78,8 +87,8 @@ class Pattern:
         return x.permute([names.index(axis) for axis in self.ours if axis in names])
 
     def put(self, out: Tensor, x: Tensor, sizes: Mapping[str, int]) -> None:
-        """Write ours, whole and without the axes outside, to where it is in their tensor
-        ``out``."""
+        """Write the whole dtron weight ``x``, without the axes outside, into its place in the
+        Hugging Face tensor ``out``."""
         axes = [axis for dim in self.theirs for axis in dim]
         whole = out.view([_size(axis, sizes) for axis in axes])
         part = whole[tuple(int(a.split("/")[0]) if "/" in a else slice(None) for a in axes)]
@@ -101,7 +110,7 @@ def _within(axis: str, ranges: Mapping[str, Range]) -> Range:
 
 @cache
 def pattern(text: str) -> Pattern:
-    """Read the notation."""
+    """Parse a pattern."""
     left, _, right = text.partition("->")
     dims, dim, inside = [], [], False
     for word in left.replace("(", " ( ").replace(")", " ) ").split():
@@ -118,13 +127,13 @@ def pattern(text: str) -> Pattern:
 
 
 def halves(x: Tensor, rotary: int) -> Tensor:
-    """The last ``rotary`` columns from pairs that stand side by side to pairs half a width apart,
-    as dtron turns them."""
-    plain, turned = x.split([x.shape[-1] - rotary, rotary], dim=-1)
-    return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
+    """Reorder the last ``rotary`` columns from interleaved pairs (0, 1), (2, 3), ... to pairs that
+    are half the width apart, as dtron's RoPE rotates them."""
+    plain, rotated = x.split([x.shape[-1] - rotary, rotary], dim=-1)
+    return torch.cat([plain, rotated[..., 0::2], rotated[..., 1::2]], dim=-1)
 
 
 def pairs(x: Tensor, rotary: int) -> Tensor:
-    """The reverse of ``halves``."""
-    plain, turned = x.split([x.shape[-1] - rotary, rotary], dim=-1)
-    return torch.cat([plain, turned.unflatten(-1, (2, -1)).mT.flatten(-2)], dim=-1)
+    """Undo ``halves``."""
+    plain, rotated = x.split([x.shape[-1] - rotary, rotary], dim=-1)
+    return torch.cat([plain, rotated.unflatten(-1, (2, -1)).mT.flatten(-2)], dim=-1)

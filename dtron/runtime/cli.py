@@ -1,9 +1,10 @@
-"""The command line: tyro turns every field of RunConfig into a flag; every error is one line.
+"""The command line: every field of a config is a flag, and every error is one line.
 
-``--model NAME`` takes a preset and ``--model.FIELD`` overrides a field of the preset, in any order.
-The name is parsed first and becomes the default for the other flags. tyro handles the types, the
-choices and the help. Its error messages fill a screen, so this module shortens them to one line
-with the remedy.
+tyro makes the flags from the config's dataclasses, with types, choices and help. Its error messages
+fill a screen, so this module shortens them to one line with the remedy.
+
+``--model NAME`` selects a preset, and ``--model.FIELD`` overrides a field of the preset, in any
+order. The name is parsed first and becomes the default of the other flags.
 """
 
 import contextlib
@@ -50,12 +51,11 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         raise SystemExit(0)
     known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
     _check_flags(argv, known)
+    model_flag = tyro.conf.arg(name="model", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
 
     @dataclass(frozen=True)
     class CommandLine(config_class):
-        preset: Annotated[
-            str, tyro.conf.arg(name="model", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
-        ] = "tiny"
+        preset: Annotated[str, model_flag] = "tiny"
 
     CommandLine.__doc__ = config_class.__doc__
     name, loaded = _value_of(argv, "--model"), None
@@ -65,10 +65,10 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     if name is not None:
         default = replace(default, model=preset(name))
     start = CommandLine(**_shallow(default), preset=name or "tiny")
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            got = tyro.cli(
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(
                 CommandLine,
                 args=list(argv),
                 default=start,
@@ -77,13 +77,14 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
             )
     except SystemExit as stop:
         if not stop.code:
-            print(said.getvalue().rstrip() + ("\n\n" + EXAMPLES if prog == "train.py" else ""))
+            examples = f"\n\n{EXAMPLES}" if prog == "train.py" else ""
+            print(printed.getvalue().rstrip() + examples)
             raise
-        raise UserError(_one_line(said.getvalue())) from None
-    config = config_class(
-        **{name: value for name, value in _shallow(got).items() if name != "preset"}
-    )
-    return config if loaded is None else _beside(config, loaded)
+        raise UserError(_one_line(printed.getvalue())) from None
+    values = _shallow(parsed)
+    del values["preset"]
+    config = config_class(**values)
+    return config if loaded is None else _with_tokenizer(config, loaded)
 
 
 def _loaded(folder: str, name: str | None) -> ModelConfig:
@@ -97,7 +98,7 @@ def _loaded(folder: str, name: str | None) -> ModelConfig:
     return read_config(Path(folder))[1]
 
 
-def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
+def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:
     """Return the config with the tokenizer of the ``--init-from`` model. Raises UserError if flags
     contradict this model."""
     from dtron.hf import contradiction
@@ -120,6 +121,7 @@ def _beside(config: RunConfig, loaded: ModelConfig) -> RunConfig:
 
 
 def _shallow(config: Any) -> dict[str, Any]:
+    """Return the fields of a config, without converting nested configs."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
@@ -168,16 +170,22 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
 
 # Flag names of other trainers.
 _ALIASES = {
-    "lr": "--optim.lr", "learning-rate": "--optim.lr", "precision": "--dtype", "epochs": "--steps",
-    "seq-length": "--data.seq-len", "hidden-size": "--model.embed", "num-layers": "--model.layers",
-    "global-batch-size": "--batch", "micro-batch-size": "--micro-batch",
+    "lr": "--optim.lr",
+    "learning-rate": "--optim.lr",
+    "precision": "--dtype",
+    "epochs": "--steps",
+    "seq-length": "--data.seq-len",
+    "hidden-size": "--model.embed",
+    "num-layers": "--model.layers",
+    "global-batch-size": "--batch",
+    "micro-batch-size": "--micro-batch",
     **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
-}  # fmt: skip
+}
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str | None:
-    """Return the intended flag: an alias of other trainers, a flag with the same last component
-    (perhaps under its old name), or a flag with similar spelling."""
+    """Guess the intended flag, or return None. The candidates, the best first: an alias of other
+    trainers, a flag with the same last component (also under its old name), a similar spelling."""
     name = flag.lstrip("-")
     if _ALIASES.get(name) in known:
         return _ALIASES[name]
@@ -187,6 +195,8 @@ def _nearest(flag: str, known: Sequence[str]) -> str | None:
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    """Return the last value of a flag, or None without the flag. Raises UserError for a flag
+    without a value."""
     found = None
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word == flag:
@@ -211,7 +221,6 @@ def _one_line(box: str) -> str:
             part.append(row)
     body = " ".join(parts[1] if len(parts) > 1 and parts[1] else (parts or [part])[0])
     body = re.sub(r"\s+([.,])", r"\1", body).removeprefix("Error parsing ").rstrip(".")
-    ours = re.match(
-        r"\w+: (?=--|\w+\.\w+=)", body
-    )  # the config's own error message, after the name of its group
-    return body[ours.end() :] if ours else f"{body}; see --help"
+    # The error message of a config follows the name of the config's group.
+    group = re.match(r"\w+: (?=--|\w+\.\w+=)", body)
+    return body[group.end() :] if group else f"{body}; see --help"

@@ -1,6 +1,7 @@
-"""What a run is: frozen dataclasses, one field per choice, checked once where they are made.
+"""The config of a run: frozen dataclasses, one field per choice, checked at construction.
 
-A field is a flag (``--optim.lr 3e-4``); see runtime/cli.py. The model's own are in model/config.py.
+Every field is a flag (``--optim.lr 3e-4``); see runtime/cli.py. Nested configs stand beside their
+code; model/config.py has the config of the model.
 """
 
 from __future__ import annotations
@@ -33,30 +34,29 @@ class RunConfig(StepConfig):
     steps: int = 100
     """optimizer steps of the whole run"""
     seed: int = 0
-    """of weights and data order"""
+    """random seed of weights and data order"""
     run_dir: str = "runs/latest"
-    """where metrics, the resolved config and checkpoints go"""
+    """folder for metrics, the resolved config and checkpoints"""
     init_from: str | None = None
-    """begin with the weights, and the model, of a Hugging Face folder (config.json and
-    safetensors)"""
+    """Hugging Face folder (config.json and safetensors) with the model and its initial weights"""
     resume: bool = False
     """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
     save_every: int = 0
-    """steps between checkpoints, which are written while training goes on; 0: none but where a
-    signal stops the run"""
+    """steps between checkpoints, which are written while training goes on; 0: a checkpoint only if
+    a signal stops the run"""
     keep: int = 0
-    """how many of the newest checkpoints stay; 0: all"""
+    """number of newest checkpoints to keep; 0: all"""
     keep_every: int = 0
-    """checkpoints of steps that this divides stay too"""
+    """also keep the checkpoints of steps that are multiples of this number"""
     max_nonfinite_steps: int = 10
-    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run
-    stops"""
+    """the run stops after this many consecutive steps with a non-finite loss or gradient; such
+    steps are skipped"""
     simulate: bool = False
     """run all ranks of the mesh in this one process, on the CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one"""
+    """auto: a GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """of computation; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or
+    """compute dtype; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32 (or
     float64)"""
     log_every: int = 10
     """steps between progress lines; metrics.jsonl has every step"""
@@ -67,32 +67,20 @@ class RunConfig(StepConfig):
     tensorboard: bool = False
     """also write TensorBoard events to run_dir"""
     profile: bool = False
-    """record one step, the fifth or the last: a trace of each process in run_dir, and where its
-    time went"""
+    """record one step (the fifth or the last): write a trace of each process to run_dir, and print
+    a time breakdown"""
     timeout_seconds: int = 600
-    """seconds after which a rank that does not answer counts as dead"""
+    """seconds without an answer after which a rank counts as dead"""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("seed", 0),
-            ("steps", 1),
-            ("batch", 1),
-            ("save_every", 0),
-            ("keep", 0),
-            ("keep_every", 0),
-            ("max_nonfinite_steps", 1),
-            ("log_every", 1),
-            ("eval_every", 0),
-            ("sample_tokens", 0),
-            ("timeout_seconds", 1),
-        ):
+        for name, low in _SMALLEST.items():
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
                 raise UserError(
                     f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
                 )
-        _ = self.how  # refuses what cannot be
+        _ = self.how  # raises UserError for an invalid combination
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the validation loss is measured after this step."""
@@ -104,12 +92,29 @@ class RunConfig(StepConfig):
         return _due(self.save_every, step) or last
 
 
+_SMALLEST = {
+    "seed": 0,
+    "steps": 1,
+    "batch": 1,
+    "save_every": 0,
+    "keep": 0,
+    "keep_every": 0,
+    "max_nonfinite_steps": 1,
+    "log_every": 1,
+    "eval_every": 0,
+    "sample_tokens": 0,
+    "timeout_seconds": 1,
+}
+
+
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
 def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
-    """What must be the same when a run goes on, by flag; ``text`` is a digest of the tokens."""
+    """Return the values, by flag, that a resumed run must share with the run that saved.
+
+    ``text``: a digest of the tokens."""
     same = {
         "seed": config.seed,
         "data.seq_len": config.data.seq_len,

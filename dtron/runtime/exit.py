@@ -57,19 +57,13 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except UserError as error:
-        text, code, at_once = (
-            "error: " + " ".join(str(error).split()),
-            2,
-            isinstance(error, LostRank),
-        )
+        text, code = "error: " + " ".join(str(error).split()), 2
+        at_once = isinstance(error, LostRank)
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
             raise
-        text, code, at_once = (
-            f"error: another rank has died or hangs ({lost}); see what it said",
-            2,
-            True,
-        )
+        text, code = f"error: another rank has died or hangs ({lost}); see what it said", 2
+        at_once = True
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
@@ -88,9 +82,9 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
 def _lost(error: RuntimeError) -> str:
     """Return the part of a gloo or NCCL error that says a rank is lost; empty for any other
     error."""
-    said = str(error)
-    words = (
-        r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
-    )
-    found = re.search(words, said) if "gloo" in said or "nccl" in said.lower() else None
-    return found[0] if found else ""
+    message = str(error)
+    if "gloo" not in message and "nccl" not in message.lower():
+        return ""
+    lost = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"
+    match = re.search(lost, message)
+    return match[0] if match else ""

@@ -34,14 +34,13 @@ def plan_run(config: RunConfig) -> RunPlan:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.simulate and world > 1:
         raise UserError(
-            f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop torchrun"
+            f"--simulate under torchrun with {world} processes: it runs all ranks in one; drop "
+            "torchrun"
         )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(
-        config, shape, count, config.data.seq_len, Layout()
-    )  # raises UserError for an invalid schedule or layers
+    pipeline(config, shape, count, config.data.seq_len, Layout())  # checks schedule and layers
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
@@ -57,26 +56,27 @@ def plan_run(config: RunConfig) -> RunPlan:
     if config.fp8_gather and not config.gathers_each(shape):
         more = " --zero3-gather microbatch" if shape.pp > 1 else ""
         raise UserError(
-            f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block gathers; use "
-            f"--zero 3{more}, or drop --fp8-gather"
+            f"--fp8-gather --zero {config.zero}, mesh {shape}: is for weights that every block "
+            f"gathers; use --zero 3{more}, or drop --fp8-gather"
         )
     check_attention(config.attention_kernel, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
     return RunPlan(
-        shape,
-        device,
-        compute,
-        torch.promote_types(compute, torch.float32),
-        count,
-        rows,
-        config.gathers_each(shape),
-        config.splits(shape),
-        compiles,
-        _records(config, compiles and gpu, shape),
+        shape=shape,
+        device=device,
+        compute=compute,
+        master=torch.promote_types(compute, torch.float32),
+        count=count,
+        rows=rows,
+        gather_each=config.gathers_each(shape),
+        splits=config.splits(shape),
+        compile=compiles,
+        cuda_graph=_records(config, compiles and gpu, shape),
     )
 
 
 def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
+    """Whether the step is recorded as a CUDA graph. ``can``: the step is compiled, on a GPU."""
     if config.cuda_graph == "on" and not (can and shape.pp == 1):
         why = (
             f"mesh {shape}: a pipeline is not recorded"
@@ -101,7 +101,8 @@ def _device(config: RunConfig) -> str:
     if local >= torch.cuda.device_count():
         have = torch.cuda.device_count()
         raise UserError(
-            f"local rank {local}: this machine has {have} GPUs; start {have} processes, or --device cpu"
+            f"local rank {local}: this machine has {have} GPUs; start {have} processes, or "
+            "--device cpu"
         )
     return f"cuda:{local}"
 
@@ -112,9 +113,9 @@ def keep_memory() -> None:
     step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        top_that_is_given_back, smallest_of_its_own = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(top_that_is_given_back, 2**31 - 1)
-        libc.mallopt(smallest_of_its_own, 2**30)
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
 
 
 def same_on_all_ranks(values: dict[str, Any]) -> None:
@@ -129,8 +130,8 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
         for rank, theirs in enumerate(found):
             if theirs[name] != value:
                 raise UserError(
-                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; start all "
-                    "ranks with the same flags and files"
+                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; "
+                    "start all ranks with the same flags and files"
                 )
 
 
@@ -152,13 +153,8 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
     if config.simulate:
         with simulated(plan.shape) as mesh:
-            yield pipeline(
-                config,
-                plan.shape,
-                plan.count,
-                config.data.seq_len,
-                Layout(mesh, rules, compute, reduce),
-            )
+            layout = Layout(mesh, rules, compute, reduce)
+            yield pipeline(config, plan.shape, plan.count, config.data.seq_len, layout)
         return
     kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout_seconds)
     if kind == "cuda":
@@ -170,20 +166,14 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         # (schedules/p2p.py).
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    copied = config.zero == 3 and config.copy_engines == "auto"
-    mesh = build_mesh(
-        plan.shape,
-        kind,
-        backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms))) if copied else None,
-    )
+    group_backends = None
+    if config.zero == 3 and config.copy_engines == "auto":
+        group_backends = backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms)))
+    mesh = build_mesh(plan.shape, kind, group_backends)
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
-    yield on_ranks(
-        pipeline(config, plan.shape, plan.count, config.data.seq_len, layout),
-        mesh,
-        template,
-        timeout,
-    )
+    stages = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout)
+    yield on_ranks(stages, mesh, template, timeout)
     if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

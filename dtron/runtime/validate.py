@@ -47,8 +47,8 @@ def check(
         over = ",".join(f"{a}={n}" for a, n in axes.items())
         how = ", two parts a rank" if mesh.cp > 1 and zigzag else ""
         raise UserError(
-            f"data.seq_len={seq_len} over {over}: tokens are cut over {' and '.join(axes)}{how}, so they "
-            f"must be a multiple of {unit}; use --data.seq-len {-(-seq_len // unit) * unit}"
+            f"data.seq_len={seq_len} over {over}: tokens are cut over {' and '.join(axes)}{how}, "
+            f"so they must be a multiple of {unit}; use --data.seq-len {-(-seq_len // unit) * unit}"
         )
     if -(-model.padded_vocab // mesh.tp) * (mesh.tp - 1) >= model.padded_vocab:
         raise UserError(
@@ -57,8 +57,8 @@ def check(
         )
     if seq_len > model.context:
         raise UserError(
-            f"data.seq_len={seq_len}: longer than model.context={model.context}; use --data.seq-len "
-            f"{model.context} or --model.context {seq_len}"
+            f"data.seq_len={seq_len}: longer than model.context={model.context}; use "
+            f"--data.seq-len {model.context} or --model.context {seq_len}"
         )
 
 
@@ -88,13 +88,15 @@ def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> No
     c = model.moe
     if c.experts and c.capacity_factor and how.moe_dispatch in ("alltoall", "allgather"):
         raise UserError(
-            f"--moe-dispatch {how.moe_dispatch} with model.moe.capacity_factor={c.capacity_factor}: it "
-            "drops nothing; use --moe-dispatch static, or --model.moe.capacity-factor 0"
+            f"--moe-dispatch {how.moe_dispatch} with "
+            f"model.moe.capacity_factor={c.capacity_factor}: it drops nothing; use --moe-dispatch "
+            "static, or --model.moe.capacity-factor 0"
         )
     if c.experts and how.moe_dispatch == "alltoall" and compiles:
         raise UserError(
-            "--moe-dispatch alltoall: how many rows it sends is known only while it runs, so it cannot be "
-            "compiled; use --moe-dispatch allgather, --moe-dispatch static or --compile off"
+            "--moe-dispatch alltoall: how many rows it sends is known only while it runs, so it "
+            "cannot be compiled; use --moe-dispatch allgather, --moe-dispatch static or --compile "
+            "off"
         )
 
 
@@ -119,18 +121,16 @@ def check_fp8(
         )
     recipe = how.recipe(end=False)
     if device != "cpu" and torch.cuda.get_device_capability(device) < recipe.capability:
-        has, needs = (
-            ".".join(map(str, capability))
-            for capability in (torch.cuda.get_device_capability(device), recipe.capability)
-        )
+        capabilities = torch.cuda.get_device_capability(device), recipe.capability
+        has, needs = (".".join(map(str, capability)) for capability in capabilities)
         raise UserError(
-            f"{flag}: {torch.cuda.get_device_name(device)} has compute capability {has}, and the recipe's "
-            f"kernels need {needs}; drop --fp8"
+            f"{flag}: {torch.cuda.get_device_name(device)} has compute capability {has}, and the "
+            f"recipe's kernels need {needs}; drop --fp8"
         )
     if model.layers < 3 and not how.fp8_first_last:
         raise UserError(
-            f"{flag}: the first and the last block stay in high precision, and model.layers={model.layers} "
-            "has no other; use --fp8-first-last, or drop --fp8"
+            f"{flag}: the first and the last block stay in high precision, and "
+            f"model.layers={model.layers} has no other; use --fp8-first-last, or drop --fp8"
         )
     sizes = {
         _sizes(w, model, mesh, tokens, recipe)
@@ -141,8 +141,8 @@ def check_fp8(
     if not any(recipe.converts(*size) for size in sizes):
         raise UserError(
             f"{flag}: no matrix of this model has {how.fp8_min_weights} weights on a rank (at most "
-            f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens multiples of "
-            f"{recipe.multiple}; drop --fp8, or lower --fp8-min-weights"
+            f"{max(i * o for _, i, o in sizes):.0f}), and its sizes and the {tokens} tokens "
+            f"multiples of {recipe.multiple}; drop --fp8, or lower --fp8-min-weights"
         )
     recipe.load()
 
@@ -177,19 +177,16 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
     given = micro_batch is not None
     if not given:
         share = max(1, batch // mesh.data)
-        enough = (
-            2 * mesh.pp if mesh.pp > 1 else 1
-        )  # microbatches; with fewer, a pipeline is mostly idle
-        micro_batch = max(
-            (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough), default=1
-        )
+        enough = 2 * mesh.pp if mesh.pp > 1 else 1  # with fewer, a pipeline is mostly idle
+        sizes = (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough)
+        micro_batch = max(sizes, default=1)
     rows = micro_batch * mesh.data
     if batch % rows:
         step = rows if given else mesh.data
         down, up = batch // step * step, -(-batch // step) * step
         near = up if down == 0 or up - batch < batch - down else down
         raise UserError(
-            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data ranks; "
-            f"use --batch {near}"
+            f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data "
+            f"ranks; use --batch {near}"
         )
     return batch // rows, rows

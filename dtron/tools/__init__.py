@@ -1,1 +1,1 @@
-"""Programs that nobody imports: verify, show, generate, profile."""
+"""Programs: verify, show, generate, profile. No module outside this folder imports them."""

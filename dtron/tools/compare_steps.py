@@ -53,7 +53,7 @@ class Difference:
     grad: float
     weight: float
     state: float = 0.0
-    """of the optimizer's state, the largest error of its trees"""
+    """largest error of the optimizer's state trees"""
 
     def within(self, tolerance: float) -> bool:
         """Whether all errors are within the tolerance; NaN is not."""
@@ -92,7 +92,7 @@ def _table(
 def compare_rounded(
     want: StepResult, one: StepResult, got: StepResult
 ) -> tuple[float, list[Difference]]:
-    """Compare a step in few bits with the step of one device in the same bits, by their distances
+    """Compare a step in few bits with one device's step in the same bits, by the distances of both
     from the step in float64. Return the loss's error and a row for each weight, as ``compare``
     does.
 
@@ -121,9 +121,9 @@ def _rounded(want: Any, one: Any, got: Any) -> Errors:
 
 def _excess(want: Tensor, one: Tensor, got: Tensor, floor: float = 0.0) -> float:
     allowed = ROUNDINGS * (one.double() - want).norm() + FLOOR * want.double().norm().clamp(floor)
-    return (
-        ((got.double() - want).norm() / allowed).item() if allowed else float((got != want).any())
-    )
+    if not allowed:
+        return float((got != want).any())
+    return ((got.double() - want).norm() / allowed).item()
 
 
 def _errors(want: Any, got: Any, share: float) -> Errors:
@@ -141,7 +141,7 @@ def _worst(errors: Iterable[float]) -> float:
 
 
 def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    """Largest difference over the largest value, or over ``floor`` where that is larger."""
+    """Return the largest difference over the largest value, or over ``floor`` if it is larger."""
     if got.shape != want.shape:
         return float("inf")
     gap, scale = (got - want).abs().max().item(), max(want.abs().max().item(), floor)

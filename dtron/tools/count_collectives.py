@@ -44,6 +44,8 @@ _KINDS = {
 
 @dataclass(frozen=True, order=True)
 class Collective:
+    """The key of a count: the kind of a collective and its mesh axis."""
+
     kind: str
     axis: str
 
@@ -80,10 +82,8 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
     def __str__(self) -> str:
-        return (
-            ", ".join(f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items()))
-            or "none"
-        )
+        counts = (f"{n} {c.kind} over {c.axis}" for c, n in sorted(self.count.items()))
+        return ", ".join(counts) or "none"
 
 
 class HiddenCommunication(RuntimeError):
@@ -102,13 +102,13 @@ def no_hidden_communication() -> Iterator[None]:
             raise
         what = str(error).splitlines()[0].partition(" while ")[0]
         raise HiddenCommunication(
-            f"{_own_lines(error)}: DTensor would redistribute an operand of this line by itself; constrain "
-            f"it first, to where the operation needs it ({what})"
+            f"{_own_lines(error)}: DTensor would redistribute an operand of this line by itself; "
+            f"constrain it first, to where the operation needs it ({what})"
         ) from error
 
 
 def _own_lines(error: BaseException) -> str:
-    """The three innermost lines of the traceback outside torch and this module."""
+    """Return the three innermost lines of the traceback outside torch and this module."""
     torch_folder = str(Path(torch.__file__).parent)
     others = (__file__, contextlib.__file__)
     frames = [

@@ -1,8 +1,8 @@
-"""Schedules as pictures, in text and SVG: one line per rank, time to the right.
+"""Draws pipeline schedules in text and SVG: one line per rank, time to the right.
 
-F is blue, B and I are green, W is orange; a rank's second stage is paler than its first, as in the
-papers' figures. A number is the microbatch. Everything is read off a ``Timeline``, so what is drawn
-is what was timed."""
+F is blue, B and I are green, W is orange. A rank's second stage is paler than its first, as in the
+figures of the papers. The number on an action is its microbatch. The input is a ``Timeline``, so
+the picture shows the simulated times."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def colour(action: Action, per_rank: int, ranks: int) -> str:
 
 
 def text(line: Timeline, unit: float | None = None) -> str:
-    """A character grid: ``unit`` of time is one cell of three characters (None: the shortest
-    action)."""
+    """Return a timeline as a character grid.
+
+    ``unit``: the time of one cell of three characters (None: the shortest action)."""
     unit = unit or min(end - start for spans in line.spans for _, start, end in spans)
     rows = []
     for rank, spans in enumerate(line.spans):
@@ -32,16 +33,15 @@ def text(line: Timeline, unit: float | None = None) -> str:
         for a, start, end in spans:
             row = row.ljust(3 * round(start / unit))
             cells = max(1, round((end - start) / unit))
-            row += f"{a.kind}{a.microbatch}".ljust(3)[: 3 * cells].ljust(
-                3 * cells, "-" if cells > 1 else " "
-            )
+            label = f"{a.kind}{a.microbatch}".ljust(3)[: 3 * cells]
+            row += label.ljust(3 * cells, "-" if cells > 1 else " ")
         rows.append(f"rank {rank:<2} {row.rstrip()}")
     return "\n".join(rows)
 
 
 def draw(canvas: Canvas, x: float, y: float, line: Timeline, width: float, longest: float) -> float:
-    """Draw a timeline at (x, y), ``longest`` units of time being ``width`` wide; returns its lower
-    end."""
+    """Draw a timeline at (x, y) and return its lower end. ``longest`` units of time have the width
+    ``width``."""
     scale, height = width / longest, 20
     ranks = len(line.table.rows)
     for rank, spans in enumerate(line.spans):
@@ -57,7 +57,7 @@ def draw(canvas: Canvas, x: float, y: float, line: Timeline, width: float, longe
 
 
 def svg(lines: dict[str, Timeline], width: float = 1180) -> str:
-    """Timelines one below the other, on one scale of time, each with its title."""
+    """Return a picture of several timelines by title, on one scale of time."""
     canvas, y = Canvas(width), 10.0
     longest = max(line.makespan for line in lines.values())
     for title, line in lines.items():

@@ -4,7 +4,8 @@ The activations that a block keeps from forward to backward grow with the sequen
 u = rows * S / cp tokens, of which t = u / tp under sequence parallelism. An element has e bytes:
 
     block, kept whole   e (2 t D + 2 u D + u (2 heads + 2 kv) H / tp + g u F / tp) + 4 u heads / tp
-    selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads / tp
+    selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads /
+    tp
     full                e t D
 
 The terms are: two residuals and two matmul inputs; query, key, value and output of attention, and
@@ -16,7 +17,7 @@ messages. The ring holds two of keys and values and two of their gradients; allg
 values of whole rows and their gradients; ulysses holds its send and receive buffers. The loss holds
 a chunk of logits, and the gradients of its input and of the head.
 
-The terms of attention, and its messages, are those of its mixer (layers/attention.py). A layer with
+The mixer gives the terms of attention and of its messages (layers/attention.py). A layer with
 another mixer has the terms of that mixer instead. In latent attention every head has its own keys,
 and values of another width. In an MoE layer F is the width of the token's routed experts plus the
 shared expert, and each routed expert holds one more copy of the token. If the model has experts,

@@ -1,17 +1,22 @@
-"""``python -m dtron.show --mesh dp=8,tp=4 --model llama3-8b``: where every weight lies, and what that costs.
+"""Shows the placement of every weight on a mesh, and the memory of each rank.
 
-One row per weight (the blocks are alike, so they share rows): its logical axes with the mesh axes
-they fall on, its placement, its whole shape and one rank's, and the bytes one rank holds for it:
+    python -m dtron.show --mesh dp=8,tp=4 --model llama3-8b
 
-    parameters  the master copy, and where the ZeRO stage gathers before the microbatches (0 to 2) a copy in
-                the compute dtype, unless that is the master copy itself
-    gradients   what stays between microbatches: not yet cut over dp and cp in stages 0 and 1
-    optimizer   the optimizer's state: for AdamW two moments in the master's dtype
+The table has one row per weight; equal blocks share rows. A row has the logical axes with the mesh
+axes that shard them, the placement, the whole shape and one rank's shape, and the bytes of one
+rank:
 
-``--svg FILE`` draws the same: the mesh, and each weight of one block cut into the pieces that ranks
-hold. Nothing is allocated and no process is started: placements follow from the rules, so this
-works for a mesh of any size on any machine. A second table has the activations of one row of a
-sequence, by its length; see tools/memory_estimate.py.
+    parameters  the master weight. ZeRO stages 0 to 2 gather before the microbatches, so there is
+                also a copy in the compute dtype, unless the master weight itself serves as the copy
+    gradients   the gradients kept between microbatches; stages 0 and 1 do not shard them over dp
+                and cp
+    optimizer   the optimizer's state; for AdamW two moments in the master's dtype
+
+A second table has the memory of activations by sequence length, for one row per data rank; see
+tools/memory_estimate.py. ``--svg FILE`` draws the mesh, and the shards of each weight of one block.
+
+Placements follow from the rules. So nothing is allocated and no process is started, and any machine
+can show a mesh of any size.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +36,12 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Transformer, declare_model
+from dtron.model.transformer import Block, Transformer, declare_model
 from dtron.params import WeightSpec, flat
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
-from dtron.tools.drawing import Canvas, draw_mesh, draw_tensor
+from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
 from dtron.training.optim_config import OptimConfig, build_optimizer
 from dtron.training.pipeline import cut, layers_per_stage
@@ -46,26 +51,28 @@ Placements = tuple
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """Show where every weight of a model lies on a mesh, and the memory it takes on each rank."""
+    """Show the placement of every weight on a mesh, and the memory of each rank."""
 
     mesh: str = "dp=2,tp=2"
-    """how the ranks are arranged, as dp=8,tp=4"""
+    """axes of the mesh, as dp=8,tp=4"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of computation; master weights, gradients and optimizer are float32"""
+    """compute dtype; master weights, gradients and optimizer state are float32"""
     cp_method: Method = "ring"
-    """attention over cp, for its messages"""
+    """method of attention over cp; the estimate counts its messages"""
     svg: str | None = None
-    """also draw the mesh and one block, to this file"""
+    """also draw the mesh and one block into this file"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight, or ``count`` alike: shapes in elements, the rest in bytes on the rank that holds
-    most."""
+    """One weight, or ``count`` weights with equal rows.
+
+    ``shape``, ``local``: the shape of the whole weight, and of the largest shard.
+    ``params``, ``grads``, ``optimizer``: bytes on the rank that holds most."""
 
     path: str
     count: int
@@ -79,10 +86,14 @@ class Row:
 
 
 def named_axes(w: WeightSpec, shape: MeshShape, zero: int) -> str:
-    """``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that cut it here."""
+    """Return ``[embed@dp, mlp@tp]``: each logical axis with the mesh axes that shard it."""
     rules = rules_for(zero)
-    cut = lambda axis: "+".join(a for a in rules[axis] if shape.parts(a) > 1)
-    return "[" + ", ".join(f"{axis}@{cut(axis)}" if cut(axis) else axis for axis in w.axes) + "]"
+
+    def named(axis: str) -> str:
+        sharded_by = "+".join(a for a in rules[axis] if shape.parts(a) > 1)
+        return f"{axis}@{sharded_by}" if sharded_by else axis
+
+    return "[" + ", ".join(map(named, w.axes)) + "]"
 
 
 def local_shape(
@@ -91,10 +102,9 @@ def local_shape(
     placements: Placements,
     coordinate: Sequence[int],
 ) -> tuple[int, ...]:
-    """The shape that the rank at ``coordinate`` holds."""
-    return tuple(
-        stop - start for start, stop in local_range(whole, mesh_sizes, placements, coordinate)
-    )
+    """Return the shape of the shard on the rank at ``coordinate``."""
+    ranges = local_range(whole, mesh_sizes, placements, coordinate)
+    return tuple(stop - start for start, stop in ranges)
 
 
 def local_range(
@@ -103,8 +113,8 @@ def local_range(
     placements: Placements,
     coordinate: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is cut as DTensor cuts
-    it: into parts of ``ceil(size / n)``, of which the last ranks may have less or nothing."""
+    """Return ``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is sharded as in
+    DTensor: into shards of ``ceil(size / n)``; the last ranks may have less or nothing."""
     ranges = [(0, size) for size in whole]
     for n, placement, i in zip(mesh_sizes, placements, coordinate, strict=True):
         if placement.is_shard():
@@ -130,41 +140,45 @@ def rows(
     ``optim``: the optimizer whose state is counted (None: the default one)."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     axes, sizes = list(atoms), list(atoms.values())
-    first = [0] * len(axes)  # the first rank's part is never smaller than another's
+    first = [0] * len(axes)  # the first rank's shard is never smaller than another rank's
     found, optimizer = [], build_optimizer(optim or OptimConfig())
     for w, path, count in _grouped(spec or declare_model(model)):
-        lies = place(rules_for(zero), axes, *w.axes)
+        placements = place(rules_for(zero), axes, *w.axes)
         gathered = place(rules_for(0), axes, *w.axes)
-        held, held_gathered = (local_shape(w.shape, sizes, p, first) for p in (lies, gathered))
-        n, n_gathered = math.prod(held), math.prod(held_gathered)
+        local = local_shape(w.shape, sizes, placements, first)
+        n = math.prod(local)
+        n_gathered = math.prod(local_shape(w.shape, sizes, gathered, first))
         copies = n_gathered * compute if zero < 3 and (compute != master or n != n_gathered) else 0
+        shown = (f"{axis}: {_short(p)}" for axis, p in zip(axes, placements, strict=True))
         found.append(
             Row(
-                path,
-                count,
-                named_axes(w, shape, zero),
-                "(" + ", ".join(f"{a}: {_short(p)}" for a, p in zip(axes, lies, strict=True)) + ")",
-                w.shape,
-                held,
-                count * (n * master + copies),
-                count * master * (n_gathered if zero < 2 else n),
-                count * optimizer.state_bytes(w, held, master),
+                path=path,
+                count=count,
+                axes=named_axes(w, shape, zero),
+                placement=f"({', '.join(shown)})",
+                shape=w.shape,
+                local=local,
+                params=count * (n * master + copies),
+                grads=count * master * (n_gathered if zero < 2 else n),
+                optimizer=count * optimizer.state_bytes(w, local, master),
             )
         )
     return found
 
 
 def _grouped(spec: Transformer) -> list[tuple[WeightSpec, str, int]]:
-    """Every weight, those of blocks that follow each other and are alike once for all of them."""
-    kind = lambda block: [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
+    """Return ``(weight, path, count)`` of every weight. Consecutive equal blocks share their
+    entries."""
+
+    def kind(block: Block) -> list[tuple[str, tuple[int, ...]]]:
+        return [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
+
     runs = [list(run) for _, run in groupby(spec.blocks, kind)]
     found, firsts = {}, []
     for run in runs:
         first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
-        old, new = (
-            f"blocks.{first}.",
-            f"blocks.{first}-{last}." if first != last else f"blocks.{first}.",
-        )
+        old = f"blocks.{first}."
+        new = f"blocks.{first}-{last}." if first != last else old
         found |= {w.path: (w.path.replace(old, new, 1), len(run)) for w in flat(run[0])}
         firsts.append(run[0])
     shown = flat(replace(spec, blocks=tuple(firsts)))
@@ -176,11 +190,12 @@ def _short(placement) -> str:
 
 
 def total(found: Sequence[Row]) -> tuple[int, int, int]:
-    """Bytes on one rank: parameters, gradients, optimizer."""
+    """Return the bytes on one rank: parameters, gradients, optimizer state."""
     return tuple(sum(getattr(r, name) for r in found) for name in ("params", "grads", "optimizer"))
 
 
 def table(found: Sequence[Row], title: str) -> Table:
+    """Return the table of weights, with a row of totals."""
     out = Table(title=title)
     for name in ("weight", "axes", "placement", "shape", "on one rank"):
         out.add_column(name, overflow="fold")
@@ -200,30 +215,24 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
-    """SVG of the mesh and of every weight of one block, cut into the pieces that ranks hold."""
+    """Return an SVG of the mesh, and of the shards of every weight of one block."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     axes, sizes = list(atoms), list(atoms.values())
     canvas = Canvas(940)
     canvas.text(20, 28, f"mesh {shape}: {shape.size} ranks", bold=True, size=16)
     y = draw_mesh(canvas, 20, 50, shape)
-    canvas.text(
-        20,
-        y + 30,
-        f"one block of {model.layers}, zero {zero}: who holds which part",
-        bold=True,
-        size=16,
-    )
+    title = f"one block of {model.layers}, zero {zero}: who holds which part"
+    canvas.text(20, y + 30, title, bold=True, size=16)
     y, x, lowest = y + 50, 20, 0
     for w in flat(declare_model(model).blocks[-1]):
-        lies = place(rules_for(zero), axes, *w.axes)
-        pieces = [
-            (rank, local_range(w.shape, sizes, lies, coordinate))
+        placements = place(rules_for(zero), axes, *w.axes)
+        shards = [
+            (rank, local_range(w.shape, sizes, placements, coordinate))
             for rank, coordinate in coordinates(sizes)
         ]
         name = w.path.split(".", 2)[2]
-        width, height = draw_tensor(
-            canvas, x, y, name, named_axes(w, shape, zero), w.shape, pieces, shape
-        )
+        tensor = TensorPicture(name, named_axes(w, shape, zero), w.shape, shards)
+        width, height = draw_tensor(canvas, x, y, tensor, shape)
         lowest, x = max(lowest, y + height), x + width + 30
         if x > 740:
             x, y = 20, lowest + 20
@@ -231,13 +240,8 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
 
 
 def coordinates(sizes: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """``(rank, coordinate)`` of every rank, the last axis fastest."""
-    return [
-        (rank, tuple(int(i) for i in torch.unravel_index(torch.tensor(rank), tuple(sizes) or (1,))))
-        if sizes
-        else (0, ())
-        for rank in range(math.prod(sizes))
-    ]
+    """Return ``(rank, coordinate)`` of every rank, in row-major order."""
+    return list(enumerate(product(*map(range, sizes))))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -253,7 +257,7 @@ def main(argv: Sequence[str]) -> int:
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, 150))  # nobody wants a table wrapped in a file
+        console = Console(width=max(console.width, 150))  # so that a file has no wrapped tables
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = cut(config.model, layers), 0
     for number, spec in enumerate(stages):
@@ -262,10 +266,9 @@ def main(argv: Sequence[str]) -> int:
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
         most = max(most, sum(total(found)))
+    seq_lens = memory_estimate.seq_lens(unit)
     console.print(
-        memory_estimate.table(
-            config.model, shape, config.cp_method, layers, most, memory_estimate.seq_lens(unit)
-        )
+        memory_estimate.table(config.model, shape, config.cp_method, layers, most, seq_lens)
     )
     console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
@@ -280,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rules_line(shape: MeshShape, model: ModelConfig) -> str:
-    """The rows that this model uses and this mesh cuts by."""
+    """Return the rules that this model uses and that shard on this mesh."""
     used = {a for w in flat(declare_model(model)) for a in w.axes} | {"tokens", "tokens_sp"}
     used |= {"tokens_ep"} if "experts" in used else set()
     live = {k: [a for a in v if shape.parts(a) > 1] for k, v in RULES.items() if k in used}

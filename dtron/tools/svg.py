@@ -1,5 +1,7 @@
-"""Small SVG pictures. An SVG is text, so no library is needed to write one, and a figure that is
-drawn from live objects can be compared with the committed one by a test."""
+"""Writes small SVG pictures.
+
+An SVG is text. So no library is needed, and a test can compare a figure that is drawn from live
+objects with the committed figure."""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ INK, PAPER, FAINT, MANY = "#222", "#fff", "#777", "#ddd"
 
 
 class Canvas:
-    """Collects shapes; as tall as what was drawn. Units are pixels, y grows downwards."""
+    """A picture of a given width, as tall as its shapes. Units are pixels; y grows downwards."""
 
     def __init__(self, width: float):
         self._width, self._height, self._parts = width, 0.0, []
@@ -43,12 +45,9 @@ class Canvas:
         self._add(y + 4, f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
 
     def arrow(self, x: float, y: float, length: float) -> None:
-        """To the right from (x, y)."""
-        end = x + length
-        self._add(
-            y + 4,
-            f'<path d="M{x:.1f} {y:.1f}H{end:.1f}m-6 -4l6 4l-6 4" fill="none" stroke="{INK}"/>',
-        )
+        """Draw an arrow from (x, y) to the right."""
+        path = f"M{x:.1f} {y:.1f}H{x + length:.1f}m-6 -4l6 4l-6 4"
+        self._add(y + 4, f'<path d="{path}" fill="none" stroke="{INK}"/>')
 
     def line(self, points: list[tuple[float, float]], colour: str) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -56,6 +55,7 @@ class Canvas:
         self._add(max(y for _, y in points), f"<polyline {box}/>")
 
     def svg(self) -> str:
+        """Return the picture as SVG text."""
         height = self._height + 16
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self._width:g} {height:.0f}" '

@@ -48,21 +48,19 @@ from dtron.training.pipeline import pipeline
 
 
 def on_one_device(config: RunConfig) -> RunConfig:
-    """The same step without a pipeline. An auxiliary loss depends on the tokens of a microbatch.
-    With such a loss, the microbatches are the same too."""
+    """Return the config of the same step without a pipeline. An auxiliary loss depends on the
+    tokens of a microbatch. With such a loss, the microbatches are the same too."""
     config = replace(config, pipeline=PipelineConfig())
     if not config.model.moe.aux_loss:
         return config
-    return replace(
-        config,
-        micro_batch=microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))[1],
-    )
+    _, rows = microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))
+    return replace(config, micro_batch=rows)
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Prove that one optimizer step on a mesh is that of one device, in float64, on simulated
-    ranks."""
+    """Prove that one optimizer step on a mesh has the result of one device, in float64, on
+    simulated ranks."""
 
     mesh: str = "dp=2,tp=2"
     """the mesh to prove, as dp=2,tp=2,pp=2"""
@@ -75,7 +73,7 @@ class VerifyConfig:
     seq_len: int = 32
     """tokens per sequence"""
     document_mask: bool = False
-    """several documents in a sequence, which attend within themselves only"""
+    """several documents in a sequence; tokens attend within their document only"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations computed again in backward"""
     cp_method: Method = "ring"
@@ -89,15 +87,15 @@ class VerifyConfig:
     dtype: Literal["float64", "bfloat16"] = "float64"
     """bfloat16: compute as training does, with NaN in memory that no kernel has written"""
     compile: bool = False
-    """take the compiled step, on processes that are started here, one a rank"""
+    """take the compiled step; the command starts a process for each rank"""
     seed: int = 0
-    """of weights and batch"""
+    """random seed of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def run(self) -> RunConfig:
-        """The training run whose step is taken."""
+        """Return the config of the training run whose step is taken."""
         shape = MeshShape.parse(self.mesh)
         micro_batch = self.micro_batch or (2 if shape.pp == 1 else 1)
         count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # odd, and fills any pipeline
@@ -147,9 +145,8 @@ def main(argv: Sequence[str]) -> int:
     ):
         if not result.finite:
             why = first_nonfinite(run, ranks, dtype) or result.first_nonfinite
-            console.print(
-                f"{name}: the step of {where} is not finite; {why}", markup=False, soft_wrap=True
-            )
+            text = f"{name}: the step of {where} is not finite; {why}"
+            console.print(text, markup=False, soft_wrap=True)
             return 1
     loss_error, rows = compare(want, got) if exact else compare_rounded(want, one, got)
     console.print(_error_table(shape, config, loss_error, rows, limit))
@@ -160,13 +157,13 @@ def main(argv: Sequence[str]) -> int:
         within = f"to {TOLERANCE:.0e}" if exact else f"within the rounding of {flags.dtype}"
         console.print(f"{name}: the same result as one device, {within}", soft_wrap=True)
         return 0
-    what = (
-        f"{wrong.path} (gradient {wrong.grad:.1e}, weight {wrong.weight:.1e}, state {wrong.state:.1e})"
-        if wrong
-        else f"loss {loss_error:.1e}"
-    )
-    console.print(f"{name}: differs from one device, first in {what}", soft_wrap=True)
+    first = f"loss {loss_error:.1e}" if wrong is None else _described(wrong)
+    console.print(f"{name}: differs from one device, first in {first}", soft_wrap=True)
     return 1
+
+
+def _described(d: Difference) -> str:
+    return f"{d.path} (gradient {d.grad:.1e}, weight {d.weight:.1e}, state {d.state:.1e})"
 
 
 def first_nonfinite(config: RunConfig, shape: MeshShape, dtype: torch.dtype) -> str | None:

@@ -1,5 +1,4 @@
-"""One optimizer step on random tokens, as ``dtron.verify`` takes it: on one device or on simulated
-ranks."""
+"""One optimizer step on random tokens, for ``dtron.verify``, on one device or simulated ranks."""
 
 from __future__ import annotations
 
@@ -70,18 +69,20 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
 def one_step(
     config: RunConfig,
     shape: MeshShape,
-    mutate: Callable[[Layout], Layout] = lambda x: x,
+    mutate: Callable[[Layout], Layout] | None = None,
     dtype: torch.dtype = torch.float64,
-    watch: Watch = lambda weights: nullcontext(),
+    watch: Watch = nullcontext,
 ) -> StepResult:
     """Take the step of ``config`` on simulated ranks (``MeshShape()`` is one device).
 
-    ``dtype``: in which to compute. Below float32 the master weights are in float32, and unwritten
-        memory is poisoned.
+    ``mutate``: changes the layout, for mutants of tests.
+    ``dtype``: compute dtype. Below float32 the master weights are in float32, and unwritten memory
+    is poisoned.
     ``watch``: makes a context for the step from pairs of a path and a weight."""
     plan = plan_of(config, shape, dtype)
     with simulated(shape) as mesh:
-        layout = mutate(Layout(mesh, rules_for(config.zero), compute=compute_copies_in(dtype)))
+        layout = Layout(mesh, rules_for(config.zero), compute=compute_copies_in(dtype))
+        layout = layout if mutate is None else mutate(layout)
         pipe = pipeline(config, shape, plan.count, config.data.seq_len, layout)
         counter = CollectiveCounter(mesh)
 
@@ -91,10 +92,14 @@ def one_step(
                 yield
 
         def whole(trees: Any) -> Any:
-            return pipe.whole(trees, lambda x: full(x).clone())
+            return pipe.whole(trees, _unsharded)
 
         step = build_step(config, plan, pipe, wrap=_guarded)
         return replace(take_step(config, step, plan, whole, around), collectives=counter)
+
+
+def _unsharded(x: Tensor) -> Tensor:
+    return full(x).clone()
 
 
 def compute_copies_in(dtype: torch.dtype) -> torch.dtype | None:
@@ -114,7 +119,7 @@ def take_step(
     step: TrainStep,
     plan: RunPlan,
     whole: Callable[[Any], Any],
-    around: Watch = lambda weights: nullcontext(),
+    around: Watch = nullcontext,
 ) -> StepResult:
     """Draw weights and a batch, and take the step with them. Unwritten memory is poisoned if the
     step computes in fewer bits than float32.

@@ -105,4 +105,4 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, capsys, text, part)
 
 
 def test_the_cases_of_the_page_can_be_read(tmp_path):
-    assert sum(map(len, cases.read(ROOT / "bench" / "cases.txt", tmp_path, 2))) > 20
+    assert sum(map(len, cases.read(ROOT / "bench" / "results" / "cases.txt", tmp_path, 2))) > 20

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtron.data import Documents, Prefetch, get_tokenizer
-from dtron.data.best_fit_packing import Fitted, best_fit, cut
+from dtron.data.best_fit_packing import Fitted, TokenizedDocuments, best_fit, split_into_segments
 from dtron.data.indexed import Indexed
 from dtron.data.sources import Chunks, Mixed, Packed, Rows
 from dtron.data.stream import Stream
@@ -53,12 +53,12 @@ def stream(tmp_path_factory):
 
 
 def fitted(data: Indexed, learn=None, shuffle=True) -> Fitted:
-    return Fitted(data.tokens, data.starts, data.lengths, 8, 3, learn, shuffle)
+    return Fitted(TokenizedDocuments(data.tokens, data.starts, data.lengths, learn), 8, 3, shuffle)
 
 
 KINDS = {
     "chunks": lambda data, _: Chunks(data.tokens, 8, 3, 5, True),
-    "packed": lambda data, _: Packed(data, 2, 50, 8, 3, 30, 99, True),
+    "packed": lambda data, _: Packed(data, range(2, 50), 8, 3, 30, 99, True),
     "fitted": lambda data, _: fitted(data, np.arange(len(data.tokens)) % 3 > 0),
     "streamed": lambda _, stream: Stream(*stream, 8, True, 4),
     "held": lambda _, stream: Stream(*stream, 8, True, 0, 4),
@@ -87,14 +87,14 @@ def test_the_property_catches_a_source_with_a_memory(indexed, stream):
             return super().rows(self.seen - count, count)
 
     with pytest.raises(AssertionError):
-        is_pure(lambda: Forgetful(indexed, 0, 60, 8, 3, 30, 99, True), 5, [3, 4])
+        is_pure(lambda: Forgetful(indexed, range(60), 8, 3, 30, 99, True), 5, [3, 4])
 
 
 def test_sources_have_digests_of_their_own(indexed, stream):
     make = [KINDS[kind](indexed, stream).digest() for kind in KINDS]
     others = [
-        Packed(indexed, 2, 51, 8, 3, 30, 99, True).digest(),
-        Packed(indexed, 2, 50, 9, 3, 30, 99, True).digest(),
+        Packed(indexed, range(2, 51), 8, 3, 30, 99, True).digest(),
+        Packed(indexed, range(2, 50), 9, 3, 30, 99, True).digest(),
         Mixed(
             [KINDS["packed"](indexed, stream), KINDS["chunks"](indexed, stream)], [0.5, 0.5]
         ).digest(),
@@ -125,7 +125,7 @@ def test_rows_are_stretches_of_the_line_of_documents(
     first = np.cumsum(lengths) - lengths
     documents = [np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)]
     data = write(tmp_path_factory.mktemp("p") / "c", documents)
-    source = Packed(data, 0, len(data), seq_len, seed, samples, 999, True, shuffle)
+    source = Packed(data, range(len(data)), seq_len, seed, samples, 999, True, shuffle)
     order = source._made(0)
     line = np.concatenate([documents[d] for d in order.documents])
     begins = np.isin(np.arange(len(line)), order.ends)
@@ -142,12 +142,12 @@ def test_rows_are_stretches_of_the_line_of_documents(
             rows.positions[row], places - np.maximum.accumulate(np.where(inner, places, 0))
         )
     if shuffle:  # a longer run goes on in another order, of the next seed
-        other = Packed(data, 0, len(data), seq_len, seed + 1, samples, 999, True)
+        other = Packed(data, range(len(data)), seq_len, seed + 1, samples, 999, True)
         assert same(source.rows(len(order), 3), other.rows(0, 3))
 
 
 def test_ids_above_the_vocabulary_are_refused_when_read(indexed):
-    packed = Packed(indexed, 0, 60, 8, 0, 10, 50, False)
+    packed = Packed(indexed, range(60), 8, 0, 10, 50, False)
     one_line(lambda: packed.rows(0, 40), "c.bin", "token id", "0 to 49", "--model.vocab")
     low = fitted(indexed)
     low.vocab = 50
@@ -161,7 +161,7 @@ def test_samples_and_restarted_positions_are_those_of_gpt_dataset(megatron, tmp_
     write(tmp_path / "c", [[*random.integers(1, 5000, n), 0] for n in random.integers(0, 60, 3000)])
     want = theirs(megatron, tmp_path / "c", "95,5", 32, 3100, 11, reset=True)
     data = Indexed(tmp_path / "c")
-    source = Packed(data, 0, 2850, 32, 11, 3100, 5000, True)
+    source = Packed(data, range(2850), 32, 11, 3100, 5000, True)
     rows = source.rows(0, 3100)
     causal = np.tri(32, dtype=bool)
     for i in range(0, 3100, 3):
@@ -206,8 +206,8 @@ def test_every_token_but_a_first_is_a_target_once(lengths, seq_len):
         return
     starts = np.cumsum(lengths) - lengths
     tokens = np.arange(lengths.sum())
-    source = Fitted(tokens, starts, lengths, seq_len, 0)
-    _, pieces = cut(starts, lengths, seq_len)
+    source = Fitted(TokenizedDocuments(tokens, starts, lengths), seq_len, 0)
+    _, pieces = split_into_segments(starts, lengths, seq_len)
     assert pieces.min() >= 2 and pieces.max() <= seq_len + 1
     rows = source.rows(0, len(source))
     targets = rows.tokens[:, 1:][rows.counted]
@@ -230,7 +230,7 @@ def test_documents_in_a_row_are_marked_and_restart(indexed):
 
 
 def test_rows_that_only_fill_up_do_not_count(indexed):
-    rows = Packed(indexed, 0, 60, 8, 0, 10, 99, True).rows(0, 3)
+    rows = Packed(indexed, range(60), 8, 0, 10, 99, True).rows(0, 3)
     more = rows.filled(4)
     assert more.tokens.shape == (4, 9) and more.valid == rows.valid == 24
     assert more.filled(2) is more and not more.counted[3].any() and more.counted[:3].all()

@@ -164,7 +164,7 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_gives_the_bits_of_eager(name):
     """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
-    with it as rounded as eager has it (tests/gpu/test_fp8.py has that). Needs a C++ compiler."""
+    with it as rounded as eager has it (tests/gpu/fp8/test_matmul.py has that). Needs a C++ compiler."""
     recipe, g = replace(RECIPES[name], min_weights=0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)

@@ -19,8 +19,8 @@ from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
+from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.run_directory import export_run
-from dtron.tools.generate import generate
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 from tests.helpers.hf_models import FAMILIES, folder, model
@@ -121,7 +121,7 @@ def test_greedy_text(name):
     prompts = [torch.randint(61, (n,), generator=g).tolist() for n in (11, 4)]
     params = (source.load(declare_model(source.model), ONE),)
     pipe = one_stage(source.model, 1, ONE)
-    got = generate(params, prompts, 64, source.model, pipe, temperature=0)
+    got = generate(params, prompts, 64, source.model, pipe, Sampling(temperature=0))
     for prompt, ids in zip(prompts, got, strict=True):
         want = model(name).generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,

@@ -24,12 +24,12 @@ from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.validate import check, sequence_unit
 from dtron.testing import assert_caught, meshes
 from dtron.tools import verify_step
 from dtron.tools.compare_steps import StepResult, compare
 from dtron.tools.count_collectives import Collective
-from dtron.tools.generate import generate
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
 from dtron.training.pipeline import one_stage
@@ -341,7 +341,7 @@ def generated_on_pool(mesh: str) -> list[list[int]]:
     layout = Layout(build_mesh(shape, "cpu"))
     pipe = one_stage(CP_MODEL, 1, layout)
     params = init(pipe.spec, CP_MODEL.dims(), 0, layout, torch.float64)
-    return generate(params, PROMPTS, 6, CP_MODEL, pipe, 0)
+    return generate(params, PROMPTS, 6, CP_MODEL, pipe, Sampling(0))
 
 
 @pytest.mark.xdist_group("pool")
@@ -349,7 +349,7 @@ def test_generation_over_cp_says_what_one_device_says(pool):
     """Where cp cuts rows, of which there are fewer than ranks."""
     pipe = one_stage(CP_MODEL, 1, Layout())
     params = init(pipe.spec, CP_MODEL.dims(), 0, Layout(), torch.float64)
-    want = generate(params, PROMPTS, 6, CP_MODEL, pipe, 0)
+    want = generate(params, PROMPTS, 6, CP_MODEL, pipe, Sampling(0))
     assert len(set(want[0])) > 4 and pool.run(generated_on_pool, "dp=2,cp=2") == [want] * 4
 
 

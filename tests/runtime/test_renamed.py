@@ -98,9 +98,8 @@ PROGRAMS = [
     ("pipeline", "split", "--split 9,9", "--pipeline.layers 9,9"),
     ("context", "sequences", "--sequences 64 128", "--seq-lens 64"),
     ("context", "timeout", "--timeout 60", "--timeout-seconds 60"),
-    ("experts", "dispatch", "--dispatch static", "--moe-dispatch static"),
-    ("latent", "sequence", "--sequence 64", "--seq-len 64"),
-    ("blocks", "sequence", "--sequence 64", "--seq-len 64"),
+    ("kernels/experts", "dispatch", "--dispatch static", "--moe-dispatch static"),
+    ("kernels/latent", "sequence", "--sequence 64", "--seq-len 64"),
 ]
 
 # Numbers in metrics.jsonl, and what only benchmarks print.
@@ -122,8 +121,8 @@ def program(name: str):
     folder = str(ROOT / "bench")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    module = module_from_spec(spec)
+    spec = spec_from_file_location(f"bench_{Path(name).name}", ROOT / "bench" / f"{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 

@@ -23,7 +23,8 @@ from dtron.runtime.cli import load, parse
 from dtron.runtime.exit import run_cli
 from dtron.runtime.launch import plan_run
 from dtron.runtime.metrics import Metrics, Throughput
-from dtron.tools.profile import breakdown, read
+from dtron.runtime.time_breakdown import breakdown
+from dtron.runtime.trace import read
 from tests.helpers import dying
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Ranks
@@ -340,7 +341,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher
         f"--run-dir={run_dir}",
     )
     if launcher:
-        done = torchrun(*pipe, program="tests/helpers/dying.py", DIES=dies, HOW=how)
+        done = torchrun(*pipe, program="tests/helpers/helpers/dying.py", DIES=dies, HOW=how)
         code, said = done.returncode, done.stderr
     else:
         ranks = Ranks(

@@ -23,8 +23,9 @@ from dtron.params import init, tree_map
 from dtron.rules import rules_for
 from dtron.runtime import cli
 from dtron.runtime.config import ModelConfig, RunConfig
+from dtron.runtime.generation import Decoder, Sampling, draw_tokens, generate
 from dtron.testing import meshes
-from dtron.tools.generate import Decoder, check_sampling, generate, main, pick
+from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 from tests.helpers.texts import one_line
@@ -103,7 +104,8 @@ PROMPTS = texts(5, 2, 7)  # here, because simulated ranks would draw each their 
 
 
 def greedy(m: ModelConfig, params, pipe, ends=frozenset(), **options) -> list[list[int]]:
-    return generate(params, PROMPTS, 12, m, pipe, ends=ends, **{"temperature": 0.0, **options})
+    sampling = Sampling(**{"temperature": 0.0, **options})
+    return generate(params, PROMPTS, 12, m, pipe, sampling, ends=ends)
 
 
 def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list[list[int]]:
@@ -188,7 +190,7 @@ def test_only_the_likeliest_are_drawn(seed, top_p, temperature):
     """The fewest tokens that together have the probability."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(40, 9, generator=g) * 2
-    drawn = pick(logits, temperature, top_p, g)
+    drawn = draw_tokens(logits, Sampling(temperature, top_p), g)
     odds = (logits / temperature).softmax(-1)
     for row, token in zip(odds, drawn, strict=True):
         likelier = row[row > row[token]].sum()
@@ -198,7 +200,11 @@ def test_only_the_likeliest_are_drawn(seed, top_p, temperature):
 def test_draws_follow_the_odds():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
     g = torch.Generator().manual_seed(0)
-    share = lambda **o: torch.bincount(pick(logits, generator=g, **o), minlength=3) / 20_000
+
+    def share(**options) -> torch.Tensor:
+        drawn = draw_tokens(logits, Sampling(**options), g)
+        return torch.bincount(drawn, minlength=3) / 20_000
+
     torch.testing.assert_close(
         share(temperature=1.0, top_p=1.0), torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0
     )

@@ -16,18 +16,10 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from dtron.runtime.exit import run_cli
+from dtron.runtime.profiler import Recorder
+from dtron.runtime.time_breakdown import ORDER, Breakdown, breakdown, top
+from dtron.runtime.trace import Span, classify, read, spans_of
 from dtron.tools import profile
-from dtron.tools.profile import (
-    ORDER,
-    Breakdown,
-    Recorder,
-    Span,
-    breakdown,
-    classify,
-    read,
-    spans_of,
-    top,
-)
 from tests.helpers.paths import ROOT
 
 

@@ -1,11 +1,10 @@
-"""Time one layer of experts and its parts on one GPU, compiled, forward and backward; one JSON
-line.
+"""Time one MoE layer and its parts on one GPU: compiled, forward and backward. Prints one line.
 
-    python bench/experts.py --model bench-moe --tokens 8192
+    python bench/kernels/experts.py --model bench-moe --tokens 8192
 
-``products`` are the grouped matrix products alone, on rows that are sorted already; ``router`` is
-what makes scores and chooses. What the layer takes beyond these two is permutation: sorting,
-copying tokens to rows, and adding results up. Needs torch and numpy alone."""
+``products`` are the grouped matmuls alone, on rows that are sorted by expert already. ``router``
+computes scores and chooses experts. The rest of the layer's time is ``permutation``: sorting,
+copying tokens to rows, and adding up results. Needs torch and numpy, nothing else."""
 
 from __future__ import annotations
 
@@ -13,15 +12,14 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout
 from dtron.model.presets import preset
@@ -38,10 +36,11 @@ def main(argv: list[str]) -> int:
     m, device, layout = preset(o.model), o.device, Layout()
     c, dims = m.moe, m.dims()
     dtype = torch.bfloat16
-    p = tree_map(
-        lambda w: w.to(dtype).requires_grad_(),
-        init(declare(MoELayer, dims), dims, 0, layout, device=device),
-    )
+
+    def leaf(w: Tensor) -> Tensor:
+        return w.to(dtype).requires_grad_()
+
+    p = tree_map(leaf, init(declare(MoELayer, dims), dims, 0, layout, device=device))
     x = torch.randn(o.tokens, m.embed, device=device).to(dtype).requires_grad_()
     place = torch.arange(o.tokens, device=device)
     seen = TokenInfo(place >= 0, torch.zeros_like(place), 1, place)
@@ -65,19 +64,23 @@ def main(argv: list[str]) -> int:
     peak = peak_tflops(device)
     tflops = flops / ms["products"] / 1e9
     report = {
-        "model": o.model, "tokens": o.tokens, "moe_dispatch": o.moe_dispatch, "fp8": o.fp8,
+        "model": o.model,
+        "tokens": o.tokens,
+        "moe_dispatch": o.moe_dispatch,
+        "fp8": o.fp8,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         **{f"{name}_ms": round(t, 3) for name, t in ms.items()},
         "permutation_ms": round(ms["layer"] - ms["router"] - ms["products"], 3),
-        "products_tflops": round(tflops, 1), "products_mfu": round(tflops / peak, 3) if peak else None,
-    }  # fmt: skip
+        "products_tflops": round(tflops, 1),
+        "products_mfu": round(tflops / peak, 3) if peak else None,
+    }
     print(json.dumps(report))
     return 0
 
 
 def seconds(fn: Callable, p: MoELayer, x: Tensor, repeats: int) -> float:
-    """Of forward and backward, compiled; the median."""
+    """Return the median seconds of forward and backward, compiled."""
     fn = torch.compile(fn, fullgraph=True, dynamic=False)
     step = partial(_step, fn, p, x)
     for _ in range(3):
@@ -96,8 +99,6 @@ def seconds(fn: Callable, p: MoELayer, x: Tensor, repeats: int) -> float:
 
 
 def _clocked(step: Callable) -> float:
-    import time
-
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -109,10 +110,10 @@ def _step(fn: Callable, p: MoELayer, x: Tensor) -> None:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    p = Parser(description="Time one layer of experts and its parts; one JSON line.")
-    p.add_argument("--model", default="bench-moe", help="a preset with experts")
+    p = Parser(description="Time one MoE layer and its parts; one JSON line.")
+    p.add_argument("--model", default="bench-moe", help="name of a preset with experts")
     p.add_argument("--moe-dispatch", default="auto")
-    p.add_argument("--fp8", action="store_true", help="products in FP8, of any size")
+    p.add_argument("--fp8", action="store_true", help="matmuls in FP8, of any size")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--repeats", type=int, default=20)

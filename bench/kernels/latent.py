@@ -1,10 +1,10 @@
-"""Kernels of attention where values are narrower than keys: as they are, and padded to the keys'
-width.
+"""Time attention kernels with values that are narrower than keys, unpadded and padded.
 
-    python bench/latent.py --batch 2 --heads 16 --seq-len 4096
+    python bench/kernels/latent.py --batch 2 --heads 16 --seq-len 4096
 
-A JSON line for each: forward and backward in TFLOP/s of causal attention (half of the square,
-unpadded widths), or why a kernel refused. Needs a GPU, and nothing but torch.
+Prints one JSON line for each kernel: TFLOP/s of causal attention in forward and in backward, or the
+reason why the kernel refused. FLOPs count half of the square, and unpadded widths. Needs a GPU and
+torch, nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,11 @@ def kernels(seq_len: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor
         return run
 
     mask = with_blocks(AttentionMask(seq_len), None, torch.device("cuda"))
-    return {name: sdpa(backend) for name, backend in BACKENDS.items()} | {
-        "flex": lambda q, k, v: attention_flex(q, k, v, None, None, mask)
-    }
+
+    def flex(q, k, v):
+        return attention_flex(q, k, v, None, None, mask)
+
+    return {name: sdpa(backend) for name, backend in BACKENDS.items()} | {"flex": flex}
 
 
 def seconds(fn: Callable[[], object], repeats: int = 20) -> float:
@@ -54,21 +57,28 @@ def seconds(fn: Callable[[], object], repeats: int = 20) -> float:
     return start.elapsed_time(end) / repeats / 1e3
 
 
+def padded_call(run: Callable, q: Tensor, k: Tensor, v: Tensor, padding: int) -> Tensor:
+    """Run a kernel with padded values, and cut the padding off its output."""
+    return run(q, k, F.pad(v, (0, padding)))[..., : v.shape[-1]]
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     for name, default in (("batch", 2), ("heads", 16), ("seq-len", 4096), ("qk", 192), ("v", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args(argv)
-    make = lambda width: torch.randn(
-        o.batch, o.seq_len, o.heads, width, device="cuda", dtype=torch.bfloat16
-    ).transpose(1, 2)
+
+    def make(width: int) -> Tensor:
+        shape = o.batch, o.seq_len, o.heads, width
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
     q, k, v = (make(width).requires_grad_() for width in (o.qk, o.qk, o.v))
     direction = make(o.v)
     flops = o.batch * o.heads * o.seq_len**2 * (o.qk + o.v)  # causal, forward
     for name, run in kernels(o.seq_len).items():
         for padded in (False, True):
             wide = o.qk - o.v if padded else 0
-            forward = lambda run=run, wide=wide: run(q, k, F.pad(v, (0, wide)))[..., : o.v]
+            forward = partial(padded_call, run, q, k, v, wide)
             line = {
                 "kernel": name,
                 "padded": padded,
@@ -77,9 +87,7 @@ def main(argv: list[str]) -> int:
             }
             try:
                 y = forward()
-                backward = lambda y=y: torch.autograd.grad(
-                    y, (q, k, v), direction, retain_graph=True
-                )
+                backward = partial(torch.autograd.grad, y, (q, k, v), direction, retain_graph=True)
                 line |= {"forward_tflops": flops / seconds(forward) / 1e12}
                 line |= {"backward_tflops": 2.5 * flops / seconds(backward) / 1e12}
             except RuntimeError as error:

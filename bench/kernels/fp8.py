@@ -1,13 +1,12 @@
-"""How fast products are in FP8: one product, forward and both gradients, compiled, against
-bfloat16.
+"""Time one matmul in FP8 and in bfloat16: forward and both gradients, compiled.
 
-    python bench/fp8.py
-    python bench/fp8.py --sizes 8192x4096x4096 16384x2048x5632 --recipes tensorwise
+    python bench/kernels/fp8.py
+    python bench/kernels/fp8.py --sizes 8192x4096x4096 16384x2048x5632 --recipes tensorwise
 
-Sizes are tokens x in x out. Prints a line of JSON per size and recipe, then a table. Several calls
-are captured in one CUDA graph, so that no product waits for the host; each has its own cast of the
-weight, as it has in a model. On a CPU, where FP8 is only imitated, the times mean nothing
-(``--device cpu`` tries the program). Needs torch, torchao and dtron, nothing else.
+Sizes are tokens x in x out. Prints one JSON line per size and recipe, then a table. Several calls
+are captured in one CUDA graph, so no matmul waits for the host. Each call casts the weight, as in a
+model. A CPU emulates FP8, so its times mean nothing; ``--device cpu`` only tests this program.
+Needs torch and torchao, nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from dtron.fp8.matmul import compile_options, matmul
 from dtron.fp8.recipe import Recipe
@@ -40,7 +41,7 @@ SIZES = [
 
 
 def milliseconds(fn: Callable[[], object], calls: int, repeats: int, device: str) -> float:
-    """Of one call; the median of ``repeats`` measurements, each of ``calls`` calls."""
+    """Return the time of one call: the median of ``repeats`` measurements of ``calls`` calls."""
     if device == "cpu":
         fn()
         times = []
@@ -52,7 +53,7 @@ def milliseconds(fn: Callable[[], object], calls: int, repeats: int, device: str
         return statistics.median(times)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and lets cuBLAS allocate: neither can be captured
+    with torch.cuda.stream(stream):  # compilation and cuBLAS's allocations cannot be captured
         for _ in range(3):
             fn()
     torch.cuda.current_stream().wait_stream(stream)
@@ -74,16 +75,19 @@ def measure(
     tokens: int, inner: int, outer: int, recipe: Recipe | None, args: argparse.Namespace
 ) -> dict:
     torch.compiler.reset()
-    make = lambda *shape: torch.randn(*shape, device=args.device, dtype=torch.bfloat16)
+    make = partial(torch.randn, device=args.device, dtype=torch.bfloat16)
     x, w = make(tokens, inner).requires_grad_(), make(inner, outer).requires_grad_()
     g = make(tokens, outer)
-    product = torch.compile(
-        lambda x, w: matmul(x, w, recipe),
-        fullgraph=True,
-        dynamic=False,
-        options=compile_options(recipe),
-    )
-    run = lambda: torch.autograd.grad(product(x, w), (x, w), g)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return matmul(x, w, recipe)
+
+    options = compile_options(recipe)
+    compiled = torch.compile(product, fullgraph=True, dynamic=False, options=options)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(compiled(x, w), (x, w), g)
+
     ms = milliseconds(run, args.calls, args.repeats, args.device)
     return {
         "size": f"{tokens}x{inner}x{outer}",
@@ -95,7 +99,7 @@ def measure(
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        description="Time products in FP8 against bfloat16, forward and backward."
+        description="Time matmuls in FP8 and in bfloat16, forward and backward."
     )
     p.add_argument(
         "--sizes", nargs="+", default=SIZES, help="tokens x in x out, as 8192x4096x14336"
@@ -113,7 +117,7 @@ def main() -> None:
     rows.append("|---" * (2 + len(args.recipes)) + "|")
     for size in args.sizes:
         t, i, o = map(int, size.split("x"))
-        recipes = [replace(RECIPES[name], smallest=0) for name in args.recipes]
+        recipes = [replace(RECIPES[name], min_weights=0) for name in args.recipes]
         results = [measure(t, i, o, recipe, args) for recipe in (None, *recipes)]
         for result in results:
             print(json.dumps(result), flush=True)
