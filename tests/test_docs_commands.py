@@ -132,11 +132,43 @@ def test_a_file_that_a_page_builds_runs(command, desk, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def recipe(page: str) -> str:
+    """The layer of CONTRIBUTING's first recipe, and its test, as a file; empty for other pages."""
+    found = re.search(r"^## Add a layer$(.*?)^## ", page, re.M | re.S)
+    return "\n".join(python_fences(found[1])) if found else ""
+
+
 def test_the_layer_of_the_recipe_is_right():
     """The first recipe of CONTRIBUTING, put together: its test of its layer passes."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Add a layer type")[0]
-    with built("\n".join(python_fences(section))) as module:
+    with built(recipe((ROOT / "CONTRIBUTING.md").read_text())) as module:
         settings(max_examples=examples(5))(module.test_gate)()
+
+
+def squeezed(code: str) -> str:
+    """Code without spaces, and so however it is indented and wrapped."""
+    return "".join(code.split())
+
+
+FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+SOURCE = squeezed("".join(p.read_text() for p in FILES))
+RUN_ELSEWHERE = "def test_my_layer"  # by test_readme.py
+
+
+def strangers(text: str, source: str) -> list[str]:
+    """The Python of a page that no test runs, and that is not in the source either."""
+    known = source + squeezed("".join(c.script for c in commands(text)) + recipe(text))
+    fences = [code for code in python_fences(text) if RUN_ELSEWHERE not in code]
+    return [code for code in fences if squeezed(code) not in known]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_is_run_or_is_the_source(page):
+    assert strangers(page.read_text(), SOURCE) == []
+
+
+def test_python_that_is_neither_is_noticed():
+    page = "```python\nRULES = 7 / 3\n```\n```python\nfrom dtron.mesh import Layout\n```"
+    assert strangers(page, SOURCE) == ["RULES = 7 / 3\n"]
 
 
 @pytest.mark.parametrize(
