@@ -57,6 +57,26 @@ def test_a_link_that_leads_nowhere_is_noticed():
     assert broken(ROOT / "README.md", page) == ["#b", "docs/no.md"]
 
 
+def long_lines(text: str) -> list[str]:
+    """The lines of prose over 100 columns. Tables, code, and a line that a link makes long may
+    be longer."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S).splitlines()
+    return [x for x in prose if len(LINK.sub("[]", x)) > 100 and not x.lstrip().startswith("|")]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name
+)
+def test_prose_has_100_columns(page):
+    assert long_lines(page.read_text()) == []
+
+
+def test_a_long_line_is_noticed():
+    long = "word " * 21
+    table, link = f"| {long} |", f"a [b]({'c' * 100}) d"
+    assert long_lines(f"{long}\n```\n{long}\n```\n{table}\n{link}") == [long]
+
+
 def test_the_site_has_every_page_and_the_api_every_module():
     site = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):

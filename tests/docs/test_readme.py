@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
-from hypothesis import settings
 
-from dtron.hf.config import best_family, to_hf
-from dtron.model.presets import preset
-from dtron.runtime.cli import parse
 from dtron.schedules.__main__ import main
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python_block(containing: str) -> str:
@@ -46,15 +40,8 @@ def test_the_comparison_shown_is_what_the_command_prints(capsys):
 
 
 def test_the_five_line_proof_runs():
-    """With fewer examples than a reader draws."""
-    few = settings(settings.get_profile("default"), max_examples=15)
-    settings.register_profile("few", few)
-    settings.load_profile("few")
-    try:
-        scope = {}
-        exec(compile(python_block("def test_my_layer"), "README.md", "exec"), scope)
-    finally:
-        settings.load_profile("default")
+    scope = {}  # the name is of no file: hypothesis reads the source of a file
+    exec(compile(python_block("def test_my_layer"), "the five lines", "exec"), scope)
     scope["test_my_layer"]()
 
 
@@ -65,19 +52,45 @@ def test_the_two_commands_come_first():
     ]
 
 
-@pytest.mark.parametrize("line", re.findall(r"train\.py (--.*?)(?:  #.*)?$", README, re.M))
-def test_commands_shown_are_understood(line, tmp_path, monkeypatch):
-    m = preset("llama3.2-1b")
-    folder = tmp_path / "Llama-3.2-1B"  # which some begin with
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(to_hf(m, best_family(m))))
-    (folder / "tokenizer.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert parse(line.split())
+def lines(*files: str) -> int:
+    """The lines of files, with docstrings and comments."""
+    return sum(len((ROOT / file).read_text().splitlines()) for file in files)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    for link in links:
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+def library(tools: bool) -> int:
+    files = (str(p.relative_to(ROOT)) for p in (ROOT / "dtron").rglob("*.py"))
+    return lines(*(f for f in files if f.startswith("dtron/tools/") == tools))
+
+
+def near(said: str, n: int) -> bool:
+    """Whether a number on a page, such as 17,395, is within 5 % of what it is."""
+    return abs(int(said.replace(",", "")) - n) <= 0.05 * n
+
+
+STEP = re.compile(r"^\| \[.*\.py\)[^|]* \| (\d+) \|", re.M)  # a row of the reading order
+
+
+def reading_order() -> list[tuple[list[str], str]]:
+    """The rows of the page: files, and the lines that the page says they have."""
+    page = (ROOT / "docs" / "reading-order.md").read_text()
+    return [(re.findall(r"\]\(\.\./([\w/]+\.py)\)", row[0]), row[1]) for row in STEP.finditer(page)]
+
+
+def test_the_size_said_is_the_size():
+    (core,) = re.findall(r"The library has\s+([\d,]+)\s+lines", README)
+    (tools,) = re.findall(r"have another\s+([\d,]+)\.", README)
+    assert near(core, library(tools=False)) and near(tools, library(tools=True))
+
+
+def test_the_reading_order_has_the_lines_it_says():
+    rows = reading_order()
+    assert len(rows) >= 15
+    wrong = [f for f, said in rows if abs(int(said) - lines(*f)) > max(10, 0.05 * lines(*f))]
+    total = lines(*(file for files, _ in rows for file in files))
+    page = (ROOT / "docs" / "reading-order.md").read_text()
+    said = re.findall(r"([\d,]{5,})\s+lines", page) + re.findall(r"\): ([\d,]+) lines", README)
+    assert not wrong and len(said) == 2 and all(near(n, total) for n in said)
+
+
+def test_a_size_that_has_changed_is_noticed():
+    assert near("1,000", 1050) and not near("1,000", 1060) and not near("1,060", 1000)
