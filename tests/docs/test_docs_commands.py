@@ -39,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("pages")
 
 TEXT = " ".join(f"w{i * i % 60}" for i in range(20_000))
 TRAIN = ["--device=cpu", "--steps=2", "--batch=8", "--data.seq-len=32", "--sample-tokens=3"]
-MODEL = ["--model.layers=3", "--model.embed=32", "--model.heads=4", "--model.kv-heads=4"]
+MODEL = ["--model.layers=2", "--model.embed=32", "--model.heads=4", "--model.kv-heads=4"]
 MODEL += ["--model.head-dim=8", "--model.mlp=64", "--model.vocab=300"]
 
 
@@ -81,9 +81,13 @@ def short(command: Command) -> list[str]:
         args += TRAIN
         args += [] if "--init-from" in args else MODEL
         args += [] if "--data.path" in args else ["--data.path=my_text"]
+        args += ["--model.layers=3"] if "--fp8" in args else []  # the first and the last have none
         args += ["--save-every=1"] if "--save-every" in args else []
         args += ["--steps=3"] if "--resume" in args else []
         args += ["--simulate"] if command.processes > 1 else []
+        args += (
+            ["--steps=1", "--model.layers=1", "--sample-tokens=0"] if "--simulate" in args else []
+        )
     if command.program == "verify":
         args += MODEL
     if command.program == "generate":
@@ -110,10 +114,19 @@ def test_every_command_is_understood(page, desk):
     assert unknown_flags(text) == []
 
 
-RUN = [page for page in PAGES if any(command.runs for command in commands(page.read_text()))]
+SLOW = {ROOT / "CONTRIBUTING.md"}
+RUN = [
+    pytest.param(
+        page,
+        marks=[pytest.mark.slow] if page in SLOW else [],
+        id=str(page.relative_to(ROOT)),
+    )
+    for page in PAGES
+    if any(command.runs for command in commands(page.read_text()))
+]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", RUN)
 def test_every_command_runs(page, desk):
     for command in commands(page.read_text()):
         if command.runs and not command.script:
@@ -158,9 +171,9 @@ def squeezed(code: str) -> str:
     return "".join(code.split())
 
 
-FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").glob("test_*_seam.py")]
 SOURCE = squeezed("".join(p.read_text() for p in FILES))
-RUN_ELSEWHERE = "def test_my_layer"  # by docs/test_readme.py
+RUN_ELSEWHERE = "def test_my_layer"  # by docs/docs/test_readme.py
 
 
 def strangers(text: str, source: str) -> list[str]:

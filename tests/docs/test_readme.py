@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from conftest import examples
+from hypothesis import settings
 
 from dtron.schedules.__main__ import main
 from tests.helpers.paths import ROOT
@@ -42,7 +44,7 @@ def test_the_comparison_shown_is_what_the_command_prints(capsys):
 def test_the_five_line_proof_runs():
     scope = {}  # the name is of no file: hypothesis reads the source of a file
     exec(compile(python_block("def test_my_layer"), "the five lines", "exec"), scope)
-    scope["test_my_layer"]()
+    settings(max_examples=examples(30))(scope["test_my_layer"])()
 
 
 def test_the_two_commands_come_first():
