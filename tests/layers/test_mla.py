@@ -190,7 +190,10 @@ def test_flops_count_keys_and_values_of_their_own_widths():
         (lambda: MLAConfig(q_rank=8), "q_rank=8 with kv_rank=0.*give --model.mla.kv-rank"),
         (lambda: MLAConfig(-1), "ranks are at least 0"),
         (lambda: MLAConfig(8, v_dim=0), "widths at least 1"),
-        (lambda: MLAConfig(8, rope_dim=3), "rope_dim=3: rotary positions turn pairs; make it even"),
+        (
+            lambda: MLAConfig(8, rope_dim=3),
+            "rope_dim=3: rotary positions rotate pairs; make it even",
+        ),
         (
             lambda: ModelConfig(mla=MLAConfig(8), sinks=True),
             "sinks=True with model.mla.kv_rank=8.*leave sinks",
