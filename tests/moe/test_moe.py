@@ -17,8 +17,8 @@ from dtron.distributed.redistribute import full
 from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.experts import Experts, product
-from dtron.moe.layer import MoELayer, TokenInfo, moe
-from dtron.moe.router import Router
+from dtron.moe.layer import MoELayer, moe
+from dtron.moe.router import Router, TokenInfo
 from dtron.params import tree_map
 from dtron.testing import (
     assert_caught,
