@@ -39,8 +39,8 @@ from dtron.layers.norm import norm
 from dtron.layers.rope import rope_tables
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
+from dtron.model.block import BlockInputs, block
 from dtron.model.presets import preset
-from dtron.model.transformer import BlockInputs, block
 from dtron.params import flat, init
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.metrics import elapsed, mark, peak_memory_gib

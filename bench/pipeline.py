@@ -154,7 +154,7 @@ def stage_costs(
 def transfer(pipe, batch) -> float:
     """Seconds to pass an activation on: half of a round trip between pipeline ranks 0 and 1."""
     message = pipe.template.new_zeros(batch.tokens_T.shape[0], pipe.template.shape[1])
-    device, ways, trips, times = str(message.device), pipe.ways, 6, []
+    device, ways, trips, times = str(message.device), pipe.groups, 6, []
     for _ in range(trips):
         dist.barrier(group=ways.line)
         start = clock(device)

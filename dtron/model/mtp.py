@@ -18,7 +18,7 @@ returns it beside y, and the reported loss is the main loss.
 
 ``make_batch`` shifts the tokens by k, because it has whole rows. The shifted tokens are part of
 the batch, so the shift needs no communication on any mesh. Under pipelining all modules are in
-the last stage. That stage then has a copy of the first stage's embedding (training/pipeline.py).
+the last stage. That stage then has a copy of the first stage's embedding (stages.py).
 
 The modules do not change the main model's predictions. Without modules, or with a batch that has
 no tokens ahead (validation, generation), only the main model runs. Left out: speculative

@@ -38,8 +38,9 @@ from dtron.hf.load import Source
 from dtron.hf.safetensors import read_json
 from dtron.mesh import Layout, by_rows
 from dtron.model.batch import make_batch
+from dtron.model.block import Block
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Block, Transformer, embed, stage_logits
+from dtron.model.transformer import Transformer, embed, stage_logits
 from dtron.params import gather
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser

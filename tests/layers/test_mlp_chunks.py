@@ -128,7 +128,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
     """For models far too small to be chunked."""
-    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *_: size):
+    with mock.patch("dtron.model.block.mlp_chunk_tokens", lambda *_: size):
         yield
 
 
@@ -235,7 +235,7 @@ def test_when_there_are_chunks():
     assert mlp_chunk_tokens(131072, 5632) == 21888
     assert mlp_chunk_tokens(2**20, 5632) == 2**17
     asked = []
-    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
+    with mock.patch("dtron.model.block.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
         step(program(M, ONE, ComputeConfig("full")))
     assert asked == [(TOKENS, M.mlp)]
 
