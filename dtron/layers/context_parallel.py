@@ -81,7 +81,8 @@ class ContextParallelMask:
 
     @property
     def later(self) -> Tensor:
-        """Return ``[n]``: for each step, whether its shard is later in the row than this rank's shard."""
+        """Return ``[n]``: for each step, whether its shard is later in the row than this rank's
+        shard."""
         return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0, 0]
 
 

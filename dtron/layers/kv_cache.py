@@ -2,7 +2,7 @@
 
 A row of the cache has a slot for every position, and a key is stored in the slot of its position.
 So rows of unequal lengths need no left padding and no bookkeeping. A query sees the slots up to its
-own position, by the one rule ``sees`` of attention_kernels.py. The content of later slots is
+own position, by the rule ``sees`` of attention_kernels.py. The content of later slots is
 overwritten before any query sees it.
 
 The layers are the same as in training. They pass the cache to the core of attention together with
@@ -49,8 +49,8 @@ def empty_kv_cache(
     ``widths``: the width of a head's keys, and the width of its values.
     ``axis``: the logical axis of the heads of keys and values."""
     tokens, own = rows * slots // layout.parts("tokens"), heads // layout.parts(axis)
-    zeros = lambda width: torch.zeros(tokens, own, width, dtype=dtype, device=device)
-    return KVCache(*(layout.from_local(zeros(width), "tokens", axis, None) for width in widths))
+    zeros = [torch.zeros(tokens, own, width, dtype=dtype, device=device) for width in widths]
+    return KVCache(*(layout.from_local(x, "tokens", axis, None) for x in zeros))
 
 
 def recall(
@@ -60,10 +60,10 @@ def recall(
     ``[B, K, slots, H]`` each, and the mask for queries at ``places_T``. Rank-local."""
     places_BS = places_T.unflatten(0, (-1, mask.seq_len))
     rows = torch.arange(len(places_BS), device=k.device)[:, None]
-    found = []
+    cached = []
     for new, past in ((k, past_k), (v, past_v)):
         past = past.unflatten(0, (len(places_BS), -1))
         past[rows, places_BS] = new.unflatten(0, (-1, mask.seq_len)).to(past.dtype)
-        found.append(past.transpose(1, 2))
-    k, v = found
+        cached.append(past.transpose(1, 2))
+    k, v = cached
     return k, v, replace(mask, seq_len=k.shape[2], queries=places_BS)

@@ -27,8 +27,8 @@ class MoEConfig:
     dense_layers: int = 0
     """first layers that keep a dense feed-forward layer, of width model.mlp"""
     score: Score = "softmax"
-    """score of an expert for a token: softmax over all experts, softmax over the top k only, or each
-    expert's sigmoid"""
+    """score of an expert for a token: softmax over all experts, softmax over the top k only, or
+    each expert's sigmoid"""
     normalize: bool = True
     """the scores of a token's experts are divided by their sum"""
     scale: float = 1.0
@@ -50,15 +50,16 @@ class MoEConfig:
     aux_loss: float = 0.0
     """weight of the load-balancing loss, 1 per token and layer where the load is even"""
     aux_level: BalanceLevel = "micro_batch"
-    """set of tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the step
-    so far"""
+    """set of tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the
+    step so far"""
     z_loss: float = 0.0
     """weight of the router's z-loss, logsumexp squared per token and layer"""
     bias_rate: float = 0.0
-    """balance without a loss: step size of a bias that affects only the choice of experts; 0: none"""
+    """balance without a loss: step size of a bias that affects only the choice of experts; 0: no
+    bias"""
     capacity_factor: float = 0.0
-    """rows of each expert as a multiple of the mean load, per rank; tokens beyond are dropped. 0: no
-    token is dropped"""
+    """rows of each expert as a multiple of the mean load, per rank; tokens beyond are dropped. 0:
+    no token is dropped"""
     balanced: bool = False
     """for benchmarks: send the same number of tokens to every expert, whatever the scores"""
 
@@ -100,8 +101,8 @@ class MoEConfig:
         if self.groups > 1 and not least <= self.group_top_k <= self.groups:
             raise UserError(
                 f"model.moe.group_top_k={self.group_top_k}: of {self.groups} groups of {each} "
-                f"experts, each token needs at least {least} for its top_k={self.top_k}, and has at "
-                f"most {self.groups}; use --model.moe.group-top-k {least}"
+                f"experts, each token needs at least {least} for its top_k={self.top_k}, and has "
+                f"at most {self.groups}; use --model.moe.group-top-k {least}"
             )
         if self.shared_gate and not self.shared:
             raise UserError(

@@ -54,7 +54,8 @@ class ExpertGroup:
 
     ``total``: the number of experts on all ranks.
     ``ranks``: the ranks that the experts are sharded over (None: all experts are on this rank).
-    ``capacity_factor``: rows per expert, as a multiple of the mean load (0: room for all tokens)."""
+    ``capacity_factor``: rows per expert, as a multiple of the mean load (0: room for all tokens).
+    """
 
     total: int
     ranks: DeviceMesh | None
@@ -109,8 +110,8 @@ def unpermute(y_RD: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -
 
 
 def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
-    """Select rows of x. A row that is not ``there`` becomes zero by ``where``, not by a product with
-    0, because an unused row may hold any value (NaN too)."""
+    """Select rows of x. A row that is not ``there`` becomes zero by ``where``, not by a product
+    with 0, because an unused row may hold any value (NaN too)."""
     rows = x.index_select(0, index)
     return rows if there is None else torch.where(there[:, None], rows, 0)
 

@@ -172,8 +172,8 @@ def _fractions(
     c: MoEConfig,
     layout: Layout,
 ) -> Tensor:
-    """Return each expert's fraction of the load in the token's set: ``[T, E]``, or ``[1, E]`` if all
-    tokens have one set. Communicates E numbers (per sequence at level ``sequence``)."""
+    """Return each expert's fraction of the load in the token's set: ``[T, E]``, or ``[1, E]`` if
+    all tokens have one set. Communicates E numbers (per sequence at level ``sequence``)."""
     if c.aux_level == "sequence":
         counts = chosen_TE.new_zeros(info.rows, chosen_TE.shape[1])
         counts = counts.index_add(0, info.rows_T, chosen_TE)
