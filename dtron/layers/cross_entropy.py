@@ -65,9 +65,9 @@ def cross_entropy(
 
 
 def over_all(loss: Tensor, layout: Layout) -> Tensor:
-    """Return the same loss as a sum that is pending over tp too. ``loss`` is replicated over tp, and
-    each rank's result is a summand. So it can be added to sums over the residual stream's tokens.
-    """
+    """Return the same loss as a sum that is pending over tp too. ``loss`` is replicated over tp,
+    and each rank's result is a summand. So it can be added to sums over the residual stream's
+    tokens."""
     n = layout.parts("tokens_sp") // layout.parts("tokens")
 
     def summand(x: Tensor) -> Tensor:
