@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dtron.layers.attention import AttentionInputs, AttentionMixer
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import prepare
 from dtron.layers.cross_entropy import Loss, cross_entropy
 from dtron.layers.norm import norm

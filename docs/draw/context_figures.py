@@ -8,7 +8,7 @@ import torch
 from dtron.distributed.collectives import shift, wait
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import AttentionMask, allowed
+from dtron.layers.attention_mask import AttentionMask, allowed
 from dtron.layers.context_parallel import RowSharding, prepare
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout

@@ -19,13 +19,8 @@ from torch import Tensor
 from dtron.bounds import divides, nearest_divisor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.layers.attention_kernels import (
-    CORES,
-    LEAST_HEAD_DIM,
-    AttentionMask,
-    AttentionPath,
-    with_bias,
-)
+from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, with_bias
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import (
     ContextParallelMask,
     Method,
@@ -33,7 +28,7 @@ from dtron.layers.context_parallel import (
     attend,
     prepare,
 )
-from dtron.layers.kv_cache import KVCache, empty_kv_cache, recall
+from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache, recall
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.norm import Norm, norm
@@ -60,18 +55,6 @@ class Attention:
     sinks: Tensor | None = weight("heads", init=zeros, when="sinks")
     q_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
     k_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
-
-
-class Past(NamedTuple):
-    """Keys and values of earlier tokens in generation, as arguments of a local region (None: no
-    cache).
-
-    ``k_TKH``, ``v_TKH``: see ``KVCache``.
-    ``slots_T``: the slots of the new tokens."""
-
-    k_TKH: Tensor | None = None
-    v_TKH: Tensor | None = None
-    slots_T: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +141,7 @@ def core(
     if past.k_TKH is None:
         return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
     q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
-    k, v, mask = recall(heads.k_TKH, heads.v_TKH, *past, mask)
+    k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
     attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
     return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
 

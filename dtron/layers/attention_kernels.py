@@ -1,11 +1,12 @@
 """Attention cores: one function, as a plain reference and through two kinds of fused kernel.
 
-One rule, ``sees``, defines the keys that a query may see. ``attention_reference`` is the
-definition: scores, soft-cap, mask, sinks, softmax, with the whole ``[S, S]`` matrix in memory.
-``attention_sdpa`` is torch's fused attention. It is the fastest core for a plain causal mask. It
-takes other masks as a bias. It has no soft-cap and no sinks. ``attention_flex`` is flex_attention
-(Dong et al. 2024, arXiv:2412.05496). It compiles a kernel for any mask and skips empty blocks of
-the mask. It runs on GPUs only, because torch has no backward for flex_attention on a CPU.
+- ``attention_reference`` is the definition: scores, soft-cap, mask, sinks, softmax, with the whole
+  ``[S, S]`` matrix in memory.
+- ``attention_sdpa`` is torch's fused attention, the fastest core for a plain causal mask. It takes
+  other masks as a bias. It has no soft-cap and no sinks.
+- ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel for
+  any mask and skips empty blocks of the mask. It runs on GPUs only, because torch has no backward
+  for flex_attention on a CPU.
 
 All cores have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS,
 sinks_N, mask) -> [B, N, S, W]``, and a test checks that they agree. W equals H except in latent
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -30,72 +31,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import (
     AuxRequest,
-    BlockMask,
     create_block_mask,
     flex_attention,
 )
 
 from dtron.errors import UserError
+from dtron.layers.attention_mask import AttentionMask, allowed, sees
 from dtron.layers.recompute import recompute_in_backward
 from dtron.torch_compile import jit
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
-
-
-@dataclass(frozen=True)
-class AttentionMask:
-    """The mask: a token sees itself and earlier tokens of its sequence. Where documents are given,
-    a token sees only tokens of its own document.
-
-    ``seq_len``: the number of tokens of a sequence.
-    ``window``: the number of tokens that a token sees at most, itself included.
-    ``softcap``: bounds scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
-    ``scale``: the factor on scores, applied before the soft-cap (None: 1 / sqrt(H)).
-    ``queries [B, S]``, ``keys [S]``: the places of the given queries and keys in the sequence
-        (None: the whole sequence in order; B = 1: the same in every row). kv_cache.py and
-        context_parallel.py set the places.
-    ``blocks``: for flex only, see ``with_blocks``."""
-
-    seq_len: int
-    window: int | None = None
-    softcap: float | None = None
-    scale: float | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    blocks: BlockMask | None = None
-
-    @property
-    def windowed(self) -> bool:
-        """Whether the window hides anything."""
-        return self.window is not None and self.window < self.seq_len
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the places of the given queries, ``[B, S]``, and of the given keys, ``[S]``."""
-        whole_S = torch.arange(self.seq_len, device=device)
-        queries = whole_S[None] if self.queries is None else self.queries
-        return queries, whole_S if self.keys is None else self.keys
-
-
-def sees(
-    mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor
-) -> Tensor:
-    """Return whether query i of row b may see key j, for indices of any shapes that broadcast. All
-    cores use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
-    ok = j <= i
-    if mask.windowed:
-        ok = ok & (i - j < mask.window)
-    if documents_BS is not None:
-        ok = ok & (documents_BS[b, i] == documents_BS[b, j])
-    return ok
-
-
-def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """Return ``[B, 1, S, S]``: True where the query (row) may see the key (column). B = 1 if all
-    batch rows are the same."""
-    i, j = mask.places(device)
-    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
-    b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(

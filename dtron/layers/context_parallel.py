@@ -36,14 +36,8 @@ from torch import Tensor
 
 from dtron.distributed.collectives import all_gather, all_to_all
 from dtron.layers.attention_block_kernels import kernel_for
-from dtron.layers.attention_kernels import (
-    CORES,
-    LEAST_HEAD_DIM,
-    AttentionMask,
-    AttentionPath,
-    choose,
-    with_blocks,
-)
+from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, choose, with_blocks
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.ring_attention import AXIS, ring, ring_plainly
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from dtron.errors import UserError
-from dtron.layers.attention import AttentionInputs, AttentionMixer, Heads, Past, core
+from dtron.layers.attention import AttentionInputs, AttentionMixer, Heads, core
+from dtron.layers.kv_cache import Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate

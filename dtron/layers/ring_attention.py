@@ -47,7 +47,8 @@ from torch import Tensor
 
 from dtron.distributed.collectives import AxisGroup, shift, wait
 from dtron.layers.attention_block_kernels import BlockResult, block_backward, block_forward
-from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, with_sinks
+from dtron.layers.attention_kernels import attention_and_lse, with_sinks
+from dtron.layers.attention_mask import AttentionMask
 from dtron.torch_compile import opaque
 
 AXIS = "sequence"

@@ -2,12 +2,12 @@
 its weights (W).
 
 Autograd computes both halves at once, but its graph separates them. Seen from the output, some
-nodes lead to the stage's input and the other nodes lead to weights only. A node of the first kind with
-a child of the second kind is a *join*: a weight joins the stream there, in a matmul or a norm's
-scale. I asks autograd for the input's gradient only. The engine then skips the weight's half of
-each join, and a hook saves the gradient that arrives at the join. W passes the saved gradient to
-each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from
-Qi et al. 2023, arXiv:2401.10241; a test counts the matmuls).
+nodes lead to the stage's input and the other nodes lead to weights only. A node of the first kind
+with a child of the second kind is a *join*: a weight joins the stream there, in a matmul or a
+norm's scale. I asks autograd for the input's gradient only. The engine then skips the weight's half
+of each join, and a hook saves the gradient that arrives at the join. W passes the saved gradient to
+each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from Qi
+et al. 2023, arXiv:2401.10241; a test counts the matmuls).
 
 A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region)
 computes all its gradients in one call. These gradients are computed in I and saved by node, because

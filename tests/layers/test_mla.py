@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention import AttentionInputs
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.mla import MLA, MLAConfig, mla
 from dtron.layers.norm import norm
 from dtron.layers.rope import RopeConfig, rope_tables, rotate

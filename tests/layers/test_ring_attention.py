@@ -14,12 +14,8 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_block_kernels, context_parallel, ring_attention
-from dtron.layers.attention_kernels import (
-    AttentionMask,
-    attention_and_lse,
-    attention_reference,
-    with_sinks,
-)
+from dtron.layers.attention_kernels import attention_and_lse, attention_reference, with_sinks
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import RowSharding, attend, prepare
 from dtron.layers.token_order import as_rows, as_tokens, row_order
 from dtron.mesh import Layout

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import one_rank, simulated
 from dtron.layers.attention import Attention, AttentionInputs, attention
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
