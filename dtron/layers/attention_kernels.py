@@ -4,9 +4,9 @@
   ``[S, S]`` matrix in memory.
 - ``attention_sdpa`` is torch's fused attention, the fastest core for a plain causal mask. It takes
   other masks as a bias. It has no soft-cap and no sinks.
-- ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel for
-  any mask and skips empty blocks of the mask. It runs on GPUs only, because torch has no backward
-  for flex_attention on a CPU.
+- ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel
+  for any mask and skips empty blocks of the mask. It runs on GPUs only, because torch has no
+  backward for flex_attention on a CPU.
 
 All cores have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS,
 sinks_N, mask) -> [B, N, S, W]``, and a test checks that they agree. W equals H except in latent
