@@ -1,4 +1,4 @@
-"""FP8 recipes: what defines one, and which matmuls are large enough for FP8.
+"""FP8 recipes: their interface, and the smallest matmul that is computed in FP8.
 
 A recipe is one object. The three matmuls of a layer (forward, backward to the input and backward
 to the weight) are written once for all recipes, in autograd.py. A recipe defines how each of their

@@ -151,7 +151,7 @@ class AttentionMixer(Mixer):
     the model's config have the same name.
 
     ``kv_axis``: the logical axis of the heads of keys and values.
-    ``width_name``: what an error message writes before the width of a head."""
+    ``width_name``: the text before the width of a head in an error message."""
 
     params: ClassVar[type] = Attention
     kv_axis: ClassVar[str] = "kv_heads"

@@ -47,9 +47,9 @@ Method = Literal["ring", "allgather", "ulysses"]
 
 @dataclass(frozen=True)
 class RowSharding:
-    """How cp shards rows, and how attention then gets its keys.
+    """The sharding of rows over cp.
 
-    ``method``: the method over cp.
+    ``method``: the method by which attention gets its keys.
     ``zigzag``: whether rows are in zig-zag order, see token_order.py."""
 
     method: Method = "ring"

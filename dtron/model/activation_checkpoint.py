@@ -1,10 +1,10 @@
-"""Activation policies: what each block keeps from forward to backward, and what backward
-recomputes.
+"""Activation policies: the activations that each block keeps from forward to backward, and the
+activations that backward recomputes.
 
 Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198,
 section 5) trades compute for memory. ``full`` keeps a block's input and runs the block again in
 backward. ``selective`` keeps the outputs of matmuls and attention and recomputes the cheap rest.
-``budget`` lets the compiler's partitioner choose what to keep.
+``budget`` lets the compiler's partitioner choose the activations to keep.
 
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
 backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
@@ -137,7 +137,7 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
             return tuple(gather_all(ws, declared(p), fn.layout, narrow=fn.fp8_gather))
 
         gathered = recompute_in_backward(gather_each, *flat(p))
-        # The compiler selects what else to keep.
+        # The compiler selects the other activations to keep.
         return fn.block(unflatten(p, list(gathered)), x_TD, fn.load_E)
     kept = _AllKept()
 
@@ -177,7 +177,7 @@ def every_block(policy: BlockPolicy) -> Callable[[int], BlockPolicy]:
 
 
 def budget(share: float) -> ActivationPolicy:
-    """Make the policy under which the partitioner keeps this share of what ``none`` keeps."""
+    """Make the policy under which the partitioner keeps a share of the activations of ``none``."""
 
     def kept_bytes(block: BlockBytes) -> int:
         return int(share * block.all)

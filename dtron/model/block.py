@@ -108,7 +108,7 @@ class Decoding:
 class BlockRunner:
     """Runs the blocks of a stage on one microbatch. ``block_runner`` makes it.
 
-    ``blocks``: the blocks' weights, those of multi-token prediction last.
+    ``blocks``: the blocks' weights. The blocks of multi-token prediction come last.
     ``prepared``: by letter and window, the inputs of mixers that blocks share.
     ``before``: the summed reports of the step so far, where blocks need them.
     ``chunk``: chunk size of the MLP in a block that backward runs again."""
@@ -135,7 +135,7 @@ class BlockRunner:
         """Run block i. Return x_TD, and a list of the block's other outputs, which is empty without
         experts.
 
-        ``p``: the block's weights, or what ``wrap`` expects.
+        ``p``: the block's weights, or the params that ``wrap`` adds.
         ``end``: whether the block is the first or the last of the model.
         ``wrap``: turns the block's function into a function of ``p``.
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
@@ -194,7 +194,7 @@ def block_runner(
     before: Mapping[str, Tensor] | None = None,
     decoding: Decoding = Decoding(),
 ) -> BlockRunner:
-    """Prepare once what the blocks of a stage share on one microbatch.
+    """Prepare once the data that the blocks of a stage share on one microbatch.
 
     ``blocks``: the weights of all blocks of the stage.
     ``x_TD``: the stage's input. Only its shape, dtype and device matter.

@@ -54,7 +54,7 @@ class ComputeConfig:
 
     @property
     def policy(self) -> ActivationPolicy:
-        """The activation policy: what blocks keep for backward."""
+        """The activation policy of the blocks."""
         return policy_for(self.recompute, self.recompute_budget)
 
     def recipe(self, end: bool) -> Recipe | None:

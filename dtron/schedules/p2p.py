@@ -191,13 +191,13 @@ class P2PLinks:
         try:
             yield
         except RuntimeError as error:
-            who = "a neighbour"
+            neighbour = "a neighbour"
             if other is not None:
                 s = self._t.stages_of(other)[0] if stage is None else stage
-                who = f"pipeline rank {other} (stage {s})"
+                neighbour = f"pipeline rank {other} (stage {s})"
             late = "imed out" in str(error)
             why = "no answer within --timeout-seconds" if late else "connection lost"
             raise LostRank(
-                f"stage {self._t.stages_of(self._rank)[0]}: {who} has died or hangs ({why}); see "
-                "what it said"
+                f"stage {self._t.stages_of(self._rank)[0]}: {neighbour} has died or hangs "
+                f"({why}); see what it said"
             ) from error
