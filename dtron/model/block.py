@@ -135,7 +135,7 @@ class BlockRunner:
         """Run block i. Return x_TD, and a list of the block's other outputs, which is empty without
         experts.
 
-        ``p``: the block's weights, or the params that ``wrap`` adds.
+        ``p``: the params of the block, or of the function that ``wrap`` returns.
         ``end``: whether the block is the first or the last of the model.
         ``wrap``: turns the block's function into a function of ``p``.
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
