@@ -63,10 +63,12 @@ class ExpertGroup:
 
     @property
     def parts(self) -> int:
+        """The number of ranks that the experts are sharded over."""
         return 1 if self.ranks is None else self.ranks.size()
 
     @property
     def per_rank(self) -> int:
+        """The number of experts on each rank."""
         return self.total // self.parts
 
 
@@ -91,9 +93,8 @@ def by_expert(
     ends. Slots that are not kept have an expert index beyond the last expert. So these slots are
     sorted to the end, and their rows count as empty."""
     sorted_R, slot_R = expert_S.sort(stable=True)
-    place_S = torch.empty_like(slot_R).scatter(
-        0, slot_R, torch.arange(slot_R.shape[0], device=slot_R.device)
-    )
+    rows_R = torch.arange(slot_R.shape[0], device=slot_R.device)
+    place_S = torch.empty_like(slot_R).scatter(0, slot_R, rows_R)
     ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
     filled_R = None if kept_S is None else kept_S[slot_R]
     return TokenPermutation(place_S, kept_S, slot_R, filled_R), ends_E
@@ -109,11 +110,13 @@ def unpermute(y_RD: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -
     return _UnpermuteTokens.apply(y_RD, weights_TK, *permutation)
 
 
-def _rows(x: Tensor, index: Tensor, there: Tensor | None) -> Tensor:
-    """Select rows of x. A row that is not ``there`` becomes zero by ``where``, not by a product
-    with 0, because an unused row may hold any value (NaN too)."""
+def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
+    """Select rows of x. Unused rows become zero by ``where``, not by a product with 0, because an
+    unused row may hold any value (NaN too).
+
+    ``used``: whether a selected row is used (None: all are)."""
     rows = x.index_select(0, index)
-    return rows if there is None else torch.where(there[:, None], rows, 0)
+    return rows if used is None else torch.where(used[:, None], rows, 0)
 
 
 @opaque
