@@ -19,7 +19,7 @@ from dtron.layers.cross_entropy import Loss, cross_entropy, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm, norm
 from dtron.mesh import Layout
-from dtron.model.activation_checkpoint import NONE, ActivationPolicy, run_end
+from dtron.model.activation_checkpoint import run_end
 from dtron.model.batch import Batch
 from dtron.model.block import Block, BlockRunner, Decoding, block_runner
 from dtron.model.compute_config import PLAIN, ComputeConfig
@@ -92,7 +92,7 @@ def stage(
     ``x_TD``: ``[T@tokens_sp, D]``.
     ``before``: the summed reports of the step so far, where they are needed."""
     runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, before)
-    x_TD, moe_outputs = _trunk(p, x_TD, runner, how.policy)
+    x_TD, moe_outputs = _trunk(p, x_TD, runner)
     if p.norm is None:
         return x_TD, _stage_output(moe_outputs, None, m, layout)
     w_head, mtp_losses = _head(p, layout), None
@@ -154,12 +154,7 @@ def _head(p: Transformer, layout: Layout) -> Tensor:
     return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
-def _trunk(
-    p: Transformer,
-    x_TD: Tensor,
-    runner: BlockRunner,
-    policy: ActivationPolicy = NONE,
-) -> tuple[Tensor, list[list[Tensor]]]:
+def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, list[list[Tensor]]]:
     """Run the blocks, and in the last stage the norm before the head. Return x_TD and the other
     outputs of blocks with experts."""
     m, layout = runner.m, runner.layout
@@ -171,7 +166,7 @@ def _trunk(
         x_TD, more = runner.run(p_block, x_TD, i, end)
         moe_outputs += more
     if p.norm is not None:
-        last, p_norm = policy.block(len(p.blocks) - 1), gather(p.norm, layout)
+        last, p_norm = runner.how.policy.block(len(p.blocks) - 1), gather(p.norm, layout)
         x_TD = run_end(partial(norm, eps=m.norm_eps), p_norm, x_TD, last)
     return x_TD, moe_outputs
 
