@@ -1,8 +1,8 @@
 """The runner: executes any valid table. It contains no code for a particular schedule.
 
-A stage is a function ``stage(params, x, batch) -> (y, extra)``. The last stage's y is the loss.
-Any stage may add a term to the loss with ``extra.aux`` and return statistics in
-``extra.report``. F runs the stage and keeps the edges of the autograd graph at y and aux. B
+A stage is a function ``stage(params, x, batch) -> (y, output)``. The last stage's y is the loss.
+Any stage may add a term to the loss with ``output.aux`` and return statistics in
+``output.report``. F runs the stage and keeps the edges of the autograd graph at y and aux. B
 calls ``torch.autograd.grad`` on these edges. I and W are the two halves of B
 (split_backward.py). Nothing reads or writes ``.grad``. The saved activations of a microbatch in
 a stage are freed at its B or W. So the number of live activations never exceeds the table's
@@ -51,8 +51,8 @@ class Program:
     ``enter(params, batch) -> x``: makes the first stage's input (token embeddings).
     ``enter_params(params)``: the part of the params that ``enter`` uses, as a tree of the same
         class.
-    ``stage(params, x, batch) -> (y, extra)``: a stage. The last stage's y is a scalar loss;
-        ``extra`` is a ``StageOutput`` or None.
+    ``stage(params, x, batch) -> (y, output)``: a stage. The last stage's y is a scalar loss;
+        ``output`` is a ``StageOutput`` or None.
     ``splits``: False if the backward cannot be split into two halves, because the stage
         recomputes.
     ``hold``: turns params into the functions' params argument (None: params are passed as they
@@ -165,10 +165,10 @@ def _forward(
 ) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
     """Run a stage. Return the state kept for backward; the values of y and, if there is one, of
     aux; and the report. Of the three results only the first keeps activations alive."""
-    y, extra = stage(weights, x, *rest)
-    ends = [y] if extra is None or extra.aux is None else [y, extra.aux]
+    y, output = stage(weights, x, *rest)
+    ends = [y] if output is None or output.aux is None else [y, output.aux]
     kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
-    return kept, [end.detach() for end in ends], {} if extra is None else extra.report
+    return kept, [end.detach() for end in ends], {} if output is None else output.report
 
 
 def _one(x: Tensor) -> Tensor:
