@@ -216,7 +216,7 @@ def costs_of_all_ranks(costs: Mapping[tuple[int, str], float]) -> StageCosts:
 def transfer_seconds(pipe: Pipeline, batch: Batch) -> float:
     """Time the transfer of an activation: half of a round trip between pipeline ranks 0 and 1."""
     message = activation(pipe, batch)
-    device, ways, trips, times = str(message.device), pipe.ways, 6, []
+    device, ways, trips, times = str(message.device), pipe.groups, 6, []
     for _ in range(trips):
         dist.barrier(group=ways.line)
         start = clock(device)

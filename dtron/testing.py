@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from dtron.distributed.redistribute import full, shard_like
 from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.errors import PlacementError
 from dtron.mesh import Layout
-from dtron.params import declare, draw, flat, gather, leaves, tree_map, unflatten
+from dtron.params import WeightSpec, declare, draw, flat, gather, leaves, tree_map, unflatten
 from dtron.rules import rules_for
 from dtron.tools.compare_steps import relative_error
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
@@ -43,12 +44,16 @@ def meshes(
     max_ranks: int = 8, axes: tuple[str, ...] = ("dp_replicate", "dp", "tp")
 ) -> st.SearchStrategy[str]:
     """Draw mesh texts of 2 to ``max_ranks`` ranks over these axes; some sizes are prime."""
+
+    def shape(sizes: tuple[int, ...]) -> MeshShape:
+        return MeshShape(**dict(zip(axes, sizes, strict=True)))
+
     sizes = st.tuples(*(st.sampled_from([1, 1, 2, 3, 4]) for _ in axes))
-    shapes = sizes.map(lambda ns: MeshShape(**dict(zip(axes, ns, strict=True))))
-    return shapes.filter(lambda s: 2 <= s.size <= max_ranks).map(str)
+    return sizes.map(shape).filter(lambda s: 2 <= s.size <= max_ranks).map(str)
 
 
 def zero_stages() -> st.SearchStrategy[int]:
+    """Draw a ZeRO stage."""
     return st.sampled_from([0, 1, 2, 3])
 
 
@@ -62,71 +67,106 @@ class Outcome:
     total: CollectiveCounter
 
 
-def run_layer(
-    fn: Callable[..., Tensor],
-    params: type,
-    mesh: str,
-    dims: Mapping[str, Any],
-    inputs: Mapping[str, Axes] | None = None,
-    out: Axes | None = None,
-    tokens: int = 24,
-    zero: int = 1,
-    seed: int = 0,
-    mutate: Mutate = lambda layout: layout,
-    make: Mapping[str, Callable[[torch.Generator], Tensor]] | None = None,
-) -> Outcome:
-    """Run ``fn(params, *inputs, layout)`` forward and backward in float64.
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer with its sizes and inputs.
 
-    ``mesh``: the simulated mesh; ``"dp=1"`` is one device.
+    ``fn``: the layer, called as ``fn(params, *inputs, layout)``.
+    ``params``: the class of its weights.
+    ``dims``: sizes and flags for the declaration of the weights.
     ``inputs``: the logical axes of each input. The axis sizes are ``tokens`` and the sizes in
-        ``dims``.
+        ``dims``. None: one input ``x``, the residual stream.
     ``out``: the logical axes of the output, which must have their placements; None: the axes of the
         first input.
-    ``make``: for some inputs, a function from a generator to the value. Other values are normal.
-    """
-    inputs = {"x": ("tokens_sp", "act_embed")} if inputs is None else inputs
-    sizes = {**dims, "tokens": tokens, "tokens_sp": tokens}
-    spec = declare(params, dims)
-    whole = tree_map(lambda w: draw(w, dims, seed).double() + _jitter(w.path, w.shape, seed), spec)
-    values = {
-        name: (make or {}).get(name, lambda g, axes=axes: _normal(axes, sizes, g))(
-            _generator(seed, name)
-        )
-        for name, axes in inputs.items()
-    }
+    ``zero``: the ZeRO stage.
+    ``make``: for some inputs, a function from a generator to the value. Other values are normal."""
+
+    fn: Callable[..., Tensor]
+    params: type
+    dims: Mapping[str, Any]
+    inputs: Mapping[str, Axes] | None = None
+    out: Axes | None = None
+    tokens: int = 24
+    zero: int = 1
+    seed: int = 0
+    make: Mapping[str, Callable[[torch.Generator], Tensor]] | None = None
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """The logical axes of each input."""
+        return {"x": ("tokens_sp", "act_embed")} if self.inputs is None else self.inputs
+
+    @property
+    def out_axes(self) -> Axes:
+        """The logical axes of the output."""
+        return self.out or next(iter(self.axes.values()))
+
+    def weights(self, spec: Any) -> Any:
+        """Draw unsharded weights."""
+
+        def drawn(w: WeightSpec) -> Tensor:
+            return draw(w, self.dims, self.seed).double() + _jitter(w.path, w.shape, self.seed)
+
+        return tree_map(drawn, spec)
+
+    def values(self) -> dict[str, Tensor]:
+        """Draw unsharded inputs."""
+        sizes = {**self.dims, "tokens": self.tokens, "tokens_sp": self.tokens}
+        made = {}
+        for name, axes in self.axes.items():
+            make, generator = (self.make or {}).get(name), _generator(self.seed, name)
+            made[name] = make(generator) if make else _normal(_shape(axes, sizes), generator)
+        return made
+
+
+def unchanged(layout: Layout) -> Layout:
+    """Return the layout itself: no mutant."""
+    return layout
+
+
+def run_layer(case: LayerCase, mesh: str, mutate: Mutate = unchanged) -> Outcome:
+    """Run a layer forward and backward in float64.
+
+    ``mesh``: the simulated mesh; ``"dp=1"`` is one device.
+    ``mutate``: makes a mutant of the layout."""
+    spec = declare(case.params, case.dims)
+    whole, values = case.weights(spec), case.values()
     with simulated(MeshShape.parse(mesh)) as device_mesh:
-        layout = mutate(Layout(device_mesh, rules_for(zero)))
-        placed = tree_map(lambda w, s: layout.shard(w, *s.axes), whole, spec)
-        weights = tree_map(
-            lambda w: w.detach().requires_grad_(), placed if zero == 3 else gather(placed, layout)
-        )
-        xs = [layout.shard(values[name], *axes) for name, axes in inputs.items()]
-        xs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in xs]
+        layout = mutate(Layout(device_mesh, rules_for(case.zero)))
+        placed = tree_map(partial(_placed, layout), whole, spec)
+        weights = tree_map(_trained, placed if case.zero == 3 else gather(placed, layout))
+        xs = [layout.shard(values[name], *axes) for name, axes in case.axes.items()]
+        xs = [_trained(x) if x.is_floating_point() else x for x in xs]
         wanted = [x for x in xs if x.requires_grad]
         with CollectiveCounter(device_mesh) as total:
             with no_hidden_communication(), CollectiveCounter(device_mesh) as forward:
-                y = fn(gather(weights, layout), *xs, layout)
+                y = case.fn(gather(weights, layout), *xs, layout)
             if device_mesh is not None:
-                lies, should = (
-                    y.placements,
-                    layout.placements(*(out or next(iter(inputs.values())))),
+                declared = layout.placements(*case.out_axes)
+                assert y.placements == declared, (
+                    f"mesh {mesh}: the output has placements {y.placements}, not {declared}"
                 )
-                assert lies == should, f"mesh {mesh}: the output lies {lies}, not {should}"
             with paused():  # every rank must draw the same values
-                direction = _normal((), {}, _generator(seed, "out"), y.shape)
+                direction = _normal(y.shape, _generator(case.seed, "out"))
             direction = shard_like(direction, y)
             grads = torch.autograd.grad(y, [*flat(weights), *wanted], direction)
             n = len(grads) - len(wanted)
-            reduced = unflatten(
-                weights, EagerWeights(layout).reduce(None, list(grads[:n]), flat(placed), False)
-            )
+            reduced = EagerWeights(layout).reduce(None, list(grads[:n]), flat(placed), False)
         tensors = {"output": full(y.detach())}
-        tensors |= {f"gradient of {path}": full(g) for path, g in leaves(reduced)}
-        names = [name for name, x in zip(inputs, xs, strict=True) if x.requires_grad]
-        tensors |= {
-            f"gradient of input {name}": full(g) for name, g in zip(names, grads[n:], strict=True)
-        }
+        for path, g in leaves(unflatten(weights, reduced)):
+            tensors[f"gradient of {path}"] = full(g)
+        names = [name for name, x in zip(case.axes, xs, strict=True) if x.requires_grad]
+        for name, g in zip(names, grads[n:], strict=True):
+            tensors[f"gradient of input {name}"] = full(g)
     return Outcome(tensors, forward, total)
+
+
+def _placed(layout: Layout, x: Tensor, w: WeightSpec) -> Tensor:
+    return layout.shard(x, *w.axes)
+
+
+def _trained(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
 def assert_equivalent(
@@ -135,14 +175,18 @@ def assert_equivalent(
     mesh: str,
     dims: Mapping[str, Any],
     tolerance: float = 1e-9,
-    mutate: Mutate = lambda layout: layout,
+    mutate: Mutate = unchanged,
     **options: Any,
 ) -> Outcome:
     """Compare ``fn`` on the mesh with ``fn`` on one device. Raises AssertionError if the output or
     a gradient differs by more than ``tolerance``; the error names the first tensor that differs.
-    Returns the mesh's Outcome. ``options`` are the options of ``run_layer``."""
-    want = run_layer(fn, params, "dp=1", dims, **options)
-    got = run_layer(fn, params, mesh, dims, mutate=mutate, **options)
+    Returns the mesh's Outcome.
+
+    ``mutate``: makes a mutant of the mesh's layout.
+    ``options``: the other fields of ``LayerCase``."""
+    case = LayerCase(fn, params, dims, **options)
+    want = run_layer(case, "dp=1")
+    got = run_layer(case, mesh, mutate)
     floor = 1e-6 * max(t.abs().max().item() for t in want.tensors.values())
     for name, tensor in want.tensors.items():
         error = relative_error(got.tensors[name], tensor, floor)
@@ -165,9 +209,11 @@ def assert_caught(check: Callable[[], Any]) -> None:
 
 def dropped(number: int) -> Mutate:
     """Return a mutant whose ``number``-th constrain does nothing."""
-    return lambda layout: _Dropped(
-        layout.mesh, layout.rules, layout.compute, layout.reduce, number, [0]
-    )
+
+    def mutate(layout: Layout) -> Layout:
+        return _Dropped(layout.mesh, layout.rules, layout.compute, layout.reduce, number, [0])
+
+    return mutate
 
 
 def unsummed(layout: Layout) -> Layout:
@@ -195,14 +241,15 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
 
 
-def _normal(
-    axes: Axes, sizes: Mapping[str, int], generator: torch.Generator, shape: tuple | None = None
-) -> Tensor:
-    shape = shape or tuple(sizes[a.removeprefix("act_")] for a in axes if a is not None)
+def _shape(axes: Axes, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[a.removeprefix("act_")] for a in axes if a is not None)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float64).normal_(generator=generator)
 
 
 def _jitter(path: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return noise that moves weights away from their initial zeros and ones, which hide
     mistakes."""
-    return 0.1 * _normal((), {}, _generator(seed, path), shape)
+    return 0.1 * _normal(shape, _generator(seed, path))

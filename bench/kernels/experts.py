@@ -24,8 +24,8 @@ from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout
 from dtron.model.presets import preset
 from dtron.moe.experts import compute
-from dtron.moe.layer import MoELayer, TokenInfo, moe
-from dtron.moe.router import route
+from dtron.moe.layer import MoELayer, moe
+from dtron.moe.router import TokenInfo, route
 from dtron.params import declare, flat, init, tree_map
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.metrics import peak_tflops
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         return moe(p, x, seen, c, layout, dispatch=o.moe_dispatch, recipe=recipe)[0]
 
     def router(p: MoELayer, x: Tensor) -> Tensor:
-        return route(p.router, x, *seen[:3], c, layout, place_T=seen.place_T).weights_TK
+        return route(p.router, x, seen, c, layout).weights_TK
 
     def products(p: MoELayer, rows: Tensor) -> Tensor:
         return compute(p.experts, rows, ends, c.activation, recipe=recipe)

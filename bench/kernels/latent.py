@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtron.layers.attention_kernels import AttentionMask, attention_flex, with_blocks
+from dtron.layers.attention_kernels import attention_flex, with_blocks
+from dtron.layers.attention_mask import AttentionMask
 from dtron.runtime.exit import Parser, run_cli
 
 BACKENDS = {

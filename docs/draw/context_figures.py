@@ -7,8 +7,8 @@ import torch
 from dtron.distributed.collectives import shift, wait
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import AttentionMask, allowed
-from dtron.layers.context_parallel import prepare
+from dtron.layers.attention_mask import AttentionMask, allowed
+from dtron.layers.context_parallel import RowSharding, prepare
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
 from dtron.tools.drawing import FAINT, Canvas, colour
@@ -47,7 +47,7 @@ def ring(tokens: int = 16, ranks: int = 4) -> str:
         layout = Layout(mesh)
         x = layout.shard(torch.ones(tokens, 1), "tokens", None)
         context, _ = prepare(
-            AttentionMask(tokens), None, False, (1, 1), x, layout, "sdpa", "ring", zigzag=True
+            AttentionMask(tokens), None, False, (1, 1), x, layout, "sdpa", RowSharding("ring", True)
         )
         keys = context.steps[0].keys
         arrived = [keys]

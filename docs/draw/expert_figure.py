@@ -11,7 +11,8 @@ from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
-from dtron.moe.layer import MoELayer, TokenInfo, moe
+from dtron.moe.layer import MoELayer, moe
+from dtron.moe.router import TokenInfo
 from dtron.params import declare, gather, init
 from dtron.tools.count_collectives import CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas, colour, draw_mesh

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.attention_kernels import AttentionMask, allowed
+from dtron.layers.attention_mask import AttentionMask, allowed
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig

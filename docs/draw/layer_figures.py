@@ -10,7 +10,7 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.attention import AttentionInputs
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.mla import MLA, MLAConfig, MLAMixer, mla
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout

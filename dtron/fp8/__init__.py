@@ -1,2 +1,2 @@
-"""Matrix products in 8 bits: ``matmul`` is what layers call, ``recipe`` defines what a recipe is,
-``recipes`` lists them."""
+"""Matmuls in 8 bits. Layers call matmul.py. recipe.py defines a recipe, and recipes.py lists the
+recipes."""

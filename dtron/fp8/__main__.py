@@ -1,4 +1,4 @@
-"""``python -m dtron.fp8``: how far from exact each recipe is. On a CPU, in seconds."""
+"""``python -m dtron.fp8``: measure the error of each recipe. On a CPU, in seconds."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from dtron.runtime.exit import Parser, run_cli
 def products(
     fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, g: Tensor
 ) -> list[Tensor]:
-    """``fn(x, w)`` and the gradients of x and w, where ``g`` is the gradient of the product."""
+    """Return ``fn(x, w)`` and the gradients of x and w.
+
+    ``g``: the gradient of the result."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = fn(x, w)
     return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The norm of the difference over the norm of what it should be."""
+    """Return the norm of the difference over the norm of ``want``."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def table(size: int = 1024) -> list[str]:
-    """Rows in Markdown: errors of products of normal values in bfloat16, against float64; and of
-    the other rows of the product when one row of x is a million times as large."""
+    """Return rows in Markdown: the errors of matmuls of normal values in bfloat16, against float64.
+    The last column has the error of the other rows when one row of x is a million times as large.
+
+    ``size``: rows and columns of the matrices."""
     generator = torch.Generator().manual_seed(0)
     x, w, g = (torch.randn(size, size, generator=generator).bfloat16() for _ in range(3))
     want = products(torch.matmul, x.double(), w.double(), g.double())
-    beside = x.clone()
-    beside[0] *= 2**20
+    with_huge_row = x.clone()
+    with_huge_row[0] *= 2**20
     rows = [
         "| products in | y | gradient of x | gradient of w | y, beside a huge row |",
         "|---|---|---|---|---|",
@@ -45,16 +49,15 @@ def table(size: int = 1024) -> list[str]:
     for name, recipe in {"bfloat16": None, **recipes}.items():
         fn = partial(matmul, recipe=recipe)
         errors = [error(a, b) for a, b in zip(products(fn, x, w, g), want, strict=True)]
-        errors.append(error(fn(beside, w)[1:], want[0][1:]))
+        errors.append(error(fn(with_huge_row, w)[1:], want[0][1:]))
         cells = " | ".join(f"{e:.2g}" for e in errors)
         rows.append(f"| {name} | {cells} |")
     return rows
 
 
 def main(argv: Sequence[str]) -> int:
-    Parser(
-        prog="python -m dtron.fp8", description="How far from exact each FP8 recipe is."
-    ).parse_args(argv)
+    parser = Parser(prog="python -m dtron.fp8", description="Measure the error of each FP8 recipe.")
+    parser.parse_args(argv)
     print("\n".join(table()))
     return 0
 

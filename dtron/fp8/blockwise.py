@@ -2,16 +2,15 @@
 recipe (arXiv:2412.19437, section 3.3 and figure 7).
 
 A scale for a whole row is set by the row's largest value. With one scale per 128 values, an
-outlier costs precision only in its own block. All three matmuls follow one rule. The contracted
-dim is split into blocks of 128, and within a block each row of the left operand has its own
-scale. For the right operand there are two cases. A weight's columns share scales in groups of
-128 (forward, and backward to the input). A gradient's columns each have their own scale
-(backward to the weight).
+outlier costs precision only in its own block. All three matmuls follow one rule. The contracted dim
+is split into blocks of 128, and within a block each row of the left operand has its own scale. For
+the right operand there are two cases. A weight's columns share scales in groups of 128 (forward,
+and backward to the input). Each column of a gradient has its own scale (backward to the weight).
 
-The kernel is cuBLAS's. It is called through the operator below ``F.scaled_mm``: that function is
+The kernel is cuBLAS's. It is called through the operator below ``F.scaled_mm``: ``F.scaled_mm`` is
 public, but torch 2.11 cannot trace its internals. Casts are plain arithmetic, which a compiler
-fuses with the surrounding operations. (torchao has Triton kernels for the same casts, for
-weights stored transposed.)"""
+fuses with the surrounding operations. (torchao has Triton kernels for the same casts, for weights
+stored transposed.)"""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ class Blockwise(TorchaoRecipe):
         if a.values.device.type == "cpu":
             return (a.wide() @ b.wide().t()).to(dtype)
         lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
-        # It needs rows of a and columns of b contiguous, and scales in the other memory order.
+        # The kernel needs rows of a and columns of b contiguous, and scales transposed in memory.
         b_scale = b.scale.reciprocal()
         b_scale = _padded(b_scale).t() if b.squares else _columns(b_scale)
         return torch.ops.aten._scaled_mm_v2(

@@ -10,6 +10,7 @@ matmuls stay in high precision. See docs/fp8.md."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -48,13 +49,13 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
     product = partial(fp8_mm, name=recipe.name)
     if not isinstance(x, DTensor):
         return product(x, w)
-    mesh, (y_lies, dx_lies, dw_lies) = x.device_mesh, _placements(x, w)
+    y_placements, dx_placements, dw_placements = _placements(x, w)
     region = local_map(
         product,
-        out_placements=y_lies,
+        out_placements=y_placements,
         in_placements=(x.placements, w.placements),
-        in_grad_placements=(dx_lies, dw_lies),
-        device_mesh=mesh,
+        in_grad_placements=(dx_placements, dw_placements),
+        device_mesh=x.device_mesh,
     )
     return region(x, w)
 
@@ -88,22 +89,25 @@ def compile_options(recipe: Recipe | None) -> dict[str, Any]:
 
 def _sizes(x: Tensor, w: Tensor) -> tuple[float, float, float]:
     """Return ``(T, I, O)`` on one rank."""
-    here = lambda x: (
-        part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
-    )
-    (tokens, inner), (_, outer) = here(x), here(w)
+    (tokens, inner), (_, outer) = _own_shape(x), _own_shape(w)
     return tokens, inner, outer
+
+
+def _own_shape(x: Tensor) -> Sequence[float]:
+    """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim."""
+    return part_of(x.shape, x.device_mesh, x.placements) if isinstance(x, DTensor) else x.shape
 
 
 def _placements(x: DTensor, w: DTensor) -> tuple[list, list, list]:
     """Return the placements of ``x @ w`` and of the gradients of x and w."""
     rows = []
-    for axis, (x_lies, w_lies) in enumerate(zip(x.placements, w.placements, strict=True)):
-        row = [rest for x_row, w_row, *rest in _PLACEMENTS if x_row == x_lies and w_row == w_lies]
+    for axis, (x_axis, w_axis) in enumerate(zip(x.placements, w.placements, strict=True)):
+        row = [results for a, b, *results in _PLACEMENTS if a == x_axis and b == w_axis]
         if not row:
             raise PlacementError(
-                f"a product in FP8 is local, but over mesh axis {axis} x lies {x_lies} and w {w_lies}: "
-                "constrain them first, to the same cut of the summed dim, or cut one of the others"
+                f"an FP8 matmul is local, but over mesh axis {axis} x has the placement {x_axis} "
+                f"and w {w_axis}: constrain them first, to the same sharding of the contracted "
+                "dim, or shard one of the other dims"
             )
         rows += row
     return tuple(map(list, zip(*rows, strict=True)))

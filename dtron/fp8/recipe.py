@@ -1,4 +1,4 @@
-"""FP8 recipes: what defines one, and which matmuls are large enough for FP8.
+"""FP8 recipes: their interface, and the smallest matmul that is computed in FP8.
 
 A recipe is one object. The three matmuls of a layer (forward, backward to the input and backward
 to the weight) are written once for all recipes, in autograd.py. A recipe defines how each of their
@@ -82,26 +82,26 @@ class Recipe(ABC):
     def grouped_mm(self, x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply ``x [R, K]``, sorted by expert, by ``w [E, K, N]`` -> ``[R, N]``.
 
-        The operands are not cast yet: a kernel for experts may need other scales than ``mm``.
-        The gradient of the experts' weights is no such product; it stays in high precision.
+        The operands are not cast yet: a kernel for experts may need other scales than ``mm``. The
+        gradient of the experts' weights is another matmul, which stays in high precision.
 
         ``ends_E``: int32. The rows of expert e end before ``ends_E[e]``. Output rows after the last
             end are undefined."""
 
     def converts(self, tokens: float, inner: float, outer: float) -> bool:
-        """Whether ``[tokens, inner] @ [inner, outer]`` is computed in FP8. Sizes are the sizes
-        on one rank. If the mesh does not divide a size, it is a fraction, and so a multiple
-        of nothing.
+        """Return whether ``[tokens, inner] @ [inner, outer]`` is computed in FP8. Sizes are the
+        sizes on one rank. A size that the mesh does not divide is a fraction, and so a multiple of
+        no number.
 
-        The kernels need multiples of 16 in the contracted and in the last dim, and blocks must
-        be whole. Over the three matmuls of forward and backward each size is one of these two
-        dims. The CPU needs no multiples, but the choice should not depend on the device. With 0
-        tokens there is no largest value to compute a scale from."""
+        The kernels need multiples of 16 in the contracted and in the last dim, and blocks must be
+        whole. Over the three matmuls of forward and backward each size is one of these two dims.
+        The CPU needs no multiples, but the choice should not depend on the device. With 0 tokens
+        there is no largest value to compute a scale from."""
         fits = all(size % self.multiple == 0 for size in (tokens, inner, outer))
         return tokens > 0 and inner * outer >= self.min_weights and fits
 
     def takes(self, w: Any, shape: Sequence[float], tokens: float) -> bool:
-        """Whether a block's matmuls with the declared weight ``w`` are computed in FP8.
+        """Return whether a block's matmuls with the declared weight ``w`` are computed in FP8.
 
         ``shape``: the shape of one rank's shard of the weight.
         ``tokens``: the tokens of one rank. For experts it is ignored: their matmuls may have any

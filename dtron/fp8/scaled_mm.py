@@ -25,14 +25,11 @@ from dtron.fp8.recipe import Role
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence warnings of torchao's import about compiled extensions built for another torch.
-    Nothing here needs these extensions, so their loading is skipped and its warnings are
-    hidden."""
+    """Silence warnings of torchao's import about compiled extensions built for another torch. dtron
+    does not need these extensions, so their loading is skipped and its warnings are hidden."""
     name = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
-    before, loggers = (
-        os.environ.get(name),
-        [logging.getLogger(n) for n in ("torchao", "torch.utils._pytree")],
-    )
+    before = os.environ.get(name)
+    loggers = [logging.getLogger(n) for n in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     os.environ[name] = "1"
     for logger in loggers:
@@ -60,9 +57,9 @@ with _quietly():
     from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
 # The configs are built at import, because torch.compile cannot trace their construction. Scales
-# are powers of two (in torchao's own tensorwise recipe they are not). Multiplying by a power of two
-# does not change the mantissa. So ranks that scale their shards differently still round like one
-# device. Only values below FP8's normal range may differ.
+# are powers of two (not so in torchao's own tensorwise recipe). Multiplying by a power of two does
+# not change the mantissa. So ranks that scale their shards differently still round like one device.
+# Only values below FP8's normal range may differ.
 _CONFIGS = {
     name: replace(Float8LinearConfig.from_recipe_name(name), round_scales_to_power_of_2=True)
     for name in (recipe.value for recipe in Float8LinearRecipeName)
@@ -98,18 +95,19 @@ def mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
         return ((a.float() / a_scale) @ (b.float() / b_scale)).to(dtype)
     if a_scale.ndim > b_scale.ndim:  # the kernels need both scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()
-    # The kernels need rows of a and columns of b contiguous. In forward this copies the float8
-    # weight, but not x; compiled, the copy is part of the cast. Fast accumulation sums in less than
-    # float32. This is usual in forward; using it in backward too gains another 3 to 7 %
-    # (docs/performance.md).
+    # The kernels need rows of a and columns of b contiguous. In forward the float8 weight is copied
+    # for it, but not x; compiled, the copy is part of the cast. Fast accumulation sums in less than
+    # float32. It is usual in forward; in backward it gains another 3 to 7 % (docs/performance.md).
     return addmm_float8_unwrapped(
         a.contiguous(), a_scale, b.t().contiguous().t(), b_scale, dtype, use_fast_accum=True
     )
 
 
 def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Scaled:
-    """Cast ``x`` to float8, with one scale for all values along the contracted dim ``summed``
-    (None: one scale for the tensor)."""
+    """Cast ``x`` to float8.
+
+    ``summed``: the contracted dim, along which all values have one scale (None: the tensor has one
+        scale)."""
     by = ScalingGranularity.TENSORWISE if summed is None else ScalingGranularity.AXISWISE
     scale = tensor_to_scale(
         x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True

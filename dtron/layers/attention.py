@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,16 @@ from torch import Tensor
 from dtron.bounds import divides, nearest_divisor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.layers.attention_kernels import (
-    CORES,
-    LEAST_HEAD_DIM,
-    AttentionMask,
-    AttentionPath,
-    with_bias,
+from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, with_bias
+from dtron.layers.attention_mask import AttentionMask
+from dtron.layers.context_parallel import (
+    ContextParallelMask,
+    Method,
+    RowSharding,
+    attend,
+    prepare,
 )
-from dtron.layers.context_parallel import ContextParallelMask, Method, attend, prepare
-from dtron.layers.kv_cache import KVCache, empty_kv_cache, recall
+from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache, recall
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.norm import Norm, norm
@@ -39,6 +40,8 @@ from dtron.params import part, residual_out, weight, zeros
 
 @dataclass(frozen=True)
 class Attention:
+    """The weights. ``sinks`` are learned scores, see attention_kernels.py."""
+
     segment: ClassVar[str] = "attention"
 
     w_q: Tensor = weight("embed", "heads", "head_dim", summed=1)
@@ -58,10 +61,10 @@ class Attention:
 class AttentionInputs(MixerInputs):
     """The inputs of attention.
 
-    ``mask``: a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
-    ``table_TH``: the rotary angles of each token, ``[T@tokens]`` (None: no rotation).
+    ``mask``: the mask; a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
+    ``table_TH``: the rotary angles of each token, ``[T@tokens, H]`` (None: no rotation).
     ``path``: the kernels, see attention_kernels.py.
-    ``cache``: a ``KVCache``. The new keys and values are added to it.
+    ``cache``: a ``KVCache``, to which the new keys and values are added.
     ``positions_T [T@tokens]``: the slots of the new tokens in the cache."""
 
     mask: AttentionMask | ContextParallelMask
@@ -70,11 +73,11 @@ class AttentionInputs(MixerInputs):
     positions_T: Tensor | None = None
 
     @property
-    def past(self) -> tuple[Tensor | None, ...]:
-        """The cache and the new tokens' slots, as arguments of a local region."""
+    def past(self) -> Past:
+        """The cache and the new tokens' slots."""
         if self.cache is None:
-            return None, None, None
-        return self.cache.k_TKH, self.cache.v_TKH, self.positions_T
+            return Past()
+        return Past(self.cache.k_TKH, self.cache.v_TKH, self.positions_T)
 
 
 def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
@@ -89,47 +92,66 @@ def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layou
         k_TKH = norm(p.k_norm, k_TKH, inputs.eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
-    region = layout.local(partial(core, path=inputs.path, mask=inputs.mask, layout=layout), ins, q)
+
+    def on_rank(q_TNH, k_TKH, v_TKH, table_TH, documents_T, sinks_N, *past):
+        heads = rotated(Heads(q_TNH, k_TKH, v_TKH), table_TH)
+        return core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
+
     # Communication over cp: see context_parallel.py.
-    o_TNH = region(q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past)
+    o_TNH = layout.local(on_rank, ins, q)(
+        q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past
+    )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o
 
 
+class Heads(NamedTuple):
+    """Queries, keys and values of a rank's heads. Values may have another width than queries and
+    keys."""
+
+    q_TNH: Tensor
+    k_TKH: Tensor
+    v_TKH: Tensor
+
+
+def rotated(heads: Heads, table_TH: Tensor | None) -> Heads:
+    """Rotate queries and keys by the rotary angles, if there are any. Rank-local."""
+    if table_TH is None:
+        return heads
+    q_TNH, k_TKH = rotate(heads.q_TNH, table_TH), rotate(heads.k_TKH, table_TH)
+    return Heads(q_TNH, k_TKH, heads.v_TKH)
+
+
 def core(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    table_TH: Tensor | None,
+    heads: Heads,
     documents_T: Tensor | None,
     sinks_N: Tensor | None,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    places_T: Tensor | None,
-    path: AttentionPath,
-    mask: AttentionMask | ContextParallelMask,
+    past: Past,
+    inputs: AttentionInputs,
     layout: Layout,
 ) -> Tensor:
-    """Attend with a rank's own heads and its own tokens. Rank-local. Values may have another width
-    than queries and keys; the output is as wide as the values. With a past, rows are whole and
-    there are no documents. The mask is then an explicit matrix, whatever ``path`` is."""
-    if table_TH is not None:
-        q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
-    if past_k is None:
-        return attend(q_TNH, k_TKH, v_TKH, documents_T, sinks_N, mask, layout, path)
-    q = q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
-    k, v, mask = recall(k_TKH, v_TKH, past_k, past_v, places_T, mask)
+    """Attend with a rank's own heads and its own tokens. Rank-local, except for communication over
+    cp. The output is as wide as the values. With a past, rows are whole and there are no documents.
+    The mask is then an explicit matrix, whatever the path is.
+
+    ``documents_T``: ``[T@rows]``, a rank's shard.
+    ``inputs``: its ``mask`` and ``path`` are used."""
+    mask = inputs.mask
+    if past.k_TKH is None:
+        return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
+    q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
+    k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
     attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
     return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
 
 
 class AttentionMixer(Mixer):
-    """Grouped-query attention as a mixer. The name of a logical axis of heads is also the name of
-    their number in the model's config.
+    """Grouped-query attention as a mixer. A logical axis of heads and the number of its heads in
+    the model's config have the same name.
 
     ``kv_axis``: the logical axis of the heads of keys and values.
-    ``width_name``: what an error message writes before the width of a head."""
+    ``width_name``: the text before the width of a head in an error message."""
 
     params: ClassVar[type] = Attention
     kv_axis: ClassVar[str] = "kv_heads"
@@ -141,7 +163,7 @@ class AttentionMixer(Mixer):
 
     @property
     def head_dims(self) -> tuple[int, int]:
-        """Widths of a head's queries and keys, and of its values."""
+        """The width of a head's queries and keys, and the width of its values."""
         return self.model.head_dim, self.model.head_dim
 
     @property
@@ -164,7 +186,7 @@ class AttentionMixer(Mixer):
         if m.positions == "rotary":
             make = partial(rope_tables, m.rope, head_dim=self.rotary_dim, dtype=stage.x_TD.dtype)
             table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
-        found = {}
+        inputs = {}
         for window in stage.windows:
             mask, path = prepare(
                 AttentionMask(batch.seq_len, window, m.softcap, self.score_scale),
@@ -174,17 +196,16 @@ class AttentionMixer(Mixer):
                 stage.x_TD,
                 layout,
                 stage.kernel,
-                stage.cp_method,
-                batch.zigzag,
+                RowSharding(stage.cp_method, batch.zigzag),
             )
-            found[window] = AttentionInputs(
+            inputs[window] = AttentionInputs(
                 documents_T=batch.documents_T,
                 mask=mask,
                 table_TH=table_TH,
                 path=path,
                 positions_T=batch.positions_T,
             )
-        return found
+        return inputs
 
     def empty_cache(
         self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
@@ -194,26 +215,28 @@ class AttentionMixer(Mixer):
         )
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:
-        """Zig-zag gives all ranks the same work. Under ulysses they have it anyway."""
-        found = ("zigzag", "contiguous")
-        return found[::-1] if method == "ulysses" else found
+        """Prefer zig-zag, which gives all ranks the same work. Under ulysses all ranks have the
+        same work in any order."""
+        return ("contiguous", "zigzag") if method == "ulysses" else ("zigzag", "contiguous")
 
     def flops(self, seq_len: int, window: int | None) -> float:
-        """6 * heads * head_dim for each attended token and for each of keys and values: on average
-        half the sequence without a window."""
+        """Return 6 * heads * head_dim for each attended token and for each of keys and values.
+        Without a window a token attends to half of the sequence on average."""
         w = min(window or seq_len, seq_len)
         return 6.0 * self.model.heads * sum(self.head_dims) * (w - w * w / (2 * seq_len))
 
     def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
-        """Query, key, value and output, and the log-sum-exps."""
+        """Return the bytes of queries, keys, values, outputs and log-sum-exps."""
         u, heads = tokens // mesh.cp, self.model.heads
         kept = u * (heads + self.kv_heads) * sum(self.head_dims) // mesh.tp
         return element * kept + 4 * u * heads // mesh.tp
 
     def message_bytes(self, mesh: MeshShape, tokens: int, method: Method, element: int) -> int:
-        """The ring holds two messages of keys and values and two of their gradients; allgather
-        holds keys and values of whole rows and their gradients; ulysses holds its send and receive
-        buffers."""
+        """Return the peak bytes of messages over cp.
+
+        ring: two messages of keys and values, and two messages of their gradients.
+        allgather: keys and values of whole rows, and their gradients.
+        ulysses: the send and receive buffers."""
         if mesh.cp == 1:
             return 0
         u = tokens // mesh.cp
@@ -230,7 +253,7 @@ class AttentionMixer(Mixer):
             )
         if m.positions == "rotary" and m.head_dim % 2:
             raise UserError(
-                f"model.head_dim={m.head_dim}: rotary positions turn pairs; make it even"
+                f"model.head_dim={m.head_dim}: rotary positions rotate pairs; make it even"
             )
 
     def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
@@ -239,25 +262,25 @@ class AttentionMixer(Mixer):
         size, both = self.kv_heads, mesh.tp * mesh.cp
         if mesh.cp > 1 and method == "ulysses" and size % both:
             raise UserError(
-                f"--cp-method ulysses over cp={mesh.cp}: it cuts the heads, and a rank has "
+                f"--cp-method ulysses over cp={mesh.cp}: it shards the heads, and a rank has "
                 f"{size // mesh.tp} of model.{self.kv_axis}={size}, which cp must divide; use "
                 f"--cp-method ring, which takes any number of heads, or "
                 f"--model.{self.kv_axis.replace('_', '-')} {-(-size // both) * both}"
             )
 
     def check_kernel(self, path: AttentionPath, dtype: torch.dtype, device: str) -> None:
-        m, least, cannot = self.model, min(self.head_dims), None
+        m, least, reason = self.model, min(self.head_dims), None
         if path == "sdpa":
             if m.softcap is not None:
-                cannot = f"model.softcap={m.softcap}: torch's fused attention has no soft-cap"
+                reason = f"model.softcap={m.softcap}: torch's fused attention has no soft-cap"
             elif m.sinks:
-                cannot = "model.sinks=True: torch's fused attention has no sinks"
+                reason = "model.sinks=True: torch's fused attention has no sinks"
         elif path == "flex":
             if device == "cpu":
-                cannot = "device=cpu: flex_attention has no backward there"
+                reason = "device=cpu: flex_attention has no backward there"
             elif least < LEAST_HEAD_DIM:
-                cannot = f"{self.width_name}{least}: its kernels take {LEAST_HEAD_DIM} and more"
+                reason = f"{self.width_name}{least}: its kernels take {LEAST_HEAD_DIM} and more"
             elif dtype == torch.float64:
-                cannot = "dtype=float64: its kernels add up in float32"
-        if cannot:
-            raise UserError(f"--attention-kernel {path} with {cannot}; use --attention-kernel auto")
+                reason = "dtype=float64: its kernels add up in float32"
+        if reason:
+            raise UserError(f"--attention-kernel {path} with {reason}; use --attention-kernel auto")

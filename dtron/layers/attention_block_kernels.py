@@ -13,22 +13,34 @@ keys and values are repeated, and their gradients are summed afterwards.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dtron.layers.attention_kernels import products, repeated
 
-Kernel = tuple[
-    Tensor, Tensor
-]  # passed from a fused forward to its backward, which ignores it without dropout
+# A fused forward passes two tensors to its backward, which ignores them without dropout.
+DropoutState = tuple[Tensor, Tensor]
 _aten = torch.ops.aten
+
+
+class BlockResult(NamedTuple):
+    """The result of attention to some of a row's keys.
+
+    ``out [B, N, S, H]``: the output.
+    ``lse [B, N, S]``: the logarithm of the softmax's denominator.
+    ``dropout``: tensors from a fused forward for its backward; None from plain matmuls."""
+
+    out: Tensor
+    lse: Tensor
+    dropout: DropoutState | None
 
 
 def block_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
-) -> tuple[Tensor, Tensor, Kernel | None]:
-    """Return ``(out [B, N, S, H], lse [B, N, S], rest for block_backward)`` for ``q [B, N, S, H]``
-    and k, v ``[B, K, S, H]``.
+) -> BlockResult:
+    """Attend with ``q [B, N, S, H]`` to the keys and values ``k``, ``v [B, K, S, H]``.
 
     ``causal``: whether the mask is causal; otherwise each query sees every key.
     ``scale``: the factor on scores (None: 1 / sqrt(H))."""
@@ -38,15 +50,15 @@ def block_forward(
             o, lse, _, _, _, _, *rest, _ = _aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, causal, scale=scale
             )
-            return o, lse.flatten(2), tuple(rest)
+            return BlockResult(o, lse.flatten(2), tuple(rest))
         case "flash":
             o, lse, _, _, _, _, *rest, _ = _aten._scaled_dot_product_flash_attention(
                 q, k, v, 0.0, causal, scale=scale
             )
-            return o, lse, tuple(rest)
+            return BlockResult(o, lse, tuple(rest))
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse, None
+    return BlockResult((scores - lse[..., None]).exp().to(v.dtype) @ v, lse, None)
 
 
 def block_backward(
@@ -54,48 +66,54 @@ def block_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    rest: Kernel | None,
+    result: BlockResult,
     causal: bool,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v from the output's gradient ``g``. ``o`` and ``lse`` belong
-    to the whole softmax; the given keys are only some of its keys."""
-    shared = k.shape[1]
+    """Return the gradients of q, k and v.
+
+    ``g``: the gradient of the output.
+    ``k``, ``v``: some of the keys and values of the softmax.
+    ``result``: the output and the lse of the whole softmax.
+    ``causal``, ``scale``: see ``block_forward``."""
+    (o, lse, dropout), kv_heads = result, k.shape[1]
     k, v = repeated(k, q), repeated(v, q)
     sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of q and of k, no dropout
     match kernel(q, v):
         case "cudnn":
             dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-                g, q, k, v, o, lse[..., None], *rest, None, None, None, *sizes, scale=scale
+                g, q, k, v, o, lse[..., None], *dropout, None, None, None, *sizes, scale=scale
             )
         case "flash":
             dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-                g, q, k, v, o, lse, None, None, *sizes, *rest, scale=scale
+                g, q, k, v, o, lse, None, None, *sizes, *dropout, scale=scale
             )
         case _:
             share = (_scores(q, k, causal, scale) - lse[..., None]).exp()
             delta = (g * o).sum(-1, keepdim=True)
-            ds = (
-                share * (g @ v.mT - delta) * (q.shape[-1] ** -0.5 if scale is None else scale)
-            ).to(q.dtype)
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            ds = (share * (g @ v.mT - delta) * factor).to(q.dtype)
             dq, dk, dv = ds @ k, ds.mT @ q, share.to(g.dtype).mT @ g
-    return dq, *(x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
+    return dq, *(x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
 
 
 def kernel(q: Tensor, v: Tensor) -> str:
-    """Return the kernel that ``block_forward`` and ``block_backward`` use; see ``kernel_for``."""
+    """Name the kernel that ``block_forward`` and ``block_backward`` use; see ``kernel_for``."""
     return kernel_for(q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype, narrow: int, wide: int) -> str:
-    """Select the kernel. Where cuDNN's is available, on Hopper, it is about twice as fast as flash.
-    Both need 16-bit dtypes, and query heads (``narrow``) as wide as value heads (``wide``).
-    Otherwise attention runs as plain matmuls ("written"), with all scores in memory."""
-    if device.type != "cuda" or dtype.itemsize != 2 or narrow != wide or narrow % 8 or narrow > 256:
+def kernel_for(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int) -> str:
+    """Select the kernel. cuDNN's kernel is available on Hopper, where it is about twice as fast as
+    flash. Both kernels need 16-bit dtypes, and query heads as wide as value heads. Otherwise
+    attention runs as plain matmuls ("written"), with all scores in memory.
+
+    ``qk_dim``: the width of a head of queries and keys.
+    ``v_dim``: the width of a head of values."""
+    if device.type != "cuda" or dtype.itemsize != 2 or qk_dim != v_dim:
         return "written"
-    return "cudnn" if narrow <= 128 and _has_cudnn() else "flash"
+    if qk_dim % 8 or qk_dim > 256:
+        return "written"
+    return "cudnn" if qk_dim <= 128 and _has_cudnn() else "flash"
 
 
 @torch.compiler.assume_constant_result  # not with functools.cache: dynamo would look through both

@@ -1,26 +1,27 @@
 """Attention cores: one function, as a plain reference and through two kinds of fused kernel.
 
-One rule, ``sees``, defines the keys that a query may see. ``attention_reference`` is the
-definition: scores, soft-cap, mask, sinks, softmax, with the whole ``[S, S]`` matrix in memory.
-``attention_sdpa`` is torch's fused attention. It is the fastest core for a plain causal mask; it
-takes other masks as a bias, and it has no soft-cap and no sinks. ``attention_flex`` is
-flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel for any mask and skips
-empty blocks of the mask. It runs on GPUs only, as torch has no backward for it on a CPU.
+- ``attention_reference`` is the definition: scores, soft-cap, mask, sinks, softmax, with the whole
+  ``[S, S]`` matrix in memory.
+- ``attention_sdpa`` is torch's fused attention, the fastest core for a plain causal mask. It takes
+  other masks as a bias. It has no soft-cap and no sinks.
+- ``attention_flex`` is flex_attention (Dong et al. 2024, arXiv:2412.05496). It compiles a kernel
+  for any mask and skips empty blocks of the mask. It runs on GPUs only, because torch has no
+  backward for flex_attention on a CPU.
 
 All cores have one signature, ``(q [B, N, S, H], k [B, K, S, H], v [B, K, S, W], documents_BS,
 sinks_N, mask) -> [B, N, S, W]``, and a test checks that they agree. W equals H except in latent
 attention. ``choose`` selects the core for ``auto``.
 
 A sink (Xiao et al. 2023, arXiv:2309.17453; as a learned score, gpt-oss) is one more term in the
-denominator of a head's softmax. A head that finds nothing gives its weight to the sink and adds
-little. In a plain softmax the head must spend a total weight of 1 on tokens.
+denominator of a head's softmax. A head that finds no relevant token gives its weight to the sink
+and adds little. In a plain softmax the weights of tokens always sum to 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -30,71 +31,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import (
     AuxRequest,
-    BlockMask,
     create_block_mask,
     flex_attention,
 )
 
 from dtron.errors import UserError
+from dtron.layers.attention_mask import AttentionMask, allowed, sees
 from dtron.layers.recompute import recompute_in_backward
 from dtron.torch_compile import jit
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
-
-
-@dataclass(frozen=True)
-class AttentionMask:
-    """The mask: a token sees itself and earlier tokens of its sequence. Where documents are given,
-    it sees only tokens of its own document.
-
-    ``window``: the number of tokens that a token sees at most, itself included.
-    ``softcap``: bounds scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
-    ``scale``: the factor on scores, applied before the soft-cap (None: 1 / sqrt(H)).
-    ``queries [B, S]`` (B = 1: the same in every row), ``keys [S]``: the places of the given queries
-    and keys in the sequence (None: the whole sequence in order). kv_cache.py and
-    context_parallel.py set them.
-    ``blocks``: for flex only, see ``with_blocks``."""
-
-    seq_len: int
-    window: int | None = None
-    softcap: float | None = None
-    scale: float | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    blocks: BlockMask | None = None
-
-    @property
-    def windowed(self) -> bool:
-        """Whether the window hides anything."""
-        return self.window is not None and self.window < self.seq_len
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the places of the given queries, ``[B, S]``, and of the given keys, ``[S]``."""
-        whole_S = torch.arange(self.seq_len, device=device)
-        queries = whole_S[None] if self.queries is None else self.queries
-        return queries, whole_S if self.keys is None else self.keys
-
-
-def sees(
-    mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor
-) -> Tensor:
-    """Whether query i of row b may see key j, for indices of any shapes that broadcast. All cores
-    use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
-    ok = j <= i
-    if mask.windowed:
-        ok = ok & (i - j < mask.window)
-    if documents_BS is not None:
-        ok = ok & (documents_BS[b, i] == documents_BS[b, j])
-    return ok
-
-
-def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
-    """Return ``[B, 1, S, S]``: True where the query (row) may see the key (column). B = 1 if all
-    batch rows are the same."""
-    i, j = mask.places(device)
-    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
-    b = torch.arange(rows, device=device)[:, None, None, None]
-    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
 
 
 def attention_reference(
@@ -137,9 +83,12 @@ def attention_and_lse(
     flex: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out [B, N, S, H], lse [B, N, S])`` for the given keys, which may be some of a row's
-    keys. lse is the logarithm of the softmax's denominator. It allows merging the results for two
-    sets of keys. A query that sees no key has out = 0 and lse = -inf. Both are differentiable. Runs
-    as plain matmuls, or through flex."""
+    keys. Both results are differentiable. A query that sees no key has out = 0 and lse = -inf.
+
+    lse is the logarithm of the softmax's denominator. By their lse the results for two sets of keys
+    can be merged.
+
+    ``flex``: run through flex, and otherwise as plain matmuls."""
     if flex:
         mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
         return _by_itself(_flex, q.device)(q, k, v, mask)
@@ -162,15 +111,18 @@ def attention_sdpa(
     sinks_N: Tensor | None,
     mask: AttentionMask,
 ) -> Tensor:
-    """Run torch's fused attention. It needs no ``[S, S]`` matrix for a plain causal mask. For other
-    masks it needs a mask of this size. Raises UserError for a soft-cap and for sinks: its kernels
-    have neither."""
+    """Run torch's fused attention. A plain causal mask needs no ``[S, S]`` matrix; other masks need
+    a mask of this size. Raises UserError for a soft-cap and for sinks: the kernels have neither."""
     if mask.softcap is not None or sinks_N is not None:
         raise UserError(
             f"softcap={mask.softcap}, sinks={sinks_N is not None}: sdpa has neither; use "
             "--attention-kernel auto"
         )
-    k, v = recompute_in_backward(lambda k, v: (repeated(k, q), repeated(v, q)), k, v)
+
+    def repeat(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return repeated(k, q), repeated(v, q)
+
+    k, v = recompute_in_backward(repeat, k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
@@ -202,9 +154,9 @@ def attention_flex(
     sinks_N: Tensor | None,
     mask: AttentionMask,
 ) -> Tensor:
-    """Run flex_attention, for every mask. Inside a compiled stage it is compiled with the stage.
-    Elsewhere on a GPU it is compiled by itself: uncompiled it would make the ``[S, S]`` matrix that
-    it is meant to avoid."""
+    """Run flex_attention, for every mask. Inside a compiled stage, flex_attention is compiled with
+    the stage. Elsewhere on a GPU it is compiled by itself: uncompiled it would make the ``[S, S]``
+    matrix that it is meant to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
     o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
@@ -221,15 +173,19 @@ def with_sinks(o: Tensor, lse: Tensor, sinks_N: Tensor) -> Tensor:
 def with_blocks(
     mask: AttentionMask, documents_BS: Tensor | None, device: torch.device
 ) -> AttentionMask:
-    """Return the mask with flex's block mask: for each block of 128 queries by 128 keys, whether it
-    is empty, full or partial. All layers share it. A stage makes it once, before its transformer
-    blocks, as torch does not compile this construction inside a recomputed region."""
+    """Return the mask with flex's block mask: for each block of 128 queries by 128 keys, whether
+    the block is empty, full or partial. All layers share the block mask. A stage makes it once,
+    before its transformer blocks, because torch does not compile this construction inside a
+    recomputed region."""
     rows = None if documents_BS is None else len(documents_BS)
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
     sizes = (mask.seq_len if x is None else x.shape[-1] for x in (queries, mask.keys))
-    query = lambda b, i: i if queries is None else queries[b, i]
-    key = lambda j: j if mask.keys is None else mask.keys[j]
-    rule = lambda b, n, i, j: sees(mask, documents_BS, b, query(b, i), key(j))
+
+    def rule(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        query = i if queries is None else queries[b, i]
+        key = j if mask.keys is None else mask.keys[j]
+        return sees(mask, documents_BS, b, query, key)
+
     make = _by_itself(create_block_mask, device)
     return replace(mask, blocks=make(rule, rows, None, *sizes, device))
 
@@ -241,14 +197,21 @@ def _flex(
         return mask.softcap * torch.tanh(score / mask.softcap)
 
     o, aux = flex_attention(
-        q, k, v, score_mod=None if mask.softcap is None else capped, block_mask=mask.blocks, enable_gqa=True,
-        scale=mask.scale, kernel_options=_KERNEL, return_aux=AuxRequest(lse=lse),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        score_mod=None if mask.softcap is None else capped,
+        block_mask=mask.blocks,
+        scale=mask.scale,
+        enable_gqa=True,
+        kernel_options=_KERNEL,
+        return_aux=AuxRequest(lse=lse),
+    )
     return o, aux.lse
 
 
 # The kernel whose log-sum-exp is differentiable too. By default torch may take another kernel: for
-# sequences under 128 it takes one made for decoding.
+# sequences under 128 tokens it takes a kernel for decoding.
 _KERNEL = {"BACKEND": "TRITON"}
 
 
@@ -274,11 +237,16 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPath:
-    """Resolve ``auto``; return any other path as it is. A plain causal mask takes sdpa. Any other
-    mask takes flex, on a GPU where flex's kernels support the arguments. Otherwise it takes sdpa
-    with a bias if a bias can express the mask, else the reference. flex's kernels round head_dim up
-    to a power of two, but have a minimum. They accumulate in float32, so float64 would be
-    pretence."""
+    """Resolve ``auto``; return any other path as it is.
+
+    A plain causal mask takes sdpa. Any other mask takes flex, on a GPU where flex's kernels support
+    the arguments. Otherwise the mask takes sdpa with a bias if a bias can express it, else the
+    reference. flex's kernels round head_dim up to a power of two, but have a minimum. They
+    accumulate in float32, so they are not used for float64.
+
+    ``documents``: whether documents are given.
+    ``sinks``: whether the layer has sinks.
+    ``head_dim``: the smallest width of a head."""
     if path != "auto":
         return path
     slow = with_bias(mask.softcap, sinks)
@@ -290,7 +258,8 @@ def choose(
 
 
 def with_bias(softcap: float | None, sinks: bool) -> AttentionPath:
-    """Return the path for a mask that is an explicit matrix: sdpa, if a bias can express it all."""
+    """Return the path for a mask that is an explicit matrix: sdpa if a bias can express all of
+    attention, else the reference."""
     return "sdpa" if softcap is None and not sinks else "reference"
 
 

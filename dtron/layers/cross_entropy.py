@@ -1,16 +1,15 @@
-"""Cross entropy over a vocabulary that is cut over tp, a chunk of tokens at a time.
+"""Cross entropy over a vocabulary that is sharded over tp, a chunk of tokens at a time.
 
 The logits of a batch are its largest tensor: 8,192 tokens by 128,256 words in float32 are 4 GB. Two
-cuts keep them small. Over tp, each rank has the logits of its own words only, and the softmax needs
-three numbers per token from the others: the maximum, the sum of exponentials and the target's logit
-(Shoeybi et al. 2019, arXiv:1909.08053, section 3). Over tokens, a chunk's logits exist only while
-its gradient is computed: that is known as soon as the logits are (softmax minus one-hot), so
-forward makes the gradients of x and of the head at once and backward only scales them. Nothing is
-recomputed, and nothing of size ``[T, V]`` ever exists.
+splits keep the logits small. Over tp, each rank has the logits of its own words only. The softmax
+needs three numbers per token from the other ranks: the maximum, the sum of exponentials and the
+target's logit (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Over tokens, a chunk's logits
+exist only while their gradient is computed. This gradient (softmax minus one-hot) is known as soon
+as the logits are. So forward computes the gradients of x and of the head at once, and backward only
+scales them. Nothing is recomputed, and nothing of size ``[T, V]`` ever exists.
 
-The loss is a *sum* over tokens; whoever divides, divides once, by the count of the whole global
-batch. That one definition is right for data and context parallelism, microbatches and uneven masks
-alike.
+The loss is a *sum* over tokens. The training step divides it once, by the count of the whole global
+batch. This one definition is right for data and context parallelism, microbatches and uneven masks.
 
 z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token.
 """
@@ -29,8 +28,12 @@ IGNORE = -100  # a target that does not count
 
 @dataclass(frozen=True)
 class Loss:
-    """vocab: logits from here on are padding. chunk: tokens whose logits exist at once; None: 2^27
-    logits' worth, 0.5 GiB in float32, and half of the tokens at most. z: weight of z-loss."""
+    """Settings of the loss.
+
+    ``vocab``: the number of words. Further logits are padding.
+    ``chunk``: the number of tokens whose logits exist at once; None: tokens for 2^27 logits (0.5
+        GiB in float32), and half of the tokens at most.
+    ``z``: the weight of z-loss."""
 
     vocab: int
     chunk: int | None = None
@@ -40,18 +43,21 @@ class Loss:
 def cross_entropy(
     x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, layout: Layout
 ) -> Tensor:
-    """Summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a scalar, its
-    sum over the ranks' tokens still pending. Tokens whose target is IGNORE count nothing."""
+    """Return the summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a
+    scalar, whose sum over the ranks' tokens is still pending. Tokens whose target is IGNORE do not
+    count."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     if loss.chunk is None:
-        words, tokens = (
-            w_head.shape[0] // layout.parts("vocab"),
-            x_TD.shape[0] // layout.parts("tokens"),
-        )
+        words = w_head.shape[0] // layout.parts("vocab")
+        tokens = x_TD.shape[0] // layout.parts("tokens")
         loss = replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
+
+    def on_rank(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ids_V: Tensor) -> Tensor:
+        return _ChunkedLoss.apply(x_TD, w_VD, targets_T, ids_V, loss, layout)
+
     region = layout.local(
-        lambda x, w, targets, ids: _ChunkedLoss.apply(x, w, targets, ids, loss, layout),
+        on_rank,
         (("tokens", "act_embed"), ("vocab", "act_embed"), ("tokens",), ("vocab",)),
         ("+tokens",),
     )
@@ -59,17 +65,20 @@ def cross_entropy(
 
 
 def over_all(loss: Tensor, layout: Layout) -> Tensor:
-    """The same sum, pending over tp too: there a loss is whole, and each rank gives a part. So it
-    can be added to sums over the residual stream's tokens."""
+    """Return the same loss as a sum that is pending over tp too. ``loss`` is replicated over tp,
+    and each rank's result is a summand. So it can be added to sums over the residual stream's
+    tokens."""
     n = layout.parts("tokens_sp") // layout.parts("tokens")
-    part = lambda x: (
-        x + (x.detach() / n - x.detach())
-    )  # the gradient of the sum is that of the whole
-    return layout.local(part, [("+tokens",)], ("+tokens_sp",))(loss)
+
+    def summand(x: Tensor) -> Tensor:
+        # Divides the value, but not the gradient: each summand has the gradient of the sum.
+        return x + (x.detach() / n - x.detach())
+
+    return layout.local(summand, [("+tokens",)], ("+tokens_sp",))(loss)
 
 
 def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
-    """All logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for
+    """Return all logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for
     training."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     logits_TV = (x_TD @ w_head.mT).to(torch.promote_types(x_TD.dtype, torch.float32))  # local
@@ -77,7 +86,8 @@ def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Rank-local, but for two small all-reduces over tp per chunk in forward."""
+    """The loss on one rank. Rank-local, except for two small all-reduces over tp per chunk in
+    forward."""
 
     @staticmethod
     def forward(ctx, x_TD, w_VD, targets_T, ids_V, loss: Loss, layout: Layout):
@@ -85,9 +95,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         train = any(ctx.needs_input_grad[:2])
         dx, dw = [], torch.zeros_like(w_VD, dtype=wide) if train else None
-        for x_CD, targets_C in zip(
-            x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True
-        ):
+        chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
+        for x_CD, targets_C in chunks:
             logits_CV = (x_CD @ w_VD.mT).to(wide).masked_fill(ids_V >= loss.vocab, float("-inf"))
             top_C = layout.all_reduce(logits_CV.amax(-1), "vocab", "max")
             exp_CV = (logits_CV - top_C[:, None]).exp()
@@ -95,9 +104,8 @@ class _ChunkedLoss(torch.autograd.Function):
             mine = (targets_C >= ids_V[0]) & (targets_C <= ids_V[-1])
             place_C = (targets_C - ids_V[0]) * mine
             target_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
-            sum_C, target_C = layout.all_reduce(
-                torch.stack([exp_CV.sum(-1), target_C]), "vocab"
-            ).unbind()
+            sums = layout.all_reduce(torch.stack([exp_CV.sum(-1), target_C]), "vocab")
+            sum_C, target_C = sums.unbind()
             logsum_C = top_C + sum_C.log()
             total = total + ((logsum_C - target_C + loss.z * logsum_C.square()) * counts).sum()
             if train:

@@ -2,7 +2,7 @@
 
 A row of the cache has a slot for every position, and a key is stored in the slot of its position.
 So rows of unequal lengths need no left padding and no bookkeeping. A query sees the slots up to its
-own position, by the one rule ``sees`` of attention_kernels.py. The content of later slots is
+own position, by the rule ``sees`` of attention_mask.py. The content of later slots is
 overwritten before any query sees it.
 
 The layers are the same as in training. They pass the cache to the core of attention together with
@@ -14,11 +14,12 @@ cost as much as reading the cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.mesh import Layout
 
 
@@ -31,6 +32,18 @@ class KVCache:
 
     k_TKH: Tensor
     v_TKH: Tensor
+
+
+class Past(NamedTuple):
+    """Keys and values of earlier tokens in generation, as arguments of a local region (None: no
+    cache).
+
+    ``k_TKH``, ``v_TKH``: see ``KVCache``.
+    ``slots_T``: the slots of the new tokens."""
+
+    k_TKH: Tensor | None = None
+    v_TKH: Tensor | None = None
+    slots_T: Tensor | None = None
 
 
 def empty_kv_cache(
@@ -49,21 +62,21 @@ def empty_kv_cache(
     ``widths``: the width of a head's keys, and the width of its values.
     ``axis``: the logical axis of the heads of keys and values."""
     tokens, own = rows * slots // layout.parts("tokens"), heads // layout.parts(axis)
-    zeros = lambda width: torch.zeros(tokens, own, width, dtype=dtype, device=device)
-    return KVCache(*(layout.from_local(zeros(width), "tokens", axis, None) for width in widths))
+    zeros = [torch.zeros(tokens, own, width, dtype=dtype, device=device) for width in widths]
+    return KVCache(*(layout.from_local(x, "tokens", axis, None) for x in zeros))
 
 
 def recall(
-    k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, places_T: Tensor, mask: AttentionMask
+    k: Tensor, v: Tensor, past: Past, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
-    ``[B, K, slots, H]`` each, and the mask for queries at ``places_T``. Rank-local."""
-    places_BS = places_T.unflatten(0, (-1, mask.seq_len))
-    rows = torch.arange(len(places_BS), device=k.device)[:, None]
-    found = []
-    for new, past in ((k, past_k), (v, past_v)):
-        past = past.unflatten(0, (len(places_BS), -1))
-        past[rows, places_BS] = new.unflatten(0, (-1, mask.seq_len)).to(past.dtype)
-        found.append(past.transpose(1, 2))
-    k, v = found
-    return k, v, replace(mask, seq_len=k.shape[2], queries=places_BS)
+    ``[B, K, slots, H]`` each, and the mask for queries in the new tokens' slots. Rank-local."""
+    slots_BS = past.slots_T.unflatten(0, (-1, mask.seq_len))
+    rows = torch.arange(len(slots_BS), device=k.device)[:, None]
+    updated = []
+    for new, cache in ((k, past.k_TKH), (v, past.v_TKH)):
+        cache = cache.unflatten(0, (len(slots_BS), -1))
+        cache[rows, slots_BS] = new.unflatten(0, (-1, mask.seq_len)).to(cache.dtype)
+        updated.append(cache.transpose(1, 2))
+    k, v = updated
+    return k, v, replace(mask, seq_len=k.shape[2], queries=slots_BS)

@@ -2,7 +2,7 @@
 
 The sharding rules use the axis names. So a weight keeps the shape with all named axes, and is
 flattened only for the matmul. Flattening is free if the sharded dim is the first of the flattened
-dims. This holds for all weights in dtron.
+dims. It is the first in all weights of dtron.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dtron.fp8.recipe import Recipe
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None, recipe: Recipe | None = None) -> Tensor:
     """Return ``x [..., I] @ w [I, *O] (+ b [*O])``, ``[..., *O]``. If I is sharded, the sum over I
-    stays pending. Then a bias must not be added yet: pass none here, and add it after the
-    constrain. ``recipe``: the recipe for an FP8 matmul."""
-    y = (
-        matmul(x, w.flatten(1), recipe).unflatten(-1, w.shape[1:])
-        if w.ndim > 2
-        else matmul(x, w, recipe)
-    )
+    stays pending. A bias must not be added before this sum: pass no bias here, and add the bias
+    after the constrain.
+
+    ``recipe``: the recipe for an FP8 matmul, or None."""
+    if w.ndim > 2:
+        y = matmul(x, w.flatten(1), recipe).unflatten(-1, w.shape[1:])
+    else:
+        y = matmul(x, w, recipe)
     return y if b is None else y + b
 
 

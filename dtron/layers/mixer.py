@@ -38,6 +38,7 @@ class StageInputs:
     """The inputs of ``Mixer.prepare``: one microbatch in one pipeline stage.
 
     ``x_TD``: the stage's input. Only its dtype and device matter.
+    ``batch``: the microbatch.
     ``windows``: the attention windows of the stage's blocks with this mixer, each once.
     ``kernel``, ``cp_method``: the requested attention kernels, and the requested method over cp.
     ``last_B [B@tokens]``: in generation, the index of the last token of each row. Later tokens are
@@ -58,7 +59,7 @@ class MixerInputs:
 
     ``documents_T [T@rows]``: the document of each token, in the row's own order (None: one document
         per seq_len).
-    ``eps``: for norms.
+    ``eps``: the epsilon of norms.
     ``recipe``: the recipe for FP8 matmuls, or None.
     ``cache``: the decoding cache of this block, see ``Mixer.empty_cache`` (None: no generation)."""
 
@@ -100,13 +101,17 @@ class Mixer:
     def empty_cache(
         self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
     ) -> Any:
-        """Make the decoding cache of one block, for ``rows`` rows over all ranks of up to ``slots``
-        tokens. ``apply`` updates it in place. The ranks of cp have whole rows in generation."""
+        """Make the decoding cache of one block. ``apply`` updates the cache in place. The ranks of
+        cp have whole rows in generation.
+
+        ``rows``: the number of rows over all ranks.
+        ``slots``: the largest number of tokens of a row."""
         raise NotImplementedError
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:
-        """Return the token orders over cp that the mixer supports, the best first. ``method``: the
-        method of attention."""
+        """Return the token orders over cp that the mixer supports, the best first.
+
+        ``method``: the method of attention over cp."""
         raise NotImplementedError
 
     def flops(self, seq_len: int, window: int | None) -> float:

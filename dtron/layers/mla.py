@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; the same in V3,
 arXiv:2412.19437).
 
-Keys and values of all heads are projected from one narrow vector per token, the latent ``c_TR``. A
-server has to cache only this latent and a rotary key: 512 and 64 numbers per token. 128 heads of
-keys and values would be 32,768 numbers. Queries may have a latent of their own, which saves
+Keys and values of all heads are projected from one short vector per token, the latent ``c_TR``. A
+server has to cache only this latent and a rotary key: 512 and 64 numbers per token. Keys and values
+of 128 heads would be 32,768 numbers. Queries may have a latent of their own, which saves
 activations in training. A head's score has two parts. One part uses keys from the latent, without
 positions: with a rotation in between, the up-projection could not be folded into the query. The
 other part uses a rotary key that all heads share. So keys are wider than values, 192 and 128.
@@ -26,16 +26,14 @@ Generation in dtron caches keys and values of all heads (kv_cache.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dtron.errors import UserError
-from dtron.layers.attention import AttentionInputs, AttentionMixer, core
-from dtron.layers.attention_kernels import AttentionMask, AttentionPath
-from dtron.layers.context_parallel import ContextParallelMask
+from dtron.layers.attention import AttentionInputs, AttentionMixer, Heads, core
+from dtron.layers.kv_cache import Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rotate
@@ -45,7 +43,8 @@ from dtron.params import part, residual_out, weight
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Sizes of multi-head latent attention, which replaces the plain one where kv_rank is given."""
+    """Sizes of multi-head latent attention, which replaces plain attention where kv_rank is
+    given."""
 
     kv_rank: int = 0
     """width of the latent of keys and values; 0: plain attention"""
@@ -61,12 +60,13 @@ class MLAConfig:
     def __post_init__(self) -> None:
         if min(self.kv_rank, self.q_rank) < 0 or min(self.nope_dim, self.rope_dim, self.v_dim) < 1:
             raise UserError(
-                f"model.mla kv_rank={self.kv_rank}, q_rank={self.q_rank}, nope_dim={self.nope_dim}, rope_dim="
-                f"{self.rope_dim}, v_dim={self.v_dim}: ranks are at least 0 and widths at least 1; raise them"
+                f"model.mla kv_rank={self.kv_rank}, q_rank={self.q_rank}, "
+                f"nope_dim={self.nope_dim}, rope_dim={self.rope_dim}, v_dim={self.v_dim}: ranks "
+                "are at least 0 and widths at least 1; raise them"
             )
         if self.rope_dim % 2:
             raise UserError(
-                f"model.mla.rope_dim={self.rope_dim}: rotary positions turn pairs; make it even"
+                f"model.mla.rope_dim={self.rope_dim}: rotary positions rotate pairs; make it even"
             )
         if self.q_rank and not self.kv_rank:
             raise UserError(
@@ -117,50 +117,39 @@ def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor
     q_TR = x_TD  # local, like the next lines: each rank has its own tokens
     if p.w_q_down is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
-    rank, rotary = p.kv_norm.scale.shape[0], table_TH.shape[-1]
-    c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rotary], dim=-1)
-    line_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
-    line_TR = layout.constrain(line_TR, "tokens", None)  # all-gather over tp
-    q_TR, c_TR, k_TH = line_TR.split([q_TR.shape[-1], rank, rotary], dim=-1)
+    rank, rope_dim = p.kv_norm.scale.shape[0], table_TH.shape[-1]
+    c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rope_dim], dim=-1)
+    latents_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
+    latents_TR = layout.constrain(latents_TR, "tokens", None)  # all-gather over tp
+    q_TR, c_TR, k_TH = latents_TR.split([q_TR.shape[-1], rank, rope_dim], dim=-1)
     q_TNH = linear(q_TR, p.w_q if p.w_q_up is None else p.w_q_up, recipe=recipe)  # local
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
-    region = layout.local(
-        partial(
-            _core, nope=q_TNH.shape[-1] - rotary, path=inputs.path, mask=inputs.mask, layout=layout
-        ),
-        (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",)),
-        heads,
-    )
+    ins = (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",))
+
+    def on_rank(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *past):
+        own = _heads(q_TNH, kv_TNH, k_TH, table_TH)
+        return core(own, documents_T, None, Past(*past), inputs, layout)
+
     # Communication over cp: see context_parallel.py.
-    o_TNH = region(q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past)
+    o_TNH = layout.local(on_rank, ins, heads)(
+        q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past
+    )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
 
-def _core(
-    q_TNH: Tensor,
-    kv_TNH: Tensor,
-    k_TH: Tensor,
-    table_TH: Tensor,
-    documents_T: Tensor | None,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    places_T: Tensor | None,
-    nope: int,
-    path: AttentionPath,
-    mask: AttentionMask | ContextParallelMask,
-    layout: Layout,
-) -> Tensor:
-    """Concatenate the two parts of queries and of keys, and attend. Rank-local."""
-    turned_q = rotate(q_TNH[..., nope:], table_TH)
-    turned_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
-    q_TNH = torch.cat([q_TNH[..., :nope], turned_q], dim=-1)
-    k_TNH = torch.cat([kv_TNH[..., :nope], turned_k], dim=-1)
-    past = past_k, past_v, places_T
-    return core(
-        q_TNH, k_TNH, kv_TNH[..., nope:], None, documents_T, None, *past, path, mask, layout
-    )
+def _heads(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor) -> Heads:
+    """Rotate, and concatenate the two parts of queries and of keys. Rank-local.
+
+    ``k_TH``: the rotary key, which all heads share.
+    ``table_TH``: the rotary angles."""
+    nope = q_TNH.shape[-1] - table_TH.shape[-1]
+    rotary_q = rotate(q_TNH[..., nope:], table_TH)
+    rotary_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
+    q_TNH = torch.cat([q_TNH[..., :nope], rotary_q], dim=-1)
+    k_TNH = torch.cat([kv_TNH[..., :nope], rotary_k], dim=-1)
+    return Heads(q_TNH, k_TNH, kv_TNH[..., nope:])
 
 
 class MLAMixer(AttentionMixer):
@@ -188,13 +177,14 @@ class MLAMixer(AttentionMixer):
         m = self.model
         if not m.mla.kv_rank:
             raise UserError(
-                f"model.pattern={m.pattern}: latent attention has a latent of keys and values; give "
-                "--model.mla.kv-rank"
+                f"model.pattern={m.pattern}: latent attention has a latent of keys and values; "
+                "give --model.mla.kv-rank"
             )
-        others = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False}
-        for name, only in {**others, "positions": "rotary"}.items():
+        flags = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False}
+        for name, only in {**flags, "positions": "rotary"}.items():
             if getattr(m, name) != only:
                 raise UserError(
-                    f"model.{name}={getattr(m, name)} with model.mla.kv_rank={m.mla.kv_rank}: latent "
-                    f"attention has {only} alone; leave {name} out, or use --model.mla.kv-rank 0"
+                    f"model.{name}={getattr(m, name)} with model.mla.kv_rank={m.mla.kv_rank}: "
+                    f"latent attention has {only} alone; leave {name} out, or use "
+                    "--model.mla.kv-rank 0"
                 )

@@ -1,4 +1,4 @@
-"""The feed-forward layer: two matmuls up, one matmul down, and tensor parallelism in five lines.
+"""The feed-forward layer: matmuls up, one matmul down, and tensor parallelism in five lines.
 
 ``w_gate`` and ``w_up`` are sharded by columns and ``w_down`` by rows (Shoeybi et al. 2019,
 arXiv:1909.08053, figure 3a). So the wide activation ``h_TF`` never leaves its rank. There is one
@@ -27,8 +27,8 @@ Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
 
 @dataclass(frozen=True)
 class MLP:
-    """SwiGLU and GeGLU have a gate (Shazeer 2020, arXiv:2002.05202); GELU (Hendrycks & Gimpel 2016,
-    arXiv:1606.08415) and squared ReLU (So et al. 2021, arXiv:2109.08668) have none."""
+    """The weights. SwiGLU and GeGLU have a gate (Shazeer 2020, arXiv:2002.05202). GELU (Hendrycks &
+    Gimpel 2016, arXiv:1606.08415) and squared ReLU (So et al. 2021, arXiv:2109.08668) have none."""
 
     w_gate: Tensor | None = weight("embed", "mlp", summed=1, when="gated")
     w_up: Tensor = weight("embed", "mlp", summed=1)
@@ -45,9 +45,11 @@ def mlp(
     recipe: Recipe | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """``x_TD [T@tokens_sp, D]`` -> the same shape and placement. ``recipe``: products in FP8, or None.
-    ``chunk``: of a rank's tokens, how many at a time, to be computed again in backward; None: all. Then
-    ``h_TF`` exists for one chunk only."""
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement.
+
+    ``recipe``: the recipe for FP8 matmuls, or None.
+    ``chunk``: the number of a rank's tokens that are computed at once, and recomputed in backward.
+        Then ``h_TF`` exists for one chunk only. None: all tokens at once."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     between = partial(_between, activation=activation, recipe=recipe)
     if chunk is not None:
@@ -66,7 +68,7 @@ def _between(
     activation: Activation,
     recipe: Recipe | None,
 ) -> Tensor:
-    """What is between the collectives: local."""
+    """Compute everything between the collectives. Rank-local."""
     h_TF = linear(x_TD, w_up, b_up, recipe)
     match activation:
         case "swiglu":

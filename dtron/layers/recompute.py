@@ -1,10 +1,10 @@
-"""Recompute inside a layer: regions of which backward recomputes the activations.
+"""Recompute inside a layer: regions whose activations backward recomputes.
 
-What a whole block keeps for backward is the choice of an activation policy, see
+An activation policy chooses the activations that a whole block keeps for backward: see
 model/activation_checkpoint.py.
 
-Where backward runs a block again, only one block at a time has its activations in memory. Its
-widest tensors are the ones between the matmuls of its feed-forward layer, ``[T, F]``. This layer
+Where backward runs a block again, only one block at a time has its activations in memory. The
+block's widest tensors stand between the matmuls of the feed-forward layer: ``[T, F]``. This layer
 processes each token independently. So at long sequences it runs one chunk of tokens at a time, and
 each chunk is a recomputed region of its own. No tensor of size ``[T, F]`` ever exists.
 """
@@ -31,33 +31,38 @@ def recompute_in_backward(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
 
 def mlp_chunk_tokens(tokens: int, width: int) -> int | None:
     """Return the number of a rank's tokens that the feed-forward layer takes at once; None: all.
-    ``width``: the width of the rank's shard of the layer.
 
     The layer runs in chunks only if a tensor between the matmuls has more than 2^27 elements (256
     MiB in bfloat16). There are at most 8 chunks: each chunk adds one more copy of every operation
     to compile, and an eighth of F is less than the residual stream's D. Chunk sizes are multiples
-    of 128, because FP8 and fast kernels want them."""
+    of 128, which FP8 and fast kernels need.
+
+    ``tokens``: the number of the rank's tokens.
+    ``width``: the width of the rank's shard of the layer."""
     chunks = min(8, -(-tokens * width // 2**27))
     return -(-tokens // chunks // 128) * 128 if chunks > 1 else None
 
 
 def in_chunks(fn: Callable, size: int) -> Callable:
-    """Make ``fn(x, *weights)`` run on ``size`` rows of x at a time. ``fn`` must treat every row
-    independently. Each chunk keeps only its x, and is recomputed in backward. Rank-local: takes no
-    DTensors."""
+    """Make ``fn(x, *weights)`` run on ``size`` rows of x at a time. ``fn`` must process every row
+    independently. Each chunk keeps only its x for backward, which recomputes the rest. Rank-local:
+    takes no DTensors."""
 
     def run(x: Tensor, *weights: Tensor | None) -> Tensor:
         # A weight's gradient is a sum over chunks. The chunks use a wider copy of the weight, so
         # this sum is accumulated in float32. Casting a weight to the wider dtype and back does not
         # change the weight, and a compiler removes both casts.
-        wide = [
-            w if w is None else w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights
-        ]
-        narrow = lambda ws: (
-            w if w is None else w.to(of.dtype) for w, of in zip(ws, weights, strict=True)
-        )
-        chunk = lambda x, *ws: fn(x, *narrow(ws))
+        wide = [w if w is None else w.to(_at_least_float32(w.dtype)) for w in weights]
+
+        def chunk(x: Tensor, *wide: Tensor | None) -> Tensor:
+            pairs = zip(wide, weights, strict=True)
+            return fn(x, *(w if w is None else w.to(original.dtype) for w, original in pairs))
+
         each = partial(checkpointed, chunk) if torch.is_grad_enabled() else chunk
         return torch.cat([each(rows, *wide) for rows in x.split(size)])
 
     return run
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

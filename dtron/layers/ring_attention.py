@@ -7,29 +7,31 @@ Two such results merge by their log-sum-exps (Milakov & Gimelshein 2018, arXiv:1
 
     lse = log(e^lse_1 + e^lse_2)        out = out_1 e^(lse_1 - lse) + out_2 e^(lse_2 - lse)
 
-The exchange for a step is posted before the computation of the previous step, which hides it.
+The exchange for a step is posted before the computation of the previous step. So that computation
+hides the exchange.
 
 There are two implementations:
 
 - ``ring_plainly`` works for every mask. Each step runs an attention core that also returns its lse.
-  autograd derives the backward ring.
+  Autograd derives the backward ring.
 - ``ring`` works for the plain causal mask, on fused kernels. For backward it saves only the rank's
   own keys and values. In backward all keys and values go round once more. The sum of their
-  gradients follows them: every rank adds to it, and it ends on the rank that owns the keys.
+  gradients follows one step behind: every rank adds to the sum, and the sum ends on the rank that
+  owns the keys.
 
 Under a causal mask half of all query-key pairs are masked. In zig-zag order (see token_order.py) a
 rank has an early half, 0, and a late half, 1. Between a rank's queries and another rank's keys, two
-of the four pairs of halves are unmasked, and both are unmasked as a whole:
+of the four pairs of halves are unmasked, and each of the two is unmasked as a whole:
 
 - Query half 1 always sees key half 0.
 - Query half 0 sees key half 0 if the key shard is earlier. Query half 1 sees key half 1 if the key
   shard is later.
 
-``ring`` computes only these two pairs. So it does no masked work, and every rank does the same
-amount in every step. A tensor selects the pair, and all ranks run the same program: a compiler that
-moves collectives must find the same collectives on every rank. In contiguous order the last rank
-needs every shard, and the other ranks wait for it. There, the other ranks compute results that they
-discard.
+``ring`` computes only these two pairs. So ``ring`` does no masked work, and every rank does the
+same amount of work in every step. A tensor selects the pair, and all ranks run the same program: a
+compiler that moves collectives must find the same collectives on every rank. In contiguous order
+the last rank needs every shard, and the other ranks wait for the last rank. Meanwhile they compute
+results that they discard.
 
 Left out: skipping the communication of steps that a sliding window makes empty. flex skips their
 computation block by block, but their keys and values are still sent.
@@ -38,13 +40,15 @@ computation block by block, but their keys and values are still sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtron.distributed.collectives import AxisGroup, shift, wait
-from dtron.layers.attention_block_kernels import block_backward, block_forward
-from dtron.layers.attention_kernels import AttentionMask, attention_and_lse, with_sinks
+from dtron.layers.attention_block_kernels import BlockResult, block_backward, block_forward
+from dtron.layers.attention_kernels import attention_and_lse, with_sinks
+from dtron.layers.attention_mask import AttentionMask
 from dtron.torch_compile import opaque
 
 AXIS = "sequence"
@@ -72,13 +76,13 @@ def ring_plainly(
     """Run the ring for any mask, with autograd's backward. Shapes as in attention_kernels.py.
 
     ``masks``: one mask per step, with the places of its queries and keys."""
-    message, found = _pack(k, v), None
+    message, merged = _pack(k, v), None
     for step, mask in enumerate(masks):
         coming = _Shift.apply(message, *peers.args) if step + 1 < len(masks) else None
-        o, lse = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
-        found = (o, lse) if found is None else merge(found, (o, lse))
+        result = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
+        merged = result if merged is None else merge(merged, result)
         message = None if coming is None else _Wait.apply(coming)
-    o, lse = found
+    o, lse = merged
     o = o if sinks_N is None else with_sinks(o, lse, sinks_N)
     return o.to(v.dtype)
 
@@ -95,35 +99,36 @@ def ring(
     """Run the ring for the plain causal mask, on fused kernels.
 
     ``later [n]``: for each step, whether its key shard is later in the row than this rank's shard.
+    ``zigzag``: whether rows are in zig-zag order.
     ``scale``: the factor on scores, see ``AttentionMask``."""
-    return _Ring.apply(q, k, v, later, zigzag, scale, *peers.args)
+    return _Ring.apply(q, k, v, later, _RingOptions(zigzag, scale, peers.args))
+
+
+class _RingOptions(NamedTuple):
+    """The arguments of the ring that are no tensors.
+
+    ``peers``: the group's name, this rank's place, and the number of ranks; see ``shift``."""
+
+    zigzag: bool
+    scale: float | None
+    peers: tuple[str, int, int]
 
 
 @opaque
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        later: Tensor,
-        zigzag: bool,
-        scale: float | None,
-        group: str,
-        place: int,
-        steps: int,
-    ):
-        ring = (group, place, steps)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, later: Tensor, options: _RingOptions):
+        zigzag, scale, peers = options
+        steps = peers[-1]
         message = _pack(k, v)
-        coming = shift(message, *ring)
-        o, lse, rest = block_forward(q, k, v, causal=True, scale=scale)
+        coming = shift(message, *peers)
+        o, lse, dropout = block_forward(q, k, v, causal=True, scale=scale)
         wide = o.to(lse.dtype)
         halves = list(zip(_halves(wide, zigzag), _halves(lse, zigzag), strict=True))
         for step in range(1, steps):
             message = wait(coming)
             if step + 1 < steps:
-                coming = shift(message, *ring)
+                coming = shift(message, *peers)
             late, kv = later[step], _unpack(message, k, v)
             if not zigzag:
                 o, lse, _ = block_forward(q, *kv, causal=False, scale=scale)
@@ -141,42 +146,41 @@ class _Ring(torch.autograd.Function):
             ]
         o = torch.cat([o.to(q.dtype) for o, _ in halves], dim=2)
         lse = torch.cat([lse for _, lse in halves], dim=2)
-        ctx.save_for_backward(q, k, v, o, lse, later, *(rest or ()))
-        ctx.zigzag, ctx.ring, ctx.scale, ctx.fused = zigzag, ring, scale, rest is not None
+        ctx.save_for_backward(q, k, v, o, lse, later, *(dropout or ()))
+        ctx.options, ctx.fused = options, dropout is not None
         return o
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        q, k, v, o, lse, later, *rest = ctx.saved_tensors
-        rest, zigzag, ring, scale = (
-            tuple(rest) if ctx.fused else None,
-            ctx.zigzag,
-            ctx.ring,
-            ctx.scale,
-        )
-        message, (*_, steps), returning = _pack(k, v), ring, None
-        coming = shift(message, *ring)
-        dq, dk, dv = block_backward(g, q, k, v, o, lse, rest, causal=True, scale=scale)
+        q, k, v, o, lse, later, *dropout = ctx.saved_tensors
+        dropout = tuple(dropout) if ctx.fused else None
+        zigzag, scale, peers = ctx.options
+        steps, returning = peers[-1], None
+        message = _pack(k, v)
+        coming = shift(message, *peers)
+        result = BlockResult(o, lse, dropout)
+        dq, dk, dv = block_backward(g, q, k, v, result, causal=True, scale=scale)
         for step in range(1, steps):
             message = wait(coming)
             if step + 1 < steps:
-                coming = shift(message, *ring)
+                coming = shift(message, *peers)
             late, kv = later[step], _unpack(message, k, v)
             if zigzag:
                 g_2, q_2, o_2, lse_2 = (_pairs(x, late, first=1) for x in (g, q, o, lse))
                 kv_2 = (_pairs(x, late, first=0) for x in kv)
-                found = block_backward(g_2, q_2, *kv_2, o_2, lse_2, rest, causal=False, scale=scale)
-                found = [_apart(x, late, first) for x, first in zip(found, (1, 0, 0), strict=True)]
+                both = BlockResult(o_2, lse_2, dropout)
+                grads = block_backward(g_2, q_2, *kv_2, both, causal=False, scale=scale)
+                grads = [_unpaired(x, late, i) for x, i in zip(grads, (1, 0, 0), strict=True)]
             else:
-                found = block_backward(g, q, *kv, o, lse, rest, causal=False, scale=scale)
-                found = [x.masked_fill(late, 0) for x in found]
-            dq = dq + found[0]
-            sums = _pack(*found[1:])
+                grads = block_backward(g, q, *kv, result, causal=False, scale=scale)
+                grads = [x.masked_fill(late, 0) for x in grads]
+            dq = dq + grads[0]
+            sums = _pack(*grads[1:])
             if returning is not None:
                 sums = sums + wait(returning)  # previous ranks' sum for the same keys
-            returning = shift(sums, *ring)
+            returning = shift(sums, *peers)
         dk_others, dv_others = _unpack(wait(returning), k, v)
-        return dq, dk + dk_others, dv + dv_others, *[None] * 6
+        return dq, dk + dk_others, dv + dv_others, None, None
 
 
 def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
@@ -184,13 +188,15 @@ def _halves(x: Tensor, zigzag: bool) -> tuple[Tensor, ...]:
 
 
 def _pairs(x: Tensor, late: Tensor, first: int) -> Tensor:
-    """Return ``[2B, ...]``: for every row half ``first``, then one more half for every row. The
-    latter is half 1 if the key shard is later (``late``), and half 0 otherwise."""
+    """Return ``[2B, ...]``: half ``first`` of every row, then one more half of every row.
+
+    ``late``: whether the key shard is later. The second half of the pair is then half 1, and
+        otherwise half 0."""
     halves = x.chunk(2, dim=2)
     return torch.cat([halves[first], torch.where(late, halves[1], halves[0])])
 
 
-def _apart(x: Tensor, late: Tensor, first: int) -> Tensor:
+def _unpaired(x: Tensor, late: Tensor, first: int) -> Tensor:
     """Undo ``_pairs`` for a gradient. A half that ``_pairs`` used twice gets the sum of both."""
     one, same = x.chunk(2)
     halves = [same.masked_fill(late, 0), same.masked_fill(~late, 0)]

@@ -13,7 +13,7 @@ frequencies whose wavelength the original context could not fill are slowed:
   ``RopeConfig.temperature``.
 
 Angles are computed in float32 at least. Positions are an input tensor: a packed document restarts
-at 0, and no layer needs to know.
+at 0, and no layer depends on it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RopeConfig:
     scaling: Literal["none", "llama3", "yarn"] = "none"
     """how frequencies are slowed for contexts longer than the original"""
     factor: float = 8.0
-    """by how much"""
+    """ratio of the longer context to the original context"""
     original: int = 8192
-    """tokens of the context first trained on"""
+    """tokens of the original context"""
     low: float = 1.0
     """llama3: low_freq_factor"""
     high: float = 4.0
@@ -47,14 +47,14 @@ class RopeConfig:
     beta_slow: float = 1.0
     """yarn: rotations over the original context below which a frequency is fully slowed"""
     beta_fast: float = 32.0
-    """yarn: rotations above which it is kept"""
+    """yarn: rotations over the original context above which a frequency is kept"""
     mscale: float = 1.0
-    """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, divided by the same of
-    mscale_all"""
+    """yarn: cos and sin are multiplied by 0.1 mscale ln(factor) + 1, and divided by
+    0.1 mscale_all ln(factor) + 1"""
     mscale_all: float = 0.0
     """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
     truncate: bool = True
-    """yarn: the ramp begins and ends at a pair, and not between two (gpt-oss)"""
+    """yarn: the ramp begins and ends at a pair, not between two pairs; False in gpt-oss"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
@@ -62,18 +62,20 @@ class RopeConfig:
         fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
         if not fine:
             raise UserError(
-                f"rope theta={self.theta}, factor={self.factor}, original={self.original}, low={self.low}, "
-                f"high={self.high}, beta_slow={self.beta_slow}, beta_fast={self.beta_fast}, "
-                f"mscale={self.mscale}, mscale_all={self.mscale_all}: theta must be over 1, factor and "
-                "original at least 1, low under high, 0 under beta_slow under beta_fast, mscales at least 0"
+                f"rope theta={self.theta}, factor={self.factor}, original={self.original}, "
+                f"low={self.low}, high={self.high}, beta_slow={self.beta_slow}, "
+                f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}: "
+                "theta must be over 1, factor and original at least 1, low under high, 0 under "
+                "beta_slow under beta_fast, mscales at least 0"
             )
 
     @property
     def temperature(self) -> float:
-        """Return the factor on attention scores, in addition to 1 / sqrt(head_dim)."""
+        """The factor on attention scores, in addition to 1 / sqrt(head_dim)."""
         return self.stretch(self.mscale_all) ** 2 if self.scaling == "yarn" else 1.0
 
     def stretch(self, mscale: float) -> float:
+        """Return YaRN's factor on cos and sin (equation 22), with the coefficient ``mscale``."""
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
@@ -91,11 +93,9 @@ def frequencies(
         return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), 1.0
 
     def pair_with(rotations: float) -> float:
-        return (
-            head_dim
-            * math.log(rope.original / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        """Return the pair that makes so many rotations over the original context."""
+        inverse_frequency = rope.original / (rotations * 2 * math.pi)
+        return head_dim * math.log(inverse_frequency) / (2 * math.log(rope.theta))
 
     first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
@@ -108,8 +108,8 @@ def frequencies(
 
 
 def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Return ``[T, H]`` for positions ``[T]``: cos in the first half of the last dim, sin in the
-    second. Made once per forward, and used by every layer. Rank-local."""
+    """Return the rotary angles ``[T, H]`` of positions ``[T]``: cos in the first half of the last
+    dim, sin in the second half. A forward makes the table once for all layers. Rank-local."""
     freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))
     angle = positions_T[:, None].to(freq.dtype) * freq.to(positions_T.device)
     return torch.cat([angle.cos() * scale, angle.sin() * scale], dim=-1)

@@ -6,7 +6,7 @@ Context parallelism shards each *row*. So a batch is ordered such that sharding 
 shard by shard, and inside a shard row by row. With cp=1 the rows follow one another.
 
 The choice of tokens for each shard is independent of this. Under a causal mask a token has as many
-keys as there are tokens before it. So with contiguous shards the last shard has nearly all the
+keys as there are tokens before it. So with contiguous shards the last shard has the most
 work. *Zig-zag* splits the row into 2 * cp chunks and gives rank r the chunks r and 2 * cp - 1 - r,
 an early and a late one. Then all ranks have the same work (as in Llama 3, arXiv:2407.21783, section
 3.3.2). Zig-zag is only a permutation. A token's target and position are permuted in the same way,
@@ -29,13 +29,14 @@ TokenOrder = Literal["zigzag", "contiguous"]
 
 def row_order(seq_len: int, parts: int, zigzag: bool, device: torch.device | str = "cpu") -> Tensor:
     """Return ``[S]``: the places of a row's tokens in the order of the row's shards. Inside a shard
-    the places increase, so a shard's mask against itself is the plain causal mask. Raises
+    the places increase. So the mask between a shard and itself is the plain causal mask. Raises
     UserError if zig-zag cannot split the row into 2 * parts equal chunks."""
     if not zigzag or parts == 1:
         return torch.arange(seq_len, device=device)
     if seq_len % (2 * parts):
         raise UserError(
-            f"sequence {seq_len}: zigzag over cp={parts} wants a multiple of {2 * parts}; use --zigzag off"
+            f"sequence {seq_len}: zigzag over cp={parts} wants a multiple of {2 * parts}; use "
+            "--zigzag off"
         )
     # Chunk p, then chunk 2n - 1 - p. Computed by arithmetic: the compiler puts this into flex's
     # kernels, which take no concatenated tensors.
@@ -60,10 +61,6 @@ def as_rows(x_T: Tensor, layout: Layout, seq_len: int, zigzag: bool) -> Tensor:
     data, parts = layout.parts("rows"), layout.parts("sequence")
     if parts == 1:
         return x_T.unflatten(0, (-1, seq_len))
-    x_BS = (
-        x_T.unflatten(0, (data, parts, -1, seq_len // parts))
-        .transpose(1, 2)
-        .flatten(2, 3)
-        .flatten(0, 1)
-    )
+    shards = x_T.unflatten(0, (data, parts, -1, seq_len // parts))
+    x_BS = shards.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return x_BS[:, row_order(seq_len, parts, zigzag, x_T.device).argsort()]

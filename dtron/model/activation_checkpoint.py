@@ -1,18 +1,18 @@
-"""Activation policies: what each block keeps from forward to backward, and what backward
-recomputes.
+"""Activation policies: the activations that each block keeps from forward to backward, and the
+activations that backward recomputes.
 
 Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198,
 section 5) trades compute for memory. ``full`` keeps a block's input and runs the block again in
 backward. ``selective`` keeps the outputs of matmuls and attention and recomputes the cheap rest.
-``budget`` lets the compiler's partitioner choose what to keep.
+``budget`` lets the compiler's partitioner choose the activations to keep.
 
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
 backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
-everything but the gathered weights. (In a compiled block, copies that only a kernel needs are not
-kept either: see ``recompute_in_backward``.)
+everything but the gathered weights. (A compiled block does not keep copies that only a kernel needs
+either: see ``recompute_in_backward``.)
 
-A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives every block of a stage
-its block policy. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.
+A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives a block policy to every
+block of a stage. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.
 
 Left out: a policy that moves activations to the host."""
 
@@ -41,24 +41,24 @@ class BlockFunction:
 
     ``block``: the block with gathered weights, called as ``block(p, x_TD, load_E)``.
     ``load_E``: for experts, see ``moe``.
-    ``narrow``: the rule that selects weights to all-gather in 8 bits."""
+    ``fp8_gather``: the rule that selects weights to all-gather in 8 bits."""
 
     block: Callable[..., tuple[Tensor, ...]]
     load_E: Tensor | None
     layout: Layout
-    narrow: Fp8GatherRule | None = None
+    fp8_gather: Fp8GatherRule | None = None
 
     def run(self, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         """All-gather the weights ``p`` and run the block on ``x_TD [T@tokens_sp, D]``."""
         return self.block(self.gather(p), x_TD, self.load_E)
 
     def gather(self, p: Any) -> Any:
-        """All-gather the weights. ZeRO-3 communicates over dp and cp. Otherwise nothing is left to
-        do."""
-        return gather(p, self.layout, narrow=self.narrow)
+        """All-gather the weights: under ZeRO-3 over dp and cp. Otherwise the weights are whole
+        already."""
+        return gather(p, self.layout, narrow=self.fp8_gather)
 
     def gathers(self, p: Any) -> bool:
-        """Whether ``gather`` would communicate."""
+        """Return whether ``gather`` would communicate."""
         pairs = zip(flat(p), declared(p), strict=True)
         return any(self.layout.gathers(w, *d.axes) for w, d in pairs)
 
@@ -77,9 +77,9 @@ class BlockBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """What one block keeps for backward.
+    """The activations that one block keeps for backward.
 
-    ``run``: runs the block on its weights and its input, where gradients are wanted.
+    ``run``: runs the block on its weights and its input, where gradients are needed.
     ``kept_bytes``: the bytes that the block keeps.
     ``reruns``: whether backward runs the whole block again from its input. Only such a block runs a
         long MLP in chunks (layers/recompute.py)."""
@@ -91,7 +91,7 @@ class BlockPolicy:
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """What the blocks of a stage keep for backward.
+    """The activations that the blocks of a stage keep for backward.
 
     ``name``: the policy's key in ``POLICIES``, which is the value of ``--recompute``.
     ``block``: gives the policy of a block from its index in its stage. Blocks of multi-token
@@ -118,9 +118,9 @@ def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, policy: BlockPolicy) -> t
 def run_end(fn: Callable, p: Any, x_TD: Tensor, last: BlockPolicy) -> Tensor:
     """Run ``fn(p, x_TD)``, the layer after the last block. If backward reruns the last block, this
     layer is a recomputed region of its own. So the last block's output is kept as the input of this
-    region, just as the output of every other block is kept as the input of the next block.
-    Otherwise a compiler would recompute this output, and so the whole last matmul of the block,
-    before the rest of the block's backward.
+    region, as the output of every other block is kept as the input of the next block. Otherwise
+    a compiler would recompute this output, and so the whole last matmul of the block, before the
+    rest of the block's backward.
 
     ``last``: the policy of the last block."""
     region = last.reruns and torch.is_grad_enabled()
@@ -132,9 +132,12 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     if not fn.gathers(p):
         return fn.run(p, x_TD)
     if torch.compiler.is_compiling():
-        gather_each = lambda *ws: tuple(gather_all(ws, declared(p), fn.layout, narrow=fn.narrow))
+
+        def gather_each(*ws: Tensor) -> tuple[Tensor, ...]:
+            return tuple(gather_all(ws, declared(p), fn.layout, narrow=fn.fp8_gather))
+
         gathered = recompute_in_backward(gather_each, *flat(p))
-        # The compiler selects what else to keep.
+        # The compiler selects the other activations to keep.
         return fn.block(unflatten(p, list(gathered)), x_TD, fn.load_E)
     kept = _AllKept()
 
@@ -174,7 +177,7 @@ def every_block(policy: BlockPolicy) -> Callable[[int], BlockPolicy]:
 
 
 def budget(share: float) -> ActivationPolicy:
-    """Make the policy under which the partitioner keeps this share of what ``none`` keeps."""
+    """Make the policy under which the partitioner keeps a share of the activations of ``none``."""
 
     def kept_bytes(block: BlockBytes) -> int:
         return int(share * block.all)
@@ -196,13 +199,15 @@ POLICIES: dict[str, ActivationPolicy] = {
 
 
 def policy_for(recompute: str, share: float | None = None) -> ActivationPolicy:
-    """Return the policy of ``--recompute``. ``share``: the value of ``--recompute-budget``, for the
-    policy ``budget`` alone. Raises UserError for an unknown name, and for a share that is missing,
-    out of range or of no use."""
+    """Return the policy of ``--recompute``. Raises UserError for an unknown name, and for a share
+    that is missing, out of range or without effect.
+
+    ``share``: the value of ``--recompute-budget``, for the policy ``budget`` alone."""
     if recompute == "budget":
         if share is None:
             raise UserError(
-                "--recompute budget: needs the share of activations to keep; use --recompute-budget 0.5"
+                "--recompute budget: needs the share of activations to keep; use "
+                "--recompute-budget 0.5"
             )
         if not 0 <= share <= 1:
             raise UserError(
@@ -215,8 +220,8 @@ def policy_for(recompute: str, share: float | None = None) -> ActivationPolicy:
         )
     if recompute not in POLICIES:
         raise UserError(
-            f"--recompute {recompute}: must be one of {', '.join(POLICIES)}, budget; use --recompute "
-            "full"
+            f"--recompute {recompute}: must be one of {', '.join(POLICIES)}, budget; use "
+            "--recompute full"
         )
     return POLICIES[recompute]
 

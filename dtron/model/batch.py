@@ -1,8 +1,8 @@
 """A microbatch: the input of the model's stages, and each rank's shard of it.
 
-Tensors are token-major, because two sharded dims cannot be flattened. A target is the next
-token. All token data, above all positions and documents, is part of the batch. So no layer
-depends on the order of the tokens."""
+Tensors are token-major, because two sharded dims cannot be flattened. A target is the next token.
+All token data, above all positions and documents, is part of the batch. So no layer depends on the
+order of the tokens."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Batch:
     ``tokens_T``, ``targets_T``, ``positions_T``: ``[T@tokens]`` each. A target is the next
         token, or IGNORE.
     ``rows_T``: ``[T@tokens]``, the row of each token.
-    ``documents_T``: ``[T@rows]``, whole rows, always concatenated; None if each row is one
-        document.
+    ``documents_T``: ``[T@rows]``, the document of each token, whole rows, always concatenated;
+        None if each row is one document.
     ``tokens_TA``, ``targets_TA``: ``[T@tokens, depth]``, inputs and targets of multi-token
         prediction; None without it."""
 
@@ -66,12 +66,15 @@ def make_batch(
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
     rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
     ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
-    place = lambda t: None if t is None else layout.shard(as_tokens(t, layout, zigzag), "tokens")
+
+    def own_tokens(x_BS: Tensor | None) -> Tensor | None:
+        return None if x_BS is None else layout.shard(as_tokens(x_BS, layout, zigzag), "tokens")
+
     documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
-    main = (place(t) for t in (tokens, targets, positions_BS, rows))
-    return Batch(*main, documents, s, zigzag, *(place(t) for t in ahead))
+    main = (own_tokens(x_BS) for x_BS in (tokens, targets, positions_BS, rows))
+    return Batch(*main, documents, s, zigzag, *(own_tokens(x_BS) for x_BS in ahead))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:
-    """Return how many targets of these rows count."""
+    """Count the targets of these rows that are in the loss."""
     return int((rows_BS[:, 1:] != IGNORE).sum())

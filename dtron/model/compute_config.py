@@ -1,4 +1,4 @@
-"""The compute config: how a model is computed. A ``ModelConfig`` defines the model itself."""
+"""The compute config: the way in which a model is computed. A ``ModelConfig`` defines the model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ Recompute = Literal[*POLICIES, "budget"]
 @dataclass(frozen=True)
 class ComputeConfig:
     """Settings that may differ between two runs of one model without changing the result beyond
-    rounding. They are flags of the run:
-
-    - which activations are recomputed in backward,
-    - which attention kernels are used, and which method over cp,
-    - which matmuls are in FP8,
-    - how tokens are dispatched to experts."""
+    rounding: recompute in backward, the attention kernels, the method over cp, FP8 matmuls, and the
+    dispatcher of tokens to experts. The flags of a run set them."""
 
     recompute: Recompute = "none"
     recompute_budget: float | None = None
@@ -42,7 +38,8 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         if self.fp8_min_weights < 0:
             raise UserError(
-                f"--fp8-min-weights {self.fp8_min_weights}: a size; use --fp8-min-weights {MIN_WEIGHTS}"
+                f"--fp8-min-weights {self.fp8_min_weights}: a size; use "
+                f"--fp8-min-weights {MIN_WEIGHTS}"
             )
         if self.fp8_gather and self.fp8 == "none":
             raise UserError(
@@ -50,24 +47,29 @@ class ComputeConfig:
             )
         if self.fp8_gather and not RECIPES[self.fp8].fp8_gather:
             raise UserError(
-                f"--fp8-gather --fp8 {self.fp8}: this recipe does not round weights to FP8 under powers "
-                "of two, so they cannot be gathered in 8 bits; drop --fp8-gather"
+                f"--fp8-gather --fp8 {self.fp8}: this recipe does not round weights to FP8 under "
+                "powers of two, so they cannot be gathered in 8 bits; drop --fp8-gather"
             )
         policy_for(self.recompute, self.recompute_budget)  # raises UserError if invalid
 
     @property
     def policy(self) -> ActivationPolicy:
-        """What blocks keep for backward."""
+        """The activation policy of the blocks."""
         return policy_for(self.recompute, self.recompute_budget)
 
     def recipe(self, end: bool) -> Recipe | None:
-        """For the products of a block; ``end``: the first or the last."""
+        """Return the recipe for the matmuls of a block, or None.
+
+        ``end``: whether the block is the first or the last of the model."""
         if self.fp8 == "none" or (end and not self.fp8_first_last):
             return None
         return replace(RECIPES[self.fp8], min_weights=self.fp8_min_weights)
 
-    def narrow(self, end: bool, tokens: float) -> Fp8GatherRule | None:
-        """Which weights of a block are gathered in FP8; ``tokens``: of a rank."""
+    def fp8_gather_rule(self, end: bool, tokens: float) -> Fp8GatherRule | None:
+        """Return the rule that selects the weights of a block to all-gather in 8 bits, or None.
+
+        ``end``: whether the block is the first or the last of the model.
+        ``tokens``: the number of a rank's tokens."""
         recipe = self.recipe(end) if self.fp8_gather else None
         return None if recipe is None else partial(recipe.takes, tokens=tokens)
 

@@ -1,8 +1,7 @@
-"""The shape of a transformer: frozen, checked once where it is made.
+"""The config of a transformer: frozen, and checked once where it is made.
 
-Sizes use the names of the logical axes, so that ``ModelConfig.dims()`` is all that a params
-declaration needs. Presets are in model/presets.py; everything else about a run is in
-runtime/config.py.
+Sizes have the names of logical axes, so a params declaration needs only ``ModelConfig.dims()``.
+Presets are in presets.py. The other settings of a run are in runtime/config.py.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ MIXERS: Mapping[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the transformer: a preset, and what overrides it."""
+    """The sizes and features of the transformer: a preset, and the fields that override it."""
 
     kinds: ClassVar[Mapping[str, type[Mixer]]] = MIXERS
 
     vocab: int = 4096
-    """words of the tokenizer; the embedding has this rounded up to vocab_multiple"""
+    """words of the tokenizer; the embedding's rows are rounded up to vocab_multiple"""
     embed: int = 256
     """width of the residual stream"""
     layers: int = 4
@@ -51,13 +50,13 @@ class ModelConfig:
     mlp: int = 704
     """width of the feed-forward layer"""
     activation: Activation = "swiglu"
-    """of the feed-forward layer; swiglu and geglu have a gate"""
+    """activation of the feed-forward layer; swiglu and geglu have a gate"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """before attention, the feed-forward layer and the head"""
+    """norm before attention, the feed-forward layer and the head"""
     norm_eps: float = 1e-5
     """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
-    """how attention knows where a token is"""
+    """positional encoding"""
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
@@ -74,7 +73,7 @@ class ModelConfig:
     window: int | None = None
     """sliding-window attention: tokens seen back, counting itself"""
     full_every: int = 0
-    """with a window: every layer of this number has none, and sees all; 0: all layers have it"""
+    """with a window: every layer of this number has no window; 0: all layers have the window"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
     sinks: bool = False
@@ -84,8 +83,8 @@ class ModelConfig:
     init_std: float = 0.02
     """standard deviation of initial matrices"""
     vocab_multiple: int = 128
-    """pad the embedding's rows to a multiple, for the speed of its matrix product; padded logits
-    are masked"""
+    """pad the embedding's rows to a multiple, for the speed of its matmul; padded logits are
+    masked"""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
@@ -123,23 +122,24 @@ class ModelConfig:
             )
         if self.moe.experts and self.moe.dense_layers >= self.layers:
             raise UserError(
-                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no layer "
-                "would have experts; use fewer, or --model.moe.experts 0"
+                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no "
+                "layer would have experts; use fewer, or --model.moe.experts 0"
             )
 
     @property
     def latent(self) -> bool:
-        """Whether the model has multi-head latent attention, for which kv_heads and head_dim mean
-        nothing."""
+        """Whether the model has multi-head latent attention, which ignores kv_heads and
+        head_dim."""
         return self.mla.kv_rank > 0
 
     def letter(self, i: int) -> str:
-        """The letter of block i; the blocks of multi-token prediction come last."""
+        """Return the letter of block i. The blocks of multi-token prediction come last."""
         letter = self.pattern[i % len(self.pattern)]
         only_latent = self.latent and "M" not in self.pattern
         return "M" if letter == "A" and only_latent else letter
 
     def mixer(self, letter: str) -> Mixer:
+        """Return the mixer of a letter of ``pattern``."""
         return self.kinds[letter](self)
 
     @property
@@ -149,8 +149,8 @@ class ModelConfig:
         return tuple(self.mixer(letter) for letter in letters)
 
     def token_order(self, method: Method) -> TokenOrder:
-        """The token order over cp that all mixers support. Of several, the one that the first mixer
-        prefers; of none, too."""
+        """Return the token order over cp that all mixers support. If there are several, or if there
+        is no such order, return the first mixer's preferred order among them."""
         first, *others = [mixer.orders(method) for mixer in self.mixers]
         common = (order for order in first if all(order in orders for orders in others))
         return next(common, first[0])
@@ -160,7 +160,7 @@ class ModelConfig:
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     def dims(self) -> dict[str, Any]:
-        """What declarations look names up in: sizes by logical axis, and the ``when``
+        """Return the values of the names in declarations: sizes by logical axis, and the ``when``
         conditions."""
         return {
             **{
@@ -196,7 +196,7 @@ class ModelConfig:
         }
 
     def _block(self, i: int) -> dict[str, Any]:
-        """What layer i has of its own."""
+        """Return the names that differ from block to block, for block i."""
         sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
         full = self.full_every and (i + 1) % self.full_every == 0
         letter = self.letter(i)

@@ -8,29 +8,32 @@ from dtron.params import WeightSpec, flat
 
 
 def parameter_count(m: ModelConfig) -> int:
+    """Count the parameters of a model."""
     return sum(w.numel for w in flat(declare_model(m)))
 
 
 def active(w: WeightSpec, m: ModelConfig) -> float:
-    """How much of a weight a token is multiplied by: of experts, its top k."""
+    """Return the number of a weight's elements that multiply a token: a token uses top k of the
+    experts."""
     return w.numel * m.moe.top_k / m.moe.experts if "experts" in w.axes else float(w.numel)
 
 
 def active_count(m: ModelConfig) -> int:
-    """Parameters that one token uses."""
+    """Count the parameters that one token uses."""
     return round(sum(active(w, m) for w in flat(declare_model(m))))
 
 
 def flops_per_token(m: ModelConfig, seq_len: int) -> float:
-    """Of forward and backward, without recomputation: 6 per weight that multiplies (all but
-    embeddings that are looked up, and of experts those that a token goes to), and what the mixers
-    add: for causal attention 6 * layers * heads * head_dim * seq_len, half of the full square
-    (PaLM, arXiv:2204.02311, appendix B, halved). Multi-token prediction counts as the blocks and
-    heads it has."""
+    """Return the FLOPs of forward and backward per token, without recomputation.
+
+    A weight that multiplies a token counts 6. Embeddings are looked up and do not count; of the
+    experts, only the token's own count. Mixers add their ``flops``. For causal attention ``flops``
+    is 6 * layers * heads * head_dim * seq_len, half of the full square (PaLM, arXiv:2204.02311,
+    appendix B, halved). Multi-token prediction counts by its blocks and heads."""
     spec = declare_model(m)
-    looked_up = sum(w.numel for w in flat(spec.embedding)) - (
-        spec.embedding.w_tokens.numel if m.tied else 0
-    )
+    looked_up = sum(w.numel for w in flat(spec.embedding))
+    if m.tied:
+        looked_up -= spec.embedding.w_tokens.numel
     mixing = sum(m.mixer(p.letter).flops(seq_len, p.window) for p in spec.all_blocks)
-    head = m.padded_vocab * m.embed * m.mtp.depth  # every module multiplies by it again
+    head = m.padded_vocab * m.embed * m.mtp.depth  # every module uses the head again
     return 6.0 * (active_count(m) - looked_up + head) + mixing

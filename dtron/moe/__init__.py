@@ -1,5 +1,5 @@
-"""Mixture of experts: a feed-forward layer of many, of which each token uses a few.
+"""Mixture of experts: many feed-forward layers, of which each token uses a few.
 
-config.py has the choices, router.py says which token goes to which experts, dispatch.py brings the
-tokens there and back, experts.py computes, layer.py puts these together.
+config.py has the sizes and settings. router.py chooses the experts of each token. dispatch.py sends
+tokens to the ranks of their experts and back. experts.py computes. layer.py combines the four.
 """

@@ -1,4 +1,4 @@
-"""The shape of a mixture-of-experts layer and how its load is balanced: ``--model.moe.*``."""
+"""The sizes of a mixture-of-experts layer and the balancing of its load: ``--model.moe.*``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dtron.bounds import nearest_divisor
 from dtron.errors import UserError
 
 Score = Literal["softmax", "topk_softmax", "sigmoid"]
@@ -26,20 +27,20 @@ class MoEConfig:
     dense_layers: int = 0
     """first layers that keep a dense feed-forward layer, of width model.mlp"""
     score: Score = "softmax"
-    """of an expert for a token: softmax over all experts or over the top k only, or each sigmoid by
-    itself"""
+    """score of an expert for a token: softmax over all experts, softmax over the top k only, or
+    each expert's sigmoid"""
     normalize: bool = True
     """the scores of a token's experts are divided by their sum"""
     scale: float = 1.0
-    """and then multiplied by this"""
+    """factor on the scores of a token's experts, applied last"""
     groups: int = 1
-    """experts stand in this many groups"""
+    """groups of experts, all of one size"""
     group_top_k: int = 1
     """groups that each token may use"""
     router_bias: bool = False
     """the router's logits have a learned bias"""
     activation: ExpertActivation = "swiglu"
-    """of experts; clamped_swiglu is that of gpt-oss"""
+    """activation of experts; gpt-oss has clamped_swiglu"""
     bias: bool = False
     """experts have biases"""
     shared: int = 0
@@ -49,17 +50,18 @@ class MoEConfig:
     aux_loss: float = 0.0
     """weight of the load-balancing loss, 1 per token and layer where the load is even"""
     aux_level: BalanceLevel = "micro_batch"
-    """tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the step so
-    far"""
+    """set of tokens whose load must be even: a micro-batch (of all ranks), each sequence, or the
+    step so far"""
     z_loss: float = 0.0
     """weight of the router's z-loss, logsumexp squared per token and layer"""
     bias_rate: float = 0.0
-    """balance without a loss: after each step, a bias that only chooses moves by this; 0: none"""
+    """balance without a loss: step size of a bias that affects only the choice of experts; 0: no
+    bias"""
     capacity_factor: float = 0.0
-    """rows of each expert as a multiple of the mean, per rank; tokens over it are dropped. 0: none
-    is"""
+    """rows of each expert as a multiple of the mean load, per rank; tokens beyond are dropped. 0:
+    no token is dropped"""
     balanced: bool = False
-    """for benchmarks: send the same number of tokens to every expert, whatever the router says"""
+    """for benchmarks: send the same number of tokens to every expert, whatever the scores"""
 
     def __post_init__(self) -> None:
         low = {
@@ -85,28 +87,25 @@ class MoEConfig:
             return
         if self.top_k > self.experts:
             raise UserError(
-                f"model.moe.top_k={self.top_k} of model.moe.experts={self.experts}: a token cannot use more "
-                f"experts than there are; use --model.moe.top-k {self.experts}"
+                f"model.moe.top_k={self.top_k} of model.moe.experts={self.experts}: a token cannot "
+                f"use more experts than there are; use --model.moe.top-k {self.experts}"
             )
         if self.experts % self.groups:
-            near = min(
-                (d for d in range(1, self.experts + 1) if self.experts % d == 0), key=self._far
-            )
+            near = nearest_divisor(self.experts, self.groups)
             raise UserError(
-                f"model.moe.experts={self.experts} in model.moe.groups={self.groups}: groups must divide "
-                f"experts; use --model.moe.groups {near}"
+                f"model.moe.experts={self.experts} in model.moe.groups={self.groups}: groups must "
+                f"divide experts; use --model.moe.groups {near}"
             )
         each = self.experts // self.groups
-        if self.groups > 1 and not math.ceil(self.top_k / each) <= self.group_top_k <= self.groups:
+        least = math.ceil(self.top_k / each)
+        if self.groups > 1 and not least <= self.group_top_k <= self.groups:
             raise UserError(
-                f"model.moe.group_top_k={self.group_top_k}: of {self.groups} groups of {each} experts, each "
-                f"token needs at least {math.ceil(self.top_k / each)} for its top_k={self.top_k}, and has at "
-                f"most {self.groups}; use --model.moe.group-top-k {math.ceil(self.top_k / each)}"
+                f"model.moe.group_top_k={self.group_top_k}: of {self.groups} groups of {each} "
+                f"experts, each token needs at least {least} for its top_k={self.top_k}, and has "
+                f"at most {self.groups}; use --model.moe.group-top-k {least}"
             )
         if self.shared_gate and not self.shared:
             raise UserError(
-                "model.moe.shared_gate without a shared expert: use --model.moe.shared WIDTH, or drop it"
+                "model.moe.shared_gate without a shared expert: use --model.moe.shared WIDTH, or "
+                "drop it"
             )
-
-    def _far(self, divisor: int) -> tuple[int, int]:
-        return abs(divisor - self.groups), divisor

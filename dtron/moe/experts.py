@@ -1,10 +1,10 @@
 """The experts: many small feed-forward layers, computed together.
 
 Their input rows are sorted by expert. One *grouped* matmul multiplies the rows of each expert by
-that expert's matrix (``F.grouped_mm``; the idea of not padding them is from Gale et al. 2022,
-arXiv:2211.15841). There is also a slow and clear version, a loop over experts. It serves float32
-and float64, because the kernel supports bfloat16 only. If every expert has the same number of
-rows, a batched matmul is enough. In FP8 both cases use one kernel (fp8/scaled_grouped_mm.py).
+that expert's matrix (``F.grouped_mm``; the idea of not padding the rows is from Gale et al. 2022,
+arXiv:2211.15841). There is also a slow and clear version, a loop over experts. The loop serves
+float32 and float64, because the kernel supports bfloat16 only. If every expert has the same number
+of rows, a batched matmul is enough. In FP8 both cases use one kernel (fp8/scaled_grouped_mm.py).
 
 Unlike an MLP (``recompute.in_chunks``), the experts take all rows at once, at any sequence
 length. Each expert has only some of the tokens, so with chunks its matmuls would have too few
@@ -30,6 +30,8 @@ LIMIT, SLOPE = 7.0, 1.702  # constants of gpt-oss's SwiGLU
 
 @dataclass(frozen=True)
 class Experts:
+    """The weights of all experts."""
+
     w_gate: Tensor = weight("experts", "expert_embed", "expert_mlp", summed=1)
     w_up: Tensor = weight("experts", "expert_embed", "expert_mlp", summed=1)
     w_down: Tensor = weight("experts", "expert_mlp", "expert_embed", summed=1, init=residual_out)
@@ -63,9 +65,8 @@ def compute(
         undefined.
     ``cuts``: the number of ranks that each expert is sharded over. Their outputs must be summed.
     ``recipe``: matmuls in FP8, or None."""
-    gate, up = (
-        product(x, w, b, ends_E, recipe) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up))
-    )
+    gate = product(x, p.w_gate, p.b_gate, ends_E, recipe)
+    up = product(x, p.w_up, p.b_up, ends_E, recipe)
     if activation == "swiglu":
         h = F.silu(gate) * up
     else:
@@ -80,20 +81,20 @@ def product(
     """Compute ``x @ w[e] + b[e]`` for the rows of each expert e."""
     y = grouped_matmul(x, w, ends_E, recipe)
     if y is None:
-        y = x @ w if ends_E is None else _way(x)(x, w, ends_E)
+        y = x @ w if ends_E is None else _grouped_mm(x)(x, w, ends_E)
     if b is None:
         return y
     if ends_E is None:
         return y + b[:, None]
     # Kernels leave the rows after the last end unwritten, in backward too. These rows get an
-    # extra bias row of zeros. If they used the last expert's bias, its gradient would sum their
+    # extra bias row of zeros. With the last expert's bias, the gradient of this bias would sum
     # undefined values.
     places = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True)
     return y + F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)
 
 
-def _way(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _grouped_mm(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if x.dtype == torch.bfloat16:
         return grouped
     return masked if torch.compiler.is_compiling() else looped

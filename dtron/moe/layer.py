@@ -3,8 +3,8 @@
 The router computes each token once, on the rank that holds the token's shard of the residual
 stream. Then tokens, weights and indices are sent to the ranks of the experts:
 
-- Over etp each expert is sharded and its ranks need the same tokens, as in any tensor-parallel
-  layer: an all-gather before, a reduce-scatter after.
+- Over etp each expert is sharded and the ranks of its shards need the same tokens, as in any
+  tensor-parallel layer: an all-gather before, a reduce-scatter after.
 - Over ep each rank sends its tokens to the ranks of their experts (dispatch.py).
 
 The dispatch is one local region. Its declared placements express the rest of the parallelism:
@@ -25,7 +25,7 @@ from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.dispatch import Dispatch, ExpertGroup, choose_dispatcher
 from dtron.moe.experts import WEIGHTS, Experts, compute
-from dtron.moe.router import Router, route
+from dtron.moe.router import Router, TokenInfo, route
 from dtron.params import part, weight
 
 
@@ -40,19 +40,6 @@ class MoELayer:
     experts: Experts = part()
     shared: MLP | None = part(when="shared_expert", mlp="shared_mlp")
     w_shared: Tensor | None = weight("embed", when="shared_gate")
-
-
-class TokenInfo(NamedTuple):
-    """Token data for the router and its losses, ``[T@tokens_sp]``.
-
-    ``valid_T``: whether the token counts.
-    ``rows_T``: the token's sequence, out of ``rows``.
-    ``place_T``: the token's position among the tokens of all rows, for forced balance."""
-
-    valid_T: Tensor
-    rows_T: Tensor
-    rows: int
-    place_T: Tensor | None = None
 
 
 class LayerStats(NamedTuple):
@@ -70,28 +57,26 @@ class LayerStats(NamedTuple):
 def moe(
     p: MoELayer,
     x_TD: Tensor,
-    seen: TokenInfo,
+    info: TokenInfo,
     c: MoEConfig,
     layout: Layout,
     before_E: Tensor | None = None,
     dispatch: Dispatch = "auto",
     recipe: Recipe | None = None,
 ) -> tuple[Tensor, Tensor, LayerStats]:
-    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, report)``.
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, stats)``.
 
-    ``y_TD``: has the shape and placement of ``x_TD``.
-    ``aux``: a term of the loss; its sum over tokens is pending.
     ``before_E``: see ``route``.
-    ``recipe``: matmuls in FP8, or None."""
-    to = route(p.router, x_TD, *seen[:3], c, layout, before_E, seen.place_T)
+    ``recipe``: the recipe for FP8 matmuls, or None.
+    ``y_TD``: has the shape and placement of ``x_TD``.
+    ``aux``: a term of the loss; its sum over tokens is pending."""
+    routed = route(p.router, x_TD, info, c, layout, before_E)
     tokens, chosen = ("tokens_ep", "act_embed"), ("tokens_ep", None)
     first = layout.iota("experts", c.experts, x_TD.device)
     # Communicates over etp only: all-gathers here, and the reduce-scatter after.
     sent = layout.constrain(x_TD, *tokens)
-    weights_TK, index_TK = (
-        layout.constrain(to.weights_TK, *chosen),
-        layout.constrain(to.index_TK, *chosen),
-    )
+    weights_TK = layout.constrain(routed.weights_TK, *chosen)
+    index_TK = layout.constrain(routed.index_TK, *chosen)
     region = layout.local(
         partial(_experts, c=c, layout=layout, dispatch=dispatch, recipe=recipe),
         (tokens, chosen, chosen, ("experts",), *WEIGHTS),
@@ -104,10 +89,10 @@ def moe(
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")
     if p.shared is not None:
         s_TD = mlp(p.shared, x_TD, layout, recipe=recipe)
-        y_TD = y_TD + (
-            s_TD if p.w_shared is None else s_TD * (x_TD @ p.w_shared).sigmoid()[:, None]
-        )
-    return y_TD, to.aux, LayerStats(to.load_E, to.totals, dropped)
+        if p.w_shared is not None:
+            s_TD = s_TD * (x_TD @ p.w_shared).sigmoid()[:, None]
+        y_TD = y_TD + s_TD
+    return y_TD, routed.aux, LayerStats(routed.load_E, routed.totals, dropped)
 
 
 def _experts(
@@ -121,14 +106,14 @@ def _experts(
     dispatch: Dispatch,
     recipe: Recipe | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rank-local, except for the dispatcher's communication over ep."""
+    """Dispatch, compute and combine. Rank-local, except for the dispatcher's communication over
+    ep."""
     group = layout.group("ep")
-    over = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity_factor)
+    experts = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity_factor)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
-    y_TD, dropped = choose_dispatcher(dispatch, over)(
-        x_TD, weights_TK, index_TK, first[0], run, over
-    )
+    dispatcher = choose_dispatcher(dispatch, experts)
+    y_TD, dropped = dispatcher(x_TD, weights_TK, index_TK, first[0], run, experts)
     # The ranks that shard one expert have dropped the same slots.
     count = x_TD.new_zeros((), dtype=weights_TK.dtype)
     return y_TD, count if dropped is None else dropped.to(weights_TK.dtype) / cuts

@@ -4,19 +4,19 @@ A token's logits are its matmul with the router's matrix. Scores are the softmax
 the logits. The token goes to its top k experts (Shazeer et al. 2017, arXiv:1701.06538).
 DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) first chooses the best groups of experts, so that a
 token is sent to few nodes. The router computes in float32 at least, because score differences
-that decide the choice can be smaller than bfloat16 resolves.
+that decide the choice can be smaller than the precision of bfloat16.
 
-Nothing in this makes the load even. Three terms can be added:
+Scores alone do not balance the load. Three terms can be added:
 
 - The auxiliary loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6): per token, ``E
   sum_e f_e p_e``, where f_e is the fraction of the load of expert e and p_e the token's score.
-  It is 1 if the load is even, and more otherwise. Its *level* is the set of tokens that f is
-  counted over: a microbatch, of all ranks; each sequence (DeepSeek-V3, equations 17 to 20); or
-  the step so far, i.e. every microbatch up to this one (Qiu et al. 2025, arXiv:2501.11873: the
-  larger the set, the freer experts are to specialise).
+  The loss is 1 if the load is even, and more otherwise. The *level* of the loss is the set of
+  tokens over which f is counted: a microbatch, of all ranks; each sequence (DeepSeek-V3,
+  equations 17 to 20); or the step so far, i.e. every microbatch up to this one (Qiu et al. 2025,
+  arXiv:2501.11873: the larger the set, the freer experts are to specialise).
 - A bias on the scores that affects only the choice (Wang et al. 2024, arXiv:2408.15664). After
-  each step it increases for experts with less than the mean load and decreases for experts with
-  more. The optimizer does not update it.
+  each step the bias increases for experts with less than the mean load and decreases for experts
+  with more. The optimizer does not update the bias.
 - The z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5), which keeps logits small.
 
 Losses are sums over tokens, like the main loss, and are divided once by the same count. A token
@@ -47,6 +47,20 @@ class Router:
     balance: Tensor | None = weight("act_experts", init=zeros, when="balance_bias", frozen=True)
 
 
+class TokenInfo(NamedTuple):
+    """Token data for the router and its losses, ``[T@tokens_sp]``.
+
+    ``valid_T``: whether the token counts.
+    ``rows_T``: the token's sequence, an index below ``rows``.
+    ``rows``: the number of sequences.
+    ``place_T``: the token's position among the tokens of all rows, for forced balance."""
+
+    valid_T: Tensor
+    rows_T: Tensor
+    rows: int
+    place_T: Tensor | None = None
+
+
 class Routed(NamedTuple):
     """The router's output. The last three fields are sums over tokens, pending.
 
@@ -69,58 +83,51 @@ TOTALS = ("tokens", "entropy", "aux_loss", "z_loss")
 def route(
     p: Router,
     x_TD: Tensor,
-    valid_T: Tensor,
-    rows_T: Tensor,
-    rows: int,
+    info: TokenInfo,
     c: MoEConfig,
     layout: Layout,
     before_E: Tensor | None = None,
-    place_T: Tensor | None = None,
 ) -> Routed:
     """Route ``x_TD [T@tokens_sp, D]``.
 
-    ``valid_T``: whether a token counts.
-    ``rows_T``: the token's sequence, out of ``rows``.
-    ``before_E``: the load of the step so far, for the auxiliary loss of level ``global_batch``.
-    ``place_T``: the token's position among all tokens, for forced balance."""
-    ins = (
-        ("tokens_sp", None), (None, "act_experts"), ("act_experts",), ("act_experts",),
-        ("tokens_sp",), ("tokens_sp",), ("tokens_sp",), ("+tokens_sp",),
-    )  # fmt: skip
-    chosen, total = ("tokens_sp", None), ("+tokens_sp",)
+    ``before_E``: the load of the step so far, for the auxiliary loss of level ``global_batch``."""
+    token, chosen, total = ("tokens_sp",), ("tokens_sp", None), ("+tokens_sp",)
+    weights = ((None, "act_experts"), ("act_experts",), ("act_experts",))
+
+    def on_rank(x_TD, w, b, balance, valid_T, rows_T, place_T, before_E):
+        own = TokenInfo(valid_T, rows_T, info.rows, place_T)
+        return _route(Router(w, b, balance), x_TD, own, before_E, c, layout)
+
     region = layout.local(
-        lambda *args: _route(*args, rows, c, layout), ins, [chosen, chosen, total, total, total]
+        on_rank,
+        (("tokens_sp", None), *weights, token, token, token, total),
+        [chosen, chosen, total, total, total],
     )
+    valid_T, rows_T, _, place_T = info
     return Routed(*region(x_TD, p.w, p.b, p.balance, valid_T, rows_T, place_T, before_E))
 
 
 def _route(
+    p: Router,
     x_TD: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    balance: Tensor | None,
-    valid_T: Tensor,
-    rows_T: Tensor,
-    place_T: Tensor | None,
+    info: TokenInfo,
     before_E: Tensor | None,
-    rows: int,
     c: MoEConfig,
     layout: Layout,
 ) -> tuple[Tensor, ...]:
-    """Rank-local, except for the counts of the auxiliary loss."""
+    """Return the fields of ``Routed``. Rank-local, except for the counts of the auxiliary loss."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TE = x_TD.to(wide) @ w.to(wide)
-    if b is not None:
-        logits_TE = logits_TE + b.to(wide)
+    logits_TE = x_TD.to(wide) @ p.w.to(wide)
+    if p.b is not None:
+        logits_TE = logits_TE + p.b.to(wide)
     scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
     with torch.no_grad():
         if c.balanced:
-            index_TK = (
-                place_T[:, None] * c.top_k + torch.arange(c.top_k, device=w.device)
-            ) % c.experts
+            next_K = torch.arange(c.top_k, device=x_TD.device)
+            index_TK = (info.place_T[:, None] * c.top_k + next_K) % c.experts
         else:
-            index_TK = choose(scores_TE, balance, c)
-        chosen_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, 1.0) * valid_T[:, None]
+            index_TK = choose(scores_TE, p.balance, c)
+        chosen_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, 1.0) * info.valid_T[:, None]
     weights_TK = (logits_TE if c.score == "topk_softmax" else scores_TE).gather(1, index_TK)
     if c.score == "topk_softmax":
         weights_TK = weights_TK.softmax(-1)
@@ -129,23 +136,23 @@ def _route(
     weights_TK = weights_TK * c.scale
 
     share_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if c.score == "sigmoid" else scores_TE
-    aux = z = torch.zeros((), dtype=wide, device=w.device)
+    aux = z = torch.zeros((), dtype=wide, device=x_TD.device)
     if c.aux_loss:
         with torch.no_grad():
-            f_TE = _fractions(chosen_TE, rows_T, before_E, rows, c, layout)
-        aux = (c.experts * share_TE * f_TE * valid_T[:, None]).sum()
+            f_TE = _fractions(chosen_TE, info, before_E, c, layout)
+        aux = (c.experts * share_TE * f_TE * info.valid_T[:, None]).sum()
     if c.z_loss:
-        z = (logits_TE.logsumexp(-1).square() * valid_T).sum()
+        z = (logits_TE.logsumexp(-1).square() * info.valid_T).sum()
     with torch.no_grad():
-        entropy = -(torch.xlogy(share_TE, share_TE).sum(-1) * valid_T).sum()
-        totals = torch.stack([valid_T.sum().to(wide), entropy, aux, z])
+        entropy = -(torch.xlogy(share_TE, share_TE).sum(-1) * info.valid_T).sum()
+        totals = torch.stack([info.valid_T.sum().to(wide), entropy, aux, z])
     return weights_TK, index_TK, c.aux_loss * aux + c.z_loss * z, chosen_TE.sum(0), totals
 
 
 def choose(scores_TE: Tensor, balance: Tensor | None, c: MoEConfig) -> Tensor:
-    """Return the experts of each token: ``[T, K]``. The score of a group is the sum of its two
-    best experts if scores are sigmoids (DeepSeek-V3), and its best expert if they are a
-    softmax (DeepSeek-V2)."""
+    """Return the experts of each token: ``[T, K]``. The score of a group is the sum of its two best
+    scores if scores are sigmoids (DeepSeek-V3), and its best score if scores are a softmax
+    (DeepSeek-V2)."""
     if balance is not None:
         scores_TE = scores_TE + balance.to(scores_TE.dtype)
     if c.groups > 1:
@@ -160,20 +167,20 @@ def choose(scores_TE: Tensor, balance: Tensor | None, c: MoEConfig) -> Tensor:
 
 def _fractions(
     chosen_TE: Tensor,
-    rows_T: Tensor,
+    info: TokenInfo,
     before_E: Tensor | None,
-    rows: int,
     c: MoEConfig,
     layout: Layout,
 ) -> Tensor:
     """Return each expert's fraction of the load in the token's set: ``[T, E]``, or ``[1, E]`` if
-    it is the same for all tokens. Communicates E numbers (per sequence at level ``sequence``)."""
+    all tokens have one set. Communicates E numbers (per sequence at level ``sequence``)."""
     if c.aux_level == "sequence":
-        counts = chosen_TE.new_zeros(rows, chosen_TE.shape[1]).index_add(0, rows_T, chosen_TE)
+        counts = chosen_TE.new_zeros(info.rows, chosen_TE.shape[1])
+        counts = counts.index_add(0, info.rows_T, chosen_TE)
     else:
         counts = chosen_TE.sum(0, keepdim=True)
         if before_E is not None:
             counts = counts + before_E.to(counts.dtype)
     counts = layout.all_reduce(counts, "tokens_sp")
     f = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    return f[rows_T] if c.aux_level == "sequence" else f
+    return f[info.rows_T] if c.aux_level == "sequence" else f

@@ -26,8 +26,9 @@ from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.mesh import Layout, by_rows
 from dtron.model.batch import make_batch
+from dtron.model.block import Block
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Block, Transformer, embed, stage_logits
+from dtron.model.transformer import Transformer, embed, stage_logits
 from dtron.params import gather
 from dtron.runtime.config import RunConfig
 from dtron.schedules.runner import Program

@@ -1,5 +1,5 @@
 """Pipeline schedules: tables of actions, without a model and without torch. See table.py for the
-idea, and ``python -m dtron.schedules compare`` for all of them side by side."""
+idea, and ``python -m dtron.schedules compare`` for all schedules side by side."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ SCHEDULES = {
 
 
 def stages_of_rank(name: str, stages_per_rank: int = 2) -> int:
-    """How many stages each rank has under a schedule."""
+    """Return the number of stages of each rank under a schedule."""
     return {"interleaved": stages_per_rank, "zb-v": 2, "dualpipe-v": 2}.get(name, 1)
 
 
 def make(name: str, ranks: int, microbatches: int, stages_per_rank: int = 2) -> Table:
-    """The table of a schedule by name. Raises UserError for an unknown name, and for sizes that
-    cannot be."""
+    """Make the table of a schedule by name. Raises UserError for an unknown name, and for
+    impossible sizes."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
         raise UserError(
             f"schedule {name!r}: unknown; did you mean {near}? There are {', '.join(SCHEDULES)}"
         )
-    for what, n in (
-        ("ranks", ranks),
-        ("microbatches", microbatches),
-        ("stages_per_rank", stages_per_rank),
-    ):
+    sizes = {
+        "ranks": ranks,
+        "microbatches": microbatches,
+        "stages_per_rank": stages_per_rank,
+    }
+    for size, n in sizes.items():
         if n < 1:
-            raise UserError(f"schedule {name}: {what}={n}; there must be at least 1")
+            raise UserError(f"schedule {name}: {size}={n}; there must be at least 1")
     extra = (stages_per_rank,) if name == "interleaved" else ()
     return SCHEDULES[name](ranks, microbatches, *extra)

@@ -1,5 +1,8 @@
-"""``python -m dtron.schedules compare --stages 8 --microbatches 32`` and ``... draw zb-v --stages
-4``."""
+"""``python -m dtron.schedules``: time pipeline schedules and draw them.
+
+python -m dtron.schedules compare --stages 8 --microbatches 32
+python -m dtron.schedules draw zb-v --stages 4
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,21 @@ from dtron.tools import draw_schedules as pictures
 
 
 def timed(name: str, o: Namespace) -> Timeline:
-    """A schedule on ranks that all have the same layers: thin stages are as much shorter."""
+    """Time a schedule on ranks that all have the same number of layers. A rank with n stages has
+    stages of an n-th of the time."""
     t = make(name, o.stages, o.microbatches, o.stages_per_rank)
     n = t.per_rank
     return simulate(t, Costs(o.F / n, o.I / n, o.W / n, o.transfer))
 
 
 def compare(o: Namespace, console: Console) -> int:
-    """Every schedule that these sizes allow, in one table and one picture."""
+    """Show every schedule that these sizes allow, in one table and one picture."""
     lines: dict[str, Timeline] = {}
-    grid = Grid(
-        title=f"{o.stages} pipeline ranks, {o.microbatches} microbatches, F {o.F:g}, I {o.I:g}, W {o.W:g}"
-    )
-    for column in (
-        "schedule",
-        "stages per rank",
-        "step",
-        "bubble",
-        "most activations",
-        "sends per rank",
-    ):
-        grid.add_column(column, justify="left" if column == "schedule" else "right")
+    sizes = f"{o.stages} pipeline ranks, {o.microbatches} microbatches"
+    grid = Grid(title=f"{sizes}, F {o.F:g}, I {o.I:g}, W {o.W:g}")
+    grid.add_column("schedule")
+    for column in ("stages per rank", "step", "bubble", "most activations", "sends per rank"):
+        grid.add_column(column, justify="right")
     left_out = []
     for name in SCHEDULES:
         try:
@@ -47,18 +44,22 @@ def compare(o: Namespace, console: Console) -> int:
             left_out.append(str(error))
             continue
         t = line.table
-        sends = (
-            sum(t.rank_of[s] != t.rank_of[s + 1] for s in range(t.stages - 1)) * 2 * t.microbatches
-        )
+        crossings = sum(t.rank_of[s] != t.rank_of[s + 1] for s in range(t.stages - 1))
+        sends = crossings * 2 * t.microbatches
         grid.add_row(
-            name, str(t.per_rank), f"{line.makespan:g}", f"{line.bubble:.1%}",
-            f"{max(peaks(t)) / t.per_rank:g}", f"{sends / o.stages:g}",
-        )  # fmt: skip
+            name,
+            str(t.per_rank),
+            f"{line.makespan:g}",
+            f"{line.bubble:.1%}",
+            f"{max(peaks(t)) / t.per_rank:g}",
+            f"{sends / o.stages:g}",
+        )
     if not lines:
         raise UserError(left_out[0])
     console.print(grid)
     console.print(
-        "Most activations: of one microbatch through all of a rank's layers, on the rank with most."
+        "Most activations: the peak of the rank with the most. The unit is one microbatch's "
+        "activations in all layers of a rank."
     )
     for reason in left_out:
         console.print(f"left out: {reason}")
@@ -71,6 +72,7 @@ def compare(o: Namespace, console: Console) -> int:
 
 
 def draw(o: Namespace, console: Console) -> int:
+    """Draw one schedule."""
     line = timed(o.name, o)
     title = f"{o.name}: {o.stages} ranks, {o.microbatches} microbatches, bubble {line.bubble:.1%}"
     if not o.out:
@@ -80,6 +82,7 @@ def draw(o: Namespace, console: Console) -> int:
 
 
 def save(o: Namespace, lines: dict[str, Timeline], console: Console) -> int:
+    """Write the drawing to the file of ``-o``, if there is one."""
     if o.out:
         try:
             Path(o.out).write_text(pictures.svg(lines))
@@ -96,32 +99,20 @@ def parser() -> Parser:
         prog="python -m dtron.schedules", description="Time pipeline schedules and draw them."
     )
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
+    all_of_them = commands.add_parser("compare", help="all of them, in a table and a picture")
     one = commands.add_parser("draw", help="one schedule")
     one.add_argument("name", choices=list(SCHEDULES))
-    for command in (
-        commands.add_parser("compare", help="all of them, in a table and a picture"),
-        one,
-    ):
+    for command in (all_of_them, one):
         add = command.add_argument
         add("--stages", type=int, default=4, metavar="N", help="pipeline ranks (4)")
         add("--microbatches", type=int, default=8, metavar="N", help="per step (8)")
-        add(
-            "--stages-per-rank",
-            type=int,
-            default=2,
-            metavar="N",
-            help="interleaved: stages on each rank (2)",
-        )
-        for kind, what in (("F", "forward"), ("I", "input gradient"), ("W", "weight gradients")):
-            text = f"time of a rank's {what} of a microbatch (1)"
+        text = "interleaved: stages on each rank (2)"
+        add("--stages-per-rank", type=int, default=2, metavar="N", help=text)
+        for kind, work in (("F", "forward"), ("I", "input gradient"), ("W", "weight gradients")):
+            text = f"time of a rank's {work} of a microbatch (1)"
             add(f"--{kind}", type=duration, default=1.0, metavar="T", help=text)
-        add(
-            "--transfer",
-            type=duration,
-            default=0.0,
-            metavar="T",
-            help="time to send an activation (0)",
-        )
+        text = "time to send an activation (0)"
+        add("--transfer", type=duration, default=0.0, metavar="T", help=text)
         add("-o", dest="out", default="", metavar="FILE.svg", help="draw to a file")
     return made
 

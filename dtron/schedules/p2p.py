@@ -16,11 +16,12 @@ them:
   queue behind a receive from the previous rank. So each direction between two ranks has its own
   group.
 - Loading, compiling or timing a kernel may wait for everything that runs on the GPU, receives
-  included. This happens when functions run for the first time. In that phase messages are sent
-  through the hosts, where a rank waits for a message only when it needs the message.
+  included. Kernels are loaded, compiled and timed when functions run for the first time. In that
+  phase messages are sent through the hosts, where a rank waits for a message only when it needs the
+  message.
 
-One case is left: a later step can also wait for everything that runs on the GPU
-(docs/pipelining.md describes when)."""
+One case is left: a later step can also wait for everything that runs on the GPU (docs/pipelining.md
+describes when)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ Pair = tuple[int, int]  # pipeline ranks: (sender, receiver)
 
 
 class Links(Protocol):
-    """Links between stages. ``made`` is the action that computed the tensor."""
+    """Links between stages.
+
+    ``made``: the action that computed the tensor."""
 
     def send(self, made: Action, x: Tensor) -> None: ...
 
@@ -85,13 +88,16 @@ class PipelineGroups:
     host: Any = None
 
 
-def make_ways(
+def make_pipeline_groups(
     lines: Sequence[Sequence[int]],
     pairs: Sequence[Pair],
     device: torch.device,
     timeout: timedelta | None,
 ) -> PipelineGroups:
-    """Make the groups between ``pairs`` of ranks of each line. Every process must call this."""
+    """Make the groups between ``pairs`` of ranks of each line. Every process must call this
+    function.
+
+    ``lines``: for each line of pipeline ranks, its processes."""
     of_all = partial(dist.new_subgroups_by_enumeration, timeout=timeout)
     line = of_all(lines)[0]
     host = of_all(lines, backend="gloo")[0] if device.type == "cuda" else None
@@ -110,9 +116,10 @@ def make_ways(
 
 
 class P2PLinks:
-    """Links between processes. Stages of the same process use ``InProcessLinks``; other stages
-    send messages, by ``ways`` or through the hosts (``by_host``).
+    """Links between processes. Stages of the same process use ``InProcessLinks``; other stages send
+    messages, through ``groups``.
 
+    ``by_host``: messages go through the hosts.
     ``empty()``: makes a buffer for one message.
     ``wrap``: turns a buffer into a stage's tensor.
     ``unwrap``: the reverse of ``wrap``."""
@@ -120,14 +127,14 @@ class P2PLinks:
     def __init__(
         self,
         t: Table,
-        ways: PipelineGroups,
+        groups: PipelineGroups,
         by_host: bool,
         empty: Callable[[], Tensor],
         wrap: Callable[[Tensor], Tensor],
         unwrap: Callable[[Tensor], Tensor],
     ):
-        self._t, self._rank, self._peers = t, ways.rank, ways.peers
-        self._group = (lambda pair: ways.host) if by_host else ways.of.__getitem__
+        self._t, self._rank, self._peers = t, groups.rank, groups.peers
+        self._groups, self._by_host = groups, by_host
         self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
         self._here = InProcessLinks()
         self._leaving: list[tuple[Any, Tensor]] = []
@@ -145,9 +152,9 @@ class P2PLinks:
         if goal == self._rank:
             return self._here.send(made, x)
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        part, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
+        message, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
         with self._naming(goal):
-            self._leaving.append((dist.isend(part, self._peers[goal], group=group), part))
+            self._leaving.append((dist.isend(message, self._peers[goal], group=group), message))
 
     def receive(self, made: Action) -> Tensor:
         source = self._t.rank_of[made.stage]
@@ -160,6 +167,9 @@ class P2PLinks:
             work.wait()
         self._post(source)
         return self._wrap(buffer)
+
+    def _group(self, pair: Pair) -> Any:
+        return self._groups.host if self._by_host else self._groups.of[pair]
 
     def finish(self) -> None:
         self._here.finish()
@@ -181,15 +191,13 @@ class P2PLinks:
         try:
             yield
         except RuntimeError as error:
-            who = "a neighbour"
+            neighbour = "a neighbour"
             if other is not None:
                 s = self._t.stages_of(other)[0] if stage is None else stage
-                who = f"pipeline rank {other} (stage {s})"
-            why = (
-                "no answer within --timeout-seconds"
-                if "imed out" in str(error)
-                else "connection lost"
-            )
+                neighbour = f"pipeline rank {other} (stage {s})"
+            late = "imed out" in str(error)
+            why = "no answer within --timeout-seconds" if late else "connection lost"
             raise LostRank(
-                f"stage {self._t.stages_of(self._rank)[0]}: {who} has died or hangs ({why}); see what it said"
+                f"stage {self._t.stages_of(self._rank)[0]}: {neighbour} has died or hangs "
+                f"({why}); see what it said"
             ) from error

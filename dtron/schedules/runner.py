@@ -1,8 +1,8 @@
 """The runner: executes any valid table. It contains no code for a particular schedule.
 
-A stage is a function ``stage(params, x, batch) -> (y, extra)``. The last stage's y is the loss.
-Any stage may add a term to the loss with ``extra.aux`` and return statistics in
-``extra.report``. F runs the stage and keeps the edges of the autograd graph at y and aux. B
+A stage is a function ``stage(params, x, batch) -> (y, output)``. The last stage's y is the loss.
+Any stage may add a term to the loss with ``output.aux`` and return statistics in
+``output.report``. F runs the stage and keeps the edges of the autograd graph at y and aux. B
 calls ``torch.autograd.grad`` on these edges. I and W are the two halves of B
 (split_backward.py). Nothing reads or writes ``.grad``. The saved activations of a microbatch in
 a stage are freed at its B or W. So the number of live activations never exceeds the table's
@@ -39,6 +39,11 @@ class StageOutput(NamedTuple):
     report: dict[str, Tensor]
 
 
+def all_params(params: Any) -> Any:
+    """Return the params themselves."""
+    return params
+
+
 @dataclass(frozen=True)
 class Program:
     """A model as functions of one stage's params.
@@ -46,8 +51,8 @@ class Program:
     ``enter(params, batch) -> x``: makes the first stage's input (token embeddings).
     ``enter_params(params)``: the part of the params that ``enter`` uses, as a tree of the same
         class.
-    ``stage(params, x, batch) -> (y, extra)``: a stage. The last stage's y is a scalar loss;
-        ``extra`` is a ``StageOutput`` or None.
+    ``stage(params, x, batch) -> (y, output)``: a stage. The last stage's y is a scalar loss;
+        ``output`` is a ``StageOutput`` or None.
     ``splits``: False if the backward cannot be split into two halves, because the stage
         recomputes.
     ``hold``: turns params into the functions' params argument (None: params are passed as they
@@ -60,16 +65,20 @@ class Program:
     splits: bool = True
     hold: Any = None
     carries: bool = False
-    enter_params: Callable[[Any], Any] = lambda params: params
+    enter_params: Callable[[Any], Any] = all_params
 
 
 @dataclass
 class SavedForward:
-    """The state that one microbatch keeps in one stage, from its F to its B or W."""
+    """The state that one microbatch keeps in one stage, from its F to its B or W.
+
+    ``ends``: the edges of y and aux.
+    ``entered``: the first stage's input, with its own graph.
+    ``later``: computes the weight gradients, after B or I."""
 
     x: Tensor
-    ends: list[GradientEdge]  # edges of y and aux
-    entered: Tensor | None  # the first stage's input, with its own graph
+    ends: list[GradientEdge]
+    entered: Tensor | None
     later: DeferredWeightGrad | None = None
 
 
@@ -97,11 +106,12 @@ def run(
     links: Links,
     take: Callable[[int, int, list[Tensor | None]], None],
 ) -> PipelineResult:
-    """Execute the rows of ``ranks``. Call ``take(stage, microbatch, gradients)`` with the
-    gradients of each microbatch's loss.
+    """Execute the rows of ``ranks``.
 
     ``weights[stage]``: a stage's params, as its function takes them.
-    ``flat[stage]``: the tensors in these params to differentiate by."""
+    ``flat[stage]``: the tensors in these params to differentiate by.
+    ``take``: called as ``take(stage, microbatch, gradients)`` with the gradients of each
+        microbatch's loss."""
     kept: dict[tuple[int, int], SavedForward] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total, reports, units = None, {}, {}
@@ -111,9 +121,8 @@ def run(
         stage, m, last = a.stage, a.microbatch, a.stage == t.stages - 1
         if a.kind == "F":
             entered = program.enter(weights[stage], batches[m]) if stage == 0 else None
-            x = (
-                entered.detach() if stage == 0 else links.receive(Action("F", stage - 1, m))
-            ).requires_grad_()
+            x = entered.detach() if stage == 0 else links.receive(Action("F", stage - 1, m))
+            x = x.requires_grad_()
             before = (reports.get(stage),) if program.carries else ()
             args = (weights[stage], x, batches[m], *before)
             kept[stage, m], values, report = _forward(program.stage, entered, *args)
@@ -131,18 +140,17 @@ def run(
             continue
         here = kept[stage, m]
         if a.kind != "W":
-            gs = (
-                units[stage] if last else [links.receive(*t.gradient_from(stage, m)), *units[stage]]
-            )
+            gs = units[stage]
+            if not last:
+                gs = [links.receive(*t.gradient_from(stage, m)), *gs]
             halves = backward_input if a.kind == "I" and program.splits else backward
             gx, here.later = halves(here.ends, here.x, flat[stage], gs)
             here.ends = None
             if stage:
                 links.send(a, gx)
             else:
-                here.later = _and_enter(
-                    here.later, get_gradient_edge(here.entered), gx, flat[stage]
-                )
+                edge = get_gradient_edge(here.entered)
+                here.later = _and_enter(here.later, edge, gx, flat[stage])
         if a.kind != "I":
             take(stage, m, here.later())
             here.later = None
@@ -155,12 +163,12 @@ def run(
 def _forward(
     stage: Callable, entered: Tensor | None, weights: Any, x: Tensor, *rest: Any
 ) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
-    """Run a stage. Return the state kept for backward; the values of y and of aux, if there is
-    one; and the report. Only the first of the three keeps activations alive."""
-    y, extra = stage(weights, x, *rest)
-    ends = [y] if extra is None or extra.aux is None else [y, extra.aux]
+    """Run a stage. Return the state kept for backward; the values of y and, if there is one, of
+    aux; and the report. Of the three results only the first keeps activations alive."""
+    y, output = stage(weights, x, *rest)
+    ends = [y] if output is None or output.aux is None else [y, output.aux]
     kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
-    return kept, [end.detach() for end in ends], {} if extra is None else extra.report
+    return kept, [end.detach() for end in ends], {} if output is None else output.report
 
 
 def _one(x: Tensor) -> Tensor:
@@ -187,11 +195,10 @@ def run_forward(
         if rank not in ranks:
             continue
         stage, m = a.stage, a.microbatch
-        x = (
-            program.enter(weights[0], batches[m])
-            if stage == 0
-            else links.receive(Action("F", stage - 1, m))
-        )
+        if stage == 0:
+            x = program.enter(weights[0], batches[m])
+        else:
+            x = links.receive(Action("F", stage - 1, m))
         y, _ = program.stage(weights[stage], x, batches[m])
         if stage == t.stages - 1:
             total = y if total is None else total + y
@@ -215,9 +222,10 @@ def _and_enter(
 
     def both() -> list[Tensor | None]:
         _, more = backward([entered], None, weights, [gx])
-        return [
-            a if b is None else b if a is None else a + b
-            for a, b in zip(later(), more(), strict=True)
-        ]
+        return [_add(a, b) for a, b in zip(later(), more(), strict=True)]
 
     return both
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

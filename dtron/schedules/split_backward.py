@@ -1,23 +1,24 @@
 """A backward in two halves: first the gradient of a stage's input (I), later the gradients of
 its weights (W).
 
-Autograd computes both at once, but its graph separates them. Seen from the output, some nodes
-lead to the stage's input and the other nodes lead to weights only. A node of the first kind with
-a child of the second kind is a *join*: a weight joins the stream there, in a matmul or a norm's
-scale. I asks autograd for the input's gradient only. The engine then skips the weight's half of
-each join, and a hook saves the gradient that arrives at the join. W passes the saved gradient to
-each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from
-Qi et al. 2023, arXiv:2401.10241; a test counts the matmuls).
+Autograd computes both halves at once, but its graph separates them. Seen from the output, some
+nodes lead to the stage's input and the other nodes lead to weights only. A node of the first kind
+with a child of the second kind is a *join*: a weight joins the stream there, in a matmul or a
+norm's scale. I asks autograd for the input's gradient only. The engine then skips the weight's half
+of each join, and a hook saves the gradient that arrives at the join. W passes the saved gradient to
+each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from Qi
+et al. 2023, arXiv:2401.10241; a test counts the matmuls).
 
 A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region)
-computes all its gradients in one call. These gradients are computed in I and saved by node,
-because two losses may share a head. A recomputed block needs its activations for both halves and
-has them only once. So the runner does not split stages that recompute: I computes all gradients
-and W returns them."""
+computes all its gradients in one call. These gradients are computed in I and saved by node, because
+two losses may share a head. A recomputed block needs its activations for both halves and has them
+only once. So the runner does not split stages that recompute: I computes all gradients and W
+returns them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +34,19 @@ DeferredWeightGrad = Callable[[], list[Tensor | None]]
 def backward(
     ends: Sequence[GradientEdge], x: Tensor | None, weights: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[Tensor | None, DeferredWeightGrad]:
-    """Compute both halves at once; ``later()`` only returns the weight gradients. A gradient is
-    None if no end depends on its tensor.
+    """Compute both halves at once, and return ``(gradient of x, later)``. ``later()`` only returns
+    the weight gradients. A gradient is None if no end depends on its tensor.
 
     ``ends``: the outputs' graph edges.
     ``gs``: the gradients of the ends."""
     inputs = [*weights] if x is None else [x, *weights]
     grads = list(torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True))
     gx = None if x is None else grads.pop(0)
-    return gx, lambda: grads
+
+    def later() -> list[Tensor | None]:
+        return grads
+
+    return gx, later
 
 
 def backward_input(
@@ -54,12 +59,15 @@ def backward_input(
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
     made: dict[Node, tuple[Tensor | None, ...]] = {}
-    hooks = [
-        node.register_prehook(lambda gs, node=node: arrived.update({node: gs})) for node, _ in plain
-    ]
-    hooks += [
-        node.register_hook(lambda gs, _, node=node: made.update({node: gs})) for node, _ in opaque
-    ]
+
+    def save_arrived(node: Node, gs: tuple[Tensor | None, ...]) -> None:
+        arrived[node] = gs
+
+    def save_made(node: Node, gs: tuple[Tensor | None, ...], _: Any) -> None:
+        made[node] = gs
+
+    hooks = [node.register_prehook(partial(save_arrived, node)) for node, _ in plain]
+    hooks += [node.register_hook(partial(save_made, node)) for node, _ in opaque]
     # Requested only so that the opaque nodes compute them. The returned values are not used: each
     # is a sum over all paths to its edge, and some of these paths belong to W.
     # Edges to nodes written in Python do not keep these nodes alive in torch 2.11. The whole graph
@@ -121,15 +129,13 @@ def _joins(roots: Sequence[Node], goal: Node) -> list[tuple[Node, dict[int, Grad
             stack.pop()
         else:
             stack += unknown
-    return [
-        (node, edges)
-        for node, does in leads.items()
-        if does
-        and (
-            edges := {
-                place: GradientEdge(c, i)
-                for place, (c, i) in enumerate(node.next_functions)
-                if c is not None and not leads[c]
-            }
-        )
-    ]
+    joins = []
+    for node in (node for node, does in leads.items() if does):
+        edges = {
+            place: GradientEdge(child, i)
+            for place, (child, i) in enumerate(node.next_functions)
+            if child is not None and not leads[child]
+        }
+        if edges:
+            joins.append((node, edges))
+    return joins

@@ -1,20 +1,19 @@
 """A pipeline schedule is a table: one row of actions per pipeline rank, executed from left to
 right.
 
-The model is cut into *stages*, the batch into *microbatches*. An action is one of
+The model is split into *stages*, the batch into *microbatches*. An action is one of
 
-    F  forward of a microbatch through a stage
+    F  the forward of a microbatch through a stage
     B  its backward: the gradients of the stage's input and of its weights
-    I  the first half of a backward: the gradient of the input, which the stage before is waiting for
-    W  the second half: the gradients of the weights, which nobody is waiting for
+    I  the first half of a backward: the gradient of the input; the stage before waits for it
+    W  the second half: the gradients of the weights; no stage waits for them
 
-and a schedule is nothing but the order in which each rank does its actions. It moves no data and
-knows no time: a rank takes the next action of its row as soon as that action's input is there. So a
-schedule can be made, checked, timed and drawn without a model, and one runner executes them all
-(runner.py).
+A schedule is only the order of each rank's actions. It moves no data and knows no time: a rank runs
+the next action of its row as soon as the action's input has arrived. So a schedule can be made,
+checked, timed and drawn without a model, and one runner executes every schedule (runner.py).
 
-Left out: actions for communication. What must be sent follows from the table, because an action
-needs only
+Left out: actions for communication. The messages follow from the table, because an action needs
+only
 
     F(s, m)  <-  F(s-1, m)
     B(s, m)  <-  F(s, m)  and  B(s+1, m), or I(s+1, m)       (I the same)
@@ -32,6 +31,10 @@ KINDS = "FBIW"
 
 
 class Action(NamedTuple):
+    """One action of a rank.
+
+    ``kind``: one of ``KINDS``."""
+
     kind: str
     stage: int
     microbatch: int
@@ -42,7 +45,9 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """``rows[r]`` are the actions of pipeline rank r. Stages and microbatches count from 0."""
+    """The actions of all pipeline ranks. Stages and microbatches count from 0.
+
+    ``rows[r]``: the actions of pipeline rank r."""
 
     name: str
     stages: int
@@ -51,29 +56,31 @@ class Table:
 
     @cached_property
     def rank_of(self) -> dict[int, int]:
-        """The pipeline rank that has a stage."""
+        """The pipeline rank of each stage."""
         return {a.stage: rank for rank, row in enumerate(self.rows) for a in row}
 
     @cached_property
-    def done_by(self) -> set[Action]:
+    def actions(self) -> set[Action]:
+        """All actions of all ranks."""
         return {a for row in self.rows for a in row}
 
     @cached_property
     def order(self) -> tuple[tuple[int, Action], ...]:
-        """All actions as ``in_order`` has them; worked out once, and followed in every step."""
+        """All actions in the order of ``in_order``, which is computed once for all steps."""
         return tuple(in_order(self))
 
     @property
     def per_rank(self) -> int:
-        """Stages on each rank."""
+        """The number of stages on each rank."""
         return self.stages // len(self.rows)
 
     def stages_of(self, rank: int) -> list[int]:
+        """Return the stages of a rank."""
         return sorted(s for s, r in self.rank_of.items() if r == rank)
 
     def needs(self, action: Action) -> list[Action]:
-        """The actions that must have ended before this one can start, beside those before it in its
-        row."""
+        """Return the actions that must end before this action can start, besides the actions before
+        it in its row."""
         kind, s, m = action
         if kind == "F":
             return [Action("F", s - 1, m)] if s else []
@@ -82,27 +89,27 @@ class Table:
         return [Action("F", s, m), *self.gradient_from(s, m)]
 
     def gradient_from(self, stage: int, microbatch: int) -> list[Action]:
-        """The action of the next stage that makes the gradient of this one's output; none for the
-        last."""
+        """Return the action of the next stage that computes the gradient of this stage's output.
+        The last stage has no such action."""
         if stage == self.stages - 1:
             return []
         whole = Action("B", stage + 1, microbatch)
-        return [whole if whole in self.done_by else Action("I", stage + 1, microbatch)]
+        return [whole if whole in self.actions else Action("I", stage + 1, microbatch)]
 
     def goal(self, made: Action) -> int | None:
-        """The rank that waits for what an action makes; None where nobody does."""
+        """Return the rank that waits for the result of an action; None if no rank does."""
         step = {"F": 1, "B": -1, "I": -1}.get(made.kind)
         return None if step is None else self.rank_of.get(made.stage + step)
 
     @property
     def pairs(self) -> set[tuple[int, int]]:
-        """Who sends to whom."""
+        """All pairs of ranks, sender and receiver, between which messages are sent."""
         sent = {(rank, self.goal(a)) for rank, row in enumerate(self.rows) for a in row}
         return {(source, goal) for source, goal in sent if goal not in (None, source)}
 
 
 def table(name: str, stages: int, microbatches: int, rows: Sequence[Sequence[Action]]) -> Table:
-    """A checked table. Raises ValueError where ``check`` does."""
+    """Make a table and check it. Raises ValueError where ``check`` does."""
     made = Table(name, stages, microbatches, tuple(tuple(row) for row in rows))
     check(made)
     return made
@@ -112,10 +119,13 @@ def row(
     stages: Sequence[int], phases: Sequence[tuple[str, int]], microbatches: int
 ) -> list[Action]:
     """Spell a row: ``[("F0", 3), ("F1 I1 W1", 2)]`` is three forwards of the rank's first stage,
-    then twice a forward, an input gradient and a weight gradient of its second. Every kind takes
-    the microbatches in order; a bare ``W`` is the oldest I that still has no W. Microbatches from
-    ``microbatches`` on are left out, so that a schedule may be spelled for more than there are."""
-    next_one: dict[str, int] = {}
+    then twice a forward, an input gradient and a weight gradient of its second stage. Every kind
+    takes the microbatches in order. A bare ``W`` belongs to the oldest I that still has no W.
+
+    ``stages``: the rank's stages.
+    ``microbatches``: the number of microbatches. Later microbatches are left out, so a schedule may
+        be spelled for more microbatches than there are."""
+    next_microbatch: dict[str, int] = {}
     pending: list[tuple[int, int]] = []
     actions = []
     for pattern, times in phases:
@@ -125,12 +135,12 @@ def row(
                     continue
                 stage, m = pending.pop(0)
             else:
-                # A whole backward counts as its two halves, so that a later I or W goes on after
-                # it.
+                # A whole backward counts as its two halves, so a later I or W takes the microbatch
+                # after it.
                 stage = stages[int(token[1])]
-                m = next_one.get(token.replace("B", "I"), 0)
+                m = next_microbatch.get(token.replace("B", "I"), 0)
                 for key in (token, token.replace("B", "I"), token.replace("B", "W")):
-                    next_one[key] = m + 1
+                    next_microbatch[key] = m + 1
                 if token[0] == "I":
                     pending.append((stage, m))
                 elif token[0] == "W":
@@ -140,18 +150,15 @@ def row(
 
 
 def check(t: Table) -> None:
-    """Raise ValueError, with the first thing that is wrong, unless every microbatch passes every
-    stage once in each direction, a stage's actions are all on one rank, and blocking receives never
-    lock up."""
+    """Raise ValueError with the first error in a table. In a table without errors every microbatch
+    passes every stage once in each direction, all actions of a stage are on one rank, and blocking
+    receives never deadlock."""
     ranks: dict[int, int] = {}
     seen: set[Action] = set()
     for rank, actions in enumerate(t.rows):
         for a in actions:
-            if (
-                a.kind not in KINDS
-                or not 0 <= a.stage < t.stages
-                or not 0 <= a.microbatch < t.microbatches
-            ):
+            inside = 0 <= a.stage < t.stages and 0 <= a.microbatch < t.microbatches
+            if a.kind not in KINDS or not inside:
                 raise ValueError(f"{t.name}, rank {rank}: {a} is no action of {_size(t)}")
             if a in seen:
                 raise ValueError(f"{t.name}, rank {rank}: {a} is done twice")
@@ -168,12 +175,12 @@ def check(t: Table) -> None:
                     f"{t.name}: stage {stage}, microbatch {m} has {', '.join(have) or 'nothing'}; "
                     "it needs F and B, or F, I and W"
                 )
-    _ = t.order  # raises where no rank can go on
+    _ = t.order  # raises ValueError for a deadlock
 
 
 def in_order(t: Table) -> Iterator[tuple[int, Action]]:
-    """``(rank, action)`` of all actions in an order that respects every need, each row from left to
-    right. Raises ValueError where no rank can go on: a deadlock."""
+    """Yield ``(rank, action)`` of all actions in an order that respects every need, each row from
+    left to right. Raises ValueError for a deadlock, where no rank can go on."""
     done: set[Action] = set()
     places = [0] * len(t.rows)
     moved = True
@@ -198,22 +205,22 @@ def in_order(t: Table) -> Iterator[tuple[int, Action]]:
 
 
 def peaks(t: Table) -> list[int]:
-    """The most activations each rank keeps at once: a microbatch's, in a stage, from its F to its B
-    or W."""
-    found = []
+    """Return the largest number of activations that each rank keeps at once. A microbatch's
+    activations in a stage are kept from its F to its B or W."""
+    most_of_ranks = []
     for actions in t.rows:
         alive = most = 0
         for a in actions:
             alive += {"F": 1, "B": -1, "W": -1, "I": 0}[a.kind]
             most = max(most, alive)
-        found.append(most)
-    return found
+        most_of_ranks.append(most)
+    return most_of_ranks
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of one stage's actions, and of moving an activation to another rank. A B takes I and
-    W."""
+    """The time of one stage's actions, and the time to send an activation to another rank. A B
+    takes the time of I and W."""
 
     F: float = 1.0
     I: float = 1.0  # noqa: E741  (the field's letter)
@@ -226,7 +233,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each action starts and ends: ``spans[rank]`` is ``[(action, start, end)]``."""
+    """The start and the end of each action.
+
+    ``spans[rank]``: ``[(action, start, end)]``."""
 
     table: Table
     spans: list[list[tuple[Action, float, float]]]
@@ -237,20 +246,23 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The share of all ranks' time in which nothing is done."""
+        """The share of all ranks' time that is idle."""
         busy = sum(end - start for spans in self.spans for _, start, end in spans)
         return 1 - busy / (self.makespan * len(self.spans))
 
     @property
     def idle_inside(self) -> float:
-        """The longest time that a rank is idle between its first action and its last."""
+        """The longest idle time of a rank between its first and its last action."""
         return max(s[-1][2] - s[0][1] - sum(end - start for _, start, end in s) for s in self.spans)
 
 
 def simulate(
     t: Table, costs: Costs | Callable[[Action], float] = Costs(), transfer: float = 0.0
 ) -> Timeline:
-    """Time a table. ``costs`` gives each action's time, by kind or, as a function, by stage too."""
+    """Time a table.
+
+    ``costs``: each action's time by its kind, or a function of the action.
+    ``transfer``: the time to send an activation, if ``costs`` is a function."""
     if isinstance(costs, Costs):
         costs, transfer = costs.of, costs.transfer
     ends: dict[Action, float] = {}

@@ -35,8 +35,10 @@ from rich.table import Table
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
+from dtron.model.block import Block
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Block, Transformer, declare_model
+from dtron.model.stages import layers_per_stage, split_into_stages
+from dtron.model.transformer import Transformer, declare_model
 from dtron.params import WeightSpec, flat
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
@@ -44,7 +46,6 @@ from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
 from dtron.training.optim_config import OptimConfig, build_optimizer
-from dtron.training.pipeline import cut, layers_per_stage
 
 Placements = tuple
 
@@ -259,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Console(width=max(console.width, 150))  # so that a file has no wrapped tables
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
-    stages, most = cut(config.model, layers), 0
+    stages, most = split_into_stages(config.model, layers), 0
     for number, spec in enumerate(stages):
         found = rows(config.model, shape, config.zero, compute, spec=spec, optim=config.optim)
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""

@@ -145,7 +145,7 @@ def gradients(
     found = [
         g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
     ]
-    found = pipe.add_twins(unflatten(params, found))
+    found = pipe.reduce_tied_embedding(unflatten(params, found))
     loss = None if out.total is None else hold.loss(out.total) / tokens
     return loss, found, {s: _summed(r, layout) for s, r in out.reports.items()}
 

@@ -101,7 +101,7 @@ def built(
     )
     pipe = pipeline(config, shape, 8, config.data.seq_len, layout)
     if rank is not None and shape.pp > 1:
-        pipe = replace(pipe, ways=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
+        pipe = replace(pipe, groups=PipelineGroups(rank // (shape.size // shape.pp), (), None, {}))
     trees = {
         kind: tree_map(
             lambda w, kind=kind: layout.shard(

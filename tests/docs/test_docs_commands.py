@@ -171,9 +171,9 @@ def squeezed(code: str) -> str:
     return "".join(code.split())
 
 
-FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").glob("test_*_seam.py")]
+FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").rglob("test_*_seam.py")]
 SOURCE = squeezed("".join(p.read_text() for p in FILES))
-RUN_ELSEWHERE = "def test_my_layer"  # by docs/docs/test_readme.py
+RUN_ELSEWHERE = "def test_my_layer"  # by docs/test_readme.py
 
 
 def strangers(text: str, source: str) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import examples
 from hypothesis import settings
 
 from dtron.schedules.__main__ import main
+from tests.helpers.examples import examples
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()

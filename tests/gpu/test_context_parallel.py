@@ -38,8 +38,9 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
         )
         o, lse = ring_attention.merge(one[:2], two[:2])
         o = o.to(q.dtype)
-        a = attention_block_kernels.block_backward(grad, q, k, v, o, lse, one[2], causal)
-        b = attention_block_kernels.block_backward(grad, q, k_2, v_2, o, lse, one[2], False)
+        result = attention_block_kernels.BlockResult(o, lse, one.dropout)
+        a = attention_block_kernels.block_backward(grad, q, k, v, result, causal)
+        b = attention_block_kernels.block_backward(grad, q, k_2, v_2, result, False)
         return o, lse, a[0] + b[0], *a[1:], *b[1:]
 
     half = [x.bfloat16() for x in (q, k, v, k_2, v_2, grad)]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.attention_kernels import CORES, AttentionMask, attention_reference
+from dtron.layers.attention_kernels import CORES, attention_reference
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens

@@ -1,5 +1,5 @@
 """A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once; each
-a copy of one that has imported all it needs (helpers/helpers/helpers/helpers/ranks.py).
+a copy of one that has imported all it needs (helpers/ranks.py).
 
 A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside
 one process group and the ranks' results come back in rank order. A job that raises on any rank
@@ -35,7 +35,7 @@ class Pool:
         self._ranks = ranks
         with mock.patch.dict(
             os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}
-        ):  # see helpers/helpers/helpers/helpers/ranks.py
+        ):  # see helpers/ranks.py
             forkserver.ensure_running()
         self._inbox = [context.Queue() for _ in range(ranks)]
         self._outbox = context.Queue()

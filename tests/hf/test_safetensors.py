@@ -25,11 +25,11 @@ from dtron.hf.load import weights_of
 from dtron.hf.safetensors import Reader, write
 from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
 from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.model.stages import split_into_stages
 from dtron.model.transformer import declare_model
 from dtron.params import flat, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
-from dtron.training.pipeline import cut
 from tests.helpers.hf_models import folder
 from tests.helpers.values import ONE
 
@@ -161,7 +161,9 @@ def read_on_pool(at: str, mesh: str, zero: int) -> dict:
     shape, source = MeshShape.parse(mesh), Source(at)
     device_mesh = build_mesh(shape, "cpu")
     layout = Layout(stage_mesh(device_mesh), rules_for(zero))
-    stages = cut(source.model, [2, 1]) if shape.pp > 1 else [declare_model(source.model)]
+    stages = (
+        split_into_stages(source.model, [2, 1]) if shape.pp > 1 else [declare_model(source.model)]
+    )
     mine = dist.get_rank() // (shape.size // shape.pp)
     whole = Source(at).load(stages[mine], ONE)
     before = kernel_count()

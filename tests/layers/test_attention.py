@@ -19,13 +19,13 @@ from dtron.layers import attention_kernels
 from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_kernels import (
     CORES,
-    AttentionMask,
     attention_reference,
     attention_sdpa,
     choose,
     with_blocks,
     with_sinks,
 )
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention import AttentionInputs
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.mla import MLA, MLAConfig, mla
 from dtron.layers.norm import norm
 from dtron.layers.rope import RopeConfig, rope_tables, rotate
@@ -25,6 +25,7 @@ from dtron.runtime.cli import parse
 from dtron.runtime.config import ModelConfig
 from dtron.runtime.validate import check
 from dtron.testing import (
+    LayerCase,
     assert_caught,
     assert_equivalent,
     dropped,
@@ -109,14 +110,8 @@ def test_mla_mutants(mutant, q_rank):
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_rank, zero):
     latent, dp = replace(LATENT, q_rank=q_rank), MeshShape.parse(mesh).dp > 1
-    got = run_layer(
-        attend(AttentionMask(12), latent),
-        MLA,
-        mesh,
-        dims_of(latent, 4),
-        zero=zero,
-        **options(12, 48),
-    )
+    fn = attend(AttentionMask(12), latent)
+    got = run_layer(LayerCase(fn, MLA, dims_of(latent, 4), zero=zero, **options(12, 48)), mesh)
     matrices = 5 if q_rank else 4
     gathered = matrices if zero == 3 and dp else 0
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
@@ -190,7 +185,10 @@ def test_flops_count_keys_and_values_of_their_own_widths():
         (lambda: MLAConfig(q_rank=8), "q_rank=8 with kv_rank=0.*give --model.mla.kv-rank"),
         (lambda: MLAConfig(-1), "ranks are at least 0"),
         (lambda: MLAConfig(8, v_dim=0), "widths at least 1"),
-        (lambda: MLAConfig(8, rope_dim=3), "rope_dim=3: rotary positions turn pairs; make it even"),
+        (
+            lambda: MLAConfig(8, rope_dim=3),
+            "rope_dim=3: rotary positions rotate pairs; make it even",
+        ),
         (
             lambda: ModelConfig(mla=MLAConfig(8), sinks=True),
             "sinks=True with model.mla.kv_rank=8.*leave sinks",

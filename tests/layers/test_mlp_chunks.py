@@ -31,6 +31,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.params import flat, init
 from dtron.rules import rules_for
 from dtron.testing import (
+    LayerCase,
     assert_caught,
     assert_equivalent,
     dropped,
@@ -73,7 +74,7 @@ def test_chunks_change_nothing(activation, bias, mesh, zero, chunk):
     sizes, tolerance = dims(activation, bias), 1e-12
     chunked, whole = layer(activation, chunk), layer(activation, None)
     got = assert_equivalent(chunked, MLP, mesh, sizes, zero=zero)
-    want = run_layer(whole, MLP, mesh, sizes, zero=zero)
+    want = run_layer(LayerCase(whole, MLP, sizes, zero=zero), mesh)
     for name, x in want.tensors.items():
         torch.testing.assert_close(got.tensors[name], x, rtol=tolerance, atol=tolerance)
     assert got.total.count == want.total.count
@@ -92,8 +93,8 @@ def test_rows_that_are_left_out_are_caught():
     """A last, shorter chunk, for one."""
     rest = Tensor.split
     with mock.patch.object(Tensor, "split", lambda x, n: [*rest(x, n)[:-1], rest(x, n)[-1] * 0]):
-        got = run_layer(layer("gelu", 5), MLP, "dp=1", dims("gelu")).tensors["output"]
-    want = run_layer(layer("gelu", None), MLP, "dp=1", dims("gelu")).tensors["output"]
+        got = run_layer(LayerCase(layer("gelu", 5), MLP, dims("gelu")), "dp=1").tensors["output"]
+    want = run_layer(LayerCase(layer("gelu", None), MLP, dims("gelu")), "dp=1").tensors["output"]
     assert_caught(lambda: torch.testing.assert_close(got, want))
 
 
@@ -128,7 +129,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
     """For models far too small to be chunked."""
-    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *_: size):
+    with mock.patch("dtron.model.block.mlp_chunk_tokens", lambda *_: size):
         yield
 
 
@@ -235,7 +236,7 @@ def test_when_there_are_chunks():
     assert mlp_chunk_tokens(131072, 5632) == 21888
     assert mlp_chunk_tokens(2**20, 5632) == 2**17
     asked = []
-    with mock.patch("dtron.model.transformer.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
+    with mock.patch("dtron.model.block.mlp_chunk_tokens", lambda *sizes: asked.append(sizes)):
         step(program(M, ONE, ComputeConfig("full")))
     assert asked == [(TOKENS, M.mlp)]
 

@@ -14,13 +14,9 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_block_kernels, context_parallel, ring_attention
-from dtron.layers.attention_kernels import (
-    AttentionMask,
-    attention_and_lse,
-    attention_reference,
-    with_sinks,
-)
-from dtron.layers.context_parallel import attend, prepare
+from dtron.layers.attention_kernels import attention_and_lse, attention_reference, with_sinks
+from dtron.layers.attention_mask import AttentionMask
+from dtron.layers.context_parallel import RowSharding, attend, prepare
 from dtron.layers.token_order import as_rows, as_tokens, row_order
 from dtron.mesh import Layout
 from dtron.testing import meshes
@@ -84,8 +80,7 @@ def test_places_are_made_by_arithmetic(method, monkeypatch):
                 (8, 8),
                 torch.ones(8, 4),
                 Layout(mesh),
-                method=method,
-                zigzag=True,
+                sharding=RowSharding(method, zigzag=True),
             )
         return seen.names
 
@@ -154,13 +149,14 @@ def test_a_block_backward_under_the_softmax_of_all_keys(causal):
         attention_block_kernels.block_forward(q, more_k, more_v, False),
     )
     o, lse = ring_attention.merge(one[:2], two[:2])
+    result = attention_block_kernels.BlockResult(o, lse, None)
     inputs = [q, k, v, more_k, more_v]
     g = normal(*o.shape, seed=9).detach()
     want = torch.autograd.grad(o, inputs, g)
     with torch.no_grad():
-        a = attention_block_kernels.block_backward(g, q, k, v, o, lse, None, causal)
-        b = attention_block_kernels.block_backward(g, q, more_k, more_v, o, lse, None, False)
-        alone = attention_block_kernels.block_backward(g, q, k, v, one[0], one[1], None, causal)
+        a = attention_block_kernels.block_backward(g, q, k, v, result, causal)
+        b = attention_block_kernels.block_backward(g, q, more_k, more_v, result, False)
+        alone = attention_block_kernels.block_backward(g, q, k, v, one, causal)
     close((a[0] + b[0], *a[1:], *b[1:]), want)
     with pytest.raises(AssertionError):  # with its own lse a part knows nothing of the others
         close((alone[0] + b[0], *alone[1:], *b[1:]), want)
@@ -183,7 +179,7 @@ def test_heads_of_values_may_have_another_width(method, path):
         place = lambda x: layout.shard(x.detach()[turn], *lies).requires_grad_()
         xs = [place(x) for x in (q, k, v)]
         mask, chosen = prepare(
-            AttentionMask(8), None, False, (4, 6), xs[0], layout, path, method, True
+            AttentionMask(8), None, False, (4, 6), xs[0], layout, path, RowSharding(method, True)
         )
         fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
         got = layout.local(fn, (lies,) * 3, lies)(*xs)

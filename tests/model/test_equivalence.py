@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention import Attention, AttentionInputs, attention
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.mlp import MLP, mlp

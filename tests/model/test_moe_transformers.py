@@ -133,13 +133,13 @@ def test_the_auxiliary_loss_is_theirs():
     """Over all tokens, where theirs counts each of a token's choices: top k times ours."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    from dtron.moe.router import Router, route
+    from dtron.moe.router import Router, TokenInfo, route
 
     g = torch.Generator().manual_seed(3)
     x, w = torch.randn(40, 32, generator=g), torch.randn(32, 8, generator=g)
     c = MoEConfig(experts=8, top_k=3, aux_loss=1.0)
     valid, rows = torch.ones(40, dtype=torch.bool), torch.zeros(40, dtype=torch.long)
-    ours = route(Router(w, None, None), x, valid, rows, 1, c, ONE)
+    ours = route(Router(w, None, None), x, TokenInfo(valid, rows, 1), c, ONE)
     want = load_balancing_loss_func((x @ w,), 8, 3)
     assert (ours.aux / 40 * c.top_k).item() == pytest.approx(want.item(), rel=1e-5)
     assert ours.aux / 40 > 1.01  # uneven: even is 1

@@ -18,6 +18,7 @@ from dtron.mesh import Layout
 from dtron.model import mtp
 from dtron.model.batch import make_batch
 from dtron.model.mtp import MTPConfig, look_ahead
+from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import embed, forward, predict, stage
 from dtron.moe.config import MoEConfig
 from dtron.params import flat, init
@@ -28,7 +29,7 @@ from dtron.testing import assert_caught, dropped, meshes, unsummed, zero_stages
 from dtron.tools.verify_step import one_step
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
-from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, program
+from dtron.training.pipeline import Pipeline, one_stage, program
 from tests.helpers.examples import examples, seen
 from tests.helpers.runs import on_pool, train
 from tests.model.test_equivalence import model_config
@@ -286,7 +287,7 @@ def test_a_module_that_sees_other_tokens_on_a_mesh_is_caught(monkeypatch):
 
 def test_twins_that_are_not_added_up_are_caught(monkeypatch):
     config = pipelined("pp=2", "1f1b")
-    monkeypatch.setattr(Pipeline, "add_twins", lambda self, grads: grads)
+    monkeypatch.setattr(Pipeline, "reduce_tied_embedding", lambda self, grads: grads)
     assert_caught(lambda: assert_same_step(config))
 
 
@@ -343,7 +344,7 @@ def test_compiled_gradients_are_those_of_eager(recompute):
 
 def test_the_last_stage_has_the_modules_and_a_twin():
     m = replace(SMALL, layers=4, mtp=MTPConfig(2))
-    first, last = cut(m, [2, 2])
+    first, last = split_into_stages(m, [2, 2])
     assert not first.mtp and len(last.mtp) == 2 and first.embedding and first.w_head is None
     assert last.embedding.w_tokens.twin and last.embedding.w_positions is None
     assert sum(w.twin for s in (first, last) for w in flat(s)) == 1

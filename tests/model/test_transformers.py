@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.layers.attention import Attention, AttentionInputs, attention
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout

@@ -15,7 +15,7 @@ from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.moe.config import MoEConfig
 from dtron.moe.dispatch import ExpertGroup, by_expert, by_room, local, static
 from dtron.moe.experts import Experts, compute
-from dtron.moe.router import Router, route
+from dtron.moe.router import Router, TokenInfo, route
 from tests.helpers.values import F64, ONE
 
 
@@ -107,16 +107,8 @@ def logits_router(
     valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
     rows = torch.zeros(n, dtype=torch.long) if rows is None else rows
     w = torch.eye(e, dtype=logits.dtype)
-    return route(
-        Router(w, None, balance),
-        logits,
-        valid,
-        rows,
-        int(rows.max()) + 1,
-        c,
-        ONE,
-        place_T=torch.arange(n),
-    )
+    info = TokenInfo(valid, rows, int(rows.max()) + 1, torch.arange(n))
+    return route(Router(w, None, balance), logits, info, c, ONE)
 
 
 def test_scores():

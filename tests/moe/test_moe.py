@@ -17,10 +17,11 @@ from dtron.distributed.redistribute import full
 from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.experts import Experts, product
-from dtron.moe.layer import MoELayer, TokenInfo, moe
-from dtron.moe.router import Router
+from dtron.moe.layer import MoELayer, moe
+from dtron.moe.router import Router, TokenInfo
 from dtron.params import tree_map
 from dtron.testing import (
+    LayerCase,
     assert_caught,
     assert_equivalent,
     dropped,
@@ -254,7 +255,7 @@ def test_gradients_of_experts_that_are_twice_what_they_should_be_are_caught():
     def doubled(layout: Layout) -> Layout:
         return replace(layout, rules={**layout.rules, "tokens_ep": layout.rules["tokens"]})
 
-    run = lambda m: run_layer(layer(c), MoELayer, mesh, dims(c), tokens=T, mutate=m).tensors
+    run = lambda m: run_layer(LayerCase(layer(c), MoELayer, dims(c), tokens=T), mesh, m).tensors
     want, got = run(lambda layout: layout), run(doubled)
     torch.testing.assert_close(got["output"], want["output"])
     name = "gradient of experts.w_up"
@@ -271,7 +272,7 @@ def test_all_to_alls_of_tokens_and_nothing_else_on_ep():
     """Two of tokens each way, and one of the counts; the router's own weight is summed at the
     end."""
     c, mesh, k = config("dp=2,ep=2"), "dp=2,ep=2", 2
-    got = run_layer(layer(c, "alltoall"), MoELayer, mesh, dims(c), tokens=T, zero=0)
+    got = run_layer(LayerCase(layer(c, "alltoall"), MoELayer, dims(c), tokens=T, zero=0), mesh)
     assert got.forward.count == {Collective("all_to_all", "dp.ep"): 3}
     assert got.total.count == {
         Collective("all_to_all", "dp.ep"): 5,
@@ -295,7 +296,7 @@ def test_all_to_alls_of_tokens_and_nothing_else_on_ep():
 )
 def test_what_the_other_dispatchers_communicate(dispatch, forward, total):
     c, mesh = config("dp=2,tp=2,ep=4"), "dp=2,tp=2,ep=4"
-    got = run_layer(layer(c, dispatch), MoELayer, mesh, dims(c), tokens=T, zero=0)
+    got = run_layer(LayerCase(layer(c, dispatch), MoELayer, dims(c), tokens=T, zero=0), mesh)
     on_ep = lambda counter: {k.kind: n for k, n in counter.count.items() if k.axis == "ep"}
     assert on_ep(got.forward) == forward
     found = on_ep(got.total)

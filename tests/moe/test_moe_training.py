@@ -17,6 +17,7 @@ from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.flops import active_count, flops_per_token, parameter_count
+from dtron.model.stages import layers_per_stage
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
 from dtron.params import flat, init, tree_map
@@ -26,7 +27,7 @@ from dtron.runtime.validate import check, check_dispatch
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state
-from dtron.training.pipeline import layers_per_stage, one_stage, program
+from dtron.training.pipeline import one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 from tests.helpers.runs import MODEL, on_pool, train
 from tests.helpers.values import ADAMW

@@ -342,7 +342,10 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher
     )
     if launcher:
         done = torchrun(
-            *pipe, program="tests/helpers/helpers/helpers/helpers/dying.py", DIES=dies, HOW=how
+            *pipe,
+            program="tests/helpers/dying.py",
+            DIES=dies,
+            HOW=how,
         )
         code, said = done.returncode, done.stderr
     else:

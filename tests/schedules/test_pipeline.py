@@ -16,6 +16,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
+from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import declare_model
 from dtron.params import flat, init, tree_map
 from dtron.rules import rules_for
@@ -30,7 +31,7 @@ from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
-from dtron.training.pipeline import Pipeline, cut, layers_per_stage, one_stage, pipeline, program
+from dtron.training.pipeline import Pipeline, one_stage, pipeline, program
 from tests.helpers.examples import examples, seen
 from tests.helpers.runs import MODEL
 from tests.model.test_equivalence import model_config
@@ -138,7 +139,7 @@ def test_broken_links_are_caught(links, schedule):
 
 def test_twins_that_are_not_added_up_are_caught(monkeypatch):
     config = model_config("pp=2", 1, zero=1, batch=4, micro_batch=1, layers=2, tied=True)
-    monkeypatch.setattr(Pipeline, "add_twins", lambda self, grads: grads)
+    monkeypatch.setattr(Pipeline, "reduce_tied_embedding", lambda self, grads: grads)
     assert_caught(lambda: assert_same_step(config))
 
 
@@ -159,7 +160,7 @@ def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
     t = make(schedule, pp, count)
     m = replace(MODEL, layers=t.stages, tied=False)
     layers = layers_per_stage(m, t.stages, 16)
-    pipe = Pipeline(t, tuple(cut(m, layers)), Layout())
+    pipe = Pipeline(t, tuple(split_into_stages(m, layers)), Layout())
     weights = tree_map(
         lambda w: w.detach().requires_grad_(), init(pipe.spec, m.dims(), 0, Layout())
     )
@@ -270,7 +271,7 @@ def test_the_head_counts_as_the_blocks_it_costs():
 def test_stages_together_are_the_model():
     for tied in (False, True):
         m = replace(MODEL, layers=5, tied=tied)
-        stages = cut(m, [2, 2, 1])
+        stages = split_into_stages(m, [2, 2, 1])
         paths = [w.path for s in stages for w in flat(s) if not w.twin]
         assert sorted(paths) == sorted(w.path for w in flat(declare_model(m)))
         twins = [w.path for s in stages for w in flat(s) if w.twin]
@@ -288,7 +289,7 @@ def test_a_compiled_stage_gives_the_same():
     found = []
     for compiled in (False, True):
         t = make("1f1b", 2, count)
-        pipe = Pipeline(t, tuple(cut(m, [1, 1])), Layout())
+        pipe = Pipeline(t, tuple(split_into_stages(m, [1, 1])), Layout())
         params = init(pipe.spec, m.dims(), 0, Layout(), torch.float64)
         functions = program(m, Layout())
         if compiled:

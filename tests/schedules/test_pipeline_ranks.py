@@ -113,8 +113,8 @@ def by_host_on_pool(
     isend, went, hosts = dist.isend, [], []
 
     def with_host(pipe: Pipeline) -> Pipeline:
-        hosts.append(pipe.ways.line)  # here it needs no GPU either
-        return replace(pipe, ways=replace(pipe.ways, host=pipe.ways.line))
+        hosts.append(pipe.groups.line)  # here it needs no GPU either
+        return replace(pipe, groups=replace(pipe.groups, host=pipe.groups.line))
 
     def noted(*args, group, **kwargs):
         went.append("host" if group is hosts[0] else "way")

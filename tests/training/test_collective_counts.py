@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import one_rank, simulated
 from dtron.layers.attention import Attention, AttentionInputs, attention
-from dtron.layers.attention_kernels import AttentionMask
+from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
@@ -24,7 +24,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model, forward
 from dtron.params import flat, gather, init, tree_map
 from dtron.rules import rules_for
-from dtron.testing import run_layer
+from dtron.testing import LayerCase, run_layer
 from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.tools.verify_step import one_step
 from tests.helpers.runs import train
@@ -58,7 +58,7 @@ def attend(p, x, layout):
 def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh, zero):
     weights = MLP_WEIGHTS if params is MLP else ATTENTION_WEIGHTS
     dp = MeshShape.parse(mesh).dp > 1
-    got = run_layer(fn, params, mesh, DIMS, tokens=48, zero=zero)
+    got = run_layer(LayerCase(fn, params, DIMS, tokens=48, zero=zero), mesh)
     gathered = weights if zero == 3 and dp else 0
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
@@ -74,7 +74,7 @@ def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh,
 
 def test_bytes_of_a_layer_follow_the_formula():
     """2 all-gathers and 2 reduce-scatters of the layer's tokens, T * D * 8 bytes each (float64)."""
-    got = run_layer(mlp, MLP, "tp=4", DIMS, tokens=48)
+    got = run_layer(LayerCase(mlp, MLP, DIMS, tokens=48), "tp=4")
     for kind in ("all_gather", "reduce_scatter"):
         assert got.total.bytes[Collective(kind, "tp")] == 2 * 48 * 8 * 8
 

@@ -1,0 +1,69 @@
+"""The mask of attention: the keys that a query may see.
+
+One rule, ``sees``, defines the mask for all attention cores (attention_kernels.py), for the shards
+of context parallelism (context_parallel.py) and for generation (kv_cache.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """The mask: a token sees itself and earlier tokens of its sequence. Where documents are given,
+    a token sees only tokens of its own document.
+
+    ``seq_len``: the number of tokens of a sequence.
+    ``window``: the number of tokens that a token sees at most, itself included.
+    ``softcap``: bounds scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
+    ``scale``: the factor on scores, applied before the soft-cap (None: 1 / sqrt(H)).
+    ``queries [B, S]``, ``keys [S]``: the places of the given queries and keys in the sequence
+        (None: the whole sequence in order; B = 1: the same in every row). kv_cache.py and
+        context_parallel.py set the places.
+    ``blocks``: for flex only, see ``with_blocks`` in attention_kernels.py."""
+
+    seq_len: int
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    blocks: BlockMask | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the window hides anything."""
+        return self.window is not None and self.window < self.seq_len
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the places of the given queries, ``[B, S]``, and of the given keys, ``[S]``."""
+        whole_S = torch.arange(self.seq_len, device=device)
+        queries = whole_S[None] if self.queries is None else self.queries
+        return queries, whole_S if self.keys is None else self.keys
+
+
+def sees(
+    mask: AttentionMask, documents_BS: Tensor | None, b: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    """Return whether query i of row b may see key j, for indices of any shapes that broadcast. All
+    cores use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
+    ok = j <= i
+    if mask.windowed:
+        ok = ok & (i - j < mask.window)
+    if documents_BS is not None:
+        ok = ok & (documents_BS[b, i] == documents_BS[b, j])
+    return ok
+
+
+def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
+    """Return ``[B, 1, S, S]``: True where the query (row) may see the key (column). B = 1 if all
+    batch rows are the same."""
+    i, j = mask.places(device)
+    rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
+    b = torch.arange(rows, device=device)[:, None, None, None]
+    return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)

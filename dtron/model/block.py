@@ -1,0 +1,211 @@
+"""A transformer block, and the running of a stage's blocks.
+
+Blocks are pre-norm, x + f(norm(x)), as in Llama, Qwen and GPT-2. Dropout is left out on purpose:
+current models train without dropout, and recompute then needs no random state.
+
+activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
+activations are recomputed. Both may vary between runs without changing the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.fp8.recipe import Recipe
+from dtron.layers.cross_entropy import IGNORE
+from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
+from dtron.layers.mlp import MLP, mlp
+from dtron.layers.norm import Norm, norm
+from dtron.layers.recompute import mlp_chunk_tokens
+from dtron.layers.token_order import as_tokens
+from dtron.mesh import Layout
+from dtron.model.activation_checkpoint import BlockFunction, run_block
+from dtron.model.batch import Batch
+from dtron.model.compute_config import ComputeConfig
+from dtron.model.config import ModelConfig
+from dtron.moe.dispatch import Dispatch
+from dtron.moe.layer import MoELayer, moe
+from dtron.moe.router import TokenInfo
+from dtron.params import part, value
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of a block. ``mlp`` is the dense feed-forward layer; ``moe`` takes its place in a
+    block with experts.
+
+    ``letter``: the block's mixer, a key of ``ModelConfig.kinds``.
+    ``window``: the attention window (None: no window)."""
+
+    norm_1: Norm = part()
+    mixer: Any = part(choose="mixer")
+    norm_2: Norm = part()
+    mlp: MLP | None = part(when="dense")
+    moe: MoELayer | None = part(when="sparse")
+    letter: str = value("letter")
+    window: int | None = value("window")
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """The inputs of a block besides weights, activations, model and layout.
+
+    ``mixer``, ``mixer_inputs``: the block's mixer and its inputs.
+    ``token_info``: for experts, see ``moe``.
+    ``dispatch``: the dispatcher of tokens to experts.
+    ``recipe``: the recipe for FP8 matmuls, or None.
+    ``chunk``: chunk size of the MLP, see ``mlp``."""
+
+    mixer: Mixer
+    mixer_inputs: MixerInputs
+    token_info: TokenInfo | None = None
+    dispatch: Dispatch = "auto"
+    recipe: Recipe | None = None
+    chunk: int | None = None
+
+
+def block(
+    p: Block,
+    x_TD: Tensor,
+    before_E: Tensor | None,
+    inputs: BlockInputs,
+    m: ModelConfig,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """Apply a block: ``x_TD [T@tokens_sp, D]`` -> ``(x_TD,)``. A block with experts also returns
+    its term of the loss and the fields of its ``LayerStats``.
+
+    ``before_E``: for experts, see ``route``."""
+    h_TD = norm(p.norm_1, x_TD, m.norm_eps)
+    x_TD = x_TD + inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
+    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    if p.moe is None:
+        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk),)
+    y_TD, aux, stats = moe(
+        p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
+    )
+    return x_TD + y_TD, aux, *stats
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The state of generation.
+
+    ``caches``: one decoding cache per block.
+    ``last_B``: the index of the last token of each row, see ``StageInputs``."""
+
+    caches: Sequence[Any] | None = None
+    last_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """Runs the blocks of a stage on one microbatch. ``block_runner`` makes it.
+
+    ``blocks``: the blocks' weights. The blocks of multi-token prediction come last.
+    ``prepared``: by letter and window, the inputs of mixers that blocks share.
+    ``before``: the summed reports of the step so far, where blocks need them.
+    ``chunk``: chunk size of the MLP in a block that backward runs again."""
+
+    blocks: Sequence[Block]
+    batch: Batch
+    prepared: Mapping[str, Mapping[int | None, MixerInputs]]
+    m: ModelConfig
+    layout: Layout
+    how: ComputeConfig
+    before: Mapping[str, Tensor] | None
+    caches: Sequence[Any] | None
+    chunk: int | None
+
+    def run(
+        self,
+        p: Any,
+        x_TD: Tensor,
+        i: int,
+        end: bool,
+        wrap: Callable[[Callable], Callable] | None = None,
+        targets_T: Tensor | None = None,
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """Run block i. Return x_TD, and a list of the block's other outputs, which is empty without
+        experts.
+
+        ``p``: the params of the block, or of the function that ``wrap`` returns.
+        ``end``: whether the block is the first or the last of the model.
+        ``wrap``: turns the block's function into a function of ``p``.
+        ``targets_T``: decides which tokens count (None: the batch's targets)."""
+        policy, recipe = self.how.policy.block(i), self.how.recipe(end)
+        sparse = self.blocks[i].moe is not None
+        targets_T = self.batch.targets_T if targets_T is None else targets_T
+        inputs = BlockInputs(
+            mixer=self.m.mixer(self.blocks[i].letter),
+            mixer_inputs=self._mixer_inputs(i, recipe),
+            token_info=self._token_info(targets_T) if sparse else None,
+            dispatch=self.how.moe_dispatch,
+            recipe=recipe,
+            chunk=self.chunk if policy.reruns else None,
+        )
+        run_it = partial(block, inputs=inputs, m=self.m, layout=self.layout)
+        run_it = run_it if wrap is None else wrap(run_it)
+        load_E = self._load(i) if self.before and sparse else None
+        fp8_gather = self.how.fp8_gather_rule(end, x_TD.shape[0] / self.layout.parts("tokens_sp"))
+        fn = BlockFunction(run_it, load_E, self.layout, fp8_gather)
+        x_TD, *more = run_block(fn, p, x_TD, policy)
+        return x_TD, [more] if more else []
+
+    def _mixer_inputs(self, i: int, recipe: Recipe | None) -> MixerInputs:
+        return replace(
+            self.prepared[self.blocks[i].letter][self.blocks[i].window],
+            eps=self.m.norm_eps,
+            recipe=recipe,
+            cache=None if self.caches is None else self.caches[i],
+        )
+
+    def _token_info(self, targets_T: Tensor) -> TokenInfo:
+        """Make the ``TokenInfo``. Each rank keeps its shard; no communication."""
+        layout, batch = self.layout, self.batch
+        valid_T = layout.constrain(targets_T != IGNORE, "tokens_sp")
+        rows = batch.tokens_T.shape[0] // batch.seq_len
+        place_T = None
+        if self.m.moe.balanced:
+            place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
+            place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
+        return TokenInfo(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
+
+    def _load(self, i: int) -> Tensor:
+        """Return the load of block i in the step so far: one row of a pending sum."""
+        row = sum(p_block.moe is not None for p_block in self.blocks[:i])
+        pick = partial(torch.select, dim=0, index=row)
+        return self.layout.local(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])
+
+
+def block_runner(
+    blocks: Sequence[Block],
+    x_TD: Tensor,
+    batch: Batch,
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig,
+    before: Mapping[str, Tensor] | None = None,
+    decoding: Decoding = Decoding(),
+) -> BlockRunner:
+    """Prepare once the data that the blocks of a stage share on one microbatch.
+
+    ``blocks``: the weights of all blocks of the stage.
+    ``x_TD``: the stage's input. Only its shape, dtype and device matter.
+    ``before``: the summed reports of the step so far, where they are needed."""
+    prepared = {}
+    for letter in {p_block.letter: None for p_block in blocks}:  # in order, each once
+        windows = {p_block.window: None for p_block in blocks if p_block.letter == letter}
+        shared = StageInputs(
+            batch, x_TD, tuple(windows), how.attention_kernel, how.cp_method, decoding.last_B
+        )
+        prepared[letter] = m.mixer(letter).prepare(shared, layout)
+    tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
+    chunk = mlp_chunk_tokens(tokens, width)
+    return BlockRunner(blocks, batch, prepared, m, layout, how, before, decoding.caches, chunk)
