@@ -33,7 +33,7 @@ from dtron.errors import UserError
 from dtron.model.batch import Batch, make_batch
 from dtron.model.flops import flops_per_token
 from dtron.model.presets import preset
-from dtron.params import flat, gather, init, tree_map
+from dtron.params import init, unshard
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan_run, same_on_all_ranks, start_ranks
@@ -47,6 +47,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline
 from dtron.training.step import TrainStep
+from dtron.tree import flat, tree_map
 
 LEARNING_RATE = 1e-4
 StageCosts = dict[tuple[int, str], float]  # seconds, by stage and kind of action
@@ -175,7 +176,7 @@ def stage_costs(
     """Time every action of this rank's stages alone; medians of the later half."""
     costs: StageCosts = {}
     device = str(batch.tokens_T.device)
-    trees = tree_map(as_leaf, gather(weights, pipe.layout))
+    trees = tree_map(as_leaf, unshard(weights, pipe.layout))
     for stage, tree in zip(pipe.stages, trees, strict=True):
         samples: dict[str, list[float]] = {kind: [] for kind in "FBIW"}
         for _ in range(repeats):

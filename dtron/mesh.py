@@ -85,7 +85,7 @@ class Layout:
     """A mesh and the rules that place tensors on it. ``Layout()`` is one device; there each method
     is the identity.
 
-    ``compute``: the dtype to which ``gather`` casts weights; None: no cast.
+    ``compute``: the dtype to which ``unshard`` casts weights; None: no cast.
     ``reduce``: the dtype in which a weight's gradients are summed; None: the weight's dtype, but at
         least float32.
     ``groups``: derived from the mesh: for each axis of ``rules.EXCHANGED`` that the mesh has, its
@@ -148,41 +148,41 @@ class Layout:
         it the indices of its own shard."""
         return self.shard(torch.arange(size, device=device), axis)
 
-    def gather(self, w: Tensor, *axes: str | None, narrow: bool = False) -> Tensor:
+    def unshard(self, w: Tensor, *axes: str | None, fp8: bool = False) -> Tensor:
         """Cast one weight with these logical axes to the compute dtype, and undo its ZeRO sharding:
         all-gather it over each mesh axis of a ``rules.ZERO`` row. Backward reduce-scatters the
         gradient over these mesh axes; the gradient stays Partial over all others. A weight that is
-        already ``ready`` is returned as it is, without an autograd node. ``narrow``: all-gather in
+        already ``ready`` is returned as it is, without an autograd node. ``fp8``: all-gather in
         8 bits, for a matmul that rounds the weight to 8 bits anyway."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
         if self.ready(w, *axes):
             return w
-        return Unshard.apply(w, code(self.gathered(*axes)), dtype, self.summed(w), narrow)
+        return Unshard.apply(w, code(self.unsharded(*axes)), dtype, self.summed(w), fp8)
 
     def ready(self, w: Tensor, *axes: str | None) -> bool:
-        """Whether ``gather`` has nothing to do for this weight."""
-        return w.dtype == (self.compute or w.dtype) and not self.gathers(w, *axes)
+        """Whether ``unshard`` has nothing to do for this weight."""
+        return w.dtype == (self.compute or w.dtype) and not self.needs_unshard(w, *axes)
 
     def summed(self, w: Tensor) -> torch.dtype:
         """The dtype in which a weight's gradients are summed."""
         return self.reduce or torch.promote_types(w.dtype, torch.float32)
 
-    def gathers(self, w: Tensor, *axes: str | None) -> bool:
-        """Whether ``gather`` would communicate for this weight."""
-        return self.mesh is not None and self.gathered(*axes) != tuple(w.placements)
+    def needs_unshard(self, w: Tensor, *axes: str | None) -> bool:
+        """Whether ``unshard`` would communicate for this weight."""
+        return self.mesh is not None and self.unsharded(*axes) != tuple(w.placements)
 
     def shape(self, w: Tensor, *axes: str | None) -> list[float]:
-        """The shape of a rank's shard of a weight after ``gather``, with fractions where the mesh
+        """The shape of a rank's shard of a weight after ``unshard``, with fractions where the mesh
         does not divide a dim."""
-        return part_of(w.shape, self.mesh, self.gathered(*axes))
+        return part_of(w.shape, self.mesh, self.unsharded(*axes))
 
-    def gathered(self, *axes: str | None) -> tuple[Placement, ...]:
-        """The placements of a weight with these logical axes after ``gather``."""
+    def unsharded(self, *axes: str | None) -> tuple[Placement, ...]:
+        """The placements of a weight with these logical axes after ``unshard``."""
         return place_gathered(self.rules, self.axes, *axes)
 
-    def local(
+    def local_map(
         self,
         fn: Callable,
         ins: Sequence[tuple[str | None, ...] | None],
@@ -230,7 +230,7 @@ class Layout:
     def input_gradients(
         self, placements: Sequence[tuple[Placement, ...] | None]
     ) -> list[list[Placement] | None]:
-        """The placements of the gradients of a local region's inputs; see ``local``."""
+        """The placements of the gradients of a local region's inputs; see ``local_map``."""
         given = [p for p in placements if p is not None]
         split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
 

@@ -24,25 +24,24 @@ from __future__ import annotations
 import hashlib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtron.distributed.bucketing import gather_some
+from dtron.distributed.bucketing import unshard_bucketed
 from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
-from dtron.torch_compile import static
+from dtron.tree import Declared, Leaf, declared, flat, tree_map, unflatten
 
 Dims = Mapping[str, Any]
 Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class WeightSpec:
+class WeightSpec(Leaf):
     """The declaration of one weight.
 
     ``path``: its path in the tree.
@@ -188,165 +187,6 @@ def _layer_class(hint: Any) -> type:
     )
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` for every leaf, in declaration order. A path looks like
-    ``blocks.3.mlp.w_up``."""
-    if _is_node(tree):
-        chosen = _chosen(type(tree))
-        for name, child in _children(tree):
-            if name in chosen:
-                name = type(child).segment
-            yield from leaves(child, f"{path}.{name}" if path else name)
-    elif tree is not None:
-        yield path, tree
-
-
-def flat(tree: Any) -> list[Any]:
-    """Return the leaves, in the order of ``leaves``."""
-    found: list[Any] = []
-    _flat(tree, found)
-    return found
-
-
-def _flat(tree: Any, found: list[Any]) -> None:
-    if _is_node(tree):
-        for _, child in _children(tree):
-            _flat(child, found)
-    elif tree is not None:
-        found.append(tree)
-
-
-def _is_node(tree: Any) -> bool:
-    # Tensors come first: is_dataclass of a tensor cannot be traced by torch.compile 2.11.
-    if tree is None or isinstance(tree, (Tensor, WeightSpec)):
-        return False
-    return isinstance(tree, (tuple, list)) or is_dataclass(tree)
-
-
-def _children(tree: Any) -> list[tuple[str, Any]]:
-    if isinstance(tree, (tuple, list)):
-        return [(str(i), child) for i, child in enumerate(tree)]
-    return [(name, getattr(tree, name)) for name in _names(type(tree))[0]]
-
-
-@cache
-def _chosen(cls: type) -> frozenset[str]:
-    """Return the names of the fields of a params class whose class is chosen by dims."""
-    if not is_dataclass(cls):
-        return frozenset()
-    return frozenset(f.name for f in fields(cls) if f.metadata.get("choose"))
-
-
-@static
-def _names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the fields of a params class: those with leaves, and the plain values."""
-    return _cached_names(cls)
-
-
-@cache
-def _cached_names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    plain = tuple(f.name for f in fields(cls) if "value" in f.metadata)
-    return tuple(f.name for f in fields(cls) if f.name not in plain), plain
-
-
-@dataclass(frozen=True)
-class Declared:
-    """The declaration of a leaf, read from its class; see ``WeightSpec``."""
-
-    axes: tuple[str, ...]
-    frozen: bool
-    summed: int
-
-
-def declared(tree: Any) -> list[Declared]:
-    """Return the declaration of every leaf of a tree of params dataclasses, in the order of
-    ``flat``. It is read from the classes alone. So weights, gradients and local shards all have
-    logical axes."""
-    found: list[Declared] = []
-    _declared(tree, (), found)
-    return found
-
-
-def _declared(tree: Any, rename: tuple[tuple[str, str], ...], found: list[Declared]) -> None:
-    if tree is None:
-        return
-    if isinstance(tree, (tuple, list)):
-        for child in tree:
-            _declared(child, rename, found)
-        return
-    for name, leaf, changes in _declarations(type(tree), rename):
-        child = getattr(tree, name)
-        if leaf is None:
-            _declared(child, changes, found)
-        elif child is not None:
-            found.append(Declared(*leaf))
-
-
-@static
-def _declarations(
-    cls: type, rename: tuple[tuple[str, str], ...]
-) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:
-    """Return, for every field of a params class, its name, the arguments of ``Declared``, and the
-    renamed axes of its class. A sub-layer has no arguments of ``Declared`` (None)."""
-    return _cached_declarations(cls, rename)
-
-
-@cache
-def _cached_declarations(cls, rename):
-    found = []
-    for f in fields(cls):
-        if "axes" in f.metadata:
-            axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])
-            found.append((f.name, (axes, f.metadata["frozen"], f.metadata["summed"]), ()))
-        elif "value" not in f.metadata:
-            found.append((f.name, None, tuple(f.metadata["rename"].items())))
-    return tuple(found)
-
-
-def with_specs(spec: Any, tree: Any) -> list[tuple[WeightSpec, Any]]:
-    """Return every leaf of a tree with its declaration. The tree may lack leaves of ``spec``
-    (None)."""
-    found: list[tuple[WeightSpec, Any]] = []
-    _with_specs(spec, tree, found)
-    return found
-
-
-def _with_specs(spec: Any, tree: Any, found: list[tuple[WeightSpec, Any]]) -> None:
-    if tree is None:
-        return
-    if not _is_node(spec):
-        found.append((spec, tree))
-        return
-    for (_, w), (_, child) in zip(_children(spec), _children(tree), strict=True):
-        _with_specs(w, child, found)
-
-
-def unflatten(like: Any, values: list[Any]) -> Any:
-    """Build a tree of the shape of ``like`` from these leaves, in the order of ``leaves``."""
-    return _build(like, iter(values))
-
-
-def _build(like: Any, rest: Iterator[Any]) -> Any:
-    # Not a closure in unflatten: a closure that calls itself is a reference cycle. It would keep
-    # every tensor of the tree alive until the garbage collector runs.
-    if like is None:
-        return None
-    if not _is_node(like):
-        return next(rest)
-    if isinstance(like, (tuple, list)):
-        return tuple([_build(child, rest) for child in like])
-    names, plain = _names(type(like))
-    children = {name: _build(getattr(like, name), rest) for name in names}
-    return type(like)(**children, **{name: getattr(like, name) for name in plain})
-
-
-def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Apply ``fn`` leaf by leaf to trees of one shape."""
-    return unflatten(
-        tree, [fn(*xs) for xs in zip(flat(tree), *(flat(o) for o in others), strict=True)]
-    )
-
-
 def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
     """Draw one unsharded weight in float32. It is a function of (seed, path), so it is the same on
     every mesh."""
@@ -365,10 +205,12 @@ def init(
     device: str = "cpu",
 ) -> Any:
     """Draw the weights of a declared tree one at a time and keep only this rank's shard of each."""
+
+    def placed(w: WeightSpec) -> Tensor:
+        return layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes)
+
     with torch.no_grad():
-        return tree_map(
-            lambda w: layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes), spec
-        )
+        return tree_map(placed, spec)
 
 
 # Whether the matmul with this weight runs in FP8. The second argument is the shape of a rank's
@@ -376,42 +218,38 @@ def init(
 Fp8GatherRule = Callable[["Declared", Sequence[float]], bool]
 
 
-def gather(
-    tree: Any, layout: Layout, once: bool = False, narrow: Fp8GatherRule | None = None
-) -> Any:
-    """Call ``Layout.gather`` on every weight of a tree, so that it is ready for compute. The place
+def unshard(tree: Any, layout: Layout, once: bool = False, fp8: Fp8GatherRule | None = None) -> Any:
+    """Call ``Layout.unshard`` on every weight of a tree, so that it is ready for compute. The place
     of this call in the program is the ZeRO stage.
 
     ``once``: not under autograd, and small weights may share a collective
         (distributed/bucketing.py).
-    ``narrow``: the rule that selects weights to all-gather in 8 bits.
+    ``fp8``: the rule that selects weights to all-gather in 8 bits.
     """
-    return unflatten(tree, gather_all(flat(tree), declared(tree), layout, once, narrow))
+    return unflatten(tree, unshard_all(flat(tree), declared(tree), layout, once, fp8))
 
 
-def gather_all(
+def unshard_all(
     weights: Sequence[Tensor],
     of: Sequence[Declared],
     layout: Layout,
     once: bool = False,
-    narrow: Fp8GatherRule | None = None,
+    fp8: Fp8GatherRule | None = None,
 ) -> list[Tensor]:
-    """Do the same as ``gather`` for the leaves of a tree, given their declarations ``of``."""
-    pairs = list(zip(weights, of, strict=True))
-    away = [
-        i for i, (w, d) in enumerate(pairs) if not d.frozen and once and layout.gathers(w, *d.axes)
-    ]
-    goals = [layout.gathered(*of[i].axes) for i in away]
-    shared = {
-        away[j]: w
-        for j, w in gather_some([weights[i] for i in away], goals, layout.compute).items()
-    }
-    fits = lambda w, d: narrow is not None and narrow(d, layout.shape(w, *d.axes))
-    return [
-        shared[i]
-        if i in shared
-        else w
-        if d.frozen
-        else layout.gather(w, *d.axes, narrow=fits(w, d))
-        for i, (w, d) in enumerate(pairs)
-    ]
+    """Do the same as ``unshard`` for the leaves of a tree, given their declarations ``of``."""
+    shared: dict[int, Tensor] = {}
+    if once:
+        pairs = enumerate(zip(weights, of, strict=True))
+        away = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
+        goals = [layout.unsharded(*of[i].axes) for i in away]
+        some = unshard_bucketed([weights[i] for i in away], goals, layout.compute)
+        shared = {away[j]: w for j, w in some.items()}
+    ready = []
+    for i, (w, d) in enumerate(zip(weights, of, strict=True)):
+        if i in shared:
+            w = shared[i]
+        elif not d.frozen:
+            in_fp8 = fp8 is not None and fp8(d, layout.shape(w, *d.axes))
+            w = layout.unshard(w, *d.axes, fp8=in_fp8)
+        ready.append(w)
+    return ready

@@ -29,12 +29,13 @@ from dtron.distributed.redistribute import full, shard_like
 from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.errors import PlacementError
 from dtron.mesh import Layout
-from dtron.params import WeightSpec, declare, draw, flat, gather, leaves, tree_map, unflatten
+from dtron.params import WeightSpec, declare, draw, unshard
 from dtron.rules import rules_for
 from dtron.tools.compare_steps import relative_error
 from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communication
 from dtron.tools.poisoned_memory import poisoned_memory as poisoned_memory  # for tests
 from dtron.training.gradients import EagerWeights
+from dtron.tree import flat, leaves, tree_map, unflatten
 
 Axes = tuple[str | None, ...]
 Mutate = Callable[[Layout], Layout]
@@ -134,13 +135,13 @@ def run_layer(case: LayerCase, mesh: str, mutate: Mutate = unchanged) -> Outcome
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = mutate(Layout(device_mesh, rules_for(case.zero)))
         placed = tree_map(partial(_placed, layout), whole, spec)
-        weights = tree_map(_trained, placed if case.zero == 3 else gather(placed, layout))
+        weights = tree_map(_trained, placed if case.zero == 3 else unshard(placed, layout))
         xs = [layout.shard(values[name], *axes) for name, axes in case.axes.items()]
         xs = [_trained(x) if x.is_floating_point() else x for x in xs]
         wanted = [x for x in xs if x.requires_grad]
         with CollectiveCounter(device_mesh) as total:
             with no_hidden_communication(), CollectiveCounter(device_mesh) as forward:
-                y = case.fn(gather(weights, layout), *xs, layout)
+                y = case.fn(unshard(weights, layout), *xs, layout)
             if device_mesh is not None:
                 declared = layout.placements(*case.out_axes)
                 assert y.placements == declared, (

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 LEVELS = [
     {"errors", "bounds", "renamed", "torch_compile"},
     {"distributed"},
-    {"rules", "mesh", "params"},
+    {"rules", "mesh", "params", "tree"},
     {"fp8"},
     {"layers", "moe"},
     {"schedules"},

@@ -96,6 +96,6 @@ def test_pieces_of_pieces_are_gathered_right_where_their_ranks_are_a_group_too(s
         layout = Layout(mesh)  # with the group of ep: all ranks of dp and cp
         w = layout.shard(x, "embed", None)
         assert torch.equal(full(w), x)
-        assert torch.equal(full(layout.gather(w, "embed", None)), x)
+        assert torch.equal(full(layout.unshard(w, "embed", None)), x)
         at_once = w.redistribute(mesh, [Replicate(), Replicate()]).to_local().reconcile()
         assert torch.equal(at_once, x) == (size == 8)

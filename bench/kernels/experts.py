@@ -26,9 +26,10 @@ from dtron.model.presets import preset
 from dtron.moe.experts import compute
 from dtron.moe.layer import MoELayer, moe
 from dtron.moe.router import TokenInfo, route
-from dtron.params import declare, flat, init, tree_map
+from dtron.params import declare, init
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.metrics import peak_tflops
+from dtron.tree import flat, tree_map
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.layer import MoELayer, moe
 from dtron.moe.router import TokenInfo
-from dtron.params import declare, gather, init
+from dtron.params import declare, init, unshard
 from dtron.tools.count_collectives import CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas, colour, draw_mesh
 from dtron.tools.show import coordinates
@@ -84,7 +84,7 @@ def experts(shape: MeshShape) -> str:
         ):
             left += draw(canvas, left, top + 14, name, dims, tensor, shape) + 40
         canvas.text(left, top + 26, "gathered over edp, for compute", bold=True)
-        w_up = gather(p.experts, layout).w_up
+        w_up = unshard(p.experts, layout).w_up
         draw(canvas, left, top + 36, "w_up of 8 experts", "EDF", w_up, shape)
         ones = layout.shard(torch.ones(2048), "tokens_sp")
         seen = TokenInfo(ones > 0, ones.long() * 0, 1)
@@ -102,5 +102,5 @@ def experts(shape: MeshShape) -> str:
 
 def gather_but_shared(p: MoELayer, layout: Layout) -> MoELayer:
     """Return gathered weights without the shared expert, which is a dense layer."""
-    p = gather(p, layout)
+    p = unshard(p, layout)
     return MoELayer(p.router, p.experts, None, None)

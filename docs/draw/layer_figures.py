@@ -16,7 +16,7 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.presets import preset
-from dtron.params import declare, gather, init
+from dtron.params import declare, init, unshard
 from dtron.tools.count_collectives import Collective, CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.show import coordinates, local_range
@@ -73,7 +73,7 @@ def layer(shape: MeshShape) -> str:
     dims = {"embed": 384, "mlp": 1280, "gated": True, "bias": False, "layers": 1}
     with simulated(shape) as mesh:
         layout = Recorder(mesh)
-        p = gather(init(declare(MLP, dims), dims, 0, layout), layout)
+        p = unshard(init(declare(MLP, dims), dims, 0, layout), layout)
         x = layout.shard(torch.ones(1024, 384), "tokens_sp", "act_embed")
         with CollectiveCounter(mesh) as counter:
             mlp(p, x, layout)
@@ -129,7 +129,7 @@ def latent(shape: MeshShape) -> str:
     dims = {"embed": 768, "heads": 16, "layers": 1, "layernorm": False, **sizes.dims()}
     with simulated(shape) as mesh:
         layout = Recorder(mesh)
-        p = gather(init(declare(MLA, dims), dims, 0, layout), layout)
+        p = unshard(init(declare(MLA, dims), dims, 0, layout), layout)
         x = layout.shard(torch.ones(1024, 768), "tokens_sp", "act_embed")
         table = layout.shard(torch.zeros(1024, sizes.rope_dim), "tokens", None)
         with CollectiveCounter(mesh) as counter:

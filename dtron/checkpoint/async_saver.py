@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dtron.checkpoint import files
-from dtron.distributed.redistribute import like, local, rank
+from dtron.distributed.redistribute import like, rank, to_local
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import LostRank, UserError
 
@@ -104,15 +104,15 @@ class AsyncSaver:
 
     def _allocate(self, tensors: dict[str, Tensor]) -> None:
         for name, x in tensors.items():
-            part = local(x)
+            part = to_local(x)
             if name not in self._buffers:
                 self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
 
     def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self._allocate(tensors)
         for name, x in tensors.items():
-            self._buffers[name].copy_(local(x), non_blocking=True)
-        if any(local(x).is_cuda for x in tensors.values()):
+            self._buffers[name].copy_(to_local(x), non_blocking=True)
+        if any(to_local(x).is_cuda for x in tensors.values()):
             torch.cuda.synchronize()
         return {name: like(x, self._buffers[name]) for name, x in tensors.items()}
 

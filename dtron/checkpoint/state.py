@@ -30,12 +30,13 @@ from dtron.checkpoint import files
 from dtron.checkpoint.async_saver import AsyncSaver, quiet
 from dtron.checkpoint.files import read_meta
 from dtron.checkpoint.shard_range import place_shard, shard_range
-from dtron.distributed.redistribute import full, local, rank, shard_like
+from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
-from dtron.params import WeightSpec, flat, tree_map, unflatten, with_specs
+from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
+from dtron.tree import flat, tree_map, unflatten, with_specs
 
 Identity = dict[str, Any]
 
@@ -210,7 +211,7 @@ def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None
     for kind, tree in _trees(state).items():
         for w, t in with_specs(spec, tree):
             if loaded[f"{kind}.{w.path}"] is not t:
-                local(t).copy_(local(loaded[f"{kind}.{w.path}"]))
+                to_local(t).copy_(to_local(loaded[f"{kind}.{w.path}"]))
 
 
 def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainState:

@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from dtron.distributed.redistribute import cast, equal_parts, local, scatter, scattered
+from dtron.distributed.redistribute import (
+    cast,
+    equal_parts,
+    reduce_scatter,
+    reduce_scattered,
+    to_local,
+)
 
 SMALL = 2**20  # elements; smaller tensors share collectives
 
@@ -36,7 +42,7 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
 
     def shared(i: int) -> Any:
         g, (goal, dtype) = grads[i], goals[i]
-        target = scattered(g.placements, goal)
+        target = reduce_scattered(g.placements, goal)
         axes = tuple(a for a, (x, y) in enumerate(zip(g.placements, target, strict=True)) if x != y)
         sums = axes and all(g.placements[a].is_partial() for a in axes)
         small = g.numel() < SMALL and sums and not any(p.is_shard() for p in g.placements)
@@ -50,16 +56,18 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
     for key, where in _grouped(len(grads), shared):
         if key is None or len(where) == 1:
             for i in where:
-                found[i] = scatter(grads[i], *goals[i])
+                found[i] = reduce_scatter(grads[i], *goals[i])
             continue
-        targets = [scattered(grads[i].placements, goals[i][0]) for i in where]
-        some = _scatter_together([grads[i] for i in where], targets, key[0], goals[where[0]][1])
+        targets = [reduce_scattered(grads[i].placements, goals[i][0]) for i in where]
+        some = _reduce_scatter_bucket(
+            [grads[i] for i in where], targets, key[0], goals[where[0]][1]
+        )
         for i, g in zip(where, some, strict=True):
             found[i] = g
     return found
 
 
-def gather_some(
+def unshard_bucketed(
     weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], dtype: torch.dtype | None
 ) -> dict[int, DTensor]:
     """All-gather the weights that can share an all-gather. Return these weights only, as ``{i:
@@ -75,7 +83,7 @@ def gather_some(
     for key, where in _grouped(len(weights), shared):
         if key is not None and len(where) > 1:
             some = [cast(weights[i], dtype or weights[i].dtype) for i in where]
-            some = _gather_together(some, [goals[i] for i in where], key[0])
+            some = _all_gather_bucket(some, [goals[i] for i in where], key[0])
             found |= dict(zip(where, some, strict=True))
     return found
 
@@ -126,19 +134,19 @@ def _line(x: Tensor, mesh: DeviceMesh, axis: int, lies: Placement) -> DTensor:
     return DTensor.from_local(x, mesh, placements, run_check=False)
 
 
-def _scatter_together(
+def _reduce_scatter_bucket(
     grads: Sequence[DTensor],
     targets: Sequence[Sequence[Placement]],
     axes: Sequence[int],
     dtype: torch.dtype,
 ) -> list[DTensor]:
-    mesh, parts = grads[0].device_mesh, [local(g) for g in grads]
+    mesh, parts = grads[0].device_mesh, [to_local(g) for g in grads]
     for axis in axes:
         n = mesh.size(axis)
         dims = [t[axis].dim for t in targets]
         cut = [x.unflatten(d, (n, -1)).movedim(d, 0) for x, d in zip(parts, dims, strict=True)]
         line = _line(torch.cat([x.reshape(n, -1) for x in cut], 1), mesh, axis, Partial())
-        line = scatter(
+        line = reduce_scatter(
             line, [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)], dtype
         )
         rows = line.to_local()[0].split([x[0].numel() for x in cut])
@@ -149,10 +157,10 @@ def _scatter_together(
     ]
 
 
-def _gather_together(
+def _all_gather_bucket(
     weights: Sequence[DTensor], goals: Sequence[Sequence[Placement]], axes: Sequence[int]
 ) -> list[DTensor]:
-    mesh, parts = weights[0].device_mesh, [local(w) for w in weights]
+    mesh, parts = weights[0].device_mesh, [to_local(w) for w in weights]
     for axis in reversed(axes):
         dims = [w.placements[axis].dim for w in weights]
         line = _line(torch.cat([x.reshape(-1) for x in parts])[None], mesh, axis, Shard(0))

@@ -40,7 +40,7 @@ def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor
     rows = [x.narrow(0, i, 1) for i in others]
     rows = torch.cat(rows) if n > 2 else rows[0].contiguous()
     splits = [1 - one for one in _one_hot(1, place, n)]
-    return x.select(0, place), _swap(rows, (mesh, dim), splits, splits)
+    return x.select(0, place), _all_to_all(rows, (mesh, dim), splits, splits)
 
 
 def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
@@ -72,11 +72,11 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
         ctx.args = (group, sent, received)
-        return _swap(x, group, received, sent)
+        return _all_to_all(x, group, received, sent)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _swap(g.contiguous(), *ctx.args), None, None, None
+        return _all_to_all(g.contiguous(), *ctx.args), None, None, None
 
 
 @opaque
@@ -84,11 +84,11 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: str) -> Tensor:
         ctx.group = group
-        return _gather(x, group)
+        return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _scatter(g.contiguous(), ctx.group), None
+        return _reduce_scatter(g.contiguous(), ctx.group), None
 
 
 @opaque
@@ -96,11 +96,11 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: str) -> Tensor:
         ctx.group = group
-        return _scatter(x, group)
+        return _reduce_scatter(x, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _gather(g.contiguous(), ctx.group), None
+        return _all_gather(g.contiguous(), ctx.group), None
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,15 @@ def _name(ranks: DeviceMesh) -> str:
     return ranks.get_group().group_name
 
 
-def _swap(x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits) -> Tensor:
+def _all_to_all(
+    x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits
+) -> Tensor:
     return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, group))
 
 
-def _gather(x: Tensor, group: str) -> Tensor:
+def _all_gather(x: Tensor, group: str) -> Tensor:
     return funcol.wait_tensor(_ALL_GATHER(x, 0, group))
 
 
-def _scatter(x: Tensor, group: str) -> Tensor:
+def _reduce_scatter(x: Tensor, group: str) -> Tensor:
     return funcol.wait_tensor(_REDUCE_SCATTER(x, "sum", 0, group))

@@ -54,7 +54,7 @@ class Unshard(torch.autograd.Function):
     so once per microbatch, before the reduce-scatter, on the unsharded gradient. Here the gradient
     stays Partial over these axes, and is reduced over them once, at the end of the step.
 
-    ``narrow``: all-gather in 8 bits if all shards have one size (distributed/fp8_all_gather.py).
+    ``fp8``: all-gather in 8 bits if all shards have one size (distributed/fp8_all_gather.py).
     """
 
     @staticmethod
@@ -64,19 +64,19 @@ class Unshard(torch.autograd.Function):
         placements: tuple[int, ...],
         dtype: torch.dtype,
         reduce: torch.dtype,
-        narrow: bool,
+        fp8: bool,
     ):
         ctx.before, ctx.reduce = w.placements, reduce
         goal = decode(placements)
-        narrow = narrow and w.placements != goal and equal_parts(w, w.placements)
-        return (_gathered_narrow if narrow else _gathered)(w.to(dtype), goal)
+        fp8 = fp8 and w.placements != goal and equal_parts(w, w.placements)
+        return (_unshard_fp8 if fp8 else _unshard)(w.to(dtype), goal)
 
     @staticmethod
     def backward(ctx, g: DTensor):
-        return cast(scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None, None
+        return cast(reduce_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None, None
 
 
-def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
+def _unshard(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     """Redistribute x to ``goal``, one mesh axis after another. In a single call, torch (2.11 to
     2.13) all-gathers over several axes at once if a process group of exactly these ranks exists. It
     then treats nested shards as the shards of one split. If the nested shards are not of one size,
@@ -89,7 +89,7 @@ def _gathered(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     return x
 
 
-def _gathered_narrow(x: DTensor, goal: Sequence[Placement]) -> DTensor:
+def _unshard_fp8(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     mesh, part = x.device_mesh, x.to_local()
     axes = [axis for axis in range(mesh.ndim) if x.placements[axis] != goal[axis]]
     messages = packed(part)[None]
@@ -124,9 +124,9 @@ class ShardSpec:
             self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements)
         )
 
-    def scattered(self, goal: Sequence[Placement]) -> ShardSpec:
+    def reduce_scattered(self, goal: Sequence[Placement]) -> ShardSpec:
         """The spec of a gradient after ``reduce_scatter_all``."""
-        return replace(self, placements=scattered(self.placements, goal))
+        return replace(self, placements=reduce_scattered(self.placements, goal))
 
     def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(
@@ -163,16 +163,16 @@ class LocalToDTensor(torch.autograd.Function):
         return g.to_local(), None, None, None, None
 
 
-def scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
+def reduce_scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
     return tuple(b if b.is_shard() else a for a, b in zip(now, goal, strict=True))
 
 
-def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
+def reduce_scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
     """Reduce-scatter a gradient to the sharded axes of ``goal``, with sums in ``dtype``. If
     ``dtype`` is wider than the gradient's dtype, ranks exchange the summands unconverted
     (all-to-all), and the receiving rank adds them up in ``dtype``. The sum is the same; for
     bfloat16 it takes half the bytes of a float32 reduce-scatter."""
-    target = scattered(g.placements, goal)
+    target = reduce_scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
         if (
             now.is_partial()
@@ -180,7 +180,7 @@ def scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTenso
             and g.dtype.itemsize < dtype.itemsize
             and _even(g, axis, target)
         ):
-            g = _land(g, axis, then.dim, dtype)
+            g = _all_to_all_then_sum(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
 
 
@@ -220,7 +220,7 @@ def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     return not inner and not outer and g.to_local().shape[dim] % g.device_mesh.size(axis) == 0
 
 
-def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
+def _all_to_all_then_sum(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     mesh = g.device_mesh
     own, others = exchange_rows(
         g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis
@@ -232,9 +232,9 @@ def _land(g: DTensor, axis: int, dim: int, dtype: torch.dtype) -> DTensor:
     )
 
 
-def local(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """Return this rank's local tensor; it shares memory with x. Not for use under autograd: there,
-    use a local region (``Layout.local``), which declares the placements of gradients."""
+    use a local region (``Layout.local_map``), which declares the placements of gradients."""
     if not isinstance(x, DTensor):
         return x
     with torch.no_grad():
@@ -280,7 +280,7 @@ def full(x: Tensor) -> Tensor:
     """Unshard a tensor: return the whole of it, as a plain tensor, on every rank. Simulated ranks
     and one device also give a plain tensor."""
     if isinstance(x, DTensor):
-        x = _gathered(x, [Replicate()] * x.device_mesh.ndim).to_local()
+        x = _unshard(x, [Replicate()] * x.device_mesh.ndim).to_local()
     return same_on_all(x)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from dtron.distributed.copy_engine import CopyEngineGroup, SymmetricBuffer, room_for
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import equal_parts, like, local
+from dtron.distributed.redistribute import equal_parts, like, to_local
 from dtron.errors import UserError
 
 
@@ -49,11 +49,11 @@ def _made(group: Any, options: Any) -> CopyEngineGroup:
     name = f"{group.group_id}.copies"
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
     _register_process_group(name, place)  # this keeps no reference; ``meet`` does
-    meet = lambda memory, place=place: _met(memory, name)
+    meet = lambda memory, place=place: _rendezvous(memory, name)
     return CopyEngineGroup(nccl, rank, size, "cuda", allocate, meet, timeout)
 
 
-def _met(memory: Tensor, group: str) -> SymmetricBuffer:
+def _rendezvous(memory: Tensor, group: str) -> SymmetricBuffer:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
@@ -124,7 +124,7 @@ def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
     away = [j for j, x in enumerate(tensors) if gathered(x)]
     if not away:
         return tensors
-    parts = [local(tensors[j]) for j in away]
+    parts = [to_local(tensors[j]) for j in away]
     sizes = [room_for(x) for x in parts]
     memory = next(iter(groups.values()))._allocate(sum(sizes))
     for j, part, room in zip(away, parts, memory.split(sizes), strict=True):

@@ -34,7 +34,8 @@ from dtron.hf.weight_tables import Row
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec, flat, tree_map
+from dtron.params import WeightSpec
+from dtron.tree import flat, tree_map
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layou
         return core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
 
     # Communication over cp: see context_parallel.py.
-    o_TNH = layout.local(on_rank, ins, q)(
+    o_TNH = layout.local_map(on_rank, ins, q)(
         q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past
     )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
@@ -185,7 +185,7 @@ class AttentionMixer(Mixer):
         m, batch, table_TH = self.model, stage.batch, None
         if m.positions == "rotary":
             make = partial(rope_tables, m.rope, head_dim=self.rotary_dim, dtype=stage.x_TD.dtype)
-            table_TH = layout.local(make, (("tokens",),), ("tokens", None))(batch.positions_T)
+            table_TH = layout.local_map(make, (("tokens",),), ("tokens", None))(batch.positions_T)
         inputs = {}
         for window in stage.windows:
             mask, path = prepare(

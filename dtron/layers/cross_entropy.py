@@ -56,7 +56,7 @@ def cross_entropy(
     def on_rank(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ids_V: Tensor) -> Tensor:
         return _ChunkedLoss.apply(x_TD, w_VD, targets_T, ids_V, loss, layout)
 
-    region = layout.local(
+    region = layout.local_map(
         on_rank,
         (("tokens", "act_embed"), ("vocab", "act_embed"), ("tokens",), ("vocab",)),
         ("+tokens",),
@@ -74,7 +74,7 @@ def over_all(loss: Tensor, layout: Layout) -> Tensor:
         # Divides the value, but not the gradient: each summand has the gradient of the sum.
         return x + (x.detach() / n - x.detach())
 
-    return layout.local(summand, [("+tokens",)], ("+tokens_sp",))(loss)
+    return layout.local_map(summand, [("+tokens",)], ("+tokens_sp",))(loss)
 
 
 def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:

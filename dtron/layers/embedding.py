@@ -30,12 +30,12 @@ def embedding(p: Embedding, tokens_T: Tensor, positions_T: Tensor, layout: Layou
     """Embed tokens: ``tokens_T``, ``positions_T [T@tokens]`` -> ``x_TD [T@tokens_sp, D]``."""
     ids_V = layout.iota("vocab", p.w_tokens.shape[0], p.w_tokens.device)
     rows, table, out = ("tokens",), ("vocab", "act_embed"), ("tokens", "act_embed")
-    region = layout.local(_own_rows, (table, rows, ("vocab",)), (*out, "+vocab"))
+    region = layout.local_map(_own_rows, (table, rows, ("vocab",)), (*out, "+vocab"))
     x_TD = region(p.w_tokens, tokens_T, ids_V)
     x_TD = layout.constrain(x_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     if p.w_positions is not None:
         positions_T = layout.constrain(positions_T, "tokens_sp")  # each rank takes its shard: local
-        look_up = layout.local(
+        look_up = layout.local_map(
             F.embedding,
             (("tokens_sp",), ("positions", "act_embed")),
             ("tokens_sp", "act_embed"),

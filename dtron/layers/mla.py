@@ -132,7 +132,7 @@ def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor
         return core(own, documents_T, None, Past(*past), inputs, layout)
 
     # Communication over cp: see context_parallel.py.
-    o_TNH = layout.local(on_rank, ins, heads)(
+    o_TNH = layout.local_map(on_rank, ins, heads)(
         q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past
     )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending

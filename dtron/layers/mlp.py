@@ -85,4 +85,4 @@ def _between(
 def _in_chunks(between: Callable[..., Tensor], chunk: int, layout: Layout) -> Callable[..., Tensor]:
     columns, tokens = ("act_embed", "mlp"), ("tokens", "act_embed")
     ins = (tokens, columns, columns, ("mlp",), ("mlp", "act_embed"))
-    return layout.local(in_chunks(between, chunk), ins, (*tokens, "+mlp"))
+    return layout.local_map(in_chunks(between, chunk), ins, (*tokens, "+mlp"))

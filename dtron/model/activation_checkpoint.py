@@ -31,7 +31,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from dtron.errors import UserError
 from dtron.layers.recompute import checkpointed, recompute_in_backward
 from dtron.mesh import Layout
-from dtron.params import Fp8GatherRule, declared, flat, gather, gather_all, unflatten
+from dtron.params import Fp8GatherRule, unshard, unshard_all
+from dtron.tree import declared, flat, unflatten
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class BlockFunction:
 
     def run(self, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         """All-gather the weights ``p`` and run the block on ``x_TD [T@tokens_sp, D]``."""
-        return self.block(self.gather(p), x_TD, self.load_E)
+        return self.block(self.unshard(p), x_TD, self.load_E)
 
-    def gather(self, p: Any) -> Any:
+    def unshard(self, p: Any) -> Any:
         """All-gather the weights: under ZeRO-3 over dp and cp. Otherwise the weights are whole
         already."""
-        return gather(p, self.layout, narrow=self.fp8_gather)
+        return unshard(p, self.layout, fp8=self.fp8_gather)
 
-    def gathers(self, p: Any) -> bool:
-        """Return whether ``gather`` would communicate."""
+    def needs_unshard(self, p: Any) -> bool:
+        """Return whether ``unshard`` would communicate."""
         pairs = zip(flat(p), declared(p), strict=True)
-        return any(self.layout.gathers(w, *d.axes) for w, d in pairs)
+        return any(self.layout.needs_unshard(w, *d.axes) for w, d in pairs)
 
 
 class BlockBytes(NamedTuple):
@@ -129,12 +130,12 @@ def run_end(fn: Callable, p: Any, x_TD: Tensor, last: BlockPolicy) -> Tensor:
 
 def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     """Run a block and keep everything but its gathered weights."""
-    if not fn.gathers(p):
+    if not fn.needs_unshard(p):
         return fn.run(p, x_TD)
     if torch.compiler.is_compiling():
 
         def gather_each(*ws: Tensor) -> tuple[Tensor, ...]:
-            return tuple(gather_all(ws, declared(p), fn.layout, narrow=fn.fp8_gather))
+            return tuple(unshard_all(ws, declared(p), fn.layout, fp8=fn.fp8_gather))
 
         gathered = recompute_in_backward(gather_each, *flat(p))
         # The compiler selects the other activations to keep.
@@ -143,7 +144,7 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
 
     def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         kept.gathering = True
-        p = fn.gather(p)
+        p = fn.unshard(p)
         kept.gathering = False
         return fn.block(p, x_TD, fn.load_E)
 

@@ -181,7 +181,7 @@ class BlockRunner:
         """Return the load of block i in the step so far: one row of a pending sum."""
         row = sum(p_block.moe is not None for p_block in self.blocks[:i])
         pick = partial(torch.select, dim=0, index=row)
-        return self.layout.local(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])
+        return self.layout.local_map(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])
 
 
 def block_runner(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec, flat
+from dtron.params import WeightSpec
+from dtron.tree import flat
 
 
 def parameter_count(m: ModelConfig) -> int:

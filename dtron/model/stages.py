@@ -19,7 +19,7 @@ from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.flops import active
 from dtron.model.transformer import Transformer, declare_model
-from dtron.params import flat
+from dtron.tree import flat
 
 
 def layers_per_stage(

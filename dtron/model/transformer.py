@@ -25,7 +25,7 @@ from dtron.model.block import Block, BlockRunner, Decoding, block_runner
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.mtp import module
-from dtron.params import declare, gather, part, weight
+from dtron.params import declare, part, unshard, weight
 from dtron.schedules.runner import StageOutput
 
 
@@ -66,7 +66,7 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """Compute the first stage's input: ``x_TD [T@tokens_sp, D]``."""
-    return embedding(gather(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
+    return embedding(unshard(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
 
 
 def embed_params(p: Any) -> Any:
@@ -129,7 +129,9 @@ def stage_logits(
     if last_B is not None:
         x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
         ins = (("tokens", "act_embed"), ("tokens",))
-        x_TD = layout.local(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(x_TD, last_B)
+        x_TD = layout.local_map(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(
+            x_TD, last_B
+        )
     return logits(x_TD, _head(p, layout), m.vocab, layout), None
 
 
@@ -151,7 +153,7 @@ def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Ten
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
-    return layout.gather(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
+    return layout.unshard(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
 
 
 def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, list[list[Tensor]]]:
@@ -166,7 +168,7 @@ def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, l
         x_TD, more = runner.run(p_block, x_TD, i, end)
         moe_outputs += more
     if p.norm is not None:
-        last, p_norm = runner.how.policy.block(len(p.blocks) - 1), gather(p.norm, layout)
+        last, p_norm = runner.how.policy.block(len(p.blocks) - 1), unshard(p.norm, layout)
         x_TD = run_end(partial(norm, eps=m.norm_eps), p_norm, x_TD, last)
     return x_TD, moe_outputs
 
@@ -177,7 +179,7 @@ def _mtp(
     """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
     loss, and the other outputs of the modules' blocks."""
     m, layout = runner.m, runner.layout
-    w_tokens = Embedding(layout.gather(p.embedding.w_tokens, "vocab", "embed"), None)
+    w_tokens = Embedding(layout.unshard(p.embedding.w_tokens, "vocab", "embed"), None)
     losses, moe_outputs = [], []
     for k, p_k in enumerate(p.mtp):
         tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
@@ -224,4 +226,4 @@ def _stack(xs: Sequence[Tensor], layout: Layout) -> Tensor:
         return torch.stack(rows)
 
     pending = ("+tokens_sp",)
-    return layout.local(stack, [pending] * len(xs), pending)(*(x.detach() for x in xs))
+    return layout.local_map(stack, [pending] * len(xs), pending)(*(x.detach() for x in xs))

@@ -77,7 +77,7 @@ def moe(
     sent = layout.constrain(x_TD, *tokens)
     weights_TK = layout.constrain(routed.weights_TK, *chosen)
     index_TK = layout.constrain(routed.index_TK, *chosen)
-    region = layout.local(
+    region = layout.local_map(
         partial(_experts, c=c, layout=layout, dispatch=dispatch, recipe=recipe),
         (tokens, chosen, chosen, ("experts",), *WEIGHTS),
         [(*tokens, "+expert_mlp"), ("+tokens_sp",)],

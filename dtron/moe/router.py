@@ -98,7 +98,7 @@ def route(
         own = TokenInfo(valid_T, rows_T, info.rows, place_T)
         return _route(Router(w, b, balance), x_TD, own, before_E, c, layout)
 
-    region = layout.local(
+    region = layout.local_map(
         on_rank,
         (("tokens_sp", None), *weights, token, token, token, total),
         [chosen, chosen, total, total, total],

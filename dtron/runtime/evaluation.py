@@ -10,7 +10,7 @@ import torch
 
 from dtron.data import Data
 from dtron.distributed.redistribute import full
-from dtron.params import gather
+from dtron.params import unshard
 from dtron.runtime.batches import split, to_host
 from dtron.runtime.config import RunConfig
 from dtron.training.config import RunPlan
@@ -27,7 +27,7 @@ def validate(params: Any, data: Data, config: RunConfig, plan: RunPlan, pipe: Pi
     held_out = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     batch = to_host(held_out.filled(plan.rows), config, plan)
     microbatches = split(batch, config, plan, pipe.layout)
-    weights = params if plan.gather_each else gather(params, pipe.layout)
+    weights = params if plan.gather_each else unshard(params, pipe.layout)
     m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
     total = evaluate(program(m, pipe.layout), weights, microbatches, pipe)
     return pipe.sum(None if total is None else full(total)).item() / batch.valid

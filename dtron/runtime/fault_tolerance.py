@@ -30,12 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtron.distributed.redistribute import local, rank
+from dtron.distributed.redistribute import rank, to_local
 from dtron.distributed.simulated_ranks import by_rank
 from dtron.errors import LostRank, UserError
-from dtron.params import flat
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.step import TrainStep
+from dtron.tree import flat
 
 AT_ONCE = 3.0  # seconds; a second SIGINT within this time is torchrun forwarding the first Ctrl-C
 
@@ -179,6 +179,6 @@ def _not_finite(pairs) -> list[tuple[str, int]]:
         (w.path, r)
         for w, x in pairs
         if x is not None
-        for r, part in by_rank(local(x), rank()).items()
+        for r, part in by_rank(to_local(x), rank()).items()
         if not part.isfinite().all()
     ]

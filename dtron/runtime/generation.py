@@ -29,7 +29,7 @@ from dtron.model.batch import make_batch
 from dtron.model.block import Block
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, embed, stage_logits
-from dtron.params import gather
+from dtron.params import unshard
 from dtron.runtime.config import RunConfig
 from dtron.schedules.runner import Program
 from dtron.training.config import RunPlan
@@ -105,7 +105,7 @@ class Decoder:
         unit = layout.parts("tokens_sp")
         self._rows, self._filled = rows, -(-rows // unit) * unit
         self._m, self._pipe, self._layout, self._device = m, pipe, layout, device
-        weights = gather(params, layout)
+        weights = unshard(params, layout)
         dtype = weights[0].blocks[0].norm_1.scale.dtype
 
         def empty(p: Block) -> Any:

@@ -15,7 +15,8 @@ from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec, flat
+from dtron.params import WeightSpec
+from dtron.tree import flat
 
 
 def check(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.params import flat, leaves
 from dtron.tools.count_collectives import CollectiveCounter
+from dtron.tree import flat, leaves
 
 TOLERANCE = 1e-9
 NORM = "the gradient norm"

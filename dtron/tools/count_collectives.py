@@ -93,7 +93,7 @@ class HiddenCommunication(RuntimeError):
 @contextmanager
 def no_hidden_communication() -> Iterator[None]:
     """Raise HiddenCommunication for any implicit redistribution inside the context. Every
-    collective of a forward must be a ``constrain``, a ``gather`` or part of a local region."""
+    collective of a forward must be a ``constrain``, an ``unshard`` or part of a local region."""
     try:
         with ExplicitRedistributionContext():
             yield

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import by_rank
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ class FirstNonFinite(TorchDispatchMode):
         for path, w in weights:
             if self.where is None and (ranks := not_finite(w)):
                 self.where = f"the weight {path} itself is not finite{_on(ranks)}"
-            self._weights[id(local(w))] = local(w), path
+            self._weights[id(to_local(w))] = to_local(w), path
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -72,7 +72,7 @@ def not_finite(x: Tensor) -> list[int]:
     """Return the ranks on which a tensor has a NaN or an infinity above zero."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         return []
-    return [r for r, t in by_rank(local(x), 0).items() if bool((t.isnan() | t.isposinf()).any())]
+    return [r for r, t in by_rank(to_local(x), 0).items() if bool((t.isnan() | t.isposinf()).any())]
 
 
 def _on(ranks: list[int]) -> str:

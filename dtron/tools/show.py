@@ -39,13 +39,14 @@ from dtron.model.block import Block
 from dtron.model.config import ModelConfig
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, declare_model
-from dtron.params import WeightSpec, flat
+from dtron.params import WeightSpec
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
 from dtron.training.optim_config import OptimConfig, build_optimizer
+from dtron.tree import flat
 
 Placements = tuple
 

@@ -21,13 +21,13 @@ import torch.multiprocessing as mp
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.params import leaves, unflatten, with_specs
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_step import compute_copies_in, plan_of, take_step
 from dtron.training.build import build_step
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
+from dtron.tree import leaves, unflatten, with_specs
 
 
 def step_of_processes(

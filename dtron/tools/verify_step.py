@@ -16,7 +16,7 @@ from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch, valid_tokens
-from dtron.params import WeightSpec, draw, flat, tree_map
+from dtron.params import WeightSpec, draw
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import microbatches
@@ -29,6 +29,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
 from dtron.training.step import TrainStep
+from dtron.tree import flat, tree_map
 
 Watch = Callable[[Any], AbstractContextManager]
 

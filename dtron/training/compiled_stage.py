@@ -26,16 +26,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtron.distributed.bucketing import reduce_grads, reduce_scatter_all
-from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, local
+from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, to_local
 from dtron.distributed.symmetric_memory import copy_engine_groups, sole_copy_engine_group
 from dtron.fp8.matmul import compile_options
 from dtron.mesh import Layout
 from dtron.model.compute_config import PLAIN, ComputeConfig
-from dtron.params import declared, flat, gather_all, unflatten
+from dtron.params import unshard_all
 from dtron.rules import zero_axes
 from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import jit
 from dtron.training.zero3_prefetch import Zero3Prefetch
+from dtron.tree import declared, flat, unflatten
 
 
 def compiled(
@@ -135,16 +136,16 @@ class CompiledStage:
 
     def leaves(self, params: Any, once: bool) -> tuple[LocalWeights, list[Tensor]]:
         weights = flat(params)
-        tensors, lies = [local(w) for w in weights], [ShardSpec.of(w) for w in weights]
+        tensors, lies = [to_local(w) for w in weights], [ShardSpec.of(w) for w in weights]
         if once:
             of, layout = declared(params), self._layout
             ready = [d.frozen or layout.ready(w, *d.axes) for w, d in zip(weights, of, strict=True)]
             after = [
-                at if there else replace(at, placements=layout.gathered(*d.axes))
+                at if there else replace(at, placements=layout.unsharded(*d.axes))
                 for at, there, d in zip(lies, ready, of, strict=True)
             ]
             rest = [d for d, there in zip(of, ready, strict=True) if not there]
-            gather = lambda ws: gather_all(ws, rest, layout, once=True)
+            gather = lambda ws: unshard_all(ws, rest, layout, once=True)
             tensors, lies = self._run_some(gather, tensors, lies, ready), after
         tensors = [t.detach().requires_grad_() for t in tensors]
         tree, part = unflatten(params, tensors), self._functions.enter_params
@@ -152,7 +153,7 @@ class CompiledStage:
         entrance = LocalWeights(part(tree), [placed[id(w)] for w in flat(part(tree))])
         return LocalWeights(tree, lies, entrance), tensors
 
-    def scatter(
+    def reduce_scatter(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]
     ) -> list[Tensor]:
         return self._move(reduce_scatter_all, grads, [at.gradient for at in weights.lies], params)
@@ -162,7 +163,7 @@ class CompiledStage:
     ):
         lies = [at.gradient for at in weights.lies]
         if scattered:
-            lies = [at.scattered(p.placements) for at, p in zip(lies, params, strict=True)]
+            lies = [at.reduce_scattered(p.placements) for at, p in zip(lies, params, strict=True)]
         grads = self._move(reduce_grads, grads, lies, params)
         return [ShardSpec.of(p).whole(g, p.device_mesh) for g, p in zip(grads, params, strict=True)]
 
@@ -239,5 +240,5 @@ def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
     """Split a batch into the batch without its tensors, and this rank's shard of each tensor with
     its ShardSpec."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
-    parts = {name: (local(x), ShardSpec.of(x)) for name, x in tensors.items()}
+    parts = {name: (to_local(x), ShardSpec.of(x)) for name, x in tensors.items()}
     return replace(batch, **dict.fromkeys(tensors)), parts

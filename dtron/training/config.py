@@ -22,9 +22,9 @@ from dtron.model.compute_config import ComputeConfig, Fp8, Recompute
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
-from dtron.params import flat
 from dtron.rules import RULES, place, whole
 from dtron.training.optim_config import OptimConfig
+from dtron.tree import flat
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 

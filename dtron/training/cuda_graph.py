@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.distributed.symmetric_memory import publish_weights
 from dtron.model.batch import Batch
-from dtron.params import flat, tree_map
 from dtron.training.gradients import Reports
 from dtron.training.optimizer import OptimizerState
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports
 from dtron.training.step import Result, TrainStep
+from dtron.tree import flat, tree_map
 
 
 class CudaGraphStep:
@@ -79,7 +79,7 @@ class CudaGraphStep:
         for there, here in zip(
             _tensors(self._inputs), _tensors((microbatches, numbers)), strict=True
         ):
-            local(there).copy_(local(here), non_blocking=True)
+            to_local(there).copy_(to_local(here), non_blocking=True)
         self._graph.replay()
         own = lambda x: x if x is None else x.clone()  # the next replay overwrites x
         loss, norm, told = self._outputs

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from dtron.distributed.redistribute import full, local
-from dtron.params import flat
+from dtron.distributed.redistribute import full, to_local
+from dtron.tree import flat
 
 
 def global_norm(
@@ -30,7 +30,7 @@ def global_norm(
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
     counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
     wide = torch.promote_types(counted[0].dtype, torch.float32)
-    norms = _norms([local(g) for g in counted], wide)
+    norms = _norms([to_local(g) for g in counted], wide)
     mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)
     if mesh is None:
         return over_stages(torch.stack(norms).square().sum()).sqrt()

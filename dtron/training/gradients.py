@@ -2,7 +2,7 @@
 
 ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) shards each weight, its gradient and its optimizer
 state over the ranks that would otherwise hold equal copies: the ranks of dp, and of cp. Here a ZeRO
-stage is not a mode of a layer. It is the place where ``gather`` is called, and the place where a
+stage is not a mode of a layer. It is the place where ``unshard`` is called, and the place where a
 gradient stops being Partial:
 
     stage   weights at rest     gather               gradient over dp, and over cp
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.bucketing import GradTargets, reduce_grads, reduce_scatter_all
-from dtron.distributed.redistribute import cast, full, local
+from dtron.distributed.redistribute import cast, full, to_local
 from dtron.mesh import Layout
-from dtron.params import flat, gather, tree_map, unflatten
+from dtron.params import unshard
 from dtron.schedules.runner import Program, forward_table, run, run_forward
 from dtron.training.pipeline import Pipeline
+from dtron.tree import flat, tree_map, unflatten
 
 
 class StageWeights(Protocol):
@@ -43,7 +44,9 @@ class StageWeights(Protocol):
 
         ``once``: gather the weights now, and not inside the functions."""
 
-    def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    def reduce_scatter(
+        self, weights: Any, grads: list[Tensor], params: list[Tensor]
+    ) -> list[Tensor]:
         """Reduce-scatter gradients on the axes on which their params are sharded."""
 
     def reduce(
@@ -51,7 +54,7 @@ class StageWeights(Protocol):
     ) -> list[Tensor]:
         """Reduce gradients to the placements of their params.
 
-        ``scattered``: whether ``scatter`` has reduce-scattered them before."""
+        ``scattered``: whether ``reduce_scatter`` has reduce-scattered them before."""
 
     def loss(self, total: Tensor) -> Tensor:
         """The summed loss; it is still Partial over the data ranks."""
@@ -64,10 +67,12 @@ class EagerWeights:
     layout: Layout
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        weights = tree_map(_leaf, gather(params, self.layout, once) if once else params)
+        weights = tree_map(_leaf, unshard(params, self.layout, once) if once else params)
         return weights, flat(weights)
 
-    def scatter(self, weights: Any, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    def reduce_scatter(
+        self, weights: Any, grads: list[Tensor], params: list[Tensor]
+    ) -> list[Tensor]:
         return grads if self.layout.mesh is None else reduce_scatter_all(grads, self._goals(params))
 
     def reduce(
@@ -132,13 +137,13 @@ def gradients(
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if zero >= 2:
-            grads = hold.scatter(weights[stage], grads, ps)
+            grads = hold.reduce_scatter(weights[stage], grads, ps)
         if several or shared:
             grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if first:
             sums[stage] = grads
         else:
-            torch._foreach_add_([local(s) for s in sums[stage]], [local(g) for g in grads])
+            torch._foreach_add_([to_local(s) for s in sums[stage]], [to_local(g) for g in grads])
 
     links = pipe.links(microbatches[0], local=functions.hold is not None, by_host=look is not None)
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
@@ -165,7 +170,7 @@ def evaluate(
 def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Sum a report over the ranks that have tokens. All its tensors are concatenated, so there is
     one all-reduce per mesh axis."""
-    parts = [local(x) for x in report.values()]
+    parts = [to_local(x) for x in report.values()]
     line = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
     split = line.split([x.numel() for x in parts])
     return {name: x.view(part.shape) for name, part, x in zip(report, parts, split, strict=True)}

@@ -34,11 +34,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import cast, local
+from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
 from dtron.mesh import Layout
-from dtron.params import WeightSpec, flat, tree_map, unflatten
+from dtron.params import WeightSpec
 from dtron.torch_compile import jit
+from dtron.tree import flat, tree_map, unflatten
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class ElementwiseOptimizer(Optimizer):
         copies = flat(state.compute_copies) or [None] * len(weights)
         for optimizer, chosen in groups.items():
             pick = lambda xs, chosen=chosen: [
-                None if xs[i] is None else local(xs[i]) for i in chosen
+                None if xs[i] is None else to_local(xs[i]) for i in chosen
             ]
             optimizer._update_group(
                 pick(weights), pick(grads), [*map(pick, trees)], pick(copies), scalars
@@ -287,7 +288,7 @@ def apply_update(
     """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
     All ranks are told that the weights have been written."""
     weights = flat(params)
-    first, ok = local(weights[0]), scalars.ok
+    first, ok = to_local(weights[0]), scalars.ok
     scalars = replace(
         scalars,
         scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),

@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import full, local
+from dtron.distributed.redistribute import full, to_local
 from dtron.mesh import Layout
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, embed, embed_params, stage
-from dtron.params import tree_map
 from dtron.schedules import Table, make
 from dtron.schedules.p2p import (
     InProcessLinks,
@@ -39,6 +38,7 @@ from dtron.schedules.p2p import (
 )
 from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
+from dtron.tree import tree_map
 
 
 def program(
@@ -140,7 +140,7 @@ class Pipeline:
         elif copies:
             mine, other = (first, last) if first in copies else (last, first)
             here, there = self.table.rank_of[mine], self.table.rank_of[other]
-            own, peer = local(copies[mine]).contiguous(), self.groups.peers[there]
+            own, peer = to_local(copies[mine]).contiguous(), self.groups.peers[there]
             received = torch.empty_like(own)
             works = [
                 dist.isend(own, peer, group=self.groups.of[here, there]),
@@ -148,7 +148,7 @@ class Pipeline:
             ]
             for work in works:
                 work.wait()
-            local(copies[mine]).add_(received)
+            to_local(copies[mine]).add_(received)
             sums = copies
         else:
             return grads

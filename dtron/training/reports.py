@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.moe.balance import bias_step
 from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
@@ -42,7 +42,7 @@ def update_router_bias(
         for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
             step = bias_step(load_E, rate)
             step = step if ok is None else torch.where(ok, step, 0)
-            local(bias).add_(step.to(bias.dtype))
+            to_local(bias).add_(step.to(bias.dtype))
     return params
 
 

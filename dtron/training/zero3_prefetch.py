@@ -96,26 +96,28 @@ class Zero3Prefetch(CustomGraphPass):
         asked: list[list[Node]] = [[] for _ in edges]
         late: dict[Node, int] = {}
         brought = {n for after in given for n in after}
-        for start, tail in list(self._sent(graph, place, {*edges})):
+        for start, tail in list(self._trailing_all_to_alls(graph, place, {*edges})):
             at = next(i for i, edge in enumerate(edges) if place[edge] > place[start])
             until = place[edges[min(at + 1, len(buckets))]]
             others = {x for n in tail for x in n.all_input_nodes} - {start, *tail}
             if any(x in brought or place[x] > until for x in others):
                 continue  # it is combined with a tensor that does not exist yet at that edge
             if at == len(buckets):
-                _hasten(start, place)
+                _start_early(start, place)
             else:
                 asked[at].append(start)
             for n in tail:
                 late[n] = max(late.get(n, 0), min(at + 1, len(buckets)))
         for i, after in enumerate(given):
-            after += sorted((n for n, at in late.items() if at == i), key=lambda n: _soon(n, place))
+            after += sorted(
+                (n for n, at in late.items() if at == i), key=lambda n: _wait_order(n, place)
+            )
         starts: list[list[Node]] = []
         moved: set[Node] = set()
         for before, bucket in zip([-1, *map(place.__getitem__, edges)], buckets, strict=False):
             late_parts = {n for x in bucket for n in x.made_of if place[n] > before} - moved
             moved |= late_parts
-            starts.append(_ordered(late_parts, place) + _one(graph, bucket))
+            starts.append(_ordered(late_parts, place) + _coalesce(graph, bucket))
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         for n in reversed(starts[0]):
             inputs[-1].append(n)
@@ -131,11 +133,11 @@ class Zero3Prefetch(CustomGraphPass):
         other collective."""
         found = []
         for n in graph.nodes:
-            if n.target is _OPS.all_gather_into_tensor.default and self._ours(n):
-                made_of = _reached(
+            if n.target is _OPS.all_gather_into_tensor.default and self._in_group(n):
+                made_of = _reachable(
                     n, lambda x: x.all_input_nodes, lambda x, _: x.op != "placeholder"
                 )
-                given = _reached(n, lambda x: x.users, _brought)
+                given = _reachable(n, lambda x: x.users, _completes_gather)
                 uses = {user for x in (n, *given) for user in x.users} - given
                 sources = {
                     x for y in (n, *made_of) for x in y.all_input_nodes if x.op == "placeholder"
@@ -143,7 +145,7 @@ class Zero3Prefetch(CustomGraphPass):
                 if (
                     uses
                     and len(sources) == 1
-                    and not any(_works(x) or _communicates(x) for x in made_of)
+                    and not any(_is_compute(x) or _is_collective(x) for x in made_of)
                 ):
                     use = min(uses, key=place.__getitem__)
                     found.append(
@@ -158,24 +160,26 @@ class Zero3Prefetch(CustomGraphPass):
             room -= fetch.bytes
         return buckets
 
-    def _sent(
+    def _trailing_all_to_alls(
         self, graph: Graph, place: dict[Node, int], edges: set[Node]
     ) -> Iterator[tuple[Node, list[Node]]]:
         """Find every all-to-all on which no matmul, attention or other collective depends, and all
         nodes that depend on it."""
         for n in graph.nodes:
-            if n.target is _OPS.all_to_all_single.default and self._ours(n):
-                tail = _reached(n, lambda x: x.users, lambda x, _: x.op != "output")
-                waits_for_it = any(_works(x) or (_communicates(x) and not _waits(x)) for x in tail)
+            if n.target is _OPS.all_to_all_single.default and self._in_group(n):
+                tail = _reachable(n, lambda x: x.users, lambda x, _: x.op != "output")
+                waits_for_it = any(
+                    _is_compute(x) or (_is_collective(x) and not _is_wait(x)) for x in tail
+                )
                 if not waits_for_it and not edges & {n, *tail}:
                     yield n, _ordered(tail, place)
 
-    def _ours(self, n: Node) -> bool:
+    def _in_group(self, n: Node) -> bool:
         group = n.args[-1]
         return getattr(group, "group_name", group) == self._group
 
 
-def _one(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
+def _coalesce(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
     """Replace the all-gathers of a bucket by one coalesced all-gather. All their users read its
     outputs now."""
     starts = [fetch.start for fetch in bucket]
@@ -197,11 +201,11 @@ def _ordered(nodes: Iterable[Node], place: dict[Node, int]) -> list[Node]:
     return sorted(nodes, key=place.__getitem__)
 
 
-def _hasten(start: Node, place: dict[Node, int]) -> None:
+def _start_early(start: Node, place: dict[Node, int]) -> None:
     """Move an all-to-all to directly after the node that computes its input. The views and copies
     in between, which only lay out the input, move too."""
-    laid_out = _reached(
-        start, lambda x: x.all_input_nodes, lambda x, _: _views(x) or x.target in _COPIES
+    laid_out = _reachable(
+        start, lambda x: x.all_input_nodes, lambda x, _: _is_view(x) or x.target in _COPIES
     )
     chain = [*_ordered(laid_out, place), start]
     computed = max({x for n in chain for x in n.all_input_nodes} - laid_out, key=place.__getitem__)
@@ -209,14 +213,14 @@ def _hasten(start: Node, place: dict[Node, int]) -> None:
         computed.append(n)
 
 
-def _soon(n: Node, place: dict[Node, int]) -> tuple[int, int]:
+def _wait_order(n: Node, place: dict[Node, int]) -> tuple[int, int]:
     """Sort key of waits: the wait for the newest all-to-all comes first, because it covers the
     waits for all earlier ones."""
     source = n.all_input_nodes[0]
     return (0, -place[source]) if source.target is _OPS.all_to_all_single.default else (1, place[n])
 
 
-def _reached(
+def _reachable(
     n: Node, step: Callable[[Node], Iterable[Node]], goes: Callable[[Node, set[Node]], bool]
 ) -> set[Node]:
     """All nodes that can be reached from ``n``, without ``n``.
@@ -231,15 +235,15 @@ def _reached(
     return found - {n}
 
 
-def _waits(n: Node) -> bool:
+def _is_wait(n: Node) -> bool:
     return n.target is _OPS.wait_tensor.default
 
 
-def _communicates(n: Node) -> bool:
+def _is_collective(n: Node) -> bool:
     return getattr(n.target, "namespace", "") == "_c10d_functional"
 
 
-def _works(n: Node) -> bool:
+def _is_compute(n: Node) -> bool:
     """Whether the node is a matmul, attention, or an operator that is opaque to the compiler."""
     return (
         isinstance(n.target, HigherOrderOperator)
@@ -247,14 +251,14 @@ def _works(n: Node) -> bool:
     )
 
 
-def _views(n: Node) -> bool:
+def _is_view(n: Node) -> bool:
     schema = getattr(n.target, "_schema", None)
     return schema is not None and any(out.alias_info is not None for out in schema.returns)
 
 
-def _brought(n: Node, found: set[Node]) -> bool:
+def _completes_gather(n: Node, found: set[Node]) -> bool:
     """Whether the node only waits for, views or concatenates nodes of ``found``. An all-gather puts
     shards one after the other along the first dim. A weight that is sharded along another dim is
     concatenated from them afterwards."""
-    lays_out = _views(n) or _waits(n) or n.target in (operator.getitem, _ATEN.cat.default)
+    lays_out = _is_view(n) or _is_wait(n) or n.target in (operator.getitem, _ATEN.cat.default)
     return lays_out and found.issuperset(n.all_input_nodes)

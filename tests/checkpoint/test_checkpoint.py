@@ -22,18 +22,19 @@ from torch.distributed.tensor import DTensor
 from dtron import checkpoint
 from dtron.checkpoint.__main__ import main as inspect
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import WeightSpec, flat, init, tree_map
+from dtron.params import WeightSpec, init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, identity_of
 from dtron.schedules.p2p import PipelineGroups
 from dtron.training.optimizer import OptimizerState, init_state
 from dtron.training.pipeline import pipeline
+from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL, digest
 from tests.helpers.texts import one_line
@@ -129,7 +130,7 @@ def differences(
         f"{kind}.{w.path}"
         for kind, (a, b) in trees.items()
         for w, x, y in zip(flat(spec), flat(a), flat(b), strict=True)
-        if not torch.equal(local(x), local(y))
+        if not torch.equal(to_local(x), to_local(y))
     ]
     numbers = state.step, state.samples, state.opt.step
     return wrong + ([] if numbers == (7, 56, 7) else [f"step, samples, updates {numbers}"])
@@ -194,7 +195,7 @@ def mutated(name: str) -> Iterator[None]:
         flipped = DeviceMesh("cpu", mesh.mesh.flip(-1), mesh_dim_names=mesh.mesh_dim_names)
         return {
             path: DTensor.from_local(
-                local(x), flipped, x.placements, shape=x.shape, stride=x.stride()
+                to_local(x), flipped, x.placements, shape=x.shape, stride=x.stride()
             )
             for path, x in named.items()
         }

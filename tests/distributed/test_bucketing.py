@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed import bucketing
-from dtron.distributed.bucketing import gather_some, reduce_scatter_all
+from dtron.distributed.bucketing import reduce_scatter_all, unshard_bucketed
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import ShardSpec, scatter
+from dtron.distributed.redistribute import ShardSpec, reduce_scatter
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.rules import rules_for
@@ -42,7 +42,7 @@ def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, se
             shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64
         )
         weights.append(layout.shard(numbers, *axes))
-        goals.append(layout.gathered(*axes))
+        goals.append(layout.unsharded(*axes))
         whole = weights[-1].redistribute(layout.mesh, goals[-1])
         grads.append(
             ShardSpec.of(whole).gradient.whole(
@@ -63,9 +63,9 @@ def differences(
         targets = [(w.placements, torch.float64) for w in weights]
         with CollectiveCounter(device_mesh) as few:
             got = reduce_scatter_all(grads, targets)
-            some = gather_some(weights, goals, None)
+            some = unshard_bucketed(weights, goals, None)
         with CollectiveCounter(device_mesh) as many:
-            want = [scatter(g, *target) for g, target in zip(grads, targets, strict=True)]
+            want = [reduce_scatter(g, *target) for g, target in zip(grads, targets, strict=True)]
             one_by_one = {i: weights[i].redistribute(device_mesh, goals[i]) for i in some}
         pairs = [*zip(got, want, strict=True), *((some[i], one_by_one[i]) for i in some)]
         assert all(a.placements == b.placements and a.dtype == b.dtype for a, b in pairs)
@@ -106,14 +106,14 @@ def test_it_takes_fewer_collectives():
 
 MUTANTS = {
     "all are cut along their first dim": (
-        "_scatter_together",
-        lambda grads, targets, axes, dtype, real=bucketing._scatter_together: real(
+        "_reduce_scatter_bucket",
+        lambda grads, targets, axes, dtype, real=bucketing._reduce_scatter_bucket: real(
             grads, [[type(p)(0) if p.is_shard() else p for p in t] for t in targets], axes, dtype
         ),
     ),
     "another's": (
-        "_gather_together",
-        lambda ws, *a, real=bucketing._gather_together: real(ws, *a)[::-1],
+        "_all_gather_bucket",
+        lambda ws, *a, real=bucketing._all_gather_bucket: real(ws, *a)[::-1],
     ),
 }
 

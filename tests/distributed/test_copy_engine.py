@@ -32,7 +32,7 @@ from dtron.distributed.redistribute import full
 from dtron.distributed.symmetric_memory import backends
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.compiled_stage import compiled
@@ -40,6 +40,7 @@ from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
 from dtron.training.zero3_prefetch import Zero3Prefetch
+from dtron.tree import flat
 from tests.helpers.pool import RANKS
 from tests.helpers.runs import MODEL, train
 from tests.helpers.values import ADAMW
@@ -383,7 +384,7 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(symmetric, "rendezvous", fails)
     with pytest.raises(ValueError, match=r"not permitted\); use --copy-engines off$"):
-        dtron.distributed.symmetric_memory._met(torch.empty(0), "1.copies")
+        dtron.distributed.symmetric_memory._rendezvous(torch.empty(0), "1.copies")
 
 
 def test_nothing_is_carried_where_there_is_no_mesh():

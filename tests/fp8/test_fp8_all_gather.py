@@ -23,12 +23,12 @@ from dtron.mesh import Layout
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import flat
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools.count_collectives import Collective, CollectiveCounter
+from dtron.tree import flat
 from tests.fp8.test_training import BLOCK, FP8, SIZES, norms_on_pool
 from tests.helpers.products import NAMES, converted
 from tests.helpers.runs import on_pool, simulate
@@ -104,17 +104,17 @@ def gathered(
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = Layout(device_mesh, rules_for(3), torch.bfloat16)
         w = layout.shard(x, *axes).requires_grad_()
-        gather = lambda w, narrow: layout.gather(w, *axes, narrow=narrow)
+        gather = lambda w, fp8: layout.unshard(w, *axes, fp8=fp8)
         with CollectiveCounter(device_mesh) as sent:
             got = gather(w, True)
         parts = w.detach().to_local()
-        if layout.gathers(w, *axes) and redistribute.equal_parts(w, w.placements):
+        if layout.needs_unshard(w, *axes) and redistribute.equal_parts(w, w.placements):
             parts = rounded(parts.bfloat16()).float()
         want = gather(redistribute.like(w, parts), False)
         assert got.placements == want.placements and got.stride() == want.stride()
         assert full(got).equal(full(want))
         ones = redistribute.shard_like(torch.ones(x.shape, dtype=torch.bfloat16), got)
-        (a,), (b,) = (torch.autograd.grad(gather(w, narrow), w, ones) for narrow in (True, False))
+        (a,), (b,) = (torch.autograd.grad(gather(w, fp8), w, ones) for fp8 in (True, False))
         assert a.placements == b.placements and full(a).equal(full(b))
         return sent, got.to_local().numel()
 
@@ -180,18 +180,18 @@ def test_a_step_is_that_of_weights_gathered_in_high_precision(mesh, name):
 )
 def test_what_is_multiplied_in_high_precision_is_gathered_so(config):
     """Routers, small matrices, the first and the last block."""
-    want, narrow = losses("dp=2", config), replace(config, fp8_gather=True)
-    assert losses("dp=2", narrow) == pytest.approx(want, rel=1e-5)
+    want, fp8 = losses("dp=2", config), replace(config, fp8_gather=True)
+    assert losses("dp=2", fp8) == pytest.approx(want, rel=1e-5)
     with mock.patch.object(
         ComputeConfig, "narrow", lambda self, end, tokens: lambda w, shape: len(shape) > 1
     ):
-        assert simulate("dp=2", narrow).losses != pytest.approx(want, rel=1e-5)
+        assert simulate("dp=2", fp8).losses != pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed_blocks_gather_the_same(recompute):
-    narrow = replace(SHARDED, fp8="tensorwise", fp8_gather=True)
-    assert losses("dp=2,tp=2", replace(narrow, recompute=recompute)) == losses("dp=2,tp=2", narrow)
+    fp8 = replace(SHARDED, fp8="tensorwise", fp8_gather=True)
+    assert losses("dp=2,tp=2", replace(fp8, recompute=recompute)) == losses("dp=2,tp=2", fp8)
 
 
 @pytest.mark.xdist_group("pool")
@@ -208,9 +208,9 @@ def test_real_ranks_and_compiled_stages(pair):
 @pytest.mark.slow
 @pytest.mark.xdist_group("pool")
 def test_real_ranks_do_what_simulated_ones_do(pool):
-    narrow = replace(SHARDED, fp8_gather=True)
-    got = pool.run(on_pool, "dp=2,tp=2", narrow)
-    assert got[0][0] == pytest.approx(losses("dp=2,tp=2", narrow), rel=1e-5)
+    fp8 = replace(SHARDED, fp8_gather=True)
+    got = pool.run(on_pool, "dp=2,tp=2", fp8)
+    assert got[0][0] == pytest.approx(losses("dp=2,tp=2", fp8), rel=1e-5)
 
 
 def test_every_product_of_a_block_says_what_it_sums_over():

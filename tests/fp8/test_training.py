@@ -16,7 +16,7 @@ from dtron.fp8.recipes import RECIPES
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.launch import plan_run
@@ -24,6 +24,7 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
+from dtron.tree import flat
 from tests.helpers.products import NAMES
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 

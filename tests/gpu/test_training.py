@@ -20,7 +20,7 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.training.compiled_stage import compiled
 from dtron.training.cuda_graph import CudaGraphStep
@@ -28,6 +28,7 @@ from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
+from dtron.tree import flat, tree_map
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import MODEL, random_rows, train
 from tests.helpers.values import ADAMW

@@ -16,7 +16,7 @@ from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.batch import make_batch, valid_tokens
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
@@ -24,6 +24,7 @@ from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
+from dtron.tree import flat, tree_map
 
 MODEL = ModelConfig(
     vocab=61,

@@ -12,10 +12,11 @@ from torch import Tensor
 from dtron.layers.rope import RopeConfig, frequencies
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
-from dtron.params import declare, flat, init, leaves, tree_map
+from dtron.params import declare, init
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.tree import flat, leaves, tree_map
 
 ONE, F64 = Layout(), torch.float64
 ADAMW = build_optimizer(OptimConfig())

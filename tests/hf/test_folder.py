@@ -18,12 +18,13 @@ from dtron.hf.config import read_config
 from dtron.hf.safetensors import INDEX, SINGLE, Reader, write
 from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import export_run
 from dtron.training.optimizer import init_state
+from dtron.tree import flat
 from tests.helpers.hf_models import FAMILIES, folder
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import full, local
+from dtron.distributed.redistribute import full, to_local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source
 from dtron.hf.config import best_family, to_hf
@@ -27,9 +27,9 @@ from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.stages import split_into_stages
 from dtron.model.transformer import declare_model
-from dtron.params import flat, tree_map
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
+from dtron.tree import flat, tree_map
 from tests.helpers.hf_models import folder
 from tests.helpers.values import ONE
 
@@ -170,7 +170,7 @@ def read_on_pool(at: str, mesh: str, zero: int) -> dict:
     params = source.load(stages[mine], layout)
     read = kernel_count() - before
     same = all(torch.equal(full(a), b) for a, b in zip(flat(params), flat(whole), strict=True))
-    share = sum(local(w).numel() for w in flat(params)) * 4
+    share = sum(to_local(w).numel() for w in flat(params)) * 4
     wanted = sum(e.stop - e.start for e in source.reader.entries.values())
     return {"same": same, "counted": source.bytes_read, "read": read, "share": share, "all": wanted}
 
@@ -227,7 +227,7 @@ def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
             tree = tree_map(lambda w, x: layout.shard(x, *w.axes), spec, whole)
         else:
             tree = source.load(spec, layout)
-        parts.extend(local(w).numel() * 4 for w in flat(tree))
+        parts.extend(to_local(w).numel() * 4 for w in flat(tree))
         return tree
 
     model = sum(e.stop - e.start for e in source.reader.entries.values())

@@ -29,9 +29,10 @@ from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.runtime.config import ModelConfig
 from dtron.testing import assert_caught
+from dtron.tree import flat
 from tests.helpers.values import F64, ONE, SMALL, close, flex_on_cpu, normal, same, tree, turned
 
 PATHS = ("reference", "sdpa", "flex")

@@ -138,8 +138,10 @@ def forgets(which: int):
 
 def unsummed_gradients():
     """Of what was gathered."""
-    scatter = collectives._scatter
-    return mock.patch.object(collectives, "_scatter", lambda x, ranks: scatter(x, ranks) * 0.5)
+    scatter = collectives._reduce_scatter
+    return mock.patch.object(
+        collectives, "_reduce_scatter", lambda x, ranks: scatter(x, ranks) * 0.5
+    )
 
 
 MUTANTS = {

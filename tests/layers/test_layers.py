@@ -18,7 +18,8 @@ from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import RopeConfig, frequencies, rope_tables, rotate
 from dtron.model.batch import make_batch
-from dtron.params import declare, flat, init
+from dtron.params import declare, init
+from dtron.tree import flat
 from tests.helpers.values import F64, ONE, close, normal, same, tree, turned
 
 

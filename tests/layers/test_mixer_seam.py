@@ -35,7 +35,7 @@ from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.mtp import MTPConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, leaves, residual_out, weight
+from dtron.params import residual_out, weight
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check
@@ -44,6 +44,7 @@ from dtron.tools.memory_estimate import activation_bytes, block_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
+from dtron.tree import flat, leaves
 from tests.helpers.paths import ROOT
 from tests.helpers.values import ONE, close, normal, same, tree
 from tests.layers.test_context_parallel import assert_same_step
@@ -89,7 +90,7 @@ def convolution(p: Convolution, x_TD: Tensor, inputs: ConvolutionInputs, layout:
     else:
         core = partial(with_cache, seq_len=inputs.seq_len)
         more, kinds = (inputs.cache, inputs.last_B), (heads, ("tokens",))
-    y_TNH = layout.local(core, (heads, taps, *kinds), heads)(x_TNH, p.w_taps, *more)
+    y_TNH = layout.local_map(core, (heads, taps, *kinds), heads)(x_TNH, p.w_taps, *more)
     y_TD = linear_in(y_TNH, p.w_out, inputs.recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
@@ -143,7 +144,7 @@ class ConvolutionMixer(Mixer):
             whole_T = torch.zeros(batch.positions_T.shape, dtype=torch.long, device=device)
             documents_T = layout.shard(whole_T, "rows")
         core = partial(same_document, seq_len=batch.seq_len, parts=parts)
-        region = layout.local(core, (("rows",), ("sequence",)), ("tokens", None))
+        region = layout.local_map(core, (("rows",), ("sequence",)), ("tokens", None))
         inputs = ConvolutionInputs(
             seq_len=batch.seq_len // parts,
             sees_TK=region(documents_T, layout.iota("sequence", parts, device)),

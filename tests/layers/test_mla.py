@@ -51,7 +51,7 @@ def dims_of(latent: MLAConfig, heads: int) -> dict:
 def attend(mask: AttentionMask, latent: MLAConfig, path: str = "auto"):
     def layer(p, x, positions, documents, layout):
         make = lambda t: rope_tables(YARN, t, latent.rope_dim, torch.float64)
-        table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
+        table = layout.local_map(make, (("tokens",),), ("tokens", None))(positions)
         inputs = AttentionInputs(documents_T=documents, mask=mask, table_TH=table, path=path)
         return mla(p, x, inputs, layout)
 

@@ -28,7 +28,7 @@ from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.testing import (
     LayerCase,
@@ -43,6 +43,7 @@ from dtron.testing import (
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
+from dtron.tree import flat
 from tests.helpers.runs import MODEL
 from tests.helpers.values import ONE, normal, tree
 

@@ -182,7 +182,7 @@ def test_heads_of_values_may_have_another_width(method, path):
             AttentionMask(8), None, False, (4, 6), xs[0], layout, path, RowSharding(method, True)
         )
         fn = lambda q, k, v: attend(q, k, v, None, None, mask, layout, chosen)
-        got = layout.local(fn, (lies,) * 3, lies)(*xs)
+        got = layout.local_map(fn, (lies,) * 3, lies)(*xs)
         g = layout.shard(direction.flatten(0, 1)[turn], *lies)
         grads = [full(x) for x in torch.autograd.grad(got, xs, g)]
         got = full(got)

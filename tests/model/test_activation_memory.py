@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_kernels
 from dtron.mesh import Layout
@@ -19,13 +19,14 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model, forward
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.tools import show
 from dtron.tools.memory_estimate import activation_bytes, block_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
+from dtron.tree import flat, tree_map
 from tests.helpers.runs import MODEL
 
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
@@ -95,7 +96,7 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
     functions = program(model, layout, how, splits=False)
     functions = compiled(functions, layout, how, "aot_eager_decomp_partition")
     params = init(pipe.spec, model.dims(), 0, layout)
-    weights = {local(w).untyped_storage().data_ptr() for w in flat(params)}
+    weights = {to_local(w).untyped_storage().data_ptr() for w in flat(params)}
 
     def note(x: Tensor) -> Tensor:
         other = x.untyped_storage().data_ptr() not in weights

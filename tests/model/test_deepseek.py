@@ -19,8 +19,9 @@ from dtron.model.batch import make_batch
 from dtron.model.mtp import MTPConfig
 from dtron.model.transformer import Transformer, declare_model, embed, predict, stage
 from dtron.moe.config import MoEConfig
-from dtron.params import WeightSpec, tree_map
+from dtron.params import WeightSpec
 from dtron.runtime.config import ModelConfig
+from dtron.tree import tree_map
 from tests.helpers.values import ONE, halves
 from tests.model.test_transformers import random_rows
 

@@ -92,7 +92,7 @@ def attend(mask: AttentionMask, rope: bool = True, path="auto"):
         table = None
         if rope:
             make = lambda t: rope_tables(RopeConfig(), t, 6, torch.float64)
-            table = layout.local(make, (("tokens",),), ("tokens", None))(positions)
+            table = layout.local_map(make, (("tokens",),), ("tokens", None))(positions)
         inputs = AttentionInputs(documents_T=documents, mask=mask, table_TH=table, path=path)
         return attention(p, x, inputs, layout)
 

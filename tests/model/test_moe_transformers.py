@@ -16,8 +16,9 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.moe.config import MoEConfig
-from dtron.params import WeightSpec, tree_map
+from dtron.params import WeightSpec
 from dtron.runtime.config import ModelConfig
+from dtron.tree import tree_map
 from tests.model.test_transformers import LLAMA_NAMES, random_rows
 
 hf = pytest.importorskip("transformers")

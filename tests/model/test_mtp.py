@@ -21,7 +21,7 @@ from dtron.model.mtp import MTPConfig, look_ahead
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import embed, forward, predict, stage
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules import SCHEDULES, stages_of_rank
@@ -30,6 +30,7 @@ from dtron.tools.verify_step import one_step
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, one_stage, program
+from dtron.tree import flat
 from tests.helpers.examples import examples, seen
 from tests.helpers.runs import on_pool, train
 from tests.model.test_equivalence import model_config

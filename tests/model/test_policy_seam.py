@@ -31,12 +31,12 @@ from dtron.model.activation_checkpoint import (
 )
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
-from dtron.params import flat
 from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools.memory_estimate import activation_bytes, block_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.pipeline import program
+from dtron.tree import flat
 from tests.helpers.examples import KINDS, examples, seen
 from tests.helpers.runs import MODEL
 from tests.model import test_equivalence

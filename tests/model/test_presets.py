@@ -10,9 +10,9 @@ from dtron.model.flops import active_count, parameter_count
 from dtron.model.mtp import MTPConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.model.transformer import declare_model
-from dtron.params import leaves
 from dtron.runtime.config import ModelConfig
 from dtron.runtime.validate import check
+from dtron.tree import leaves
 
 # By the models' published weights, tied ones counted once.
 PUBLISHED = {

@@ -20,13 +20,14 @@ from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.transformer import Transformer, declare_model, predict
-from dtron.params import WeightSpec, tree_map
+from dtron.params import WeightSpec
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import one_stage, program
+from dtron.tree import tree_map
 
 hf = pytest.importorskip("transformers")
 

@@ -19,7 +19,6 @@ from dtron.moe.config import MoEConfig
 from dtron.moe.experts import Experts, product
 from dtron.moe.layer import MoELayer, moe
 from dtron.moe.router import Router, TokenInfo
-from dtron.params import tree_map
 from dtron.testing import (
     LayerCase,
     assert_caught,
@@ -31,6 +30,7 @@ from dtron.testing import (
     zero_stages,
 )
 from dtron.tools.count_collectives import Collective
+from dtron.tree import tree_map
 
 ONE, F64, T = Layout(), torch.float64, 48
 DIMS = {
@@ -210,7 +210,7 @@ def test_auxiliary_losses_on_any_mesh(mesh, skew, **choices):
 
     def whole(p, x, layout):  # every weight has a gradient, if of zero
         e = p.experts
-        rest = layout.local(
+        rest = layout.local_map(
             lambda *ws: sum((w * 0).sum() for w in ws),
             (("experts", None, "expert_mlp"),) * 2 + (("experts", "expert_mlp", None),),
             ("+experts", "+expert_mlp"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dtron.training.gradients
 import dtron.training.pipeline
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import local as local_part
+from dtron.distributed.redistribute import to_local as local_part
 from dtron.distributed.simulated_ranks import one_rank
 from dtron.moe.config import MoEConfig
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig

@@ -20,7 +20,7 @@ from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.model.stages import layers_per_stage
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.validate import check, check_dispatch
@@ -29,6 +29,7 @@ from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
+from dtron.tree import flat, tree_map
 from tests.helpers.runs import MODEL, on_pool, train
 from tests.helpers.values import ADAMW
 

@@ -23,11 +23,11 @@ from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
 from dtron.checkpoint.async_saver import quiet, reason
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import local
+from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import by_rank, simulated
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime import run_directory
 from dtron.runtime.config import RunConfig
@@ -37,6 +37,7 @@ from dtron.runtime.launch import host_group
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
+from dtron.tree import flat
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import MODEL, on_pool, random_rows
 from tests.helpers.texts import corpus
@@ -363,7 +364,7 @@ def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
             group = host_group(20)  # seconds; by now all ranks have started
             said.append(diagnose(step, params, batches, group))
             if dist.get_rank() == spoilt:
-                local(params[0].blocks[0].mlp.w_up)[0, 0] = math.inf
+                to_local(params[0].blocks[0].mlp.w_up)[0, 0] = math.inf
             said.append(diagnose(step, params, batches, group))
             return step(params, opt, batches, *rest)
 

@@ -18,7 +18,7 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import declare_model
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules import SCHEDULES, make, peaks, stages_of_rank
@@ -32,6 +32,7 @@ from dtron.tools.verify_step import one_step
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, one_stage, pipeline, program
+from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples, seen
 from tests.helpers.runs import MODEL
 from tests.model.test_equivalence import model_config

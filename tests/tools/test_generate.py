@@ -19,7 +19,7 @@ from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
 from dtron.moe.config import MoEConfig
-from dtron.params import init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime import cli
 from dtron.runtime.config import ModelConfig, RunConfig
@@ -28,6 +28,7 @@ from dtron.testing import meshes
 from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
+from dtron.tree import tree_map
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
 

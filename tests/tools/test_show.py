@@ -15,12 +15,13 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, init
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
 from dtron.testing import meshes
 from dtron.tools.show import coordinates, local_range, main, picture, rows, size, total
 from dtron.training.optimizer import init_state
+from dtron.tree import flat
 from tests.helpers.paths import ROOT
 from tests.helpers.values import ADAMW
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.params import leaves
 from dtron.runtime.config import DataConfig
 from dtron.runtime.exit import run_cli
 from dtron.testing import dropped, unsummed
 from dtron.tools import verify, verify_step
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_processes import step_of_processes
+from dtron.tree import leaves
 from tests.helpers.runs import MODEL
 from tests.moe.test_moe import last_experts
 

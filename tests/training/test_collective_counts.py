@@ -22,11 +22,12 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model, forward
-from dtron.params import flat, gather, init, tree_map
+from dtron.params import init, unshard
 from dtron.rules import rules_for
 from dtron.testing import LayerCase, run_layer
 from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidden_communication
 from dtron.tools.verify_step import one_step
+from dtron.tree import flat, tree_map
 from tests.helpers.runs import train
 from tests.model.test_equivalence import model_config
 
@@ -188,7 +189,7 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
             .requires_grad_()
         )
         w = (
-            layout.gather(layout.shard(torch.randn(v, 6), "vocab", "embed"), "vocab", "embed")
+            layout.unshard(layout.shard(torch.randn(v, 6), "vocab", "embed"), "vocab", "embed")
             .detach()
             .requires_grad_()
         )
@@ -205,10 +206,10 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
 class Recording(Layout):
     """Remembers the memory of every block weight it gathers, without keeping it alive."""
 
-    def gather(self, w, *axes, **named):
-        out = super().gather(w, *axes, **named)
+    def unshard(self, w, *axes, **named):
+        out = super().unshard(w, *axes, **named)
         if out is not w and w.ndim > 1:
-            self.rules["_gathered"].append(
+            self.rules["_unshard"].append(
                 StorageWeakRef(one_rank(out.to_local()).untyped_storage())
             )
         return out
@@ -220,17 +221,17 @@ def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
     config = model_config("dp=2", 2, zero=3, batch=4, layers=2, tied=False)
     m, spec = config.model, declare_model(config.model)
     with simulated(MeshShape(dp=2)) as mesh:
-        layout = Recording(mesh, {**rules_for(3), "_gathered": []})
+        layout = Recording(mesh, {**rules_for(3), "_unshard": []})
         params = init(spec, m.dims(), 0, layout, torch.float64)
         weights = tree_map(lambda w: w.detach().requires_grad_(), params)
         batch = make_batch(torch.zeros(4, 13, dtype=torch.long), layout)
         if not checkpointed:  # the mutant: gather in plain sight of autograd
-            weights_used = replace(weights, blocks=gather(weights.blocks, layout))
+            weights_used = replace(weights, blocks=unshard(weights.blocks, layout))
             loss = forward(weights_used, batch, m, layout)
         else:
             loss = forward(weights, batch, m, layout, ComputeConfig(recompute))
         gc.collect()
-        refs = layout.rules["_gathered"]
+        refs = layout.rules["_unshard"]
         alive = sum(not r.expired() for r in refs)
         assert loss.requires_grad
     return len(refs), alive

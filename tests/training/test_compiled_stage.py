@@ -26,7 +26,7 @@ from dtron.mesh import Layout, build_mesh
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.moe.config import MoEConfig
-from dtron.params import flat, init, tree_map
+from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig
 from dtron.schedules.runner import Program
@@ -36,6 +36,7 @@ from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state, with_compute_copies
 from dtron.training.pipeline import one_stage, program
 from dtron.training.zero3_prefetch import Zero3Prefetch
+from dtron.tree import flat, tree_map
 from tests.helpers.runs import MODEL
 from tests.helpers.values import ADAMW, flex_on_cpu
 

@@ -84,8 +84,10 @@ def test_what_is_sent_is_narrow(name, mesh, size, sent):
 
 MUTANTS = {
     "added up in bfloat16": (
-        "_land",
-        lambda g, axis, dim, dtype, land=redistribute._land: land(g, axis, dim, g.dtype),
+        "_all_to_all_then_sum",
+        lambda g, axis, dim, dtype, land=redistribute._all_to_all_then_sum: land(
+            g, axis, dim, g.dtype
+        ),
     ),
     "a rank's own pieces": ("exchange_rows", lambda x, mesh, dim: (x[0], x[1:])),
     "another's piece stays": (

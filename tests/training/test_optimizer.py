@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
-from dtron.params import flat, init, leaves, tree_map
+from dtron.params import init
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.lr_schedule import learning_rate
@@ -27,6 +27,7 @@ from dtron.training.optimizer import (
     update_weight,
     with_compute_copies,
 )
+from dtron.tree import flat, leaves, tree_map
 from tests.helpers.values import ADAMW, ONE, SMALL, assert_steps_of_torch, close, normal
 
 

@@ -26,11 +26,11 @@ from dtron import checkpoint
 from dtron.bounds import under
 from dtron.checkpoint.__main__ import main as inspect_checkpoint
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.redistribute import full, like, local
+from dtron.distributed.redistribute import full, like, to_local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec, flat, init, tree_map
+from dtron.params import WeightSpec, init
 from dtron.rules import rules_for
 from dtron.runtime.cli import parse
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
@@ -48,6 +48,7 @@ from dtron.training.optimizer import (
     overwrite,
     with_compute_copies,
 )
+from dtron.tree import flat, tree_map
 from tests.checkpoint.test_checkpoint import built as built_state
 from tests.checkpoint.test_checkpoint import differences, move_on_pool
 from tests.helpers.examples import examples
@@ -106,17 +107,17 @@ class NormalizedSGD(Optimizer):
         for w, p, g, copy in zip(flat(spec), flat(params), flat(grads), copies, strict=True):
             if w.frozen:
                 continue
-            old, new = [local(p)], [local(g).to(p.dtype) * scalars.scale]
+            old, new = [to_local(p)], [to_local(g).to(p.dtype) * scalars.scale]
             if self._is_matrix(w):
                 m = next(momenta)
-                old.append(local(m))
-                new.append(self.momentum * local(m) + new[0])
+                old.append(to_local(m))
+                new.append(self.momentum * to_local(m) + new[0])
                 whole = full(like(m, new[1]))
-                new[0] = local(layout.shard(whole / whole.norm(), *w.axes))
+                new[0] = to_local(layout.shard(whole / whole.norm(), *w.axes))
             new[0] = old[0] - scalars.lr * new[0]
             overwrite(old, new, scalars.ok)
             if copy is not None:
-                local(copy).copy_(local(p))
+                to_local(copy).copy_(to_local(p))
         return params, state
 
 
@@ -142,7 +143,7 @@ class ShardNorm(NormalizedSGD):
     """A mutant: the norm is that of a rank's shard."""
 
     def update(self, spec, params, grads, state, scalars, layout):
-        with mock.patch(f"{__name__}.full", local), mock.patch.object(Layout, "shard", _first):
+        with mock.patch(f"{__name__}.full", to_local), mock.patch.object(Layout, "shard", _first):
             return super().update(spec, params, grads, state, scalars, layout)
 
 

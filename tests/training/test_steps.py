@@ -15,9 +15,9 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
-from dtron.params import flat
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
+from dtron.tree import flat
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 
 TEN = RunConfig(model=MODEL, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)

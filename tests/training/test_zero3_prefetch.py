@@ -233,7 +233,7 @@ def test_the_first_bucket_is_small(monkeypatch):
     assert [len(n.args[0]) for n in graph.nodes if n.target is TOGETHER] == [1, 2, 4, 4, 1]
 
 
-def swapped(graph, bucket, one=dtron.training.zero3_prefetch._one):
+def swapped(graph, bucket, one=dtron.training.zero3_prefetch._coalesce):
     nodes = one(graph, bucket)
     outs = nodes[1:]
     for n, i in zip(outs, reversed(range(len(outs))), strict=True):
@@ -248,18 +248,22 @@ def mixed_up(n, found):
 @pytest.mark.parametrize(
     ("name", "mutant", "plan"),
     [
-        ("_one", swapped, [("product", 0, True)] * 4),  # a weight for another
+        ("_coalesce", swapped, [("product", 0, True)] * 4),  # a weight for another
         (
-            "_brought",
+            "_completes_gather",
             mixed_up,
             [("product", 0, True), ("mixed", 0, False)],
         ),  # x before it is computed
         (
-            "_hasten",
+            "_start_early",
             lambda start, place: None,
             [*SENDS, ("kept gradient", 0, True), ("again", 0, True)],
         ),
-        ("_soon", lambda n, place: (0, -place[n]), SENDS),  # what follows from a wait before it
+        (
+            "_wait_order",
+            lambda n, place: (0, -place[n]),
+            SENDS,
+        ),  # what follows from a wait before it
     ],
 )
 def test_mutants_are_noticed(monkeypatch, name, mutant, plan):
