@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _start(plan: RunPlan, step: int) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "commit": _commit(),
-        "dtron": version("dtron"),
+        "dtron": _version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mesh": str(plan.shape),
@@ -95,6 +95,14 @@ def _start(plan: RunPlan, step: int) -> dict[str, Any]:
         "compute": str(plan.compute).removeprefix("torch."),
         "master": str(plan.master).removeprefix("torch."),
     }
+
+
+def _version() -> str | None:
+    """Return dtron's version. None if it is not installed, only on the path."""
+    try:
+        return version("dtron")
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

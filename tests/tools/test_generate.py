@@ -104,9 +104,11 @@ def test_the_cache_changes_nothing(name, pieces):
 PROMPTS = texts(5, 2, 7)  # here, because simulated ranks would draw each their own
 
 
-def greedy(m: ModelConfig, params, pipe, ends=frozenset(), **options) -> list[list[int]]:
+def greedy(
+    m: ModelConfig, params, pipe, ends=frozenset(), device="cpu", **options
+) -> list[list[int]]:
     sampling = Sampling(**{"temperature": 0.0, **options})
-    return generate(params, PROMPTS, 12, m, pipe, sampling, ends=ends)
+    return generate(params, PROMPTS, 12, m, pipe, sampling, device, ends)
 
 
 def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list[list[int]]:
