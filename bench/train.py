@@ -47,7 +47,7 @@ from dtron.distributed.symmetric_memory import copy_engine_groups
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.batch import Batch, make_batch
-from dtron.model.compute_config import Fp8, Recompute
+from dtron.model.compute_config import Fp8
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.presets import preset
 from dtron.params import init
@@ -275,7 +275,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--microbatches", type=int, default=1, help="microbatches per step (1)")
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
-    add("--recompute", default="none", choices=get_args(Recompute))
+    add("--recompute", default="none", help="activation policy (none)")
     add("--recompute-budget", type=float, help="the share of activations to keep")
     add("--reduce-dtype", default="float32", choices=("float32", "bfloat16"))
     add("--fp8", default="none", choices=get_args(Fp8))

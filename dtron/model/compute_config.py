@@ -11,12 +11,11 @@ from dtron.fp8.recipe import MIN_WEIGHTS, Recipe
 from dtron.fp8.recipes import RECIPES
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
-from dtron.model.activation_checkpoint import POLICIES, ActivationPolicy, policy_for
+from dtron.model.activation_checkpoint import ActivationPolicy, policy_for
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
 Fp8 = Literal["none", *RECIPES]
-Recompute = Literal[*POLICIES, "budget"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ComputeConfig:
     rounding: recompute in backward, the attention kernels, the method over cp, FP8 matmuls, and the
     dispatcher of tokens to experts. The flags of a run set them."""
 
-    recompute: Recompute = "none"
+    recompute: str = "none"
     recompute_budget: float | None = None
     attention_kernel: AttentionPath = "auto"
     fp8: Fp8 = "none"

@@ -24,7 +24,14 @@ from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import RunConfig
-from dtron.runtime.validate import check, check_attention, check_dispatch, check_fp8, microbatches
+from dtron.runtime.validate import (
+    check,
+    check_attention,
+    check_dispatch,
+    check_fp8,
+    check_recompute,
+    microbatches,
+)
 from dtron.training.config import RunPlan
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
@@ -44,11 +51,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
-    if config.how.policy.budget is not None and not compiles:
-        raise UserError(
-            "--recompute budget: the compiler keeps to a budget, and nothing is compiled here; "
-            "use --compile on or --recompute selective"
-        )
+    check_recompute(config.how, compiles)
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     tokens = rows // shape.data * config.data.seq_len // shape.cp

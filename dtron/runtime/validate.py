@@ -84,6 +84,15 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
         divides(f"model.moe.{flag}", size, axis, getattr(mesh, axis))
 
 
+def check_recompute(how: ComputeConfig, compiles: bool) -> None:
+    """Raise UserError if the activation policy needs torch.compile and nothing is compiled."""
+    if how.policy.budget is not None and not compiles:
+        raise UserError(
+            "--recompute budget: the compiler keeps to a budget, and nothing is compiled here; "
+            "use --compile on or --recompute selective"
+        )
+
+
 def check_dispatch(how: ComputeConfig, model: ModelConfig, compiles: bool) -> None:
     """Raise UserError if the dispatcher does not support the capacity limit or torch.compile."""
     c = model.moe

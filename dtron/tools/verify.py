@@ -35,7 +35,7 @@ from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
-from dtron.runtime.validate import check, microbatches
+from dtron.runtime.validate import check, check_recompute, microbatches
 from dtron.tools.compare_steps import TOLERANCE, Difference, compare, compare_rounded
 from dtron.tools.count_collectives import (
     CollectiveCounter,
@@ -74,8 +74,10 @@ class VerifyConfig:
     """tokens per sequence"""
     document_mask: bool = False
     """several documents in a sequence; tokens attend within their document only"""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """activations computed again in backward"""
+    recompute: str = "none"
+    """activation policy: none, selective or full; compiled also budget"""
+    recompute_budget: float | None = None
+    """with recompute budget: the share of activations to keep, as 0.5"""
     cp_method: Method = "ring"
     """attention over cp"""
     zigzag: Literal["auto", "on", "off"] = "auto"
@@ -105,6 +107,7 @@ class VerifyConfig:
             batch=self.batch or count * micro_batch * shape.data,
             micro_batch=micro_batch,
             recompute=self.recompute,
+            recompute_budget=self.recompute_budget,
             zero3_gather=self.zero3_gather,
             moe_dispatch=self.moe_dispatch,
             seed=self.seed,
@@ -124,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
     config, dtype, console = flags.run(), getattr(torch, flags.dtype), Console()
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
+    check_recompute(config.how, flags.compile)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     name = f"mesh {shape}, zero {config.zero}"

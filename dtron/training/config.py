@@ -18,7 +18,7 @@ from dtron.errors import UserError
 from dtron.fp8.recipe import MIN_WEIGHTS
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
-from dtron.model.compute_config import ComputeConfig, Fp8, Recompute
+from dtron.model.compute_config import ComputeConfig, Fp8
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
@@ -74,9 +74,9 @@ class StepConfig:
     zero3_gather: Literal["step", "microbatch"] = "step"
     """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and
     microbatch"""
-    recompute: Recompute = "none"
-    """activations computed again in backward to save memory; budget: as many as recompute_budget
-    asks for, compiled only"""
+    recompute: str = "none"
+    """activation policy, to save memory: none, selective or full, or budget (compiled only), which
+    keeps the share of recompute_budget"""
     recompute_budget: float | None = None
     """with recompute budget: the share of activations to keep, as 0.5; recompute none keeps 1"""
     attention_kernel: AttentionPath = "auto"

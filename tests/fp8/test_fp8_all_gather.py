@@ -183,7 +183,7 @@ def test_what_is_multiplied_in_high_precision_is_gathered_so(config):
     want, fp8 = losses("dp=2", config), replace(config, fp8_gather=True)
     assert losses("dp=2", fp8) == pytest.approx(want, rel=1e-5)
     with mock.patch.object(
-        ComputeConfig, "narrow", lambda self, end, tokens: lambda w, shape: len(shape) > 1
+        ComputeConfig, "fp8_gather_rule", lambda self, end, tokens: lambda w, shape: len(shape) > 1
     ):
         assert simulate("dp=2", fp8).losses != pytest.approx(want, rel=1e-5)
 
