@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train as program
 from dtron import checkpoint
 from dtron.data import Prefetch
 from dtron.data.__main__ import main as data_main
 from dtron.data.sources import Packed
 from dtron.runtime.exit import run_cli
 from tests.helpers.texts import TEXTS, corpus
-from tests.runtime.test_train import TINY, agree, enter, losses, records
-from tests.runtime.test_train import train as program
+from tests.helpers.train_cli import TINY, agree, enter, losses, records
 
 pytestmark = pytest.mark.xdist_group("program")
 

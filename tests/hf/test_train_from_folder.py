@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.safetensors import Reader
 from dtron.tools.generate import main as generate
 from tests.helpers.hf_models import folder
 from tests.helpers.texts import words
-from tests.runtime.test_train import train
 
 pytestmark = pytest.mark.xdist_group("program")
 
