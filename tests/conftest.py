@@ -47,3 +47,10 @@ def pair(tmp_path_factory):
     pool = Pool(tmp_path_factory.mktemp("pair"), 2)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile has no code of other tests. It gives up on a function that it compiled for too
+    many shapes."""
+    torch.compiler.reset()
