@@ -37,7 +37,7 @@ from dtron.testing import (
 from dtron.tools.count_collectives import Collective
 from dtron.tools.show import rows
 from tests.helpers.values import F64, ONE, close, halves, normal, tree, turned
-from tests.model.test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
+from tests.layers.test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
 from tests.training.test_collective_counts import counts
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)

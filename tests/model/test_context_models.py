@@ -26,6 +26,7 @@ from dtron.runtime.validate import check
 from dtron.testing import assert_caught
 from dtron.tools import verify_step
 from dtron.tools.verify_step import one_step
+from tests.helpers.experts import expert_meshes
 from tests.helpers.runs import on_pool, train
 from tests.helpers.values import close
 from tests.layers.test_context_parallel import (
@@ -35,7 +36,6 @@ from tests.layers.test_context_parallel import (
     configured,
     forgets,
 )
-from tests.moe.test_moe import expert_meshes
 from tests.moe.test_moe_models import EVERYTHING
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)

@@ -21,7 +21,7 @@ from dtron.testing import assert_caught, zero_stages
 from dtron.tools.compare_steps import compare
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
-from tests.moe.test_moe import ONE, expert_meshes
+from tests.helpers.experts import ONE, expert_meshes
 
 
 def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:

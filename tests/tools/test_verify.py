@@ -18,8 +18,8 @@ from dtron.tools import verify, verify_step
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_processes import step_of_processes
 from dtron.tree import leaves
+from tests.helpers.experts import last_experts
 from tests.helpers.runs import MODEL
-from tests.moe.test_moe import last_experts
 
 TINY = [
     "--model.layers=1",

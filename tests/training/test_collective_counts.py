@@ -29,7 +29,7 @@ from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidd
 from dtron.tools.verify_step import one_step
 from dtron.tree import flat, tree_map
 from tests.helpers.runs import train
-from tests.model.test_equivalence import model_config
+from tests.helpers.same_step import model_config
 
 DIMS = {
     "embed": 8,

@@ -1,0 +1,24 @@
+"""Models and steps that are compared with one device."""
+
+from __future__ import annotations
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+
+
+def model_config(mesh: str, group: int, **choices) -> RunConfig:
+    shape = MeshShape.parse(mesh)
+    kv = shape.tp
+    layers = choices.pop("layers", 1)
+    fields = {k: choices.pop(k) for k in list(choices) if k in ModelConfig.__dataclass_fields__}
+    model = ModelConfig(
+        **{
+            **dict(
+                embed=10, layers=layers, heads=kv * group, kv_heads=kv, head_dim=4, mlp=4 * shape.tp
+            ),
+            **dict(vocab=29, vocab_multiple=1, context=24),
+            **fields,
+        }
+    )
+    seq_len = 12
+    return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=seq_len), **choices)
