@@ -38,9 +38,19 @@ from tests.helpers.values import ADAMW
 # Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied
 # embedding, of which two stages have a copy.
 SPARSE = ModelConfig(
-    vocab=13, embed=6, layers=4, heads=4, kv_heads=4, head_dim=2, mlp=8, vocab_multiple=4, tied=True,
-    qk_norm=True, context=16, moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
-)  # fmt: skip
+    vocab=13,
+    embed=6,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    head_dim=2,
+    mlp=8,
+    vocab_multiple=4,
+    tied=True,
+    qk_norm=True,
+    context=16,
+    moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
+)
 Where = tuple[str, int, str]  # mesh, ZeRO stage, schedule
 
 SCHEDULES = {1: ["1f1b"], 2: ["1f1b", "interleaved", "zb-v"], 4: ["1f1b"]}  # as four layers allow
@@ -174,8 +184,11 @@ def test_saved_on_many_meshes_and_loaded_on_many_others(
 
 @contextmanager
 def mutated(name: str) -> Iterator[None]:
-    """``moment``: the second is saved as the first; ``offset``: every part under that of the rank opposite;
-    ``twin``: of a tied weight's two copies here, only one is filled."""
+    """Save or load with a mistake.
+
+    ``moment``: the second moment is saved as the first.
+    ``offset``: every shard is saved in the place of the opposite rank.
+    ``twin``: only one of the two copies of a tied weight is filled."""
     true = checkpoint.tensors
 
     def tensors(state: checkpoint.TrainState, spec) -> dict[str, Tensor]:

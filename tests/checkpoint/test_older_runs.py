@@ -1,5 +1,5 @@
-"""A run that an older version wrote goes on: its directory lies in tests/fixtures, by the commit that
-wrote it."""
+"""A run that an older version wrote goes on. Its directory is in tests/fixtures, under the commit
+that wrote it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from dtron.runtime.exit import run_cli
 from tests.helpers.paths import FIXTURES
 
 MODEL = [
-    "--model.layers=1", "--model.embed=16", "--model.heads=2", "--model.kv-heads=1", "--model.head-dim=8",
-    "--model.mlp=16", "--model.vocab=280", "--model.vocab-multiple=1",
-]  # fmt: skip
+    "--model.layers=1",
+    "--model.embed=16",
+    "--model.heads=2",
+    "--model.kv-heads=1",
+    "--model.head-dim=8",
+    "--model.mlp=16",
+    "--model.vocab=280",
+    "--model.vocab-multiple=1",
+]
 RUN = [
     "--data.seq-len=16",
     "--batch=4",

@@ -179,9 +179,13 @@ def test_from_parquet_into_rows_that_learn_answers_alone(tmp_path, tokenizer):
     parquet.write_table(table, tmp_path / "c.parquet")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     d = DataConfig(
-        path=str(tmp_path / "c.parquet"), tokenizer=str(tmp_path), column="turns", chat=True, seq_len=96,
+        path=str(tmp_path / "c.parquet"),
+        tokenizer=str(tmp_path),
+        column="turns",
+        chat=True,
+        seq_len=96,
         validation_ratio=0.1,
-    )  # fmt: skip
+    )
     data = open_data(d, 400, 0, 100, tmp_path / "cache")
     rows = data.train.rows(0, len(data.train))
     text = tokenizer.decode(rows.tokens[:, 1:][rows.counted].tolist(), skip_special_tokens=False)

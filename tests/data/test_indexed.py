@@ -177,10 +177,17 @@ def theirs(
     """GPTDataset's training samples, as its builder makes them."""
     gpt, indexed, utils = megatron
     config = gpt.GPTDatasetConfig(
-        random_seed=seed, sequence_length=seq_len, blend=([str(prefix)], None), split=split,
-        tokenizer=Words(), reset_position_ids=reset, reset_attention_mask=reset, eod_mask_loss=False,
-        create_attention_mask=reset, path_to_cache=str(prefix.parent / "cache"),
-    )  # fmt: skip
+        random_seed=seed,
+        sequence_length=seq_len,
+        blend=([str(prefix)], None),
+        split=split,
+        tokenizer=Words(),
+        reset_position_ids=reset,
+        reset_attention_mask=reset,
+        eod_mask_loss=False,
+        create_attention_mask=reset,
+        path_to_cache=str(prefix.parent / "cache"),
+    )
     data = indexed.IndexedDataset(str(prefix))
     low, high = (int(round(bound * float(len(data)))) for bound in config.split_matrix[0])
     return gpt.GPTDataset(

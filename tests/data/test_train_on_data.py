@@ -116,9 +116,11 @@ def test_resuming_one_sample_off_is_seen(run_dir, monkeypatch):
 def test_the_options_about_documents_change_what_is_computed(run_dir):
     learned = ["--data.path=tokens", "--model.positions=learned", "--steps=1"]
     options = [
-        [], ["--data.document-mask"], ["--data.document-positions=True"],
+        [],
+        ["--data.document-mask"],
+        ["--data.document-positions=True"],
         ["--data.document-mask", "--data.document-positions=False"],
-    ]  # fmt: skip
+    ]
     found = [losses(run(run_dir / str(i), *learned, *more))[0] for i, more in enumerate(options)]
     assert len(set(found)) == 4
 

@@ -218,7 +218,8 @@ def test_a_mistake_in_prose_is_noticed():
 
 
 def test_what_a_command_needs_is_read():
-    page = "```bash\npython train.py  # one\n# needs a GPU\npython bench/kernels/fp8.py | tail -1 > f\n```"
+    second = "# needs a GPU\npython bench/kernels/fp8.py | tail -1 > f"
+    page = f"```bash\npython train.py  # one\n{second}\n```"
     one, two = commands(page)
     assert (one.program, one.args, one.runs) == ("train", (), True)
     assert (two.program, two.args, two.needs, two.runs) == (

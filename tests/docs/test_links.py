@@ -53,7 +53,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_link_that_leads_nowhere_is_noticed():
-    page = "# A heading: of `two` words\n[a](#a-heading-of-two-words) [b](#b) [c](docs/no.md) [d](dtron)"
+    links = "[a](#a-heading-of-two-words) [b](#b) [c](docs/no.md) [d](dtron)"
+    page = f"# A heading: of `two` words\n{links}"
     assert broken(ROOT / "README.md", page) == ["#b", "docs/no.md"]
 
 

@@ -152,7 +152,7 @@ def norms_on_pool(
     ("mesh", "zero"), [("tp=2", 1), pytest.param("dp=2,tp=2", 3, marks=pytest.mark.slow)]
 )
 def test_sharded_stages_compile_too(request, mesh, zero):
-    """The local regions are part of the graph. (ZeRO-3 with FP8, compiled: fp8/test_fp8_all_gather.py.)"""
+    """The local regions are part of the graph. For ZeRO-3 see fp8/test_fp8_all_gather.py."""
     pool = request.getfixturevalue("pair" if mesh == "tp=2" else "pool")
     want = pool.run(norms_on_pool, mesh, zero, None)
     got = pool.run(norms_on_pool, mesh, zero, "aot_eager")
@@ -164,8 +164,8 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_gives_the_bits_of_eager(name):
-    """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
-    with it as rounded as eager has it (tests/gpu/fp8/test_matmul.py has that). Needs a C++ compiler."""
+    """The matmul alone. torch 2.11 on a CPU does not heed the option that rounds fused operations
+    as eager does; tests/gpu/test_fp8.py tests the option. Needs a C++ compiler."""
     recipe, g = replace(RECIPES[name], min_weights=0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)

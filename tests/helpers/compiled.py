@@ -21,7 +21,7 @@ HARD = replace(BLOCK, window=5, softcap=2.0, sinks=True)  # with documents, all 
 
 
 def lone_rank(mesh: str) -> DeviceMesh:
-    """A mesh of which this process is rank 0. The other ranks are not there. The rank asks for as many
-    collectives as it does beside them."""
+    """A mesh of which this process is rank 0. The other ranks are not there. The process asks for
+    as many collectives as rank 0 of all ranks."""
     with simulated(MeshShape.parse(mesh)) as devices:
         return devices  # the mesh outlives its simulation

@@ -16,9 +16,14 @@ def examples(n: int) -> int:
 
 # One of each set of axes; 3 divides hardly anything.
 KINDS = [
-    "dp_replicate=2", "dp=3", "tp=4", "dp_replicate=2,dp=3", "dp_replicate=2,tp=3", "dp=2,tp=2",
+    "dp_replicate=2",
+    "dp=3",
+    "tp=4",
+    "dp_replicate=2,dp=3",
+    "dp_replicate=2,tp=3",
+    "dp=2,tp=2",
     "dp_replicate=2,dp=2,tp=2",
-]  # fmt: skip
+]
 
 
 def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:

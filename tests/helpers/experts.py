@@ -1,4 +1,4 @@
-"""A layer of experts as tests want it: any mesh, any dispatcher, and tokens that choose few experts."""
+"""A layer of experts for tests: any mesh, any dispatcher, and tokens that choose few experts."""
 
 from __future__ import annotations
 

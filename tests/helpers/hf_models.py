@@ -10,26 +10,51 @@ from typing import Any
 import torch
 
 _SIZES = {
-    "vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 128,
-    "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
 _ROPE = {"rope_type": "default", "rope_theta": 500.0}
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
-_YARN = {
-    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "beta_fast": 2.0, "beta_slow": 1.0,
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _DEEPSEEK = _SIZES | {
-    "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 20, "q_lora_rank": 24, "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 32, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_shared_experts": 2,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
     "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
-}  # fmt: skip
+}
 _LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
@@ -43,22 +68,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
         {
-            "vocab_size": 61, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96,
-            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
+            "vocab_size": 61,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "n_inner": 96,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attn_implementation": "eager",
         },
     ),
     "mixtral": ("Mixtral", _SIZES | _EXPERTS | {"rope_parameters": _ROPE}),
     "qwen3-moe": (
         "Qwen3Moe",
-        _SIZES | _EXPERTS | {"moe_intermediate_size": 32, "norm_topk_prob": True, "rope_parameters": _ROPE},
+        _SIZES
+        | _EXPERTS
+        | {"moe_intermediate_size": 32, "norm_topk_prob": True, "rope_parameters": _ROPE},
     ),
     "gpt-oss": (
-        "GptOss", _SIZES | _EXPERTS | {"sliding_window": 7, "rope_parameters": _YARN | {"truncate": False}},
+        "GptOss",
+        _SIZES | _EXPERTS | {"sliding_window": 7, "rope_parameters": _YARN | {"truncate": False}},
     ),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),
-}  # fmt: skip
+}
 
 
 @cache

@@ -124,9 +124,12 @@ def test_greedy_text(name):
     got = generate(params, prompts, 64, source.model, pipe, Sampling(temperature=0))
     for prompt, ids in zip(prompts, got, strict=True):
         want = model(name).generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert ids == want[0].tolist()
 
 

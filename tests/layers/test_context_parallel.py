@@ -66,13 +66,21 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> StepRes
 
 
 CHOICES = dict(
-    mesh=meshes(8, ("dp", "cp", "tp")).filter(lambda mesh: "cp" in mesh), method=st.sampled_from(METHODS),
-    zigzag=st.sampled_from(["on", "off"]), documents=st.booleans(), group=st.sampled_from([1, 2, 3]),
-    kv=st.sampled_from([1, 2]), window=st.sampled_from([None, None, 3, 7]), sinks=st.booleans(),
-    softcap=st.sampled_from([None, None, 2.0]), attention_kernel=st.sampled_from(["auto", "reference"]),
-    zero=st.sampled_from([0, 1, 2, 3]), recompute=st.sampled_from(["none", "selective", "full"]),
-    seed=st.integers(0, 99), learned=st.booleans(),
-)  # fmt: skip
+    mesh=meshes(8, ("dp", "cp", "tp")).filter(lambda mesh: "cp" in mesh),
+    method=st.sampled_from(METHODS),
+    zigzag=st.sampled_from(["on", "off"]),
+    documents=st.booleans(),
+    group=st.sampled_from([1, 2, 3]),
+    kv=st.sampled_from([1, 2]),
+    window=st.sampled_from([None, None, 3, 7]),
+    sinks=st.booleans(),
+    softcap=st.sampled_from([None, None, 2.0]),
+    attention_kernel=st.sampled_from(["auto", "reference"]),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+    seed=st.integers(0, 99),
+    learned=st.booleans(),
+)
 
 FEW = {**CHOICES, "mesh": meshes(6, ("dp", "cp", "tp")).filter(lambda mesh: "cp" in mesh)}
 

@@ -166,9 +166,15 @@ def test_fp8_over_cp_follows_one_device():
     """To the rounding of FP8: a rank's scales are those of its own tokens."""
     pytest.importorskip("torchao")
     config = RunConfig(
-        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8), data=DataConfig(seq_len=16), batch=8, steps=2,
-        micro_batch=4, fp8="rowwise", fp8_first_last=True, fp8_min_weights=0,
-    )  # fmt: skip
+        model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8),
+        data=DataConfig(seq_len=16),
+        batch=8,
+        steps=2,
+        micro_batch=4,
+        fp8="rowwise",
+        fp8_first_last=True,
+        fp8_min_weights=0,
+    )
     want = train(Layout(), MeshShape(), config).losses
     assert simulate("cp=2", config).losses == pytest.approx(want, rel=1e-4)
     assert train(Layout(), MeshShape(), replace(config, fp8="none")).losses != pytest.approx(

@@ -268,9 +268,17 @@ def test_loss(mesh, zero, seed, vocab, padding, chunk, z):
     """Known bug elsewhere: a vocabulary that tp does not divide made the loss wrong by half."""
     assume(chunk > 1 or MeshShape.parse(mesh).size <= 4)
     assert_equivalent(
-        loss_layer(Loss(vocab, chunk, z)), Head, mesh, {"vocab": vocab + padding, "embed": 8},
-        inputs=LOSS_INPUTS, make=loss_values(vocab), out=("+tokens",), tokens=48, zero=zero, seed=seed,
-    )  # fmt: skip
+        loss_layer(Loss(vocab, chunk, z)),
+        Head,
+        mesh,
+        {"vocab": vocab + padding, "embed": 8},
+        inputs=LOSS_INPUTS,
+        make=loss_values(vocab),
+        out=("+tokens",),
+        tokens=48,
+        zero=zero,
+        seed=seed,
+    )
 
 
 class ForgetsToReduce(Layout):

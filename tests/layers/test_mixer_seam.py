@@ -55,18 +55,32 @@ from tests.model.test_activation_memory import kept_by
 from tests.tools.test_generate import cached, greedy, on_mesh, texts, uncached, weights
 
 M = ConvolutionModel(
-    vocab=61, embed=24, layers=2, heads=4, kv_heads=4, head_dim=6, mlp=40, context=64,
-    vocab_multiple=1, init_std=0.3, pattern="C",
-)  # fmt: skip
+    vocab=61,
+    embed=24,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=6,
+    mlp=40,
+    context=64,
+    vocab_multiple=1,
+    init_std=0.3,
+    pattern="C",
+)
 
 
 def configured(mesh: str, pattern: str = "C", documents: bool = False, **choices) -> RunConfig:
     model = replace(M, pattern=pattern, **choices.pop("model", {}))
     shape = MeshShape.parse(mesh)
     return RunConfig(
-        mesh=mesh, model=model, batch=2 * shape.pp * shape.data, micro_batch=1, seed=3,
-        data=DataConfig(seq_len=16, document_mask=documents), **choices,
-    )  # fmt: skip
+        mesh=mesh,
+        model=model,
+        batch=2 * shape.pp * shape.data,
+        micro_batch=1,
+        seed=3,
+        data=DataConfig(seq_len=16, document_mask=documents),
+        **choices,
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -235,8 +249,8 @@ def test_a_compiled_stage():
 
 
 def test_the_recipe_is_this_file():
-    """Every piece of code of the recipe in CONTRIBUTING is in toy_mixer.py. The formatter indents and
-    wraps methods differently there."""
+    """Every piece of code of the recipe in CONTRIBUTING is in toy_mixer.py. The formatter indents
+    and wraps methods differently there."""
     recipe = (ROOT / "CONTRIBUTING.md").read_text()
     section = recipe.split("## Add a layer type")[1].split("\n## ")[0]
     pieces = re.findall(r"```python\n(.*?)```", section, re.S)

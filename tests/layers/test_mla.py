@@ -91,7 +91,7 @@ def test_mla(mesh, zero, seed, group, path, window, q_rank, v_dim):
 @pytest.mark.parametrize("q_rank", [0, 11])
 @pytest.mark.parametrize("mutant", [dropped(0), dropped(1), unsummed])
 def test_mla_mutants(mutant, q_rank):
-    """``unsummed``: the rotary key is shared, and each rank has its own heads' part of its gradient."""
+    """``unsummed``: all heads share the rotary key, and a rank has the gradient of its own heads."""
     latent = replace(LATENT, q_rank=q_rank)
     check = lambda m: assert_equivalent(
         attend(AttentionMask(12), latent),

@@ -162,7 +162,8 @@ def test_mesh_text(text, world, want):
         (
             "dp=2",
             4,
-            r"'dp=2' has 2 ranks, but 4 are running: start 2 processes \(torchrun --nproc-per-node 2",
+            r"'dp=2' has 2 ranks, but 4 are running: start 2 processes "
+            r"\(torchrun --nproc-per-node 2",
         ),
         ("tp=4", 1, "has 4 ranks, but 1 is running.*or add --simulate"),
         ("tp=2", 3, "has 2 ranks, but 3 are running: choose sizes whose product divides 3"),

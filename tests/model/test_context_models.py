@@ -30,12 +30,12 @@ from tests.helpers.experts import expert_meshes
 from tests.helpers.runs import on_pool, train
 from tests.helpers.values import close
 from tests.layers.test_context_parallel import (
-    CP_MODEL,
     assert_same_step,
     changed,
     configured,
     forgets,
 )
+from tests.layers.test_context_parallel_ranks import CP_MODEL
 from tests.moe.test_moe_models import EVERYTHING
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
@@ -93,14 +93,17 @@ def test_any_mesh(mesh, latent, depth, **choices):
 
 EXPERT_MUTANTS = {
     "sequences left in order": (
-        "cp=2,ep=2", {}, lambda: mock.patch.object(verify_step, "make_batch", with_rows_in_order),
+        "cp=2,ep=2",
+        {},
+        lambda: mock.patch.object(verify_step, "make_batch", with_rows_in_order),
     ),
     "forced places left in order": (
-        "cp=2,ep=2", {"balanced": True, "aux_loss": 0.0},
+        "cp=2,ep=2",
+        {"balanced": True, "aux_loss": 0.0},
         lambda: mock.patch.object(Layout, "shard", places_in_order),
     ),
     "keys that never come over two dims": ("cp=4,ep=2", {}, lambda: forgets(3)),
-}  # fmt: skip
+}
 
 shard = Layout.shard
 

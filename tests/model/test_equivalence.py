@@ -69,9 +69,16 @@ def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
 def test_model(mesh, zero, count, bias, padded, learned, **choices):
     data = MeshShape.parse(mesh).data
     config = model_config(
-        mesh, qkv_bias=bias, bias=bias, batch=2 * count * data, micro_batch=2,
-        vocab_multiple=8 if padded else 1, positions="learned" if learned else "rotary", zero=zero, **choices,
-    )  # fmt: skip
+        mesh,
+        qkv_bias=bias,
+        bias=bias,
+        batch=2 * count * data,
+        micro_batch=2,
+        vocab_multiple=8 if padded else 1,
+        positions="learned" if learned else "rotary",
+        zero=zero,
+        **choices,
+    )
     assert_same_step(config)
 
 

@@ -25,44 +25,82 @@ hf = pytest.importorskip("transformers")
 
 ONE = Layout()
 SMALL = ModelConfig(
-    vocab=61, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24, context=128, vocab_multiple=8,
+    vocab=61,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=24,
+    context=128,
+    vocab_multiple=8,
     moe=MoEConfig(experts=8, top_k=3, mlp=24),
-)  # fmt: skip
+)
 GPT_OSS = replace(
-    SMALL, qkv_bias=True, bias=True, sinks=True, window=7, full_every=2, rope=RopeConfig(150000.0),
-    moe=replace(SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True),
-)  # fmt: skip
+    SMALL,
+    qkv_bias=True,
+    bias=True,
+    sinks=True,
+    window=7,
+    full_every=2,
+    rope=RopeConfig(150000.0),
+    moe=replace(
+        SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True
+    ),
+)
 
 # Our config, its name there, what it calls the sizes, and changes that are wrong in what the case
 # is about.
 CASES = {
-    "mixtral": (SMALL, "Mixtral", {"num_local_experts": 8, "intermediate_size": 24}, [{"top_k": 2}]),
+    "mixtral": (
+        SMALL,
+        "Mixtral",
+        {"num_local_experts": 8, "intermediate_size": 24},
+        [{"top_k": 2}],
+    ),
     "qwen3-moe": (
-        replace(SMALL, qk_norm=True), "Qwen3Moe",
-        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": True}, [{"normalize": False}],
+        replace(SMALL, qk_norm=True),
+        "Qwen3Moe",
+        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        [{"normalize": False}],
     ),
     "qwen3-moe-unnormalised": (
-        replace(SMALL, qk_norm=True, moe=replace(SMALL.moe, normalize=False)), "Qwen3Moe",
-        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": False}, [{"normalize": True}],
+        replace(SMALL, qk_norm=True, moe=replace(SMALL.moe, normalize=False)),
+        "Qwen3Moe",
+        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": False},
+        [{"normalize": True}],
     ),
     "gpt-oss": (
-        GPT_OSS, "GptOss",
-        {"num_local_experts": 8, "intermediate_size": 24, "sliding_window": 7,
-         "rope_scaling": {"rope_type": "default", "rope_theta": 150000.0},
-         "layer_types": ["sliding_attention", "full_attention"]},
+        GPT_OSS,
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "intermediate_size": 24,
+            "sliding_window": 7,
+            "rope_scaling": {"rope_type": "default", "rope_theta": 150000.0},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         [{"activation": "swiglu"}, {"score": "softmax", "normalize": False}],
     ),
-}  # fmt: skip
+}
 
 
 def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Module:
     """Weights are large: scores are far from even, and clamps clamp."""
     config = getattr(hf, f"{kind}Config")(
-        vocab_size=m.vocab, hidden_size=m.embed, num_hidden_layers=m.layers, num_attention_heads=m.heads,
-        num_key_value_heads=m.kv_heads, head_dim=m.head_dim, max_position_embeddings=m.context,
-        rms_norm_eps=m.norm_eps, rope_theta=m.rope.theta, attn_implementation="eager",
-        num_experts_per_tok=m.moe.top_k, **sizes,
-    )  # fmt: skip
+        vocab_size=m.vocab,
+        hidden_size=m.embed,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        max_position_embeddings=m.context,
+        rms_norm_eps=m.norm_eps,
+        rope_theta=m.rope.theta,
+        attn_implementation="eager",
+        num_experts_per_tok=m.moe.top_k,
+        **sizes,
+    )
     model = getattr(hf, f"{kind}ForCausalLM")(config)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():

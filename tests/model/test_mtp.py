@@ -1,4 +1,4 @@
-"""Multi-token prediction: what is predicted from what, and which stage of a pipeline has the modules."""
+"""Multi-token prediction: the tokens that are predicted, and the stage that has the modules."""
 
 from __future__ import annotations
 

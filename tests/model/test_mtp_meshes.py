@@ -64,9 +64,15 @@ def config_of(mesh: str, depth: int = 1, **choices) -> RunConfig:
 def test_one_step_is_that_of_one_device(mesh, zero, depth, tied, mla, learned, seed, recompute):
     positions = "learned" if learned and not mla else "rotary"
     config = config_of(
-        mesh, depth, zero=zero, tied=tied, positions=positions, mla=LATENT if mla else MLAConfig(), seed=seed,
+        mesh,
+        depth,
+        zero=zero,
+        tied=tied,
+        positions=positions,
+        mla=LATENT if mla else MLAConfig(),
+        seed=seed,
         recompute=recompute,
-    )  # fmt: skip
+    )
     assert_same_step(config)
 
 
@@ -190,8 +196,8 @@ def test_the_report_is_that_of_one_device(mesh):
 
 
 FOUR = RunConfig(
-    model=replace(SMALL, context=16, mla=LATENT, mtp=MTPConfig(1)), batch=8, steps=4, seed=3,
-)  # fmt: skip
+    model=replace(SMALL, context=16, mla=LATENT, mtp=MTPConfig(1)), batch=8, steps=4, seed=3
+)
 FOUR = replace(FOUR, data=replace(FOUR.data, seq_len=16))
 
 

@@ -162,8 +162,10 @@ def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
     assert 2 * two_blocks(NAME) == two_blocks("none") + two_blocks("full")
     sizes = block_bytes(M, MeshShape(), 256)
     assert [EVERY_SECOND.block(i).kept_bytes(sizes) for i in range(3)] == [
-        sizes.all, sizes.input, sizes.all,
-    ]  # fmt: skip
+        sizes.all,
+        sizes.input,
+        sizes.all,
+    ]
 
 
 def test_the_flag_takes_its_name_and_no_other():

@@ -90,8 +90,10 @@ def test_the_static_path_never_waits_for_the_device(capacity):
     make = lambda *shape: torch.randn(shape, generator=g, dtype=F64).requires_grad_()
     p = MoELayer(
         Router(make(10, 8), make(8), None),
-        Experts(make(8, 10, 16), make(8, 10, 16), make(8, 16, 10), None, None, None), None, None,
-    )  # fmt: skip
+        Experts(make(8, 10, 16), make(8, 10, 16), make(8, 16, 10), None, None, None),
+        None,
+        None,
+    )
     seen = TokenInfo(torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.long), 1)
     waited = {}
     for dispatch, c in (("static", replace(plain, capacity_factor=capacity)), ("auto", plain)):

@@ -31,9 +31,17 @@ def model_config(mesh: str, pp: int = 1, **choices) -> RunConfig:
     experts = shape.ep * each
     c = MoEConfig(experts, min(choices.pop("top_k", 2), experts), 4 * shape.etp, **choices)
     model = ModelConfig(
-        vocab=29, embed=10, layers=layers, heads=2 * shape.tp, kv_heads=shape.tp, head_dim=4,
-        mlp=4 * shape.tp, vocab_multiple=1, context=24, moe=c,
-    )  # fmt: skip
+        vocab=29,
+        embed=10,
+        layers=layers,
+        heads=2 * shape.tp,
+        kv_heads=shape.tp,
+        head_dim=4,
+        mlp=4 * shape.tp,
+        vocab_multiple=1,
+        context=24,
+        moe=c,
+    )
     run = {"batch": 2 * shape.data, "micro_batch": 1} | run
     return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=12), **run)
 
@@ -99,9 +107,13 @@ def test_one_step(mesh, choices):
 )
 def test_every_schedule(schedule):
     config = model_config(
-        "pp=2,dp=2,ep=2", layers=4, batch=8, aux_level="global_batch",
-        pipeline=PipelineConfig(schedule, stages_per_rank=2), **EVERYTHING,
-    )  # fmt: skip
+        "pp=2,dp=2,ep=2",
+        layers=4,
+        batch=8,
+        aux_level="global_batch",
+        pipeline=PipelineConfig(schedule, stages_per_rank=2),
+        **EVERYTHING,
+    )
     assert_step(config)
 
 

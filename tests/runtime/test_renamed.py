@@ -104,14 +104,18 @@ PROGRAMS = [
 
 # Numbers in metrics.jsonl, and what only benchmarks print.
 RECORDS = [
-    ("ahead.*.loss", {"ahead.1.loss": 2.5, "ahead.12.loss": 3.5}, {"mtp.1.loss": 2.5, "mtp.12.loss": 3.5}),
+    (
+        "ahead.*.loss",
+        {"ahead.1.loss": 2.5, "ahead.12.loss": 3.5},
+        {"mtp.1.loss": 2.5, "mtp.12.loss": 3.5},
+    ),
     ("data_wait", {"data_wait": 0.5}, {"data_wait_ratio": 0.5}),
     ("memory_gib", {"memory_gib": 1.5}, {"peak_memory_gib": 1.5}),
     ("save_seconds", {"save_seconds": 0.25}, {"checkpoint_stall_seconds": 0.25}),
     ("skipped", {"skipped": 2}, {"skipped_steps": 2}),
     ("sequence", {"sequence": 4096}, {"seq_len": 4096}),
     ("reduce", {"reduce": "bfloat16"}, {"reduce_dtype": "bfloat16"}),
-]  # fmt: skip
+]
 
 
 def program(name: str):
@@ -279,8 +283,10 @@ def test_metrics_of_an_older_version_go_on_under_the_new_names(tmp_path):
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert [a["step"] for a in after] == [1, 2]
     names = {
-        "memory_gib": "peak_memory_gib", "data_wait": "data_wait_ratio", "skipped": "skipped_steps",
+        "memory_gib": "peak_memory_gib",
+        "data_wait": "data_wait_ratio",
+        "skipped": "skipped_steps",
         "save_seconds": "checkpoint_stall_seconds",
-    }  # fmt: skip
+    }
     for old, new in zip(before, after, strict=False):
         assert new == {names.get(name, name): value for name, value in old.items()} != old

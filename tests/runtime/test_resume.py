@@ -1,4 +1,4 @@
-"""Resumed runs: the same losses on another mesh or pipeline, and the checkpoints that are refused."""
+"""Resumed runs: the same losses on another mesh or pipeline, and refused checkpoints."""
 
 import json
 import shutil

@@ -13,12 +13,17 @@ NAMES = {
     "matmul": [
         "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT",
         "nvjet_sm90_qqtst_128x256_128x4_2x1_v_bz_TNN",
-        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off",
-        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)",
-        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int, int, int>>>",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute"
+        "_segment_k_off",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn"
+        "_align8>(Params)",
+        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int,"
+        " int, int>>>",
         "ampere_bf16_s16816gemm_bf16_128x256_ldg8_f2f_stages_64x3_nn",
-        "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16, true>",
-        "void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float, 128, 16, 4, 4>",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv"
+        "_bfloat16, true>",
+        "void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float,"
+        " 128, 16, 4, 4>",
         "triton_tem_fused__scaled_mm_3",
         "triton_tem_fused_addmm_relu_0",
         "aten::mm",
@@ -30,9 +35,12 @@ NAMES = {
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1",
         "triton_tem_fused_flex_attention_backward_view_4",
-        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128>>",
-        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::CollectiveMainloop>>>",
-        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<bfloat16_t>)",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel"
+        "_traits<128>>",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash:"
+        ":CollectiveMainloop>>>",
+        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel"
+        "<bfloat16_t>)",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ],
     "communication": [
@@ -55,7 +63,8 @@ NAMES = {
         "triton_per_fused_flex_attention_backward_0",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
         "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor"
+        "<float, 4>>",
         "aten::mul",
     ],
 }
@@ -143,6 +152,6 @@ def test_an_operator_of_the_cpu_counts_less_those_it_calls():
         event("cpu_op", "aten::add", 120, 10),  # after the step
     ]
     assert sorted((s.start, s.end, s.name) for s in spans_of(events)) == [
-        (10, 15, "aten::linear"), (15, 20, "aten::copy_"), (20, 45, "aten::mm"), (40, 65, "gloo:all_reduce"),
-        (45, 50, "aten::linear"), (60, 70, "aten::mul"),
+        (10, 15, "aten::linear"), (15, 20, "aten::copy_"), (20, 45, "aten::mm"),
+        (40, 65, "gloo:all_reduce"), (45, 50, "aten::linear"), (60, 70, "aten::mul"),
     ]  # fmt: skip

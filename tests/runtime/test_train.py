@@ -1,4 +1,4 @@
-"""Runs of train.py on one device and on simulated ranks: their log, and the same losses on any mesh."""
+"""Runs of train.py on one device and on simulated ranks: their log, and the same losses."""
 
 import json
 import re

@@ -80,10 +80,19 @@ def test_one_step_is_that_of_one_device(
     count = min(max(pp + more, 2 * pp if schedule == "dualpipe-v" else 0), 4 * pp + 1)
     assume(stages * count * shape.size // pp <= MOST or not inner)  # seconds
     config = model_config(
-        str(shape), 1, zero=zero, batch=count * shape.data, micro_batch=1, layers=stages + extra, tied=tied,
-        recompute=recompute, seed=seed, bias=True, zero3_gather="microbatch" if each else "step",
+        str(shape),
+        1,
+        zero=zero,
+        batch=count * shape.data,
+        micro_batch=1,
+        layers=stages + extra,
+        tied=tied,
+        recompute=recompute,
+        seed=seed,
+        bias=True,
+        zero3_gather="microbatch" if each else "step",
         pipeline=PipelineConfig(schedule, stages_per_rank),
-    )  # fmt: skip
+    )
     assert_same_step(config)
 
 
@@ -170,9 +179,14 @@ def test_zero_3_gathers_once_a_step_unless_asked():
     for gather in ("step", "microbatch"):
         for micro in (2, 3):
             config = model_config(
-                "pp=2,dp=2", 1, zero=3, batch=2 * micro, micro_batch=1, layers=2,
+                "pp=2,dp=2",
+                1,
+                zero=3,
+                batch=2 * micro,
+                micro_batch=1,
+                layers=2,
                 zero3_gather=gather,
-            )  # fmt: skip
+            )
             done = one_step(config, MeshShape(pp=2, dp=2)).collectives.count
             counts[gather, micro] = sum(n for c, n in done.items() if c.kind == "all_gather")
     assert (

@@ -64,9 +64,15 @@ def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
     number = {id(tree): s for s, tree in by_stage.items()}
     stage = lambda p, x, b: functions.stage(p, Tracked.apply(x, number[id(p)]), b)
     out = run(
-        t, pipe.ranks, Program(functions.enter, stage), by_stage, {s: flat(w) for s, w in by_stage.items()},
-        [batch] * count, InProcessLinks(), lambda *args: None,
-    )  # fmt: skip
+        t,
+        pipe.ranks,
+        Program(functions.enter, stage),
+        by_stage,
+        {s: flat(w) for s, w in by_stage.items()},
+        [batch] * count,
+        InProcessLinks(),
+        lambda *args: None,
+    )
     assert list(out.peak.values()) == peaks(t)
     assert list(most.values()) == peaks(t) and set(alive.values()) == {0}
 

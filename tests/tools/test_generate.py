@@ -33,9 +33,17 @@ from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
 
 M = ModelConfig(
-    vocab=61, embed=24, layers=2, heads=4, kv_heads=4, head_dim=6, mlp=40, context=64, vocab_multiple=1,
+    vocab=61,
+    embed=24,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=6,
+    mlp=40,
+    context=64,
+    vocab_multiple=1,
     init_std=0.3,
-)  # fmt: skip
+)
 MODELS = {
     "grouped": replace(M, kv_heads=2, qk_norm=True),
     "window": replace(M, window=5),

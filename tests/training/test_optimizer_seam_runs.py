@@ -1,4 +1,4 @@
-"""The optimizers of toy_optimizers.py in runs: saved, resumed, measured, and taken by each command."""
+"""The optimizers of toy_optimizers.py in runs: saved, resumed, measured, and known to commands."""
 
 from __future__ import annotations
 
@@ -72,11 +72,26 @@ def test_state_moves_between_real_ranks(pool, tmp_path):
 
 
 FLAGS = [
-    "--model.layers=1", "--model.embed=16", "--model.heads=2", "--model.kv-heads=2",
-    "--model.head-dim=8", "--model.mlp=16", "--model.vocab=280", "--data.seq-len=16", "--batch=4",
-    "--steps=4", "--sample-tokens=0", "--eval-every=0", "--dtype=float64", "--device=cpu", "--simulate",
-    "--optim.schedule=constant", "--optim.warmup=0", "--optim.lr=0.05", "--save-every=2",
-]  # fmt: skip
+    "--model.layers=1",
+    "--model.embed=16",
+    "--model.heads=2",
+    "--model.kv-heads=2",
+    "--model.head-dim=8",
+    "--model.mlp=16",
+    "--model.vocab=280",
+    "--data.seq-len=16",
+    "--batch=4",
+    "--steps=4",
+    "--sample-tokens=0",
+    "--eval-every=0",
+    "--dtype=float64",
+    "--device=cpu",
+    "--simulate",
+    "--optim.schedule=constant",
+    "--optim.warmup=0",
+    "--optim.lr=0.05",
+    "--save-every=2",
+]
 
 
 def losses(run_dir: Path, *flags: str) -> list[float]:
