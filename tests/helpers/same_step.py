@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
+from dtron.tools.compare_steps import StepResult, compare
 
 
 def model_config(mesh: str, group: int, **choices) -> RunConfig:
@@ -22,3 +23,11 @@ def model_config(mesh: str, group: int, **choices) -> RunConfig:
     )
     seq_len = 12
     return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=seq_len), **choices)
+
+
+def assert_same_result(want: StepResult, got: StepResult) -> None:
+    """Loss, gradients and weights of two steps differ by at most 1e-9."""
+    loss, rows = compare(want, got)
+    assert loss <= 1e-9
+    for row in rows:
+        assert row.grad <= 1e-9 and row.weight <= 1e-9, row
