@@ -8,21 +8,18 @@ from dtron.tools.compare_steps import StepResult, compare
 
 
 def model_config(mesh: str, group: int, **choices) -> RunConfig:
+    """A run of a model that fits this mesh.
+
+    ``group``: queries to a key head.
+    ``choices``: fields of the model or of the run."""
     shape = MeshShape.parse(mesh)
     kv = shape.tp
     layers = choices.pop("layers", 1)
     fields = {k: choices.pop(k) for k in list(choices) if k in ModelConfig.__dataclass_fields__}
-    model = ModelConfig(
-        **{
-            **dict(
-                embed=10, layers=layers, heads=kv * group, kv_heads=kv, head_dim=4, mlp=4 * shape.tp
-            ),
-            **dict(vocab=29, vocab_multiple=1, context=24),
-            **fields,
-        }
-    )
-    seq_len = 12
-    return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=seq_len), **choices)
+    sizes = dict(vocab=29, embed=10, layers=layers, heads=kv * group, kv_heads=kv, head_dim=4)
+    sizes |= dict(mlp=4 * shape.tp, vocab_multiple=1, context=24)
+    model = ModelConfig(**sizes | fields)
+    return RunConfig(mesh=mesh, model=model, data=DataConfig(seq_len=12), **choices)
 
 
 def assert_same_result(want: StepResult, got: StepResult) -> None:
