@@ -1,4 +1,4 @@
-"""What the benchmarks import."""
+"""The benchmarks import few packages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tests.helpers.paths import ROOT
 
 
 def test_the_benchmarks_need_torch_and_numpy_alone():
-    """What else dtron depends on is out of reach. One process for both: most of its time goes into
-    torch."""
+    """dtron's other dependencies are out of reach. One process tests both programs, because
+    importing torch takes most of the time."""
     code = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(["rich", "tyro", "tokenizers", "datasets"]))

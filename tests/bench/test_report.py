@@ -1,4 +1,4 @@
-"""The table of docs/performance.md is what was measured, and the latest of it."""
+"""The table of docs/performance.md shows measurements, and the latest of each case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def line(**changes) -> dict:
-    """What bench/train.py prints, less what the table has no use for."""
+    """A record of bench/train.py, without the fields that the table does not use."""
     return {
         "model": "bench-1.3b", "mesh": "dp=2", "zero": 3, "rows": 2, "microbatches": 1,
         "seq_len": 4096, "recompute": "none", "compiled": True, "dtype": "bfloat16", "fp8": "none",
@@ -140,7 +140,7 @@ def test_a_line_that_no_benchmark_printed_is_refused(tmp_path, capsys, text, par
 
 
 def test_peers_are_whole():
-    """The nine measured; each with hardware, version and date, which ``checked`` demands."""
+    """The nine measured peers. ``checked`` demands hardware, version and date of each."""
     rows = report.read_peers()
     assert len(rows) == len({(x["system"], report.case_of(x)) for x in rows}) == 9
     assert all((x["zero"] is None) == ("dp=2" not in x["mesh"]) for x in rows)

@@ -1,4 +1,4 @@
-"""What is saved on one mesh is loaded on any other, equal to the bit."""
+"""A checkpoint of any mesh loads on any other mesh, equal to the bit."""
 
 from __future__ import annotations
 
@@ -53,11 +53,15 @@ SPARSE = ModelConfig(
 )
 Where = tuple[str, int, str]  # mesh, ZeRO stage, schedule
 
-SCHEDULES = {1: ["1f1b"], 2: ["1f1b", "interleaved", "zb-v"], 4: ["1f1b"]}  # as four layers allow
+SCHEDULES = {
+    1: ["1f1b"],
+    2: ["1f1b", "interleaved", "zb-v"],
+    4: ["1f1b"],
+}  # four layers allow these
 
 
 def shapes(ranks: int, *axes: str) -> list[MeshShape]:
-    """All ways to have so many ranks over some axes, and experts over those in all ways."""
+    """All shapes with this number of ranks over these axes, and with all shapes of experts."""
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
     found = []
     for ns in product(sizes, repeat=len(axes)):
@@ -84,8 +88,8 @@ SIMULATED = places(
 
 
 def value(w: WeightSpec, kind: str) -> Tensor:
-    """Any number, another one in every place of every weight and moment."""
-    with paused():  # simulated ranks would draw each their own
+    """A value that differs at every index of every weight and moment."""
+    with paused():  # otherwise every simulated rank draws its own values
         return torch.randn(
             w.shape, generator=torch.Generator().manual_seed(crc32(f"{kind}.{w.path}".encode()))
         )
@@ -94,8 +98,11 @@ def value(w: WeightSpec, kind: str) -> Tensor:
 def built(
     where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool, names=ADAMW.state_names
 ):
-    """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of
-    nothing, with optimizer trees of these names."""
+    """Build the declared weights of this rank's stages and a train state.
+
+    ``rank``: None means all stages.
+    ``blank``: the state has zeros in place of ``value``.
+    ``names``: names of the optimizer's trees."""
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
     config = RunConfig(
@@ -121,7 +128,7 @@ def built(
 def differences(
     where: Where, rank: int | None, mesh: DeviceMesh | None, folder: str, names=ADAMW.state_names
 ) -> list[str]:
-    """Load, and name what has another bit than it must."""
+    """Load a checkpoint, and name every tensor that is not equal to the bit."""
     spec, state = built(where, rank, mesh, True, names)
     state = checkpoint.load(checkpoint.newest(Path(folder)), state, spec, {})
     _, want = built(where, rank, mesh, False, names)
@@ -140,7 +147,8 @@ def differences(
 def move_on_pool(
     saved: Where, loaded: Where, folder: str, mutant: str = "", names=ADAMW.state_names
 ) -> list[str]:
-    """A job: save on one mesh and load on another. All ranks know when the file is whole."""
+    """A job for the pool: save on one mesh and load on another. ``save`` returns when the file is
+    whole on all ranks."""
     build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
     with mutated(mutant):
         spec, state = built(saved, dist.get_rank(), build(saved), False, names)
@@ -154,8 +162,8 @@ def moves(pool, folder: Path, saved: Where, loaded: Where, mutant: str = "") -> 
 
 
 def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where) -> None:
-    """Four real ranks write, and read as another four; then ranks simulated here, as many as there
-    may be."""
+    """Four real ranks save, and four ranks of another mesh load. Then simulated ranks load, in any
+    number."""
     moves(pool, folder, saved, loaded)
     with simulated(MeshShape.parse(then[0])) as mesh:
         assert differences(then, None, mesh, str(folder)) == []

@@ -36,7 +36,7 @@ RUN = [
 
 @pytest.mark.parametrize("mesh", ["", "dp=2"])
 def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
-    """From its checkpoint of step 2, with the losses that it had at steps 3 and 4 itself."""
+    """Resumed at step 2, the run has the losses that the older version had at steps 3 and 4."""
     run_dir = tmp_path / "run"
     shutil.copytree(FIXTURES / "run-fdfba95", run_dir)
     shutil.copy(FIXTURES / "text.txt", tmp_path)
@@ -55,7 +55,7 @@ def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     got = [record["loss"] for record in records]
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4
-    # Its records have today's names too, and so has its config.
+    # Its records and its config have today's names too.
     names = [set(r) - {"validation_loss", "checkpoint_stall_seconds"} for r in records]
     assert names == [names[-1]] * 4
     assert json.loads((run_dir / "config.json").read_text()).keys() == asdict(RunConfig()).keys()

@@ -165,7 +165,7 @@ def megatron():
 
 
 class Words:
-    """What GPTDataset asks of a tokenizer."""
+    """The part of a tokenizer that GPTDataset uses."""
 
     vocab_size, eod, pad = 5000, 0, -1
     unique_identifiers = {"class": "Words"}
@@ -174,7 +174,7 @@ class Words:
 def theirs(
     megatron, prefix: Path, split: str, seq_len: int, samples: int, seed: int, reset: bool = False
 ):
-    """GPTDataset's training samples, as its builder makes them."""
+    """Training samples of GPTDataset, built by its builder."""
     gpt, indexed, utils = megatron
     config = gpt.GPTDatasetConfig(
         random_seed=seed,
@@ -212,8 +212,8 @@ def agree(
 
 
 def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
-    """One epoch, several, a last one apart; seeds, lengths and splits; 10,000 samples and more
-    each."""
+    """One epoch, several epochs, and a separate last epoch. Seeds, lengths and splits, each with
+    10,000 samples or more."""
     synthetic(tmp_path / "c", 0, 9000, 90)
     synthetic(tmp_path / "short", 1, 700, 60)
     kinds = [

@@ -1,4 +1,4 @@
-"""The program on every kind of data: the same on any mesh, after a resume, and what it refuses."""
+"""train.py on every kind of data: the same on any mesh, after a resume, and what it refuses."""
 
 import json
 import shutil
@@ -76,10 +76,13 @@ KINDS = {
 
 
 def killed_and_resumed(run_dir: Path, *argv: str, then: list[str]) -> None:
-    """Four steps of one device; the last two again, in another way."""
+    """Four steps on one device. Then the last two steps again, from a checkpoint and in another
+    way."""
     want = run(run_dir, *argv, "--save-every=2")
     assert all(0 <= record["data_wait_ratio"] <= 1 for record in want)
-    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
+    shutil.rmtree(
+        checkpoint.folder(run_dir) / "step-00000004"
+    )  # as if the run had been killed before step 4
     found = run(run_dir, *argv, *then, "--resume")
     agree(found, losses(want))
     assert losses(found)[:2] == losses(want)[:2]
@@ -132,8 +135,8 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(run_dir, capsys):
 
 
 def test_the_order_is_part_of_a_run(run_dir, capsys):
-    """Two epochs of the text would be shuffled together: a longer run is another order, unless
-    told."""
+    """Two epochs of a text are shuffled together. So a longer run has another order, unless a flag
+    sets the epochs."""
     argv = ["--data.path=tokens", "--steps=60", "--sample-tokens=0", "--log-every=99"]
     run(run_dir, *argv, "--save-every=60", "--batch=8")
     capsys.readouterr()
@@ -208,7 +211,7 @@ def test_text_that_turns_out_bad_while_it_is_streamed(folder, run_dir, capsys):
 
 
 def test_the_run_says_how_long_it_waited_for_data(run_dir, monkeypatch):
-    """data_wait_ratio is the share of a step in which the host stood still."""
+    """data_wait_ratio is the share of a step in which the host waited for data."""
     original = Prefetch.next
 
     def late(self):

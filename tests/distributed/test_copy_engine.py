@@ -38,8 +38,10 @@ OPS, ATEN = torch.ops._c10d_functional, torch.ops.aten
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
-    """A job for the pool: whether each of some collectives gives what gloo's own gives, and nothing
-    was written too early; and how many of them were copies."""
+    """A job for the pool: whether each collective of a list gives gloo's result, and how many were
+    copies.
+
+    The last flag: no memory was written before other ranks had read it."""
     rank, random = dist.get_rank(), torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(1, high, (), generator=random))
     with copying(mode, 2**12) as (_, group):
@@ -70,13 +72,13 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         for x in rows:
             both = [OPS.wait_tensor(swap(x, g)) for g in (world, name)]
             same.append(torch.equal(*both))
-        for order in (1, -1):  # many are on their way, and waited for in any order
+        for order in (1, -1):  # several in flight, with waits in any order
             swaps = lambda g: [swap(x, g) for x in rows]
             pairs = list(zip(swaps(world), swaps(name), strict=True))[::order]
             same += [torch.equal(*map(OPS.wait_tensor, pair)) for pair in pairs]
-        uneven = [[draw(3) for _ in range(RANKS)] for _ in range(RANKS)]  # what each sends to each
-        # Rows of experts that are as many for rank 0 as where pieces of gradients are swapped, for
-        # it alone.
+        uneven = [[draw(3) for _ in range(RANKS)] for _ in range(RANKS)]  # [sender][receiver]
+        # For rank 0 alone, the split sizes equal those of an exchange of gradient shards. Here the
+        # exchange is of rows of experts.
         uneven[0], uneven[1:] = [0] + [1] * (RANKS - 1), [[1, *row[1:]] for row in uneven[1:]]
         sent, received = uneven[rank], [row[rank] for row in uneven]
         x = torch.randn(sum(sent), 3, generator=torch.Generator().manual_seed(rank))
@@ -84,7 +86,7 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         same.append(torch.equal(*both))
         both = [OPS.wait_tensor(OPS.all_reduce(x[:3], "sum", g)) for g in (world, name)]
         same.append(torch.equal(*both))
-        for w in near:  # weights move, and are gathered again
+        for w in near:  # weights are updated, and gathered again
             w.add_(1)
         group.settle()
         for w in near:
@@ -105,9 +107,10 @@ def test_the_comparison_notices(pool, mutant):
 
 
 def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], bool, int, bool]:
-    """A job for the pool: losses and norms under ZeRO-3 with copies of weights in bfloat16, and
-    whether anything was written too early; how many collectives were copies, and whether weights
-    are in reach."""
+    """A job for the pool: a run under ZeRO-3 with compute copies in bfloat16.
+
+    Returns losses, norms, whether memory was written too early, the number of copies, and whether
+    weights are in symmetric memory."""
     model = replace(MODEL, embed=embed)
     config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(seq_len=8))
     with copying(mode, 2**16) as (mesh, group):
@@ -119,13 +122,14 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
 
 @cache
 def trained(pool, mode: str, embed: int = 24) -> tuple[list[float], list[float], bool, int, bool]:
-    """What rank 0 says; of "rest" several tests ask."""
+    """The result of rank 0. Several tests use the run without copies ("rest")."""
     return pool.run(training_on_pool, mode, embed)[0]
 
 
 @pytest.mark.parametrize(("embed", "in_reach"), [(24, True), (26, False)])
 def test_training_is_the_same_to_the_last_bit(pool, embed, in_reach):
-    """Parts of one size are pulled from where they are; others are padded first, and so staged."""
+    """Shards of equal size are read directly from the memory of other ranks. Shards of unequal size
+    are padded first, so they go through the staging buffer."""
     want, got = (trained(pool, mode, embed) for mode in ("rest", "copies"))
     assert got[:3] == want[:3] and got[4] == in_reach and want[3] == 0
     assert got[3] >= 3 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
@@ -138,7 +142,7 @@ def test_training_that_goes_wrong_is_noticed(pool, mutant):
 
 
 def hidden(graph: Graph) -> dict[str, list[int]]:
-    """For each kind of collective, behind how many products each is on its way."""
+    """For each kind of collective, the number of matmuls that hide each instance."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     products = [place[n] for n in graph.nodes if n.target in (ATEN.mm.default, ATEN.addmm.default)]
     found: dict[str, list[int]] = {}
@@ -161,10 +165,13 @@ BLOCK = replace(MODEL, layers=1)
 def compiled_on_pool(
     runs: list[tuple[str, str]], bucket: int
 ) -> tuple[list[list[float]], dict[str, list]]:
-    """A job for the pool: losses and norms of weights of three steps under ZeRO-3, compiled, for
-    each of these runs: its mode, and whether it is of the graphs as they were ("plain") or of those
-    whose collectives were put in order ("ahead", ``bucket`` bytes of weights). And what the graphs
-    of both kinds hide. All is traced once."""
+    """A job for the pool: losses and weight norms of three compiled steps under ZeRO-3, for each
+    run.
+
+    ``runs``: pairs of a mode and a graph. The graph is "plain", as traced, or "ahead", with
+    reordered collectives.
+    ``bucket``: bytes of weights in one bucket of "ahead".
+    Also returns the hidden collectives of both graphs. Everything is traced once."""
     torch.compiler.reset()
     graphs, chosen, rows = {"plain": [], "ahead": []}, [""], torch.arange(8 * 17).view(8, 17) % 61
 

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.xdist_group("pool")
 
 
 class Stream:
-    """A stream that writes down what it waits for. Its events are how many copies there were
-    before."""
+    """A stream that logs its waits. An event is the number of copies issued before it."""
 
     copies = 0
 
@@ -44,7 +43,8 @@ class Event:
 
 @given(st.lists(st.one_of(st.just("ask"), st.integers(0, 5)), max_size=60))
 def test_a_wait_is_for_the_copy_and_never_for_what_was_just_asked_for(plan):
-    """A number waits for the copy that is so many before the last."""
+    """Draws are "ask", which issues a copy, or a number n, which waits for the n-th copy before the
+    last."""
     main, Stream.copies, asked, before = Stream(), 0, [], 0
     with pytest.MonkeyPatch.context() as patch:
         for name, fake in (
@@ -63,7 +63,7 @@ def test_a_wait_is_for_the_copy_and_never_for_what_was_just_asked_for(plan):
                 asked[mine - 1]()
                 assert max(main.waits) == (waited if waited >= mine else max(mine, before))
                 before = len(asked)
-        assert main.waits == sorted({*main.waits})  # none that another covers
+        assert main.waits == sorted({*main.waits})  # no wait that another wait covers
 
 
 def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
@@ -78,13 +78,13 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 
 
 def test_nothing_is_carried_where_there_is_no_mesh():
-    """As in a pipeline whose stages are of one rank."""
+    """As in a pipeline with one rank per stage."""
     assert not dtron.distributed.symmetric_memory.copy_engine_groups(None)
 
 
 def test_weights_gathered_over_one_group_alone(monkeypatch):
-    """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over
-    both."""
+    """If cp is within a host and dp is not, only the cp group has copy engines. Weights are
+    gathered over both axes, so no single group carries them."""
     alone = lambda *names: dtron.training.compiled_stage._carried(
         SimpleNamespace(mesh_dim_names=names)
     )

@@ -13,7 +13,7 @@ from dtron.layers.attention_mask import AttentionMask
 pytestmark = pytest.mark.gpu
 
 
-# Everything a mask can have, each alone and all at once: window, documents, soft-cap, sinks.
+# Every feature of a mask, alone and together: window, documents, soft-cap, sinks.
 MASKS = {
     "causal": (None, False, None, False),
     "window": (100, False, None, False),
@@ -26,10 +26,10 @@ MASKS = {
 
 
 def inputs(seq_len: int, documents: bool, sinks: bool, head_dim: int = 128):
-    """Queries, keys, values (and sinks) that bfloat16 holds, and documents."""
+    """Queries, keys, values, sinks and documents. bfloat16 represents the values exactly."""
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
-    # As the layer has them: token-major, heads inside.
+    # The layer's memory layout: token-major, heads inside.
     q, k, v = (draw(2, seq_len, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
     ids = (
         (torch.rand(2, seq_len, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
@@ -50,8 +50,8 @@ def forward_and_backward(core, xs: list, ids, mask: AttentionMask, dtype: torch.
 def difference(
     core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None
 ) -> float:
-    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients,
-    relative."""
+    """The error of a kernel in bfloat16 against the reference in float32: the largest relative
+    error of output and gradients."""
     want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
     got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
@@ -85,7 +85,7 @@ def test_flex_takes_any_head_dim_from_16(head_dim):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_flex_in_the_eager_program_makes_no_square_matrix():
-    """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
+    """A square matrix would be 2 rows by 8 heads by 8192 by 8192 scores: 2 GiB in bfloat16."""
     xs, ids = inputs(8192, True, True)
     run = lambda: forward_and_backward(
         CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16

@@ -17,8 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("compile", [False, True])
 def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile):
-    """Of two parts of the keys, in bfloat16, against autograd through both written out in
-    float64."""
+    """Two shards of the keys, in bfloat16, against autograd through the reference in float64."""
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda n, s: torch.randn(2, n, s, head_dim, device="cuda", generator=g)
     q, k, v, k_2, v_2, grad = (
@@ -59,7 +58,7 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus_have_the_losses_of_one(tmp_path, flags, dtype):
-    """In bfloat16 on fused kernels, to its own precision."""
+    """In bfloat16 with fused kernels, to the precision of bfloat16."""
     flags = [*flags.split(), "--dtype", dtype]
     want = losses(tmp_path / "one", *flags)
     got = losses(tmp_path / "two", "--mesh", "cp=2", *flags, processes=2)

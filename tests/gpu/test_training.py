@@ -52,7 +52,7 @@ def test_ten_steps_in_bfloat16_follow_float32(recompute):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_pipeline_stages_on_one_gpu(schedule):
-    """The runner and backwards in halves; the stages share the GPU and hand over."""
+    """The runner and split backwards. The stages share the GPU."""
     config = replace(
         TEN,
         model=replace(MODEL, layers=4),
@@ -74,8 +74,8 @@ def test_pipeline_stages_on_one_gpu(schedule):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_of_a_model_with_every_mask(recompute, compile):
-    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the
-    microbatches have other documents."""
+    """``auto`` is flex here. Eager and compiled stages in float32 against the reference. The
+    microbatches have different documents."""
     model = replace(MODEL, head_dim=16, context=200, window=50, softcap=2.0, sinks=True)
     layout, g = Layout(), torch.Generator().manual_seed(0)
     rows = torch.randint(model.vocab, (4, 201), generator=g).cuda()
@@ -100,7 +100,7 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-deepseek"])
 def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
-    """Tokens choose experts by a fixed rule here: rounding must not send one to another."""
+    """Tokens choose experts by a fixed rule, so that rounding sends no token to another expert."""
     m = preset(name)
     m = replace(m, layers=3, moe=replace(m.moe, balanced=True)) if m.moe.experts else m
     layout = Layout(compute=torch.bfloat16)
@@ -121,7 +121,7 @@ def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_recorded_step_is_the_step(count):
-    """Replayed with other batches, rates and counts of tokens than those it was recorded with."""
+    """Replayed with other batches, learning rates and token counts than at recording."""
     config, layout = replace(TEN, batch=8, micro_batch=8 // count), Layout()
     found = []
     for record in (False, True):
@@ -147,7 +147,7 @@ def test_a_recorded_step_is_the_step(count):
 
 
 def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32") -> list[float]:
-    """Of train.py, started as a user would."""
+    """The losses of train.py, started as a user starts it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
     common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample-tokens", "0"]
@@ -179,8 +179,8 @@ def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
-    """In bfloat16, where weights are pulled from where they are and gradients are added up where
-    they land; compiled, in a CUDA graph from the fourth step on."""
+    """In bfloat16: copy engines read weights from other GPUs, and each GPU sums the gradients that
+    it receives. Compiled steps are in a CUDA graph from the fourth step on."""
     flags = ["--mesh", "dp=2", "--zero", "3", "--compile", compile]
     want, got = (
         losses(tmp_path / how, *flags, "--copy-engines", how, processes=2, dtype="bfloat16")
@@ -191,7 +191,7 @@ def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
-    """The diagnosis runs what no step has run, with messages on their way."""
+    """The diagnosis runs kernels that no step has run, while messages are in flight."""
     launch = [
         "-m",
         "torch.distributed.run",

@@ -17,11 +17,11 @@ ONE = Layout()
 BLOCK = replace(MODEL, layers=1)
 ROWS = torch.arange(8 * 17).view(8, 17) % 61
 DOCUMENTS = (ROWS[:, :-1] % 5 == 0).cumsum(1)
-HARD = replace(BLOCK, window=5, softcap=2.0, sinks=True)  # with documents, all that a mask can have
+HARD = replace(BLOCK, window=5, softcap=2.0, sinks=True)  # with documents, every feature of a mask
 
 
 def lone_rank(mesh: str) -> DeviceMesh:
-    """A mesh of which this process is rank 0. The other ranks are not there. The process asks for
-    as many collectives as rank 0 of all ranks."""
+    """A mesh of which this process is rank 0. The other ranks do not exist. The process issues the
+    collectives that rank 0 would issue."""
     with simulated(MeshShape.parse(mesh)) as devices:
         return devices  # the mesh outlives its simulation

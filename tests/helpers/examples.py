@@ -9,12 +9,12 @@ from hypothesis import example, settings
 
 
 def examples(n: int) -> int:
-    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any
+    """Scale a number of examples: ``n`` of the hundred that hypothesis draws by default, in any
     profile."""
     return max(1, n * settings().max_examples // 100)
 
 
-# One of each set of axes; 3 divides hardly anything.
+# One mesh for each set of axes. 3 divides few sizes.
 KINDS = [
     "dp_replicate=2",
     "dp=3",
@@ -27,8 +27,10 @@ KINDS = [
 
 
 def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
-    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the
-    longest list, of which the others' values take turns."""
+    """Add examples to those that ``@given`` draws, for cases that chance might leave out.
+
+    There are as many examples as the longest list has values. The values of shorter lists
+    repeat."""
 
     def add(test: Callable) -> Callable:
         for i in range(max(map(len, lists.values()))):

@@ -47,7 +47,7 @@ def divisors(n: int) -> list[int]:
 
 @st.composite
 def expert_meshes(draw, ranks: int = 8, axes=("dp", "cp", "tp")):
-    """Mesh texts with experts spread in any way that fits; ep = 1 too."""
+    """Draw a mesh with any ep and etp that fit; ep = 1 too."""
     shape = draw(
         st.tuples(*(st.sampled_from([1, 2, 3, 4]) for _ in axes))
         .map(lambda ns: MeshShape(**dict(zip(axes, ns, strict=True))))
@@ -59,8 +59,10 @@ def expert_meshes(draw, ranks: int = 8, axes=("dp", "cp", "tp")):
 
 
 def skewed(kind: str, experts: int) -> Tensor:
-    """Added to the router's logits. ``one``: every token's first choice is expert 0, and with k = 1
-    the others have none; ``few``: the upper half has none."""
+    """Values to add to the router's logits.
+
+    ``one``: every token's first choice is expert 0. With top_k = 1 the other experts have no token.
+    ``few``: the upper half of the experts has no token."""
     places = torch.arange(experts)
     far = {
         "even": places * 0.0,
@@ -71,8 +73,9 @@ def skewed(kind: str, experts: int) -> Tensor:
 
 
 def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False):
-    """A layer of experts, for ``assert_equivalent``: its output, or what it adds to the loss.
-    Sequences have 6 tokens, and every fifth token does not count."""
+    """Build a layer of experts for ``assert_equivalent``: its output, or its auxiliary loss.
+
+    Sequences have 6 tokens. Every fifth token does not count."""
 
     def fn(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         place = layout.iota("tokens_sp", x.shape[0], "cpu")

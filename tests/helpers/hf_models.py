@@ -58,7 +58,7 @@ _DEEPSEEK = _SIZES | {
 _LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
-# By name: the class there, and its config.
+# By name: the class in transformers, and its config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _SIZES | {"rope_parameters": _LLAMA3}),
     "llama-tied": ("Llama", _SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -98,8 +98,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def model(name: str) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform, and experts are far apart; norms and
-    biases are away from 1 and 0."""
+    """Draw large weights, so that attention is far from uniform and experts differ. Norms are away
+    from 1, biases away from 0."""
     import transformers
 
     kind, config = FAMILIES[name]
@@ -111,7 +111,7 @@ def model(name: str) -> torch.nn.Module:
             if "inv_freq" in path or not w.is_floating_point():
                 continue
             center = 1.0 if w.ndim == 1 and path.endswith("weight") else 0.0
-            # In numbers of bfloat16, so that it is the same model in both.
+            # bfloat16 represents every number, so the model is the same in both dtypes.
             x = center + torch.randn(w.shape, generator=g) * (0.2 if w.ndim > 1 else 0.3)
             w.copy_(x.bfloat16())
     return made.eval()
@@ -119,7 +119,7 @@ def model(name: str) -> torch.nn.Module:
 
 @cache
 def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """It, saved."""
+    """Save the model, and return its folder."""
     import copy
 
     out = Path(tempfile.mkdtemp(prefix="dtron-hf-"))

@@ -18,9 +18,10 @@ from tests.helpers.pool import RANKS
 
 
 class Snapshots:
-    """A Room whose memory the ranks see as it was at the last barrier. ``raced``: whether what a
-    rank has read since then was written before the next one, so that it could have come too
-    late."""
+    """Memory of a copy engine group: ranks see its content at the last barrier.
+
+    ``raced``: a rank has read bytes since the last barrier that were written before the next one.
+    On a GPU the write could have come too late."""
 
     def __init__(self, memory: torch.Tensor):
         self.memory, self.seen, self.read, self.raced = (
@@ -48,9 +49,12 @@ MUTANTS = ("unstaged", "unsettled", "other's", "one half", "one place")
 
 
 class Switched(CopyEngineGroup):
-    """Copies, counted; or all by gloo ("rest"); or a mutant: nothing is put where others read;
-    nobody says that weights have moved; the wrong part is sent; the stage has one half; what is
-    sent together lies in one place."""
+    """A group whose mode is one of these. It counts copies.
+
+    "copies": copy engines. "rest": every collective by gloo.
+    The other modes are mutants. "unstaged": nothing is written to the staging buffer. "unsettled":
+    updated weights are not published. "other's": the wrong shard is sent. "one half": the staging
+    buffer has one half only. "one place": tensors that are sent together overlap."""
 
     mode, copied = "copies", 0
 
@@ -94,9 +98,10 @@ def made(group, options) -> Switched:
 
 @cache
 def mesh_of_copies() -> DeviceMesh:
-    """All of the pool's ranks. One for all jobs, under a name of dp that no other test's mesh has:
-    DTensor takes equal meshes for one, and would go on with the groups of that which it saw
-    first."""
+    """The mesh of all of the pool's ranks, one for all jobs.
+
+    Its dim has a name that no other test uses. DTensor treats equal meshes as the same mesh, and
+    would use the groups of the first one."""
     dist.Backend.register_backend("switched", made, extended_api=True, devices=["cpu"])
     return init_device_mesh(
         "cpu", (RANKS,), mesh_dim_names=("dp.edp",), backend_override={"dp.edp": "switched"}

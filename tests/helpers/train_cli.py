@@ -21,7 +21,7 @@ TINY += ["--device=cpu", "--batch=4", "--steps=4", "--sample-tokens=5"]
 TINY += [
     "--optim.lr=5e-3",
     "--optim.warmup=1",
-]  # steps long enough that a wrong one shows in the next loss
+]  # so large that a wrong step shows in the next loss
 SIX = ["--steps=6", "--eval-every=0", "--sample-tokens=0", "--save-every=2"]
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
@@ -29,7 +29,7 @@ KEYS |= {"peak_memory_gib", "step_seconds", "data_wait_ratio", "skipped_steps"}
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Run as one process, beside the text, with a cache of its own."""
+    """Prepare a run of one process: in the folder of the text, with a cache of its own."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         patch.delenv(name, raising=False)
     patch.setenv("DTRON_CACHE", str(folder / "cache"))
@@ -37,7 +37,7 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def run(run_dir: Path, *argv: str) -> list[dict]:
-    """What metrics.jsonl holds after a run that succeeds."""
+    """Run train.py, which must succeed, and return the records of metrics.jsonl."""
     assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", *argv]) == 0
     return records(run_dir)
 

@@ -1,4 +1,4 @@
-"""A run that begins with a Hugging Face folder: the same on every mesh, resumable, and back out."""
+"""A run from a Hugging Face folder: the same on every mesh, resumable, and exported again."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def losses(run_dir: str, *flags: str) -> list[float]:
 
 
 def test_from_a_folder_to_a_folder(beside, capsys):
-    """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause
-    and a change of mesh."""
+    """A learning rate of 0 leaves the weights unchanged. Then two steps: on one device, and with a
+    resume on another mesh."""
     start = losses("still", "--steps=1", "--optim.lr=0", "--simulate", "--mesh=tp=2")
     assert hf_main(["export", "still", "out"]) == 0
     before, after = Reader(Path("model")), Reader(Path("out"))

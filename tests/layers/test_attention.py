@@ -1,4 +1,4 @@
-"""The attention layer against einsum, and which tokens of a model see which."""
+"""The attention layer against einsum, and which tokens of a model see which tokens."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def logits(model: ModelConfig, rows: Tensor, **data) -> Tensor:
     [{}, {"softcap": 1.0}, {"window": 20}, {"positions": "learned"}, {"sinks": True, "window": 5}],
 )
 def test_tokens_see_no_later_token_and_no_other_document(changes):
-    """In the whole model; with positions that restart, a document of a packed row is as it is
-    alone."""
+    """In the whole model. With positions that restart, a document of a packed row has the logits
+    that it has alone."""
     model, rows = replace(SMALL, init_std=0.3, **changes), torch.arange(22).view(2, 11)
     changed = rows.clone()
     changed[1, 6] = 49

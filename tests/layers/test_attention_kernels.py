@@ -1,4 +1,4 @@
-"""Attention kernels against the definition, and which token has influence on which."""
+"""Attention kernels against the definition, and which token influences which token."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_path_is_the_reference(
     seed=st.integers(0, 99),
 )
 def test_values_of_another_width_and_another_scale(path, w, scale, s, window, packed, seed):
-    """And the reference is the same with values padded to the width of keys."""
+    """The reference is the same with values padded to the width of keys."""
     q, k, v = (
         normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w)))
     )
@@ -105,8 +105,8 @@ WRONG = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("what", WRONG)
 def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
-    """The comparison above can fail: a window wider by one, documents or sinks ignored, heads mixed
-    up."""
+    """The comparison above can fail: a window wider by one, ignored documents or sinks, exchanged
+    heads."""
     hard = path != "sdpa"
     if not hard and what in ("softcap", "sinks"):
         pytest.skip("sdpa has neither")
@@ -146,8 +146,8 @@ def test_a_token_has_influence_where_it_may_be_seen_and_nowhere_else(path, docum
 
 @pytest.mark.parametrize("path", PATHS)
 def test_documents_never_meet(path):
-    """With everything about one document changed, the other's outputs and gradients are the same
-    bits; on another path or with other document numbers, too."""
+    """When all of one document changes, outputs and gradients of the other document keep their
+    bits. So they do with other document numbers."""
     hard, s, cut = path != "sdpa", 150, 70
     mask = AttentionMask(s, 40, 2.0 if hard else None)
     sinks = normal(4, seed=3) if hard else None
@@ -174,8 +174,8 @@ def test_documents_never_meet(path):
 
 
 def test_softcap():
-    """Values that are the identity give the probabilities; no two of a row differ by more than e^(2
-    cap)."""
+    """With the identity as values, the output is the probabilities. Two of a row differ by a factor
+    of at most e^(2 cap)."""
     q, k, eye = (
         30 * normal(1, 1, 8, 8),
         30 * normal(1, 1, 8, 8, seed=1),
@@ -190,8 +190,8 @@ def test_softcap():
 
 
 def test_sinks():
-    """A head's weights sum to less than 1 by what its sink takes: all for a large one, nothing for
-    -inf."""
+    """The weights of a head sum to less than 1, by the share of its sink. A large sink takes
+    everything, and a sink of -inf takes nothing."""
     q, k, eye = (
         normal(1, 3, 8, 8),
         normal(1, 3, 8, 8, seed=1),
@@ -226,7 +226,7 @@ def test_sdpa_refuses_what_it_has_not(sinks, mask):
     ],
 )
 def test_auto(mask, documents, sinks, gpu, small, cpu):
-    """By device; and flex's kernels on a GPU have a least head_dim and no float64."""
+    """The choice by device. flex's GPU kernels need a minimal head_dim and have no float64."""
     auto = partial(choose, "auto", mask, documents, sinks)
     cuda = torch.device("cuda")
     assert auto(80, torch.bfloat16, cuda) == auto(16, torch.float32, cuda) == gpu
@@ -238,9 +238,9 @@ def test_auto(mask, documents, sinks, gpu, small, cpu):
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
-    """As the eager program does on a GPU. Uncompiled, a recomputed flex has wrong gradients under a
+    """The eager program does so on a GPU. Uncompiled, a recomputed flex has wrong gradients under a
     soft-cap: torch then differentiates the soft-cap while the region's hooks on saved tensors are
-    in place."""
+    active."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     mask, sinks = AttentionMask(6, 3, 0.5), normal(4, seed=3)
     compiled = torch.compile(

@@ -61,7 +61,7 @@ def test_attention_with_sinks():
         assert (wrong - want).abs().max() > 0.1
     names = [
         name for name in w if name != "k_proj.bias"
-    ]  # a softmax does not see it: its gradient is noise
+    ]  # a softmax is invariant to this bias: its gradient is noise
     slopes = [
         torch.autograd.grad(y.square().sum(), [w[n] for n in names]) for y in (run(ours, 5), want)
     ]

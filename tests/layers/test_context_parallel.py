@@ -39,7 +39,7 @@ METHODS = ("ring", "allgather", "ulysses")
 def configured(
     mesh: str, method: str = "ring", group: int = 2, kv: int = 1, **choices
 ) -> RunConfig:
-    """Whose kv heads are ``kv`` a rank, under ulysses a multiple of cp."""
+    """A run with ``kv`` key heads per rank; under ulysses times cp."""
     shape = MeshShape.parse(mesh)
     heads = kv * shape.tp * (shape.cp if method == "ulysses" else 1)
     documents = choices.pop("documents", False)
@@ -95,7 +95,7 @@ test_many_steps_are_those_of_one_device = pytest.mark.slow(
 
 @pytest.mark.parametrize("zigzag", ["on", "off"])
 def test_the_fused_ring_on_three_ranks(zigzag):
-    """With two, no chunk is passed on twice, and no rank is between others."""
+    """With two ranks no chunk is passed on twice, and no rank is between others."""
     assert_same_step(configured("cp=3", zigzag=zigzag))
 
 
@@ -109,7 +109,7 @@ def test_with_a_pipeline():
 
 
 def changed(name: str, **places):
-    """A batch in which a field is that of contiguous order, or of no document."""
+    """Batches on the mesh have the field ``name`` in contiguous order."""
     make = make_batch
 
     def wrong(rows, layout, *others, **choices):
@@ -128,7 +128,7 @@ def merged_without_rescaling(a, b):
 
 
 def forgets(which: int):
-    """The n-th shift brings nothing."""
+    """The n-th shift delivers zeros."""
     calls = count(1)
 
     def shift(x: Tensor, *ring, by: int = 1) -> Tensor:
@@ -138,7 +138,7 @@ def forgets(which: int):
 
 
 def unsummed_gradients():
-    """Of what was gathered."""
+    """The gradients of gathered keys and values are halved."""
     scatter = collectives._reduce_scatter
     return mock.patch.object(
         collectives, "_reduce_scatter", lambda x, ranks: scatter(x, ranks) * 0.5

@@ -1,4 +1,4 @@
-"""Context parallelism: what it sends, to the byte; real ranks; generation; and what is refused."""
+"""Context parallelism: its traffic to the byte, real ranks, generation, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.layers.test_context_parallel import METHODS, configured
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 @pytest.mark.parametrize(("mesh", "recompute"), [("dp=2,cp=2", "none"), ("cp=3", "full")])
 def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attention):
-    """Of one layer and its backward: docs/context-parallelism.md. Recomputing repeats forward's.
-    (ZeRO 0, because what gathers weights over dp does it over cp.)"""
+    """One layer and its backward, as in docs/context-parallelism.md. Recomputation repeats the
+    forward's traffic. ZeRO is 0, because a gather of weights over dp goes over cp too."""
     shape = MeshShape.parse(mesh)
     config = configured(mesh, method, kv=2, attention_kernel=attention, recompute=recompute, zero=0)
     m, n, again = config.model, shape.cp, 2 if recompute == "full" else 1
@@ -41,7 +41,7 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
     if method == "ring":
         back = (
             2 if attention == "auto" else 1
-        )  # keys again, and gradients; written out, keys were kept
+        )  # keys again, and gradients; the reference keeps its keys
         hops = (again + back) * (n - 1)
         assert moved == {"all_to_all": hops * kv, "all_gather": 0, "reduce_scatter": 0}
         assert count["all_to_all"] == hops
@@ -59,8 +59,9 @@ def test_bytes_and_counts_are_those_of_the_page(mesh, recompute, method, attenti
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_nothing_else_goes_over_cp_but_weights_and_their_gradients(zero, monkeypatch):
-    """Which are those that go over dp; at stage 0, over a replica of the whole mesh too. One by
-    one, because not all that can be cut by dp into equal pieces can be by both."""
+    """The collectives over cp are those over dp; at stage 0, those over a replica of the whole
+    mesh. Buckets are off, because not every weight with equal shards over dp has equal shards over
+    both."""
     monkeypatch.setattr(bucketing, "SMALL", 0)
     config = configured("dp=2,cp=2", zero=zero, documents=True)
     over = lambda mesh, axis: {
@@ -145,7 +146,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
 
 
 def generated_on_pool(mesh: str) -> list[list[int]]:
-    """A job for the pool: the likeliest tokens after a few, on real ranks."""
+    """A job for the pool: the likeliest tokens after each prompt, on real ranks."""
     shape = MeshShape.parse(mesh)
     layout = Layout(build_mesh(shape, "cpu"))
     pipe = one_stage(CP_MODEL, 1, layout)
@@ -155,7 +156,7 @@ def generated_on_pool(mesh: str) -> list[list[int]]:
 
 @pytest.mark.xdist_group("pool")
 def test_generation_over_cp_says_what_one_device_says(pool):
-    """Where cp cuts rows, of which there are fewer than ranks."""
+    """cp shards rows in generation, and there are fewer rows than ranks."""
     pipe = one_stage(CP_MODEL, 1, Layout())
     params = init(pipe.spec, CP_MODEL.dims(), 0, Layout(), torch.float64)
     want = generate(params, PROMPTS, 6, CP_MODEL, pipe, Sampling(0))
@@ -163,7 +164,7 @@ def test_generation_over_cp_says_what_one_device_says(pool):
 
 
 def test_fp8_over_cp_follows_one_device():
-    """To the rounding of FP8: a rank's scales are those of its own tokens."""
+    """To the rounding of FP8: the scales of a rank cover its own tokens."""
     pytest.importorskip("torchao")
     config = RunConfig(
         model=replace(CP_MODEL, embed=32, mlp=48, head_dim=8),

@@ -151,8 +151,7 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     ("mutant", "sinks"), [(dropped(0), False), (dropped(1), False), (unsummed, True)]
 )
 def test_attention_mutants(mutant, sinks):
-    """Without sinks a rank's queries, keys and values are all its own, and there is no gradient to
-    sum."""
+    """Without sinks all inputs of a rank's attention are its own, so no gradient needs a sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
@@ -164,7 +163,8 @@ def test_attention_mutants(mutant, sinks):
 
 
 def test_attention_that_leaks_over_a_window_is_caught():
-    """The comparison sees the core: one that ignores the window on the mesh alone differs."""
+    """The comparison covers the kernel: a kernel that ignores the window on the mesh alone
+    differs."""
     dims = {"embed": 10, "heads": 2, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "layernorm": False}
 

@@ -85,7 +85,7 @@ def configured(mesh: str, pattern: str = "C", documents: bool = False, **choices
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_layer_is_conv1d(packed):
-    """Of torch, one document at a time; with gradients."""
+    """The layer is torch's conv1d, one document at a time; with gradients."""
     p, x = tree(Convolution, embed=10, heads=2, head_dim=3, positions=WIDTH), normal(18, 10)
     documents = torch.tensor([0] * 9 + [1, 1, 2, 2, 2, 2, 2, 3, 3]) if packed else None
     batch = make_batch(torch.zeros(2, 10, dtype=torch.long), ONE)
@@ -124,7 +124,7 @@ send = toy_mixer.ring_shift
 
 
 def blind(documents_T: Tensor, part: Tensor, seq_len: int, parts: int) -> Tensor:
-    """On several ranks of cp a token sees what precedes it, whatever it is."""
+    """Mutant: on several ranks of cp a token sees every preceding token, of any document."""
     sees = same_document(documents_T, part, seq_len, parts)
     return torch.ones_like(sees) if parts > 1 else sees
 
@@ -157,7 +157,7 @@ PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
 
 @pytest.mark.parametrize("pattern", ["C", "AC", "AMC"])
 def test_the_cache_changes_nothing(pattern):
-    """Rows of unequal lengths, in pieces; a cache that stays empty is seen."""
+    """Rows of unequal lengths, in pieces. A cache that stays empty is noticed."""
     latent = LATENT if "M" in pattern else MLAConfig()
     m, rows = replace(M, pattern=pattern, layers=3, mla=latent), texts(*map(sum, PIECES))
 
@@ -238,7 +238,7 @@ def test_what_its_checks_refuse():
 
 
 def test_a_compiled_stage():
-    """The tracer sees through the mixer; the gradients are those of the eager program."""
+    """The tracer sees through the mixer. Compiled gradients are eager gradients."""
     m, batch = replace(M, pattern="AC"), make_batch(torch.arange(34).view(2, 17) % 61, ONE)
     pipe, params, found = one_stage(m, 1, ONE), weights(m), []
     for functions in (program(m, ONE), compiled(program(m, ONE), ONE, backend="aot_eager")):

@@ -1,4 +1,4 @@
-"""What a configuration that does not fit is told, and that the remedy works."""
+"""A configuration that does not fit is one error, and the error's remedy works."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_path_of_attention_that_cannot(path, model, dtype, device, message):
     ),
 )
 def test_microbatches(batch, micro_batch, mesh):
-    """They make up the batch exactly; or the error names a batch that they can."""
+    """The microbatches make up the batch exactly. Otherwise the error names a batch that fits."""
     ranks = mesh.dp_replicate * mesh.dp
     try:
         count, rows = microbatches(batch, micro_batch, mesh)
@@ -181,7 +181,7 @@ def test_bad_mesh_text(text, world, message):
         ("pp=2,dp=2", 0, 3, False),
         ("pp=2,cp=2", 0, 3, False),
         ("pp=2,tp=2", 0, 3, True),
-        ("pp=2,tp=2", 4, 3, False),  # experts are cut over edp, which is made of tp
+        ("pp=2,tp=2", 4, 3, False),  # experts are sharded over edp, which contains tp
         ("pp=2,tp=2,ep=2", 4, 3, True),
     ],
 )

@@ -1,5 +1,5 @@
-"""Context parallelism with what models are made of beside plain attention: experts on any ranks of
-cp, latent attention, tokens further ahead; one step is one device's, and mutants are caught."""
+"""Context parallelism with experts, latent attention and multi-token prediction: a step is the step
+of one device, and mutants are caught."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EXPERTS = [
     ("cp=2,tp=2,ep=4", {"zero": 3, "documents": True, "recompute": "full"}),
     ("cp=4,ep=2", {"zero": 2}),  # cp is two dims of the mesh, and keys go round both
     ("cp=4,ep=2", {"method": "ulysses", "zigzag": "on", "aux_level": "global_batch"}),
-    ("cp=2,ep=2", {"balanced": True}),  # by the place of a token, wherever it is
+    ("cp=2,ep=2", {"balanced": True}),  # by the position of a token in the batch
 ]
 
 
@@ -109,14 +109,14 @@ shard = Layout.shard
 
 
 def with_rows_in_order(rows_BS, layout, *others, **choices):
-    """As they would be without cp: what of a token's row its rank has is not asked."""
+    """Mutant: positions as without cp, whatever part of its row a rank has."""
     batch = make_batch(rows_BS, layout, *others, **choices)
     rows_T = torch.arange(len(rows_BS)).repeat_interleave(batch.seq_len)
     return replace(batch, rows_T=layout.shard(rows_T, "tokens"))
 
 
 def places_in_order(layout: Layout, x, *axes):
-    """Only forced places are whole numbers that are cut by ``tokens_sp``."""
+    """Forced experts are the only integers that are sharded by ``tokens_sp``."""
     x = x.sort().values if axes == ("tokens_sp",) and layout.mesh is not None else x
     return shard(layout, x, *axes)
 
@@ -139,7 +139,7 @@ def of_latents(mesh: str, method: str, **choices) -> RunConfig:
 @pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 def test_latent_attention(method, attention):
-    """Whose values are narrower than keys, and whose scores have a scale of their own."""
+    """A kernel whose values are narrower than keys, with a scale of its own."""
     config = of_latents("cp=2", method, attention_kernel=attention)
     assert config.model.mixers[0].score_scale is not None
     assert_same_step(config)
@@ -225,7 +225,7 @@ def test_deepseek_in_small_on_real_ranks(pool, mesh):
 
 
 def test_one_group_for_cp_however_many_dims():
-    """In the order in which DTensor cuts over them."""
+    """In the order in which DTensor shards over the axes."""
     with simulated(MeshShape(cp=4, ep=2)) as mesh:
         layout = Layout(mesh)
         assert layout.axes == ("cp.edp", "cp.ep") and layout.group("cp").ranks.size() == 4

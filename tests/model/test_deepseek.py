@@ -1,5 +1,4 @@
-"""DeepSeek-V2 and V3 as Hugging Face transformers computes them, from random weights mapped by
-hand."""
+"""DeepSeek-V2 and V3 against Hugging Face transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -104,7 +103,7 @@ def transformers_model(kind: str, m: ModelConfig) -> torch.nn.Module:
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform; norms are away from 1."""
+    """Draw large weights, so that attention is far from uniform. Norms are away from 1."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in model.named_parameters():
@@ -208,7 +207,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong, and weights in another order."""
+    """The comparison notices a slightly wrong config, and weights in another order."""
     m, kind, wrong = CASES[name]
     model = transformers_model(kind, m)
     assert differ(model, m) <= 1e-5
@@ -217,7 +216,7 @@ def test_logits(name):
 
 
 def test_losses_of_predictions_ahead():
-    """Two modules, each with experts. Theirs are made for drafting and go one at a time."""
+    """Two modules with experts. In transformers they serve for drafting and run one at a time."""
     from transformers.modeling_layers import MtpModel
 
     m = replace(V3, moe=EXPERTS, mtp=MTPConfig(2))

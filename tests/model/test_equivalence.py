@@ -93,7 +93,7 @@ def test_model_with_unsummed_gradients_is_caught(zero):
 @pytest.mark.parametrize("dp", [3, 6, 12])
 @pytest.mark.parametrize("zero", [1, 3])
 def test_dp_that_does_not_divide_a_weight(dp, zero):
-    """embed=10 over dp=12 leaves ranks with no row at all."""
+    """embed=10 over dp=12 leaves ranks without a row."""
     assert_same_step(model_config(f"dp={dp}", 1, zero=zero, batch=dp))
 
 
@@ -120,7 +120,6 @@ def test_tensor_parallelism_off_is_rows_too():
 
 
 def test_unequal_counts_of_valid_tokens_over_data_ranks():
-    """Known bug elsewhere: a mean of per-rank means. Targets that do not count lie on some ranks
-    only."""
+    """Known bug elsewhere: a mean of means of ranks. Ignored targets are on some ranks only."""
     for mesh in ("dp=4", "dp_replicate=2,dp=2", "dp=2,tp=2"):
         assert_same_step(model_config(mesh, 1, zero=1, batch=8, micro_batch=1))

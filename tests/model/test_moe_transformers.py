@@ -1,5 +1,4 @@
-"""Models of experts give the logits of Hugging Face transformers, from random weights mapped by
-hand."""
+"""Models with experts give the logits of transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ GPT_OSS = replace(
     ),
 )
 
-# Our config, its name there, what it calls the sizes, and changes that are wrong in what the case
-# is about.
+# dtron's config, the name and the sizes in transformers, and changes that are wrong in the subject
+# of the case.
 CASES = {
     "mixtral": (
         SMALL,
@@ -86,7 +85,7 @@ CASES = {
 
 
 def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Module:
-    """Weights are large: scores are far from even, and clamps clamp."""
+    """Draw large weights, so that scores are far from even and clamps take effect."""
     config = getattr(hf, f"{kind}Config")(
         vocab_size=m.vocab,
         hidden_size=m.embed,
@@ -111,8 +110,10 @@ def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Modul
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. They put gate and up together: one after the other, or, in
-    gpt-oss, every other one, and there the matrices of experts are [in, out] as ours."""
+    """The same weights as a dtron tree.
+
+    The other model concatenates gate and up. In gpt-oss their columns alternate, and matrices of
+    experts are [in, out] as in dtron."""
     theirs, is_gpt_oss = dict(model.named_parameters()), isinstance(model, hf.GptOssForCausalLM)
     used = set()
     router = "router" if is_gpt_oss else "gate"
@@ -151,7 +152,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong."""
+    """The comparison notices a slightly wrong config."""
     m, kind, sizes, wrong = CASES[name]
     model, rows = transformers_model(kind, m, sizes), random_rows(1)
     with torch.no_grad():
@@ -169,7 +170,8 @@ def test_logits(name):
 
 
 def test_the_auxiliary_loss_is_theirs():
-    """Over all tokens, where theirs counts each of a token's choices: top k times ours."""
+    """The loss is over all tokens. transformers counts each choice of a token, so its loss is top_k
+    times dtron's."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     from dtron.moe.router import Router, TokenInfo, route

@@ -72,7 +72,7 @@ def rows_of(seed: int = 0) -> Tensor:
 def reported(
     m: ModelConfig, rows: Tensor, layout: Layout = ONE, documents=None
 ) -> tuple[float, Tensor]:
-    """The main loss and those ahead, of one step."""
+    """The main loss and the MTP losses of one step."""
     pipe = one_stage(m, 1, layout)
     params = init(pipe.spec, m.dims(), 0, layout, torch.float64)
     batches = [make_batch(rows, layout, documents, depth=m.mtp.depth)]
@@ -82,13 +82,13 @@ def reported(
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_token_changes_the_losses_of_its_own_future_alone(depth):
-    """k ahead, position i predicts token i + k + 1 from those up to i + k: of the positions before
-    the one whose token changes, the last k + 1 notice."""
+    """Module k predicts token i + k + 1 at position i, from tokens up to i + k. When a token
+    changes, the last k + 1 of the positions before it notice."""
     m, changed = replace(SMALL, mtp=MTPConfig(2)), 5
     (params,), rows = drawn(m), rows_of()
 
     def losses(rows: Tensor) -> list[float]:
-        """Of each position by itself."""
+        """The loss of each position alone."""
         batch, found = make_batch(rows, ONE, depth=2), []
         for i in range(changed):
             targets = torch.full_like(batch.targets_TA, IGNORE)
@@ -118,8 +118,7 @@ def test_the_main_loss_and_the_logits_are_those_without():
 
 
 def test_an_initial_model_predicts_nothing_ahead_either():
-    """The loss of a module is a sum over its targets: log(vocab) each, where nothing has been
-    learned."""
+    """The loss of a module is a sum over its targets: log(vocab) each, for an untrained model."""
     rows = rows_of()
     rows[0, 8:] = IGNORE
     documents = torch.arange(12).expand(4, 12) // 5

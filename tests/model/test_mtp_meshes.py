@@ -93,8 +93,8 @@ def pipelined(mesh: str, schedule: str, layers: int = 0, **choices) -> RunConfig
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_step_of_a_pipeline_is_that_of_one_device(schedule, tied):
-    """The last stage has two losses that share a head, and the first one's embedding. Known bug
-    here: a backward in halves that took the head's whole gradient for each loss's share."""
+    """The last stage has two losses that share a head and the embedding of the first stage. Known
+    bug here: a split backward took the head's whole gradient for the share of each loss."""
     assert_same_step(pipelined("pp=2", schedule, tied=tied, depth=2))
 
 
@@ -127,15 +127,15 @@ def test_any_pipeline(mesh, schedule, tied, mla, experts, depth, zero, recompute
     "mesh", ["pp=2,tp=2,ep=2", pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow)]
 )
 def test_deepseek_in_small(mesh):
-    """Latent attention, a dense layer and one of experts, and a module of experts: its router's
-    bias moves, its auxiliary loss counts."""
+    """Latent attention, a dense layer, a layer with experts, and a module with experts. The bias of
+    the module's router is updated, and its auxiliary loss counts."""
     config = pipelined(mesh, "1f1b", layers=2, mla=LATENT, moe=EXPERTS)
     bias = assert_same_step(config).params.mtp[0].block.moe.router.balance
     assert bias.abs().max() == pytest.approx(0.01)
 
 
 class KeepsPending(Layout):
-    """Forgets that each summand's gradient is that of the sum."""
+    """Mutant: forgets that the gradient of each summand is the gradient of the sum."""
 
     def input_gradients(self, placements):
         found = super().input_gradients(placements)
@@ -158,7 +158,7 @@ def step_with(mutate):
     ],
 )
 def test_mutants(mutate):
-    """Those dropped are the constrains of a module: of its embedding, block and loss."""
+    """The dropped constrains are those of a module: of its embedding, block and loss."""
     config = config_of("dp=2,tp=2", batch=4)
     assert_caught(lambda: assert_same_step(config, step_with(mutate)))
 
@@ -183,7 +183,7 @@ def test_twins_that_are_not_added_up_are_caught(monkeypatch):
 
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2"])
 def test_the_report_is_that_of_one_device(mesh):
-    """Over tp a loss is whole, and must not be counted once per rank."""
+    """Over tp a loss is replicated, and must not count once per rank."""
     m, rows = replace(SMALL, mtp=MTPConfig(2)), rows_of()
     _, want = reported(m, rows)
     with simulated(MeshShape.parse(mesh)) as device_mesh:

@@ -1,4 +1,4 @@
-"""Layers are dealt out to the stages of a pipeline."""
+"""Cutting a model into the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_layers_are_dealt_out_evenly(stages, more, vocab):
     assert sum(got) == m.layers and min(got) >= 1 and len(got) == stages
     assert (
         max(got[:-1], default=0) - min(got[:-1], default=0) <= 1
-    )  # all but the last, which has the head
+    )  # without the last stage, which has the head
     if stages > 1:
         assert got[-1] <= max(got[:-1])
 

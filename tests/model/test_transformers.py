@@ -1,5 +1,4 @@
-"""The same logits and the same training as Hugging Face transformers, from random weights mapped by
-hand."""
+"""The logits and the training of Hugging Face transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -46,8 +45,8 @@ YARN = {"rope_type": "yarn", "beta_slow": 1.0, "beta_fast": 2.0}
 
 
 def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform; norms and biases are away from 1 and
-    0."""
+    """Draw large weights, so that attention is far from uniform. Norms are away from 1, biases away
+    from 0."""
     if kind == "GPT2":
         config = hf.GPT2Config(
             vocab_size=m.vocab,
@@ -122,9 +121,10 @@ GPT2_NAMES = {
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. Llama's matrices are [out, in]; GPT-2's are [in, out], with
-    queries, keys and values side by side. Rows of the padded vocabulary are ones: they must not
-    count."""
+    """The same weights as a dtron tree.
+
+    Llama's matrices are [out, in]. GPT-2's are [in, out], with queries, keys and values
+    concatenated. Rows of the padded vocabulary are ones: they must not count."""
     theirs, is_gpt2 = dict(model.named_parameters()), isinstance(model, hf.GPT2LMHeadModel)
     used = set()
 
@@ -142,7 +142,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
             x = x.T
         return x.reshape(w.shape).clone(
             memory_format=torch.contiguous_format
-        )  # ours: it will be updated
+        )  # a copy, because it is updated
 
     params = tree_map(convert, declare_model(m))
     assert used == set(theirs)
@@ -185,7 +185,7 @@ GPT2 = ModelConfig(
     tied=True,
 )
 
-# Our config, how transformers builds it, and a change that is wrong in what the case is about.
+# dtron's config, its class in transformers, and a change that is wrong in the subject of the case.
 CASES = {
     "llama": (LLAMA, "Llama", {}, {"rope": RopeConfig(9000.0)}),
     "llama-tied": (replace(LLAMA, tied=True, kv_heads=1), "Llama", {}, {"norm_eps": 0.1}),
@@ -210,7 +210,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong."""
+    """The comparison notices a slightly wrong config."""
     m, kind, scaling, wrong = CASES[name]
     model = transformers_model(kind, m, scaling)
     assert differ(model, m) <= 1e-5
@@ -219,8 +219,8 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_training(name):
-    """Five AdamW steps with clipping: the same losses, and they fall. dtron has two microbatches a
-    step."""
+    """Five AdamW steps with clipping have the same losses, and the losses fall. dtron takes two
+    microbatches a step."""
     m, kind, scaling, _ = CASES[name]
     model = transformers_model(kind, m, scaling)
     config = OptimConfig(

@@ -64,15 +64,15 @@ FOLDED = [
 @pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
 @pytest.mark.parametrize(("mesh", "skew"), [*zip(FOLDED, ["even", "one", "few"] * 2, strict=True)])
 def test_experts(mesh, skew, dispatch):
-    """All dispatchers agree, with each other and with one device, where none drops."""
+    """All dispatchers agree with each other and with one device, if none drops tokens."""
     c = config(mesh, bias=True, shared=4 * MeshShape.parse(mesh).tp, shared_gate=True)
     zero = 3 if dispatch == "static" else 1
     assert_equivalent(layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero)
 
 
 def in_bfloat16(fn):
-    """The layer as a GPU computes it; ``F.grouped_mm`` then leaves rows behind the last expert
-    unwritten."""
+    """Run the layer in bfloat16, as on a GPU. There ``F.grouped_mm`` leaves rows behind the last
+    expert unwritten."""
 
     def cast(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         narrow = tree_map(lambda w: w.bfloat16(), p)
@@ -82,7 +82,8 @@ def in_bfloat16(fn):
 
 
 def check_in_bfloat16(mesh: str, dispatch: str, **choices) -> None:
-    """Rounding differs where a rank sums other rows: 2 ** -8 each, of some ten sums in a row."""
+    """Rounding differs when a rank sums other rows: 2 ** -8 per sum, for some ten sums in
+    sequence."""
     c = replace(
         config(mesh, bias=True, **choices), mlp=8 * MeshShape.parse(mesh).etp
     )  # 16 bytes a row
@@ -114,7 +115,7 @@ def test_auxiliary_losses_on_any_mesh(mesh, skew, **choices):
     c = config(mesh, aux_loss=0.3, z_loss=0.2, **choices)
     fn = layer(c, skew=skew, aux=True)
 
-    def whole(p, x, layout):  # every weight has a gradient, if of zero
+    def whole(p, x, layout):  # every weight has a gradient, even zero
         e = p.experts
         rest = layout.local_map(
             lambda *ws: sum((w * 0).sum() for w in ws),
@@ -132,7 +133,8 @@ def test_auxiliary_losses_on_any_mesh(mesh, skew, **choices):
 @pytest.mark.parametrize("number", [0, 3])
 @pytest.mark.parametrize("mesh", ["tp=2,etp=2", "dp=2,tp=2,ep=2,etp=2"])
 def test_a_layer_without_one_constrain_is_caught(mesh, number):
-    """The first brings tokens to all ranks that an expert is cut over, the last takes their sum."""
+    """The first constrain gathers tokens on all ranks that share an expert. The last one sums their
+    results."""
     c = config(mesh)
     check = lambda m: assert_equivalent(layer(c), MoELayer, mesh, dims(c), tokens=T, mutate=m)
     assert_caught(lambda: check(dropped(number)))
@@ -140,8 +142,8 @@ def test_a_layer_without_one_constrain_is_caught(mesh, number):
 
 @pytest.mark.parametrize("mesh", ["dp=4,ep=2", "dp=2,cp=2,ep=2", "tp=2,etp=2"])
 def test_a_right_forward_with_wrong_gradients_is_caught(mesh):
-    """Known bug elsewhere, in folding: the experts' gradients are not summed over all that hold
-    them."""
+    """Known bug elsewhere, under folding: the gradients of experts are not summed over all ranks
+    that hold them."""
     c, seen = config(mesh), []
 
     def fn(p, x, layout):
@@ -154,8 +156,8 @@ def test_a_right_forward_with_wrong_gradients_is_caught(mesh):
 
 
 def test_gradients_of_experts_that_are_twice_what_they_should_be_are_caught():
-    """Known bug elsewhere: ranks that share tokens each send them. The output is right, and the
-    gradient of every expert exactly double."""
+    """Known bug elsewhere: ranks that share tokens send them several times. The output is right,
+    and the gradient of every expert is exactly double."""
     c, mesh = config("tp=2,ep=2"), "tp=2,ep=2"
 
     def doubled(layout: Layout) -> Layout:

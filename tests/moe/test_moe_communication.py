@@ -1,4 +1,4 @@
-"""What dispatchers communicate, and what makes the host wait for the device."""
+"""The collectives of dispatchers, and what makes the host wait for the device."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.helpers.experts import F64, ONE, T, config, dims, layer
 
 
 def test_all_to_alls_of_tokens_and_nothing_else_on_ep():
-    """Two of tokens each way, and one of the counts; the router's own weight is summed at the
-    end."""
+    """Forward has two all-to-alls of tokens and one of counts, backward two of tokens. The router's
+    own gradient is reduced at the end."""
     c, mesh, k = config("dp=2,ep=2"), "dp=2,ep=2", 2
     got = run_layer(LayerCase(layer(c, "alltoall"), MoELayer, dims(c), tokens=T, zero=0), mesh)
     assert got.forward.count == {Collective("all_to_all", "dp.ep"): 3}
@@ -57,8 +57,8 @@ def test_what_the_other_dispatchers_communicate(dispatch, forward, total):
 
 
 class Waits(TorchFunctionMode):
-    """Counts what makes the host wait for the device: a number read, or a shape that values
-    decide."""
+    """Count what makes the host wait for the device: a number that is read, or a shape that depends
+    on values."""
 
     NAMES = (
         "tolist",

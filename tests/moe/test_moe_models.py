@@ -1,5 +1,5 @@
-"""Models with experts: one optimizer step on any mesh is that of one device; auxiliary losses and
-balance biases do what they should."""
+"""Models with experts: one optimizer step on any mesh is the step of one device. Auxiliary losses
+and router biases are right."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_every_schedule(schedule):
 
 
 def on_the_mesh(change):
-    """The stage function, changed where there is a mesh."""
+    """The stage function, changed on meshes only."""
     stage = dtron.training.pipeline.stage
 
     def changed(*args, layout, **named):
@@ -167,7 +167,7 @@ def test_a_balance_bias_moves_by_the_sign_of_what_is_missing():
 
 
 def test_what_is_minimised_and_what_is_reported():
-    """Auxiliary losses have gradients; the loss that is reported is the main one."""
+    """Auxiliary losses have gradients. The reported loss is the main loss."""
     config = model_config("dp=1", aux_loss=0.5, z_loss=0.1, each=4, batch=2, micro_batch=2)
     off = replace(config.model.moe, aux_loss=0.0, z_loss=0.0)
     without = replace(config, model=replace(config.model, moe=off))

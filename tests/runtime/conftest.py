@@ -21,7 +21,7 @@ def run_dir(folder, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def one_device(folder) -> list[float]:
-    """What every other way to take these four steps must give."""
+    """The losses of four steps on one device. Every other run of these steps must have them."""
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
         want = losses(run(folder / "run"))
@@ -31,7 +31,7 @@ def one_device(folder) -> list[float]:
 
 @pytest.fixture(scope="session")
 def many(folder) -> list[dict]:
-    """A run on simulated ranks, for tests that look at it, or come after one."""
+    """A run on simulated ranks. Some tests look at it, and some run after it."""
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
         return run(folder / "many", *MANY)

@@ -1,4 +1,4 @@
-"""What a run outlives: signals that stop it, and SIGKILL at any moment."""
+"""Runs survive signals, which stop them, and SIGKILL at any moment."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(run_dir: Path) -> dict[str, list[int]]:
     listed = files.read_meta(checkpoint.newest(run_dir))["files"]
     return {
         name: entry for name, entry in listed.items() if name != ".metadata"
-    }  # that has the path in it
+    }  # .metadata contains the path
 
 
 # ---- signals
@@ -90,12 +90,14 @@ EVERY = [
 
 
 def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
-    """Start a run and kill it: while it starts, in the middle of a step, or of a save; all ranks at
-    once, or one of those that train, and then the others must end by themselves."""
+    """Start a run and kill it: during the start, in the middle of a step, or of a save.
+
+    Either all ranks die at once, or one of the training ranks. Then the other ranks must end by
+    themselves."""
     when, log = rng.choice(["start", "step", "save"]), run_dir / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
     ranks = Ranks(argv, n, run_dir.with_name("output.txt"))
-    trains = lambda: log.exists() and log.stat().st_size > size + 200  # bytes: a line of it or two
+    trains = lambda: log.exists() and log.stat().st_size > size + 200  # bytes: a line or two
     seen = {
         "start": lambda: True,
         "step": trains,
@@ -109,11 +111,11 @@ def struck(argv: list[str], n: int, run_dir: Path, rng: random.Random) -> None:
     ranks.kill([rng.randrange(n)] if alone else range(n))
     assert all(ranks.codes()), (
         ranks.output.read_text()
-    )  # each has ended, and none because it was done
+    )  # every rank has ended, and none with success
 
 
 def survives(run_dir: Path, mesh: str, steps: int, kills: int) -> None:
-    """Kill a run again and again, then let it end."""
+    """Kill a run several times, then let it end."""
     n, rng = MeshShape.parse(mesh).size, random.Random(kills + len(mesh))
     argv = [*EVERY, f"--mesh={mesh}", f"--steps={steps}", "--zero=3", f"--run-dir={run_dir}"]
     resume = lambda: ["--resume"] if files.newest(run_dir) else []
@@ -126,7 +128,7 @@ def survives(run_dir: Path, mesh: str, steps: int, kills: int) -> None:
 
 
 def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights and moments of the last step, whole."""
+    """Weights and moments of the last step, as full tensors."""
     path = files.newest(run_dir)
     assert files.read_meta(path)["step"] == step
     listed = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -144,7 +146,7 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, steps, kills):
-    """To the bit on the mesh; to 1e-5 on one device."""
+    """Equal to the bit on the mesh, and to 1e-5 on one device."""
     survives(run_dir.with_name("whole"), mesh, steps, 0)
     survives(run_dir, mesh, steps, kills)
     got, want = (saved(at, steps) for at in (run_dir, run_dir.with_name("whole")))
@@ -156,13 +158,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(run_dir, mesh, steps, 
 
 
 def test_a_rank_that_is_killed_ends_the_others_at_once(run_dir):
-    """They are in collectives with it, with each other, and in the middle of a save."""
+    """The other ranks are in collectives with it, with each other, and in the middle of a save."""
     argv = [*EVERY, "--steps=100000", "--mesh=dp=2,tp=2", "--zero=3", f"--run-dir={run_dir}"]
     ranks = Ranks(argv, 4, run_dir.with_name("output.txt"))
     while not files.newest(run_dir):
         assert not ranks.ended(0.002), ranks.output.read_text()
     ranks.kill([2])
-    codes = ranks.codes(patience=120)  # and not --timeout-seconds, which is 600
+    codes = ranks.codes(patience=120)  # less than --timeout-seconds, which is 600
     said = ranks.output.read_text()
     assert codes[2] == -9 and codes[:2] + codes[3:] == [2, 2, 2], said
     assert "another rank has died or hangs (" in said and "Traceback" not in said

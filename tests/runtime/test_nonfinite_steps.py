@@ -33,7 +33,8 @@ from tests.training.test_steps import TEN
 
 
 def steps_of(optimizer, spoil: int | None) -> list[torch.Tensor]:
-    """Weights and optimizer state after three updates; the loss of update ``spoil`` is NaN."""
+    """Weights and optimizer state after each of three updates. The loss of update ``spoil`` is
+    NaN."""
     layout, found = Layout(), []
     pipe = one_stage(MODEL, 2, layout)
     params = init(pipe.spec, MODEL.dims(), 0, layout)
@@ -95,8 +96,8 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
 
 
 def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
-    """A job for the pool: what the diagnosis says on this rank, before and after a weight of one
-    rank's alone is infinite."""
+    """A job for the pool: the diagnosis on this rank, before and after a weight of one rank becomes
+    infinite."""
     import torch.distributed as dist
 
     said = []
@@ -119,7 +120,7 @@ def diagnose_on_pool(mesh: str, config: RunConfig, spoilt: int) -> list[str]:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(("mesh", "zero", "block"), [("pp=4", 1, 2), ("dp=4", 3, 0)])
 def test_a_weight_of_one_rank_is_named_by_all(pool, mesh, zero, block):
-    """None begins a backward, in which it would wait for the one that knows better."""
+    """No rank begins a backward. There it would wait for the rank with the infinite weight."""
     config = replace(TEN, model=replace(TEN.model, layers=4), steps=1, zero=zero)
     for clean, found in pool.run(diagnose_on_pool, mesh, config, 2):
         assert "are finite" in clean

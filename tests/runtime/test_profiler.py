@@ -13,7 +13,7 @@ from dtron.runtime.trace import read
 
 @pytest.mark.parametrize("target", [1, 3])
 def test_one_step_is_recorded_and_no_other(tmp_path, target):
-    """Every step makes products of its own width; the one asked for is found again."""
+    """Step n has n matmuls, so the trace shows which step was recorded."""
     seen = []
     recorder = Recorder(tmp_path / "trace.json", target, "cpu", seen.append)
     recorded = []

@@ -1,4 +1,4 @@
-"""What train.py refuses, in one line with the remedy."""
+"""train.py refuses what cannot run, in one line with the remedy."""
 
 import os
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_d
 
 
 def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
-    """Two processes on a machine with one GPU: only the second one has none."""
+    """Two processes on a machine with one GPU: only the second process has no GPU."""
 
     def leave(code: int) -> None:
         raise SystemExit(code)
@@ -106,6 +106,6 @@ def test_files_that_cannot_be_read_are_refused(run_dir, tmp_path, capsys):
 
 def test_a_run_dir_that_cannot_be_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    below = tmp_path / "file" / "run"  # not a folder without permissions: those do not bind root
+    below = tmp_path / "file" / "run"  # permissions of a folder would not bind root
     assert f"--run-dir {below}: cannot be written" in refused(capsys, f"--run-dir={below}")
     assert "has no checkpoint" in refused(capsys, f"--run-dir={tmp_path}", "--resume")

@@ -24,14 +24,16 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     run_dir, one_device, first, then, monkeypatch
 ):
     agree(run(run_dir, "--save-every=2", *first), one_device)
-    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
+    shutil.rmtree(
+        checkpoint.folder(run_dir) / "step-00000004"
+    )  # as if the run had been killed before step 4
     starts, rows = [], Chunks.rows
     monkeypatch.setattr(
         Chunks, "rows", lambda self, start, n: starts.append(start) or rows(self, start, n)
     )
     found = run(run_dir, "--resume", *then)
     agree(found, one_device)
-    assert starts[:2] == [8, 12]  # samples: two steps of four are behind it
+    assert starts[:2] == [8, 12]  # samples: two steps of four are done
     assert [record["tokens"] for record in found] == [64, 128, 192, 256]
     assert load(run_dir / "config.json").resume
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
@@ -44,8 +46,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
 
 
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    """The next run of this process gets a signal in this step: it ends the step, saves, and
-    leaves."""
+    """The next run of this process gets a signal in this step. It finishes the step, saves, and
+    exits."""
     rate = train.learning_rate
 
     def signalled(optim, done: int, steps: int) -> float:
@@ -65,7 +67,8 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_run_resumes_on_another_pipeline(run_dir, first, then, monkeypatch):
-    """Other pp, other schedule, other stages per rank; the tied embedding's two copies too."""
+    """Another pp, another schedule, other stages per rank, and both copies of the tied
+    embedding."""
 
     def flags(text: str) -> list[str]:
         mesh, schedule = text.split()
@@ -110,7 +113,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run_dir, capsys):
 
 
 def test_a_new_run_in_a_used_folder_does_not_resume_the_old_one(run_dir):
-    """Either it is refused, or what is newest afterwards is its own."""
+    """Either the new run is refused, or the newest checkpoint is its own."""
     run(run_dir, "--save-every=2")
     code = run_cli(train.main, [*TINY, f"--run-dir={run_dir}", "--save-every=2", "--steps=2"])
     assert code == 2 or checkpoint.newest(run_dir).name == "step-00000002"

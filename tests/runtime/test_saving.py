@@ -76,10 +76,10 @@ def test_saves_while_training_keep_the_last_and_change_nothing(run_dir, capsys):
 
 
 def test_a_folder_that_cannot_be_written_costs_the_checkpoint_alone(run_dir, monkeypatch, capsys):
-    """A full disk is the same to the program; by hand it was tried on one."""
+    """The program cannot tell this from a full disk. A full disk was tried by hand."""
     run(run_dir, *SIX, "--steps=2")
     good = files.newest(run_dir)
-    for step in (4, 6):  # a file where a folder must be
+    for step in (4, 6):  # a file in the place of a folder
         files.target(run_dir, step).with_suffix(".part").write_text("")
 
     monkeypatch.setattr(run_directory, "clear_parts", lambda run_dir: None)

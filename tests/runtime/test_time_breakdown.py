@@ -1,4 +1,4 @@
-"""Where a step's time goes: the breakdown against counting microseconds."""
+"""The breakdown of a step's time against counting microseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ spans = st.lists(span(), min_size=1, max_size=12)
 
 
 def counted(found: list[Span]) -> Breakdown:
-    """The definition: every microsecond is asked what runs in it."""
+    """The definition: for every microsecond, the kernels that run in it."""
     begin, end = min(s.start for s in found), max(s.end for s in found)
     times = dict.fromkeys(("span", *ORDER, "idle", "hidden"), 0)
     for t in range(begin, end):
@@ -61,7 +61,7 @@ def test_neither_when_nor_in_which_order_matters(found, shift, random):
 
 
 def no_overlap(found: list[Span]) -> Breakdown:
-    """A mutant: times of kernels are added up, and what runs beside another counts twice."""
+    """A mutant: kernel times are summed, so overlapping kernels count twice."""
     b = breakdown(found)
     total = {c: sum(s.end - s.start for s in found if s.category == c) for c in ORDER}
     return Breakdown(span=b.span, idle=b.span - sum(total.values()), hidden=0, **total)
@@ -81,8 +81,7 @@ def test_a_breakdown_that_ignores_overlap_is_noticed(mutant):
 
 
 def test_a_step_by_hand():
-    """Two products with a gap, and a collective that begins beside the first and ends in the
-    gap."""
+    """Two matmuls with a gap. A collective begins during the first and ends in the gap."""
     found = [
         Span("", "matmul", 0, 10),
         Span("", "communication", 6, 13),

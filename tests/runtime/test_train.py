@@ -17,7 +17,7 @@ from dtron.runtime.trace import read
 from tests.helpers.texts import TEXTS
 from tests.helpers.train_cli import KEYS, MANY, TINY, agree, losses, run
 
-# One worker for all: its ranks plan a mesh's collectives once, and the text is tokenised once.
+# One worker for all tests: it plans a mesh's collectives once and tokenises the text once.
 pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
 
 

@@ -1,4 +1,4 @@
-"""train.py on several processes: the losses of one device, and what remains when a rank dies."""
+"""train.py on several processes: the losses of one device, and the error when a rank dies."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_two_processes_give_the_losses_of_one_device(run_dir, one_device):
     assert done.returncode == 0, done.stderr
     agree(records(run_dir), one_device)
     assert done.stdout.count("step 4: validation loss") == 1
-    assert done.stdout.count("communication, exposed") == 1  # rank 0 alone says where the time went
+    assert done.stdout.count("communication, exposed") == 1  # rank 0 alone prints the breakdown
     for rank in range(2):
         b = breakdown(read(run_dir / f"trace-rank{rank}.json"))
         assert min(b.matmul, b.attention, b.elementwise, b.communication + b.hidden) > 0
@@ -52,8 +52,10 @@ def test_processes_that_are_refused_say_so_once_and_end(run_dir):
 
 
 def own_frames(said: str, root: Path) -> list[str]:
-    """The project's own files in the tracebacks of this text. torchrun has a traceback too, of
-    files that may lie below the checkout, in a .venv, and the checkout may have any name."""
+    """The project's own files in the tracebacks of this text.
+
+    torchrun has a traceback too. Its files may be below the checkout, in a .venv, and the checkout
+    may have any name."""
     root = root.resolve()
     ours = lambda file: file == root / "train.py" or root / "dtron" in file.parents
     return [name for name in re.findall(r'File "([^"\n]+)"', said) if ours(Path(name).resolve())]
@@ -78,9 +80,9 @@ def test_frames_of_the_project_are_told_from_others(tmp_path, name):
     [("0", "leaves", True), ("1", "leaves", False), ("1", "hangs", False)],
 )
 def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher):
-    """Within the timeout, by the rank next to it; the patience with these processes would be the
-    hang."""
-    timeout = 60 if launcher else 10  # a busy machine takes seconds to start those of a launcher
+    """The neighbouring rank reports the death within the timeout. A job that outlasts the patience
+    with its processes would be the hang."""
+    timeout = 60 if launcher else 10  # a busy machine takes seconds to start a launcher's processes
     pipe = (
         "--mesh=pp=2",
         "--model.layers=2",

@@ -37,12 +37,12 @@ def assert_same_step(config: RunConfig, step=one_step) -> StepResult:
     return got
 
 
-MOST = examples(32)  # stages of microbatches of ranks in an example
+MOST = examples(32)  # stages times microbatches times ranks of an example
 STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp=2"]
 
 
 @settings(max_examples=examples(3))
-@seen(  # every schedule in four stages or more of one device each, and with one of the meshes
+@seen(  # every schedule on four or more stages of one device, and on stages of one mesh
     schedule=list(SCHEDULES),
     pp=[4] * 6 + [2] * 6,
     more=[5] * 6 + [1] * 6,
@@ -108,7 +108,7 @@ def broken(change):
 
 
 class Mixed(InProcessLinks):
-    """Gives every microbatch the gradient of the first."""
+    """Mutant: every microbatch gets the gradient of the first."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ def test_a_twin_is_counted_once_in_the_norm():
 
 
 def test_a_compiled_stage_gives_the_same():
-    """The runner takes any function: here one traced and lowered by torch.compile."""
+    """The runner takes any function; here a function traced by torch.compile."""
     m, count = replace(MODEL, layers=2), 4
     rows = torch.arange(4 * 17).view(4, 17) % 61
     batches = [make_batch(r, Layout()) for r in rows.chunk(count)]

@@ -1,4 +1,4 @@
-"""The runner of a pipeline: which activations it keeps, and what a backward in halves computes."""
+"""The runner of a pipeline: the activations that it keeps, and the matmuls of a split backward."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from tests.helpers.runs import MODEL
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("pp", "count"), [(2, 7), (4, 9)])
 def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
-    """Counted by autograd: what each microbatch saves in each stage is alive from its F to its B or
-    W."""
+    """Autograd counts: what a microbatch saves in a stage is alive from its F to its B or W."""
     t = make(schedule, pp, count)
     m = replace(MODEL, layers=t.stages, tied=False)
     layers = layers_per_stage(m, t.stages, 16)
@@ -41,7 +40,7 @@ def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
     alive, most = dict.fromkeys(range(pp), 0), dict.fromkeys(range(pp), 0)
 
     class Tracked(torch.autograd.Function):
-        """Saves a tensor that counts itself out when autograd drops it."""
+        """Save a tensor that counts itself out when autograd drops it."""
 
         @staticmethod
         def forward(ctx, x, stage):
@@ -78,7 +77,7 @@ def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Count matmuls."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +90,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_backward_in_halves_computes_nothing_twice(tied):
-    """Bit for bit the same gradients, and half of the matrix products in each half."""
+    """The gradients are equal to the bit, and each half has half of the matmuls."""
     m = replace(MODEL, layers=2, bias=True, qkv_bias=True, tied=tied)
     (weights,) = init((declare_model(m),), m.dims(), 0, Layout(), torch.float64)
     weights = tree_map(lambda w: w.detach().requires_grad_(), weights)
@@ -116,5 +115,5 @@ def test_a_backward_in_halves_computes_nothing_twice(tied):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
     linear = (
         2 * 7
-    )  # two blocks of q, k, v, o, gate, up and down; attention's own are no matrix products of ours
+    )  # two blocks of q, k, v, o, gate, up and down; matmuls inside attention do not count
     assert second.count == linear and first.count + second.count == whole.count

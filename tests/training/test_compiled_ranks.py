@@ -35,10 +35,12 @@ def steps_on_pool(
     recompute: str = "none",
     budget: float | None = None,
 ) -> list[float]:
-    """A job for the pool: three steps, with the stage compiled for this backend or not; with the
-    hard mask where a path is given. Weights are cast where they are gathered, and gradients where
-    they are reduced."""
-    torch.compiler.reset()  # or jobs before this one would count as recompilations
+    """A job for the pool: loss and gradient norms of three steps.
+
+    ``backend``: compiles the stage; None is eager.
+    ``path``: an attention kernel. If it is given, the mask has every feature.
+    Weights are cast where they are gathered, and gradients where they are reduced."""
+    torch.compiler.reset()  # otherwise earlier jobs would count as recompilations
     shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else HARD
     layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
@@ -49,7 +51,7 @@ def steps_on_pool(
     opt, found = init_state(ADAMW, pipe.spec, params), []
     with (
         flex_on_cpu() if path == "flex" else nullcontext()
-    ):  # which forgets at its end what was compiled
+    ):  # flex_on_cpu resets the compiler at its end
         for _ in range(3):
             documents = [None, None] if path == "auto" else DOCUMENTS.chunk(2)
             batches = [
@@ -64,7 +66,7 @@ def steps_on_pool(
 
 @cache
 def eager_on_pool(pool, *how) -> list[list[float]]:
-    """What several tests compare with."""
+    """Results of eager stages, for several tests."""
     return pool.run(steps_on_pool, *how)
 
 
@@ -81,9 +83,10 @@ def eager_on_pool(pool, *how) -> list[list[float]]:
     ],
 )
 def test_sharded_stages_compile_too(request, mesh, zero):
-    """DTensors in the trace, local kernels and collectives out of it; on real ranks. The tracer
-    looks at the backward of a custom function before it knows where gradients lie; one that decides
-    there by what it is shown forgets to sum them."""
+    """The trace has DTensors. Local kernels and collectives are opaque to it. All on real ranks.
+    The tracer looks at the backward of a custom function before it knows the placement of
+    gradients. A function that decides there by the placement that it sees forgets to sum the
+    gradients."""
     pool = request.getfixturevalue("pair" if mesh == "dp=2" else "pool")
     want = eager_on_pool(pool, mesh, zero, None)
     got = pool.run(steps_on_pool, mesh, zero, "aot_eager")
@@ -94,15 +97,15 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 
 @pytest.mark.xdist_group("pool")
 def test_a_budget_holds_where_groups_are_in_the_graph(pair):
-    """The partitioner of torch 2.13 counts what is kept, and does not know what a process group
-    takes."""
+    """The partitioner of torch 2.13 counts kept bytes, and does not know the size of a process
+    group."""
     how = "aot_eager_decomp_partition", "auto", "ring", "budget", 0.5
     got = pair.run(steps_on_pool, "dp=2", 3, *how)[0]
     assert got == pytest.approx(eager_on_pool(pair, "dp=2", 3, None)[0], rel=1e-4)
 
 
 def collectives(mesh: str, zero: int, backend: str | None) -> dict[str, int]:
-    """How many collectives of each kind one step is, seen from outside."""
+    """Count the collectives of each kind in one step, by the profiler."""
     torch.compiler.reset()
     layout = Layout(lone_rank(mesh), rules_for(zero), compute=torch.float32)
     pipe = one_stage(BLOCK, 1, layout)
@@ -137,8 +140,8 @@ def test_a_compiled_step_communicates_what_an_eager_one_does():
     ],
 )
 def test_attention_over_cp_compiles(request, cp, path):
-    """With its exchanges, in one graph; and backward exchanges too: a custom function whose
-    gradients a compiler takes for zero, or a rank's own, is another loss in the next step."""
+    """With its collectives, in one graph; those of backward too. If a compiler takes the gradients
+    of a custom function for zero, or for the rank's own, the next loss differs."""
     mesh = "cp=2" if path == "auto" else "cp=4"
     pool = request.getfixturevalue("pair" if path == "auto" else "pool")
     want = pool.run(steps_on_pool, mesh, 3, None, path, cp)
@@ -149,8 +152,8 @@ def test_attention_over_cp_compiles(request, cp, path):
 
 
 def test_compiled_blocks_gather_again_in_backward():
-    """Under ZeRO-3 no gathered weight is kept for backward, by a compiler's choice least of all; 2
-    gathers once a step."""
+    """Under ZeRO-3 no gathered weight is kept for backward, not even by the compiler's choice.
+    ZeRO-2 gathers once a step."""
     two, three = (collectives("dp=2,tp=2", zero, "aot_eager") for zero in (2, 3))
     matrices = sum(w.decays for w in flat(one_stage(BLOCK, 1, ONE).spec[0].blocks))
     assert three.pop("all_gather_into_tensor") - two.pop("all_gather_into_tensor") == matrices > 0
@@ -159,7 +162,7 @@ def test_compiled_blocks_gather_again_in_backward():
 
 @pytest.mark.xdist_group("pool")
 def test_flex_in_sharded_stages(pair):
-    """Each rank makes the blocks of its own documents, outside what ZeRO-3 recomputes."""
+    """Each rank computes the block mask of its own documents, outside of what ZeRO-3 recomputes."""
     want = pair.run(steps_on_pool, "dp=2", 3, None, "reference")
     got = pair.run(steps_on_pool, "dp=2", 3, "aot_eager", "flex")
     assert got[0] == pytest.approx(want[0], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Compiled functions give what eager ones give: gradients, updates, and nothing compiled twice."""
+"""Compiled functions give eager results: gradients and updates. Nothing is compiled twice."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def step(functions, model, count: int = 2, packed: bool = False):
     "choices", [{}, {"norm": "layernorm", "activation": "gelu", "bias": True, "window": 5}]
 )
 def test_gradients_are_those_of_eager(recompute, choices):
-    """Known silent error of a torch we support: gradients of exactly zero from a compiled custom
+    """Known silent error of a supported torch: gradients of exactly zero from a compiled custom
     function."""
     model = replace(
         MODEL if recompute == "full" else BLOCK, **choices
-    )  # two that are recomputed apart
+    )  # two blocks, each with its own recomputation
     want_loss, want = step(program(model, ONE, ComputeConfig(recompute)), model)
     got_loss, got = step(
         compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager"), model
@@ -67,10 +67,10 @@ def test_gradients_are_those_of_eager(recompute, choices):
 
 
 def test_a_budget_bounds_what_is_kept_for_backward():
-    """And changes no gradient."""
+    """A budget changes no gradient."""
     kept, found = [], []
     for share in (1.0, 0.5, 0.0):
-        torch.compiler.reset()  # nothing in the trace reads the share: it would be compiled once
+        torch.compiler.reset()  # the trace does not read the budget, so it would be compiled once
         how, sizes = ComputeConfig("budget", share), []
         functions = compiled(program(BLOCK, ONE, how), ONE, how, "aot_eager_decomp_partition")
         count = lambda x, sizes=sizes: sizes.append(x.numel() * x.element_size()) or x
@@ -95,7 +95,7 @@ def test_a_compiled_stage_that_is_another_is_noticed():
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_flex_in_a_compiled_stage(recompute):
-    """Every microbatch has its own documents, and nothing is compiled twice for that."""
+    """Every microbatch has its own documents, and nothing is recompiled for them."""
     want_loss, want = step(
         program(HARD, ONE, ComputeConfig(attention_kernel="reference")), HARD, packed=True
     )
@@ -120,8 +120,8 @@ def test_flex_in_a_compiled_stage(recompute):
     ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
 )
 def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
-    """Not in every layer, and never again in backward; and selective recomputation keeps what flex
-    made."""
+    """The block mask is not computed in every layer, and not again in backward. Selective
+    recomputation keeps flex's results."""
     graphs = []
 
     def note(graph, _):
@@ -144,13 +144,16 @@ def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
         )
         assert backward.count("flex_attention") == layers * forward_again
         assert not any("sort" in op for op in backward)
-        sorts.append(sum("sort" in op for op in forward))  # that is how torch orders a row's blocks
+        sorts.append(
+            sum("sort" in op for op in forward)
+        )  # torch orders the blocks of a row by a sort
         graphs.clear()
     assert sorts[0] == sorts[1] > 0
 
 
 def test_code_from_the_cache_finds_its_operators():
-    """Of a later start on GPUs, which compiles nothing: torch registers them where it compiles."""
+    """A later start on GPUs compiles nothing. torch registers these operators only when it
+    compiles."""
     code = """
         from types import SimpleNamespace as Of
         import torch
@@ -183,7 +186,7 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
 
 @pytest.mark.parametrize("alone", ["the group", None])
 def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeypatch, alone):
-    """Over two axes one after the other inductor moves what it can."""
+    """If weights are gathered over two axes in turn, inductor's own scheduling is used."""
     found = []
     monkeypatch.setattr(dtron.training.compiled_stage, "_carried", lambda mesh: alone)
     monkeypatch.setattr(
@@ -212,9 +215,9 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
     ],
 )
 def test_stages_that_gather_more_than_weights_are_put_in_order(monkeypatch, mesh, change, cp):
-    """Recomputed tokens, router weights, keys and values, made of elementwise operators alone, are
-    gathered over the same group, and used elsewhere too. The other ranks are not there: nothing is
-    sent."""
+    """Recomputed tokens, router weights, keys and values consist of elementwise operators alone.
+    They are gathered over the same group, and used elsewhere too. The other ranks do not exist, and
+    nothing is sent."""
     monkeypatch.setattr(dtron.training.zero3_prefetch, "FIRST", 2**11)
     model, together = replace(MODEL, **change), []
     layout = Layout(lone_rank(mesh), rules_for(3), compute=torch.bfloat16)

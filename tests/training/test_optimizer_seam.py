@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("toy_optimizers")
 
 
 def steps_of_torch(optimizer: SGD) -> None:
-    """Five steps of one block are those of torch.optim.SGD."""
+    """Five steps of one block are the steps of torch.optim.SGD."""
     model = replace(MODEL, qkv_bias=True, bias=True)
     assert_steps_of_torch(optimizer, model, torch.optim.SGD, momentum=0.8)
 
@@ -75,7 +75,8 @@ def test_copies_follow_and_a_step_that_is_not_finite_moves_nothing(name, compile
 
 @pytest.mark.parametrize("name", ["adamw", *BOTH])
 def test_numbers_may_be_tensors(name):
-    """As in a recorded step, whose kernels read the rate and the step's number from the device."""
+    """As in a CUDA graph, whose kernels read the learning rate and the step number from the
+    device."""
     spec, optimizer = declare_model(MODEL), build_optimizer(OptimConfig(name=name))
     found = []
     for number in (float, lambda x: torch.tensor(x, dtype=F64)):
@@ -130,7 +131,8 @@ def test_an_update_that_depends_on_sharding_is_seen(name, mutant):
 
 
 def agree(got: tuple[list[float], list[float]], want: tuple[list[float], list[float]]) -> None:
-    """Losses and gradient norms. The third depends on weights and state after two updates."""
+    """Compare losses and gradient norms. The third loss depends on weights and state after two
+    updates."""
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=1e-9)
 
@@ -151,8 +153,8 @@ STEPS = [
 
 
 def expected(c: RunConfig) -> tuple[list[float], list[float]]:
-    """On one device. With experts their auxiliary loss is of the global batch, so microbatches do
-    not matter."""
+    """The losses and norms of one device. The auxiliary loss of experts is of the global batch, so
+    microbatches do not matter."""
     return _expected(replace(c, mesh="", zero=1, pipeline=PipelineConfig(), micro_batch=None))
 
 
@@ -163,7 +165,7 @@ def _expected(c: RunConfig) -> tuple[list[float], list[float]]:
     return history.losses, history.norms
 
 
-# An elementwise optimizer sends nothing, so three meshes are enough for it.
+# An elementwise optimizer communicates nothing, so three meshes are enough.
 OF_BOTH = [
     *(("normalized-sgd", *step) for step in STEPS),
     *(("sgd", *STEPS[i]) for i in (0, 4, 7)),
@@ -178,7 +180,7 @@ def test_three_steps_on_simulated_ranks(name, mesh, changes):
 
 
 def steps_on_pool(mesh: str, c: RunConfig) -> tuple[list[float], list[float]]:
-    """A job for the pool."""
+    """A job for the pool: losses and norms of three steps."""
     with registered():
         return on_pool(mesh, c, F64)[:2]
 

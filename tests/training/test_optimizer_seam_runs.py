@@ -95,7 +95,7 @@ FLAGS = [
 
 
 def losses(run_dir: Path, *flags: str) -> list[float]:
-    """Of train.py, from its log."""
+    """The losses of a run of train.py, from its log."""
     text = run_dir.parent / "text.txt"
     text.write_text("".join(f"def f{i}(x): return x + {i}\n" for i in range(400)))
     assert (
@@ -106,7 +106,7 @@ def losses(run_dir: Path, *flags: str) -> list[float]:
 
 
 def resumed(folder: Path, name: str) -> None:
-    """Step 4 is the first that depends on the state in the checkpoint of step 2."""
+    """Step 4 is the first whose loss depends on the state in the checkpoint of step 2."""
     flags = [f"--optim.name={name}", "--optim.options=momentum=0.8"]
     want = losses(folder / "run", "--mesh=dp=2,tp=2", "--zero=3", *flags)
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000004")
@@ -185,7 +185,7 @@ def test_the_commands_take_its_name(capsys):
 
 
 def test_verify_names_the_weight_whose_state_differs(capsys, monkeypatch):
-    """As if the mesh had another optimizer than the device."""
+    """The mesh has another optimizer than the device."""
     step = verify.one_step
 
     def one_step(c: RunConfig, shape: MeshShape, **how: Any) -> StepResult:
@@ -238,7 +238,7 @@ def test_a_tree_that_a_checkpoint_cannot_name_is_refused():
 
 
 def test_one_file_knows_each_optimizer():
-    """The dict of names imports it, and nothing else does."""
+    """Only the table of names imports it."""
     importers = {name for name, others in graph().items() if "training.adamw" in others}
     assert importers == {"training.optim_config"}
 
