@@ -45,9 +45,14 @@ def test_every_axis_is_a_product_of_atoms(shape):
 def test_weights_of_experts_and_of_the_rest_lie_on_the_same_mesh(shape):
     atoms = list(shape.atoms)
     lies = place(RULES, atoms, "experts", "expert_embed", "expert_mlp")
-    cut = lambda dim: math.prod(
-        shape.atoms[a] for a, p in zip(atoms, lies, strict=True) if p.is_shard() and p.dim == dim
-    )
+
+    def cut(dim):
+        return math.prod(
+            shape.atoms[a]
+            for a, p in zip(atoms, lies, strict=True)
+            if p.is_shard() and p.dim == dim
+        )
+
     assert [cut(dim) for dim in range(3)] == [shape.ep, shape.edp, shape.etp]
     whole = [a for a, p in zip(atoms, lies, strict=True) if not p.is_shard()]
     assert set(whole) <= {"pp", "dp_replicate"}

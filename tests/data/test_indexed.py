@@ -86,9 +86,10 @@ def test_damage_is_one_line(tmp_path):
     refused("type 9", "1 to 8", index=idx[:17] + b"\x09" + idx[18:])
     refused("too long", index=idx + b"?")
     refused("sequences, which cannot be", index=idx[:18] + b"\xff" * 8 + idx[26:])
-    put = lambda at, value, kind: (
-        idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
-    )
+
+    def put(at, value, kind):
+        return idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
+
     refused("negative", index=put(HEADER.size, -1, "<i"))
     refused("between two tokens", index=put(HEADER.size + 8, 1, "<q"))
     refused("documents that do not end with its 2 sequences", index=put(len(idx) - 8, 1, "<q"))

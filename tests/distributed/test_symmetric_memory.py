@@ -85,9 +85,10 @@ def test_nothing_is_carried_where_there_is_no_mesh():
 def test_weights_gathered_over_one_group_alone(monkeypatch):
     """If cp is within a host and dp is not, only the cp group has copy engines. Weights are
     gathered over both axes, so no single group carries them."""
-    alone = lambda *names: dtron.training.compiled_stage._carried(
-        SimpleNamespace(mesh_dim_names=names)
-    )
+
+    def alone(*names):
+        return dtron.training.compiled_stage._carried(SimpleNamespace(mesh_dim_names=names))
+
     monkeypatch.setattr(
         dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"]
     )

@@ -255,9 +255,10 @@ DIMS = {"embed": 32, "mlp": 64, "gated": True, "bias": False, "layers": 1}
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "dp=2,tp=2"])
 def test_a_layer_is_that_of_one_device_with_the_communication_of_high_precision(mesh):
     check = partial(assert_equivalent, params=MLP, mesh=mesh, dims=DIMS, tokens=64, tolerance=1e-3)
-    layer = lambda p, x_TD, layout: mlp(
-        p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], min_weights=0)
-    )
+
+    def layer(p, x_TD, layout):
+        return mlp(p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], min_weights=0))
+
     got, plain = check(layer), check(mlp)
     assert got.total.count == plain.total.count and got.total.bytes == plain.total.bytes
     assert all(error(got.tensors[name], plain.tensors[name]) > 0.02 for name in plain.tensors)

@@ -87,9 +87,12 @@ def test_flex_takes_any_head_dim_from_16(head_dim):
 def test_flex_in_the_eager_program_makes_no_square_matrix():
     """A square matrix would be 2 rows by 8 heads by 8192 by 8192 scores: 2 GiB in bfloat16."""
     xs, ids = inputs(8192, True, True)
-    run = lambda: forward_and_backward(
-        CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16
-    )
+
+    def run():
+        return forward_and_backward(
+            CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16
+        )
+
     run()  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -24,9 +24,10 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
         draw(n, s) for n, s in ((4, 256), (2, 256), (2, 256), (2, 128), (2, 128), (4, 256))
     )
     exact = [x.double().requires_grad_() for x in (q, k, v, k_2, v_2)]
-    whole = lambda q, k, v, k_2, v_2, block: ring_attention.merge(
-        block(q, k, v, causal)[:2], block(q, k_2, v_2, False)[:2]
-    )
+
+    def whole(q, k, v, k_2, v_2, block):
+        return ring_attention.merge(block(q, k, v, causal)[:2], block(q, k_2, v_2, False)[:2])
+
     want_o, want_lse = whole(*exact, attention_block_kernels.block_forward)
     want = torch.autograd.grad(want_o, exact, grad.double())
 

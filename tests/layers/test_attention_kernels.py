@@ -82,9 +82,10 @@ def test_values_of_another_width_and_another_scale(path, w, scale, s, window, pa
         normal(2, n, s, h, seed=seed + 100 * i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, w)))
     )
     documents = (normal(2, s, seed=seed) > 0.5).cumsum(-1) if packed else None
-    run = lambda path, v, scale: CORES[path](
-        q, k, v, documents, None, AttentionMask(s, window, scale=scale)
-    )
+
+    def run(path, v, scale):
+        return CORES[path](q, k, v, documents, None, AttentionMask(s, window, scale=scale))
+
     want = run("reference", v, scale)
     same(run(path, v, scale), want, [q, k, v])
     if w < 4:
@@ -123,9 +124,9 @@ def test_a_core_that_is_a_little_wrong_is_noticed(path, what):
         pick = torch.tensor([1, 0]) if shuffled else torch.arange(2)
         return core(q, k[:, pick], v[:, pick], documents, sinks, mask)
 
-    check = lambda **change: same(
-        run(CORES[path], **right | change), run(attention_reference, **right), [q]
-    )
+    def check(**change):
+        return same(run(CORES[path], **right | change), run(attention_reference, **right), [q])
+
     check()
     assert_caught(lambda: check(**WRONG[what]))
 
@@ -154,10 +155,15 @@ def test_documents_never_meet(path):
     documents = (torch.arange(s) >= cut).long().repeat(2, 1)
 
     def run(of_first: int, of_second: int, documents: Tensor) -> tuple[Tensor, ...]:
-        draw = lambda n, i: torch.cat(
-            [normal(2, n, cut, 8, seed=of_first + i), normal(2, n, s - cut, 8, seed=of_second + i)],
-            dim=2,
-        )
+        def draw(n, i):
+            return torch.cat(
+                [
+                    normal(2, n, cut, 8, seed=of_first + i),
+                    normal(2, n, s - cut, 8, seed=of_second + i),
+                ],
+                dim=2,
+            )
+
         xs = [draw(n, i).detach().requires_grad_() for i, n in enumerate((4, 2, 2))]
         y = CORES[path](*xs, documents, sinks, mask)
         return y, *torch.autograd.grad(y, xs, draw(4, 9).detach())

@@ -53,9 +53,12 @@ def test_attention_with_sinks():
     hidden = torch.where((back >= 0) & (back < 5), 0.0, -torch.inf)
     unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
     want, _ = theirs(x, unturned, hidden)
-    run = lambda p, window: attention(
-        p, x.flatten(0, 1), AttentionInputs(mask=AttentionMask(16, window)), ONE
-    ).view(2, 16, 12)
+
+    def run(p, window):
+        return attention(
+            p, x.flatten(0, 1), AttentionInputs(mask=AttentionMask(16, window)), ONE
+        ).view(2, 16, 12)
+
     torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
     for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):
         assert (wrong - want).abs().max() > 0.1

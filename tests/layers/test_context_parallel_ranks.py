@@ -64,11 +64,14 @@ def test_nothing_else_goes_over_cp_but_weights_and_their_gradients(zero, monkeyp
     both."""
     monkeypatch.setattr(bucketing, "SMALL", 0)
     config = configured("dp=2,cp=2", zero=zero, documents=True)
-    over = lambda mesh, axis: {
-        c.kind: n
-        for c, n in one_step(config, MeshShape.parse(mesh)).collectives.count.items()
-        if c.axis == axis and c.kind != "all_to_all"
-    }
+
+    def over(mesh, axis):
+        return {
+            c.kind: n
+            for c, n in one_step(config, MeshShape.parse(mesh)).collectives.count.items()
+            if c.axis == axis and c.kind != "all_to_all"
+        }
+
     want = over("dp=2", "dp") if zero else over("dp_replicate=2,dp=2", "dp_replicate")
     assert over("dp=2,cp=2", "cp") == want
     assert want.keys() == {"all_reduce", *(("all_gather", "reduce_scatter") if zero else ())}

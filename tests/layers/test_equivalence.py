@@ -6,6 +6,7 @@ catch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -155,11 +156,10 @@ def test_attention_mutants(mutant, sinks):
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
-    check = lambda m: assert_equivalent(
-        attend(AttentionMask(12)), Attention, "dp=2,tp=2", dims, mutate=m, **options
-    )
-    check(lambda layout: layout)
-    assert_caught(lambda: check(mutant))
+    layer = attend(AttentionMask(12))
+    check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
+    check()
+    assert_caught(lambda: check(mutate=mutant))
 
 
 def test_attention_that_leaks_over_a_window_is_caught():
@@ -217,11 +217,9 @@ def test_embedding(mesh, zero, seed, vocab, learned):
 def test_embedding_mutants(mutant):
     dims = {"vocab": 19, "embed": 8, "learned_positions": False}
     options = dict(inputs=EMBEDDING_INPUTS, make=embedding_values(19), out=X, tokens=48)
-    check = lambda m: assert_equivalent(
-        embedding, Embedding, "dp=2,tp=2", dims, mutate=m, **options
-    )
-    check(lambda layout: layout)
-    assert_caught(lambda: check(mutant))
+    check = partial(assert_equivalent, embedding, Embedding, "dp=2,tp=2", dims, **options)
+    check()
+    assert_caught(lambda: check(mutate=mutant))
 
 
 @dataclass(frozen=True)
@@ -291,8 +289,7 @@ class ForgetsToReduce(Layout):
 )
 def test_loss_mutants(mutant):
     options = dict(inputs=LOSS_INPUTS, make=loss_values(19), out=("+tokens",), tokens=48)
-    check = lambda m: assert_equivalent(
-        loss_layer(Loss(19)), Head, "dp=2,tp=2", {"vocab": 19, "embed": 8}, mutate=m, **options
-    )
-    check(lambda layout: layout)
-    assert_caught(lambda: check(mutant))
+    layer, dims = loss_layer(Loss(19)), {"vocab": 19, "embed": 8}
+    check = partial(assert_equivalent, layer, Head, "dp=2,tp=2", dims, **options)
+    check()
+    assert_caught(lambda: check(mutate=mutant))

@@ -193,9 +193,10 @@ def test_paths_of_weights_name_the_mixer():
     assert "blocks.0.attention.w_q" in paths and "blocks.1.convolution.w_taps" in paths
     assert spec.blocks[1].mixer.w_taps.shape == (WIDTH, 4, 6)
     mixed = replace(M, layers=3, mla=LATENT)
-    letters = lambda pattern: [
-        p.letter for p in declare_model(replace(mixed, pattern=pattern)).blocks
-    ]
+
+    def letters(pattern):
+        return [p.letter for p in declare_model(replace(mixed, pattern=pattern)).blocks]
+
     assert letters("AC") == ["M", "C", "M"] and letters("AMC") == ["A", "M", "C"]
 
 

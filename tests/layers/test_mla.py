@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -93,16 +94,10 @@ def test_mla(mesh, zero, seed, group, path, window, q_rank, v_dim):
 def test_mla_mutants(mutant, q_rank):
     """``unsummed``: heads share the rotary key, and a rank has the gradient of its own heads."""
     latent = replace(LATENT, q_rank=q_rank)
-    check = lambda m: assert_equivalent(
-        attend(AttentionMask(12), latent),
-        MLA,
-        "dp=2,tp=2",
-        dims_of(latent, 4),
-        mutate=m,
-        **options(12, 48),
-    )
-    check(lambda layout: layout)
-    assert_caught(lambda: check(mutant))
+    layer, dims = attend(AttentionMask(12), latent), dims_of(latent, 4)
+    check = partial(assert_equivalent, layer, MLA, "dp=2,tp=2", dims, **options(12, 48))
+    check()
+    assert_caught(lambda: check(mutate=mutant))
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp_replicate=2,tp=2"])

@@ -82,9 +82,13 @@ def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
     """An eighth of the activations of all tokens, of one layer only, and as much again for
     gradients."""
     m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
-    needs = lambda width, n: (
-        activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4]) / n
-    )
+
+    def needs(width, n):
+        return (
+            activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4])
+            / n
+        )
+
     products, difference = 3, 8192 - 4096
     assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference
     assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8

@@ -156,9 +156,10 @@ def test_an_index_that_is_not_heeded_is_caught(kept, same):
 
 def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
     """Exactly, from models of 4 and of 2 blocks. The estimate is the same."""
-    two_blocks = lambda name: (
-        kept_by(replace(M, layers=4), name) - kept_by(replace(M, layers=2), name)
-    )
+
+    def two_blocks(name):
+        return kept_by(replace(M, layers=4), name) - kept_by(replace(M, layers=2), name)
+
     assert 2 * two_blocks(NAME) == two_blocks("none") + two_blocks("full")
     sizes = block_bytes(M, MeshShape(), 256)
     assert [EVERY_SECOND.block(i).kept_bytes(sizes) for i in range(3)] == [

@@ -114,9 +114,10 @@ def logits_router(
 def test_scores():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
     p, s = logits.softmax(-1)[0].tolist(), logits.sigmoid()[0].tolist()
-    first = lambda **choices: (
-        logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
-    )
+
+    def first(**choices):
+        return logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
+
     assert first(normalize=False) == pytest.approx([p[1], p[2]])
     assert first() == pytest.approx([p[1] / (p[1] + p[2]), p[2] / (p[1] + p[2])])
     assert first(score="topk_softmax") == pytest.approx(first())
@@ -137,9 +138,10 @@ def test_groups_limit_where_a_token_goes():
     """The best two experts of the best group, although the second best expert of all is in another
     group. By sigmoid a group's score is the sum of its best two, by softmax its best."""
     logits = torch.tensor([[2.0, 1.9, 2.1, -3.0, 0.0, 0.0]], dtype=F64)
-    chosen = lambda **c: sorted(
-        logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist()
-    )
+
+    def chosen(**c):
+        return sorted(logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist())
+
     assert chosen(score="sigmoid", group_top_k=1) == [0, 1]
     assert chosen(score="softmax", group_top_k=1) == [2, 3]
     assert chosen(score="softmax", group_top_k=2) == [0, 2]

@@ -81,10 +81,13 @@ def test_the_diagnosis_names_weight_rank_and_microbatch(mesh, where):
             want = f"blocks.1.mlp.w_up itself is not finite on rank {rank} (1 in all)"
         else:
             plain = functions.stage
-            spoilt = lambda p, x, batch: (
-                plain(p, x, batch)[0] * (math.nan if batch is batches[1] else 1.0),
-                None,
-            )
+
+            def spoilt(p, x, batch):
+                return (
+                    plain(p, x, batch)[0] * (math.nan if batch is batches[1] else 1.0),
+                    None,
+                )
+
             functions = replace(functions, stage=spoilt)
             want = "the gradient of w_head is not finite on rank"
         said = diagnose(TrainStep(functions, pipe, TEN, ADAMW), params, batches)

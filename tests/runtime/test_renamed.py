@@ -72,9 +72,16 @@ FIELDS = [
     ("data.validation", 0.1, "--data.validation 0.1", "--data.validation-ratio 0.1"),
 ]
 
+
 # Programs other than train.py: an old command line and the new one.
-verify = lambda argv: parse(argv, VerifyConfig(), prog="python -m dtron.verify")
-show = lambda argv: parse(argv, ShowConfig(), prog="python -m dtron.show")
+def verify(argv):
+    return parse(argv, VerifyConfig(), prog="python -m dtron.verify")
+
+
+def show(argv):
+    return parse(argv, ShowConfig(), prog="python -m dtron.show")
+
+
 PROGRAMS = [
     ("verify", "sequence", "--sequence 64", "--seq-len 64"),
     ("verify", "cp", "--cp ring", "--cp-method ring"),

@@ -171,7 +171,7 @@ def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
 
 
 def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
-    """A job for the pool: the messages that try this rank's links, and the rank at the other end."""
+    """A job for the pool: the messages that try this rank's links, and the other rank of each."""
     send, recv, tried = dist.send, dist.recv, []
 
     def noted(kind, fn):

@@ -255,9 +255,10 @@ def test_the_written_out_rule_is_the_fused_one(gradients_dtype):
         opt = init_state(optimizer, spec, params)
         for number in range(3):
             g = torch.Generator().manual_seed(number)
-            draw = lambda w, g=g: torch.randn(w.shape, generator=g, dtype=torch.float64).to(
-                gradients_dtype
-            )
+
+            def draw(w, g=g):
+                return torch.randn(w.shape, generator=g, dtype=torch.float64).to(gradients_dtype)
+
             grads, scalars = tree_map(draw, params), UpdateScalars(0.1 / (number + 1), 0.7)
             params, opt = apply_update(optimizer, spec, params, grads, opt, scalars, ONE)
         states.append((params, opt))
