@@ -12,8 +12,8 @@ from tests.helpers.collect import collect_seldom
 keep_memory()
 collect_seldom()
 
-# Simulated examples take seconds, and the first on a mesh longer: hypothesis' own deadlines mean
-# nothing here. ``--hypothesis-profile thorough`` draws ten times as many.
+# A simulated example takes seconds, and the first on a mesh takes longer. So there is no
+# deadline. ``--hypothesis-profile thorough`` draws ten times as many examples.
 settings.register_profile(
     "default",
     deadline=None,
@@ -40,10 +40,17 @@ def pool(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """A pool of two ranks. Each rank that compiles traces for seconds, so where one axis is enough
-    for what a test asks, two ranks are."""
+    """A pool of two ranks. A rank that compiles traces for seconds. So tests that need one axis
+    only use two ranks."""
     from tests.helpers.pool import Pool
 
     pool = Pool(tmp_path_factory.mktemp("pair"), 2)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """The compiler forgets all compiled code. torch stops compiling a function that has been
+    compiled for too many shapes."""
+    torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The folders' order: a file imports only from folders below its own, and no two files import each
+"""The order of folders: a file imports only from folders below its own. No two files import each
 other."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-# From the ground up. Folders of one line may import each other.
+# From the ground up. Folders on one line may import each other.
 LEVELS = [
     {"errors", "bounds", "renamed", "torch_compile"},
     {"distributed"},
@@ -36,7 +36,7 @@ PROGRAMS = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name, without ``dtron.``."""
+    """Every module of the package, by its dotted name without ``dtron.``."""
     paths = (ROOT / "dtron").rglob("*.py")
     names = ((".".join(p.relative_to(ROOT / "dtron").with_suffix("").parts), p) for p in paths)
     return {name.removesuffix(".__init__"): p for name, p in names if name != "__init__"}
@@ -50,7 +50,7 @@ def is_program(module: str) -> bool:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """The package's modules that a file imports, anywhere in it."""
+    """The modules of the package that a file imports, anywhere in the file."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dtron":

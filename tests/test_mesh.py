@@ -1,4 +1,4 @@
-"""One mesh with two views: dp, cp and tp of the model are edp, ep and etp of its experts."""
+"""One mesh with two views: dp, cp and tp for the model are edp, ep and etp for its experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 
 @st.composite
 def folded(draw):
-    """A mesh, and ep and etp that fit it."""
+    """A mesh, and ep and etp that fit."""
     dp, cp, tp = draw(sizes), draw(sizes), draw(sizes)
     divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
     etp = draw(st.sampled_from(divisors(dp * cp * tp)))
@@ -45,9 +45,14 @@ def test_every_axis_is_a_product_of_atoms(shape):
 def test_weights_of_experts_and_of_the_rest_lie_on_the_same_mesh(shape):
     atoms = list(shape.atoms)
     lies = place(RULES, atoms, "experts", "expert_embed", "expert_mlp")
-    cut = lambda dim: math.prod(
-        shape.atoms[a] for a, p in zip(atoms, lies, strict=True) if p.is_shard() and p.dim == dim
-    )
+
+    def cut(dim):
+        return math.prod(
+            shape.atoms[a]
+            for a, p in zip(atoms, lies, strict=True)
+            if p.is_shard() and p.dim == dim
+        )
+
     assert [cut(dim) for dim in range(3)] == [shape.ep, shape.edp, shape.etp]
     whole = [a for a, p in zip(atoms, lies, strict=True) if not p.is_shard()]
     assert set(whole) <= {"pp", "dp_replicate"}
@@ -89,8 +94,8 @@ def test_axes_that_do_not_fit_are_refused(mesh, message):
 
 @pytest.mark.parametrize("size", [8, 10])
 def test_pieces_of_pieces_are_gathered_right_where_their_ranks_are_a_group_too(size):
-    """Known silent error of torch, here the mutant: it gathers over the group as if all had been
-    cut once."""
+    """Known silent error of torch, here the mutant: it gathers over the group as if all tensors
+    were sharded once."""
     x = torch.arange(size * 3.0).view(size, 3)
     with simulated(MeshShape.parse("dp=2,cp=2,ep=4")) as mesh:
         layout = Layout(mesh)  # with the group of ep: all ranks of dp and cp

@@ -1,4 +1,4 @@
-"""Cases of a batch compile together and are timed alone; one that fails spoils no other."""
+"""Cases of a batch compile together and are timed alone. A case that fails spoils no other case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 import cases  # noqa: E402  (the benchmarks are no part of the package)
 
-# In place of bench/train.py: takes its turn as that does, and writes down what it does.
+# Stands in for bench/train.py: it takes turns in the same way, and logs what it does.
 TRAIN = """
 import json, sys
 sys.path.insert(0, {bench!r})
@@ -39,7 +39,7 @@ WAIT = "await_turn(turn.removeprefix('--turn='))"
 
 
 def run(tmp_path: Path, monkeypatch, text: str, wait: str, *flags: str) -> tuple[int, list[str]]:
-    """What ``cases`` returns, and what was written down."""
+    """Run ``cases``; return its result and the log of the stand-in."""
     train, log, file = (tmp_path / name for name in ("train.py", "log", "cases.txt"))
     train.write_text(TRAIN.format(bench=str(ROOT / "bench"), log=str(log), wait=wait))
     file.write_text(text)
@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch, text: str, wait: str, *flags: str) -> tuple
 
 
 def one_by_one(log: list[str], names: list[str]) -> bool:
-    """All have compiled before the first begins; then each begins and ends before the next."""
+    """Every case compiles before the first is timed. Then each is timed alone."""
     n, in_turn = len(names), [f"{name} {what}" for name in names for what in ("begins", "ends")]
     return sorted(log[:n]) == sorted(f"{name} compiled" for name in names) and log[n:] == in_turn
 
@@ -70,7 +70,7 @@ def test_a_batch_compiles_together_and_is_timed_one_by_one(tmp_path, monkeypatch
 
 
 def test_of_many_ranks_the_first_reason_is_given(tmp_path, monkeypatch, capsys):
-    """And not what torchrun says last."""
+    """The reason is not torchrun's last line."""
     code, log = run(tmp_path, monkeypatch, "--mesh=dp=2 --broken\n--a\n", WAIT, "--gpus=2")
     out, err = capsys.readouterr()
     assert code == 1 and one_by_one(log, ["--a"]) and json.loads(out) == {"name": "--a"}

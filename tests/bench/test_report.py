@@ -1,4 +1,4 @@
-"""The table of docs/performance.md is what was measured, and the latest of it."""
+"""The table of docs/performance.md shows measurements, and the latest of each case."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def line(**changes) -> dict:
-    """What bench/train.py prints, less what the table has no use for."""
+    """A record of bench/train.py, without the fields that the table does not use."""
     return {
-        "model": "bench-1.3b", "mesh": "dp=2", "zero": 3, "rows": 2, "microbatches": 1, "seq_len": 4096,
-        "recompute": "none", "compiled": True, "dtype": "bfloat16", "fp8": "none", "fp8_first_last": False,
-        "attention_kernel": "auto", "date": "2026-11-24", "device": "NVIDIA H200", "torch": "2.13.0",
+        "model": "bench-1.3b", "mesh": "dp=2", "zero": 3, "rows": 2, "microbatches": 1,
+        "seq_len": 4096, "recompute": "none", "compiled": True, "dtype": "bfloat16", "fp8": "none",
+        "fp8_first_last": False, "attention_kernel": "auto", "date": "2026-11-24",
+        "device": "NVIDIA H200", "torch": "2.13.0",
         "tokens_per_s_per_gpu": 50000, "tflops_per_gpu": 420.4, "mfu": 0.4251, "step_ms": 163.8,
         "host_ms": 20.04, "peak_memory_gib": 22.64, "first_step_s": 71.2, **changes,
     }  # fmt: skip
@@ -60,9 +61,10 @@ def test_a_page_that_says_otherwise_is_found_and_mended(tmp_path, capsys, old, n
 
 
 def test_a_row_has_what_was_measured():
-    assert cells([line()], [peer(tokens_per_s_per_gpu=40000), peer(tokens_per_s_per_gpu=30000)])[0] == [
-        "**dtron**, compiled", "bench-1.3b, dp=2, zero 3, bf16, 2 x 4096", "50,000", "420", "42.5 %", "22.6",
-        "20.0 / 163.8", "71", "1.25x", "NVIDIA H200, torch 2.13.0, 2026-11-24",
+    peers = [peer(tokens_per_s_per_gpu=rate) for rate in (40000, 30000)]
+    assert cells([line()], peers)[0] == [
+        "**dtron**, compiled", "bench-1.3b, dp=2, zero 3, bf16, 2 x 4096", "50,000", "420",
+        "42.5 %", "22.6", "20.0 / 163.8", "71", "1.25x", "NVIDIA H200, torch 2.13.0, 2026-11-24",
     ]  # fmt: skip
 
 
@@ -83,10 +85,18 @@ def test_the_latest_line_counts():
 
 
 OTHER_CASES = [
-    {"model": "bench-8b-width"}, {"device": "NVIDIA H100 80GB HBM3"}, {"mesh": "dp=4"}, {"zero": 1},
-    {"fp8": "rowwise"}, {"fp8": "rowwise", "fp8_first_last": True}, {"dtype": "float32"},
-    {"recompute": "full"}, {"microbatches": 8}, {"rows": 4}, {"seq_len": 8192},
-]  # fmt: skip
+    {"model": "bench-8b-width"},
+    {"device": "NVIDIA H100 80GB HBM3"},
+    {"mesh": "dp=4"},
+    {"zero": 1},
+    {"fp8": "rowwise"},
+    {"fp8": "rowwise", "fp8_first_last": True},
+    {"dtype": "float32"},
+    {"recompute": "full"},
+    {"microbatches": 8},
+    {"rows": 4},
+    {"seq_len": 8192},
+]
 
 
 @pytest.mark.parametrize("changes", OTHER_CASES)
@@ -130,7 +140,7 @@ def test_a_line_that_no_benchmark_printed_is_refused(tmp_path, capsys, text, par
 
 
 def test_peers_are_whole():
-    """The nine measured; each with hardware, version and date, which ``checked`` demands."""
+    """The nine measured peers. ``checked`` demands hardware, version and date of each."""
     rows = report.read_peers()
     assert len(rows) == len({(x["system"], report.case_of(x)) for x in rows}) == 9
     assert all((x["zero"] is None) == ("dp=2" not in x["mesh"]) for x in rows)

@@ -1,4 +1,4 @@
-"""What is saved on one mesh is loaded on any other, equal to the bit; and what is refused."""
+"""A checkpoint of any mesh loads on any other mesh, equal to the bit."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtron import checkpoint
-from dtron.checkpoint.__main__ import main as inspect
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import paused, simulated
-from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout, build_mesh, stage_mesh
-from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
-from dtron.params import WeightSpec, init
+from dtron.params import WeightSpec
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig, identity_of
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules.p2p import PipelineGroups
-from dtron.training.optimizer import OptimizerState, init_state
+from dtron.training.optimizer import OptimizerState
 from dtron.training.pipeline import pipeline
 from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
-from tests.helpers.runs import MODEL, digest
-from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW
-from tests.training.test_steps import TEN
-
-# ---- every mesh to every other
-
 
 # Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied
 # embedding, of which two stages have a copy.
 SPARSE = ModelConfig(
-    vocab=13, embed=6, layers=4, heads=4, kv_heads=4, head_dim=2, mlp=8, vocab_multiple=4, tied=True,
-    qk_norm=True, context=16, moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
-)  # fmt: skip
+    vocab=13,
+    embed=6,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    head_dim=2,
+    mlp=8,
+    vocab_multiple=4,
+    tied=True,
+    qk_norm=True,
+    context=16,
+    moe=MoEConfig(4, 2, 4, dense_layers=1, bias_rate=1e-3, shared=4),
+)
 Where = tuple[str, int, str]  # mesh, ZeRO stage, schedule
 
-SCHEDULES = {1: ["1f1b"], 2: ["1f1b", "interleaved", "zb-v"], 4: ["1f1b"]}  # as four layers allow
+SCHEDULES = {
+    1: ["1f1b"],
+    2: ["1f1b", "interleaved", "zb-v"],
+    4: ["1f1b"],
+}  # four layers allow these
 
 
 def shapes(ranks: int, *axes: str) -> list[MeshShape]:
-    """All ways to have so many ranks over some axes, and experts over those in all ways."""
+    """All shapes with this number of ranks over these axes, and with all shapes of experts."""
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
     found = []
     for ns in product(sizes, repeat=len(axes)):
@@ -83,8 +88,8 @@ SIMULATED = places(
 
 
 def value(w: WeightSpec, kind: str) -> Tensor:
-    """Any number, another one in every place of every weight and moment."""
-    with paused():  # simulated ranks would draw each their own
+    """A value that differs at every index of every weight and moment."""
+    with paused():  # otherwise every simulated rank draws its own values
         return torch.randn(
             w.shape, generator=torch.Generator().manual_seed(crc32(f"{kind}.{w.path}".encode()))
         )
@@ -93,8 +98,11 @@ def value(w: WeightSpec, kind: str) -> Tensor:
 def built(
     where: Where, rank: int | None, mesh: DeviceMesh | None, blank: bool, names=ADAMW.state_names
 ):
-    """The declared weights of this rank's stages (None: of all), and a state of ``value`` or of
-    nothing, with optimizer trees of these names."""
+    """Build the declared weights of this rank's stages and a train state.
+
+    ``rank``: None means all stages.
+    ``blank``: the state has zeros in place of ``value``.
+    ``names``: names of the optimizer's trees."""
     text, zero, schedule = where
     shape, layout = MeshShape.parse(text), Layout(mesh, rules_for(zero))
     config = RunConfig(
@@ -120,7 +128,7 @@ def built(
 def differences(
     where: Where, rank: int | None, mesh: DeviceMesh | None, folder: str, names=ADAMW.state_names
 ) -> list[str]:
-    """Load, and name what has another bit than it must."""
+    """Load a checkpoint, and name every tensor that is not equal to the bit."""
     spec, state = built(where, rank, mesh, True, names)
     state = checkpoint.load(checkpoint.newest(Path(folder)), state, spec, {})
     _, want = built(where, rank, mesh, False, names)
@@ -139,7 +147,8 @@ def differences(
 def move_on_pool(
     saved: Where, loaded: Where, folder: str, mutant: str = "", names=ADAMW.state_names
 ) -> list[str]:
-    """A job: save on one mesh and load on another. All ranks know when the file is whole."""
+    """A job for the pool: save on one mesh and load on another. ``save`` returns when the file is
+    whole on all ranks."""
     build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
     with mutated(mutant):
         spec, state = built(saved, dist.get_rank(), build(saved), False, names)
@@ -153,8 +162,8 @@ def moves(pool, folder: Path, saved: Where, loaded: Where, mutant: str = "") -> 
 
 
 def there_and_back(pool, folder: Path, saved: Where, loaded: Where, then: Where) -> None:
-    """Four real ranks write, and read as another four; then ranks simulated here, as many as there
-    may be."""
+    """Four real ranks save, and four ranks of another mesh load. Then simulated ranks load, in any
+    number."""
     moves(pool, folder, saved, loaded)
     with simulated(MeshShape.parse(then[0])) as mesh:
         assert differences(then, None, mesh, str(folder)) == []
@@ -183,8 +192,11 @@ def test_saved_on_many_meshes_and_loaded_on_many_others(
 
 @contextmanager
 def mutated(name: str) -> Iterator[None]:
-    """``moment``: the second is saved as the first; ``offset``: every part under that of the rank opposite;
-    ``twin``: of a tied weight's two copies here, only one is filled."""
+    """Save or load with a mistake.
+
+    ``moment``: the second moment is saved as the first.
+    ``offset``: every shard is saved in the place of the opposite rank.
+    ``twin``: only one of the two copies of a tied weight is filled."""
     true = checkpoint.tensors
 
     def tensors(state: checkpoint.TrainState, spec) -> dict[str, Tensor]:
@@ -215,97 +227,3 @@ def test_a_tensor_in_another_place_is_seen(pool, tmp_path, mutant):
     moves(pool, tmp_path / "right", saved, loaded)
     with pytest.raises(AssertionError, match="w_tokens"):
         moves(pool, tmp_path / "wrong", saved, loaded, mutant)
-
-
-# ---- refused
-
-
-SPEC, SAME = declare_model(MODEL), identity_of(TEN, "text")
-
-
-def fresh(layout: Layout, seed: int = 3) -> checkpoint.TrainState:
-    params = init(declare_model(MODEL), MODEL.dims(), seed, layout)
-    return checkpoint.TrainState(0, 0, params, init_state(ADAMW, SPEC, params))
-
-
-def used(layout: Layout) -> checkpoint.TrainState:
-    """A state in which every tensor differs from a fresh one's."""
-    state = fresh(layout)
-    move = lambda tree, by: tree_map(lambda t: t + by, tree)
-    trees = {name: move(tree, by) for (name, tree), by in zip(state.opt.trees.items(), (0.5, 0.25))}
-    opt = replace(state.opt, step=7, trees=trees)
-    return checkpoint.TrainState(7, 56, move(state.params, 1.0), opt)
-
-
-def digests(state: checkpoint.TrainState) -> list[str]:
-    return [digest(tree) for tree in (state.params, *state.opt.trees.values())]
-
-
-@pytest.mark.parametrize("mesh", ["dp=1", "dp=2,tp=2"])
-def test_a_checkpoint_of_simulated_ranks_loads_on_one_device(tmp_path, mesh):
-    with simulated(MeshShape.parse(mesh)) as device_mesh:
-        checkpoint.save(tmp_path, used(Layout(device_mesh)), SPEC, SAME)
-    state = checkpoint.load(checkpoint.newest(tmp_path), fresh(Layout()), SPEC, SAME)
-    assert digests(state) == digests(used(Layout())) != digests(fresh(Layout()))
-
-
-def saved(tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path, used(Layout()), SPEC, SAME)
-
-
-def refused(path: Path, **changes) -> str:
-    with pytest.raises(ValueError) as error:
-        config = replace(TEN, **changes)
-        checkpoint.load(path, fresh(Layout()), SPEC, identity_of(config, "text"))
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-    return str(error.value)
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    path = saved(tmp_path)
-    data = max(path.iterdir(), key=lambda f: f.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-100])
-    assert "not whole" in refused(path) and data.name in refused(path)
-    data.unlink()
-    assert "0 of" in refused(path)
-
-
-def test_a_corrupt_checkpoint_is_refused(tmp_path):
-    path = saved(tmp_path)
-    (path / ".metadata").write_bytes(b"x" * (path / ".metadata").stat().st_size)
-    assert "delete it" in refused(path)
-    (path / "meta.json").write_text("{")
-    assert "no readable checkpoint" in refused(path)
-
-
-def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path):
-    path = saved(tmp_path)
-    assert "--model.mlp 40" in refused(path, model=replace(MODEL, mlp=48))
-    assert "--model.qk-norm" in refused(path, model=replace(MODEL, qk_norm=False))
-    assert "--model.rope.theta 10000.0" in refused(path, model=replace(MODEL, rope=RopeConfig(5e5)))
-    assert "--data.seq-len 16" in refused(path, data=DataConfig(seq_len=8))
-    assert "--seed 3" in refused(path, seed=4)
-    with pytest.raises(ValueError, match="other text"):
-        checkpoint.load(path, fresh(Layout()), SPEC, SAME | {"text": "other"})
-
-
-def test_a_checkpoint_in_the_making_is_not_found(tmp_path):
-    path = saved(tmp_path)
-    later = path.with_name("step-00000009.part")
-    later.mkdir()
-    (path.with_name("step-00000008")).mkdir()  # without meta.json: not whole
-    assert checkpoint.newest(tmp_path) == path
-    assert checkpoint.read_meta(path)["step"] == 7
-
-
-def test_an_unwritable_folder_is_one_error(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(ValueError, match="cannot write the checkpoint"):
-        checkpoint.save(blocked, used(Layout()), SPEC, SAME)
-
-
-def test_what_inspect_does_not_understand(tmp_path):
-    for argv in (["inspect"], ["look", str(tmp_path)], ["inspect", str(tmp_path), "--all"]):
-        one_line(lambda argv=argv: inspect(argv), "see --help")
-    one_line(lambda: inspect(["inspect", str(tmp_path)]), "no checkpoint there", "run directory")

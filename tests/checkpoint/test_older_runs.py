@@ -1,5 +1,5 @@
-"""A run that an older version wrote goes on: its directory lies in tests/fixtures, by the commit that
-wrote it."""
+"""A run that an older version wrote goes on. Its directory is in tests/fixtures, under the commit
+that wrote it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from dtron.runtime.exit import run_cli
 from tests.helpers.paths import FIXTURES
 
 MODEL = [
-    "--model.layers=1", "--model.embed=16", "--model.heads=2", "--model.kv-heads=1", "--model.head-dim=8",
-    "--model.mlp=16", "--model.vocab=280", "--model.vocab-multiple=1",
-]  # fmt: skip
+    "--model.layers=1",
+    "--model.embed=16",
+    "--model.heads=2",
+    "--model.kv-heads=1",
+    "--model.head-dim=8",
+    "--model.mlp=16",
+    "--model.vocab=280",
+    "--model.vocab-multiple=1",
+]
 RUN = [
     "--data.seq-len=16",
     "--batch=4",
@@ -30,7 +36,7 @@ RUN = [
 
 @pytest.mark.parametrize("mesh", ["", "dp=2"])
 def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
-    """From its checkpoint of step 2, with the losses that it had at steps 3 and 4 itself."""
+    """Resumed at step 2, the run has the losses that the older version had at steps 3 and 4."""
     run_dir = tmp_path / "run"
     shutil.copytree(FIXTURES / "run-fdfba95", run_dir)
     shutil.copy(FIXTURES / "text.txt", tmp_path)
@@ -49,7 +55,7 @@ def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     got = [record["loss"] for record in records]
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4
-    # Its records have today's names too, and so has its config.
+    # Its records and its config have today's names too.
     names = [set(r) - {"validation_loss", "checkpoint_stall_seconds"} for r in records]
     assert names == [names[-1]] * 4
     assert json.loads((run_dir / "config.json").read_text()).keys() == asdict(RunConfig()).keys()

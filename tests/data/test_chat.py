@@ -1,5 +1,4 @@
-"""dtron.data.chat: conversations, what of them is learned, and templates; against transformers'
-own."""
+"""dtron.data.chat: conversations, their learned tokens, and templates, against transformers."""
 
 import json
 from pathlib import Path
@@ -22,7 +21,7 @@ TALK = [
     {"role": "user", "content": "sure? <|im_end|>"},
     {"role": "assistant", "content": "yes\n"},
 ]
-# The forms of Llama 2, ChatML and Llama 3, each as published models have them.
+# The templates of Llama 2, ChatML and Llama 3, as published models have them.
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
@@ -69,7 +68,7 @@ def chats(
 
 
 def learned(found: Chats, tokenizer: Tokenizer, folder: Path) -> list[tuple[str, list[str]]]:
-    """Of each conversation: its text, and the stretches that are learned, decoded."""
+    """The text of each conversation and its learned stretches, decoded."""
     tokens, learn, lengths = found.encode(tokenizer, folder)
     out = []
     for ids, flags in zip(
@@ -92,13 +91,13 @@ def test_the_assistant_is_learned_and_can_stop(tmp_path, tokenizer):
 def test_nobody_can_end_a_message_or_speak_for_another(tmp_path, tokenizer):
     tokens, _, _ = chats(tmp_path, [TALK], tokenizer).encode(tokenizer, tmp_path)
     ends = (tokens == tokenizer.token_to_id("<|im_end|>")).sum()
-    assert ends == len(TALK)  # the one that a message spells is plain text
+    assert ends == len(TALK)  # a marker inside a message is plain text
     bare = get_tokenizer(None, ["abc <|im_end|>"] * 9, 300, tmp_path)
     (said,) = learned(chats(tmp_path, [ASK]), bare, tmp_path)
     assert said[1] == [
         "4<|im_end|>",
         "<|endoftext|>",
-    ]  # a tokenizer without the markers spells them
+    ]  # a tokenizer without the markers encodes them as text
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED, HEADERS])
@@ -116,7 +115,7 @@ def test_a_tokenizers_own_template_is_rendered_as_transformers_does(tmp_path, to
     joined = "".join(stretches)
     assert "4" in stretches[0] and "yes" in stretches[1] and len(stretches) == 2
     assert "sure" not in joined and "brief" not in joined and "2 + 2" not in joined
-    if template is TAGGED:  # transformers knows too; but for the newline that follows what is said
+    if template is TAGGED:  # the same in transformers, without the newline after a message
         out = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
         mask = np.array(out["assistant_masks"], bool)
         ids = np.array(out["input_ids"])[mask]
@@ -179,15 +178,19 @@ def test_from_parquet_into_rows_that_learn_answers_alone(tmp_path, tokenizer):
     parquet.write_table(table, tmp_path / "c.parquet")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     d = DataConfig(
-        path=str(tmp_path / "c.parquet"), tokenizer=str(tmp_path), column="turns", chat=True, seq_len=96,
+        path=str(tmp_path / "c.parquet"),
+        tokenizer=str(tmp_path),
+        column="turns",
+        chat=True,
+        seq_len=96,
         validation_ratio=0.1,
-    )  # fmt: skip
+    )
     data = open_data(d, 400, 0, 100, tmp_path / "cache")
     rows = data.train.rows(0, len(data.train))
     text = tokenizer.decode(rows.tokens[:, 1:][rows.counted].tolist(), skip_special_tokens=False)
     assert set(text.replace("<|endoftext|>", "").split("<|im_end|>")) <= {"4", "yes\n", ""}
     assert text.count("<|endoftext|>") == 54 and rows.documents is not None
-    # In one row, no document sees another: a conversation is where its own tokens are.
+    # In one row no document sees another, so a conversation's targets are in its own tokens.
     first = rows.documents[0] == 0
     assert (
         tokenizer.decode(rows.tokens[0, :-1][first].tolist(), skip_special_tokens=False).count(

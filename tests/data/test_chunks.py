@@ -1,5 +1,4 @@
-"""dtron.data.chunks: samples, their order and the split; and the whole of dtron.data in two
-processes."""
+"""dtron.data.chunks: samples, their order and the split. All of dtron.data on two processes."""
 
 import os
 import subprocess
@@ -72,8 +71,7 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def test_the_order_is_a_fixed_one():
-    """A checkpoint stores only the position: another order here would make old runs resume
-    wrongly."""
+    """A checkpoint stores the position only. With another order, old runs would resume wrongly."""
     first, second = [14, 8, 12, 2, 10, 0, 4, 6], [14, 8, 6, 0, 2, 10, 4, 12]
     assert rows(np.arange(17), 2, 7, 0, 16)[:, 0].tolist() == first + second
 
@@ -148,7 +146,7 @@ def test_corpus_errors(corpus_file: Path, cache: Path):
 
 
 def test_sources_share_a_tokenizer_or_are_refused(corpus_file: Path, tmp_path: Path):
-    """Trained on the text of all, or the one beside prepared files, or a given one."""
+    """The tokenizer is trained on all text, or stands beside prepared files, or is given."""
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "zebras and quaggas graze beside the water"}\n' * 99)
     both = open_data(config(f"1 {corpus_file}, 1 {other}"), 400, 0, 9, tmp_path)
@@ -218,7 +216,7 @@ def test_two_processes_starting_at_once_agree(corpus_file: Path, tmp_path: Path)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "DTRON_CACHE": str(tmp_path / "cache"),
-        "HOME": str(tmp_path / "home"),  # to see that nothing is written outside our cache
+        "HOME": str(tmp_path / "home"),  # shows that nothing is written outside the cache
         "PYTHONPATH": root,
     }
 

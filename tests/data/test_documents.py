@@ -1,5 +1,4 @@
-"""dtron.data.documents: every kind of file is read, and what is wrong with one is said in a
-line."""
+"""dtron.data.documents: every kind of file is read, and a broken file is one line."""
 
 import os
 import sys
@@ -116,8 +115,8 @@ def test_errors_in_json_lines(data: bytes, parts: list[str], tmp_path: Path, cac
     file = tmp_path / "bad.jsonl"
     file.write_bytes(data)
     one_line(lambda: documents(str(file), cache=cache), str(file), *parts)
-    # The same through the cache, as a run meets it; nothing half-made is left to be found next
-    # time.
+    # The same through the cache, as in a run. No half-written cache is left for the next
+    # run.
     for _ in range(2):
         d = DataConfig(path=str(file), seq_len=8)
         one_line(lambda d=d: open_data(d, 300, 0, 1, cache), str(file), *parts)
@@ -155,7 +154,7 @@ def test_errors_in_parquet_columns(tmp_path: Path, cache: Path):
     )
     one_line(lambda: documents(str(file), "n", cache), str(file), "int64", "'n'", "--data.column")
     data = bytearray(file.read_bytes())
-    data[4:40] = b"\xff" * 36  # the first page; the footer, which is read first, stays good
+    data[4:40] = b"\xff" * 36  # damages the first page; the footer is read first and stays good
     file.write_bytes(data)
     one_line(lambda: documents(str(file), "body", cache), str(file), "not a readable Parquet file")
 
@@ -172,7 +171,7 @@ def test_errors_about_the_path(tmp_path: Path, cache: Path, monkeypatch):
     folder = str(tmp_path / "empty")
     one_line(lambda: documents(folder, cache=cache), folder, "without any", ".jsonl", "--data.path")
 
-    # Permissions do not bind root, so refuse the one call that would meet them.
+    # Permissions do not bind root, so the one call that needs them is refused.
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     real = Path.open

@@ -86,9 +86,10 @@ def test_damage_is_one_line(tmp_path):
     refused("type 9", "1 to 8", index=idx[:17] + b"\x09" + idx[18:])
     refused("too long", index=idx + b"?")
     refused("sequences, which cannot be", index=idx[:18] + b"\xff" * 8 + idx[26:])
-    put = lambda at, value, kind: (
-        idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
-    )
+
+    def put(at, value, kind):
+        return idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
+
     refused("negative", index=put(HEADER.size, -1, "<i"))
     refused("between two tokens", index=put(HEADER.size + 8, 1, "<q"))
     refused("documents that do not end with its 2 sequences", index=put(len(idx) - 8, 1, "<q"))
@@ -165,7 +166,7 @@ def megatron():
 
 
 class Words:
-    """What GPTDataset asks of a tokenizer."""
+    """The part of a tokenizer that GPTDataset uses."""
 
     vocab_size, eod, pad = 5000, 0, -1
     unique_identifiers = {"class": "Words"}
@@ -174,13 +175,20 @@ class Words:
 def theirs(
     megatron, prefix: Path, split: str, seq_len: int, samples: int, seed: int, reset: bool = False
 ):
-    """GPTDataset's training samples, as its builder makes them."""
+    """Training samples of GPTDataset, built by its builder."""
     gpt, indexed, utils = megatron
     config = gpt.GPTDatasetConfig(
-        random_seed=seed, sequence_length=seq_len, blend=([str(prefix)], None), split=split,
-        tokenizer=Words(), reset_position_ids=reset, reset_attention_mask=reset, eod_mask_loss=False,
-        create_attention_mask=reset, path_to_cache=str(prefix.parent / "cache"),
-    )  # fmt: skip
+        random_seed=seed,
+        sequence_length=seq_len,
+        blend=([str(prefix)], None),
+        split=split,
+        tokenizer=Words(),
+        reset_position_ids=reset,
+        reset_attention_mask=reset,
+        eod_mask_loss=False,
+        create_attention_mask=reset,
+        path_to_cache=str(prefix.parent / "cache"),
+    )
     data = indexed.IndexedDataset(str(prefix))
     low, high = (int(round(bound * float(len(data)))) for bound in config.split_matrix[0])
     return gpt.GPTDataset(
@@ -205,8 +213,8 @@ def agree(
 
 
 def test_orders_are_those_of_gpt_dataset(megatron, tmp_path):
-    """One epoch, several, a last one apart; seeds, lengths and splits; 10,000 samples and more
-    each."""
+    """One epoch, several epochs, and a separate last epoch. Seeds, lengths and splits, each with
+    10,000 samples or more."""
     synthetic(tmp_path / "c", 0, 9000, 90)
     synthetic(tmp_path / "short", 1, 700, 60)
     kinds = [

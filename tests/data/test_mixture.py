@@ -1,5 +1,4 @@
-"""dtron.data.mixture: which source a sample comes from; against megatron-core's own where it is
-installed."""
+"""dtron.data.mixture: the source of each sample, against megatron-core where it is installed."""
 
 import numpy as np
 from hypothesis import given, settings

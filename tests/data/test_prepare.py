@@ -1,4 +1,4 @@
-"""python -m dtron.data: text to indexed files and a look at them; against megatron-core's own
+"""python -m dtron.data: text to indexed files, and a look at them. The reference is megatron-core's
 reader and writer where it is installed."""
 
 import json
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, prepared, tmp_path, ca
     few = words({"?": 0, "x": 1}, tmp_path / "few.json")
     prepare(
         folder / "a.jsonl", "--tokenizer", few, *out, "--workers", 1
-    )  # unknown words are a token there
+    )  # that tokenizer encodes unknown words as one token
     assert "--workers 0" in refuse(capsys, "prepare", bad, *good[:2], *out, "--workers", 0)
     assert "--out" in refuse(capsys, "prepare", folder / "a.jsonl", *good)
     assert "no.idx" in refuse(capsys, "info", tmp_path / "no")

@@ -1,5 +1,5 @@
-"""dtron.data.sources, fit and stream: samples are pure functions of their number; and against
-megatron-core's own where it is installed."""
+"""dtron.data.sources, best_fit_packing and stream: samples are pure functions of their number. The
+reference is megatron-core where it is installed."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def same(a: Rows, b: Rows) -> bool:
 
 
 def is_pure(make, start: int, counts: list[int]) -> None:
-    """A range of samples is its pieces one after the other; asked for in another order, of another
+    """A range of samples is the concatenation of its pieces, in any order of access and for another
     object."""
     whole = make().rows(start, sum(counts))
     assert len(whole.tokens) == sum(counts)
@@ -141,7 +141,7 @@ def test_rows_are_stretches_of_the_line_of_documents(
         assert np.array_equal(
             rows.positions[row], places - np.maximum.accumulate(np.where(inner, places, 0))
         )
-    if shuffle:  # a longer run goes on in another order, of the next seed
+    if shuffle:  # a longer run goes on in the order of the next seed
         other = Packed(data, range(len(data)), seq_len, seed + 1, samples, 999, True)
         assert same(source.rows(len(order), 3), other.rows(0, 3))
 
@@ -155,8 +155,8 @@ def test_ids_above_the_vocabulary_are_refused_when_read(indexed):
 
 
 def test_samples_and_restarted_positions_are_those_of_gpt_dataset(megatron, tmp_path):  # noqa: F811
-    """Token for token, over two epochs and the last apart. Documents known from the index are
-    Megatron's documents known from their end tokens."""
+    """Equal token for token, over two epochs and a separate last epoch. The index gives the same
+    documents as Megatron's end tokens."""
     random = np.random.default_rng(0)
     write(tmp_path / "c", [[*random.integers(1, 5000, n), 0] for n in random.integers(0, 60, 3000)])
     want = theirs(megatron, tmp_path / "c", "95,5", 32, 3100, 11, reset=True)
@@ -172,7 +172,7 @@ def test_samples_and_restarted_positions_are_those_of_gpt_dataset(megatron, tmp_
         seen = causal & (rows.documents[i][:, None] == rows.documents[i])
         assert np.array_equal(
             ~item["attention_mask"][0].numpy(), seen
-        )  # Megatron's mask is true where hidden
+        )  # Megatron's mask is true at hidden keys
 
 
 # ---- fitted
@@ -215,7 +215,7 @@ def test_every_token_but_a_first_is_a_target_once(lengths, seq_len):
     assert sorted(targets) == sorted(set(range(len(tokens))) - firsts)
     assert np.array_equal(
         rows.tokens[:, :-1][rows.counted] + 1, targets
-    )  # the input is the token ahead
+    )  # the input of MTP is the next token
     assert rows.valid == len(targets)
 
 

@@ -43,7 +43,7 @@ def test_decoding_gives_back_every_document(cache: Path, tokenizer: Tokenizer, d
 def test_long_documents_are_encoded_in_pieces(
     tokenizer: Tokenizer, tmp_path_factory, docs: list[str]
 ):
-    # A cache of its own: the size of a piece is a constant, so it is not part of a key.
+    # A separate cache: the size of a piece is a constant and not part of the key.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenization, "_PIECE", 7)
         patch.setattr(tokenization, "_BATCH", 20)
@@ -70,7 +70,7 @@ def test_a_users_tokenizer(tmp_path: Path, cache: Path):
     assert end_id(plain) is None
     plain.enable_truncation(
         2
-    )  # a saved tokenizer may carry these, and they would lose or add tokens
+    )  # a saved tokenizer may have these settings, which drop or add tokens
     plain.enable_padding(length=9)
     assert encode(["a b", "b a c a"], plain, cache).tolist() == [1, 2, 2, 1, 0, 1]
     ended = get_tokenizer(words({"?": 0, "</s>": 1, "a": 2}, tmp_path / "ended.json"), [], 3, cache)
@@ -133,7 +133,9 @@ def test_a_cache_entry_is_never_visible_half_written(tmp_path: Path):
     assert {file.name for file in tmp_path.iterdir()} <= {"entry.lock"}
     assert cached(target, read, lambda file: file.write_bytes(b"whole")) == b"whole"
     assert cached(target, read, fail) == b"whole"
-    answers = iter([None, b"theirs"])  # another process built it while this one waited for the lock
+    answers = iter(
+        [None, b"theirs"]
+    )  # another process built the cache while this process waited for the lock
     assert cached(target, lambda file: next(answers), fail) == b"theirs"
 
 

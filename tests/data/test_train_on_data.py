@@ -1,4 +1,4 @@
-"""The program on every kind of data: the same on any mesh, after a resume, and what it refuses."""
+"""train.py on every kind of data: the same on any mesh, after a resume, and what it refuses."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train as program
 from dtron import checkpoint
 from dtron.data import Prefetch
 from dtron.data.__main__ import main as data_main
 from dtron.data.sources import Packed
 from dtron.runtime.exit import run_cli
 from tests.helpers.texts import TEXTS, corpus
-from tests.runtime.test_train import TINY, agree, enter, losses, records
-from tests.runtime.test_train import train as program
+from tests.helpers.train_cli import TINY, agree, enter, losses, records
 
 pytestmark = pytest.mark.xdist_group("program")
 
@@ -76,10 +76,13 @@ KINDS = {
 
 
 def killed_and_resumed(run_dir: Path, *argv: str, then: list[str]) -> None:
-    """Four steps of one device; the last two again, in another way."""
+    """Four steps on one device. Then the last two steps again, from a checkpoint and in another
+    way."""
     want = run(run_dir, *argv, "--save-every=2")
     assert all(0 <= record["data_wait_ratio"] <= 1 for record in want)
-    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000004")  # as if it had been killed before
+    shutil.rmtree(
+        checkpoint.folder(run_dir) / "step-00000004"
+    )  # as if the run had been killed before step 4
     found = run(run_dir, *argv, *then, "--resume")
     agree(found, losses(want))
     assert losses(found)[:2] == losses(want)[:2]
@@ -116,9 +119,11 @@ def test_resuming_one_sample_off_is_seen(run_dir, monkeypatch):
 def test_the_options_about_documents_change_what_is_computed(run_dir):
     learned = ["--data.path=tokens", "--model.positions=learned", "--steps=1"]
     options = [
-        [], ["--data.document-mask"], ["--data.document-positions=True"],
+        [],
+        ["--data.document-mask"],
+        ["--data.document-positions=True"],
         ["--data.document-mask", "--data.document-positions=False"],
-    ]  # fmt: skip
+    ]
     found = [losses(run(run_dir / str(i), *learned, *more))[0] for i, more in enumerate(options)]
     assert len(set(found)) == 4
 
@@ -130,8 +135,8 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(run_dir, capsys):
 
 
 def test_the_order_is_part_of_a_run(run_dir, capsys):
-    """Two epochs of the text would be shuffled together: a longer run is another order, unless
-    told."""
+    """Two epochs of a text are shuffled together. So a longer run has another order, unless a flag
+    sets the epochs."""
     argv = ["--data.path=tokens", "--steps=60", "--sample-tokens=0", "--log-every=99"]
     run(run_dir, *argv, "--save-every=60", "--batch=8")
     capsys.readouterr()
@@ -206,7 +211,7 @@ def test_text_that_turns_out_bad_while_it_is_streamed(folder, run_dir, capsys):
 
 
 def test_the_run_says_how_long_it_waited_for_data(run_dir, monkeypatch):
-    """data_wait_ratio is the share of a step in which the host stood still."""
+    """data_wait_ratio is the share of a step in which the host waited for data."""
     original = Prefetch.next
 
     def late(self):

@@ -1,5 +1,5 @@
-"""Small tensors that share a collective are brought to the same places as one by one, in fewer of
-them."""
+"""Small tensors that share a collective have the same results as one by one, in fewer
+collectives."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ AXES = (
 
 
 def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int) -> tuple:
-    """Weights of these axes and sizes (in fours), where they lie, and gradients of them: of each
-    rank another summand wherever the weight is whole once it is gathered."""
+    """Weights with these axes and sizes (in fours), their placements, and their gradients.
+
+    A gradient is a different summand on every rank, for every axis over which the gathered weight
+    is replicated."""
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
     weights, grads, goals = [], [], []
     for i, (kind, rows, columns) in enumerate(of):
@@ -55,8 +57,8 @@ def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, se
 def differences(
     mesh: str, of: list[tuple[int, int, int]], dtype: torch.dtype, seed: int
 ) -> tuple[float, int]:
-    """The largest difference to one by one, of gradients scattered and of weights gathered; and how
-    many fewer collectives there were."""
+    """The largest difference from collectives one by one, of reduce-scattered gradients and of
+    gathered weights; and how many fewer collectives there were."""
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = Layout(device_mesh, rules_for(2))
         weights, goals, grads = drawn(layout, of, dtype, seed)
@@ -75,7 +77,7 @@ def differences(
 
 
 def largest(x: Tensor) -> float:
-    """Over simulated ranks."""
+    """The same on simulated ranks."""
     parts = getattr(x, "_local_tensors", None)
     return max(part.item() for part in parts.values()) if parts else x.item()
 
@@ -95,7 +97,8 @@ def test_together_is_one_by_one(mesh, of, dtype, seed):
 
 
 def test_it_takes_fewer_collectives():
-    """Four scattered and gathered over dp are one each; those that tp cuts too are left alone."""
+    """Four weights over dp need one reduce-scatter and one all-gather. Weights that tp shards too
+    are not bucketed."""
     four = [(0, 1, 2), (1, 2, 1), (2, 1, 1), (3, 1, 1)]
     assert differences("dp=4", four, torch.float64, 0)[1] == 2 * 3
     assert differences("dp=2,cp=2", four, torch.float64, 0)[1] == 2 * 2 * 3

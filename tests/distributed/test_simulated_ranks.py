@@ -1,4 +1,4 @@
-"""Simulated ranks compute what torch's own simulation computes."""
+"""Simulated ranks compute the results of torch's own simulation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RANKS = 4
 
 
 def ranks_of(shape: tuple[int, ...]) -> LocalTensor:
-    """A tensor with another value on every rank."""
+    """A tensor that differs on every rank."""
     n = torch.Size(shape).numel()
     return LocalTensor({r: torch.arange(n).view(shape) * 1.5 + 100 * r for r in range(RANKS)})
 
@@ -77,7 +77,7 @@ def test_gradients_pass_through_views():
 
 
 def test_a_value_that_all_ranks_share_may_be_nan_and_may_not_differ():
-    """A step that is not finite is reported, and does not end in an error of the simulation."""
+    """A step that is not finite is reported. The simulation raises no error."""
     values = [torch.tensor([1.0, float("nan")]) for _ in range(RANKS)]
     got = same_on_all(LocalTensor(dict(enumerate(values))))
     torch.testing.assert_close(got, values[0], equal_nan=True)

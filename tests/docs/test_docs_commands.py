@@ -1,4 +1,4 @@
-"""Every command of the pages runs, or names what it needs; then its flags are read at least."""
+"""Every command of the pages runs, or it names what it needs and its flags are read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODEL += ["--model.head-dim=8", "--model.mlp=64", "--model.vocab=300"]
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """A folder with the files that the pages' commands begin with."""
+    """A folder with the files that the commands start from."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DTRON_CACHE", str(tmp_path / "cache"))
@@ -81,7 +81,9 @@ def short(command: Command) -> list[str]:
         args += TRAIN
         args += [] if "--init-from" in args else MODEL
         args += [] if "--data.path" in args else ["--data.path=my_text"]
-        args += ["--model.layers=3"] if "--fp8" in args else []  # the first and the last have none
+        args += (
+            ["--model.layers=3"] if "--fp8" in args else []
+        )  # the first and the last example have no flag
         args += ["--save-every=1"] if "--save-every" in args else []
         args += ["--steps=3"] if "--resume" in args else []
         args += ["--simulate"] if command.processes > 1 else []
@@ -97,7 +99,7 @@ def short(command: Command) -> list[str]:
 
 @contextmanager
 def built(script: str) -> Iterator[types.ModuleType]:
-    """The file that a page builds has been run. What it adds to the tables is forgotten later."""
+    """Run the file that a page builds. Afterwards dtron's tables are restored."""
     with mock.patch.dict(OPTIMIZERS), mock.patch.dict(POLICIES):
         module = types.ModuleType("file_of_the_page")
         sys.modules[module.__name__] = module  # dataclasses look there
@@ -146,7 +148,8 @@ def test_the_files_that_the_pages_build_can_be_imported():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", BUILT, ids=lambda command: command.text)
 def test_a_file_that_a_page_builds_runs(command, desk, tmp_path):
-    """In a process of its own, because what it adds must come before dtron reads its tables."""
+    """In a separate process: the file extends dtron's tables, and must do so before dtron reads
+    them."""
     (tmp_path / "file.py").write_text(command.script)
     argv = [sys.executable, "file.py", command.program, *short(command)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -161,13 +164,13 @@ def recipe(page: str) -> str:
 
 
 def test_the_layer_of_the_recipe_is_right():
-    """The first recipe of CONTRIBUTING, put together: its test of its layer passes."""
+    """The first recipe of CONTRIBUTING, put together, passes its own test of its layer."""
     with built(recipe((ROOT / "CONTRIBUTING.md").read_text())) as module:
         settings(max_examples=examples(5))(module.test_gate)()
 
 
 def squeezed(code: str) -> str:
-    """Code without spaces, and so however it is indented and wrapped."""
+    """Code without spaces. So neither indentation nor wrapping matters."""
     return "".join(code.split())
 
 
@@ -177,7 +180,7 @@ RUN_ELSEWHERE = "def test_my_layer"  # by docs/test_readme.py
 
 
 def strangers(text: str, source: str) -> list[str]:
-    """The Python of a page that no test runs, and that is not in the source either."""
+    """The Python fences of a page that no test runs and that the source does not contain either."""
     known = source + squeezed("".join(c.script for c in commands(text)) + recipe(text))
     fences = [code for code in python_fences(text) if RUN_ELSEWHERE not in code]
     return [code for code in fences if squeezed(code) not in known]
@@ -218,7 +221,8 @@ def test_a_mistake_in_prose_is_noticed():
 
 
 def test_what_a_command_needs_is_read():
-    page = "```bash\npython train.py  # one\n# needs a GPU\npython bench/kernels/fp8.py | tail -1 > f\n```"
+    second = "# needs a GPU\npython bench/kernels/fp8.py | tail -1 > f"
+    page = f"```bash\npython train.py  # one\n{second}\n```"
     one, two = commands(page)
     assert (one.program, one.args, one.runs) == ("train", (), True)
     assert (two.program, two.args, two.needs, two.runs) == (

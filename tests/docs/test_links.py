@@ -1,5 +1,5 @@
-"""Every link of every page leads somewhere: to a file, and to a heading in it. The API page has
-every module, and the site has every page."""
+"""Every link of every page leads to a file and to a heading in it. The API page has every module,
+and the site has every page."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that a page's headings have: lower case, without punctuation, spaces as
-    dashes."""
+    """The anchors of a page's headings: lower case, no punctuation, dashes for spaces."""
     found: set[str] = set()
     for line in re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S).splitlines():
         if heading := re.match(r"#+ +(.+)", line):
@@ -53,7 +52,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_link_that_leads_nowhere_is_noticed():
-    page = "# A heading: of `two` words\n[a](#a-heading-of-two-words) [b](#b) [c](docs/no.md) [d](dtron)"
+    links = "[a](#a-heading-of-two-words) [b](#b) [c](docs/no.md) [d](dtron)"
+    page = f"# A heading: of `two` words\n{links}"
     assert broken(ROOT / "README.md", page) == ["#b", "docs/no.md"]
 
 
@@ -86,5 +86,10 @@ def test_the_site_has_every_page_and_the_api_every_module():
         ".".join(p.relative_to(ROOT / "dtron").with_suffix("").parts)
         for p in (ROOT / "dtron").rglob("*.py")
     }
-    commands = {"generate", "profile", "show", "verify"}  # they only start programs of tools/
+    commands = {
+        "generate",
+        "profile",
+        "show",
+        "verify",
+    }  # these files only start programs of tools/
     assert listed == {m for m in there if not m.rpartition(".")[2].startswith("__")} - commands

@@ -1,4 +1,4 @@
-"""What the pages say is what the code is."""
+"""The numbers and code of the pages are those of the source."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def library(tools: bool) -> int:
 
 
 def near(said: str, n: int) -> bool:
-    """Whether a number on a page, such as 17,395, is within 5 % of what it is."""
+    """Whether a number on a page, such as 17,395, is within 5 % of the true number."""
     return abs(int(said.replace(",", "")) - n) <= 0.05 * n
 
 
@@ -73,7 +73,7 @@ STEP = re.compile(r"^\| \[.*\.py\)[^|]* \| (\d+) \|", re.M)  # a row of the read
 
 
 def reading_order() -> list[tuple[list[str], str]]:
-    """The rows of the page: files, and the lines that the page says they have."""
+    """The rows of the page: files, and the stated number of lines."""
     page = (ROOT / "docs" / "reading-order.md").read_text()
     return [(re.findall(r"\]\(\.\./([\w/]+\.py)\)", row[0]), row[1]) for row in STEP.finditer(page)]
 

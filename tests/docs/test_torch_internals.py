@@ -33,7 +33,7 @@ def private(source: str) -> set[str]:
 
 
 def listed(name: str, names: set[str]) -> bool:
-    """Whether the page has this name, the module that it is in, or what begins with it."""
+    """Whether the page lists the name, its module, or a name that begins with it."""
     return any(
         name == n or name.startswith((n + ".", n + "_")) or n.startswith(name) for n in names
     )
@@ -58,7 +58,7 @@ def test_every_private_name_is_on_the_page():
 
 
 def test_a_name_that_is_not_on_the_page_is_noticed():
-    """And one that another file uses, too."""
+    """A missing name is noticed. So is a listed name in another file."""
     assert len(missing(SOURCES, ROWS[1:])) >= 1
     assert missing({"mesh.py": "import torch._foreach_norm"}, ROWS)
     assert missing({"mesh.py": "from torch._dynamo import config"}, ROWS)

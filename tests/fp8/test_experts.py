@@ -1,4 +1,4 @@
-"""Products of experts in FP8: by definition, on a mesh, compiled, and where there are none."""
+"""Matmuls of experts in FP8: by definition, on a mesh, compiled, and without rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWWISE, HALF = (
 
 
 def operands(counts: list[int], inner: int = 32, outer: int = 48, rest: int = 0, seed: int = 0):
-    """Rows, matrices, where each expert's rows end, and a gradient that is zero in rows of no
+    """Rows, matrices, the end of each expert's rows, and a gradient that is zero in rows without an
     expert."""
     g = torch.Generator().manual_seed(seed)
     rows, used = sum(counts) + rest, sum(counts)
@@ -56,7 +56,7 @@ in_fp8 = partial(grouped_matmul, recipe=ROWWISE)
 
 
 def one_by_one(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's product as any other in FP8."""
+    """Each expert's matmul is the FP8 matmul of its rows."""
     ends = [0, *ends_E.tolist()]
     parts = [
         matmul(x[a:b], w_e, HALF) if b > a else x[a:b] @ w_e
@@ -93,7 +93,7 @@ def test_a_scale_for_all_rows_is_caught():
 )
 @settings(max_examples=20)
 def test_any_number_of_rows(counts, seed):
-    """Not only multiples of 16, and within the error of 3 bits."""
+    """The numbers of rows are not multiples of 16. The error stays within 3 bits."""
     xs = operands(counts, seed=seed)
     want = all_of(lambda x, w, ends: one_by_one(x.double(), w.double(), ends).float(), *xs)
     for a, b, expected in zip(all_of(in_fp8, *xs), want, ERRORS["rowwise_with_gw_hp"], strict=True):
@@ -145,7 +145,7 @@ def test_a_mesh_follows_one_device(dispatch):
 
 
 def test_a_model_whose_experts_alone_are_large_enough():
-    """4096 by 14336 each; and those of a smaller model are not."""
+    """Matrices of 4096 by 14336 are in FP8. Those of a smaller model are not."""
     check = lambda name, how: check_fp8(how, preset(name), MeshShape(), 4096, "cpu", torch.bfloat16)
     check("mixtral-8x7b", ComputeConfig(fp8="rowwise"))
     with pytest.raises(ValueError, match="no matrix of this model has 16777216 weights"):

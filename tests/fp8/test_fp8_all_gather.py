@@ -1,5 +1,4 @@
-"""Weights gathered in 8 bits: what arrives has the values that a product in FP8 would have rounded
-to."""
+"""Weights gathered in 8 bits: a rank receives the values to which an FP8 matmul rounds them."""
 
 from __future__ import annotations
 
@@ -50,7 +49,8 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> to
     st.sampled_from([torch.bfloat16, torch.float32]),
 )
 def test_a_message_has_what_each_row_rounds_to(shape, power, seed, dtype):
-    """By torchao's scales and casts, which begin at 1e-12; again and again it changes no more."""
+    """torchao's scales and casts, whose smallest scale is 1e-12. Repeated rounding changes nothing
+    more."""
     x = drawn(*shape, seed=seed, dtype=dtype) * 2.0**power
     values, scale = scaled_by(x, x.ndim - 1)
     got = rounded(x)
@@ -67,7 +67,7 @@ def test_rows_that_are_nothing_or_no_number():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_product_does_not_see_who_rounded_its_weight(name):
-    """Whatever the recipe, and in both directions: a scale is a power of two."""
+    """For every recipe, in both directions, a scale is a power of two."""
     x, w, g = drawn(128, 256), drawn(256, 128, seed=1), drawn(128, 128, seed=2)
     w = torch.where(w.abs() < 0.02, 0.02, w)  # nothing that leaves the range under a coarser scale
     for a, b in zip(
@@ -98,8 +98,10 @@ AXES = (
 def gathered(
     mesh: str, axes: tuple[str, ...], rows: int, seed: int
 ) -> tuple[CollectiveCounter, int]:
-    """Asserts that a gather in 8 bits is one of what each rank's part rounds to, and its gradient
-    that of a gather in bfloat16. What was sent, and the values that a rank then has."""
+    """Compare a gather in 8 bits with a gather of the rounded shards, and its gradient with the
+    gradient of a gather in bfloat16.
+
+    Returns what was sent, and the values that a rank then has."""
     x = drawn(*(4 * rows for _ in axes), seed=seed, dtype=torch.float32)
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout = Layout(device_mesh, rules_for(3), torch.bfloat16)
@@ -122,7 +124,8 @@ def gathered(
 @settings(max_examples=30)
 @given(st.sampled_from(MESHES), st.sampled_from(AXES), st.integers(1, 3), st.integers(0, 99))
 def test_a_gather_has_what_each_part_rounds_to(mesh, axes, rows, seed):
-    """On dp=3 parts of 4, 8 and 12 rows are equal for 12 alone; others are sent in bfloat16."""
+    """On dp=3 a weight of 12 rows has equal shards. Weights of 4 and 8 rows are sent in
+    bfloat16."""
     gathered(mesh, axes, rows, seed)
 
 
@@ -137,7 +140,7 @@ def test_parts_in_the_wrong_order_are_caught():
 
 @pytest.mark.parametrize("axes", AXES[:3])
 def test_it_sends_half_the_bytes(axes):
-    """A byte for a value, and one for each row of a part."""
+    """A byte per value, and a byte per row of a shard."""
     sent, values = gathered("dp=4", axes, 4, 0)
     cut = 4 if axes[-1] == "embed" else 1  # rows, where the last dim is cut
     assert sent.count == {Collective("all_gather", "dp"): 1}
@@ -160,7 +163,7 @@ def losses(mesh: str, config: RunConfig) -> list[float]:
     [("dp=2,tp=2", "tensorwise"), pytest.param("dp=2", "rowwise", marks=pytest.mark.slow)],
 )
 def test_a_step_is_that_of_weights_gathered_in_high_precision(mesh, name):
-    """But for values under the range of a whole tensor's scale."""
+    """Except for values below the range of a scale of the whole tensor."""
     config = replace(SHARDED, fp8=name)
     assert losses(mesh, replace(config, fp8_gather=True)) == pytest.approx(
         losses(mesh, config), rel=1e-5
@@ -179,7 +182,7 @@ def test_a_step_is_that_of_weights_gathered_in_high_precision(mesh, name):
     ],
 )
 def test_what_is_multiplied_in_high_precision_is_gathered_so(config):
-    """Routers, small matrices, the first and the last block."""
+    """These stay in bfloat16: routers, small matrices, the first and the last block."""
     want, fp8 = losses("dp=2", config), replace(config, fp8_gather=True)
     assert losses("dp=2", fp8) == pytest.approx(want, rel=1e-5)
     with mock.patch.object(
@@ -214,7 +217,7 @@ def test_real_ranks_do_what_simulated_ones_do(pool):
 
 
 def test_every_product_of_a_block_says_what_it_sums_over():
-    """And nothing else does."""
+    """The gather is in 8 bits, and no other collective is."""
     m = replace(SIZES, moe=MoEConfig(4, 2, 32, dense_layers=1, shared=32), qkv_bias=True)
     named = {w.path.rpartition(".")[2] for w in flat(declare_model(m).blocks) if w.summed}
     assert named == {"w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down"}

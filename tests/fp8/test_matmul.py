@@ -1,5 +1,4 @@
-"""FP8 products: how far from exact they are, on one device, on a mesh and compiled; and which there
-are."""
+"""FP8 matmuls: their error, on one device, on a mesh and compiled; and which matmuls are in FP8."""
 
 from __future__ import annotations
 
@@ -30,7 +29,8 @@ from tests.helpers.products import ERRORS, NAMES, converted, operands
 
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_those_of_the_recipe(name):
-    """Neither larger nor, which would mean that it was not FP8, much smaller."""
+    """The error is not larger than expected. It is not much smaller either, which would mean that
+    the matmul was not in FP8."""
     xs = operands(dtype=torch.bfloat16)
     want = products(torch.matmul, *(x.double() for x in xs))
     got = products(converted(name), *xs)
@@ -41,8 +41,8 @@ def test_errors_are_those_of_the_recipe(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "blockwise"])
 def test_it_is_what_torchao_computes(name, dtype):
-    """With scales that are powers of two; and our gradient of a weight lies in memory as the
-    weight."""
+    """With scales that are powers of two. The gradient of a weight has the weight's memory
+    layout."""
     import dtron.fp8.scaled_mm  # noqa: F401, I001  (torchao's first import, quietly)
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
@@ -61,7 +61,7 @@ def test_it_is_what_torchao_computes(name, dtype):
 @settings(max_examples=20)
 @given(st.sampled_from(NAMES), st.integers(-20, 20), st.integers(-20, 20), st.integers(0, 99))
 def test_no_magnitude_is_out_of_range(name, i, j, seed):
-    """448 is e4m3's largest value; but to multiply an operand by a power of two changes nothing
+    """448 is the largest value of e4m3. Multiplying an operand by a power of two changes nothing
     else."""
     x, w, g = operands(128, 256, 128, seed=seed)
     y, dx, dw = products(converted(name), x, w, g)
@@ -81,7 +81,7 @@ def test_one_huge_row_ruins_all_others_unless_it_has_its_own_scale(row, power):
 
 
 def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """To e4m3, with a power of two for each block of that size, under which its largest value is in
+    """Round to e4m3 with one power of two per block of this size, so that the largest value is in
     range."""
     x = x.double().clone()
     for i in range(0, x.shape[0], rows):
@@ -95,7 +95,7 @@ def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
 def blockwise_is_its_definition(
     activation: tuple[int, int] = (1, 128), weight: tuple[int, int] = (128, 128)
 ):
-    """Of values of all sizes, from block to block and from row to row."""
+    """For values of all magnitudes, from block to block and from row to row."""
     x, w, g = (t * 2.0 ** (torch.arange(len(t))[:, None] % 16) for t in operands(256, 384, 128))
     x, w = (
         x * 2.0 ** (torch.arange(384) // 128 * 9),
@@ -153,7 +153,7 @@ def test_the_errors_shown_are_those_of_the_command():
         ((8192, 4104, 4096), False),
         ((8200, 4096, 4096), False),
         ((0, 4096, 4096), False),
-        ((4096.5, 4096, 4096), False),  # cut unevenly
+        ((4096.5, 4096, 4096), False),  # sharded unevenly
     ],
 )
 def test_which_products_are_converted(sizes, yes):
@@ -188,8 +188,8 @@ CUTS = {  # mesh: how x and w lie
 def on_mesh(
     name: str, mesh_text: str, pending: bool = False
 ) -> tuple[list[Tensor], CollectiveCounter]:
-    """y, dx, dw as whole tensors. ``pending``: the gradient of y arrives as a sum, half of it from
-    each."""
+    """y, dx and dw as full tensors. ``pending``: the gradient of y is a pending sum of two equal
+    halves."""
     x_lies, w_lies = CUTS[mesh_text]
     x, w, g = operands(256, 256, 256)
     with simulated(MeshShape.parse(mesh_text)) as mesh:
@@ -210,14 +210,14 @@ def one_device(name: str) -> list[Tensor]:
 @pytest.mark.parametrize("mesh", CUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sharded_product_is_that_of_one_device(name, mesh):
-    """Though no rank knows another's largest value: nothing is communicated."""
+    """No rank knows the largest value of another rank, and nothing is communicated."""
     got, counter = on_mesh(name, mesh)
     assert not counter.count
     assert all(error(a, b) < 1e-4 for a, b in zip(got, one_device(name), strict=True))
 
 
 def test_the_gradient_of_a_pending_sum_may_itself_be_one():
-    """Then it is added up first."""
+    """The pending sum is reduced first."""
     got, counter = on_mesh("tensorwise", "cp=2", pending=True)
     assert [c.kind for c in counter.order] == ["all_reduce"]
     assert all(error(a, b) < 1e-4 for a, b in zip(got, one_device("tensorwise"), strict=True))
@@ -255,9 +255,10 @@ DIMS = {"embed": 32, "mlp": 64, "gated": True, "bias": False, "layers": 1}
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "dp=2,tp=2"])
 def test_a_layer_is_that_of_one_device_with_the_communication_of_high_precision(mesh):
     check = partial(assert_equivalent, params=MLP, mesh=mesh, dims=DIMS, tokens=64, tolerance=1e-3)
-    layer = lambda p, x_TD, layout: mlp(
-        p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], min_weights=0)
-    )
+
+    def layer(p, x_TD, layout):
+        return mlp(p, x_TD, layout, recipe=replace(RECIPES["tensorwise"], min_weights=0))
+
     got, plain = check(layer), check(mlp)
     assert got.total.count == plain.total.count and got.total.bytes == plain.total.bytes
     assert all(error(got.tensors[name], plain.tensors[name]) > 0.02 for name in plain.tensors)

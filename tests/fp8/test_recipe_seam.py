@@ -141,7 +141,7 @@ def test_experts_follow_one_device(mesh, choices):
 
 
 def test_a_split_backward_follows_one_device():
-    """Of ZB-H1: an opaque function makes both gradients at once."""
+    """Under ZB-H1: an opaque function computes both gradients at once."""
     follows(dense("pp=2,tp=2", layers=2, pipeline=PipelineConfig(schedule="zb-h1")))
 
 
@@ -154,14 +154,14 @@ def test_a_split_backward_follows_one_device():
     [(Bfloat16Operands, OneOperandRounded), (ScaledByLargest, ScaledByLargest)],
 )
 def test_mutants_are_caught(config, alone, together):
-    """One operand alone is rounded on the mesh; or shards have scales of their own that are no
-    powers of two."""
+    """Caught: one operand alone is rounded on the mesh, or a shard has a scale of its own that is
+    no power of two."""
     follows(config)
     assert_caught(lambda: follows(config, alone, together))
 
 
 def test_it_is_in_force():
-    """Else all of the above would compare a step in high precision with itself."""
+    """Otherwise the tests above would compare a step in high precision with itself."""
     config = dense("dp=1")
     plain, rounded = (one_step(c, MeshShape()) for c in (config, in_fp8(config)))
     assert any(row.grad > 1e-4 for row in compare(plain, rounded)[1])

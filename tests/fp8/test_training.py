@@ -1,4 +1,4 @@
-"""FP8 in a whole model: compiled, recomputed, pipelined, on a mesh; and what is refused."""
+"""FP8 in a model: compiled, recomputed, pipelined, on a mesh; and what is refused."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def losses(config: RunConfig, stages: int = 1) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_follow_high_precision(name):
-    """At a high learning rate, with three bits for products of 32 summands: within 2 %. Blocks have
-    128; a model of that width learns so fast that this holds in the mean."""
+    """At a high learning rate, with matmuls of 32 summands in three bits, the losses agree within 2
+    %. Recipes with blocks need width 128; a model of that width learns so fast that only the mean
+    agrees."""
     change, over = {}, lambda found: found
     if name == "blockwise":
         change, over = (
@@ -87,8 +88,8 @@ def test_a_pipeline_rounds_the_same_way(schedule):
 
 @pytest.mark.parametrize(("mesh", "zero"), [("dp=2,tp=2", 3), ("tp=2", 1)])
 def test_a_mesh_follows_one_device(mesh, zero):
-    """Not to the rounding of float32: a sum in another order may here and there round to the other
-    FP8."""
+    """The bound is above float32's rounding: a sum in another order may round to the neighbouring
+    FP8 value."""
     config = replace(FP8, fp8="tensorwise", zero=zero, micro_batch=2, steps=3)
     want = losses(config)
     assert simulate(mesh, config).losses == pytest.approx(want, rel=1e-4)
@@ -105,7 +106,7 @@ def test_real_ranks_do_what_simulated_ones_do(pool):
 ONE, TOKENS = Layout(), torch.arange(4 * 17).view(4, 17) % 61
 
 
-BLOCK = replace(SIZES, layers=1)  # for what is compiled, which takes seconds a layer
+BLOCK = replace(SIZES, layers=1)  # for compiled stages: compiling takes seconds a layer
 
 
 def step(functions, layout: Layout = ONE, zero: int = 1):
@@ -125,7 +126,7 @@ def step(functions, layout: Layout = ONE, zero: int = 1):
     ],
 )
 def test_compiled_gradients_are_those_of_eager(name, recompute):
-    """The whole stage is one graph."""
+    """The stage is one graph."""
     torch.compiler.reset()
     how = ComputeConfig(recompute, fp8=name, fp8_first_last=True, fp8_min_weights=0)
     want_loss, want, _ = step(program(BLOCK, ONE, how))
@@ -138,7 +139,7 @@ def test_compiled_gradients_are_those_of_eager(name, recompute):
 def norms_on_pool(
     mesh: str, zero: int, backend: str | None, how: ComputeConfig = FP8.how
 ) -> list[float]:
-    """A job for the pool: a step's loss and the norm of its gradient."""
+    """A job for the pool: loss and gradient norm of a step."""
     layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
     functions = program(BLOCK, layout, how, splits=False)
     loss, grads, spec = step(
@@ -152,7 +153,7 @@ def norms_on_pool(
     ("mesh", "zero"), [("tp=2", 1), pytest.param("dp=2,tp=2", 3, marks=pytest.mark.slow)]
 )
 def test_sharded_stages_compile_too(request, mesh, zero):
-    """The local regions are part of the graph. (ZeRO-3 with FP8, compiled: fp8/test_fp8_all_gather.py.)"""
+    """Local regions are part of the graph. For ZeRO-3 see fp8/test_fp8_all_gather.py."""
     pool = request.getfixturevalue("pair" if mesh == "tp=2" else "pool")
     want = pool.run(norms_on_pool, mesh, zero, None)
     got = pool.run(norms_on_pool, mesh, zero, "aot_eager")
@@ -164,8 +165,8 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_gives_the_bits_of_eager(name):
-    """Of the product alone: torch 2.11 on a CPU does not heed the option that keeps what is fused
-    with it as rounded as eager has it (tests/gpu/fp8/test_matmul.py has that). Needs a C++ compiler."""
+    """The matmul alone. torch 2.11 on a CPU does not heed the option that rounds fused operations
+    as eager does; tests/gpu/test_fp8.py tests the option. Needs a C++ compiler."""
     recipe, g = replace(RECIPES[name], min_weights=0), torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=g).bfloat16().requires_grad_()
     x, w, fn = make(128, 256), make(256, 128), lambda x, w: matmul(x, w, recipe)

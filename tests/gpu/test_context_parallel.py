@@ -17,17 +17,17 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("compile", [False, True])
 def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile):
-    """Of two parts of the keys, in bfloat16, against autograd through both written out in
-    float64."""
+    """Two shards of the keys, in bfloat16, against autograd through the reference in float64."""
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda n, s: torch.randn(2, n, s, head_dim, device="cuda", generator=g)
     q, k, v, k_2, v_2, grad = (
         draw(n, s) for n, s in ((4, 256), (2, 256), (2, 256), (2, 128), (2, 128), (4, 256))
     )
     exact = [x.double().requires_grad_() for x in (q, k, v, k_2, v_2)]
-    whole = lambda q, k, v, k_2, v_2, block: ring_attention.merge(
-        block(q, k, v, causal)[:2], block(q, k_2, v_2, False)[:2]
-    )
+
+    def whole(q, k, v, k_2, v_2, block):
+        return ring_attention.merge(block(q, k, v, causal)[:2], block(q, k_2, v_2, False)[:2])
+
     want_o, want_lse = whole(*exact, attention_block_kernels.block_forward)
     want = torch.autograd.grad(want_o, exact, grad.double())
 
@@ -59,7 +59,7 @@ def test_blocks_under_the_softmax_of_all_keys(head_dim, kernel, causal, compile)
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus_have_the_losses_of_one(tmp_path, flags, dtype):
-    """In bfloat16 on fused kernels, to its own precision."""
+    """In bfloat16 with fused kernels, to the precision of bfloat16."""
     flags = [*flags.split(), "--dtype", dtype]
     want = losses(tmp_path / "one", *flags)
     got = losses(tmp_path / "two", "--mesh", "cp=2", *flags, processes=2)

@@ -85,13 +85,13 @@ def test_products_of_experts_are_what_the_cpu_imitates(counts, compile):
     for a, b in zip(got, want, strict=True):
         a, b = (
             t[: sum(counts)] if len(t) == len(x) else t for t in (a.cpu(), b)
-        )  # others come out anyhow
+        )  # other rows have any value
         assert b.abs().max() > 0 and error(a, b) < 5e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_odd_number_of_tokens_is_a_plain_product(name):
-    """The kernels would refuse it, and in backward only."""
+    """The kernels would refuse the shape, and only in backward."""
     xs = on_gpu(4104, 256, 256)
     pairs = zip(products(converted(name), *xs), products(torch.matmul, *xs), strict=True)
     assert all(a.equal(b) for a, b in pairs)
@@ -99,8 +99,8 @@ def test_an_odd_number_of_tokens_is_a_plain_product(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_follow_bfloat16(name):
-    """In the mean. Single steps of so small a model, which learns so fast, are up to 4 % apart; 200
-    steps of a larger one are in docs/performance.md."""
+    """The mean agrees. A small model learns fast, and single steps differ by up to 4 %.
+    docs/performance.md has 200 steps of a larger model."""
     model = replace(MODEL, embed=128, head_dim=32, mlp=128)
     config = RunConfig(model=model, data=DataConfig(seq_len=16), batch=8, steps=10, seed=3)
     in_fp8 = replace(config, fp8=name, fp8_first_last=True, fp8_min_weights=0)
@@ -114,7 +114,7 @@ def test_ten_steps_follow_bfloat16(name):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 @pytest.mark.parametrize("engines", ["auto", "off"])
 def test_two_gpus_gather_in_8_bits(tmp_path, engines):
-    """The losses of a gather in bfloat16, compiled and recorded."""
+    """The losses are those of a gather in bfloat16, compiled and in a CUDA graph."""
     flags = ["--mesh", "dp=2", "--zero", "3", "--copy-engines", engines, "--model.layers", "2"]
     fp8 = ["--fp8", "tensorwise", "--fp8-first-last", "--fp8-min-weights", "0"]
     want, got = (

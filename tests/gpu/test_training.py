@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.attention_kernels import CORES, attention_reference
-from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
@@ -54,7 +52,7 @@ def test_ten_steps_in_bfloat16_follow_float32(recompute):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_pipeline_stages_on_one_gpu(schedule):
-    """The runner and backwards in halves; the stages share the GPU and hand over."""
+    """The runner and split backwards. The stages share the GPU."""
     config = replace(
         TEN,
         model=replace(MODEL, layers=4),
@@ -72,102 +70,12 @@ def test_pipeline_stages_on_one_gpu(schedule):
     assert got.losses == pytest.approx(want.losses, rel=1e-3)
 
 
-# Everything a mask can have, each alone and all at once: window, documents, soft-cap, sinks.
-MASKS = {
-    "causal": (None, False, None, False),
-    "window": (100, False, None, False),
-    "documents": (None, True, None, False),
-    "softcap": (None, False, 2.0, False),
-    "sinks": (None, False, None, True),
-    "window, documents": (100, True, None, False),
-    "all": (100, True, 2.0, True),
-}
-
-
-def inputs(seq_len: int, documents: bool, sinks: bool, head_dim: int = 128):
-    """Queries, keys, values (and sinks) that bfloat16 holds, and documents."""
-    g = torch.Generator("cuda").manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g).bfloat16()
-    # As the layer has them: token-major, heads inside.
-    q, k, v = (draw(2, seq_len, n, head_dim).transpose(1, 2) for n in (8, 2, 2))
-    ids = (
-        (torch.rand(2, seq_len, device="cuda", generator=g) < 0.01).cumsum(1) if documents else None
-    )
-    return [q, k, v, *([draw(8)] if sinks else [])], ids
-
-
-def forward_and_backward(core, xs: list, ids, mask: AttentionMask, dtype: torch.dtype) -> list:
-    xs = [x.detach().to(dtype).requires_grad_() for x in xs]
-    y = core(*xs[:3], ids, xs[3] if len(xs) > 3 else None, mask)
-    g = torch.Generator("cuda").manual_seed(1)
-    return [
-        y,
-        *torch.autograd.grad(y, xs, torch.randn(y.shape, device="cuda", generator=g).to(dtype)),
-    ]
-
-
-def difference(
-    core, xs: list, ids, mask: AttentionMask, wrong: AttentionMask | None = None
-) -> float:
-    """Of a core in bfloat16 from the reference in float32: the largest of output and gradients,
-    relative."""
-    want = forward_and_backward(attention_reference, xs, ids, wrong or mask, torch.float32)
-    got = forward_and_backward(core, xs, ids, mask, torch.bfloat16)
-    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
-
-
-@pytest.fixture
-def _fresh():
-    """torch gives up on a function that it compiled for too many shapes."""
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("seq_len", [512, 1000])
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("path", ["sdpa", "flex"])
-def test_attention_in_bfloat16_is_the_reference(path, name, compile, seq_len):
-    window, documents, softcap, sinks = MASKS[name]
-    if path == "sdpa" and (compile or softcap or sinks):
-        pytest.skip("sdpa has no soft-cap and no sinks, and compiled it is the same kernels")
-    core = CORES[path]
-    if compile:
-        core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
-    xs, ids = inputs(seq_len, documents, sinks)
-    mask = AttentionMask(seq_len, window, softcap)
-    assert difference(core, xs, ids, mask) < 2e-2
-    assert difference(core, xs, ids, mask, replace(mask, window=50)) > 5e-2
-
-
-@pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("head_dim", [16, 80, 96, 256])
-def test_flex_takes_any_head_dim_from_16(head_dim):
-    window, documents, softcap, sinks = MASKS["all"]
-    xs, ids = inputs(300, documents, sinks, head_dim)
-    assert difference(CORES["flex"], xs, ids, AttentionMask(300, window, softcap)) < 2e-2
-
-
-@pytest.mark.usefixtures("_fresh")
-def test_flex_in_the_eager_program_makes_no_square_matrix():
-    """That would be 2 rows by 8 heads by 8192 by 8192 scores, in bfloat16 2 GiB."""
-    xs, ids = inputs(8192, True, True)
-    run = lambda: forward_and_backward(
-        CORES["flex"], xs, ids, AttentionMask(8192, 1000, 2.0), torch.bfloat16
-    )
-    run()  # compiles
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    assert torch.cuda.max_memory_allocated() - before < 2**30
-
-
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_of_a_model_with_every_mask(recompute, compile):
-    """auto is flex here. In float32, eager and as a compiled stage, against the reference; the
-    microbatches have other documents."""
+    """``auto`` is flex here. Eager and compiled stages in float32 against the reference. The
+    microbatches have different documents."""
     model = replace(MODEL, head_dim=16, context=200, window=50, softcap=2.0, sinks=True)
     layout, g = Layout(), torch.Generator().manual_seed(0)
     rows = torch.randint(model.vocab, (4, 201), generator=g).cuda()
@@ -192,7 +100,7 @@ def test_gradients_of_a_model_with_every_mask(recompute, compile):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-deepseek"])
 def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
-    """Tokens choose experts by a fixed rule here: rounding must not send one to another."""
+    """Tokens choose experts by a fixed rule, so that rounding sends no token to another expert."""
     m = preset(name)
     m = replace(m, layers=3, moe=replace(m.moe, balanced=True)) if m.moe.experts else m
     layout = Layout(compute=torch.bfloat16)
@@ -213,7 +121,7 @@ def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_recorded_step_is_the_step(count):
-    """Replayed with other batches, rates and counts of tokens than those it was recorded with."""
+    """Replayed with other batches, learning rates and token counts than at recording."""
     config, layout = replace(TEN, batch=8, micro_batch=8 // count), Layout()
     found = []
     for record in (False, True):
@@ -239,7 +147,7 @@ def test_a_recorded_step_is_the_step(count):
 
 
 def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32") -> list[float]:
-    """Of train.py, started as a user would."""
+    """The losses of train.py, started as a user starts it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train.py")]
     common = ["--run-dir", str(folder), "--steps", "10", "--dtype", dtype, "--sample-tokens", "0"]
@@ -271,8 +179,8 @@ def test_two_gpus_have_the_losses_of_one(tmp_path, flags):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
-    """In bfloat16, where weights are pulled from where they are and gradients are added up where
-    they land; compiled, in a CUDA graph from the fourth step on."""
+    """In bfloat16: copy engines read weights from other GPUs, and each GPU sums the gradients that
+    it receives. Compiled steps are in a CUDA graph from the fourth step on."""
     flags = ["--mesh", "dp=2", "--zero", "3", "--compile", compile]
     want, got = (
         losses(tmp_path / how, *flags, "--copy-engines", how, processes=2, dtype="bfloat16")
@@ -283,7 +191,7 @@ def test_two_gpus_by_copy_engines_have_the_losses_of_nccl(tmp_path, compile):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per rank")
 def test_two_gpus_in_a_pipeline_say_what_diverged(tmp_path):
-    """The diagnosis runs what no step has run, with messages on their way."""
+    """The diagnosis runs kernels that no step has run, while messages are in flight."""
     launch = [
         "-m",
         "torch.distributed.run",

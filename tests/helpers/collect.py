@@ -1,5 +1,7 @@
-"""Fewer garbage collections: tracing and simulated ranks allocate objects by the million, and a
-tenth of their time went into collections that found nothing."""
+"""Run the garbage collector seldom.
+
+Tracing and simulated ranks allocate millions of objects. Collections that found nothing took a
+tenth of their time."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""train.py with one rank that leaves, or hangs, in the middle of a step; for runtime/test_train.py."""
+"""train.py with one rank that leaves, or hangs, in the middle of a step."""
 
 import os
 import signal

@@ -9,21 +9,28 @@ from hypothesis import example, settings
 
 
 def examples(n: int) -> int:
-    """How many examples to draw: ``n`` of the hundred that hypothesis draws by default, in any
+    """Scale a number of examples: ``n`` of the hundred that hypothesis draws by default, in any
     profile."""
     return max(1, n * settings().max_examples // 100)
 
 
-# One of each set of axes; 3 divides hardly anything.
+# One mesh for each set of axes. 3 divides few sizes.
 KINDS = [
-    "dp_replicate=2", "dp=3", "tp=4", "dp_replicate=2,dp=3", "dp_replicate=2,tp=3", "dp=2,tp=2",
+    "dp_replicate=2",
+    "dp=3",
+    "tp=4",
+    "dp_replicate=2,dp=3",
+    "dp_replicate=2,tp=3",
+    "dp=2,tp=2",
     "dp_replicate=2,dp=2,tp=2",
-]  # fmt: skip
+]
 
 
 def seen(**lists: Sequence[Any]) -> Callable[[Callable], Callable]:
-    """Examples beside those that ``@given`` draws, for what chance might leave out: as many as the
-    longest list, of which the others' values take turns."""
+    """Add examples to those that ``@given`` draws, for cases that chance might leave out.
+
+    There are as many examples as the longest list has values. The values of shorter lists
+    repeat."""
 
     def add(test: Callable) -> Callable:
         for i in range(max(map(len, lists.values()))):

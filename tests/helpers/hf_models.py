@@ -10,30 +10,55 @@ from typing import Any
 import torch
 
 _SIZES = {
-    "vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 128,
-    "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
 _ROPE = {"rope_type": "default", "rope_theta": 500.0}
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
-_YARN = {
-    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "beta_fast": 2.0, "beta_slow": 1.0,
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _DEEPSEEK = _SIZES | {
-    "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 20, "q_lora_rank": 24, "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 32, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_shared_experts": 2,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
     "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
-}  # fmt: skip
+}
 _LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
-# By name: the class there, and its config.
+# By name: the class in transformers, and its config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _SIZES | {"rope_parameters": _LLAMA3}),
     "llama-tied": ("Llama", _SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -43,28 +68,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
         {
-            "vocab_size": 61, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96,
-            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
+            "vocab_size": 61,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "n_inner": 96,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attn_implementation": "eager",
         },
     ),
     "mixtral": ("Mixtral", _SIZES | _EXPERTS | {"rope_parameters": _ROPE}),
     "qwen3-moe": (
         "Qwen3Moe",
-        _SIZES | _EXPERTS | {"moe_intermediate_size": 32, "norm_topk_prob": True, "rope_parameters": _ROPE},
+        _SIZES
+        | _EXPERTS
+        | {"moe_intermediate_size": 32, "norm_topk_prob": True, "rope_parameters": _ROPE},
     ),
     "gpt-oss": (
-        "GptOss", _SIZES | _EXPERTS | {"sliding_window": 7, "rope_parameters": _YARN | {"truncate": False}},
+        "GptOss",
+        _SIZES | _EXPERTS | {"sliding_window": 7, "rope_parameters": _YARN | {"truncate": False}},
     ),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),
-}  # fmt: skip
+}
 
 
 @cache
 def model(name: str) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform, and experts are far apart; norms and
-    biases are away from 1 and 0."""
+    """Draw large weights, so that attention is far from uniform and experts differ. Norms are away
+    from 1, biases away from 0."""
     import transformers
 
     kind, config = FAMILIES[name]
@@ -76,7 +111,7 @@ def model(name: str) -> torch.nn.Module:
             if "inv_freq" in path or not w.is_floating_point():
                 continue
             center = 1.0 if w.ndim == 1 and path.endswith("weight") else 0.0
-            # In numbers of bfloat16, so that it is the same model in both.
+            # bfloat16 represents every number, so the model is the same in both dtypes.
             x = center + torch.randn(w.shape, generator=g) * (0.2 if w.ndim > 1 else 0.3)
             w.copy_(x.bfloat16())
     return made.eval()
@@ -84,7 +119,7 @@ def model(name: str) -> torch.nn.Module:
 
 @cache
 def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """It, saved."""
+    """Save the model, and return its folder."""
     import copy
 
     out = Path(tempfile.mkdtemp(prefix="dtron-hf-"))

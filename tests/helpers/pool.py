@@ -1,10 +1,9 @@
-"""A pool of long-lived gloo processes, so that tests on real ranks pay for starting them once; each
-a copy of one that has imported all it needs (helpers/ranks.py).
+"""A pool of long-lived gloo processes: tests on real ranks start processes once.
 
-A job is a module-level function ``job(*args)``; every rank runs it with the same arguments inside
-one process group and the ranks' results come back in rank order. A job that raises on any rank
-raises here, with its traceback.
-"""
+Each process is a fork of a process that has imported everything (helpers/ranks.py). A job is a
+module-level function ``job(*args)``. Every rank runs it with the same arguments inside one process
+group, and the results come back in rank order. A job that raises on any rank raises here, with its
+traceback."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ class Pool:
                 raise AssertionError(
                     f"ranks {set(range(self._ranks)) - set(results)} hang in {job.__name__}{args}"
                 ) from None
-            if number < self._jobs:  # of a job that had failed by then
+            if number < self._jobs:  # of a job that has already failed
                 continue
             assert ok, f"rank {rank} failed in {job.__name__}:\n{value}"
             results[rank] = value
@@ -98,4 +97,4 @@ def _work(rank: int, ranks: int, store: str, inbox, outbox) -> None:
     dist.destroy_process_group()
     outbox.close()
     outbox.join_thread()
-    os._exit(0)  # what Python does at its end takes torch a second
+    os._exit(0)  # Python's own shutdown takes a second with torch

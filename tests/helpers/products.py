@@ -1,4 +1,4 @@
-"""What tests of FP8 products share: operands, errors and how large they should be."""
+"""Operands, errors and expected errors of FP8 matmuls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = list(ERRORS)
 def operands(
     t: int = 256, i: int = 384, o: int = 128, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[Tensor]:
-    """x, w and the gradient of the product."""
+    """x, w and the gradient of their matmul."""
     shapes = enumerate([(t, i), (i, o), (t, o)])
     return [
         torch.randn(s, generator=torch.Generator().manual_seed(seed + n)).to(dtype)
@@ -34,5 +34,5 @@ def operands(
 
 
 def converted(name: str):
-    """The product in FP8, of whatever size."""
+    """The matmul in FP8, for matrices of any size."""
     return partial(matmul, recipe=replace(RECIPES[name], min_weights=0))

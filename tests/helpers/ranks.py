@@ -1,8 +1,8 @@
-"""train.py on processes that can be killed, each a copy of one that has imported all it needs.
+"""train.py on processes that can be killed, each forked from a process that has imported
+everything.
 
-torchrun is no help here: it gives its children sessions of their own, and what kills it leaves them
-alone. Nor does it start in less than seconds, most of them imports.
-"""
+torchrun does not fit: it gives its children sessions of their own, so a kill of torchrun leaves
+them alive. It also takes seconds to start, mostly for imports."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ context.set_forkserver_preload(["tests.helpers.ranks"])
 
 
 class Ranks:
-    """A run of ``n`` ranks, started here; what they say goes to ``output``. ``main``: the program,
-    a function of a module that they can import; ``more``: variables of its environment."""
+    """A run of ``n`` ranks, started by the constructor.
+
+    ``output``: the file for stdout and stderr of all ranks.
+    ``main``: the program, a module-level function.
+    ``more``: environment variables."""
 
     def __init__(
         self, argv: Sequence[str], n: int, output: Path, main: Callable = train.main, **more: str
@@ -53,13 +56,13 @@ class Ranks:
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with mock.patch.dict(
             os.environ, {"PYTHONPATH": path}
-        ):  # the server has no other before Python 3.12
+        ):  # before Python 3.12 the server takes its path from here
             forkserver.ensure_running()
         for process in self.processes:
             process.start()
 
     def ended(self, seconds: float) -> bool:
-        """Whether the first of them ends in this time."""
+        """Whether rank 0 ends within this time."""
         self.processes[0].join(seconds)
         return self.processes[0].exitcode is not None
 
@@ -68,7 +71,7 @@ class Ranks:
             self.processes[r].kill()
 
     def codes(self, patience: float = 600.0) -> list[int | None]:
-        """With what each ends; None for one that does not, which is killed."""
+        """Wait for the exit code of each rank. None: the rank did not end, and is killed."""
         for process in self.processes:
             process.join(patience)
         found = [process.exitcode for process in self.processes]
@@ -76,8 +79,7 @@ class Ranks:
         return found
 
     def together(self, patience: float = 300.0) -> list[int | None]:
-        """With what each ends where the others are told to as soon as one has failed, as torchrun
-        does."""
+        """Wait for the exit codes. When a rank fails, terminate the others, as torchrun does."""
         left, until = list(self.processes), time.monotonic() + patience
         while left and connection.wait([p.sentinel for p in left], until - time.monotonic()):
             ended = [p for p in left if p.exitcode is not None]

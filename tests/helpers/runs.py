@@ -1,5 +1,4 @@
-"""A few training steps on random tokens, as tests want them: on any layout, everything that
-happened returned."""
+"""Train a few steps on random tokens, on any layout, and return the history."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ def train(
     step = change_step(step)
     losses, norms = [], []
     for number in range(config.steps):
-        with paused():  # all ranks must draw the same
+        with paused():  # all ranks must draw the same rows
             rows = random_rows(config, number).to(device)
         batches = [
             make_batch(r, layout, depth=m.mtp.depth, zigzag=config.zigzags)
@@ -108,7 +107,7 @@ def on_pool(
 
 
 def random_rows(config: RunConfig, step: int) -> torch.Tensor:
-    """Step ``step``'s global batch, from a small set that can be learned; some targets do not
+    """The global batch of a step, from a small set that can be learned. Some targets do not
     count."""
     g = torch.Generator().manual_seed(1000 * config.seed + step % 3)
     rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)

@@ -1,4 +1,4 @@
-"""Documents and a user's files, as the tests of dtron.data want them."""
+"""Documents and files of a user, for the tests of dtron.data."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TEXTS = [f"def f{i}(x):\n    return x + {i}  # naïve 😀\n" for i in range(200
 
 
 def one_line(call, *parts: str) -> None:
-    """The call fails with a plain ValueError whose message is one line and holds every part."""
+    """Assert that the call raises UserError with a message of one line that has every part."""
     with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
@@ -23,7 +23,7 @@ def one_line(call, *parts: str) -> None:
 
 
 def words(vocab: dict[str, int], path: Path) -> str:
-    """A user's tokenizer.json: whole words, nothing else."""
+    """Write a tokenizer.json that encodes whole words and nothing else."""
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=next(iter(vocab))))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path))
@@ -31,7 +31,7 @@ def words(vocab: dict[str, int], path: Path) -> str:
 
 
 def corpus(folder: Path) -> Path:
-    """TEXTS as a file."""
+    """Write TEXTS to a file."""
     file = folder / "corpus.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS), encoding="utf-8")
     return file

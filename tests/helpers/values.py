@@ -36,38 +36,39 @@ def close(got, want, tolerance: float = 1e-10) -> None:
 
 
 def tree(cls: type, **dims):
-    """Random weights, away from the ones and zeros where mistakes hide."""
+    """Draw random weights, away from 1 and 0, where mistakes hide."""
     absent = ("qk_norm", "qkv_bias", "bias", "sinks", "layernorm", "learned_positions")
     spec = declare(cls, dict.fromkeys(absent, False) | dims)
     return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
 
 
 def same(got: Tensor, want: Tensor, inputs: list[Tensor]) -> None:
-    """Equal values, and equal gradients of every input along one random direction."""
+    """Assert equal values, and equal gradients of every input along one random direction."""
     close(got, want)
     direction = normal(*want.shape, seed=99).detach()
     close(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(want, inputs, direction))
 
 
 def turned(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
-    """Pairs (i, i + H/2) as complex numbers, times e^(i angle)."""
+    """Rotate pairs (i, i + H/2) as complex numbers, by e^(i angle)."""
     freq, scale = frequencies(rope, x.shape[-1], F64)
     z = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * positions[:, None, None] * freq) * scale
     return torch.cat([z.real, z.imag], dim=-1)
 
 
 def halves(w: Tensor, rotary: int) -> Tensor:
-    """The last ``rotary`` columns from DeepSeek's order, pairs side by side, to ours, pairs half a
-    width apart."""
+    """Reorder the last ``rotary`` columns. DeepSeek puts the two of a pair side by side; dtron puts
+    them half a width apart."""
     plain, turned = w.split([w.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([plain, turned[..., 0::2], turned[..., 1::2]], dim=-1)
 
 
 @contextmanager
 def flex_on_cpu() -> Iterator[None]:
-    """torch refuses flex_attention's backward on a CPU, for want of a fused kernel; written out, as
-    it runs uncompiled, it has one. So the functions that we give to flex can be tested without a
-    GPU."""
+    """Allow flex_attention's backward on a CPU.
+
+    torch refuses it there, because no fused kernel exists. Uncompiled it works. So the functions
+    that dtron gives to flex can be tested without a GPU."""
     compiles = {
         "recompile_limit": 1000,
         "accumulated_recompile_limit": 1000,
@@ -82,10 +83,11 @@ def flex_on_cpu() -> Iterator[None]:
 
 
 def assert_steps_of_torch(optimizer, model: ModelConfig, reference, **options) -> None:
-    """Five steps of one block, with the gradients scaled by 0.7, are the steps of an optimizer of
-    torch, which decays matrices by 0.3.
+    """Assert that five steps of one block are the steps of an optimizer of torch.
 
-    ``reference``: its class; ``options``: its arguments."""
+    Gradients are scaled by 0.7. Matrices decay by 0.3.
+    ``reference``: torch's class.
+    ``options``: arguments of the class."""
     spec = declare_model(model).blocks[0]
     ours = init(spec, model.dims(), 0, ONE, F64)
     theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}

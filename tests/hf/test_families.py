@@ -1,5 +1,4 @@
-"""Every family: the same logits as Hugging Face transformers, the same text, and back to the
-bit."""
+"""Every family: the logits and the text of Hugging Face transformers, and back to the bit."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def theirs(made: torch.nn.Module) -> torch.Tensor:
         return made(input_ids=rows()[:, :-1], use_cache=False).logits.flatten(0, 1)
 
 
-# What is wrong where a family's table is: a pair of rows that have the same shape.
+# Per family: two rows of its table that have the same shape, to be exchanged.
 SWAPPED = {
     "gpt2": ("attention.w_k", "attention.w_v"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
@@ -54,7 +53,7 @@ SWAPPED |= {"qwen3-moe": SWAPPED["mixtral"], "gpt-oss": SWAPPED["mixtral"]}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(name):
-    """And the comparison sees a table with two rows exchanged."""
+    """The comparison notices a table with two exchanged rows."""
     source, want = Source(folder(name)), theirs(model(name))
     assert (logits(source) - want).abs().max() <= 1e-4
     assert source.bytes_read == sum(e.stop - e.start for e in source.reader.entries.values())
@@ -73,7 +72,7 @@ def test_rotary_columns_are_in_another_order_there(name):
 
 
 def as_run(source: Source, run_dir: Path) -> None:
-    """What a run that has begun with it has on disk before its first step."""
+    """The checkpoint that a run from this folder has before its first step."""
     spec = (declare_model(source.model),)
     params = source.load(spec, ONE)
     cli.save(RunConfig(model=source.model), run_dir / "config.json")
@@ -84,8 +83,8 @@ def as_run(source: Source, run_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip(name, tmp_path):
-    """From bfloat16 to float32 masters and back: the same names, shapes, dtypes and bytes, and a
-    model that transformers computes as before."""
+    """From bfloat16 to float32 masters and back: the same names, shapes, dtypes and bytes.
+    transformers computes the same model."""
     source = Source(folder(name, torch.bfloat16))
     as_run(source, tmp_path)
     out, family = tmp_path / "out", source.family.kind
@@ -115,8 +114,8 @@ def test_their_library_reads_what_is_written_and_the_reverse(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text(name):
-    """64 tokens after prompts of unequal lengths: those that transformers generates after each
-    alone."""
+    """64 tokens after prompts of unequal lengths are the tokens that transformers generates for
+    each prompt alone."""
     source, g = Source(folder(name)), torch.Generator().manual_seed(3)
     prompts = [torch.randint(61, (n,), generator=g).tolist() for n in (11, 4)]
     params = (source.load(declare_model(source.model), ONE),)
@@ -124,9 +123,12 @@ def test_greedy_text(name):
     got = generate(params, prompts, 64, source.model, pipe, Sampling(temperature=0))
     for prompt, ids in zip(prompts, got, strict=True):
         want = model(name).generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert ids == want[0].tolist()
 
 
@@ -145,7 +147,7 @@ def test_a_model_that_no_family_has():
 
 
 def test_config_json_is_theirs():
-    """All that transformers' own config says, where both say it."""
+    """Every field of transformers' own config that both configs have."""
     for name in FAMILIES:
         said = read_json(folder(name) / "config.json")
         family = next(f for f in TABLES if f.kind == said["model_type"])

@@ -1,4 +1,4 @@
-"""Folders of other programs: all that is refused, in one line, and what comes back as it was."""
+"""Folders of other programs: what is refused in one line, and what returns unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def change(at: Path, file: str = "config.json", **values) -> Path:
 
 
 def rewrite(at: Path, edit) -> Path:
-    """The weights again, after ``edit`` of their dictionary."""
+    """Save the weights again, after ``edit`` of their dictionary."""
     reader = Reader(at)
     tensors = {name: reader.read(name) for name in reader.entries}
     edit(tensors)
@@ -81,7 +81,7 @@ def test_another_config_is_refused(copy, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_config_is_read_or_refused_whatever_is_in_it(name, tmp_path):
-    """Any value in place of any other."""
+    """Any value in the place of any other."""
     good = json.loads((folder(name) / "config.json").read_text())
     for key, value in product(good, ["x", None, -1, 0, 0.5, True, [], {}, {"rope_type": 3}]):
         (tmp_path / "config.json").write_text(json.dumps(good | {key: value}))
@@ -179,7 +179,8 @@ def test_what_is_not_exported(copy, tmp_path):
 
 
 def test_what_training_does_not_change_comes_back(copy, tmp_path):
-    """The tokenizer's files, and the words of config.json that dtron has no use for."""
+    """The tokenizer's files return unchanged, and the fields of config.json that dtron does not
+    use."""
     at = change(copy("mistral"), bos_token_id=7, sliding_window=None)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (at / name).write_text('{"as": "it was"}')
@@ -190,12 +191,15 @@ def test_what_training_does_not_change_comes_back(copy, tmp_path):
     export_run(run_dir, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["bos_token_id"] == 7 and said["dtype"] == "float32"
-    assert said["architectures"] == ["MistralForCausalLM"]  # and not a llama, which it could be
+    assert said["architectures"] == [
+        "MistralForCausalLM"
+    ]  # and no llama, although the weights would fit
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"as": "it was"}'
 
 
 def test_modules_of_multi_token_prediction(tmp_path):
-    """They are blocks after the last there. Without the flag they are left out."""
+    """MTP modules are blocks after the last block in the folder. Without the flag they are left
+    out."""
     m = replace(
         PRESETS["tiny-deepseek"],
         vocab=300,

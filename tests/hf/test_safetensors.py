@@ -1,4 +1,4 @@
-"""Reading by ranges of bytes, on every mesh: what a rank reads, and what it has in memory."""
+"""Reading ranges of bytes on every mesh: what a rank reads, and its memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PATTERNS = [
 
 @st.composite
 def parts(draw):
-    """A pattern, the sizes of its axes and a range of each."""
+    """A pattern, the sizes of its axes and a range on each axis."""
     p = pattern(draw(st.sampled_from(PATTERNS)))
     sizes = {axis: draw(st.integers(1, 4)) for axis in p.ours}
     ranges = {
@@ -61,7 +61,7 @@ def ours_of(p: Pattern, x: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
 
 @given(parts())
 def test_a_part_is_read_from_its_box_and_written_to_it(case):
-    """``take`` of a box is a part of the whole, and ``put`` its reverse."""
+    """``take`` of a range is that part of the tensor. ``put`` is its inverse."""
     p, sizes, ranges = case
     shape = p.shape(sizes)
     x = torch.arange(math.prod(shape)).view(shape)
@@ -143,7 +143,7 @@ LARGE = replace(
 
 
 def big(at: Path, m: ModelConfig = BIG) -> Path:
-    """A model of 20 MB, or another, of random weights."""
+    """Save a model of random weights. The default has 20 MB."""
     names, values = {}, torch.Generator().manual_seed(0)
     family = best_family(m)
     for _, place in weights_of(m, family):
@@ -156,8 +156,8 @@ def big(at: Path, m: ModelConfig = BIG) -> Path:
 
 
 def read_on_pool(at: str, mesh: str, zero: int) -> dict:
-    """A job: load, and say what was read, by the count and by the kernel's, and what of the model
-    is here."""
+    """A job for the pool: load, and return the bytes read by count, the bytes read by the kernel,
+    and the bytes of this rank's shards."""
     shape, source = MeshShape.parse(mesh), Source(at)
     device_mesh = build_mesh(shape, "cpu")
     layout = Layout(stage_mesh(device_mesh), rules_for(zero))
@@ -176,7 +176,7 @@ def read_on_pool(at: str, mesh: str, zero: int) -> dict:
 
 
 def kernel_count() -> int:
-    """Bytes that this process has asked the kernel to read."""
+    """Bytes that this process has requested from the kernel."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["rchar"])
 
@@ -184,8 +184,8 @@ def kernel_count() -> int:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("mesh, zero", [("tp=4", 1), ("dp=2,tp=2", 3), ("pp=2,tp=2", 1)])
 def test_a_rank_reads_its_share(pool, tmp_path, mesh, zero):
-    """No more than 5 % over the bytes of its own shards, as the kernel counts them: so nobody had
-    more."""
+    """The kernel counts at most 5 % more than the bytes of the rank's own shards. So no rank had
+    more in memory."""
     for rank in pool.run(read_on_pool, str(big(tmp_path)), mesh, zero):
         assert rank["same"]
         assert rank["counted"] <= rank["read"] <= 1.05 * rank["share"], rank
@@ -197,16 +197,16 @@ def test_a_rank_reads_its_share(pool, tmp_path, mesh, zero):
 
 
 def resident(key: str) -> int:
-    """Bytes of this process in memory, now (``VmRSS``) or at most since ``grown`` began
+    """Bytes of this process in memory: now (``VmRSS``), or the maximum since ``grown`` began
     (``VmHWM``)."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 
 
 def grown(fn) -> int:
-    """By how many bytes the process was larger than before while it ran ``fn``, at the most."""
+    """Run ``fn``, and return by how many bytes the process grew at most."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that nothing hides in it
+    ctypes.CDLL(None).malloc_trim(0)  # free memory returns to the system, so that it hides nothing
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     kept = fn()
@@ -215,8 +215,8 @@ def grown(fn) -> int:
 
 
 def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
-    """A job: what a rank has and needs while it loads, as parts of the model. ``careless``: each
-    loads it all, and keeps its part."""
+    """A job for the pool: what a rank holds and needs while it loads, as fractions of the model.
+    ``careless``: each rank loads everything and keeps its shard."""
     source = Source(at)
     layout = Layout(stage_mesh(build_mesh(MeshShape.parse(mesh), "cpu")), rules_for(3))
     spec, parts = declare_model(source.model), []
@@ -237,7 +237,7 @@ def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc how large a process was")
 def test_a_rank_has_its_share_in_memory_and_never_the_model(pool, tmp_path):
-    """Measured by the kernel; and the measure sees a rank that does."""
+    """The kernel measures it. The measure notices a rank that loads everything."""
     at = str(big(tmp_path, LARGE))
     for rank in pool.run(memory_on_pool, at, "tp=4", False):
         assert rank["share"] < 0.26 and rank["share"] < rank["grown"] + 0.01 < 0.4, rank

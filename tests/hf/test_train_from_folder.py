@@ -1,4 +1,4 @@
-"""A run that begins with a Hugging Face folder: the same on every mesh, resumable, and back out."""
+"""A run from a Hugging Face folder: the same on every mesh, resumable, and exported again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.safetensors import Reader
 from dtron.tools.generate import main as generate
 from tests.helpers.hf_models import folder
 from tests.helpers.texts import words
-from tests.runtime.test_train import train
 
 pytestmark = pytest.mark.xdist_group("program")
 
@@ -48,8 +48,8 @@ def losses(run_dir: str, *flags: str) -> list[float]:
 
 
 def test_from_a_folder_to_a_folder(beside, capsys):
-    """A rate of 0 leaves the weights as they were; then two steps, on one device, and with a pause
-    and a change of mesh."""
+    """A learning rate of 0 leaves the weights unchanged. Then two steps: on one device, and with a
+    resume on another mesh."""
     start = losses("still", "--steps=1", "--optim.lr=0", "--simulate", "--mesh=tp=2")
     assert hf_main(["export", "still", "out"]) == 0
     before, after = Reader(Path("model")), Reader(Path("out"))

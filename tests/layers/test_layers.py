@@ -1,4 +1,4 @@
-"""Each layer on one device against a definition written independently of it."""
+"""Each layer on one device against an independent definition."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_norms(eps):
 
 @pytest.mark.parametrize("layernorm", [False, True])
 def test_bfloat16_norms_have_float32_statistics(layernorm):
-    """Off by the rounding of the result and no more; a bfloat16 mean of values around 100 is off by
-    far."""
+    """The error is the rounding of the result. A mean of values around 100 in bfloat16 would be far
+    off."""
     dims = {"embed": 1024, "layernorm": layernorm}
     x = (normal(64, 1024) + 100 * layernorm).bfloat16()
     y = norm(init(declare(Norm, dims), dims, 0, ONE, torch.bfloat16), x)
@@ -59,8 +59,8 @@ ROPES = [
     st.integers(0, 5000),
 )
 def test_rotation(rope, places, shift):
-    """Norms stay, place 0 stays, and scores depend on distances only. Places are data: any order,
-    any restart."""
+    """Rotation keeps norms and position 0. Scores depend on distances only. Positions are data: any
+    order, any restart."""
     places = torch.tensor([0, *places])
     q, k = normal(len(places), 2, 16), normal(len(places), 2, 16, seed=1)
     turn = lambda x, t: rotate(x, rope_tables(rope, t, 16, F64))
@@ -80,7 +80,8 @@ def test_rotary_angles_of_bfloat16_are_float32():
 
 
 def test_rotary_frequencies():
-    """Plain; Llama 3's as published, by wavelength against the original context; YaRN's ends."""
+    """The plain frequencies. Llama 3's, by wavelength against the original context. The ends of
+    YaRN's."""
     plain = 1e4 ** -(torch.arange(0, 128, 2, dtype=F64) / 128)
     close(frequencies(RopeConfig(), 128, F64), (plain, 1.0), 1e-14)
     wave = 2 * math.pi / plain
@@ -178,7 +179,7 @@ def test_a_batch_shifts_by_one():
 @pytest.mark.parametrize("z", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 3, 10, 1024])
 def test_cross_entropy(chunk, z):
-    """The last rows of the head are padding: large, to show if they ever count."""
+    """The last rows of the head are padding. They are large, so that any use of them shows."""
     x, w = (
         normal(10, 6),
         torch.cat([normal(7, 6, seed=1), 50 * normal(3, 6)]).detach().requires_grad_(),

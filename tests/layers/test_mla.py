@@ -1,10 +1,10 @@
-"""Multi-head latent attention: the same on every mesh, what it communicates, and what it
-computes."""
+"""Multi-head latent attention: the same on every mesh, its collectives, and its definition."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ from dtron.testing import (
 from dtron.tools.count_collectives import Collective
 from dtron.tools.show import rows
 from tests.helpers.values import F64, ONE, close, halves, normal, tree, turned
-from tests.model.test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
+from tests.layers.test_equivalence import ATTENTION_INPUTS, attention_values, tp_of
 from tests.training.test_collective_counts import counts
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
@@ -74,7 +74,8 @@ def options(seq_len: int, tokens: int) -> dict:
     v_dim=st.sampled_from([5, 10, 13]),
 )
 def test_mla(mesh, zero, seed, group, path, window, q_rank, v_dim):
-    """Values narrower than keys, as wide and wider; ranks that no mesh divides."""
+    """Values narrower than keys, equal and wider; ranks of the low-rank projections that no mesh
+    divides."""
     tokens = (8 if MeshShape.parse(mesh).data not in (3, 6) else 6) * 12
     latent = replace(LATENT, q_rank=q_rank, v_dim=v_dim)
     assert_equivalent(
@@ -91,18 +92,12 @@ def test_mla(mesh, zero, seed, group, path, window, q_rank, v_dim):
 @pytest.mark.parametrize("q_rank", [0, 11])
 @pytest.mark.parametrize("mutant", [dropped(0), dropped(1), unsummed])
 def test_mla_mutants(mutant, q_rank):
-    """``unsummed``: the rotary key is shared, and each rank has its own heads' part of its gradient."""
+    """``unsummed``: heads share the rotary key, and a rank has the gradient of its own heads."""
     latent = replace(LATENT, q_rank=q_rank)
-    check = lambda m: assert_equivalent(
-        attend(AttentionMask(12), latent),
-        MLA,
-        "dp=2,tp=2",
-        dims_of(latent, 4),
-        mutate=m,
-        **options(12, 48),
-    )
-    check(lambda layout: layout)
-    assert_caught(lambda: check(mutant))
+    layer, dims = attend(AttentionMask(12), latent), dims_of(latent, 4)
+    check = partial(assert_equivalent, layer, MLA, "dp=2,tp=2", dims, **options(12, 48))
+    check()
+    assert_caught(lambda: check(mutate=mutant))
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp_replicate=2,tp=2"])
@@ -117,8 +112,8 @@ def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_r
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    # What is whole on tp ranks, summed at the end: down-projections, and with the norms end to end
-    # what no dp cuts.
+    # Replicated over tp, so summed at the end: the down-projections. The weights that dp does not
+    # shard are in one bucket with the norms.
     cut = (2 if q_rank else 1) if zero and dp else 0
     assert got.total.count[Collective("all_reduce", "tp")] == 1 + cut
 
@@ -146,7 +141,7 @@ def test_it_is_the_definition():
 
 
 def test_queries_and_keys_may_be_permuted_alike():
-    """So whose weights have rotary pairs in another order is a question of reading them."""
+    """The order of rotary pairs in someone's weights is a question of reading the weights."""
     table = torch.randn(3, 4, dtype=F64)
     x = normal(3, 2, 4)
     pairs = torch.stack(x.chunk(2, -1), -1).flatten(-2)  # (x0, x2), (x1, x3) side by side
@@ -169,7 +164,7 @@ def test_sizes_of_the_model():
 
 
 def test_flops_count_keys_and_values_of_their_own_widths():
-    """6 per weight and token, and 3 per number of keys and values and causal pair."""
+    """6 FLOPs per weight and token; 3 per causal pair and number of keys and values."""
     m = ModelConfig(layers=2, heads=4, mla=MLAConfig(16, 8, 8, 4, 6))
     looked_up = m.padded_vocab * m.embed
     weights = 6 * (parameter_count(m) - looked_up)
@@ -215,7 +210,7 @@ def test_what_does_not_fit_is_one_line(make, says):
 
 
 def test_tp_need_not_divide_the_heads_of_keys_and_values():
-    """Latent attention has none of its own."""
+    """Latent attention has none of these options."""
     check(ModelConfig(heads=6, kv_heads=4, mlp=696, mla=MLAConfig(8)), MeshShape(tp=3), 63)
 
 

@@ -1,5 +1,4 @@
-"""A feed-forward layer that takes a chunk of tokens at a time: the same result, and nothing of
-``[T, F]``."""
+"""A feed-forward layer in chunks of tokens: the same result, and no tensor of ``[T, F]``."""
 
 from __future__ import annotations
 
@@ -70,8 +69,8 @@ def dims(activation: str, bias: bool = False) -> dict:
     chunk=st.integers(1, 26),
 )
 def test_chunks_change_nothing(activation, bias, mesh, zero, chunk):
-    """Output, every gradient and every collective, against all tokens at once on one device and on
-    the mesh. Of 24 tokens, a chunk is one, or all and more, or leaves a rest."""
+    """Output, every gradient and every collective, against all tokens at once, on one device and on
+    the mesh. Of 24 tokens a chunk has one, or all and more, or leaves a remainder."""
     sizes, tolerance = dims(activation, bias), 1e-12
     chunked, whole = layer(activation, chunk), layer(activation, None)
     got = assert_equivalent(chunked, MLP, mesh, sizes, zero=zero)
@@ -91,7 +90,7 @@ def test_mutants_are_caught(mutant):
 
 
 def test_rows_that_are_left_out_are_caught():
-    """A last, shorter chunk, for one."""
+    """A dropped last chunk, which is shorter, for example."""
     rest = Tensor.split
     with mock.patch.object(Tensor, "split", lambda x, n: [*rest(x, n)[:-1], rest(x, n)[-1] * 0]):
         got = run_layer(LayerCase(layer("gelu", 5), MLP, dims("gelu")), "dp=1").tensors["output"]
@@ -101,8 +100,8 @@ def test_rows_that_are_left_out_are_caught():
 
 @pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
 def test_chunks_in_fp8(name):
-    """Each chunk has scales of its own, powers of two: it rounds as all tokens do, but for values
-    near zero."""
+    """Each chunk has its own scales, which are powers of two. It rounds as all tokens at once do,
+    except for values near zero."""
     xs, p = normal(64, 32), tree(MLP, embed=32, mlp=48, gated=True)
     run = lambda chunk, recipe: mlp(p, xs, ONE, recipe=recipe, chunk=chunk)
     results = {}
@@ -115,7 +114,7 @@ def test_chunks_in_fp8(name):
 
 
 def test_gradients_of_weights_are_added_up_in_float32():
-    """256 summands in bfloat16 are worse than one by far; wider, no worse."""
+    """A sum of 256 chunks in bfloat16 is worse than one matmul by far. A wider sum is no worse."""
     x, p = normal(512, 16), tree(MLP, embed=16, mlp=16, gated=True)
     slopes = lambda p, x, chunk: torch.autograd.grad(mlp(p, x, ONE, chunk=chunk).sum(), flat(p))
     narrow = MLP(
@@ -129,7 +128,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
-    """For models far too small to be chunked."""
+    """The limit is lowered for models that are too small for chunks."""
     with mock.patch("dtron.model.block.mlp_chunk_tokens", lambda *_: size):
         yield
 
@@ -142,7 +141,7 @@ def step(functions, model=M) -> list[Tensor]:
 
 
 class Wide(TorchDispatchMode):
-    """The most rows of any tensor between the products of a feed-forward layer."""
+    """The most rows of any tensor between the matmuls of a feed-forward layer."""
 
     rows = 0
 
@@ -167,7 +166,7 @@ def test_an_eager_step_makes_nothing_wide():
 
 
 def peak(graph: torch.fx.GraphModule) -> int:
-    """The most rows of wide tensors that are alive at once, run in the order of the graph."""
+    """The most rows of wide tensors that are alive at once, in the order of the graph."""
     nodes = list(graph.graph.nodes)
     last = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
     alive, most = {}, 0
@@ -181,8 +180,8 @@ def peak(graph: torch.fx.GraphModule) -> int:
 
 @pytest.mark.parametrize("activation", ["swiglu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
-    """Of forward's graph and of backward's: what all tokens need at once, only a chunk does. And
-    gradients are those of the eager step."""
+    """In the graphs of forward and backward, a chunk needs at once what all tokens needed.
+    Gradients are eager gradients."""
     m, peaks = replace(M, activation=activation), {}
     want = step(program(m, ONE), m)
     for chunk in (None, CHUNK):
@@ -220,7 +219,7 @@ def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -
 @pytest.mark.slow
 @pytest.mark.xdist_group("pool")
 def test_chunks_compile_on_real_ranks(pool):
-    """The region inside a recomputed block that gathers its weights, eager and compiled."""
+    """The region inside a recomputed block with gathered weights, eager and compiled."""
     whole, eager, fast = (
         pool.run(step_on_pool, "dp=2,tp=2", 3, *how)
         for how in ((None, None), (6, None), (6, "aot_eager"))
@@ -231,7 +230,7 @@ def test_chunks_compile_on_real_ranks(pool):
 
 
 def test_when_there_are_chunks():
-    """At long sequences; multiples of 128, 8 of them at most."""
+    """Chunks at long sequences: multiples of 128 tokens, at most 8 chunks."""
     assert mlp_chunk_tokens(2**16, 2**11) is None
     assert mlp_chunk_tokens(2**16 + 1, 2**11) == 2**15 + 128
     assert mlp_chunk_tokens(131072, 5632) == 21888

@@ -1,4 +1,4 @@
-"""The pieces of attention over parts of rows: the order of tokens, merging, a block's backward."""
+"""The pieces of attention over shards of rows: token order, merging, backward of a block."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.helpers.values import close, normal, same
     zigzag=st.booleans(),
 )
 def test_the_order_is_a_permutation_that_is_undone(mesh, rows, chunk, zigzag):
-    """And every rank has its chunks of its rows: an early and a late one, together as long as all
-    others'."""
+    """Every rank has its chunks of each row, an early and a late one. All ranks have equally many
+    tokens."""
     shape = MeshShape.parse(mesh)
     n, seq_len = shape.cp, 2 * shape.cp * chunk
     x = torch.arange(rows * shape.data * seq_len).view(-1, seq_len)
@@ -55,7 +55,7 @@ def test_the_order_is_a_permutation_that_is_undone(mesh, rows, chunk, zigzag):
 
 
 class Called(TorchDispatchMode):
-    """The operators that were called."""
+    """The operators of a call."""
 
     def __init__(self):
         super().__init__()
@@ -68,8 +68,9 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["allgather", "ring"])
 def test_places_are_made_by_arithmetic(method, monkeypatch):
-    """A compiler puts the making of them into flex's kernels, which in torch 2.11 take no tensors
-    laid end to end: with zigzag a stage with ``allgather`` did not compile on a GPU."""
+    """A compiler fuses the computation of positions into flex's kernels. Under torch 2.11 these
+    kernels take no concatenated tensors: with zigzag, a stage with ``allgather`` did not compile on
+    a GPU."""
 
     def called() -> set[str]:
         with simulated(MeshShape.parse("cp=2")) as mesh, Called() as seen:
@@ -106,7 +107,7 @@ def test_zigzag_gives_all_ranks_the_same_number_of_pairs():
         order = row_order(48, n, True).view(n, -1)
         assert (
             len(set((order + 1).sum(1).tolist())) == 1
-        )  # a query sees as many keys as its place, and itself
+        )  # a query sees as many keys as its position, and itself
         assert len(set((row_order(48, n, False).view(n, -1) + 1).sum(1).tolist())) == n
 
 
@@ -122,8 +123,8 @@ def test_zigzag_gives_all_ranks_the_same_number_of_pairs():
 def test_attention_to_parts_of_the_keys_merges_to_that_to_all(
     owners, window, softcap, sinks, packed, seed
 ):
-    """Tokens dealt out anyhow, of which a query may see none; but it sees itself, and its own part
-    is first."""
+    """Tokens are dealt out at random, so a query may see no token of a shard. It sees itself, and
+    its own shard is first."""
     q, k, v = (normal(2, n, 12, 4, seed=seed + 100 * i) for i, n in enumerate((4, 2, 2)))
     sink = normal(4, seed=seed + 7) if sinks else None
     documents = (normal(2, 12, seed=seed) > 0.5).cumsum(-1) if packed else None
@@ -141,7 +142,8 @@ def test_attention_to_parts_of_the_keys_merges_to_that_to_all(
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_block_backward_under_the_softmax_of_all_keys(causal):
-    """The parts' gradients, each from the whole's output and lse, are the whole's."""
+    """The gradients of the shards, each from output and log-sum-exp of the whole row, are the
+    gradients of the whole row."""
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     more_k, more_v = normal(2, 2, 5, 4, seed=7), normal(2, 2, 5, 4, seed=8)
     one, two = (
@@ -158,14 +160,14 @@ def test_a_block_backward_under_the_softmax_of_all_keys(causal):
         b = attention_block_kernels.block_backward(g, q, more_k, more_v, result, False)
         alone = attention_block_kernels.block_backward(g, q, k, v, one, causal)
     close((a[0] + b[0], *a[1:], *b[1:]), want)
-    with pytest.raises(AssertionError):  # with its own lse a part knows nothing of the others
+    with pytest.raises(AssertionError):  # with its own log-sum-exp a shard ignores the other shards
         close((alone[0] + b[0], *alone[1:], *b[1:]), want)
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
 @pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
 def test_heads_of_values_may_have_another_width(method, path):
-    """As in latent attention: 4 for queries and keys, 6 for values; on two ranks."""
+    """As in latent attention: width 4 for queries and keys, 6 for values; on two ranks."""
     q, k, v = (normal(16, n, h, seed=i) for i, (n, h) in enumerate(((4, 4), (2, 4), (2, 6))))
     by_head = lambda x: x.unflatten(0, (2, 8)).transpose(1, 2)
     want = attention_reference(

@@ -1,4 +1,4 @@
-"""The memory of activations: what is kept for backward, and what dtron.show estimates."""
+"""Activation memory: the bytes kept for backward, and the estimate of dtron.show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ ROWS = torch.arange(8 * 17).view(8, 17) % 61
 
 
 def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
-    """Bytes that the eager program keeps for backward, each piece of memory once, weights aside."""
+    """Bytes that the eager program keeps for backward, without weights. Each storage counts
+    once."""
     layout, seen = Layout(), {}
     params = tree_map(lambda w: w.requires_grad_(), init(declare_model(m), m.dims(), 0, layout))
     weights = {w.untyped_storage().data_ptr() for w in flat(params)}
@@ -44,7 +45,7 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
             seen[memory.data_ptr()] = (
                 memory.nbytes(),
                 x,
-            )  # kept alive, or its place may be used again
+            )  # keep it alive, or its memory may be reused
         return x
 
     batch = make_batch(torch.zeros(rows, m.context + 1, dtype=torch.long), layout)
@@ -54,8 +55,8 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
 
 
 def test_the_estimate_of_kept_activations():
-    """Of a block, from models of 2 and of 3: exact under full recomputation, where a block keeps
-    its input; and otherwise what the eager program keeps is some more, the steps of norms and
+    """Bytes of one block, from models of 2 and of 3 blocks. Exact under full recomputation, where a
+    block keeps its input. Otherwise the eager program keeps more: intermediate results of norms and
     activation functions."""
     m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
     of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
@@ -78,11 +79,16 @@ def test_memory_by_length_of_sequence(capsys, monkeypatch):
 
 
 def test_of_a_long_sequence_an_mlp_has_a_chunk_at_work():
-    """An eighth of what it would have, from one layer only, and as much again of gradients."""
+    """An eighth of the activations of all tokens, of one layer only, and as much again for
+    gradients."""
     m = ModelConfig(embed=512, heads=4, kv_heads=4, head_dim=128)
-    needs = lambda width, n: (
-        activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4]) / n
-    )
+
+    def needs(width, n):
+        return (
+            activation_bytes(replace(m, mlp=width), MeshShape(), n, POLICIES["full"], "ring", [4])
+            / n
+        )
+
     products, difference = 3, 8192 - 4096
     assert needs(8192, 2**14) - needs(4096, 2**14) == 2 * 2 * products * difference
     assert needs(8192, 2**20) - needs(4096, 2**20) == 2 * 2 * products * difference / 8
@@ -100,7 +106,7 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
 
     def note(x: Tensor) -> Tensor:
         other = x.untyped_storage().data_ptr() not in weights
-        if other and x.is_floating_point():  # which a kernel's random state is not
+        if other and x.is_floating_point():  # a kernel's random state is no activation
             sizes.append(x.numel() * x.element_size())
         return x
 
@@ -132,10 +138,10 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
     ],
 )
 def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, change, how):
-    """Compiled too, where a custom function may hide from the compiler that it is to be run again:
-    with torch 2.11 a ring kept all its queries, keys, values and results. Of one more block than
-    one, which share what is constant. One rank of the mesh compiles: sizes do not depend on what
-    the others would send."""
+    """Compiled too, where a custom function may hide from the compiler that it can be recomputed.
+    Under torch 2.11 a ring kept all queries, keys, values and results. The difference of two models
+    leaves out what blocks share. One rank of the mesh compiles, because sizes do not depend on
+    received values."""
     with simulated(MeshShape.parse(mesh)) as devices:
         pass  # the mesh outlives its simulation
     sizes, layout = replace(MODEL, **change), Layout(devices, rules_for(0))
@@ -145,7 +151,7 @@ def test_full_recomputation_keeps_the_input_of_a_block_and_nothing_else(mesh, ch
 
 
 def test_keys_that_heads_share_are_kept_once(monkeypatch):
-    """The kernels want one for every head; a compiler would keep these copies for backward."""
+    """The kernels need sinks for every head. A compiler would keep these copies for backward."""
     m = replace(MODEL, layers=1, kv_heads=1)
     kept = kept_compiled(Layout(), m, ComputeConfig())
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What a configuration that does not fit is told, and that the remedy works."""
+"""A configuration that does not fit is one error, and the error's remedy works."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_path_of_attention_that_cannot(path, model, dtype, device, message):
     ),
 )
 def test_microbatches(batch, micro_batch, mesh):
-    """They make up the batch exactly; or the error names a batch that they can."""
+    """The microbatches make up the batch exactly. Otherwise the error names a batch that fits."""
     ranks = mesh.dp_replicate * mesh.dp
     try:
         count, rows = microbatches(batch, micro_batch, mesh)
@@ -162,7 +162,8 @@ def test_mesh_text(text, world, want):
         (
             "dp=2",
             4,
-            r"'dp=2' has 2 ranks, but 4 are running: start 2 processes \(torchrun --nproc-per-node 2",
+            r"'dp=2' has 2 ranks, but 4 are running: start 2 processes "
+            r"\(torchrun --nproc-per-node 2",
         ),
         ("tp=4", 1, "has 4 ranks, but 1 is running.*or add --simulate"),
         ("tp=2", 3, "has 2 ranks, but 3 are running: choose sizes whose product divides 3"),
@@ -180,7 +181,7 @@ def test_bad_mesh_text(text, world, message):
         ("pp=2,dp=2", 0, 3, False),
         ("pp=2,cp=2", 0, 3, False),
         ("pp=2,tp=2", 0, 3, True),
-        ("pp=2,tp=2", 4, 3, False),  # experts are cut over edp, which is made of tp
+        ("pp=2,tp=2", 4, 3, False),  # experts are sharded over edp, which contains tp
         ("pp=2,tp=2,ep=2", 4, 3, True),
     ],
 )

@@ -1,5 +1,5 @@
-"""Context parallelism with what models are made of beside plain attention: experts on any ranks of
-cp, latent attention, tokens further ahead; one step is one device's, and mutants are caught."""
+"""Context parallelism with experts, latent attention and multi-token prediction: a step is the step
+of one device, and mutants are caught."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from dtron.runtime.validate import check
 from dtron.testing import assert_caught
 from dtron.tools import verify_step
 from dtron.tools.verify_step import one_step
+from tests.helpers.experts import expert_meshes
 from tests.helpers.runs import on_pool, train
 from tests.helpers.values import close
 from tests.layers.test_context_parallel import (
-    CP_MODEL,
     assert_same_step,
     changed,
     configured,
     forgets,
 )
-from tests.moe.test_moe import expert_meshes
+from tests.layers.test_context_parallel_ranks import CP_MODEL
 from tests.moe.test_moe_models import EVERYTHING
 
 LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
@@ -57,7 +57,7 @@ EXPERTS = [
     ("cp=2,tp=2,ep=4", {"zero": 3, "documents": True, "recompute": "full"}),
     ("cp=4,ep=2", {"zero": 2}),  # cp is two dims of the mesh, and keys go round both
     ("cp=4,ep=2", {"method": "ulysses", "zigzag": "on", "aux_level": "global_batch"}),
-    ("cp=2,ep=2", {"balanced": True}),  # by the place of a token, wherever it is
+    ("cp=2,ep=2", {"balanced": True}),  # by the position of a token in the batch
 ]
 
 
@@ -93,27 +93,30 @@ def test_any_mesh(mesh, latent, depth, **choices):
 
 EXPERT_MUTANTS = {
     "sequences left in order": (
-        "cp=2,ep=2", {}, lambda: mock.patch.object(verify_step, "make_batch", with_rows_in_order),
+        "cp=2,ep=2",
+        {},
+        lambda: mock.patch.object(verify_step, "make_batch", with_rows_in_order),
     ),
     "forced places left in order": (
-        "cp=2,ep=2", {"balanced": True, "aux_loss": 0.0},
+        "cp=2,ep=2",
+        {"balanced": True, "aux_loss": 0.0},
         lambda: mock.patch.object(Layout, "shard", places_in_order),
     ),
     "keys that never come over two dims": ("cp=4,ep=2", {}, lambda: forgets(3)),
-}  # fmt: skip
+}
 
 shard = Layout.shard
 
 
 def with_rows_in_order(rows_BS, layout, *others, **choices):
-    """As they would be without cp: what of a token's row its rank has is not asked."""
+    """Mutant: positions as without cp, whatever part of its row a rank has."""
     batch = make_batch(rows_BS, layout, *others, **choices)
     rows_T = torch.arange(len(rows_BS)).repeat_interleave(batch.seq_len)
     return replace(batch, rows_T=layout.shard(rows_T, "tokens"))
 
 
 def places_in_order(layout: Layout, x, *axes):
-    """Only forced places are whole numbers that are cut by ``tokens_sp``."""
+    """Forced experts are the only integers that are sharded by ``tokens_sp``."""
     x = x.sort().values if axes == ("tokens_sp",) and layout.mesh is not None else x
     return shard(layout, x, *axes)
 
@@ -136,7 +139,7 @@ def of_latents(mesh: str, method: str, **choices) -> RunConfig:
 @pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
 @pytest.mark.parametrize("attention", ["auto", "reference"])
 def test_latent_attention(method, attention):
-    """Whose values are narrower than keys, and whose scores have a scale of their own."""
+    """A kernel whose values are narrower than keys, with a scale of its own."""
     config = of_latents("cp=2", method, attention_kernel=attention)
     assert config.model.mixers[0].score_scale is not None
     assert_same_step(config)
@@ -222,7 +225,7 @@ def test_deepseek_in_small_on_real_ranks(pool, mesh):
 
 
 def test_one_group_for_cp_however_many_dims():
-    """In the order in which DTensor cuts over them."""
+    """In the order in which DTensor shards over the axes."""
     with simulated(MeshShape(cp=4, ep=2)) as mesh:
         layout = Layout(mesh)
         assert layout.axes == ("cp.edp", "cp.ep") and layout.group("cp").ranks.size() == 4

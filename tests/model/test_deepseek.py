@@ -1,5 +1,4 @@
-"""DeepSeek-V2 and V3 as Hugging Face transformers computes them, from random weights mapped by
-hand."""
+"""DeepSeek-V2 and V3 against Hugging Face transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -29,9 +28,17 @@ hf = pytest.importorskip("transformers")
 
 YARN = RopeConfig(100.0, "yarn", 4.0, 32, beta_fast=2.0, mscale=0.7, mscale_all=0.9)
 V3 = ModelConfig(
-    vocab=61, embed=64, layers=2, heads=4, mlp=96, context=128, vocab_multiple=8, norm_eps=1e-6, rope=YARN,
+    vocab=61,
+    embed=64,
+    layers=2,
+    heads=4,
+    mlp=96,
+    context=128,
+    vocab_multiple=8,
+    norm_eps=1e-6,
+    rope=YARN,
     mla=MLAConfig(kv_rank=20, q_rank=24, nope_dim=10, rope_dim=8, v_dim=12),
-)  # fmt: skip
+)
 LITE = replace(V3, mla=replace(V3.mla, q_rank=0))
 EXPERTS = MoEConfig(
     8,
@@ -52,32 +59,51 @@ def transformers_model(kind: str, m: ModelConfig) -> torch.nn.Module:
     rope = {"rope_type": "default"}
     if m.rope.scaling == "yarn":
         rope = {
-            "rope_type": "yarn", "factor": m.rope.factor, "beta_fast": m.rope.beta_fast,
-            "beta_slow": m.rope.beta_slow, "original_max_position_embeddings": m.rope.original,
-            "mscale": m.rope.mscale, "mscale_all_dim": m.rope.mscale_all,
-        }  # fmt: skip
+            "rope_type": "yarn",
+            "factor": m.rope.factor,
+            "beta_fast": m.rope.beta_fast,
+            "beta_slow": m.rope.beta_slow,
+            "original_max_position_embeddings": m.rope.original,
+            "mscale": m.rope.mscale,
+            "mscale_all_dim": m.rope.mscale_all,
+        }
     c, experts = m.moe, {"first_k_dense_replace": m.layers}
     if c.experts:
         experts = {
-            "first_k_dense_replace": c.dense_layers, "n_routed_experts": c.experts, "n_group": c.groups,
-            "num_experts_per_tok": c.top_k, "moe_intermediate_size": c.mlp, "topk_group": c.group_top_k,
-            "n_shared_experts": c.shared // c.mlp, "routed_scaling_factor": c.scale,
+            "first_k_dense_replace": c.dense_layers,
+            "n_routed_experts": c.experts,
+            "n_group": c.groups,
+            "num_experts_per_tok": c.top_k,
+            "moe_intermediate_size": c.mlp,
+            "topk_group": c.group_top_k,
+            "n_shared_experts": c.shared // c.mlp,
+            "routed_scaling_factor": c.scale,
             "norm_topk_prob": c.normalize,
-        }  # fmt: skip
+        }
     config = getattr(hf, f"{kind}Config")(
-        vocab_size=m.vocab, hidden_size=m.embed, num_hidden_layers=m.layers, num_attention_heads=m.heads,
+        vocab_size=m.vocab,
+        hidden_size=m.embed,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
         num_key_value_heads=m.heads,
-        intermediate_size=m.mlp, max_position_embeddings=m.context, rms_norm_eps=m.norm_eps,
-        q_lora_rank=m.mla.q_rank or None, kv_lora_rank=m.mla.kv_rank, qk_nope_head_dim=m.mla.nope_dim,
-        qk_rope_head_dim=m.mla.rope_dim, v_head_dim=m.mla.v_dim, attn_implementation="eager",
-        rope_parameters={"rope_theta": m.rope.theta, **rope}, **experts,
-    )  # fmt: skip
+        intermediate_size=m.mlp,
+        max_position_embeddings=m.context,
+        rms_norm_eps=m.norm_eps,
+        q_lora_rank=m.mla.q_rank or None,
+        kv_lora_rank=m.mla.kv_rank,
+        qk_nope_head_dim=m.mla.nope_dim,
+        qk_rope_head_dim=m.mla.rope_dim,
+        v_head_dim=m.mla.v_dim,
+        attn_implementation="eager",
+        rope_parameters={"rope_theta": m.rope.theta, **rope},
+        **experts,
+    )
     model = getattr(hf, f"{kind}ForCausalLM")(config)
     return random_weights(model)
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform; norms are away from 1."""
+    """Draw large weights, so that attention is far from uniform. Norms are away from 1."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in model.named_parameters():
@@ -181,7 +207,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong, and weights in another order."""
+    """The comparison notices a slightly wrong config, and weights in another order."""
     m, kind, wrong = CASES[name]
     model = transformers_model(kind, m)
     assert differ(model, m) <= 1e-5
@@ -190,7 +216,7 @@ def test_logits(name):
 
 
 def test_losses_of_predictions_ahead():
-    """Two modules, each with experts. Theirs are made for drafting and go one at a time."""
+    """Two modules with experts. In transformers they serve for drafting and run one at a time."""
     from transformers.modeling_layers import MtpModel
 
     m = replace(V3, moe=EXPERTS, mtp=MTPConfig(2))

@@ -1,5 +1,4 @@
-"""Models of experts give the logits of Hugging Face transformers, from random weights mapped by
-hand."""
+"""Models with experts give the logits of transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -25,44 +24,82 @@ hf = pytest.importorskip("transformers")
 
 ONE = Layout()
 SMALL = ModelConfig(
-    vocab=61, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24, context=128, vocab_multiple=8,
+    vocab=61,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=24,
+    context=128,
+    vocab_multiple=8,
     moe=MoEConfig(experts=8, top_k=3, mlp=24),
-)  # fmt: skip
+)
 GPT_OSS = replace(
-    SMALL, qkv_bias=True, bias=True, sinks=True, window=7, full_every=2, rope=RopeConfig(150000.0),
-    moe=replace(SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True),
-)  # fmt: skip
+    SMALL,
+    qkv_bias=True,
+    bias=True,
+    sinks=True,
+    window=7,
+    full_every=2,
+    rope=RopeConfig(150000.0),
+    moe=replace(
+        SMALL.moe, score="topk_softmax", router_bias=True, activation="clamped_swiglu", bias=True
+    ),
+)
 
-# Our config, its name there, what it calls the sizes, and changes that are wrong in what the case
-# is about.
+# dtron's config, the name and the sizes in transformers, and changes that are wrong in the subject
+# of the case.
 CASES = {
-    "mixtral": (SMALL, "Mixtral", {"num_local_experts": 8, "intermediate_size": 24}, [{"top_k": 2}]),
+    "mixtral": (
+        SMALL,
+        "Mixtral",
+        {"num_local_experts": 8, "intermediate_size": 24},
+        [{"top_k": 2}],
+    ),
     "qwen3-moe": (
-        replace(SMALL, qk_norm=True), "Qwen3Moe",
-        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": True}, [{"normalize": False}],
+        replace(SMALL, qk_norm=True),
+        "Qwen3Moe",
+        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        [{"normalize": False}],
     ),
     "qwen3-moe-unnormalised": (
-        replace(SMALL, qk_norm=True, moe=replace(SMALL.moe, normalize=False)), "Qwen3Moe",
-        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": False}, [{"normalize": True}],
+        replace(SMALL, qk_norm=True, moe=replace(SMALL.moe, normalize=False)),
+        "Qwen3Moe",
+        {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": False},
+        [{"normalize": True}],
     ),
     "gpt-oss": (
-        GPT_OSS, "GptOss",
-        {"num_local_experts": 8, "intermediate_size": 24, "sliding_window": 7,
-         "rope_scaling": {"rope_type": "default", "rope_theta": 150000.0},
-         "layer_types": ["sliding_attention", "full_attention"]},
+        GPT_OSS,
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "intermediate_size": 24,
+            "sliding_window": 7,
+            "rope_scaling": {"rope_type": "default", "rope_theta": 150000.0},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         [{"activation": "swiglu"}, {"score": "softmax", "normalize": False}],
     ),
-}  # fmt: skip
+}
 
 
 def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Module:
-    """Weights are large: scores are far from even, and clamps clamp."""
+    """Draw large weights, so that scores are far from even and clamps take effect."""
     config = getattr(hf, f"{kind}Config")(
-        vocab_size=m.vocab, hidden_size=m.embed, num_hidden_layers=m.layers, num_attention_heads=m.heads,
-        num_key_value_heads=m.kv_heads, head_dim=m.head_dim, max_position_embeddings=m.context,
-        rms_norm_eps=m.norm_eps, rope_theta=m.rope.theta, attn_implementation="eager",
-        num_experts_per_tok=m.moe.top_k, **sizes,
-    )  # fmt: skip
+        vocab_size=m.vocab,
+        hidden_size=m.embed,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        max_position_embeddings=m.context,
+        rms_norm_eps=m.norm_eps,
+        rope_theta=m.rope.theta,
+        attn_implementation="eager",
+        num_experts_per_tok=m.moe.top_k,
+        **sizes,
+    )
     model = getattr(hf, f"{kind}ForCausalLM")(config)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -73,8 +110,10 @@ def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Modul
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. They put gate and up together: one after the other, or, in
-    gpt-oss, every other one, and there the matrices of experts are [in, out] as ours."""
+    """The same weights as a dtron tree.
+
+    The other model concatenates gate and up. In gpt-oss their columns alternate, and matrices of
+    experts are [in, out] as in dtron."""
     theirs, is_gpt_oss = dict(model.named_parameters()), isinstance(model, hf.GptOssForCausalLM)
     used = set()
     router = "router" if is_gpt_oss else "gate"
@@ -113,7 +152,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong."""
+    """The comparison notices a slightly wrong config."""
     m, kind, sizes, wrong = CASES[name]
     model, rows = transformers_model(kind, m, sizes), random_rows(1)
     with torch.no_grad():
@@ -131,7 +170,8 @@ def test_logits(name):
 
 
 def test_the_auxiliary_loss_is_theirs():
-    """Over all tokens, where theirs counts each of a token's choices: top k times ours."""
+    """The loss is over all tokens. transformers counts each choice of a token, so its loss is top_k
+    times dtron's."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     from dtron.moe.router import Router, TokenInfo, route

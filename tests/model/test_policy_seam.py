@@ -94,7 +94,7 @@ def test_a_mesh_follows_one_device_that_keeps_all(mesh, zero, seed):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_a_pipeline_follows_one_device(schedule):
-    """Blocks are counted within a stage, and a backward that recomputes is not split."""
+    """Blocks are counted within a stage. A backward that recomputes is not split."""
     pipeline = PipelineConfig(schedule=schedule)
     test_equivalence.assert_same_step(config("pp=2,dp=2", layers=4, pipeline=pipeline, batch=8))
 
@@ -106,7 +106,7 @@ def test_another_input_in_recompute_is_caught(mesh):
 
 
 def test_compiled_gradients_are_those_of_eager():
-    """And those of a policy that keeps all, eager."""
+    """The compiled gradients are those of an eager program that keeps everything."""
     torch.compiler.reset()
     model, how = replace(MODEL, layers=3), ComputeConfig(NAME)
     functions = [
@@ -155,15 +155,18 @@ def test_an_index_that_is_not_heeded_is_caught(kept, same):
 
 
 def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
-    """Exactly, from models of 4 and of 2 blocks; and so it is estimated."""
-    two_blocks = lambda name: (
-        kept_by(replace(M, layers=4), name) - kept_by(replace(M, layers=2), name)
-    )
+    """Exactly, from models of 4 and of 2 blocks. The estimate is the same."""
+
+    def two_blocks(name):
+        return kept_by(replace(M, layers=4), name) - kept_by(replace(M, layers=2), name)
+
     assert 2 * two_blocks(NAME) == two_blocks("none") + two_blocks("full")
     sizes = block_bytes(M, MeshShape(), 256)
     assert [EVERY_SECOND.block(i).kept_bytes(sizes) for i in range(3)] == [
-        sizes.all, sizes.input, sizes.all,
-    ]  # fmt: skip
+        sizes.all,
+        sizes.input,
+        sizes.all,
+    ]
 
 
 def test_the_flag_takes_its_name_and_no_other():

@@ -1,4 +1,4 @@
-"""Presets: the published number of parameters, and shapes that a mesh can hold."""
+"""Presets: the published parameter counts, and shapes that a mesh can hold."""
 
 import re
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dtron.runtime.config import ModelConfig
 from dtron.runtime.validate import check
 from dtron.tree import leaves
 
-# By the models' published weights, tied ones counted once.
+# By the published weights; tied weights count once.
 PUBLISHED = {
     "gpt2-124m": 124_439_808,
     "gpt2-350m": 354_823_168,
@@ -47,7 +47,7 @@ PUBLISHED = {
     "deepseek-v2-lite": 15_706_484_224,
     "deepseek-v3": 671_026_419_200,  # and 11.6e9 of its own, in multi-token prediction
 }
-# Of these, what one token uses (the card of gpt-oss says 3.6e9, without the embedding).
+# Active parameters of a token (the card of gpt-oss says 3.6e9, without the embedding).
 ACTIVE = {
     "mixtral-8x7b": 12.9e9,
     "qwen3-30b-a3b": 3.3e9,
@@ -65,13 +65,13 @@ each = pytest.mark.parametrize("name", PRESETS)
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_has_the_published_number_of_parameters(name):
-    """Without the rows that pad the vocabulary, and without multi-token prediction."""
+    """Without padding of the vocabulary and without multi-token prediction."""
     m = replace(preset(name), vocab_multiple=1)
     assert parameter_count(replace(m, mtp=MTPConfig())) == PUBLISHED[name]
 
 
 def test_what_prediction_ahead_adds_to_deepseek_v3():
-    """The card says 14e9, with an embedding and a head that are the main model's."""
+    """The model card says 14e9, with an embedding and a head that the main model shares."""
     m = preset("deepseek-v3")
     more = parameter_count(m) - parameter_count(replace(m, mtp=MTPConfig()))
     assert more + 2 * m.vocab * m.embed == pytest.approx(14e9, rel=0.05)
@@ -79,7 +79,7 @@ def test_what_prediction_ahead_adds_to_deepseek_v3():
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_parameters_that_a_token_uses(name):
-    """By the models' cards, rounded there."""
+    """By the model cards, rounded as there."""
     assert active_count(replace(preset(name), mtp=MTPConfig())) == pytest.approx(
         ACTIVE[name], rel=0.02
     )
@@ -124,8 +124,8 @@ def test_the_sizes_of_a_preset_fit_each_other(name):
 
 @each
 def test_a_preset_fits_its_meshes(name):
-    """Tensor parallelism as wide as there are heads of keys and values, up to a host of 8, at any
-    sequence up to the context."""
+    """tp is the number of key heads, up to a host of 8, at any sequence length up to the
+    context."""
     m = preset(name)
     widest = max(tp for tp in range(1, 9) if m.kv_heads % tp == m.heads % tp == m.mlp % tp == 0)
     assert widest >= 2

@@ -1,5 +1,4 @@
-"""The same logits and the same training as Hugging Face transformers, from random weights mapped by
-hand."""
+"""The logits and the training of Hugging Face transformers, from random weights mapped by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.layers.attention import Attention, AttentionInputs, attention
-from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
 from dtron.mesh import Layout
@@ -48,14 +45,22 @@ YARN = {"rope_type": "yarn", "beta_slow": 1.0, "beta_fast": 2.0}
 
 
 def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> torch.nn.Module:
-    """Weights are so large that attention is far from uniform; norms and biases are away from 1 and
-    0."""
+    """Draw large weights, so that attention is far from uniform. Norms are away from 1, biases away
+    from 0."""
     if kind == "GPT2":
         config = hf.GPT2Config(
-            vocab_size=m.vocab, n_embd=m.embed, n_layer=m.layers, n_head=m.heads, n_positions=m.context,
-            n_inner=m.mlp, activation_function="gelu_new", layer_norm_epsilon=m.norm_eps,
-            attn_implementation="eager", bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=m.vocab,
+            n_embd=m.embed,
+            n_layer=m.layers,
+            n_head=m.heads,
+            n_positions=m.context,
+            n_inner=m.mlp,
+            activation_function="gelu_new",
+            layer_norm_epsilon=m.norm_eps,
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         model = hf.GPT2LMHeadModel(config)
     else:
         if scaling:
@@ -64,12 +69,21 @@ def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> to
                 "original_max_position_embeddings": m.rope.original,
             }
         config = getattr(hf, f"{kind}Config")(
-            vocab_size=m.vocab, hidden_size=m.embed, num_hidden_layers=m.layers, num_attention_heads=m.heads,
-            num_key_value_heads=m.kv_heads, head_dim=m.head_dim, intermediate_size=m.mlp,
-            max_position_embeddings=m.context, rms_norm_eps=m.norm_eps, tie_word_embeddings=m.tied,
-            rope_theta=m.rope.theta, rope_scaling=scaling or None, attn_implementation="eager",
+            vocab_size=m.vocab,
+            hidden_size=m.embed,
+            num_hidden_layers=m.layers,
+            num_attention_heads=m.heads,
+            num_key_value_heads=m.kv_heads,
+            head_dim=m.head_dim,
+            intermediate_size=m.mlp,
+            max_position_embeddings=m.context,
+            rms_norm_eps=m.norm_eps,
+            tie_word_embeddings=m.tied,
+            rope_theta=m.rope.theta,
+            rope_scaling=scaling or None,
+            attn_implementation="eager",
             **({"sliding_window": m.window} if m.window else {}),
-        )  # fmt: skip
+        )
         model = getattr(hf, f"{kind}ForCausalLM")(config)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -107,9 +121,10 @@ GPT2_NAMES = {
 
 
 def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
-    """The same weights as a dtron tree. Llama's matrices are [out, in]; GPT-2's are [in, out], with
-    queries, keys and values side by side. Rows of the padded vocabulary are ones: they must not
-    count."""
+    """The same weights as a dtron tree.
+
+    Llama's matrices are [out, in]. GPT-2's are [in, out], with queries, keys and values
+    concatenated. Rows of the padded vocabulary are ones: they must not count."""
     theirs, is_gpt2 = dict(model.named_parameters()), isinstance(model, hf.GPT2LMHeadModel)
     used = set()
 
@@ -127,7 +142,7 @@ def mapped(model: torch.nn.Module, m: ModelConfig) -> Transformer:
             x = x.T
         return x.reshape(w.shape).clone(
             memory_format=torch.contiguous_format
-        )  # ours: it will be updated
+        )  # a copy, because it is updated
 
     params = tree_map(convert, declare_model(m))
     assert used == set(theirs)
@@ -153,11 +168,24 @@ ROPE_LLAMA3, ROPE_YARN = (
     RopeConfig(100.0, "yarn", 4.0, 32, beta_fast=2.0),
 )
 GPT2 = ModelConfig(
-    vocab=61, embed=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp=96, context=64, vocab_multiple=8,
-    activation="gelu", norm="layernorm", positions="learned", qkv_bias=True, bias=True, tied=True,
-)  # fmt: skip
+    vocab=61,
+    embed=64,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    mlp=96,
+    context=64,
+    vocab_multiple=8,
+    activation="gelu",
+    norm="layernorm",
+    positions="learned",
+    qkv_bias=True,
+    bias=True,
+    tied=True,
+)
 
-# Our config, how transformers builds it, and a change that is wrong in what the case is about.
+# dtron's config, its class in transformers, and a change that is wrong in the subject of the case.
 CASES = {
     "llama": (LLAMA, "Llama", {}, {"rope": RopeConfig(9000.0)}),
     "llama-tied": (replace(LLAMA, tied=True, kv_heads=1), "Llama", {}, {"norm_eps": 0.1}),
@@ -182,7 +210,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name):
-    """And the comparison sees a config that is a little wrong."""
+    """The comparison notices a slightly wrong config."""
     m, kind, scaling, wrong = CASES[name]
     model = transformers_model(kind, m, scaling)
     assert differ(model, m) <= 1e-5
@@ -191,8 +219,8 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_training(name):
-    """Five AdamW steps with clipping: the same losses, and they fall. dtron has two microbatches a
-    step."""
+    """Five AdamW steps with clipping have the same losses, and the losses fall. dtron takes two
+    microbatches a step."""
     m, kind, scaling, _ = CASES[name]
     model = transformers_model(kind, m, scaling)
     config = OptimConfig(
@@ -236,42 +264,3 @@ def test_training(name):
         got.append(loss.item())
     assert got == pytest.approx(want, rel=1e-4)
     assert all(b < a for a, b in pairwise(got)) and got[-1] < 0.9 * got[0]
-
-
-def test_attention_with_sinks():
-    """gpt-oss's layer: sinks, biases, grouped queries and a sliding window."""
-    theirs = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss").GptOssAttention(
-        hf.GptOssConfig(
-            hidden_size=12, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            sliding_window=5, layer_types=["sliding_attention"], attn_implementation="eager",
-        ),
-        0,
-    )  # fmt: skip
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for w in theirs.parameters():
-            w.copy_(torch.randn(w.shape, generator=g))
-    w = dict(theirs.named_parameters())
-    matrix = lambda x, n: w[f"{x}_proj.weight"].T.reshape(12, n, 8)
-    ours = Attention(
-        matrix("q", 4), matrix("k", 2), matrix("v", 2), w["o_proj.weight"].T.reshape(4, 8, 12),
-        *(w[f"{x}_proj.bias"].reshape(-1, 8) for x in "qkv"), w["o_proj.bias"], w["sinks"], None, None,
-    )  # fmt: skip
-    x = torch.randn(2, 16, 12, generator=g)
-    back = torch.arange(16)[:, None] - torch.arange(16)
-    hidden = torch.where((back >= 0) & (back < 5), 0.0, -torch.inf)
-    unturned = torch.ones(1, 16, 1), torch.zeros(1, 16, 1)
-    want, _ = theirs(x, unturned, hidden)
-    run = lambda p, window: attention(
-        p, x.flatten(0, 1), AttentionInputs(mask=AttentionMask(16, window)), ONE
-    ).view(2, 16, 12)
-    torch.testing.assert_close(run(ours, 5), want, rtol=1e-4, atol=1e-5)
-    for wrong in (run(ours, 6), run(replace(ours, sinks=None), 5)):
-        assert (wrong - want).abs().max() > 0.1
-    names = [
-        name for name in w if name != "k_proj.bias"
-    ]  # a softmax does not see it: its gradient is noise
-    slopes = [
-        torch.autograd.grad(y.square().sum(), [w[n] for n in names]) for y in (run(ours, 5), want)
-    ]
-    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-2)

@@ -1,5 +1,4 @@
-"""The router, the dispatchers and the experts on one device, against definitions written
-independently."""
+"""The router, the dispatchers and the experts on one device, against independent definitions."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def by_definition(e: Experts, x: Tensor, weights: Tensor, index: Tensor, kept: T
 
 
 def most_weighted(weights: Tensor, index: Tensor, experts: int, room: int) -> Tensor:
-    """Which slots the largest weights of each expert are in."""
+    """The slots with the largest weights of each expert."""
     kept = torch.zeros_like(index, dtype=torch.bool)
     for i in range(experts):
         slots = sorted((-weights[t, j].item(), t, j) for t, j in (index == i).nonzero().tolist())
@@ -58,7 +57,8 @@ def most_weighted(weights: Tensor, index: Tensor, experts: int, room: int) -> Te
     capacity=st.sampled_from([None, 0.0, 0.5, 1.0, 100.0]),
 )
 def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
-    """No token is lost; or with too little room, exactly those of the smallest weights."""
+    """No token is dropped. With too little capacity, exactly the slots with the smallest weights
+    are dropped."""
     k = min(k, experts)
     e, x, weights, index = random_layer(tokens, experts, k, seed)
     room = tokens if not capacity else min(tokens, math.ceil(capacity * tokens * k / experts))
@@ -81,8 +81,8 @@ def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 9))
 def test_plans(experts, room):
-    """Rows sorted by expert hold every slot once; rows with room hold each expert's, and no
-    other."""
+    """Rows sorted by expert hold every slot once. Rows with capacity hold the slots of each expert
+    and no other slot."""
     expert_S = torch.tensor(experts)
     plan, ends = by_expert(expert_S, 5)
     assert expert_S[plan.slot_R].tolist() == sorted(experts)
@@ -102,7 +102,7 @@ def test_plans(experts, room):
 def logits_router(
     logits: Tensor, c: MoEConfig, balance: Tensor | None = None, valid=None, rows=None
 ):
-    """The router on tokens whose logits are given."""
+    """The router on tokens with given logits."""
     n, e = logits.shape
     valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
     rows = torch.zeros(n, dtype=torch.long) if rows is None else rows
@@ -114,9 +114,10 @@ def logits_router(
 def test_scores():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
     p, s = logits.softmax(-1)[0].tolist(), logits.sigmoid()[0].tolist()
-    first = lambda **choices: (
-        logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
-    )
+
+    def first(**choices):
+        return logits_router(logits, MoEConfig(4, 2, **choices)).weights_TK[0].tolist()
+
     assert first(normalize=False) == pytest.approx([p[1], p[2]])
     assert first() == pytest.approx([p[1] / (p[1] + p[2]), p[2] / (p[1] + p[2])])
     assert first(score="topk_softmax") == pytest.approx(first())
@@ -134,20 +135,21 @@ def test_a_balance_bias_chooses_and_does_not_weigh():
 
 
 def test_groups_limit_where_a_token_goes():
-    """The best two experts of the best group, though the second best of all is elsewhere. By
-    sigmoid a group is as good as its best two, by softmax as its best."""
+    """The best two experts of the best group, although the second best expert of all is in another
+    group. By sigmoid a group's score is the sum of its best two, by softmax its best."""
     logits = torch.tensor([[2.0, 1.9, 2.1, -3.0, 0.0, 0.0]], dtype=F64)
-    chosen = lambda **c: sorted(
-        logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist()
-    )
+
+    def chosen(**c):
+        return sorted(logits_router(logits, MoEConfig(6, 2, groups=3, **c)).index_TK[0].tolist())
+
     assert chosen(score="sigmoid", group_top_k=1) == [0, 1]
     assert chosen(score="softmax", group_top_k=1) == [2, 3]
     assert chosen(score="softmax", group_top_k=2) == [0, 2]
 
 
 def test_the_auxiliary_loss_by_its_formula():
-    """Per token 1 where the load is even, E/k times where all is on the same experts; per level, by
-    hand."""
+    """Per token the loss is 1 under an even load, and E/k when all tokens choose the same experts.
+    Every level, by hand."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(12, 4, generator=g, dtype=F64)
     valid, rows = torch.arange(12) % 4 != 3, torch.arange(12) // 6
@@ -181,7 +183,7 @@ def test_counts_are_of_tokens_that_count():
     for counted in (valid, torch.ones(12, dtype=torch.bool)):
         to = logits_router(logits, MoEConfig(4, 2, aux_loss=1.0), valid=counted)
         assert to.load_E.sum() == 2 * counted.sum() and to.totals[0] == counted.sum()
-        assert to.index_TK.shape == (12, 2)  # all go to experts nevertheless
+        assert to.index_TK.shape == (12, 2)  # padding goes to experts too
 
 
 def test_forced_balance():
@@ -192,7 +194,8 @@ def test_forced_balance():
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 99))
 def test_products_agree(counts, rest, seed):
-    """One kernel, a loop and what a compiler gets, with rows behind the last end; gradients too."""
+    """The grouped kernel, the loop and the compiled form, with rows behind the last end; gradients
+    too."""
     g = torch.Generator().manual_seed(seed)
     rows, n = sum(counts) + rest + 1, sum(counts)
     ends = torch.tensor(counts).cumsum(0)

@@ -59,7 +59,7 @@ def one_device():
 def test_steps_on_real_ranks(pool, one_device, mesh, zero, dispatch):
     config = replace(FOUR, zero=zero, moe_dispatch=dispatch)
     want = one_device
-    if "pp" in mesh:  # more microbatches, and what is in one matters to an auxiliary loss
+    if "pp" in mesh:  # more microbatches; an auxiliary loss depends on the tokens of a microbatch
         config = replace(config, micro_batch=1)
         want = train(ONE, MeshShape(), replace(config, micro_batch=2))
     for losses, norms, initial in pool.run(on_pool, mesh, config):
@@ -147,7 +147,7 @@ def test_sharded_experts_compile_too(pool, mesh, zero, dispatch):
 
 
 def test_resuming_with_another_ep(tmp_path):
-    """Saved on dp=4,ep=4, read on dp=2,tp=2,ep=2 and on one device; balance biases too."""
+    """Saved on dp=4,ep=4, loaded on dp=2,tp=2,ep=2 and on one device; router biases too."""
     identity = {"a": 1}
 
     def state(layout: Layout, seed: int):
@@ -175,7 +175,7 @@ def test_resuming_with_another_ep(tmp_path):
 
 
 def test_reports_of_layers():
-    """Loads of 2 x 64 tokens; a layer's row has its number in the model."""
+    """The load of 2 x 64 tokens. A layer's report has the layer's number in the model."""
     m = replace(SPARSE, moe=replace(EXPERTS, dense_layers=1))
     pipe = one_stage(m, 2, ONE)
     _, _, reports = gradients_of(program(m, ONE), m, dtype=torch.float64)

@@ -1,5 +1,4 @@
-"""The command line: every flag is understood, every mistake is one line that names what was
-typed."""
+"""The command line: every flag is understood, and every mistake is one line with the typed text."""
 
 import re
 from dataclasses import replace
@@ -29,7 +28,7 @@ EVERYDAY += ["--resume", "--save-every", "--simulate", "--device", "--dtype"]
 
 
 def refused(*argv: str) -> str:
-    """The message: a UserError's, in one line."""
+    """The message of a UserError, which has one line."""
     with pytest.raises(UserError) as caught:
         parse(argv)
     message = str(caught.value)
@@ -116,7 +115,7 @@ def test_a_preset_given_twice_is_the_last():
 
 
 def typos(flag: str) -> set[str]:
-    """One letter gone, wrong or swapped with the next, anywhere behind the dashes."""
+    """A flag with one letter missing, wrong or swapped with the next, anywhere after the dashes."""
     places = range(2, len(flag))
     made = {flag[:i] + middle + flag[i + 1 :] for i in places for middle in ("", "q")}
     made |= {flag[:i] + flag[i + 1] + flag[i] + flag[i + 2 :] for i in places[:-1]}
@@ -124,7 +123,7 @@ def typos(flag: str) -> set[str]:
 
 
 def alike(flag: str) -> set[str]:
-    """The flags that differ from this one by a letter: nothing but that letter tells them apart."""
+    """The flags that differ from this flag by that letter only."""
     letters = lambda f: sum(a != b for a, b in zip(f, flag, strict=True))
     return {f for f in KNOWN if len(f) == len(flag) and letters(f) <= 1}
 
@@ -133,7 +132,7 @@ def alike(flag: str) -> set[str]:
 def test_every_typo_of_a_flag_names_the_flag(flag):
     near = alike(flag)
     for typo in typos(flag):
-        # beta1 or beta2, nope-dim or rope-dim; or a flag that is the typo less a letter.
+        # beta1 or beta2, nope-dim or rope-dim; or a flag that is the typo without a letter.
         meant = near | {typo[:i] + typo[i + 1 :] for i in range(len(typo))}.intersection(KNOWN)
         assert refused("--steps", "3", typo, "1") in {
             f"{typo}: unknown flag; did you mean {f}?" for f in meant
@@ -231,7 +230,7 @@ def test_run_cli_passes_the_arguments_and_the_exit_code(capsys):
 
 
 def test_run_cli_makes_a_value_error_one_line(capsys):
-    """One of dtron's own; a library's is a bug of ours, and keeps its traceback."""
+    """A UserError is one line. An error of a library is a bug of dtron, and keeps its traceback."""
     assert run_cli(lambda argv: MeshShape.parse("dp=0"), []) == 2
     assert capsys.readouterr().err.startswith("error: mesh 'dp=0': dp has size '0'")
     with pytest.raises(ValueError, match="first"):

@@ -29,8 +29,8 @@ from tests.helpers.paths import FIXTURES, ROOT
 
 OLD_RUN = FIXTURES / "run-fdfba95"
 
-# Old field, its value in config.json, the old flag and the new one. Spelled, not derived from the
-# table that is tested.
+# Old field, its value in config.json, the old flag and the new one. They are written out, not
+# derived from the table under test.
 FIELDS = [
     ("schedule", "zb-v", "--schedule zb-v", "--pipeline.schedule zb-v"),
     ("pipeline.virtual", 3, "--pipeline.virtual 3", "--pipeline.stages-per-rank 3"),
@@ -72,9 +72,16 @@ FIELDS = [
     ("data.validation", 0.1, "--data.validation 0.1", "--data.validation-ratio 0.1"),
 ]
 
-# Programs other than train.py: an old line and the new one.
-verify = lambda argv: parse(argv, VerifyConfig(), prog="python -m dtron.verify")
-show = lambda argv: parse(argv, ShowConfig(), prog="python -m dtron.show")
+
+# Programs other than train.py: an old command line and the new one.
+def verify(argv):
+    return parse(argv, VerifyConfig(), prog="python -m dtron.verify")
+
+
+def show(argv):
+    return parse(argv, ShowConfig(), prog="python -m dtron.show")
+
+
 PROGRAMS = [
     ("verify", "sequence", "--sequence 64", "--seq-len 64"),
     ("verify", "cp", "--cp ring", "--cp-method ring"),
@@ -102,16 +109,20 @@ PROGRAMS = [
     ("kernels/latent", "sequence", "--sequence 64", "--seq-len 64"),
 ]
 
-# Numbers in metrics.jsonl, and what only benchmarks print.
+# Metrics of metrics.jsonl, and metrics of benchmarks only.
 RECORDS = [
-    ("ahead.*.loss", {"ahead.1.loss": 2.5, "ahead.12.loss": 3.5}, {"mtp.1.loss": 2.5, "mtp.12.loss": 3.5}),
+    (
+        "ahead.*.loss",
+        {"ahead.1.loss": 2.5, "ahead.12.loss": 3.5},
+        {"mtp.1.loss": 2.5, "mtp.12.loss": 3.5},
+    ),
     ("data_wait", {"data_wait": 0.5}, {"data_wait_ratio": 0.5}),
     ("memory_gib", {"memory_gib": 1.5}, {"peak_memory_gib": 1.5}),
     ("save_seconds", {"save_seconds": 0.25}, {"checkpoint_stall_seconds": 0.25}),
     ("skipped", {"skipped": 2}, {"skipped_steps": 2}),
     ("sequence", {"sequence": 4096}, {"seq_len": 4096}),
     ("reduce", {"reduce": "bfloat16"}, {"reduce_dtype": "bfloat16"}),
-]  # fmt: skip
+]
 
 
 def program(name: str):
@@ -128,7 +139,7 @@ def program(name: str):
 
 
 def check_flag(main, old: str, new: str) -> None:
-    """One line that has the flag as it was typed, and the new one."""
+    """Assert one line with the flag as typed, and the new flag."""
     with pytest.raises(UserError) as caught:
         main(["--seed=1", *old.split()] if main is parse else old.split())
     typed = old[old.index("--") :].replace(" 128", "")
@@ -197,7 +208,7 @@ VALUES = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "Zs")),
 
 @given(row=ROWS, value=VALUES, joined=st.booleans(), underscores=st.booleans())
 def test_no_old_flag_is_ever_accepted(row, value, joined, underscores):
-    """With any value, and however it is spelled; unless the flag has its name still."""
+    """With any value and in any spelling, unless the flag still has its name."""
     flag = "--" + (row.old if underscores else row.old.replace("_", "-"))
     known = _flags(RunConfig)
     argv = [f"{flag}={value}"] if joined else [flag, value]
@@ -212,10 +223,11 @@ def test_no_old_flag_is_ever_accepted(row, value, joined, underscores):
 
 
 def test_every_field_of_an_older_run_is_a_flag_or_is_answered():
-    """By the fields of that version's config.json, which no one wrote for this test."""
+    """The fields are those of a config.json of that version, which was not written for this
+    test."""
     known, old = _flags(RunConfig), dotted(json.loads((OLD_RUN / "config.json").read_text()))
     gone = [f for f in old if "--" + f.replace("_", "-") not in known]
-    assert len(gone) == 20  # and recompute, which has its name still
+    assert len(gone) == 20  # and recompute, which still has its name
     for field in gone:
         with pytest.raises(UserError, match="was replaced; use --"):
             renamed.refuse_old_flags([f"--{field.replace('_', '-')}"], known)
@@ -237,7 +249,7 @@ def test_a_parser_takes_no_abbreviation_and_answers_old_flags():
     assert p.parse_args(["--cp-method", "ring"]).cp_method == "ring"
     with pytest.raises(UserError, match="^--cp ring: was replaced; use --cp-method ring$"):
         p.parse_args(["--cp", "ring"])
-    for other in ("--cp-m", "--sample"):  # the new name of the second is no flag here
+    for other in ("--cp-m", "--sample"):  # the new name of the second flag is no flag here
         with pytest.raises(UserError, match="unrecognized arguments"):
             p.parse_args([other, "x"])
 
@@ -266,7 +278,7 @@ def test_a_run_of_an_older_version_has_the_identity_of_its_config():
     config = load(OLD_RUN / "config.json")
     meta = read_meta(newest(OLD_RUN))
     want = identity_of(config, meta["identity"]["text"])
-    for name in ("optim.name", "model.pattern"):  # were not recorded: there was one of each
+    for name in ("optim.name", "model.pattern"):  # were not recorded: there was one value of each
         del want[name]
     assert meta["identity"] == want
 
@@ -279,8 +291,10 @@ def test_metrics_of_an_older_version_go_on_under_the_new_names(tmp_path):
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert [a["step"] for a in after] == [1, 2]
     names = {
-        "memory_gib": "peak_memory_gib", "data_wait": "data_wait_ratio", "skipped": "skipped_steps",
+        "memory_gib": "peak_memory_gib",
+        "data_wait": "data_wait_ratio",
+        "skipped": "skipped_steps",
         "save_seconds": "checkpoint_stall_seconds",
-    }  # fmt: skip
+    }
     for old, new in zip(before, after, strict=False):
         assert new == {names.get(name, name): value for name, value in old.items()} != old

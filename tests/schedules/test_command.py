@@ -1,4 +1,4 @@
-"""python -m dtron.schedules: tables, pictures, and what it refuses; without torch."""
+"""python -m dtron.schedules, without torch: tables, pictures, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Any schedule, any cut, any mesh: the result of one device. And what a runner must keep and must
-not."""
+"""Any schedule, any number of layers a stage, any mesh: the result of one device."""
 
 from __future__ import annotations
 
@@ -9,50 +8,41 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch, valid_tokens
-from dtron.model.stages import layers_per_stage, split_into_stages
-from dtron.model.transformer import declare_model
+from dtron.model.stages import split_into_stages
 from dtron.params import init
 from dtron.rules import rules_for
-from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
-from dtron.schedules import SCHEDULES, make, peaks, stages_of_rank
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
+from dtron.schedules import SCHEDULES, make, stages_of_rank
 from dtron.schedules.p2p import InProcessLinks
-from dtron.schedules.runner import Program, run
-from dtron.schedules.split_backward import backward, backward_input
 from dtron.testing import assert_caught
-from dtron.tools.compare_steps import StepResult, compare
+from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, one_stage, pipeline, program
-from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples, seen
 from tests.helpers.runs import MODEL
-from tests.model.test_equivalence import model_config
+from tests.helpers.same_step import assert_same_result, model_config
 
 
 def assert_same_step(config: RunConfig, step=one_step) -> StepResult:
     got = step(config, MeshShape.parse(config.mesh))
-    loss, rows = compare(one_step(on_one_device(config), MeshShape()), got)
-    assert loss <= 1e-9
-    for row in rows:
-        assert row.grad <= 1e-9 and row.weight <= 1e-9, row
+    assert_same_result(one_step(on_one_device(config), MeshShape()), got)
     return got
 
 
-MOST = examples(32)  # stages of microbatches of ranks in an example
+MOST = examples(32)  # stages times microbatches times ranks of an example
 STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp=2"]
 
 
 @settings(max_examples=examples(3))
-@seen(  # every schedule in four stages or more of one device each, and with one of the meshes
+@seen(  # every schedule on four or more stages of one device, and on stages of one mesh
     schedule=list(SCHEDULES),
     pp=[4] * 6 + [2] * 6,
     more=[5] * 6 + [1] * 6,
@@ -87,10 +77,19 @@ def test_one_step_is_that_of_one_device(
     count = min(max(pp + more, 2 * pp if schedule == "dualpipe-v" else 0), 4 * pp + 1)
     assume(stages * count * shape.size // pp <= MOST or not inner)  # seconds
     config = model_config(
-        str(shape), 1, zero=zero, batch=count * shape.data, micro_batch=1, layers=stages + extra, tied=tied,
-        recompute=recompute, seed=seed, bias=True, zero3_gather="microbatch" if each else "step",
+        str(shape),
+        1,
+        zero=zero,
+        batch=count * shape.data,
+        micro_batch=1,
+        layers=stages + extra,
+        tied=tied,
+        recompute=recompute,
+        seed=seed,
+        bias=True,
+        zero3_gather="microbatch" if each else "step",
         pipeline=PipelineConfig(schedule, stages_per_rank),
-    )  # fmt: skip
+    )
     assert_same_step(config)
 
 
@@ -109,7 +108,7 @@ def broken(change):
 
 
 class Mixed(InProcessLinks):
-    """Gives every microbatch the gradient of the first."""
+    """Mutant: every microbatch gets the gradient of the first."""
 
     def __init__(self):
         super().__init__()
@@ -150,140 +149,11 @@ def test_a_twin_is_counted_once_in_the_norm():
     assert got == pytest.approx(one_step(on_one_device(config), MeshShape()).norm, rel=1e-12)
 
 
-# ---- what is kept, and what is computed
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("pp", "count"), [(2, 7), (4, 9)])
-def test_no_more_activations_alive_than_the_table_says(schedule, pp, count):
-    """Counted by autograd: what each microbatch saves in each stage is alive from its F to its B or
-    W."""
-    t = make(schedule, pp, count)
-    m = replace(MODEL, layers=t.stages, tied=False)
-    layers = layers_per_stage(m, t.stages, 16)
-    pipe = Pipeline(t, tuple(split_into_stages(m, layers)), Layout())
-    weights = tree_map(
-        lambda w: w.detach().requires_grad_(), init(pipe.spec, m.dims(), 0, Layout())
-    )
-    by_stage = dict(zip(pipe.stages, weights, strict=True))
-    batch = make_batch(torch.zeros(1, 17, dtype=torch.long), Layout())
-    functions = program(m, Layout())
-    alive, most = dict.fromkeys(range(pp), 0), dict.fromkeys(range(pp), 0)
-
-    class Tracked(torch.autograd.Function):
-        """Saves a tensor that counts itself out when autograd drops it."""
-
-        @staticmethod
-        def forward(ctx, x, stage):
-            ctx.token = Token(t.rank_of[stage])
-            return x * 1
-
-        @staticmethod
-        def backward(ctx, g):
-            return g, None
-
-    class Token:
-        def __init__(self, rank):
-            self.rank = rank
-            alive[rank] += 1
-            most[rank] = max(most[rank], alive[rank])
-
-        def __del__(self):
-            alive[self.rank] -= 1
-
-    number = {id(tree): s for s, tree in by_stage.items()}
-    stage = lambda p, x, b: functions.stage(p, Tracked.apply(x, number[id(p)]), b)
-    out = run(
-        t, pipe.ranks, Program(functions.enter, stage), by_stage, {s: flat(w) for s, w in by_stage.items()},
-        [batch] * count, InProcessLinks(), lambda *args: None,
-    )  # fmt: skip
-    assert list(out.peak.values()) == peaks(t)
-    assert list(most.values()) == peaks(t) and set(alive.values()) == {0}
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("mm", "bmm", "addmm")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_backward_in_halves_computes_nothing_twice(tied):
-    """Bit for bit the same gradients, and half of the matrix products in each half."""
-    m = replace(MODEL, layers=2, bias=True, qkv_bias=True, tied=tied)
-    (weights,) = init((declare_model(m),), m.dims(), 0, Layout(), torch.float64)
-    weights = tree_map(lambda w: w.detach().requires_grad_(), weights)
-    batch = make_batch(torch.arange(34).view(2, 17), Layout())
-    functions = program(m, Layout())
-    one = torch.ones((), dtype=torch.float64)
-
-    def forward():
-        x = functions.enter(weights, batch).detach().requires_grad_()
-        return x, [get_gradient_edge(functions.stage(weights, x, batch)[0])]
-
-    x, y = forward()
-    with Products() as whole:
-        want, hand_over = backward(y, x, flat(weights), [one])
-    x, y = forward()
-    with Products() as first:
-        got, later = backward_input(y, x, flat(weights), [one])
-    with Products() as second:
-        grads = later()
-    assert torch.equal(got, want)
-    for a, b in zip(hand_over(), grads, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    linear = (
-        2 * 7
-    )  # two blocks of q, k, v, o, gate, up and down; attention's own are no matrix products of ours
-    assert second.count == linear and first.count + second.count == whole.count
-
-
-# ---- cutting the model
-
-
-@given(st.integers(1, 12), st.integers(0, 40), st.sampled_from([100, 5000, 200000]))
-def test_layers_are_dealt_out_evenly(stages, more, vocab):
-    m = ModelConfig(vocab=vocab, layers=stages + more)
-    got = layers_per_stage(m, stages, 256)
-    assert sum(got) == m.layers and min(got) >= 1 and len(got) == stages
-    assert (
-        max(got[:-1], default=0) - min(got[:-1], default=0) <= 1
-    )  # all but the last, which has the head
-    if stages > 1:
-        assert got[-1] <= max(got[:-1])
-
-
-def test_the_head_counts_as_the_blocks_it_costs():
-    """llama3-8b: a block multiplies by 218 M weights, the head by 525 M."""
-    from dtron.model.presets import preset
-
-    m = preset("llama3-8b")
-    assert layers_per_stage(m, 4, 8192) == [9, 9, 8, 6]
-    assert layers_per_stage(m, 2, 8192) == [17, 15]
-    assert layers_per_stage(m, 2, 8192, [20, 12]) == [20, 12]
-
-
-def test_stages_together_are_the_model():
-    for tied in (False, True):
-        m = replace(MODEL, layers=5, tied=tied)
-        stages = split_into_stages(m, [2, 2, 1])
-        paths = [w.path for s in stages for w in flat(s) if not w.twin]
-        assert sorted(paths) == sorted(w.path for w in flat(declare_model(m)))
-        twins = [w.path for s in stages for w in flat(s) if w.twin]
-        assert twins == (["embedding.w_tokens"] if tied else [])
-
-
 # ---- functions and weights
 
 
 def test_a_compiled_stage_gives_the_same():
-    """The runner takes any function: here one traced and lowered by torch.compile."""
+    """The runner takes any function; here a function traced by torch.compile."""
     m, count = replace(MODEL, layers=2), 4
     rows = torch.arange(4 * 17).view(4, 17) % 61
     batches = [make_batch(r, Layout()) for r in rows.chunk(count)]
@@ -306,9 +176,14 @@ def test_zero_3_gathers_once_a_step_unless_asked():
     for gather in ("step", "microbatch"):
         for micro in (2, 3):
             config = model_config(
-                "pp=2,dp=2", 1, zero=3, batch=2 * micro, micro_batch=1, layers=2,
+                "pp=2,dp=2",
+                1,
+                zero=3,
+                batch=2 * micro,
+                micro_batch=1,
+                layers=2,
                 zero3_gather=gather,
-            )  # fmt: skip
+            )
             done = one_step(config, MeshShape(pp=2, dp=2)).collectives.count
             counts[gather, micro] = sum(n for c, n in done.items() if c.kind == "all_gather")
     assert (

@@ -1,5 +1,4 @@
-"""Pipelines whose ranks are processes: five steps are those of one device, and what is sent, and
-which way."""
+"""Pipelines on processes: five steps are those of one device, and the messages and their groups."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def one_device(changes: dict) -> tuple[list[float], list[float]]:
     ],
 )
 def test_three_steps_on_simulated_ranks(mesh, changes):
-    """The third loss is the first that depends on both moments of Adam; a layer for each stage."""
+    """The third loss is the first that depends on both moments of Adam. Every stage has a layer."""
     changes = {**changes, "steps": 3}
     losses, norms = one_device(changes)
     got = simulate(mesh, replace(FIVE, **changes))
@@ -70,7 +69,7 @@ def test_five_steps_on_real_ranks(pool, mesh, changes):
 
 
 def sends_on_pool(mesh: str, config: RunConfig) -> int:
-    """A job for the pool: how many messages this rank sends to another in one step."""
+    """A job for the pool: the number of messages from this rank to another in one step."""
     isend, count = dist.isend, 0
 
     def counted(*args, **kwargs):
@@ -89,9 +88,9 @@ def sends_on_pool(mesh: str, config: RunConfig) -> int:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
-    """An activation down and a gradient up per microbatch and boundary; a tied weight's gradient
-    once a step, both ways. In the V of ZB-V the last rank turns without sending, and both copies
-    are on rank 0."""
+    """Per microbatch and boundary, one activation and one gradient. Once a step, the gradient of a
+    tied weight in both directions. In the V of ZB-V the last rank turns without a message, and rank
+    0 has both copies."""
     config = replace(
         FIVE, model=replace(FIVE.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
     )
@@ -108,8 +107,10 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
 def by_host_on_pool(
     mesh: str, config: RunConfig, change_step=lambda step: step
 ) -> tuple[list[float], list[str]]:
-    """A job for the pool: the losses of a run whose ranks have a way by their hosts, as GPUs do,
-    and which way this rank's messages went. ``change_step`` wraps its step."""
+    """A job for the pool: the losses of a run whose ranks also have a group over their hosts, as on
+    GPUs, and the group of each message.
+
+    ``change_step`` wraps the step."""
     isend, went, hosts = dist.isend, [], []
 
     def with_host(pipe: Pipeline) -> Pipeline:
@@ -130,9 +131,9 @@ def by_host_on_pool(
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow)])
 def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
-    """There functions are loaded, which may wait for a GPU that waits for a message. After it,
-    nothing does; nor do the gradients of tied weights ever, which are sent when all messages have
-    come."""
+    """The first step loads GPU functions. The load may wait for a GPU that waits for a message, so
+    messages go over the hosts. Later steps load nothing. The gradients of tied weights never go
+    over the hosts, because all messages have arrived before."""
     m = replace(FIVE.model, layers=8, tied=True)
     config = replace(
         FIVE, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
@@ -146,7 +147,7 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
 
 
 def diagnosed(step):
-    """A step that is diagnosed before it is made."""
+    """A step with a diagnosis before it."""
 
     def run(params, opt, batches, *rest):
         assert "are finite" in diagnose(step, params, batches)
@@ -157,8 +158,8 @@ def diagnosed(step):
 
 @pytest.mark.xdist_group("pool")
 def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
-    """It loads functions that no step has run. So it does not count as the first step either, and
-    the steps after it go their usual way."""
+    """The diagnosis loads functions that no step has run. It does not count as the first step.
+    Later steps use their usual groups."""
     config = replace(FIVE, micro_batch=1, batch=5, steps=3)
     losses, _ = one_device({"micro_batch": 1, "batch": 5, "steps": 3})
     for each, (got, went) in zip(
@@ -170,7 +171,7 @@ def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
 
 
 def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
-    """A job for the pool: the messages in which this rank's ways are tried, and with whom."""
+    """A job for the pool: the messages that try this rank's links, and the other rank of each."""
     send, recv, tried = dist.send, dist.recv, []
 
     def noted(kind, fn):
@@ -187,9 +188,8 @@ def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_way_is_tried_once_in_one_order(pool, tied):
-    """At the start, and nothing else is sent so: the ways down and up between neighbours, and
-    between the two copies of a tied weight. Whoever is in two ways tries them in the order that all
-    share."""
+    """At the start every link carries one message: down and up between neighbours, and between both
+    copies of a tied weight. All ranks use the same order of links."""
     config = replace(FIVE, model=replace(FIVE.model, tied=tied), micro_batch=1, batch=4, steps=1)
     ends = [(0, 3), (3, 0)] if tied else []
     ways = sorted([(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), *ends])

@@ -1,4 +1,4 @@
-"""Schedules as tables: valid, timed as the papers say, and as torch's own."""
+"""Schedules as tables: valid, timed as in the papers, and equal to torch's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sized(name: str, ranks: int, microbatches: int, stages_per_rank: int) -> Tab
 @settings(max_examples=200)
 @given(NAMES, RANKS, st.integers(1, 25), VIRTUAL)
 def test_every_table_is_valid(name, ranks, microbatches, stages_per_rank):
-    """Any number of microbatches, from one up: ``make`` checks what it makes."""
+    """Any number of microbatches from one up. ``make`` checks the table that it makes."""
     t = sized(name, ranks, microbatches, stages_per_rank)
     assert len(t.rows) == ranks and t.stages == ranks * t.per_rank
     split = {a.kind for row in t.rows for a in row} & set("IW")
@@ -87,8 +87,8 @@ def test_the_bubble_of_1f1b(p, m, forward, backward):
 
 @given(RANKS, st.integers(1, 4), VIRTUAL, COST)
 def test_interleaving_divides_the_idle_time(p, rounds, v, cost):
-    """For microbatch counts that are a multiple of p, as in the paper; of thin stages, each 1/v as
-    long."""
+    """For microbatch counts that are a multiple of p, as in the paper. A rank has v stages, each
+    1/v as long."""
 
     def idle(name: str, costs: Costs) -> float:
         line = simulate(make(name, p, rounds * p, v), costs)
@@ -170,7 +170,7 @@ def torchs(name: str, p: int, m: int, v: int) -> Table:
     from torch.distributed.pipelining.stage import _PipelineStageBase
 
     class Stage(_PipelineStageBase):
-        """Only what a schedule asks of a stage when it is made."""
+        """Only the operations that a schedule asks of a stage when the schedule is made."""
 
         def __init__(self, index, rank, stages):
             self.stage_index, self.group_rank, self.num_stages, self.group_size = (
@@ -234,7 +234,7 @@ def test_makespan_and_peaks_are_those_of_torchs_own(name, v, p):
     for m in range(1, 4 * p + 2):
         try:
             theirs = torchs(name, p, m, v)
-        except ValueError as error:  # what torch does not support, it says
+        except ValueError as error:  # torch refuses what it does not support
             assert re.search("rounds|at least|greater than or equal", str(error))
             continue
         ours = make(name, p, m, v)

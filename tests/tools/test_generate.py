@@ -1,5 +1,5 @@
-"""Generation: the cache changes nothing, nor does the mesh; and what is drawn is what was asked
-for."""
+"""Generation: neither the cache nor the mesh changes anything, and sampling follows its
+settings."""
 
 from __future__ import annotations
 
@@ -33,9 +33,17 @@ from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
 
 M = ModelConfig(
-    vocab=61, embed=24, layers=2, heads=4, kv_heads=4, head_dim=6, mlp=40, context=64, vocab_multiple=1,
+    vocab=61,
+    embed=24,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=6,
+    mlp=40,
+    context=64,
+    vocab_multiple=1,
     init_std=0.3,
-)  # fmt: skip
+)
 MODELS = {
     "grouped": replace(M, kv_heads=2, qk_norm=True),
     "window": replace(M, window=5),
@@ -67,8 +75,9 @@ def uncached(m: ModelConfig, text: list[int]) -> Tensor:
 def cached(
     m: ModelConfig, rows: list[list[int]], pieces: list[list[int]], late: int = 0
 ) -> list[list[Tensor]]:
-    """The logits after each of the pieces that the rows are fed in, of these lengths. ``late``: how
-    wrong the second piece's positions are."""
+    """The logits after each piece, when rows are fed in pieces of these lengths.
+
+    ``late``: the error of the second piece's positions."""
     decoder, found = (
         Decoder(weights(m), len(rows), 40, m, one_stage(m, 1, ONE), "cpu"),
         [[] for _ in rows],
@@ -89,7 +98,7 @@ def cached(
 @settings(max_examples=4)
 @given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
 def test_the_cache_changes_nothing(name, pieces):
-    """Rows of unequal lengths, fed in any pieces; a position that is off by one is seen."""
+    """Rows of unequal lengths, fed in any pieces. A position that is off by one is noticed."""
     m, rows = MODELS[name], texts(*(sum(row) for row in pieces))
     for row, cuts, got in zip(rows, pieces, cached(m, rows, pieces), strict=True):
         want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
@@ -101,7 +110,7 @@ def test_the_cache_changes_nothing(name, pieces):
     )
 
 
-PROMPTS = texts(5, 2, 7)  # here, because simulated ranks would draw each their own
+PROMPTS = texts(5, 2, 7)  # outside, because every simulated rank would draw its own
 
 
 def greedy(
@@ -150,7 +159,7 @@ def test_no_mesh_changes_anything(mesh, name):
 
 
 def on_pool(mesh: str) -> list[list[int]]:
-    """A job: text on real ranks."""
+    """A job for the pool: text on real ranks."""
     device_mesh = build_mesh(MeshShape.parse(mesh), "cpu")
     return on_mesh(
         MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh
@@ -175,11 +184,11 @@ def test_a_gpu_changes_nothing(name):
 
 
 def test_a_row_ends_where_its_text_does():
-    """And the others go on as if nothing had been."""
+    """A row ends at its end token. The other rows go on unchanged."""
     m = MODELS["grouped"]
     pipe, params = one_stage(m, 1, ONE), weights(m)
     free = greedy(m, params, pipe)
-    end = free[0][5 + 3]  # what the first row says fourth
+    end = free[0][5 + 3]  # the fourth token of the first row
     stopped = greedy(m, params, pipe, ends={end})
     for prompt, full, cut in zip(PROMPTS, free, stopped, strict=True):
         new = full[len(prompt) :]
@@ -190,7 +199,7 @@ def test_a_row_ends_where_its_text_does():
 
 @given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
 def test_only_the_likeliest_are_drawn(seed, top_p, temperature):
-    """The fewest tokens that together have the probability."""
+    """The smallest set of tokens that has this probability."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(40, 9, generator=g) * 2
     drawn = draw_tokens(logits, Sampling(temperature, top_p), g)

@@ -1,4 +1,4 @@
-"""The table, the pictures and the figures say what simulated ranks really hold."""
+"""The table, the pictures and the figures show what simulated ranks hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ SMALL = ModelConfig(
     axes=st.sampled_from([("embed", "mlp"), ("vocab", "embed"), ("tokens_sp", "act_embed")]),
 )
 def test_ranges_are_what_ranks_hold(mesh, shape, axes):
-    """A tensor of its own indices: each rank's part read back must be the range computed for it."""
+    """The values of a tensor are its indices. The shard of each rank must be the range computed for
+    it."""
     whole = torch.arange(shape[0] * shape[1]).view(shape)
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         x = Layout(device_mesh).shard(whole, *axes)
@@ -59,7 +60,8 @@ def test_ranges_are_what_ranks_hold(mesh, shape, axes):
 @pytest.mark.parametrize("mesh", ["dp=1", "dp=3,tp=2", "dp_replicate=2,dp=2,tp=2", "tp=4"])
 @pytest.mark.parametrize("zero", [0, 3])
 def test_the_bytes_are_those_of_real_shards(mesh, zero):
-    """Stages 0 and 3 hold nothing but shards; float32 compute, so stage 0 has no copies either."""
+    """ZeRO stages 0 and 3 hold nothing but shards. Compute is float32, so stage 0 has no copies
+    either."""
     shape = MeshShape.parse(mesh)
     with simulated(shape) as device_mesh:
         layout = Layout(device_mesh, rules_for(zero))
@@ -79,8 +81,8 @@ def _first_rank(t):
 
 
 def test_what_each_stage_saves():
-    """bf16 compute over dp=4, embed divisible: 2 of 16 bytes a weight stay whole in stages 1 and 2,
-    the gradient's 4 in stage 1; norms are whole everywhere."""
+    """bf16 compute over dp=4, and embed is divisible. Of 16 bytes a weight, 2 are replicated in
+    stages 1 and 2, and 4 of the gradient in stage 1. Norms are replicated everywhere."""
     model, shape = ModelConfig(), MeshShape(dp=4)
     matrices = sum(w.numel for w in flat(declare_model(model)) if w.decays)
     norms = sum(w.numel for w in flat(declare_model(model)) if not w.decays)
@@ -148,7 +150,7 @@ def test_sizes_for_people():
 
 
 def test_blocks_that_differ_have_rows_of_their_own():
-    """A dense layer before two of experts; and rows and pieces of experts on a folded mesh."""
+    """A dense layer before two with experts. Rows and shards of experts on a folded mesh."""
     m = replace(ModelConfig(layers=3), moe=MoEConfig(8, 2, 64, dense_layers=1))
     shape = MeshShape.parse("dp=4,tp=2,ep=4")
     found = {r.path: r for r in rows(m, shape, 3)}

@@ -1,5 +1,4 @@
-"""python -m dtron.verify: it passes, and when something is broken it says which weight shows it
-first."""
+"""python -m dtron.verify passes, and it names the first weight that shows a mistake."""
 
 import re
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from dtron.tools import verify, verify_step
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_processes import step_of_processes
 from dtron.tree import leaves
+from tests.helpers.experts import last_experts
 from tests.helpers.runs import MODEL
-from tests.moe.test_moe import last_experts
 
 TINY = [
     "--model.layers=1",
@@ -37,8 +36,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 
 
 def spoil(monkeypatch, change: Callable[..., StepResult]) -> list[StepResult]:
-    """Let ``change`` take the step on the mesh instead; returns the two steps, once they are
-    taken."""
+    """Let ``change`` take the step on the mesh. Return both steps, once they are taken."""
     step, taken = verify.one_step, []
 
     def one_step(config, shape, **how):
@@ -59,7 +57,7 @@ def test_it_passes_and_shows_what_was_communicated(capsys):
 
 
 def test_documents_are_proved_too(capsys, monkeypatch):
-    """And with them the mask: a mesh step without it differs."""
+    """Documents and their mask count: a mesh step without the mask differs."""
     assert run(capsys, "--document-mask")[0] == 0
     bare = lambda step, config, shape: step(replace(config, data=DataConfig(seq_len=32)), shape)
     spoil(monkeypatch, bare)
@@ -75,8 +73,8 @@ def test_a_reduction_forgotten_everywhere_fails_at_the_first_weight_it_touches(c
 
 
 def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monkeypatch):
-    """Without the first constrain of the MLP, its product would gather by itself; without that of
-    the loss, the local region would get another input than it declared."""
+    """Without the first constrain of the MLP, its matmul would gather by itself. Without the loss's
+    constrain, the local region would get an input that it did not declare."""
     spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(3)))
     code, out = run(capsys)
     assert code == 1 and re.search(
@@ -132,7 +130,8 @@ def test_a_reduction_forgotten_in_bfloat16_is_no_rounding(capsys, monkeypatch):
 
 
 def test_unwritten_memory_that_is_read_is_found_in_bfloat16(capsys, monkeypatch):
-    """Experts' biases that read the rows after the last expert's end: float64 does not show it."""
+    """Biases of experts that read the rows behind the last expert's end. float64 does not show
+    it."""
     monkeypatch.setattr("dtron.moe.experts.product", last_experts)
     argv = [*MOE, "--moe-dispatch=allgather"]
     assert run(capsys, *argv)[0] == 0
@@ -170,7 +169,7 @@ def test_a_mesh_or_a_model_that_cannot_be_is_refused(capsys):
 
 
 def test_the_compiled_step_of_processes_is_that_of_one_device():
-    """And its comparison can fail: another learning rate is another weight."""
+    """The comparison can fail: with another learning rate the weights differ."""
     small = replace(verify.VerifyConfig(), mesh="dp=2", zero=3, model=MODEL).run()
     small = replace(small, model=replace(small.model, layers=1))
     want = verify.one_step(verify.on_one_device(small), MeshShape())

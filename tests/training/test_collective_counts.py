@@ -1,5 +1,5 @@
-"""What is communicated is what is written down: counts per layer and mesh, and what must never
-exist."""
+"""Collectives are those that are written down: counts per layer and mesh, and collectives that must
+not exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dtron.tools.count_collectives import Collective, CollectiveCounter, no_hidd
 from dtron.tools.verify_step import one_step
 from dtron.tree import flat, tree_map
 from tests.helpers.runs import train
-from tests.model.test_equivalence import model_config
+from tests.helpers.same_step import model_config
 
 DIMS = {
     "embed": 8,
@@ -64,9 +64,7 @@ def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh,
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    norms = (
-        params is Attention
-    )  # of q and k: whole on every rank, summed once over each axis, end to end
+    norms = params is Attention  # of q and k: replicated, summed once over each axis, in one bucket
     assert got.total.count[Collective("all_reduce", "tp")] == norms
     if dp:
         assert got.total.count[Collective("reduce_scatter", "dp")] == (weights if zero else 0)
@@ -74,7 +72,8 @@ def test_a_layer_gathers_and_scatters_its_tokens_once_each_way(fn, params, mesh,
 
 
 def test_bytes_of_a_layer_follow_the_formula():
-    """2 all-gathers and 2 reduce-scatters of the layer's tokens, T * D * 8 bytes each (float64)."""
+    """2 all-gathers and 2 reduce-scatters of the layer's tokens, of T * D * 8 bytes each
+    (float64)."""
     got = run_layer(LayerCase(mlp, MLP, DIMS, tokens=48), "tp=4")
     for kind in ("all_gather", "reduce_scatter"):
         assert got.total.bytes[Collective(kind, "tp")] == 2 * 48 * 8 * 8
@@ -93,7 +92,7 @@ def test_what_zero_communicates_per_microbatch(zero, per_microbatch):
     if not per_microbatch:
         assert extra == {}
     else:
-        # Stage 2 lays these small ones end to end. Stage 3 has one for each, in the block that it
+        # Stage 2 buckets these small weights. Stage 3 has one gather for each, in the block that it
         # belongs to, and gathers a tied embedding for the look-up and again for the head.
         assert extra[Collective("reduce_scatter", "dp")] == 2 * (matrices + 1 if zero == 3 else 1)
         assert set(extra) <= {Collective("reduce_scatter", "dp"), Collective("all_gather", "dp")}
@@ -101,7 +100,8 @@ def test_what_zero_communicates_per_microbatch(zero, per_microbatch):
 
 
 def test_a_hidden_redistribution_raises():
-    """The guard guards: x is cut by tokens over tp, w by columns over tp, and nobody gathered x."""
+    """The guard works: x is sharded by tokens over tp, w by columns over tp, and nothing gathered
+    x."""
     with simulated(MeshShape(tp=2)) as mesh:
         layout = Layout(mesh)
         x = layout.shard(torch.ones(4, 6), "tokens_sp", "act_embed")
@@ -125,8 +125,8 @@ def test_the_counter_sees_a_collective():
 
 
 class Watch(TorchDispatchMode):
-    """Records the placements of every DTensor an operation takes and the local shape of all it
-    makes."""
+    """Record the placements of every DTensor that an operation takes, and the local shape of every
+    result."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ def test_no_strided_shard_anywhere(mesh, zero):
 
 
 def test_the_watch_sees_a_strided_shard():
-    """Two sharded dims flattened into one are what makes it."""
+    """Two sharded dims that are flattened into one have a strided placement."""
     with simulated(MeshShape(dp=2, tp=2)) as mesh, Watch() as seen:
         x = DTensor.from_local(torch.ones(2, 2, 3), mesh, [Shard(0), Shard(1)], run_check=False)
         try:
@@ -175,7 +175,7 @@ def test_the_watch_sees_a_strided_shard():
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp=2"])
 def test_logits_of_the_whole_batch_never_exist(mesh):
-    """With T tokens a rank, V words and chunks of C < T tokens: nothing is [T, V] or [T, V /
+    """With T tokens a rank, V words and chunks of C < T tokens, no tensor is [T, V] or [T, V /
     tp]."""
     from dtron.layers.cross_entropy import Loss, cross_entropy
 
@@ -204,7 +204,7 @@ def test_logits_of_the_whole_batch_never_exist(mesh):
 
 
 class Recording(Layout):
-    """Remembers the memory of every block weight it gathers, without keeping it alive."""
+    """Record the storage of every gathered block weight, without keeping it alive."""
 
     def unshard(self, w, *axes, **named):
         out = super().unshard(w, *axes, **named)
@@ -216,8 +216,7 @@ class Recording(Layout):
 
 
 def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
-    """How many gathered weights there were in a forward, and how many are alive before its
-    backward."""
+    """The number of gathered weights in a forward, and of those still alive before its backward."""
     config = model_config("dp=2", 2, zero=3, batch=4, layers=2, tied=False)
     m, spec = config.model, declare_model(config.model)
     with simulated(MeshShape(dp=2)) as mesh:
@@ -225,7 +224,7 @@ def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
         params = init(spec, m.dims(), 0, layout, torch.float64)
         weights = tree_map(lambda w: w.detach().requires_grad_(), params)
         batch = make_batch(torch.zeros(4, 13, dtype=torch.long), layout)
-        if not checkpointed:  # the mutant: gather in plain sight of autograd
+        if not checkpointed:  # the mutant: a gather that autograd sees
             weights_used = replace(weights, blocks=unshard(weights.blocks, layout))
             loss = forward(weights_used, batch, m, layout)
         else:

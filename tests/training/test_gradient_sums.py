@@ -1,4 +1,4 @@
-"""Sums of narrow gradients over ranks: the sums are wide, and what is sent for them is narrow."""
+"""Sums of bfloat16 gradients over ranks: summed in float32, sent in bfloat16."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ WEIGHTS = {"w_up": ("embed", "mlp"), "w_down": ("mlp", "embed")}
 
 
 def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: Layout) -> Tensor:
-    """In bfloat16, on each rank another: a sum still pending wherever the weight is whole."""
+    """A gradient in bfloat16 that differs on each rank, with a pending sum over the axes that
+    replicate the weight."""
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     w = layout.shard(numbers, *(None if a == "embed" else a for a in axes))
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
@@ -34,8 +35,8 @@ def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: L
 
 
 def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, CollectiveCounter]:
-    """The largest error of a scattered gradient ``[size, size]``, relative to the largest of its
-    values; and what was sent."""
+    """The largest error of a reduce-scattered gradient ``[size, size]``, relative to its largest
+    value; and what was sent."""
     with simulated(MeshShape.parse(mesh)) as device_mesh:
         layout, axes = Layout(device_mesh, rules_for(2)), WEIGHTS[name]
         g = gradient(axes, (size, size), seed, layout)
@@ -53,7 +54,7 @@ def scattered(mesh: str, name: str, size: int, seed: int) -> tuple[float, Collec
     st.sampled_from(MESHES), st.sampled_from(sorted(WEIGHTS)), st.integers(4, 30), st.integers(0, 9)
 )
 def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
-    """Whether or not it can be cut into equal pieces."""
+    """Whether or not the shards are equal."""
     assert scattered(mesh, name, 2 * half, seed)[0] < 1e-6
 
 
@@ -67,8 +68,8 @@ def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
             "dp=2,cp=2",
             24,
             {("all_to_all", "dp"): 1 / 2 * 2, ("reduce_scatter", "cp"): 2},
-        ),  # wide by now
-        ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # no equal pieces: padded
+        ),  # already in float32
+        ("dp=4", 22, {("reduce_scatter", "dp"): 24 / 22 * 4}),  # unequal shards: padded
         (
             "dp=3,cp=2",
             16,
@@ -77,7 +78,7 @@ def test_a_sum_of_narrow_summands_is_wide(mesh, name, half, seed):
     ],
 )
 def test_what_is_sent_is_narrow(name, mesh, size, sent):
-    """In bytes per number of the gradient. A rank's own piece is not sent to itself."""
+    """In bytes per number of the gradient. A rank does not send its own shard to itself."""
     got = scattered(mesh, name, size, 0)[1].bytes
     assert got == {Collective(*c): n * size**2 for c, n in sent.items()}
 
@@ -106,7 +107,7 @@ def test_mutants(name):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_gradient_that_is_no_pending_sum_is_only_cut(count):
-    """Also where others are, that could share a collective."""
+    """Also beside other gradients, which could share a collective."""
     with simulated(MeshShape(dp=4)) as mesh:
         layout, x = Layout(mesh, rules_for(2)), torch.arange(24.0).view(8, 3).bfloat16()
         goal = (layout.placements("embed", None), torch.float32)

@@ -1,5 +1,5 @@
-"""The optimizer, the learning rate, the initial weights and the counts, against independent
-definitions."""
+"""The optimizer, the learning rate, the initial weights and the counts, each against an independent
+definition."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_adam_is_torch_adamw():
 
 @pytest.mark.parametrize("kernel", [None, update_weight])
 def test_copies_are_the_masters_in_fewer_bits(kernel):
-    """After every step, of which the third is not to move anything; and nothing else changes by
-    them."""
+    """After every step the copies are the masters, rounded. The third step is skipped and moves
+    nothing. Without copies the weights are the same."""
     spec, adamw = declare_model(SMALL), replace(ADAMW, kernel=kernel)
     found = []
     for dtype in (None, torch.bfloat16):
@@ -64,7 +64,8 @@ def test_copies_are_the_masters_in_fewer_bits(kernel):
 
 @pytest.mark.parametrize("beta", ["beta1", "beta2"])
 def test_betas_are_under_one(beta):
-    """At 1 the correction of the bias divides 0 by 0: every weight would be nan after one step."""
+    """With beta = 1 the bias correction divides 0 by 0: every weight would be NaN after one
+    step."""
     with pytest.raises(ValueError, match=f"{beta}=1.0"):
         OptimConfig(**{beta: 1.0})
 
@@ -129,7 +130,7 @@ def weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 def test_a_weight_depends_on_seed_and_path_only():
     small, deep, other = weights(SMALL), weights(replace(SMALL, layers=8)), weights(SMALL, seed=1)
     for path, w in small.items():
-        # With four times the layers, what writes to the residual stream is the same draw, halved.
+        # With four times the layers, weights that write to the residual stream are halved.
         assert w.equal(deep[path] * (2 if path.endswith(("w_o", "w_down")) else 1)), path
     drawn = [path for path in small if "w_" in path]
     assert len({w[path].flatten()[0].item() for w in (small, other) for path in drawn}) == 2 * len(
@@ -158,7 +159,7 @@ def test_parameter_count():
 
 @pytest.mark.parametrize(("tied", "positions"), [*product([False, True], ["rotary", "learned"])])
 def test_flops(tied, positions):
-    """The head multiplies, tied or not (its padding too); looking up tokens and positions does
+    """The head multiplies, tied or not, and its padding too. Look-ups of tokens and positions do
     not."""
     block = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40 + 2 * 24
     scores = (

@@ -1,6 +1,8 @@
-"""Change the mesh, not the result: steps and initial weights, in float32, on simulated ranks and on
-real gloo processes. Ten steps on a mesh of each; three on the others, where all is said by the
-second update."""
+"""Change the mesh, not the result: steps and initial weights in float32, on simulated ranks and on
+gloo processes.
+
+One mesh of each kind takes ten steps. The others take three, because the second update shows every
+mistake."""
 
 from __future__ import annotations
 
@@ -37,11 +39,9 @@ def one_device():
 
 
 def agree(got: list[float], want: list[float]) -> None:
-    """Over as many steps as were taken."""
+    """Compare as many steps as were taken."""
     assert got == pytest.approx(want[: len(got)], rel=1e-5)
-    assert (
-        want[-1] < want[0] - 0.5
-    )  # it learns: the agreement is not that of two programs that stand still
+    assert want[-1] < want[0] - 0.5  # it learns, so the programs do not agree by standing still
 
 
 def test_microbatches_do_not_change_the_losses(one_device):
@@ -83,7 +83,7 @@ def test_steps_on_real_ranks(pool, one_device, config, mesh, zero, micro_batch):
 
 @pytest.mark.xdist_group("pool")
 def test_real_and_simulated_ranks_agree_in_float64(pool):
-    """And with a weight that dp does not divide: embed=10 over four ranks."""
+    """A weight that dp does not divide: embed=10 over four ranks."""
     config = replace(TEN, model=replace(MODEL, embed=10), zero=3, steps=2)
     want = simulate("dp=4", config, torch.float64)
     for losses, _, _ in pool.run(on_pool, "dp=4", config, torch.float64):
@@ -92,8 +92,8 @@ def test_real_and_simulated_ranks_agree_in_float64(pool):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_step_leaves_no_tensor_behind(recompute):
-    """A reference cycle keeps a step's tensors until the garbage collector comes by: on a GPU,
-    memory that grows for a while."""
+    """A reference cycle would keep a step's tensors until the garbage collector runs. On a GPU,
+    memory would grow for a while."""
 
     def alive() -> int:
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -162,7 +162,7 @@ def test_metrics_survive_a_resume_with_every_step_once(tmp_path):
 
 
 def test_full_of_a_simulated_tensor_checks_that_ranks_agree():
-    """`full` does not paper over ranks that have drifted apart."""
+    """`full` does not hide ranks that have diverged."""
     with simulated(MeshShape(tp=2)) as mesh:
         layout = Layout(mesh)
         x = layout.shard(torch.arange(4.0), "act_embed")

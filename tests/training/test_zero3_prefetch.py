@@ -1,5 +1,5 @@
-"""The order of a stage under ZeRO-3: another order and fewer collectives, and the same values. On
-graphs that are drawn, and on those of a real stage."""
+"""The prefetch pass of ZeRO-3: another order, fewer collectives, and the same values. On drawn
+graphs and on those of a real stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N, RANKS = 4, 2
 
 
 class Alone(Interpreter):
-    """Runs a graph whose other rank has one more in each place."""
+    """Run a graph without other ranks. The values of the other rank are this rank's plus one."""
 
     def call_function(self, target, args, kwargs):
         both = lambda x: torch.cat([x, x + 1])
@@ -39,7 +39,7 @@ class Alone(Interpreter):
 
 @dataclass
 class Drawn:
-    """A stage: products with weights, some gradients that leave it, and other collectives."""
+    """A graph of a stage: matmuls with weights, gradients that leave it, and other collectives."""
 
     graph: Graph = field(default_factory=Graph)
     leave: list[Node] = field(default_factory=list)
@@ -74,8 +74,8 @@ KINDS = (
 
 
 def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
-    """Each step of the plan: what it is, along which dim its weight is gathered, and whether that
-    is done here or was at the very beginning."""
+    """Build a graph from a plan. A step has a kind, the dim along which its weight is gathered, and
+    whether the gather is here or at the start."""
     d = Drawn()
     x = d.graph.placeholder("x")
     parts = [d.graph.placeholder(f"w{i}") for i in range(len(plan))]
@@ -104,7 +104,7 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
             )
         elif kind == "kept gradient":  # and sent at the end
             kept.append(d.product(x, x))
-        elif kind == "constant":  # in what several gathers are made of, and elsewhere
+        elif kind == "constant":  # an input of several gathers, used elsewhere too
             if constant is None:
                 constant = d.call(ATEN.full.default, [], 3.0, like=())
             x = d.call(
@@ -112,21 +112,21 @@ def drawn(plan: list[tuple[str, int, bool]]) -> GraphModule:
                 d.product(x, d.whole(d.call(ATEN.mul.Tensor, w, constant), 0)),
                 constant,
             )
-        elif kind in ("part", "two parts"):  # what is gathered is used as it is, too
+        elif kind in ("part", "two parts"):  # the shard itself is used, too
             if part is None:
                 part = d.call(ATEN.abs.default, w)
             x = d.call(ATEN.mul.Tensor, x, d.call(ATEN.sum.default, part, like=()))
             if kind == "two parts":
                 x = d.product(x, d.whole(d.call(ATEN.neg.default, part), 0))
             x = d.product(x, d.whole(part, 0))
-        elif kind == "joined gradient":  # with something that comes later
+        elif kind == "joined gradient":  # concatenated with a later value
             joined.append(d.exchanged(x))
             joined[-1].args[0].meta["stays"] = True
-        elif kind == "mixed":  # a weight and something else end to end
+        elif kind == "mixed":  # a weight concatenated with another value
             w = ready if ready is not None else d.whole(w, along)
             line = d.call(ATEN.cat.default, [w, x], like=(2 * N, N))
             x = d.product(x, d.call(ATEN.slice.Tensor, line, 0, 1, N + 1))
-        elif kind == "two gradients":  # whose sum leaves
+        elif kind == "two gradients":  # their sum leaves
             a, b = d.exchanged(x), d.exchanged(d.product(x, x))
             d.leave.append(d.call(ATEN.add.Tensor, a, b))
         elif kind in ("exchange", "other group"):
@@ -158,8 +158,8 @@ def moved(module: GraphModule, bucket: int) -> GraphModule:
 
 
 def check_order(graph: Graph) -> None:
-    """Each bucket is asked for where the one before is first used, neither later nor earlier; and
-    what leaves is waited for one edge after it was sent, or at the end."""
+    """Each bucket is issued at the first use of the bucket before, neither later nor earlier. A
+    reduced gradient is waited for one edge after it was sent, or at the end."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     asked = [
         n for n in graph.nodes if n.target in (TOGETHER, GATHER) and first_use(n, place) is not None
@@ -219,8 +219,8 @@ SENDS = [step for i in range(6) for step in (("product", i % 2, True), ("gradien
 
 
 def test_buckets_are_one_collective_each():
-    """64 bytes a weight: room for one, for two, and for all; the first bucket has no more than
-    FIRST."""
+    """A weight has 64 bytes. A bucket holds one, two or all weights. The first bucket has no more
+    than FIRST."""
     sizes = {64: [1] * 6, 100: [2] * 3, 10**6: [6]}
     for bucket, want in sizes.items():
         graph = moved(drawn(FULL), bucket).graph
@@ -263,7 +263,7 @@ def mixed_up(n, found):
             "_wait_order",
             lambda n, place: (0, -place[n]),
             SENDS,
-        ),  # what follows from a wait before it
+        ),  # a user of a wait before the wait
     ],
 )
 def test_mutants_are_noticed(monkeypatch, name, mutant, plan):

@@ -1,0 +1,111 @@
+"""train.py refuses what cannot run, in one line with the remedy."""
+
+import os
+
+import pytest
+import torch
+
+from dtron.runtime.cli import parse
+from dtron.runtime.exit import run_cli
+from dtron.runtime.launch import plan_run
+from tests.helpers.texts import words
+from tests.helpers.train_cli import refused
+
+pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
+
+
+def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
+    """Two processes on a machine with one GPU: only the second process has no GPU."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        try:
+            run_cli(lambda argv: plan_run(parse(argv)) and 0, ["--device=cuda"])
+        except SystemExit as stop:
+            assert stop.code == 2
+    assert "this machine has 1 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--mesh dp=2", ["mesh 'dp=2' has 2 ranks", "1 is running", "--simulate"]),
+        ("--mesh xp=2", ["'xp'", "dp_replicate"]),
+        ("--simulate --mesh tp=2,tp=2", ["'tp'", "twice"]),
+        ("--simulate --mesh dp=0", ["'0'", "positive"]),
+        ("--simulate --mesh dp=-2", ["'-2'", "positive"]),
+        ("--simulate --mesh dp=two", ["'two'", "positive"]),
+        ("--simulate --mesh dp", ["dp has size ''", "dp=2"]),
+        (
+            "--simulate --mesh cp=2 --data.seq-len 14",
+            ["data.seq_len=", "over cp=2", "multiple of 4"],
+        ),
+        ("--simulate --mesh pp=2", ["2 pipeline stages for model.layers=1", "--model.layers 2"]),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.layers 3,2",
+            ["3,2", "sum to model.layers=4"],
+        ),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.layers 4",
+            ["must be 2 positive numbers"],
+        ),
+        ("--simulate --mesh pp=2 --model.layers 4 --pipeline.layers a,b", ["'a,b'", "7,9"]),
+        (
+            "--simulate --mesh pp=2 --model.layers 4 --pipeline.schedule zbv",
+            ["--pipeline.schedule", "'zbv'", "'zb-v'"],
+        ),
+        (
+            "--simulate --mesh pp=4 --model.layers 8 --pipeline.schedule dualpipe-v",
+            ["at least 8 microbatches, has 4"],
+        ),
+        ("--simulate --mesh tp=4", ["model.heads=2", "tp=2", "--model.heads 4"]),
+        ("--simulate --mesh tp=2 --model.kv-heads 1", ["model.kv_heads=1", "--model.kv-heads 2"]),
+        ("--simulate --mesh tp=2 --model.mlp 63", ["model.mlp=63", "--model.mlp 64"]),
+        ("--simulate --mesh tp=2 --data.seq-len 15", ["data.seq_len=15", "--data.seq-len 16"]),
+        ("--simulate --mesh dp=3", ["batch=4", "3 data ranks", "--batch 3"]),
+        ("--micro-batch 3", ["batch=4", "micro_batch=3", "--batch 3"]),
+        ("--micro-batch 0", ["micro_batch=0", "at least 1"]),
+        ("--simulate --device cuda", ["--simulate --device cuda", "drop one"]),
+        ("--cuda-graph on", ["--cuda-graph on", "a GPU and compiled stages", "--cuda-graph auto"]),
+        ("--data.seq-len 4096", ["data.seq_len=4096", "--model.context 4096"]),
+        ("--data.validation-ratio 1e-4", ["validation text", "raise --data.validation-ratio,"]),
+        ("--data.path /no/such.txt", ["--data.path '/no/such.txt'", "does not exist"]),
+        ("--data.tokenizer /no/such.json", ["--data.tokenizer '/no/such.json'", "does not exist"]),
+        ("--data.column body", ["'body'", "--data.column", "'text'"]),
+        ("--model.vocab 100", ["--model.vocab 100", "--model.vocab 257"]),
+        ("--stpes 3", ["--stpes: unknown flag", "--steps"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(run_dir, capsys, argv, parts):
+    message = refused(capsys, f"--run-dir={run_dir}", *argv.split())
+    for part in parts:
+        assert part in message
+
+
+def test_files_that_cannot_be_read_are_refused(run_dir, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
+    five = words({word: i for i, word in enumerate("?abcd")}, tmp_path / "five.json")
+    at = f"--run-dir={run_dir}"
+    assert "no text at all" in refused(capsys, at, f"--data.path={tmp_path / 'empty.txt'}")
+    assert "not a readable Parquet" in refused(
+        capsys, at, f"--data.path={tmp_path / 'bad.parquet'}"
+    )
+    message = refused(capsys, at, f"--data.tokenizer={five}", "--model.vocab=4")
+    assert "5 tokens and the model only 4" in message and "--model.vocab 5" in message
+
+
+def test_a_run_dir_that_cannot_be_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "run"  # permissions of a folder would not bind root
+    assert f"--run-dir {below}: cannot be written" in refused(capsys, f"--run-dir={below}")
+    assert "has no checkpoint" in refused(capsys, f"--run-dir={tmp_path}", "--resume")
