@@ -26,7 +26,8 @@ from torch.fx import Graph
 import dtron.distributed.copy_engine
 import dtron.distributed.symmetric_memory
 import dtron.training.compiled_stage
-from dtron.distributed.copy_engine import CopyEngineGroup, CopyStream
+from dtron.distributed.copy_engine import CopyEngineGroup
+from dtron.distributed.copy_stream import CopyStream
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.symmetric_memory import backends
@@ -87,34 +88,36 @@ class Switched(CopyEngineGroup):
 
     mode, copied = "copies", 0
 
-    def _fits(self, x):
-        return self.mode != "rest" and super()._fits(x)
+    def _fits_staging(self, x):
+        return self.mode != "rest" and super()._fits_staging(x)
 
-    def _at(self, x):
-        return None if self.mode == "rest" else super()._at(x)
+    def _registered_offset(self, x):
+        return None if self.mode == "rest" else super()._registered_offset(x)
 
-    def _copied(self, *args):
+    def _work(self, *args):
         self.copied += 1
-        return super()._copied(*args)
+        return super()._work(*args)
 
-    def _put(self, parts):
+    def _put_in_staging(self, parts):
         if self.mode == "one half":
-            self._staged = 2 * (self._staged > 0)
+            self._stagings = 2 * (self._stagings > 0)
         if self.mode == "unstaged":
             parts = [(at, x[:0]) for at, x in parts]
-        return super()._put(parts)
+        return super()._put_in_staging(parts)
 
-    def settle(self):
+    def publish(self):
         if self.mode != "unsettled":
-            super().settle()
+            super().publish()
 
-    def _swap(self, pairs):
+    def _exchange_rows(self, pairs):
         roll = lambda x: x.roll(1, 0)
-        super()._swap([(out, roll(x)) for out, x in pairs] if self.mode == "other's" else pairs)
+        super()._exchange_rows(
+            [(out, roll(x)) for out, x in pairs] if self.mode == "other's" else pairs
+        )
 
     @property
     def raced(self) -> bool:
-        return self._stage is not None and self._stage[1].raced
+        return self._staging is not None and self._staging[1].raced
 
 
 def made(group, options) -> Switched:
@@ -138,19 +141,15 @@ def mesh_of_copies() -> DeviceMesh:
 
 @contextmanager
 def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
-    mesh, before = mesh_of_copies(), dtron.distributed.copy_engine.STAGE
-    dtron.distributed.copy_engine.STAGE, group, room = (
-        stage,
-        mesh.get_group(),
-        dtron.distributed.copy_engine.room_for,
-    )
-    if mode == "one place":
-        dtron.distributed.copy_engine.room_for = lambda x: 0
-    group.mode, group.copied, group._near, group._stage, group._staged = mode, 0, None, None, 0
-    try:
+    mesh, module = mesh_of_copies(), dtron.distributed.copy_engine
+    group = mesh.get_group()
+    group.mode, group.copied = mode, 0
+    group._registered, group._staging, group._stagings = None, None, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "STAGING_BYTES", stage)
+        if mode == "one place":
+            patch.setattr(module, "aligned_bytes", lambda x: 0)
         yield mesh, group
-    finally:
-        dtron.distributed.copy_engine.STAGE, dtron.distributed.copy_engine.room_for = before, room
 
 
 def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
@@ -173,7 +172,7 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         memory, near = torch.zeros(len(weights) * 2**13, dtype=torch.uint8), []
         for w, room in zip(weights, memory.split(2**13), strict=True):
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
-        group.meet(memory)
+        group.register(memory)
         rows = [
             w.repeat(RANKS - 1, 1, 1) + torch.arange(RANKS - 1)[:, None, None] + 9 * rank
             for w in weights
@@ -202,7 +201,7 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         same.append(torch.equal(*both))
         for w in near:  # weights move, and are gathered again
             w.add_(1)
-        group.settle()
+        group.publish()
         for w in near:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(w, RANKS, g)) for g in (world, name)]
             same.append(torch.equal(*both))
@@ -230,7 +229,13 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
         history = train(
             Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config
         )
-        return history.losses, history.norms, group.raced, group.copied, group._near is not None
+        return (
+            history.losses,
+            history.norms,
+            group.raced,
+            group.copied,
+            group._registered is not None,
+        )
 
 
 @cache
@@ -395,7 +400,7 @@ def test_nothing_is_carried_where_there_is_no_mesh():
 def test_weights_gathered_over_one_group_alone(monkeypatch):
     """Where cp is within a host and dp is not, only that over cp is of copies, and weights go over
     both."""
-    alone = lambda *names: dtron.training.compiled_stage._carried(
+    alone = lambda *names: dtron.training.compiled_stage._weight_gather_group(
         SimpleNamespace(mesh_dim_names=names)
     )
     monkeypatch.setattr(
@@ -403,11 +408,16 @@ def test_weights_gathered_over_one_group_alone(monkeypatch):
     )
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: [])
-    assert alone("dp", "tp") is None and dtron.training.compiled_stage._carried(None) is None
+    assert (
+        alone("dp", "tp") is None
+        and dtron.training.compiled_stage._weight_gather_group(None) is None
+    )
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: True)
+    monkeypatch.setattr(
+        dtron.distributed.symmetric_memory, "_gpus_access_each_other", lambda count: True
+    )
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)
     axes = lambda shape: zero_axes(tuple(shape.atoms))
     found = lambda mesh: set(backends(s := MeshShape.parse(mesh), "cuda", axes(s)) or ())
@@ -420,5 +430,7 @@ def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
     assert backends(MeshShape.parse("dp=8"), "cpu", ["dp"]) is None
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: False)
+    monkeypatch.setattr(
+        dtron.distributed.symmetric_memory, "_gpus_access_each_other", lambda count: False
+    )
     assert found("dp=8") == set()
