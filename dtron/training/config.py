@@ -65,8 +65,8 @@ class StepConfig:
     """sizes of the mesh axes, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for
     experts); a dp left out takes the remaining ranks"""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage. Sharded over dp and cp are: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
-    weights in use"""
+    """ZeRO stage. Sharded over dp and cp are: 0 nothing, 1 optimizer state, 2 also gradients, 3
+    also weights in use"""
     batch: int = 16
     """sequences per step, over all ranks"""
     micro_batch: int | None = None
@@ -86,8 +86,8 @@ class StepConfig:
     """attention over cp. allgather: keys and values are all-gathered; ring: keys and values are
     exchanged in a ring; ulysses: heads are exchanged for parts of sequences"""
     zigzag: Literal["auto", "on", "off"] = "auto"
-    """over cp: a rank has an early and a late part of each sequence, so that all ranks have the same
-    work; auto: off for ulysses, where all ranks have the same work anyway"""
+    """over cp: a rank has an early and a late part of each sequence, so that all ranks have the
+    same work; auto: off for ulysses, where all ranks have the same work anyway"""
     fp8: Fp8 = "none"
     """recipe of the blocks' matmuls in FP8: one scale per tensor, per row or per block;
     rowwise_with_gw_hp: the weight's gradient in high precision"""
@@ -98,8 +98,8 @@ class StepConfig:
     static: all-to-alls of a fixed number of rows; allgather: every rank gets all tokens of its
     group; auto: allgather where compiled, else alltoall"""
     fp8_min_weights: int = MIN_WEIGHTS
-    """smallest number of weights of a matmul, on one rank, for which FP8 is worth its casts; smaller
-    matmuls stay in high precision"""
+    """smallest number of weights of a matmul, on one rank, for which FP8 is worth its casts;
+    smaller matmuls stay in high precision"""
     fp8_gather: bool = False
     """with --zero 3: weights for FP8 matmuls are all-gathered in 8 bits, which is half the bytes of
     bfloat16"""

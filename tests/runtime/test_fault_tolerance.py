@@ -32,8 +32,9 @@ from dtron.rules import rules_for
 from dtron.runtime import run_directory
 from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
-from dtron.runtime.fault_tolerance import NonFiniteGuard, StopSignal, diagnose
+from dtron.runtime.fault_tolerance import NonFiniteGuard, diagnose
 from dtron.runtime.launch import host_group
+from dtron.runtime.signals import StopSignal
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.step import TrainStep
