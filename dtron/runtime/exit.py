@@ -54,7 +54,10 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
             raise
-        text, code = f"error: another rank has died or hangs ({lost}); see what it said", 2
+        text, code = (
+            f"error: another rank has died or hangs ({lost}); see the output of that rank",
+            2,
+        )
         at_once = True
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False

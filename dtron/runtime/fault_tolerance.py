@@ -66,7 +66,7 @@ class NonFiniteGuard:
 
     @property
     def reason(self) -> str:
-        return f"{self.in_a_row} steps in a row came to nothing"
+        return f"{self.in_a_row} steps in a row were skipped"
 
     @property
     def over(self) -> bool:
@@ -114,7 +114,7 @@ def diagnose(
         path, where = paths[-1]  # backward reaches the last weight in model order first
         many = f"({len(paths)} in all)"
         return f"the gradient of {path} is not finite on rank {where} in microbatch {first} {many}"
-    return "all weights and all gradients of the last step are finite when it is done again"
+    return "all weights and all gradients of the last step are finite when the step is repeated"
 
 
 def _findings(own: list[Any], group: Any) -> list[Any]:

@@ -57,7 +57,7 @@ def initial_state(
         state = checkpoint.load(resumed, state, spec, identity)
         if state.step >= config.steps:
             raise UserError(
-                f"--steps {config.steps}: {resumed} is at step {state.step} already; use more"
+                f"--steps {config.steps}: {resumed} is at step {state.step} already; use more steps"
             )
     copies = with_compute_copies(state.opt, state.params, spec, layout.compute)
     return replace(state, opt=copies)

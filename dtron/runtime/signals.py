@@ -86,7 +86,9 @@ class StopSignal:
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
-            raise LostRank(f"another rank has died or hangs ({why}); see what it said") from error
+            raise LostRank(
+                f"another rank has died or hangs ({why}); see the output of that rank"
+            ) from error
         if number.item() and not self.name:
             self.name = self.SIGNALS[number.item() - 1].name
         return bool(number.item())

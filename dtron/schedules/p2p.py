@@ -199,5 +199,5 @@ class P2PLinks:
             why = "no answer within --timeout-seconds" if late else "connection lost"
             raise LostRank(
                 f"stage {self._t.stages_of(self._rank)[0]}: {neighbour} has died or hangs "
-                f"({why}); see what it said"
+                f"({why}); see the output of that rank"
             ) from error
