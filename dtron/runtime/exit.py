@@ -49,16 +49,13 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except UserError as error:
-        text, code = "error: " + " ".join(str(error).split()), 2
-        at_once = isinstance(error, LostRank)
+        text = "error: " + " ".join(str(error).split())
+        code, at_once = 2, isinstance(error, LostRank)
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
             raise
-        text, code = (
-            f"error: another rank has died or hangs ({lost}); see the output of that rank",
-            2,
-        )
-        at_once = True
+        text = f"error: another rank has died or hangs ({lost}); see the output of that rank"
+        code, at_once = 2, True
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
