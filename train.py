@@ -19,12 +19,13 @@ from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
 from dtron.runtime.evaluation import validate
 from dtron.runtime.exit import run_cli
-from dtron.runtime.fault_tolerance import StopSignal, diagnose, diverged
+from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
 from dtron.runtime.initial_state import identity, initial_state
 from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.profiler import Recorder
 from dtron.runtime.run_directory import RunDirectory
+from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     plan = plan_run(config)  # refuses an invalid config before any rank is started
     run = RunDirectory.open(config)
     data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
-    new = config.init_from and not run.found
+    new = config.init_from and not run.resumed
     source = Source(config.init_from, config.model) if new else None
     with start_ranks(config, plan) as pipe, StopSignal(host_group(config.timeout_seconds)) as stop:
         train(config, plan, pipe, data, run, stop, source)
@@ -56,9 +57,9 @@ def train(
     """Train until the last step, or until a signal asks to stop.
 
     ``source``: the Hugging Face folder of the initial weights; None: random weights, or those of
-    the checkpoint ``run.found``."""
+    the checkpoint ``run.resumed``."""
     same = identity(config, data)
-    state = initial_state(config, plan, pipe, same, run.found, source)
+    state = initial_state(config, plan, pipe, same, run.resumed, source)
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
         run.begin(config, plan, data, state.step)
     group = host_group(config.timeout_seconds)

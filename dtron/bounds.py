@@ -8,19 +8,19 @@ from dtron.errors import UserError
 
 
 def from_to(config: Any, prefix: str, limits: dict[str, tuple[float, float]]) -> None:
+    """Check that each named field of a config is within its limits: ``{name: (low, high)}``."""
     for name, (low, high) in limits.items():
-        if not low <= getattr(config, name) <= high:  # "not (low <= x <= high)" also refuses NaN
-            raise UserError(
-                f"{prefix}.{name}={getattr(config, name)}: must be from {low} to {high}; change it"
-            )
+        value = getattr(config, name)
+        if not low <= value <= high:  # "not (low <= x <= high)" also refuses NaN
+            raise UserError(f"{prefix}.{name}={value}: must be from {low} to {high}; change it")
 
 
 def under(config: Any, prefix: str, limits: dict[str, float]) -> None:
+    """Check that each named field of a config is at least 0 and under its limit."""
     for name, high in limits.items():
-        if not 0 <= getattr(config, name) < high:
-            raise UserError(
-                f"{prefix}.{name}={getattr(config, name)}: must be from 0 to under {high}; change it"
-            )
+        value = getattr(config, name)
+        if not 0 <= value < high:
+            raise UserError(f"{prefix}.{name}={value}: must be from 0 to under {high}; change it")
 
 
 def divides(name: str, size: int, axis: str, n: int) -> None:
@@ -33,4 +33,5 @@ def divides(name: str, size: int, axis: str, n: int) -> None:
 
 
 def nearest_divisor(n: int, near: int) -> int:
+    """Return the divisor of ``n`` nearest to ``near``; of two, the smaller."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))

@@ -1,7 +1,7 @@
-"""The three errors that dtron raises on purpose, told apart by type.
+"""The three errors that dtron raises on purpose.
 
-``UserError`` is for whoever runs a program: a command line prints it as one line, without a
-traceback, and exits with 2. ``PlacementError`` is for whoever edits a layer, and keeps its
+``UserError`` is for the user of a program: a command line prints it as one line, without a
+traceback, and exits with 2. ``PlacementError`` is for the author of a layer, and keeps its
 traceback, which names the line. Any other exception is a fault of dtron or of a library, and keeps
 its traceback too.
 """
@@ -12,9 +12,9 @@ class UserError(ValueError):
 
 
 class LostRank(UserError):
-    """Another rank has died. Each rank that notices says so at once: it may be the only one
-    left."""
+    """Another rank has died. Each rank that notices reports the loss at once: it may be the last
+    rank that still runs."""
 
 
 class PlacementError(ValueError):
-    """A tensor that is not sharded as the operation needs it. The message names both placements."""
+    """A tensor with other placements than the operation needs. The message names both."""

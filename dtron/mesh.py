@@ -32,6 +32,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,10 @@ def build_mesh(
     shape: MeshShape, device_type: str, backends: Mapping[str, str] | None = None
 ) -> DeviceMesh | None:
     """Build the DeviceMesh over the running processes. Its dims are the atoms larger than 1; on one
-    device the result is None. ``backends``: for some atoms, the backend of their process groups,
-    if not the device's default backend."""
+    device the result is None.
+
+    ``backends``: for some atoms, the backend of their process groups, if it is not the device's
+        default backend."""
     names, sizes = list(shape.atoms), list(shape.atoms.values())
     if not names:
         return None
@@ -64,14 +67,14 @@ def build_mesh(
 
 def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
     """Return the ranks along one axis as a one-dim mesh; None if the mesh does not have the axis.
-    Every process must make the first call for an axis: if the axis is several atoms, the call
-    creates a process group."""
+    Every process must make the first call for an axis: if the axis consists of several atoms, the
+    call creates a process group."""
     atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
     if not atoms:
         return None
-    return (
-        mesh[atoms]._flatten(axis) if len(atoms) > 1 else mesh if mesh.ndim == 1 else mesh[atoms[0]]
-    )
+    if len(atoms) > 1:
+        return mesh[atoms]._flatten(axis)
+    return mesh if mesh.ndim == 1 else mesh[atoms[0]]
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -88,8 +91,8 @@ class Layout:
     ``compute``: the dtype to which ``unshard`` casts weights; None: no cast.
     ``reduce``: the dtype in which a weight's gradients are summed; None: the weight's dtype, but at
         least float32.
-    ``groups``: derived from the mesh: for each axis of ``rules.EXCHANGED`` that the mesh has, its
-        ranks; see ``group``.
+    ``groups``: the ranks along each axis of ``rules.EXCHANGED`` that the mesh has; see ``group``.
+        They are derived from the mesh.
 
     Axis arguments are logical axis names, one per dim. None is a dim that is never sharded.
     ``"+vocab"`` means that a sum over the mesh axes of ``vocab`` is still pending.
@@ -107,7 +110,7 @@ class Layout:
                 self.groups[axis] = self._group(ranks, axis)
 
     def _group(self, ranks: DeviceMesh, axis: str) -> AxisGroup:
-        # The coordinate is read here, and from the whole mesh. Simulated ranks find it by tensor
+        # The coordinate is read here, and from the whole mesh. Simulated ranks compute it by tensor
         # operations, once per mesh. A recomputed region would count these operations as its own.
         place, coordinate = 0, self.mesh.get_coordinate()
         for atom in parts(self.axes, axis):
@@ -130,9 +133,9 @@ class Layout:
         return place(self.rules, self.axes, *axes)
 
     def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
-        """Redistribute an activation. Backward redistributes the gradient to the placements of x.
-        So a constrain that moves nothing in forward still matters: it fixes the point at which a
-        gradient is reduced."""
+        """Redistribute an activation to the placements of these axes. Backward redistributes the
+        gradient to the placements of x. So a constrain that moves nothing in forward still matters:
+        it fixes the point at which a gradient is reduced."""
         if self.mesh is None:
             return x
         return x.redistribute(self.mesh, self.placements(*axes))
@@ -144,16 +147,17 @@ class Layout:
         return shard(x, self.mesh, self.placements(*axes))
 
     def iota(self, axis: str, size: int, device: torch.device | str) -> Tensor:
-        """Return ``arange(size)``, sharded like ``axis``. Inside a local region a rank reads from
-        it the indices of its own shard."""
+        """Return ``arange(size)``, sharded like ``axis``. Inside a local region, this tensor holds
+        the indices of a rank's own shard."""
         return self.shard(torch.arange(size, device=device), axis)
 
     def unshard(self, w: Tensor, *axes: str | None, fp8: bool = False) -> Tensor:
         """Cast one weight with these logical axes to the compute dtype, and undo its ZeRO sharding:
         all-gather it over each mesh axis of a ``rules.ZERO`` row. Backward reduce-scatters the
-        gradient over these mesh axes; the gradient stays Partial over all others. A weight that is
-        already ``ready`` is returned as it is, without an autograd node. ``fp8``: all-gather in
-        8 bits, for a matmul that rounds the weight to 8 bits anyway."""
+        gradient over these mesh axes; the gradient stays Partial over all other axes. A weight that
+        is already ``ready`` is returned as it is, without an autograd node.
+
+        ``fp8``: all-gather in 8 bits, for a matmul that rounds the weight to 8 bits anyway."""
         dtype = self.compute or w.dtype
         if self.mesh is None:
             return w.to(dtype)
@@ -188,42 +192,49 @@ class Layout:
         ins: Sequence[tuple[str | None, ...] | None],
         out: tuple[str | None, ...] | list[tuple[str | None, ...]],
     ) -> Callable:
-        """A local region: ``fn`` runs on each rank's own shards, with declared placements of inputs
-        and outputs (``out`` is a list if ``fn`` returns several tensors).
+        """Make a local region: ``fn`` runs on each rank's own shards, with declared placements of
+        inputs and outputs.
+
+        ``ins``: the axes of each input. Inputs that are None at call time are passed on.
+        ``out``: the axes of the output; a list if ``fn`` returns several tensors.
 
         The placements of the input gradients follow from these declarations. A mesh axis splits the
-        region's work if some input is sharded over it. Over such an axis, an input that is whole on
-        every rank receives one summand of its gradient from each rank. Inputs that are None at call
-        time are passed on. Raises PlacementError if an input has other placements than declared.
+        region's work if some input is sharded over this axis. Over such an axis, an input that is
+        replicated receives one summand of its gradient from each rank. Raises PlacementError if an
+        input has other placements than declared.
         """
         if self.mesh is None:
             return fn
         placements = [self.placements(*axes) if axes is not None else None for axes in ins]
         gradients = self.input_gradients(placements)
-        lie = lambda axes: list(self.placements(*axes))
-        outs = tuple(lie(axes) for axes in out) if isinstance(out, list) else lie(out)
+        outs = (
+            tuple(list(self.placements(*axes)) for axes in out)
+            if isinstance(out, list)
+            else list(self.placements(*out))
+        )
 
         def region(*args):
             present = [arg is not None for arg in args]
-            pick = lambda xs: tuple(x for x, here in zip(xs, present, strict=True) if here)
-            for i, (x, lies) in enumerate(zip(pick(args), pick(placements), strict=True)):
-                if x.placements != lies:
+            inputs, declared = _present(args, present), _present(placements, present)
+            for i, (x, declaration) in enumerate(zip(inputs, declared, strict=True)):
+                if x.placements != declaration:
                     raise PlacementError(
-                        f"input {i} of a local region lies {x.placements} over {self.axes}, but is declared "
-                        f"{pick(ins)[i]}, which is {lies}; constrain it first"
+                        f"input {i} of a local region has the placements {x.placements} over "
+                        f"{self.axes}, but is declared {_present(ins, present)[i]}, which is "
+                        f"{declaration}; constrain it first"
                     )
 
             def inner(*locals_):
                 rest = iter(locals_)
-                return fn(*(next(rest) if here else None for here in present))
+                return fn(*(next(rest) if given else None for given in present))
 
             return local_map(
                 inner,
                 out_placements=outs,
-                in_placements=pick(placements),
-                in_grad_placements=pick(gradients),
+                in_placements=declared,
+                in_grad_placements=_present(gradients, present),
                 device_mesh=self.mesh,
-            )(*pick(args))
+            )(*inputs)
 
         return region
 
@@ -232,14 +243,17 @@ class Layout:
     ) -> list[list[Placement] | None]:
         """The placements of the gradients of a local region's inputs; see ``local_map``."""
         given = [p for p in placements if p is not None]
-        split = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
+        splits = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
 
-        def back(x: Placement, split: bool) -> Placement:
+        def gradient(x: Placement, split: bool) -> Placement:
             if x.is_partial():  # each summand has the gradient of the sum
                 return Replicate()
             return Partial() if split and x.is_replicate() else x
 
-        return [p and [back(x, at) for x, at in zip(p, split, strict=True)] for p in placements]
+        return [
+            p and [gradient(x, split) for x, split in zip(p, splits, strict=True)]
+            for p in placements
+        ]
 
     def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
         """Make a DTensor from this rank's local tensor. Not differentiable."""
@@ -254,7 +268,8 @@ class Layout:
             return x
         if x.placements != self.placements(*axes):
             raise PlacementError(
-                f"a tensor lies {x.placements} over {self.axes}, not as {axes}; constrain it first"
+                f"a tensor has the placements {x.placements} over {self.axes}, but {axes} is "
+                f"{self.placements(*axes)}; constrain it first"
             )
         return x.to_local()
 
@@ -272,8 +287,12 @@ class Layout:
         return all_reduce(x, self.mesh, self.dims(axis), op)
 
 
+def _present(xs: Sequence[Any], present: Sequence[bool]) -> tuple[Any, ...]:
+    return tuple(x for x, given in zip(xs, present, strict=True) if given)
+
+
 def by_rows(layout: Layout) -> Layout:
-    """Return a layout in which cp shards rows too, and no sequences. It is for programs without
-    sequences to shard: in generation, a row's next token is a single token. The placements of
-    weights do not change."""
+    """Return a layout in which cp shards rows, like dp, and no sequences. It is for programs
+    without sequences to shard: in generation, a row's next token is a single token. The placements
+    of weights do not change."""
     return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

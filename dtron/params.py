@@ -11,12 +11,12 @@ drawing the weights, placing them, deciding on weight decay, printing them, chec
 ``dims`` maps the names used in declarations (axes, ``when`` conditions, ``count``) to numbers. A
 model's config makes ``dims``, and a test can make its own.
 
-A plain number that belongs to one layer and not to all, such as its attention window, is stored in
-the tree too, as ``value("window")``. It is not a leaf.
+A plain number of one layer, such as its attention window, is stored in the tree too, as
+``value("window")``. It is not a leaf.
 
 A tree is a frozen dataclass, a tuple, a tensor or None. There is no registry and no ``nn.Module``:
-nothing here has state. A layer can be called on any tree of the right shape, also on gradients and
-trees of optimizer state.
+nothing here has state. A layer can be called on any tree of the right shape, also on a tree of
+gradients or of optimizer state.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WeightSpec(Leaf):
     """The declaration of one weight.
 
     ``path``: its path in the tree.
-    ``axes``, ``shape``: its logical axes and their sizes.
+    ``axes``, ``shape``: its logical axes, and the sizes of the axes.
     ``init``: its initialiser.
     ``twin``: another pipeline stage has the same weight, and that stage counts it.
     ``frozen``: the optimizer does not update this tensor; it is only stored with the weights.
@@ -124,10 +124,10 @@ def part(
     """Declare a sub-layer of the annotated class.
 
     ``count``: the sub-layer is a tuple of ``dims[count]`` sub-layers.
-    ``each``: the i-th of them is declared with the changes ``dims[each][i]`` to dims.
+    ``each``: the i-th sub-layer is declared with the changes ``dims[each][i]`` to dims.
     ``when``: the sub-layer is absent (None) if ``dims[when]`` is false.
-    ``choose``: ``dims[choose]`` is the sub-layer's class and its own changes to dims. Paths have the
-        class's ``segment`` in place of the field's name.
+    ``choose``: ``dims[choose]`` is the sub-layer's class and its own changes to dims. Paths have
+        the class's ``segment`` in place of the field's name.
     ``rename``: other names for its axes; a norm over heads is ``part(act_embed="head_dim")``.
     """
     kinds = {"count": count, "each": each, "when": when, "choose": choose, "rename": rename}
@@ -141,32 +141,32 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
     hints = typing.get_type_hints(cls)
     tree = {}
     for f in fields(cls):
-        here, meta = f"{path}.{f.name}" if path else f.name, f.metadata
+        field_path, meta = f"{path}.{f.name}" if path else f.name, f.metadata
         if "value" in meta:
-            tree[f.name] = _look_up(dims, meta["value"], here)
-        elif meta["when"] and not _look_up(dims, meta["when"], here):
+            tree[f.name] = _look_up(dims, meta["value"], field_path)
+        elif meta["when"] and not _look_up(dims, meta["when"], field_path):
             tree[f.name] = None
         elif "axes" in meta:
             axes = tuple(rename.get(a, a) for a in meta["axes"])
-            shape = tuple(_look_up(dims, a.removeprefix("act_"), here) for a in axes)
+            shape = tuple(_look_up(dims, a.removeprefix("act_"), field_path) for a in axes)
             kind = {name: meta[name] for name in ("frozen", "summed")}
-            tree[f.name] = WeightSpec(here, axes, shape, meta["init"], **kind)
+            tree[f.name] = WeightSpec(field_path, axes, shape, meta["init"], **kind)
         elif meta["choose"]:
-            sub, changes = _look_up(dims, meta["choose"], here)
-            here = f"{path}.{sub.segment}" if path else sub.segment
-            tree[f.name] = declare(sub, {**dims, **changes}, here, meta["rename"])
+            sub, changes = _look_up(dims, meta["choose"], field_path)
+            field_path = f"{path}.{sub.segment}" if path else sub.segment
+            tree[f.name] = declare(sub, {**dims, **changes}, field_path, meta["rename"])
         else:
             sub = _layer_class(hints[f.name])
             count = meta["count"]
             if count is None:
-                tree[f.name] = declare(sub, dims, here, meta["rename"])
+                tree[f.name] = declare(sub, dims, field_path, meta["rename"])
             else:
-                n, changes = _look_up(dims, count, here), dims.get(meta["each"])
+                n, changes = _look_up(dims, count, field_path), dims.get(meta["each"])
                 tree[f.name] = tuple(
                     declare(
                         sub,
                         {**dims, **changes[i]} if changes else dims,
-                        f"{here}.{i}",
+                        f"{field_path}.{i}",
                         meta["rename"],
                     )
                     for i in range(n)
@@ -188,8 +188,8 @@ def _layer_class(hint: Any) -> type:
 
 
 def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
-    """Draw one unsharded weight in float32. It is a function of (seed, path), so it is the same on
-    every mesh."""
+    """Draw one unsharded weight in float32. The weight is a function of (seed, path), so it is the
+    same on every mesh."""
     digest = hashlib.sha256(f"{seed}/{w.path}".encode()).digest()
     with paused():  # simulated ranks would draw one value each
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -219,8 +219,8 @@ Fp8GatherRule = Callable[["Declared", Sequence[float]], bool]
 
 
 def unshard(tree: Any, layout: Layout, once: bool = False, fp8: Fp8GatherRule | None = None) -> Any:
-    """Call ``Layout.unshard`` on every weight of a tree, so that it is ready for compute. The place
-    of this call in the program is the ZeRO stage.
+    """Call ``Layout.unshard`` on every weight of a tree, so that the weights are ready for compute.
+    The position of this call in the program is the ZeRO stage.
 
     ``once``: not under autograd, and small weights may share a collective
         (distributed/bucketing.py).
@@ -231,23 +231,23 @@ def unshard(tree: Any, layout: Layout, once: bool = False, fp8: Fp8GatherRule | 
 
 def unshard_all(
     weights: Sequence[Tensor],
-    of: Sequence[Declared],
+    declarations: Sequence[Declared],
     layout: Layout,
     once: bool = False,
     fp8: Fp8GatherRule | None = None,
 ) -> list[Tensor]:
-    """Do the same as ``unshard`` for the leaves of a tree, given their declarations ``of``."""
-    shared: dict[int, Tensor] = {}
+    """Do the same as ``unshard`` for the leaves of a tree, given the leaves' declarations."""
+    from_buckets: dict[int, Tensor] = {}
     if once:
-        pairs = enumerate(zip(weights, of, strict=True))
-        away = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
-        goals = [layout.unsharded(*of[i].axes) for i in away]
-        some = unshard_bucketed([weights[i] for i in away], goals, layout.compute)
-        shared = {away[j]: w for j, w in some.items()}
+        pairs = enumerate(zip(weights, declarations, strict=True))
+        sharded = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
+        goals = [layout.unsharded(*declarations[i].axes) for i in sharded]
+        gathered = unshard_bucketed([weights[i] for i in sharded], goals, layout.compute)
+        from_buckets = {sharded[j]: w for j, w in gathered.items()}
     ready = []
-    for i, (w, d) in enumerate(zip(weights, of, strict=True)):
-        if i in shared:
-            w = shared[i]
+    for i, (w, d) in enumerate(zip(weights, declarations, strict=True)):
+        if i in from_buckets:
+            w = from_buckets[i]
         elif not d.frozen:
             in_fp8 = fp8 is not None and fp8(d, layout.shape(w, *d.axes))
             w = layout.unshard(w, *d.axes, fp8=in_fp8)

@@ -3,8 +3,8 @@
 A tensor's dims have *logical* axes: ``w_up`` is ``(embed, mlp)``, an activation ``x_TD`` is
 ``(tokens, act_embed)``. ``RULES`` maps each logical axis to the mesh axes that shard it (mesh.py
 lists the mesh axes). This table is the whole description of data, tensor, sequence, context and
-expert parallelism and of ZeRO. To turn one off, edit a row. The layers never ask which of them is
-on. (The idea comes from the logical axis rules of GSPMD, arXiv:2105.04663.)
+expert parallelism and of ZeRO. To turn a parallelism off, edit a row. The layers never ask which
+parallelism is on. (The idea comes from the logical axis rules of GSPMD, arXiv:2105.04663.)
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ RULES: Rules = {
     # experts: their tokens, and their weights
     "tokens_ep": ("dp_replicate", "edp", "ep"),
     "experts": ("ep",),
-    "act_experts": (),  # what the router has for each expert
+    "act_experts": (),  # scores and bias of the router
     "expert_embed": ("edp",),  # the ZeRO row of experts
     "expert_mlp": ("etp",),
-    "shared_mlp": ("tp",),  # of the expert that every token goes to
+    "shared_mlp": ("tp",),  # the MLP of the expert that every token goes to
 }
 
 # The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
 ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
-# The mesh axes along which layers exchange rows themselves. Each has a process group.
+# The mesh axes along which layers exchange rows themselves. Each axis has a process group.
 EXCHANGED = ("ep", "cp")
 
 
@@ -78,7 +78,7 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
     """Return one placement per mesh axis for a tensor with these logical axes.
 
     Raises ValueError for an axis without a row: an unknown axis must never silently replicate.
-    Raises ValueError also for two dims that would share a mesh axis.
+    Raises ValueError also if two dims would share a mesh axis.
     """
     return decode(_codes(rules, tuple(mesh_axes), axes))
 

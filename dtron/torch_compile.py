@@ -1,11 +1,12 @@
-"""torch.compile with settings that torch has only in its global configs, and two decorators: for
-functions that the compiler must not trace early, and for functions that it need not trace at
-all."""
+"""torch.compile with settings that torch has only in its global configs, and three decorators:
+``opaque`` for functions that the compiler must not trace early, ``static`` and ``static_cache`` for
+functions that the compiler need not trace at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -26,21 +27,33 @@ def opaque(function: _F) -> _F:
     * In torch 2.11 a function that ends in a cast to the same dtype has zero gradients
       (pytorch#180642).
 
-    Arguments must be tensors, numbers, strings, dtypes, None, or tuples of these. So the loss is
-    not opaque: it takes a layout. It does not need to be: its gradient is not Partial, it ends in
-    no cast, and it is not recomputed."""
+    Arguments must be tensors, numbers, strings, dtypes, None, or tuples of these types. So the loss
+    is not opaque: it takes a layout. The loss need not be opaque: its gradient is not Partial, it
+    ends in no cast, and it is not recomputed."""
     return torch.compiler.allow_in_graph(function)
 
 
 def static(function: _G) -> _G:
     """Let the compiler call a function while it traces, and use the result as a constant. Arguments
-    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these. The
-    result may have no placements and no other objects: torch 2.11 cannot guard them.
+    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these
+    types. The result may have no placements and no other objects: torch 2.11 cannot guard them.
 
     The bookkeeping of a model (which placements has a weight with these axes?) is pure Python on
-    such arguments. Without this decorator the compiler interprets each of its bytecodes, which
-    takes longer than everything that depends on tensors."""
+    such arguments. Without this decorator the compiler interprets each bytecode of the bookkeeping,
+    which takes longer than everything that depends on tensors."""
     return torch.compiler.assume_constant_result(function)
+
+
+def static_cache(function: _G) -> _G:
+    """Cache a ``static`` function. Arguments must be hashable. The cache is inside the function
+    that the compiler calls, because the compiler traces through ``functools.cache``."""
+    cached = cache(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return cached(*args)
+
+    return static(call)
 
 
 # The number of kinds of arguments (stages, shapes of weights, masks) for which one function may be

@@ -1,8 +1,8 @@
 """Trees of params: a tree is a frozen dataclass, a tuple, a leaf or None.
 
-The functions here walk trees of any leaves: weights, gradients, optimizer state, or the declarations
-of weights (params.py). All walk in declaration order. torch.compile traces them, so the names of a
-class's fields are read once and cached.
+The functions here walk trees of any leaves: weights, gradients, optimizer state, or the
+declarations of weights (params.py). All functions walk in declaration order. torch.compile traces
+these functions, so the names of a class's fields are read once and cached.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtron.torch_compile import static
+from dtron.torch_compile import static_cache
 
 
 class Leaf:
@@ -36,17 +36,17 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def flat(tree: Any) -> list[Any]:
     """Return the leaves, in the order of ``leaves``."""
-    found: list[Any] = []
-    _flat(tree, found)
-    return found
+    collected: list[Any] = []
+    _collect(tree, collected)
+    return collected
 
 
-def _flat(tree: Any, found: list[Any]) -> None:
+def _collect(tree: Any, collected: list[Any]) -> None:
     if _is_node(tree):
         for _, child in _children(tree):
-            _flat(child, found)
+            _collect(child, collected)
     elif tree is not None:
-        found.append(tree)
+        collected.append(tree)
 
 
 def _is_node(tree: Any) -> bool:
@@ -70,14 +70,10 @@ def _chosen(cls: type) -> frozenset[str]:
     return frozenset(f.name for f in fields(cls) if f.metadata.get("choose"))
 
 
-@static
+@static_cache
 def _names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the fields of a params class: those with leaves, and the plain values."""
-    return _cached_names(cls)
-
-
-@cache
-def _cached_names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the fields of a params class: the fields with leaves, and the plain
+    values."""
     plain = tuple(f.name for f in fields(cls) if "value" in f.metadata)
     return tuple(f.name for f in fields(cls) if f.name not in plain), plain
 
@@ -85,19 +81,19 @@ def _cached_names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def with_specs(spec: Any, tree: Any) -> list[tuple[Any, Any]]:
     """Return every leaf of a tree with its declaration. The tree may lack leaves of ``spec``
     (None)."""
-    found: list[tuple[Any, Any]] = []
-    _with_specs(spec, tree, found)
-    return found
+    pairs: list[tuple[Any, Any]] = []
+    _collect_pairs(spec, tree, pairs)
+    return pairs
 
 
-def _with_specs(spec: Any, tree: Any, found: list[tuple[Any, Any]]) -> None:
+def _collect_pairs(spec: Any, tree: Any, pairs: list[tuple[Any, Any]]) -> None:
     if tree is None:
         return
     if not _is_node(spec):
-        found.append((spec, tree))
+        pairs.append((spec, tree))
         return
     for (_, w), (_, child) in zip(_children(spec), _children(tree), strict=True):
-        _with_specs(w, child, found)
+        _collect_pairs(w, child, pairs)
 
 
 def unflatten(like: Any, values: list[Any]) -> Any:
@@ -128,7 +124,7 @@ def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 @dataclass(frozen=True)
 class Declared:
-    """The declaration of a leaf, read from its class; see ``params.WeightSpec``."""
+    """The declaration of a leaf, read from its class. See ``params.WeightSpec``."""
 
     axes: tuple[str, ...]
     frozen: bool
@@ -137,44 +133,41 @@ class Declared:
 
 def declared(tree: Any) -> list[Declared]:
     """Return the declaration of every leaf of a tree of params dataclasses, in the order of
-    ``flat``. It is read from the classes alone. So weights, gradients and local shards all have
-    logical axes."""
-    found: list[Declared] = []
-    _declared(tree, (), found)
-    return found
+    ``flat``. Only the classes are read. So weights, gradients and local shards all have logical
+    axes."""
+    declarations: list[Declared] = []
+    _collect_declared(tree, (), declarations)
+    return declarations
 
 
-def _declared(tree: Any, rename: tuple[tuple[str, str], ...], found: list[Declared]) -> None:
+def _collect_declared(
+    tree: Any, rename: tuple[tuple[str, str], ...], declarations: list[Declared]
+) -> None:
     if tree is None:
         return
     if isinstance(tree, (tuple, list)):
         for child in tree:
-            _declared(child, rename, found)
+            _collect_declared(child, rename, declarations)
         return
     for name, leaf, changes in _declarations(type(tree), rename):
         child = getattr(tree, name)
         if leaf is None:
-            _declared(child, changes, found)
+            _collect_declared(child, changes, declarations)
         elif child is not None:
-            found.append(Declared(*leaf))
+            declarations.append(Declared(*leaf))
 
 
-@static
+@static_cache
 def _declarations(
     cls: type, rename: tuple[tuple[str, str], ...]
 ) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:
     """Return, for every field of a params class, its name, the arguments of ``Declared``, and the
     renamed axes of its class. A sub-layer has no arguments of ``Declared`` (None)."""
-    return _cached_declarations(cls, rename)
-
-
-@cache
-def _cached_declarations(cls, rename):
-    found = []
+    rows = []
     for f in fields(cls):
         if "axes" in f.metadata:
             axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])
-            found.append((f.name, (axes, f.metadata["frozen"], f.metadata["summed"]), ()))
+            rows.append((f.name, (axes, f.metadata["frozen"], f.metadata["summed"]), ()))
         elif "value" not in f.metadata:
-            found.append((f.name, None, tuple(f.metadata["rename"].items())))
-    return tuple(found)
+            rows.append((f.name, None, tuple(f.metadata["rename"].items())))
+    return tuple(rows)

@@ -36,4 +36,6 @@ def place_shard(x: Tensor, w: WeightSpec, layout: Layout, ranges: list[Range] | 
     if ranges is None:
         return layout.shard(x, *w.axes)
     whole = torch.empty(w.shape, device="meta")
-    return ShardSpec(layout.placements(*w.axes), whole.shape, whole.stride()).whole(x, layout.mesh)
+    return ShardSpec(layout.placements(*w.axes), whole.shape, whole.stride()).to_dtensor(
+        x, layout.mesh
+    )

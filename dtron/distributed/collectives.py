@@ -1,7 +1,8 @@
 """Collectives for local regions: on each rank's plain tensors, and differentiable.
 
 Functional collectives are the only ones that work with autograd, torch.compile and simulated ranks.
-They are semi-private in torch, so only this file imports them. Each backward is written out here.
+Functional collectives are semi-private in torch, so only this file imports them. Each backward is
+written out here.
 The backward of an all-to-all is an all-to-all with the splits swapped. The backward of an
 all-gather is a reduce-scatter, and the reverse.
 """
@@ -35,12 +36,12 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
     """Send row i of x to rank i along a dim of the mesh. Return two tensors: this rank's own row,
     and the received rows in the order of their ranks. Not differentiable."""
-    n, place = mesh.size(dim), mesh.get_coordinate()[dim]
-    others = [i + (i + n - place) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
+    n, index = mesh.size(dim), mesh.get_coordinate()[dim]
+    others = [i + (i + n - index) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
     rows = [x.narrow(0, i, 1) for i in others]
     rows = torch.cat(rows) if n > 2 else rows[0].contiguous()
-    splits = [1 - one for one in _one_hot(1, place, n)]
-    return x.select(0, place), _all_to_all(rows, (mesh, dim), splits, splits)
+    splits = [1 - own for own in _one_hot(1, index, n)]
+    return x.select(0, index), _all_to_all(rows, (mesh, dim), splits, splits)
 
 
 def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
@@ -54,17 +55,17 @@ def all_to_all(
 ) -> Tensor:
     """All-to-all over a one-dim mesh: each rank sends ``sent[i]`` rows of x to rank i and receives
     ``received[i]`` rows from rank i. None: equal splits."""
-    return _AllToAll.apply(x, _name(ranks), received, sent)
+    return _AllToAll.apply(x, _group_name(ranks), received, sent)
 
 
 def all_gather(x: Tensor, ranks: DeviceMesh) -> Tensor:
     """Concatenate the rows of all ranks, in the order of the ranks."""
-    return _AllGather.apply(x, _name(ranks))
+    return _AllGather.apply(x, _group_name(ranks))
 
 
 def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
     """Sum x over all ranks; each rank receives its shard of the rows."""
-    return _ReduceScatter.apply(x, _name(ranks))
+    return _ReduceScatter.apply(x, _group_name(ranks))
 
 
 @opaque
@@ -113,21 +114,24 @@ class AxisGroup:
     @property
     def args(self) -> tuple[str, int, int]:
         """The arguments of ``shift``: the group's name, this rank's place, the number of ranks."""
-        return _name(self.ranks), self.place, self.ranks.size()
+        return _group_name(self.ranks), self.place, self.ranks.size()
 
 
 def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
     """Send x to the rank ``by`` places ahead in a ring of n ranks, and receive the x of the rank
-    ``by`` places behind. ``group``, ``place`` and ``n`` are ``AxisGroup.args``. The transfer is
-    asynchronous: first do the work that does not need the result, then call ``wait`` on the result.
-    Not differentiable. It is an all-to-all in which all other splits are empty, because a send is
-    not a functional collective."""
-    to, of = (_one_hot(x.shape[0], place + d, n) for d in (by, n - by))
-    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), of, to, group)
+    ``by`` places behind. The transfer is asynchronous: first do the work that does not need the
+    result, then call ``wait`` on the result. Not differentiable.
+
+    ``group``, ``place``, ``n``: ``AxisGroup.args``.
+
+    The transfer is an all-to-all in which all other splits are empty, because a send is not a
+    functional collective."""
+    sent, received = (_one_hot(x.shape[0], place + d, n) for d in (by, n - by))
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group)
 
 
 def wait(x: Tensor) -> Tensor:
-    """Wait for the result of ``shift``, and return it."""
+    """Wait for the result of ``shift``, and return the result."""
     return funcol.wait_tensor(x)
 
 
@@ -150,12 +154,12 @@ class _RingShift(torch.autograd.Function):
 
 
 def _one_hot(size: int, at: int, n: int) -> list[int]:
-    """Return n numbers: ``size`` at index ``at % n``, 0 elsewhere. Uses arithmetic only: under
-    simulation ``at`` has one value for each rank, and comparisons with it are not possible."""
+    """Return n numbers: ``size`` at index ``at % n``, 0 elsewhere. Only arithmetic is used: under
+    simulation ``at`` has one value for each rank, so comparisons are not possible."""
     return [size * (1 - ((at + 2 * n - j) % n + n - 1) // n) for j in range(n)]
 
 
-def _name(ranks: DeviceMesh) -> str:
+def _group_name(ranks: DeviceMesh) -> str:
     return ranks.get_group().group_name
 
 

@@ -5,12 +5,12 @@ all-gather, one byte is sent instead of two. A rank that rounds sees its own sha
 only. But where scales are powers of two (see fp8/scaled_mm.py), a value rounds alike under any
 scale, except for values so small that they leave the format's range. So each row of a shard has its
 own scale, the finest that a message has room for. The receiver unpacks a bfloat16 weight whose
-values FP8 can already represent. Rounding this weight again changes nothing, under whatever scale a
-recipe wants and in whichever direction. So the recipes need not know of the 8-bit all-gather.
+values FP8 can already represent. Rounding this weight again changes nothing, whatever the scale of
+the recipe, along rows or along columns. So the recipes need not know of the 8-bit all-gather.
 
 A message is a row of bytes: the values, then the exponent of each row's scale. (torchao's FP8
-all-gather has one scale for the whole weight, from an all-reduce of maxima after each update. It is
-for torchao's tensorwise recipe.)"""
+all-gather has one scale for the whole weight, from an all-reduce of maxima after each update.
+torchao has it for the tensorwise recipe only.)"""
 
 from __future__ import annotations
 

@@ -20,18 +20,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from dtron.bounds import nearest_divisor
 from dtron.errors import UserError
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
-FOLDED = ("dp", "cp", "tp")  # experts have other axes over the ranks of these
+FOLDED = ("dp", "cp", "tp")  # the axes over whose ranks experts have other axes
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The size of every mesh axis, in ``AXES`` order, and the use of dp, cp and tp by experts: they
-    are spread over ``ep`` groups of ranks, and each expert is sharded over ``etp`` ranks.
-    ``MeshShape.parse("dp=8,tp=4")`` reads the text form."""
+    """The size of every mesh axis, in ``AXES`` order, and the sizes of the expert axes over the
+    ranks of dp, cp and tp. Experts are spread over ``ep`` groups of ranks, and each expert is
+    sharded over ``etp`` ranks. ``MeshShape.parse("dp=8,tp=4")`` reads the text form."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -66,8 +67,8 @@ class MeshShape:
         """The names and sizes of the DeviceMesh's dims, outermost first, without dims of size 1.
 
         etp takes its ranks from tp first, then cp, then dp. ep takes its ranks from the rest, in
-        the same order. So both get adjacent ranks, as far as there are any. Raises UserError if the
-        sizes do not fit.
+        the same order. So both get adjacent ranks, as far as there are adjacent ranks left. Raises
+        UserError if the sizes do not fit.
         """
         ranks = self.dp * self.cp * self.tp
         if ranks % (self.ep * self.etp):
@@ -82,14 +83,14 @@ class MeshShape:
             for axis in reversed(FOLDED):
                 n = math.gcd(need, left[axis])
                 taken[axis][name], left[axis], need = n, left[axis] // n, need // n
-        found = {axis: getattr(self, axis) for axis in AXES if axis not in FOLDED}
+        atoms = {axis: getattr(self, axis) for axis in AXES if axis not in FOLDED}
         for axis in FOLDED:
             whole = left[axis] == getattr(self, axis)
             parts = {"edp": left[axis], "ep": taken[axis]["ep"], "etp": taken[axis]["etp"]}
-            found |= (
+            atoms |= (
                 {axis: left[axis]} if whole else {f"{axis}.{name}": n for name, n in parts.items()}
             )
-        return {name: n for name, n in found.items() if n > 1}
+        return {name: n for name, n in atoms.items() if n > 1}
 
     def parts(self, axis: str) -> int:
         """The size of any axis, expert axes included."""
@@ -119,7 +120,8 @@ class MeshShape:
                 raise UserError(f"mesh {text!r}: axis {axis!r} is given twice; write it once")
             if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size) > 0):
                 raise UserError(
-                    f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as in {axis}=2"
+                    f"mesh {text!r}: {axis} has size {size!r}; a size is a positive integer, as "
+                    f"in {axis}=2"
                 )
             sizes[axis] = int(size)
         shape = MeshShape(**sizes)
@@ -128,13 +130,14 @@ class MeshShape:
         if "dp" not in sizes and world % shape.size == 0:
             return replace(shape, dp=world // shape.size)
         remedy = (
-            f"start {shape.size} processes (torchrun --nproc-per-node {shape.size}), or add --simulate"
+            f"start {shape.size} processes (torchrun --nproc-per-node {shape.size}), or add "
+            "--simulate"
             if "dp" in sizes or shape.size > world
             else f"choose sizes whose product divides {world}"
         )
+        are_running = "is running" if world == 1 else "are running"
         raise UserError(
-            f"mesh {text!r} has {shape.size} ranks, but {world} {'is' if world == 1 else 'are'} running: "
-            f"{remedy}"
+            f"mesh {text!r} has {shape.size} ranks, but {world} {are_running}: {remedy}"
         )
 
 
@@ -152,10 +155,5 @@ def parts(atoms: Iterable[str], axis: str) -> tuple[str, ...]:
 
 def _nearest(ranks: int, ep: int, etp: int) -> str:
     if ranks % etp:
-        near = min(
-            (d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: (abs(d - etp), d)
-        )
-        return f"etp={near}"
-    rest = ranks // etp
-    near = min((d for d in range(1, rest + 1) if rest % d == 0), key=lambda d: (abs(d - ep), d))
-    return f"ep={near}"
+        return f"etp={nearest_divisor(ranks, etp)}"
+    return f"ep={nearest_divisor(ranks // etp, ep)}"

@@ -1,8 +1,8 @@
 """Redistribution that DTensor lacks, or that DTensor does with too much communication.
 
 DTensor tracks the *placement* of a tensor: sharded along a dim (Shard), whole on every rank
-(Replicate), or a sum that is still pending (Partial). Each function here handles one such
-placement. It also accepts a plain tensor (one device), and its docstring says what it communicates.
+(Replicate), or a sum that is still pending (Partial). The docstring of each function says what the
+function communicates. Functions of a ``Tensor`` also take a plain tensor (one device).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def code(placements: Sequence[Placement]) -> tuple[int, ...]:
 
 
 def decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
-    """Return the placements that ``code`` has encoded."""
+    """Decode the placements that ``code`` has encoded."""
     return tuple([_PLACEMENTS[n] for n in numbers])
 
 
-# Made once: a compiler would trace each call of these constructors.
+# Constructed once: the compiler would trace each call of these constructors.
 _PLACEMENTS = {-2: Partial(), -1: Replicate(), **{dim: Shard(dim) for dim in range(8)}}
 
 
@@ -50,9 +50,10 @@ class Unshard(torch.autograd.Function):
     gradient over the gathered mesh axes only.
 
     The backward of ``DTensor.redistribute`` would also reduce over the axes that were replicated
-    before the all-gather: dp_replicate for most weights, every axis for a norm's scale. It would do
-    so once per microbatch, before the reduce-scatter, on the unsharded gradient. Here the gradient
-    stays Partial over these axes, and is reduced over them once, at the end of the step.
+    before the all-gather: dp_replicate for most weights, every axis for a norm's scale. This
+    reduction would run once per microbatch, before the reduce-scatter, on the unsharded gradient.
+    Here the gradient stays Partial over these axes. It is reduced over them once, at the end of the
+    step.
 
     ``fp8``: all-gather in 8 bits if all shards have one size (distributed/fp8_all_gather.py).
     """
@@ -78,9 +79,9 @@ class Unshard(torch.autograd.Function):
 
 def _unshard(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     """Redistribute x to ``goal``, one mesh axis after another. In a single call, torch (2.11 to
-    2.13) all-gathers over several axes at once if a process group of exactly these ranks exists. It
-    then treats nested shards as the shards of one split. If the nested shards are not of one size,
-    the result has wrong values, silently."""
+    2.13) all-gathers over several axes at once if a process group of exactly these ranks exists.
+    torch then treats nested shards as the shards of one split. If the nested shards have different
+    sizes, the result has wrong values, and no error is raised."""
     for axis in reversed(range(x.device_mesh.ndim)):
         if x.placements[axis] != goal[axis]:
             x = x.redistribute(
@@ -98,15 +99,15 @@ def _unshard_fp8(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     sizes = [mesh.size(axis) for axis in axes]
     whole = unpacked(messages.unflatten(0, sizes), part.shape, x.dtype)
     for i, axis in reversed(list(enumerate(axes))):
-        dim = x.placements[axis].dim + i  # i dims of ranks are still in front of it
+        dim = x.placements[axis].dim + i  # i dims of ranks still precede the tensor's dims
         whole = whole.movedim(i, dim).flatten(dim, dim + 1)
     return DTensor.from_local(whole, mesh, goal, run_check=False, shape=x.shape, stride=x.stride())
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The placements, global shape and stride of a DTensor: with them a rank's local tensor becomes
-    a DTensor again."""
+    """The placements, global shape and stride of a DTensor. A rank's local tensor and its spec make
+    the DTensor again (``to_dtensor``)."""
 
     placements: tuple[Placement, ...]
     shape: torch.Size
@@ -118,8 +119,8 @@ class ShardSpec:
 
     @property
     def gradient(self) -> ShardSpec:
-        """The spec of a weight's gradient, given the weight's spec. It is Partial on each mesh axis
-        where the weight is replicated: there every rank has one summand of the gradient."""
+        """The spec of a weight's gradient, given the weight's spec. The gradient is Partial on each
+        mesh axis where the weight is replicated: there every rank has one summand."""
         return replace(
             self, placements=tuple(Partial() if p.is_replicate() else p for p in self.placements)
         )
@@ -128,7 +129,7 @@ class ShardSpec:
         """The spec of a gradient after ``reduce_scatter_all``."""
         return replace(self, placements=reduce_scattered(self.placements, goal))
 
-    def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
+    def to_dtensor(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(
             x, mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
@@ -136,9 +137,11 @@ class ShardSpec:
 
 @opaque
 class LocalToDTensor(torch.autograd.Function):
-    """Make a DTensor on the mesh of ``like`` from a rank's local tensor of a weight. The gradient
-    must have the placements of ``ShardSpec.gradient``; backward returns its local tensor. The
-    backward of ``DTensor.from_local`` would reduce pending sums in every microbatch."""
+    """Make a DTensor on the mesh of ``like`` from a rank's local tensor of a weight.
+
+    The gradient must have the placements of ``ShardSpec.gradient``. Backward returns the local
+    tensor of the gradient. The backward of ``DTensor.from_local`` would reduce pending sums in
+    every microbatch."""
 
     @staticmethod
     def forward(
@@ -149,36 +152,39 @@ class LocalToDTensor(torch.autograd.Function):
         shape: Sequence[int],
         stride: Sequence[int],
     ) -> DTensor:
-        lies = ShardSpec(decode(placements), torch.Size(shape), tuple(stride))
-        ctx.placements = lies.gradient.placements
-        return lies.whole(x, like.device_mesh)
+        spec = ShardSpec(decode(placements), torch.Size(shape), tuple(stride))
+        ctx.placements = spec.gradient.placements
+        return spec.to_dtensor(x, like.device_mesh)
 
     @staticmethod
     def backward(ctx, g: DTensor):
         if tuple(g.placements) != ctx.placements:
             raise PlacementError(
-                f"the gradient of a weight lies {g.placements}, not {ctx.placements}: every rank must have a "
-                "summand of it where the weight is whole; constrain what it multiplies to tokens_sp"
+                f"the gradient of a weight has the placements {g.placements}, not "
+                f"{ctx.placements}: where the weight is replicated, every rank must have one "
+                "summand of the gradient; constrain the activation that the weight multiplies to "
+                "tokens_sp"
             )
         return g.to_local(), None, None, None, None
 
 
 def reduce_scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:
+    """Return the placements of a gradient after ``reduce_scatter`` to ``goal``."""
     return tuple(b if b.is_shard() else a for a, b in zip(now, goal, strict=True))
 
 
 def reduce_scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) -> DTensor:
     """Reduce-scatter a gradient to the sharded axes of ``goal``, with sums in ``dtype``. If
     ``dtype`` is wider than the gradient's dtype, ranks exchange the summands unconverted
-    (all-to-all), and the receiving rank adds them up in ``dtype``. The sum is the same; for
-    bfloat16 it takes half the bytes of a float32 reduce-scatter."""
+    (all-to-all), and the receiving rank adds up the summands in ``dtype``. The sum is the same. In
+    bfloat16, the all-to-all sends half the bytes of a float32 reduce-scatter."""
     target = reduce_scattered(g.placements, goal)
     for axis, (now, then) in enumerate(zip(g.placements, target, strict=True)):
         if (
             now.is_partial()
             and now != then
             and g.dtype.itemsize < dtype.itemsize
-            and _even(g, axis, target)
+            and _shards_evenly(g, axis, target)
         ):
             g = _all_to_all_then_sum(g, axis, then.dim, dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
@@ -200,8 +206,8 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
 def part_of(
     shape: Sequence[int], mesh: DeviceMesh | None, placements: Sequence[Placement]
 ) -> list[float]:
-    """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim. So
-    the shape is the same on every rank, and all ranks decide alike."""
+    """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim. With
+    fractions the shape is the same on every rank, and all ranks decide alike."""
     part = list(shape)
     for axis, p in enumerate(placements):
         if isinstance(p, Shard):
@@ -209,9 +215,10 @@ def part_of(
     return part
 
 
-def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
-    """Whether this mesh axis can shard its dim next, into equal shards: no inner axis shards the
-    dim already, no outer axis has yet to shard it, and the local size is divisible."""
+def _shards_evenly(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
+    """Whether this mesh axis can shard its dim next, into equal shards. It can if three things
+    hold: no inner axis shards the dim already, no outer axis has yet to shard the dim, and the
+    local size is divisible."""
     dim = target[axis].dim
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
     outer = any(
@@ -225,16 +232,16 @@ def _all_to_all_then_sum(g: DTensor, axis: int, dim: int, dtype: torch.dtype) ->
     own, others = exchange_rows(
         g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis
     )
-    landed = own.to(dtype) + others.sum(0, dtype=dtype)
+    total = own.to(dtype) + others.sum(0, dtype=dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
     return DTensor.from_local(
-        landed, mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
+        total, mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
     )
 
 
 def to_local(x: Tensor) -> Tensor:
-    """Return this rank's local tensor; it shares memory with x. Not for use under autograd: there,
-    use a local region (``Layout.local_map``), which declares the placements of gradients."""
+    """Return this rank's local tensor, which shares memory with x. Not for use under autograd. Use
+    a local region there (``Layout.local_map``): it declares the placements of gradients."""
     if not isinstance(x, DTensor):
         return x
     with torch.no_grad():
@@ -269,16 +276,16 @@ def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTens
 
 
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """Shard x, which every rank holds whole, by the placements of y's gradient. These are the
-    placements of y, but Replicate where y is Partial."""
+    """Shard x, which every rank holds whole, by the placements of y's gradient: the placements of
+    y, but Replicate where y is Partial."""
     if not isinstance(y, DTensor):
         return x
     return shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
 
 
 def full(x: Tensor) -> Tensor:
-    """Unshard a tensor: return the whole of it, as a plain tensor, on every rank. Simulated ranks
-    and one device also give a plain tensor."""
+    """Unshard a tensor: return a plain tensor that is whole on every rank. Under simulated ranks
+    and on one device the result is a plain tensor too."""
     if isinstance(x, DTensor):
         x = _unshard(x, [Replicate()] * x.device_mesh.ndim).to_local()
     return same_on_all(x)

@@ -1,15 +1,13 @@
-"""Many simulated ranks in one process: the basis of property tests, ``--simulate`` and
-``dtron.verify``.
+"""Many simulated ranks in one process, for property tests, ``--simulate`` and ``dtron.verify``.
 
 ``LocalTensorMode`` replaces every rank-local tensor by one value per rank. It runs each operation
 once for each rank, and collectives move values between ranks. The program is the same as on real
-ranks, DTensor included. It is slower by the number of ranks, and it needs no GPU, no torchrun and
-no network.
+ranks, DTensor included. A simulated program is slower by the number of ranks. It needs no GPU, no
+torchrun and no network.
 
-LocalTensorMode is private to torch, and so is the fake process group that gives its groups their
-names. Only this file imports them. They cannot draw random numbers per rank, and they cannot time
-anything; nothing here relies on either. dtron draws whole weights outside the mode, and slices
-them.
+LocalTensorMode is private to torch, and so is the fake process group that names the groups. Only
+this file imports them. A simulation cannot draw random numbers per rank, and it cannot time
+anything. dtron draws whole weights outside the mode, and slices them.
 """
 
 from __future__ import annotations
@@ -54,22 +52,22 @@ def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
 
 
 class _SimulatedRanks(LocalTensorMode):
-    """LocalTensorMode with a short way for the common operations: pure functions of tensors, and
+    """LocalTensorMode with a fast path for the common operations: pure functions of tensors, and
     questions about their shape. A simulated step takes half the time.
 
-    LocalTensorMode saves and restores the random state around every operation and rank. After every
-    view it also gives the wrapper of all ranks' views the storage of the wrapper that they are
-    views of, which enters three more modes. A wrapper's storage is never read. Every rank's view
-    shares the memory of this rank's tensor either way."""
+    LocalTensorMode saves and restores the random state around every operation and rank. A view also
+    costs three more modes: LocalTensorMode gives the wrapper of all ranks' views the storage of the
+    wrapper of their bases. The fast path does neither. A wrapper's storage is never read, and every
+    rank's view shares the memory of this rank's tensor either way."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = {type(x) for x in _flat(args)}
+        kinds = {type(x) for x in _flat(args)}
         if func is torch.ops.aten.promote_types.default:
             return func(*args)
         if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
             with _SimulatedRanks(self.ranks):  # torch enters a plain LocalTensorMode here
                 return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
-        if LocalTensor not in found or not found <= _KNOWN or not _is_pure(func):
+        if LocalTensor not in kinds or not kinds <= _KNOWN or not _is_pure(func):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.dim.default:
             return len(args[0]._size)
@@ -135,7 +133,7 @@ def one_rank(x: torch.Tensor) -> torch.Tensor:
 
 def same_on_all(x: torch.Tensor) -> torch.Tensor:
     """Return the value that all simulated ranks share, and any other tensor as it is. Raises
-    AssertionError if ranks differ. Two NaNs at one place do not differ."""
+    AssertionError if ranks differ. Two NaNs at the same index are equal."""
     if not isinstance(x, LocalTensor):
         return x
     first, *others = x._local_tensors.values()
@@ -161,8 +159,8 @@ def by_rank(x: torch.Tensor, rank: int) -> dict[int, torch.Tensor]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause the simulation, so that new tensors are plain tensors again. It is for code that
-    allocates tensors and does not know about ranks."""
+    """Pause the simulation, so that new tensors are plain tensors again. For code that allocates
+    tensors and does not know about ranks."""
     with maybe_disable_local_tensor_mode():
         yield
 

@@ -1,5 +1,5 @@
-"""Symmetric memory: memory that all GPUs of one host can access, and the process
-groups that use it (distributed/copy_engine.py).
+"""Symmetric memory: memory that all GPUs of one host can access, and the process groups that use it
+(distributed/copy_engine.py).
 
 ``backends`` chooses the process groups when a mesh is built. ``to_symmetric_memory`` moves the
 tensors that these groups all-gather to symmetric memory. ``publish_weights`` announces to all ranks
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dtron.distributed.copy_engine import CopyEngineGroup, SymmetricBuffer, room_for
+from dtron.distributed.copy_engine import CopyEngineGroup, SymmetricBuffer, aligned_bytes
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import equal_parts, like, to_local
 from dtron.errors import UserError
@@ -35,7 +35,7 @@ def allocate(size: int) -> Tensor:
     return symmetric.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def _made(group: Any, options: Any) -> CopyEngineGroup:
+def _create_group(group: Any, options: Any) -> CopyEngineGroup:
     """Create a process group of backend "copies". torch calls this function."""
     from torch._C._distributed_c10d import _register_process_group
 
@@ -47,10 +47,14 @@ def _made(group: Any, options: Any) -> CopyEngineGroup:
     # The rendezvous needs an ordinary process group of the same ranks: torch asks the group for its
     # store, and a group written in Python has no store.
     name = f"{group.group_id}.copies"
-    place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
-    _register_process_group(name, place)  # this keeps no reference; ``meet`` does
-    meet = lambda memory, place=place: _rendezvous(memory, name)
-    return CopyEngineGroup(nccl, rank, size, "cuda", allocate, meet, timeout)
+    plain = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
+    _register_process_group(name, plain)
+
+    def rendezvous(memory: Tensor, keeps: dist.ProcessGroup = plain) -> SymmetricBuffer:
+        # The registry has no reference to the plain group. ``keeps`` has one.
+        return _rendezvous(memory, name)
+
+    return CopyEngineGroup(nccl, rank, size, "cuda", allocate, rendezvous, timeout)
 
 
 def _rendezvous(memory: Tensor, group: str) -> SymmetricBuffer:
@@ -72,21 +76,21 @@ def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, st
 
     ``axes``: the mesh dims that ZeRO shards over.
     """
-    atoms, here = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device != "cuda" or not atoms or not _peers(here):
+    atoms, host_ranks = shape.atoms, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device != "cuda" or not atoms or not _gpus_access_each_other(host_ranks):
         return None
     if not hasattr(dist.Backend, "COPIES"):
-        dist.Backend.register_backend("copies", _made, extended_api=True, devices=["cuda"])
+        dist.Backend.register_backend("copies", _create_group, extended_api=True, devices=["cuda"])
     spans, span = {}, 1
     for atom, n in reversed(atoms.items()):
         span *= n
         spans[atom] = span  # the first and last rank of a group are less than this apart
-    return {atom: "copies" for atom in axes if here % spans[atom] == 0} or None
+    return {atom: "copies" for atom in axes if host_ranks % spans[atom] == 0} or None
 
 
-def _peers(count: int) -> bool:
-    mine = torch.cuda.current_device()
-    return all(torch.cuda.can_device_access_peer(mine, i) for i in range(count) if i != mine)
+def _gpus_access_each_other(count: int) -> bool:
+    own = torch.cuda.current_device()
+    return all(torch.cuda.can_device_access_peer(own, i) for i in range(count) if i != own)
 
 
 def copy_engine_groups(mesh: DeviceMesh | None) -> list[str]:
@@ -118,24 +122,27 @@ def to_symmetric_memory(tensors: list[Any]) -> list[Any]:
     """Return the same DTensors. The shards of DTensors that a CopyEngineGroup would all-gather are
     moved to symmetric memory. There a shard has the same offset on every rank."""
     groups, tensors = _groups(_mesh(tensors)), list(tensors)
-    gathered = lambda x: (
-        any(x.placements[i].is_shard() for i in groups) and equal_parts(x, x.placements)
-    )
-    away = [j for j, x in enumerate(tensors) if gathered(x)]
-    if not away:
+
+    def is_gathered(x: Any) -> bool:
+        sharded = any(x.placements[i].is_shard() for i in groups)
+        return sharded and equal_parts(x, x.placements)
+
+    moved = [i for i, x in enumerate(tensors) if is_gathered(x)]
+    if not moved:
         return tensors
-    parts = [to_local(tensors[j]) for j in away]
-    sizes = [room_for(x) for x in parts]
-    memory = next(iter(groups.values()))._allocate(sum(sizes))
-    for j, part, room in zip(away, parts, memory.split(sizes), strict=True):
-        there = room[: part.nbytes].view(part.dtype).view(part.shape)
-        tensors[j] = like(tensors[j], there.copy_(part))
+    shards = [to_local(tensors[i]) for i in moved]
+    sizes = [aligned_bytes(x) for x in shards]
+    memory = next(iter(groups.values())).allocate(sum(sizes))
+    for i, shard, part in zip(moved, shards, memory.split(sizes), strict=True):
+        copy = part[: shard.nbytes].view(shard.dtype).view(shard.shape).copy_(shard)
+        tensors[i] = like(tensors[i], copy)
     for group in groups.values():
-        group.meet(memory)
+        group.register(memory)
     return tensors
 
 
 def publish_weights(tensors: list[Any]) -> None:
-    """Announce to all ranks that these weights have been written."""
+    """Announce to all ranks that these weights have been written. This is a barrier of each
+    CopyEngineGroup."""
     for group in _groups(_mesh(tensors)).values():
-        group.settle()
+        group.publish()

@@ -1,9 +1,9 @@
 """The global batches of a run, as microbatches on this rank's device.
 
-A thread reads the next batches while the device works (data/prefetch.py). With a GPU it copies them
-into pinned memory, from which the GPU copies without the host. A batch is a pure function of the
-number of its first sample, so a resumed run continues with the batch that an uninterrupted run
-would read.
+A thread reads the next batches while the device works (data/prefetch.py). With a GPU it copies the
+batches into pinned memory, from which the GPU copies without the host. A batch is a pure function
+of the number of its first sample. So a resumed run continues with the same batch as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GlobalBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[list[Batch], int]:
-        """What a training step takes of it."""
+        """The arguments of a training step."""
         return self.microbatches, self.valid
 
 
@@ -64,10 +64,11 @@ class Batches:
 
 
 def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
-    """Convert rows to tensors, in pinned memory if the device is a GPU. Any thread may call this."""
+    """Convert rows to tensors, in pinned memory if the device is a GPU. Any thread may call this
+    function."""
     gpu = plan.device.startswith("cuda")
     if gpu:
-        torch.cuda.set_device(plan.device)  # of this thread; pinned memory belongs to a device
+        torch.cuda.set_device(plan.device)  # pinned memory belongs to the thread's device
     documents = rows.documents if config.data.masked else None
     positions = rows.positions if config.data.restarts else None
     columns = (rows.tokens, documents, positions, rows.counted)

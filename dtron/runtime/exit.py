@@ -1,21 +1,20 @@
 """Exit handling of every command. An error that the user can fix is one line on stderr. No rank is
-left hanging."""
+left hanging. (Signals: runtime/signals.py.)"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dtron.errors import LostRank, UserError
 from dtron.renamed import refuse_old_flags
+from dtron.runtime.signals import Termination
 
-OTHERS_WAIT, GRACE = 3.0, 2.0  # seconds
+OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,32 +43,25 @@ class Parser(argparse.ArgumentParser):
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
     exception is a bug in the program and keeps its traceback."""
-    ending = threading.Event()
-
-    def end(*_) -> None:
-        ending.set()
-        threading.Timer(GRACE, os._exit, [143]).start()
-
+    termination = Termination()
     if "WORLD_SIZE" in os.environ:
-        # When a rank dies, torchrun sends SIGTERM to the others at once. The grace period lets them
-        # report which rank is lost.
-        signal.signal(signal.SIGTERM, end)
+        termination.install()
     try:
         return main(argv)
     except UserError as error:
-        text, code = "error: " + " ".join(str(error).split()), 2
-        at_once = isinstance(error, LostRank)
+        text = "error: " + " ".join(str(error).split())
+        code, at_once = 2, isinstance(error, LostRank)
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
             raise
-        text, code = f"error: another rank has died or hangs ({lost}); see what it said", 2
-        at_once = True
+        text = f"error: another rank has died or hangs ({lost}); see the output of that rank"
+        code, at_once = 2, True
     except KeyboardInterrupt:
         text, code, at_once = "stopped", 130, False
     rank = int(os.environ.get("RANK", 0))
-    # If every rank has the same error, rank 0 reports it. torchrun then ends the other ranks while
-    # they wait here. An error of this rank alone is still printed after the wait.
-    if rank and not at_once and ending.wait(OTHERS_WAIT):
+    # If every rank has the same error, rank 0 reports the error. torchrun then ends the other ranks
+    # while they wait here. An error of this rank alone is printed after the wait.
+    if rank and not at_once and termination.wait(OTHERS_WAIT):
         os._exit(code)
     if rank:
         text = f"rank {rank}: {text}"

@@ -20,14 +20,14 @@ from dtron.training.pipeline import Pipeline
 
 
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
-    """Return what must be the same when the run goes on. Raises UserError if the flags or the data
-    differ between ranks."""
-    same = identity_of(config, data.digest())
+    """Return the settings that must be the same when the run is resumed. Raises UserError if the
+    flags or the data differ between ranks."""
+    settings = identity_of(config, data.digest())
     if data.samples is not None:
-        same["data.samples"] = data.samples
-    more = {"batch": config.batch, "optim": config.optim, "steps": config.steps}
-    same_on_all_ranks(same | more)
-    return same
+        settings["data.samples"] = data.samples
+    may_change = {"batch": config.batch, "optim": config.optim, "steps": config.steps}
+    same_on_all_ranks(settings | may_change)
+    return settings
 
 
 def initial_state(
@@ -35,15 +35,16 @@ def initial_state(
     plan: RunPlan,
     pipe: Pipeline,
     identity: dict[str, Any],
-    found: Path | None,
+    resumed: Path | None,
     source: Source | None,
 ) -> checkpoint.TrainState:
     """Return weights and optimizer state, with the placements of this run.
 
-    ``found``: the checkpoint to resume from, or None.
-    ``source``: the Hugging Face folder of the initial weights. Random if both are None.
+    ``resumed``: the checkpoint to resume from, or None.
+    ``source``: the Hugging Face folder of the initial weights, or None. If both are None, the
+        weights are random.
 
-    Raises UserError for a checkpoint of another run, or of a step that needs no more training."""
+    Raises UserError for a checkpoint of another run, or of a run that has reached its last step."""
     spec, layout = pipe.spec, pipe.layout
     if source is not None:
         params = source.load(spec, layout, plan.master, plan.device)
@@ -52,11 +53,11 @@ def initial_state(
         params = init(spec, dims, config.seed, layout, plan.master, plan.device)
     opt = init_state(build_optimizer(config.optim), spec, params)
     state = checkpoint.TrainState(0, 0, params, opt)
-    if found is not None:
-        state = checkpoint.load(found, state, spec, identity)
+    if resumed is not None:
+        state = checkpoint.load(resumed, state, spec, identity)
         if state.step >= config.steps:
             raise UserError(
-                f"--steps {config.steps}: {found} is at step {state.step} already; use more"
+                f"--steps {config.steps}: {resumed} is at step {state.step} already; use more steps"
             )
     copies = with_compute_copies(state.opt, state.params, spec, layout.compute)
     return replace(state, opt=copies)

@@ -1,7 +1,7 @@
 """Launch: turn a config into running ranks, and choose device, dtype and processes.
 
-There are three ways to launch the same program: one process with one device; several processes
-started by torchrun (gloo on CPU, NCCL on GPU); or all ranks simulated in this process. Invalid
+There are three ways to launch the same program: one process with one device, several processes
+started by torchrun (gloo on CPU, NCCL on GPU), or all ranks simulated in this process. Invalid
 configs are refused before a process group exists. So no rank waits for a rank that has exited.
 """
 
@@ -78,16 +78,17 @@ def plan_run(config: RunConfig) -> RunPlan:
     )
 
 
-def _records(config: RunConfig, can: bool, shape: MeshShape) -> bool:
-    """Whether the step is recorded as a CUDA graph. ``can``: the step is compiled, on a GPU."""
-    if config.cuda_graph == "on" and not (can and shape.pp == 1):
+def _records(config: RunConfig, compiled_on_gpu: bool, shape: MeshShape) -> bool:
+    """Whether the step is recorded as a CUDA graph."""
+    can = compiled_on_gpu and shape.pp == 1
+    if config.cuda_graph == "on" and not can:
         why = (
             f"mesh {shape}: a pipeline is not recorded"
-            if can
+            if compiled_on_gpu
             else "it takes a GPU and compiled stages"
         )
         raise UserError(f"--cuda-graph on: {why}; use --cuda-graph auto")
-    return config.cuda_graph != "off" and can and shape.pp == 1
+    return config.cuda_graph != "off" and can
 
 
 def _device(config: RunConfig) -> str:
@@ -102,9 +103,9 @@ def _device(config: RunConfig) -> str:
         raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
-        have = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         raise UserError(
-            f"local rank {local}: this machine has {have} GPUs; start {have} processes, or "
+            f"local rank {local}: this machine has {count} GPUs; start {count} processes, or "
             "--device cpu"
         )
     return f"cuda:{local}"
@@ -126,14 +127,14 @@ def same_on_all_ranks(values: dict[str, Any]) -> None:
     between machines, training would continue, but the result would be worthless."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return
-    mine = {name: repr(value) for name, value in values.items()}
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    for name, value in found[0].items():
-        for rank, theirs in enumerate(found):
-            if theirs[name] != value:
+    own = {name: repr(value) for name, value in values.items()}
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, own)
+    for name, value in by_rank[0].items():
+        for rank, others in enumerate(by_rank):
+            if others[name] != value:
                 raise UserError(
-                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {theirs[name][:80]}; "
+                    f"{name}: rank 0 has {value[:80]} and rank {rank} has {others[name][:80]}; "
                     "start all ranks with the same flags and files"
                 )
 
@@ -165,8 +166,8 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if plan.shape.size > 1:
         backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
         device_id = torch.device(plan.device) if kind == "cuda" else None
-        # The pipeline's P2P messages have their own groups, so this warning does not apply
-        # (schedules/p2p.py).
+        # P2P messages of the pipeline have groups of their own (schedules/p2p.py), so this warning
+        # does not apply.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     group_backends = None

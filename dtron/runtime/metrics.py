@@ -1,8 +1,8 @@
 """Metrics of a run: a progress line, ``metrics.jsonl`` for plots, and optionally TensorBoard.
 
-``metrics.jsonl`` has one JSON object per step. Unknown numbers are null (the MFU of a device with
-no listed peak). A resumed run first drops the steps after its checkpoint, so every step is in the
-file once.
+``metrics.jsonl`` has one JSON object per step. An unknown number is null, such as the MFU of a
+device with no listed peak. A resumed run first drops the steps after its checkpoint, so every step
+is in the file once.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: str) -> float | None:
+    """Return the peak of a device in dense bf16 TFLOP/s; None if no peak is listed."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -51,7 +52,7 @@ def peak_memory_gib(device: str) -> float:
     resident set on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes; the unit of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
@@ -65,7 +66,7 @@ def mark(device: str) -> Any:
 
 
 def elapsed(a: Any, b: Any) -> float:
-    """Seconds between two marks."""
+    """Return the seconds between two marks."""
     if isinstance(a, float):
         return b - a
     b.synchronize()
@@ -75,16 +76,19 @@ def elapsed(a: Any, b: Any) -> float:
 class Throughput(NamedTuple):
     """The numbers that turn seconds into tokens/s, TFLOP/s and MFU.
 
-    ``device``: of this rank.
-    ``ranks``: number of devices.
-    ``flops_per_token``: of forward and backward, without recomputation (model/flops.py)."""
+    ``device``: the device of this rank.
+    ``ranks``: the number of devices.
+    ``flops_per_token``: the FLOPs of forward and backward, without recomputation
+        (model/flops.py)."""
 
     device: str
     ranks: int
     flops_per_token: float
 
     def per_second(self, tokens: int, seconds: float) -> dict[str, float | None]:
-        """``tokens``: of a step, over all ranks."""
+        """Return the rates of a step.
+
+        ``tokens``: the tokens of the step, over all ranks."""
         tflops = tokens * self.flops_per_token / seconds / self.ranks / 1e12
         peak = peak_tflops(self.device)
         return {
@@ -98,8 +102,9 @@ class Metrics:
     """Collects a run's steps. Only the main rank writes. The other ranks pass ``main=False`` and
     write nothing.
 
-    ``steps``, ``start``: the last step of the run, and the step that it resumes after.
-    ``console``: of the progress lines; None: the standard output."""
+    ``steps``: the last step of the run.
+    ``start``: the step after which the run resumes; 0: a new run.
+    ``console``: prints the progress lines; None: the standard output."""
 
     def __init__(
         self,
@@ -111,7 +116,7 @@ class Metrics:
         tensorboard: bool = False,
         console: Console | None = None,
     ):
-        from rich.console import Console  # the benchmarks do without
+        from rich.console import Console  # imported here: benchmarks run without rich
 
         self._throughput, self._device = throughput, throughput.device
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
@@ -140,9 +145,9 @@ class Metrics:
     ) -> dict[str, Any]:
         """Return the record of a step.
 
-        ``tokens``: valid targets of the step, over all ranks.
+        ``tokens``: the number of valid targets of the step, over all ranks.
         ``end``: the mark at which the step ended (None: now).
-        ``waited``: seconds that this rank's host waited for data."""
+        ``waited``: the seconds that this rank's host waited for data."""
         end = mark(self._device) if end is None else end
         seconds, self._mark = elapsed(self._mark, end), end
         self._tokens += tokens
@@ -180,9 +185,10 @@ class Metrics:
         self._mark = mark(self._device)
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """The progress line of a step."""
-        step, done = record["step"], record["step"] - self._first
-        left = (time.perf_counter() - self._begun) / max(done, 1) * (self._steps - step)
+        """Print the progress line of a step."""
+        step = record["step"]
+        trained = step - self._first  # by this process
+        left = (time.perf_counter() - self._begun) / max(trained, 1) * (self._steps - step)
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         self.say(
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
@@ -206,7 +212,7 @@ class Metrics:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a UserError: an unwritable file at the start is for the user to fix."""
+    """Turn an OSError into a UserError: the user can fix a file that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -216,15 +222,15 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of an earlier run, whatever version wrote them. A partly written line
-    is dropped."""
-    found = []
+    """Read the complete lines of an earlier run, of any version of dtron. A partly written line is
+    dropped."""
+    records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(current(json.loads(line)))
+            records.append(current(json.loads(line)))
         except ValueError:
             continue
-    return found
+    return records
 
 
 def _tensorboard(run_dir: Path, start: int) -> Any:
@@ -240,13 +246,13 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
 def _experts(record: Mapping[str, Any]) -> str:
     """Format the load of the most imbalanced MoE layer and the largest dropped fraction."""
 
-    def of_layers(name: str) -> list[float]:
+    def by_layer(name: str) -> list[float]:
         keys = (k for k in record if k.startswith("experts.") and k.endswith("." + name))
         return [record[k] for k in keys]
 
-    if not (loads := of_layers("load_max")):
+    if not (loads := by_layer("load_max")):
         return ""
-    dropped = max(of_layers("dropped"))
+    dropped = max(by_layer("dropped"))
     return f"load {max(loads):.2f}x  " + (f"dropped {dropped:.1%}  " if dropped else "")
 
 

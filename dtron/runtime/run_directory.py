@@ -1,7 +1,7 @@
 """A run's directory: its resolved config, its checkpoints, and a record of every start.
 
-``RunDirectory`` is the directory of the run that trains. ``read_run`` and ``export_run`` serve
-programs that read the directory of another run.
+``RunDirectory`` is the directory that a run writes. ``read_run`` and ``export_run`` are for programs
+that read the directory of another run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from dtron.training.config import RunPlan
 class RunDirectory:
     """The directory that a run writes to.
 
-    ``found``: the checkpoint to resume from, or None."""
+    ``resumed``: the checkpoint to resume from, or None."""
 
     path: Path
-    found: Path | None
+    resumed: Path | None
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
@@ -46,15 +46,15 @@ class RunDirectory:
         torchrun has started this process again. Raises UserError if the directory cannot be
         written, has nothing to resume, or holds another run that training would overwrite."""
         path = Path(config.run_dir)
-        found = checkpoint.newest(path)
+        newest = checkpoint.newest(path)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if config.resume and not found:
+        if config.resume and not newest:
             raise UserError(
                 f"--resume: {path} has no checkpoint; drop --resume, or train with --save-every"
             )
-        if found and not (config.resume or restarted):
+        if newest and not (config.resume or restarted):
             raise UserError(
-                f"--run-dir {path}: holds checkpoints of another run, up to {found.name}; go on "
+                f"--run-dir {path}: holds checkpoints of another run, up to {newest.name}; go on "
                 "from there with --resume, choose another --run-dir, or delete it"
             )
         try:
@@ -65,14 +65,16 @@ class RunDirectory:
             raise UserError(
                 f"--run-dir {path}: cannot be written ({error.strerror}); choose another"
             ) from error
-        return cls(path, found)
+        return cls(path, newest)
 
     def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> None:
-        """Write what is known when training starts after ``step``: the resolved config, the
-        tokenizer, the small files of ``config.init_from``, and a line of ``starts.jsonl``."""
+        """Write the files that are known before the first step: the resolved config, the tokenizer,
+        the small files of ``config.init_from``, and a line of ``starts.jsonl``.
+
+        ``step``: the step after which training starts."""
         clear_parts(self.path)
         cli.save(config, self.path / CONFIG)
-        if config.init_from and not self.found:
+        if config.init_from and not self.resumed:
             keep_origin(Path(config.init_from), self.path)
         if data.tokenizer is not None:
             data.tokenizer.save(str(self.path / "tokenizer.json"))
@@ -81,7 +83,7 @@ class RunDirectory:
 
 
 def _start(plan: RunPlan, step: int) -> dict[str, Any]:
-    """Return the record of a start: when, after which step, by which code, on which mesh."""
+    """Return the record of a start: time, step, versions, mesh, device and dtypes."""
     gpu = plan.device.startswith("cuda")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,14 +115,14 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
-    """The config and the newest whole checkpoint of a run."""
+    """Return the config and the newest whole checkpoint of a run."""
     if not (run_dir / CONFIG).is_file():
         raise UserError(
             f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote"
@@ -131,14 +133,15 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
         raise UserError(
             f"{run_dir / CONFIG}: is no config of a run ({error}); give a run directory"
         ) from error
-    found = checkpoint.newest(run_dir)
-    if found is None:
+    newest = checkpoint.newest(run_dir)
+    if newest is None:
         raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
-    return config, found
+    return config, newest
 
 
 def export_run(run_dir: Path, out: Path, **options: Any) -> Exported:
-    """Write the newest checkpoint of a run as a Hugging Face folder. ``options`` are those of
-    ``export``."""
-    config, found = read_run(run_dir)
-    return export(config.model, found, run_dir, out, **options)
+    """Write the newest checkpoint of a run as a Hugging Face folder.
+
+    ``options``: the options of ``export``."""
+    config, newest = read_run(run_dir)
+    return export(config.model, newest, run_dir, out, **options)

@@ -1,8 +1,9 @@
 """The log of a run, one step behind the device.
 
-The host must not wait for a step before it launches the next one. So ``launched`` takes a step's
+The host must not wait for a step before it launches the next step. So ``launched`` takes a step's
 results as tensors, and reads the numbers of the step before, which the device has finished by then.
-``finish`` waits for the last launched step; the run calls it where the host has to wait anyway.
+``finish`` waits for the last launched step. The run calls ``finish`` where the host has to wait
+anyway.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dtron.training.reports import StepReports, describe_experts
 
 
 class Launched(NamedTuple):
-    """A step that the device works on: its results, and the time mark of its end."""
+    """A step that has been launched: its results on the device, and the time mark of its end."""
 
     step: int
     loss: Tensor
@@ -37,7 +38,7 @@ class Launched(NamedTuple):
 
 
 class StepLog:
-    """Logs the steps of a run from step ``start`` on. Only the main rank writes."""
+    """Logs the steps of a run after step ``start``. Only the main rank writes."""
 
     def __init__(self, config: RunConfig, plan: RunPlan, run_dir: Path, start: int):
         self._config, self._device = config, plan.device
@@ -61,12 +62,12 @@ class StepLog:
     ) -> None:
         """Take the results of a step, and write the step before."""
         end = mark(self._device)
-        before = self._launched
+        previous = self._launched
         self._launched = Launched(
             step, loss, grad_norm, reports, lr, batch.valid, batch.wait_seconds, end
         )
-        if before is not None:
-            self._metrics.write(self._read(before))
+        if previous is not None:
+            self._metrics.write(self._read(previous))
 
     def finish(self) -> None:
         """Wait for the last launched step and print its line."""
@@ -82,11 +83,11 @@ class StepLog:
         self.say(f"step {step}: validation loss {loss:.4f}")
 
     def saved_in(self, seconds: float) -> None:
-        """Add the time that training stopped for a checkpoint after the finished step."""
+        """Add the seconds for which a checkpoint after the finished step has stopped training."""
         self._record["checkpoint_stall_seconds"] = seconds
 
     def write(self) -> None:
-        """Write the finished step. The time since its end does not count as time of the next."""
+        """Write the finished step. The time since its end is not counted to the next step."""
         if self._record is not None:
             self._metrics.write(self._record)
             self._metrics.restart_clock()
@@ -119,7 +120,7 @@ class StepLog:
 
 
 def describe(config: RunConfig, plan: RunPlan, data: Data, step: int) -> str:
-    """The first line of a run: model, mesh, dtype, data and batch."""
+    """Return the first line of a run: model, mesh, dtype, data and batch."""
     ranks = _count(plan.shape.size, "rank")
     compute = str(plan.compute).removeprefix("torch.")
     size = f"{data.train.size:,} tokens" if data.train.size else "a stream"

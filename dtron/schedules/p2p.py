@@ -78,13 +78,13 @@ class PipelineGroups:
     ``rank``: this process's pipeline rank.
     ``peers[r]``: the process of rank r.
     ``line``: the group of all ranks.
-    ``of[source, goal]``: the group of one direction between two ranks.
+    ``by_pair[source, goal]``: the group of one direction between two ranks.
     ``host``: a CPU (gloo) group of all ranks; None without GPUs."""
 
     rank: int
     peers: tuple[int, ...]
     line: Any
-    of: Mapping[Pair, Any]
+    by_pair: Mapping[Pair, Any]
     host: Any = None
 
 
@@ -169,7 +169,7 @@ class P2PLinks:
         return self._wrap(buffer)
 
     def _group(self, pair: Pair) -> Any:
-        return self._groups.host if self._by_host else self._groups.of[pair]
+        return self._groups.host if self._by_host else self._groups.by_pair[pair]
 
     def finish(self) -> None:
         self._here.finish()
@@ -199,5 +199,5 @@ class P2PLinks:
             why = "no answer within --timeout-seconds" if late else "connection lost"
             raise LostRank(
                 f"stage {self._t.stages_of(self._rank)[0]}: {neighbour} has died or hangs "
-                f"({why}); see what it said"
+                f"({why}); see the output of that rank"
             ) from error

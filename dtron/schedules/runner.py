@@ -55,15 +55,15 @@ class Program:
         ``output`` is a ``StageOutput`` or None.
     ``splits``: False if the backward cannot be split into two halves, because the stage
         recomputes.
-    ``hold``: turns params into the functions' params argument (None: params are passed as they
-        are); see training/gradients.py.
+    ``stage_weights``: turns params into the functions' params argument (None: params are passed as
+        they are); see ``StageWeights`` in training/gradients.py.
     ``carries``: a stage takes, as its last argument, the sum of its reports on the previous
         microbatches, or None."""
 
     enter: Callable[[Any, Any], Tensor]
     stage: Callable[..., tuple[Tensor, StageOutput | None]]
     splits: bool = True
-    hold: Any = None
+    stage_weights: Any = None
     carries: bool = False
     enter_params: Callable[[Any], Any] = all_params
 

@@ -17,11 +17,11 @@ from dtron.training.optimizer import ElementwiseOptimizer, UpdateScalars
 
 @dataclass(frozen=True)
 class AdamW(ElementwiseOptimizer):
-    """AdamW: ``m`` and ``v`` are the first and the second moment of the gradient.
+    """AdamW. Its state is ``m`` and ``v``, the first and the second moment of the gradient.
 
     ``beta1``, ``beta2``: the decays of the moments.
-    ``eps``: added to the second moment's root.
-    ``weight_decay``: of matrices; norms and biases have none.
+    ``eps``: added to the root of the second moment.
+    ``weight_decay``: the weight decay of matrices; norms and biases have none.
 
     ``OptimConfig`` has these options as flags, with their defaults."""
 
@@ -56,7 +56,7 @@ class AdamW(ElementwiseOptimizer):
         c1: Tensor,
         c2: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Algorithm 2 of the paper.
+        """Return the new weight and moments by algorithm 2 of the paper.
 
         ``c1``, ``c2``: the bias corrections of the moments."""
         m, v = state
@@ -70,16 +70,27 @@ class AdamW(ElementwiseOptimizer):
     ) -> None:
         """Update all weights at once with torch's fused AdamW kernel."""
         m, v = state
-        # The kernel ignores strides, and the gradient of an uneven shard is a slice of its padded
-        # buffer. And the kernel divides gradients (``grad_scale``) in float32 only.
+        # The kernel ignores strides. But the gradient of an uneven shard is a slice of its padded
+        # buffer.
         g = [x.to(y.dtype).contiguous() for x, y in zip(g, w, strict=True)]
-        divides = w[0].dtype == torch.float32 and not is_simulated(w[0])
-        if not divides:
+        # The kernel scales gradients (``grad_scale``) in float32 only.
+        kernel_scales = w[0].dtype == torch.float32 and not is_simulated(w[0])
+        if not kernel_scales:
             torch._foreach_mul_(g, scalars.scale)
         torch._fused_adamw_(
-            w, g, m, v, [], [torch.full((), float(scalars.step), device=x.device) for x in w],
-            lr=scalars.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay,
-            eps=self.eps, amsgrad=False, maximize=False,
-            grad_scale=1 / scalars.scale if divides else None,
+            w,
+            g,
+            m,
+            v,
+            [],
+            [torch.full((), float(scalars.step), device=x.device) for x in w],
+            lr=scalars.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=1 / scalars.scale if kernel_scales else None,
             found_inf=(~scalars.ok).to(torch.float32),
-        )  # fmt: skip
+        )

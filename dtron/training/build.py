@@ -1,5 +1,5 @@
-"""The step that trains, built once: train.py, the benchmarks, ``dtron.verify`` and the tests call
-this."""
+"""The step that trains, built in one place for train.py, the benchmarks, ``dtron.verify`` and the
+tests."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ def build_step(
     pipe: Pipeline,
     backend: str = "inductor",
     overlap: bool = True,
-    wrap: Callable[[Program], Program] = lambda functions: functions,
+    wrap: Callable[[Program], Program] | None = None,
 ) -> TrainStep | CudaGraphStep:
-    """The step of a config on the ranks that ``pipe`` is of: eager, compiled, or recorded, as
+    """Build the step of a config on the ranks of ``pipe``: eager, compiled, or recorded, as
     ``plan`` says.
 
-    ``backend``: of torch.compile.
-    ``overlap``: collectives are moved ahead of what needs them.
-    ``wrap``: what a proof or a test puts around the model's functions before they are compiled."""
-    functions = wrap(program(config.model, pipe.layout, config.how, plan.splits))
+    ``backend``: the backend of torch.compile.
+    ``overlap``: collectives are issued ahead of their use.
+    ``wrap``: changes the model's functions before they are compiled, for proofs and tests."""
+    functions = program(config.model, pipe.layout, config.how, plan.splits)
+    if wrap is not None:
+        functions = wrap(functions)
     optimizer = build_optimizer(config.optim)
     if plan.compile:
         functions = compiled(functions, pipe.layout, config.how, backend, overlap, plan.gather_each)

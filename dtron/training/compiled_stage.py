@@ -4,11 +4,11 @@ A stage is compiled whole (``fullgraph``), forward and backward, once per shape.
 returns to Python. An eager block launches about thirty kernels, and each reads and writes every
 activation. In a compiled block, all operators between two matmuls are one kernel.
 
-A compiled function takes and returns local tensors of each rank. Inside, ``LocalToDTensor`` turns
-them into DTensors again. The tracer sees through DTensors, so only kernels and collectives are
-left. (If a compiled function took DTensors, every call would unwrap and rewrap them: with 2 GPUs,
-tp=2 and 24 layers that took 190 ms a step.) The functions that run once per step are compiled in
-the same way: the gathering of weights and the reduction of gradients.
+A compiled function takes and returns local tensors of each rank. Inside, ``LocalToDTensor`` makes
+DTensors of the local tensors. The tracer sees through DTensors, so only kernels and collectives are
+left. (If a compiled function took DTensors, every call would unwrap and rewrap the DTensors: with 2
+GPUs, tp=2 and 24 layers this took 190 ms a step.) The functions that run once per step are compiled
+in the same way: the all-gather of weights and the reduction of gradients.
 
 A compiled function returns all gradients in one call. So the actions ``I`` and ``W`` of the
 zero-bubble schedules are not split (see schedules/split_backward.py)."""
@@ -45,39 +45,41 @@ def compiled(
     how: ComputeConfig = PLAIN,
     backend: str = "inductor",
     overlap: bool = True,
-    fetches: bool = False,
+    gather_each: bool = False,
 ) -> Program:
     """Compile the functions of a program.
 
     ``how``: its FP8 recipe and its activation policy choose the compiler's options.
     ``overlap``: collectives are issued ahead of their use, and small collectives are bucketed.
-    ``fetches``: a stage all-gathers its weights itself, as under ZeRO-3."""
+    ``gather_each``: a stage all-gathers its weights itself, as under ZeRO-3."""
     mesh, options = layout.mesh, compile_options(how.recipe(end=False))
-    if fetches and overlap and (group := _carried(mesh)):
+    if gather_each and overlap and (group := _weight_gather_group(mesh)):
         options |= {
             "post_grad_custom_post_pass": Zero3Prefetch(group),
             "reorder_for_peak_memory": False,
         }
     elif mesh is not None and mesh.device_type == "cuda":  # inductor knows the speed of GPUs only
-        # Code that comes from the cache of an earlier run calls operators that only this import
-        # registers.
+        # Code from the cache of an earlier run calls operators that only this import registers.
         importlib.import_module("torch._inductor.fx_passes.bucketing")
-        left_out = {
+        off = {
             "insert_overlap_deps": how.policy.recomputes_attention,
             "collective_bucketing": bool(copy_engine_groups(mesh)),
         }
-        passes = {name: overlap and not left_out.get(name) for name in OVERLAP}
+        passes = {name: overlap and not off.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     options = options if backend == "inductor" else None
     budget = 1.0 if how.policy.budget is None else how.policy.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
-    here = CompiledStage(functions, layout, compile, partial(jit, backend=backend))
-    return Program(here.enter, here.stage, False, here, functions.carries, functions.enter_params)
+    stage = CompiledStage(functions, layout, compile, partial(jit, backend=backend))
+    return Program(
+        stage.enter, stage.stage, False, stage, functions.carries, functions.enter_params
+    )
 
 
-def _carried(mesh: DeviceMesh | None) -> str | None:
+def _weight_gather_group(mesh: DeviceMesh | None) -> str | None:
+    """Return the name of the CopyEngineGroup if it alone all-gathers the weights, else None."""
     return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(mesh.mesh_dim_names))
 
 
@@ -87,15 +89,16 @@ OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_
 Two passes fail in torch 2.11 with an AssertionError:
 
 * ``collective_bucketing``: buckets of many all-reduces wait for each other. So the functions on
-  lists of weights or gradients are compiled without any of these passes. They have no compute to
-  hide a collective behind.
+  lists of weights or gradients are compiled without any of these passes. Such functions have no
+  compute to hide a collective behind.
 * ``insert_overlap_deps`` wraps the operators that must stay behind a collective. Recomputed
-  attention, a kernel that could draw random numbers, cannot be wrapped. So this pass is off where
-  attention is recomputed.
+  attention is a kernel that could draw random numbers, and cannot be wrapped. So this pass is off
+  where attention is recomputed.
 
 Where copy engines all-gather the weights (distributed/copy_engine.py), ``collective_bucketing`` is
-off: separate copies cost least, and nothing is concatenated. Where copy engines all-gather them
-inside a stage, dtron's own pass replaces all of these (training/zero3_prefetch.py)."""
+off: separate copies cost least, and nothing is concatenated. Where copy engines all-gather the
+weights inside a stage, ``Zero3Prefetch`` replaces all of these passes (training/zero3_prefetch.py).
+"""
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,17 @@ class LocalWeights:
     """A stage's weights as its compiled functions take them.
 
     ``tree``: this rank's local tensors.
-    ``lies``: the placements, shape and stride of each weight.
-    ``entrance``: the part of them that ``enter`` takes."""
+    ``specs``: the placements, shape and stride of each weight.
+    ``enter``: the weights that the function ``enter`` takes."""
 
     tree: Any
-    lies: list[ShardSpec]
-    entrance: LocalWeights | None = None
+    specs: list[ShardSpec]
+    enter: LocalWeights | None = None
 
 
 class CompiledStage:
-    """The compiled functions of a program, on local tensors of each rank. It is also their
-    ``StageWeights`` (training/gradients.py)."""
+    """The compiled functions of a program, on local tensors of each rank. It is also the
+    ``StageWeights`` of the program (training/gradients.py)."""
 
     def __init__(
         self, functions: Program, layout: Layout, compile: Callable, compile_list: Callable
@@ -123,72 +126,96 @@ class CompiledStage:
 
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         # The compiler traces, and at each call guards, every weight that a function takes.
-        p = p.entrance
-        return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]
+        p = p.enter
+        return self._run(self._enter, p.tree, p.specs, (), (), *_split_batch(batch))[0]
 
     def stage(
         self, p: LocalWeights, x: Tensor, batch: Any, *before: Any
     ) -> tuple[Tensor, StageOutput | None]:
-        return self._run(self._functions.stage, p.tree, p.lies, (x,), before, *_apart(batch))
+        return self._run(self._functions.stage, p.tree, p.specs, (x,), before, *_split_batch(batch))
 
     def _enter(self, p: Any, batch: Any) -> tuple[Tensor, None]:
         return self._functions.enter(p, batch), None
 
     def leaves(self, params: Any, once: bool) -> tuple[LocalWeights, list[Tensor]]:
         weights = flat(params)
-        tensors, lies = [to_local(w) for w in weights], [ShardSpec.of(w) for w in weights]
+        tensors, specs = [to_local(w) for w in weights], [ShardSpec.of(w) for w in weights]
         if once:
-            of, layout = declared(params), self._layout
-            ready = [d.frozen or layout.ready(w, *d.axes) for w, d in zip(weights, of, strict=True)]
-            after = [
-                at if there else replace(at, placements=layout.unsharded(*d.axes))
-                for at, there, d in zip(lies, ready, of, strict=True)
-            ]
-            rest = [d for d, there in zip(of, ready, strict=True) if not there]
-            gather = lambda ws: unshard_all(ws, rest, layout, once=True)
-            tensors, lies = self._run_some(gather, tensors, lies, ready), after
+            tensors, specs = self._unshard(params, tensors, specs)
         tensors = [t.detach().requires_grad_() for t in tensors]
-        tree, part = unflatten(params, tensors), self._functions.enter_params
-        placed = dict(zip(map(id, tensors), lies, strict=True))
-        entrance = LocalWeights(part(tree), [placed[id(w)] for w in flat(part(tree))])
-        return LocalWeights(tree, lies, entrance), tensors
+        tree = unflatten(params, tensors)
+        spec_of = dict(zip(map(id, tensors), specs, strict=True))
+        enter_tree = self._functions.enter_params(tree)
+        enter = LocalWeights(enter_tree, [spec_of[id(w)] for w in flat(enter_tree)])
+        return LocalWeights(tree, specs, enter), tensors
+
+    def _unshard(
+        self, params: Any, tensors: list[Tensor], specs: list[ShardSpec]
+    ) -> tuple[list[Tensor], list[ShardSpec]]:
+        """Undo the ZeRO sharding of all weights. Return their local tensors and specs."""
+        declarations, layout = declared(params), self._layout
+        ready = [
+            d.frozen or layout.ready(w, *d.axes)
+            for w, d in zip(flat(params), declarations, strict=True)
+        ]
+        unsharded = [
+            spec if is_ready else replace(spec, placements=layout.unsharded(*d.axes))
+            for spec, is_ready, d in zip(specs, ready, declarations, strict=True)
+        ]
+        rest = [d for d, is_ready in zip(declarations, ready, strict=True) if not is_ready]
+
+        def unshard_rest(weights: list[DTensor]) -> list[DTensor]:
+            return unshard_all(weights, rest, layout, once=True)
+
+        return self._run_on_rest(unshard_rest, tensors, specs, ready), unsharded
 
     def reduce_scatter(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor]
     ) -> list[Tensor]:
-        return self._move(reduce_scatter_all, grads, [at.gradient for at in weights.lies], params)
+        specs = [spec.gradient for spec in weights.specs]
+        return self._redistribute(reduce_scatter_all, grads, specs, params)
 
     def reduce(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool
     ):
-        lies = [at.gradient for at in weights.lies]
+        specs = [spec.gradient for spec in weights.specs]
         if scattered:
-            lies = [at.reduce_scattered(p.placements) for at, p in zip(lies, params, strict=True)]
-        grads = self._move(reduce_grads, grads, lies, params)
-        return [ShardSpec.of(p).whole(g, p.device_mesh) for g, p in zip(grads, params, strict=True)]
+            specs = [
+                spec.reduce_scattered(p.placements) for spec, p in zip(specs, params, strict=True)
+            ]
+        grads = self._redistribute(reduce_grads, grads, specs, params)
+        return [
+            ShardSpec.of(p).to_dtensor(g, p.device_mesh) for g, p in zip(grads, params, strict=True)
+        ]
 
     def loss(self, total: Tensor) -> Tensor:
         return self._layout.from_local(total, "+tokens")
 
-    def _move(
-        self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]
+    def _redistribute(
+        self, fn: Callable, grads: list[Tensor], specs: list[ShardSpec], params: list[DTensor]
     ):
         """Run ``fn`` on the gradients that do not have the placements of their params yet."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
-        there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
-        return self._run_some(fn, grads, lies, there, goals)
+        ready = [spec.placements == goal for spec, (goal, _) in zip(specs, goals, strict=True)]
+        return self._run_on_rest(fn, grads, specs, ready, goals)
 
-    def _run_some(
-        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args
-    ):
-        """Run the compiled ``fn`` on the tensors that are not ``there`` yet; return all tensors."""
-        away = [i for i, done in enumerate(there) if not done]
-        if not away:
+    def _run_on_rest(
+        self,
+        fn: Callable,
+        tensors: list[Tensor],
+        specs: list[ShardSpec],
+        ready: list[bool],
+        *lists: list[Any],
+    ) -> list[Tensor]:
+        """Run the compiled ``fn`` on the tensors that are not ready. Return all tensors.
+
+        ``lists``: further arguments of ``fn``, with an item for each tensor."""
+        rest = [i for i, is_ready in enumerate(ready) if not is_ready]
+        if not rest:
             return tensors
-        pick = lambda xs: [xs[i] for i in away]
-        found = self._run_list(fn, pick(tensors), pick(lies), *map(pick, args))
-        moved = dict(zip(away, found, strict=True))
-        return [moved.get(i, x) for i, x in enumerate(tensors)]
+        results = self._run_list(fn, *([xs[i] for i in rest] for xs in (tensors, specs, *lists)))
+        changed = dict(zip(rest, results, strict=True))
+        return [changed.get(i, x) for i, x in enumerate(tensors)]
 
     # The traced functions: local tensors in, DTensors inside, local tensors out.
 
@@ -196,49 +223,56 @@ class CompiledStage:
         self,
         fn: Callable,
         tree: Any,
-        lies: list[ShardSpec],
+        specs: list[ShardSpec],
         x: tuple[Tensor, ...],
         before,
         batch,
-        parts,
+        shards,
     ):
-        here = self._layout.from_local
+        from_local = self._layout.from_local
         mesh = self._layout.mesh
-        batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
-        like = next(getattr(batch, name) for name in parts)
-        whole = lambda w, at: LocalToDTensor.apply(
-            w, like, code(at.placements), tuple(at.shape), at.stride
+        batch = replace(
+            batch, **{name: spec.to_dtensor(shard, mesh) for name, (shard, spec) in shards.items()}
         )
-        p = unflatten(tree, [whole(w, at) for w, at in zip(flat(tree), lies, strict=True)])
+        like = next(getattr(batch, name) for name in shards)
+        p = unflatten(
+            tree, [_to_dtensor(w, spec, like) for w, spec in zip(flat(tree), specs, strict=True)]
+        )
         before = [
-            r and {name: here(part, "+tokens_sp") for name, part in r.items()} for r in before
+            report and {name: from_local(part, "+tokens_sp") for name, part in report.items()}
+            for report in before
         ]
-        y, extra = fn(p, *(here(part, "tokens_sp", "act_embed") for part in x), batch, *before)
+        y, extra = fn(
+            p, *(from_local(part, "tokens_sp", "act_embed") for part in x), batch, *before
+        )
         if extra is None:
-            return _own(y), None
-        aux = None if extra.aux is None else _own(extra.aux)
-        return _own(y), StageOutput(
+            return _local_output(y), None
+        aux = None if extra.aux is None else _local_output(extra.aux)
+        return _local_output(y), StageOutput(
             aux, {name: part.to_local() for name, part in extra.report.items()}
         )
 
     def _traced_list(
-        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args
+        self, fn: Callable, tensors: list[Tensor], specs: list[ShardSpec], *lists: list[Any]
     ) -> list[Tensor]:
-        wholes = [at.whole(t, self._layout.mesh) for t, at in zip(tensors, lies, strict=True)]
-        return [x.to_local() for x in fn(wholes, *args)]
+        mesh = self._layout.mesh
+        dtensors = [spec.to_dtensor(t, mesh) for t, spec in zip(tensors, specs, strict=True)]
+        return [x.to_local() for x in fn(dtensors, *lists)]
 
 
-def _own(y: DTensor) -> Tensor:
+def _to_dtensor(w: Tensor, spec: ShardSpec, like: DTensor) -> DTensor:
+    return LocalToDTensor.apply(w, like, code(spec.placements), tuple(spec.shape), spec.stride)
+
+
+def _local_output(y: DTensor) -> Tensor:
     """The local tensor of ``y``. On an axis where ``y`` is Partial, its gradient is Replicate: the
     gradient of the sum."""
-    return y.to_local(
-        grad_placements=[Replicate() if at.is_partial() else at for at in y.placements]
-    )
+    return y.to_local(grad_placements=[Replicate() if p.is_partial() else p for p in y.placements])
 
 
-def _apart(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
+def _split_batch(batch: Any) -> tuple[Any, dict[str, tuple[Tensor, ShardSpec]]]:
     """Split a batch into the batch without its tensors, and this rank's shard of each tensor with
     its ShardSpec."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), DTensor)}
-    parts = {name: (to_local(x), ShardSpec.of(x)) for name, x in tensors.items()}
-    return replace(batch, **dict.fromkeys(tensors)), parts
+    shards = {name: (to_local(x), ShardSpec.of(x)) for name, x in tensors.items()}
+    return replace(batch, **dict.fromkeys(tensors)), shards

@@ -1,8 +1,8 @@
-"""What decides a training step: the model, the mesh and how they are computed. runtime/config.py
-adds what a run needs around it: data, steps, checkpoints and logs.
+"""The config of a training step: the model, the mesh and the options of the computation.
+runtime/config.py adds the config of a run: data, steps, checkpoints and logs.
 
-A ``RunPlan`` is what a config means on one machine: devices, dtypes and what is compiled, checked
-once.
+A ``RunPlan`` is a config resolved on one machine and checked once: device, dtypes, microbatches,
+and whether the step is compiled.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the model is cut into pipeline stages."""
+    """How the model is split into pipeline stages."""
 
     schedule: Schedule = "1f1b"
-    """order of forwards and backwards, for pp over 1; python -m dtron.schedules compare shows
-    them"""
+    """order of forwards and backwards, for pp over 1; python -m dtron.schedules compare shows the
+    schedules"""
     stages_per_rank: int = 2
-    """interleaved: stages on each rank"""
+    """interleaved: number of stages on each rank"""
     layers: str = ""
-    """blocks of each stage, as 7,9; empty: as even as FLOPs allow"""
+    """number of blocks in each stage, as 7,9; empty: as even as FLOPs allow"""
 
     def __post_init__(self) -> None:
         if self.stages_per_rank < 1:
             raise UserError(
-                f"pipeline.stages_per_rank={self.stages_per_rank}: a rank has at least 1 stage; raise it"
+                f"pipeline.stages_per_rank={self.stages_per_rank}: a rank has at least 1 stage; "
+                "raise it"
             )
         if not all(part.strip().isdigit() for part in filter(None, self.layers.split(","))):
             raise UserError(
@@ -61,18 +62,18 @@ class StepConfig:
     """One step of training, on any mesh."""
 
     mesh: str = ""
-    """how the ranks are arranged, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for
-    experts); a dp left out takes the rest"""
+    """sizes of the mesh axes, as dp=2,tp=2 (axes pp, dp_replicate, dp, cp, tp, and ep, etp for
+    experts); a dp left out takes the remaining ranks"""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage, what is sharded over dp and cp: 0 nothing, 1 optimizer state, 2 also gradients, 3
+    """ZeRO stage. Sharded over dp and cp are: 0 nothing, 1 optimizer state, 2 also gradients, 3
     also weights in use"""
     batch: int = 16
     """sequences per step, over all ranks"""
     micro_batch: int | None = None
-    """sequences per rank at once; None: all of a rank's share, or with pp a part that fills the
-    pipeline"""
+    """sequences per rank and microbatch; None: all of a rank's share, or with pp a part that fills
+    the pipeline"""
     zero3_gather: Literal["step", "microbatch"] = "step"
-    """zero 3 with pp: when weights are gathered, once a step (and kept) or in every block and
+    """zero 3 with pp: weights are all-gathered once a step (and kept), or in every block and
     microbatch"""
     recompute: str = "none"
     """activation policy, to save memory: none, selective or full, or budget (compiled only), which
@@ -82,36 +83,36 @@ class StepConfig:
     attention_kernel: AttentionPath = "auto"
     """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
     cp_method: Method = "ring"
-    """attention over cp: keys and values gathered, or exchanged in a ring, or heads for parts of
-    sequences"""
+    """attention over cp. allgather: keys and values are all-gathered; ring: keys and values are
+    exchanged in a ring; ulysses: heads are exchanged for parts of sequences"""
     zigzag: Literal["auto", "on", "off"] = "auto"
-    """over cp: a rank has an early and a late part of each sequence, so that all have the same
-    work; auto: not for ulysses, where they have it anyway"""
+    """over cp: a rank has an early and a late part of each sequence, so that all ranks have the
+    same work; auto: off for ulysses, where all ranks have the same work anyway"""
     fp8: Fp8 = "none"
-    """matrix products of blocks in FP8, with one scale per tensor or per row; the last with the
-    weight's gradient in high precision"""
+    """recipe of the blocks' matmuls in FP8: one scale per tensor, per row or per block;
+    rowwise_with_gw_hp: the weight's gradient in high precision"""
     fp8_first_last: bool = False
-    """FP8 in the first and the last block too, which are kept in high precision otherwise"""
+    """FP8 in the first and the last block too; otherwise these two stay in high precision"""
     moe_dispatch: Dispatch = "auto"
-    """how tokens reach experts on other ranks: all-to-alls of as many rows as there are, or of a
-    fixed number (static), or every rank gets all tokens of its group (allgather). auto: allgather
-    where compiled, else alltoall"""
+    """how tokens reach experts on other ranks. alltoall: all-to-alls of exactly the routed rows;
+    static: all-to-alls of a fixed number of rows; allgather: every rank gets all tokens of its
+    group; auto: allgather where compiled, else alltoall"""
     fp8_min_weights: int = MIN_WEIGHTS
-    """weights that a product has, on one rank, for FP8 to be worth its casts; smaller ones are left
-    as they are"""
+    """smallest number of weights of a matmul, on one rank, for which FP8 is worth its casts;
+    smaller matmuls stay in high precision"""
     fp8_gather: bool = False
-    """with --zero 3: weights for products in FP8 are gathered in 8 bits, which is half the traffic
-    of bfloat16"""
+    """with --zero 3: weights for FP8 matmuls are all-gathered in 8 bits, which is half the bytes of
+    bfloat16"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """record a compiled step as one CUDA graph, which the host launches at once; auto: on GPUs,
+    """record a compiled step as one CUDA graph, which the host launches in one call; auto: on GPUs,
     without pp"""
     copy_engines: Literal["auto", "off"] = "auto"
     """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory,
-    which takes no processors from matrix products; off: NCCL sends them"""
+    which takes no SMs from matmuls; off: NCCL sends weights and gradients"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """in which gradients are accumulated and reduced; float64 where weights are float64"""
+    """dtype in which gradients are accumulated and reduced; float64 where weights are float64"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -141,8 +142,8 @@ class StepConfig:
         return self.zero == 3 and (shape.pp == 1 or self.zero3_gather == "microbatch")
 
     def splits(self, shape: MeshShape) -> bool:
-        """Whether a backward can run in two halves: not where blocks gather weights, because those
-        blocks are recomputed."""
+        """Whether a backward can run in two halves. It cannot where blocks all-gather weights,
+        because these blocks are recomputed."""
         axes = tuple(shape.atoms)
         sharded = any(
             place(RULES, axes, *w.axes) != place(whole(RULES), axes, *w.axes)
@@ -153,7 +154,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a config means on this machine, checked."""
+    """A config resolved on this machine, and checked."""
 
     shape: MeshShape
     device: str
@@ -164,10 +165,11 @@ class RunPlan:
     rows: int
     """sequences in each microbatch, over all ranks"""
     gather_each: bool
-    """as ZeRO-3 does: a stage gathers its weights itself, in every microbatch"""
+    """a stage all-gathers its weights itself, in every microbatch, as ZeRO-3 does"""
     splits: bool
-    """a backward can be made in two halves"""
+    """a backward can run in two halves"""
     compile: bool
+    """stages and the optimizer are compiled"""
     cuda_graph: bool
     """a step is recorded once and replayed"""
 
@@ -180,7 +182,7 @@ class RunPlan:
         master: torch.dtype,
         compute: torch.dtype,
     ) -> RunPlan:
-        """The plan of a step that is not compiled, on CPU ranks: what proofs and tests build."""
+        """Return the plan of a step that is not compiled, on CPU ranks, for proofs and tests."""
         rows = config.batch // microbatches
         each = config.gathers_each(shape)
         splits = config.splits(shape)

@@ -5,11 +5,11 @@ takes to run them, or twice as long under tensor parallelism. A CUDA graph is a 
 these launches with their addresses. The host launches the graph in one call
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A recording has three
 requirements: shapes never change, weights and optimizer state are overwritten in place, and the
-host reads no number of the step. A step of dtron meets all three. The batch, the learning rate and
-the counts are copied into the buffers that the recorded kernels read.
+host reads no number of the step. A step of dtron meets all three requirements. The batch, the
+learning rate and the counts are copied into the buffers that the recorded kernels read.
 
 Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows
-such waits. But if a rank died, the others would wait for it without the timeout that names it.
+such waits. But if a rank died, the others would wait without the timeout that names the lost rank.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class CudaGraphStep:
     """A training step that is recorded as a CUDA graph and replayed.
 
     ``step(params, opt, microbatches, tokens, lr, number=)``: the step.
-    ``plain``: the number of first calls that run unrecorded. In them functions are compiled and
-    collectives connect their ranks. The next call is recorded, and later calls are replayed.
+    ``plain``: the number of first calls that run unrecorded. In these calls functions are compiled
+        and collectives connect their ranks. The next call is recorded, and later calls are
+        replayed.
 
     A call with other weights or other shapes than the recorded ones runs unrecorded."""
 
@@ -49,7 +50,7 @@ class CudaGraphStep:
         return self._step.pipe
 
     def gradients(self, *args: Any) -> tuple[Tensor | None, Any, Reports]:
-        """``TrainStep.gradients``, which is not recorded."""
+        """Call ``TrainStep.gradients``, which is not recorded."""
         return self._step.gradients(*args)
 
     def __call__(
@@ -67,26 +68,23 @@ class CudaGraphStep:
             return self._run(params, opt, microbatches, numbers.to(self._device))
         if self._graph is None:
             self._params, self._kind = params, kind
-            own = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
-            self._inputs = tree_map(own, tuple(microbatches)), numbers.to(self._device)
+            self._inputs = tree_map(_input_buffer, tuple(microbatches)), numbers.to(self._device)
             self._graph = torch.cuda.CUDAGraph()
             # The graph must be able to follow any earlier work, such as a validation.
             publish_weights(flat(params))
-            # Only calls of this thread can invalidate the recording: the thread of NCCL's watchdog
+            # Only calls of this thread may invalidate the recording: the thread of NCCL's watchdog
             # may query events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._run(params, opt, *self._inputs)[:3]
-        for there, here in zip(
-            _tensors(self._inputs), _tensors((microbatches, numbers)), strict=True
-        ):
-            to_local(there).copy_(to_local(here), non_blocking=True)
+        inputs = _tensors((microbatches, numbers))
+        for buffer, x in zip(_tensors(self._inputs), inputs, strict=True):
+            to_local(buffer).copy_(to_local(x), non_blocking=True)
         self._graph.replay()
-        own = lambda x: x if x is None else x.clone()  # the next replay overwrites x
-        loss, norm, told = self._outputs
+        loss, norm, reports = self._outputs
         return (
-            own(loss),
-            own(norm),
-            StepReports(*map(own, told)),
+            _output(loss),
+            _output(norm),
+            StepReports(*map(_output, reports)),
             params,
             replace(opt, step=opt.step + 1),
         )
@@ -99,8 +97,18 @@ class CudaGraphStep:
 
 
 def _kind(microbatches: Sequence[Batch]) -> list:
-    """The shapes, dtypes and plain values of microbatches. A recording is valid for one kind."""
+    """Return the shapes, dtypes and plain values of microbatches. A recording is valid for one
+    kind."""
     return [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in flat(microbatches)]
+
+
+def _input_buffer(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _output(x: Tensor | None) -> Tensor | None:
+    """Copy an output of the recording: the next replay overwrites it."""
+    return x if x is None else x.clone()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

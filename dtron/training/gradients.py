@@ -12,8 +12,8 @@ gradient stops being Partial:
     3       sharded over dp     inside each block    as 2: in the backward of the gather
 
 Gradients accumulate in local tensors. Their dtype is at least float32, unless the config asks for
-another. Gradients that are still Partial (over dp_replicate, and over every axis on which a weight
-is replicated) are reduced once, at the end. No ``.grad`` is set.
+another dtype. Gradients that are still Partial (over dp_replicate, and over every axis on which a
+weight is replicated) are reduced once, at the end. No ``.grad`` is set.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class StageWeights(Protocol):
     ``grads`` and ``params`` are lists in the order of a stage's weights."""
 
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        """A stage's weights for its functions, and the tensors to differentiate by.
+        """Return a stage's weights for its functions, and the tensors to differentiate by.
 
-        ``once``: gather the weights now, and not inside the functions."""
+        ``once``: all-gather the weights now, and not inside the functions."""
 
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
     ) -> list[Tensor]:
-        """Reduce-scatter gradients on the axes on which their params are sharded."""
+        """Reduce-scatter gradients over the axes on which their params are sharded."""
 
     def reduce(
         self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
     ) -> list[Tensor]:
         """Reduce gradients to the placements of their params.
 
-        ``scattered``: whether ``reduce_scatter`` has reduce-scattered them before."""
+        ``scattered``: whether ``reduce_scatter`` has reduce-scattered the gradients before."""
 
     def loss(self, total: Tensor) -> Tensor:
-        """The summed loss; it is still Partial over the data ranks."""
+        """Return the summed loss, which is still Partial over the data ranks."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,28 @@ def gradients(
 ) -> tuple[Tensor | None, Any, Reports]:
     """Compute ``(loss, gradients, reports)`` of a step.
 
-    ``params``: the trees of the stages here, in the order of ``pipe.stages``.
+    ``params``: the trees of this process's stages, in the order of ``pipe.stages``.
     ``tokens``: the divisor of the loss. The gradients are not divided, see below.
-    ``gather_each``: whether ZeRO-3 gathers in every microbatch, or once a step, as ZeRO-1 and 2 do
-    (a pipeline may have many microbatches).
+    ``gather_each``: whether ZeRO-3 all-gathers weights in every microbatch. If not, it all-gathers
+        once a step, as ZeRO-1 and 2 do (a pipeline may have many microbatches).
     ``look(stage, microbatch, gradients)``: called with the gradients of every microbatch before
-    they are added up. Its kernels may be loaded in the middle of the step. So messages between
-    stages go by way of the hosts.
+        they are added up. Its kernels may be loaded in the middle of the step. So messages between
+        stages go through the hosts.
 
     The loss is the sum over microbatches divided by ``tokens``: a scalar, still Partial over the
-    data ranks, or None if the last stage is on another rank. The gradients are those of the *sum*
-    of the loss and of the auxiliary losses that stages add. The caller divides them: the optimizer
-    multiplies by a scale anyway, in the same pass. (In bfloat16 backward, 1 / tokens would be off
-    by up to 0.4 %.) They are a tree like params with the params' placements. Their dtype is the one
-    in which they were added up (``Layout.summed``), or the compute dtype if there was nothing to
-    add. The reports of the stages here, by stage and name, are plain tensors, summed over
+    data ranks, or None if the last stage is on another rank.
+
+    The gradients belong to the *sum* of the loss and the auxiliary losses that stages add. The
+    caller divides the gradients: the optimizer multiplies by a scale anyway, in the same pass. (In
+    bfloat16 backward, 1 / tokens would be off by up to 0.4 %.) The gradients are a tree like params
+    with the params' placements. They keep the dtype in which they were added up
+    (``Layout.summed``), or have the compute dtype if there was nothing to add.
+
+    The reports of this process's stages, by stage and name, are plain tensors, summed over
     microbatches and ranks."""
-    layout, hold = pipe.layout, functions.hold or EagerWeights(pipe.layout)
+    layout, stage_weights = pipe.layout, functions.stage_weights or EagerWeights(pipe.layout)
     leaves = {
-        s: hold.leaves(p, once=zero < 3 or not gather_each)
+        s: stage_weights.leaves(p, once=zero < 3 or not gather_each)
         for s, p in zip(pipe.stages, params, strict=True)
     }
     weights, tensors = ({s: pair[i] for s, pair in leaves.items()} for i in (0, 1))
@@ -128,16 +131,16 @@ def gradients(
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
-    def take(stage: int, microbatch: int, grads: list[Tensor | None]) -> None:
+    def accumulate(stage: int, microbatch: int, grads: list[Tensor | None]) -> None:
         if look is not None:
             look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
-        # The other microbatches are added in place to the first microbatch's gradients. So no two
-        # weights may share a gradient tensor: two weights that are added up have the same one.
+        # Later microbatches are added in place to the gradients of the first microbatch. So no two
+        # weights may share a gradient tensor. Two weights whose sum is used do share one.
         shared = len({id(g) for g in grads}) < len(grads)
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if zero >= 2:
-            grads = hold.reduce_scatter(weights[stage], grads, ps)
+            grads = stage_weights.reduce_scatter(weights[stage], grads, ps)
         if several or shared:
             grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if first:
@@ -145,21 +148,24 @@ def gradients(
         else:
             torch._foreach_add_([to_local(s) for s in sums[stage]], [to_local(g) for g in grads])
 
-    links = pipe.links(microbatches[0], local=functions.hold is not None, by_host=look is not None)
-    out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, take)
-    found = [
-        g for s in pipe.stages for g in hold.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
+    local = functions.stage_weights is not None
+    links = pipe.links(microbatches[0], local=local, by_host=look is not None)
+    out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, accumulate)
+    grads = [
+        g
+        for s in pipe.stages
+        for g in stage_weights.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
     ]
-    found = pipe.reduce_tied_embedding(unflatten(params, found))
-    loss = None if out.total is None else hold.loss(out.total) / tokens
-    return loss, found, {s: _summed(r, layout) for s, r in out.reports.items()}
+    tree = pipe.reduce_tied_embedding(unflatten(params, grads))
+    loss = None if out.total is None else stage_weights.loss(out.total) / tokens
+    return loss, tree, {s: _summed(r, layout) for s, r in out.reports.items()}
 
 
 def evaluate(
     functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline
 ) -> Tensor | None:
-    """The last stage's outputs, summed over any number of microbatches, without gradients; None if
-    the last stage is on another rank."""
+    """Return the last stage's outputs, summed over any number of microbatches, without gradients.
+    None if the last stage is on another rank."""
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     return run_forward(
@@ -171,8 +177,8 @@ def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Sum a report over the ranks that have tokens. All its tensors are concatenated, so there is
     one all-reduce per mesh axis."""
     parts = [to_local(x) for x in report.values()]
-    line = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
-    split = line.split([x.numel() for x in parts])
+    total = full(layout.from_local(torch.cat([x.flatten() for x in parts]), "+tokens_sp"))
+    split = total.split([x.numel() for x in parts])
     return {name: x.view(part.shape) for name, part, x in zip(report, parts, split, strict=True)}
 
 

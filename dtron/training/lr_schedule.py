@@ -8,19 +8,20 @@ from dtron.training.optim_config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then the
-    schedule. The schedule reaches ``min_lr_ratio * lr`` on the last step."""
+    """Return the learning rate of update ``step`` (from 0) of ``steps``: warm-up to ``lr``, then
+    the schedule. The schedule reaches ``min_lr_ratio * lr`` on the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     after = max(steps - config.warmup - 1, 1)
-    done = min((step - config.warmup) / after, 1.0)
+    progress = min((step - config.warmup) / after, 1.0)
     match config.schedule:
         case "constant":
             share = 1.0
         case "linear":
-            share = 1 - done
+            share = 1 - progress
         case "cosine":
-            share = 0.5 * (1 + math.cos(math.pi * done))
+            share = 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
-            share = min(1.0, (1 - done) / config.wsd_decay_ratio) if config.wsd_decay_ratio else 1.0
+            ratio = config.wsd_decay_ratio
+            share = min(1.0, (1 - progress) / ratio) if ratio else 1.0
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

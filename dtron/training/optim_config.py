@@ -19,20 +19,20 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     name: str = "adamw"
-    """which optimizer, of those in training/optim_config.py"""
+    """the optimizer, by its name in training/optim_config.py"""
     options: str = ""
     """options that only this optimizer has, as momentum=0.9,nesterov=true"""
     lr: float = 1e-3
     """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """after warm-up: constant; down to min_lr_ratio * lr by the last step, linearly or as a cosine;
-    wsd stays, then decays"""
+    """after warm-up: constant; linear or cosine: down to min_lr_ratio * lr by the last step; wsd:
+    constant, then a decay"""
     warmup: int = 20
-    """steps from 0 to lr"""
+    """number of steps from 0 to lr"""
     min_lr_ratio: float = 0.1
-    """the last step's rate, as a share of lr"""
+    """learning rate of the last step, as a share of lr"""
     wsd_decay_ratio: float = 0.2
-    """wsd: the share of steps that decay at the end"""
+    """wsd: share of steps, at the end, in which the rate decays"""
     beta1: float = 0.9
     """decay of the first moment"""
     beta2: float = 0.95
@@ -40,7 +40,7 @@ class OptimConfig:
     eps: float = 1e-8
     """added to the second moment's root"""
     weight_decay: float = 0.1
-    """of matrices; norms and biases have none"""
+    """weight decay of matrices; norms and biases have none"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
 
@@ -48,7 +48,7 @@ class OptimConfig:
         inf = float("inf")
         from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
         under(self, "optim", {name: inf for name in ("lr", "warmup", "max_grad_norm")})
-        build_optimizer(self)  # which checks the options
+        build_optimizer(self)  # checks the options
 
 
 def build_optimizer(config: OptimConfig) -> Optimizer:
@@ -73,15 +73,15 @@ def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
         if name not in names:
             has = f"has {', '.join(names)}" if names else "has none"
             raise UserError(
-                f"optim.options={config.options}: {config.name} has no option {name!r} beside the flags; "
-                f"it {has}"
+                f"optim.options={config.options}: {config.name} has no option {name!r} beside the "
+                f"flags; it {has}"
             )
         try:
             values[name] = _PARSERS[types[name]](text)
         except (KeyError, ValueError):
             raise UserError(
-                f"optim.options={config.options}: {name} must be a {types[name].__name__}, not {text!r}; "
-                "change it"
+                f"optim.options={config.options}: {name} must be a {types[name].__name__}, not "
+                f"{text!r}; change it"
             ) from None
     return values
 

@@ -1,4 +1,4 @@
-"""What an optimizer is, and what every optimizer is served with.
+"""The protocol of an optimizer, its state, and the update that every optimizer shares.
 
 An optimizer is a frozen dataclass whose fields are its options. It has three functions (the
 protocol ``Optimizer``): ``init`` makes its state, ``update`` takes one step, and ``state_bytes``
@@ -7,18 +7,18 @@ counts memory. Its state is a dict of trees by name, such as ``{"m": ..., "v": .
 ``optim_config.OPTIMIZERS``.
 
 An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
-``rule``, pure arithmetic on one weight. It does not depend on sharding: it runs on each rank's
-local shards. It runs eagerly, or compiled into one kernel per weight.
+``rule``, pure arithmetic on one weight. The rule does not depend on sharding: it runs on each
+rank's local shards, eagerly, or compiled into one kernel per weight.
 
 The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
-optimizer state keeps a copy of every weight in the compute dtype. The update writes it in the same
-pass as the master. Otherwise each step would read all masters again just to cast them: 4 of the 32
-bytes that a step of AdamW moves per weight.
+optimizer state keeps a copy of every weight in the compute dtype. The update writes the copy in the
+same pass as the master. Otherwise each step would read all masters again just to cast them: 4 of
+the 32 bytes that a step of AdamW moves per weight.
 
 Every update keeps three promises, so that a step can be recorded as a CUDA graph (cuda_graph.py)
 and a bad step does no harm:
 
-* It overwrites params and state in place. It may overwrite gradients.
+* The update overwrites params and state in place. It may overwrite gradients.
 * The host waits for no number: ``UpdateScalars`` may be tensors.
 * If ``ok`` is false, nothing changes (``overwrite``).
 """
@@ -49,8 +49,8 @@ class OptimizerState:
     ``step``: the number of updates.
     ``trees``: the trees of the optimizer, by name. A tree is shaped like the params; it may lack
         weights (None), and a leaf may have another shape than its weight.
-    ``compute_copies``: the params in the compute dtype, or None if that is their own dtype. A
-        checkpoint does not contain them."""
+    ``compute_copies``: the params in the compute dtype, or None if the params have this dtype
+        already. A checkpoint does not contain the copies."""
 
     step: int
     trees: dict[str, Any]
@@ -62,7 +62,7 @@ class UpdateScalars:
     """The numbers of one update. Each may be a tensor on the device.
 
     ``lr``: the learning rate.
-    ``scale``: the factor of the gradients: clipping, and the division by the number of tokens.
+    ``scale``: the factor of the gradients, for clipping and to divide by the number of tokens.
     ``ok``: if false, no weight and no state changes, but the update is counted. None: true.
     ``step``: the number of this update, from 1. None: one more than the state's."""
 
@@ -103,15 +103,15 @@ class Optimizer(Protocol):
         ``element``: the bytes of an element of the master weight."""
 
     def compiled(self, backend: str = "inductor") -> Optimizer:
-        """Return the same optimizer with its arithmetic compiled. Without this function the update
-        stays eager."""
+        """Return the same optimizer with its arithmetic compiled. An optimizer without this
+        function stays eager."""
         return self
 
 
 class DeviceScalars(NamedTuple):
     """The numbers of an elementwise update, as tensors on the device of the weights.
 
-    ``terms``: ``ElementwiseOptimizer.step_terms``."""
+    ``terms``: the result of ``ElementwiseOptimizer.step_terms``."""
 
     lr: Tensor
     scale: Tensor
@@ -121,10 +121,10 @@ class DeviceScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer(Optimizer):
-    """The base of optimizers that update each element of a weight by itself. A subclass has
-    ``state_names`` and ``rule``, and what else it wants.
+    """The base of elementwise optimizers. A subclass defines ``state_names`` and ``rule``. It may
+    override ``fused``, ``step_terms`` and ``for_weight``.
 
-    ``kernel``: ``update_weight``, compiled. None: ``fused`` where there is one, else eager."""
+    ``kernel``: the compiled ``update_weight``. None: ``fused`` if the class has it, else eager."""
 
     kernel: Callable[..., None] | None = field(
         default=None, kw_only=True, compare=False, repr=False
@@ -134,13 +134,13 @@ class ElementwiseOptimizer(Optimizer):
     """the names of the state's trees, each like the params"""
 
     fused: ClassVar[Callable[..., None] | None] = None
-    """a method ``fused(w, g, state, scalars)`` that updates lists of weights at once, in place,
-    with a kernel of torch; ``state`` has a list for each of ``state_names``"""
+    """a method ``fused(w, g, state, scalars)`` that updates lists of weights in place, with one
+    kernel of torch; ``state`` has a list for each of ``state_names``"""
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the new weight and its new state. Nothing is overwritten here.
+        """Return the new weight and its new state, and overwrite nothing.
 
         ``g``: the gradient, scaled, in the dtype of the weight.
         ``state``: the weight's state, in the order of ``state_names``.
@@ -148,8 +148,8 @@ class ElementwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def step_terms(self, step: Tensor) -> tuple[Tensor, ...]:
-        """Return what the rule needs of the step's number (from 1). It is computed once a step, and
-        not in the kernel of each weight."""
+        """Return the arguments of the rule that depend on the step's number (from 1). They are
+        computed once a step, and not in the kernel of each weight."""
         return ()
 
     def for_weight(self, w: WeightSpec) -> Self:
@@ -164,9 +164,9 @@ class ElementwiseOptimizer(Optimizer):
         return len(self.state_names) * math.prod(shape) * element
 
     def compiled(self, backend: str = "inductor") -> Self:
-        """The kernel is compiled once per shape, and a transformer has a dozen shapes. (On an H200,
-        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and ran
-        no faster. With one graph for any shape every step took 5 ms more.)"""
+        """Compile the kernel, once per shape. A transformer has a dozen shapes. (On an H200,
+        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and the
+        later steps were no faster. With one graph for any shape every step took 5 ms more.)"""
         return replace(self, kernel=jit(update_weight, backend=backend))
 
     def update(
@@ -185,13 +185,9 @@ class ElementwiseOptimizer(Optimizer):
         weights, grads = flat(params), flat(grads)
         trees = [flat(state.trees[name]) for name in self.state_names]
         copies = flat(state.compute_copies) or [None] * len(weights)
-        for optimizer, chosen in groups.items():
-            pick = lambda xs, chosen=chosen: [
-                None if xs[i] is None else to_local(xs[i]) for i in chosen
-            ]
-            optimizer._update_group(
-                pick(weights), pick(grads), [*map(pick, trees)], pick(copies), scalars
-            )
+        for optimizer, members in groups.items():
+            w, g, c, *s = (_locals(xs, members) for xs in (weights, grads, copies, *trees))
+            optimizer._update_group(w, g, s, c, scalars)
         return params, state
 
     def _update_group(
@@ -212,10 +208,10 @@ class ElementwiseOptimizer(Optimizer):
         kernel = self.kernel or update_weight
         lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
         numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
-        w, g, copies, *state = ([*map(_plain, xs)] for xs in (w, g, copies, *state))
+        w, g, copies, *state = ([*map(_as_matrix, xs)] for xs in (w, g, copies, *state))
         states = zip(*state, strict=True) if state else repeat(())
-        for x, dx, mine, copy in zip(w, g, states, copies):
-            kernel(self, x, dx, mine, copy, numbers)
+        for x, dx, state_of_x, copy in zip(w, g, states, copies):
+            kernel(self, x, dx, state_of_x, copy, numbers)
 
 
 def update_weight(
@@ -226,8 +222,8 @@ def update_weight(
     copy: Tensor | None,
     scalars: DeviceScalars,
 ) -> None:
-    """Update one weight in place. Compiled, it is one kernel, which takes gradients in any dtype:
-    no gradient has to be cast before.
+    """Update one weight in place. When compiled, this is one kernel. The kernel takes gradients in
+    any dtype, so no gradient is cast before.
 
     ``copy``: the weight in the compute dtype, or None."""
     g = g.to(w.dtype) * scalars.scale
@@ -248,7 +244,11 @@ def _like(scale: Tensor, x: float | Tensor) -> Tensor:
     return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
+def _locals(xs: Sequence[Tensor | None], members: Sequence[int]) -> list[Tensor | None]:
+    return [None if xs[i] is None else to_local(xs[i]) for i in members]
+
+
+def _as_matrix(x: Tensor | None) -> Tensor | None:
     """View a tensor with at most two dims, so that fewer shapes are compiled."""
     return x if x is None or x.ndim < 3 else x.flatten(1)
 
@@ -266,13 +266,12 @@ def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
 def with_compute_copies(
     state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
 ) -> OptimizerState:
-    """The state with copies of the params in ``dtype`` (None: without copies). If copy engines
-    all-gather the weights, the copies are in symmetric memory, where other ranks can read them
-    (distributed/symmetric_memory.py). Frozen weights are not cast."""
+    """Return the state with copies of the params in ``dtype`` (None: no copies). Frozen weights are
+    not cast. Copies that copy engines all-gather are in symmetric memory (``symmetric_memory``)."""
     if dtype is None:
         return replace(state, compute_copies=None)
-    copy = lambda w, p: p if w.frozen else cast(p, dtype)
-    copies = to_symmetric_memory(flat(tree_map(copy, spec, params)))
+    pairs = zip(flat(spec), flat(params), strict=True)
+    copies = to_symmetric_memory([p if w.frozen else cast(p, dtype) for w, p in pairs])
     return replace(state, compute_copies=unflatten(params, copies))
 
 
@@ -286,7 +285,7 @@ def apply_update(
     layout: Layout,
 ) -> tuple[Any, OptimizerState]:
     """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
-    All ranks are told that the weights have been written."""
+    Then announce to all ranks that the weights have been written."""
     weights = flat(params)
     first, ok = to_local(weights[0]), scalars.ok
     scalars = replace(

@@ -59,19 +59,18 @@ class Pipeline:
     """The stages of this process.
 
     ``table``: the schedule.
-    ``specs``: the declared weights of every stage.
+    ``specs``: the declared weights of every stage of the model.
     ``groups``: the process groups to the other pipeline ranks. None: all stages are in this process
         (one device, or simulated ranks).
     ``template``: a message of no tokens.
-    ``met``: the kinds of messages that have been sent before, by functions that will be run
-        again."""
+    ``sent_kinds``: the kinds of messages that earlier steps have sent."""
 
     table: Table
     specs: tuple[Transformer, ...]
     layout: Layout
     groups: PipelineGroups | None = None
     template: Tensor | None = None
-    met: set[Any] = field(default_factory=set, compare=False)
+    sent_kinds: set[Any] = field(default_factory=set, compare=False)
 
     @property
     def ranks(self) -> list[int]:
@@ -79,12 +78,12 @@ class Pipeline:
 
     @property
     def stages(self) -> list[int]:
-        """The stages here, in the order of the params trees."""
+        """The numbers of this process's stages, in the order of the params trees."""
         return sorted(s for r in self.ranks for s in self.table.stages_of(r))
 
     @property
     def spec(self) -> tuple[Transformer, ...]:
-        """The declared weights of the stages here. Every params tree has this structure."""
+        """The declared weights of this process's stages. Every params tree has this structure."""
         return tuple(self.specs[s] for s in self.stages)
 
     @property
@@ -99,20 +98,18 @@ class Pipeline:
         """Make the links between stages for one step of microbatches like ``batch``. On GPUs, the
         first step of a kind sends its messages through the hosts.
 
+        ``table``: the schedule of the step; None: the schedule of this pipeline.
         ``local``: stages take and return local tensors of each rank, and no DTensors.
         ``by_host``: messages go through the hosts, because this step runs functions that other
             steps do not run. It does not count as the first step."""
         if self.groups is None:
             return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
-        kind, axes, device = (
-            (t.name, tokens, local),
-            ("tokens_sp", "act_embed"),
-            self.template.device,
-        )
+        axes, device = ("tokens_sp", "act_embed"), self.template.device
+        kind = (t.name, tokens, local)
         if not by_host:
-            by_host = kind not in self.met
-            self.met.add(kind)
+            by_host = kind not in self.sent_kinds
+            self.sent_kinds.add(kind)
         by_host = by_host and self.groups.host is not None
         sent_from = torch.device("cpu") if by_host else device
 
@@ -128,7 +125,8 @@ class Pipeline:
         return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap)
 
     def reduce_tied_embedding(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Add the gradients of the embedding's two copies, on whichever ranks the copies are."""
+        """Add the gradients of the embedding's two copies. The copies may be on one rank or on
+        two."""
         if self.twins is None:
             return grads
         first, last = self.twins
@@ -138,17 +136,17 @@ class Pipeline:
             total = copies[first] + copies[last]
             sums = {first: total, last: total.clone()}
         elif copies:
-            mine, other = (first, last) if first in copies else (last, first)
-            here, there = self.table.rank_of[mine], self.table.rank_of[other]
-            own, peer = to_local(copies[mine]).contiguous(), self.groups.peers[there]
-            received = torch.empty_like(own)
+            own, other = (first, last) if first in copies else (last, first)
+            rank, peer_rank = self.table.rank_of[own], self.table.rank_of[other]
+            sent, peer = to_local(copies[own]).contiguous(), self.groups.peers[peer_rank]
+            received = torch.empty_like(sent)
             works = [
-                dist.isend(own, peer, group=self.groups.of[here, there]),
-                dist.irecv(received, peer, group=self.groups.of[there, here]),
+                dist.isend(sent, peer, group=self.groups.by_pair[rank, peer_rank]),
+                dist.irecv(received, peer, group=self.groups.by_pair[peer_rank, rank]),
             ]
             for work in works:
                 work.wait()
-            to_local(copies[mine]).add_(received)
+            to_local(copies[own]).add_(received)
             sums = copies
         else:
             return grads
@@ -167,7 +165,8 @@ class Pipeline:
         return total
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
-        """Merge the trees of all stages into one tree of the model, if all stages are here."""
+        """Merge the trees of all stages into one tree of the model. All stages must be in this
+        process."""
         first, last = trees[0], trees[-1]
         blocks = tuple(b for tree in trees for b in tree.blocks)
         return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
@@ -176,7 +175,7 @@ class Pipeline:
 def on_ranks(
     pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
 ) -> Pipeline:
-    """Return the same pipeline with its ranks as processes of ``mesh``. Every process must call
+    """Return the same pipeline with the processes of ``mesh`` as its ranks. Every process must call
     this function.
 
     ``template``: an activation of no tokens, ``[0, D]``, in the compute dtype."""

@@ -1,18 +1,16 @@
-"""Uses of a step's reports: the update of the router bias, and the logged numbers of the experts.
+"""The reports of a step on every rank, and the logged numbers of the experts.
 
 ``training.gradients`` returns the reports of the stages of this process, summed over the global
-batch and over all ranks that have tokens. The router bias needs nothing else (moe/balance.py).
+batch and over all ranks that have tokens. Here they are summed over the pipeline ranks too.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dtron.distributed.redistribute import to_local
-from dtron.moe.balance import bias_step
 from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
 from dtron.training.gradients import Reports
@@ -29,30 +27,13 @@ class StepReports(NamedTuple):
     mtp: Tensor | None
 
 
-@torch.no_grad()
-def update_router_bias(
-    params: tuple[Any, ...], reports: Reports, pipe: Pipeline, rate: float, ok: Tensor | None = None
-) -> tuple[Any, ...]:
-    """Update the balance bias of every router here, given this step's load, unless ``ok`` is false.
-    The bias is overwritten in place, as weights are by the optimizer."""
-    for stage, tree in zip(pipe.stages, params, strict=True):
-        layers = (
-            [p.moe.router.balance for p in tree.all_blocks if p.moe is not None] if rate else []
-        )
-        for bias, load_E in zip(layers, reports[stage]["load"] if layers else [], strict=True):
-            step = bias_step(load_E, rate)
-            step = step if ok is None else torch.where(ok, step, 0)
-            to_local(bias).add_(step.to(bias.dtype))
-    return params
-
-
 COLUMNS = (*TOTALS, "dropped")
 
 
 def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | None:
-    """``[layers, E + 5]``, on every rank: for each MoE layer of the model, the load of its experts
-    and the sums over tokens of ``COLUMNS``. None for a dense model. The host does not wait for
-    it."""
+    """Return, for each MoE layer of the model, the load of its experts and the sums over tokens of
+    ``COLUMNS``: ``[layers, E + 5]``, on every rank. None for a dense model. The host does not wait
+    for the result."""
     if not c.experts:
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
@@ -68,7 +49,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
 
 
 def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
-    """The numbers of a step by name, such as ``experts.3.entropy`` for layer 3.
+    """Return the numbers of a step by name, such as ``experts.3.entropy`` for layer 3.
 
     ``load_max``, ``load_min``: the largest and smallest load of an expert, over the mean load.
     ``entropy``: the entropy of a token's scores in nats, averaged over tokens.
@@ -76,7 +57,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     ``aux_loss``, ``z_loss``: losses per token, without their weights."""
     if totals is None:
         return {}
-    found = {}
+    numbers = {}
     for i, row in enumerate(totals.tolist()):
         load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
         mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
@@ -86,16 +67,16 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
             "dropped": sums["dropped"] / (tokens * c.top_k),
         }
         each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
-        found |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}
-    return found
+        numbers |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}
+    return numbers
 
 
 def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
-    """``[depth]``, on every rank: the loss of each multi-token prediction module, summed over the
-    tokens of a step. None without modules. The host does not wait for it.
+    """Return the loss of each multi-token prediction module, summed over the tokens of a step:
+    ``[depth]``, on every rank. None without modules. The host does not wait for the result.
 
     ``reports``: the reports of a step, by stage."""
     if not depth:
         return None
-    mine = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
-    return pipe.sum(torch.zeros(depth, device=pipe.template.device) if mine is None else mine)
+    losses = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
+    return pipe.sum(torch.zeros(depth, device=pipe.template.device) if losses is None else losses)

@@ -2,16 +2,17 @@
 
 These five lines are training:
 
-    total, grads, reports = gradients(functions, weights, microbatches, ...)    # forward and backward
+    total, grads, reports = gradients(functions, weights, microbatches, ...)
     norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
     scale = clip_scale(norm, optim.max_grad_norm) / tokens
-    params, opt = apply_update(optimizer, spec, params, grads, opt, UpdateScalars(lr, scale), layout)
+    params, opt = apply_update(optimizer, spec, params, grads, opt, UpdateScalars(lr, scale), ...)
     params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
 
-The first is ``TrainStep.gradients``, the others are ``TrainStep.update``.
+The first line, forward and backward, is ``TrainStep.gradients``. The other lines are
+``TrainStep.update``.
 
 ``build.build_step`` makes the step that trains: for train.py, for the benchmarks, for
-``dtron.verify`` and for the tests. Nothing in a step waits for the device, so that it can be
+``dtron.verify`` and for the tests. Nothing in a step waits for the device, so that the step can be
 recorded (cuda_graph.py).
 """
 
@@ -31,7 +32,8 @@ from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
 from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars, apply_update
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import StepReports, expert_totals, mtp_losses, update_router_bias
+from dtron.training.reports import StepReports, expert_totals, mtp_losses
+from dtron.training.router_bias import update_router_bias
 
 Result = tuple[Tensor, Tensor, StepReports, Any, OptimizerState]
 Look = Callable[[int, int, list[Tensor | None]], None]
@@ -42,7 +44,7 @@ class TrainStep:
     """A step of the stages of this process.
 
     ``functions``: the model, eager or compiled.
-    ``optimizer``: eager or compiled; the one of ``config``.
+    ``optimizer``: the optimizer of ``config``, eager or compiled.
     ``gather_each``: ZeRO-3 unshards weights in every block and microbatch, and not once a step."""
 
     functions: Program
@@ -54,7 +56,8 @@ class TrainStep:
     def gradients(
         self, weights: Any, microbatches: Sequence[Batch], look: Look | None = None
     ) -> tuple[Tensor | None, Any, Reports]:
-        """The summed loss, its gradients, and the stages' reports: see ``training.gradients``."""
+        """Return the summed loss, its gradients, and the stages' reports: see
+        ``training.gradients``."""
         zero = self.config.zero
         return gradients(
             self.functions, weights, microbatches, 1, self.pipe, zero, self.gather_each, look
@@ -69,14 +72,15 @@ class TrainStep:
         lr: float | Tensor,
         number: Tensor | None = None,
     ) -> Result:
-        """``(loss, gradient norm, reports, params, optimizer state)`` after the step. Params and
-        state are overwritten in place.
+        """Take a step and return ``(loss, gradient norm, reports, params, optimizer state)``.
+        Params and state are overwritten in place.
 
-        ``tokens``: the valid targets of the global batch; the loss is the mean over them.
-        ``number``: which update this is, as a tensor that the device reads; None: the state knows.
+        ``tokens``: the number of valid targets of the global batch; the loss is their mean.
+        ``number``: the number of this update, as a tensor that the device reads. None: one more
+            than the state's.
 
-        Loss and norm are scalars that nobody has waited for. A step whose loss or norm is not
-        finite moves no weight."""
+        Loss and norm are scalars on the device, for which the host has not waited. A step whose
+        loss or norm is not finite changes no weight."""
         weights = params if opt.compute_copies is None else opt.compute_copies
         # No variable here holds the gradients: ``update`` frees them.
         return self.update(
@@ -87,29 +91,29 @@ class TrainStep:
         self,
         params: Any,
         opt: OptimizerState,
-        done: list,
+        forward_backward: list,
         tokens: int | Tensor,
         lr: float | Tensor,
         number: Tensor | None = None,
     ) -> Result:
         """Apply the result of ``gradients``: clip, update weights and router biases, and report.
 
-        ``done``: the three values that ``gradients`` returned, as a list. The list is emptied, so that
-        the gradients can be freed before the next step makes its own."""
+        ``forward_backward``: the three values that ``gradients`` returned, as a list. The list is
+            emptied, so that the gradients can be freed before the next step makes its own."""
         pipe, m, config = self.pipe, self.config.model, self.config.optim
-        total, grads, reports = done
-        done.clear()
+        total, grads, reports = forward_backward
+        forward_backward.clear()
         loss = pipe.sum(None if total is None else full(total)) / tokens
         norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
         scale = clip_scale(norm, config.max_grad_norm) / tokens
-        ok = loss.isfinite() & norm.isfinite()  # a step that is not would make every weight NaN
+        ok = loss.isfinite() & norm.isfinite()  # else the update would make every weight NaN
         scalars = UpdateScalars(lr, scale, ok, number)
         params, opt = apply_update(
             self.optimizer, pipe.spec, params, grads, opt, scalars, pipe.layout
         )
         del grads
         params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)
-        told = StepReports(
+        step_reports = StepReports(
             expert_totals(reports, pipe, m.moe), mtp_losses(reports, pipe, m.mtp.depth)
         )
-        return loss, norm, told, params, opt
+        return loss, norm, step_reports, params, opt

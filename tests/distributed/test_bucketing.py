@@ -47,7 +47,7 @@ def drawn(layout: Layout, of: list[tuple[int, int, int]], dtype: torch.dtype, se
         goals.append(layout.unsharded(*axes))
         whole = weights[-1].redistribute(layout.mesh, goals[-1])
         grads.append(
-            ShardSpec.of(whole).gradient.whole(
+            ShardSpec.of(whole).gradient.to_dtensor(
                 torch.sin(whole.to_local() * (3 + rank)).to(dtype), layout.mesh
             )
         )

@@ -59,7 +59,7 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         memory, near = torch.zeros(len(weights) * 2**13, dtype=torch.uint8), []
         for w, room in zip(weights, memory.split(2**13), strict=True):
             near.append(room[: w.nbytes].view(w.dtype).view(w.shape).copy_(w))
-        group.meet(memory)
+        group.register(memory)
         rows = [
             w.repeat(RANKS - 1, 1, 1) + torch.arange(RANKS - 1)[:, None, None] + 9 * rank
             for w in weights
@@ -88,7 +88,7 @@ def collectives_on_pool(mode: str, seed: int) -> tuple[list[bool], int]:
         same.append(torch.equal(*both))
         for w in near:  # weights are updated, and gathered again
             w.add_(1)
-        group.settle()
+        group.publish()
         for w in near:
             both = [OPS.wait_tensor(OPS.all_gather_into_tensor(w, RANKS, g)) for g in (world, name)]
             same.append(torch.equal(*both))
@@ -117,7 +117,13 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
         history = train(
             Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config
         )
-        return history.losses, history.norms, group.raced, group.copied, group._near is not None
+        return (
+            history.losses,
+            history.norms,
+            group.raced,
+            group.copied,
+            group._registered is not None,
+        )
 
 
 @cache

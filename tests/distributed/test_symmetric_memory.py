@@ -87,18 +87,25 @@ def test_weights_gathered_over_one_group_alone(monkeypatch):
     gathered over both axes, so no single group carries them."""
 
     def alone(*names):
-        return dtron.training.compiled_stage._carried(SimpleNamespace(mesh_dim_names=names))
+        return dtron.training.compiled_stage._weight_gather_group(
+            SimpleNamespace(mesh_dim_names=names)
+        )
 
     monkeypatch.setattr(
         dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"]
     )
     assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
     monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: [])
-    assert alone("dp", "tp") is None and dtron.training.compiled_stage._carried(None) is None
+    assert (
+        alone("dp", "tp") is None
+        and dtron.training.compiled_stage._weight_gather_group(None) is None
+    )
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: True)
+    monkeypatch.setattr(
+        dtron.distributed.symmetric_memory, "_gpus_access_each_other", lambda count: True
+    )
     monkeypatch.setattr(dist.Backend, "COPIES", "copies", raising=False)
     axes = lambda shape: zero_axes(tuple(shape.atoms))
     found = lambda mesh: set(backends(s := MeshShape.parse(mesh), "cuda", axes(s)) or ())
@@ -111,5 +118,7 @@ def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):
     assert found("pp=2,dp=4") == {"dp"} and found("tp=8") == set() and found("") == set()
     assert found("dp=16") == set() and found("dp=4,cp=4") == {"cp"} and found("dp=4,tp=4") == set()
     assert backends(MeshShape.parse("dp=8"), "cpu", ["dp"]) is None
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "_peers", lambda count: False)
+    monkeypatch.setattr(
+        dtron.distributed.symmetric_memory, "_gpus_access_each_other", lambda count: False
+    )
     assert found("dp=8") == set()

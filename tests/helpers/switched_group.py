@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -58,34 +59,36 @@ class Switched(CopyEngineGroup):
 
     mode, copied = "copies", 0
 
-    def _fits(self, x):
-        return self.mode != "rest" and super()._fits(x)
+    def _fits_staging(self, x):
+        return self.mode != "rest" and super()._fits_staging(x)
 
-    def _at(self, x):
-        return None if self.mode == "rest" else super()._at(x)
+    def _registered_offset(self, x):
+        return None if self.mode == "rest" else super()._registered_offset(x)
 
-    def _copied(self, *args):
+    def _work(self, *args):
         self.copied += 1
-        return super()._copied(*args)
+        return super()._work(*args)
 
-    def _put(self, parts):
+    def _put_in_staging(self, parts):
         if self.mode == "one half":
-            self._staged = 2 * (self._staged > 0)
+            self._stagings = 2 * (self._stagings > 0)
         if self.mode == "unstaged":
             parts = [(at, x[:0]) for at, x in parts]
-        return super()._put(parts)
+        return super()._put_in_staging(parts)
 
-    def settle(self):
+    def publish(self):
         if self.mode != "unsettled":
-            super().settle()
+            super().publish()
 
-    def _swap(self, pairs):
+    def _exchange_rows(self, pairs):
         roll = lambda x: x.roll(1, 0)
-        super()._swap([(out, roll(x)) for out, x in pairs] if self.mode == "other's" else pairs)
+        super()._exchange_rows(
+            [(out, roll(x)) for out, x in pairs] if self.mode == "other's" else pairs
+        )
 
     @property
     def raced(self) -> bool:
-        return self._stage is not None and self._stage[1].raced
+        return self._staging is not None and self._staging[1].raced
 
 
 def made(group, options) -> Switched:
@@ -110,16 +113,12 @@ def mesh_of_copies() -> DeviceMesh:
 
 @contextmanager
 def copying(mode: str, stage: int) -> Iterator[tuple[DeviceMesh, Switched]]:
-    mesh, before = mesh_of_copies(), dtron.distributed.copy_engine.STAGE
-    dtron.distributed.copy_engine.STAGE, group, room = (
-        stage,
-        mesh.get_group(),
-        dtron.distributed.copy_engine.room_for,
-    )
-    if mode == "one place":
-        dtron.distributed.copy_engine.room_for = lambda x: 0
-    group.mode, group.copied, group._near, group._stage, group._staged = mode, 0, None, None, 0
-    try:
+    mesh, module = mesh_of_copies(), dtron.distributed.copy_engine
+    group = mesh.get_group()
+    group.mode, group.copied = mode, 0
+    group._registered, group._staging, group._stagings = None, None, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "STAGING_BYTES", stage)
+        if mode == "one place":
+            patch.setattr(module, "aligned_bytes", lambda x: 0)
         yield mesh, group
-    finally:
-        dtron.distributed.copy_engine.STAGE, dtron.distributed.copy_engine.room_for = before, room

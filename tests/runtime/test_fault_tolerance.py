@@ -16,7 +16,7 @@ from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.checkpoint.async_saver import quiet
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.runtime.fault_tolerance import StopSignal
+from dtron.runtime.signals import StopSignal
 from tests.helpers.ranks import Ranks
 from tests.helpers.train_cli import SIX, TINY, refused, run
 

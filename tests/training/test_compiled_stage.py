@@ -188,7 +188,7 @@ def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, c
 def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeypatch, alone):
     """If weights are gathered over two axes in turn, inductor's own scheduling is used."""
     found = []
-    monkeypatch.setattr(dtron.training.compiled_stage, "_carried", lambda mesh: alone)
+    monkeypatch.setattr(dtron.training.compiled_stage, "_weight_gather_group", lambda mesh: alone)
     monkeypatch.setattr(
         dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: ["the group"]
     )
@@ -198,7 +198,9 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
         lambda fn, **how: found.append(how.get("options")) or fn,
     )
     compiled(
-        Program(None, None), SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")), fetches=True
+        Program(None, None),
+        SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")),
+        gather_each=True,
     )
     options = next(filter(None, found))
     assert ("post_grad_custom_post_pass" in options) == (alone is not None)

@@ -29,7 +29,7 @@ def gradient(axes: tuple[str, ...], shape: tuple[int, int], seed: int, layout: L
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     w = layout.shard(numbers, *(None if a == "embed" else a for a in axes))
     rank = layout.iota("tokens", layout.parts("tokens"), "cpu").to_local()
-    return ShardSpec.of(w).gradient.whole(
+    return ShardSpec.of(w).gradient.to_dtensor(
         torch.sin(w.to_local() * (3 + rank)).bfloat16(), layout.mesh
     )
 
