@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -70,36 +71,36 @@ def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
 @opaque
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
         ctx.args = (group, sent, received)
         return _all_to_all(x, group, received, sent)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _all_to_all(g.contiguous(), *ctx.args), None, None, None
 
 
 @opaque
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _all_gather(x, group)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter(g.contiguous(), ctx.group), None
 
 
 @opaque
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _reduce_scatter(x, group)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _all_gather(g.contiguous(), ctx.group), None
 
 
@@ -140,12 +141,12 @@ def ring_shift(x: Tensor, ranks: AxisGroup) -> Tensor:
 @opaque
 class _RingShift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *ring: str | int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *ring: str | int) -> Tensor:
         ctx.ring = ring
         return wait(shift(x, *ring))
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return wait(shift(g, *ctx.ring, by=-1)), None, None, None
 
 

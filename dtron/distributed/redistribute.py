@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,20 +60,20 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         w: DTensor,
         placements: tuple[int, ...],
         dtype: torch.dtype,
         reduce: torch.dtype,
         fp8: bool,
-    ):
+    ) -> Tensor:
         ctx.before, ctx.reduce = w.placements, reduce
         goal = decode(placements)
         fp8 = fp8 and w.placements != goal and equal_parts(w, w.placements)
         return (_unshard_fp8 if fp8 else _unshard)(w.to(dtype), goal)
 
     @staticmethod
-    def backward(ctx, g: DTensor):
+    def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
         return cast(reduce_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None, None
 
 
@@ -142,7 +143,7 @@ class LocalToDTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         like: DTensor,
         placements: tuple[int, ...],
@@ -154,7 +155,7 @@ class LocalToDTensor(torch.autograd.Function):
         return lies.whole(x, like.device_mesh)
 
     @staticmethod
-    def backward(ctx, g: DTensor):
+    def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
         if tuple(g.placements) != ctx.placements:
             raise PlacementError(
                 f"the gradient of a weight lies {g.placements}, not {ctx.placements}: every rank must have a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dtron.errors import UserError
 from dtron.fp8.recipe import MIN_WEIGHTS, Recipe
@@ -15,8 +15,12 @@ from dtron.model.activation_checkpoint import POLICIES, ActivationPolicy, policy
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
-Fp8 = Literal["none", *RECIPES]
-Recompute = Literal[*POLICIES, "budget"]
+if TYPE_CHECKING:  # a type checker does not know the names of a table
+    Fp8: TypeAlias = str
+    Recompute: TypeAlias = str
+else:
+    Fp8 = Literal["none", *RECIPES]
+    Recompute = Literal[*POLICIES, "budget"]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from dtron.errors import LostRank, UserError
 from dtron.renamed import refuse_old_flags
@@ -31,13 +31,13 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
         refuse_old_flags(args, self._flags)
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
@@ -46,7 +46,7 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     exception is a bug in the program and keeps its traceback."""
     ending = threading.Event()
 
-    def end(*_) -> None:
+    def end(*_: Any) -> None:
         ending.set()
         threading.Timer(GRACE, os._exit, [143]).start()
 

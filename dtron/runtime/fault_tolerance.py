@@ -23,7 +23,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, group: Any = None):
-        self.name, self.group, self._since, self._before = "", group, 0.0, {}
+        self.name, self.group, self._since = "", group, 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # else not allowed
@@ -78,7 +79,7 @@ class StopSignal:
             why = str(error).splitlines()[0]
             raise LostRank(f"another rank has died or hangs ({why}); see what it said") from error
         if box.item() and not self.name:
-            self.name = self.SIGNALS[box.item() - 1].name
+            self.name = self.SIGNALS[int(box.item()) - 1].name
         return bool(box.item())
 
 
@@ -173,7 +174,7 @@ def _of_all(mine: list[Any], group: Any) -> list[Any]:
     return [x for each in every for x in each]
 
 
-def _not_finite(pairs) -> list[tuple[str, int]]:
+def _not_finite(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[str, int]]:
     """Return path and rank of every non-finite tensor."""
     return [
         (w.path, r)

@@ -75,6 +75,7 @@ class StepLog:
 
     def validation(self, loss: float) -> None:
         """Add the validation loss to the finished step. Raises UserError if it is not finite."""
+        assert self._record is not None  # ``finish`` has made it
         step = self._record["step"]
         if not math.isfinite(loss):
             raise diverged(step, "the validation loss is not finite")
@@ -83,6 +84,7 @@ class StepLog:
 
     def saved_in(self, seconds: float) -> None:
         """Add the time that training stopped for a checkpoint after the finished step."""
+        assert self._record is not None  # ``finish`` has made it
         self._record["checkpoint_stall_seconds"] = seconds
 
     def write(self) -> None:

@@ -151,6 +151,7 @@ class P2PLinks:
         goal = self._t.goal(made)
         if goal == self._rank:
             return self._here.send(made, x)
+        assert goal is not None  # results that no rank waits for are not sent
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
         message, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
         with self._naming(goal):

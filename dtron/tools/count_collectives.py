@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,8 +57,10 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
-        names = mesh.mesh_dim_names if mesh is not None else ()
-        self._axis = {mesh.get_group(name).group_name: name for name in names}
+        self._axis: dict[str, str] = {}
+        if mesh is not None:
+            names = mesh.mesh_dim_names or ()
+            self._axis |= {mesh.get_group(name).group_name: name for name in names}
         for axis in EXCHANGED:  # groups of their own where they are several dims of the mesh
             if (ranks := ranks_along(mesh, axis)) is not None:
                 self._axis.setdefault(ranks.get_group().group_name, axis)
@@ -65,7 +68,7 @@ class CollectiveCounter(TorchDispatchMode):
         self.bytes: Counter[Collective] = Counter()
         self.order: list[Collective] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # let DTensor decompose into collectives first
         out = func(*args, **(kwargs or {}))
