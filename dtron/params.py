@@ -242,7 +242,8 @@ def unshard_all(
         pairs = enumerate(zip(weights, of, strict=True))
         away = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
         goals = [layout.unsharded(*of[i].axes) for i in away]
-        some = unshard_bucketed([weights[i] for i in away], goals, layout.compute)
+        sharded: list[Any] = [weights[i] for i in away]  # DTensors: what needs_unshard finds
+        some = unshard_bucketed(sharded, goals, layout.compute)
         shared = {away[j]: w for j, w in some.items()}
     ready = []
     for i, (w, d) in enumerate(zip(weights, of, strict=True)):

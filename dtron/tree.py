@@ -170,8 +170,10 @@ def _declarations(
 
 
 @cache
-def _cached_declarations(cls, rename):
-    found = []
+def _cached_declarations(
+    cls: Any, rename: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:
+    found: list[tuple[str, tuple | None, tuple[tuple[str, str], ...]]] = []
     for f in fields(cls):
         if "axes" in f.metadata:
             axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.redistribute import (
     cast,
+    dim_of,
     equal_parts,
     reduce_scatter,
     reduce_scattered,
@@ -52,7 +53,7 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
             else None
         )
 
-    found = [None] * len(grads)
+    found: list[Any] = [None] * len(grads)
     for key, where in _grouped(len(grads), shared):
         if key is None or len(where) == 1:
             for i in where:
@@ -143,7 +144,7 @@ def _reduce_scatter_bucket(
     mesh, parts = grads[0].device_mesh, [to_local(g) for g in grads]
     for axis in axes:
         n = mesh.size(axis)
-        dims = [t[axis].dim for t in targets]
+        dims = [dim_of(t[axis]) for t in targets]
         cut = [x.unflatten(d, (n, -1)).movedim(d, 0) for x, d in zip(parts, dims, strict=True)]
         line = _line(torch.cat([x.reshape(n, -1) for x in cut], 1), mesh, axis, Partial())
         line = reduce_scatter(
@@ -162,7 +163,7 @@ def _all_gather_bucket(
 ) -> list[DTensor]:
     mesh, parts = weights[0].device_mesh, [to_local(w) for w in weights]
     for axis in reversed(axes):
-        dims = [w.placements[axis].dim for w in weights]
+        dims = [dim_of(w.placements[axis]) for w in weights]
         line = _line(torch.cat([x.reshape(-1) for x in parts])[None], mesh, axis, Shard(0))
         rows = line.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
         pieces = rows.split([x.numel() for x in parts], 1)

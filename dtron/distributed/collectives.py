@@ -21,9 +21,12 @@ from dtron.torch_compile import opaque
 
 Splits = Sequence[int] | None
 
-# torch 2.13 renamed both functions.
-_ALL_GATHER = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-_REDUCE_SCATTER = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+# torch 2.13 renamed the first two functions, and gave group names a type of their own.
+_ALL_GATHER: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_REDUCE_SCATTER: Any = (
+    getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+)
+_ALL_TO_ALL: Any = funcol.all_to_all_single
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum") -> Tensor:
@@ -36,7 +39,9 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
     """Send row i of x to rank i along a dim of the mesh. Return two tensors: this rank's own row,
     and the received rows in the order of their ranks. Not differentiable."""
-    n, place = mesh.size(dim), mesh.get_coordinate()[dim]
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # this process is one of the mesh's ranks
+    n, place = mesh.size(dim), coordinate[dim]
     others = [i + (i + n - place) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
     rows = [x.narrow(0, i, 1) for i in others]
     rows = torch.cat(rows) if n > 2 else rows[0].contiguous()
@@ -141,13 +146,14 @@ def ring_shift(x: Tensor, ranks: AxisGroup) -> Tensor:
 @opaque
 class _RingShift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *ring: str | int) -> Tensor:
-        ctx.ring = ring
-        return wait(shift(x, *ring))
+    def forward(ctx: Any, x: Tensor, group: str, place: int, n: int) -> Tensor:
+        ctx.ring = (group, place, n)
+        return wait(shift(x, group, place, n))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
+        group, place, n = ctx.ring
+        return wait(shift(g, group, place, n, by=-1)), None, None, None
 
 
 def _one_hot(size: int, at: int, n: int) -> list[int]:
@@ -163,7 +169,7 @@ def _name(ranks: DeviceMesh) -> str:
 def _all_to_all(
     x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits
 ) -> Tensor:
-    return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, group))
+    return funcol.wait_tensor(_ALL_TO_ALL(x, received, sent, group))
 
 
 def _all_gather(x: Tensor, group: str) -> Tensor:

@@ -82,9 +82,11 @@ class CopyStream:
     covered are skipped."""
 
     def __init__(self, device: str):
-        self._device, self._stream = device, None
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         # Each is (number, event): the newest copy, and the newest copy as of the previous wait.
-        self._last, self._before = (-1, None), (-1, None)
+        self._last: tuple[int, Any] = (-1, None)
+        self._before: tuple[int, Any] = (-1, None)
         self._covered: dict[torch.cuda.Stream, int] = {}  # waiting stream: newest covered copy
 
     def do(self, copy: Callable[[], None]) -> Callable[[], None]:
@@ -139,7 +141,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         meet: Callable[[Tensor], SymmetricBuffer],
         timeout: timedelta,
     ):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks this constructor
         kind = {
             "cuda": dist.ProcessGroup.BackendType.NCCL,
             "cpu": dist.ProcessGroup.BackendType.GLOO,
@@ -174,19 +176,19 @@ class CopyEngineGroup(dist.ProcessGroup):
 
     def allgather_into_tensor_coalesced(
         self, outs: list[Tensor], xs: list[Tensor], opts: Any = None
-    ):
+    ) -> Any:
         goes = lambda x: self._fits(x) or (x.is_contiguous() and self._at(x) is not None)
         if not all(goes(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             works = [self._rest._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
             return CopyWork([w.wait for w in works], (outs, xs))
         return self._copied(self._gather(outs, xs), outs, xs)
 
-    def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None):
+    def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
         return self.allgather_into_tensor_coalesced([out], [x])
 
     def alltoall_base(
         self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None
-    ):
+    ) -> Any:
         # Only the all-to-alls of ``exchange_rows`` are done by copies: one row for each other rank.
         # All ranks must decide alike. The splits of an expert all-to-all depend on the routing, so
         # on some ranks they may look the same by chance. But expert tensors have two dims, and
@@ -203,34 +205,34 @@ class CopyEngineGroup(dist.ProcessGroup):
     # too, but with Python's GIL held. A thread of the backend may hold a lock of its own and wait
     # for the GIL. This deadlock was seen.
 
-    def allgather(self, outs: Any, xs: list[Tensor], opts: Any):
+    def allgather(self, outs: Any, xs: Any, opts: Any = None) -> Any:
         return self._rest.allgather(outs, xs, opts)
 
-    def allreduce(self, xs: list[Tensor], opts: Any):
-        return self._rest.allreduce(xs, opts)
+    def allreduce(self, *args: Any, **options: Any) -> Any:
+        return self._rest.allreduce(*args, **options)
 
-    def allreduce_coalesced(self, xs: list[Tensor], opts: Any):
+    def allreduce_coalesced(self, xs: Any, opts: Any = None) -> Any:
         return self._rest.allreduce_coalesced(xs, opts)
 
-    def barrier(self, opts: Any):
+    def barrier(self, opts: Any = None) -> Any:
         return self._rest.barrier(opts)
 
-    def broadcast(self, xs: list[Tensor], opts: Any):
-        return self._rest.broadcast(xs, opts)
+    def broadcast(self, *args: Any, **options: Any) -> Any:
+        return self._rest.broadcast(*args, **options)
 
-    def reduce_scatter(self, outs: list[Tensor], xs: Any, opts: Any):
-        return self._rest.reduce_scatter(outs, xs, opts)
+    def reduce_scatter(self, *args: Any, **options: Any) -> Any:
+        return self._rest.reduce_scatter(*args, **options)
 
-    def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any):
+    def reduce_scatter_tensor_coalesced(self, outs: Any, xs: Any, opts: Any = None) -> Any:
         works = [self._rest._reduce_scatter_base(y, x, opts) for x, y in zip(xs, outs, strict=True)]
         return CopyWork([w.wait for w in works], (outs, xs))
 
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced  # its name in torch 2.13
+    reduce_scatter_single_coalesced: Any = reduce_scatter_tensor_coalesced  # its name in torch 2.13
 
-    def send(self, xs: list[Tensor], to: int, tag: int):
+    def send(self, xs: list[Tensor], to: int, tag: int) -> Any:
         return self._rest.send(xs, to, tag)
 
-    def recv(self, xs: list[Tensor], of: int, tag: int):
+    def recv(self, xs: list[Tensor], of: int, tag: int) -> Any:
         return self._rest.recv(xs, of, tag)
 
     def _fits(self, x: Tensor) -> bool:
@@ -249,11 +251,11 @@ class CopyEngineGroup(dist.ProcessGroup):
 
     def _gather(self, outs: list[Tensor], xs: list[Tensor]) -> Callable[[], None]:
         self._send()
-        begins = [self._at(x) for x in xs]
+        begins, near = [self._at(x) for x in xs], self._near
 
         def copy() -> None:
             for out, x, at in zip(outs, xs, begins, strict=True):
-                room, begin = (self._near[1], at) if at is not None else self._put([(0, x)])
+                room, begin = (near[1], at) if near and at is not None else self._put([(0, x)])
                 rows = out.view(self._size, -1)
                 for peer in self._others():
                     self._pull(rows[peer], room, peer, begin)
@@ -274,6 +276,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         def wait() -> None:
             if asked.wait is None:
                 self._send()
+            assert asked.wait is not None
             asked.wait()
 
         return self._copied(wait, out, x)

@@ -7,9 +7,9 @@ placement. It also accepts a plain tensor (one device), and its docstring says w
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: typing.Any,
         w: DTensor,
         placements: tuple[int, ...],
         dtype: torch.dtype,
@@ -70,10 +70,10 @@ class Unshard(torch.autograd.Function):
         ctx.before, ctx.reduce = w.placements, reduce
         goal = decode(placements)
         fp8 = fp8 and w.placements != goal and equal_parts(w, w.placements)
-        return (_unshard_fp8 if fp8 else _unshard)(w.to(dtype), goal)
+        return (_unshard_fp8 if fp8 else _unshard)(typing.cast(DTensor, w.to(dtype)), goal)
 
     @staticmethod
-    def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: typing.Any, g: DTensor) -> tuple[Tensor | None, ...]:
         return cast(reduce_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None, None
 
 
@@ -99,7 +99,7 @@ def _unshard_fp8(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     sizes = [mesh.size(axis) for axis in axes]
     whole = unpacked(messages.unflatten(0, sizes), part.shape, x.dtype)
     for i, axis in reversed(list(enumerate(axes))):
-        dim = x.placements[axis].dim + i  # i dims of ranks are still in front of it
+        dim = dim_of(x.placements[axis]) + i  # i dims of ranks are still in front of it
         whole = whole.movedim(i, dim).flatten(dim, dim + 1)
     return DTensor.from_local(whole, mesh, goal, run_check=False, shape=x.shape, stride=x.stride())
 
@@ -143,7 +143,7 @@ class LocalToDTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: typing.Any,
         x: Tensor,
         like: DTensor,
         placements: tuple[int, ...],
@@ -155,7 +155,7 @@ class LocalToDTensor(torch.autograd.Function):
         return lies.whole(x, like.device_mesh)
 
     @staticmethod
-    def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: typing.Any, g: DTensor) -> tuple[Tensor | None, ...]:
         if tuple(g.placements) != ctx.placements:
             raise PlacementError(
                 f"the gradient of a weight lies {g.placements}, not {ctx.placements}: every rank must have a "
@@ -181,8 +181,13 @@ def reduce_scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) ->
             and g.dtype.itemsize < dtype.itemsize
             and _even(g, axis, target)
         ):
-            g = _all_to_all_then_sum(g, axis, then.dim, dtype)
+            g = _all_to_all_then_sum(g, axis, dim_of(then), dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
+
+
+def dim_of(p: Placement) -> int:
+    """Return the dim that a Shard shards."""
+    return typing.cast(Shard, p).dim
 
 
 def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
@@ -192,9 +197,9 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
     for axis, at in enumerate(placements):
         if at.is_shard():
             n = x.device_mesh.size(axis)  # torch 2.11 does not trace a mesh's shape
-            if size[at.dim] % n:
+            if size[dim_of(at)] % n:
                 return False
-            size[at.dim] //= n
+            size[dim_of(at)] //= n
     return True
 
 
@@ -203,9 +208,9 @@ def part_of(
 ) -> list[float]:
     """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim. So
     the shape is the same on every rank, and all ranks decide alike."""
-    part = list(shape)
+    part: list[float] = list(shape)
     for axis, p in enumerate(placements):
-        if isinstance(p, Shard):
+        if isinstance(p, Shard) and mesh is not None:
             part[p.dim] /= mesh.size(axis)
     return part
 
@@ -213,7 +218,7 @@ def part_of(
 def _even(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     """Whether this mesh axis can shard its dim next, into equal shards: no inner axis shards the
     dim already, no outer axis has yet to shard it, and the local size is divisible."""
-    dim = target[axis].dim
+    dim = dim_of(target[axis])
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
     outer = any(
         a != b and b.is_shard(dim) for a, b in zip(g.placements[:axis], target[:axis], strict=True)
@@ -247,6 +252,12 @@ def like(x: Tensor, part: Tensor) -> Tensor:
     device. This calls DTensor's constructor, which is not public: ``from_local`` would move
     ``part`` to the mesh's device."""
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
+
+
+@typing.overload
+def cast(x: DTensor, dtype: torch.dtype, copy: bool = False) -> DTensor: ...
+@typing.overload
+def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor: ...
 
 
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:

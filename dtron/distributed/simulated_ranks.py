@@ -62,7 +62,7 @@ class _SimulatedRanks(LocalTensorMode):
     views of, which enters three more modes. A wrapper's storage is never read. Every rank's view
     shares the memory of this rank's tensor either way."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = {type(x) for x in _flat(args)}
         if func is torch.ops.aten.promote_types.default:
             return func(*args)

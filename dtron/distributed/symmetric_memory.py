@@ -32,7 +32,7 @@ def allocate(size: int) -> Tensor:
     # Imported here, because the import takes a second, and a CPU has no symmetric memory.
     import torch.distributed._symmetric_memory as symmetric
 
-    return symmetric.empty(size, dtype=torch.uint8, device="cuda")
+    return symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda"))
 
 
 def _made(group: Any, options: Any) -> CopyEngineGroup:
@@ -48,7 +48,8 @@ def _made(group: Any, options: Any) -> CopyEngineGroup:
     # store, and a group written in Python has no store.
     name = f"{group.group_id}.copies"
     place = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
-    _register_process_group(name, place)  # this keeps no reference; ``meet`` does
+    # This keeps no reference to the group; ``meet`` does.
+    _register_process_group(name, place)  # type: ignore[arg-type]  # a str in torch 2.11
     meet = lambda memory, place=place: _rendezvous(memory, name)
     return CopyEngineGroup(nccl, rank, size, "cuda", allocate, meet, timeout)
 
@@ -57,7 +58,8 @@ def _rendezvous(memory: Tensor, group: str) -> SymmetricBuffer:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
-        return symmetric.rendezvous(memory, group)
+        buffer: Any = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]  # a str in 2.11
+        return buffer
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         raise UserError(

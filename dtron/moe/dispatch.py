@@ -44,7 +44,7 @@ from dtron.torch_compile import opaque
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 RunExperts = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on this rank's experts
-
+Used = Tensor | None  # whether a slot or a row is used
 Combined = tuple[Tensor, Tensor | None]  # y_TD, number of dropped slots (None: cannot drop)
 
 
@@ -123,12 +123,7 @@ def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        place_S: Tensor,
-        kept_S: Tensor | None,
-        slot_R: Tensor,
-        filled_R: Tensor | None,
+        ctx: Any, x: Tensor, place_S: Tensor, kept_S: Used, slot_R: Tensor, filled_R: Used
     ) -> Tensor:
         ctx.save_for_backward(place_S, kept_S)
         ctx.tokens = x.shape[0]
@@ -148,9 +143,9 @@ class _UnpermuteTokens(torch.autograd.Function):
         y: Tensor,
         weights_TK: Tensor,
         place_S: Tensor,
-        kept_S: Tensor | None,
+        kept_S: Used,
         slot_R: Tensor,
-        filled_R: Tensor | None,
+        filled_R: Used,
     ) -> Tensor:
         ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])

@@ -25,7 +25,7 @@ describes when)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,7 +90,7 @@ class PipelineGroups:
 
 def make_pipeline_groups(
     lines: Sequence[Sequence[int]],
-    pairs: Sequence[Pair],
+    pairs: Iterable[Pair],
     device: torch.device,
     timeout: timedelta | None,
 ) -> PipelineGroups:

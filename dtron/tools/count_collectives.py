@@ -30,7 +30,7 @@ from torch.distributed.tensor._utils import ExplicitRedistributionContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.simulated_ranks import one_rank
-from dtron.mesh import ranks_along
+from dtron.mesh import axes_of, ranks_along
 from dtron.rules import EXCHANGED
 
 _KINDS = {
@@ -59,8 +59,7 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self._axis: dict[str, str] = {}
         if mesh is not None:
-            names = mesh.mesh_dim_names or ()
-            self._axis |= {mesh.get_group(name).group_name: name for name in names}
+            self._axis |= {mesh.get_group(name).group_name: name for name in axes_of(mesh)}
         for axis in EXCHANGED:  # groups of their own where they are several dims of the mesh
             if (ranks := ranks_along(mesh, axis)) is not None:
                 self._axis.setdefault(ranks.get_group().group_name, axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,13 +53,12 @@ class AdamW(ElementwiseOptimizer):
         g: Tensor,
         state: tuple[Tensor, ...],
         lr: Tensor,
-        c1: Tensor,
-        c2: Tensor,
+        *terms: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Algorithm 2 of the paper.
 
-        ``c1``, ``c2``: the bias corrections of the moments."""
-        m, v = state
+        ``terms``: the bias corrections of the moments."""
+        (m, v), (c1, c2) = state, terms
         m = self.beta1 * m + (1 - self.beta1) * g
         v = self.beta2 * v + (1 - self.beta2) * g * g
         w = w * (1 - lr * self.weight_decay) - lr * (m / c1) / ((v / c2).sqrt() + self.eps)
@@ -69,17 +68,19 @@ class AdamW(ElementwiseOptimizer):
         self, w: list[Tensor], g: list[Tensor], state: list[list[Tensor]], scalars: UpdateScalars
     ) -> None:
         """Update all weights at once with torch's fused AdamW kernel."""
-        m, v = state
+        (m, v), scale, step, ok = state, scalars.scale, scalars.step, scalars.ok
+        assert isinstance(scale, Tensor) and step is not None and ok is not None
+        lr: Any = scalars.lr  # the kernel takes both types, in two overloads
         # The kernel ignores strides, and the gradient of an uneven shard is a slice of its padded
         # buffer. And the kernel divides gradients (``grad_scale``) in float32 only.
         g = [x.to(y.dtype).contiguous() for x, y in zip(g, w, strict=True)]
         divides = w[0].dtype == torch.float32 and not is_simulated(w[0])
         if not divides:
-            torch._foreach_mul_(g, scalars.scale)
+            torch._foreach_mul_(g, scale)
         torch._fused_adamw_(
-            w, g, m, v, [], [torch.full((), float(scalars.step), device=x.device) for x in w],
-            lr=scalars.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay,
+            w, g, m, v, [], [torch.full((), float(step), device=x.device) for x in w],
+            lr=lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay,
             eps=self.eps, amsgrad=False, maximize=False,
-            grad_scale=1 / scalars.scale if divides else None,
-            found_inf=(~scalars.ok).to(torch.float32),
+            grad_scale=1 / scale if divides else None,
+            found_inf=(~ok).to(torch.float32),
         )  # fmt: skip

@@ -16,7 +16,7 @@ zero-bubble schedules are not split (see schedules/split_backward.py)."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from dtron.distributed.bucketing import reduce_grads, reduce_scatter_all
 from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, to_local
 from dtron.distributed.symmetric_memory import copy_engine_groups, sole_copy_engine_group
 from dtron.fp8.matmul import compile_options
-from dtron.mesh import Layout
+from dtron.mesh import Layout, axes_of
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import unshard_all
 from dtron.rules import zero_axes
@@ -78,7 +78,7 @@ def compiled(
 
 
 def _carried(mesh: DeviceMesh | None) -> str | None:
-    return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(mesh.mesh_dim_names))
+    return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(axes_of(mesh)))
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
@@ -124,6 +124,7 @@ class CompiledStage:
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         # The compiler traces, and at each call guards, every weight that a function takes.
         p = p.entrance
+        assert p is not None
         return self._run(self._enter, p.tree, p.lies, (), (), *_apart(batch))[0]
 
     def stage(
@@ -160,7 +161,7 @@ class CompiledStage:
 
     def reduce(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool
-    ):
+    ) -> list[DTensor]:
         lies = [at.gradient for at in weights.lies]
         if scattered:
             lies = [at.reduce_scattered(p.placements) for at, p in zip(lies, params, strict=True)]
@@ -172,15 +173,20 @@ class CompiledStage:
 
     def _move(
         self, fn: Callable, grads: list[Tensor], lies: list[ShardSpec], params: list[DTensor]
-    ):
+    ) -> list[Tensor]:
         """Run ``fn`` on the gradients that do not have the placements of their params yet."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
         there = [at.placements == goal for at, (goal, _) in zip(lies, goals, strict=True)]
         return self._run_some(fn, grads, lies, there, goals)
 
     def _run_some(
-        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], there: list[bool], *args
-    ):
+        self,
+        fn: Callable,
+        tensors: list[Tensor],
+        lies: list[ShardSpec],
+        there: list[bool],
+        *args: list[Any],
+    ) -> list[Tensor]:
         """Run the compiled ``fn`` on the tensors that are not ``there`` yet; return all tensors."""
         away = [i for i, done in enumerate(there) if not done]
         if not away:
@@ -198,12 +204,13 @@ class CompiledStage:
         tree: Any,
         lies: list[ShardSpec],
         x: tuple[Tensor, ...],
-        before,
-        batch,
-        parts,
-    ):
+        before: Sequence[Any],
+        batch: Any,
+        parts: Mapping[str, tuple[Tensor, ShardSpec]],
+    ) -> tuple[Tensor, StageOutput | None]:
         here = self._layout.from_local
         mesh = self._layout.mesh
+        assert mesh is not None
         batch = replace(batch, **{name: at.whole(part, mesh) for name, (part, at) in parts.items()})
         like = next(getattr(batch, name) for name in parts)
         whole = lambda w, at: LocalToDTensor.apply(
@@ -222,9 +229,11 @@ class CompiledStage:
         )
 
     def _traced_list(
-        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args
+        self, fn: Callable, tensors: list[Tensor], lies: list[ShardSpec], *args: list[Any]
     ) -> list[Tensor]:
-        wholes = [at.whole(t, self._layout.mesh) for t, at in zip(tensors, lies, strict=True)]
+        mesh = self._layout.mesh
+        assert mesh is not None
+        wholes = [at.whole(t, mesh) for t, at in zip(tensors, lies, strict=True)]
         return [x.to_local() for x in fn(wholes, *args)]
 
 

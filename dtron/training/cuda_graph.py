@@ -14,7 +14,7 @@ such waits. But if a rank died, the others would wait for it without the timeout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,10 @@ class CudaGraphStep:
     A call with other weights or other shapes than the recorded ones runs unrecorded."""
 
     def __init__(self, step: TrainStep, device: str, plain: int = 3):
-        self._step, self._device, self._plain, self._graph = step, device, plain, None
+        self._step, self._device, self._plain = step, device, plain
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._params: Any = None
+        self._kind: list = []
 
     @property
     def pipe(self) -> Pipeline:
@@ -81,12 +84,13 @@ class CudaGraphStep:
         ):
             to_local(there).copy_(to_local(here), non_blocking=True)
         self._graph.replay()
-        own = lambda x: x if x is None else x.clone()  # the next replay overwrites x
+        # The next replay overwrites x.
+        kept: Callable[[Any], Any] = lambda x: x if x is None else x.clone()
         loss, norm, told = self._outputs
         return (
-            own(loss),
-            own(norm),
-            StepReports(*map(own, told)),
+            kept(loss),
+            kept(norm),
+            StepReports(*map(kept, told)),
             params,
             replace(opt, step=opt.step + 1),
         )

@@ -178,7 +178,7 @@ class ElementwiseOptimizer(Optimizer):
         scalars: UpdateScalars,
         layout: Layout,
     ) -> tuple[Any, OptimizerState]:
-        groups: dict[Self, list[int]] = {}
+        groups: dict[ElementwiseOptimizer, list[int]] = {}
         for i, w in enumerate(flat(spec)):
             if not w.frozen:
                 groups.setdefault(self.for_weight(w), []).append(i)
@@ -186,7 +186,7 @@ class ElementwiseOptimizer(Optimizer):
         trees = [flat(state.trees[name]) for name in self.state_names]
         copies = flat(state.compute_copies) or [None] * len(weights)
         for optimizer, chosen in groups.items():
-            pick = lambda xs, chosen=chosen: [
+            pick: Callable[..., list] = lambda xs, chosen=chosen: [
                 None if xs[i] is None else to_local(xs[i]) for i in chosen
             ]
             optimizer._update_group(
@@ -205,17 +205,17 @@ class ElementwiseOptimizer(Optimizer):
         """Update lists of local tensors in place."""
         if self.kernel is None and self.fused is not None:
             self.fused(w, g, state, scalars)
-            pairs = [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]
-            if pairs:
-                torch._foreach_copy_(*zip(*pairs, strict=True))
+            if pairs := [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]:
+                torch._foreach_copy_([c for c, _ in pairs], [x for _, x in pairs])
             return
         kernel = self.kernel or update_weight
-        lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
-        numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
-        w, g, copies, *state = ([*map(_plain, xs)] for xs in (w, g, copies, *state))
-        states = zip(*state, strict=True) if state else repeat(())
+        scale, ok = scalars.scale, scalars.ok
+        assert isinstance(scale, Tensor) and ok is not None and scalars.step is not None
+        lr, step = _like(scale, scalars.lr), _like(scale, scalars.step)
+        numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
+        states = zip(*([*map(_plain, xs)] for xs in state), strict=True) if state else repeat(())
         for x, dx, mine, copy in zip(w, g, states, copies):
-            kernel(self, x, dx, mine, copy, numbers)
+            kernel(self, _plain(x), _plain(dx), mine, _plain(copy), numbers)
 
 
 def update_weight(
@@ -248,7 +248,7 @@ def _like(scale: Tensor, x: float | Tensor) -> Tensor:
     return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
+def _plain(x: Any) -> Any:
     """View a tensor with at most two dims, so that fewer shapes are compiled."""
     return x if x is None or x.ndim < 3 else x.flatten(1)
 

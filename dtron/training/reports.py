@@ -57,7 +57,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
     sample = next(iter(reports.values()), {}).get("load")
-    device = pipe.template.device if sample is None else sample.device
+    device = pipe.device if sample is None else sample.device
     rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
     for stage, r in reports.items():
         start = sum(counts[:stage])
@@ -76,7 +76,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     ``aux_loss``, ``z_loss``: losses per token, without their weights."""
     if totals is None:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for i, row in enumerate(totals.tolist()):
         load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
         mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
@@ -98,4 +98,4 @@ def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
     if not depth:
         return None
     mine = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
-    return pipe.sum(torch.zeros(depth, device=pipe.template.device) if mine is None else mine)
+    return pipe.sum(torch.zeros(depth, device=pipe.device) if mine is None else mine)

@@ -151,7 +151,8 @@ class Zero3Prefetch(CustomGraphPass):
                     found.append(
                         WeightGather(n, _ordered(made_of, place), _ordered(given, place), use)
                     )
-        buckets, room = [], 0
+        buckets: list[list[WeightGather]] = []
+        room = 0
         for fetch in sorted(found, key=lambda x: place[x.use]):
             if room <= 0 and not (buckets and buckets[-1][-1].use is fetch.use):
                 room = min(self._bucket, FIRST << len(buckets))
