@@ -78,9 +78,10 @@ def train(
             recorder.begin()
             batch = batches.next()
             lr = learning_rate(config.optim, state.step, config.steps)
-            *results, params, opt = step(state.params, state.opt, *batch.inputs, lr)
+            loss, norm, reports, params, opt = step(state.params, state.opt, *batch.inputs, lr)
             state = TrainState(state.step + 1, state.samples + config.batch, params, opt)
-            log.launched(state.step, *results, lr, batch)  # writes the step before, which is over
+            # Writes the step before, which is over.
+            log.launched(state.step, loss, norm, reports, lr, batch)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)

@@ -59,6 +59,7 @@ def program(name: str) -> Callable[[list[str]], int]:
         p for p in (package / "train_program.py", package.parent / "train.py") if p.is_file()
     )
     spec = importlib.util.spec_from_file_location("dtron_train", path)
+    assert spec is not None and spec.loader is not None  # ``path`` is a Python file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main

@@ -32,7 +32,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 
 def build_mesh(
-    shape: MeshShape, device_type: str, backends: Mapping[str, str] | None = None
+    shape: MeshShape, device_type: str, backends: Mapping[int | str, Any] | None = None
 ) -> DeviceMesh | None:
     """Build the DeviceMesh over the running processes. Its dims are the atoms larger than 1; on one
     device the result is None.
@@ -62,7 +62,13 @@ def build_mesh(
     names, sizes = list(shape.atoms), list(shape.atoms.values())
     if not names:
         return None
-    return init_device_mesh(device_type, sizes, mesh_dim_names=names, backend_override=backends)
+    override = None if backends is None else dict(backends)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names, backend_override=override)
+
+
+def axes_of(mesh: DeviceMesh | None) -> tuple[str, ...]:
+    """Return the names of a mesh's dims; () for None."""
+    return () if mesh is None else tuple(mesh.mesh_dim_names or ())
 
 
 def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
@@ -79,7 +85,7 @@ def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """Return the submesh of this process's pipeline stage: all mesh dims but pp."""
-    axes = tuple(a for a in mesh.mesh_dim_names if a != "pp") if mesh is not None else ()
+    axes = tuple(a for a in axes_of(mesh) if a != "pp")
     return mesh if mesh is None or len(axes) == mesh.ndim else mesh[axes] if axes else None
 
 
@@ -102,7 +108,7 @@ class Layout:
     rules: Rules = field(default_factory=lambda: RULES)
     compute: torch.dtype | None = None
     reduce: torch.dtype | None = None
-    groups: Mapping[str, AxisGroup] = field(init=False, default_factory=dict, compare=False)
+    groups: dict[str, AxisGroup] = field(init=False, default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for axis in EXCHANGED:
@@ -112,7 +118,9 @@ class Layout:
     def _group(self, ranks: DeviceMesh, axis: str) -> AxisGroup:
         # The coordinate is read here, and from the whole mesh. Simulated ranks compute it by tensor
         # operations, once per mesh. A recomputed region would count these operations as its own.
+        assert self.mesh is not None
         place, coordinate = 0, self.mesh.get_coordinate()
+        assert coordinate is not None  # this process is one of the mesh's ranks
         for atom in parts(self.axes, axis):
             i = self.axes.index(atom)
             place = place * self.mesh.size(i) + coordinate[i]
@@ -126,7 +134,7 @@ class Layout:
     @property
     def axes(self) -> tuple[str, ...]:
         """The dims of the mesh (atoms, each larger than 1), in the order of the placements."""
-        return tuple(self.mesh.mesh_dim_names) if self.mesh is not None else ()
+        return axes_of(self.mesh)
 
     def placements(self, *axes: str | None) -> tuple[Placement, ...]:
         """One placement per mesh axis for a tensor with these logical axes; see ``place``."""
@@ -138,7 +146,7 @@ class Layout:
         it fixes the point at which a gradient is reduced."""
         if self.mesh is None:
             return x
-        return x.redistribute(self.mesh, self.placements(*axes))
+        return cast(DTensor, x).redistribute(self.mesh, self.placements(*axes))
 
     def shard(self, x: Tensor, *axes: str | None) -> Tensor:
         """Shard a tensor that every rank holds whole. Communicates nothing."""
@@ -175,7 +183,9 @@ class Layout:
 
     def needs_unshard(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``unshard`` would communicate for this weight."""
-        return self.mesh is not None and self.unsharded(*axes) != tuple(w.placements)
+        if self.mesh is None:
+            return False
+        return self.unsharded(*axes) != tuple(cast(DTensor, w).placements)
 
     def shape(self, w: Tensor, *axes: str | None) -> list[float]:
         """The shape of a rank's shard of a weight after ``unshard``, with fractions where the mesh
@@ -213,7 +223,7 @@ class Layout:
             else list(self.placements(*out))
         )
 
-        def region(*args):
+        def region(*args: Any) -> Any:
             present = [arg is not None for arg in args]
             inputs, declared = _present(args, present), _present(placements, present)
             for i, (x, declaration) in enumerate(zip(inputs, declared, strict=True)):
@@ -224,7 +234,7 @@ class Layout:
                         f"{declaration}; constrain it first"
                     )
 
-            def inner(*locals_):
+            def inner(*locals_: Any) -> Any:
                 rest = iter(locals_)
                 return fn(*(next(rest) if given else None for given in present))
 
@@ -240,7 +250,7 @@ class Layout:
 
     def input_gradients(
         self, placements: Sequence[tuple[Placement, ...] | None]
-    ) -> list[list[Placement] | None]:
+    ) -> list[Sequence[Placement] | None]:
         """The placements of the gradients of a local region's inputs; see ``local_map``."""
         given = [p for p in placements if p is not None]
         splits = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
@@ -266,6 +276,7 @@ class Layout:
         of these axes. Not differentiable."""
         if self.mesh is None:
             return x
+        x = cast(DTensor, x)
         if x.placements != self.placements(*axes):
             raise PlacementError(
                 f"a tensor has the placements {x.placements} over {self.axes}, but {axes} is "
@@ -279,12 +290,15 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """The number of shards of a logical axis."""
-        return math.prod([self.mesh.size(dim) for dim in self.dims(axis)])
+        if self.mesh is None:
+            return 1
+        sizes: list[int] = [self.mesh.size(dim) for dim in self.dims(axis)]
+        return math.prod(sizes)
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         """All-reduce, inside a local region, over the mesh axes of a logical axis. Not
         differentiable."""
-        return all_reduce(x, self.mesh, self.dims(axis), op)
+        return x if self.mesh is None else all_reduce(x, self.mesh, self.dims(axis), op)
 
 
 def _present(xs: Sequence[Any], present: Sequence[bool]) -> tuple[Any, ...]:

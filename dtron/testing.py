@@ -15,14 +15,15 @@ A check that cannot fail proves nothing. So mutant layouts break one thing on pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, shard_like
@@ -143,9 +144,9 @@ def run_layer(case: LayerCase, mesh: str, mutate: Mutate = unchanged) -> Outcome
             with no_hidden_communication(), CollectiveCounter(device_mesh) as forward:
                 y = case.fn(unshard(weights, layout), *xs, layout)
             if device_mesh is not None:
-                declared = layout.placements(*case.out_axes)
-                assert y.placements == declared, (
-                    f"mesh {mesh}: the output has placements {y.placements}, not {declared}"
+                lies, declared = cast(DTensor, y).placements, layout.placements(*case.out_axes)
+                assert lies == declared, (
+                    f"mesh {mesh}: the output has placements {lies}, not {declared}"
                 )
             with paused():  # every rank must draw the same values
                 direction = _normal(y.shape, _generator(case.seed, "out"))
@@ -226,7 +227,7 @@ def unsummed(layout: Layout) -> Layout:
 @dataclass(frozen=True)
 class _Dropped(Layout):
     number: int = 0
-    calls: list[int] | None = None
+    calls: list[int] = field(default_factory=lambda: [0])
 
     def constrain(self, x: Tensor, *axes: str | None) -> Tensor:
         self.calls[0] += 1
@@ -234,7 +235,9 @@ class _Dropped(Layout):
 
 
 class _Unsummed(Layout):
-    def input_gradients(self, placements):
+    def input_gradients(
+        self, placements: Sequence[tuple[Placement, ...] | None]
+    ) -> list[Sequence[Placement] | None]:
         return [p and list(p) for p in placements]
 
 

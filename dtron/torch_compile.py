@@ -80,7 +80,7 @@ def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
             kept[_NO_SIZE] = True
         settings.append(torch._functorch.config.patch(kept))
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         with ExitStack() as stack:
             for setting in settings:
                 stack.enter_context(setting)

@@ -25,7 +25,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf, in declaration order. A path looks like
     ``blocks.3.mlp.w_up``."""
     if _is_node(tree):
-        chosen = _chosen(type(tree))
+        cls: Any = type(tree)
+        chosen = _chosen(cls)
         for name, child in _children(tree):
             if name in chosen:
                 name = type(child).segment

@@ -56,6 +56,7 @@ def _state(path: Path) -> tuple[dict, str]:
 def _one(path: Path, console: Console) -> int:
     """Print the weights of one checkpoint, as torch.distributed.checkpoint lists them."""
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     meta, state = _state(path)
     if not meta:
@@ -70,6 +71,7 @@ def _one(path: Path, console: Console) -> int:
         if kind != "params":
             state_names += [kind] * (kind not in state_names)
         else:
+            assert isinstance(entry, TensorStorageMetadata)
             total += math.prod(entry.size)
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             table.add_row(weight, "x".join(map(str, entry.size)), dtype, str(len(entry.chunks)))

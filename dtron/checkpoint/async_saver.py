@@ -158,9 +158,8 @@ class AsyncSaver:
             value = fn()
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             problem = reason(error, self._run_dir)
-        if self._group is None:
-            outcomes = [(value, problem)]
-        else:
+        outcomes: list[Any] = [(value, problem)]
+        if self._group is not None:
             outcomes = [None] * dist.get_world_size(self._group)
             try:
                 dist.all_gather_object(outcomes, (value, problem), group=self._group)

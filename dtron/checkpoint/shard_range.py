@@ -35,6 +35,7 @@ def place_shard(x: Tensor, w: WeightSpec, layout: Layout, ranges: list[Range] | 
     ``ranges``: the ranges of the shard (None: ``x`` is the whole weight)."""
     if ranges is None:
         return layout.shard(x, *w.axes)
+    assert layout.mesh is not None  # one device has no ranges
     whole = torch.empty(w.shape, device="meta")
     return ShardSpec(layout.placements(*w.axes), whole.shape, whole.stride()).to_dtensor(
         x, layout.mesh

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 from dtron.data.cache import cache_dir
 from dtron.data.documents import Documents, user_files
@@ -74,7 +75,7 @@ def run_prepare(o: Namespace, console: Console) -> int:
     return 0
 
 
-def _tokenizer(o: Namespace):
+def _tokenizer(o: Namespace) -> Tokenizer:
     if o.tokenizer is not None:
         return load_tokenizer(o.tokenizer)
     cache = cache_dir()

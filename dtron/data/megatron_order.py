@@ -112,7 +112,7 @@ def split_documents(split: str, documents: int) -> list[tuple[int, int]]:
     except ValueError:
         shares = []
     finite = all(0 <= share < float("inf") for share in shares)
-    if not (1 <= len(shares) <= 3 and finite and sum(shares)):
+    if not (1 <= len(shares) <= 3 and finite and sum(shares) > 0):
         raise UserError(
             f"--data.split {split!r}: one to three shares that are not negative and not all 0, for "
             "training, validation and test; as 969,30,1"

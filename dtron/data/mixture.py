@@ -47,7 +47,7 @@ def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
             weight = float(part[1]) if part else math.nan
         except ValueError:
             weight = math.nan
-        if not 0 <= weight < math.inf:
+        if part is None or not 0 <= weight < math.inf:
             raise UserError(
                 f"--data.path {path!r}: {text.strip()!r} does not begin with a weight of 0 or "
                 "more; write every source as WEIGHT PATH, as in '0.7 web.jsonl, 0.3 code.parquet'"

@@ -7,7 +7,7 @@ validation split, and all sources share one tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -72,6 +72,7 @@ def open_data(
     if (
         d.marked
         and any(isinstance(text, Documents) for text in texts)
+        and tokenizer is not None
         and end_id(tokenizer) is None
     ):
         flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
@@ -79,19 +80,22 @@ def open_data(
             f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or "
             f"drop {flag}"
         )
-    found, most = [], None
+    found: list[tuple[Source, Source]] = []
+    most = None
     for (weight, _), text in zip(named, texts, strict=True):
         share = samples_of(weight, samples, len(named) == 1)
         if isinstance(text, Indexed):
-            *pair, most = _indexed(d, text, seed, share, vocab)
-        elif isinstance(text, Chats):
-            pair = _chats(d, text, tokenizer, seed, cache)
+            train, held, most = _indexed(d, text, seed, share, vocab)
+            found.append((train, held))
+            continue
+        assert tokenizer is not None  # only indexed files may lack one
+        if isinstance(text, Chats):
+            found.append(_chats(d, text, tokenizer, seed, cache))
         elif d.streaming:
             held = Stream(text, tokenizer, d.seq_len, d.marked, 0, HELD)
-            pair = [Stream(text, tokenizer, d.seq_len, d.marked, HELD), held]
+            found.append((Stream(text, tokenizer, d.seq_len, d.marked, HELD), held))
         else:
-            pair = _text(d, text, tokenizer, seed, cache)
-        found.append(pair)
+            found.append(_text(d, text, tokenizer, seed, cache))
     if len(found) == 1:
         return Data(*found[0], tokenizer, most)
     weights = [weight for weight, _ in named]
@@ -102,7 +106,11 @@ def open_data(
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
     prefix = None if path is None else prefix_of(path)
-    if prefix and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file()):
+    if (
+        path is not None
+        and prefix
+        and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file())
+    ):
         if d.chat:
             raise UserError(
                 f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl"
@@ -136,7 +144,7 @@ def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tok
 class Turns:
     """Documents of several sources, interleaved, for training a tokenizer."""
 
-    def __init__(self, docs: list[Documents | Chats]) -> None:
+    def __init__(self, docs: Sequence[Documents | Chats]) -> None:
         self.docs, self.key = docs, digest([key_of(part) for part in docs])
 
     def __iter__(self) -> Iterator[str]:
@@ -146,18 +154,19 @@ class Turns:
 
 def _text(
     d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path
-) -> list[Source]:
+) -> tuple[Source, Source]:
     train, held = split_text(encode(docs, tokenizer, cache), d.seq_len, d.validation_ratio)
     end = end_id(tokenizer)
     if d.fitted:
-        return [
-            Fitted(_documents(part, end), d.seq_len, seed, shuffle=part is train)
-            for part in (train, held)
-        ]
-    return [
+        assert end is not None  # open_data refuses a tokenizer without one
+        return (
+            Fitted(_documents(train, end), d.seq_len, seed),
+            Fitted(_documents(held, end), d.seq_len, seed, shuffle=False),
+        )
+    return (
         Chunks(train, d.seq_len, seed, end, d.marked),
         Chunks(held, d.seq_len, 0, end, d.marked, shuffle=False),
-    ]
+    )
 
 
 def _documents(tokens: np.ndarray, end: int) -> TokenizedDocuments:
@@ -171,7 +180,7 @@ def _documents(tokens: np.ndarray, end: int) -> TokenizedDocuments:
 
 def _chats(
     d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: Path
-) -> list[Source]:
+) -> tuple[Source, Source]:
     tokens, learn, lengths = chats.encode(tokenizer, cache)
     starts = np.cumsum(lengths) - lengths
     kept = np.minimum(lengths, d.seq_len + 1)  # a longer conversation loses its end
@@ -188,12 +197,12 @@ def _chats(
         )
     documents = TokenizedDocuments(tokens, starts, kept, learn)
     train, held = documents.part(slice(cut)), documents.part(slice(cut, None))
-    return [Fitted(train, d.seq_len, seed), Fitted(held, d.seq_len, seed, shuffle=False)]
+    return Fitted(train, d.seq_len, seed), Fitted(held, d.seq_len, seed, shuffle=False)
 
 
 def _indexed(
     d: DataConfig, data: Indexed, seed: int, samples: int, vocab: int
-) -> tuple[Source, Source, int]:
+) -> tuple[Source, Source, int | None]:
     if data.dtype.kind == "f":
         raise UserError(
             f"{str(data.idx)!r} has tokens of type {data.dtype}, and ids are whole numbers; {_MAKE}"

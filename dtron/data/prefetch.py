@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -58,7 +58,11 @@ class Prefetch(Generic[T]):
 
 
 def _work(
-    make, numbers: Iterable[int], results: SimpleQueue, room: threading.Semaphore, stop
+    make: Callable[[int], Any],
+    numbers: Iterable[int],
+    results: SimpleQueue,
+    room: threading.Semaphore,
+    stop: threading.Event,
 ) -> None:
     try:
         for number in numbers:

@@ -24,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -110,14 +111,15 @@ def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
                         yield sum(map(len, some)), (file, number, some)
                         number += len(some)
                 continue
-            some, size = [], 0
+            docs: list[str] = []
+            size = 0
             for text in texts(file, column):
-                some.append(text)
+                docs.append(text)
                 size += len(text)
                 if size >= BLOCK:
-                    yield 0, (file, 0, some)
-                    some, size = [], 0
-            yield file.stat().st_size, (file, 0, some)
+                    yield 0, (file, 0, docs)
+                    docs, size = [], 0
+            yield file.stat().st_size, (file, 0, docs)
 
 
 def _ahead(
@@ -157,7 +159,10 @@ def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
     file, first, rows = block
     try:
         with understood(file):
-            docs = texts_of_lines(file, rows, first, column) if first else rows
+            if first:
+                docs = texts_of_lines(file, cast("list[bytes]", rows), first, column)
+            else:
+                docs = cast("list[str]", rows)
             docs = [text for text in docs if text.strip()]
         parts, lengths, length = [], [], 0
         for ids, last in encoded(docs, encoder, dtype):

@@ -65,8 +65,8 @@ class Rows:
 
 def _map_rows(fn: Callable[[np.ndarray], np.ndarray], rows: Rows) -> Rows:
     """Apply ``fn`` to each array."""
-    values = [getattr(rows, field.name) for field in fields(rows)]
-    return Rows(*(None if value is None else fn(value) for value in values))
+    tokens, *marks = [getattr(rows, field.name) for field in fields(rows)]
+    return Rows(fn(tokens), *(None if value is None else fn(value) for value in marks))
 
 
 class Source(Protocol):
@@ -177,11 +177,11 @@ class Packed:
             part = slice(row, row + some)
             order = self._made(number if self.shuffle else 0)
             self._fill(order, order.shuffle[place : place + some], out[part])
-            if self.marks:
+            if begins is not None:
                 self._begin(order, order.shuffle[place : place + some], begins[part])
             row += some
         check_vocab(out, self.vocab, repr(str(self.data.bin)))
-        return Rows(out, *(begin_ids(begins[:, :-1]) if self.marks else ()))
+        return Rows(out, *(begin_ids(begins[:, :-1]) if begins is not None else ()))
 
     def _fill(self, order: Order, samples: np.ndarray, out: np.ndarray) -> None:
         tokens, starts, lengths = self.data.tokens, self.data.starts, self.data.lengths
@@ -244,7 +244,10 @@ def _concatenate(parts: list[Rows]) -> Rows:
         parts = [
             Rows(p.tokens, p.documents, p.positions, c) for p, c in zip(parts, counted, strict=True)
         ]
-    columns = zip(
+    tokens, *marks = zip(
         *([getattr(part, field.name) for field in fields(Rows)] for part in parts), strict=True
     )
-    return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    return Rows(
+        np.concatenate(tokens),
+        *(None if column[0] is None else np.concatenate(column) for column in marks),
+    )

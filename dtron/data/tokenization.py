@@ -228,6 +228,6 @@ def _read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
         return None
     ids, check = data[:-4], data[-4:]
     whole = len(check) == 4 and len(ids) % dtype.itemsize == 0
-    if not whole or zlib.crc32(ids) != int.from_bytes(check, "little"):
+    if not whole or zlib.crc32(ids.data) != int.from_bytes(check, "little"):
         return None
     return ids.view(dtype)

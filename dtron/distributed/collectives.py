@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -21,9 +22,12 @@ from dtron.torch_compile import opaque
 
 Splits = Sequence[int] | None
 
-# torch 2.13 renamed both functions.
-_ALL_GATHER = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-_REDUCE_SCATTER = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+# torch 2.13 renamed the first two functions, and gave group names a type of their own.
+_ALL_GATHER: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_REDUCE_SCATTER: Any = (
+    getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+)
+_ALL_TO_ALL: Any = funcol.all_to_all_single
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum") -> Tensor:
@@ -71,36 +75,36 @@ def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
 @opaque
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
         ctx.args = (group, sent, received)
         return _all_to_all(x, group, received, sent)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _all_to_all(g.contiguous(), *ctx.args), None, None, None
 
 
 @opaque
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _all_gather(x, group)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter(g.contiguous(), ctx.group), None
 
 
 @opaque
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _reduce_scatter(x, group)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _all_gather(g.contiguous(), ctx.group), None
 
 
@@ -144,13 +148,14 @@ def ring_shift(x: Tensor, ranks: AxisGroup) -> Tensor:
 @opaque
 class _RingShift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *ring: str | int) -> Tensor:
-        ctx.ring = ring
-        return wait(shift(x, *ring))
+    def forward(ctx: Any, x: Tensor, group: str, place: int, n: int) -> Tensor:
+        ctx.ring = (group, place, n)
+        return wait(shift(x, group, place, n))
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        group, place, n = ctx.ring
+        return wait(shift(g, group, place, n, by=-1)), None, None, None
 
 
 def _one_hot(size: int, at: int, n: int) -> list[int]:
@@ -166,7 +171,7 @@ def _group_name(ranks: DeviceMesh) -> str:
 def _all_to_all(
     x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits
 ) -> Tensor:
-    return funcol.wait_tensor(funcol.all_to_all_single(x, received, sent, group))
+    return funcol.wait_tensor(_ALL_TO_ALL(x, received, sent, group))
 
 
 def _all_gather(x: Tensor, group: str) -> Tensor:

@@ -134,12 +134,12 @@ class CopyEngineGroup(dist.ProcessGroup):
         works = [self._nccl._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
         return CopyWork([w.wait for w in works], (outs, xs))
 
-    def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None):
+    def _allgather_base(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
         return self.allgather_into_tensor_coalesced([out], [x])
 
     def alltoall_base(
         self, out: Tensor, x: Tensor, received: Any = None, sent: Any = None, opts: Any = None
-    ):
+    ) -> Any:
         # Only the all-to-alls of ``exchange_rows`` are done by copies: one row for each other rank.
         # All ranks must decide alike. The splits of an expert all-to-all depend on the routing, so
         # on some ranks they may look the same by chance. But expert tensors have two dims, and
@@ -177,7 +177,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         works = [self._nccl._reduce_scatter_base(y, x, opts) for x, y in zip(xs, outs, strict=True)]
         return CopyWork([w.wait for w in works], (outs, xs))
 
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced  # its name in torch 2.13
+    reduce_scatter_single_coalesced: Any = reduce_scatter_tensor_coalesced  # its name in torch 2.13
 
     def send(self, xs: list[Tensor], destination: int, tag: int):
         return self._nccl.send(xs, destination, tag)

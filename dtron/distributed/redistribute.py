@@ -7,6 +7,7 @@ function communicates. Functions of a ``Tensor`` also take a plain tensor (one d
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -60,20 +61,20 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: typing.Any,
         w: DTensor,
         placements: tuple[int, ...],
         dtype: torch.dtype,
         reduce: torch.dtype,
         fp8: bool,
-    ):
+    ) -> Tensor:
         ctx.before, ctx.reduce = w.placements, reduce
         goal = decode(placements)
         fp8 = fp8 and w.placements != goal and equal_parts(w, w.placements)
-        return (_unshard_fp8 if fp8 else _unshard)(w.to(dtype), goal)
+        return (_unshard_fp8 if fp8 else _unshard)(typing.cast(DTensor, w.to(dtype)), goal)
 
     @staticmethod
-    def backward(ctx, g: DTensor):
+    def backward(ctx: typing.Any, g: DTensor) -> tuple[Tensor | None, ...]:
         return cast(reduce_scatter(g, ctx.before, ctx.reduce), ctx.reduce), None, None, None, None
 
 
@@ -145,7 +146,7 @@ class LocalToDTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: typing.Any,
         x: Tensor,
         like: DTensor,
         placements: tuple[int, ...],
@@ -157,7 +158,7 @@ class LocalToDTensor(torch.autograd.Function):
         return spec.to_dtensor(x, like.device_mesh)
 
     @staticmethod
-    def backward(ctx, g: DTensor):
+    def backward(ctx: typing.Any, g: DTensor) -> tuple[Tensor | None, ...]:
         if tuple(g.placements) != ctx.placements:
             raise PlacementError(
                 f"the gradient of a weight has the placements {g.placements}, not "
@@ -186,8 +187,13 @@ def reduce_scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) ->
             and g.dtype.itemsize < dtype.itemsize
             and _shards_evenly(g, axis, target)
         ):
-            g = _all_to_all_then_sum(g, axis, then.dim, dtype)
+            g = _all_to_all_then_sum(g, axis, dim_of(then), dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
+
+
+def dim_of(p: Placement) -> int:
+    """Return the dim that a Shard shards."""
+    return typing.cast(Shard, p).dim
 
 
 def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
@@ -197,9 +203,9 @@ def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:
     for axis, at in enumerate(placements):
         if at.is_shard():
             n = x.device_mesh.size(axis)  # torch 2.11 does not trace a mesh's shape
-            if size[at.dim] % n:
+            if size[dim_of(at)] % n:
                 return False
-            size[at.dim] //= n
+            size[dim_of(at)] //= n
     return True
 
 
@@ -210,7 +216,7 @@ def part_of(
     fractions the shape is the same on every rank, and all ranks decide alike."""
     part = list(shape)
     for axis, p in enumerate(placements):
-        if isinstance(p, Shard):
+        if isinstance(p, Shard) and mesh is not None:
             part[p.dim] /= mesh.size(axis)
     return part
 
@@ -253,6 +259,12 @@ def like(x: Tensor, part: Tensor) -> Tensor:
     device. This calls DTensor's constructor, which is not public: ``from_local`` would move
     ``part`` to the mesh's device."""
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
+
+
+@typing.overload
+def cast(x: DTensor, dtype: torch.dtype, copy: bool = False) -> DTensor: ...
+@typing.overload
+def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor: ...
 
 
 def cast(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:

@@ -32,7 +32,7 @@ def allocate(size: int) -> Tensor:
     # Imported here, because the import takes a second, and a CPU has no symmetric memory.
     import torch.distributed._symmetric_memory as symmetric
 
-    return symmetric.empty(size, dtype=torch.uint8, device="cuda")
+    return symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda"))
 
 
 def _create_group(group: Any, options: Any) -> CopyEngineGroup:
@@ -61,7 +61,8 @@ def _rendezvous(memory: Tensor, group: str) -> SymmetricBuffer:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
-        return symmetric.rendezvous(memory, group)
+        buffer: Any = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]  # a str in 2.11
+        return buffer
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         raise UserError(

@@ -9,6 +9,8 @@ recipe's name."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,13 @@ def fp8_grouped_mm(x: Tensor, w: Tensor, ends_E: Tensor, name: str) -> Tensor:
 @opaque
 class Fp8Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.name, recipe = name, RECIPES[name]
         return recipe.mm(recipe.cast(x, 1, "input"), recipe.cast(w, 0, "weight"), x.dtype)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, w = ctx.saved_tensors
         recipe, dx, dw = RECIPES[ctx.name], None, None
         if ctx.needs_input_grad[0]:
@@ -62,13 +64,13 @@ class Fp8Matmul(torch.autograd.Function):
 @opaque
 class Fp8GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, ends_E: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, ends_E: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x, w, ends_E)
         ctx.name = name
         return RECIPES[name].grouped_mm(x, w, ends_E)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, w, ends_E = ctx.saved_tensors
         recipe = RECIPES[ctx.name]
         dx = recipe.grouped_mm(g, w.mT, ends_E) if ctx.needs_input_grad[0] else None

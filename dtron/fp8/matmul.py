@@ -49,6 +49,7 @@ def matmul(x: Tensor, w: Tensor, recipe: Recipe | None = None) -> Tensor:
     product = partial(fp8_mm, name=recipe.name)
     if not isinstance(x, DTensor):
         return product(x, w)
+    assert isinstance(w, DTensor)  # on a mesh every tensor is
     y_placements, dx_placements, dw_placements = _placements(x, w)
     region = local_map(
         product,
@@ -110,4 +111,5 @@ def _placements(x: DTensor, w: DTensor) -> tuple[list, list, list]:
                 "dim, or shard one of the other dims"
             )
         rows += row
-    return tuple(map(list, zip(*rows, strict=True)))
+    y, dx, dw = map(list, zip(*rows, strict=True))
+    return y, dx, dw

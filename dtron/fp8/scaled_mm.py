@@ -83,13 +83,13 @@ def cast(x: Tensor, dim: int, role: Role, name: str) -> Scaled:
     if config.scaling_type is ScalingType.DISABLED:
         return Scaled(x, None)
     by_row = config.scaling_granularity is ScalingGranularity.AXISWISE
-    return scaled_by(x, dim if by_row else None, config.target_dtype)
+    return Scaled(*scaled_by(x, dim if by_row else None, config.target_dtype))
 
 
 def mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """Multiply ``a [M, K]`` by ``b [K, N]``; see ``Recipe.mm``."""
     (a, a_scale), (b, b_scale) = a, b
-    if a_scale is None:
+    if a_scale is None or b_scale is None:
         return a @ b
     if a.device.type == "cpu":
         return ((a.float() / a_scale) @ (b.float() / b_scale)).to(dtype)
@@ -103,8 +103,10 @@ def mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     )
 
 
-def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Scaled:
-    """Cast ``x`` to float8.
+def scaled_by(
+    x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Cast ``x`` to float8, and return the values and their scale.
 
     ``summed``: the contracted dim, along which all values have one scale (None: the tensor has one
         scale)."""
@@ -113,4 +115,4 @@ def scaled_by(x: Tensor, summed: int | None, dtype: torch.dtype = torch.float8_e
         x, dtype, scaling_granularity=by, axiswise_dim=summed, round_scales_to_power_of_2=True
     )
     # Saturate: in torch 2.11 a cast turns out-of-range values into NaN.
-    return Scaled(to_fp8_saturated(x.float() * scale, dtype), scale)
+    return to_fp8_saturated(x.float() * scale, dtype), scale

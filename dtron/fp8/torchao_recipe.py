@@ -6,16 +6,13 @@ and only when FP8 is used."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtron.errors import UserError
 from dtron.fp8.recipe import Recipe, Role
-
-if TYPE_CHECKING:
-    from dtron.fp8.scaled_mm import Scaled
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,12 @@ class TorchaoRecipe(Recipe):
                 f"--fp8 {self.name}: needs torchao 0.18 ({error}); pip install 'dtron[fp8]'"
             ) from error
 
-    def cast(self, x: Tensor, dim: int, role: Role) -> Scaled:
+    def cast(self, x: Tensor, dim: int, role: Role) -> Any:
         from dtron.fp8.scaled_mm import cast
 
         return cast(x, dim, role, self.name)
 
-    def mm(self, a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+    def mm(self, a: Any, b: Any, dtype: torch.dtype) -> Tensor:
         from dtron.fp8.scaled_mm import mm
 
         return mm(a, b, dtype)

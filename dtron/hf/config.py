@@ -91,7 +91,7 @@ def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfi
                 f"{where}: {key} is {entries[key]!r}, and dtron computes {family.kind} with "
                 f"{only!r}"
             )
-    values = {}
+    values: dict[str, Any] = {}
     for ours, theirs in family.keys.items():
         names = theirs.split("|")
         found = next((name for name in names if name in entries), None)
@@ -135,7 +135,8 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the entries of config.json for this model. Raises UserError if the family cannot
     express one of the fields."""
     entries = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
-    entries |= {"model_type": family.kind, "architectures": [family.architecture]} | family.demands
+    entries |= {"model_type": family.kind, "architectures": [family.architecture]}
+    entries |= family.demands
     entries |= family.write(m)
     if m.positions == "rotary":
         entries |= _rope_entries(m.rope)
@@ -263,7 +264,7 @@ def _rope(entries: Mapping[str, Any], context: int, where: str) -> RopeConfig:
         raise UserError(
             f"{where}: yarn with its own attention_factor; dtron computes the paper's factor"
         )
-    known = {"original_max_position_embeddings": context} | rope
+    known = {"original_max_position_embeddings": context, **rope}
     values = {ours: known[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if theirs in known}
     return RopeConfig(float(theta), kind, **values)
 

@@ -102,7 +102,8 @@ class Source:
         return self.reader.bytes_read
 
     def _check(self) -> None:
-        have, wanted = dict(self.reader.entries), {}
+        have = dict(self.reader.entries)
+        wanted: dict[str, tuple[int, ...]] = {}
         if not any(name.startswith(self.family.prefix) for name in have):
             # GPT-2 also exists without its prefix, saved from the bare model.
             have = {

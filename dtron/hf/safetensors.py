@@ -73,7 +73,7 @@ class Reader:
         box = [(0, n) for n in entry.shape] if box is None else list(box)
         out = torch.empty([b - a for a, b in box], dtype=DTYPES[entry.dtype])
         if out.numel():
-            memory = memoryview(out.view(-1).view(torch.uint8).numpy())
+            memory = out.view(-1).view(torch.uint8).numpy().data
             size, filled = out.element_size(), 0
             for first, count in _runs(entry.shape, box):
                 part = memory[filled : filled + count * size]
@@ -172,7 +172,7 @@ def header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= min(_LARGEST_HEADER, size - 8) else None
+            text = file.read(length) if length <= min(_LARGEST_HEADER, size - 8) else b""
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download it again") from error
     try:
@@ -243,7 +243,12 @@ def _file(i: int, n: int) -> str:
     return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
 
 
-def _write_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, make) -> None:
+def _write_file(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    make: Callable[[str], Tensor],
+) -> None:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, shape in shapes.items():
@@ -259,4 +264,4 @@ def _write_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
             assert x.shape == tuple(shape), (
                 f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
             )
-            file.write(x.view(-1).view(torch.uint8).numpy())
+            file.write(x.view(-1).view(torch.uint8).numpy().data)

@@ -112,7 +112,9 @@ def _within(axis: str, ranges: Mapping[str, Range]) -> Range:
 def pattern(text: str) -> Pattern:
     """Parse a pattern."""
     left, _, right = text.partition("->")
-    dims, dim, inside = [], [], False
+    dims: list[tuple[str, ...]] = []
+    dim: list[str] = []
+    inside = False
     for word in left.replace("(", " ( ").replace(")", " ) ").split():
         if word == "(":
             inside = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,13 +87,21 @@ def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layou
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, like the next lines
     k_TKH = linear(x_TD, p.w_k, p.b_k, recipe)
     v_TKH = linear(x_TD, p.w_v, p.b_v, recipe)
-    if p.q_norm is not None:
+    if p.q_norm is not None and p.k_norm is not None:
         q_TNH = norm(p.q_norm, q_TNH, inputs.eps)
         k_TKH = norm(p.k_norm, k_TKH, inputs.eps)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
 
-    def on_rank(q_TNH, k_TKH, v_TKH, table_TH, documents_T, sinks_N, *past):
+    def on_rank(
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        table_TH: Tensor | None,
+        documents_T: Tensor | None,
+        sinks_N: Tensor | None,
+        *past: Tensor | None,
+    ) -> Tensor:
         heads = rotated(Heads(q_TNH, k_TKH, v_TKH), table_TH)
         return core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
 
@@ -140,6 +148,7 @@ def core(
     mask = inputs.mask
     if past.k_TKH is None:
         return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
+    assert isinstance(mask, AttentionMask)  # rows are whole
     q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
     k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
     attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
@@ -177,7 +186,7 @@ class AttentionMixer(Mixer):
         warm = m.rope.temperature if m.positions == "rotary" else 1.0
         return None if warm == 1 else warm / self.head_dims[0] ** 0.5
 
-    def apply(self, p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
+    def apply(self, p: Any, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
         return attention(p, x_TD, inputs, layout)
 
     def prepare(self, stage: StageInputs, layout: Layout) -> dict[int | None, AttentionInputs]:

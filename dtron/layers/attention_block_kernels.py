@@ -81,10 +81,12 @@ def block_backward(
     sizes = (q.shape[2], k.shape[2], 0.0, causal)  # the longest row of q and of k, no dropout
     match kernel(q, v):
         case "cudnn":
+            assert dropout is not None
             dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
                 g, q, k, v, o, lse[..., None], *dropout, None, None, None, *sizes, scale=scale
             )
         case "flash":
+            assert dropout is not None
             dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
                 g, q, k, v, o, lse, None, None, *sizes, *dropout, scale=scale
             )

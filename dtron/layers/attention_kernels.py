@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import (
     AuxRequest,
+    FlexKernelOptions,
     create_block_mask,
     flex_attention,
 )
@@ -193,7 +194,8 @@ def with_blocks(
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    def capped(score, b, n, i, j):
+    def capped(score: Tensor, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert mask.softcap is not None
         return mask.softcap * torch.tanh(score / mask.softcap)
 
     o, aux = flex_attention(
@@ -212,7 +214,7 @@ def _flex(
 
 # The kernel whose log-sum-exp is differentiable too. By default torch may take another kernel: for
 # sequences under 128 tokens it takes a kernel for decoding.
-_KERNEL = {"BACKEND": "TRITON"}
+_KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:

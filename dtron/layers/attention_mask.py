@@ -53,7 +53,7 @@ def sees(
     """Return whether query i of row b may see key j, for indices of any shapes that broadcast. All
     cores use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
     ok = j <= i
-    if mask.windowed:
+    if mask.window is not None and mask.windowed:
         ok = ok & (i - j < mask.window)
     if documents_BS is not None:
         ok = ok & (documents_BS[b, i] == documents_BS[b, j])

@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dtron.distributed.collectives import all_gather, all_to_all
+from dtron.distributed.collectives import AxisGroup, all_gather, all_to_all
 from dtron.layers.attention_block_kernels import kernel_for
 from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, choose, with_blocks
 from dtron.layers.attention_mask import AttentionMask
@@ -77,7 +77,9 @@ class ContextParallelMask:
     def later(self) -> Tensor:
         """Return ``[n]``: for each step, whether its shard is later in the row than this rank's
         shard."""
-        return torch.stack([m.keys[0] for m in self.steps]) > self.steps[0].queries[0, 0]
+        own, keys = self.steps[0].queries, [m.keys for m in self.steps]
+        assert own is not None
+        return torch.stack([k[0] for k in keys if k is not None]) > own[0, 0]
 
 
 def prepare(
@@ -178,7 +180,7 @@ def by_ring(
 ) -> Tensor:
     """Compute attention by ``ring``; see the module. Plain causal masks take the fused ring."""
     q, k, v = (_row_shards(x, context) for x in (q, k, v))
-    peers = layout.group("cp")
+    peers = _peers(layout)
     plain = documents_BS is None and not context.mask.windowed
     if path == "sdpa" and plain:
         o = ring(q, k, v, context.later, context.sharding.zigzag, peers, context.mask.scale)
@@ -201,7 +203,7 @@ def by_allgather(
     n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
     kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
-    kv_TC = all_gather(kv_TC, layout.group("cp").ranks)  # over cp; backward: reduce-scatter
+    kv_TC = all_gather(kv_TC, _peers(layout).ranks)  # over cp; backward: reduce-scatter
     rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))
@@ -227,7 +229,7 @@ def by_ulysses(
     # [n, T, heads / n * H] each
     shards = [x.unflatten(1, (n, -1)).movedim(1, 0).flatten(2) for x in given]
     sent_TC = torch.cat(shards, dim=-1).flatten(0, 1)
-    received = all_to_all(sent_TC, layout.group("cp").ranks)  # over cp
+    received = all_to_all(sent_TC, _peers(layout).ranks)  # over cp
     rows = received.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
     zigzag = context.sharding.zigzag
     rows = rows[:, context.order_S.argsort()] if zigzag else rows
@@ -240,8 +242,14 @@ def by_ulysses(
     o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0]).transpose(1, 2).flatten(2)
     o = o[:, context.order_S] if zigzag else o
     o = o.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 2)
-    o = all_to_all(o, layout.group("cp").ranks).unflatten(0, (n, -1))  # over cp
+    o = all_to_all(o, _peers(layout).ranks).unflatten(0, (n, -1))  # over cp
     return o.unflatten(-1, (-1, given[2].shape[-1])).movedim(0, 1).flatten(1, 2)
+
+
+def _peers(layout: Layout) -> AxisGroup:
+    peers = layout.group("cp")
+    assert peers is not None  # one rank has whole rows, and needs no method
+    return peers
 
 
 METHODS = {"ring": by_ring, "allgather": by_allgather, "ulysses": by_ulysses}

@@ -17,6 +17,7 @@ z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,11 +91,20 @@ class _ChunkedLoss(torch.autograd.Function):
     forward."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_VD, targets_T, ids_V, loss: Loss, layout: Layout):
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w_VD: Tensor,
+        targets_T: Tensor,
+        ids_V: Tensor,
+        loss: Loss,
+        layout: Layout,
+    ) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         train = any(ctx.needs_input_grad[:2])
-        dx, dw = [], torch.zeros_like(w_VD, dtype=wide) if train else None
+        dx: list[Tensor] = []
+        dw = torch.zeros_like(w_VD, dtype=wide) if train else None
         chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
         for x_CD, targets_C in chunks:
             logits_CV = (x_CD @ w_VD.mT).to(wide).masked_fill(ids_V >= loss.vocab, float("-inf"))
@@ -108,18 +118,18 @@ class _ChunkedLoss(torch.autograd.Function):
             sum_C, target_C = sums.unbind()
             logsum_C = top_C + sum_C.log()
             total = total + ((logsum_C - target_C + loss.z * logsum_C.square()) * counts).sum()
-            if train:
+            if dw is not None:
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
                 d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
                 d_CV = d_CV.to(x_TD.dtype)
                 dx.append(d_CV @ w_VD)
                 dw += d_CV.mT @ x_CD
-        if train:
+        if dw is not None:
             ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
         return total
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         return dx * g.to(dx.dtype), dw * g.to(dw.dtype), None, None, None, None

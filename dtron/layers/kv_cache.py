@@ -71,10 +71,12 @@ def recall(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
     ``[B, K, slots, H]`` each, and the mask for queries in the new tokens' slots. Rank-local."""
-    slots_BS = past.slots_T.unflatten(0, (-1, mask.seq_len))
+    slots_T, k_TKH, v_TKH = past
+    assert slots_T is not None and k_TKH is not None and v_TKH is not None
+    slots_BS = slots_T.unflatten(0, (-1, mask.seq_len))
     rows = torch.arange(len(slots_BS), device=k.device)[:, None]
     updated = []
-    for new, cache in ((k, past.k_TKH), (v, past.v_TKH)):
+    for new, cache in ((k, k_TKH), (v, v_TKH)):
         cache = cache.unflatten(0, (len(slots_BS), -1))
         cache[rows, slots_BS] = new.unflatten(0, (-1, mask.seq_len)).to(cache.dtype)
         updated.append(cache.transpose(1, 2))

@@ -27,10 +27,14 @@ from dtron.mesh import Layout
 class TokenData(Protocol):
     """The data of a microbatch's tokens that a mixer may need; see ``Batch`` in model/batch.py."""
 
-    positions_T: Tensor
-    documents_T: Tensor | None
-    seq_len: int
-    zigzag: bool
+    @property
+    def positions_T(self) -> Tensor: ...
+    @property
+    def documents_T(self) -> Tensor | None: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def zigzag(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class Mixer:
 
     model: Any
 
-    params: ClassVar[type]
+    params: ClassVar[Any]
 
     def dims(self) -> dict[str, Any]:
         """Return sizes and flags for the declaration of ``params``, in addition to the model's."""
         return {}
 
-    def apply(self, p: Any, x_TD: Tensor, inputs: MixerInputs, layout: Layout) -> Tensor:
+    def apply(self, p: Any, x_TD: Tensor, inputs: Any, layout: Layout) -> Tensor:
         """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
         raise NotImplementedError
 

@@ -115,19 +115,29 @@ def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor
     ``inputs.table_TH`` are as wide as ``rope_dim``."""
     table_TH, recipe, eps = inputs.table_TH, inputs.recipe, inputs.eps
     q_TR = x_TD  # local, like the next lines: each rank has its own tokens
-    if p.w_q_down is not None:
+    if p.w_q_down is not None and p.q_norm is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
+    assert table_TH is not None
     rank, rope_dim = p.kv_norm.scale.shape[0], table_TH.shape[-1]
     c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rope_dim], dim=-1)
     latents_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
     latents_TR = layout.constrain(latents_TR, "tokens", None)  # all-gather over tp
     q_TR, c_TR, k_TH = latents_TR.split([q_TR.shape[-1], rank, rope_dim], dim=-1)
-    q_TNH = linear(q_TR, p.w_q if p.w_q_up is None else p.w_q_up, recipe=recipe)  # local
+    w_q = p.w_q if p.w_q_up is None else p.w_q_up
+    assert w_q is not None
+    q_TNH = linear(q_TR, w_q, recipe=recipe)  # local
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
     ins = (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",))
 
-    def on_rank(q_TNH, kv_TNH, k_TH, table_TH, documents_T, *past):
+    def on_rank(
+        q_TNH: Tensor,
+        kv_TNH: Tensor,
+        k_TH: Tensor,
+        table_TH: Tensor,
+        documents_T: Tensor | None,
+        *past: Tensor | None,
+    ) -> Tensor:
         own = _heads(q_TNH, kv_TNH, k_TH, table_TH)
         return core(own, documents_T, None, Past(*past), inputs, layout)
 

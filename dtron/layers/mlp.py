@@ -72,8 +72,10 @@ def _between(
     h_TF = linear(x_TD, w_up, b_up, recipe)
     match activation:
         case "swiglu":
+            assert w_gate is not None
             h_TF = F.silu(linear(x_TD, w_gate, recipe=recipe)) * h_TF
         case "geglu":
+            assert w_gate is not None
             h_TF = F.gelu(linear(x_TD, w_gate, recipe=recipe), approximate="tanh") * h_TF
         case "gelu":
             h_TF = F.gelu(h_TF, approximate="tanh")

@@ -56,7 +56,7 @@ def in_chunks(fn: Callable, size: int) -> Callable:
 
         def chunk(x: Tensor, *wide: Tensor | None) -> Tensor:
             pairs = zip(wide, weights, strict=True)
-            return fn(x, *(w if w is None else w.to(original.dtype) for w, original in pairs))
+            return fn(x, *(w if o is None or w is None else w.to(o.dtype) for w, o in pairs))
 
         each = partial(checkpointed, chunk) if torch.is_grad_enabled() else chunk
         return torch.cat([each(rows, *wide) for rows in x.split(size)])

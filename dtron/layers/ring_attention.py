@@ -40,7 +40,7 @@ computation block by block, but their keys and values are still sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ def ring_plainly(
         coming = _Shift.apply(message, *peers.args) if step + 1 < len(masks) else None
         result = attention_and_lse(q, *_unpack(message, k, v), documents_BS, mask, flex)
         merged = result if merged is None else merge(merged, result)
-        message = None if coming is None else _Wait.apply(coming)
+        if coming is not None:
+            message = _Wait.apply(coming)
+    assert merged is not None  # the first step is this rank's own keys
     o, lse = merged
     o = o if sinks_N is None else with_sinks(o, lse, sinks_N)
     return o.to(v.dtype)
@@ -117,7 +119,9 @@ class _RingOptions(NamedTuple):
 @opaque
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, later: Tensor, options: _RingOptions):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, later: Tensor, options: _RingOptions
+    ) -> Tensor:
         zigzag, scale, peers = options
         steps = peers[-1]
         message = _pack(k, v)
@@ -134,8 +138,9 @@ class _Ring(torch.autograd.Function):
                 o, lse, _ = block_forward(q, *kv, causal=False, scale=scale)
                 halves = [merge(halves[0], (o, lse.masked_fill(late, float("-inf"))))]
                 continue
-            pairs = _pairs(q, late, first=1), *(_pairs(x, late, first=0) for x in kv)
-            o, lse, _ = block_forward(*pairs, causal=False, scale=scale)
+            q_2 = _pairs(q, late, first=1)
+            k_2, v_2 = (_pairs(x, late, first=0) for x in kv)
+            o, lse, _ = block_forward(q_2, k_2, v_2, causal=False, scale=scale)
             (o_1, o_same), (lse_1, lse_same) = o.chunk(2), lse.chunk(2)
             halves = [
                 merge(halves[0], (o_same, lse_same.masked_fill(late, float("-inf")))),
@@ -151,11 +156,12 @@ class _Ring(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, later, *dropout = ctx.saved_tensors
         dropout = tuple(dropout) if ctx.fused else None
         zigzag, scale, peers = ctx.options
-        steps, returning = peers[-1], None
+        steps = peers[-1]
+        returning = None
         message = _pack(k, v)
         coming = shift(message, *peers)
         result = BlockResult(o, lse, dropout)
@@ -167,9 +173,9 @@ class _Ring(torch.autograd.Function):
             late, kv = later[step], _unpack(message, k, v)
             if zigzag:
                 g_2, q_2, o_2, lse_2 = (_pairs(x, late, first=1) for x in (g, q, o, lse))
-                kv_2 = (_pairs(x, late, first=0) for x in kv)
+                k_2, v_2 = (_pairs(x, late, first=0) for x in kv)
                 both = BlockResult(o_2, lse_2, dropout)
-                grads = block_backward(g_2, q_2, *kv_2, both, causal=False, scale=scale)
+                grads = block_backward(g_2, q_2, k_2, v_2, both, causal=False, scale=scale)
                 grads = [_unpaired(x, late, i) for x, i in zip(grads, (1, 0, 0), strict=True)]
             else:
                 grads = block_backward(g, q, *kv, result, causal=False, scale=scale)
@@ -179,6 +185,7 @@ class _Ring(torch.autograd.Function):
             if returning is not None:
                 sums = sums + wait(returning)  # previous ranks' sum for the same keys
             returning = shift(sums, *peers)
+        assert returning is not None  # a ring has two ranks or more
         dk_others, dv_others = _unpack(wait(returning), k, v)
         return dq, dk + dk_others, dv + dv_others, None, None
 
@@ -220,21 +227,22 @@ class _Shift(torch.autograd.Function):
     gradient goes to the previous rank."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *ring: str | int):
-        ctx.ring = ring
-        return shift(x, *ring)
+    def forward(ctx: Any, x: Tensor, group: str, place: int, n: int) -> Tensor:
+        ctx.ring = (group, place, n)
+        return shift(x, group, place, n)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return wait(shift(g, *ctx.ring, by=-1)), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        group, place, n = ctx.ring
+        return wait(shift(g, group, place, n, by=-1)), None, None, None
 
 
 @opaque
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return wait(x)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g

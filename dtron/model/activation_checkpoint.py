@@ -238,13 +238,13 @@ _MATMULS = (
 )
 
 
-def _is_view(op) -> bool:
+def _is_view(op: Any) -> bool:
     # flex_attention, an operator that takes functions, has no schema.
     schema = getattr(op, "_schema", None)
     return schema is not None and any(out.alias_info is not None for out in schema.returns)
 
 
-def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def _matmuls(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the outputs of matmuls and attention."""
     keep = getattr(op, "overloadpacket", op).__name__.startswith(_MATMULS) and not _is_view(op)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -253,9 +253,9 @@ def _matmuls(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 class _AllKept:
     """Keep everything but gathered weights and views (a view may be of a gathered weight)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.gathering = False
 
-    def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = not self.gathering and not _is_view(op)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

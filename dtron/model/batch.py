@@ -65,14 +65,14 @@ def make_batch(
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
     rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
-    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else (None, None)
+    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else ()
 
-    def own_tokens(x_BS: Tensor | None) -> Tensor | None:
-        return None if x_BS is None else layout.shard(as_tokens(x_BS, layout, zigzag), "tokens")
+    def own_tokens(x_BS: Tensor) -> Tensor:
+        return layout.shard(as_tokens(x_BS, layout, zigzag), "tokens")
 
     documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
-    main = (own_tokens(x_BS) for x_BS in (tokens, targets, positions_BS, rows))
-    return Batch(*main, documents, s, zigzag, *(own_tokens(x_BS) for x_BS in ahead))
+    t, u, p, r = (own_tokens(x_BS) for x_BS in (tokens, targets, positions_BS, rows))
+    return Batch(t, u, p, r, documents, s, zigzag, *(own_tokens(x_BS) for x_BS in ahead))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:

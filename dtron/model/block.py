@@ -86,7 +86,9 @@ def block(
     x_TD = x_TD + inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
+        assert p.mlp is not None
         return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk),)
+    assert inputs.token_info is not None
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
@@ -179,6 +181,7 @@ class BlockRunner:
 
     def _load(self, i: int) -> Tensor:
         """Return the load of block i in the step so far: one row of a pending sum."""
+        assert self.before is not None
         row = sum(p_block.moe is not None for p_block in self.blocks[:i])
         pick = partial(torch.select, dim=0, index=row)
         return self.layout.local_map(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])

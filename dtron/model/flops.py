@@ -34,6 +34,7 @@ def flops_per_token(m: ModelConfig, seq_len: int) -> float:
     spec = declare_model(m)
     looked_up = sum(w.numel for w in flat(spec.embedding))
     if m.tied:
+        assert spec.embedding is not None
         looked_up -= spec.embedding.w_tokens.numel
     mixing = sum(m.mixer(p.letter).flops(seq_len, p.window) for p in spec.all_blocks)
     head = m.padded_vocab * m.embed * m.mtp.depth  # every module uses the head again

@@ -70,15 +70,15 @@ _QWEN: dict[str, Any] = {"rope": RopeConfig(1e6), "norm_eps": 1e-6}
 def _qwen2(
     embed: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: Any
 ) -> ModelConfig:
-    sizes = (vocab, embed, layers, heads, kv_heads, mlp, 32768)
-    return _llama(*sizes, **_QWEN, qkv_bias=True, **more)
+    more = {**_QWEN, "qkv_bias": True, **more}
+    return _llama(vocab, embed, layers, heads, kv_heads, mlp, 32768, **more)
 
 
 def _qwen3(
     embed: int, layers: int, heads: int, kv_heads: int, mlp: int, **more: Any
 ) -> ModelConfig:
-    sizes = (151936, embed, layers, heads, kv_heads, mlp, 40960)
-    return _llama(*sizes, **_QWEN, qk_norm=True, **more)
+    more = {**_QWEN, "qk_norm": True, **more}
+    return _llama(151936, embed, layers, heads, kv_heads, mlp, 40960, **more)
 
 
 def _stretched(factor: float) -> RopeConfig:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.flops import active
 from dtron.model.transformer import Transformer, declare_model
+from dtron.params import WeightSpec
 from dtron.tree import flat
 
 
@@ -79,7 +81,8 @@ def split_into_stages(m: ModelConfig, layers: Sequence[int]) -> list[Transformer
         first, last = s == 0, s == len(layers) - 1
         embedding = whole.embedding if first else None
         if last and not first and (m.tied or m.mtp.depth):
-            twin = replace(whole.embedding.w_tokens, twin=True)
+            assert whole.embedding is not None
+            twin: Any = replace(cast(WeightSpec, whole.embedding.w_tokens), twin=True)
             embedding = replace(whole.embedding, w_tokens=twin, w_positions=None)
         stages.append(
             replace(

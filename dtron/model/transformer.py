@@ -153,7 +153,11 @@ def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Ten
 
 
 def _head(p: Transformer, layout: Layout) -> Tensor:
-    return layout.unshard(p.embedding.w_tokens if p.w_head is None else p.w_head, "vocab", "embed")
+    w_head = p.w_head
+    if w_head is None:
+        assert p.embedding is not None  # the last stage of a tied model has it too
+        w_head = p.embedding.w_tokens
+    return layout.unshard(w_head, "vocab", "embed")
 
 
 def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, list[list[Tensor]]]:
@@ -179,6 +183,8 @@ def _mtp(
     """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
     loss, and the other outputs of the modules' blocks."""
     m, layout = runner.m, runner.layout
+    assert p.embedding is not None
+    assert batch.tokens_TA is not None and batch.targets_TA is not None
     w_tokens = Embedding(layout.unshard(p.embedding.w_tokens, "vocab", "embed"), None)
     losses, moe_outputs = [], []
     for k, p_k in enumerate(p.mtp):
@@ -204,7 +210,8 @@ def _stage_output(
 ) -> StageOutput | None:
     """Collect a stage's terms of the loss and its report. A report has one row per layer with
     experts, or per module of multi-token prediction."""
-    terms, report = [], {}
+    terms: list[Tensor] = []
+    report: dict[str, Tensor] = {}
     if moe_outputs:
         auxes, *stats = zip(*moe_outputs, strict=True)
         names = ("load", "router", "dropped")

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from dtron.torch_compile import opaque
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 RunExperts = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on this rank's experts
-
+Used = Tensor | None  # whether a slot or a row is used
 Combined = tuple[Tensor, Tensor | None]  # y_TD, number of dropped slots (None: cannot drop)
 
 
@@ -122,13 +122,15 @@ def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
 @opaque
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, place_S, kept_S, slot_R, filled_R):
+    def forward(
+        ctx: Any, x: Tensor, place_S: Tensor, kept_S: Used, slot_R: Tensor, filled_R: Used
+    ) -> Tensor:
         ctx.save_for_backward(place_S, kept_S)
         ctx.tokens = x.shape[0]
         return _rows(x, slot_R // (place_S.shape[0] // x.shape[0]), filled_R)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         slots = _rows(g, *ctx.saved_tensors)
         return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
 
@@ -136,14 +138,22 @@ class _PermuteTokens(torch.autograd.Function):
 @opaque
 class _UnpermuteTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, weights_TK, place_S, kept_S, slot_R, filled_R):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weights_TK: Tensor,
+        place_S: Tensor,
+        kept_S: Used,
+        slot_R: Tensor,
+        filled_R: Used,
+    ) -> Tensor:
         ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
         y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
         return y_TD.to(y.dtype)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, weights_TK, place_S, kept_S, slot_R, filled_R = ctx.saved_tensors
         rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
         d_weights = (rows_TKD * g[:, None]).sum(-1, dtype=weights_TK.dtype)
@@ -177,6 +187,7 @@ def alltoall(
     experts: ExpertGroup,
 ) -> Combined:
     """Send a number of rows that depends on the data, over ep."""
+    assert experts.ranks is not None  # choose_dispatcher: one rank needs no sends
     permutation, ends_E = by_expert(index_TK.flatten(), experts.total)
     counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(experts.parts, experts.per_rank)
     received_RE = all_to_all(counts_RE, experts.ranks)  # rows from each rank per local expert
@@ -198,12 +209,12 @@ class _PermuteRows(torch.autograd.Function):
     """Like ``permute``, with one slot per token. The number of tokens may be 0."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return g.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -229,6 +240,7 @@ def static(
     y = y.unflatten(1, (experts.parts, room)).transpose(0, 1).flatten(0, 2)
     if experts.ranks is not None:
         y = all_to_all(y.contiguous(), experts.ranks)
+    assert permutation.kept_S is not None  # by_room gives it
     return unpermute(y, weights_TK, permutation), (~permutation.kept_S).sum()
 
 
@@ -259,6 +271,7 @@ def allgather(
     experts: ExpertGroup,
 ) -> Combined:
     """All-gather the tokens over ep."""
+    assert experts.ranks is not None  # choose_dispatcher: one rank needs no sends
     x_TD, weights_TK, index_TK = (
         all_gather(t, experts.ranks) for t in (x_TD, weights_TK, index_TK)
     )

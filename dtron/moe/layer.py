@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def _experts(
     weights_TK: Tensor,
     index_TK: Tensor,
     first: Tensor,
-    *weights: Tensor | None,
+    *weights: Any,
     c: MoEConfig,
     layout: Layout,
     dispatch: Dispatch,

@@ -94,7 +94,16 @@ def route(
     token, chosen, total = ("tokens_sp",), ("tokens_sp", None), ("+tokens_sp",)
     weights = ((None, "act_experts"), ("act_experts",), ("act_experts",))
 
-    def on_rank(x_TD, w, b, balance, valid_T, rows_T, place_T, before_E):
+    def on_rank(
+        x_TD: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        balance: Tensor,
+        valid_T: Tensor,
+        rows_T: Tensor,
+        place_T: Tensor | None,
+        before_E: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         own = TokenInfo(valid_T, rows_T, info.rows, place_T)
         return _route(Router(w, b, balance), x_TD, own, before_E, c, layout)
 
@@ -123,6 +132,7 @@ def _route(
     scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
     with torch.no_grad():
         if c.balanced:
+            assert info.place_T is not None
             next_K = torch.arange(c.top_k, device=x_TD.device)
             index_TK = (info.place_T[:, None] * c.top_k + next_K) % c.experts
         else:

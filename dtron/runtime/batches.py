@@ -81,13 +81,15 @@ def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
 def split(batch: HostBatch, config: RunConfig, plan: RunPlan, layout: Layout) -> list[Batch]:
     """Split a global batch into microbatches. Every rank passes the whole batch and keeps its own
     shard."""
-    count = len(batch.columns[0]) // plan.rows
+    tokens, *others = batch.columns
+    assert tokens is not None  # ``Rows`` always has tokens
 
-    def on_device(column: Tensor | None) -> list[Tensor | None]:
-        if column is None:
-            return [None] * count
-        return list(column.to(plan.device, non_blocking=True).split(plan.rows))
+    def on_device(column: Tensor) -> tuple[Tensor, ...]:
+        return column.to(plan.device, non_blocking=True).split(plan.rows)
 
-    parts = zip(*map(on_device, batch.columns), strict=True)
+    rows = on_device(tokens)
+    absent = (None,) * len(rows)
+    documents, positions, counted = (absent if x is None else on_device(x) for x in others)
+    parts = zip(rows, documents, positions, counted, strict=True)
     depth, zigzag = config.model.mtp.depth, config.zigzags
-    return [make_batch(rows, layout, *others, depth, zigzag) for rows, *others in parts]
+    return [make_batch(one, layout, d, p, c, depth, zigzag) for one, d, p, c in parts]

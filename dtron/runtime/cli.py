@@ -45,7 +45,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     import tyro  # a slow import that only command lines need
 
     default = default or RunConfig()
-    config_class = type(default)
+    config_class: Any = type(default)
     if "--version" in argv:
         print(f"dtron {__version__}")
         raise SystemExit(0)
@@ -103,6 +103,7 @@ def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:
     contradict this model."""
     from dtron.hf import contradiction
 
+    assert config.init_from is not None
     folder = Path(config.init_from)
     wrong = contradiction(config.model, loaded)
     if wrong:
@@ -138,14 +139,16 @@ def load(path: Path) -> RunConfig:
 def _build(cls: Any, value: Any) -> Any:
     if not is_dataclass(cls):
         return value
+    make: Any = cls
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _build(hints[name], v) for name, v in value.items()})
+    return make(**{name: _build(hints[name], v) for name, v in value.items()})
 
 
 @cache
 def _flags(cls: type, prefix: str = "--") -> tuple[str, ...]:
     """Every flag of a config class, as tyro spells them."""
-    found, hints = [], typing.get_type_hints(cls)
+    found: list[str] = []
+    hints = typing.get_type_hints(cls)
     for f in fields(cls):
         name = f.name.replace("_", "-")
         if is_dataclass(hints[f.name]):
@@ -212,7 +215,8 @@ def _one_line(box: str) -> str:
     """Return the text of tyro's error box without its frame, title and hints."""
     text = re.sub(r"\x1b\[[\d;]*m", "", box)
     rows = [re.sub(r"^[\s│|╭╰]+|[\s│|╮╯]+$", "", row) for row in text.splitlines()]
-    parts, part = [], []
+    parts: list[list[str]] = []
+    part: list[str] = []
     for row in rows:
         if row and set(row) <= set("-─═ "):
             parts.append(part)

@@ -170,7 +170,7 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         # does not apply.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    group_backends = None
+    group_backends: Any = None
     if config.zero == 3 and config.copy_engines == "auto":
         group_backends = backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms)))
     mesh = build_mesh(plan.shape, kind, group_backends)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 
@@ -120,7 +120,8 @@ class Metrics:
 
         self._throughput, self._device = throughput, throughput.device
         self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
-        self._tokens, self._file, self._board = 0, None, None
+        self._tokens, self._board = 0, None
+        self._file: TextIO | None = None
         self._mark, self._begun, self._first = mark(self._device), time.perf_counter(), start
         self._blocked = False  # whether the last write to the file failed
         if main:
@@ -165,7 +166,7 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a step to ``metrics.jsonl``, and to TensorBoard if enabled."""
-        if self._main:
+        if self._file is not None:
             known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
             try:
                 self._file.write(json.dumps(known, allow_nan=False) + "\n")

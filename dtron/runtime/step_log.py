@@ -76,6 +76,7 @@ class StepLog:
 
     def validation(self, loss: float) -> None:
         """Add the validation loss to the finished step. Raises UserError if it is not finite."""
+        assert self._record is not None  # ``finish`` has made it
         step = self._record["step"]
         if not math.isfinite(loss):
             raise diverged(step, "the validation loss is not finite")

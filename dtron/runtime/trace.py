@@ -119,7 +119,7 @@ _WORK = re.compile(r"aten::|gloo:|\w*c10d|## Call CompiledFxGraph")
 
 def operators(events: Iterable[Event]) -> Iterator[Span]:
     """Yield each CPU operator's own time: on a thread, time counts for the innermost open call."""
-    threads = defaultdict(list)
+    threads: defaultdict[Any, list[tuple[float, bool, float, str]]] = defaultdict(list)
     for e in events:
         if e.get("cat") in ("cpu_op", "user_annotation") and e["ts"] < e["ts"] + e["dur"]:
             # At equal times, ends sort before begins, and an outer call begins before its inner.
@@ -128,7 +128,8 @@ def operators(events: Iterable[Event]) -> Iterator[Span]:
                 (e["ts"] + e["dur"], False, -e["dur"], e["name"]),
             ]
     for edges in threads.values():
-        calls, since = [], 0.0
+        calls: list[str] = []
+        since = 0.0
         for now, begins, _, name in sorted(edges):
             if calls and since < now and _WORK.match(calls[-1]):
                 yield Span(calls[-1], classify(calls[-1]), since, now)

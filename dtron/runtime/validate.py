@@ -130,6 +130,7 @@ def check_fp8(
             f"{flag} --dtype float64: FP8 kernels give float32 at most; drop one of the two"
         )
     recipe = how.recipe(end=False)
+    assert recipe is not None
     if device != "cpu" and torch.cuda.get_device_capability(device) < recipe.capability:
         capabilities = torch.cuda.get_device_capability(device), recipe.capability
         has, needs = (".".join(map(str, capability)) for capability in capabilities)
@@ -185,7 +186,7 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
             f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them"
         )
     given = micro_batch is not None
-    if not given:
+    if micro_batch is None:
         share = max(1, batch // mesh.data)
         enough = 2 * mesh.pp if mesh.pp > 1 else 1  # with fewer, a pipeline is mostly idle
         sizes = (n for n in range(1, share + 1) if share % n == 0 and share // n >= enough)

@@ -25,7 +25,7 @@ describes when)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,7 +90,7 @@ class PipelineGroups:
 
 def make_pipeline_groups(
     lines: Sequence[Sequence[int]],
-    pairs: Sequence[Pair],
+    pairs: Iterable[Pair],
     device: torch.device,
     timeout: timedelta | None,
 ) -> PipelineGroups:
@@ -151,6 +151,7 @@ class P2PLinks:
         goal = self._t.goal(made)
         if goal == self._rank:
             return self._here.send(made, x)
+        assert goal is not None  # results that no rank waits for are not sent
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
         message, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
         with self._naming(goal):

@@ -114,14 +114,16 @@ def run(
         microbatch's loss."""
     kept: dict[tuple[int, int], SavedForward] = {}
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
-    total, reports, units = None, {}, {}
+    total = None
+    reports: dict[int, dict[str, Tensor]] = {}
+    units: dict[int, list[Tensor]] = {}
     for rank, a in t.order:
         if rank not in alive:
             continue
         stage, m, last = a.stage, a.microbatch, a.stage == t.stages - 1
         if a.kind == "F":
             entered = program.enter(weights[stage], batches[m]) if stage == 0 else None
-            x = entered.detach() if stage == 0 else links.receive(Action("F", stage - 1, m))
+            x = links.receive(Action("F", stage - 1, m)) if entered is None else entered.detach()
             x = x.requires_grad_()
             before = (reports.get(stage),) if program.carries else ()
             args = (weights[stage], x, batches[m], *before)
@@ -145,13 +147,15 @@ def run(
                 gs = [links.receive(*t.gradient_from(stage, m)), *gs]
             halves = backward_input if a.kind == "I" and program.splits else backward
             gx, here.later = halves(here.ends, here.x, flat[stage], gs)
-            here.ends = None
-            if stage:
+            here.ends = []
+            assert gx is not None
+            if here.entered is None:
                 links.send(a, gx)
             else:
                 edge = get_gradient_edge(here.entered)
                 here.later = _and_enter(here.later, edge, gx, flat[stage])
         if a.kind != "I":
+            assert here.later is not None  # B or I has set it
             take(stage, m, here.later())
             here.later = None
             del kept[stage, m]

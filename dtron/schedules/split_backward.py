@@ -40,7 +40,8 @@ def backward(
     ``ends``: the outputs' graph edges.
     ``gs``: the gradients of the ends."""
     inputs = [*weights] if x is None else [x, *weights]
-    grads = list(torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True))
+    made = torch.autograd.grad(list(ends), inputs, list(gs), allow_unused=True)
+    grads: list[Tensor | None] = list(made)
     gx = None if x is None else grads.pop(0)
 
     def later() -> list[Tensor | None]:
@@ -76,7 +77,7 @@ def backward_input(
     owner = ends if _NODES_DIE and any(map(_makes_all_at_once, below)) else None
     asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
     try:
-        inputs = [x, *asked.values()]
+        inputs: Any = [x, *asked.values()]  # torch takes a list of both, its annotation does not
         gx, *_ = torch.autograd.grad(
             list(ends), inputs, list(gs), retain_graph=True, allow_unused=True
         )
@@ -85,18 +86,19 @@ def backward_input(
             hook.remove()
 
     def later(owner: Any = owner) -> list[Tensor | None]:
-        edges, grads = [], []
+        edges: list[GradientEdge] = []
+        grads: list[Tensor | None] = []
         for node, children in opaque:
             edges += children.values()
             grads += [made[node][i] if node in made else None for i in children]
         for node, children in plain:
-            children = list(children.values())
+            below = list(children.values())
             outputs = [(i, gi) for i, gi in enumerate(arrived.get(node, ())) if gi is not None]
             if outputs:
-                edges += children
+                edges += below
                 grads += torch.autograd.grad(
                     [GradientEdge(node, i) for i, _ in outputs],
-                    children,
+                    below,
                     [gi for _, gi in outputs],
                     allow_unused=True,
                 )
@@ -105,8 +107,8 @@ def backward_input(
         there = [(e, gi) for e, gi in zip(edges, grads, strict=True) if gi is not None]
         if not there:
             return [None] * len(weights)
-        edges, grads = zip(*there, strict=True)
-        return list(torch.autograd.grad(edges, weights, grads, allow_unused=True))
+        reached, theirs = zip(*there, strict=True)
+        return list(torch.autograd.grad(reached, weights, theirs, allow_unused=True))
 
     return gx, later
 

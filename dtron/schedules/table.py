@@ -264,7 +264,7 @@ def simulate(
     ``costs``: each action's time by its kind, or a function of the action.
     ``transfer``: the time to send an activation, if ``costs`` is a function."""
     if isinstance(costs, Costs):
-        costs, transfer = costs.of, costs.transfer
+        transfer, costs = costs.transfer, costs.of
     ends: dict[Action, float] = {}
     spans: list[list] = [[] for _ in t.rows]
     for rank, a in t.order:

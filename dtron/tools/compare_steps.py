@@ -103,10 +103,12 @@ def compare_rounded(
     trees = [(want.grads, one.grads, got.grads), (want.params, one.params, got.params)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
     grads, weights, *states = (_rounded(*three) for three in trees)
-    loss, norm = (
-        _excess(*(torch.tensor([getattr(r, name)]).double() for r in (want, one, got)))
-        for name in ("loss", "norm")
-    )
+
+    def excess(name: str) -> float:
+        three = [torch.tensor([getattr(r, name)]).double() for r in (want, one, got)]
+        return _excess(three[0], three[1], three[2])
+
+    loss, norm = excess("loss"), excess("norm")
     return loss, _table(grads, weights, states, norm)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +30,7 @@ from torch.distributed.tensor._utils import ExplicitRedistributionContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.simulated_ranks import one_rank
-from dtron.mesh import ranks_along
+from dtron.mesh import axes_of, ranks_along
 from dtron.rules import EXCHANGED
 
 _KINDS = {
@@ -56,8 +57,9 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __init__(self, mesh: DeviceMesh | None):
         super().__init__()
-        names = mesh.mesh_dim_names if mesh is not None else ()
-        self._axis = {mesh.get_group(name).group_name: name for name in names}
+        self._axis: dict[str, str] = {}
+        if mesh is not None:
+            self._axis |= {mesh.get_group(name).group_name: name for name in axes_of(mesh)}
         for axis in EXCHANGED:  # groups of their own where they are several dims of the mesh
             if (ranks := ranks_along(mesh, axis)) is not None:
                 self._axis.setdefault(ranks.get_group().group_name, axis)
@@ -65,7 +67,7 @@ class CollectiveCounter(TorchDispatchMode):
         self.bytes: Counter[Collective] = Counter()
         self.order: list[Collective] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # let DTensor decompose into collectives first
         out = func(*args, **(kwargs or {}))

@@ -42,7 +42,7 @@ class FirstNonFinite(TorchDispatchMode):
                 self.where = f"the weight {path} itself is not finite{_on(ranks)}"
             self._weights[id(to_local(w))] = to_local(w), path
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         out = func(*args, **(kwargs or {}))

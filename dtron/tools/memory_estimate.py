@@ -139,7 +139,8 @@ def seq_lens(unit: int) -> list[int]:
 
 def size(n: float) -> str:
     """Format bytes with a binary unit: 1536 is 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n < 1024 or unit == "TiB":
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
+    return f"{n:.1f} TiB"

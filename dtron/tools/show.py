@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -176,7 +176,8 @@ def _grouped(spec: Transformer) -> list[tuple[WeightSpec, str, int]]:
         return [(w.path.split(".", 2)[2], w.shape) for w in flat(block)]
 
     runs = [list(run) for _, run in groupby(spec.blocks, kind)]
-    found, firsts = {}, []
+    found: dict[str, tuple[str, int]] = {}
+    firsts = []
     for run in runs:
         first, last = (flat(block)[0].path.split(".")[1] for block in (run[0], run[-1]))
         old = f"blocks.{first}."
@@ -187,7 +188,7 @@ def _grouped(spec: Transformer) -> list[tuple[WeightSpec, str, int]]:
     return [(w, *found.get(w.path, (w.path, 1))) for w in shown]
 
 
-def _short(placement) -> str:
+def _short(placement: Any) -> str:
     return f"S{placement.dim}" if placement.is_shard() else "+" if placement.is_partial() else "R"
 
 

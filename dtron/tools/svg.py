@@ -14,7 +14,8 @@ class Canvas:
     """A picture of a given width, as tall as its shapes. Units are pixels; y grows downwards."""
 
     def __init__(self, width: float):
-        self._width, self._height, self._parts = width, 0.0, []
+        self._width, self._height = width, 0.0
+        self._parts: list[str] = []
 
     def rect(
         self,

@@ -27,6 +27,7 @@ from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_step import compute_copies_in, plan_of, take_step
 from dtron.training.build import build_step
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
+from dtron.training.step import TrainStep
 from dtron.tree import leaves, unflatten, with_specs
 
 
@@ -45,8 +46,8 @@ def step_of_processes(
         mp.spawn(_rank, (config, shape, dtype, backend, folder), nprocs=shape.size)
         found: dict[str, dict[str, Any]] = {}
         for file in sorted(Path(folder).glob("rank*.pt")):
-            for name, tree in torch.load(file).items():
-                found.setdefault(name, {}).update(tree)
+            for name, values in torch.load(file).items():
+                found.setdefault(name, {}).update(values)
 
     def tree(name: str, like: Any) -> Any:
         return unflatten(like, [found[name][path] for path, _ in leaves(like)])
@@ -72,6 +73,7 @@ def _rank(
     template = torch.empty(0, config.model.embed, dtype=dtype)
     pipe = pipeline(config, shape, plan.count, config.data.seq_len, layout)
     step = build_step(config, plan, on_ranks(pipe, mesh, template), backend)
+    assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
     taken = take_step(config, step, plan, partial(_whole, step.pipe))
     here = {"grads": taken.grads, "params": taken.params}
     here |= {f"state.{name}": tree for name, tree in taken.state.items()}

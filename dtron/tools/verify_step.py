@@ -96,6 +96,7 @@ def one_step(
             return pipe.whole(trees, _unsharded)
 
         step = build_step(config, plan, pipe, wrap=_guarded)
+        assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
         return replace(take_step(config, step, plan, whole, around), collectives=counter)
 
 
@@ -144,7 +145,7 @@ def _guarded(functions: Program) -> Program:
     """Wrap the functions in the guard against hidden communication."""
 
     def guard(fn: Callable) -> Callable:
-        def guarded(*args):
+        def guarded(*args: Any) -> Any:
             with no_hidden_communication():
                 return fn(*args)
 

@@ -53,13 +53,12 @@ class AdamW(ElementwiseOptimizer):
         g: Tensor,
         state: tuple[Tensor, ...],
         lr: Tensor,
-        c1: Tensor,
-        c2: Tensor,
+        *terms: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the new weight and moments by algorithm 2 of the paper.
 
-        ``c1``, ``c2``: the bias corrections of the moments."""
-        m, v = state
+        ``terms``: the bias corrections of the moments."""
+        (m, v), (c1, c2) = state, terms
         m = self.beta1 * m + (1 - self.beta1) * g
         v = self.beta2 * v + (1 - self.beta2) * g * g
         w = w * (1 - lr * self.weight_decay) - lr * (m / c1) / ((v / c2).sqrt() + self.eps)

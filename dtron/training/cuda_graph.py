@@ -43,7 +43,10 @@ class CudaGraphStep:
     A call with other weights or other shapes than the recorded ones runs unrecorded."""
 
     def __init__(self, step: TrainStep, device: str, plain: int = 3):
-        self._step, self._device, self._plain, self._graph = step, device, plain, None
+        self._step, self._device, self._plain = step, device, plain
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._params: Any = None
+        self._kind: list = []
 
     @property
     def pipe(self) -> Pipeline:

@@ -18,12 +18,14 @@ weight is replicated) are reduced once, at the end. No ``.grad`` is set.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dtron.distributed.bucketing import GradTargets, reduce_grads, reduce_scatter_all
 from dtron.distributed.redistribute import cast, full, to_local
@@ -73,15 +75,19 @@ class EagerWeights:
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
     ) -> list[Tensor]:
-        return grads if self.layout.mesh is None else reduce_scatter_all(grads, self._goals(params))
+        if self.layout.mesh is None:
+            return grads
+        return [*reduce_scatter_all(typing.cast("list[DTensor]", grads), self._goals(params))]
 
     def reduce(
         self, weights: Any, grads: list[Tensor], params: list[Tensor], scattered: bool
     ) -> list[Tensor]:
-        return grads if self.layout.mesh is None else reduce_grads(grads, self._goals(params))
+        if self.layout.mesh is None:
+            return grads
+        return [*reduce_grads(typing.cast("list[DTensor]", grads), self._goals(params))]
 
     def _goals(self, params: list[Tensor]) -> GradTargets:
-        return [(p.placements, self.layout.summed(p)) for p in params]
+        return [(p.placements, self.layout.summed(p)) for p in typing.cast("list[DTensor]", params)]
 
     def loss(self, total: Tensor) -> Tensor:
         return total

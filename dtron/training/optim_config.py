@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -60,7 +61,8 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
         raise UserError(
             f"optim.name={config.name}: there is no such optimizer; use {' or '.join(OPTIMIZERS)}"
         )
-    chosen, flags = OPTIMIZERS[config.name], {f.name for f in fields(config)}
+    chosen: Any = OPTIMIZERS[config.name]  # a dataclass
+    flags = {f.name for f in fields(config)}
     names = [f.name for f in fields(chosen) if f.compare]  # a compiled kernel is not an option
     values = {name: getattr(config, name) for name in names if name in flags}
     return chosen(**values, **_options(config, [name for name in names if name not in flags]))
@@ -86,7 +88,7 @@ def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
     return values
 
 
-_PARSERS = {
+_PARSERS: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     str: str,

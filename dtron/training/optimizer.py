@@ -178,7 +178,7 @@ class ElementwiseOptimizer(Optimizer):
         scalars: UpdateScalars,
         layout: Layout,
     ) -> tuple[Any, OptimizerState]:
-        groups: dict[Self, list[int]] = {}
+        groups: dict[ElementwiseOptimizer, list[int]] = {}
         for i, w in enumerate(flat(spec)):
             if not w.frozen:
                 groups.setdefault(self.for_weight(w), []).append(i)
@@ -201,9 +201,8 @@ class ElementwiseOptimizer(Optimizer):
         """Update lists of local tensors in place."""
         if self.kernel is None and self.fused is not None:
             self.fused(w, g, state, scalars)
-            pairs = [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]
-            if pairs:
-                torch._foreach_copy_(*zip(*pairs, strict=True))
+            if pairs := [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]:
+                torch._foreach_copy_([c for c, _ in pairs], [x for _, x in pairs])
             return
         kernel = self.kernel or update_weight
         lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
-from dtron.mesh import Layout
+from dtron.mesh import Layout, axes_of
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
@@ -73,6 +73,12 @@ class Pipeline:
     sent_kinds: set[Any] = field(default_factory=set, compare=False)
 
     @property
+    def device(self) -> torch.device:
+        """The device of messages. Only ranks in several processes send messages."""
+        assert self.template is not None
+        return self.template.device
+
+    @property
     def ranks(self) -> list[int]:
         return list(range(len(self.table.rows))) if self.groups is None else [self.groups.rank]
 
@@ -114,6 +120,7 @@ class Pipeline:
         sent_from = torch.device("cpu") if by_host else device
 
         def empty() -> Tensor:
+            assert self.template is not None
             return self.template.new_empty(tokens, self.template.shape[1], device=sent_from)
 
         def wrap(x: Tensor) -> Tensor:
@@ -145,6 +152,7 @@ class Pipeline:
                 dist.irecv(received, peer, group=self.groups.by_pair[peer_rank, rank]),
             ]
             for work in works:
+                assert work is not None  # this process is in both groups
                 work.wait()
             to_local(copies[own]).add_(received)
             sums = copies
@@ -158,8 +166,9 @@ class Pipeline:
     def sum(self, value: Tensor | None) -> Tensor:
         """Sum a value over the pipeline ranks; None counts as 0."""
         if self.groups is None:
+            assert value is not None  # all stages are here
             return value
-        value = torch.zeros((), device=self.template.device) if value is None else value
+        value = torch.zeros((), device=self.device) if value is None else value
         total = value.to(torch.float64)
         dist.all_reduce(total, group=self.groups.line)
         return total
@@ -179,12 +188,10 @@ def on_ranks(
     this function.
 
     ``template``: an activation of no tokens, ``[0, D]``, in the compute dtype."""
-    if mesh is None or "pp" not in mesh.mesh_dim_names:
+    if mesh is None or "pp" not in axes_of(mesh):
         return pipe
     lines = (
-        mesh.mesh.movedim(mesh.mesh_dim_names.index("pp"), -1)
-        .reshape(-1, len(pipe.table.rows))
-        .tolist()
+        mesh.mesh.movedim(axes_of(mesh).index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
     )
     pairs = pipe.table.pairs
     if pipe.twins is not None:

@@ -38,7 +38,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
     sample = next(iter(reports.values()), {}).get("load")
-    device = pipe.template.device if sample is None else sample.device
+    device = pipe.device if sample is None else sample.device
     rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
     for stage, r in reports.items():
         start = sum(counts[:stage])

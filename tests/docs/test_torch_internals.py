@@ -1,10 +1,12 @@
-"""Every private name of torch is listed on its page, with the one file that uses it."""
+"""Every private name of torch is listed on its page, with the one file that uses it, and so is
+every exception of the type checker."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
+import tomllib
 
 import pytest
 import torch
@@ -78,3 +80,48 @@ def test_a_listed_name_exists_and_its_file_uses_it(name, file, smoke):
             return
         found = getattr(found, part)
     assert found is not None and torch is not None
+
+
+IGNORED = re.compile(r"^\| `([\w/.]+)` \| `([a-z-]+)` \| .+ \|$", re.M)
+SILENCED = re.compile(r"#\s*(?:type:\s*ignore|mypy:|pyright:)|\bno_type_check\b")
+EXPLAINED = re.compile(r"# type: ignore\[([a-z-]+)\]  # \w+")
+
+
+def ignores(sources: dict[str, str]) -> list[tuple[str, str]]:
+    """The file and the error code of every exception of the type checker. The code is "?" if there
+    is no code or no reason on the line."""
+    found = []
+    for file, source in sources.items():
+        for line in filter(SILENCED.search, source.splitlines()):
+            match = EXPLAINED.search(line)
+            found.append((file, match[1] if match else "?"))
+    return sorted(found)
+
+
+def test_every_exception_of_the_type_checker_is_on_the_page():
+    page = (ROOT / "docs" / "torch-internals.md").read_text().partition("## Exceptions")[2]
+    sources = {**SOURCES, "../train.py": (ROOT / "train.py").read_text()}
+    assert ignores(sources) == sorted(IGNORED.findall(page))
+
+
+def test_an_exception_without_code_or_reason_is_noticed():
+    lines = {
+        "x = f()  # type: ignore[arg-type]  # a stub": "arg-type",
+        "x = f()  # type: ignore[arg-type]": "?",
+        "x = f()  # type: ignore  # a stub": "?",
+        "x = f()  #type:ignore": "?",
+        "# mypy: ignore-errors": "?",
+        "@typing.no_type_check": "?",
+    }
+    for line, code in lines.items():
+        assert ignores({"a.py": line}) == [("a.py", code)]
+
+
+def test_the_type_checker_skips_no_file_of_the_library():
+    """Only packages without types are skipped."""
+    mypy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert mypy["files"] == ["dtron", "train.py"] and mypy["disallow_untyped_defs"]
+    assert not {"exclude", "ignore_errors", "disable_error_code"} & mypy.keys()
+    for part in mypy["overrides"]:
+        assert part.keys() == {"module", "follow_imports", "ignore_missing_imports"}
+        assert not any(name.startswith(("dtron", "torch.", "*")) for name in part["module"])
