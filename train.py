@@ -2,7 +2,7 @@
 
     python train.py                                                        # one device
     torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3         # four processes
-    python train.py --simulate --mesh dp=8,tp=4 --steps 2                  # 32 ranks in this one process
+    python train.py --simulate --mesh dp=8,tp=4 --steps 2                  # 32 ranks in one process
 
 With no ``--data.path`` it reads text that every machine has: the source of Python's standard
 library.

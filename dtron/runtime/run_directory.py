@@ -1,7 +1,7 @@
 """A run's directory: its resolved config, its checkpoints, and a record of every start.
 
-``RunDirectory`` is the directory that a run writes. ``read_run`` and ``export_run`` are for programs
-that read the directory of another run.
+``RunDirectory`` is the directory that a run writes. ``read_run`` and ``export_run`` are for
+programs that read the directory of another run.
 """
 
 from __future__ import annotations
