@@ -59,7 +59,7 @@ def build_mesh(
 
     ``backends``: for some atoms, the backend of their process groups, if it is not the device's
         default backend."""
-    names, sizes = list(shape.atoms), list(shape.atoms.values())
+    names, sizes = tuple(shape.atoms), tuple(shape.atoms.values())
     if not names:
         return None
     override = None if backends is None else dict(backends)
@@ -75,8 +75,8 @@ def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
     """Return the ranks along one axis as a one-dim mesh; None if the mesh does not have the axis.
     Every process must make the first call for an axis: if the axis consists of several atoms, the
     call creates a process group."""
-    atoms = parts(mesh.mesh_dim_names, axis) if mesh is not None else ()
-    if not atoms:
+    atoms = parts(axes_of(mesh), axis)
+    if mesh is None or not atoms:
         return None
     if len(atoms) > 1:
         return mesh[atoms]._flatten(axis)

@@ -242,7 +242,8 @@ def unshard_all(
         pairs = enumerate(zip(weights, declarations, strict=True))
         sharded = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
         goals = [layout.unsharded(*declarations[i].axes) for i in sharded]
-        gathered = unshard_bucketed([weights[i] for i in sharded], goals, layout.compute)
+        dtensors: list[Any] = [weights[i] for i in sharded]  # weights on one device need no unshard
+        gathered = unshard_bucketed(dtensors, goals, layout.compute)
         from_buckets = {sharded[j]: w for j, w in gathered.items()}
     ready = []
     for i, (w, d) in enumerate(zip(weights, declarations, strict=True)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -53,7 +53,7 @@ def static_cache(function: _G) -> _G:
     def call(*args: Any) -> Any:
         return cached(*args)
 
-    return static(call)
+    return static(cast(_G, call))
 
 
 # The number of kinds of arguments (stages, shapes of weights, masks) for which one function may be

@@ -164,7 +164,7 @@ def _declarations(
 ) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:
     """Return, for every field of a params class, its name, the arguments of ``Declared``, and the
     renamed axes of its class. A sub-layer has no arguments of ``Declared`` (None)."""
-    rows = []
+    rows: list[tuple[str, tuple | None, tuple[tuple[str, str], ...]]] = []
     for f in fields(cls):
         if "axes" in f.metadata:
             axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])

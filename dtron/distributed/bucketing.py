@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.redistribute import (
     cast,
+    dim_of,
     equal_parts,
     reduce_scatter,
     reduce_scattered,
@@ -52,7 +53,7 @@ def reduce_scatter_all(grads: Sequence[DTensor], goals: GradTargets) -> list[DTe
             else None
         )
 
-    reduced = [None] * len(grads)
+    reduced: list[Any] = [None] * len(grads)
     for key, members in _by_key(len(grads), bucket_key):
         if key is None or len(members) == 1:
             for i in members:
@@ -150,7 +151,7 @@ def _reduce_scatter_bucket(
     mesh, parts = grads[0].device_mesh, [to_local(g) for g in grads]
     for axis in axes:
         n = mesh.size(axis)
-        dims = [t[axis].dim for t in targets]
+        dims = [dim_of(t[axis]) for t in targets]
         shards = [x.unflatten(d, (n, -1)).movedim(d, 0) for x, d in zip(parts, dims, strict=True)]
         bucket = _bucket(torch.cat([x.reshape(n, -1) for x in shards], 1), mesh, axis, Partial())
         bucket = reduce_scatter(
@@ -169,7 +170,7 @@ def _all_gather_bucket(
 ) -> list[DTensor]:
     mesh, parts = weights[0].device_mesh, [to_local(w) for w in weights]
     for axis in reversed(axes):
-        dims = [w.placements[axis].dim for w in weights]
+        dims = [dim_of(w.placements[axis]) for w in weights]
         bucket = _bucket(torch.cat([x.reshape(-1) for x in parts])[None], mesh, axis, Shard(0))
         rows = bucket.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
         shards = rows.split([x.numel() for x in parts], 1)

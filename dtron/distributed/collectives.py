@@ -40,7 +40,9 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
     """Send row i of x to rank i along a dim of the mesh. Return two tensors: this rank's own row,
     and the received rows in the order of their ranks. Not differentiable."""
-    n, index = mesh.size(dim), mesh.get_coordinate()[dim]
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # this process is one of the mesh's ranks
+    n, index = mesh.size(dim), coordinate[dim]
     others = [i + (i + n - index) // n for i in range(n - 1)]  # arithmetic alone, as in _one_hot
     rows = [x.narrow(0, i, 1) for i in others]
     rows = torch.cat(rows) if n > 2 else rows[0].contiguous()

@@ -95,7 +95,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         rendezvous: Callable[[Tensor], SymmetricBuffer],
         timeout: timedelta,
     ):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks this constructor
         kinds = dist.ProcessGroup.BackendType
         kind = {"cuda": kinds.NCCL, "cpu": kinds.GLOO}[device]
         self._register_backend(torch.device(device), kind, nccl)
@@ -128,7 +128,7 @@ class CopyEngineGroup(dist.ProcessGroup):
 
     def allgather_into_tensor_coalesced(
         self, outs: list[Tensor], xs: list[Tensor], opts: Any = None
-    ):
+    ) -> Any:
         if all(self._can_pull(x) and y.is_contiguous() for x, y in zip(xs, outs, strict=True)):
             return self._work(self._issue_all_gather(outs, xs), outs, xs)
         works = [self._nccl._allgather_base(y, x) for x, y in zip(xs, outs, strict=True)]
@@ -155,34 +155,34 @@ class CopyEngineGroup(dist.ProcessGroup):
     # with Python's GIL held. A thread of NCCL may hold a lock of its own and wait for the GIL. This
     # deadlock was seen.
 
-    def allgather(self, outs: Any, xs: list[Tensor], opts: Any):
+    def allgather(self, outs: Any, xs: Any, opts: Any = None) -> Any:
         return self._nccl.allgather(outs, xs, opts)
 
-    def allreduce(self, xs: list[Tensor], opts: Any):
-        return self._nccl.allreduce(xs, opts)
+    def allreduce(self, *args: Any, **options: Any) -> Any:
+        return self._nccl.allreduce(*args, **options)
 
-    def allreduce_coalesced(self, xs: list[Tensor], opts: Any):
+    def allreduce_coalesced(self, xs: Any, opts: Any = None) -> Any:
         return self._nccl.allreduce_coalesced(xs, opts)
 
-    def barrier(self, opts: Any):
+    def barrier(self, opts: Any = None) -> Any:
         return self._nccl.barrier(opts)
 
-    def broadcast(self, xs: list[Tensor], opts: Any):
-        return self._nccl.broadcast(xs, opts)
+    def broadcast(self, *args: Any, **options: Any) -> Any:
+        return self._nccl.broadcast(*args, **options)
 
-    def reduce_scatter(self, outs: list[Tensor], xs: Any, opts: Any):
-        return self._nccl.reduce_scatter(outs, xs, opts)
+    def reduce_scatter(self, *args: Any, **options: Any) -> Any:
+        return self._nccl.reduce_scatter(*args, **options)
 
-    def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], xs: list[Tensor], opts: Any):
+    def reduce_scatter_tensor_coalesced(self, outs: Any, xs: Any, opts: Any = None) -> Any:
         works = [self._nccl._reduce_scatter_base(y, x, opts) for x, y in zip(xs, outs, strict=True)]
         return CopyWork([w.wait for w in works], (outs, xs))
 
     reduce_scatter_single_coalesced: Any = reduce_scatter_tensor_coalesced  # its name in torch 2.13
 
-    def send(self, xs: list[Tensor], destination: int, tag: int):
+    def send(self, xs: list[Tensor], destination: int, tag: int) -> Any:
         return self._nccl.send(xs, destination, tag)
 
-    def recv(self, xs: list[Tensor], source: int, tag: int):
+    def recv(self, xs: list[Tensor], source: int, tag: int) -> Any:
         return self._nccl.recv(xs, source, tag)
 
     def _fits_staging(self, x: Tensor) -> bool:
@@ -207,14 +207,14 @@ class CopyEngineGroup(dist.ProcessGroup):
 
     def _issue_all_gather(self, outs: list[Tensor], xs: list[Tensor]) -> Callable[[], None]:
         self._issue_delayed()
-        offsets = [self._registered_offset(x) for x in xs]
+        offsets, registered = [self._registered_offset(x) for x in xs], self._registered
 
         def copy() -> None:
             for out, x, offset in zip(outs, xs, offsets, strict=True):
-                if offset is None:
+                if offset is None or registered is None:
                     buffer, begin = self._put_in_staging([(0, x)])
                 else:
-                    buffer, begin = self._registered[1], offset
+                    buffer, begin = registered[1], offset
                 rows = out.view(self._size, -1)
                 for peer in self._pull_order():
                     self._pull(rows[peer], buffer, peer, begin)
@@ -236,6 +236,7 @@ class CopyEngineGroup(dist.ProcessGroup):
         def wait() -> None:
             if pending.wait is None:
                 self._issue_delayed()
+            assert pending.wait is not None
             pending.wait()
 
         return self._work(wait, out, x)

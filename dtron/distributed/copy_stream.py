@@ -52,7 +52,8 @@ class CopyStream:
     """A side stream for copies."""
 
     def __init__(self, device: str):
-        self._device, self._stream = device, None
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._newest = self._newest_at_last_wait = IssuedCopy(-1, None)
         self._covered: dict[torch.cuda.Stream, int] = {}  # waiting stream: newest covered copy
 
@@ -77,5 +78,6 @@ class CopyStream:
         if copy.number > self._covered.get(stream, -1):
             covered = max(copy, self._newest_at_last_wait, key=attrgetter("number"))
             self._covered[stream] = covered.number
+            assert covered.event is not None  # at least ``copy`` has been issued
             stream.wait_event(covered.event)
         self._newest_at_last_wait = self._newest

@@ -100,7 +100,7 @@ def _unshard_fp8(x: DTensor, goal: Sequence[Placement]) -> DTensor:
     sizes = [mesh.size(axis) for axis in axes]
     whole = unpacked(messages.unflatten(0, sizes), part.shape, x.dtype)
     for i, axis in reversed(list(enumerate(axes))):
-        dim = x.placements[axis].dim + i  # i dims of ranks still precede the tensor's dims
+        dim = dim_of(x.placements[axis]) + i  # i dims of ranks still precede the tensor's dims
         whole = whole.movedim(i, dim).flatten(dim, dim + 1)
     return DTensor.from_local(whole, mesh, goal, run_check=False, shape=x.shape, stride=x.stride())
 
@@ -214,7 +214,7 @@ def part_of(
 ) -> list[float]:
     """Return the shape of a rank's shard, with fractions where the mesh does not divide a dim. With
     fractions the shape is the same on every rank, and all ranks decide alike."""
-    part = list(shape)
+    part: list[float] = list(shape)
     for axis, p in enumerate(placements):
         if isinstance(p, Shard) and mesh is not None:
             part[p.dim] /= mesh.size(axis)
@@ -225,7 +225,7 @@ def _shards_evenly(g: DTensor, axis: int, target: Sequence[Placement]) -> bool:
     """Whether this mesh axis can shard its dim next, into equal shards. It can if three things
     hold: no inner axis shards the dim already, no outer axis has yet to shard the dim, and the
     local size is divisible."""
-    dim = target[axis].dim
+    dim = dim_of(target[axis])
     inner = any(p.is_shard(dim) for p in g.placements[axis + 1 :])
     outer = any(
         a != b and b.is_shard(dim) for a, b in zip(g.placements[:axis], target[:axis], strict=True)

@@ -60,7 +60,7 @@ class _SimulatedRanks(LocalTensorMode):
     wrapper of their bases. The fast path does neither. A wrapper's storage is never read, and every
     rank's view shares the memory of this rank's tensor either way."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kinds = {type(x) for x in _flat(args)}
         if func is torch.ops.aten.promote_types.default:
             return func(*args)

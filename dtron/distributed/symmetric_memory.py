@@ -48,7 +48,7 @@ def _create_group(group: Any, options: Any) -> CopyEngineGroup:
     # store, and a group written in Python has no store.
     name = f"{group.group_id}.copies"
     plain = dist.ProcessGroup(dist.PrefixStore("copies", group.store), rank, size)
-    _register_process_group(name, plain)
+    _register_process_group(name, plain)  # type: ignore[arg-type]  # a str in torch 2.11
 
     def rendezvous(memory: Tensor, keeps: dist.ProcessGroup = plain) -> SymmetricBuffer:
         # The registry has no reference to the plain group. ``keeps`` has one.

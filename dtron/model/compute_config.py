@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dtron.errors import UserError
 from dtron.fp8.recipe import MIN_WEIGHTS, Recipe
@@ -15,7 +15,10 @@ from dtron.model.activation_checkpoint import ActivationPolicy, policy_for
 from dtron.moe.dispatch import Dispatch
 from dtron.params import Fp8GatherRule
 
-Fp8 = Literal["none", *RECIPES]
+if TYPE_CHECKING:  # a type checker does not know the names of a table
+    Fp8: TypeAlias = str
+else:
+    Fp8 = Literal["none", *RECIPES]
 
 
 @dataclass(frozen=True)

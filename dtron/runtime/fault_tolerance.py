@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -126,7 +126,7 @@ def _findings(own: list[Any], group: Any) -> list[Any]:
     return [x for each in every for x in each]
 
 
-def _non_finite(pairs) -> list[tuple[str, int]]:
+def _non_finite(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[str, int]]:
     """Return path and rank of every non-finite tensor."""
     return [
         (w.path, r)

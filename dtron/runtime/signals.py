@@ -53,7 +53,8 @@ class StopSignal:
 
     def __init__(self, group: Any = None):
         self.name, self.group = "", group
-        self._received_at, self._replaced = 0.0, {}
+        self._received_at = 0.0
+        self._replaced: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # else not allowed
@@ -90,5 +91,5 @@ class StopSignal:
                 f"another rank has died or hangs ({why}); see the output of that rank"
             ) from error
         if number.item() and not self.name:
-            self.name = self.SIGNALS[number.item() - 1].name
+            self.name = self.SIGNALS[int(number.item()) - 1].name
         return bool(number.item())

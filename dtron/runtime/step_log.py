@@ -85,6 +85,7 @@ class StepLog:
 
     def saved_in(self, seconds: float) -> None:
         """Add the seconds for which a checkpoint after the finished step has stopped training."""
+        assert self._record is not None  # ``finish`` has made it
         self._record["checkpoint_stall_seconds"] = seconds
 
     def write(self) -> None:

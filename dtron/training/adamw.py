@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -68,28 +68,30 @@ class AdamW(ElementwiseOptimizer):
         self, w: list[Tensor], g: list[Tensor], state: list[list[Tensor]], scalars: UpdateScalars
     ) -> None:
         """Update all weights at once with torch's fused AdamW kernel."""
-        m, v = state
+        (m, v), scale, step, ok = state, scalars.scale, scalars.step, scalars.ok
+        assert isinstance(scale, Tensor) and step is not None and ok is not None
+        lr: Any = scalars.lr  # the kernel takes a float or a tensor, in two overloads
         # The kernel ignores strides. But the gradient of an uneven shard is a slice of its padded
         # buffer.
         g = [x.to(y.dtype).contiguous() for x, y in zip(g, w, strict=True)]
         # The kernel scales gradients (``grad_scale``) in float32 only.
         kernel_scales = w[0].dtype == torch.float32 and not is_simulated(w[0])
         if not kernel_scales:
-            torch._foreach_mul_(g, scalars.scale)
+            torch._foreach_mul_(g, scale)
         torch._fused_adamw_(
             w,
             g,
             m,
             v,
             [],
-            [torch.full((), float(scalars.step), device=x.device) for x in w],
-            lr=scalars.lr,
+            [torch.full((), float(step), device=x.device) for x in w],
+            lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=self.weight_decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=1 / scalars.scale if kernel_scales else None,
-            found_inf=(~scalars.ok).to(torch.float32),
+            grad_scale=1 / scale if kernel_scales else None,
+            found_inf=(~ok).to(torch.float32),
         )

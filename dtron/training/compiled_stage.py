@@ -16,7 +16,7 @@ zero-bubble schedules are not split (see schedules/split_backward.py)."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from dtron.distributed.bucketing import reduce_grads, reduce_scatter_all
 from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, to_local
 from dtron.distributed.symmetric_memory import copy_engine_groups, sole_copy_engine_group
 from dtron.fp8.matmul import compile_options
-from dtron.mesh import Layout
+from dtron.mesh import Layout, axes_of
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import unshard_all
 from dtron.rules import zero_axes
@@ -80,7 +80,7 @@ def compiled(
 
 def _weight_gather_group(mesh: DeviceMesh | None) -> str | None:
     """Return the name of the CopyEngineGroup if it alone all-gathers the weights, else None."""
-    return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(mesh.mesh_dim_names))
+    return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(axes_of(mesh)))
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")
@@ -127,6 +127,7 @@ class CompiledStage:
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         # The compiler traces, and at each call guards, every weight that a function takes.
         p = p.enter
+        assert p is not None
         return self._run(self._enter, p.tree, p.specs, (), (), *_split_batch(batch))[0]
 
     def stage(
@@ -164,7 +165,7 @@ class CompiledStage:
         ]
         rest = [d for d, is_ready in zip(declarations, ready, strict=True) if not is_ready]
 
-        def unshard_rest(weights: list[DTensor]) -> list[DTensor]:
+        def unshard_rest(weights: list[DTensor]) -> list[Tensor]:
             return unshard_all(weights, rest, layout, once=True)
 
         return self._run_on_rest(unshard_rest, tensors, specs, ready), unsharded
@@ -177,7 +178,7 @@ class CompiledStage:
 
     def reduce(
         self, weights: LocalWeights, grads: list[Tensor], params: list[DTensor], scattered: bool
-    ):
+    ) -> list[DTensor]:
         specs = [spec.gradient for spec in weights.specs]
         if scattered:
             specs = [
@@ -193,7 +194,7 @@ class CompiledStage:
 
     def _redistribute(
         self, fn: Callable, grads: list[Tensor], specs: list[ShardSpec], params: list[DTensor]
-    ):
+    ) -> list[Tensor]:
         """Run ``fn`` on the gradients that do not have the placements of their params yet."""
         goals = [(tuple(p.placements), self._layout.summed(p)) for p in params]
         ready = [spec.placements == goal for spec, (goal, _) in zip(specs, goals, strict=True)]
@@ -213,7 +214,8 @@ class CompiledStage:
         rest = [i for i, is_ready in enumerate(ready) if not is_ready]
         if not rest:
             return tensors
-        results = self._run_list(fn, *([xs[i] for i in rest] for xs in (tensors, specs, *lists)))
+        columns: tuple[list[Any], ...] = (tensors, specs, *lists)
+        results = self._run_list(fn, *([xs[i] for i in rest] for xs in columns))
         changed = dict(zip(rest, results, strict=True))
         return [changed.get(i, x) for i, x in enumerate(tensors)]
 
@@ -225,12 +227,13 @@ class CompiledStage:
         tree: Any,
         specs: list[ShardSpec],
         x: tuple[Tensor, ...],
-        before,
-        batch,
-        shards,
-    ):
+        before: Sequence[Any],
+        batch: Any,
+        shards: Mapping[str, tuple[Tensor, ShardSpec]],
+    ) -> tuple[Tensor, StageOutput | None]:
         from_local = self._layout.from_local
         mesh = self._layout.mesh
+        assert mesh is not None
         batch = replace(
             batch, **{name: spec.to_dtensor(shard, mesh) for name, (shard, spec) in shards.items()}
         )
@@ -256,6 +259,7 @@ class CompiledStage:
         self, fn: Callable, tensors: list[Tensor], specs: list[ShardSpec], *lists: list[Any]
     ) -> list[Tensor]:
         mesh = self._layout.mesh
+        assert mesh is not None
         dtensors = [spec.to_dtensor(t, mesh) for t, spec in zip(tensors, specs, strict=True)]
         return [x.to_local() for x in fn(dtensors, *lists)]
 

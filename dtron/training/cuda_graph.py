@@ -109,7 +109,7 @@ def _input_buffer(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-def _output(x: Tensor | None) -> Tensor | None:
+def _output(x: Any) -> Any:
     """Copy an output of the recording: the next replay overwrites it."""
     return x if x is None else x.clone()
 

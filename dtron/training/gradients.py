@@ -137,7 +137,7 @@ def gradients(
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
-    def accumulate(stage: int, microbatch: int, grads: list[Tensor | None]) -> None:
+    def accumulate(stage: int, microbatch: int, grads: list[Any]) -> None:
         if look is not None:
             look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums

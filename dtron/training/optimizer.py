@@ -205,12 +205,14 @@ class ElementwiseOptimizer(Optimizer):
                 torch._foreach_copy_([c for c, _ in pairs], [x for _, x in pairs])
             return
         kernel = self.kernel or update_weight
-        lr, step = (_like(scalars.scale, x) for x in (scalars.lr, scalars.step))
-        numbers = DeviceScalars(lr, scalars.scale, scalars.ok, self.step_terms(step))
-        w, g, copies, *state = ([*map(_as_matrix, xs)] for xs in (w, g, copies, *state))
-        states = zip(*state, strict=True) if state else repeat(())
+        scale, ok = scalars.scale, scalars.ok
+        assert isinstance(scale, Tensor) and ok is not None and scalars.step is not None
+        lr, step = _like(scale, scalars.lr), _like(scale, scalars.step)
+        numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
+        matrices = ([*map(_as_matrix, xs)] for xs in state)
+        states = zip(*matrices, strict=True) if state else repeat(())
         for x, dx, state_of_x, copy in zip(w, g, states, copies):
-            kernel(self, x, dx, state_of_x, copy, numbers)
+            kernel(self, _as_matrix(x), _as_matrix(dx), state_of_x, _as_matrix(copy), numbers)
 
 
 def update_weight(
@@ -243,11 +245,11 @@ def _like(scale: Tensor, x: float | Tensor) -> Tensor:
     return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
 
 
-def _locals(xs: Sequence[Tensor | None], members: Sequence[int]) -> list[Tensor | None]:
+def _locals(xs: Sequence[Any], members: Sequence[int]) -> list[Any]:
     return [None if xs[i] is None else to_local(xs[i]) for i in members]
 
 
-def _as_matrix(x: Tensor | None) -> Tensor | None:
+def _as_matrix(x: Any) -> Any:
     """View a tensor with at most two dims, so that fewer shapes are compiled."""
     return x if x is None or x.ndim < 3 else x.flatten(1)
 

@@ -111,7 +111,7 @@ class Pipeline:
         if self.groups is None:
             return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
-        axes, device = ("tokens_sp", "act_embed"), self.template.device
+        axes, device = ("tokens_sp", "act_embed"), self.device
         kind = (t.name, tokens, local)
         if not by_host:
             by_host = kind not in self.sent_kinds
@@ -143,6 +143,7 @@ class Pipeline:
             total = copies[first] + copies[last]
             sums = {first: total, last: total.clone()}
         elif copies:
+            assert self.groups is not None  # the other copy is in another process
             own, other = (first, last) if first in copies else (last, first)
             rank, peer_rank = self.table.rank_of[own], self.table.rank_of[other]
             sent, peer = to_local(copies[own]).contiguous(), self.groups.peers[peer_rank]

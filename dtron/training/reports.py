@@ -57,7 +57,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     ``aux_loss``, ``z_loss``: losses per token, without their weights."""
     if totals is None:
         return {}
-    numbers = {}
+    numbers: dict[str, float] = {}
     for i, row in enumerate(totals.tolist()):
         load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
         mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
@@ -79,4 +79,4 @@ def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
     if not depth:
         return None
     losses = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
-    return pipe.sum(torch.zeros(depth, device=pipe.template.device) if losses is None else losses)
+    return pipe.sum(torch.zeros(depth, device=pipe.device) if losses is None else losses)

@@ -141,7 +141,8 @@ class Zero3Prefetch(CustomGraphPass):
             if n.target is _OPS.all_gather_into_tensor.default and self._in_group(n)
             if (gather := _weight_gather(n, position)) is not None
         ]
-        buckets, room = [], 0
+        buckets: list[list[WeightGather]] = []
+        room = 0
         for gather in sorted(gathers, key=lambda x: position[x.first_use]):
             if room <= 0 and not (buckets and buckets[-1][-1].first_use is gather.first_use):
                 room = min(self._bucket, FIRST << len(buckets))
