@@ -183,9 +183,7 @@ class Layout:
 
     def needs_unshard(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``unshard`` would communicate for this weight."""
-        if self.mesh is None:
-            return False
-        return self.unsharded(*axes) != tuple(cast(DTensor, w).placements)
+        return self.mesh is not None and self.unsharded(*axes) != tuple(cast(DTensor, w).placements)
 
     def shape(self, w: Tensor, *axes: str | None) -> list[float]:
         """The shape of a rank's shard of a weight after ``unshard``, with fractions where the mesh
@@ -290,9 +288,7 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """The number of shards of a logical axis."""
-        if self.mesh is None:
-            return 1
-        sizes: list[int] = [self.mesh.size(dim) for dim in self.dims(axis)]
+        sizes: list[int] = [] if self.mesh is None else [self.mesh.size(d) for d in self.dims(axis)]
         return math.prod(sizes)
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:

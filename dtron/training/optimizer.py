@@ -209,8 +209,7 @@ class ElementwiseOptimizer(Optimizer):
         assert isinstance(scale, Tensor) and ok is not None and scalars.step is not None
         lr, step = _like(scale, scalars.lr), _like(scale, scalars.step)
         numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
-        matrices = ([*map(_as_matrix, xs)] for xs in state)
-        states = zip(*matrices, strict=True) if state else repeat(())
+        states = zip(*([*map(_as_matrix, s)] for s in state), strict=True) if state else repeat(())
         for x, dx, state_of_x, copy in zip(w, g, states, copies):
             kernel(self, _as_matrix(x), _as_matrix(dx), state_of_x, _as_matrix(copy), numbers)
 
