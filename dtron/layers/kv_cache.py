@@ -71,7 +71,7 @@ def recall(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
     ``[B, K, slots, H]`` each, and the mask for queries in the new tokens' slots. Rank-local."""
-    slots_T, k_TKH, v_TKH = past
+    slots_T, k_TKH, v_TKH = past.slots_T, past.k_TKH, past.v_TKH
     assert slots_T is not None and k_TKH is not None and v_TKH is not None
     slots_BS = slots_T.unflatten(0, (-1, mask.seq_len))
     rows = torch.arange(len(slots_BS), device=k.device)[:, None]
