@@ -1,1 +1,1 @@
-"""Collectives, redistribution and what carries the bytes; no layer is known here."""
+"""Collectives, redistribution, and the transports of their bytes. No layer is known here."""

@@ -1,8 +1,8 @@
 """Redistribution that DTensor lacks, or that DTensor does with too much communication.
 
 DTensor tracks the *placement* of a tensor: sharded along a dim (Shard), whole on every rank
-(Replicate), or a sum that is still pending (Partial). The docstring of each function says what the
-function communicates. Functions of a ``Tensor`` also take a plain tensor (one device).
+(Replicate), or a sum that is still pending (Partial). The docstring of each function describes its
+communication. Functions of a ``Tensor`` also take a plain tensor (one device).
 """
 
 from __future__ import annotations
