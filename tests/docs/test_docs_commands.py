@@ -174,7 +174,8 @@ def squeezed(code: str) -> str:
     return "".join(code.split())
 
 
-FILES = [*(ROOT / "dtron").rglob("*.py"), *(ROOT / "tests").rglob("test_*_seam.py")]
+TOYS = [p for kind in ("test_*_seam.py", "toy_*.py") for p in (ROOT / "tests").rglob(kind)]
+FILES = [*(ROOT / "dtron").rglob("*.py"), *TOYS]
 SOURCE = squeezed("".join(p.read_text() for p in FILES))
 RUN_ELSEWHERE = "def test_my_layer"  # by docs/test_readme.py
 
