@@ -84,7 +84,9 @@ def test_communication_that_no_line_asks_for_is_named_with_its_line(capsys, monk
     spoil(monkeypatch, lambda step, *args: step(*args, mutate=dropped(5)))
     code, out = run(capsys)
     assert (
-        code == 1 and "input 0 of a local region lies" in out and "('tokens', 'act_embed')" in out
+        code == 1
+        and "input 0 of a local region has the placements" in out
+        and "('tokens', 'act_embed')" in out
     )
 
 
