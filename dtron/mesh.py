@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -42,12 +42,12 @@ from torch.distributed.tensor.experimental import local_map
 
 from dtron.distributed.collectives import AxisGroup, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
-from dtron.distributed.redistribute import Unshard, code, part_of, shard
+from dtron.distributed.placement_codes import code
+from dtron.distributed.redistribute import Unshard, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
 
-# DTensor warns if two mesh axes are reduced one after the other. For the few small sums here this
-# is intended.
+# DTensor warns about sums over two mesh axes one after the other. Here they are few and small.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
@@ -127,8 +127,7 @@ class Layout:
         return AxisGroup(ranks, place)
 
     def group(self, axis: str) -> AxisGroup | None:
-        """Return the ranks along an axis of ``rules.EXCHANGED``; None if the mesh does not have the
-        axis."""
+        """Return the ranks along an ``EXCHANGED`` axis (rules.py); None if the mesh lacks it."""
         return self.groups.get(axis)
 
     @property
@@ -299,10 +298,3 @@ class Layout:
 
 def _present(xs: Sequence[Any], present: Sequence[bool]) -> tuple[Any, ...]:
     return tuple(x for x, given in zip(xs, present, strict=True) if given)
-
-
-def by_rows(layout: Layout) -> Layout:
-    """Return a layout in which cp shards rows, like dp, and no sequences. It is for programs
-    without sequences to shard: in generation, a row's next token is a single token. The placements
-    of weights do not change."""
-    return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from dtron.distributed.mesh_shape import is_part
-from dtron.distributed.redistribute import code, decode
+from dtron.distributed.placement_codes import code, decode
 from dtron.torch_compile import static
 
 Rules = Mapping[str, tuple[str, ...]]

@@ -19,30 +19,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.collectives import exchange_rows, gather_along
 from dtron.distributed.fp8_all_gather import packed, unpacked
+from dtron.distributed.placement_codes import decode, dim_of
 from dtron.distributed.simulated_ranks import same_on_all
 from dtron.errors import PlacementError
-from dtron.torch_compile import opaque, static
-
-# `Unshard` and `LocalToDTensor` choose their backward by the gradient's placement. They are opaque
-# to torch.compile until AOTAutograd runs, and opaque functions may not take Placement objects, so
-# placements are encoded as integers.
-
-
-@static
-def code(placements: Sequence[Placement]) -> tuple[int, ...]:
-    """Encode placements as integers: the dim of a Shard, -1 for Replicate, -2 for Partial."""
-    return tuple(
-        p.dim if isinstance(p, Shard) else -1 if p.is_replicate() else -2 for p in placements
-    )
-
-
-def decode(numbers: Sequence[int]) -> tuple[Placement, ...]:
-    """Decode the placements that ``code`` has encoded."""
-    return tuple([_PLACEMENTS[n] for n in numbers])
-
-
-# Constructed once: the compiler would trace each call of these constructors.
-_PLACEMENTS = {-2: Partial(), -1: Replicate(), **{dim: Shard(dim) for dim in range(8)}}
+from dtron.torch_compile import opaque
 
 
 @opaque
@@ -189,11 +169,6 @@ def reduce_scatter(g: DTensor, goal: Sequence[Placement], dtype: torch.dtype) ->
         ):
             g = _all_to_all_then_sum(g, axis, dim_of(then), dtype)
     return g if target == g.placements else cast(g, dtype).redistribute(g.device_mesh, target)
-
-
-def dim_of(p: Placement) -> int:
-    """Return the dim that a Shard shards."""
-    return typing.cast(Shard, p).dim
 
 
 def equal_parts(x: DTensor, placements: Sequence[Placement]) -> bool:

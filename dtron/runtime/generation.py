@@ -14,7 +14,7 @@ out: the needs of serving, such as a paged cache, continuous batching and specul
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from dtron.data import Data
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
-from dtron.mesh import Layout, by_rows
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.block import Block
 from dtron.model.config import ModelConfig
@@ -101,7 +101,7 @@ class Decoder:
         pipe: Pipeline,
         device: str,
     ):
-        layout = by_rows(pipe.layout)
+        layout = _by_rows(pipe.layout)
         unit = layout.parts("tokens_sp")
         self._rows, self._filled = rows, -(-rows // unit) * unit
         self._m, self._pipe, self._layout, self._device = m, pipe, layout, device
@@ -146,6 +146,13 @@ def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
         return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B)
 
     return Program(enter, run)
+
+
+def _by_rows(layout: Layout) -> Layout:
+    """Return a layout in which cp shards rows, like dp, and no sequences. It is for programs
+    without sequences to shard: in generation, a row's next token is a single token. The placements
+    of weights do not change."""
+    return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})
 
 
 def draw_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtron.distributed.bucketing import reduce_grads, reduce_scatter_all
-from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, code, to_local
+from dtron.distributed.placement_codes import code
+from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, to_local
 from dtron.distributed.symmetric_memory import copy_engine_groups, sole_copy_engine_group
 from dtron.fp8.matmul import compile_options
 from dtron.mesh import Layout, axes_of

@@ -34,6 +34,7 @@ from tests.helpers.pages import (
 )
 from tests.helpers.paths import ROOT
 from tests.helpers.texts import words
+from tests.helpers.train_cli import enter
 
 pytestmark = pytest.mark.xdist_group("pages")
 
@@ -46,10 +47,7 @@ MODEL += ["--model.head-dim=8", "--model.mlp=64", "--model.vocab=300"]
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A folder with the files that the commands start from."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DTRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
     vocab = {f"w{i}": i for i in range(60)} | {"</s>": 60}
     shutil.copytree(folder("llama"), "Llama-3.2-1B")
     config = tmp_path / "Llama-3.2-1B" / "config.json"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,23 +108,41 @@ def model(name: str) -> torch.nn.Module:
     kind, config = FAMILIES[name]
     head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     made = getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**config))
+    named = {
+        path: w
+        for path, w in (*made.named_parameters(), *made.named_buffers())
+        if "inv_freq" not in path and w.is_floating_point()
+    }
+    draw_weights(named.items())
+    with torch.no_grad():
+        for w in named.values():  # bfloat16 represents it, so the model is the same in both dtypes
+            w.copy_(w.bfloat16())
+    return made.eval()
+
+
+def draw_weights(
+    named: Iterable[tuple[str, torch.Tensor]], matrices: float = 0.2, vectors: float = 0.3
+) -> torch.Generator:
+    """Draw large weights, so that attention is far from uniform. Norms are away from 1, biases away
+    from 0. Return the generator, for more numbers.
+
+    ``matrices``, ``vectors``: the standard deviations."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for path, w in (*made.named_parameters(), *made.named_buffers()):
-            if "inv_freq" in path or not w.is_floating_point():
-                continue
-            center = 1.0 if w.ndim == 1 and path.endswith("weight") else 0.0
-            # bfloat16 represents every number, so the model is the same in both dtypes.
-            x = center + torch.randn(w.shape, generator=g) * (0.2 if w.ndim > 1 else 0.3)
-            w.copy_(x.bfloat16())
-    return made.eval()
+        for name, w in named:
+            center = 1.0 if w.ndim == 1 and name.endswith("weight") else 0.0
+            w.copy_(
+                center + torch.randn(w.shape, generator=g) * (matrices if w.ndim > 1 else vectors)
+            )
+    return g
 
 
 @cache
 def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """Save the model, and return its folder."""
+    """Save the model, and return its folder. It is removed when Python ends."""
     import copy
 
     out = Path(tempfile.mkdtemp(prefix="dtron-hf-"))
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
     copy.deepcopy(model(name)).to(dtype).save_pretrained(out)
     return out

@@ -15,6 +15,7 @@ from dtron.hf.safetensors import Reader
 from dtron.tools.generate import main as generate
 from tests.helpers.hf_models import folder
 from tests.helpers.texts import words
+from tests.helpers.train_cli import enter
 
 pytestmark = pytest.mark.xdist_group("program")
 
@@ -31,10 +32,7 @@ SMALL += ["--save-every=1"]
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
     """A model with a tokenizer, and a text."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DTRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
     shutil.copytree(folder("qwen2"), "model")
     vocab = {f"w{i}": i for i in range(60)} | {"</s>": 60}
     words(vocab, tmp_path / "model" / "tokenizer.json")

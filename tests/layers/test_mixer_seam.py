@@ -52,21 +52,10 @@ from tests.layers.toy_mixer import (
     with_cache,
 )
 from tests.model.test_activation_memory import kept_by
+from tests.tools.test_generate import M as ATTENTION
 from tests.tools.test_generate import cached, greedy, on_mesh, texts, uncached, weights
 
-M = ConvolutionModel(
-    vocab=61,
-    embed=24,
-    layers=2,
-    heads=4,
-    kv_heads=4,
-    head_dim=6,
-    mlp=40,
-    context=64,
-    vocab_multiple=1,
-    init_std=0.3,
-    pattern="C",
-)
+M = ConvolutionModel(**vars(ATTENTION) | {"pattern": "C"})
 
 
 def configured(mesh: str, pattern: str = "C", documents: bool = False, **choices) -> RunConfig:

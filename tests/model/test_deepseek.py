@@ -21,6 +21,7 @@ from dtron.moe.config import MoEConfig
 from dtron.params import WeightSpec
 from dtron.runtime.config import ModelConfig
 from dtron.tree import tree_map
+from tests.helpers.hf_models import draw_weights
 from tests.helpers.values import ONE, halves
 from tests.model.test_transformers import random_rows
 
@@ -104,11 +105,8 @@ def transformers_model(kind: str, m: ModelConfig) -> torch.nn.Module:
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Draw large weights, so that attention is far from uniform. Norms are away from 1."""
-    g = torch.Generator().manual_seed(0)
+    g = draw_weights(model.named_parameters())
     with torch.no_grad():
-        for name, w in model.named_parameters():
-            center = 1.0 if w.ndim == 1 and name.endswith("weight") else 0.0
-            w.copy_(center + torch.randn(w.shape, generator=g) * (0.2 if w.ndim > 1 else 0.3))
         for name, w in model.named_buffers():
             if name.endswith("correction_bias"):
                 w.copy_(torch.randn(w.shape, generator=g) * 0.2)

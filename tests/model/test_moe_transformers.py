@@ -18,6 +18,7 @@ from dtron.moe.config import MoEConfig
 from dtron.params import WeightSpec
 from dtron.runtime.config import ModelConfig
 from dtron.tree import tree_map
+from tests.helpers.hf_models import draw_weights
 from tests.model.test_transformers import LLAMA_NAMES, random_rows
 
 hf = pytest.importorskip("transformers")
@@ -101,11 +102,7 @@ def transformers_model(kind: str, m: ModelConfig, sizes: dict) -> torch.nn.Modul
         **sizes,
     )
     model = getattr(hf, f"{kind}ForCausalLM")(config)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            center = 1.0 if w.ndim == 1 and "norm" in name else 0.0
-            w.copy_(center + torch.randn(w.shape, generator=g) * (0.3 if w.ndim > 1 else 0.5))
+    draw_weights(model.named_parameters(), matrices=0.3, vectors=0.5)
     return model.eval()
 
 

@@ -25,6 +25,7 @@ from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import tree_map
+from tests.helpers.hf_models import draw_weights
 
 hf = pytest.importorskip("transformers")
 
@@ -85,11 +86,7 @@ def transformers_model(kind: str, m: ModelConfig, scaling: dict[str, Any]) -> to
             **({"sliding_window": m.window} if m.window else {}),
         )
         model = getattr(hf, f"{kind}ForCausalLM")(config)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            center = 1.0 if w.ndim == 1 and name.endswith("weight") else 0.0
-            w.copy_(center + torch.randn(w.shape, generator=g) * (0.2 if w.ndim > 1 else 0.3))
+    draw_weights(model.named_parameters())
     return model.eval()
 
 

@@ -29,21 +29,11 @@ from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 from dtron.tree import tree_map
+from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
 
-M = ModelConfig(
-    vocab=61,
-    embed=24,
-    layers=2,
-    heads=4,
-    kv_heads=4,
-    head_dim=6,
-    mlp=40,
-    context=64,
-    vocab_multiple=1,
-    init_std=0.3,
-)
+M = replace(MODEL, qk_norm=False, context=64, init_std=0.3)
 MODELS = {
     "grouped": replace(M, kv_heads=2, qk_norm=True),
     "window": replace(M, window=5),
