@@ -83,7 +83,8 @@ class _SimulatedRanks(LocalTensorMode):
         }
         if len({len(x) for x in results.values() if isinstance(x, (list, tuple))}) > 1:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        return combined(results, None)
+        same = _same_shapes(results)
+        return combined(results, None) if same is None else same
 
 
 _RETURNED = (
@@ -107,7 +108,38 @@ def _flat(args: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 
 def _on_rank(x: Any, rank: int) -> Any:
+    if type(x) is LocalTensor:
+        return x._local_tensors[rank]
     return type(x)(_on_rank(y, rank) for y in x) if type(x) in (list, tuple) else on_rank(x, rank)
+
+
+_NO_KEYS = torch._C.DispatchKeySet.from_raw_repr(0)
+
+
+def _same_shapes(results: dict[int, Any]) -> LocalTensor | None:
+    """Wrap the ranks' tensors if all have one shape and stride, otherwise return None. The
+    constructor of LocalTensor compares the sizes of all ranks dim by dim, which takes a tenth of a
+    simulated step."""
+    first = next(iter(results.values()))
+    if type(first) is not torch.Tensor:
+        return None
+    size, stride = first.shape, first.stride()
+    for x in results.values():
+        if x.shape != size or x.stride() != stride or x.is_conj() or x.is_neg():
+            return None
+    wrapper = torch.Tensor._make_wrapper_subclass(
+        LocalTensor,
+        size,
+        strides=stride,
+        dtype=first.dtype,
+        device=first.device,
+        dispatch_sizes_strides_policy="sizes",
+        _extra_dispatch_keys=_NO_KEYS,
+    )
+    torch._C._set_throw_on_mutable_data_ptr(wrapper)
+    wrapper._local_tensors, wrapper._ranks = results, frozenset(results)
+    wrapper._size = list(size)
+    return wrapper
 
 
 @cache

@@ -213,9 +213,9 @@ def compiled_on_pool(
     return histories, graphs
 
 
-def test_a_compiled_stage_in_order_is_the_same_to_the_last_bit(pool):
+def test_a_compiled_stage_in_order_is_the_same_to_the_last_bit(pair):
     runs = [("copies", "plain"), ("copies", "ahead"), ("one place", "ahead")]
-    (want, got, mutant), graphs = pool.run(compiled_on_pool, runs, 2**11)[0]
+    (want, got, mutant), graphs = pair.run(compiled_on_pool, runs, 2**11)[0]
     assert got == want != mutant
     plain, ahead = graphs["plain"], graphs["ahead"]
     assert not any(any(behind) for graph in plain for behind in graph.values())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 
+from dtron.distributed import simulated_ranks
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import by_rank, same_on_all, simulated
+from dtron.testing import assert_caught
 
 RANKS = 4
 
@@ -38,18 +40,38 @@ OPERATIONS = {
     "sizes": lambda x: (x.shape, x.stride(), x.storage_offset(), x[1:].storage_offset(), x.dim()),
     "random": lambda x: torch.manual_seed(3) and torch.rand_like(x) + x,
     "new": lambda x: x + torch.arange(3),
+    "conjugate": lambda x: (x * 1j).conj(),
+    "strides": lambda x: (x.mT * 2, x.mT.contiguous().stride(), (x.mT * 2).stride()),
+    "sizes that differ": lambda x: (
+        y := LocalTensor({r: x._local_tensors[r][: r + 1] for r in range(RANKS)}) * 2,
+        y.sum(1),
+        str(y.shape),
+        str(y.T.stride()),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_short_way_gives_what_the_long_one_does(name):
+    same_as_torch(name)
+
+
+def test_a_wrapper_with_the_value_of_one_rank_is_noticed(monkeypatch):
+    same_shapes = simulated_ranks._same_shapes
+    first = lambda results: same_shapes(dict.fromkeys(results, results[0]))
+    monkeypatch.setattr(simulated_ranks, "_same_shapes", first)
+    for name in ("matmul", "sizes that differ"):
+        assert_caught(lambda name=name: same_as_torch(name))
+
+
+def same_as_torch(name: str) -> None:
     want, got = [], []
     for found, mode in (
         (want, LocalTensorMode(RANKS)),
         (got, simulated(MeshShape(dp=RANKS))),
     ):
+        x = ranks_of((4, 3))  # in the mode its values would be tensors of all ranks
         with mode:
-            x = ranks_of((4, 3))
             result = OPERATIONS[name](x)
             for y in result if isinstance(result, (list, tuple)) else [result]:
                 found.append(
@@ -68,8 +90,8 @@ def test_the_short_way_gives_what_the_long_one_does(name):
 
 
 def test_gradients_pass_through_views():
+    x = ranks_of((4, 3)).requires_grad_()
     with simulated(MeshShape(dp=RANKS)):
-        x = ranks_of((4, 3)).requires_grad_()
         (g,) = torch.autograd.grad((x.view(2, 6).transpose(0, 1).reshape(-1) ** 2).sum(), x)
         pairs = [(by_rank(g, 0)[r], by_rank(x.detach(), 0)[r]) for r in range(RANKS)]
     for a, b in pairs:

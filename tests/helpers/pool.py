@@ -35,6 +35,7 @@ class Pool:
         with mock.patch.dict(
             os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}
         ):  # see helpers/ranks.py
+            context.set_forkserver_preload(["tests.helpers.ranks", "tests.helpers.warm_compiler"])
             forkserver.ensure_running()
         self._inbox = [context.Queue() for _ in range(ranks)]
         self._outbox = context.Queue()

@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import dtron.distributed.copy_engine
 from dtron.distributed.copy_engine import CopyEngineGroup
-from tests.helpers.pool import RANKS
 
 
 class Snapshots:
@@ -27,13 +26,13 @@ class Snapshots:
     def __init__(self, memory: torch.Tensor):
         self.memory, self.seen, self.read, self.raced = (
             memory,
-            [torch.zeros_like(memory)] * RANKS,
+            [torch.zeros_like(memory)] * dist.get_world_size(),
             [],
             False,
         )
 
     def barrier(self, channel: int = 0, timeout_ms: int = 0) -> None:
-        before, self.seen = self.seen, [torch.empty_like(self.memory) for _ in range(RANKS)]
+        before, self.seen = self.seen, [torch.empty_like(self.memory) for _ in self.seen]
         dist.all_gather(self.seen, self.memory)
         self.raced |= not all(torch.equal(before[r][at], self.seen[r][at]) for r, at in self.read)
         self.read = []
@@ -107,7 +106,10 @@ def mesh_of_copies() -> DeviceMesh:
     would use the groups of the first one."""
     dist.Backend.register_backend("switched", made, extended_api=True, devices=["cpu"])
     return init_device_mesh(
-        "cpu", (RANKS,), mesh_dim_names=("dp.edp",), backend_override={"dp.edp": "switched"}
+        "cpu",
+        (dist.get_world_size(),),
+        mesh_dim_names=("dp.edp",),
+        backend_override={"dp.edp": "switched"},
     )
 
 

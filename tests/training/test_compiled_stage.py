@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -116,39 +117,41 @@ def test_flex_in_a_compiled_stage(recompute):
         torch.testing.assert_close(flat(other)[0], flat(want)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
-)
-def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
-    """The block mask is not computed in every layer, and not again in backward. Selective
-    recomputation keeps flex's results."""
+def graphs_of(layers: int, recompute: str) -> list[list[str]]:
+    """The operators of the forward and of the backward graph of a stage with flex attention."""
     graphs = []
 
     def note(graph, _):
         graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
         return make_boxed_func(graph.forward)
 
-    sorts = []
-    for layers in (1, 2):
-        m = replace(HARD, layers=layers)
-        functions = compiled(
-            program(m, ONE, ComputeConfig(recompute, attention_kernel="flex")),
-            ONE,
-            backend=aot_autograd(fw_compiler=note),
-        )
-        with flex_on_cpu():
-            step(functions, m, count=1, packed=True)
-        forward, backward = graphs
-        assert (
-            forward.count("flex_attention") == backward.count("flex_attention_backward") == layers
-        )
-        assert backward.count("flex_attention") == layers * forward_again
-        assert not any("sort" in op for op in backward)
-        sorts.append(
-            sum("sort" in op for op in forward)
-        )  # torch orders the blocks of a row by a sort
-        graphs.clear()
-    assert sorts[0] == sorts[1] > 0
+    m, how = replace(HARD, layers=layers), ComputeConfig(recompute, attention_kernel="flex")
+    functions = compiled(program(m, ONE, how), ONE, backend=aot_autograd(fw_compiler=note))
+    with flex_on_cpu():
+        step(functions, m, count=1, packed=True)
+    return graphs
+
+
+def sorts(graph: list[str]) -> int:
+    """torch orders the blocks of a row of the mask by a sort."""
+    return sum("sort" in op for op in graph)
+
+
+@cache
+def sorts_of_one_layer() -> int:
+    return sorts(graphs_of(1, "none")[0])
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
+)
+def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
+    """The block mask is not computed in every layer, and not again in backward. Selective
+    recomputation keeps flex's results."""
+    forward, backward = graphs_of(2, recompute)
+    assert forward.count("flex_attention") == backward.count("flex_attention_backward") == 2
+    assert backward.count("flex_attention") == 2 * forward_again
+    assert sorts(forward) == sorts_of_one_layer() > 0 == sorts(backward)
 
 
 def test_code_from_the_cache_finds_its_operators():
