@@ -43,7 +43,10 @@ def step_of_processes(
     ``like``: a step of the same model, for the shape of the trees.
     Raises ProcessRaisedException if a rank fails."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (config, shape, dtype, backend, folder), nprocs=shape.size)
+        # Each rank is a fork of one process that has imported everything. An import takes seconds.
+        mp.set_forkserver_preload([__name__])
+        args = config, shape, dtype, backend, folder
+        mp.start_processes(_rank, args, nprocs=shape.size, start_method="forkserver")
         found: dict[str, dict[str, Any]] = {}
         for file in sorted(Path(folder).glob("rank*.pt")):
             for name, values in torch.load(file).items():
