@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -68,12 +69,16 @@ def compiled(
         }
         passes = {name: overlap and not off.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
+    if mesh is not None:
+        options |= _simple_overlap_off()
     options = options if backend == "inductor" else None
     budget = 1.0 if how.policy.budget is None else how.policy.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
-    stage = CompiledStage(functions, layout, compile, partial(jit, backend=backend))
+    plain = _simple_overlap_off() if backend == "inductor" else None
+    compile_list = partial(jit, backend=backend, options=plain or None)
+    stage = CompiledStage(functions, layout, compile, compile_list)
     return Program(
         stage.enter, stage.stage, False, stage, functions.carries, functions.enter_params
     )
@@ -82,6 +87,14 @@ def compiled(
 def _weight_gather_group(mesh: DeviceMesh | None) -> str | None:
     """Return the name of the CopyEngineGroup if it alone all-gathers the weights, else None."""
     return None if mesh is None else sole_copy_engine_group(mesh, zero_axes(axes_of(mesh)))
+
+
+def _simple_overlap_off() -> dict[str, bool]:
+    """The option that turns off a pass of torch 2.14, for a torch that has the pass. The pass is on
+    by default: it issues collectives early and waits for them late. The collectives of a stage are
+    in an order already (``OVERLAP``), and the pass has not been measured on top of it."""
+    name = "aten_distributed_optimizations.enable_simple_overlap"
+    return {name: False} if name in torch._inductor.list_options() else {}
 
 
 OVERLAP = ("enable_overlap_scheduling", "collective_bucketing", "insert_overlap_deps")

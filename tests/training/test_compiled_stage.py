@@ -212,6 +212,22 @@ def test_a_stage_that_gathers_its_weights_is_put_in_order_over_one_group(monkeyp
     )
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+def test_torch_moves_no_collective_by_itself(monkeypatch, gathers):
+    """A pass that torch has by default is off in the stage, and in the functions of lists of
+    gradients."""
+    found, name = [], "aten_distributed_optimizations.enable_simple_overlap"
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: [name])
+    monkeypatch.setattr(
+        dtron.training.compiled_stage,
+        "jit",
+        lambda fn, **how: found.append(how.get("options")) or fn,
+    )
+    mesh = SimpleNamespace(device_type="cpu", mesh_dim_names=(), ndim=0)
+    compiled(Program(None, None), SimpleNamespace(mesh=mesh), gather_each=gathers)
+    assert len(found) == 2 and all(options[name] is False for options in found)
+
+
 @pytest.mark.parametrize(
     ("mesh", "change", "cp"),
     [
