@@ -279,4 +279,7 @@ def full(x: Tensor) -> Tensor:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Return the rank of this process. In a simulation it is 0 (there ``dist.get_rank`` of torch
+    2.14 is the rank of each simulated rank)."""
+    world = dist.group.WORLD
+    return 0 if world is None else world.rank()

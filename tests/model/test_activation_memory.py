@@ -118,7 +118,16 @@ def kept_compiled(layout: Layout, model: ModelConfig, how: ComputeConfig) -> int
 @pytest.mark.parametrize(
     ("mesh", "change", "how"),
     [
-        ("cp=2", {}, ComputeConfig("full")),
+        pytest.param(
+            "cp=2",
+            {},
+            ComputeConfig("full"),
+            marks=pytest.mark.xfail(
+                torch.__version__ >= "2.14",
+                reason="torch 2.14 keeps the queries and the result of a ring",
+                strict=True,
+            ),
+        ),
         pytest.param("cp=4", {}, ComputeConfig("full"), marks=pytest.mark.slow),
         pytest.param(
             "dp=2,cp=2", {}, ComputeConfig("full", cp_method="ulysses"), marks=pytest.mark.slow

@@ -53,14 +53,15 @@ def step(functions, model, count: int = 2, packed: bool = False):
 )
 def test_gradients_are_those_of_eager(recompute, choices):
     """Known silent error of a supported torch: gradients of exactly zero from a compiled custom
-    function."""
+    function. Nothing is compiled again after the first step."""
     model = replace(
         MODEL if recompute == "full" else BLOCK, **choices
     )  # two blocks, each with its own recomputation
     want_loss, want = step(program(model, ONE, ComputeConfig(recompute)), model)
-    got_loss, got = step(
-        compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager"), model
-    )
+    functions = compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager")
+    got_loss, got = step(functions, model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(functions, model)
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0
@@ -94,42 +95,19 @@ def test_a_compiled_stage_that_is_another_is_noticed():
         torch.testing.assert_close(flat(got)[0], flat(want)[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_flex_in_a_compiled_stage(recompute):
-    """Every microbatch has its own documents, and nothing is recompiled for them."""
-    want_loss, want = step(
-        program(HARD, ONE, ComputeConfig(attention_kernel="reference")), HARD, packed=True
-    )
-    functions = compiled(
-        program(HARD, ONE, ComputeConfig(recompute, attention_kernel="flex")),
-        ONE,
-        backend="aot_eager",
-    )
-    with flex_on_cpu():
-        got_loss, got = step(functions, HARD, packed=True)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            step(functions, HARD, packed=True)
-    assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
-    for a, b in zip(flat(got), flat(want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # its log-sum-exp is float32
-    _, other = step(program(HARD, ONE), HARD)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(flat(other)[0], flat(want)[0], rtol=1e-5, atol=1e-6)
-
-
-def graphs_of(layers: int, recompute: str) -> list[list[str]]:
-    """The operators of the forward and of the backward graph of a stage with flex attention."""
-    graphs = []
+def noting(graphs: list[list[str]]):
+    """A backend that notes the operators of each graph: of forward, then of backward."""
 
     def note(graph, _):
         graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
         return make_boxed_func(graph.forward)
 
-    m, how = replace(HARD, layers=layers), ComputeConfig(recompute, attention_kernel="flex")
-    functions = compiled(program(m, ONE, how), ONE, backend=aot_autograd(fw_compiler=note))
-    with flex_on_cpu():
-        step(functions, m, count=1, packed=True)
-    return graphs
+    return aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+
+
+def flex_stage(model, recompute: str, graphs: list[list[str]]) -> Program:
+    how = ComputeConfig(recompute, attention_kernel="flex")
+    return compiled(program(model, ONE, how), ONE, backend=noting(graphs))
 
 
 def sorts(graph: list[str]) -> int:
@@ -139,19 +117,38 @@ def sorts(graph: list[str]) -> int:
 
 @cache
 def sorts_of_one_layer() -> int:
-    return sorts(graphs_of(1, "none")[0])
+    torch.compiler.reset()
+    graphs = []
+    with flex_on_cpu():
+        step(flex_stage(HARD, "none", graphs), HARD, packed=True)
+    return sorts(graphs[0])
 
 
 @pytest.mark.parametrize(
     ("recompute", "forward_again"), [("none", False), ("selective", False), ("full", True)]
 )
-def test_a_stage_makes_the_blocks_of_its_mask_once(recompute, forward_again):
-    """The block mask is not computed in every layer, and not again in backward. Selective
-    recomputation keeps flex's results."""
-    forward, backward = graphs_of(2, recompute)
+def test_flex_in_a_compiled_stage(recompute, forward_again):
+    """Every microbatch has its own documents, and nothing is recompiled for them. The blocks of the
+    mask are computed once: not in every layer, and not again in backward. Selective recomputation
+    keeps flex's results."""
+    one_layer, model, graphs = sorts_of_one_layer(), replace(HARD, layers=2), []
+    reference = ComputeConfig(attention_kernel="reference")
+    want_loss, want = step(program(model, ONE, reference), model, packed=True)
+    functions = flex_stage(model, recompute, graphs)
+    with flex_on_cpu():
+        got_loss, got = step(functions, model, packed=True)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            step(functions, model, packed=True)
+    assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # its log-sum-exp is float32
+    _, other = step(program(model, ONE), model)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(flat(other)[0], flat(want)[0], rtol=1e-5, atol=1e-6)
+    forward, backward = graphs
     assert forward.count("flex_attention") == backward.count("flex_attention_backward") == 2
     assert backward.count("flex_attention") == 2 * forward_again
-    assert sorts(forward) == sorts_of_one_layer() > 0 == sorts(backward)
+    assert sorts(forward) == one_layer > 0 == sorts(backward)
 
 
 def test_code_from_the_cache_finds_its_operators():
@@ -257,13 +254,6 @@ def test_stages_that_gather_more_than_weights_are_put_in_order(monkeypatch, mesh
     copies = with_compute_copies(opt, params, pipe.spec, layout.compute).compute_copies
     gradients(functions, copies, [make_batch(ROWS, layout)], 1, pipe, 3)
     assert max(together) > 1, together
-
-
-def test_nothing_is_compiled_again_after_the_first_step():
-    functions = compiled(program(BLOCK, ONE), ONE, backend="aot_eager")
-    step(functions, BLOCK)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        step(functions, BLOCK)
 
 
 @pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])
