@@ -83,8 +83,8 @@ class _SimulatedRanks(LocalTensorMode):
         }
         if len({len(x) for x in results.values() if isinstance(x, (list, tuple))}) > 1:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        same = _same_shapes(results)
-        return combined(results, None) if same is None else same
+        wrapper = _wrap_same_shapes(results)
+        return combined(results, None) if wrapper is None else wrapper
 
 
 _RETURNED = (
@@ -116,7 +116,7 @@ def _on_rank(x: Any, rank: int) -> Any:
 _NO_KEYS = torch._C.DispatchKeySet.from_raw_repr(0)
 
 
-def _same_shapes(results: dict[int, Any]) -> LocalTensor | None:
+def _wrap_same_shapes(results: dict[int, Any]) -> LocalTensor | None:
     """Wrap the ranks' tensors if all have one shape and stride, otherwise return None. The
     constructor of LocalTensor compares the sizes of all ranks dim by dim, which takes a tenth of a
     simulated step."""

@@ -69,14 +69,14 @@ def compiled(
         }
         passes = {name: overlap and not off.get(name) for name in OVERLAP}
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
-    if mesh is not None:
-        options |= _simple_overlap_off()
-    options = options if backend == "inductor" else None
+    plain = {} if mesh is None else _simple_overlap_off()
+    options |= plain
+    if backend != "inductor":
+        options, plain = {}, {}
     budget = 1.0 if how.policy.budget is None else how.policy.budget
     compile = partial(jit, budget=budget, backend=backend, options=options or None)
     if mesh is None:
         return replace(functions, stage=compile(functions.stage), splits=False)
-    plain = _simple_overlap_off() if backend == "inductor" else None
     compile_list = partial(jit, backend=backend, options=plain or None)
     stage = CompiledStage(functions, layout, compile, compile_list)
     return Program(

@@ -57,9 +57,9 @@ def test_the_short_way_gives_what_the_long_one_does(name):
 
 
 def test_a_wrapper_with_the_value_of_one_rank_is_noticed(monkeypatch):
-    same_shapes = simulated_ranks._same_shapes
-    first = lambda results: same_shapes(dict.fromkeys(results, results[0]))
-    monkeypatch.setattr(simulated_ranks, "_same_shapes", first)
+    wrap = simulated_ranks._wrap_same_shapes
+    first = lambda results: wrap(dict.fromkeys(results, results[0]))
+    monkeypatch.setattr(simulated_ranks, "_wrap_same_shapes", first)
     for name in ("matmul", "sizes that differ"):
         assert_caught(lambda name=name: same_as_torch(name))
 

@@ -98,7 +98,7 @@ def test_a_mesh_follows_one_device(mesh, zero):
 
 @pytest.mark.xdist_group("pool")
 def test_real_ranks_do_what_simulated_ones_do(pool):
-    config = replace(FP8, zero=3, micro_batch=2, steps=2)
+    config = replace(FP8, zero=3, micro_batch=2, steps=3)
     want, got = simulate("dp=2,tp=2", config), pool.run(on_pool, "dp=2,tp=2", config)
     assert got[0][0] == pytest.approx(want.losses, rel=1e-5) and got[0] == got[3]
 

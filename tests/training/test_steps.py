@@ -73,7 +73,7 @@ def test_steps_on_simulated_ranks(one_device, config, mesh, zero, micro_batch):
     ("config", "mesh", "zero", "micro_batch"), [*PLACES, (THREE, "dp_replicate=2,dp=2", 3, 1)]
 )
 def test_steps_on_real_ranks(pool, one_device, config, mesh, zero, micro_batch):
-    config = replace(THREE, zero=zero, micro_batch=micro_batch)
+    config = replace(config, zero=zero, micro_batch=micro_batch)
     for losses, norms, initial in pool.run(on_pool, mesh, config):
         assert initial == one_device.initial
         agree(losses, one_device.losses)
