@@ -30,7 +30,7 @@ from dtron.model.batch import Batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
-from dtron.moe.layer import MoELayer, moe
+from dtron.moe.layer import MoELayer, moe, shared_expert
 from dtron.moe.router import TokenInfo
 from dtron.params import part, value
 
@@ -92,6 +92,8 @@ def block(
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
+    if p.moe.shared is not None:
+        y_TD = y_TD + shared_expert(p.moe, h_TD, layout, m.activation, inputs.recipe)
     return x_TD + y_TD, aux, *stats
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dtron.fp8.recipe import Recipe
-from dtron.layers.mlp import MLP, mlp
+from dtron.layers.mlp import MLP, Activation, mlp
 from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.dispatch import Dispatch, ExpertGroup, choose_dispatcher
@@ -64,7 +64,7 @@ def moe(
     dispatch: Dispatch = "auto",
     recipe: Recipe | None = None,
 ) -> tuple[Tensor, Tensor, LayerStats]:
-    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, stats)``.
+    """Apply the routed experts: ``x_TD [T@tokens_sp, D]`` -> ``(y_TD, aux, stats)``.
 
     ``before_E``: see ``route``.
     ``recipe``: the recipe for FP8 matmuls, or None.
@@ -87,12 +87,21 @@ def moe(
         sent, weights_TK, index_TK, first, e.w_gate, e.w_up, e.w_down, e.b_gate, e.b_up, e.b_down
     )
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")
-    if p.shared is not None:
-        s_TD = mlp(p.shared, x_TD, layout, recipe=recipe)
-        if p.w_shared is not None:
-            s_TD = s_TD * (x_TD @ p.w_shared).sigmoid()[:, None]
-        y_TD = y_TD + s_TD
     return y_TD, routed.aux, LayerStats(routed.load_E, routed.totals, dropped)
+
+
+def shared_expert(
+    p: MoELayer,
+    x_TD: Tensor,
+    layout: Layout,
+    activation: Activation = "swiglu",
+    recipe: Recipe | None = None,
+) -> Tensor:
+    """Apply the shared expert, a dense layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and
+    placement. ``activation`` is the model's; routed experts have ``model.moe.activation``."""
+    assert p.shared is not None
+    y_TD = mlp(p.shared, x_TD, layout, activation, recipe)
+    return y_TD if p.w_shared is None else y_TD * (x_TD @ p.w_shared).sigmoid()[:, None]
 
 
 def _experts(

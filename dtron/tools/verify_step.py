@@ -155,11 +155,12 @@ def _guarded(functions: Program) -> Program:
 
 
 def _random_rows(config: RunConfig) -> Tensor:
-    """Draw a global batch of random tokens. Some targets are ignored, unevenly over the rows."""
+    """Draw a global batch of random tokens. Some targets are ignored: the end of some rows, and
+    about every tenth token anywhere."""
     g = torch.Generator().manual_seed(config.seed)
     rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)
     rows[:: max(2, config.batch // 3), -max(1, config.data.seq_len // 3) :] = IGNORE
-    return rows
+    return rows.masked_fill(torch.rand(rows.shape, generator=g) < 0.1, IGNORE)
 
 
 def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:

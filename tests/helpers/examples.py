@@ -8,10 +8,13 @@ from typing import Any
 from hypothesis import example, settings
 
 
-def examples(n: int) -> int:
+def examples(n: int, thorough: int = 0) -> int:
     """Scale a number of examples: ``n`` of the hundred that hypothesis draws by default, in any
-    profile."""
-    return max(1, n * settings().max_examples // 100)
+    profile.
+
+    ``thorough``: the number in a profile that draws more than that; 0: scaled too."""
+    most = settings().max_examples
+    return thorough if thorough and most > 100 else max(1, n * most // 100)
 
 
 # One mesh for each set of axes. 3 divides few sizes.

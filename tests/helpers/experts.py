@@ -12,7 +12,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.mesh import Layout
 from dtron.moe.config import MoEConfig
 from dtron.moe.experts import product
-from dtron.moe.layer import MoELayer, moe
+from dtron.moe.layer import MoELayer, moe, shared_expert
 from dtron.moe.router import TokenInfo
 
 ONE, F64, T = Layout(), torch.float64, 48
@@ -83,6 +83,8 @@ def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False):
         b = p.router.b + layout.shard(skewed(skew, c.experts), "act_experts")
         p = replace(p, router=replace(p.router, b=b))
         y, loss, _ = moe(p, x, seen, c, layout, dispatch=dispatch)
+        if p.shared is not None:
+            y = y + shared_expert(p, x, layout)
         return loss if aux else y
 
     return fn

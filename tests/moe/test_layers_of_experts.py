@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.fp8.grouped_mm import grouped, looped, masked
+from dtron.layers.mlp import Activation
+from dtron.model import block
+from dtron.model.batch import make_batch
+from dtron.model.config import ModelConfig
+from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.moe.config import MoEConfig
 from dtron.moe.dispatch import ExpertGroup, by_expert, by_room, local, static
 from dtron.moe.experts import Experts, compute
+from dtron.moe.layer import shared_expert
 from dtron.moe.router import Router, TokenInfo, route
-from tests.helpers.values import F64, ONE
+from dtron.params import init
+from dtron.testing import assert_caught
+from tests.helpers.values import F64, ONE, close
 
 
 def random_layer(tokens: int, experts: int, k: int, seed: int = 0):
@@ -209,3 +220,49 @@ def test_products_agree(counts, rest, seed):
     for want, same, low in zip(*found, strict=True):
         torch.testing.assert_close(same, want)
         torch.testing.assert_close(low, want, rtol=0.05, atol=0.1)
+
+
+# ---- the shared expert
+
+DENSE = ModelConfig(
+    vocab=31, embed=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp=12, context=16
+)
+WITH_EXPERTS = replace(DENSE, moe=MoEConfig(4, 2, 5, shared=12))
+
+
+def shared_only(p: Transformer, dense: Transformer) -> Transformer:
+    """The weights ``p`` with those of a dense model. Its feed-forward layers are the shared experts,
+    and the routed experts give zero."""
+    blocks = [
+        replace(
+            theirs,
+            mlp=None,
+            moe=replace(
+                own.moe,
+                experts=replace(own.moe.experts, w_down=torch.zeros_like(own.moe.experts.w_down)),
+                shared=theirs.mlp,
+            ),
+        )
+        for own, theirs in zip(p.blocks, dense.blocks, strict=True)
+    ]
+    return replace(dense, blocks=blocks)
+
+
+def assert_shared_is_dense(activation: str) -> None:
+    models = [replace(m, activation=activation, init_std=0.3) for m in (DENSE, WITH_EXPERTS)]
+    dense, own = (init(declare_model(m), m.dims(), 3, ONE, F64) for m in models)
+    batch = make_batch(torch.arange(22).view(2, 11), ONE)
+    want = predict(dense, batch, models[0], ONE)
+    close(predict(shared_only(own, dense), batch, models[1], ONE), want)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_a_shared_expert_has_the_activation_of_the_model(activation):
+    """Known bug of other trainers, and once of this one: a shared expert is always SwiGLU."""
+    assert_shared_is_dense(activation)
+
+
+def test_another_activation_of_the_shared_expert_is_caught():
+    wrong = lambda p, x, layout, activation, recipe: shared_expert(p, x, layout, "swiglu", recipe)
+    with mock.patch.object(block, "shared_expert", wrong):
+        assert_caught(lambda: assert_shared_is_dense("geglu"))

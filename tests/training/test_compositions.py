@@ -1,0 +1,180 @@
+"""Random compositions of all mesh axes and most features: a step is the step of one device.
+
+The other properties vary one feature on its meshes. This one composes them: pipelines, context
+parallelism, experts over any ranks, latent attention, windows, multi-token prediction, every ZeRO
+stage. There is one test for each mesh axis, which has two ranks or more there. The thorough profile
+draws more than a thousand compositions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtron.distributed.mesh_shape import AXES, MeshShape
+from dtron.layers.mla import MLAConfig
+from dtron.layers.rope import RopeConfig
+from dtron.model.mtp import MTPConfig
+from dtron.moe.config import MoEConfig
+from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
+from dtron.runtime.validate import check, sequence_unit
+from dtron.schedules import SCHEDULES, stages_of_rank
+from dtron.testing import assert_caught, unsummed, zero_stages
+from dtron.tools.verify import on_one_device
+from dtron.tools.verify_step import one_step
+from tests.helpers.examples import examples
+from tests.helpers.experts import divisors
+from tests.helpers.same_step import assert_same_result
+
+LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
+YARN = RopeConfig(scaling="yarn", original=8, mscale_all=1.0)
+RANKS = 8
+WORK = examples(16, thorough=24)  # most blocks times microbatches times ranks of a stage
+
+
+@st.composite
+def shapes(draw, axis: str) -> MeshShape:
+    """Draw a mesh with ``axis`` of 2 ranks or more. ep and etp may take ranks of dp, cp and tp."""
+    few = st.sampled_from([1, 1, 2, 3, 4])
+    sizes = st.fixed_dictionaries(
+        {a: few for a in AXES if a != "pp"} | {"pp": st.sampled_from([1, 1, 2, 4])}
+    )
+    shape = draw(
+        sizes.map(lambda s: MeshShape(**s)).filter(
+            lambda s: (
+                s.size <= RANKS and (getattr(s, axis) > 1 or axis in ("ep", "etp") and s.edp > 1)
+            )
+        )
+    )
+    folded = shape.edp
+    if axis == "etp" or draw(st.booleans()):
+        first, second = ("etp", "ep") if axis == "etp" else ("ep", "etp")
+        one = draw(st.sampled_from([d for d in divisors(folded) if d > 1 or axis != first]))
+        two = draw(st.sampled_from(divisors(folded // one)))
+        shape = replace(shape, **{first: one, second: two})
+    elif axis == "ep":
+        shape = replace(shape, ep=draw(st.sampled_from(divisors(folded)[1:])))
+    return shape
+
+
+@st.composite
+def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) -> ModelConfig:
+    """Draw a model that the mesh can shard."""
+    flag, pick = (lambda: draw(st.booleans())), (lambda *xs: draw(st.sampled_from(xs)))
+    pattern, window = pick("A", "A", "M", "AM"), pick(None, None, 3, 7)
+    latent = "M" in pattern  # these layers have no biases, no norms of queries and no sinks
+    kv = shape.tp * (shape.cp if cp_method == "ulysses" else 1) * pick(1, 1, 2)
+    experts = shape.ep * shape.etp > 1 or flag()
+    depth = pick(0, 0, 1, 2)
+    moe = MoEConfig()
+    if experts:
+        number = shape.ep * pick(1, 2)
+        groups = 2 if number % 4 == 0 and flag() else 1
+        shared = flag()
+        moe = MoEConfig(
+            number,
+            min(pick(1, 2), number // groups),
+            4 * shape.etp,
+            dense_layers=pick(0, min(1, layers - 1)),
+            score=pick("softmax", "topk_softmax", "sigmoid"),
+            normalize=flag(),
+            scale=pick(1.0, 2.5),
+            groups=groups,
+            router_bias=flag(),
+            activation=pick("swiglu", "clamped_swiglu"),
+            bias=flag(),
+            shared=4 * shape.tp if shared else 0,
+            shared_gate=shared and flag(),
+            aux_loss=pick(0.0, 0.1),
+            aux_level=pick("micro_batch", "sequence", "global_batch"),
+            z_loss=pick(0.0, 0.05),
+            bias_rate=pick(0.0, 1e-2),
+        )
+    return ModelConfig(
+        vocab=29,
+        embed=10,
+        layers=layers,
+        pattern=pattern,
+        heads=kv * pick(1, 2, 3),
+        kv_heads=kv,
+        head_dim=4,
+        mlp=4 * shape.tp,
+        activation=pick("swiglu", "gelu", "geglu"),
+        norm=pick("rmsnorm", "layernorm"),
+        positions="rotary" if latent else pick("rotary", "rotary", "learned"),
+        rope=YARN if flag() else RopeConfig(),
+        mla=LATENT if latent else MLAConfig(),
+        mtp=MTPConfig(depth, 0.7),
+        context=64,
+        qk_norm=not latent and flag(),
+        qkv_bias=not latent and flag(),
+        bias=not latent and flag(),
+        tied=flag(),
+        window=window,
+        full_every=pick(0, 2) if window else 0,
+        softcap=pick(None, None, 2.0),
+        sinks=not latent and flag(),
+        z_loss=pick(0.0, 1e-3),
+        vocab_multiple=pick(1, 8),
+        moe=moe,
+    )
+
+
+@st.composite
+def runs(draw, axis: str) -> RunConfig:
+    """Draw a run whose mesh has ``axis``."""
+    pick = lambda *xs: draw(st.sampled_from(xs))
+    shape = draw(shapes(axis))
+    pipeline = PipelineConfig(pick(*SCHEDULES), pick(1, 2, 3)) if shape.pp > 1 else PipelineConfig()
+    stages = shape.pp * stages_of_rank(pipeline.schedule, pipeline.stages_per_rank)
+    layers = stages + pick(0, 1, 2)
+    least = 2 * shape.pp if pipeline.schedule == "dualpipe-v" else 1
+    most = max(least, min(2 * shape.pp + 1, WORK * shape.pp // (layers * shape.size)))
+    count, rows = draw(st.integers(least, most)), pick(1, 1, 2)
+    cp_method = pick("ring", "allgather", "ulysses")
+    order = pick("on", "off", "auto")
+    model = draw(models(shape, layers, cp_method, order == "on"))
+    unit = sequence_unit(shape, zigzag=True)
+    return RunConfig(
+        mesh=str(shape),
+        zero=draw(zero_stages()),
+        batch=count * rows * shape.data,
+        micro_batch=rows,
+        zero3_gather=pick("step", "microbatch"),
+        recompute=pick("none", "none", "selective", "full"),
+        attention_kernel=pick("auto", "reference"),
+        cp_method=cp_method,
+        zigzag=order,
+        moe_dispatch=pick("alltoall", "static", "allgather"),
+        pipeline=pipeline,
+        model=model,
+        data=DataConfig(seq_len=unit * math.ceil(12 / unit), document_mask=pick(False, True)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def assert_same_step(config: RunConfig, mutate=lambda layout: layout) -> None:
+    shape = MeshShape.parse(config.mesh)
+    check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
+    alone = replace(on_one_device(config), recompute="none")
+    assert_same_result(one_step(alone, MeshShape()), one_step(config, shape, mutate))
+
+
+@pytest.mark.parametrize("axis", [*AXES, "ep", "etp"])
+@settings(max_examples=examples(1, thorough=150))
+@given(data=st.data())
+def test_one_step(axis, data):
+    assert_same_step(data.draw(runs(axis)))
+
+
+def test_a_forgotten_sum_is_caught():
+    """Local regions of the mutant do not sum the gradients of replicated inputs."""
+    moe = MoEConfig(4, 2, 8, shared=8, bias=True, aux_loss=0.1)
+    sizes = dict(vocab=29, embed=10, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=8)
+    model = ModelConfig(**sizes, context=64, vocab_multiple=1, mtp=MTPConfig(1, 0.7), moe=moe)
+    mesh = "pp=2,dp=2,tp=2,ep=2,etp=2"
+    config = RunConfig(mesh=mesh, zero=3, batch=4, model=model, data=DataConfig(seq_len=12))
+    assert_caught(lambda: assert_same_step(config, unsummed))
