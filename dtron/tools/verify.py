@@ -20,6 +20,7 @@ faults of the network or of a device.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -141,6 +142,9 @@ def main(argv: Sequence[str]) -> int:
         else:
             got = one_step(config, shape, dtype=dtype)
     except (HiddenCommunication, ValueError) as error:
+        for each in filter(None, (error, error.__cause__)):
+            # A checkpointed block that was left has hooks on saved tensors until its frame ends.
+            traceback.clear_frames(each.__traceback__)
         console.print(f"{name}: {error}", markup=False, soft_wrap=True)
         return 1
     for result, run, ranks, where in (
