@@ -126,11 +126,21 @@ def attention_sdpa(
     k, v = recompute_in_backward(repeat, k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
-    with sdpa_kernel(_FASTEST, set_priority=True) if q.is_cuda else nullcontext():
+    if q.is_cuda:
+        kernels = sdpa_kernel(_FASTEST, set_priority=True)
+    elif _LSE_IS_FLOAT32 and q.dtype == torch.float64 and torch.compiler.is_compiling():
+        kernels = sdpa_kernel(SDPBackend.MATH)
+    else:
+        kernels = nullcontext()
+    with kernels:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, is_causal=plain, scale=mask.scale
         )
 
+
+# The compiler of torch 2.11 takes the CPU kernel's logsumexp for float32, in float64 too, and
+# backward then refuses it.
+_LSE_IS_FLOAT32 = torch.__version__ < "2.13"
 
 # On an H200 (head_dim 128, sequence 4096, bf16) cuDNN reaches 545 TFLOP/s forward and 439
 # backward, flash 271 and 226.

@@ -9,7 +9,8 @@ Anything over 1e-9 is a bug. Run this after editing a layer.
 With ``--dtype bfloat16`` the steps compute as training does: in bfloat16, from float32 master
 weights. Memory that no kernel has written is filled with NaN, so a read of it shows. The rounding
 of bfloat16 has no fixed size. So both steps are compared with the float64 step of one device: the
-mesh may differ by a few times as much as one device does.
+mesh may differ by a few times as much as one device does. Rounding can also give a token another
+expert, which is no small change; ``--model.moe.balanced`` sets the choice.
 
 With ``--compile`` the mesh is not simulated. The command starts a process for each rank, and the
 processes take the compiled step on the CPU, where inductor generates C++.
@@ -166,6 +167,11 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"{name}: the same result as one device, {within}", soft_wrap=True)
         return 0
     first = f"loss {loss_error:.1e}" if wrong is None else _described(wrong)
+    if not exact and config.model.moe.experts and not config.model.moe.balanced:
+        first += (
+            f"; rounding to {flags.dtype} may give a token another expert, so try "
+            "--model.moe.balanced too, which sets the choice"
+        )
     console.print(f"{name}: differs from one device, first in {first}", soft_wrap=True)
     return 1
 

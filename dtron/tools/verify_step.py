@@ -133,12 +133,13 @@ def take_step(
     opt = init_state(step.optimizer, pipe.spec, params)
     opt = with_compute_copies(opt, params, pipe.spec, copies)
     weights = params if copies is None else opt.compute_copies
+    initial = whole(params) if pipe.layout.mesh is None else None
     with poisoned_memory() if copies else nullcontext(), around(weights):
         done = [*step.gradients(weights, batches)]
     grads = whole(done[1])  # the update consumes them
     loss, norm, _, params, opt = step.update(params, opt, done, tokens, config.optim.lr)
     state = {name: whole(tree) for name, tree in opt.trees.items()}
-    return StepResult(loss.item(), norm.item(), grads, whole(params), state, None)
+    return StepResult(loss.item(), norm.item(), grads, whole(params), state, None, initial)
 
 
 def _guarded(functions: Program) -> Program:
