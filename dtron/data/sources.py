@@ -14,7 +14,7 @@ documents. ``stream`` reads text during the run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Protocol
@@ -36,12 +36,30 @@ class Rows:
     ``tokens``: int64 [B, S + 1]; S inputs and, shifted by one, S targets.
     ``documents``, ``positions``: [B, S]; the document of its row that each input is in, and the
     input's position in this document. None if they were not requested.
-    ``counted``: bool [B, S]; True for targets that are part of the loss. None: all targets are."""
+    ``counted``: bool [B, S]; True for targets that are part of the loss. None: all targets are.
+    ``crosses``: bool [B, S]; True for targets in another document than their input. None: unknown,
+        or none of them counts."""
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
     positions: np.ndarray | None = None
     counted: np.ndarray | None = None
+    crosses: np.ndarray | None = None
+
+    @staticmethod
+    def marked(tokens: np.ndarray, documents: np.ndarray, positions: np.ndarray) -> Rows:
+        """Make rows from the documents and positions of all tokens, [B, S + 1]."""
+        crosses = documents[:, 1:] != documents[:, :-1]
+        return Rows(tokens, documents[:, :-1], positions[:, :-1], crosses=crosses)
+
+    def within_documents(self) -> Rows:
+        """Return these rows without the targets that their input cannot know under a document mask:
+        the first token of the next document."""
+        if self.crosses is None:
+            return self
+        return replace(
+            self, counted=~self.crosses & (True if self.counted is None else self.counted)
+        )
 
     @property
     def valid(self) -> int:
@@ -55,7 +73,7 @@ class Rows:
         if not more:
             return self
         counted = np.ones_like(self.tokens[:, 1:], bool) if self.counted is None else self.counted
-        rows = Rows(self.tokens, self.documents, self.positions, counted)
+        rows = replace(self, counted=counted)
 
         def pad(x: np.ndarray) -> np.ndarray:
             return np.concatenate([x, np.zeros((more, x.shape[1]), x.dtype)])
@@ -120,7 +138,7 @@ class Chunks:
 
     def rows(self, start: int, count: int) -> Rows:
         out = rows(self.tokens, self.seq_len, self.seed, start, count, self.shuffle)
-        return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
+        return Rows.marked(out, *document_ids(out, self.end)) if self.marks else Rows(out)
 
     def digest(self) -> str:
         """Hash the size and the tokens at both ends."""
@@ -181,7 +199,7 @@ class Packed:
                 self._begin(order, order.shuffle[place : place + some], begins[part])
             row += some
         check_vocab(out, self.vocab, repr(str(self.data.bin)))
-        return Rows(out, *(begin_ids(begins[:, :-1]) if begins is not None else ()))
+        return Rows(out) if begins is None else Rows.marked(out, *begin_ids(begins))
 
     def _fill(self, order: Order, samples: np.ndarray, out: np.ndarray) -> None:
         tokens, starts, lengths = self.data.tokens, self.data.starts, self.data.lengths
@@ -236,18 +254,14 @@ class Mixed:
 
 
 def _concatenate(parts: list[Rows]) -> Rows:
-    counted = [part.counted for part in parts]
-    if any(c is not None for c in counted):  # a None beside a mask means that all targets count
-        counted = [
-            np.ones_like(p.tokens[:, 1:], bool) if p.counted is None else p.counted for p in parts
-        ]
-        parts = [
-            Rows(p.tokens, p.documents, p.positions, c) for p, c in zip(parts, counted, strict=True)
-        ]
-    tokens, *marks = zip(
-        *([getattr(part, field.name) for field in fields(Rows)] for part in parts), strict=True
-    )
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Rows)}
+    # A None beside a mask means that all targets count, or that no target crosses.
+    for name, value in (("counted", True), ("crosses", False)):
+        if any(x is not None for x in columns[name]):
+            columns[name] = [
+                np.full_like(part.tokens[:, 1:], value, bool) if x is None else x
+                for part, x in zip(parts, columns[name], strict=True)
+            ]
     return Rows(
-        np.concatenate(tokens),
-        *(None if column[0] is None else np.concatenate(column) for column in marks),
+        **{name: None if xs[0] is None else np.concatenate(xs) for name, xs in columns.items()}
     )

@@ -65,7 +65,7 @@ class Stream:
             out = np.concatenate([self._take(0, 0), *(self._take(number, 1) for number in numbers)])
         else:
             out = self._take(self.first + start, count)
-        return Rows(out, *(document_ids(out[:, :-1], self.end) if self.marks else ()))
+        return Rows.marked(out, *document_ids(out, self.end)) if self.marks else Rows(out)
 
     def digest(self) -> str:
         sizes = f"{self.seq_len} {self.first} {self.count}"

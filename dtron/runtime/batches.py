@@ -69,6 +69,8 @@ def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
     gpu = plan.device.startswith("cuda")
     if gpu:
         torch.cuda.set_device(plan.device)  # pinned memory belongs to the thread's device
+    if config.data.masked and not config.data.learn_next_document:
+        rows = rows.within_documents()
     documents = rows.documents if config.data.masked else None
     positions = rows.positions if config.data.restarts else None
     columns = (rows.tokens, documents, positions, rows.counted)

@@ -1,6 +1,8 @@
 """dtron.data.sources, best_fit_packing and stream: samples are pure functions of their number. The
 reference is megatron-core where it is installed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from dtron.data.indexed import Indexed
 from dtron.data.sources import Chunks, Mixed, Packed, Rows
 from dtron.data.stream import Stream
 from dtron.data.tokenization import encode, end_id
+from dtron.runtime.batches import HostBatch, to_host
+from dtron.runtime.config import DataConfig, RunConfig
 from tests.data.test_indexed import megatron, theirs, write  # noqa: F401  (a fixture)
 from tests.helpers.texts import TEXTS, corpus, one_line
 
@@ -296,3 +300,29 @@ def test_no_more_is_read_ahead_than_asked_for():
     thread = room._thread
     thread.join(10)
     assert not thread.is_alive() and len(made) <= 9
+
+
+# ---- targets in the next document
+
+
+def of_documents(*documents: list[int], **choices: object) -> HostBatch:
+    """The rows of a text of these documents, as training takes them."""
+    tokens = np.array([token for document in documents for token in (*document, 0)])
+    source = Chunks(tokens, 4, 0, end=0, marks=True, shuffle=False)
+    config = RunConfig(mesh="dp=1", data=DataConfig(seq_len=4, document_mask=True, **choices))
+    plan = SimpleNamespace(device="cpu")
+    return to_host(source.rows(0, len(source)), config, plan)
+
+
+def test_a_masked_document_does_not_learn_the_beginning_of_the_next():
+    """Its last token cannot see which document comes next. The end of a row counts too."""
+    batch = of_documents([1, 2], [3], [4, 5, 6, 7, 8])
+    tokens, _, _, counted = batch.columns
+    assert tokens.tolist() == [[1, 2, 0, 3, 0], [0, 4, 5, 6, 7]]
+    assert counted.tolist() == [[True, True, False, True], [False, True, True, True]]
+    assert batch.valid == 6
+
+
+def test_it_learns_the_beginning_of_the_next_if_asked():
+    batch = of_documents([1, 2], [3], [4, 5, 6, 7, 8], learn_next_document=True)
+    assert batch.columns[3] is None and batch.valid == 8
