@@ -41,7 +41,7 @@ def masked(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
 def rows_of_experts(x: Tensor, ends_E: Tensor) -> list[Tensor]:
     """Return for each expert ``[R, 1]``, whether a row is the expert's. No shape depends on a
     count."""
-    place_R = torch.arange(x.shape[0], device=x.device)[:, None]
+    place_R = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     starts: list[Tensor | int] = [0, *ends_E[:-1].unbind()]
     return [(place_R >= a) & (place_R < b) for a, b in zip(starts, ends_E.unbind(), strict=True)]
 

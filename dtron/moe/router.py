@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.mesh import Layout
@@ -138,14 +139,16 @@ def _route(
         else:
             index_TK = choose(scores_TE, p.balance, c)
         chosen_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, 1.0) * info.valid_T[:, None]
-    weights_TK = (logits_TE if c.score == "topk_softmax" else scores_TE).gather(1, index_TK)
-    if c.score == "topk_softmax":
-        weights_TK = weights_TK.softmax(-1)
-    elif c.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    # The share of a score in a sum of scores. Scores of very negative logits are all zero, and
+    # their sum too; the softmax of their logarithms is never 0 / 0.
+    log_TE = F.logsigmoid(logits_TE) if c.score == "sigmoid" else logits_TE
+    if c.score == "topk_softmax" or c.normalize:
+        weights_TK = log_TE.gather(1, index_TK).softmax(-1)
+    else:
+        weights_TK = scores_TE.gather(1, index_TK)
     weights_TK = weights_TK * c.scale
 
-    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if c.score == "sigmoid" else scores_TE
+    share_TE = log_TE.softmax(-1) if c.score == "sigmoid" else scores_TE
     aux = z = torch.zeros((), dtype=wide, device=x_TD.device)
     if c.aux_loss:
         with torch.no_grad():

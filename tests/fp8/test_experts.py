@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dtron.fp8.scaled_mm as product
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
 from dtron.fp8.__main__ import error
 from dtron.fp8.matmul import compile_options, grouped_matmul, matmul
 from dtron.fp8.recipes import RECIPES
@@ -21,6 +22,7 @@ from dtron.mesh import Layout
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.presets import preset
 from dtron.moe.config import MoEConfig
+from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check_fp8
 from dtron.testing import assert_caught
@@ -142,6 +144,21 @@ def test_a_mesh_follows_one_device(dispatch):
     want = alone(config)
     assert simulate("dp=2,ep=2", config).losses == pytest.approx(want, rel=1e-4)
     assert alone(replace(config, fp8="none")) != pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_simulated_ranks_have_rows_of_their_own_in_bfloat16(recipe):
+    """Under ``alltoall`` each simulated rank has its own number of rows. In bfloat16 the matmuls
+    that stay in high precision once failed there."""
+    config = replace(RUN, fp8=recipe, fp8_min_weights=0, steps=1, moe_dispatch="alltoall")
+    config = replace(config, model=replace(SPARSE, moe=replace(SPARSE.moe, balanced=False)))
+    with simulated(MeshShape.parse("dp=2,ep=2")) as mesh:
+        layout = Layout(mesh, rules_for(1), compute=torch.bfloat16)
+        got = train(layout, MeshShape.parse("dp=2,ep=2"), config)
+    alone = replace(config, moe_dispatch="auto")
+    want = train(Layout(compute=torch.bfloat16), MeshShape(), alone)
+    assert got.losses == pytest.approx(want.losses, rel=1e-2)
+    assert got.norms == pytest.approx(want.norms, rel=5e-2)
 
 
 def test_a_model_whose_experts_alone_are_large_enough():

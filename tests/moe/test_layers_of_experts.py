@@ -137,6 +137,19 @@ def test_scores():
     )
 
 
+@pytest.mark.parametrize("low", [-30.0, -90.0, -200.0, -1e4])
+def test_scores_that_are_all_zero_in_their_dtype(low):
+    """Sigmoids of very negative logits. Known bug of other trainers: the auxiliary loss is 0 / 0,
+    and so are the gradients."""
+    logits = (torch.randn(6, 4) + low).requires_grad_()
+    c = MoEConfig(4, 2, score="sigmoid", aux_loss=1.0, scale=2.5)
+    to = logits_router(logits, c)
+    (slope,) = torch.autograd.grad(to.aux + to.weights_TK[:, 0].sum(), logits)
+    assert slope.isfinite().all() and slope.abs().max() > 1e-3
+    torch.testing.assert_close(to.weights_TK.sum(-1), torch.full((6,), 2.5))
+    assert 0 < to.aux.item() < 6 * 4
+
+
 def test_a_balance_bias_chooses_and_does_not_weigh():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]], dtype=F64)
     c = MoEConfig(4, 2, score="sigmoid", normalize=False, bias_rate=1e-3)
