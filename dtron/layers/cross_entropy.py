@@ -11,7 +11,9 @@ scales them. Nothing is recomputed, and nothing of size ``[T, V]`` ever exists.
 The loss is a *sum* over tokens. The training step divides it once, by the count of the whole global
 batch. This one definition is right for data and context parallelism, microbatches and uneven masks.
 
-z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token.
+z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token. It is in the gradient
+and not in the loss that is returned: what is logged is cross entropy, with and without z-loss. The
+sum of ``logsumexp^2`` is returned beside it.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ class Loss:
 
 def cross_entropy(
     x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, layout: Layout
-) -> Tensor:
-    """Return the summed loss of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``: a
-    scalar, whose sum over the ranks' tokens is still pending. Tokens whose target is IGNORE do not
-    count."""
+) -> tuple[Tensor, Tensor]:
+    """Return the cross entropy of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``
+    and the z-loss without its weight. Both are sums over tokens: scalars, whose sum over the ranks'
+    tokens is still pending. Tokens whose target is IGNORE do not count.
+
+    The gradient of the first is that of both, with the weight ``loss.z``. The second has none."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     if loss.chunk is None:
         words = w_head.shape[0] // layout.parts("vocab")
@@ -54,13 +58,15 @@ def cross_entropy(
         loss = replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
 
-    def on_rank(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ids_V: Tensor) -> Tensor:
+    def on_rank(
+        x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ids_V: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return _ChunkedLoss.apply(x_TD, w_VD, targets_T, ids_V, loss, layout)
 
     region = layout.local_map(
         on_rank,
         (("tokens", "act_embed"), ("vocab", "act_embed"), ("tokens",), ("vocab",)),
-        ("+tokens",),
+        [("+tokens",), ("+tokens",)],
     )
     return region(x_TD, w_head, targets_T, ids_V)
 
@@ -99,9 +105,10 @@ class _ChunkedLoss(torch.autograd.Function):
         ids_V: Tensor,
         loss: Loss,
         layout: Layout,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x_TD.device)
+        z_total = torch.zeros_like(total)
         train = any(ctx.needs_input_grad[:2])
         dx: list[Tensor] = []
         dw = torch.zeros_like(w_VD, dtype=wide) if train else None
@@ -117,7 +124,8 @@ class _ChunkedLoss(torch.autograd.Function):
             sums = layout.all_reduce(torch.stack([exp_CV.sum(-1), target_C]), "vocab")
             sum_C, target_C = sums.unbind()
             logsum_C = top_C + sum_C.log()
-            total = total + ((logsum_C - target_C + loss.z * logsum_C.square()) * counts).sum()
+            total = total + ((logsum_C - target_C) * counts).sum()
+            z_total = z_total + (logsum_C.square() * counts).sum()
             if dw is not None:
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
@@ -127,9 +135,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 dw += d_CV.mT @ x_CD
         if dw is not None:
             ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
-        return total
+        ctx.mark_non_differentiable(z_total)
+        return total, z_total
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         return dx * g.to(dx.dtype), dw * g.to(dw.dtype), None, None, None, None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.layers.cross_entropy import Loss, cross_entropy, logits, over_all
+from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm, norm
 from dtron.mesh import Layout
@@ -27,6 +27,8 @@ from dtron.model.config import ModelConfig
 from dtron.model.mtp import module
 from dtron.params import declare, part, unshard, weight
 from dtron.schedules.runner import StageOutput
+
+MTPLosses = tuple[list[Tensor], list[Tensor]]  # by module: summed loss, number of targets
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def stage(
     x_TD, moe_outputs = _trunk(p, x_TD, runner)
     if p.norm is None:
         return x_TD, _stage_output(moe_outputs, None, m, layout)
-    w_head, mtp_losses = _head(p, layout), None
-    loss = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    w_head, mtp = _head(p, layout), None
+    loss, z = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
     if batch.targets_TA is not None:
-        mtp_losses, more = _mtp(p, x_TD, w_head, batch, runner)
+        mtp, more = _mtp(p, x_TD, w_head, batch, runner)
         moe_outputs = [*moe_outputs, *more]
-    return loss, _stage_output(moe_outputs, mtp_losses, m, layout)
+    return loss, _stage_output(moe_outputs, mtp, m, layout, z if m.z_loss else None)
 
 
 def stage_logits(
@@ -179,22 +181,28 @@ def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, l
 
 def _mtp(
     p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, runner: BlockRunner
-) -> tuple[list[Tensor], list[list[Tensor]]]:
+) -> tuple[MTPLosses, list[list[Tensor]]]:
     """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
-    loss, and the other outputs of the modules' blocks."""
+    loss, with its number of targets, and the other outputs of the modules' blocks."""
     m, layout = runner.m, runner.layout
     assert p.embedding is not None
     assert batch.tokens_TA is not None and batch.targets_TA is not None
     w_tokens = Embedding(layout.unshard(p.embedding.w_tokens, "vocab", "embed"), None)
-    losses, moe_outputs = [], []
+    losses, counts, moe_outputs = [], [], []
+    count = layout.local_map(_count_targets, [("tokens",)], ("+tokens",))
     for k, p_k in enumerate(p.mtp):
         tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
         e_TD = embedding(w_tokens, tokens_T, batch.positions_T, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
-        losses.append(cross_entropy(h_TD, w_head, targets_T, Loss(m.vocab), layout))
+        losses.append(cross_entropy(h_TD, w_head, targets_T, Loss(m.vocab), layout)[0])
+        counts.append(count(targets_T))
         moe_outputs += more
-    return losses, moe_outputs
+    return (losses, counts), moe_outputs
+
+
+def _count_targets(targets_T: Tensor) -> Tensor:
+    return (targets_T != IGNORE).sum(dtype=torch.float32)
 
 
 def _in_module(block: Callable, e_TD: Tensor, eps: float) -> Callable:
@@ -204,12 +212,16 @@ def _in_module(block: Callable, e_TD: Tensor, eps: float) -> Callable:
 
 def _stage_output(
     moe_outputs: Sequence[Sequence[Tensor]],
-    mtp_losses: list[Tensor] | None,
+    mtp: MTPLosses | None,
     m: ModelConfig,
     layout: Layout,
+    z: Tensor | None = None,
 ) -> StageOutput | None:
     """Collect a stage's terms of the loss and its report. A report has one row per layer with
-    experts, or per module of multi-token prediction."""
+    experts, or per module of multi-token prediction.
+
+    ``mtp``: the losses of multi-token prediction (None: it has no module).
+    ``z``: the head's z-loss, which is in the gradient already (None: it has no weight)."""
     terms: list[Tensor] = []
     report: dict[str, Tensor] = {}
     if moe_outputs:
@@ -217,10 +229,12 @@ def _stage_output(
         names = ("load", "router", "dropped")
         report = {name: _stack(xs, layout) for name, xs in zip(names, stats, strict=True)}
         terms += auxes if m.moe.aux_loss or m.moe.z_loss else ()
-    if mtp_losses:
-        losses = [over_all(loss, layout) for loss in mtp_losses]
-        report["mtp"] = _stack(losses, layout)
+    if mtp:
+        losses, counts = ([over_all(x, layout) for x in xs] for xs in mtp)
+        report["mtp"], report["mtp_tokens"] = _stack(losses, layout), _stack(counts, layout)
         terms += [loss * (m.mtp.weight / len(losses)) for loss in losses]
+    if z is not None:
+        report["z_loss"] = _stack([over_all(z, layout)], layout)
     # sum() starts with 0, and 0 is not a pending sum.
     aux = sum(terms[1:], terms[0]) if terms else None
     return StageOutput(aux, report) if report else None

@@ -3,7 +3,6 @@ so that runs can be compared."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ VALIDATION_ROWS = 32
 
 @torch.no_grad()
 def validate(params: Any, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline) -> float:
-    """Return the mean loss per valid target of the held-out rows. Every rank calls this; all get
+    """Return the mean cross entropy per valid target of the held-out rows. Every rank calls this; all get
     the same number. Padding rows of a microbatch do not count."""
     held_out = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     batch = to_host(held_out.filled(plan.rows), config, plan)
     microbatches = split(batch, config, plan, pipe.layout)
     weights = params if plan.gather_each else unshard(params, pipe.layout)
-    m = replace(config.model, z_loss=0.0)  # cross entropy alone, comparable between runs
-    total = evaluate(program(m, pipe.layout), weights, microbatches, pipe)
+    total = evaluate(program(config.model, pipe.layout), weights, microbatches, pipe)
     return pipe.sum(None if total is None else full(total)).item() / batch.valid

@@ -194,7 +194,7 @@ class Metrics:
         self.say(
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
+            f"{_extras(record)}{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
             f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
             f"{record['peak_memory_gib']:.1f} GiB  left {_clock(left)}"
         )
@@ -242,6 +242,14 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
             "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
         ) from error
     return SummaryWriter(str(run_dir), purge_step=start + 1)
+
+
+def _extras(record: Mapping[str, Any]) -> str:
+    """Format the losses beside cross entropy: of the modules of multi-token prediction, and the
+    head's z-loss."""
+    mtp = [x for name, x in record.items() if name.startswith("mtp.") and name.endswith(".loss")]
+    text = f"mtp {' '.join(f'{x:.4f}' for x in mtp)}  " if mtp else ""
+    return text + (f"z-loss {record['z_loss']:.3f}  " if "z_loss" in record else "")
 
 
 def _experts(record: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged
 from dtron.runtime.metrics import Metrics, Throughput, mark
 from dtron.training.config import RunPlan
-from dtron.training.reports import StepReports, describe_experts
+from dtron.training.reports import StepReports, describe_experts, describe_extras
 
 
 class Launched(NamedTuple):
@@ -114,8 +114,7 @@ class StepLog:
         record = self._metrics.step(x.step, loss, norm, x.lr, x.valid, x.end, x.wait_seconds)
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model.moe)
-        mtp = [] if x.reports.mtp is None else x.reports.mtp.tolist()
-        record |= {f"mtp.{k}.loss": total / x.valid for k, total in enumerate(mtp, start=1)}
+        record |= describe_extras(x.reports, x.valid)
         if x.step % config.log_every == 0 or x.step in (1, config.steps):
             self._metrics.line(record)
         return record

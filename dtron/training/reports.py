@@ -1,4 +1,4 @@
-"""The reports of a step on every rank, and the logged numbers of the experts.
+"""The reports of a step on every rank, and the logged numbers beside the loss.
 
 ``training.gradients`` returns the reports of the stages of this process, summed over the global
 batch and over all ranks that have tokens. Here they are summed over the pipeline ranks too.
@@ -6,6 +6,7 @@ batch and over all ranks that have tokens. Here they are summed over the pipelin
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,13 @@ class StepReports(NamedTuple):
     """The reports of all stages, on every rank.
 
     ``experts``: load and sums of the expert layers (``expert_totals``, moe/balance.py).
-    ``mtp``: the summed losses of multi-token prediction (model/mtp.py)."""
+    ``mtp``: ``[depth, 2]``, of each module of multi-token prediction (model/mtp.py) the summed loss
+        and the number of targets.
+    ``z_loss``: the summed z-loss of the head, without its weight."""
 
     experts: Tensor | None
     mtp: Tensor | None
+    z_loss: Tensor | None
 
 
 COLUMNS = (*TOTALS, "dropped")
@@ -72,11 +76,40 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
 
 
 def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
-    """Return the loss of each multi-token prediction module, summed over the tokens of a step:
-    ``[depth]``, on every rank. None without modules. The host does not wait for the result.
+    """Return, for each multi-token prediction module, the loss summed over the tokens of a step and
+    the number of its targets: ``[depth, 2]``, on every rank. None without modules. The host does
+    not wait for the result.
 
     ``reports``: the reports of a step, by stage."""
     if not depth:
         return None
-    losses = next((r["mtp"] for r in reports.values() if "mtp" in r), None)
-    return pipe.sum(torch.zeros(depth, device=pipe.device) if losses is None else losses)
+    last = next((r for r in reports.values() if "mtp" in r), None)
+    if last is None:
+        return pipe.sum(torch.zeros(depth, 2, dtype=torch.float64, device=pipe.device))
+    return pipe.sum(torch.stack([last["mtp"], last["mtp_tokens"]], -1).double())
+
+
+def head_z_loss(reports: Reports, pipe: Pipeline, weight: float) -> Tensor | None:
+    """Return the head's z-loss summed over the tokens of a step, on every rank. None without a
+    weight."""
+    if not weight:
+        return None
+    last = next((r["z_loss"][0] for r in reports.values() if "z_loss" in r), None)
+    if last is None:
+        return pipe.sum(torch.zeros((), dtype=torch.float64, device=pipe.device))
+    return pipe.sum(last.double())
+
+
+def describe_extras(reports: StepReports, valid: int) -> dict[str, float]:
+    """Return the numbers beside the loss by name. A module of multi-token prediction has fewer
+    targets than the model; its loss is NaN if it has none.
+
+    ``valid``: the number of targets of the step."""
+    rows = [] if reports.mtp is None else reports.mtp.tolist()
+    numbers = {
+        f"mtp.{k}.loss": total / count if count else math.nan
+        for k, (total, count) in enumerate(rows, start=1)
+    }
+    if reports.z_loss is not None:
+        numbers["z_loss"] = reports.z_loss.item() / valid
+    return numbers

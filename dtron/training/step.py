@@ -32,7 +32,7 @@ from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
 from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars, apply_update
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import StepReports, expert_totals, mtp_losses
+from dtron.training.reports import StepReports, expert_totals, head_z_loss, mtp_losses
 from dtron.training.router_bias import update_router_bias
 
 Result = tuple[Tensor, Tensor, StepReports, Any, OptimizerState]
@@ -114,6 +114,8 @@ class TrainStep:
         del grads
         params = update_router_bias(params, reports, pipe, m.moe.bias_rate, ok)
         step_reports = StepReports(
-            expert_totals(reports, pipe, m.moe), mtp_losses(reports, pipe, m.mtp.depth)
+            expert_totals(reports, pipe, m.moe),
+            mtp_losses(reports, pipe, m.mtp.depth),
+            head_z_loss(reports, pipe, m.z_loss),
         )
         return loss, norm, step_reports, params, opt

@@ -228,7 +228,11 @@ class Head:
 
 
 def loss_layer(loss: Loss):
-    return lambda p, x, t, layout: cross_entropy(x, p.w, t, loss, layout)
+    def total(p: Head, x: Tensor, t: Tensor, layout: Layout) -> Tensor:
+        entropy, z_loss = cross_entropy(x, p.w, t, loss, layout)
+        return entropy + loss.z * z_loss
+
+    return total
 
 
 LOSS_INPUTS = {"x": X, "t": ("tokens",)}

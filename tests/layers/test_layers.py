@@ -185,11 +185,17 @@ def test_cross_entropy(chunk, z):
         torch.cat([normal(7, 6, seed=1), 50 * normal(3, 6)]).detach().requires_grad_(),
     )
     targets = torch.tensor([0, 6, IGNORE, 3, 3, IGNORE, 1, 2, 5, IGNORE])
-    loss = lambda x, w: cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        entropy, z_loss = cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)
+        assert not z_loss.requires_grad  # its gradient is in that of the first
+        return entropy + z * z_loss
+
     scores = x @ w[:7].T
-    want = F.cross_entropy(scores, targets, reduction="sum", ignore_index=-100)
-    want = want + z * (scores.logsumexp(-1).square() * (targets != -100)).sum()
+    entropy = F.cross_entropy(scores, targets, reduction="sum", ignore_index=-100)
+    want = entropy + z * (scores.logsumexp(-1).square() * (targets != -100)).sum()
     same(loss(x, w), want, [x, w])
+    close(cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)[0], entropy)
     (slope,) = torch.autograd.grad(loss(x, w), w)
     assert (slope[7:] == 0).all() and (slope[:7] != 0).all()
     assert torch.autograd.gradcheck(loss, (x, w))
@@ -199,11 +205,11 @@ def test_cross_entropy(chunk, z):
 
 def test_ignored_targets_cost_nothing():
     x, w = normal(4, 6), normal(8, 6)
-    loss = cross_entropy(x, w, torch.full((4,), IGNORE), Loss(7, 3, 0.1), ONE)
-    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, [x, w]))
+    loss, z_loss = cross_entropy(x, w, torch.full((4,), IGNORE), Loss(7, 3, 0.1), ONE)
+    assert loss == z_loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, [x, w]))
 
 
 def test_the_loss_of_bfloat16_is_float32():
     x, w, targets = normal(64, 32).bfloat16(), normal(100, 32).bfloat16(), torch.arange(64)
     want = F.cross_entropy((x @ w.T).float(), targets, reduction="sum")  # the dtypes must agree too
-    close(cross_entropy(x, w, targets, Loss(100), ONE), want, 1e-5)
+    close(cross_entropy(x, w, targets, Loss(100), ONE)[0], want, 1e-5)
