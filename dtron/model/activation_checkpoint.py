@@ -6,6 +6,10 @@ section 5) trades compute for memory. ``full`` keeps a block's input and runs th
 backward. ``selective`` keeps the outputs of matmuls and attention and recomputes the cheap rest.
 ``budget`` lets the compiler's partitioner choose the activations to keep.
 
+No policy recomputes a choice of experts. A second run may round a score differently, and then a
+token would have its loss from one expert and its gradient from another. The choice is a few numbers
+a token, so it is kept; the scores are recomputed.
+
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
 backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
 everything but the gathered weights. (A compiled block does not keep copies that only a kernel needs
@@ -42,11 +46,13 @@ class BlockFunction:
 
     ``block``: the block with gathered weights, called as ``block(p, x_TD, load_E)``.
     ``load_E``: for experts, see ``moe``.
+    ``routes``: whether the block chooses experts.
     ``fp8_gather``: the rule that selects weights to all-gather in 8 bits."""
 
     block: Callable[..., tuple[Tensor, ...]]
     load_E: Tensor | None
     layout: Layout
+    routes: bool = False
     fp8_gather: Fp8GatherRule | None = None
 
     def run(self, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
@@ -159,8 +165,11 @@ def keep_matmuls(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
 
 
 def keep_input(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-    """Run a block and keep its input alone."""
-    return checkpointed(fn.run, p, x_TD)
+    """Run a block and keep its input alone, and the choice of experts."""
+    if not fn.routes:
+        return checkpointed(fn.run, p, x_TD)
+    contexts = partial(create_selective_checkpoint_contexts, _choices)
+    return checkpointed(fn.run, p, x_TD, context_fn=contexts)
 
 
 KEEP_ALL = BlockPolicy(keep_all, attrgetter("all"))
@@ -227,6 +236,7 @@ def policy_for(recompute: str, share: float | None = None) -> ActivationPolicy:
     return POLICIES[recompute]
 
 
+_CHOICES = ("topk",)
 _MATMULS = (
     "mm",
     "addmm",
@@ -244,10 +254,19 @@ def _is_view(op: Any) -> bool:
     return schema is not None and any(out.alias_info is not None for out in schema.returns)
 
 
-def _matmuls(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the outputs of matmuls and attention."""
-    keep = getattr(op, "overloadpacket", op).__name__.startswith(_MATMULS) and not _is_view(op)
+def _keep(op: Any, names: tuple[str, ...]) -> CheckpointPolicy:
+    keep = getattr(op, "overloadpacket", op).__name__.startswith(names) and not _is_view(op)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep the choice of experts."""
+    return _keep(op, _CHOICES)
+
+
+def _matmuls(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep the outputs of matmuls and attention, and the choice of experts."""
+    return _keep(op, (*_MATMULS, *_CHOICES))
 
 
 class _AllKept:

@@ -158,7 +158,7 @@ class BlockRunner:
         run_it = run_it if wrap is None else wrap(run_it)
         load_E = self._load(i) if self.before and sparse else None
         fp8_gather = self.how.fp8_gather_rule(end, x_TD.shape[0] / self.layout.parts("tokens_sp"))
-        fn = BlockFunction(run_it, load_E, self.layout, fp8_gather)
+        fn = BlockFunction(run_it, load_E, self.layout, sparse, fp8_gather)
         x_TD, *more = run_block(fn, p, x_TD, policy)
         return x_TD, [more] if more else []
 

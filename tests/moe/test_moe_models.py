@@ -4,8 +4,11 @@ and router biases are right."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
+from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,12 +17,20 @@ import dtron.training.pipeline
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import to_local as local_part
 from dtron.distributed.simulated_ranks import one_rank
+from dtron.model import activation_checkpoint
+from dtron.model.batch import make_batch
+from dtron.model.compute_config import ComputeConfig
+from dtron.moe import router
 from dtron.moe.config import MoEConfig
+from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
 from dtron.schedules.runner import StageOutput
 from dtron.testing import assert_caught, zero_stages
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
+from dtron.training.gradients import gradients
+from dtron.training.pipeline import one_stage, program
+from dtron.tree import flat
 from tests.helpers.experts import ONE, expert_meshes
 from tests.helpers.same_step import assert_same_result
 
@@ -175,3 +186,39 @@ def test_what_is_minimised_and_what_is_reported():
     assert both.loss == plain.loss
     w = lambda step: step.grads.blocks[0].moe.router.w
     assert (w(both) - w(plain)).abs().max() > 1e-3
+
+
+# ---- the choice of experts is not recomputed
+
+
+def gradients_with_choices(recompute: str, factor: float) -> list[torch.Tensor]:
+    """The gradients of one block. From the second run of the router on, scores have ``factor``."""
+    m = replace(model_config("dp=1", each=4).model, init_std=0.3)
+    how = ComputeConfig(recompute, moe_dispatch="static")  # no shape depends on the choice
+    functions = program(m, ONE, how, splits=False)
+    pipe, runs = one_stage(m, 1, ONE), count()
+    params = init(pipe.spec, m.dims(), 0, ONE, torch.float64)
+    choose = router.choose
+
+    def other(scores_TE: torch.Tensor, *rest) -> torch.Tensor:
+        return choose(scores_TE * (factor if next(runs) else 1.0), *rest)
+
+    rows = torch.arange(2 * 13).view(2, 13)
+    with mock.patch.object(router, "choose", other):
+        grads = gradients(functions, params, [make_batch(rows, ONE)], 24, pipe, 1)[1]
+    assert next(runs) == (1 if recompute == "none" else 2)
+    return flat(grads)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_choice_is_not_made_again(recompute):
+    """Known bug of other trainers: a score that is rounded differently in backward gives a token
+    another expert there, without any error."""
+    want, got = (gradients_with_choices(recompute, factor) for factor in (1.0, -1.0))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_a_choice_that_is_made_again_is_caught():
+    with mock.patch.object(activation_checkpoint, "_CHOICES", ("none of these",)):
+        want, got = (gradients_with_choices("full", factor) for factor in (1.0, -1.0))
+    assert not all(torch.allclose(a, b) for a, b in zip(want, got, strict=True))
