@@ -6,7 +6,7 @@ order of the tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ class Batch:
     ``documents_T``: ``[T@rows]``, the document of each token, whole rows, always concatenated;
         None if each row is one document.
     ``tokens_TA``, ``targets_TA``: ``[T@tokens, depth]``, inputs and targets of multi-token
-        prediction; None without it."""
+        prediction; None without it.
+    ``needed_T``: ``[T@tokens]``, whether a target that counts is at the token or later in its row.
+        Other tokens are padding: no loss depends on them. None if it was not requested."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -39,6 +41,7 @@ class Batch:
     zigzag: bool
     tokens_TA: Tensor | None = None
     targets_TA: Tensor | None = None
+    needed_T: Tensor | None = None
 
 
 def make_batch(
@@ -49,6 +52,7 @@ def make_batch(
     counted_BS: Tensor | None = None,
     depth: int = 0,
     zigzag: bool = True,
+    needed: bool = False,
 ) -> Batch:
     """Make a microbatch. Every rank passes the same rows and keeps its own shard.
 
@@ -57,7 +61,8 @@ def make_batch(
     ``counted_BS``: whether a target is in the loss (None: all are).
     ``depth``: number of multi-token-prediction modules, whose inputs and targets are shifted
         further.
-    ``zigzag``: the order of each rank's tokens over cp; False: contiguous."""
+    ``zigzag``: the order of each rank's tokens over cp; False: contiguous.
+    ``needed``: whether to make ``needed_T``."""
     tokens, targets = rows_BS[:, :-1].clamp(min=0), rows_BS[:, 1:]
     if counted_BS is not None:
         targets = targets.masked_fill(~counted_BS, IGNORE)
@@ -72,7 +77,11 @@ def make_batch(
 
     documents = None if documents_BS is None else layout.shard(documents_BS.flatten(), "rows")
     t, u, p, r = (own_tokens(x_BS) for x_BS in (tokens, targets, positions_BS, rows))
-    return Batch(t, u, p, r, documents, s, zigzag, *(own_tokens(x_BS) for x_BS in ahead))
+    batch = Batch(t, u, p, r, documents, s, zigzag, *(own_tokens(x_BS) for x_BS in ahead))
+    if not needed:
+        return batch
+    later_BS = (targets != IGNORE).flip(1).cumsum(1).flip(1)  # valid targets from here on
+    return replace(batch, needed_T=own_tokens(later_BS > 0))
 
 
 def valid_tokens(rows_BS: Tensor) -> int:

@@ -179,7 +179,12 @@ class BlockRunner:
         if self.m.moe.balanced:
             place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
             place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
-        return TokenInfo(valid_T, layout.constrain(batch.rows_T, "tokens_sp"), rows, place_T)
+        rows_T, needed_T = (
+            None if x is None else layout.constrain(x, "tokens_sp")
+            for x in (batch.rows_T, batch.needed_T)
+        )
+        assert rows_T is not None
+        return TokenInfo(valid_T, rows_T, rows, place_T, needed_T)
 
     def _load(self, i: int) -> Tensor:
         """Return the load of block i in the step so far: one row of a pending sum."""

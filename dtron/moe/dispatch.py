@@ -1,10 +1,7 @@
 """Dispatch: send tokens to their experts and combine the experts' outputs.
 
-Each of T tokens goes to K experts. These T * K (token, expert) pairs are the *slots*. A
-``TokenPermutation`` gives the row of each slot in a buffer that is sorted by expert. ``permute``
-copies tokens into this buffer. ``unpermute`` multiplies the K outputs of each token by their
-weights and sums them. Each is the backward of the other, so no scatter-add at random rows is ever
-needed.
+Each of T tokens goes to K experts. These T * K (token, expert) pairs are the *slots*. Their rows in
+a buffer that is sorted by expert are a ``TokenPermutation`` (permutation.py).
 
 There are four dispatchers with one signature:
 ``(x_TD, weights_TK, index_TK, first, run, experts) -> (y_TD, dropped)``.
@@ -33,18 +30,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.collectives import all_gather, all_to_all, reduce_scatter
-from dtron.torch_compile import opaque
+from dtron.moe.permutation import by_expert, by_room, permute, permuted, unpermute
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 RunExperts = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on this rank's experts
-Used = Tensor | None  # whether a slot or a row is used
 Combined = tuple[Tensor, Tensor | None]  # y_TD, number of dropped slots (None: cannot drop)
 
 
@@ -70,99 +66,6 @@ class ExpertGroup:
     def per_rank(self) -> int:
         """The number of experts on each rank."""
         return self.total // self.parts
-
-
-class TokenPermutation(NamedTuple):
-    """Mapping between slots and rows of a buffer, in both directions.
-
-    ``place_S``: the row of each slot.
-    ``kept_S``: whether the slot has a row (None: every slot has one).
-    ``slot_R``: the slot of each row.
-    ``filled_R``: whether the row has a slot (None: every row has one)."""
-
-    place_S: Tensor
-    kept_S: Tensor | None
-    slot_R: Tensor
-    filled_R: Tensor | None
-
-
-def by_expert(
-    expert_S: Tensor, experts: int, kept_S: Tensor | None = None
-) -> tuple[TokenPermutation, Tensor]:
-    """Return a permutation with one row per slot, sorted by expert, and the row where each expert
-    ends. Slots that are not kept have an expert index beyond the last expert. So these slots are
-    sorted to the end, and their rows count as empty."""
-    sorted_R, slot_R = expert_S.sort(stable=True)
-    rows_R = torch.arange(slot_R.shape[0], device=slot_R.device)
-    place_S = torch.empty_like(slot_R).scatter(0, slot_R, rows_R)
-    ends_E = torch.searchsorted(sorted_R, torch.arange(experts, device=slot_R.device), right=True)
-    filled_R = None if kept_S is None else kept_S[slot_R]
-    return TokenPermutation(place_S, kept_S, slot_R, filled_R), ends_E
-
-
-def permute(x_TD: Tensor, permutation: TokenPermutation) -> Tensor:
-    """Copy into each row the token of its slot: ``[R, D]``."""
-    return _PermuteTokens.apply(x_TD, *permutation)
-
-
-def unpermute(y_RD: Tensor, weights_TK: Tensor, permutation: TokenPermutation) -> Tensor:
-    """Sum the rows of each token, times their weights: ``[T, D]``."""
-    return _UnpermuteTokens.apply(y_RD, weights_TK, *permutation)
-
-
-def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
-    """Select rows of x. Unused rows become zero by ``where``, not by a product with 0, because an
-    unused row may hold any value (NaN too).
-
-    ``used``: whether a selected row is used (None: all are)."""
-    rows = x.index_select(0, index)
-    return rows if used is None else torch.where(used[:, None], rows, 0)
-
-
-@opaque
-class _PermuteTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, place_S: Tensor, kept_S: Used, slot_R: Tensor, filled_R: Used
-    ) -> Tensor:
-        ctx.save_for_backward(place_S, kept_S)
-        ctx.tokens = x.shape[0]
-        return _rows(x, slot_R // (place_S.shape[0] // x.shape[0]), filled_R)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        slots = _rows(g, *ctx.saved_tensors)
-        return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
-
-
-@opaque
-class _UnpermuteTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        weights_TK: Tensor,
-        place_S: Tensor,
-        kept_S: Used,
-        slot_R: Tensor,
-        filled_R: Used,
-    ) -> Tensor:
-        ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
-        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
-        y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
-        return y_TD.to(y.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        y, weights_TK, place_S, kept_S, slot_R, filled_R = ctx.saved_tensors
-        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
-        d_weights = (rows_TKD * g[:, None]).sum(-1, dtype=weights_TK.dtype)
-        k = weights_TK.shape[1]
-        weights_R = weights_TK.view(-1).index_select(0, slot_R)
-        d_rows = g.index_select(0, slot_R // k) * weights_R[:, None]
-        if filled_R is not None:
-            d_rows = torch.where(filled_R[:, None], d_rows, 0)
-        return d_rows.to(y.dtype), d_weights, None, None, None, None
 
 
 def local(
@@ -195,27 +98,9 @@ def alltoall(
     rows = all_to_all(permute(x_TD, permutation), experts.ranks, received, sent)
     own = torch.arange(experts.per_rank, device=rows.device).repeat(experts.parts)
     mine, ends_E = by_expert(own.repeat_interleave(received_RE.flatten()), experts.per_rank)
-    y = run(_permuted(rows, mine.slot_R, mine.place_S), ends_E)
-    y = all_to_all(_permuted(y, mine.place_S, mine.slot_R), experts.ranks, sent, received)
+    y = run(permuted(rows, mine.slot_R, mine.place_S), ends_E)
+    y = all_to_all(permuted(y, mine.place_S, mine.slot_R), experts.ranks, sent, received)
     return unpermute(y, weights_TK, permutation), None
-
-
-def _permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return _PermuteRows.apply(x, index, inverse)
-
-
-@opaque
-class _PermuteRows(torch.autograd.Function):
-    """Like ``permute``, with one slot per token. The number of tokens may be 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def static(
@@ -230,8 +115,17 @@ def static(
     tokens, k = index_TK.shape
     room = tokens  # a token goes to an expert at most once
     if experts.capacity_factor:
-        room = min(tokens, math.ceil(experts.capacity_factor * tokens * k / experts.total))
-    permutation = by_room(index_TK.flatten(), weights_TK.detach().flatten(), experts.total, room)
+        room = min(tokens, math.ceil(experts.capacity_factor * (tokens * k) / experts.total))
+    sent_S = index_TK.flatten() < experts.total
+    # The limit is a share of the slots that are sent. The buffer has its size whatever is sent.
+    limit = torch.ceil(experts.capacity_factor * sent_S.sum().double() / experts.total)
+    permutation = by_room(
+        index_TK.flatten(),
+        weights_TK.detach().flatten(),
+        experts.total,
+        room,
+        limit if experts.capacity_factor else None,
+    )
     rows = permute(x_TD, permutation)  # [E * room, D]
     if experts.ranks is not None:
         rows = all_to_all(rows, experts.ranks)
@@ -241,25 +135,7 @@ def static(
     if experts.ranks is not None:
         y = all_to_all(y.contiguous(), experts.ranks)
     assert permutation.kept_S is not None  # by_room gives it
-    return unpermute(y, weights_TK, permutation), (~permutation.kept_S).sum()
-
-
-def by_room(expert_S: Tensor, weight_S: Tensor, experts: int, room: int) -> TokenPermutation:
-    """Give each expert ``room`` rows, for its slots with the largest weights."""
-    device = expert_S.device
-    by_weight = weight_S.argsort(descending=True, stable=True)
-    order_S = by_weight[expert_S[by_weight].argsort(stable=True)]  # by expert, then by weight
-    sorted_S = expert_S[order_S]
-    starts_E = torch.searchsorted(sorted_S, torch.arange(experts, device=device))
-    number_S = torch.arange(len(order_S), device=device) - starts_E[sorted_S]
-    kept, rows = number_S < room, experts * room
-    # Dropped slots share one extra row at the end, which is then sliced off.
-    place = torch.where(kept, sorted_S * room + number_S, rows)
-    slot_R = torch.zeros(rows + 1, dtype=order_S.dtype, device=device).scatter(0, place, order_S)
-    filled_R = torch.zeros(rows + 1, dtype=torch.bool, device=device).scatter(0, place, kept)
-    place_S = torch.empty_like(place).scatter(0, order_S, place.clamp(max=rows - 1))
-    kept_S = torch.empty_like(kept).scatter(0, order_S, kept)
-    return TokenPermutation(place_S, kept_S, slot_R[:rows], filled_R[:rows])
+    return unpermute(y, weights_TK, permutation), (sent_S & ~permutation.kept_S).sum()
 
 
 def allgather(

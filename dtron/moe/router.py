@@ -20,7 +20,9 @@ Scores alone do not balance the load. Three terms can be added:
 - The z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5), which keeps logits small.
 
 Losses are sums over tokens, like the main loss, and are divided once by the same count. A token
-whose target is ignored adds to no loss and no load, but it goes to experts like any other token.
+whose target is ignored adds to no loss and no load, but it goes to experts like any other token. A
+capacity limit is different: there a token on which no loss depends, such as padding, is not sent,
+because it would take the room of another token.
 f is counted over all ranks that have tokens: one all-reduce of E numbers per layer (none without
 an auxiliary loss)."""
 
@@ -54,22 +56,26 @@ class TokenInfo(NamedTuple):
     ``valid_T``: whether the token counts.
     ``rows_T``: the token's sequence, an index below ``rows``.
     ``rows``: the number of sequences.
-    ``place_T``: the token's position among the tokens of all rows, for forced balance."""
+    ``place_T``: the token's position among the tokens of all rows, for forced balance.
+    ``needed_T``: whether a loss depends on the token, see ``Batch`` (None: all tokens may be
+        sent)."""
 
     valid_T: Tensor
     rows_T: Tensor
     rows: int
     place_T: Tensor | None = None
+    needed_T: Tensor | None = None
 
 
 class Routed(NamedTuple):
     """The router's output. The last three fields are sums over tokens, pending.
 
     ``weights_TK``: ``[T@tokens_sp, K]``, the factors of the experts' outputs.
-    ``index_TK``: ``[T@tokens_sp, K]``, the experts of each token.
+    ``index_TK``: ``[T@tokens_sp, K]``, the experts of each token; the number of experts for a token
+        that is not sent.
     ``aux``: a term of the loss.
     ``load_E``: tokens per expert.
-    ``totals``: sums of tokens, entropies, auxiliary losses and z-losses, in this order."""
+    ``totals``: sums of ``TOTALS``."""
 
     weights_TK: Tensor
     index_TK: Tensor
@@ -78,7 +84,7 @@ class Routed(NamedTuple):
     totals: Tensor
 
 
-TOTALS = ("tokens", "entropy", "aux_loss", "z_loss")
+TOTALS = ("tokens", "entropy", "aux_loss", "z_loss", "sent")  # tokens that count, ..., tokens sent
 
 
 def route(
@@ -103,18 +109,19 @@ def route(
         valid_T: Tensor,
         rows_T: Tensor,
         place_T: Tensor | None,
+        needed_T: Tensor | None,
         before_E: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        own = TokenInfo(valid_T, rows_T, info.rows, place_T)
+        own = TokenInfo(valid_T, rows_T, info.rows, place_T, needed_T)
         return _route(Router(w, b, balance), x_TD, own, before_E, c, layout)
 
     region = layout.local_map(
         on_rank,
-        (("tokens_sp", None), *weights, token, token, token, total),
+        (("tokens_sp", None), *weights, token, token, token, token, total),
         [chosen, chosen, total, total, total],
     )
-    valid_T, rows_T, _, place_T = info
-    return Routed(*region(x_TD, p.w, p.b, p.balance, valid_T, rows_T, place_T, before_E))
+    valid_T, rows_T, _, place_T, needed_T = info
+    return Routed(*region(x_TD, p.w, p.b, p.balance, valid_T, rows_T, place_T, needed_T, before_E))
 
 
 def _route(
@@ -158,7 +165,9 @@ def _route(
         z = (logits_TE.logsumexp(-1).square() * info.valid_T).sum()
     with torch.no_grad():
         entropy = -(torch.xlogy(share_TE, share_TE).sum(-1) * info.valid_T).sum()
-        totals = torch.stack([info.valid_T.sum().to(wide), entropy, aux, z])
+        sent = torch.ones_like(info.valid_T) if info.needed_T is None else info.needed_T
+        totals = torch.stack([info.valid_T.sum().to(wide), entropy, aux, z, sent.sum().to(wide)])
+        index_TK = torch.where(sent[:, None], index_TK, c.experts)
     return weights_TK, index_TK, c.aux_loss * aux + c.z_loss * z, chosen_TE.sum(0), totals
 
 

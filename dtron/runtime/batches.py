@@ -94,4 +94,5 @@ def split(batch: HostBatch, config: RunConfig, plan: RunPlan, layout: Layout) ->
     documents, positions, counted = (absent if x is None else on_device(x) for x in others)
     parts = zip(rows, documents, positions, counted, strict=True)
     depth, zigzag = config.model.mtp.depth, config.zigzags
-    return [make_batch(one, layout, d, p, c, depth, zigzag) for one, d, p, c in parts]
+    limited = config.model.moe.capacity_factor > 0
+    return [make_batch(one, layout, d, p, c, depth, zigzag, limited) for one, d, p, c in parts]

@@ -61,7 +61,15 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
         return [None] * count if x is None else x.chunk(count)
 
     batches = [
-        make_batch(r, layout, d, at, depth=m.mtp.depth, zigzag=config.zigzags)
+        make_batch(
+            r,
+            layout,
+            d,
+            at,
+            depth=m.mtp.depth,
+            zigzag=config.zigzags,
+            needed=m.moe.capacity_factor > 0,
+        )
         for r, d, at in zip(rows.chunk(count), parts(documents), parts(positions), strict=True)
     ]
     return StepInputs(tree_map(place, pipe.spec), batches, valid_tokens(rows))

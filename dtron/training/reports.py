@@ -36,7 +36,7 @@ COLUMNS = (*TOTALS, "dropped")
 
 def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | None:
     """Return, for each MoE layer of the model, the load of its experts and the sums over tokens of
-    ``COLUMNS``: ``[layers, E + 5]``, on every rank. None for a dense model. The host does not wait
+    ``COLUMNS``: ``[layers, E + 6]``, on every rank. None for a dense model. The host does not wait
     for the result."""
     if not c.experts:
         return None
@@ -57,7 +57,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
 
     ``load_max``, ``load_min``: the largest and smallest load of an expert, over the mean load.
     ``entropy``: the entropy of a token's scores in nats, averaged over tokens.
-    ``dropped``: the share of dropped slots.
+    ``dropped``: the share of the sent slots that was dropped.
     ``aux_loss``, ``z_loss``: losses per token, without their weights."""
     if totals is None:
         return {}
@@ -68,7 +68,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
         each = {"load_max": max(load) / mean, "load_min": min(load) / mean}
         each |= {
             "entropy": sums["entropy"] / tokens,
-            "dropped": sums["dropped"] / (tokens * c.top_k),
+            "dropped": sums["dropped"] / (max(sums["sent"], 1) * c.top_k),
         }
         each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
         numbers |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}

@@ -20,9 +20,10 @@ from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer, declare_model, predict
 from dtron.moe.config import MoEConfig
-from dtron.moe.dispatch import ExpertGroup, by_expert, by_room, local, static
+from dtron.moe.dispatch import ExpertGroup, local, static
 from dtron.moe.experts import Experts, compute
 from dtron.moe.layer import shared_expert
+from dtron.moe.permutation import by_expert, by_room
 from dtron.moe.router import Router, TokenInfo, route
 from dtron.params import init
 from dtron.testing import assert_caught

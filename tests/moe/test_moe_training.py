@@ -180,7 +180,7 @@ def test_reports_of_layers():
     pipe = one_stage(m, 2, ONE)
     _, _, reports = gradients_of(program(m, ONE), m, dtype=torch.float64)
     totals = expert_totals(reports, pipe, m.moe)
-    assert totals.shape == (1, 8 + 5) and totals[0, :8].sum() == 2 * 128 and totals[0, 8] == 128
+    assert totals.shape == (1, 8 + 6) and totals[0, :8].sum() == 2 * 128 and totals[0, 8] == 128
     said = describe_experts(totals, m.moe)
     names = ("load_max", "load_min", "entropy", "dropped", "aux_loss", "z_loss")
     assert set(said) == {f"experts.1.{name}" for name in names}
