@@ -69,7 +69,7 @@ def train(
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        log.say(describe(config, plan, data, state.step))
+        log.say(describe(config, plan, data, state.step), *data.notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.samples)
         step = build_step(config, plan, pipe)

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cache_dir
-from dtron.data.documents import Documents, user_files
+from dtron.data.documents import Documents
+from dtron.data.files import describe_skipped, user_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
@@ -67,6 +68,8 @@ def run_prepare(o: Namespace, console: Console) -> int:
     part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
     tokenizer.save(str(part))
     os.replace(part, beside(prefix))
+    for line in filter(None, map(describe_skipped, o.paths)):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(
         f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, "
         f"{done.tokens:,} tokens in {done.seconds:.1f} s, {done.rate / 1e6:.2f}M tokens/s",

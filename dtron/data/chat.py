@@ -38,7 +38,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
-from dtron.data.documents import user_files
+from dtron.data.files import describe_skipped, user_files
 from dtron.data.formats import cells, one_line, understood
 from dtron.data.tokenization import encoder_of, end_id, ids_of
 from dtron.errors import UserError
@@ -78,6 +78,7 @@ class Chats:
                 "--data.chat without --data.path: there are no conversations; give a .jsonl of them"
             )
         self.path, self.column, self.files = path, column, user_files(path)
+        self.skipped = describe_skipped(path)
         self.source = template_beside(tokenizer_path)
         self.template = chatml if self.source is None else own_template(*self.source)
 

@@ -11,8 +11,9 @@ space and no time before the first document.
 It reads text only on iteration. A start whose tokens are cached under this key never imports
 `datasets`.
 
-`formats` parses the files. Left out: the Hub and every other remote source (download first). Rows
-without text (null, empty or only white space) are not documents and are skipped.
+`files` finds the files, and `formats` parses them. Left out: the Hub and every other remote source
+(download first). Rows without text (null, empty or only white space) are not documents and are
+skipped.
 """
 
 import os
@@ -24,15 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import cache_dir, digest, unwritable
-from dtron.data.formats import NOT_ROWS, SUFFIXES, texts, understood
+from dtron.data.files import GIVE, describe_skipped, user_files
+from dtron.data.formats import texts, understood
 from dtron.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
-
-_GIVE = (
-    f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
-)
 
 # Installed packages and test suites differ from one installation to the next; the other files
 # hardly differ.
@@ -79,6 +77,11 @@ class Documents:
         return digest(
             [self.column, *(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats)]
         )
+
+    @property
+    def skipped(self) -> str | None:
+        """A line that names the files of the folder that are not read; None if there are none."""
+        return None if self.path is None else describe_skipped(self.path)
 
     def __iter__(self) -> Iterator[str]:
         rows = _rows(**self._reading) if self.streaming else self.dataset
@@ -172,46 +175,6 @@ def _library_files() -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def user_files(path: str) -> list[Path]:
-    """Return the files at ``path``, a file or a folder. Raises UserError if there is no readable
-    file."""
-    where = f"--data.path {path!r}"
-    root = Path(path).expanduser()
-    try:
-        if not path or not root.exists():
-            raise UserError(f"{where} does not exist; {_GIVE}")
-        if root.is_dir():
-            files = _folder_files(root)
-            if not files:
-                raise UserError(
-                    f"{where} is a folder without any {', '.join(SUFFIXES)} file; {_GIVE}"
-                )
-            return files
-    except OSError as error:
-        raise UserError(
-            f"{where} cannot be read ({error.strerror}); allow this user to read it"
-        ) from error
-    if not root.is_file():
-        raise UserError(f"{where} is neither a file nor a folder; {_GIVE}")
-    if root.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{where} has the suffix {root.suffix!r}, which has no reader; {_GIVE}")
-    return [root]
-
-
-def _folder_files(root: Path) -> list[Path]:
-    def fail(error: OSError) -> None:  # os.walk would skip a folder that it may not list
-        raise error
-
-    found = []
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache
-        files = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
-        if any(name.endswith(".arrow") for name in names):  # a dataset that `datasets` has saved
-            found = [file for file in found if file.name not in NOT_ROWS]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
-
-
 # ---------------------------------------------------------------------------- reading files
 
 
@@ -232,4 +195,4 @@ def _rows(
             if strict or not isinstance(error.__cause__, UnicodeError):
                 raise
     if empty:
-        raise UserError(f"{where} holds no text at all; {_GIVE} with some text in it")
+        raise UserError(f"{where} holds no text at all; {GIVE} with some text in it")

@@ -5,36 +5,37 @@
     .parquet, .arrow   columns
     .txt               one row: the whole file
 
-The readers of `datasets` are not used, so that an error can name the line and the file. Left out:
-compressed files, and columns inside columns.
+The readers of `datasets` are not used, so that an error can name the line and the file. Files may be
+compressed (files.py). Left out: columns inside columns.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dtron.data.files import COLUMNS, opened, suffix_of
 from dtron.errors import UserError
-
-SUFFIXES = (".txt", ".text", ".jsonl", ".json", ".parquet", ".arrow")
-
-NOT_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json"}
-"""Files of `datasets` that describe the .arrow files beside them."""
 
 
 def texts(file: Path, column: str) -> Iterator[str]:
     """Yield the non-empty strings of a column. Raises UserError for a value that is no string."""
-    if file.suffix.lower() in (".parquet", ".arrow"):
+    if suffix_of(file) in COLUMNS:
         from pyarrow import types
 
         for kind, column_of in _columns(file, column):
             plain = kind.value_type if types.is_dictionary(kind) else kind
-            if not (types.is_string(plain) or types.is_large_string(plain)):
+            if not any(is_kind(plain) for is_kind in _strings_of(types)):
                 raise _not_text(repr(str(file)), column, str(kind))
             yield from (text for text in column_of.to_pylist() if text)
         return
     yield from _strings(cells(file, column), column)
+
+
+def _strings_of(types: Any) -> tuple[Callable[[Any], bool], ...]:
+    """Return the tests for pyarrow's types of strings. polars writes views."""
+    return types.is_string, types.is_large_string, types.is_string_view
 
 
 def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
@@ -49,13 +50,22 @@ def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
         if text is not None and not isinstance(text, str):
             raise _not_text(where, column, type(text).__name__)
         if text:
-            text.encode()  # fails for a lone surrogate: "\\ud800" is valid JSON but no valid text
+            try:
+                text.encode()
+            except UnicodeError as error:
+                lone = (
+                    ascii(text[error.start])[1:-1] if isinstance(error, UnicodeEncodeError) else ""
+                )
+                raise UserError(
+                    f"{where} has {lone}, half of a surrogate pair, which is valid JSON and no "
+                    "text; write the whole pair, or drop it"
+                ) from error
             yield text
 
 
 def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     """Yield the place of each row (for error messages) and its value in the column."""
-    match file.suffix.lower():
+    match suffix_of(file):
         case ".jsonl" | ".json":
             yield from _named(file, _json_rows(file), column)
         case ".parquet" | ".arrow":
@@ -64,7 +74,8 @@ def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
                 (f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1)
             )
         case _:  # read as bytes, because text mode would change line endings
-            yield repr(str(file)), file.read_bytes().decode("utf-8-sig")
+            with opened(file) as whole:
+                yield repr(str(file)), _decoded(file, whole.read())
 
 
 def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
@@ -79,22 +90,39 @@ def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterato
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield one value per line. If a .json file starts with "[", yield the values of its array."""
-    with file.open("rb") as lines:
+    with opened(file) as lines:
         start = lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if file.suffix.lower() == ".json" and start.startswith(b"["):
-            lines.seek(0)
-            array = _parse(lines.read().decode("utf-8-sig"), repr(str(file)))
+    with opened(file) as lines:  # again: not every decompressor can seek
+        if suffix_of(file) == ".json" and start.startswith(b"["):
+            array = _parse(_decoded(file, lines.read()), repr(str(file)))
             yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
             return
-        lines.seek(0)
         yield from _line_rows(file, lines, 1)
 
 
 def _line_rows(file: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=first):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = _decoded(file, line, number)
         if text.strip():
             yield f"line {number}", _parse(text, f"{str(file)!r} line {number}")
+
+
+def _decoded(file: Path, data: bytes, line: int = 1) -> str:
+    """Decode UTF-8. Raises UserError with the line.
+
+    ``line``: the number of the first line of ``data``."""
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        number = line + data.count(b"\n", 0, error.start)
+        raise _not_utf8(f"{str(file)!r} line {number}", error) from error
+
+
+def _not_utf8(where: str, error: Exception) -> UserError:
+    return UserError(
+        f"{where} is not UTF-8 text ({one_line(error)}); convert the file, for example with "
+        "`iconv -t UTF-8`, or leave it out of --data.path"
+    )
 
 
 def _parse(source: str, where: str) -> Any:
@@ -113,7 +141,7 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
 
     # Opened here and not by pyarrow, so that a missing permission is not reported as damage.
     with file.open("rb") as source:
-        if file.suffix.lower() == ".parquet":
+        if suffix_of(file) == ".parquet":
             with _reading(file, "Parquet"):
                 table = parquet.ParquetFile(source)
                 schema = table.schema_arrow
@@ -141,10 +169,7 @@ def understood(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeError as error:
-        raise UserError(
-            f"{str(file)!r} is not UTF-8 text ({one_line(error)}); convert it, "
-            "for example with `iconv -t UTF-8`, or leave it out of --data.path"
-        ) from error
+        raise _not_utf8(repr(str(file)), error) from error
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(

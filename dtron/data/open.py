@@ -42,12 +42,14 @@ class Data:
     ``train``, ``validation``: the samples.
     ``tokenizer``: None if it is not known, for indexed files.
     ``samples``: the largest number of samples that has this run's order, if the order depends on
-    this number."""
+    this number.
+    ``notes``: lines about files that are not read."""
 
     train: Source
     validation: Source
     tokenizer: Tokenizer | None
     samples: int | None = None
+    notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a hash that differs if the samples or the tokens differ."""
@@ -80,6 +82,8 @@ def open_data(
             f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or "
             f"drop {flag}"
         )
+    lines = [text.skipped for text in texts if not isinstance(text, Indexed)]
+    notes = tuple(line for line in lines if line is not None)
     found: list[tuple[Source, Source]] = []
     most = None
     for (weight, _), text in zip(named, texts, strict=True):
@@ -97,11 +101,11 @@ def open_data(
         else:
             found.append(_text(d, text, tokenizer, seed, cache))
     if len(found) == 1:
-        return Data(*found[0], tokenizer, most)
+        return Data(*found[0], tokenizer, most, notes)
     weights = [weight for weight, _ in named]
     train, held = (Mixed(list(sources), weights) for sources in zip(*found, strict=True))
     ordered = any(isinstance(text, Indexed) for text in texts)
-    return Data(train, held, tokenizer, samples if ordered else None)
+    return Data(train, held, tokenizer, samples if ordered else None, notes)
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:

@@ -29,6 +29,7 @@ from typing import cast
 import numpy as np
 from tokenizers import Tokenizer
 
+from dtron.data.files import is_compressed, opened, suffix_of
 from dtron.data.formats import texts, texts_of_lines, understood
 from dtron.data.indexed import Writer, token_dtype
 from dtron.data.tokenization import encoded, encoder_of, vocab_of
@@ -104,12 +105,15 @@ def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
     """Yield blocks of work, each with the number of bytes of its file that it covers."""
     for file in files:
         with understood(file):
-            if file.suffix.lower() == ".jsonl":
-                with file.open("rb") as lines:
+            if suffix_of(file) == ".jsonl":
+                packed = is_compressed(file)  # then the share of the file that is read is not known
+                with opened(file) as lines:
                     number = 1
                     while some := lines.readlines(BLOCK):
-                        yield sum(map(len, some)), (file, number, some)
+                        yield 0 if packed else sum(map(len, some)), (file, number, some)
                         number += len(some)
+                if packed:
+                    yield file.stat().st_size, (file, number, [])
                 continue
             docs: list[str] = []
             size = 0

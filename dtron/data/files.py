@@ -1,0 +1,178 @@
+"""The files that ``--data.path`` names: a file, or those of a folder that have a reader.
+
+A folder is searched with its subfolders, links to folders included. Everything in it is read, or is
+named with the reason why it is skipped. Names that begin with a dot are passed over: ``.git``,
+``.cache``.
+
+A file may be compressed: ``.jsonl.gz``, ``.txt.zst``. Left out: compressed columns (``.parquet``
+compresses its columns itself), and archives of several files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from dtron.errors import UserError
+
+COLUMNS = (".parquet", ".arrow")
+SUFFIXES = (".txt", ".text", ".jsonl", ".json", *COLUMNS)
+COMPRESSED = (".gz", ".zst")
+
+GIVE = (
+    f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
+)
+
+_DESCRIBE = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+"""Files that describe a data set and have no rows."""
+
+
+class Found(NamedTuple):
+    """The files at a path.
+
+    ``files``: the files to read, in an order that is the same in every process.
+    ``skipped``: the others, each with the reason."""
+
+    files: list[Path]
+    skipped: list[tuple[Path, str]]
+
+
+def suffix_of(file: Path) -> str:
+    """Return the suffix that chooses the reader, in lower case: ``.jsonl`` of ``a.jsonl.gz``."""
+    name = file.name.lower()
+    for compression in COMPRESSED:
+        name = name.removesuffix(compression)
+    return Path(name).suffix
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether the file is read through a decompressor."""
+    return file.suffix.lower() in COMPRESSED
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed. Raises UserError if the compressed data is damaged."""
+    if not is_compressed(file):
+        with file.open("rb") as plain:
+            yield plain
+        return
+    import pyarrow
+
+    with file.open("rb") as source:
+        try:
+            if file.suffix.lower() == ".gz":
+                with gzip.open(source) as unpacked:
+                    yield unpacked  # type: ignore[misc]  # it reads bytes
+            else:
+                yield io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"))
+        except (EOFError, zlib.error, OSError, pyarrow.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk, not of a decompressor
+            why = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{str(file)!r} is damaged or no {file.suffix} file ({why}); compress it again, or "
+                "leave it out of --data.path"
+            ) from error
+
+
+def user_files(path: str) -> list[Path]:
+    """Return the files to read at ``path``, a file or a folder. Raises UserError if there are
+    none."""
+    return find_files(path).files
+
+
+def find_files(path: str) -> Found:
+    """Find the files at ``path``, a file or a folder. Raises UserError if none has a reader."""
+    where = f"--data.path {path!r}"
+    root = Path(path).expanduser()
+    try:
+        if not path or not root.exists():
+            raise UserError(f"{where} does not exist; {GIVE}")
+        if root.is_dir():
+            found = _in_folder(root)
+            if not found.files:
+                raise UserError(
+                    f"{where} is a folder without any {', '.join(SUFFIXES)} file; {GIVE}"
+                )
+            return found
+    except OSError as error:
+        raise UserError(
+            f"{where} cannot be read ({error.strerror}); allow this user to read it"
+        ) from error
+    if not root.is_file():
+        raise UserError(f"{where} is neither a file nor a folder; {GIVE}")
+    if (why := _no_reader(root)) is not None:
+        raise UserError(f"{where} has {why}; {GIVE}")
+    return Found([root], [])
+
+
+def describe_skipped(path: str, most: int = 8) -> str | None:
+    """Return a line that names what is skipped in a folder; None if nothing is.
+
+    ``most``: the number of names."""
+    skipped = find_files(path).skipped
+    if not skipped:
+        return None
+    root = Path(path).expanduser()
+    names = [f"{file.relative_to(root)} ({why})" for file, why in skipped[:most]]
+    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"skipped in {path}: {', '.join(names)}{more}"
+
+
+def _no_reader(file: Path) -> str | None:
+    """Say why a file has no reader; None if it has one."""
+    suffix = suffix_of(file)
+    if suffix not in SUFFIXES:
+        return f"the suffix {file.suffix!r}, which has no reader"
+    if is_compressed(file) and suffix in COLUMNS:
+        return f"the suffix {suffix + file.suffix!r}, which has no reader: unpack it"
+    return None
+
+
+def _in_folder(root: Path) -> Found:
+    def fail(error: OSError) -> None:  # os.walk would skip a folder that it may not list
+        raise error
+
+    files: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+    seen = {root.resolve()}
+    for name, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folder = Path(name)
+        kept = []
+        for child in sorted(child for child in folders if not child.startswith(".")):
+            target = (folder / child).resolve()
+            if target in seen:
+                skipped.append((folder / child, "a link to a folder that is read already"))
+            else:
+                seen.add(target)
+                kept.append(child)
+        folders[:] = kept
+        saved = any(child.endswith(".arrow") for child in names)  # by `datasets`
+        for child in names:
+            if not child.startswith("."):
+                file = folder / child
+                why = _why_skipped(file, saved)
+                files += [file] if why is None else []
+                skipped += [] if why is None else [(file, why)]
+
+    def place(file: Path) -> str:
+        return file.relative_to(root).as_posix()
+
+    return Found(sorted(files, key=place), sorted(skipped, key=lambda pair: place(pair[0])))
+
+
+def _why_skipped(file: Path, saved: bool) -> str | None:
+    if not file.exists():
+        return "a broken link"
+    if not file.is_file():
+        return "no file"
+    if file.name in _DESCRIBE or (saved and file.name == "state.json"):
+        return "it describes a data set"
+    return _no_reader(file)
