@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -254,7 +254,9 @@ class Mixed:
 
 
 def _concatenate(parts: list[Rows]) -> Rows:
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Rows)}
+    columns: dict[str, Any] = {
+        field.name: [getattr(part, field.name) for part in parts] for field in fields(Rows)
+    }
     # A None beside a mask means that all targets count, or that no target crosses.
     for name, value in (("counted", True), ("crosses", False)):
         if any(x is not None for x in columns[name]):
@@ -262,6 +264,6 @@ def _concatenate(parts: list[Rows]) -> Rows:
                 np.full_like(part.tokens[:, 1:], value, bool) if x is None else x
                 for part, x in zip(parts, columns[name], strict=True)
             ]
-    return Rows(
-        **{name: None if xs[0] is None else np.concatenate(xs) for name, xs in columns.items()}
-    )
+    for name, xs in columns.items():
+        columns[name] = None if xs[0] is None else np.concatenate(xs)
+    return Rows(**columns)

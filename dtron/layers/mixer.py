@@ -46,7 +46,7 @@ class StageInputs:
     ``windows``: the attention windows of the stage's blocks with this mixer, each once.
     ``kernel``, ``cp_method``: the requested attention kernels, and the requested method over cp.
     ``last_B [B@tokens]``: in generation, the index of the last token of each row. Later tokens are
-        padding (None: there is no padding)."""
+        padding. Generation always gives it (None: training)."""
 
     batch: TokenData
     x_TD: Tensor
@@ -105,8 +105,9 @@ class Mixer:
     def empty_cache(
         self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
     ) -> Any:
-        """Make the decoding cache of one block. ``apply`` updates the cache in place. The ranks of
-        cp have whole rows in generation.
+        """Make the decoding cache of one block. ``apply`` updates the cache in place. Training
+        draws samples on its own mesh, which may have cp: then each cp rank has whole rows.
+        ``dtron.generate`` refuses cp.
 
         ``rows``: the number of rows over all ranks.
         ``slots``: the largest number of tokens of a row."""

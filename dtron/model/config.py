@@ -22,8 +22,8 @@ from dtron.layers.token_order import TokenOrder
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 
-# The letters of ``ModelConfig.pattern``.
-MIXERS: Mapping[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
+# The letters of ``ModelConfig.pattern``. A program may add its own.
+MIXERS: dict[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
 
 
 @dataclass(frozen=True)

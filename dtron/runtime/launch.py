@@ -28,6 +28,7 @@ from dtron.runtime.validate import (
     check,
     check_attention,
     check_dispatch,
+    check_expert_sizes,
     check_fp8,
     check_recompute,
     microbatches,
@@ -64,6 +65,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         )
     check_attention(config.attention_kernel, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
+    check_expert_sizes(config.how, config.model, shape, compute)
     return RunPlan(
         shape=shape,
         device=device,

@@ -84,6 +84,27 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
         divides(f"model.moe.{flag}", size, axis, getattr(mesh, axis))
 
 
+def check_expert_sizes(
+    how: ComputeConfig, model: ModelConfig, mesh: MeshShape, compute: torch.dtype
+) -> None:
+    """Raise UserError if the kernel of grouped matmuls does not take the sizes: in bfloat16 a row
+    has a multiple of 16 bytes."""
+    c = model.moe
+    padded = how.moe_dispatch == "static" or c.capacity_factor  # one matmul for each expert
+    if not c.experts or compute != torch.bfloat16 or padded:
+        return
+    sizes = {"model.embed": (model.embed, 1), "model.moe.mlp": (c.mlp, mesh.etp)}
+    for name, (size, cuts) in sizes.items():
+        if size // cuts % 8:
+            near = -(-size // (8 * cuts)) * 8 * cuts
+            over = f" over etp={cuts}" if cuts > 1 else ""
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"{name}={size}{over}: the kernel of experts in bfloat16 takes multiples of 8 on a "
+                f"rank; use --{flag} {near}, or --moe-dispatch static"
+            )
+
+
 def check_recompute(how: ComputeConfig, compiles: bool) -> None:
     """Raise UserError if the activation policy needs torch.compile and nothing is compiled."""
     if how.policy.budget is not None and not compiles:

@@ -37,7 +37,7 @@ from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
-from dtron.runtime.validate import check, check_recompute, microbatches
+from dtron.runtime.validate import check, check_expert_sizes, check_recompute, microbatches
 from dtron.tools.compare_steps import TOLERANCE, Difference, compare, compare_rounded
 from dtron.tools.count_collectives import (
     CollectiveCounter,
@@ -130,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
     shape = MeshShape.parse(config.mesh)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
+    check_expert_sizes(config.how, config.model, shape, dtype)
     count, _ = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     name = f"mesh {shape}, zero {config.zero}"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pyarrow as pa
@@ -19,7 +19,9 @@ from hypothesis import settings
 from pyarrow import parquet
 
 from dtron.errors import UserError
+from dtron.fp8.recipes import RECIPES
 from dtron.model.activation_checkpoint import POLICIES
+from dtron.model.config import MIXERS
 from dtron.training.optim_config import OPTIMIZERS
 from tests.helpers.examples import examples
 from tests.helpers.hf_models import folder
@@ -98,7 +100,9 @@ def short(command: Command) -> list[str]:
 @contextmanager
 def built(script: str) -> Iterator[types.ModuleType]:
     """Run the file that a page builds. Afterwards dtron's tables are restored."""
-    with mock.patch.dict(OPTIMIZERS), mock.patch.dict(POLICIES):
+    with ExitStack() as tables:
+        for table in (OPTIMIZERS, POLICIES, MIXERS, RECIPES):
+            tables.enter_context(mock.patch.dict(table))
         module = types.ModuleType("file_of_the_page")
         sys.modules[module.__name__] = module  # dataclasses look there
         exec(compile(script, "page", "exec"), vars(module))
@@ -137,7 +141,7 @@ BUILT = [c for p in PAGES for c in commands(p.read_text()) if c.script]
 
 
 def test_the_files_that_the_pages_build_can_be_imported():
-    assert len(scripts := {command.script for command in BUILT}) == 2
+    assert len(scripts := {command.script for command in BUILT}) == 4
     for script in scripts:
         with built(script):
             pass

@@ -33,6 +33,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.M | re.S)
 INLINE = re.compile(r"`((?:python|torchrun|dtron|pip|pytest|ruff|mkdocs) [^`]*)`")
+EXAMPLE = re.compile(r"\]\((tests/\w+/toy_\w+\.py)\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 SHELLS = {"bash", "sh", "console"}
 SHELL_ENDS = {"|", ">", ">>"}
@@ -71,10 +72,10 @@ class Command:
 def commands(page: str) -> Iterator[Command]:
     """The commands of a page's shell fences, in order.
 
-    ``python NAME.py COMMAND`` may start a file that the page builds: the Python fences of the
-    section, put together. Such a file ends with dtron's own command line."""
+    ``python NAME.py COMMAND`` may start a file that the page builds. Such a file ends with dtron's
+    own command line."""
     for section in re.split(r"^## ", page, flags=re.M):
-        script = "\n".join(python_fences(section))
+        script = built_by(section)
         for language, code in FENCE.findall(section):
             needs = None
             for line in code.replace("\\\n", " ").splitlines() if language in SHELLS else ():
@@ -83,6 +84,16 @@ def commands(page: str) -> Iterator[Command]:
                     needs = marker[1]
                 for found in parsed(line, script):
                     yield replace(found, needs=needs)
+
+
+def built_by(section: str) -> str:
+    """The file that a section builds: its Python fences, put together. If the section links to the
+    whole file of its example, the file is that one, and then the fence that starts dtron."""
+    fences = python_fences(section)
+    if example := EXAMPLE.search(section):
+        whole = (ROOT / example[1]).read_text()
+        fences = [whole, *(code for code in fences if "__main__" in code)]
+    return "\n".join(fences)
 
 
 def python_fences(text: str) -> list[str]:

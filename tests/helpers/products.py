@@ -20,6 +20,10 @@ ERRORS = {
     "blockwise": (0.038, 0.038, 0.038),
 }
 NAMES = list(ERRORS)
+# Recipes whose scales bring any operand into the range of its format.
+SCALED = ["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
+SCALED_BY_ROW = [name for name in SCALED if name != "tensorwise"]  # or by smaller blocks
+TORCHAO = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]  # torchao has the same recipe
 
 
 def operands(

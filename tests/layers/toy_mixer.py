@@ -147,7 +147,7 @@ class ConvolutionMixer(Mixer):
         if mesh.cp > 1 and seq_len < BEFORE * mesh.cp:
             raise UserError(
                 f"data.seq_len={seq_len} over cp={mesh.cp}: a rank needs {BEFORE} tokens of each "
-                f"row; use --data.seq-len {BEFORE * mesh.cp}"
+                f"row; use a longer sequence, of {BEFORE * mesh.cp} tokens at least"
             )
 
 

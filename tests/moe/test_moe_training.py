@@ -23,7 +23,7 @@ from dtron.moe.config import MoEConfig
 from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
-from dtron.runtime.validate import check, check_dispatch
+from dtron.runtime.validate import check, check_dispatch, check_expert_sizes
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state
@@ -258,6 +258,27 @@ def test_meshes_that_cannot_be(mesh, moe, message):
     with pytest.raises(ValueError, match=message) as error:
         check(replace(MODEL, moe=moe), MeshShape.parse(mesh), 16)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("embed", "mlp", "mesh", "message"),
+    [
+        (
+            20,
+            16,
+            "ep=2,dp=2",
+            r"model.embed=20: .* multiples of 8.* use --model.embed 24, or --moe-d",
+        ),
+        (24, 16, "tp=4,etp=4", r"model.moe.mlp=16 over etp=4: .* use --model.moe.mlp 32, or"),
+    ],
+)
+def test_sizes_that_the_kernel_of_bfloat16_does_not_take(embed, mlp, mesh, message):
+    model, shape = replace(MODEL, embed=embed, moe=MoEConfig(4, 2, mlp)), MeshShape.parse(mesh)
+    refuse = lambda how, dtype: check_expert_sizes(how, model, shape, dtype)
+    with pytest.raises(ValueError, match=message):
+        refuse(ComputeConfig(), torch.bfloat16)
+    refuse(ComputeConfig(), torch.float32)
+    refuse(ComputeConfig(moe_dispatch="static"), torch.bfloat16)
 
 
 def test_dispatchers_that_cannot_be():
