@@ -167,7 +167,8 @@ def _route(
         entropy = -(torch.xlogy(share_TE, share_TE).sum(-1) * info.valid_T).sum()
         sent = torch.ones_like(info.valid_T) if info.needed_T is None else info.needed_T
         totals = torch.stack([info.valid_T.sum().to(wide), entropy, aux, z, sent.sum().to(wide)])
-        index_TK = torch.where(sent[:, None], index_TK, c.experts)
+        if info.needed_T is not None:
+            index_TK = torch.where(sent[:, None], index_TK, c.experts)
     return weights_TK, index_TK, c.aux_loss * aux + c.z_loss * z, chosen_TE.sum(0), totals
 
 

@@ -136,9 +136,9 @@ BIG = ModelConfig(
 )
 
 
-# A model of 170 MB.
+# A model of 327 MB.
 LARGE = replace(
-    BIG, vocab=14_000, embed=768, layers=3, heads=12, kv_heads=12, head_dim=64, mlp=2080
+    BIG, vocab=16_000, embed=1024, layers=4, heads=16, kv_heads=16, head_dim=64, mlp=2600
 )
 
 
