@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from dtron.errors import UserError
 
@@ -69,7 +69,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
         try:
             if file.suffix.lower() == ".gz":
                 with gzip.open(source) as unpacked:
-                    yield unpacked  # type: ignore[misc]  # it reads bytes
+                    yield cast("IO[bytes]", unpacked)
             else:
                 yield io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"))
         except (EOFError, zlib.error, OSError, pyarrow.ArrowException) as error:
