@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from dtron.data.cache import cache_dir
 from dtron.data.documents import Documents
-from dtron.data.files import describe_skipped, user_files
+from dtron.data.files import find_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
@@ -43,7 +43,8 @@ def run_prepare(o: Namespace, console: Console) -> int:
             "--overwrite"
         )
     try:
-        files = list(chain.from_iterable(user_files(path) for path in o.paths))
+        found = {path: find_files(path) for path in o.paths}
+        files = list(chain.from_iterable(found[path].files for path in o.paths))
         tokenizer = _tokenizer(o)
         columns = (
             BarColumn(),
@@ -68,7 +69,7 @@ def run_prepare(o: Namespace, console: Console) -> int:
     part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
     tokenizer.save(str(part))
     os.replace(part, beside(prefix))
-    for line in filter(None, map(describe_skipped, o.paths)):
+    for line in filter(None, (f.skipped_line(path) for path, f in found.items())):
         console.print(line, soft_wrap=True, markup=False)
     console.print(
         f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, "

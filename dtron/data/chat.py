@@ -38,8 +38,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
-from dtron.data.files import describe_skipped, user_files
-from dtron.data.formats import cells, one_line, understood
+from dtron.data.files import find_files, one_line
+from dtron.data.formats import cells, understood
 from dtron.data.tokenization import encoder_of, end_id, ids_of
 from dtron.errors import UserError
 
@@ -77,8 +77,9 @@ class Chats:
             raise UserError(
                 "--data.chat without --data.path: there are no conversations; give a .jsonl of them"
             )
-        self.path, self.column, self.files = path, column, user_files(path)
-        self.skipped = describe_skipped(path)
+        found = find_files(path)
+        self.path, self.column, self.files = path, column, found.files
+        self.skipped = found.skipped_line(path)
         self.source = template_beside(tokenizer_path)
         self.template = chatml if self.source is None else own_template(*self.source)
 

@@ -33,8 +33,8 @@ class DataConfig:
     document_mask: bool = False
     """tokens attend within their document only"""
     learn_next_document: bool = False
-    """with document_mask: the last token of a document learns the first token of the next one, which
-    it cannot see"""
+    """with document_mask: the last token of a document learns the first token of the next document,
+    which it cannot see"""
     document_positions: bool | None = None
     """positions restart in each document; None: if tokens attend within their document only"""
     validation_ratio: float = 0.02

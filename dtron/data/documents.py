@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import cache_dir, digest, unwritable
-from dtron.data.files import GIVE, describe_skipped, user_files
+from dtron.data.files import GIVE, find_files
 from dtron.data.formats import texts, understood
 from dtron.errors import UserError
 
@@ -48,6 +48,7 @@ _NOT_LIBRARY = {
 class Documents:
     """The documents at `path`, each a string, in an order that is the same in every process.
 
+    `skipped` is a line that names the files of the folder that are not read.
     `key` names their content. For the default corpus the key is a hash of the files' bytes. A
     user's files may be too large to read at each start, so their key is a hash of their absolute
     paths, sizes and modification times."""
@@ -61,7 +62,11 @@ class Documents:
     ) -> None:
         self.path, self.column, self.streaming = path, column, streaming
         self.cache = cache if cache is not None else cache_dir()
-        self.files = _library_files() if path is None else user_files(path)
+        if path is None:
+            self.files, self.skipped = _library_files(), None
+        else:
+            found = find_files(path)
+            self.files, self.skipped = found.files, found.skipped_line(path)
 
     @cached_property
     def key(self) -> str:
@@ -77,11 +82,6 @@ class Documents:
         return digest(
             [self.column, *(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats)]
         )
-
-    @property
-    def skipped(self) -> str | None:
-        """A line that names the files of the folder that are not read; None if there are none."""
-        return None if self.path is None else describe_skipped(self.path)
 
     def __iter__(self) -> Iterator[str]:
         rows = _rows(**self._reading) if self.streaming else self.dataset

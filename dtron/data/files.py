@@ -42,6 +42,18 @@ class Found(NamedTuple):
     files: list[Path]
     skipped: list[tuple[Path, str]]
 
+    def skipped_line(self, path: str, most: int = 8) -> str | None:
+        """Return a line that names the skipped files; None if there are none.
+
+        ``path``: the folder that was searched.
+        ``most``: the number of names."""
+        if not self.skipped:
+            return None
+        root = Path(path).expanduser()
+        names = [f"{file.relative_to(root)} ({why})" for file, why in self.skipped[:most]]
+        more = f" and {len(self.skipped) - most} more" if len(self.skipped) > most else ""
+        return f"skipped in {path}: {', '.join(names)}{more}"
+
 
 def suffix_of(file: Path) -> str:
     """Return the suffix that chooses the reader, in lower case: ``.jsonl`` of ``a.jsonl.gz``."""
@@ -75,17 +87,15 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
         except (EOFError, zlib.error, OSError, pyarrow.ArrowException) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk, not of a decompressor
-            why = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{str(file)!r} is damaged or no {file.suffix} file ({why}); compress it again, or "
-                "leave it out of --data.path"
+                f"{str(file)!r} is damaged or no {file.suffix} file ({one_line(error)}); compress "
+                "it again, or leave it out of --data.path"
             ) from error
 
 
-def user_files(path: str) -> list[Path]:
-    """Return the files to read at ``path``, a file or a folder. Raises UserError if there are
-    none."""
-    return find_files(path).files
+def one_line(error: Exception) -> str:
+    """Return another library's message in one line of at most 120 characters."""
+    return " ".join(str(error).split())[:120]
 
 
 def find_files(path: str) -> Found:
@@ -111,19 +121,6 @@ def find_files(path: str) -> Found:
     if (why := _no_reader(root)) is not None:
         raise UserError(f"{where} has {why}; {GIVE}")
     return Found([root], [])
-
-
-def describe_skipped(path: str, most: int = 8) -> str | None:
-    """Return a line that names what is skipped in a folder; None if nothing is.
-
-    ``most``: the number of names."""
-    skipped = find_files(path).skipped
-    if not skipped:
-        return None
-    root = Path(path).expanduser()
-    names = [f"{file.relative_to(root)} ({why})" for file, why in skipped[:most]]
-    more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
-    return f"skipped in {path}: {', '.join(names)}{more}"
 
 
 def _no_reader(file: Path) -> str | None:

@@ -5,8 +5,8 @@
     .parquet, .arrow   columns
     .txt               one row: the whole file
 
-The readers of `datasets` are not used, so that an error can name the line and the file. Files may be
-compressed (files.py). Left out: columns inside columns.
+The readers of `datasets` are not used, so that an error can name the line and the file. Files may
+be compressed (files.py). Left out: columns inside columns.
 """
 
 import json
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtron.data.files import COLUMNS, opened, suffix_of
+from dtron.data.files import COLUMNS, one_line, opened, suffix_of
 from dtron.errors import UserError
 
 
@@ -90,14 +90,18 @@ def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterato
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield one value per line. If a .json file starts with "[", yield the values of its array."""
+    array = suffix_of(file) == ".json" and _begins_array(file)
     with opened(file) as lines:
-        start = lines.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    with opened(file) as lines:  # again: not every decompressor can seek
-        if suffix_of(file) == ".json" and start.startswith(b"["):
-            array = _parse(_decoded(file, lines.read()), repr(str(file)))
-            yield from ((f"row {number}", row) for number, row in enumerate(array, start=1))
+        if not array:
+            yield from _line_rows(file, lines, 1)
             return
-        yield from _line_rows(file, lines, 1)
+        rows = _parse(_decoded(file, lines.read()), repr(str(file)))
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _begins_array(file: Path) -> bool:
+    with opened(file) as data:  # not every decompressor can seek, so the reader opens it again
+        return data.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _line_rows(file: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[str, Any]]:
@@ -194,11 +198,6 @@ def _reading(file: Path, name: str) -> Iterator[None]:
 def _has(file: Path, schema: Any, column: str) -> None:
     if column not in schema.names:
         raise _missing(repr(str(file)), column, schema.names)
-
-
-def one_line(error: Exception) -> str:
-    """Return another library's message in one line of at most 120 characters."""
-    return " ".join(str(error).split())[:120]
 
 
 def _not_row(where: str, column: str, value: Any) -> UserError:

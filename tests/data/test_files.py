@@ -1,4 +1,4 @@
-"""The files of a folder: read, or named with the reason. Compressed files, and errors with lines."""
+"""The files of a folder are read, or named with the reason. Compressed files; errors with lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from dtron.data import Documents, get_tokenizer, open_data
-from dtron.data.files import describe_skipped, find_files, user_files
+from dtron.data.files import find_files
 from dtron.data.indexed import Indexed
 from dtron.data.prepare import prepare
 from dtron.errors import UserError
@@ -64,7 +64,7 @@ def test_prepare_reads_them_too(tmp_path):
     )
     seen: list[int] = []
     for folder in (plain, packed):
-        files = user_files(str(folder))
+        files = find_files(str(folder)).files
         prepare(
             files, tokenizer, str(folder / "out"), workers=1, progress=lambda n, _: seen.append(n)
         )
@@ -105,19 +105,18 @@ def test_everything_in_a_folder_is_read_or_named(tmp_path):
         "rows.parquet.gz": "the suffix '.parquet.gz', which has no reader: unpack it",
         "table.csv": "the suffix '.csv', which has no reader",
     }
-    line = describe_skipped(str(root), most=1)
+    line = found.skipped_line(str(root), most=1)
     assert line == f"skipped in {root}: broken.txt (a broken link) and 4 more"
-    assert describe_skipped(str(elsewhere)) is None
+    assert find_files(str(elsewhere)).skipped_line(str(elsewhere)) is None
 
 
 def test_a_run_says_what_is_skipped(tmp_path):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.jsonl").write_bytes(lines(*TEXTS * 20))
     (tmp_path / "web" / "b.csv").write_text("a,b")
-    data = open_data(
-        DataConfig(path=str(tmp_path / "web"), seq_len=8), 300, 0, 8, tmp_path / "cache"
-    )
-    assert data.notes == (describe_skipped(str(tmp_path / "web")),)
+    web = str(tmp_path / "web")
+    data = open_data(DataConfig(path=web, seq_len=8), 300, 0, 8, tmp_path / "cache")
+    assert data.notes == (find_files(web).skipped_line(web),)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
