@@ -12,8 +12,8 @@ The loss is a *sum* over tokens. The training step divides it once, by the count
 batch. This one definition is right for data and context parallelism, microbatches and uneven masks.
 
 z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token. It is in the gradient
-and not in the loss that is returned: what is logged is cross entropy, with and without z-loss. The
-sum of ``logsumexp^2`` is returned beside it.
+and not in the returned loss. So a run logs its cross entropy, with and without z-loss. The sum of
+``logsumexp^2`` is returned beside it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def cross_entropy(
     x_TD: Tensor, w_head: Tensor, targets_T: Tensor, loss: Loss, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Return the cross entropy of ``x_TD [T@tokens_sp, D]`` with the head ``w_head [V@vocab, D]``
-    and the z-loss without its weight. Both are sums over tokens: scalars, whose sum over the ranks'
-    tokens is still pending. Tokens whose target is IGNORE do not count.
+    and the z-loss without its weight (0 if the weight is 0). Both are sums over tokens: scalars,
+    whose sum over the ranks' tokens is still pending. Tokens whose target is IGNORE do not count.
 
-    The gradient of the first is that of both, with the weight ``loss.z``. The second has none."""
+    The gradient of the cross entropy includes the gradient of the z-loss, times ``loss.z``. The
+    z-loss itself is not differentiable."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     if loss.chunk is None:
         words = w_head.shape[0] // layout.parts("vocab")
@@ -125,7 +126,8 @@ class _ChunkedLoss(torch.autograd.Function):
             sum_C, target_C = sums.unbind()
             logsum_C = top_C + sum_C.log()
             total = total + ((logsum_C - target_C) * counts).sum()
-            z_total = z_total + (logsum_C.square() * counts).sum()
+            if loss.z:
+                z_total = z_total + (logsum_C.square() * counts).sum()
             if dw is not None:
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]

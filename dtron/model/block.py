@@ -179,11 +179,9 @@ class BlockRunner:
         if self.m.moe.balanced:
             place_BS = torch.arange(len(targets_T), device=targets_T.device).view(rows, -1)
             place_T = layout.shard(as_tokens(place_BS, layout, batch.zigzag), "tokens_sp")
-        rows_T, needed_T = (
-            None if x is None else layout.constrain(x, "tokens_sp")
-            for x in (batch.rows_T, batch.needed_T)
-        )
-        assert rows_T is not None
+        needed_T = batch.needed_T
+        needed_T = None if needed_T is None else layout.constrain(needed_T, "tokens_sp")
+        rows_T = layout.constrain(batch.rows_T, "tokens_sp")
         return TokenInfo(valid_T, rows_T, rows, place_T, needed_T)
 
     def _load(self, i: int) -> Tensor:

@@ -113,19 +113,14 @@ def static(
 ) -> Combined:
     """Send a fixed number of rows to each expert, over ep."""
     tokens, k = index_TK.shape
-    room = tokens  # a token goes to an expert at most once
+    sent_S = index_TK.flatten() < experts.total
+    room, limit = tokens, None  # a token goes to an expert at most once
     if experts.capacity_factor:
         room = min(tokens, math.ceil(experts.capacity_factor * (tokens * k) / experts.total))
-    sent_S = index_TK.flatten() < experts.total
-    # The limit is a share of the slots that are sent. The buffer has its size whatever is sent.
-    limit = torch.ceil(experts.capacity_factor * sent_S.sum().double() / experts.total)
-    permutation = by_room(
-        index_TK.flatten(),
-        weights_TK.detach().flatten(),
-        experts.total,
-        room,
-        limit if experts.capacity_factor else None,
-    )
+        # The limit is a share of the sent slots. The buffer has one size, however many are sent.
+        limit = torch.ceil(experts.capacity_factor * sent_S.sum().double() / experts.total)
+    weights_S = weights_TK.detach().flatten()
+    permutation = by_room(index_TK.flatten(), weights_S, experts.total, room, limit)
     rows = permute(x_TD, permutation)  # [E * room, D]
     if experts.ranks is not None:
         rows = all_to_all(rows, experts.ranks)

@@ -21,8 +21,8 @@ VALIDATION_ROWS = 32
 
 @torch.no_grad()
 def validate(params: Any, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline) -> float:
-    """Return the mean cross entropy per valid target of the held-out rows. Every rank calls this; all get
-    the same number. Padding rows of a microbatch do not count."""
+    """Return the mean cross entropy per valid target of the held-out rows. Every rank calls this;
+    all get the same number. Padding rows of a microbatch do not count."""
     held_out = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     batch = to_host(held_out.filled(plan.rows), config, plan)
     microbatches = split(batch, config, plan, pipe.layout)

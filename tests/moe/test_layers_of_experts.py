@@ -245,8 +245,8 @@ WITH_EXPERTS = replace(DENSE, moe=MoEConfig(4, 2, 5, shared=12))
 
 
 def shared_only(p: Transformer, dense: Transformer) -> Transformer:
-    """The weights ``p`` with those of a dense model. Its feed-forward layers are the shared experts,
-    and the routed experts give zero."""
+    """Put the weights of a dense model into ``p``. Its feed-forward layers become the shared
+    experts, and the routed experts give zero."""
     blocks = [
         replace(
             theirs,

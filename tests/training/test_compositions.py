@@ -31,10 +31,9 @@ from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
 from tests.helpers.examples import examples
 from tests.helpers.experts import divisors, last_experts
-from tests.helpers.same_step import assert_same_result
+from tests.helpers.same_step import assert_same_result, model_config
+from tests.model.test_context_models import LATENT, WARM
 
-LATENT = MLAConfig(kv_rank=9, q_rank=11, nope_dim=6, rope_dim=4, v_dim=5)
-YARN = RopeConfig(scaling="yarn", original=8, mscale_all=1.0)
 RANKS = 8
 WORK = examples(16, thorough=24)  # most blocks times microbatches times ranks of a stage
 
@@ -109,7 +108,7 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         activation=pick("swiglu", "gelu", "geglu"),
         norm=pick("rmsnorm", "layernorm"),
         positions="rotary" if latent else pick("rotary", "rotary", "learned"),
-        rope=YARN if flag() else RopeConfig(),
+        rope=WARM if flag() else RopeConfig(),
         mla=LATENT if latent else MLAConfig(),
         mtp=MTPConfig(depth, 0.7),
         context=64,
@@ -203,24 +202,14 @@ def test_one_step_in_bfloat16(axis, data):
     assert_same_rounded(in_bfloat16(data.draw(runs(axis))))
 
 
-COMPOSED = RunConfig(
-    mesh="pp=2,dp=2,tp=2,ep=2,etp=2",
+COMPOSED = model_config(
+    "pp=2,dp=2,tp=2,ep=2,etp=2",
+    2,
     zero=3,
     batch=4,
-    data=DataConfig(seq_len=12),
-    model=ModelConfig(
-        vocab=29,
-        embed=10,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=4,
-        mlp=8,
-        context=64,
-        vocab_multiple=1,
-        mtp=MTPConfig(1, 0.7),
-        moe=MoEConfig(4, 2, 8, shared=8, bias=True, aux_loss=0.1),
-    ),
+    layers=2,
+    mtp=MTPConfig(1, 0.7),
+    moe=MoEConfig(4, 2, 8, shared=8, bias=True, aux_loss=0.1),
 )
 
 
