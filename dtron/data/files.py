@@ -1,4 +1,4 @@
-"""The files that ``--data.path`` names: a file, or those of a folder that have a reader.
+"""The files that ``--data.path`` names: one file, or the files of a folder that have a reader.
 
 A folder is searched with its subfolders, links to folders included. Everything in it is read, or is
 named with the reason why it is skipped. Names that begin with a dot are passed over: ``.git``,

@@ -102,7 +102,7 @@ def compare_rounded(
     An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
     more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
     weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
-    too. So does a quarter of what the step changed in a weight: Adam's first step moves each number
+    too. So does a quarter of the step's change of a weight: Adam's first step moves each number
     by the learning rate, and rounding decides the sign of small gradients."""
     trees = [(want.grads, one.grads, got.grads)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]

@@ -188,7 +188,7 @@ def test_cross_entropy(chunk, z):
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
         entropy, z_loss = cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)
-        assert not z_loss.requires_grad  # its gradient is in that of the first
+        assert not z_loss.requires_grad  # the first one's gradient includes it
         return entropy + z * z_loss
 
     scores = x @ w[:7].T
