@@ -69,7 +69,8 @@ def train(
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        log.say(describe(config, plan, data, state.step), *data.notes)
+        notes = data.notes + (source.notes if source else ())
+        log.say(describe(config, plan, data, state.step), *notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.samples)
         step = build_step(config, plan, pipe)

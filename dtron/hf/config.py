@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
+from dtron.hf.dequantize import METHODS
 from dtron.hf.families import FAMILIES, Family
+from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
 from dtron.hf.safetensors import read_json
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
@@ -58,7 +60,8 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
     names = entries.get("architectures") or []
     if not isinstance(names, list):
         raise UserError(
-            f"{where}: architectures is {names!r}, and must be a list of names; download it again"
+            f"{where}: architectures is {names!r}, and must be a list of names; write one, like "
+            '["LlamaForCausalLM"]'
         )
     for family in FAMILIES:
         if family.architecture in names or (not names and entries.get("model_type") == family.kind):
@@ -69,49 +72,63 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
 
 
 def from_hf(entries: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
-    """Return the model that a config.json describes. Raises UserError for an incomplete
-    config.json, and for an option that dtron does not compute."""
+    """Return the model that a config.json describes, as transformers understands it: a missing key
+    has the family's default. Raises UserError for an option that dtron does not compute."""
     try:
-        return _model(entries, family, where)
+        return _model(with_defaults(entries, family, where), family, where)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(
-            f"{where}: a value has another type than it must have ({error}); download it again"
+            f"{where}: a value has another type than it must have ({error}); mend the value"
         ) from error
 
 
+def with_defaults(entries: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Return the entries with the family's default of each missing key. A key with several names
+    gets its first name."""
+    out = {**family.defaults, **entries}
+    for theirs in family.keys.values():
+        name, *others = theirs.split("|")
+        given = {n: entries[n] for n in (name, *others) if n in entries}
+        if given:
+            if any(value != next(iter(given.values())) for value in given.values()):
+                said = ", ".join(f"{n} is {value!r}" for n, value in given.items())
+                raise UserError(f"{where}: {said}: two names of one value; keep one of them")
+            out[name] = next(iter(given.values()))
+    if out.get("rope_parameters") is None:
+        out["rope_parameters"] = family.defaults.get("rope_parameters")
+    return out
+
+
 def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
+    """Return the model of entries that have all defaults."""
     if entries.get("quantization_config"):
-        method = _object(entries, "quantization_config", where).get("quant_method", "some method")
-        raise UserError(
-            f"{where}: weights are quantised by {method}; give a checkpoint in bfloat16"
-        )
+        method = object_of(entries, "quantization_config", where).get("quant_method")
+        if method not in METHODS:
+            raise UserError(
+                f"{where}: weights are quantised by {method}; dtron reads {', '.join(METHODS)} and "
+                "weights that are not quantised"
+            )
     for key, only in family.demands.items():
-        if entries.get(key, only) != only:
+        value = entries.get(key, only)
+        if value != only and not (value is None and not only):  # null is false, and an empty list
             raise UserError(
-                f"{where}: {key} is {entries[key]!r}, and dtron computes {family.kind} with "
-                f"{only!r}"
+                f"{where}: {key} is {value!r}, and dtron computes {family.kind} with {only!r}"
             )
-    values: dict[str, Any] = {}
-    for ours, theirs in family.keys.items():
-        names = theirs.split("|")
-        found = next((name for name in names if name in entries), None)
-        if found is None and names[0] not in family.defaults:
-            raise UserError(
-                f"{where}: lacks {names[0]}, which every {family.kind} has; download it again"
-            )
-        values[ours] = family.defaults.get(names[0]) if found is None else entries[found]
+    values: dict[str, Any] = {
+        ours: entries[theirs.split("|")[0]] for ours, theirs in family.keys.items()
+    }
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
     values["mlp"] = values.get("mlp") or 4 * values["embed"]
     values |= family.fixed
     try:
         values |= family.read(entries, values)
+        if values.get("positions", "rotary") == "rotary":
+            latent = "mla.kv_rank" in family.keys
+            values["rope"] = read_rope(entries, values["context"], where, latent=latent)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}; dtron does not compute such a {family.kind}") from error
-    if values.get("positions", "rotary") == "rotary":
-        values["rope"] = _rope(entries, values["context"], where)
-        if values["rope"].mscale_all and not values.get("mla.kv_rank"):
-            raise UserError(f"{where}: mscale_all_dim is for DeepSeek's attention; leave it out")
+        said = str(error).removeprefix(f"{where}: ")
+        raise UserError(f"{where}: {said}; dtron does not compute such a {family.kind}") from error
     try:
         return build(values)
     except ValueError as error:
@@ -139,7 +156,7 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     entries |= family.demands
     entries |= family.write(m)
     if m.positions == "rotary":
-        entries |= _rope_entries(m.rope)
+        entries |= rope_entries(m.rope)
     again = from_hf(entries, family)
     different = _difference(_comparable(again), _comparable(m))
     if different:
@@ -165,8 +182,11 @@ def best_family(m: ModelConfig) -> Family:
 
 def contradiction(flags: ModelConfig, loaded: ModelConfig) -> tuple[str, Any, Any] | None:
     """Return ``(field, in the checkpoint, by flag)`` of the first field that flags may
-    not change."""
-    return _difference(build({name: _get(flags, name) for name in FREE}, loaded), flags)
+    not change. The vocabulary may grow."""
+    if flags.vocab < loaded.vocab:
+        return "vocab", loaded.vocab, flags.vocab
+    free = {name: _get(flags, name) for name in ("vocab", *FREE)}
+    return _difference(build(free, loaded), flags)
 
 
 def _comparable(m: ModelConfig) -> ModelConfig:
@@ -192,10 +212,14 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         same |= {"kv_heads": 1, "head_dim": 2}
     if set(m.pattern) == {"M"}:
         same["pattern"] = "A"  # the same model
+    if m.window is None or m.full_every > m.layers:
+        same["full_every"] = 0
     if m.positions != "rotary":
         same["rope"] = RopeConfig()
     elif m.rope.scaling == "none":
         same["rope"] = RopeConfig(m.rope.theta)
+    else:
+        same["rope"] = explicit(m.rope)
     return build(same, m)
 
 
@@ -217,68 +241,3 @@ def _get(m: Any, path: str) -> Any:
     for name in path.split("."):
         m = getattr(m, name)
     return m
-
-
-# dtron's fields of RopeConfig, each with the Hugging Face key, for each RoPE scaling method.
-_ROPE_KEYS = {
-    "llama3": {
-        "factor": "factor",
-        "original": "original_max_position_embeddings",
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original": "original_max_position_embeddings",
-        "beta_slow": "beta_slow",
-        "beta_fast": "beta_fast",
-        "mscale": "mscale",
-        "mscale_all": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-}
-
-
-def _object(entries: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    found = entries.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise UserError(f"{where}: {key} is {found!r}, and must be an object; download it again")
-    return found
-
-
-def _rope(entries: Mapping[str, Any], context: int, where: str) -> RopeConfig:
-    rope = _object(entries, "rope_parameters", where) or _object(entries, "rope_scaling", where)
-    theta = rope.get("rope_theta", entries.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(
-            f"{where}: rotates part of a head only (partial_rotary_factor); dtron rotates all of it"
-        )
-    if kind == "default":
-        return RopeConfig(float(theta))
-    if kind not in _ROPE_KEYS:
-        raise UserError(
-            f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(_ROPE_KEYS)}"
-        )
-    if kind == "yarn" and rope.get("attention_factor") is not None:
-        raise UserError(
-            f"{where}: yarn with its own attention_factor; dtron computes the paper's factor"
-        )
-    known = {"original_max_position_embeddings": context, **rope}
-    values = {ours: known[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if theirs in known}
-    return RopeConfig(float(theta), kind, **values)
-
-
-def _rope_entries(rope: RopeConfig) -> dict[str, Any]:
-    """Return the entries in the format of transformers before version 5. Version 5 reads this
-    format too."""
-    if rope.scaling == "none":
-        return {"rope_theta": rope.theta, "rope_scaling": None}
-    names, usual = _ROPE_KEYS[rope.scaling], RopeConfig()
-    optional = "mscale", "mscale_all", "truncate"  # left out if they have the default value
-    stretched = {
-        theirs: getattr(rope, ours)
-        for ours, theirs in names.items()
-        if ours not in optional or getattr(rope, ours) != getattr(usual, ours)
-    }
-    return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.scaling, **stretched}}

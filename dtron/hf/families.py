@@ -1,7 +1,7 @@
-"""Tables of the model families: the weights and the config.json of each family.
+"""The model families of Hugging Face: the weights and the config.json of each family.
 
-weight_tables.py has the place of each weight. Here a row of keys is ``dtron's field: Hugging Face's
-key``. A model belongs to a family if these tables can express all its properties. No property is
+weight_tables.py has the place of each weight, and config_keys.py the keys of config.json with their
+defaults. A model belongs to a family if these tables can express all its properties. No property is
 guessed.
 """
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtron.errors import UserError
+from dtron.hf import config_keys as keys
+from dtron.hf import layer_types
 from dtron.hf import weight_tables as tables
 from dtron.model.config import ModelConfig
 
@@ -31,14 +33,16 @@ class Family:
     ``kind``: the ``model_type`` in config.json.
     ``architecture``: the entry of ``architectures`` in config.json.
     ``weights``: the place of each weight.
-    ``keys``: dtron's fields and the keys of config.json; ``a|b`` if a key has had two names.
-    ``defaults``: the values of keys that config.json may lack.
+    ``keys``: dtron's fields and the keys of config.json; ``a|b`` if a key has two names.
+    ``defaults``: the values of keys that config.json lacks, in Hugging Face's names.
     ``fixed``: the fields that all models of the family share.
     ``demands``: keys for which dtron computes one value only. A missing key has this value.
+    ``stacked``: the places of weights in the folders that have all experts in one tensor.
     ``ignored``: patterns of tensors that are no weights of the model. ``{later}`` is the number of
     a block after the model's last.
     ``prefix``: the prefix of tensor names.
-    ``read(entries, fields)``: more fields, where the tables do not suffice.
+    ``read(entries, fields)``: more fields, where the tables do not suffice. ``entries`` has the
+    defaults of keys that config.json lacks.
     ``write(model)``: more entries of config.json, where the tables do not suffice."""
 
     kind: str
@@ -48,73 +52,14 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     demands: Mapping[str, Any] = field(default_factory=dict)
+    stacked: Mapping[str, tables.Row] = field(default_factory=dict)
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     prefix: str = "model."
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = _no_fields
     write: Callable[[ModelConfig], dict[str, Any]] = _no_entries
 
 
-# ---------------------------------------------------------------------------- keys
-
-_SIZES = {
-    "vocab": "vocab_size",
-    "embed": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "mlp": "intermediate_size",
-    "tied": "tie_word_embeddings",
-}
-_LLAMA_KEYS = _SIZES | {"kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-_WINDOW = {"window": "sliding_window"}
-_MOE = {"moe.top_k": "num_experts_per_tok", "moe.mlp": "moe_intermediate_size"}
-_QWEN3_MOE = _MOE | {
-    "moe.experts": "num_experts|num_local_experts",
-    "moe.normalize": "norm_topk_prob",
-}
-_LOCAL_EXPERTS = {
-    "moe.experts": "num_local_experts",
-    "moe.top_k": "num_experts_per_tok",
-    "moe.mlp": "intermediate_size",
-}
-_GPT2_KEYS = {
-    "vocab": "vocab_size",
-    "embed": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "context": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "mlp": "n_inner",
-    "tied": "tie_word_embeddings",
-}
-_DEEPSEEK_KEYS = {
-    **_SIZES,
-    **_MOE,
-    "mla.kv_rank": "kv_lora_rank",
-    "mla.q_rank": "q_lora_rank",
-    "mla.nope_dim": "qk_nope_head_dim",
-    "mla.rope_dim": "qk_rope_head_dim",
-    "mla.v_dim": "v_head_dim",
-    "moe.experts": "n_routed_experts",
-    "moe.dense_layers": "first_k_dense_replace",
-    "moe.scale": "routed_scaling_factor",
-    "moe.normalize": "norm_topk_prob",
-    "moe.groups": "n_group",
-    "moe.group_top_k": "topk_group",
-}
-
-# Defaults of keys that config.json may lack. config.py computes the fields that are None here: all
-# heads, embed / heads, 4 * embed.
-_DEFAULTS = {
-    "tie_word_embeddings": False,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "sliding_window": None,
-}
-
 _SILU = {"hidden_act": "silu", "attention_bias": False}
-_NO_WINDOW = {"use_sliding_window": False}
 _DEEPSEEK_DEMANDS = _SILU | {"moe_layer_freq": 1}
 
 _DENSE = tables.ENDS | tables.NORMS | tables.ATTENTION | tables.MLP
@@ -143,27 +88,15 @@ def _write_deepseek(m: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_deepseek_v2(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    if entries["topk_method"] not in ("greedy", "group_limited_greedy"):
+        raise UserError(f"topk_method is {entries['topk_method']!r}")
+    return _read_deepseek(entries, fields)
+
+
 def _write_deepseek_v2(m: ModelConfig) -> dict[str, Any]:
     method = "greedy" if m.moe.groups == 1 else "group_limited_greedy"
     return _write_deepseek(m) | {"topk_method": method}
-
-
-def _alternating(layers: int) -> list[str]:
-    """Return layer types in which the first and then every other layer has a window."""
-    return [f"{'sliding' if i % 2 == 0 else 'full'}_attention" for i in range(layers)]
-
-
-def _read_gpt_oss(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    types = entries.get("layer_types")
-    if types and types != _alternating(len(types)):
-        raise UserError(
-            f"layer_types {types}: in gpt-oss every other layer has a window, the first does"
-        )
-    return {}
-
-
-def _write_gpt_oss(m: ModelConfig) -> dict[str, Any]:
-    return {"layer_types": _alternating(m.layers)}
 
 
 # ---------------------------------------------------------------------------- families
@@ -173,42 +106,46 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         weights=_DENSE,
-        keys=_LLAMA_KEYS,
-        defaults=_DEFAULTS,
+        keys=keys.LLAMA_KEYS,
+        defaults=keys.LLAMA,
         demands=_SILU | {"mlp_bias": False},
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
         weights=_DENSE,
-        keys=_LLAMA_KEYS | _WINDOW,
-        defaults=_DEFAULTS,
+        keys=keys.MISTRAL_KEYS,
+        defaults=keys.MISTRAL,
         demands={"hidden_act": "silu"},
     ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
         weights=_DENSE,
-        keys=_LLAMA_KEYS,
-        defaults=_DEFAULTS,
+        keys=keys.LLAMA_KEYS,
+        defaults=keys.QWEN2,
         fixed={"qkv_bias": True},
-        demands={"hidden_act": "silu"} | _NO_WINDOW,
+        demands={"hidden_act": "silu"},
+        read=layer_types.read_qwen,
+        write=layer_types.write_qwen,
     ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         weights=_DENSE,
-        keys=_LLAMA_KEYS,
-        defaults=_DEFAULTS,
+        keys=keys.LLAMA_KEYS,
+        defaults=keys.QWEN3,
         fixed={"qk_norm": True},
-        demands=_SILU | _NO_WINDOW,
+        demands=_SILU,
+        read=layer_types.read_qwen,
+        write=layer_types.write_qwen,
     ),
     Family(
         "gpt2",
         "GPT2LMHeadModel",
         weights=tables.GPT2_ENDS | tables.GPT2_BLOCK,
-        keys=_GPT2_KEYS,
-        defaults={"tie_word_embeddings": True, "n_inner": None},
+        keys=keys.GPT2_KEYS,
+        defaults=keys.GPT2,
         fixed={
             "activation": "gelu",
             "norm": "layernorm",
@@ -229,30 +166,33 @@ FAMILIES = (
         "mixtral",
         "MixtralForCausalLM",
         weights=tables.ENDS | tables.NORMS | tables.ATTENTION | tables.MIXTRAL_EXPERTS,
-        keys=_LLAMA_KEYS | _LOCAL_EXPERTS | _WINDOW,
-        defaults=_DEFAULTS,
+        keys=keys.MIXTRAL_KEYS,
+        defaults=keys.MIXTRAL,
         demands={"hidden_act": "silu"},
+        stacked=tables.MIXTRAL_STACKED,
     ),
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         weights=tables.ENDS | tables.NORMS | tables.ATTENTION | tables.EXPERTS,
-        keys=_LLAMA_KEYS | _QWEN3_MOE,
-        defaults=_DEFAULTS | {"norm_topk_prob": False},
+        keys=keys.QWEN3_MOE_KEYS,
+        defaults=keys.QWEN3_MOE,
         fixed={"qk_norm": True},
-        demands=_SILU | _NO_WINDOW | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+        demands=_SILU | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+        stacked=tables.STACKED_EXPERTS,
+        read=layer_types.read_qwen3_moe,
+        write=layer_types.write_qwen3_moe,
     ),
     Family(
         "gpt_oss",
         "GptOssForCausalLM",
         weights=tables.ENDS | tables.NORMS | tables.ATTENTION | tables.GPT_OSS_EXPERTS,
-        keys=_LLAMA_KEYS | _LOCAL_EXPERTS | _WINDOW,
-        defaults=_DEFAULTS,
+        keys=keys.GPT_OSS_KEYS,
+        defaults=keys.GPT_OSS,
         fixed={
             "qkv_bias": True,
             "bias": True,
             "sinks": True,
-            "full_every": 2,
             "moe.score": "topk_softmax",
             "moe.router_bias": True,
             "moe.bias": True,
@@ -264,25 +204,31 @@ FAMILIES = (
             "swiglu_limit": 7.0,
             "swiglu_alpha": 1.702,
         },
-        read=_read_gpt_oss,
-        write=_write_gpt_oss,
+        read=layer_types.read_gpt_oss,
+        write=layer_types.write_gpt_oss,
     ),
     Family(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
         weights=tables.ENDS | _DEEPSEEK_BLOCK,
-        keys=_DEEPSEEK_KEYS,
-        defaults=_DEFAULTS | {"n_group": 1, "topk_group": 1},
-        demands=_DEEPSEEK_DEMANDS | {"norm_topk_prob": False, "scoring_func": "softmax"},
-        read=_read_deepseek,
+        keys=keys.DEEPSEEK_KEYS,
+        defaults=keys.DEEPSEEK_V2,
+        demands={
+            **_DEEPSEEK_DEMANDS,
+            "mlp_bias": False,
+            "norm_topk_prob": False,
+            "scoring_func": "softmax",
+        },
+        stacked=tables.STACKED_EXPERTS,
+        read=_read_deepseek_v2,
         write=_write_deepseek_v2,
     ),
     Family(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         weights=tables.ENDS | _DEEPSEEK_BLOCK | tables.mtp_module(_DEEPSEEK_BLOCK),
-        keys=_DEEPSEEK_KEYS,
-        defaults=_DEFAULTS,
+        keys=keys.DEEPSEEK_KEYS,
+        defaults=keys.DEEPSEEK_V3,
         fixed={"moe.score": "sigmoid", "moe.bias_rate": 0.001},
         demands={
             **_DEEPSEEK_DEMANDS,
@@ -290,6 +236,7 @@ FAMILIES = (
             "topk_method": "noaux_tc",
             "rope_interleave": True,
         },
+        stacked=tables.STACKED_EXPERTS,
         ignored=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{later}\..*"),
         read=_read_deepseek,
         write=_write_deepseek,

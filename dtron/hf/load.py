@@ -9,13 +9,17 @@ A rank takes four steps for each weight:
 
 No rank ever holds more than its shards and one box in flight, whatever the mesh, the ZeRO stage or
 the pipeline stage.
+
+A model with more words than the folder gets new rows in embedding and head, each the mean of the
+old rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +30,10 @@ from torch import Tensor
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
-from dtron.hf.config import read_config
+from dtron.hf.config import CONFIG, read_config
 from dtron.hf.families import Family
-from dtron.hf.safetensors import Reader
+from dtron.hf.open_folder import HEAD, open_reader, read_model, row_chunks, tensor_table
+from dtron.hf.safetensors import read_json, some
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_tables import Row
 from dtron.mesh import Layout
@@ -83,17 +88,24 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
 
 
 class Source:
-    """A folder with a model in it, opened and checked. No weights have been read yet."""
+    """A folder with a model in it, opened and checked. No weights have been read yet.
+
+    ``notes``: lines about weights that the folder does not have as the model needs them."""
 
     def __init__(self, folder: str | Path, m: ModelConfig | None = None):
         """Open the folder and check that it has all weights of the model, no others, and each in
         its shape. Raises UserError otherwise.
 
-        ``m``: the model (None: the model of the folder's config.json)."""
+        ``m``: the model (None: the model of the folder)."""
         self.folder = Path(folder)
-        self.family, self.model = read_config(self.folder)
-        self.model = m or self.model
-        self.reader = Reader(self.folder)
+        self.family, stored = read_model(self.folder)
+        self.model = m or stored
+        self.reader = open_reader(self.folder, self.family)
+        self.family = replace(
+            self.family, weights=tensor_table(self.family, self.model, self.reader)
+        )
+        self._stored = replace(self.model, vocab=stored.vocab)
+        self.notes = self._notes()
         self._check()
         self._last: tuple[Any, Tensor] | None = None
 
@@ -101,36 +113,60 @@ class Source:
     def bytes_read(self) -> int:
         return self.reader.bytes_read
 
+    def _notes(self) -> tuple[str, ...]:
+        out = []
+        if read_config(self.folder)[1].tied and not self.model.tied:
+            out.append(
+                f"{self.folder}: tie_word_embeddings is true, and {HEAD} is not the embedding; the "
+                "model has a head of its own"
+            )
+        new = self.model.vocab - self._stored.vocab
+        if new:
+            out.append(
+                f"{self.folder}: the vocabulary grows by {new}, from {self._stored.vocab} to "
+                f"{self.model.vocab}; each new row is the mean of the old rows"
+            )
+        return tuple(out)
+
     def _check(self) -> None:
-        have = dict(self.reader.entries)
+        have = self.reader.entries
         wanted: dict[str, tuple[int, ...]] = {}
-        if not any(name.startswith(self.family.prefix) for name in have):
-            # GPT-2 also exists without its prefix, saved from the bare model.
-            have = {
-                name if name == "lm_head.weight" else self.family.prefix + name: entry
-                for name, entry in have.items()
-            }
-            self.reader.entries = have
         for w in flat(declare_model(self.model)):
-            where = place(w, self.family, self.model)
+            where = place(w, self.family, self._stored)
             wanted |= dict.fromkeys(where.names(), where.shape)
         lost = [name for name in wanted if name not in have]
-        if lost:
-            raise UserError(f"{self.folder}: lacks {_some(lost)}; download it again")
-        skipped = [*self.family.ignored, *([r"lm_head\.weight"] if self.model.tied else [])]
+        skipped = [*self.family.ignored, *([re.escape(HEAD)] if self.model.tied else [])]
         extra = [n for n in have if n not in wanted and not any(self._skips(p, n) for p in skipped)]
+        files = len({entry.file for entry in have.values()})
+        if lost:
+            rest = (
+                f"; {some(extra)} {'is' if len(extra) == 1 else 'are'} of no use" if extra else ""
+            )
+            raise UserError(
+                f"{self.folder}: lacks {some(lost)}: it has {len(wanted) - len(lost)} of the "
+                f"{len(wanted)} tensors of this {self.family.kind} in {files} "
+                f"{'file' if files == 1 else 'files'}{rest}"
+            )
         if extra:
             raise UserError(
-                f"{self.folder}: has {_some(extra)}, which dtron's {self.family.kind} does not "
-                "know; give a plain one"
+                f"{self.folder}: has {some(extra)}, which {self.family.kind} does not have by "
+                "config.json; remove the tensors, or correct config.json"
             )
         for name, shape in wanted.items():
             e = have[name]
             if e.shape != shape:
                 raise UserError(
                     f"{e.file}: {name} is {list(e.shape)}, and by config.json must be "
-                    f"{list(shape)}; they are not of one model, download both again"
+                    f"{list(shape)}; they are not of one model{self._left_out()}"
                 )
+
+    def _left_out(self) -> str:
+        """Return the sizes that config.json does not give, for an error."""
+        entries = read_json(self.folder / CONFIG)
+        keys = [theirs.split("|") for theirs in self.family.keys.values()]
+        lacking = [names[0] for names in keys if not any(name in entries for name in names)]
+        said = [f"{name} ({self.family.defaults[name]} then)" for name in lacking]
+        return f"; config.json lacks {some(said)}" if said else ""
 
     def _skips(self, text: str, name: str) -> bool:
         """Whether the pattern ``text`` of ``Family.ignored`` matches this tensor's name."""
@@ -153,13 +189,13 @@ class Source:
     def _weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
         shard = shard_range(w, layout, device)
         with paused():  # simulated ranks share the weights that are read
-            where = place(w, self.family, self.model)
+            where = place(w, self.family, self._stored)
             x = self._part(where, shard or [(0, n) for n in w.shape], dtype).to(device)
         return place_shard(x, w, layout, shard)
 
     def _part(self, where: Place, shard: list[Range], dtype: torch.dtype) -> Tensor:
-        """Read the shard with these ranges of dtron's dims. Rows of the padded vocabulary are
-        zero."""
+        """Read the shard with these ranges of dtron's dims. New words have the mean row, and rows
+        of the padded vocabulary are zero."""
         p = pattern(where.row.pattern)
         ranges = {
             axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis]))
@@ -171,7 +207,25 @@ class Source:
         for part, name in zip(real if experts else [real], where.names(experts), strict=True):
             x = p.take(self._read(name, p.box(ranges, where.sizes)), ranges, where.sizes)
             part.copy_(halves(x, rotary_columns(self.model)) if where.row.paired else x)
+        if "v" in p.ours:
+            dim = p.ours.index("v")
+            first, stop = shard[dim]
+            new = max(first, self._stored.vocab), min(stop, self.model.vocab)
+            if new[0] < new[1]:
+                row = self._mean_row(where, ranges).to(dtype)
+                out.narrow(dim, new[0] - first, new[1] - new[0]).copy_(row.unsqueeze(dim))
         return out
+
+    def _mean_row(self, where: Place, ranges: dict[str, Range]) -> Tensor:
+        """Return the mean over the folder's vocabulary, in these ranges of the other axes."""
+        p, words = pattern(where.row.pattern), where.sizes["v"]
+        columns = math.prod(b - a for axis, (a, b) in ranges.items() if axis != "v")
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in row_chunks(words, columns):
+            some_rows = {**ranges, "v": rows}
+            x = self.reader.read(where.row.name, p.box(some_rows, where.sizes))
+            total = total + p.take(x, some_rows, where.sizes).double().sum(p.ours.index("v"))
+        return total / words
 
     def _read(self, name: str, box: list[Range]) -> Tensor:
         """Read a box of a tensor. The last result is kept, because two dtron weights may be two
@@ -188,10 +242,6 @@ class Source:
 
 def rotary_columns(m: ModelConfig) -> int:
     return m.mla.rope_dim if m.latent else m.head_dim
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def weights_of(m: ModelConfig, family: Family) -> Iterator[tuple[WeightSpec, Place]]:

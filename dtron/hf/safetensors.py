@@ -1,14 +1,13 @@
-"""The safetensors format, read by byte ranges and written as a stream.
+"""The safetensors format, read by byte ranges.
 
 A file is eight bytes (the length of the header, little-endian), the header, and the concatenated
 bytes of the tensors. The header is JSON: for each tensor its dtype, its shape, and the begin and
 end of its bytes. Nothing in a file can be executed, which is the purpose of the format. A pickled
 checkpoint is refused.
 
-The ``safetensors`` library has two limits that this module avoids. It writes a file only if all
-tensors of the file are in memory; here tensors are written one at a time, as they are made. It
-reads slices through a memory map, so the number of bytes read is unknown; here a rank reads with
-``pread`` exactly the contiguous runs of bytes of its shard, and counts them.
+The ``safetensors`` library reads slices through a memory map, so the number of bytes read is
+unknown. Here a rank reads with ``pread`` exactly the contiguous runs of bytes of its shard, and
+counts them. safetensors_writer.py writes the format.
 
 A checkpoint of several files has an index, ``model.safetensors.index.json``, that names the file of
 each tensor.
@@ -19,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,8 +31,24 @@ from dtron.checkpoint.shard_range import Range
 from dtron.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# The dtypes of quantised weights and their scales; dequantize.py makes weights of them.
+_STORED = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+}
+_BYTES = {
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes; the library has the same limit
 _ONE_READ = 1 << 30  # Linux reads at most 2 GiB at a time
@@ -67,11 +82,17 @@ class Reader:
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise UserError(
-                f"{entry.file}: {name} is {entry.dtype}, a quantised or integer tensor; weights "
-                f"must be {', '.join(DTYPES)}: give a checkpoint that is not quantised"
+                f"{entry.file}: {name} is {entry.dtype}, a quantised or integer tensor, and "
+                f"config.json has no quantization_config that explains it; weights are "
+                f"{', '.join(DTYPES)}"
             )
+        return self.read_stored(name, box)
+
+    def read_stored(self, name: str, box: Sequence[Range] | None = None) -> Tensor:
+        """Return the slice of a tensor inside ``box`` as it is stored, which may be quantised."""
+        entry = self.entries[name]
         box = [(0, n) for n in entry.shape] if box is None else list(box)
-        out = torch.empty([b - a for a, b in box], dtype=DTYPES[entry.dtype])
+        out = torch.empty([b - a for a, b in box], dtype=_STORED[entry.dtype])
         if out.numel():
             memory = out.view(-1).view(torch.uint8).numpy().data
             size, filled = out.element_size(), 0
@@ -93,6 +114,10 @@ class Reader:
                 )
             done += n
         self.bytes_read += done
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors new names, by the old names."""
+        self.entries = {names.get(name, name): entry for name, entry in self.entries.items()}
 
     def close(self) -> None:
         for handle in self._open.values():
@@ -118,27 +143,37 @@ def _runs(shape: Sequence[int], box: Sequence[Range]) -> Iterator[tuple[int, int
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a folder: of the single file if there is one, as transformers does, and
+    otherwise of all files that the index names."""
     index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():
+        return header(single)
     if index.is_file():
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(
             isinstance(f, str) and _plain(f) for f in where.values()
         ):
             raise UserError(
-                f"{index}: has no weight_map from tensors to files beside it; download it again"
+                f"{index}: has no weight_map from tensors to files beside it; write the index again"
             )
-        files = {name: header(folder / name) for name in sorted(set(where.values()))}
-        for name, file in where.items():
-            if name not in files[file]:
-                raise UserError(f"{folder / file}: {index.name} says it has {name}, and it has not")
-        extra = [(n, f) for f, names in files.items() for n in names if where.get(n) != f]
-        if extra:
+        names = sorted(set(where.values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            there = sorted(file.name for file in folder.glob("*.safetensors"))
             raise UserError(
-                f"{folder / extra[0][1]}: has {extra[0][0]}, which {index.name} does not name"
+                f"{folder}: {INDEX} names {len(names)} files, of which {some(absent)} "
+                f"{'is' if len(absent) == 1 else 'are'} missing; there is {some(there) or 'none'}"
             )
-        return {name: files[file][name] for name, file in where.items()}
-    if single.is_file():
-        return header(single)
+        out: dict[str, Entry] = {}
+        for file in names:
+            for name, entry in header(folder / file).items():
+                if name in out:
+                    raise UserError(
+                        f"{folder}: {name} is in {out[name].file.name} and in {file}; remove the "
+                        "file that is not of this model"
+                    )
+                out[name] = entry
+        return out
     pickled = next(
         (f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(p)), None
     )
@@ -150,6 +185,11 @@ def _entries(folder: Path) -> dict[str, Entry]:
     raise UserError(f"{folder}: no {SINGLE} and no {INDEX} in it; give the folder of a model")
 
 
+def some(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _plain(name: str) -> bool:
     return bool(name) and Path(name).name == name
 
@@ -159,9 +199,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}); mend the file") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is JSON but no object; download it again")
+        raise UserError(f"{path}: is JSON but no object; mend the file")
     return value
 
 
@@ -174,7 +214,7 @@ def header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= min(_LARGEST_HEADER, size - 8) else b""
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); download it again") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
@@ -182,18 +222,21 @@ def header(path: Path) -> dict[str, Entry]:
         found = {name: _entry(path, base, one) for name, one in entries.items()}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path}: is no safetensors file, or was cut short; download it again"
+            f"{path}: its {size} bytes are no safetensors file, or one that was cut short; copy the "
+            "file again from its source"
         ) from error
     for name, e in found.items():
         wide = DTYPES[e.dtype].itemsize if e.dtype in DTYPES else _BYTES.get(e.dtype)
         if wide is not None and e.stop - e.start != wide * math.prod(e.shape):
             raise UserError(
                 f"{path}: {name} is {e.dtype} {list(e.shape)}, and has {e.stop - e.start} bytes; "
-                "download it again"
+                "the program that wrote the file made an error"
             )
     end = max((e.stop for e in found.values()), default=base)
     if end > size:
-        raise UserError(f"{path}: has {size} of {end} bytes, it was cut short; download it again")
+        raise UserError(
+            f"{path}: has {size} of {end} bytes, it was cut short; copy the file again from its source"
+        )
     return found
 
 
@@ -202,66 +245,3 @@ def _entry(path: Path, base: int, entries: Mapping[str, Any]) -> Entry:
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)) or begin > end:
         raise UserError("not sizes")
     return Entry(path, str(entries["dtype"]), shape, base + begin, base + end)
-
-
-def write(
-    folder: Path,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
-    make: Callable[[str], Tensor],
-    largest: int,
-) -> list[Path]:
-    """Write tensors into ``folder`` in this order and return the files. Each tensor is made when it
-    is written, and freed afterwards.
-
-    ``shapes``: the shape of each tensor by name.
-    ``make``: makes the tensor of a name.
-    ``largest``: maximum bytes of one file. A new file begins before a file would exceed this size.
-    Several files get an index."""
-
-    def size(name: str) -> int:
-        return math.prod(shapes[name]) * dtype.itemsize
-
-    parts: list[list[str]] = [[]]
-    for name in shapes:
-        if parts[-1] and sum(map(size, parts[-1])) + size(name) > largest:
-            parts.append([])
-        parts[-1].append(name)
-    files = [SINGLE] if len(parts) == 1 else [_file(i, len(parts)) for i in range(len(parts))]
-    for file, names in zip(files, parts, strict=True):
-        _write_file(folder / file, {name: shapes[name] for name in names}, dtype, make)
-    if len(parts) > 1:
-        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        total = {"total_size": sum(map(size, shapes))}
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": total, "weight_map": where}, indent=2) + "\n"
-        )
-    return [folder / file for file in files]
-
-
-def _file(i: int, n: int) -> str:
-    return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-
-
-def _write_file(
-    path: Path,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
-    make: Callable[[str], Tensor],
-) -> None:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            x = make(name).to(dtype).contiguous()
-            assert x.shape == tuple(shape), (
-                f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
-            )
-            file.write(x.view(-1).view(torch.uint8).numpy().data)

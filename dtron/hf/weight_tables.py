@@ -103,6 +103,18 @@ EXPERTS = _rows(
         "moe.shared.w_down": ("shared_experts.down_proj.weight", "d f -> f d"),
     },
 )
+# transformers from version 5 has all experts in one tensor, and can save it so.
+STACKED_EXPERTS = _rows(
+    LAYER + "mlp.experts.",
+    {
+        "moe.experts.w_gate": ("gate_up_proj", "e (0/2 f) d -> e d f"),
+        "moe.experts.w_up": ("gate_up_proj", "e (1/2 f) d -> e d f"),
+        "moe.experts.w_down": ("down_proj", "e d f -> e f d"),
+    },
+)
+MIXTRAL_STACKED = STACKED_EXPERTS | _rows(
+    LAYER, {"moe.router.w": ("mlp.gate.weight", "e d -> d e")}
+)
 GPT_OSS_EXPERTS = _rows(
     LAYER + "mlp.",
     {

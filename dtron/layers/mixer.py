@@ -88,6 +88,11 @@ class Mixer:
 
     params: ClassVar[Any]
 
+    @property
+    def norm_eps(self) -> float:
+        """The epsilon of the norms inside the layer."""
+        return self.model.norm_eps
+
     def dims(self) -> dict[str, Any]:
         """Return sizes and flags for the declaration of ``params``, in addition to the model's."""
         return {}

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dtron.bounds import under
 from dtron.errors import UserError
 from dtron.layers.attention import AttentionInputs, AttentionMixer, Heads, core
 from dtron.layers.kv_cache import Past
@@ -56,6 +57,9 @@ class MLAConfig:
     """width that is rotated; its key is shared by all heads"""
     v_dim: int = 128
     """width of a head's values"""
+    norm_eps: float = 1e-6
+    """added to the variance in the norms of the latents; DeepSeek's models have 1e-6 here, whatever
+    model.norm_eps is"""
 
     def __post_init__(self) -> None:
         if min(self.kv_rank, self.q_rank) < 0 or min(self.nope_dim, self.rope_dim, self.v_dim) < 1:
@@ -73,6 +77,7 @@ class MLAConfig:
                 f"model.mla.q_rank={self.q_rank} with kv_rank=0, which is plain attention; give "
                 "--model.mla.kv-rank too, or drop q_rank"
             )
+        under(self, "model.mla", {"norm_eps": float("inf")})
 
     @property
     def qk_dim(self) -> int:
@@ -176,6 +181,10 @@ class MLAMixer(AttentionMixer):
     @property
     def rotary_dim(self) -> int:
         return self.model.mla.rope_dim
+
+    @property
+    def norm_eps(self) -> float:
+        return self.model.mla.norm_eps
 
     def dims(self) -> dict[str, Any]:
         return self.model.mla.dims()

@@ -53,6 +53,8 @@ class RopeConfig:
     0.1 mscale_all ln(factor) + 1"""
     mscale_all: float = 0.0
     """yarn: attention scores are multiplied by the square of 0.1 mscale_all ln(factor) + 1"""
+    attention_factor: float = 0.0
+    """yarn: factor on cos and sin; 0: computed from factor, mscale and mscale_all"""
     truncate: bool = True
     """yarn: the ramp begins and ends at a pair, not between two pairs; False in gpt-oss"""
 
@@ -60,19 +62,28 @@ class RopeConfig:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
         fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
         fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
+        fine = fine and 0 <= self.attention_factor < math.inf
         if not fine:
             raise UserError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, "
                 f"low={self.low}, high={self.high}, beta_slow={self.beta_slow}, "
-                f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}: "
-                "theta must be over 1, factor and original at least 1, low under high, 0 under "
-                "beta_slow under beta_fast, mscales at least 0"
+                f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}, "
+                f"attention_factor={self.attention_factor}: theta must be over 1, factor and "
+                "original at least 1, low under high, 0 under beta_slow under beta_fast, mscales "
+                "and attention_factor at least 0"
             )
 
     @property
     def temperature(self) -> float:
         """The factor on attention scores, in addition to 1 / sqrt(head_dim)."""
         return self.stretch(self.mscale_all) ** 2 if self.scaling == "yarn" else 1.0
+
+    @property
+    def attention_scaling(self) -> float:
+        """The factor on cos and sin."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor or self.stretch(self.mscale) / self.stretch(self.mscale_all)
 
     def stretch(self, mscale: float) -> float:
         """Return YaRN's factor on cos and sin (equation 22), with the coefficient ``mscale``."""
@@ -101,10 +112,11 @@ def frequencies(
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
+    # The limits can leave an empty ramp or a reversed one. transformers divides by its length as it
+    # is, and published models were trained with the result.
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / ((last - first) or 1e-3)
     keep = 1 - ramp.clamp(0, 1)
-    scale = rope.stretch(rope.mscale) / rope.stretch(rope.mscale_all)
-    return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), scale
+    return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), rope.attention_scaling
 
 
 def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:

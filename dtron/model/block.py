@@ -165,7 +165,7 @@ class BlockRunner:
     def _mixer_inputs(self, i: int, recipe: Recipe | None) -> MixerInputs:
         return replace(
             self.prepared[self.blocks[i].letter][self.blocks[i].window],
-            eps=self.m.norm_eps,
+            eps=self.m.mixer(self.blocks[i].letter).norm_eps,
             recipe=recipe,
             cache=None if self.caches is None else self.caches[i],
         )

@@ -89,13 +89,13 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
 
 def _loaded(folder: str, name: str | None) -> ModelConfig:
     """Read the model config of the ``--init-from`` folder."""
-    from dtron.hf import read_config
+    from dtron.hf import read_model
 
     if name is not None:
         raise UserError(
             f"--model {name} --init-from {folder}: its config.json is the model; drop --model"
         )
-    return read_config(Path(folder))[1]
+    return read_model(Path(folder))[1]
 
 
 def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:
@@ -110,7 +110,8 @@ def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:
         name, theirs, ours = wrong
         flag = f"--model.{name.replace('_', '-')}"
         raise UserError(
-            f"{flag} {ours}: the model of --init-from {folder} has {theirs}; drop {flag}"
+            f"{flag} {ours}: the model of --init-from {folder} has {theirs}"
+            f"{', and a vocabulary can only grow' if name == 'vocab' else ''}; drop {flag}"
         )
     d = config.data
     if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):

@@ -32,8 +32,8 @@ def rows() -> torch.Tensor:
     return torch.randint(61, (3, 41), generator=torch.Generator().manual_seed(1))
 
 
-def logits(source: Source) -> torch.Tensor:
-    params = source.load(declare_model(source.model), ONE)
+def logits(source: Source, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    params = source.load(declare_model(source.model), ONE, dtype)
     with torch.no_grad():
         return predict(params, make_batch(rows(), ONE), source.model, ONE)
 

@@ -12,13 +12,20 @@ import pytest
 import torch
 
 from dtron import checkpoint
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source, keep_origin
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.config import read_config
-from dtron.hf.safetensors import INDEX, SINGLE, Reader, write
+from dtron.hf.safetensors import INDEX, SINGLE, Reader
+from dtron.hf.safetensors_writer import write
+from dtron.mesh import Layout
+from dtron.model.batch import make_batch
 from dtron.model.presets import PRESETS
-from dtron.model.transformer import declare_model
+from dtron.model.transformer import declare_model, predict
 from dtron.params import init
+from dtron.rules import rules_for
 from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
@@ -28,7 +35,7 @@ from dtron.tree import flat
 from tests.helpers.hf_models import FAMILIES, folder
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
-from tests.hf.test_families import as_run
+from tests.hf.test_families import as_run, logits, rows
 
 
 @pytest.fixture
@@ -68,8 +75,8 @@ def test_another_config_is_refused(copy, tmp_path):
         "'relu'",
         "'silu'",
     )
-    refused(change(at, hidden_act="silu", hidden_size="drop"), "lacks hidden_size")
-    refused(change(at, hidden_size=64, quantization_config={"quant_method": "mxfp4"}), "mxfp4")
+    refused(change(at, hidden_act="silu", hidden_size="drop"), "lacks hidden_size (4096")
+    refused(change(at, hidden_size=64, quantization_config={"quant_method": "awq"}), "awq", "fp8")
     refused(change(at, quantization_config="drop", hidden_size="64"), "type")
     refused(change(at, hidden_size=64, rope_parameters={"rope_type": "longrope"}), "longrope")
     for key in ("quantization_config", "rope_parameters", "rope_scaling"):
@@ -223,3 +230,68 @@ def test_modules_of_multi_token_prediction(tmp_path):
         for a, b in zip(got, flat(params), strict=True)
     ]
     assert all(torch.equal(a, b) for a, b in rows)
+
+
+def test_what_is_missing_is_named(copy, tmp_path):
+    """Which files and tensors there are, and which there are not."""
+    at = copy()
+    library = pytest.importorskip("safetensors.torch")
+    tensors = library.load_file(at / SINGLE)
+    (at / SINGLE).unlink()
+    names = sorted(tensors)
+    where = {}
+    for i, part in enumerate((names[:5], names[5:])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        library.save_file({n: tensors[n] for n in part}, at / file)
+        where |= dict.fromkeys(part, file)
+    index = json.dumps({"weight_map": where})
+    (at / INDEX).write_text(index)
+    assert set(Source(at).reader.entries) == set(names)
+    second = at / "model-00002-of-00002.safetensors"
+    second.rename(at / "later")
+    one_line(lambda: Source(at), "names 2 files", second.name, "is missing", "there is model-00001")
+    (at / "later").rename(second)
+    (at / INDEX).write_text(json.dumps({"weight_map": {n: where[n] for n in names[:5]}}))
+    one_line(lambda: Source(at), "lacks", "it has 5 of the 21 tensors", "in 1 file")
+    (at / INDEX).write_text(index)
+    library.save_file({n: tensors[n] for n in names[4:]}, second)
+    one_line(lambda: Source(at), f"{names[4]} is in model-00001", "and in model-00002")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_a_vocabulary_grows(copy, name):
+    """New rows are the mean of the old rows, in embedding and head, on any mesh. Old words keep
+    their logits. Rows of the padding stay zero."""
+    at = copy(name)
+    old = Source(at)
+    m = replace(old.model, vocab=130, vocab_multiple=16)
+    grown = Source(at, m)
+    assert "grows by 69, from 61 to 130" in grown.notes[-1] and not old.notes
+    spec = declare_model(m)
+    params = grown.load(spec, ONE)
+    for new, was in zip(flat(params), flat(old.load(declare_model(old.model), ONE)), strict=True):
+        if len(new) != m.padded_vocab:
+            assert torch.equal(new, was)
+            continue
+        assert torch.equal(new[:61], was[:61]) and not new[130:].any()
+        mean = was[:61].double().mean(0).float()
+        torch.testing.assert_close(new[61:130], mean.expand(69, -1), rtol=0, atol=1e-7)
+    assert torch.equal(
+        predict(params, make_batch(rows(), ONE), m, ONE)[:, :61],
+        logits(old),
+    )
+    for mesh in ("tp=2", "dp=3", "dp=2,tp=2"):
+        with simulated(MeshShape.parse(mesh)) as device_mesh:
+            got = [full(w) for w in flat(grown.load(spec, Layout(device_mesh, rules_for(3))))]
+        assert all(torch.equal(a, b) for a, b in zip(got, flat(params), strict=True))
+
+
+def test_flags_of_a_vocabulary(copy):
+    at = copy()
+    (at / "tokenizer.json").write_text("{}")
+    assert parse(["--init-from", str(at), "--model.vocab", "70"]).model.vocab == 70
+    one_line(
+        lambda: parse(["--init-from", str(at), "--model.vocab", "60"]),
+        "--model.vocab 60",
+        "only grow",
+    )

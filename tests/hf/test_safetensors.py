@@ -22,7 +22,8 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source
 from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import weights_of
-from dtron.hf.safetensors import Reader, write
+from dtron.hf.safetensors import Reader
+from dtron.hf.safetensors_writer import write
 from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.stages import split_into_stages

@@ -196,7 +196,7 @@ def test_flops_count_keys_and_values_of_their_own_widths():
             lambda: ModelConfig(mla=MLAConfig(8), positions="learned"),
             "positions=learned with model.mla",
         ),
-        (lambda: RopeConfig(mscale=-1.0), "mscales at least 0"),
+        (lambda: RopeConfig(mscale=-1.0), "mscales and attention_factor at least 0"),
         (
             lambda: check(ModelConfig(heads=6, mla=MLAConfig(8)), MeshShape(tp=4), 64),
             "heads=6 over tp=4",
