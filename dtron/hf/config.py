@@ -12,11 +12,11 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dtron.checkpoint.safetensors import read_json
 from dtron.errors import UserError
 from dtron.hf.dequantize import METHODS
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
-from dtron.hf.safetensors import read_json
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.mtp import MTPConfig

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.safetensors import read_json
+from dtron.checkpoint.safetensors_writer import write
 from dtron.data.tokenization import end_id
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
-from dtron.hf.safetensors import read_json
-from dtron.hf.safetensors_writer import write
 from dtron.hf.source_files import ORIGIN, TOKENIZER
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.model.config import ModelConfig

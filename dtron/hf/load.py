@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.checkpoint.safetensors import read_json, some
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.families import Family
 from dtron.hf.open_folder import HEAD, open_reader, read_model, row_chunks, tensor_table
-from dtron.hf.safetensors import read_json, some
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_tables import Row
 from dtron.mesh import Layout

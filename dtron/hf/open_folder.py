@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from dtron.checkpoint.safetensors import Reader, read_json
 from dtron.checkpoint.shard_range import Range
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.dequantize import Dequantizer
 from dtron.hf.families import Family
-from dtron.hf.safetensors import Reader, read_json
 from dtron.hf.weight_tables import Row
 from dtron.model.config import ModelConfig
 

@@ -15,12 +15,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dtron import checkpoint
+from dtron.checkpoint.safetensors import read_json
 from dtron.data.tokenization import end_id, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
-from dtron.hf.safetensors import read_json
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser

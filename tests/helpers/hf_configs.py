@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from dtron.hf.safetensors import INDEX, SINGLE, Reader
-from dtron.hf.safetensors_writer import write
+from dtron.checkpoint.safetensors import INDEX, SINGLE, Reader
+from dtron.checkpoint.safetensors_writer import write
 from tests.helpers.hf_models import draw_weights
 
 LAYERS = 3

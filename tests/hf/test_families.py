@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dtron import checkpoint
+from dtron.checkpoint.safetensors import INDEX, Reader, read_json
 from dtron.hf import Source
 from dtron.hf.config import best_family, from_hf, to_hf
 from dtron.hf.families import FAMILIES as TABLES
-from dtron.hf.safetensors import INDEX, Reader, read_json
 from dtron.model.batch import make_batch
 from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict

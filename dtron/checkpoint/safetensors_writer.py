@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.hf.safetensors import DTYPES, INDEX, SINGLE
+from dtron.checkpoint.safetensors import DTYPES, INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
