@@ -1,14 +1,15 @@
-"""Checkpoints: ``state`` saves and loads a run on any mesh, ``files`` describes the files on disk,
-``async_saver`` writes while training goes on."""
+"""Checkpoints: ``state`` saves and loads a run on any mesh, ``meta`` and ``files`` describe the
+files on disk, ``shards`` is what each rank writes and reads, and ``async_saver`` writes while
+training goes on."""
 
 from dtron.checkpoint.async_saver import AsyncSaver
-from dtron.checkpoint.files import FORMAT, folder, newest, read_meta
+from dtron.checkpoint.files import folder, newest, read_meta
+from dtron.checkpoint.meta import FORMAT, Meta
 from dtron.checkpoint.state import (
     Identity,
     TrainState,
     load,
     load_params,
-    read_into,
     read_weight,
     save,
     start_save,
@@ -20,12 +21,12 @@ __all__ = [
     "FORMAT",
     "Identity",
     "AsyncSaver",
+    "Meta",
     "TrainState",
     "folder",
     "load",
     "load_params",
     "newest",
-    "read_into",
     "read_meta",
     "read_weight",
     "save",

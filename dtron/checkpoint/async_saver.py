@@ -1,11 +1,12 @@
 """Save asynchronously: training stops only for a copy, and a thread does the rest.
 
-    copy      each rank copies its own shards into host memory, into the same buffers each time.
-              With a GPU the memory is pinned, so the copy has the full speed of the bus
-    write     torch.distributed.checkpoint, in a thread, over its own process group
-    check     each rank reads its files back and computes their checksums
-    finish    rank 0 lists the files in ``meta.json``, renames the folder, and deletes checkpoints
-              that need not be kept
+    copy      each rank copies the shards that it writes (shards.py) into host memory, into the same
+              buffers each time. With a GPU the memory is pinned, so the copy has the full speed of
+              the bus
+    write     each rank writes one safetensors file, in a thread
+    check     each rank reads its file back and computes the checksum
+    finish    rank 0 lists files and tensors in ``meta.json``, renames the folder, and deletes
+              checkpoints that need not be kept
 
 A save that fails (a full disk, a deleted folder) fails on all ranks. Nothing else is lost: the last
 good checkpoint stays, and ``drain_messages`` returns the reason. A save waits for the previous
@@ -14,24 +15,23 @@ save.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dtron.checkpoint import files
-from dtron.distributed.redistribute import like, rank, to_local
+from dtron.checkpoint.meta import FORMAT, Meta
+from dtron.checkpoint.shards import Shard, merged, shards_to_write, write_shards
+from dtron.distributed.redistribute import rank
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import LostRank, UserError
 
@@ -54,7 +54,9 @@ class AsyncSaver:
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Allocate the buffers early, in the thread: pinning memory takes longer than copying into
         it."""
-        self._start(partial(self._allocate, tensors))
+        with paused():
+            shards = shards_to_write(tensors)
+        self._start(partial(self._allocate, shards))
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> float:
         """Start to save and return the seconds that this call took. Every rank calls this."""
@@ -64,7 +66,7 @@ class AsyncSaver:
         self.wait()
         self._last_step = step
         with paused(), torch.no_grad():
-            copies = self._copies(tensors)
+            copies = self._copies(shards_to_write(tensors))
         self._start(partial(self._write, step, copies, meta))
         return time.perf_counter() - start
 
@@ -102,30 +104,33 @@ class AsyncSaver:
         self._thread = threading.Thread(target=fn, name="save", daemon=self._group is not None)
         self._thread.start()
 
-    def _allocate(self, tensors: dict[str, Tensor]) -> None:
-        for name, x in tensors.items():
-            part = to_local(x)
+    def _allocate(self, shards: dict[str, Shard]) -> None:
+        for name, shard in shards.items():
             if name not in self._buffers:
-                self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+                x = shard.local
+                self._buffers[name] = torch.empty_like(
+                    x, device="cpu", pin_memory=x.is_cuda, memory_format=torch.contiguous_format
+                )
 
-    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self._allocate(tensors)
-        for name, x in tensors.items():
-            self._buffers[name].copy_(to_local(x), non_blocking=True)
-        if any(to_local(x).is_cuda for x in tensors.values()):
+    def _copies(self, shards: dict[str, Shard]) -> dict[str, Shard]:
+        self._allocate(shards)
+        for name, shard in shards.items():
+            self._buffers[name].copy_(shard.local, non_blocking=True)
+        if any(shard.local.is_cuda for shard in shards.values()):
             torch.cuda.synchronize()
-        return {name: like(x, self._buffers[name]) for name, x in tensors.items()}
+        return {name: s._replace(local=self._buffers[name]) for name, s in shards.items()}
 
-    def _write(self, step: int, copies: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def _write(self, step: int, copies: dict[str, Shard], meta: dict[str, Any]) -> None:
         goal = files.target(self._run_dir, step)
         part = goal.with_name(goal.name + ".part")
+        file = part / f"rank-{rank():05d}.safetensors"
         try:
             self._on_all_ranks(partial(_make_empty, part))
-            self._on_all_ranks(partial(self._write_shards, part, copies))
-            described = self._on_all_ranks(partial(_describe_own_files, part))
+            tensors = merged(self._on_all_ranks(partial(write_shards, file, copies)))
+            described = self._on_all_ranks(partial(files.describe_files, [file]))
             listed = {name: entry for each in described for name, entry in each.items()}
-            meta = {"format": files.FORMAT, "step": step, **meta, "files": listed}
-            self._on_all_ranks(partial(self._finish, part, goal, meta))
+            whole = Meta(format=FORMAT, step=step, files=listed, tensors=tensors, **meta)
+            self._on_all_ranks(partial(self._finish, part, goal, whole))
             self.failed = None
             self._messages.append(f"saved {goal}")
         except _Failed as failure:
@@ -135,20 +140,10 @@ class AsyncSaver:
             if rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
 
-    def _finish(self, part: Path, goal: Path, meta: dict[str, Any]) -> None:
+    def _finish(self, part: Path, goal: Path, meta: Meta) -> None:
         if rank() == 0:
-            meta["files"] |= files.describe_files([part / ".metadata"])
             files.finish(part, goal, meta)
-            files.prune(self._run_dir, self._keep, self._keep_every)
-
-    def _write_shards(self, part: Path, copies: dict[str, Tensor]) -> None:
-        with quiet():
-            dcp.save(
-                copies,
-                checkpoint_id=str(part),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+            files.prune(self._run_dir, meta.step, self._keep, self._keep_every)
 
     def _on_all_ranks(self, fn: Callable[[], Any]) -> list[Any]:
         """Run ``fn`` on every rank and return all results. A failure on one rank is a failure on
@@ -156,7 +151,7 @@ class AsyncSaver:
         value = problem = None
         try:
             value = fn()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        except (OSError, RuntimeError, UserError) as error:
             problem = reason(error, self._run_dir)
         outcomes: list[Any] = [(value, problem)]
         if self._group is not None:
@@ -176,13 +171,12 @@ class _Failed(Exception):
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """Return in one line why a file in ``folder`` could not be written.
-
-    On a full disk torch's writer fails a second time while it cleans up, and the second message
-    does not mention the disk. So this function checks the free space itself."""
+    """Return in one line why a file in ``folder`` could not be written."""
     with suppress(OSError):
         if shutil.disk_usage(folder).free < 1 << 20:
             return "No space left on device"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).strip().splitlines()[-1]
 
 
@@ -190,22 +184,3 @@ def _make_empty(folder: Path) -> None:
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-
-
-def _describe_own_files(folder: Path) -> dict[str, list[int]]:
-    return files.describe_files(sorted(folder.glob(f"__{rank()}_*")))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch.distributed.checkpoint. Its messages about single processes and about its plans
-    are no help to a user."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,14 +1,15 @@
-"""Writes tensors into safetensors files, one tensor at a time.
+"""Writes a safetensors file, one tensor at a time.
 
 The ``safetensors`` library writes a file only if all tensors of the file are in memory. Here each
-tensor is made when it is written, and freed afterwards. The header comes first in a file and needs
-only the shapes.
+tensor is made when it is written, and may be freed afterwards. The header comes first in a file and
+needs only dtypes and shapes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,69 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.checkpoint.safetensors import DTYPES, INDEX, SINGLE
+from dtron.checkpoint.safetensors import STORED
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def write(
-    folder: Path,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
-    make: Callable[[str], Tensor],
-    largest: int,
-) -> list[Path]:
-    """Write tensors into ``folder`` in this order and return the files. Each tensor is made when it
-    is written, and freed afterwards.
-
-    ``shapes``: the shape of each tensor by name.
-    ``make``: makes the tensor of a name.
-    ``largest``: maximum bytes of one file. A new file begins before a file would exceed this size.
-    Several files get an index."""
-
-    def size(name: str) -> int:
-        return math.prod(shapes[name]) * dtype.itemsize
-
-    parts: list[list[str]] = [[]]
-    for name in shapes:
-        if parts[-1] and sum(map(size, parts[-1])) + size(name) > largest:
-            parts.append([])
-        parts[-1].append(name)
-    files = [SINGLE] if len(parts) == 1 else [_file(i, len(parts)) for i in range(len(parts))]
-    for file, names in zip(files, parts, strict=True):
-        _write_file(folder / file, {name: shapes[name] for name in names}, dtype, make)
-    if len(parts) > 1:
-        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        total = {"total_size": sum(map(size, shapes))}
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": total, "weight_map": where}, indent=2) + "\n"
-        )
-    return [folder / file for file in files]
+DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
-def _file(i: int, n: int) -> str:
-    return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-
-
-def _write_file(
+def write_file(
     path: Path,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    sync: bool = False,
 ) -> None:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Write tensors into a file in this order.
+
+    ``tensors``: dtype and shape of each tensor by name.
+    ``make``: makes the tensor of a name.
+    ``metadata``: strings for the header.
+    ``sync``: whether to wait until the disk has the bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         end = begin + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        offsets = [begin, end]
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": offsets,
+        }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
+        for name, (dtype, shape) in tensors.items():
             x = make(name).to(dtype).contiguous()
             assert x.shape == tuple(shape), (
                 f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
             )
             file.write(x.view(-1).view(torch.uint8).numpy().data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())

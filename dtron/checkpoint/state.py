@@ -1,17 +1,16 @@
 """Save and resume on any mesh: a checkpoint is a tree of whole tensors, independent of sharding.
 
-torch.distributed.checkpoint lets each rank write its shards with their offsets in the whole tensor.
-Each rank then reads back the ranges that it needs. So a run may load with another mesh and another
-ZeRO stage than the run that saved. This needs nothing else, because weights have the same paths and
-shapes on every mesh.
+Each rank writes its shards with their place in the whole tensor (shards.py), and reads back the
+ranges that it needs. So a run may load with another mesh and another ZeRO stage than the run that
+saved. This needs nothing else, because weights have the same paths and shapes on every mesh.
 
 A checkpoint holds the weights (with the routers' balance biases), the trees of the optimizer's
 state, the step number and the place in the data. It holds no state of the learning rate, which is a
 function of the step. It holds no state of a random generator: after the initial weights no random
 number is drawn.
 
-files.py describes the files on disk. async_saver.py writes them while training goes on. ``python -m
-dtron.checkpoint inspect DIR`` shows a checkpoint.
+meta.py and files.py describe the files on disk. async_saver.py writes them while training goes on.
+``python -m dtron.checkpoint inspect DIR`` shows a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtron.checkpoint import files
-from dtron.checkpoint.async_saver import AsyncSaver, quiet
+from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import read_meta
-from dtron.checkpoint.shard_range import place_shard, shard_range
+from dtron.checkpoint.meta import Meta
+from dtron.checkpoint.shard_range import Range, place_shard, shard_range
+from dtron.checkpoint.shards import Shard, ShardReader, shard_of
 from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
@@ -77,24 +77,21 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     last byte. If a checksum differs, the error names the newest earlier checkpoint that is
     complete."""
     meta = read_meta(path)
-    _same(path, meta["identity"], identity)
+    _same(path, meta.identity, identity)
     verify_checksums(path, meta)
-    whole = tensors(state, spec)
-    try:
-        with paused(), quiet():
-            dcp.load(whole, checkpoint_id=str(path), no_dist=not _processes())
-    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        first = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be read ({first}); {files.REMEDY}") from error
+    whole = _named(state, spec)
+    with paused(), torch.no_grad(), ShardReader(path, meta) as reader:
+        for name, x in whole.items():
+            reader.read(name, shard_of(x))
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, spec, whole)
     else:
         _fill_twins(state, spec, whole)
-    opt = OptimizerState(meta["updates"], state.opt.trees)
-    return TrainState(meta["step"], meta["samples"], state.params, opt)
+    opt = OptimizerState(meta.updates, state.opt.trees)
+    return TrainState(meta.step, meta.samples, state.params, opt)
 
 
-def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
+def verify_checksums(path: Path, meta: Meta) -> None:
     """Compare the checksum of every file; raises UserError if a byte has changed. Every rank calls
     this. Each file is read once, by one of the ranks."""
     found = files.damaged(
@@ -116,50 +113,51 @@ def verify_checksums(path: Path, meta: dict[str, Any]) -> None:
 
 def read_weight(path: Path, w: WeightSpec) -> Tensor:
     """Read one whole weight in float32. Nothing else is read."""
-    into = torch.empty(w.shape)
-    read_into(path, w, into)
-    return into
+    with ShardReader(path, read_meta(path)) as reader:
+        return _weight(reader, w, [(0, n) for n in w.shape])
 
 
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
     """Load the weights alone, in ``dtype``, one at a time. Every rank calls this. A run that
     resumes training needs ``load``."""
-    verify_checksums(path, read_meta(path))
+    meta = read_meta(path)
+    verify_checksums(path, meta)
 
     def one(w: WeightSpec) -> Tensor:
         ranges = shard_range(w, layout, device)
         with paused():
-            if ranges is None:
-                x = read_weight(path, w)
-            else:
-                x = torch.empty([b - a for a, b in ranges], device=device)
-                read_into(path, w, place_shard(x, w, layout, ranges))
-            x = x.to(device, dtype)
+            x = _weight(reader, w, ranges or [(0, n) for n in w.shape]).to(device, dtype)
         return place_shard(x, w, layout, ranges)
 
-    with torch.no_grad():
+    with torch.no_grad(), ShardReader(path, meta) as reader:
         return tree_map(one, spec)
 
 
-def read_into(path: Path, w: WeightSpec, into: Tensor) -> None:
-    """Read this rank's shard of a weight into ``into``, without communication with other ranks."""
-    try:
-        with quiet():
-            dcp.load({f"params.{w.path}": into}, checkpoint_id=str(path), no_dist=True)
-    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        first = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{path}: {w.path} cannot be read ({first}); use the checkpoint before"
-        ) from error
+def _weight(reader: ShardReader, w: WeightSpec, ranges: list[Range]) -> Tensor:
+    """Read the part of a weight inside these ranges, in float32."""
+    x = torch.empty([b - a for a, b in ranges])
+    reader.read(f"params.{w.path}", Shard(tuple(w.shape), tuple(a for a, _ in ranges), x))
+    return x
 
 
-# Entries that older checkpoints lack, each with the value that their runs have.
-_UNRECORDED: Identity = {"optim.name": "adamw", "model.pattern": "A"}
+def _with_unrecorded(saved: Identity) -> Identity:
+    """Return the identity with the entries that older checkpoints lack, each with the value that
+    their runs had."""
+    latent = bool(saved.get("model.mla.kv_rank"))
+    values = {
+        "optim.name": "adamw",
+        "model.pattern": "A",
+        "model.rope.attention_factor": 0.0,
+        # The norms of latents had the epsilon of the other norms.
+        "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
+    }
+    return values | saved
 
 
 def _same(path: Path, saved: Identity, now: Identity) -> None:
+    saved = _with_unrecorded(saved)
     for name, value in now.items():
-        was = saved.get(name, _UNRECORDED.get(name))
+        was = saved.get(name)
         if was == value:
             continue
         if name == "text":
@@ -195,12 +193,20 @@ def _processes() -> bool:
 
 
 def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
-    """Return the tensors by kind and path. Simulated tensors are unsharded; all others keep their
-    placement. The copies of a tied weight have one name."""
+    """Return the tensors to save, by kind and path. Simulated tensors are unsharded; all others
+    keep their placement. Of the copies of a tied weight, the first stage saves its own."""
+    return _named(state, spec, twins=False)
+
+
+def _named(state: TrainState, spec: Any, twins: bool = True) -> dict[str, Tensor]:
+    """Return the tensors by kind and path. The copies of a tied weight have one name.
+
+    ``twins``: whether a copy counts that another stage has too."""
     named: dict[str, Tensor] = {}
     for kind, tree in _trees(state).items():
         for w, t in with_specs(spec, tree):
-            named.setdefault(f"{kind}.{w.path}", t)
+            if twins or not w.twin:
+                named.setdefault(f"{kind}.{w.path}", t)
     if any(is_simulated(t) for t in _locals(state)):
         named = {name: full(t) for name, t in named.items()}
     return named

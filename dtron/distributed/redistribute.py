@@ -262,6 +262,15 @@ def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTens
     return whole.redistribute(mesh, placements)
 
 
+def shard_start(x: Tensor) -> tuple[int, ...]:
+    """Return the index in the whole tensor of the first element of this rank's shard. The method of
+    DTensor is meant for checkpoints of torch, and is not documented."""
+    if not isinstance(x, DTensor):
+        return (0,) * x.ndim
+    (chunk,) = x.__create_chunk_list__()
+    return tuple(chunk.offsets)
+
+
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
     """Shard x, which every rank holds whole, by the placements of y's gradient: the placements of
     y, but Replicate where y is Partial."""

@@ -12,11 +12,11 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtron.checkpoint.safetensors import read_json
 from dtron.errors import UserError
 from dtron.hf.dequantize import METHODS
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
+from dtron.json_files import read_object
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.mtp import MTPConfig
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
-    entries = read_json(path)
+    entries = read_object(path)
     family = family_of(entries, str(path))
     return family, from_hf(entries, family, str(path))
 

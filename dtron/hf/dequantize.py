@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.checkpoint.safetensors import Entry, Reader
+from dtron.checkpoint.safetensors import Entry
 from dtron.checkpoint.shard_range import Range
 from dtron.errors import UserError
+from dtron.hf.weight_files import Reader
 
 METHODS = ("fp8", "mxfp4")
 _FP8 = ("F8_E4M3", "F8_E5M2")

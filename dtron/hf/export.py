@@ -22,8 +22,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.checkpoint.safetensors import read_json
-from dtron.checkpoint.safetensors_writer import write
 from dtron.data.tokenization import end_id
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
@@ -31,6 +29,8 @@ from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
 from dtron.hf.source_files import ORIGIN, TOKENIZER
 from dtron.hf.tensor_pattern import pairs, pattern
+from dtron.hf.weight_files import write
+from dtron.json_files import read_object
 from dtron.model.config import ModelConfig
 from dtron.params import WeightSpec
 
@@ -69,7 +69,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     origin = run_dir / ORIGIN / CONFIG
-    entries = read_json(origin) if origin.is_file() else {}
+    entries = read_object(origin) if origin.is_file() else {}
     kind = _family(family, entries, m)
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
@@ -96,7 +96,7 @@ def export(
             f"{out}: cannot be written ({error.strerror}); free space, or choose another"
         ) from error
     size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
-    return Exported(kind.kind, meta["step"], len(maker.shapes), size, [out / f.name for f in files])
+    return Exported(kind.kind, meta.step, len(maker.shapes), size, [out / f.name for f in files])
 
 
 def _family(wanted: str | None, entries: dict[str, Any], m: ModelConfig) -> Family:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.checkpoint.safetensors import read_json, some
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
@@ -35,7 +34,9 @@ from dtron.hf.config import CONFIG, read_config
 from dtron.hf.families import Family
 from dtron.hf.open_folder import HEAD, open_reader, read_model, row_chunks, tensor_table
 from dtron.hf.tensor_pattern import halves, pattern
+from dtron.hf.weight_files import some
 from dtron.hf.weight_tables import Row
+from dtron.json_files import read_object
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
@@ -162,7 +163,7 @@ class Source:
 
     def _left_out(self) -> str:
         """Return the sizes that config.json does not give, for an error."""
-        entries = read_json(self.folder / CONFIG)
+        entries = read_object(self.folder / CONFIG)
         keys = [theirs.split("|") for theirs in self.family.keys.values()]
         lacking = [names[0] for names in keys if not any(name in entries for name in names)]
         said = [f"{name} ({self.family.defaults[name]} then)" for name in lacking]

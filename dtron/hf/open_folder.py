@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from dtron.checkpoint.safetensors import Reader, read_json
 from dtron.checkpoint.shard_range import Range
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.dequantize import Dequantizer
 from dtron.hf.families import Family
+from dtron.hf.weight_files import Reader
 from dtron.hf.weight_tables import Row
+from dtron.json_files import read_object
 from dtron.model.config import ModelConfig
 
 HEAD = "lm_head.weight"
@@ -34,7 +35,7 @@ def open_reader(folder: Path, family: Family) -> Reader | Dequantizer:
     reader = Reader(folder)
     if not any(name.startswith(family.prefix) for name in reader.entries):
         reader.rename({n: family.prefix + n for n in reader.entries if n != HEAD})
-    quantization = read_json(folder / CONFIG).get("quantization_config")
+    quantization = read_object(folder / CONFIG).get("quantization_config")
     return Dequantizer(reader, quantization) if quantization else reader
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dtron import checkpoint
-from dtron.checkpoint.safetensors import read_json
 from dtron.data.tokenization import end_id, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
+from dtron.json_files import read_object
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
@@ -89,7 +89,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a text: from the model's config, or else from its tokenizer."""
     for name in ("generation_config.json", CONFIG):
         if (folder / name).is_file():
-            ids = read_json(folder / name).get("eos_token_id")
+            ids = read_object(folder / name).get("eos_token_id")
             if ids is not None:
                 return set(ids) if isinstance(ids, list) else {ids}
     end = end_id(tokenizer)

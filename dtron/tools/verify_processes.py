@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dtron.checkpoint.safetensors import TensorReader, header
+from dtron.checkpoint.safetensors_writer import write_file
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.mesh import Layout, build_mesh, stage_mesh
@@ -48,15 +50,18 @@ def step_of_processes(
         args = config, shape, dtype, backend, folder
         mp.start_processes(_rank, args, nprocs=shape.size, start_method="forkserver")
         found: dict[str, dict[str, Any]] = {}
-        for file in sorted(Path(folder).glob("rank*.pt")):
-            for name, values in torch.load(file).items():
-                found.setdefault(name, {}).update(values)
+        for file in sorted(Path(folder).glob("rank*.safetensors")):
+            reader = TensorReader(header(file))
+            for key in reader.entries:
+                group, _, name = key.partition(":")
+                found.setdefault(group, {})[name] = reader.read(key)
+            reader.close()
 
     def tree(name: str, like: Any) -> Any:
         return unflatten(like, [found[name][path] for path, _ in leaves(like)])
 
     state = {name: tree(f"state.{name}", one) for name, one in like.state.items()}
-    loss, norm = (found["numbers"][name] for name in ("loss", "norm"))
+    loss, norm = (found["numbers"][name].item() for name in ("loss", "norm"))
     grads, params = tree("grads", like.grads), tree("params", like.params)
     return StepResult(loss, norm, grads, params, state, None)
 
@@ -78,10 +83,13 @@ def _rank(
     step = build_step(config, plan, on_ranks(pipe, mesh, template), backend)
     assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
     taken = take_step(config, step, plan, partial(_whole, step.pipe))
-    here = {"grads": taken.grads, "params": taken.params}
-    here |= {f"state.{name}": tree for name, tree in taken.state.items()}
-    here["numbers"] = {"loss": taken.loss, "norm": taken.norm}
-    torch.save(here, f"{folder}/rank{rank:05}.pt")
+    groups = {"grads": taken.grads, "params": taken.params}
+    groups |= {f"state.{name}": tree for name, tree in taken.state.items()}
+    numbers = {"loss": taken.loss, "norm": taken.norm}
+    groups["numbers"] = {n: torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()}
+    here = {f"{group}:{name}": x for group, tree in groups.items() for name, x in tree.items()}
+    shapes = {key: (x.dtype, x.shape) for key, x in here.items()}
+    write_file(Path(f"{folder}/rank{rank:05}.safetensors"), shapes, here.__getitem__, {})
     dist.barrier()
     dist.destroy_process_group()
 

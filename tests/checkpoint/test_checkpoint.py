@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,7 +153,13 @@ def move_on_pool(
     build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
     with mutated(mutant):
         spec, state = built(saved, dist.get_rank(), build(saved), False, names)
-        checkpoint.save(Path(folder), state, spec, {})
+        path = checkpoint.save(Path(folder), state, spec, {})
+    meta = checkpoint.read_meta(path)
+    written = {
+        name: sum(math.prod(part.shape) for part in tensor.parts)
+        for name, tensor in meta.tensors.items()
+    }
+    assert mutant or written == {name: math.prod(t.shape) for name, t in meta.tensors.items()}
     with mutated(mutant if mutant == "twin" else ""):
         return differences(loaded, dist.get_rank(), build(loaded), folder, names)
 

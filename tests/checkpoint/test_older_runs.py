@@ -10,6 +10,7 @@ from dataclasses import asdict
 import pytest
 
 import train
+from dtron.checkpoint.__main__ import main as convert
 from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
 from tests.helpers.paths import FIXTURES
@@ -35,7 +36,7 @@ RUN = [
 
 
 @pytest.mark.parametrize("mesh", ["", "dp=2"])
-def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
+def test_a_run_of_before_the_folders_resumes(tmp_path, mesh, capsys):
     """Resumed at step 2, the run has the losses that the older version had at steps 3 and 4."""
     run_dir = tmp_path / "run"
     shutil.copytree(FIXTURES / "run-fdfba95", run_dir)
@@ -50,6 +51,11 @@ def test_a_run_of_before_the_folders_resumes(tmp_path, mesh):
         f"--data.path={tmp_path / 'text.txt'}",
         f"--run-dir={run_dir}",
     ]
+    assert run_cli(train.main, [*flags, "--resume"]) == 2
+    assert "python -m dtron.checkpoint convert" in capsys.readouterr().err
+    assert run_cli(convert, ["convert", str(run_dir)]) == 2
+    assert "can run any code" in capsys.readouterr().err
+    assert run_cli(convert, ["convert", str(run_dir), "--trust"]) == 0
     mesh_flags = ["--simulate", f"--mesh={mesh}"] if mesh else []
     assert run_cli(train.main, [*flags, *mesh_flags, "--resume"]) == 0
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

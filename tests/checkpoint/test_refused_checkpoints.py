@@ -75,7 +75,8 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 
 def test_a_corrupt_checkpoint_is_refused(tmp_path):
     path = saved(tmp_path)
-    (path / ".metadata").write_bytes(b"x" * (path / ".metadata").stat().st_size)
+    file = path / "rank-00000.safetensors"
+    file.write_bytes(b"x" * file.stat().st_size)
     assert "delete it" in refused(path)
     (path / "meta.json").write_text("{")
     assert "no readable checkpoint" in refused(path)
@@ -98,7 +99,7 @@ def test_a_checkpoint_in_the_making_is_not_found(tmp_path):
     later.mkdir()
     (path.with_name("step-00000008")).mkdir()  # without meta.json: not whole
     assert checkpoint.newest(tmp_path) == path
-    assert checkpoint.read_meta(path)["step"] == 7
+    assert checkpoint.read_meta(path).step == 7
 
 
 def test_an_unwritable_folder_is_one_error(tmp_path):

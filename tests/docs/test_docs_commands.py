@@ -177,7 +177,8 @@ def squeezed(code: str) -> str:
 
 
 TOYS = [p for kind in ("test_*_seam.py", "toy_*.py") for p in (ROOT / "tests").rglob(kind)]
-FILES = [*(ROOT / "dtron").rglob("*.py"), *TOYS]
+READERS = [ROOT / "tests" / "helpers" / "checkpoints.py"]
+FILES = [*(ROOT / "dtron").rglob("*.py"), *TOYS, *READERS]
 SOURCE = squeezed("".join(p.read_text() for p in FILES))
 RUN_ELSEWHERE = "def test_my_layer"  # by docs/test_readme.py
 

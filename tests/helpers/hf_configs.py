@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from dtron.checkpoint.safetensors import INDEX, SINGLE, Reader
-from dtron.checkpoint.safetensors_writer import write
+from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
 from tests.helpers.hf_models import draw_weights
 
 LAYERS = 3

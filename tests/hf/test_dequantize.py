@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.checkpoint.safetensors import SINGLE, Reader
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source, dequantize
 from dtron.hf.dequantize import Dequantizer
+from dtron.hf.weight_files import SINGLE, Reader
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
 from dtron.rules import rules_for

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dtron import checkpoint
-from dtron.checkpoint.safetensors import INDEX, Reader, read_json
 from dtron.hf import Source
 from dtron.hf.config import best_family, from_hf, to_hf
 from dtron.hf.families import FAMILIES as TABLES
+from dtron.hf.weight_files import INDEX, Reader
+from dtron.json_files import read_object
 from dtron.model.batch import make_batch
 from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict
@@ -149,7 +150,7 @@ def test_a_model_that_no_family_has():
 def test_config_json_is_theirs():
     """Every field of transformers' own config that both configs have."""
     for name in FAMILIES:
-        said = read_json(folder(name) / "config.json")
+        said = read_object(folder(name) / "config.json")
         family = next(f for f in TABLES if f.kind == said["model_type"])
         made = getattr(hf, type(model(name).config).__name__)(
             **to_hf(from_hf(said, family), family)

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from dtron import checkpoint
-from dtron.checkpoint.safetensors import INDEX, SINGLE, Reader
-from dtron.checkpoint.safetensors_writer import write
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.hf import Source, keep_origin
 from dtron.hf.__main__ import main as hf_main
 from dtron.hf.config import read_config
+from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.presets import PRESETS

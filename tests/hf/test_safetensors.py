@@ -16,8 +16,6 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.checkpoint.safetensors import Reader
-from dtron.checkpoint.safetensors_writer import write
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
 from dtron.distributed.simulated_ranks import simulated
@@ -25,6 +23,7 @@ from dtron.hf import Source
 from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import weights_of
 from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
+from dtron.hf.weight_files import Reader, write
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.stages import split_into_stages
 from dtron.model.transformer import declare_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train
-from dtron.checkpoint.safetensors import Reader
 from dtron.hf.__main__ import main as hf_main
+from dtron.hf.weight_files import Reader
 from dtron.tools.generate import main as generate
 from tests.helpers.hf_models import folder
 from tests.helpers.texts import words

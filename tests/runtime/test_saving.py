@@ -13,6 +13,7 @@ from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as inspect
 from dtron.checkpoint.async_saver import reason
+from dtron.checkpoint.meta import FORMAT, Meta, encode_meta
 from dtron.mesh import Layout
 from dtron.params import init
 from dtron.runtime import run_directory
@@ -46,20 +47,27 @@ def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_offered(tmp_path
     assert other.step == 2
 
 
+def an_empty_checkpoint(path, step: int) -> None:
+    path.mkdir(parents=True)
+    (path / "meta.json").write_bytes(encode_meta(Meta(FORMAT, step, step, step, {}, {}, {})))
+
+
 @given(
     steps=st.lists(st.integers(1, 40), unique=True, max_size=12),
     keep=st.integers(0, 4),
     every=st.sampled_from([0, 1, 5, 7]),
+    data=st.data(),
 )
-def test_what_need_not_be_kept_is_deleted(tmp_path_factory, steps, keep, every):
+def test_what_need_not_be_kept_is_deleted(tmp_path_factory, steps, keep, every, data):
     run_dir = tmp_path_factory.mktemp("kept")
     for step in steps:
-        files.target(run_dir, step).mkdir(parents=True)
-        (files.target(run_dir, step) / "meta.json").write_text("{}")
-    files.prune(run_dir, keep, every)
-    newest = sorted(steps)[-keep:] if keep else steps
-    want = {s for s in steps if s in newest or (every and s % every == 0)}
-    assert {int(p.name.removeprefix("step-")) for p in files.whole(run_dir)} == want
+        an_empty_checkpoint(files.target(run_dir, step), step)
+    saved = data.draw(st.sampled_from(steps or [0]))
+    files.prune(run_dir, saved, keep, every)
+    known = sorted(s for s in steps if s <= saved)
+    newest = known[-keep:] if keep else known
+    want = {s for s in steps if s > saved or s in newest or (every and s % every == 0)}
+    assert {one.step for one in files.found(run_dir)} == want
 
 
 def test_saves_while_training_keep_the_last_and_change_nothing(run_dir, capsys):

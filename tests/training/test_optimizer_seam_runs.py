@@ -17,6 +17,7 @@ from torch import Tensor
 import train as program
 from dtron import checkpoint
 from dtron.checkpoint.__main__ import main as inspect_checkpoint
+from dtron.checkpoint.meta import encode_meta
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
@@ -138,10 +139,10 @@ def test_another_optimizer_is_refused_in_one_line(tmp_path, capsys):
     assert run_cli(program.main, argv) == 2
     error = capsys.readouterr().err
     assert "was made with optim.name=adamw, this run has sgd; use --optim.name adamw" in error
-    meta = checkpoint.newest(tmp_path / "run") / "meta.json"
-    content = json.loads(meta.read_text())
-    del content["identity"]["optim.name"]  # as an older version wrote it
-    meta.write_text(json.dumps(content))
+    path = checkpoint.newest(tmp_path / "run")
+    meta = checkpoint.read_meta(path)
+    del meta.identity["optim.name"]  # as an older version wrote it
+    (path / "meta.json").write_bytes(encode_meta(meta))
     assert run_cli(program.main, argv) == 2
     assert capsys.readouterr().err == error
 

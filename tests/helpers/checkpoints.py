@@ -1,0 +1,25 @@
+"""Checkpoints read without dtron, as docs/checkpoints.md shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    entry = json.loads((path / "meta.json").read_text())["tensors"][name]
+    whole = torch.empty(entry["shape"])
+    for file, start, shape in entry["parts"]:
+        with safe_open(path / file, "pt") as opened:
+            index = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+            whole[index] = opened.get_tensor(name)
+    return whole
+
+
+def with_public_tools(path: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint."""
+    names = json.loads((path / "meta.json").read_text())["tensors"]
+    return {name: read_tensor(path, name) for name in names}
