@@ -1,8 +1,9 @@
 """Training samples from text, token files and conversations.
 
-From files to tokens: `formats` and `documents` read text, `chat` reads conversations, and
-`tokenization` encodes them. `indexed` reads and writes token files, and `prepare` makes token files
-from text.
+From files to tokens: `formats` and `documents` read text, and `tokenization` encodes it. `chat`
+reads conversations, which `chat_template`, `chat_samples` and `chat_encoding` turn into ids.
+`special_tokens` finds the token that ends a document. `indexed` reads and writes token files, and
+`prepare` makes token files from text.
 
 From tokens to samples: `sources` (in the order of `chunks` or `megatron_order`),
 `best_fit_packing`, `stream`, and `mixture` for several sources with weights. `open` opens the data
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from dtron.data.open import Data, open_data
     from dtron.data.prefetch import Prefetch
     from dtron.data.sources import Rows, Source
-    from dtron.data.tokenization import encode, end_id, get_tokenizer
+    from dtron.data.special_tokens import end_id
+    from dtron.data.tokenization import encode, get_tokenizer
 
 _NAMES = {
     "cache": ["cache_dir"],
@@ -32,7 +34,8 @@ _NAMES = {
     "prefetch": ["Prefetch"],
     "sources": ["Rows", "Source"],
     "documents": ["Documents"],
-    "tokenization": ["encode", "end_id", "get_tokenizer"],
+    "special_tokens": ["end_id"],
+    "tokenization": ["encode", "get_tokenizer"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

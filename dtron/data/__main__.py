@@ -6,7 +6,6 @@ python -m dtron.data info corpus
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dtron.data.files import find_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
+from dtron.data.special_tokens import CONFIG, end_id, file_beside, save_tokenizer
 from dtron.data.tokenization import get_tokenizer, load_tokenizer, vocab_of
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
@@ -37,15 +37,23 @@ def run_prepare(o: Namespace, console: Console) -> int:
             f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out"
         )
     Writer(o.out, token_dtype(0), o.overwrite)  # refuses existing files before any work is done
-    if not o.overwrite and beside(Path(o.out).expanduser()).exists():
+    kept = beside(Path(o.out).expanduser())
+    taken = [file for file in (kept, file_beside(kept, CONFIG)) if file.exists()]
+    if taken and not o.overwrite:
         raise UserError(
-            f"--out {o.out!r}: {str(beside(Path(o.out)))!r} exists; choose another name, or "
-            "--overwrite"
+            f"--out {o.out!r}: {str(taken[0])!r} exists; choose another name, or --overwrite"
         )
     try:
         found = {path: find_files(path) for path in o.paths}
         files = list(chain.from_iterable(found[path].files for path in o.paths))
         tokenizer = _tokenizer(o)
+        end = end_id(tokenizer, o.tokenizer, o.end_token)
+        if end is None:
+            raise UserError(
+                f"--tokenizer {o.tokenizer!r}: no file beside it names a token that ends a "
+                "document, and its vocabulary has no well-known one; name one of its tokens by "
+                "--end-token"
+            )
         columns = (
             BarColumn(),
             TaskProgressColumn(),
@@ -60,19 +68,17 @@ def run_prepare(o: Namespace, console: Console) -> int:
                 status = f"{tokens:,} tokens, {rate / 1e6:.2f}M/s"
                 bar.update(task, completed=read, status=status)
 
-            done = prepare(files, tokenizer, o.out, o.column, o.workers, o.overwrite, progress)
+            done = prepare(files, tokenizer, o.out, o.column, o.workers, o.overwrite, progress, end)
     except ValueError as error:  # the messages name flags of train.py; replace them
         message = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
         message = message.replace("--data.", "--").replace("--model.", "--")
         raise UserError(message) from error
     prefix = Path(o.out).expanduser()
-    part = beside(prefix).with_suffix(f".{os.getpid()}.tmp")
-    tokenizer.save(str(part))
-    os.replace(part, beside(prefix))
+    save_tokenizer(tokenizer, kept, end)
     for line in filter(None, (f.skipped_line(path) for path, f in found.items())):
         console.print(line, soft_wrap=True, markup=False)
     console.print(
-        f"{prefix}.bin, .idx and {beside(prefix).name}: {done.documents:,} documents, "
+        f"{prefix}.bin, .idx and {kept.name}: {done.documents:,} documents, "
         f"{done.tokens:,} tokens in {done.seconds:.1f} s, {done.rate / 1e6:.2f}M tokens/s",
         soft_wrap=True,
     )
@@ -145,6 +151,11 @@ def parser() -> Parser:
         "--tokenizer",
         metavar="FILE",
         help="a tokenizer.json, or a folder with one (trained on the text)",
+    )
+    add(
+        "--end-token",
+        metavar="TOKEN",
+        help="the token that ends a document (the tokenizer's eos_token)",
     )
     add(
         "--vocab",

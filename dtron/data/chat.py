@@ -1,10 +1,15 @@
 """Conversations as training data. Only the assistant's messages are learned.
 
-A row has ``messages``:
+A row has ``messages``, and may have ``tools``, the functions that the assistant may call:
 
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-A template turns a conversation into text. The simple template, ChatML, is dtron's own:
+A template turns a conversation into text. It is the tokenizer's own if the files beside its
+tokenizer.json have one (chat_template.py). The ids are then exactly those that
+``apply_chat_template`` of transformers gives. A message that spells a special token becomes this
+token, as elsewhere with these templates.
+
+Otherwise it is the simple template, ChatML:
 
     <|im_start|>user
     2 + 2?<|im_end|>
@@ -14,65 +19,64 @@ A template turns a conversation into text. The simple template, ChatML, is dtron
 If the tokenizer has tokens for the markers, the markers become these tokens; otherwise they are
 plain text. With marker tokens no message can end itself or speak for another role, because the
 content of a message is always plain text. The loss counts an assistant's words and the
-``<|im_end|>`` after them, so a model also learns to stop. If the tokenizer has a separate token
-that ends a document, this token follows the last message and is learned too.
+``<|im_end|>`` after them, so a model also learns to stop. The token that ends a document follows
+the last message and is learned too, if it is another token. The simple template has no tool calls
+and refuses them.
 
-The other template is the tokenizer's own: the ``chat_template`` of the tokenizer_config.json (or
-chat_template.jinja) beside tokenizer.json. It is rendered by jinja2's sandbox, in which a template
-cannot run anything. The learned text of an assistant's message is the text that the template adds
-for this message after the generation prompt. Here a message that spells a special token becomes
-this token, as elsewhere with these templates. Left out: tools, images, and templates that change
-the text of earlier messages, which are refused.
+chat_samples.py finds what is learned, and chat_encoding.py makes the ids. Left out: images, and
+options of a template such as ``enable_thinking``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
-from dtron.data.files import find_files, one_line
-from dtron.data.formats import cells, understood
-from dtron.data.tokenization import encoder_of, end_id, ids_of
+from dtron.data.chat_encoding import sealed, signed_ids, unused_character, without_post_processor
+from dtron.data.chat_samples import END, ChatSample, chatml, notes_of, samples_of
+from dtron.data.chat_template import Messages, Tools, plain, template_beside
+from dtron.data.files import COLUMNS, find_files, suffix_of
+from dtron.data.formats import records, understood
+from dtron.data.special_tokens import add_config_tokens, end_id, tokenizer_config
+from dtron.data.tokenization import encoder_of, vocab_of
 from dtron.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
-START, END = "<|im_start|>", "<|im_end|>"
-
-Segment = tuple[str, bool, bool]  # text; is it learned; do its special tokens become tokens
-Messages = list[dict[str, str]]
-Template = Callable[[Messages], list[Segment]]
+_TEMPLATE_ROLES = (*ROLES, "developer", "function", "ipython")
+_BATCH = 256  # conversations
 
 
-def chatml(messages: Messages) -> list[Segment]:
-    """Render messages with the simple template."""
-    found = []
-    for message in messages:
-        learn = message["role"] == "assistant"
-        found += [
-            (f"{START}{message['role']}\n", False, True),
-            (message["content"], learn, False),
-            (END, learn, True),
-            ("\n", False, False),
-        ]
-    return found
+class Conversation(NamedTuple):
+    """A row: its place, for error messages, its messages and its tools."""
+
+    where: str
+    messages: Messages
+    tools: Tools
 
 
 class Chats:
     """The conversations at ``path``, in an order that is the same in every process. Iteration gives
     the text of each conversation, for training a tokenizer.
 
-    The template is the tokenizer's own if there is one beside ``tokenizer_path``, and chatml
-    otherwise."""
+    ``template``: the tokenizer's own; None: the simple template.
+    ``count``, ``notes``: the number of conversations, and lines about what is left out of them.
+    ``encode`` sets both."""
 
-    def __init__(self, path: str | None, column: str, tokenizer_path: str | None) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        column: str,
+        tokenizer_path: str | None,
+        end_token: str | None = None,
+    ) -> None:
         if path is None:
             raise UserError(
                 "--data.chat without --data.path: there are no conversations; give a .jsonl of them"
@@ -80,196 +84,201 @@ class Chats:
         found = find_files(path)
         self.path, self.column, self.files = path, column, found.files
         self.skipped = found.skipped_line(path)
-        self.source = template_beside(tokenizer_path)
-        self.template = chatml if self.source is None else own_template(*self.source)
+        self.tokenizer_path, self.end_token = tokenizer_path, end_token
+        self.template = template_beside(tokenizer_path)
+        self.count = 0
+        self.notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         stats = [(file.absolute(), file.stat()) for file in self.files]
         files = [f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in stats]
-        return digest(["chat", self.column, repr(self.source), *files])
+        return digest(["conversations", self.column, repr(self.template), *files])
 
     def __iter__(self) -> Iterator[str]:
-        return ("".join(text for text, *_ in segments) for segments in self.segments())
+        counts: Counter[str] = Counter()
+        for conversation in self.conversations():
+            yield from (sample.text for sample in self.samples(conversation, counts))
 
-    def segments(self) -> Iterator[list[Segment]]:
-        """Yield the segments of each conversation. Raises UserError for a row that is no
-        conversation with an assistant in it."""
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the rows. Raises UserError for a row that is no conversation with an assistant."""
         found = False
         for file in self.files:
             with understood(file):
-                for where, value in cells(file, self.column):
-                    messages = _checked(value, where, self.column)
+                for where, row in records(file, self.column, ("tools",)):
+                    if suffix_of(file) in COLUMNS:  # a column has every key that some row has
+                        row = plain(row, drop_none=True)
+                    messages = self._checked(row.get(self.column), where)
                     found = True
-                    try:
-                        yield self.template(messages)
-                    except ValueError as error:
-                        raise UserError(f"{where}: {error}") from error
+                    yield Conversation(where, messages, _tools(row.get("tools"), where))
         if not found:
             raise UserError(
                 f"--data.path {self.path!r} holds no conversation; give a .jsonl of them"
             )
 
+    def samples(self, conversation: Conversation, counts: Counter[str]) -> list[ChatSample]:
+        """Return the samples of a conversation.
+
+        ``counts``: counts the conversations, and what is left out of them."""
+        where, messages, tools = conversation
+        counts["conversations"] += 1
+        if self.template is None:
+            left_out = {key for m in messages for key, value in m.items() if value is not None}
+            counts.update(f"key {key}" for key in left_out - {"role", "content"})
+            counts["key tools"] += tools is not None
+            return [chatml(messages)]
+        counts["tools"] += bool(tools) and not self.template.reads("tools", tools)
+        try:
+            samples = samples_of(self.template, messages, tools, counts)
+            for sample in samples:
+                sample.text.encode()
+        except UnicodeError as error:
+            raise _surrogate(where) from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        return samples
+
     def encode(
-        self, tokenizer: Tokenizer, cache: Path
+        self, tokenizer: Tokenizer, cache: Path, end: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return ``(tokens, learn, lengths)``, cached.
 
-        ``tokens``: the ids of all conversations, concatenated.
+        ``tokens``: the ids of all samples, concatenated.
         ``learn``: whether each id is learned.
-        ``lengths``: the number of ids in each conversation."""
-        target = cache / f"chat-{digest([self.key, tokenizer.to_str()])}.npy"
+        ``lengths``: the number of ids in each sample.
+
+        ``end``: the token that ends a document; None: the token that `end_id` finds."""
+        if self.template is not None:
+            end = None  # the template ends its conversations
+        elif end is None:
+            end = end_id(tokenizer, self.tokenizer_path, self.end_token)
+        config = {} if self.template is None else tokenizer_config(self.tokenizer_path)
+        parts = [self.key, tokenizer.to_str(), str(end), json.dumps(config, sort_keys=True)]
+        target = cache / f"chat-{digest(parts)}.npy"
 
         def write(file: Path) -> None:
-            _write(file, self._encoded(tokenizer))
+            counts: Counter[str] = Counter()
+            ids = list(self._encoded(tokenizer, end, counts))
+            _write(file, ids, counts["conversations"], "\n".join(notes_of(self.path, counts)))
 
         whole = cached(target, _read, write)
-        n = int(whole[0])
-        lengths, signed = whole[1 : n + 1], whole[n + 1 :]
+        n, m, self.count = map(int, whole[:3])
+        lengths, note, signed = np.split(whole[3:], [n, n + m])
+        self.notes = tuple("".join(map(chr, note)).splitlines())
         return np.where(signed < 0, ~signed, signed), signed >= 0, lengths
 
-    def _encoded(self, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-        """Yield the ids of each conversation, as ``~id`` if they are not learned."""
-        encoders = [encoder_of(tokenizer, special) for special in (False, True)]
-        end = end_id(tokenizer) if self.source is None else None
+    def _encoded(
+        self, tokenizer: Tokenizer, end: int | None, counts: Counter[str]
+    ) -> Iterator[np.ndarray]:
+        """Yield the ids of each sample, as ``~id`` if they are not learned."""
+        conversations = self.conversations()
+        if self.template is not None:
+            encoder = without_post_processor(encoder_of(tokenizer, special=True))
+            add_config_tokens(encoder, self.tokenizer_path)
+            rows = vocab_of(tokenizer)
+            while batch := list(islice(conversations, _BATCH)):
+                found = [(c.where, sample) for c in batch for sample in self.samples(c, counts)]
+                every = signed_ids(encoder, [sample for _, sample in found])
+                for (where, _), ids in zip(found, every, strict=True):
+                    _check_ids(ids, rows, encoder, where)
+                    yield ids
+            return
         closing = [] if end in (None, tokenizer.token_to_id(END)) else [end]
-        conversations = self.segments()
-        while batch := list(islice(conversations, 256)):
-            flat = [segment for segments in batch for segment in segments]
-            ids: list[list[int]] = [[] for _ in flat]
-            for special, encoder in enumerate(encoders):
-                mine = [i for i, segment in enumerate(flat) if segment[2] == special]
-                for i, found in zip(mine, ids_of(encoder, [flat[i][0] for i in mine]), strict=True):
-                    ids[i] = found
-            parts = iter(zip(flat, ids, strict=True))
-            for segments in batch:
-                signed = [
-                    t if seg[1] else ~t for seg, got in islice(parts, len(segments)) for t in got
-                ]
-                yield np.array(signed + closing, np.int64)
+        text = tokenizer.to_str()
+        while batch := list(islice(conversations, _BATCH)):
+            for conversation in batch:
+                self.samples(conversation, counts)
+            contents = (m["content"] for c in batch for m in c.messages)
+            encoder, *markers = sealed(text, unused_character(contents))
+            for ids in signed_ids(encoder, [chatml(c.messages, *markers) for c in batch]):
+                yield np.array([*ids, *closing], np.int64)
 
+    def _checked(self, value: Any, where: str) -> Messages:
+        wrong = None
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            wrong = f"{str(value)[:40]!r}, which is no list of messages"
+        else:
+            wrong = next(filter(None, map(self._fault, value)), None)
+            if wrong is None and not any(message["role"] == "assistant" for message in value):
+                wrong = "no message of the assistant, so there is nothing to learn"
+        if wrong:
+            raise UserError(
+                f'{where} has in {self.column!r} {wrong}; write [{{"role": "user", "content": '
+                '"..."}, {"role": "assistant", "content": "..."}]'
+            )
+        return value
 
-def _checked(value: Any, where: str, column: str) -> Messages:
-    wrong = None
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        wrong = f"{str(value)[:40]!r}, which is no list of messages"
-    else:
-        for message in value:
-            if message.get("role") not in ROLES:
-                wrong = (
-                    f"a message of the role {message.get('role')!r}; roles are {', '.join(ROLES)}"
+    def _fault(self, message: dict[str, Any]) -> str | None:
+        """Say what is wrong with a message; None if nothing is."""
+        role, content = message.get("role"), message.get("content")
+        roles = ROLES if self.template is None else _TEMPLATE_ROLES
+        named = isinstance(role, str) and self.template is not None and self.template.names(role)
+        if role not in roles and not named:
+            return f"a message of the role {role!r}; roles are {', '.join(roles)}"
+        if self.template is None:
+            if message.get("tool_calls"):
+                return (
+                    "tool_calls, which the simple template does not write: give a --data.tokenizer "
+                    "folder whose chat template does"
                 )
-            elif not isinstance(message.get("content"), str):
-                kind = type(message.get("content")).__name__
-                wrong = f"a message of {message['role']!r} whose content is {kind}, not a string"
-    if not wrong and not any(message["role"] == "assistant" for message in value):
-        wrong = "no message of the assistant, so there is nothing to learn"
-    if wrong:
+            if not isinstance(content, str):
+                kind = type(content).__name__
+                return f"a message of {role!r} whose content is {kind}, not a string"
+        elif isinstance(content, list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                return f"a message of {role!r} whose content is list, and not of texts alone"
+        elif not isinstance(content, str | None):
+            kind = type(content).__name__
+            return f"a message of {role!r} whose content is {kind}, not a string"
+        return None
+
+
+def _tools(value: Any, where: str) -> Tools:
+    """Return the tools of a row: a list of objects, or the JSON of one."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, list):
+            value = [json.loads(tool) if isinstance(tool, str) else tool for tool in value]
+    except ValueError:
+        pass
+    if value is None or (isinstance(value, list) and all(isinstance(t, dict) for t in value)):
+        return value
+    raise UserError(
+        f"{where} has in 'tools' {str(value)[:40]!r}, which is no list of objects; write "
+        '[{"type": "function", "function": {...}}], or leave the column out'
+    )
+
+
+def _surrogate(where: str) -> UserError:
+    return UserError(
+        f"{where} has half of a surrogate pair, which is valid JSON and no text; write the whole "
+        "pair, or drop it"
+    )
+
+
+def _check_ids(ids: np.ndarray, rows: int, encoder: Tokenizer, where: str) -> None:
+    """Raise UserError for a token that the tokenizer.json lacks."""
+    largest = int(np.maximum(ids, ~ids).max(initial=-1))
+    if largest >= rows:
         raise UserError(
-            f'{where} has in {column!r} {wrong}; write [{{"role": "user", "content": "..."}}, '
-            '{"role": "assistant", "content": "..."}]'
+            f"{where} has the token {encoder.id_to_token(largest)!r}, which tokenizer_config.json "
+            "names and tokenizer.json lacks; save the tokenizer again, with this token"
         )
-    return value
 
 
-def _write(file: Path, conversations: Iterable[np.ndarray]) -> None:
-    """Write the number of conversations, their lengths, and their ids."""
-    found = list(conversations)
-    parts = [[len(found)], [len(ids) for ids in found], *found]
+def _write(file: Path, samples: list[np.ndarray], count: int, notes: str) -> None:
+    """Write the number of samples, the length of the notes, the number of conversations, the
+    samples' lengths, the notes, and the ids."""
+    sizes = [len(ids) for ids in samples]
+    head = [[len(samples), len(notes), count], sizes, [ord(c) for c in notes]]
     with file.open("wb") as out:
-        np.save(out, np.concatenate([np.asarray(part, np.int64) for part in parts]))
+        np.save(out, np.concatenate([np.asarray(part, np.int64) for part in (*head, *samples)]))
 
 
 def _read(file: Path) -> np.ndarray | None:
     try:
         whole = np.load(file, mmap_mode="r", allow_pickle=False)
-        return (
-            whole if whole[1 : int(whole[0]) + 1].sum() == len(whole) - 1 - int(whole[0]) else None
-        )
+        n, m = map(int, whole[:2])
+        return whole if whole[3 : n + 3].sum() == len(whole) - 3 - n - m else None
     except (OSError, ValueError, EOFError):
         return None
-
-
-# ---------------------------------------------------------------------------- jinja templates
-
-
-def template_beside(tokenizer_path: str | None) -> tuple[str, str, str] | None:
-    """Return ``(template, bos token, eos token)`` of the tokenizer_config.json beside a
-    tokenizer.json, or None."""
-    if tokenizer_path is None:
-        return None
-    path = Path(tokenizer_path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    config_file, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    try:
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        template = jinja.read_text() if jinja.is_file() else config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{str(config_file)!r} cannot be read ({one_line(error)}); mend it, or move "
-            "tokenizer.json to a folder without it for the simple template"
-        ) from error
-    if isinstance(template, list):  # several templates by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is None:
-        return None
-    bos, eos = (_content(config.get(name)) for name in ("bos_token", "eos_token"))
-    return template, bos, eos
-
-
-def _content(token: Any) -> str:
-    return (token.get("content") if isinstance(token, dict) else token) or ""
-
-
-def own_template(source: str, bos: str, eos: str) -> Template:
-    """Return a template from jinja source. It renders as transformers would render it."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def fail(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = fail
-    # transformers marks the assistant's text with this tag; dtron compares rendered texts instead.
-    source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
-    source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
-    try:
-        template = environment.from_string(source)
-    except TemplateError as error:
-        raise UserError(
-            f"the tokenizer's chat template is malformed ({one_line(error)}); mend it, or move "
-            "tokenizer.json to a folder without tokenizer_config.json for the simple template"
-        ) from error
-
-    def render(messages: Messages, prompt: bool) -> str:
-        try:
-            return template.render(
-                messages=messages, add_generation_prompt=prompt, bos_token=bos, eos_token=eos
-            )
-        except Exception as error:  # a template may fail in any way
-            raise UserError(
-                f"the tokenizer's chat template cannot render it ({one_line(error)}); change the "
-                "messages, or move tokenizer.json to a folder without tokenizer_config.json for "
-                "the simple template"
-            ) from error
-
-    def segments(messages: Messages) -> list[Segment]:
-        found, done = [], ""
-        whole = render(messages, False)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, after = render(messages[:i], True), render(messages[: i + 1], False)
-                if not (
-                    before.startswith(done) and after.startswith(before) and whole.startswith(after)
-                ):
-                    raise UserError(
-                        "the tokenizer's chat template changes earlier messages, so what the "
-                        "assistant said cannot be found; give one that only adds, or a folder "
-                        "without it"
-                    )
-                found += [(before[len(done) :], False, True), (after[len(before) :], True, True)]
-                done = after
-        return [*found, (whole[len(done) :], False, True)]
-
-    return segments

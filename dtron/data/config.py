@@ -19,6 +19,8 @@ class DataConfig:
     tokenizer: str | None = None
     """a tokenizer.json, or a folder with one; None: the tokenizer beside a .bin/.idx pair, or else
     a byte-level BPE of model.vocab words, trained on the text and cached"""
+    end_token: str | None = None
+    """the token that ends a document; None: the tokenizer's eos_token, from the files beside it"""
     column: str | None = None
     """field or column with the text; None: text, or messages with chat"""
     seq_len: int = 256

@@ -24,11 +24,11 @@ def texts(file: Path, column: str) -> Iterator[str]:
     if suffix_of(file) in COLUMNS:
         from pyarrow import types
 
-        for kind, column_of in _columns(file, column):
+        for kind, columns in _columns(file, column):
             plain = kind.value_type if types.is_dictionary(kind) else kind
             if not any(is_kind(plain) for is_kind in _strings_of(types)):
                 raise _not_text(repr(str(file)), column, str(kind))
-            yield from (text for text in column_of.to_pylist() if text)
+            yield from (text for text in columns[column].to_pylist() if text)
         return
     yield from _strings(cells(file, column), column)
 
@@ -42,7 +42,13 @@ def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) 
     """Yield the texts of some lines of a .jsonl file.
 
     ``first``: the number of the first line, from 1."""
-    return _strings(_named(file, _line_rows(file, lines, first), column), column)
+    return _strings(
+        (
+            (where, row[column])
+            for where, row in _objects(file, _line_rows(file, lines, first), column)
+        ),
+        column,
+    )
 
 
 def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
@@ -65,27 +71,40 @@ def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
 
 def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     """Yield the place of each row (for error messages) and its value in the column."""
+    yield from ((where, row[column]) for where, row in records(file, column))
+
+
+def records(
+    file: Path, column: str, optional: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each row (for error messages), and its values by column.
+
+    ``optional``: more columns, which a file or a row may lack."""
     match suffix_of(file):
         case ".jsonl" | ".json":
-            yield from _named(file, _json_rows(file), column)
+            yield from _objects(file, _json_rows(file), column)
         case ".parquet" | ".arrow":
-            values = (v for _, column_of in _columns(file, column) for v in column_of.to_pylist())
-            yield from (
-                (f"{str(file)!r} row {number}", v) for number, v in enumerate(values, start=1)
-            )
+            number = 0
+            for _, columns in _columns(file, column, optional):
+                for values in zip(*(c.to_pylist() for c in columns.values()), strict=True):
+                    number += 1
+                    yield f"{str(file)!r} row {number}", dict(zip(columns, values, strict=True))
         case _:  # read as bytes, because text mode would change line endings
             with opened(file) as whole:
-                yield repr(str(file)), _decoded(file, whole.read())
+                yield repr(str(file)), {column: _decoded(file, whole.read())}
 
 
-def _named(file: Path, found: Iterable[tuple[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
+def _objects(
+    file: Path, found: Iterable[tuple[str, Any]], column: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows, each an object that has the column."""
     for where, row in found:
         where = f"{str(file)!r} {where}"
         if not isinstance(row, dict):
             raise _not_row(where, column, row)
         if column not in row:
             raise _missing(where, column, list(row))
-        yield where, row[column]
+        yield where, row
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -139,19 +158,28 @@ def _parse(source: str, where: str) -> Any:
         ) from error
 
 
-def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
-    """Yield a column in batches, each with the column's type; both are pyarrow objects."""
+def _columns(
+    file: Path, column: str, optional: tuple[str, ...] = ()
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield batches: the type of the column, and the columns by name. The types and the columns are
+    pyarrow objects.
+
+    ``optional``: more columns, which the file may lack."""
     from pyarrow import ipc, parquet
+
+    def batch_of(batch: Any) -> tuple[Any, dict[str, Any]]:
+        names = (column, *(name for name in optional if name in batch.schema.names))
+        return batch.column(column).type, {name: batch.column(name) for name in names}
 
     # Opened here and not by pyarrow, so that a missing permission is not reported as damage.
     with file.open("rb") as source:
         if suffix_of(file) == ".parquet":
             with _reading(file, "Parquet"):
                 table = parquet.ParquetFile(source)
-                schema = table.schema_arrow
-                _has(file, schema, column)
-                batches = table.iter_batches(batch_size=256, columns=[column])
-                yield from ((schema.field(column).type, batch.column(0)) for batch in batches)
+                present = table.schema_arrow.names
+                _has(file, table.schema_arrow, column)
+                names = [column, *(name for name in optional if name in present)]
+                yield from map(batch_of, table.iter_batches(batch_size=256, columns=names))
             return
         with _reading(file, "Arrow"):
             # The random-access format begins with this magic. `datasets` writes the stream format.
@@ -163,8 +191,7 @@ def _columns(file: Path, column: str) -> Iterator[tuple[Any, Any]]:
             else:
                 batches = table = ipc.open_stream(source)
             _has(file, table.schema, column)
-            kind = table.schema.field(column).type
-            yield from ((kind, batch.column(column)) for batch in batches)
+            yield from map(batch_of, batches)
 
 
 @contextmanager

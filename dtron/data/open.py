@@ -25,8 +25,9 @@ from dtron.data.indexed import Indexed, prefix_of
 from dtron.data.megatron_order import most_samples, split_documents
 from dtron.data.mixture import parse_sources, samples_of
 from dtron.data.sources import Chunks, Mixed, Packed, Source
+from dtron.data.special_tokens import end_id
 from dtron.data.stream import HELD, Stream
-from dtron.data.tokenization import encode, end_id, get_tokenizer, key_of
+from dtron.data.tokenization import encode, get_tokenizer, key_of, load_tokenizer
 from dtron.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ class Data:
     ``tokenizer``: None if it is not known, for indexed files.
     ``samples``: the largest number of samples that has this run's order, if the order depends on
     this number.
-    ``notes``: lines about files that are not read."""
+    ``notes``: lines about what is left out: files, conversations, end tokens.
+    ``end``: the id of the token that ends a document; None: there is none."""
 
     train: Source
     validation: Source
     tokenizer: Tokenizer | None
     samples: int | None = None
     notes: tuple[str, ...] = ()
+    end: int | None = None
 
     def digest(self) -> str:
         """Return a hash that differs if the samples or the tokens differ."""
@@ -70,20 +73,14 @@ def open_data(
     samples = d.samples or samples
     named = parse_sources(d.path)
     texts = [_open(d, path, cache) for _, path in named]
-    tokenizer = _tokenizer(d, texts, vocab, cache)
-    if (
-        d.marked
-        and any(isinstance(text, Documents) for text in texts)
-        and tokenizer is not None
-        and end_id(tokenizer) is None
-    ):
-        flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
-        raise UserError(
-            f"{flag}: {d.tokenizer} has no token that ends a document; add <|endoftext|> to it, or "
-            f"drop {flag}"
+    tokenizer, file = _tokenizer(d, texts, vocab, cache)
+    end = None if tokenizer is None else _end_id(d, tokenizer, file, texts)
+    notes = [text.skipped for text in texts if not isinstance(text, Indexed)]
+    if end is None and any(isinstance(text, Documents) for text in texts):
+        notes.append(
+            f"--data.tokenizer {d.tokenizer!r} has no token that ends a document, so documents "
+            "follow each other with nothing between them; name one by --data.end-token"
         )
-    lines = [text.skipped for text in texts if not isinstance(text, Indexed)]
-    notes = tuple(line for line in lines if line is not None)
     found: list[tuple[Source, Source]] = []
     most = None
     for (weight, _), text in zip(named, texts, strict=True):
@@ -94,18 +91,43 @@ def open_data(
             continue
         assert tokenizer is not None  # only indexed files may lack one
         if isinstance(text, Chats):
-            found.append(_chats(d, text, tokenizer, seed, cache))
+            train, held, note = _chats(d, text, text.encode(tokenizer, cache, end), seed)
+            found.append((train, held))
+            notes += [*text.notes, note]
         elif d.streaming:
-            held = Stream(text, tokenizer, d.seq_len, d.marked, 0, HELD)
-            found.append((Stream(text, tokenizer, d.seq_len, d.marked, HELD), held))
+            held = Stream(text, tokenizer, d.seq_len, d.marked, 0, HELD, end)
+            found.append((Stream(text, tokenizer, d.seq_len, d.marked, HELD, 0, end), held))
         else:
-            found.append(_text(d, text, tokenizer, seed, cache))
+            tokens = encode(text, tokenizer, cache, end)
+            found.append(_text(d, tokens, end, seed))
+    lines = tuple(line for line in notes if line is not None)
     if len(found) == 1:
-        return Data(*found[0], tokenizer, most, notes)
+        return Data(*found[0], tokenizer, most, lines, end)
     weights = [weight for weight, _ in named]
     train, held = (Mixed(list(sources), weights) for sources in zip(*found, strict=True))
     ordered = any(isinstance(text, Indexed) for text in texts)
-    return Data(train, held, tokenizer, samples if ordered else None, notes)
+    return Data(train, held, tokenizer, samples if ordered else None, lines, end)
+
+
+def _end_id(
+    d: DataConfig, tokenizer: Tokenizer, file: Path | None, texts: list[Text]
+) -> int | None:
+    """Return the end token. Raises UserError if documents need one and the tokenizer lacks it."""
+    plain = any(isinstance(text, Documents) for text in texts)
+    chats = any(isinstance(text, Chats) and text.template is None for text in texts)
+    try:
+        end = end_id(tokenizer, file, d.end_token)
+    except UserError:
+        if d.end_token is None and not (plain or chats):
+            return None  # an index knows its documents, and a chat template ends its conversations
+        raise
+    if end is None and d.marked and plain:
+        flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
+        raise UserError(
+            f"{flag}: --data.tokenizer {d.tokenizer!r} has no token that ends a document; name one "
+            f"of its tokens by --data.end-token, or drop {flag}"
+        )
+    return end
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
@@ -121,7 +143,7 @@ def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
             )
         return Indexed(prefix)
     if d.chat:
-        return Chats(path, d.column or "messages", d.tokenizer)
+        return Chats(path, d.column or "messages", d.tokenizer, d.end_token)
     return Documents(path, d.column or "text", cache, d.streaming)
 
 
@@ -130,19 +152,27 @@ def beside(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".tokenizer.json")
 
 
-def _tokenizer(d: DataConfig, texts: list[Text], vocab: int, cache: Path) -> Tokenizer | None:
+def _tokenizer(
+    d: DataConfig, texts: list[Text], vocab: int, cache: Path
+) -> tuple[Tokenizer | None, Path | None]:
+    """Return the tokenizer, and its file or folder if it has one."""
     files = {beside(text.prefix) for text in texts if isinstance(text, Indexed)}
     docs = [text for text in texts if not isinstance(text, Indexed)]
     if d.tokenizer is not None or not files:
-        return get_tokenizer(d.tokenizer, docs[0] if len(docs) == 1 else Turns(docs), vocab, cache)
+        text = docs[0] if len(docs) == 1 else Turns(docs)
+        file = None if d.tokenizer is None else Path(d.tokenizer)
+        return get_tokenizer(d.tokenizer, text, vocab, cache), file
     there = [file for file in files if file.is_file()]
+    ends = {end_id(load_tokenizer(str(file)), file) for file in there} if docs else set()
     known = {file.read_bytes() for file in there}
-    if len(known) > 1 or (docs and len(there) < len(files)):
+    if len(known) > 1 or len(ends) > 1 or (docs and len(there) < len(files)):
         raise UserError(
             f"--data.path {d.path!r}: its sources were made with different or unknown tokenizers; "
             "make them with one, and give it as --data.tokenizer"
         )
-    return get_tokenizer(str(there[0]), [], vocab, cache) if there else None
+    if not there:
+        return None, None
+    return get_tokenizer(str(there[0]), [], vocab, cache), there[0]
 
 
 class Turns:
@@ -156,13 +186,10 @@ class Turns:
         return (text for turn in turns for text in turn if text is not None)
 
 
-def _text(
-    d: DataConfig, docs: Documents, tokenizer: Tokenizer, seed: int, cache: Path
-) -> tuple[Source, Source]:
-    train, held = split_text(encode(docs, tokenizer, cache), d.seq_len, d.validation_ratio)
-    end = end_id(tokenizer)
+def _text(d: DataConfig, tokens: np.ndarray, end: int | None, seed: int) -> tuple[Source, Source]:
+    train, held = split_text(tokens, d.seq_len, d.validation_ratio)
     if d.fitted:
-        assert end is not None  # open_data refuses a tokenizer without one
+        assert end is not None  # _end_id refuses a tokenizer without one
         return (
             Fitted(_documents(train, end), d.seq_len, seed),
             Fitted(_documents(held, end), d.seq_len, seed, shuffle=False),
@@ -183,16 +210,18 @@ def _documents(tokens: np.ndarray, end: int) -> TokenizedDocuments:
 
 
 def _chats(
-    d: DataConfig, chats: Chats, tokenizer: Tokenizer, seed: int, cache: Path
-) -> tuple[Source, Source]:
-    tokens, learn, lengths = chats.encode(tokenizer, cache)
+    d: DataConfig, chats: Chats, encoded: tuple[np.ndarray, np.ndarray, np.ndarray], seed: int
+) -> tuple[Source, Source, str | None]:
+    """Return samples of conversations, and a line about what is dropped or cut."""
+    tokens, learn, lengths = encoded
     starts = np.cumsum(lengths) - lengths
     kept = np.minimum(lengths, d.seq_len + 1)  # a longer conversation loses its end
     taught = np.concatenate([[0], np.cumsum(learn)])
     some = taught[starts + kept] > taught[np.minimum(starts + 1, starts + kept)]
+    cut = int((some & (kept < lengths)).sum())
     starts, kept = starts[some], kept[some]
-    cut = len(kept) - int(len(kept) * d.validation_ratio)
-    if cut == len(kept):
+    held_out = len(kept) - int(len(kept) * d.validation_ratio)
+    if held_out == len(kept):
         raise UserError(
             f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have "
             f"something to learn in their first {d.seq_len} tokens, and a share of "
@@ -200,8 +229,20 @@ def _chats(
             "--data.validation-ratio, or give more"
         )
     documents = TokenizedDocuments(tokens, starts, kept, learn)
-    train, held = documents.part(slice(cut)), documents.part(slice(cut, None))
-    return Fitted(train, d.seq_len, seed), Fitted(held, d.seq_len, seed, shuffle=False)
+    train, held = documents.part(slice(held_out)), documents.part(slice(held_out, None))
+    note = None
+    if len(kept) < len(lengths) or cut:
+        what = "conversations" if len(lengths) == chats.count else "samples of conversations"
+        note = (
+            f"{chats.path}: {len(lengths) - len(kept):,} of {len(lengths):,} {what} have "
+            f"nothing to learn in their first {d.seq_len:,} tokens and are dropped; {cut:,} are "
+            "cut; raise --data.seq-len"
+        )
+    return (
+        Fitted(train, d.seq_len, seed),
+        Fitted(held, d.seq_len, seed, shuffle=False),
+        note,
+    )
 
 
 def _indexed(

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from dtron.data.files import is_compressed, opened, suffix_of
 from dtron.data.formats import texts, texts_of_lines, understood
 from dtron.data.indexed import Writer, token_dtype
+from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import encoded, encoder_of, vocab_of
 from dtron.errors import UserError
 
@@ -62,18 +63,27 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    end: int | None = None,
 ) -> Done:
     """Write ``out.bin`` and ``out.idx`` from the documents of ``files``.
 
+    ``end``: the token that ends each document; None: the token that `end_id` finds in the
+    vocabulary.
     ``progress``: called with the bytes read and the tokens written so far.
 
     Raises UserError if something cannot be read or written. Then no file is left."""
     dtype = token_dtype(vocab_of(tokenizer))
+    end = end_id(tokenizer) if end is None else end
+    if end is None:
+        raise UserError(
+            "the tokenizer has no token that ends a document, so documents would run into each "
+            "other; name one of its tokens by --end-token"
+        )
     workers = workers or _cores()
     start, tokens, read = time.perf_counter(), 0, 0
     with Writer(out, dtype, overwrite) as writer:
         pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), _start, (tokenizer.to_str(), column, dtype.str)
+            workers, get_context("spawn"), _start, (tokenizer.to_str(), end, column, dtype.str)
         )
         try:
             for size, future in _ahead(pool, _blocks(files, column), 2 * workers):
@@ -147,19 +157,19 @@ def _result(future: Future) -> tuple[bytes, np.ndarray]:
 
 # ---------------------------------------------------------------------------- in a worker
 
-_worker: tuple[Tokenizer, str, np.dtype]
+_worker: tuple[Tokenizer, int, str, np.dtype]
 
 
-def _start(tokenizer: str, column: str, dtype: str) -> None:
+def _start(tokenizer: str, end: int, column: str, dtype: str) -> None:
     global _worker  # every block needs these values; they are sent once per process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    _worker = encoder_of(tokenizer), column, np.dtype(dtype)
+    _worker = encoder_of(tokenizer), end, column, np.dtype(dtype)
 
 
 def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
     """Return the tokens of a block's documents as bytes, and the length of each document; or the
     error message."""
-    encoder, column, dtype = _worker
+    encoder, end, column, dtype = _worker
     file, first, rows = block
     try:
         with understood(file):
@@ -169,7 +179,7 @@ def _encode(block: Block) -> tuple[bytes, np.ndarray] | str:
                 docs = cast("list[str]", rows)
             docs = [text for text in docs if text.strip()]
         parts, lengths, length = [], [], 0
-        for ids, last in encoded(docs, encoder, dtype):
+        for ids, last in encoded(docs, encoder, end, dtype):
             parts.append(ids.tobytes())
             length += len(ids)
             if last:

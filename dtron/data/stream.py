@@ -24,7 +24,8 @@ from dtron.data.cache import digest
 from dtron.data.chunks import document_ids
 from dtron.data.documents import Documents
 from dtron.data.sources import Rows
-from dtron.data.tokenization import encoded, encoder_of, end_id
+from dtron.data.special_tokens import end_id
+from dtron.data.tokenization import encoded, encoder_of
 
 HELD = 32
 _MARK = 1 << 20  # tokens between remembered documents
@@ -34,6 +35,7 @@ class Stream:
     """Samples of streamed documents, from sample ``first`` of the stream on.
 
     ``count``: number of samples in an epoch (0: no limit).
+    ``end``: the token that ends a document (None: the token that `end_id` finds).
     ``size`` is 0, because the size is not known."""
 
     size = 0
@@ -46,9 +48,11 @@ class Stream:
         marks: bool,
         first: int = 0,
         count: int = 0,
+        end: int | None = None,
     ) -> None:
         self.docs, self.encoder, self.seq_len = docs, encoder_of(tokenizer), seq_len
-        self.marks, self.first, self.count, self.end = marks, first, count, end_id(tokenizer)
+        self.marks, self.first, self.count = marks, first, count
+        self.end = end_id(tokenizer) if end is None else end
         # Remembered places: (place in the stream of tokens, number of documents before it). Both
         # count from the first epoch.
         self._known = [(0, 0)]
@@ -69,6 +73,8 @@ class Stream:
 
     def digest(self) -> str:
         sizes = f"{self.seq_len} {self.first} {self.count}"
+        if self.end != end_id(self.encoder):
+            sizes += f" {self.end}"
         return digest([f"stream {self.docs.key} {sizes}", self.encoder.to_str()])
 
     def _take(self, number: int, count: int) -> np.ndarray:
@@ -105,7 +111,7 @@ class Stream:
             skipped = document % self._in_epoch if self._in_epoch else document
             number = document - skipped
             docs = islice(iter(self.docs), skipped, None)
-            for ids, last in encoded(docs, self.encoder, np.dtype(np.int64)):
+            for ids, last in encoded(docs, self.encoder, self.end, np.dtype(np.int64)):
                 yield ids
                 place, document = place + len(ids), document + last
                 if last and place >= self._known[-1][0] + _MARK:

@@ -2,7 +2,7 @@
 
 If the user gives no tokenizer, a byte-level BPE is trained on the documents. Its alphabet is the
 256 bytes, so there is no unknown token, and decoding gives back every text exactly. The ids of all
-documents are concatenated. Each document ends with the end-of-text token. The ids are stored as raw
+documents are concatenated. Each document ends with the tokenizer's end token. The ids are stored as raw
 integers and mapped into memory, so memory does not grow with the corpus. A start reads the file
 once, for its checksum.
 
@@ -21,12 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
 from dtron.data.formats import one_line
+from dtron.data.special_tokens import END, end_id
 from dtron.errors import UserError
 
-END = "<|endoftext|>"
-
-# Names of this token in other tokenizers. The first name that the vocabulary has is taken.
-_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _PIECE = 1 << 20  # characters of one document encoded at once; a whole book needs too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
 # Characters to learn merges from. Merges settle much earlier, and counting costs memory.
@@ -54,24 +51,22 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     return cached(target, _read_tokenizer, write)
 
 
-def end_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the token that ends a document, or None if the vocabulary has no
-    known one."""
-    ids = (tokenizer.token_to_id(name) for name in _ENDS)
-    return next((token for token in ids if token is not None), None)
+def encode(
+    docs: Iterable[str], tokenizer: Tokenizer, cache: Path, end: int | None = None
+) -> np.ndarray:
+    """Return all documents' ids, concatenated and read-only.
 
+    Text that happens to spell a special token is encoded as ordinary text: only this function ends
+    a document.
 
-def encode(docs: Iterable[str], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
-    """Return all documents' ids, concatenated and read-only. Each document ends with `end_id`.
-
-    If the tokenizer has no such token, documents follow each other with nothing between them. Text
-    that happens to spell a special token is encoded as ordinary text: only this function ends a
-    document."""
-    text = tokenizer.to_str()
+    `end`: the token that ends each document; None: the token that `end_id` finds in the vocabulary.
+    If there is none, documents follow each other with nothing between them."""
+    text, end = tokenizer.to_str(), end_id(tokenizer) if end is None else end
     dtype = np.dtype(np.uint16 if vocab_of(tokenizer) <= 1 << 16 else np.uint32)
-    target = cache / f"tokens-{digest([key_of(docs), text])}.{dtype}"
+    target = cache / f"tokens-{digest([key_of(docs), text, str(end)])}.{dtype}"
     read = partial(_read_tokens, dtype=dtype)
-    return cached(target, read, partial(_write, docs=docs, tokenizer=text, dtype=dtype))
+    write = partial(_write, docs=docs, tokenizer=text, end=end, dtype=dtype)
+    return cached(target, read, write)
 
 
 def key_of(docs: Iterable[str]) -> str:
@@ -197,11 +192,10 @@ def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encoded(
-    docs: Iterable[str], encoder: Tokenizer, dtype: np.dtype
+    docs: Iterable[str], encoder: Tokenizer, end: int | None, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Yield the ids of documents, in segments. True with the last segment of each document, which
     the end token follows."""
-    end = end_id(encoder)
     closing = [] if end is None else [end]
     for batch in _batches(docs):
         found = ids_of(encoder, [piece for piece, _ in batch])
@@ -209,12 +203,14 @@ def encoded(
             yield np.array(ids + closing if last else ids, dtype), last
 
 
-def _write(file: Path, docs: Iterable[str], tokenizer: str, dtype: np.dtype) -> None:
+def _write(
+    file: Path, docs: Iterable[str], tokenizer: str, end: int | None, dtype: np.dtype
+) -> None:
     """Write the ids as raw `dtype`, then the CRC-32 of these bytes. A file with a wrong CRC-32 is
     rebuilt."""
     check = 0
     with file.open("wb") as out:
-        for ids, _ in encoded(docs, encoder_of(tokenizer), dtype):
+        for ids, _ in encoded(docs, encoder_of(tokenizer), end, dtype):
             data = ids.tobytes()
             check = zlib.crc32(data, check)
             out.write(data)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
-from dtron.data.tokenization import end_id
+from dtron.data.special_tokens import end_id
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
@@ -160,7 +160,7 @@ def _write_tokenizer(run_dir: Path, out: Path) -> None:
     if own.is_file() and not (out / own.name).exists():
         shutil.copyfile(own, out / own.name)
         tokenizer = Tokenizer.from_file(str(own))
-        end = end_id(tokenizer)
+        end = end_id(tokenizer, own)
         entries = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -172,5 +172,5 @@ def _write_tokenizer(run_dir: Path, out: Path) -> None:
 def _tokens_of(run_dir: Path) -> dict[str, Any]:
     """Return the special tokens of a run that made its own tokenizer."""
     file = run_dir / "tokenizer.json"
-    end = end_id(Tokenizer.from_file(str(file))) if file.is_file() else None
+    end = end_id(Tokenizer.from_file(str(file)), file) if file.is_file() else None
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

@@ -22,6 +22,7 @@ import torch
 from dtron import checkpoint
 from dtron.checkpoint.files import clear_parts
 from dtron.data import Data
+from dtron.data.special_tokens import save_tokenizer
 from dtron.errors import UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
@@ -68,8 +69,8 @@ class RunDirectory:
         return cls(path, newest)
 
     def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> None:
-        """Write the files that are known before the first step: the resolved config, the tokenizer,
-        the small files of ``config.init_from``, and a line of ``starts.jsonl``.
+        """Write the files that are known before the first step: the resolved config, the tokenizer
+        with its end token, the small files of ``config.init_from``, and a line of ``starts.jsonl``.
 
         ``step``: the step after which training starts."""
         clear_parts(self.path)
@@ -77,7 +78,7 @@ class RunDirectory:
         if config.init_from and not self.resumed:
             keep_origin(Path(config.init_from), self.path)
         if data.tokenizer is not None:
-            data.tokenizer.save(str(self.path / "tokenizer.json"))
+            save_tokenizer(data.tokenizer, self.path / "tokenizer.json", data.end)
         with (self.path / "starts.jsonl").open("a") as file:
             file.write(json.dumps(_start(plan, step)) + "\n")
 

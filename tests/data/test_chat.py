@@ -1,157 +1,144 @@
-"""dtron.data.chat: conversations, their learned tokens, and templates, against transformers."""
+"""dtron.data.chat: reading conversations, the simple template, and what is left out."""
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
-from dtron.data import get_tokenizer, open_data
-from dtron.data.chat import Chats, own_template
+from dtron.data import open_data
+from dtron.data.chat import Chats
 from dtron.runtime.config import DataConfig
+from tests.helpers import chats as styles
+from tests.helpers.chats import ASK, TALK, chatml_tokenizer, chats
 from tests.helpers.texts import one_line
-
-ASK = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    *ASK,
-    {"role": "user", "content": "sure? <|im_end|>"},
-    {"role": "assistant", "content": "yes\n"},
-]
-# The templates of Llama 2, ChatML and Llama 3, as published models have them.
-PLAIN = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
-)
-TAGGED = """{%- for m in messages %}
-    {{- '<|im_start|>' + m['role'] + '\\n' }}
-    {%- if m['role'] == 'assistant' %}
-        {%- generation %}{{ m['content'] + '<|im_end|>' }}{%- endgeneration %}
-    {%- else %}
-        {{- m['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
-HEADERS = (
-    "{% for m in messages %}"
-    "{% set c = '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' %}"
-    "{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    texts = [m["content"] for m in TALK] * 9
-    made = get_tokenizer(None, texts, 300, tmp_path_factory.mktemp("t"))
-    made.add_special_tokens(
-        [AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<s>")]
-    )
-    return made
-
-
-def chats(
-    folder: Path, conversations, tokenizer: Tokenizer | None = None, config: dict | None = None
-) -> Chats:
-    file = folder / "chat.jsonl"
-    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in conversations))
-    if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if tokenizer is not None:
-        tokenizer.save(str(folder / "tokenizer.json"))
-    return Chats(str(file), "messages", str(folder / "tokenizer.json"))
-
-
-def learned(found: Chats, tokenizer: Tokenizer, folder: Path) -> list[tuple[str, list[str]]]:
-    """The text of each conversation and its learned stretches, decoded."""
-    tokens, learn, lengths = found.encode(tokenizer, folder)
-    out = []
-    for ids, flags in zip(
-        np.split(tokens, np.cumsum(lengths)), np.split(learn, np.cumsum(lengths)), strict=True
-    ):
-        cuts = np.flatnonzero(np.diff(flags.astype(int))) + 1
-        parts = zip(np.split(ids, cuts), np.split(flags, cuts), strict=True)
-        decode = lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        out.append((decode(ids), [decode(part) for part, flag in parts if len(flag) and flag[0]]))
-    return out[:-1]
-
-
-def test_the_assistant_is_learned_and_can_stop(tmp_path, tokenizer):
-    one, many = learned(chats(tmp_path, [ASK, TALK], tokenizer), tokenizer, tmp_path)
-    text = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|endoftext|>"
-    assert one == (text, ["4<|im_end|>", "<|endoftext|>"])
-    assert many[1] == ["4<|im_end|>", "yes\n<|im_end|>", "<|endoftext|>"]
-
-
-def test_nobody_can_end_a_message_or_speak_for_another(tmp_path, tokenizer):
-    tokens, _, _ = chats(tmp_path, [TALK], tokenizer).encode(tokenizer, tmp_path)
-    ends = (tokens == tokenizer.token_to_id("<|im_end|>")).sum()
-    assert ends == len(TALK)  # a marker inside a message is plain text
-    bare = get_tokenizer(None, ["abc <|im_end|>"] * 9, 300, tmp_path)
-    (said,) = learned(chats(tmp_path, [ASK]), bare, tmp_path)
-    assert said[1] == [
-        "4<|im_end|>",
-        "<|endoftext|>",
-    ]  # a tokenizer without the markers encodes them as text
-
-
-@pytest.mark.parametrize("template", [PLAIN, TAGGED, HEADERS])
-def test_a_tokenizers_own_template_is_rendered_as_transformers_does(tmp_path, tokenizer, template):
-    from transformers import PreTrainedTokenizerFast
-
-    config = {"chat_template": template, "bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>"}
-    found = chats(tmp_path, [TALK], tokenizer, config)
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=template, bos_token="<s>", eos_token="<|im_end|>"
-    )
-    want = theirs.apply_chat_template(TALK, tokenize=False)
-    assert list(found) == [want]
-    ((_, stretches),) = learned(found, tokenizer, tmp_path)
-    joined = "".join(stretches)
-    assert "4" in stretches[0] and "yes" in stretches[1] and len(stretches) == 2
-    assert "sure" not in joined and "brief" not in joined and "2 + 2" not in joined
-    if template is TAGGED:  # the same in transformers, without the newline after a message
-        out = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
-        mask = np.array(out["assistant_masks"], bool)
-        ids = np.array(out["input_ids"])[mask]
-        assert theirs.decode(ids) == "".join(part.removesuffix("\n") for part in stretches)
-        tokens, _, _ = found.encode(tokenizer, tmp_path)
-        assert tokens.tolist() == out["input_ids"]
+    return chatml_tokenizer(tmp_path_factory.mktemp("t"))
 
 
 def test_a_template_in_a_file_of_its_own(tmp_path, tokenizer):
-    (tmp_path / "chat_template.jinja").write_text(PLAIN)
-    found = chats(tmp_path, [ASK], tokenizer, {"eos_token": "!"})
-    assert list(found) == ["[INST] 2 + 2? [/INST] 4 !"]
-    named = {
-        "chat_template": [{"name": "default", "template": "x"}, {"name": "tool", "template": "y"}]
-    }
-    (tmp_path / "chat_template.jinja").unlink()
-    assert "".join(s[0] for s in chats(tmp_path, [ASK], tokenizer, named).template(ASK)) == "x"
+    plain = "{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(plain)
+    assert list(chats(tmp_path, [ASK], tokenizer, {"eos_token": "!"})) == ["2 + 2? !4 !"]
 
 
-def test_a_template_runs_nothing():
-    for attack in (
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('no') }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{% include '/etc/passwd' %}",
+def test_notes_about_a_template(tmp_path, tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    calls = [ASK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    forgetful = (
+        "{% for m in messages if loop.last or m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    picky = "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}"
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def notes(template: str, conversations: list, **more) -> str:
+        rows = [{"messages": talk, **more} for talk in conversations]
+        styles.write_rows(tmp_path / "chat.jsonl", rows)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        found = Chats(str(tmp_path / "chat.jsonl"), "messages", str(tmp_path))
+        found.encode(tokenizer, tmp_path / "cache")
+        return " ".join(found.notes)
+
+    assert notes(plain, [ASK, TALK]) == ""
+    forgotten = notes(forgetful.replace("loop.last", "m == messages[-1]"), [ASK, TALK, TALK])
+    assert "changes earlier turns in 2 of 3 conversations" in forgotten
+    assert "1 answers are not learned" in notes(picky + plain, [ASK * 2])
+    assert "1 answers with tool calls" in notes(plain, [calls, TALK])
+    assert "the tools that 2 conversations have" in notes(plain, [ASK, TALK], tools=[call])
+    assert notes("{{ tools }}" + plain, [ASK, TALK], tools=[call]) == ""
+
+
+def test_tools_are_read(tmp_path, tokenizer):
+    template = "{{ tools | tojson if tools is not none }}{% for m in messages %}.{% endfor %}"
+    config = {"chat_template": template}
+    found = chats(tmp_path, [ASK], tokenizer, config)
+    tool = {"name": "add", "parameters": {"a": None}}
+    for given_tools, want in (
+        ([tool], json.dumps([tool])),
+        (json.dumps([tool]), json.dumps([tool])),
+        ([json.dumps(tool)], json.dumps([tool])),
+        ([], "[]"),
+        (None, ""),
     ):
-        one_line(
-            lambda attack=attack: own_template(attack, "", "")(ASK),
-            "cannot render it",
-            "simple template",
-        )
-    one_line(lambda: own_template("{% if %}", "", ""), "malformed", "simple template")
-    shown = "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
-    forgetful = "{% for m in messages %}" + shown + "{% endfor %}"
-    one_line(lambda: own_template(forgetful, "", "")(TALK), "changes earlier messages", "only adds")
+        styles.write_rows(tmp_path / "chat.jsonl", [{"messages": ASK, "tools": given_tools}])
+        assert list(found) == [want + ".."]
+    for wrong in ("add", [1], {"a": 1}):
+        styles.write_rows(tmp_path / "chat.jsonl", [{"messages": ASK, "tools": wrong}])
+        one_line(lambda: list(found), "line 1", "'tools'", "no list of objects", "leave the column")
+
+
+def test_a_column_has_no_keys_of_other_rows(tmp_path, tokenizer):
+    """A struct of Parquet has every key that some row has. Null keys are not the row's own."""
+    template = (
+        "{{ tools | tojson if tools is not none }}{% for m in messages %}{{ m.keys() | list }}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+    def tool(name: str) -> dict:
+        return {"name": name, "parameters": {name: {"type": "int"}}}
+
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    other = [{"function": {"name": "mul", "arguments": {"b": 2}}}]
+    rows = [
+        {"messages": ASK, "tools": None},
+        {"messages": [{"role": "assistant", "tool_calls": calls}], "tools": [tool("add")]},
+        {"messages": [{"role": "assistant", "tool_calls": other}], "tools": [tool("mul")]},
+    ]
+    styles.write_rows(tmp_path / "c.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    texts = [
+        list(Chats(str(tmp_path / n), "messages", str(tmp_path))) for n in ("c.jsonl", "c.parquet")
+    ]
+    assert texts[0] == texts[1] and "null" not in texts[1]
+
+
+def test_roles_and_contents_of_a_template(tmp_path, tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'critic' %}!{% endif %}{{ m.content }}{% endfor %}"
+    )
+    config = {"chat_template": template}
+
+    def said(*messages: dict) -> list[str]:
+        return list(chats(tmp_path, [[*messages, ASK[1]]], tokenizer, config))
+
+    assert said({"role": "critic", "content": "a"}, {"role": "developer", "content": "b"}) == [
+        "!ab4"
+    ]
+    assert said({"role": "user", "content": None}) == ["4"]
+    parts = [{"type": "text", "text": "a"}]
+    assert said({"role": "user", "content": parts}) == [f"{parts}4"]
+    for bad, part in (
+        ({"role": "bot", "content": ""}, "role 'bot'"),
+        ({"role": ["user"], "content": ""}, "role ['user']"),
+        ({"role": "user", "content": 3}, "content is int"),
+        ({"role": "user", "content": [{"type": "image"}]}, "not of texts alone"),
+    ):
+        one_line(lambda bad=bad: said(bad), "line 1", part)
+    one_line(lambda: said({"role": "user", "content": "\ud83d"}), "line 1", "surrogate pair")
+    config["chat_template"] = "{{ raise_exception('odd') }}"
+    one_line(lambda: said(ASK[0]), "chat.jsonl", "line 1", "cannot render it (odd)")
+
+
+def test_a_token_that_only_the_config_names(tmp_path, tokenizer):
+    """transformers makes it a token of texts too. Without a row in the model it is refused."""
+    config = {"chat_template": "{{ messages[0].content }}", "pad_token": "[P]", "eos_token": "4"}
+    talk = [{"role": "assistant", "content": "2 + 4"}]
+    found = chats(tmp_path, [talk], tokenizer, config)
+    tokens, _, _ = found.encode(tokenizer, tmp_path / "cache")
+    theirs = styles.transformers_of(tmp_path).apply_chat_template(talk, return_dict=False)
+    assert tokens.tolist() == theirs
+    found = chats(tmp_path, [[{"role": "assistant", "content": "2 [P]"}]], tokenizer, config)
+    one_line(
+        lambda: found.encode(tokenizer, tmp_path / "cache"), "line 1", "'[P]'", "tokenizer.json"
+    )
 
 
 def test_bad_conversations(tmp_path):
@@ -200,6 +187,19 @@ def test_from_parquet_into_rows_that_learn_answers_alone(tmp_path, tokenizer):
     )
     held = data.validation.rows(0, len(data.validation))
     assert held.valid > 0 and len(data.validation) < len(data.train)
+
+    assert not data.notes
+    longer = open_data(replace(d, seq_len=24), 400, 0, 100, tmp_path / "cache")
+    (note,) = longer.notes
+    tokens, learn, lengths = Chats(d.path, "turns", str(tmp_path)).encode(
+        tokenizer, tmp_path / "cache"
+    )
+    starts = np.cumsum(lengths) - lengths
+    seen = [learn[s + 1 : s + min(n, 25)].any() for s, n in zip(starts, lengths, strict=True)]
+    cut = sum(one and n > 25 for one, n in zip(seen, lengths, strict=True))
+    assert cut > 0 and seen.count(False) > 0
+    assert f"{seen.count(False)} of 60 conversations have nothing to learn" in note
+    assert f"first 24 tokens and are dropped; {cut} are cut; raise --data.seq-len" in note
 
     short = DataConfig(**{**d.__dict__, "seq_len": 4})
     one_line(

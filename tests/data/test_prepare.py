@@ -153,6 +153,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, prepared, tmp_path, ca
     said = refuse(capsys, "prepare", folder / "a.jsonl", "--tokenizer", tmp_path / "no.json", *out)
     assert said.startswith("error: --tokenizer") and "does not exist" in said
     few = words({"?": 0, "x": 1}, tmp_path / "few.json")
+    said = refuse(capsys, "prepare", folder / "a.jsonl", "--tokenizer", few, *out)
+    assert "few.json" in said and "no file beside it names" in said and "--end-token" in said
+    few = words({"?": 0, "</s>": 1}, tmp_path / "few.json")
     prepare(
         folder / "a.jsonl", "--tokenizer", few, *out, "--workers", 1
     )  # that tokenizer encodes unknown words as one token

@@ -1,0 +1,282 @@
+"""A tokenizer's own chat template, rendered as transformers renders it.
+
+A chat template is a jinja program that turns messages into text. Published templates rely on the
+environment in which ``transformers`` runs them (``apply_chat_template``). This module is that
+environment:
+
+- the filter ``tojson``, which escapes no letter and no HTML, and its keyword arguments;
+- the tags ``break`` and ``continue``, and the functions ``raise_exception`` and ``strftime_now``;
+- ``messages`` without the keys whose value is null, and a message's reasoning under each of the
+  names that templates read;
+- ``tools``, ``documents`` (always none), ``add_generation_prompt``, and the named special tokens of
+  the tokenizer;
+- the tag ``generation``, with which a template marks the text that the model generates.
+
+jinja2's sandbox runs the template, so a template can read its input and nothing else. The clock
+stands still while conversations are rendered: a template that writes the date writes the same date
+into each of them.
+
+Left out: media. A part of a message that is no text is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from dtron.data.files import one_line
+from dtron.data.special_tokens import file_beside, special_tokens, tokenizer_config
+from dtron.errors import UserError
+
+Message = dict[str, Any]
+Messages = list[Message]
+Tools = list[dict[str, Any]] | None
+Span = tuple[int, int]
+
+_WITHOUT = "move tokenizer.json to a folder without a chat template for the simple template"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation.
+
+    ``generated``: where the template's ``generation`` tags are in the text."""
+
+    text: str
+    generated: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat templates of a tokenizer, by name: ``default``, and others such as ``tool_use``.
+
+    ``tokens``: the named special tokens, as ``{"bos_token": "<s>"}``."""
+
+    sources: dict[str, str]
+    tokens: dict[str, str] = field(default_factory=dict)
+
+    def render(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> Rendered:
+        """Render a conversation. Raises UserError if the template fails.
+
+        ``prompt``: whether to end with the beginning of an answer (``add_generation_prompt``)."""
+        template, tracker = self._compiled[self._name(tools)]
+        values = {
+            **self.tokens,
+            "messages": [_normalized(message) for message in messages],
+            "tools": plain(tools),
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
+        tracker.begin()
+        try:
+            for piece in template.generate(**values):
+                tracker.length += len(piece)
+                tracker.pieces.append(piece)
+        except Exception as error:  # a template may fail in any way
+            raise UserError(
+                f"the tokenizer's chat template cannot render it ({one_line(error)}); change the "
+                f"messages, or {_WITHOUT}"
+            ) from error
+        return Rendered("".join(tracker.pieces), tuple(tracker.spans))
+
+    def tagged(self, tools: Tools = None) -> bool:
+        """Whether the template marks what the model generates."""
+        return self._compiled[self._name(tools)][1].tagged
+
+    def reads(self, name: str, tools: Tools = None) -> bool:
+        """Whether the template mentions a name, such as ``tool_calls``."""
+        return name in self.sources[self._name(tools)]
+
+    def names(self, role: str) -> bool:
+        """Whether a template names a role of its own."""
+        return any(q + role + q in source for source in self.sources.values() for q in "'\"")
+
+    def _name(self, tools: Tools) -> str:
+        name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+        if name not in self.sources:
+            raise UserError(
+                f"the tokenizer's chat templates are {', '.join(sorted(self.sources))}, and none "
+                "is named default; name one of them so"
+            )
+        return name
+
+    @cached_property
+    def _compiled(self) -> dict[str, tuple[Any, _GenerationTag]]:
+        now = datetime.now()
+        return {name: _compile(source, now) for name, source in self.sources.items()}
+
+
+def template_beside(tokenizer_path: str | Path | None) -> ChatTemplate | None:
+    """Return the chat template that belongs to a tokenizer, or None.
+
+    It is in chat_template.jinja and additional_chat_templates/, or else in tokenizer_config.json.
+
+    ``tokenizer_path``: a folder, or a tokenizer.json."""
+    if tokenizer_path is None:
+        return None
+    file = file_beside(tokenizer_path, "chat_template.jinja")
+    named = file_beside(tokenizer_path, "additional_chat_templates")
+    sources = {"default": _read(file)} if file.is_file() else {}
+    sources |= {other.stem: _read(other) for other in sorted(named.glob("*.jinja"))}
+    if not sources:
+        found = tokenizer_config(tokenizer_path).get("chat_template")
+        if isinstance(found, list):  # several templates by name
+            found = {entry["name"]: entry["template"] for entry in found}
+        sources = {"default": found} if isinstance(found, str) else found or {}
+    return ChatTemplate(sources, special_tokens(tokenizer_path)) if sources else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"{str(file)!r} cannot be read ({one_line(error)}); repair it, or {_WITHOUT}"
+        ) from error
+
+
+def plain(value: Any, drop_none: bool = False) -> Any:
+    """Return a copy of JSON's types alone. Another value becomes the name of its type, as
+    ``<datetime>``: its methods are not for templates.
+
+    ``drop_none``: whether to drop the keys of objects whose value is None, at any depth."""
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if not (drop_none and v is None)}
+        return {plain(k): plain(v, drop_none) for k, v in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v, drop_none) for v in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return f"<{type(value).__name__}>"
+
+
+def _normalized(message: Message) -> Message:
+    """Return a message as templates expect it: without null keys, and its reasoning under each
+    name."""
+    message = {key: plain(value) for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+# ---------------------------------------------------------------------------- the environment
+
+
+def _compile(source: str, now: datetime) -> tuple[Any, _GenerationTag]:
+    """Compile a template. Raises UserError if it is malformed."""
+
+    def fail(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    functions: dict[str, Callable[..., Any]] = {
+        "raise_exception": fail,
+        "strftime_now": now.strftime,
+        "dict": _Dict(),
+        "namespace": _PublicNamespace,
+    }
+    environment.globals.update(functions)
+    try:
+        template = environment.from_string(source)
+    except TemplateError as error:
+        raise UserError(
+            f"the tokenizer's chat template is malformed ({one_line(error)}); repair it, or "
+            f"{_WITHOUT}"
+        ) from error
+    tracker = environment.extensions[_GenerationTag.identifier]
+    assert isinstance(tracker, _GenerationTag)
+    return template, tracker
+
+
+class _GenerationTag(Extension):
+    """The tag ``{% generation %}...{% endgeneration %}``: writes its body, and records where.
+
+    ``tagged``: whether the template has the tag."""
+
+    tags = {"generation"}
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__(environment)
+        self.tagged = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last rendered conversation."""
+        self.pieces: list[str] = []
+        self.spans: list[Span] = []
+        self.length = 0
+
+    def parse(self, parser: Parser) -> Node:
+        self.tagged = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
+
+    def _record(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        self.spans.append((self.length, self.length + len(text)))
+        return text
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+class _Dict:
+    """Makes dicts, without the attributes of the type ``dict``."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _PublicNamespace(Namespace):
+    """A namespace without names that begin with an underscore: some lead out of the sandbox."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # without self: it may be a key
+        self, *rest = args
+        entries = dict(*rest, **values)
+        for name in entries:
+            _check_public(name)
+        Namespace.__init__(self, entries)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace has no private names such as {name!r}")
