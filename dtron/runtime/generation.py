@@ -159,7 +159,10 @@ def draw_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generato
     """Draw one token for each row."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    probabilities = (logits_BV / sampling.temperature).softmax(-1)
+    # The largest logit becomes 0, so a tiny temperature makes the others -inf and not all of them
+    # inf. In float64 neither a tiny temperature nor a tiny top_p rounds to 0.
+    shifted_BV = logits_BV.double() - logits_BV.double().amax(-1, keepdim=True)
+    probabilities = (shifted_BV / sampling.temperature).softmax(-1)
     sorted_BV, order_BV = probabilities.sort(dim=-1, descending=True)
     # The probability of the more likely tokens. It is 0 for the most likely token, which is
     # therefore never masked.

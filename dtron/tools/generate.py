@@ -15,11 +15,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dtron import checkpoint
-from dtron.data.tokenization import end_id, load_tokenizer
+from dtron.data.files import one_line
+from dtron.data.special_tokens import end_id
+from dtron.data.tokenization import encoder_of, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
+from dtron.hf.source_files import ORIGIN
 from dtron.json_files import read_object
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import DataConfig, RunConfig
@@ -31,13 +34,15 @@ from dtron.runtime.run_directory import read_run
 
 def run(o: Namespace) -> int:
     """Run the command."""
-    check_sampling(o.tokens, o.temperature, o.top_p)
-    folder = Path(o.folder)
+    check_sampling(o.tokens, o.temperature, o.top_p, o.seed)
+    check_text(o.prompt)
+    folder = _folder(o.folder)
     load_weights, m = _open(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
-    prompts = [tokenizer.encode(text).ids for text in o.prompt]
+    encoder = encoder_of(tokenizer, special=True)  # without the padding that may be saved in it
+    prompts = [encoder.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
     config = _run_config(o, m)
     plan = plan_run(config)
@@ -49,6 +54,16 @@ def run(o: Namespace) -> int:
         for ids in texts:
             print(tokenizer.decode(ids), flush=True)
     return 0
+
+
+def _folder(name: str) -> Path:
+    try:
+        Path(name).exists()
+    except OSError as error:  # a name that no file can have
+        raise UserError(
+            f"--from {name[:40]!a}: cannot be opened ({one_line(error)[:60]}); give a folder"
+        ) from error
+    return Path(name)
 
 
 def _run_config(o: Namespace, m: ModelConfig) -> RunConfig:
@@ -86,17 +101,29 @@ def _open(folder: Path) -> tuple[Callable[..., Any], ModelConfig]:
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that end a text: from the model's config, or else from its tokenizer."""
-    for name in ("generation_config.json", CONFIG):
-        if (folder / name).is_file():
-            ids = read_object(folder / name).get("eos_token_id")
-            if ids is not None:
-                return set(ids) if isinstance(ids, list) else {ids}
-    end = end_id(tokenizer)
+    """Return the tokens that end a text: from the model's config, or else from its tokenizer.
+
+    A run directory has the config of the model that the run began with in a folder of its own."""
+    for place in (folder / ORIGIN, folder):
+        for name in ("generation_config.json", CONFIG):
+            if (place / name).is_file():
+                ids = read_object(place / name).get("eos_token_id")
+                if ids is not None:
+                    return set(_ids(ids, place / name))
+    end = end_id(tokenizer, folder)
     return set() if end is None else {end}
 
 
-def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
+def _ids(value: Any, where: Path) -> list[int]:
+    """Return a token id or a list of ids as a list. Raises UserError for any other value."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: eos_token_id is {value!r}, and must be an id or a list of ids")
+    return ids
+
+
+def check_sampling(tokens: int, temperature: float, top_p: float, seed: int = 0) -> None:
+    """Raise UserError for options that no text can be drawn with."""
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: at least 1 is generated; raise it")
     if not 0 <= temperature < float("inf"):
@@ -105,6 +132,20 @@ def check_sampling(tokens: int, temperature: float, top_p: float) -> None:
         )
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: must be over 0 and at most 1 (all tokens); change it")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must fit in 64 bits; choose a smaller one")
+
+
+def check_text(prompts: Sequence[str]) -> None:
+    """Raise UserError for a prompt that is not text. Python keeps bytes of a command line that are
+    no UTF-8 as half surrogate pairs."""
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"--prompt {text[:40]!a}: is not UTF-8 at character {error.start}; convert it"
+            ) from error
 
 
 def parser() -> Parser:

@@ -3,15 +3,19 @@ settings."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.data.tokenization import load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.mla import MLAConfig
@@ -219,22 +223,28 @@ def test_draws_follow_the_odds():
     assert share(temperature=0.0, top_p=1.0).tolist() == [1.0, 0.0, 0.0]
 
 
-def test_from_a_run_directory(tmp_path, capsys):
-    """The command, on one device and on simulated ranks."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def run_directory(folder: Path) -> Tokenizer:
+    """Write a run with a byte-level tokenizer."""
+    from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     m = replace(MODELS["grouped"], vocab=256)
     spec = (declare_model(m),)
     params = init(spec, m.dims(), 0, ONE)
-    cli.save(RunConfig(model=m), tmp_path / "config.json")
+    cli.save(RunConfig(model=m), folder / "config.json")
     checkpoint.save(
-        tmp_path, checkpoint.TrainState(3, 0, params, init_state(ADAMW, spec, params)), spec, {}
+        folder, checkpoint.TrainState(3, 0, params, init_state(ADAMW, spec, params)), spec, {}
     )
+    return tokenizer
+
+
+def test_from_a_run_directory(tmp_path, capsys):
+    """The command, on one device and on simulated ranks."""
+    run_directory(tmp_path)
     argv = [
         "--from",
         str(tmp_path),
@@ -259,11 +269,83 @@ def test_from_a_run_directory(tmp_path, capsys):
     refused(["--simulate", "--mesh", "cp=2"], "cp")
     refused(["--from", str(tmp_path / "no")], "no folder")
     refused(["--top", "2"], "--top")
+    refused(["--prompt", "caf\udce9"], "--prompt 'caf\\udce9'", "UTF-8", "character 3")
+    refused(["--seed", str(2**70)], "--seed")
+    refused(["--from", "caf\udce9"], "no folder")
+    refused(["--from", "x" * 300], "--from", "cannot be opened")
+    for mesh in ("caf\udce9", "tp=" + "9" * 30, "tp=1e3"):
+        refused(["--mesh", mesh], "mesh")
+    assert main([*argv, "--temperature", "1e-40", "--top-p", "1e-300"]) == 0
+    assert capsys.readouterr().out == want
     (tmp_path / "tokenizer.json").unlink()
     refused([], "has no tokenizer.json")
 
 
+def test_padding_and_truncation_of_a_tokenizer_are_left_out(tmp_path, capsys):
+    tokenizer = run_directory(tmp_path)
+    argv = ["--from", str(tmp_path), "--tokens", "4", "--temperature", "0", "--prompt", "def f"]
+    argv += ["--prompt", "x"]
+    assert main(argv) == 0
+    want = capsys.readouterr().out
+    tokenizer.enable_padding(length=9, pad_id=7)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert main(argv) == 0 and capsys.readouterr().out == want
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert main(argv) == 0 and capsys.readouterr().out == want
+
+
+def test_a_run_stops_as_the_model_that_it_began_with(tmp_path, monkeypatch):
+    """A run with --init-from keeps the model's generation_config.json in hf/."""
+    run_directory(tmp_path)
+    argv = ["--from", str(tmp_path), "--tokens", "9", "--temperature", "0", "--prompt", "def"]
+    texts: list[list[int]] = []
+
+    def recorded(*args, **options):
+        texts[:] = generate(*args, **options)
+        return texts
+
+    monkeypatch.setattr("dtron.tools.generate.generate", recorded)
+    assert main(argv) == 0
+    new = texts[0][3:]
+    second = next(i for i, token in enumerate(new) if token != new[0])
+    unused = next(i for i in range(256) if i not in new)
+    (tmp_path / "hf").mkdir()
+
+    def stopped(name: str, entries: object) -> int:
+        (tmp_path / name).write_text(json.dumps(entries))
+        assert main(argv) == 0
+        return len(texts[0]) - 3
+
+    assert stopped("hf/config.json", {"eos_token_id": new[second]}) == second + 1
+    assert stopped("hf/generation_config.json", {"eos_token_id": [unused, new[0]]}) == 1
+    assert stopped("hf/generation_config.json", {"eos_token_id": None}) == second + 1
+    (tmp_path / "hf" / "config.json").unlink()
+    eos = load_tokenizer(str(tmp_path)).id_to_token(new[second])
+    assert stopped("tokenizer_config.json", {"eos_token": eos}) == second + 1
+
+
+def test_extreme_settings_draw_as_their_limits_do():
+    """A tiny temperature takes the most likely token, a large one draws from all alike."""
+    logits = torch.tensor([[0.0, 3.0, 2.9, -80.0], [70.0, 1.0, -70.0, 69.9]])
+    for rows in (logits, logits.bfloat16().float()):
+        for temperature in (1e-40, 5e-324, 1e-300, 1e-4):
+            drawn = draw_tokens(rows, Sampling(temperature), torch.Generator().manual_seed(0))
+            assert drawn.tolist() == [1, 0]
+        for top_p in (5e-324, 1e-300, 1e-40):
+            drawn = draw_tokens(rows, Sampling(1.0, top_p), torch.Generator().manual_seed(0))
+            assert drawn.tolist() == [1, 0]
+    hot = draw_tokens(logits[:1].expand(400, 4), Sampling(1.7e308), torch.Generator())
+    assert (torch.bincount(hot, minlength=4) > 60).all()
+
+
 def test_what_cannot_be_sampled():
+    for bad in (2**64, -(2**63) - 1, 10**30):
+        one_line(lambda bad=bad: check_sampling(1, 1.0, 1.0, bad), "--seed", "64 bits")
+    for good in (2**64 - 1, -(2**63)):
+        torch.Generator().manual_seed(good)
+        check_sampling(1, 1.0, 1.0, good)
     one_line(lambda: check_sampling(0, 1.0, 1.0), "--tokens 0")
     for bad in (-0.5, float("nan"), float("inf")):
         one_line(lambda bad=bad: check_sampling(1, bad, 1.0), "--temperature")
