@@ -122,18 +122,22 @@ class Chats:
         ``counts``: counts the conversations, and what is left out of them."""
         where, messages, tools = conversation
         counts["conversations"] += 1
-        if self.template is None:
-            left_out = {key for m in messages for key, value in m.items() if value is not None}
-            counts.update(f"key {key}" for key in left_out - {"role", "content"})
-            counts["key tools"] += tools is not None
-            return [chatml(messages)]
-        counts["tools"] += bool(tools) and not self.template.reads("tools", tools)
         try:
-            samples = samples_of(self.template, messages, tools, counts)
+            if self.template is None:
+                samples = [chatml(messages)]
+                keys = {key for m in messages for key, value in m.items() if value is not None}
+                counts.update(f"key {key}" for key in keys - {"role", "content"})
+                counts["key tools"] += tools is not None
+            else:
+                samples = samples_of(self.template, messages, tools, counts)
+                counts["tools"] += bool(tools) and not self.template.reads("tools", tools)
             for sample in samples:
                 sample.text.encode()
         except UnicodeError as error:
-            raise _surrogate(where) from error
+            raise UserError(
+                f"{where} has half of a surrogate pair, which is valid JSON and no text; write the "
+                "whole pair, or drop it"
+            ) from error
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         return samples
@@ -212,8 +216,7 @@ class Chats:
         """Say what is wrong with a message; None if nothing is."""
         role, content = message.get("role"), message.get("content")
         roles = ROLES if self.template is None else _TEMPLATE_ROLES
-        named = isinstance(role, str) and self.template is not None and self.template.names(role)
-        if role not in roles and not named:
+        if role not in roles and not (self.template and self.template.names(role)):
             return f"a message of the role {role!r}; roles are {', '.join(roles)}"
         if self.template is None:
             if message.get("tool_calls"):
@@ -246,13 +249,6 @@ def _tools(value: Any, where: str) -> Tools:
     raise UserError(
         f"{where} has in 'tools' {str(value)[:40]!r}, which is no list of objects; write "
         '[{"type": "function", "function": {...}}], or leave the column out'
-    )
-
-
-def _surrogate(where: str) -> UserError:
-    return UserError(
-        f"{where} has half of a surrogate pair, which is valid JSON and no text; write the whole "
-        "pair, or drop it"
     )
 
 

@@ -101,8 +101,10 @@ class ChatTemplate:
         """Whether the template mentions a name, such as ``tool_calls``."""
         return name in self.sources[self._name(tools)]
 
-    def names(self, role: str) -> bool:
+    def names(self, role: Any) -> bool:
         """Whether a template names a role of its own."""
+        if not isinstance(role, str) or not role:
+            return False
         return any(q + role + q in source for source in self.sources.values() for q in "'\"")
 
     def _name(self, tools: Tools) -> str:

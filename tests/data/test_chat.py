@@ -118,6 +118,7 @@ def test_roles_and_contents_of_a_template(tmp_path, tokenizer):
     for bad, part in (
         ({"role": "bot", "content": ""}, "role 'bot'"),
         ({"role": ["user"], "content": ""}, "role ['user']"),
+        ({"role": "", "content": ""}, "role ''"),
         ({"role": "user", "content": 3}, "content is int"),
         ({"role": "user", "content": [{"type": "image"}]}, "not of texts alone"),
     ):
@@ -153,6 +154,8 @@ def test_bad_conversations(tmp_path):
     refused([{"role": "assistant"}], "content is NoneType")
     refused(ASK[:1], "no message of the assistant")
     refused([], "no message of the assistant")
+    half = [ASK[0], {"role": "assistant", "content": "\ud83d"}]
+    one_line(lambda: list(chats(tmp_path, [ASK, half])), "line 2", "surrogate pair")
     empty = chats(tmp_path, [])
     one_line(lambda: list(empty), "no conversation")
     (tmp_path / "chat.jsonl").write_bytes(b'{"messages": "\xff"}')
