@@ -35,7 +35,8 @@ from tokenizers import Tokenizer
 from dtron.data.indexed import Indexed, Writer, token_dtype
 from dtron.data.prepare import prepare
 from dtron.data.sources import Chunks, Mixed, Packed, Source
-from dtron.data.tokenization import encoder_of, end_id, get_tokenizer, vocab_of
+from dtron.data.special_tokens import end_id
+from dtron.data.tokenization import encoder_of, get_tokenizer, vocab_of
 
 
 def library_text(file: Path, characters: int) -> None:

@@ -78,8 +78,8 @@ def open_data(
     notes = [text.skipped for text in texts if not isinstance(text, Indexed)]
     if end is None and any(isinstance(text, Documents) for text in texts):
         notes.append(
-            f"--data.tokenizer {d.tokenizer!r} has no token that ends a document, so documents "
-            "follow each other with nothing between them; name one by --data.end-token"
+            f"the tokenizer {str(file)!r} has no token that ends a document, so documents follow "
+            "each other with nothing between them; name one by --data.end-token"
         )
     found: list[tuple[Source, Source]] = []
     most = None
@@ -124,8 +124,8 @@ def _end_id(
     if end is None and d.marked and plain:
         flag = "--data.packing best-fit" if d.fitted else "--data.document-mask"
         raise UserError(
-            f"{flag}: --data.tokenizer {d.tokenizer!r} has no token that ends a document; name one "
-            f"of its tokens by --data.end-token, or drop {flag}"
+            f"{flag}: the tokenizer {str(file)!r} has no token that ends a document; name one of "
+            f"its tokens by --data.end-token, or drop {flag}"
         )
     return end
 

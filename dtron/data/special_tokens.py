@@ -139,30 +139,39 @@ def _content(token: Any) -> str | None:
 
 
 def add_config_tokens(encoder: Tokenizer, path: str | Path | None) -> None:
-    """Add the tokens that the files beside a tokenizer.json list and the tokenizer.json does not,
-    as transformers does when it loads a tokenizer. A text that spells such a token then has it."""
-    config = tokenizer_config(path)
+    """Add the tokens that the files beside a tokenizer.json list, as transformers does when it
+    loads a tokenizer. A text that spells such a token then has it.
+
+    ``path``: the folder or the tokenizer.json that the encoder comes from."""
+    config, named = tokenizer_config(path), special_tokens(path)
     listed = config.get("added_tokens_decoder") or {}
+    # The list overrides what tokenizer.json says of a token. Other files only add.
+    tokens = [
+        _added_token(t, t["content"] in named.values())
+        for _, t in sorted(listed.items(), key=_number_of)
+    ]
     known = {token.content for token in encoder.get_added_tokens_decoder().values()}
-    wanted = {t["content"]: t for _, t in sorted(listed.items(), key=_by_id)}
+    known |= {token.content for token in tokens}
     extra = config.get("extra_special_tokens")
-    more = [*special_tokens(path).values(), *(extra if isinstance(extra, list) else [])]
-    for token in more:
-        text = _content(token)
-        if text is not None:
-            flags = token if isinstance(token, dict) else {}
-            wanted[text] = {**flags, **wanted.get(text, {}), "special": True}
-    encoder.add_tokens(
-        [
-            AddedToken(text, special=bool(t.get("special")), **{f: t[f] for f in _FLAGS if f in t})
-            for text, t in wanted.items()
-            if text and text not in known
-        ]
-    )
+    for entry in [*named.values(), *(extra if isinstance(extra, list) else [])]:
+        text = _content(entry)
+        if text and text not in known:
+            flags = entry if isinstance(entry, dict) else {}
+            tokens.append(_added_token({**flags, "content": text, "special": True}))
+            known.add(text)
+    encoder.add_tokens(tokens)
     encoder.encode_special_tokens = bool(config.get("split_special_tokens", False))
 
 
-def _by_id(item: tuple[str, Any]) -> int:
+def _added_token(entry: dict[str, Any], named: bool = False) -> AddedToken:
+    special = bool(entry.get("special", False))
+    flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+    return AddedToken(
+        entry["content"], special=special or named, **{"normalized": not special, **flags}
+    )
+
+
+def _number_of(item: tuple[str, Any]) -> int:
     return int(item[0])
 
 

@@ -104,7 +104,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a text: from the model's config, or else from its tokenizer.
 
     A run directory has the config of the model that the run began with in a folder of its own."""
-    for place in (folder / ORIGIN, folder):
+    for place in (folder, folder / ORIGIN):
         for name in ("generation_config.json", CONFIG):
             if (place / name).is_file():
                 ids = read_object(place / name).get("eos_token_id")

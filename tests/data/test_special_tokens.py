@@ -14,6 +14,7 @@ from dtron.data import Indexed, open_data
 from dtron.data.__main__ import main
 from dtron.data.special_tokens import end_id, save_tokenizer, special_tokens
 from dtron.data.tokenization import encode, load_tokenizer
+from dtron.errors import UserError
 from dtron.runtime.config import DataConfig
 from dtron.runtime.exit import run_cli
 from tests.helpers import chats as styles
@@ -71,6 +72,51 @@ def test_names_are_resolved_as_transformers_does(tmp_path_factory, files, padded
     except (TypeError, AttributeError, ValueError):
         return  # a folder that transformers refuses
     assert special_tokens(folder) == theirs.special_tokens_map
+
+
+ADDED = st.builds(
+    lambda token, flags, special: {**dict.fromkeys(flags, True), **token, "special": special},
+    st.sampled_from(["<s>", "4", "hello", "[INST]", "<think>"]).map(lambda t: {"content": t}),
+    st.sets(st.sampled_from(["lstrip", "rstrip", "single_word", "normalized"])),
+    st.booleans(),
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(styles.KINDS),
+    st.one_of(st.none(), st.lists(ADDED, max_size=3)),
+    NAMED,
+    st.lists(st.sampled_from(["4", "hello", "</s>"]), max_size=2, unique=True),
+    st.lists(st.sampled_from(["<s>", "</s>", "4", " ", "hello", "\n", "x", "<think>", "[INST]"])),
+    st.booleans(),
+)
+def test_tokens_of_the_config_are_tokens_of_texts(
+    tmp_path_factory, kind, listed, named, extra, words, split
+):
+    """As transformers loads them, whatever padding and truncation are saved in tokenizer.json."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder, text = tmp_path_factory.mktemp("added"), "".join(words)
+    tokenizer = Tokenizer.from_str(styles.tokenizer_of(kind).to_str())
+    tokenizer.enable_padding(length=30, pad_token="<unk>")
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {**named, "extra_special_tokens": extra}
+    config |= {"split_special_tokens": split, "chat_template": "{{ messages[0].content }}"}
+    if listed is not None:
+        config["added_tokens_decoder"] = {f"{9 - i}": token for i, token in enumerate(listed)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    talk = [{"role": "assistant", "content": text}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    want = theirs.apply_chat_template(talk, return_dict=False)
+    ids = [i for i in want if i < tokenizer.get_vocab_size()]
+    if ids != want:  # a token for which a model has no row
+        with pytest.raises(UserError, match="tokenizer.json lacks"):
+            styles.encoded(folder, [{"messages": talk}], folder)
+        return
+    ((ours, _),) = styles.encoded(folder, [{"messages": talk}], folder)
+    assert ours == want
 
 
 def folder_of(
