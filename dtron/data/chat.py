@@ -40,13 +40,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cached, digest
-from dtron.data.chat_encoding import sealed, signed_ids, unused_character, without_post_processor
+from dtron.data.chat_encoding import offsets_encoder, sealed, signed_ids, unused_character
 from dtron.data.chat_samples import END, ChatSample, chatml, notes_of, samples_of
 from dtron.data.chat_template import Messages, Tools, plain, template_beside
 from dtron.data.files import COLUMNS, find_files, suffix_of
 from dtron.data.formats import records, understood
 from dtron.data.special_tokens import add_config_tokens, end_id, tokenizer_config
-from dtron.data.tokenization import encoder_of, vocab_of
+from dtron.data.tokenization import vocab_of
 from dtron.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -168,16 +168,16 @@ class Chats:
         whole = cached(target, _read, write)
         n, m, self.count = map(int, whole[:3])
         lengths, note, signed = np.split(whole[3:], [n, n + m])
-        self.notes = tuple("".join(map(chr, note)).splitlines())
+        self.notes = tuple(filter(None, "".join(map(chr, note)).split("\n")))
         return np.where(signed < 0, ~signed, signed), signed >= 0, lengths
 
     def _encoded(
         self, tokenizer: Tokenizer, end: int | None, counts: Counter[str]
     ) -> Iterator[np.ndarray]:
         """Yield the ids of each sample, as ``~id`` if they are not learned."""
-        conversations = self.conversations()
+        conversations, text = self.conversations(), tokenizer.to_str()
         if self.template is not None:
-            encoder = without_post_processor(encoder_of(tokenizer, special=True))
+            encoder = offsets_encoder(text)
             add_config_tokens(encoder, self.tokenizer_path)
             rows = vocab_of(tokenizer)
             while batch := list(islice(conversations, _BATCH)):
@@ -188,7 +188,6 @@ class Chats:
                     yield ids
             return
         closing = [] if end in (None, tokenizer.token_to_id(END)) else [end]
-        text = tokenizer.to_str()
         while batch := list(islice(conversations, _BATCH)):
             for conversation in batch:
                 self.samples(conversation, counts)

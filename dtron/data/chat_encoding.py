@@ -8,8 +8,8 @@ by one would have a ▁ at the beginning of each.
 its visible characters is learned. White space decides only in a token of nothing else. So the token
 ``Ġ4`` is learned if the answer is ``4`` and the space before it is the prompt's, because a model
 must write this token. The first token after an answer that ends in a space is not learned. Several
-tokens may share a character: the bytes of an emoji, or a lone ▁ and the character after it. All of
-them are learned or none is.
+tokens may be of one character: the bytes of an emoji, or a lone ▁ and the character after it. They
+are learned together.
 
 **Sealed special tokens.** Where dtron writes the markers itself, no message may spell one. `sealed`
 renames all special tokens of a tokenizer, with their ids, to names that begin with a character that
@@ -37,17 +37,17 @@ _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 _PRIVATE = range(0xF0000, 0xFFFFE)  # a plane of Unicode without assigned characters
 
 
-def without_post_processor(encoder: Tokenizer) -> Tokenizer:
-    """Return the encoder without its post-processor. It would add special tokens, and it may take
-    the white space of a token out of the token's offsets."""
-    encoder.post_processor = None
-    return encoder
+def offsets_encoder(tokenizer: str) -> Tokenizer:
+    """Return a tokenizer, given as JSON, without its post-processor. A post-processor adds special
+    tokens, and may take the white space of a token out of the token's offsets."""
+    parts = {**json.loads(tokenizer), "post_processor": None}
+    return encoder_of(json.dumps(parts), special=True)
 
 
 def signed_ids(encoder: Tokenizer, samples: Sequence[ChatSample]) -> list[np.ndarray]:
     """Return the ids of each sample, as ``~id`` if they are not learned.
 
-    ``encoder``: without a post-processor. Raises UserError if the tokenizer has no token for
+    ``encoder``: from `offsets_encoder` or `sealed`. Raises UserError if the tokenizer has no token for
     something in a text."""
     try:
         found = encoder.encode_batch([s.text for s in samples], add_special_tokens=False)
@@ -114,8 +114,7 @@ def sealed(tokenizer: str, private: str) -> tuple[Tokenizer, str, str]:
     for token in parts["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     _rename(parts["model"], names)
-    parts["post_processor"] = None
-    encoder = encoder_of(json.dumps(parts), special=True)
+    encoder = offsets_encoder(json.dumps(parts))
     return encoder, names.get(START, START), names.get(END, END)
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.utils import htmlsafe_json_dumps
+from tokenizers import Tokenizer, processors
 
 from dtron.data import chat_encoding, chat_template
 from dtron.errors import UserError
@@ -160,6 +161,22 @@ def test_learned_tokens_one_by_one(folder_of, scratch):
     assert call.startswith('<think> \n h m \n </think> \n\n <tool_call> \n {" name')
     assert call.endswith('<0x27> s "} } \n </tool_call> <|im_end|> \n')
     assert answer == "<think> \n\n </think> \n\n 4 ▁ é <|im_end|> \n"
+
+
+def test_a_post_processor_changes_nothing(folder_of, scratch, tmp_path):
+    """A post-processor may add tokens, and cut the white space off the offsets."""
+    short = [TALK[0], {"role": "assistant", "content": "4  é "}, TALK[2]]
+    plain = folder_of("bytes", TEMPLATES["llama2"])
+    (want,) = styles.encoded(plain, [{"messages": short}], scratch)
+    folder = styles.folder_of(tmp_path, "bytes", TEMPLATES["llama2"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    cut = processors.ByteLevel(trim_offsets=True)
+    for processor in (cut, processors.Sequence([cut, begin])):
+        tokenizer.post_processor = processor
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (ours,) = styles.encoded(folder, [{"messages": short}], scratch)
+        assert ours[0] == want[0] and ours[1].tolist() == want[1].tolist()
 
 
 ORACLES = ("chatml", "llama2", "llama3", "qwen3", "deepseek")
