@@ -165,10 +165,12 @@ def test_learned_tokens_one_by_one(folder_of, scratch):
 
 def test_a_post_processor_changes_nothing(folder_of, scratch, tmp_path):
     """A post-processor may add tokens, and cut the white space off the offsets."""
-    short = [TALK[0], {"role": "assistant", "content": "4  é "}, TALK[2]]
-    plain = folder_of("bytes", TEMPLATES["llama2"])
+    template = "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' }}{% endfor %}"
+    short = [TALK[0], {"role": "assistant", "content": "4  "}, TALK[2]]
+    plain = folder_of("bytes", template)
+    assert learned(plain, short, scratch) == [["4 Ġ Ġ"]]
     (want,) = styles.encoded(plain, [{"messages": short}], scratch)
-    folder = styles.folder_of(tmp_path, "bytes", TEMPLATES["llama2"])
+    folder = styles.folder_of(tmp_path, "bytes", template)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     cut = processors.ByteLevel(trim_offsets=True)
