@@ -1,5 +1,6 @@
 """dtron.data.special_tokens: names as transformers resolves them, and the end of a document."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dtron.runtime.config import DataConfig
 from dtron.runtime.exit import run_cli
 from tests.helpers import chats as styles
 from tests.helpers.texts import TEXTS, corpus, one_line, words
+
+export = importlib.import_module("dtron.hf.export")  # dtron.hf has a function of this name
 
 TOKENS = st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "[NEW]"])
 NAMES = st.sampled_from(["bos_token", "eos_token", "pad_token", "image_token"])
@@ -54,7 +57,7 @@ def configs(draw) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return config, draw(st.sampled_from([table, None]))
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(configs(), st.booleans())
 def test_names_are_resolved_as_transformers_does(tmp_path_factory, files, padded):
     from transformers import PreTrainedTokenizerFast
@@ -82,7 +85,7 @@ ADDED = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from(styles.KINDS),
     st.one_of(st.none(), st.lists(ADDED, max_size=3)),
@@ -194,6 +197,18 @@ def test_tokenizers_share_a_folder(tmp_path):
     config.write_text(json.dumps({"eos_token": "of another tokenizer", "chat_template": "x"}))
     save_tokenizer(tokenizer, tmp_path / "x.tokenizer.json", 4)
     assert json.loads(config.read_text()) == {"eos_token": "<a>", "chat_template": "x"}
+
+
+def test_an_exported_run_has_the_end_token_that_it_learned(tmp_path):
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    tokenizer = load_tokenizer(str(folder_of(run_dir, VOCABULARY, {})))
+    out.mkdir()
+    for token in ("<a>", "[EOS]"):
+        save_tokenizer(tokenizer, run_dir / "tokenizer.json", tokenizer.token_to_id(token))
+        assert export._tokens_of(run_dir)["eos_token_id"] == tokenizer.token_to_id(token)
+        export._write_tokenizer(run_dir, out)
+        assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == token
+        (out / "tokenizer.json").unlink()
 
 
 def run(*argv: Any) -> int:
