@@ -136,7 +136,11 @@ def test_every_kind_of_string_is_text(tmp_path, kind):
         ("a.jsonl", lines("one") + b'{"text": "\xff"}\n', r"a.jsonl' line 2 is not UTF-8 text"),
         ("a.txt", b"one\ntwo\n\xe9", r"a.txt' line 3 is not UTF-8 text"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xe9"}]', r"a.json' line 2 is not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(lines("one") + b"\xff\n"), r"line 2 is not UTF-8 text"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(lines("one") + b"\xff\n", mtime=0),
+            r"line 2 is not UTF-8 text",
+        ),
         ("b.jsonl", lines("one", "a \ud800 b"), r"b.jsonl' line 2 has \\ud800, half of a surrog"),
         ("b.json", json.dumps([{"text": "\udc00"}]).encode(), r"b.json' row 1 has \\udc00, half"),
     ],
