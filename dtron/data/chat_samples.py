@@ -72,7 +72,8 @@ def samples_of(
             "writes an answer's content"
         )
     counts["unfound"] += len(turns) - len(found)
-    counts["calls"] += len(_answers(messages)) - len(turns)
+    if not template.tagged(tools):
+        counts["calls"] += len(_answers(messages)) - len(turns)
     if all(whole.text.startswith(prefix.text) for prefix, _ in found):
         spans = whole.generated if template.tagged(tools) else tuple(_disjoint(found))
         return [ChatSample(whole.text, spans)]
