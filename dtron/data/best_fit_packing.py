@@ -15,6 +15,7 @@ the rows. Left out: packing again in each epoch.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,12 +69,14 @@ class TokenizedDocuments:
 
     Document i is ``tokens[starts[i] : starts[i] + lengths[i]]``.
 
-    ``learn``: for each token, whether it is learned as a target (None: all tokens are)."""
+    ``learn``: for each token, whether it is learned as a target (None: all tokens are).
+    ``check``: called before tokens are read; raises UserError if they cannot be."""
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     learn: np.ndarray | None = None
+    check: Callable[[], None] | None = None
 
     def part(self, documents: slice) -> TokenizedDocuments:
         """Return some of the documents."""
@@ -94,7 +97,7 @@ class Fitted:
         shuffle: bool = True,
         vocab: int | None = None,
     ):
-        self.tokens, self.learn = documents.tokens, documents.learn
+        self.tokens, self.learn, self._check = documents.tokens, documents.learn, documents.check
         self.seq_len, self.seed, self.shuffle, self.vocab = seq_len, seed, shuffle, vocab
         self.starts, self.lengths = split_into_segments(
             documents.starts, documents.lengths, seq_len
@@ -106,6 +109,8 @@ class Fitted:
         return len(self.bins)
 
     def rows(self, start: int, count: int) -> Rows:
+        if self._check is not None:
+            self._check()
         shape = (count, self.seq_len + 1)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)

@@ -30,6 +30,7 @@ options of a template such as ``enable_thinking``.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -263,17 +264,19 @@ def _check_ids(ids: np.ndarray, rows: int, encoder: Tokenizer, where: str) -> No
 
 def _write(file: Path, samples: list[np.ndarray], count: int, notes: str) -> None:
     """Write the number of samples, the length of the notes, the number of conversations, the
-    samples' lengths, the notes, and the ids."""
+    samples' lengths, the notes, the ids, and the CRC-32 of all these numbers."""
     sizes = [len(ids) for ids in samples]
     head = [[len(samples), len(notes), count], sizes, [ord(c) for c in notes]]
+    whole = np.concatenate([np.asarray(part, np.int64) for part in (*head, *samples)])
     with file.open("wb") as out:
-        np.save(out, np.concatenate([np.asarray(part, np.int64) for part in (*head, *samples)]))
+        np.save(out, np.append(whole, zlib.crc32(whole.data)))
 
 
 def _read(file: Path) -> np.ndarray | None:
     try:
-        whole = np.load(file, mmap_mode="r", allow_pickle=False)
-        n, m = map(int, whole[:2])
-        return whole if whole[3 : n + 3].sum() == len(whole) - 3 - n - m else None
+        stored = np.load(file, mmap_mode="r", allow_pickle=False)
+        if stored.dtype != np.int64 or stored.ndim != 1 or len(stored) < 4:
+            return None
+        return stored[:-1] if zlib.crc32(stored[:-1].data) == stored[-1] else None
     except (OSError, ValueError, EOFError):
         return None

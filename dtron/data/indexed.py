@@ -90,11 +90,27 @@ class Indexed:
         size, step = self.bin.stat().st_size, self.dtype.itemsize
         if not self.lengths.sum(dtype=np.int64):
             raise self._bad(self.idx, "lists no token at all")
-        need = int((offsets + self.lengths.astype(np.int64) * step).max())
+        # An offset may be as large as an int64, so that adding to it would overflow.
+        ends = np.minimum(offsets, 1 << 60) + self.lengths.astype(np.int64) * step
+        need = max(int(offsets.max()), int(ends.max()))
         if size < need:
             raise self._bad(self.bin, f"is cut short: {size} bytes, where its .idx says {need}")
         self.starts = offsets // step
         self.tokens = np.asarray(np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,)))
+        self._size = size
+
+    def check_uncut(self) -> None:
+        """Raise UserError if the .bin file has become shorter. A read behind the end of a mapped
+        file would end the process without a word."""
+        try:
+            size = self.bin.stat().st_size
+        except FileNotFoundError:  # deleted or replaced: the mapped file stays as it was
+            return
+        if size < self._size:
+            raise UserError(
+                f"{str(self.bin)!r} was cut from {self._size} to {size} bytes during the run; give it "
+                "back its content, and go on with --resume"
+            )
 
     def _header(self) -> tuple[int, int, int]:
         for file, other in ((self.idx, self.bin), (self.bin, self.idx)):

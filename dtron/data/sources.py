@@ -185,6 +185,7 @@ class Packed:
         return (self.size - 1) // self.seq_len
 
     def rows(self, start: int, count: int) -> Rows:
+        self.data.check_uncut()
         n = len(self._made(0))
         out = np.empty((count, self.seq_len + 1), np.int64)
         begins = np.zeros(out.shape, bool) if self.marks else None

@@ -24,8 +24,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from dtron.data.files import one_line
 from dtron.errors import UserError
+from dtron.json_files import read_object
 
 END = "<|endoftext|>"
 
@@ -75,15 +75,9 @@ def read_beside(path: str | Path, name: str) -> dict[str, Any]:
     file."""
     file = file_beside(path, name)
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{str(file)!r} cannot be read ({one_line(error)}); repair it, or move tokenizer.json "
-            "to a folder without it"
-        ) from error
-    return found
+        return read_object(file) if file.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}, or move tokenizer.json to a folder without it") from error
 
 
 def tokenizer_config(path: str | Path | None) -> dict[str, Any]:
