@@ -97,15 +97,13 @@ class Indexed:
             raise self._bad(self.bin, f"is cut short: {size} bytes, where its .idx says {need}")
         self.starts = offsets // step
         self.tokens = np.asarray(np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,)))
-        self._size = size
+        self._size, self._opened = size, self.bin.open("rb")
+        self._handle = self._opened.fileno()
 
     def check_uncut(self) -> None:
         """Raise UserError if the .bin file has become shorter. A read behind the end of a mapped
         file would end the process without a word."""
-        try:
-            size = self.bin.stat().st_size
-        except FileNotFoundError:  # deleted or replaced: the mapped file stays as it was
-            return
+        size = os.fstat(self._handle).st_size
         if size < self._size:
             raise UserError(
                 f"{str(self.bin)!r} was cut from {self._size} to {size} bytes during the run; give it "

@@ -73,6 +73,7 @@ def open_data(
     samples = d.samples or samples
     named = parse_sources(d.path)
     texts = [_open(d, path, cache) for _, path in named]
+    _check_order(d, texts)
     tokenizer, file = _tokenizer(d, texts, vocab, cache)
     end = None if tokenizer is None else _end_id(d, tokenizer, file, texts)
     notes = [text.skipped for text in texts if not isinstance(text, Indexed)]
@@ -128,6 +129,15 @@ def _end_id(
             f"its tokens by --data.end-token, or drop {flag}"
         )
     return end
+
+
+def _check_order(d: DataConfig, texts: Sequence[Text]) -> None:
+    """Raise UserError for a flag of the order of indexed files, if no source is indexed."""
+    for flag, value in (("--data.split", d.split), ("--data.samples", d.samples)):
+        if value is not None and not any(isinstance(text, Indexed) for text in texts):
+            raise UserError(
+                f"{flag} {value} with --data.path {d.path}: is for .bin/.idx pairs; leave it out"
+            )
 
 
 def _open(d: DataConfig, path: str | None, cache: Path) -> Text:

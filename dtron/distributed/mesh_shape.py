@@ -25,6 +25,7 @@ from dtron.errors import UserError
 
 AXES = ("pp", "dp_replicate", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
+LARGEST = 1 << 20  # ranks; a drawing or a table of more would never end
 FOLDED = ("dp", "cp", "tp")  # the axes over whose ranks experts have other axes
 
 
@@ -125,6 +126,8 @@ class MeshShape:
                 )
             sizes[axis] = int(size)
         shape = MeshShape(**sizes)
+        if shape.size > LARGEST:
+            raise UserError(f"mesh {text!r} has {shape.size} ranks; at most {LARGEST} are possible")
         if world is None or shape.size == world:
             return shape
         if "dp" not in sizes and world % shape.size == 0:

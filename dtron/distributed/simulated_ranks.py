@@ -36,12 +36,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
+
+LARGEST = 4096  # ranks; each of them is a tensor of every weight
 
 
 @contextmanager
 def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
     """Run the body on ``shape.size`` simulated ranks. Yields the stage's DeviceMesh; None for one
     rank."""
+    if shape.size > LARGEST:
+        raise UserError(
+            f"mesh {shape}: {shape.size} simulated ranks, and one process has at most {LARGEST}; use a "
+            "smaller mesh"
+        )
     axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
         yield None

@@ -20,10 +20,10 @@ _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
 
 def size(text: str) -> int:
     number = text.rstrip("GMKB")
-    value = int(float(number) * _UNITS[text[len(number) :]])
-    if value < 1:
+    value = float(number) * _UNITS[text[len(number) :]]
+    if not 1 <= value < 1 << 62:
         raise ValueError
-    return value
+    return int(value)
 
 
 def parser() -> Parser:

@@ -25,6 +25,9 @@ from dtron.moe.config import MoEConfig
 # The letters of ``ModelConfig.pattern``. A program may add its own.
 MIXERS: dict[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
 
+# A tree has a node for each layer, so more layers would take minutes before anything runs.
+LARGEST = {"layers": 10_000}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -99,9 +102,10 @@ class ModelConfig:
             "context",
             "vocab_multiple",
         ):
-            if getattr(self, name) < 1:
+            high = LARGEST.get(name, 1 << 31)
+            if not 1 <= getattr(self, name) <= high:
                 raise UserError(
-                    f"model.{name}={getattr(self, name)}: a size is at least 1; raise it"
+                    f"model.{name}={getattr(self, name)}: a size is from 1 to {high}; change it"
                 )
         if not self.pattern or not set(self.pattern) <= set(self.kinds):
             raise UserError(

@@ -11,6 +11,7 @@ from dtron.errors import UserError
 
 Score = Literal["softmax", "topk_softmax", "sigmoid"]
 ExpertActivation = Literal["swiglu", "clamped_swiglu"]
+LARGEST_EXPERTS = 1 << 16
 BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
 
 
@@ -78,6 +79,10 @@ class MoEConfig:
                 raise UserError(
                     f"model.moe.{name}={getattr(self, name)}: must be at least {least}; raise it"
                 )
+        if self.experts > LARGEST_EXPERTS:
+            raise UserError(
+                f"model.moe.experts={self.experts}: at most {LARGEST_EXPERTS}; lower it"
+            )
         for name in ("scale", "aux_loss", "z_loss", "bias_rate", "capacity_factor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(

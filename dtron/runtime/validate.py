@@ -18,6 +18,8 @@ from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
 from dtron.tree import flat
 
+LARGEST_COUNT = 1 << 16  # microbatches of a step; a schedule has a row for each
+
 
 def check(
     model: ModelConfig,
@@ -220,5 +222,10 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
         raise UserError(
             f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data "
             f"ranks; use --batch {near}"
+        )
+    if batch // rows > LARGEST_COUNT:
+        raise UserError(
+            f"batch={batch}: makes {batch // rows} microbatches, and a step has at most "
+            f"{LARGEST_COUNT}; raise --micro-batch"
         )
     return batch // rows, rows

@@ -4,6 +4,7 @@ idea, and ``python -m dtron.schedules compare`` for all schedules side by side."
 from __future__ import annotations
 
 import difflib
+import math
 
 from dtron.errors import UserError
 from dtron.schedules.dualpipe import dualpipe_v
@@ -40,6 +41,9 @@ def stages_of_rank(name: str, stages_per_rank: int = 2) -> int:
     return {"interleaved": stages_per_rank, "zb-v": 2, "dualpipe-v": 2}.get(name, 1)
 
 
+LARGEST = 1 << 22  # actions of one kind in a table; more would take minutes
+
+
 def make(name: str, ranks: int, microbatches: int, stages_per_rank: int = 2) -> Table:
     """Make the table of a schedule by name. Raises UserError for an unknown name, and for
     impossible sizes."""
@@ -56,5 +60,10 @@ def make(name: str, ranks: int, microbatches: int, stages_per_rank: int = 2) -> 
     for size, n in sizes.items():
         if n < 1:
             raise UserError(f"schedule {name}: {size}={n}; there must be at least 1")
+    if math.prod(sizes.values()) > LARGEST:
+        raise UserError(
+            f"schedule {name}: {ranks} ranks, {microbatches} microbatches and {stages_per_rank} stages "
+            f"per rank make a table of more than {LARGEST} rows; use fewer microbatches"
+        )
     extra = (stages_per_rank,) if name == "interleaved" else ()
     return SCHEDULES[name](ranks, microbatches, *extra)

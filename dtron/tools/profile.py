@@ -6,14 +6,13 @@ runtime/time_breakdown.py.
 
 from __future__ import annotations
 
-import argparse
-
+from dtron.runtime.exit import Parser
 from dtron.runtime.time_breakdown import show, top
 from dtron.runtime.trace import read
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("dtron.profile", description="Time breakdown of a step.")
+    parser = Parser(prog="python -m dtron.profile", description="Time breakdown of a step.")
     parser.add_argument("trace", help="a Chrome trace that train.py --profile wrote")
     parser.add_argument(
         "--top", type=int, default=0, metavar="N", help="also print the N kernels with most time"

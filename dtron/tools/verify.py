@@ -101,12 +101,13 @@ class VerifyConfig:
     def run(self) -> RunConfig:
         """Return the config of the training run whose step is taken."""
         shape = MeshShape.parse(self.mesh)
-        micro_batch = self.micro_batch or (2 if shape.pp == 1 else 1)
+        usual = 2 if shape.pp == 1 else 1
+        micro_batch = usual if self.micro_batch is None else self.micro_batch
         count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # odd, and fills any pipeline
         return RunConfig(
             mesh=self.mesh,
             zero=self.zero,
-            batch=self.batch or count * micro_batch * shape.data,
+            batch=count * micro_batch * shape.data if self.batch is None else self.batch,
             micro_batch=micro_batch,
             recompute=self.recompute,
             recompute_budget=self.recompute_budget,

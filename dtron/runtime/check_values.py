@@ -1,0 +1,86 @@
+"""Checks of the values of flags: numbers and paths that no run can have, and flags without effect.
+
+A config's own checks say which sizes fit together. Here is what holds for every field: a number is
+finite and fits into 64 bits, a path is not empty and its names are not too long. Each check is made
+once, where the command line is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
+from dtron.runtime.config import RunConfig
+
+_PATHS = ("run_dir", "init_from", "data.path", "data.tokenizer")
+_LONGEST_NAME = 255  # bytes, on Linux's file systems
+_LARGEST = {
+    "timeout_seconds": 10**8,  # three years
+    "batch": 10**8,
+    "micro_batch": 10**8,
+    "data.seq_len": 10**9,
+    "sample_tokens": 10**6,
+}
+
+
+def check_values(config: Any) -> None:
+    """Raise UserError for the first field whose value no run can have.
+
+    ``config``: a config with nested configs."""
+    for name, value in _leaves(config):
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: must be a finite number; change it")
+        if isinstance(value, int) and not isinstance(value, bool):
+            high = _LARGEST.get(name, (1 << 63) - 1)
+            if value > high or value < -high:
+                raise UserError(f"{flag} {value}: must be at most {high}; lower it")
+        if isinstance(value, str) and name in _PATHS:
+            _check_path(flag, value)
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def _check_path(flag: str, value: str) -> None:
+    if not value.strip():
+        raise UserError(f"{flag} {value!r}: is empty; give a path, or leave {flag} out")
+    if "\0" in value:
+        raise UserError(f"{flag} {value!r}: has a zero byte, which no path has; change it")
+    for name in value.replace(",", "/").split("/"):
+        size = len(os.fsencode(name.strip()))
+        if size > _LONGEST_NAME:
+            raise UserError(
+                f"{flag} {value[:40]}...: a name in it has {size} bytes, and a file system takes "
+                f"{_LONGEST_NAME}; shorten it"
+            )
+
+
+def check_unused(config: RunConfig, shape: MeshShape) -> None:
+    """Raise UserError for a flag that has no effect beside the other flags."""
+    usual, d = RunConfig(), config.data
+    without = {
+        "--cp-method": (config.cp_method != usual.cp_method and shape.cp == 1, "a mesh without cp"),
+        "--pipeline.schedule": (
+            config.pipeline.schedule != usual.pipeline.schedule and shape.pp == 1,
+            "a mesh without pp",
+        ),
+        "--data.learn-next-document": (
+            d.learn_next_document and not d.masked,
+            "tokens that attend to all documents; give --data.document-mask",
+        ),
+    }
+    for flag, (unused, beside) in without.items():
+        if unused:
+            raise UserError(f"{flag} has no effect with {beside}; leave {flag} out")

@@ -1,0 +1,90 @@
+"""Values of flags that no run can have, flags without effect, and models that no machine holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtron.bounds import from_to
+from dtron.runtime import check_memory
+from dtron.runtime.cli import parse
+from dtron.runtime.launch import plan_run
+from dtron.schedules import make
+from dtron.tools.verify import main as verify
+from tests.helpers.texts import one_line
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.softcap", "nan"], ["--model.softcap nan", "finite"]),
+        (["--model.z-loss", "inf"], ["z", "change it"]),
+        (["--optim.lr", "nan"], ["lr"]),
+        (["--seed", str(10**23)], [f"--seed {10**23}", "at most"]),
+        (["--timeout-seconds", str(10**14)], ["--timeout-seconds", "at most 100000000"]),
+        (["--batch", str(10**12)], ["--batch", "at most"]),
+        (["--data.path", ""], ["--data.path ''", "is empty"]),
+        (["--data.tokenizer", " "], ["--data.tokenizer ' '", "is empty"]),
+        (["--run-dir", ""], ["--run-dir ''", "is empty"]),
+        (["--data.path", LONG], ["--data.path", "300 bytes", "255"]),
+        (["--data.path", f"0.5 a, 0.5 b/{LONG}"], ["--data.path", "300 bytes"]),
+        (["--run-dir", f"runs/{LONG}"], ["--run-dir", "300 bytes"]),
+        (["--init-from", ""], ["--init-from ''", "is empty"]),
+        (["--data.path", "a\0b"], ["--data.path", "zero byte"]),
+        (["--model.layers", str(10**7)], ["model.layers=10000000", "from 1 to 10000"]),
+        (["--model.vocab", str(10**11)], ["model.vocab=100000000000"]),
+        (["--model.moe.experts", str(10**9)], ["model.moe.experts=1000000000", "at most"]),
+    ],
+)
+def test_a_value_that_no_run_can_have(flags, said):
+    one_line(lambda: parse(flags), *said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cp-method", "ulysses"], ["--cp-method", "a mesh without cp"]),
+        (["--pipeline.schedule", "zb-v"], ["--pipeline.schedule", "a mesh without pp"]),
+        (["--data.learn-next-document"], ["--data.learn-next-document", "--data.document-mask"]),
+        (["--mesh", "dp=4097"], ["4097 simulated ranks", "4096"]),
+        (["--mesh", "dp=999999999"], ["999999999 ranks", "1048576"]),
+        (["--batch", "100000", "--micro-batch", "1"], ["100000 microbatches", "--micro-batch"]),
+        (
+            ["--model.embed", "65536", "--model.mlp", "262144", "--model.layers", "500"],
+            ["weights and optimizer state take", "GiB", "use a smaller model"],
+        ),
+    ],
+)
+def test_a_flag_without_effect_and_a_run_without_end(flags, said):
+    mesh = [] if "--mesh" in flags else ["--mesh", "dp=1"]
+    one_line(lambda: plan_run(parse(["--simulate", *mesh, *flags])), *said)
+
+
+def test_a_flag_that_has_its_default_is_no_error():
+    plan_run(parse(["--simulate", "--mesh", "dp=1", "--cp-method", "ring"]))
+
+
+def test_memory_is_that_of_the_group_too(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(check_memory, "_GROUP_LIMIT", limit)
+    config = parse(["--simulate", "--mesh", "dp=1"])
+    for text, refused in (("max", False), ("1000000000000000", False), ("1000000", True)):
+        limit.write_text(text + "\n")
+        if refused:
+            one_line(lambda: plan_run(config), "which has 0 GiB")
+        else:
+            plan_run(config)
+
+
+def test_programs_that_would_not_end():
+    one_line(lambda: make("1f1b", 4, 999_999_999), "more than", "fewer microbatches")
+    one_line(lambda: verify(["--mesh", "dp=2", "--batch", "0"]), "batch 0", "at least 1")
+    one_line(lambda: verify(["--mesh", "dp=2", "--micro-batch", "0"]), "micro_batch=0")
+
+
+def test_bounds_refuse_nan():
+    class Config:
+        x = float("nan")
+
+    one_line(lambda: from_to(Config(), "c", {"x": (0, 1)}), "c.x=nan")
