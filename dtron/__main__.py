@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dtron.errors import UserError
-from dtron.runtime.exit import run_cli
+from dtron.runtime.exit import before_imports, run_cli
 
 COMMANDS = {
     "train": ("", "train a model; the same as train.py"),
@@ -67,6 +67,7 @@ def program(name: str) -> Callable[[list[str]], int]:
 
 def run() -> None:
     """Run the console command."""
+    before_imports()
     sys.exit(run_cli(main, sys.argv[1:]))
 
 

@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 from dtron.errors import LostRank, UserError
 from dtron.renamed import refuse_old_flags
-from dtron.runtime.signals import Termination
+from dtron.runtime.launcher import watch_launcher
+from dtron.runtime.output import complain, leave_output
+from dtron.runtime.signals import Termination, allow_interrupts, stop_at_once
 
 OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 
@@ -40,41 +42,66 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def before_imports() -> None:
+    """Prepare a program for its slow imports: torch takes seconds.
+
+    Ctrl-C and the end of torchrun end the program with one line. torch's C++ code reports errors
+    only: when torchrun dies, each of its warnings has thirty lines."""
+    stop_at_once()
+    watch_launcher()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
     exception is a bug in the program and keeps its traceback."""
+    allow_interrupts()
+    watch_launcher()
     termination = Termination()
     if "WORLD_SIZE" in os.environ:
         termination.install()
     try:
-        return main(argv)
+        code = main(argv)
     except UserError as error:
         text = "error: " + " ".join(str(error).split())
-        code, at_once = 2, isinstance(error, LostRank)
+        code, lost = 2, isinstance(error, LostRank)
     except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
+        if "WORLD_SIZE" not in os.environ or not (reason := _lost(error)):
             raise
-        text = f"error: another rank has died or hangs ({lost}); see the output of that rank"
-        code, at_once = 2, True
+        text = f"error: another rank has died or hangs ({reason}); see the output of that rank"
+        code, lost = 2, True
     except KeyboardInterrupt:
-        text, code, at_once = "stopped", 130, False
+        text, code, lost = "stopped", 130, False
+    else:
+        leave_output()
+        return code
     rank = int(os.environ.get("RANK", 0))
+    if lost and (missing := _missing()):
+        text = f"{text}; {missing}"
     # If every rank has the same error, rank 0 reports the error. torchrun then ends the other ranks
     # while they wait here. An error of this rank alone is printed after the wait.
-    if rank and not at_once and termination.wait(OTHERS_WAIT):
+    if rank and not lost and termination.wait(OTHERS_WAIT):
         os._exit(code)
-    if rank:
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+    complain(f"rank {rank}: {text}" if rank else text)
+    leave_output()
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # skip process group teardown: other ranks may wait in it
     return code
+
+
+def _missing() -> str:
+    """Return the ranks that have died, with their hosts."""
+    from dtron.runtime.roll_call import missing_ranks  # imported here: it needs torch
+
+    return missing_ranks()
 
 
 def _lost(error: RuntimeError) -> str:
     """Return the part of a gloo or NCCL error that says a rank is lost; empty for any other
     error."""
     message = str(error)
+    if type(error).__name__ in ("DistStoreError", "DistNetworkError"):
+        return "the store of the job does not answer"
     if "gloo" not in message and "nccl" not in message.lower():
         return ""
     lost = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"

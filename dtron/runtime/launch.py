@@ -24,6 +24,7 @@ from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.config import RunConfig
+from dtron.runtime.roll_call import join_job, leave_job
 from dtron.runtime.validate import (
     check,
     check_attention,
@@ -171,7 +172,16 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         # P2P messages of the pipeline have groups of their own (schedules/p2p.py), so this warning
         # does not apply.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store = join_job(timeout)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device_id,
+        )
     group_backends: Any = None
     if config.zero == 3 and config.copy_engines == "auto":
         group_backends = backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms)))
@@ -183,3 +193,4 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()
         dist.destroy_process_group()
+        leave_job()
