@@ -64,13 +64,13 @@ def complain(text: str) -> None:
 def leave_output() -> None:
     """Give up text that cannot be written. Otherwise Python tries again when it exits, and ends the
     program with an error of its own."""
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError, ValueError):
+                number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, number)
                 os.close(nowhere)
 

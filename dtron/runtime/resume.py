@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from dtron import checkpoint
 from dtron.errors import UserError
@@ -62,7 +63,7 @@ def changes(previous: RunConfig, config: RunConfig, step: int) -> list[str]:
     ``step``: the step after which the run goes on."""
     before, now = dotted(asdict(previous)), dotted(asdict(config))
     lines = [
-        f"--{name.replace('_', '-')}: {before.get(name)} -> {value}"
+        f"--{name.replace('_', '-')}: {_shown(before.get(name))} -> {_shown(value)}"
         for name, value in now.items()
         if value != before.get(name) and name not in OF_THE_START
     ]
@@ -76,6 +77,10 @@ def changes(previous: RunConfig, config: RunConfig, step: int) -> list[str]:
             f"{rates[1]:.3e}, before the change {rates[0]:.3e}"
         )
     return lines
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value != "" else "''"
 
 
 def finished(config: RunConfig, newest: Path) -> bool:

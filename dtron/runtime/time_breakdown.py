@@ -19,6 +19,7 @@ Without a GPU, ``idle`` is the time of Python and of torch's dispatcher.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections import defaultdict
@@ -139,7 +140,7 @@ def show(spans: Sequence[Span]) -> None:
     table = Table("one step", Column("ms", justify="right"), Column("share", justify="right"))
     for line in rows(breakdown(spans)):
         table.add_row(*line, end_section=line[0] in ("idle", "the step"))
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    write_line(sys.stdout, captured.get().rstrip("\n"))
+    terminal, text = Console(), io.StringIO()
+    console = Console(file=text, width=terminal.width, force_terminal=terminal.is_terminal)
+    console.print(table)
+    write_line(sys.stdout, text.getvalue().rstrip("\n"))
