@@ -6,10 +6,12 @@ until its end. The kernel releases the lock when the process dies, however it di
 file (host, process, time of the start) is only for the message to a second job. A file that a
 killed process leaves behind locks nothing.
 
+The holder deletes the file at its end. Another process may have opened the file just before, and
+then gets the lock of a file without a name. So after ``flock`` a process compares its file with the
+file of that name, and begins again if the two differ.
+
 Left out:
 
-- The file is never deleted. Between a deletion and a new lock two processes could hold two files of
-  the same name.
 - Time limits. A lock that expires needs a clock that all hosts share, and a thread that renews it.
 - File systems without ``flock``. The run then has one line of warning, and no lock.
 """
@@ -53,42 +55,44 @@ class RunLock:
 
         ``patience``: the seconds to wait for a holder that is about to end."""
         self.warning: str | None = None
-        path, until = run_dir / LOCK, time.monotonic() + patience
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _open.add(self._file)
-        try:
-            while not self._lock():
-                if time.monotonic() >= until:
-                    raise UserError(
-                        f"--run-dir {run_dir}: another run is writing there "
-                        f"({_holder(self._file)}); wait for its end, stop it, or choose another "
-                        "--run-dir"
-                    )
-                time.sleep(POLL)
-        except OSError as error:
-            self.warning = (
-                f"warning: {path}: this file system has no locks ({error.strerror}); a second job "
-                "in the same directory would go unnoticed"
-            )
-        except BaseException:
-            self._close()
-            raise
+        self._path, until = run_dir / LOCK, time.monotonic() + patience
+        while not self._lock():
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"--run-dir {run_dir}: another run is writing there ({self._holder}); wait for "
+                    "its end, stop it, or choose another --run-dir"
+                )
+            time.sleep(POLL)
         self._write(_self())
 
     def release(self) -> None:
         if self._file in _open:
-            self._write("")
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         self._close()
 
     def _lock(self) -> bool:
-        """Return whether this process got the lock. Raises OSError if there are no locks."""
+        """Return whether this process got the lock. Raises OSError for a file that cannot be
+        opened."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _open.add(self._file)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in HELD:
+                self._holder = _holder(self._file)
+                self._close()
                 return False
-            raise
-        return True
+            self.warning = (
+                f"warning: {self._path}: this file system has no locks ({error.strerror}); a "
+                "second job in the same directory would go unnoticed"
+            )
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file), self._path.stat()):
+                return True
+        self._close()  # the holder before has deleted this file
+        return self._lock()
 
     def _write(self, text: str) -> None:
         """Replace the text of the file. A full disk is no reason to refuse: the lock holds."""
@@ -100,6 +104,7 @@ class RunLock:
         if self._file in _open:
             _open.remove(self._file)
             os.close(self._file)
+        self._file = -1  # another file may get its number
 
 
 def _self() -> str:

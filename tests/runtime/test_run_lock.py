@@ -88,6 +88,23 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path):
         RunLock(tmp_path).release()
 
 
+def test_a_file_that_its_holder_deletes_locks_nothing(tmp_path, monkeypatch):
+    """Another process opens the file, then the holder ends, then the other process locks it."""
+    before, flock = RunLock(tmp_path), fcntl.flock
+
+    def late(file, how):
+        before.release()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = RunLock(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="another run"):
+        RunLock(tmp_path)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_train_refuses_a_directory_in_use_and_changes_nothing(run_dir, capsys):
     run(run_dir, *SIX)
     lock = RunLock(run_dir)
@@ -102,10 +119,10 @@ def test_train_refuses_a_directory_in_use_and_changes_nothing(run_dir, capsys):
 
 def test_a_run_gives_the_lock_back_however_it_ends(run_dir, capsys):
     run(run_dir, *SIX)
-    assert (run_dir / LOCK).read_text() == ""
+    assert not (run_dir / LOCK).exists()
     refused(capsys, f"--run-dir={run_dir}", "--resume", "--seed=1")
     refused(capsys, f"--run-dir={run_dir}", "--data.path=gone.txt")
-    RunLock(run_dir).release()
+    assert not (run_dir / LOCK).exists()
 
 
 def test_a_restarted_process_waits_for_the_one_before(run_dir, monkeypatch):
