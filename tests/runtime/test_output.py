@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -91,6 +92,25 @@ def test_a_text_that_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, 
     with (tmp_path / "ascii").open("w", encoding="ascii") as out:
         assert write_line(out, "é\ud800") is None
     assert (tmp_path / "ascii").read_text() == "\\xe9\\ud800\n"
+
+
+@pytest.mark.parametrize("length", [10, 10_000])
+def test_a_line_is_one_write(length):
+    """The lines of two ranks, which share a terminal, then do not run together."""
+    writes = []
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            writes.append(bytes(content))
+            return len(content)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(Raw(), 1 << 16), line_buffering=True)
+    for letter in "ab":
+        assert write_line(stream, letter * length) is None
+    assert writes == [letter.encode() * length + b"\n" for letter in "ab"]
 
 
 def test_a_line_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
