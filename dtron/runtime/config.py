@@ -88,6 +88,8 @@ class RunConfig(StepConfig):
                 raise UserError(
                     f"--{flag} {getattr(self, name)}: must be at most {high}; use --{flag} {high}"
                 )
+        if not self.run_dir:
+            raise UserError("--run-dir '': has no name; use --run-dir runs/a")
         _ = self.how  # raises UserError for an invalid combination
 
     def evaluates_after(self, step: int) -> bool:

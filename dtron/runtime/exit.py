@@ -16,6 +16,8 @@ from dtron.runtime.launcher import watch_launcher
 from dtron.runtime.output import complain, leave_output
 from dtron.runtime.signals import Termination, allow_interrupts, stop_at_once
 
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+NUMBERS += ("TORCHELASTIC_RESTART_COUNT",)
 OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 
 
@@ -56,11 +58,12 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
     exception is a bug in the program and keeps its traceback."""
     allow_interrupts()
-    watch_launcher()
     termination = Termination()
     if "WORLD_SIZE" in os.environ:
         termination.install()
     try:
+        check_environment()
+        watch_launcher()
         code = main(argv)
     except UserError as error:
         text = "error: " + " ".join(str(error).split())
@@ -75,7 +78,10 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     else:
         leave_output()
         return code
-    rank = int(os.environ.get("RANK", 0))
+    own = os.environ.get("RANK", "0")
+    rank = int(own) if own.isdecimal() else 0
+    if code == 130 and rank:
+        os._exit(code)  # Ctrl-C reaches every rank, and rank 0 reports it
     if lost and (missing := _missing()):
         text = f"{text}; {missing}"
     # If every rank has the same error, rank 0 reports the error. torchrun then ends the other ranks
@@ -87,6 +93,17 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # skip process group teardown: other ranks may wait in it
     return code
+
+
+def check_environment() -> None:
+    """Raise UserError for a variable of torchrun that is no number."""
+    for name in NUMBERS:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise UserError(
+                f"{name}={value!r}: must be a whole number, as torchrun sets it; start the program "
+                f"with torchrun, or unset {name}"
+            )
 
 
 def _missing() -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from dtron import checkpoint
 from dtron.errors import UserError
+from dtron.hf.source_files import ORIGIN
 from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
 from dtron.training.lr_schedule import learning_rate
@@ -89,5 +90,11 @@ def finished(config: RunConfig, newest: Path) -> bool:
 
 
 def of_this_start(previous: RunConfig, run_dir: str) -> RunConfig:
-    """Return the config of a run as the default of this start."""
-    return replace(previous, resume="off", run_dir=run_dir)
+    """Return the config of a run as the default of this start. The tokenizer of ``--init-from`` is
+    the run's own copy, if the folder is gone."""
+    data, copy = previous.data, Path(run_dir) / ORIGIN / "tokenizer.json"
+    if previous.init_from and data.tokenizer and not Path(data.tokenizer).exists():
+        of_source = Path(data.tokenizer) == Path(previous.init_from) / copy.name
+        if of_source and copy.is_file():
+            data = replace(data, tokenizer=str(copy))
+    return replace(previous, resume="off", run_dir=run_dir, data=data)

@@ -56,6 +56,12 @@ class Address:
     @classmethod
     def of_this_process(cls) -> Address:
         of = os.environ
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in of:
+                raise UserError(
+                    f"{name}: is not set, and each of several processes needs it; start them with "
+                    "torchrun"
+                )
         agent = of.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(
             of["MASTER_ADDR"],

@@ -23,7 +23,7 @@ import torch
 from dtron import checkpoint
 from dtron.checkpoint.files import clear_parts
 from dtron.data import Data
-from dtron.errors import UserError
+from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
 from dtron.hf.export import Exported, export
@@ -60,7 +60,7 @@ class RunDirectory:
         training would overwrite."""
         path = Path(config.run_dir)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if config.resume == "on" and not (_newest(path) or (path / LOCK).exists()):
+        if config.resume == "on" and not (_newest(path) or os.path.lexists(path / LOCK)):
             raise _nothing_to_resume(path)  # a directory that the user mistyped is not created
         lock = None
         try:
@@ -103,8 +103,13 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Give the lock back. If a rank is lost, a thread may still be saving: then the lock stays
+        until the process ends, which is soon."""
+        lost = isinstance(error, LostRank) or (
+            isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ
+        )
+        if self._lock is not None and not lost:
             self._lock.release()
 
     def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> tuple[str, ...]:
@@ -155,14 +160,15 @@ def _newest(run_dir: Path) -> Path | None:
     """Return the newest checkpoint of a run. Raises UserError if the folder of the checkpoints
     cannot be listed: it would look as if the run had none."""
     folder = checkpoint.folder(run_dir)
-    if os.path.lexists(folder):
-        try:
-            os.listdir(folder)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be listed ({error.strerror}), so nothing says whether it holds "
-                "checkpoints; give this user access, or choose another --run-dir"
-            ) from error
+    if not os.path.lexists(folder):
+        return None
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be listed ({error.strerror}), so nothing says whether it holds "
+            "checkpoints; give this user access, or choose another --run-dir"
+        ) from error
     return checkpoint.newest(run_dir)
 
 

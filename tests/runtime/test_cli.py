@@ -186,6 +186,7 @@ def test_a_typo_is_named_as_it_was_typed():
         ("--data.seq-len 0", ["data.seq_len=0", "at least 1"]),
         ("--data.validation-ratio 1", ["data.validation_ratio=1.0", "between 0 and 1"]),
         ("--seed -1", ["seed"]),
+        ("--run-dir=", ["--run-dir ''", "--run-dir runs/a"]),
         ("--seed 99999999999999999999999", ["--seed 99999999999999999999999", "at most"]),
         ("--timeout-seconds 99999999999999", ["--timeout-seconds 10000000"]),
         ("--model.init-std -1", ["model.init_std"]),

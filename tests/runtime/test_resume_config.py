@@ -14,7 +14,7 @@ from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.errors import UserError
 from dtron.runtime.cli import load, parse, text
-from dtron.runtime.config import RunConfig
+from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.resume import changes, with_value
 from dtron.training.lr_schedule import learning_rate
@@ -190,6 +190,20 @@ def test_the_folder_of_the_first_weights_is_not_needed(run_dir, monkeypatch):
     (run_dir / "config.json").write_text(text(RunConfig()))
     with pytest.raises(UserError, match="began from random weights"):
         parse([*at, "--init-from", "b"])
+
+
+def test_the_tokenizer_of_a_folder_that_is_gone_is_the_copy_of_the_run(run_dir):
+    saved, copy = files.target(run_dir, 2), run_dir / "hf" / "tokenizer.json"
+    began = RunConfig(init_from="gone", data=DataConfig(tokenizer="gone/tokenizer.json"))
+    for file, content in ((saved / "meta.json", "{}"), (run_dir / "config.json", text(began))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    at = [f"--run-dir={run_dir}", "--resume"]
+    assert parse(at).data.tokenizer == "gone/tokenizer.json"  # it is refused later, by its name
+    copy.parent.mkdir()
+    copy.write_text("{}")
+    assert parse(at).data.tokenizer == str(copy)
+    assert parse([*at, "--data.tokenizer=mine.json"]).data.tokenizer == "mine.json"
 
 
 def test_resume_may_have_no_value():
