@@ -85,7 +85,7 @@ class LauncherWatch:
             time.sleep(self._poll)
 
     def _exit(self, why: str) -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line from each host
             complain(f"stopped: torchrun has ended; {why}")
         os._exit(143)
 

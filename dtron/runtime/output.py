@@ -4,6 +4,8 @@ A reader may go away (``train.py | head``), and a disk may fill up. Training goe
 So a failed write is reported once, on stderr, and every later write is tried again.
 
 Every line is one ``write``. So the lines of several ranks on one terminal do not run together.
+
+Left out: a buffer that keeps lines until they can be written. Without a reader it would only grow.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ do, whichever is due.
 
 A process that torchrun has started again keeps the flags that it was started with: they are the
 flags of the run.
+
+Left out: a choice of the checkpoint. ``--resume`` takes the newest one. To go on from an earlier
+one, move the later ones away.
 """
 
 from __future__ import annotations
