@@ -10,6 +10,11 @@ library.
 
 import sys
 
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from dtron import checkpoint
 from dtron.checkpoint import AsyncSaver, TrainState
 from dtron.data import Data, open_data
@@ -23,6 +28,7 @@ from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
 from dtron.runtime.initial_state import identity, initial_state
 from dtron.runtime.launch import host_group, plan_run, start_ranks
+from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.signals import StopSignal
@@ -36,12 +42,16 @@ from dtron.training.pipeline import Pipeline
 def main(argv: list[str]) -> int:
     config = parse(argv)
     plan = plan_run(config)  # refuses an invalid config before any rank is started
-    run = RunDirectory.open(config)
-    data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
-    new = config.init_from and not run.resumed
-    source = Source(config.init_from, config.model) if new else None
-    with start_ranks(config, plan) as pipe, StopSignal(host_group(config.timeout_seconds)) as stop:
-        train(config, plan, pipe, data, run, stop, source)
+    with RunDirectory.open(config) as run:
+        if run.finished:
+            Output(plan.main).say(f"{run.resumed}: the run is finished; nothing to do")
+            return 0
+        data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
+        new = config.init_from and not run.resumed
+        source = Source(config.init_from, config.model) if new else None
+        timeout = config.timeout_seconds
+        with start_ranks(config, plan) as pipe, StopSignal(host_group(timeout)) as stop:
+            train(config, plan, pipe, data, run, stop, source)
     return 0
 
 
@@ -60,8 +70,9 @@ def train(
     the checkpoint ``run.resumed``."""
     same = identity(config, data)
     state = initial_state(config, plan, pipe, same, run.resumed, source)
+    notes = data.notes + (source.notes if source else ())
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
-        run.begin(config, plan, data, state.step)
+        notes += run.begin(config, plan, data, state.step)
     group = host_group(config.timeout_seconds)
     with (
         StepLog(config, plan, run.path, state.step) as log,
@@ -69,7 +80,6 @@ def train(
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        notes = data.notes + (source.notes if source else ())
         log.say(describe(config, plan, data, state.step), *notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.samples)
@@ -93,11 +103,14 @@ def train(
             if evaluates:
                 log.validation(validate(state.params, data, config, plan, pipe))
             if saves:
+                log.say(*run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
             log.write()
+        stop.training_is_over()
         log.finish()
         log.write()
         if stopped:
+            log.say(*run.restore())
             checkpoint.start_save(saver, state, pipe.spec, same)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
         elif config.sample_tokens:

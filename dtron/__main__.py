@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dtron.errors import UserError
-from dtron.runtime.exit import run_cli
+from dtron.runtime.exit import before_imports, run_cli
+from dtron.runtime.signals import allow_interrupts, stop_at_once
 
 COMMANDS = {
     "train": ("", "train a model; the same as train.py"),
@@ -45,7 +46,10 @@ def main(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
         raise UserError(f"dtron {name}: unknown command; {hint}")
-    return program(name)(rest)
+    stop_at_once()  # during the imports
+    command = program(name)
+    allow_interrupts()
+    return command(rest)
 
 
 def program(name: str) -> Callable[[list[str]], int]:
@@ -67,6 +71,7 @@ def program(name: str) -> Callable[[list[str]], int]:
 
 def run() -> None:
     """Run the console command."""
+    before_imports()
     sys.exit(run_cli(main, sys.argv[1:]))
 
 

@@ -8,6 +8,7 @@ the path of the value, as in ``$.files``. Nothing in a file is executed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -27,9 +28,11 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     ``follow``: whether the file may be a symbolic link. A Hugging Face cache has links; a
     checkpoint has none."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(0, "it is no regular file")
+        code = errno.EISDIR if stat.S_ISDIR(mode) else 0
+        raise OSError(code, os.strerror(code) if code else "it is no regular file")
     return handle
 
 

@@ -47,6 +47,15 @@ def _no_graph(_: bool) -> dict[str, Any]:
     return {"cuda_graph": "off"}
 
 
+def _resume(value: Any) -> dict[str, Any]:
+    """Give the switch of older versions its value of today."""
+    return {"resume": {True: "on", False: "off"}.get(value, value)}
+
+
+def _no_resume(_: bool) -> dict[str, Any]:
+    return {"resume": "off"}
+
+
 def _recompute(value: Any) -> dict[str, Any]:
     """Split ``budget=0.5`` into the policy and its share. Other values stay the same."""
     policy, _, share = str(value).partition("=")
@@ -75,6 +84,8 @@ RENAMED = (
     Renamed("sample", "sample_tokens"),
     Renamed("timeout", "timeout_seconds"),
     Renamed("recompute", "recompute", _recompute),
+    Renamed("resume", "resume", _resume),
+    Renamed("no_resume", "resume", _no_resume, switch=True),
     Renamed("optim.min_lr", "optim.min_lr_ratio"),
     Renamed("optim.decay", "optim.wsd_decay_ratio"),
     Renamed("optim.clip", "optim.max_grad_norm"),

@@ -63,13 +63,14 @@ def target(run_dir: Path, step: int) -> Path:
 def found(run_dir: Path) -> list[Found]:
     """Return the finished checkpoints of a run, by step. Raises UserError if the folder may not be
     listed, because a run that saw nothing there would begin anew."""
+    if not os.path.lexists(folder(run_dir)):
+        return []
     try:
         names = sorted(os.listdir(folder(run_dir)))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
         raise UserError(
-            f"{folder(run_dir)}: cannot be listed ({error.strerror}); make it readable"
+            f"{folder(run_dir)}: cannot be listed ({error.strerror}), so nothing says whether it "
+            "holds checkpoints; give this user access, or choose another --run-dir"
         ) from error
     out = []
     for name in names:

@@ -207,8 +207,9 @@ def _id_of(tokenizer: Tokenizer, token: str, what: str) -> int:
     return found
 
 
-def save_tokenizer(tokenizer: Tokenizer, file: Path, end: int | None) -> None:
-    """Write a tokenizer.json. Beside it, name its end token, unless `end_id` finds it without."""
+def save_tokenizer(tokenizer: Tokenizer, file: Path, end: int | None) -> list[Path]:
+    """Write a tokenizer.json, and return the files written. Beside it, name its end token, unless
+    `end_id` finds it without."""
     part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     tokenizer.save(str(part))
     os.replace(part, file)
@@ -216,6 +217,9 @@ def save_tokenizer(tokenizer: Tokenizer, file: Path, end: int | None) -> None:
         known = end is None or end_id(tokenizer, file) == end
     except UserError:  # the config of another tokenizer, which had this name before
         known = False
-    if end is not None and not known:
-        entries = read_beside(file, CONFIG) | {"eos_token": tokenizer.id_to_token(end)}
-        file_beside(file, CONFIG).write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    if end is None or known:
+        return [file]
+    entries = read_beside(file, CONFIG) | {"eos_token": tokenizer.id_to_token(end)}
+    config = file_beside(file, CONFIG)
+    config.write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    return [file, config]

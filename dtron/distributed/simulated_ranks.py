@@ -41,15 +41,20 @@ from dtron.errors import UserError
 LARGEST = 4096  # ranks; each of them is a tensor of every weight
 
 
-@contextmanager
-def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
-    """Run the body on ``shape.size`` simulated ranks. Yields the stage's DeviceMesh; None for one
-    rank."""
+def check_ranks(shape: MeshShape) -> None:
+    """Raise UserError for more ranks than one process can simulate."""
     if shape.size > LARGEST:
         raise UserError(
             f"mesh {shape}: {shape.size} simulated ranks, and one process has at most {LARGEST}; use a "
             "smaller mesh"
         )
+
+
+@contextmanager
+def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
+    """Run the body on ``shape.size`` simulated ranks. Yields the stage's DeviceMesh; None for one
+    rank."""
+    check_ranks(shape)
     axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
         yield None

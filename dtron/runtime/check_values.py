@@ -20,7 +20,6 @@ from dtron.runtime.config import RunConfig
 _PATHS = ("run_dir", "init_from", "data.path", "data.tokenizer")
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _LARGEST = {
-    "timeout_seconds": 10**8,  # three years
     "batch": 10**8,
     "micro_batch": 10**8,
     "data.seq_len": 10**9,
@@ -41,7 +40,7 @@ def check_values(config: Any) -> None:
             if value > high or value < -high:
                 raise UserError(f"{flag} {value}: must be at most {high}; lower it")
         if isinstance(value, str) and name in _PATHS:
-            _check_path(flag, value)
+            check_path(flag, value)
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -53,7 +52,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, value
 
 
-def _check_path(flag: str, value: str) -> None:
+def check_path(flag: str, value: str) -> None:
+    """Raise UserError for a path that no file system has."""
     if not value.strip():
         raise UserError(f"{flag} {value!r}: is empty; give a path, or leave {flag} out")
     if "\0" in value:

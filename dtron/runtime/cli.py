@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import io
 import json
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -19,13 +20,22 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from dtron import __version__
+import msgspec
+
+from dtron import __version__, checkpoint
 from dtron.data.indexed import prefix_of
 from dtron.errors import UserError
+from dtron.hf.config import CONFIG
+from dtron.json_files import read_object
 from dtron.model.config import ModelConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.renamed import current_tree, last_component, refuse_old_flags
+from dtron.runtime.check_values import check_path, check_values
 from dtron.runtime.config import RunConfig
+from dtron.runtime.resume import check_source, of_this_start, with_value
+
+# What ``load`` raises for a file that is no config. (UserError is a ValueError.)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 EXAMPLES = """examples:
   python train.py --model.layers 6 --optim.lr 5e-4
@@ -46,6 +56,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
 
     default = default or RunConfig()
     config_class: Any = type(default)
+    argv = with_value(argv)
     if "--version" in argv:
         print(f"dtron {__version__}")
         raise SystemExit(0)
@@ -58,8 +69,14 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         preset: Annotated[str, model_flag] = "tiny"
 
     CommandLine.__doc__ = config_class.__doc__
-    name, loaded = _value_of(argv, "--model"), None
-    if "--init-from" in known and (folder := _value_of(argv, "--init-from")) is not None:
+    name, loaded = _value_of(argv, "--model", example="tiny"), None
+    previous = _resumed(argv) if "--resume" in known else None
+    default = previous or default
+    if (
+        previous is None
+        and "--init-from" in known
+        and (folder := _value_of(argv, "--init-from", example="FOLDER")) is not None
+    ):
         loaded = _loaded(folder, name)
         default = replace(default, model=loaded)
     if name is not None:
@@ -84,13 +101,35 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     values = _shallow(parsed)
     del values["preset"]
     config = config_class(**values)
+    check_values(config)
     return config if loaded is None else _with_tokenizer(config, loaded)
+
+
+def _resumed(argv: Sequence[str]) -> RunConfig | None:
+    """Return the config of the run that the arguments resume; None if they begin a run."""
+    run_dir = _value_of(argv, "--run-dir") or RunConfig().run_dir
+    file = Path(run_dir) / CONFIG
+    if _value_of(argv, "--resume") not in ("on", "auto") or not os.path.lexists(file):
+        return None
+    if checkpoint.newest(Path(run_dir)) is None:
+        return None
+    try:
+        previous = load(file)
+    except UNREADABLE as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(
+            f"{file}: --resume cannot read the config of the run ({reason}); restore the file, or "
+            "delete it and give all flags of the run"
+        ) from error
+    check_source(_value_of(argv, "--init-from"), previous)
+    return of_this_start(previous, run_dir)
 
 
 def _loaded(folder: str, name: str | None) -> ModelConfig:
     """Read the model config of the ``--init-from`` folder."""
     from dtron.hf import read_model
 
+    check_path("--init-from", folder)
     if name is not None:
         raise UserError(
             f"--model {name} --init-from {folder}: its config.json is the model; drop --model"
@@ -129,20 +168,35 @@ def _shallow(config: Any) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved config as JSON."""
-    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    path.write_text(text(config))
+
+
+def text(config: RunConfig) -> str:
+    """Return the resolved config as JSON."""
+    return json.dumps(asdict(config), indent=1) + "\n"
 
 
 def load(path: Path) -> RunConfig:
     """Read a config written by ``save``, of this version or an older one."""
-    return _build(RunConfig, current_tree(json.loads(path.read_text())))
+    return _build(RunConfig, current_tree(read_object(path)))
 
 
-def _build(cls: Any, value: Any) -> Any:
+def _build(cls: Any, value: Any, path: str = "") -> Any:
+    """Build a config from nested values. Raises TypeError for a value of another type, and
+    KeyError for a name that is no field."""
     if not is_dataclass(cls):
-        return value
+        try:
+            return msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise TypeError(f"{path} is {value!r:.60}") from error
     make: Any = cls
+    if not isinstance(value, dict):
+        raise TypeError(f"{path or 'the file'} is no object")
     hints = typing.get_type_hints(cls)
-    return make(**{name: _build(hints[name], v) for name, v in value.items()})
+    inner = {
+        name: _build(hints[name], v, f"{path}.{name}".lstrip(".")) for name, v in value.items()
+    }
+    return make(**inner)
 
 
 @cache
@@ -198,17 +252,22 @@ def _nearest(flag: str, known: Sequence[str]) -> str | None:
     return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
 
 
-def _value_of(argv: Sequence[str], flag: str) -> str | None:
-    """Return the last value of a flag, or None without the flag. Raises UserError for a flag
-    without a value."""
+def _value_of(argv: Sequence[str], flag: str, example: str = "") -> str | None:
+    """Return the last value of a flag, or None without the flag.
+
+    ``example``: a value for the UserError about a flag without a value; empty: return None, because
+        tyro refuses the flag later."""
     found = None
     for word, following in zip(argv, [*argv[1:], None], strict=False):
-        if word == flag:
-            if following is None or following.startswith("--"):
-                raise UserError(f"{flag}: needs a value, as in {flag} tiny; see --help")
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") != flag:
+            continue
+        if equals:
+            found = value
+        elif following is not None and not following.startswith("--"):
             found = following
-        elif word.startswith(flag + "="):
-            found = word.partition("=")[2]
+        elif example:
+            raise UserError(f"{flag}: needs a value, as in {flag} {example}; see --help")
     return found
 
 

@@ -39,8 +39,10 @@ class RunConfig(StepConfig):
     """folder for metrics, the resolved config and checkpoints"""
     init_from: str | None = None
     """Hugging Face folder (config.json and safetensors) with the model and its initial weights"""
-    resume: bool = False
-    """go on from the newest checkpoint in run_dir; mesh, zero and micro_batch may differ"""
+    resume: Literal["off", "on", "auto"] = "off"
+    """on, or no value: go on from the newest checkpoint in run_dir, with the config of the run;
+    flags override it. auto: begin if there is no checkpoint, else go on, and end at once if the run
+    is finished; always save the last step"""
     save_every: int = 0
     """steps between checkpoints, which are written while training goes on; 0: a checkpoint only if
     a signal stops the run"""
@@ -80,6 +82,14 @@ class RunConfig(StepConfig):
                 raise UserError(
                     f"--{flag} {getattr(self, name)}: must be at least {low}; use --{flag} {low}"
                 )
+        for name, high in _LARGEST.items():
+            if getattr(self, name) > high:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} {getattr(self, name)}: must be at most {high}; use --{flag} {high}"
+                )
+        if not self.run_dir:
+            raise UserError("--run-dir '': has no name; use --run-dir runs/a")
         _ = self.how  # raises UserError for an invalid combination
 
     def evaluates_after(self, step: int) -> bool:
@@ -88,7 +98,7 @@ class RunConfig(StepConfig):
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is saved after this step."""
-        last = self.save_every > 0 and step == self.steps
+        last = (self.save_every > 0 or self.resume == "auto") and step == self.steps
         return _due(self.save_every, step) or last
 
 
@@ -105,6 +115,8 @@ _SMALLEST = {
     "sample_tokens": 0,
     "timeout_seconds": 1,
 }
+
+_LARGEST = {"seed": 2**63 - 1, "timeout_seconds": 10**7}
 
 
 def _due(every: int, step: int) -> bool:

@@ -12,8 +12,16 @@ from typing import Any, NoReturn
 
 from dtron.errors import LostRank, UserError
 from dtron.renamed import refuse_old_flags
-from dtron.runtime.signals import Termination
+from dtron.runtime.launcher import watch_launcher
+from dtron.runtime.output import complain, leave_output
+from dtron.runtime.signals import Termination, allow_interrupts, stop_at_once
 
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+NUMBERS += ("TORCHELASTIC_RESTART_COUNT",)
+MORE_MEMORY = (
+    "lower --micro-batch or --data.seq-len, use --recompute full or --zero 3, or give the mesh more "
+    "ranks"
+)
 OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 
 
@@ -40,41 +48,96 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def before_imports() -> None:
+    """Prepare a program for its slow imports: torch takes seconds.
+
+    Ctrl-C and the end of torchrun end the program with one line. torch's C++ code reports errors
+    only: when torchrun dies, each of its warnings has thirty lines."""
+    stop_at_once()
+    watch_launcher()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
     exception is a bug in the program and keeps its traceback."""
+    allow_interrupts()
     termination = Termination()
     if "WORLD_SIZE" in os.environ:
         termination.install()
     try:
-        return main(argv)
+        check_environment()
+        watch_launcher()
+        code = main(argv)
     except UserError as error:
         text = "error: " + " ".join(str(error).split())
-        code, at_once = 2, isinstance(error, LostRank)
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not (lost := _lost(error)):
+        code, lost = 2, isinstance(error, LostRank)
+    except (RuntimeError, MemoryError) as error:
+        if asked := _out_of_memory(error):
+            text = f"error: out of memory ({asked}); {MORE_MEMORY}"
+            code, lost = 2, False
+        elif "WORLD_SIZE" not in os.environ or not (reason := _lost(error)):
             raise
-        text = f"error: another rank has died or hangs ({lost}); see the output of that rank"
-        code, at_once = 2, True
+        else:
+            text = f"error: another rank has died or hangs ({reason}); see the output of that rank"
+            code, lost = 2, True
     except KeyboardInterrupt:
-        text, code, at_once = "stopped", 130, False
-    rank = int(os.environ.get("RANK", 0))
+        text, code, lost = "stopped", 130, False
+    else:
+        leave_output()
+        return code
+    own = os.environ.get("RANK", "0")
+    rank = int(own) if own.isdecimal() else 0
+    if code == 130 and rank:
+        os._exit(code)  # Ctrl-C reaches every rank, and rank 0 reports it
+    if lost and (missing := _missing()):
+        text = f"{text}; {missing}"
     # If every rank has the same error, rank 0 reports the error. torchrun then ends the other ranks
     # while they wait here. An error of this rank alone is printed after the wait.
-    if rank and not at_once and termination.wait(OTHERS_WAIT):
+    if rank and not lost and termination.wait(OTHERS_WAIT):
         os._exit(code)
-    if rank:
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+    complain(f"rank {rank}: {text}" if rank else text)
+    leave_output()
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # skip process group teardown: other ranks may wait in it
     return code
 
 
-def _lost(error: RuntimeError) -> str:
+def check_environment() -> None:
+    """Raise UserError for a variable of torchrun that is no number."""
+    for name in NUMBERS:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise UserError(
+                f"{name}={value!r}: must be a whole number, as torchrun sets it; start the program "
+                f"with torchrun, or unset {name}"
+            )
+
+
+def _missing() -> str:
+    """Return the ranks that have died, with their hosts."""
+    from dtron.runtime.roll_call import missing_ranks  # imported here: it needs torch
+
+    return missing_ranks()
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """Return what was asked for if memory has run out, on a GPU or a host; empty otherwise."""
+    message = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return message or "on the host"
+    if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in message:
+        return ""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
+    return f"{asked[1]} more" if asked else message[:100]
+
+
+def _lost(error: BaseException) -> str:
     """Return the part of a gloo or NCCL error that says a rank is lost; empty for any other
     error."""
     message = str(error)
+    if type(error).__name__ in ("DistStoreError", "DistNetworkError"):
+        return "the store of the job does not answer"
     if "gloo" not in message and "nccl" not in message.lower():
         return ""
     lost = r"Connection (closed|reset) by peer|[Tt]imed out waiting|Application timeout|Broken pipe"

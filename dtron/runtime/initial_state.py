@@ -53,6 +53,7 @@ def initial_state(
         params = init(spec, dims, config.seed, layout, plan.master, plan.device)
     opt = init_state(build_optimizer(config.optim), spec, params)
     state = checkpoint.TrainState(0, 0, params, opt)
+    same_on_all_ranks({"the newest checkpoint": resumed and resumed.name})
     if resumed is not None:
         state = checkpoint.load(resumed, state, spec, identity)
         if state.step >= config.steps:

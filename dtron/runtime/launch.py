@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.simulated_ranks import simulated
+from dtron.distributed.simulated_ranks import check_ranks, simulated
 from dtron.distributed.symmetric_memory import backends
 from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for, zero_axes
+from dtron.runtime.check_memory import check_memory
+from dtron.runtime.check_values import check_unused
 from dtron.runtime.config import RunConfig
+from dtron.runtime.roll_call import join_job, leave_job
 from dtron.runtime.validate import (
     check,
     check_attention,
@@ -46,9 +49,12 @@ def plan_run(config: RunConfig) -> RunPlan:
             "torchrun"
         )
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
+    if config.simulate:
+        check_ranks(shape)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # checks schedule and layers
+    check_unused(config, shape)
     device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
@@ -66,11 +72,13 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_attention(config.attention_kernel, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
     check_expert_sizes(config.how, config.model, shape, compute)
+    master = torch.promote_types(compute, torch.float32)
+    check_memory(config, shape, device, master)
     return RunPlan(
         shape=shape,
         device=device,
         compute=compute,
-        master=torch.promote_types(compute, torch.float32),
+        master=master,
         count=count,
         rows=rows,
         gather_each=config.gathers_each(shape),
@@ -171,7 +179,16 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
         # P2P messages of the pipeline have groups of their own (schedules/p2p.py), so this warning
         # does not apply.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store = join_job(timeout)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device_id,
+        )
     group_backends: Any = None
     if config.zero == 3 and config.copy_engines == "auto":
         group_backends = backends(plan.shape, kind, zero_axes(tuple(plan.shape.atoms)))
@@ -183,3 +200,4 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()
         dist.destroy_process_group()
+        leave_job()

@@ -7,7 +7,7 @@ is in the file once.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import math
 import resource
@@ -16,15 +16,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from dtron.errors import UserError
+from dtron.json_files import read_bytes
 from dtron.renamed import current
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from dtron.runtime.output import Output, append_line, replace_file, writing
 
 # Dense bf16 TFLOP/s from the vendors' datasheets, keyed by a substring of the device name.
 PEAK_TFLOPS = {
@@ -98,13 +98,16 @@ class Throughput(NamedTuple):
         }
 
 
+_LARGEST = 1 << 34  # bytes of metrics.jsonl, some hundred a step
+
+
 class Metrics:
     """Collects a run's steps. Only the main rank writes. The other ranks pass ``main=False`` and
     write nothing.
 
     ``steps``: the last step of the run.
-    ``start``: the step after which the run resumes; 0: a new run.
-    ``console``: prints the progress lines; None: the standard output."""
+    ``start``: the step after which the run resumes; 0: a new run. A new run keeps the file of an
+        earlier run under another name."""
 
     def __init__(
         self,
@@ -114,22 +117,23 @@ class Metrics:
         start: int,
         main: bool,
         tensorboard: bool = False,
-        console: Console | None = None,
     ):
-        from rich.console import Console  # imported here: benchmarks run without rich
-
         self._throughput, self._device = throughput, throughput.device
-        self._steps, self._main, self._console = steps, main, console or Console(highlight=False)
+        self._steps, self._main, self._output = steps, main, Output(main)
         self._tokens, self._board = 0, None
-        self._file: TextIO | None = None
+        self._path = run_dir / "metrics.jsonl"
         self._mark, self._begun, self._first = mark(self._device), time.perf_counter(), start
-        self._blocked = False  # whether the last write to the file failed
+        self._reported: set[str] = set()  # warnings
         if main:
-            path = run_dir / "metrics.jsonl"
-            kept = [line for line in _lines(path) if line.get("step", math.inf) <= start]
-            with writing(path):
-                path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                self._file = path.open("a", buffering=1)
+            with writing(self._path):
+                records = _records(self._path)
+                if records and not start:
+                    self.say(
+                        f"{self._path}: the file of an earlier run is now {_aside(self._path)}"
+                    )
+                kept = [record for record in records if record["step"] <= start]
+                lines = "".join(json.dumps(record) + "\n" for record in kept)
+                replace_file(self._path, lines.encode())
             self._tokens = kept[-1]["tokens"] if kept else 0
             if tensorboard:
                 self._board = _tensorboard(run_dir, start)
@@ -165,21 +169,33 @@ class Metrics:
         }
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a step to ``metrics.jsonl``, and to TensorBoard if enabled."""
-        if self._file is not None:
-            known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
-            try:
-                self._file.write(json.dumps(known, allow_nan=False) + "\n")
-                self._blocked = False
-            except OSError as error:  # a full disk is no reason to stop
-                if not self._blocked:
-                    why = f"cannot be written ({error.strerror})"
-                    self.say(f"warning: {self._file.name}: {why}; training goes on")
-                self._blocked = True
-            if self._board is not None:
+        """Append a record to ``metrics.jsonl``, and to TensorBoard if enabled."""
+        if not self._main:
+            return
+        known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
+        with self._going_on(self._path):
+            if not self._path.exists():
+                self._report(self._path, "was deleted; it begins anew")
+            append_line(self._path, json.dumps(known, allow_nan=False))
+        if self._board is not None:
+            with self._going_on("TensorBoard's events"):
                 for name, value in known.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, record["step"])
+
+    @contextmanager
+    def _going_on(self, output: Path | str) -> Iterator[None]:
+        """Report that an output cannot be written, once: a full disk is no reason to stop."""
+        try:
+            yield
+        except OSError as error:
+            self._report(output, f"cannot be written ({error.strerror}); training goes on")
+
+    def _report(self, output: Path | str, problem: str) -> None:
+        warning = f"warning: {output}: {problem}"
+        if warning not in self._reported:
+            self._reported.add(warning)
+            self.say(warning)
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step from the next step."""
@@ -200,38 +216,36 @@ class Metrics:
         )
 
     def say(self, text: str) -> None:
-        if self._main:
-            self._console.print(text, markup=False, emoji=False, soft_wrap=True)
+        self._output.say(text)
 
     def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # already reported
-                self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._going_on("TensorBoard's events"):
+                self._board.close()
 
 
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a UserError: the user can fix a file that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space, or choose another --run-dir"
-        ) from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of an earlier run, of any version of dtron. A partly written line is
-    dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Read the records of an earlier run, of any version of dtron. A line that is no record of a
+    step is dropped, such as a partly written line."""
+    found = []
+    for line in read_bytes(path, _LARGEST).splitlines() if path.exists() else []:
         try:
-            records.append(current(json.loads(line)))
-        except ValueError:
+            record = msgspec.json.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             continue
-    return records
+        if isinstance(record, dict):
+            record = current(record)
+            if all(isinstance(record.get(name), int) for name in ("step", "tokens")):
+                found.append(record)
+    return found
+
+
+def _aside(path: Path) -> str:
+    """Give a file a name that is free, ``metrics-1.jsonl`` for example, and return this name."""
+    names = (f"{path.stem}-{n}{path.suffix}" for n in itertools.count(1))
+    name = next(name for name in names if not path.with_name(name).exists())
+    path.rename(path.with_name(name))
+    return name
 
 
 def _tensorboard(run_dir: Path, start: int) -> Any:

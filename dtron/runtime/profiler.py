@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dtron.errors import UserError
 from dtron.runtime.config import RunConfig
+from dtron.runtime.output import complain
 from dtron.runtime.time_breakdown import show
 from dtron.runtime.trace import Span, read
 
@@ -67,7 +69,10 @@ class Recorder:
             return False
         self._mark.__exit__(None, None, None)
         self._profiler.stop_trace()  # waits for the device
-        self._profiler.export_chrome_trace(str(self._path))
-        if self._rank == 0:
-            self._show(read(self._path))
+        try:
+            self._profiler.export_chrome_trace(str(self._path))
+            if self._rank == 0:
+                self._show(read(self._path))
+        except (OSError, UserError) as error:  # a full disk is no reason to stop
+            complain(f"warning: {self._path}: the trace cannot be written ({error})")
         return True

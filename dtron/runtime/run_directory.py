@@ -6,81 +6,169 @@ programs that read the directory of another run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from dtron import checkpoint
 from dtron.checkpoint.files import clear_parts
 from dtron.data import Data
 from dtron.data.special_tokens import save_tokenizer
-from dtron.errors import UserError
+from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
 from dtron.hf.export import Exported, export
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
+from dtron.runtime.output import append_line, replace_file, writing
+from dtron.runtime.resume import changes, finished
+from dtron.runtime.run_lock import LOCK, RunLock
 from dtron.training.config import RunPlan
 
+RESTART_PATIENCE = 30.0  # seconds for rank 0 of the attempt before to end
 
-@dataclass(frozen=True)
+
+@dataclass
 class RunDirectory:
-    """The directory that a run writes to.
+    """The directory that a run writes to. The body of ``with`` has the only run there.
 
-    ``resumed``: the checkpoint to resume from, or None."""
+    ``resumed``: the checkpoint to resume from, or None.
+    ``previous``: the config of the run that is resumed; None if its file is gone.
+    ``finished``: the run has reached its last step, and ``--resume auto`` has nothing to do."""
 
     path: Path
     resumed: Path | None
+    previous: RunConfig | None = None
+    finished: bool = False
+    _lock: RunLock | None = None
+    _written: dict[Path, bytes] = field(default_factory=dict)
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
-        """Create the directory and find the checkpoint to resume from: with --resume, or if
-        torchrun has started this process again. Raises UserError if the directory cannot be
-        written, has nothing to resume, or holds another run that training would overwrite."""
+        """Create and lock the directory, and find the checkpoint to resume from: with --resume, or
+        if torchrun has started this process again. Raises UserError if the directory cannot be
+        written, belongs to a run that trains now, has nothing to resume, or holds another run that
+        training would overwrite."""
         path = Path(config.run_dir)
-        newest = checkpoint.newest(path)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if config.resume and not newest:
-            raise UserError(
-                f"--resume: {path} has no checkpoint; drop --resume, or train with --save-every"
-            )
-        if newest and not (config.resume or restarted):
+        if config.resume == "on" and not (checkpoint.newest(path) or os.path.lexists(path / LOCK)):
+            raise _nothing_to_resume(path)  # a directory that the user mistyped is not created
+        lock = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if int(os.environ.get("RANK", 0)) == 0:
+                lock = RunLock(path, RESTART_PATIENCE if restarted else 0.0)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            # Not earlier: until the lock is held, another run may write checkpoints.
+            return cls._locked(config, path, restarted, lock)
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"--run-dir {path}: cannot be written ({error.strerror}); choose another"
+                ) from error
+            raise
+
+    @classmethod
+    def _locked(
+        cls, config: RunConfig, path: Path, restarted: bool, lock: RunLock | None
+    ) -> RunDirectory:
+        newest = checkpoint.newest(path)
+        if config.resume == "on" and not newest:
+            raise _nothing_to_resume(path)
+        if newest and config.resume == "off" and not restarted:
             raise UserError(
                 f"--run-dir {path}: holds checkpoints of another run, up to {newest.name}; go on "
                 "from there with --resume, choose another --run-dir, or delete it"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"--run-dir {path}: cannot be written ({error.strerror}); choose another"
-            ) from error
-        return cls(path, newest)
+        previous, over = None, False
+        if newest and (path / CONFIG).is_file():
+            with contextlib.suppress(*cli.UNREADABLE):  # --resume has read the file, or refused it
+                previous = cli.load(path / CONFIG)
+        if newest and config.resume == "auto":
+            over = finished(config, newest)
+        return cls(path, newest, previous, over, lock)
 
-    def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> None:
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Give the lock back. If a rank is lost, a thread may still be saving: then the lock stays
+        until the process ends, which is soon."""
+        lost = isinstance(error, LostRank) or (
+            isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ
+        )
+        if self._lock is not None and not lost:
+            self._lock.release()
+
+    def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> tuple[str, ...]:
         """Write the files that are known before the first step: the resolved config, the tokenizer
         with its end token, the small files of ``config.init_from``, and a line of ``starts.jsonl``.
+        Return lines for the log: what differs from the config of the run.
 
         ``step``: the step after which training starts."""
         clear_parts(self.path)
-        cli.save(config, self.path / CONFIG)
-        if config.init_from and not self.resumed:
-            keep_origin(Path(config.init_from), self.path)
+        self._write(self.path / CONFIG, cli.text(config).encode())
+        with writing(self.path):
+            if config.init_from and not self.resumed:
+                keep_origin(Path(config.init_from), self.path)
         if data.tokenizer is not None:
-            save_tokenizer(data.tokenizer, self.path / "tokenizer.json", data.end)
-        with (self.path / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(_start(plan, step)) + "\n")
+            self._write_tokenizer(data.tokenizer, data.end)
+        starts = self.path / "starts.jsonl"
+        with writing(starts):
+            append_line(starts, json.dumps(_start(plan, step)))
+            self._written[starts] = starts.read_bytes()
+        notes = [] if self._lock is None or self._lock.warning is None else [self._lock.warning]
+        if self.previous is not None:
+            notes += changes(self.previous, config, step)
+        return tuple(notes)
+
+    def restore(self) -> list[str]:
+        """Write the files of ``begin`` again that someone has deleted: without them a checkpoint
+        cannot be resumed or exported. Return a warning for each."""
+        warnings = []
+        for path, content in list(self._written.items()):
+            if path.is_file():
+                continue
+            problem = "was deleted; it is written again"
+            try:
+                replace_file(path, content)
+            except OSError as error:
+                problem = f"is no file, and cannot be written again ({error.strerror})"
+                del self._written[path]  # one warning is enough
+            warnings.append(f"warning: {path}: {problem}; training goes on")
+        return warnings
+
+    def _write_tokenizer(self, tokenizer: Tokenizer, end: int | None) -> None:
+        file = self.path / "tokenizer.json"
+        with writing(file):
+            for path in save_tokenizer(tokenizer, file, end):
+                self._written[path] = path.read_bytes()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        with writing(path):
+            replace_file(path, content)
+        self._written[path] = content
+
+
+def _nothing_to_resume(path: Path) -> UserError:
+    return UserError(
+        f"--resume: {path} has no checkpoint; drop --resume, train with --save-every, or use "
+        "--resume auto"
+    )
 
 
 def _start(plan: RunPlan, step: int) -> dict[str, Any]:

@@ -19,11 +19,14 @@ Without a GPU, ``idle`` is the time of Python and of torch's dispatcher.
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dtron.runtime.output import write_line
 from dtron.runtime.trace import Category, Interval, Span, classify
 
 ORDER: tuple[Category, ...] = ("matmul", "attention", "elementwise", "communication", "copy")
@@ -137,4 +140,7 @@ def show(spans: Sequence[Span]) -> None:
     table = Table("one step", Column("ms", justify="right"), Column("share", justify="right"))
     for line in rows(breakdown(spans)):
         table.add_row(*line, end_section=line[0] in ("idle", "the step"))
-    Console(highlight=False).print(table)
+    terminal, text = Console(), io.StringIO()
+    console = Console(file=text, width=terminal.width, force_terminal=terminal.is_terminal)
+    console.print(table)
+    write_line(sys.stdout, text.getvalue().rstrip("\n"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtron.errors import UserError
+from dtron.json_files import read_bytes
 
 Category = Literal["matmul", "attention", "elementwise", "communication", "copy"]
 Event = dict[str, Any]  # as in the trace
@@ -43,6 +44,9 @@ def classify(name: str) -> Category:
     return next(category for category, part in KINDS if re.search(part, name, re.IGNORECASE))
 
 
+_LARGEST = 1 << 33  # bytes of a trace
+
+
 class Span(NamedTuple):
     """One interval of device work, from ``start`` to ``end``, in microseconds."""
 
@@ -58,15 +62,21 @@ def read(path: Path | str) -> list[Span]:
     Raises UserError if the file is missing, is no trace, or has no work in it.
     """
     remedy = "give a trace.json that train.py --profile wrote"
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    malformed = OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError
+    data = read_bytes(Path(path), _LARGEST)
+    malformed = (
+        RecursionError,
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    )
     try:
         trace = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         spans = spans_of([event for event in trace["traceEvents"] if event.get("ph") == "X"])
-    except malformed as error:
+    except (*malformed, RecursionError) as error:
         why = type(error).__name__
         raise UserError(f"{path}: is not a Chrome trace ({why}); {remedy}") from error
     if not spans:

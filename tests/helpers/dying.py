@@ -16,7 +16,8 @@ stage, calls = dtron.training.pipeline.stage, []
 
 def dying(*args, **kwargs):
     calls.append(1)
-    if os.environ["RANK"] == os.environ["DIES"] and len(calls) == 6:
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if os.environ["RANK"] == os.environ["DIES"] and len(calls) == 6 and first:
         if os.environ["HOW"] == "leaves":
             os._exit(9)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun would wait half a minute for it

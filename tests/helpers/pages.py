@@ -212,6 +212,7 @@ def all_flags() -> frozenset[str]:
         f"bench/{p.name}" for p in (ROOT / "bench").glob("*.py") if "__main__" in p.read_text()
     )
     others = {"--hypothesis-profile", "--local-dir", "--max-restarts", "--nproc-per-node"}
+    others |= {"--no-python", "--shutdown-timeout", "--signals-to-handle"}  # of torchrun
     return frozenset(others.union(*(flags_of(name) for name in (*COMMANDS, *bench))))
 
 

@@ -63,8 +63,11 @@ def test_nothing_said_is_the_defaults():
         ("--micro-batch 2", "micro_batch", 2),
         ("--micro-batch None", "micro_batch", None),
         ("--run-dir some/where_else", "run_dir", "some/where_else"),
-        ("--resume", "resume", True),
-        ("--resume --no-resume", "resume", False),
+        ("--resume", "resume", "on"),
+        ("--resume --steps 100", "resume", "on"),
+        ("--resume auto", "resume", "auto"),
+        ("--resume=auto --resume", "resume", "on"),
+        ("--resume --resume off", "resume", "off"),
         ("--save-every 10", "save_every", 10),
         ("--simulate", "simulate", True),
         ("--device cpu", "device", "cpu"),
@@ -166,7 +169,7 @@ def test_a_typo_is_named_as_it_was_typed():
         ("--model", ["--model:", "needs a value"]),
         ("--model --steps 3", ["--model:", "needs a value"]),
         ("--model lama3-8b", ["--model lama3-8b", "llama3-8b"]),
-        ("--model.layers 0", ["model.layers=0", "at least 1"]),
+        ("--model.layers 0", ["model.layers=0", "from 1"]),
         ("--model.layers", ["--model.layers", "Missing value"]),
         ("--model.heads 6", ["model.heads=6", "--model.kv-heads 3"]),
         ("--model.head-dim 3", ["model.head_dim=3", "even"]),
@@ -183,8 +186,14 @@ def test_a_typo_is_named_as_it_was_typed():
         ("--data.seq-len 0", ["data.seq_len=0", "at least 1"]),
         ("--data.validation-ratio 1", ["data.validation_ratio=1.0", "between 0 and 1"]),
         ("--seed -1", ["seed"]),
+        ("--run-dir=", ["--run-dir ''", "--run-dir runs/a"]),
+        ("--seed 99999999999999999999999", ["--seed 99999999999999999999999", "at most"]),
+        ("--timeout-seconds 99999999999999", ["--timeout-seconds 10000000"]),
         ("--model.init-std -1", ["model.init_std"]),
         ("--simulate yes", ["yes"]),
+        ("--resume yes", ["--resume", "'yes'", "'auto'"]),
+        ("--resume=", ["--resume", "'auto'"]),
+        ("--no-resume", ["--no-resume: was replaced; use --resume off"]),
         ("stray", ["stray"]),
         ("--mesh dp=2 tp=2", ["tp=2"]),
         ("-x", ["-x: unknown flag"]),
@@ -203,7 +212,7 @@ BOOLS = {flag.replace("no-", "", 1) for flag in KNOWN if re.search(r"[-.]no-", f
 def test_every_flag_that_takes_a_value_demands_one():
     switches = [flag for flag in KNOWN if flag.replace(".no-", ".").replace("--no-", "--") in BOOLS]
     assert len(switches) == 2 * len(BOOLS)
-    for flag in set(KNOWN) - set(switches) - {"--help", "--version"}:
+    for flag in set(KNOWN) - set(switches) - {"--help", "--version", "--resume"}:
         assert flag in refused("--seed", "1", flag)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def weights(run_dir: Path) -> dict[str, tuple[int, int]]:
 def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsys, number):
     run(run_dir.with_name("whole"), *SIX)
     rate, calls = train.learning_rate, []
+    if signal.getsignal(number) == signal.SIG_IGN:  # the tests were started by nohup
+        signal.signal(number, signal.SIG_DFL)
 
     def interrupted(*args):
         calls.append(1)
@@ -160,3 +163,4 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(run_dir):
     said = ranks.output.read_text()
     assert codes[2] == -9 and codes[:2] + codes[3:] == [2, 2, 2], said
     assert "another rank has died or hangs (" in said and "Traceback" not in said
+    assert said.count(f"no answer from rank 2 on host {socket.gethostname()}") == 3

@@ -1,16 +1,23 @@
 """train.py refuses what cannot run, in one line with the remedy."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from dtron.errors import UserError
+from dtron.runtime import check_memory
 from dtron.runtime.cli import parse
 from dtron.runtime.exit import run_cli
 from dtron.runtime.launch import plan_run
+from dtron.runtime.roll_call import Address
+from tests.helpers.paths import ROOT
 from tests.helpers.texts import words
 from tests.helpers.train_cli import refused
 
+EMPTY = "import sys; from dtron.runtime.exit import run_cli; sys.exit(run_cli(lambda _: 0, []))"
 pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
 
 
@@ -23,6 +30,7 @@ def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check_memory, "_gpu_memory", lambda device: 1 << 40)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in "01":
@@ -109,3 +117,38 @@ def test_a_run_dir_that_cannot_be_is_refused(tmp_path, capsys):
     below = tmp_path / "file" / "run"  # permissions of a folder would not bind root
     assert f"--run-dir {below}: cannot be written" in refused(capsys, f"--run-dir={below}")
     assert "has no checkpoint" in refused(capsys, f"--run-dir={tmp_path}", "--resume")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+    long = tmp_path / ("x" * 300)
+    for argv in ([], ["--resume"], ["--resume=auto"]):
+        assert "a name in it has 300 bytes" in refused(capsys, f"--run-dir={long}", *argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "x"),
+        ("WORLD_SIZE", "two"),
+        ("LOCAL_RANK", "-1"),
+        ("MASTER_PORT", "²"),
+        ("TORCHELASTIC_RESTART_COUNT", ""),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_refused(run_dir, name, value):
+    variables = {"WORLD_SIZE": "1", "RANK": "0"} | {name: value}
+    done = subprocess.run(
+        [sys.executable, "-c", EMPTY],
+        env=os.environ | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {name}={value!r}: must be")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_variable_of_torchrun_is_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR: is not set.*torchrun"):
+        Address.of_this_process()

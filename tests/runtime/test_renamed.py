@@ -192,9 +192,20 @@ def test_an_old_record(name, old, new):
         assert_caught(lambda: check_record(old, new))
 
 
+def test_resume_was_a_switch(tmp_path):
+    """The flag has kept its name, so only its values and ``--no-resume`` are old."""
+    check_field(tmp_path, "resume", True, "--resume")
+    check_field(tmp_path, "resume", False, "--resume off")
+    check_flag(parse, "--no-resume", "--resume off")
+    with without("resume"), pytest.raises(TypeError):
+        check_field(tmp_path, "resume", True, "--resume")
+    with without("no_resume"):
+        assert_caught(lambda: check_flag(parse, "--no-resume", "--resume off"))
+
+
 def test_every_row_of_the_table_is_tested():
     tested = {row[0] for row in FIELDS} | {row[1] for row in PROGRAMS} | {row[0] for row in RECORDS}
-    assert {row.old for row in RENAMED} == tested
+    assert {row.old for row in RENAMED} == tested | {"resume", "no_resume"}
     assert len({row.old for row in RENAMED}) == len(RENAMED)
 
 

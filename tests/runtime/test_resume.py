@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_d
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [([], MANY), (MANY, ["--zero=0"])], ids=["split", "joined"]
+    ("first", "then"),
+    [([], MANY), (MANY, ["--zero=0", "--no-simulate", "--mesh=dp=1"])],
+    ids=["split", "joined"],
 )
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     run_dir, one_device, first, then, monkeypatch
@@ -35,7 +37,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     agree(found, one_device)
     assert starts[:2] == [8, 12]  # samples: two steps of four are done
     assert [record["tokens"] for record in found] == [64, 128, 192, 256]
-    assert load(run_dir / "config.json").resume
+    assert load(run_dir / "config.json").resume == "on"
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, 2]
     meshes = [

@@ -1,0 +1,102 @@
+"""Ranks that are missing are named: at the start, and when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from dtron.errors import UserError
+from dtron.runtime import roll_call
+from dtron.runtime.roll_call import Address, Roll
+from tests.helpers.ranks import Ranks
+from tests.helpers.train_cli import TINY
+
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("run_dir")]
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def address():
+    """Makes the address of a rank. Here all ranks are rolls of this process."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield lambda rank, size: Address("localhost", store.port, rank, size, "0", True)
+
+
+def present(address, size: int) -> list[Roll]:
+    """Rolls that have joined."""
+    rolls = [Roll(address(rank, size)) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(lambda roll: roll.join(timedelta(seconds=30)), rolls))
+    return rolls
+
+
+def test_a_rank_that_never_starts_is_named(address):
+    with pytest.raises(UserError) as caught:
+        Roll(address(0, 3)).join(timedelta(seconds=1))
+    said = "1 of 3 ranks have started within 1 s; ranks 1, 2 are missing"
+    assert str(caught.value).startswith(said) and "--timeout-seconds" in str(caught.value)
+
+
+def test_a_store_that_is_gone_is_named():
+    gone = Address("localhost", 1, 1, 2, "0", True)
+    with pytest.raises(UserError, match="rank 1: cannot reach the store of the job at localhost:1"):
+        Roll(gone).join(timedelta(seconds=1))
+
+
+def test_the_ranks_that_do_not_answer_are_named(address, monkeypatch):
+    monkeypatch.setattr(roll_call, "HANGS", 600)  # the answer of a test does not end the process
+    answer = Roll._answer
+    silent = lambda self: None if self._at.rank == 2 else answer(self)
+    monkeypatch.setattr(Roll, "_answer", silent)
+    rolls = present(address, 4)
+    want = f"no answer from rank 2 on host {HOST}"
+    assert [rolls[rank].missing() for rank in (1, 0, 3)] == [want] * 3
+
+
+def test_ranks_that_all_answer_are_not_blamed(address, monkeypatch):
+    monkeypatch.setattr(roll_call, "HANGS", 600)
+    rolls = present(address, 2)
+    assert [roll.missing() for roll in rolls] == ["every rank answers, so one of them hangs"] * 2
+
+
+def test_a_job_that_is_over_has_no_thread_left(address):
+    rolls = present(address, 2)
+    for roll in rolls:
+        roll.leave()
+        assert not roll._thread.is_alive() and roll.missing() == ""
+
+
+# ---- processes
+
+
+def test_a_rank_alone_gets_one_line(run_dir):
+    argv = [*TINY, "--mesh=dp=2", "--timeout-seconds=2", f"--run-dir={run_dir}"]
+    rank = Ranks(argv, 1, run_dir.with_name("output.txt"), WORLD_SIZE="2")
+    assert rank.codes(patience=120) == [2]
+    said = rank.output.read_text()
+    assert said.startswith("error: 1 of 2 ranks have started within 2 s; rank 1 is missing")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "mesh", ["dp=2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tp=2", "pp=2"))]
+)
+def test_a_frozen_rank_is_named_and_ends(run_dir, mesh):
+    """Without SIGCONT the frozen rank would wait for the SIGKILL of its launcher."""
+    model = ["--model.layers=2", "--steps=1000000", "--eval-every=0", "--timeout-seconds=5"]
+    argv = [*TINY, *model, f"--mesh={mesh}", f"--run-dir={run_dir}"]
+    ranks, log = Ranks(argv, 2, run_dir.with_name("output.txt")), run_dir / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size > 0):
+        assert not ranks.ended(0.01), ranks.output.read_text()
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    assert ranks.codes(patience=60) == [2, 2], ranks.output.read_text()
+    said = ranks.output.read_text()
+    assert f"no answer from rank 1 on host {HOST}" in said and "Traceback" not in said
+    lines = [line for line in said.splitlines() if "error: " in line]
+    assert len(lines) == 2 and all(line.count("error: ") == 1 for line in lines)
