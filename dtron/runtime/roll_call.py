@@ -186,11 +186,13 @@ class Roll:
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:
     """Wait for a key. ``Store.wait`` would print a C++ stack trace when the time is over."""
-    until = time.monotonic() + seconds
+    until, pause = time.monotonic() + seconds, POLL
     while not store.check([key]):
-        if time.monotonic() >= until:
+        left = until - time.monotonic()
+        if left <= 0:
             return False
-        time.sleep(POLL)
+        time.sleep(min(pause, left))
+        pause = min(1.5 * pause, 0.5)  # thousands of ranks ask the same store
     return True
 
 
