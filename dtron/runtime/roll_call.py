@@ -126,7 +126,8 @@ class Roll:
     def leave(self) -> None:
         """End the thread of this rank: the run is over."""
         if self._store_lives():
-            self._store.set(f"call/{self._at.rank}", "over")
+            with contextlib.suppress(dist.DistError):  # rank 0 may have ended, and its store too
+                self._store.set(f"call/{self._at.rank}", "over")
             self._thread.join(REACH)
 
     def _store_lives(self) -> bool:
@@ -134,10 +135,10 @@ class Roll:
         return self._thread.is_alive()
 
     def missing(self) -> str:
-        """Call the roll. Return the ranks that do not answer, with their hosts; empty if the store
-        is gone. All ranks call it at about the same time, and get the same text."""
+        """Call the roll. Return the ranks that do not answer, with their hosts. All ranks call it at
+        about the same time, and get the same text."""
         if not self._store_lives():
-            return ""
+            return self._lost_store()
         store = self._store
         try:
             store.set_timeout(timedelta(seconds=REACH))
@@ -151,8 +152,15 @@ class Roll:
                 time.sleep(POLL)
             store.set("missing", json.dumps(absent))
             return self._describe(store, absent)
-        except dist.DistError:  # the store has ended
-            return ""
+        except dist.DistError:
+            return self._lost_store()
+
+    def _lost_store(self) -> str:
+        """Name the host of a store that has ended."""
+        where = f"on host {self._at.host}"
+        if self._at.hosted_by_torchrun:
+            return f"torchrun {where}, which has the store of the job, has ended"
+        return f"no answer from rank 0 {where}, which has the store of the job"
 
     def _describe(self, store: dist.Store, absent: list[int]) -> str:
         """Return the missing ranks as text, and wake those of this host that are frozen."""
@@ -186,11 +194,13 @@ class Roll:
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:
     """Wait for a key. ``Store.wait`` would print a C++ stack trace when the time is over."""
-    until = time.monotonic() + seconds
+    until, pause = time.monotonic() + seconds, POLL
     while not store.check([key]):
-        if time.monotonic() >= until:
+        left = until - time.monotonic()
+        if left <= 0:
             return False
-        time.sleep(POLL)
+        time.sleep(min(pause, left))
+        pause = min(1.5 * pause, 0.5)  # thousands of ranks ask the same store
     return True
 
 

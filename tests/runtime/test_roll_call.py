@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -69,7 +70,19 @@ def test_a_job_that_is_over_has_no_thread_left(address):
     rolls = present(address, 2)
     for roll in rolls:
         roll.leave()
-        assert not roll._thread.is_alive() and roll.missing() == ""
+        assert not roll._thread.is_alive()
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_the_host_of_a_store_that_ends_is_named(by_torchrun):
+    """Without torchrun rank 0 has the store, so the end of the store is the end of rank 0."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    roll = Roll(Address("localhost", store.port, 0, 1, "0", True))
+    roll.join(timedelta(seconds=5))
+    roll._at = replace(roll._at, hosted_by_torchrun=by_torchrun)
+    del store
+    who = "torchrun on host localhost" if by_torchrun else "no answer from rank 0 on host localhost"
+    assert who in roll.missing()
 
 
 # ---- processes
