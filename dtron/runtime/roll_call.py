@@ -95,6 +95,7 @@ class Roll:
     def __init__(self, address: Address) -> None:
         self._at = address
         self._thread = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._over = threading.Event()
         self._store: dist.Store
 
     def join(self, timeout: timedelta) -> dist.Store:
@@ -125,6 +126,7 @@ class Roll:
 
     def leave(self) -> None:
         """End the thread of this rank: the run is over."""
+        self._over.set()
         if self._store_lives():
             with contextlib.suppress(dist.DistError):  # rank 0 may have ended, and its store too
                 self._store.set(f"call/{self._at.rank}", "over")
@@ -188,8 +190,8 @@ class Roll:
             store.set(f"answer/{self._at.rank}", "1")
         except dist.DistError:  # the store has ended: torchrun is gone
             return
-        time.sleep(HANGS)
-        os._exit(2)
+        if not self._over.wait(HANGS):
+            os._exit(2)
 
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:

@@ -29,8 +29,23 @@ def address():
     yield lambda rank, size: Address("localhost", store.port, rank, size, "0", True)
 
 
-def present(address, size: int) -> list[Roll]:
-    """Rolls that have joined."""
+@pytest.fixture
+def present(address):
+    """Makes rolls that have joined. They leave at the end: a roll that has answered would end this
+    process."""
+    made: list[Roll] = []
+
+    def join(size: int) -> list[Roll]:
+        rolls = joined(address, size)
+        made.extend(rolls)
+        return rolls
+
+    yield join
+    for roll in made:
+        roll.leave()
+
+
+def joined(address, size: int) -> list[Roll]:
     rolls = [Roll(address(rank, size)) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         list(pool.map(lambda roll: roll.join(timedelta(seconds=30)), rolls))
@@ -50,24 +65,24 @@ def test_a_store_that_is_gone_is_named():
         Roll(gone).join(timedelta(seconds=1))
 
 
-def test_the_ranks_that_do_not_answer_are_named(address, monkeypatch):
+def test_the_ranks_that_do_not_answer_are_named(present, monkeypatch):
     monkeypatch.setattr(roll_call, "HANGS", 600)  # the answer of a test does not end the process
     answer = Roll._answer
     silent = lambda self: None if self._at.rank == 2 else answer(self)
     monkeypatch.setattr(Roll, "_answer", silent)
-    rolls = present(address, 4)
+    rolls = present(4)
     want = f"no answer from rank 2 on host {HOST}"
     assert [rolls[rank].missing() for rank in (1, 0, 3)] == [want] * 3
 
 
-def test_ranks_that_all_answer_are_not_blamed(address, monkeypatch):
+def test_ranks_that_all_answer_are_not_blamed(present, monkeypatch):
     monkeypatch.setattr(roll_call, "HANGS", 600)
-    rolls = present(address, 2)
+    rolls = present(2)
     assert [roll.missing() for roll in rolls] == ["every rank answers, so one of them hangs"] * 2
 
 
-def test_a_job_that_is_over_has_no_thread_left(address):
-    rolls = present(address, 2)
+def test_a_job_that_is_over_has_no_thread_left(present):
+    rolls = present(2)
     for roll in rolls:
         roll.leave()
         assert not roll._thread.is_alive()
