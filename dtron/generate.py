@@ -2,6 +2,11 @@
 
 import sys
 
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from dtron.runtime.exit import run_cli
 from dtron.tools.generate import main
 

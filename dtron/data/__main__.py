@@ -7,6 +7,12 @@ python -m dtron.data info corpus
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from argparse import Namespace
 from collections.abc import Sequence
 from itertools import chain

@@ -26,6 +26,7 @@ from dtron.data.documents import Documents
 from dtron.data.sources import Rows
 from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import encoded, encoder_of
+from dtron.errors import UserError
 
 HELD = 32
 _MARK = 1 << 20  # tokens between remembered documents
@@ -110,10 +111,15 @@ class Stream:
         while True:
             skipped = document % self._in_epoch if self._in_epoch else document
             number = document - skipped
-            docs = islice(iter(self.docs), skipped, None)
+            docs, before = islice(iter(self.docs), skipped, None), place
             for ids, last in encoded(docs, self.encoder, self.end, np.dtype(np.int64)):
                 yield ids
                 place, document = place + len(ids), document + last
                 if last and place >= self._known[-1][0] + _MARK:
                     self._known.append((place, document))
             self._in_epoch = document - number
+            if place == before and not skipped:
+                raise UserError(
+                    f"--data.path {self.docs.path!r}: the tokenizer makes no token of its text; give "
+                    "another --data.tokenizer"
+                )

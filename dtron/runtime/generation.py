@@ -62,7 +62,7 @@ def generate(
     ends: Set[int] = frozenset(),
 ) -> list[list[int]]:
     """Return every prompt with its continuation. Raises UserError for a prompt that is empty or
-    leaves no room in the model's context.
+    leaves no room in the model's context, and for logits that are not finite.
 
     ``tokens``: maximum number of new tokens in each row.
     ``ends``: tokens that end a row. The end token is the row's last."""
@@ -77,6 +77,11 @@ def generate(
             if logits_BV is not None:
                 drawn = draw_tokens(logits_BV, sampling, generator)
             drawn = pipe.sum(drawn.to(device)).tolist()  # from the last stage to all ranks
+        if min(drawn) < 0:
+            raise UserError(
+                "the model's logits are not finite, so its weights are damaged or the run has "
+                "diverged; use an earlier checkpoint"
+            )
         new = [[int(token)] for token in drawn]
         for row in list(open_rows):
             texts[row] += new[row]
@@ -156,7 +161,9 @@ def _by_rows(layout: Layout) -> Layout:
 
 
 def draw_tokens(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token for each row."""
+    """Draw one token for each row; -1 if the logits are not finite."""
+    if not logits_BV.amax(-1).isfinite().all():  # a word of the padding has -inf
+        return torch.full((len(logits_BV),), -1)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     # The largest logit becomes 0, so a tiny temperature makes the others -inf and not all of them

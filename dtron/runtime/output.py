@@ -24,10 +24,8 @@ from dtron.errors import UserError
 
 
 class Output:
-    """The standard output of the main rank. The other ranks pass ``main=False``, and print nothing.
-
-    Control characters are dropped, except for line feeds and tabs: they could change the state of a
-    terminal."""
+    """The standard output of the main rank. The other ranks pass ``main=False``, and print
+    nothing."""
 
     def __init__(self, main: bool = True) -> None:
         self._main, self._reported = main, False
@@ -36,17 +34,20 @@ class Output:
         """Print a text. A warning goes to stderr if the standard output cannot be written."""
         if not self._main:
             return
-        shown = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-        reason = write_line(sys.stdout, shown)
+        reason = write_line(sys.stdout, text)
         if reason and not self._reported:
             self._reported = True
             complain(f"warning: standard output cannot be written ({reason}); training goes on")
-        if reason and shown.startswith("warning: "):
-            complain(shown)
+        if reason and text.startswith("warning: "):
+            complain(text)
 
 
 def write_line(stream: TextIO | None, text: str) -> str | None:
-    """Write a line at once. Return why it could not be written; None: it was written."""
+    """Write a line at once. Return why it could not be written; None: it was written.
+
+    Control characters are dropped, except for line feeds and tabs. They may come from a file, and
+    could change the state of a terminal."""
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
     if stream is None:  # the program was started with a closed descriptor
         return "it is closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"

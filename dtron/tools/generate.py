@@ -6,6 +6,7 @@ runtime/generation.py has the steps of generation and the ways to sample.
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
 from dtron.runtime.generation import Sampling, check_prompts, generate
 from dtron.runtime.launch import plan_run, start_ranks
+from dtron.runtime.output import write_line
 from dtron.runtime.run_directory import read_run
 
 
@@ -52,7 +54,7 @@ def run(o: Namespace) -> int:
         texts = generate(weights, prompts, o.tokens, m, pipe, sampling, plan.device, ends)
     if plan.main:
         for ids in texts:
-            print(tokenizer.decode(ids), flush=True)
+            write_line(sys.stdout, tokenizer.decode(ids))
     return 0
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers
 
 from dtron.data import Documents, Prefetch, get_tokenizer
 from dtron.data.best_fit_packing import Fitted, TokenizedDocuments, best_fit, split_into_segments
@@ -326,3 +327,12 @@ def test_a_masked_document_does_not_learn_the_beginning_of_the_next():
 def test_it_learns_the_beginning_of_the_next_if_asked():
     batch = of_documents([1, 2], [3], [4, 5, 6, 7, 8], learn_next_document=True)
     assert batch.columns[3] is None and batch.valid == 8
+
+
+def test_a_stream_of_text_without_tokens_ends(tmp_path):
+    """A tokenizer may drop everything. Then no epoch would ever have a token."""
+    (tmp_path / "t.txt").write_text("some words")
+    empty = Tokenizer(models.WordLevel({"[UNK]": 0, "x": 1}, unk_token="[UNK]"))
+    empty.normalizer = normalizers.Replace(Regex(".+"), "")
+    stream = Stream(Documents(str(tmp_path / "t.txt"), "text", streaming=True), empty, 8, False)
+    one_line(lambda: stream.rows(0, 1), "makes no token", "--data.tokenizer")

@@ -15,7 +15,7 @@ import train
 from dtron.checkpoint import files
 from dtron.runtime.cli import load
 from dtron.runtime.exit import run_cli
-from dtron.runtime.output import Output, append_line, write_line
+from dtron.runtime.output import Output, append_line, complain, write_line
 from tests.helpers.paths import ROOT
 from tests.helpers.train_cli import SIX, TINY, losses, records, refused, run
 
@@ -88,7 +88,9 @@ def test_training_goes_on_without_a_reader(run_dir, monkeypatch, capsys, broken,
 
 def test_a_text_that_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, capsys):
     Output().say("a\x1b[31mb\x07\tc\nd\u2028é")
-    assert capsys.readouterr().out == "a[31mb\tc\nd\u2028é\n"
+    complain("a\x1b[31mb")
+    said = capsys.readouterr()
+    assert said.out == "a[31mb\tc\nd\u2028é\n" and said.err == "a[31mb\n"
     with (tmp_path / "ascii").open("w", encoding="ascii") as out:
         assert write_line(out, "é\ud800") is None
     assert (tmp_path / "ascii").read_text() == "\\xe9\\ud800\n"

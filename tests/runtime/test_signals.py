@@ -13,6 +13,8 @@ import pytest
 from dtron.runtime.signals import StopSignal, allow_interrupts, stop_at_once
 from tests.helpers.paths import ROOT
 
+STUBS = ("verify", "generate", "show", "profile")
+
 # A library in the middle of its import, which hides the interrupt from the program.
 TORCH = """
 import sys, time
@@ -73,7 +75,10 @@ def imports(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "dtron", "train"]])
+@pytest.mark.parametrize(
+    "command",
+    [["train.py"], ["-m", "dtron", "train"], *(["-m", f"dtron.{name}"] for name in STUBS)],
+)
 def test_ctrl_c_during_the_imports_is_one_line(imports, command):
     assert interrupted(*command, PYTHONPATH=imports) == (130, "stopped\n")
 

@@ -32,7 +32,7 @@ from dtron.testing import meshes
 from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
-from dtron.tree import tree_map
+from dtron.tree import flat, tree_map
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
@@ -189,6 +189,14 @@ def test_a_row_ends_where_its_text_does():
         n = new.index(end) + 1 if end in new else len(new)
         assert cut == full[: len(prompt) + n]
     assert len(stopped[0]) < len(free[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_one_line(bad):
+    m = MODELS["grouped"]
+    pipe, params = one_stage(m, 1, ONE), weights(m)
+    flat(params)[0][3] = bad
+    one_line(lambda: greedy(m, params, pipe), "logits are not finite", "earlier checkpoint")
 
 
 @given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
