@@ -13,7 +13,7 @@ import pytest
 from dtron.runtime.signals import StopSignal, allow_interrupts, stop_at_once
 from tests.helpers.paths import ROOT
 
-STUBS = ("verify", "generate", "show", "profile")
+STUBS = ("verify", "generate", "show")
 
 # A library in the middle of its import, which hides the interrupt from the program.
 TORCH = """
