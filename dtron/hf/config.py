@@ -18,7 +18,7 @@ from dtron.hf.families import FAMILIES, Family
 from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
 from dtron.json_files import read_object
 from dtron.layers.rope import RopeConfig
-from dtron.model.config import ModelConfig
+from dtron.model.config import LARGEST, ModelConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 
@@ -121,6 +121,10 @@ def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfi
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
     values["mlp"] = values.get("mlp") or 4 * values["embed"]
     values |= family.fixed
+    if values["layers"] > LARGEST["layers"]:  # families list the kind of each layer
+        raise UserError(
+            f"{where}: has {values['layers']} layers, and a model has at most {LARGEST['layers']}"
+        )
     try:
         values |= family.read(entries, values)
         if values.get("positions", "rotary") == "rotary":

@@ -40,6 +40,9 @@ from dtron.layers.linear import linear
 from dtron.layers.norm import norm
 
 
+LARGEST_DEPTH = 1000  # modules; each is a block
+
+
 @dataclass(frozen=True)
 class MTPConfig:
     """Multi-token prediction."""
@@ -55,6 +58,8 @@ class MTPConfig:
                 f"model.mtp depth={self.depth}, weight={self.weight}: both are at least 0; raise "
                 "them"
             )
+        if self.depth > LARGEST_DEPTH:
+            raise UserError(f"model.mtp.depth={self.depth}: at most {LARGEST_DEPTH}; lower it")
 
 
 def look_ahead(

@@ -34,6 +34,7 @@ LONG = "x" * 300
         (["--data.path", "a\0b"], ["--data.path", "zero byte"]),
         (["--model.layers", str(10**7)], ["model.layers=10000000", "from 1 to 10000"]),
         (["--model.vocab", str(10**11)], ["model.vocab=100000000000"]),
+        (["--model.mtp.depth", str(10**9)], ["model.mtp.depth=1000000000", "at most"]),
         (["--model.moe.experts", str(10**9)], ["model.moe.experts=1000000000", "at most"]),
     ],
 )
