@@ -39,7 +39,6 @@ from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.linear import linear
 from dtron.layers.norm import norm
 
-
 LARGEST_DEPTH = 1000  # modules; each is a block
 
 
