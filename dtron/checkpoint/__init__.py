@@ -5,6 +5,7 @@ training goes on."""
 from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import folder, newest, read_meta
 from dtron.checkpoint.meta import FORMAT, Meta
+from dtron.checkpoint.shards import ShardReader
 from dtron.checkpoint.state import (
     Identity,
     TrainState,
@@ -22,6 +23,7 @@ __all__ = [
     "Identity",
     "AsyncSaver",
     "Meta",
+    "ShardReader",
     "TrainState",
     "folder",
     "load",

@@ -2,8 +2,8 @@
 
 Every file is read and its checksum compared. The exit code is 1 if a checkpoint is damaged.
 
-``python -m dtron.checkpoint convert RUN --trust``: gives the checkpoints of an older version today's
-format (convert.py).
+``python -m dtron.checkpoint convert RUN --trust``: gives the checkpoints of an older version
+today's format (convert.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="convert: the checkpoints are your own; an older format is a pickle, which can run code",
+        help="convert: the checkpoints are your own; an older format is a pickle, which can run "
+        "code",
     )
     o = parser.parse_args(argv)
     console = Console(highlight=False)
@@ -100,8 +101,8 @@ def _convert(run_dir: Path, trust: bool, console: Console) -> int:
         raise UserError(f"{run_dir}: no checkpoint of an older format there; nothing to convert")
     if not trust:
         raise UserError(
-            f"{run_dir}: {len(old)} checkpoints have an older format, whose .metadata is a pickle and "
-            "can run any code when it is read; if they are your own, add --trust"
+            f"{run_dir}: {len(old)} checkpoints have an older format, whose .metadata is a pickle "
+            "and can run any code when it is read; if they are your own, add --trust"
         )
     for path in old:
         convert(path)

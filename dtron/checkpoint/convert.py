@@ -10,7 +10,6 @@ is complete.
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import files
-from dtron.checkpoint.meta import FORMAT, META, Meta, Part, TensorMeta
+from dtron.checkpoint.meta import FORMAT, META, Meta, Part, TensorMeta, peek
 from dtron.checkpoint.safetensors_writer import DTYPE_NAMES, write_file
 from dtron.errors import UserError
 from dtron.json_files import read_object
@@ -32,13 +31,8 @@ _FILE = "rank-00000.safetensors"
 
 def old_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run that have format 3."""
-    return [path for path in files.whole(run_dir) if _format(path) == OLD_FORMAT]
-
-
-def _format(path: Path) -> int | None:
-    with (path / META).open("rb") as file:
-        head = re.match(rb'\{\s*"format": (\d{1,9}),', file.read(256))
-    return int(head[1]) if head else None
+    heads = ((path, peek(path)) for path in files.whole(run_dir))
+    return [path for path, head in heads if head and head[0] == OLD_FORMAT]
 
 
 def convert(path: Path) -> None:

@@ -10,8 +10,8 @@ checkpoints beyond ``--keep``, and half-written ones. The checkpoint that was sa
 deleted.
 
 Sizes are compared whenever a checkpoint is opened. Checksums need every byte, so they are compared
-when a checkpoint is loaded or inspected. Without checksums a flipped byte of a
-weight would go unnoticed.
+when a checkpoint is loaded or inspected. Without checksums a flipped byte of a weight would go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -172,14 +172,15 @@ def read_meta(path: Path) -> Meta:
         have = file.stat().st_size if file.is_file() and not file.is_symlink() else 0
         if have != listed.size:
             raise UserError(
-                f"{file}: has {have} of {listed.size} bytes, so the checkpoint is not whole; {REMEDY}"
+                f"{file}: has {have} of {listed.size} bytes, so the checkpoint is not whole; "
+                f"{REMEDY}"
             )
     return meta
 
 
 def damaged(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> list[str]:
-    """Return the names of the files whose checksum differs from the listed one. Of several processes
-    each process checks every ``parts``-th file, from file ``part`` on."""
+    """Return the names of the files whose checksum differs from the listed one. Of several
+    processes each process checks every ``parts``-th file, from file ``part`` on."""
     names = list(meta.files)[part::parts]
     return [name for name in names if checksum(path / name) != meta.files[name].crc32]
 

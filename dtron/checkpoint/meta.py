@@ -123,12 +123,18 @@ def decode_meta(data: bytes, path: Path) -> Meta:
     return msgspec.structs.replace(meta, identity=current(meta.identity))
 
 
-def peek_step(path: Path) -> int | None:
-    """Return the step of a checkpoint by the first bytes of its ``meta.json``, or None."""
+def peek(path: Path) -> tuple[int, int] | None:
+    """Return format and step of a checkpoint by the first bytes of its ``meta.json``, or None."""
     try:
         handle = open_regular(path / META, follow=False)
     except OSError:
         return None
     head = _HEAD.match(os.read(handle, 256))
     os.close(handle)
-    return int(head[2]) if head else None
+    return (int(head[1]), int(head[2])) if head else None
+
+
+def peek_step(path: Path) -> int | None:
+    """Return the step of a checkpoint by the first bytes of its ``meta.json``, or None."""
+    head = peek(path)
+    return head[1] if head else None

@@ -167,8 +167,8 @@ def header(path: Path, *, follow: bool = True) -> dict[str, Entry]:
         }
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}: its {size} bytes are no safetensors file, or one that was cut short; copy the "
-            "file again from its source"
+            f"{path}: its {size} bytes are no safetensors file, or one that was cut short; copy "
+            "the file again from its source"
         ) from error
     last = base
     for name, e in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -185,7 +185,8 @@ def header(path: Path, *, follow: bool = True) -> dict[str, Entry]:
         last = max(last, e.stop)
     if last > size:
         raise UserError(
-            f"{path}: has {size} of {last} bytes, it was cut short; copy the file again from its source"
+            f"{path}: has {size} of {last} bytes, it was cut short; copy the file again from its "
+            "source"
         )
     return found
 

@@ -1,8 +1,8 @@
 """The shards of a checkpoint: which of them a rank writes, and how any rank reads its own.
 
 A rank writes its shard of each tensor into one safetensors file, ``rank-00003.safetensors``. If
-several ranks hold the same shard, one of them writes it. They take turns: the replica ``i % R`` of R
-replicas writes the i-th tensor. No communication is needed for this choice.
+several ranks hold the same shard, one of them writes it. They take turns: the replica ``i % R`` of
+R replicas writes the i-th tensor. No communication is needed for this choice.
 
 A rank reads the parts that overlap its own shard, wherever they are. So the mesh that reads may
 differ from the mesh that wrote.
@@ -103,8 +103,8 @@ class ShardReader:
             raise UserError(f"{self.path}: has no {name}; {REMEDY}")
         if tensor.shape != shard.shape:
             raise UserError(
-                f"{self.path}: {name} is {list(tensor.shape)}, and here {list(shard.shape)}; use the "
-                "model that it was made with"
+                f"{self.path}: {name} is {list(tensor.shape)}, and here {list(shard.shape)}; use "
+                "the model that it was made with"
             )
         filled = 0
         for part in tensor.parts:

@@ -111,10 +111,9 @@ def verify_checksums(path: Path, meta: Meta) -> None:
         raise UserError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
 
 
-def read_weight(path: Path, w: WeightSpec) -> Tensor:
+def read_weight(reader: ShardReader, w: WeightSpec) -> Tensor:
     """Read one whole weight in float32. Nothing else is read."""
-    with ShardReader(path, read_meta(path)) as reader:
-        return _weight(reader, w, [(0, n) for n in w.shape])
+    return _weight(reader, w, [(0, n) for n in w.shape])
 
 
 def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:

@@ -1,15 +1,15 @@
 """The ids of a conversation, and which of them are learned.
 
 **One call.** A tokenizer is called once, on the whole text. A tokenizer of the Metaspace or the
-Prepend kind writes a ▁ at the beginning of every text that it is given. Pieces that are encoded one
-by one would have a ▁ at the beginning of each.
+Prepend kind writes a ▁ at the beginning of every text that it is given. Pieces that are encoded
+one by one would have a ▁ at the beginning of each.
 
 **Learned tokens.** The tokenizer reports the characters of each token. A token is learned if one of
 its visible characters is learned. White space decides only in a token of nothing else. So the token
 ``Ġ4`` is learned if the answer is ``4`` and the space before it is the prompt's, because a model
 must write this token. The first token after an answer that ends in a space is not learned. Several
-tokens may be of one character: the bytes of an emoji, or a lone ▁ and the character after it. They
-are learned together.
+tokens may be of one character: the bytes of an emoji, or a lone ▁ and the character after it.
+They are learned together.
 
 **Sealed special tokens.** Where dtron writes the markers itself, no message may spell one. `sealed`
 renames all special tokens of a tokenizer, with their ids, to names that begin with a character that
@@ -47,8 +47,8 @@ def offsets_encoder(tokenizer: str) -> Tokenizer:
 def signed_ids(encoder: Tokenizer, samples: Sequence[ChatSample]) -> list[np.ndarray]:
     """Return the ids of each sample, as ``~id`` if they are not learned.
 
-    ``encoder``: from `offsets_encoder` or `sealed`. Raises UserError if the tokenizer has no token for
-    something in a text."""
+    ``encoder``: from `offsets_encoder` or `sealed`. Raises UserError if the tokenizer has no token
+    for something in a text."""
     try:
         found = encoder.encode_batch([s.text for s in samples], add_special_tokens=False)
     except Exception as error:  # the library raises nothing narrower

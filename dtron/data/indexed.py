@@ -106,8 +106,8 @@ class Indexed:
         size = os.fstat(self._handle).st_size
         if size < self._size:
             raise UserError(
-                f"{str(self.bin)!r} was cut from {self._size} to {size} bytes during the run; give it "
-                "back its content, and go on with --resume"
+                f"{str(self.bin)!r} was cut from {self._size} to {size} bytes during the run; give "
+                "it back its content, and go on with --resume"
             )
 
     def _header(self) -> tuple[int, int, int]:

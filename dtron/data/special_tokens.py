@@ -3,7 +3,7 @@
 A tokenizer.json has the vocabulary and the rules of a tokenizer. It does not say which token begins
 a text and which token ends a text. The files beside it do:
 
-    tokenizer_config.json     bos_token, eos_token, pad_token, ..., and tokens with names of their own
+    tokenizer_config.json     bos_token, eos_token, pad_token, ..., and tokens with other names
     special_tokens_map.json   the same names; read if tokenizer_config.json lists no added tokens
     generation_config.json    eos_token_id, the tokens that end a generated text
     config.json               eos_token_id, where no other file has it
@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dtron.errors import UserError
-from dtron.json_files import read_object
+from dtron.json_files import read_json, read_object
 
 END = "<|endoftext|>"
 
@@ -40,7 +40,8 @@ NAMED = (
     "cls_token",
     "mask_token",
 )
-"""The names that every tokenizer may use. Other names that end in ``_token`` belong to one model."""
+"""The names that every tokenizer may use. Other names that end in ``_token`` belong to one
+model."""
 
 _WELL_KNOWN_ENDS = (
     END,
@@ -54,6 +55,7 @@ _WELL_KNOWN_ENDS = (
 """End tokens of published tokenizers, for a tokenizer.json with no file beside it that names one.
 The first that the vocabulary has is taken."""
 
+_LARGEST_TOKENIZER = 1 << 30  # bytes
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -121,8 +123,8 @@ def _padding_token(path: str | Path) -> str | None:
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
-        padding = json.loads(file.read_text(encoding="utf-8")).get("padding")
-    except (OSError, ValueError, AttributeError):
+        padding = read_json(file, dict[str, Any], _LARGEST_TOKENIZER).get("padding")
+    except UserError:
         return None  # whoever loads the tokenizer reports it
     return padding.get("pad_token") if isinstance(padding, dict) else None
 

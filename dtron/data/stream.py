@@ -120,6 +120,6 @@ class Stream:
             self._in_epoch = document - number
             if place == before and not skipped:
                 raise UserError(
-                    f"--data.path {self.docs.path!r}: the tokenizer makes no token of its text; give "
-                    "another --data.tokenizer"
+                    f"--data.path {self.docs.path!r}: the tokenizer makes no token of its text; "
+                    "give another --data.tokenizer"
                 )

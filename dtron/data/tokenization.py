@@ -2,8 +2,8 @@
 
 If the user gives no tokenizer, a byte-level BPE is trained on the documents. Its alphabet is the
 256 bytes, so there is no unknown token, and decoding gives back every text exactly. The ids of all
-documents are concatenated. Each document ends with the tokenizer's end token. The ids are stored as raw
-integers and mapped into memory, so memory does not grow with the corpus. A start reads the file
+documents are concatenated. Each document ends with the tokenizer's end token. The ids are stored as
+raw integers and mapped into memory, so memory does not grow with the corpus. A start reads the file
 once, for its checksum.
 
 Tokenizer and ids are cached, under keys that name their inputs (`dtron.data.cache`). Left out:

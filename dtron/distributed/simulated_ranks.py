@@ -45,8 +45,8 @@ def check_ranks(shape: MeshShape) -> None:
     """Raise UserError for more ranks than one process can simulate."""
     if shape.size > LARGEST:
         raise UserError(
-            f"mesh {shape}: {shape.size} simulated ranks, and one process has at most {LARGEST}; use a "
-            "smaller mesh"
+            f"mesh {shape}: {shape.size} simulated ranks, and one process has at most {LARGEST}; "
+            "use a smaller mesh"
         )
 
 

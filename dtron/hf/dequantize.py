@@ -131,8 +131,8 @@ def _block_scaled(
         if min(size) > 0 and grid[-2:] == tuple(-(-n // b) for n, b in zip(shape[-2:], size)):
             return _BlockScaled(weight, scale, shape, (size[0], size[1]))
     raise UserError(
-        f"{entry.file}: {scale} is {list(grid)} for {weight} of {list(shape)}, and weight_block_size "
-        f"is {block}; they are not of one model"
+        f"{entry.file}: {scale} is {list(grid)} for {weight} of {list(shape)}, and "
+        f"weight_block_size is {block}; they are not of one model"
     )
 
 

@@ -83,8 +83,9 @@ def export(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        maker = _Maker(m, kind, partial(checkpoint.read_weight, found), dtype)
-        files = write(part, maker.shapes, dtype, maker, largest)
+        with checkpoint.ShardReader(found, meta) as reader:
+            maker = _Maker(m, kind, partial(checkpoint.read_weight, reader), dtype)
+            files = write(part, maker.shapes, dtype, maker, largest)
         (part / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         _write_tokenizer(run_dir, part)
         if out.exists():

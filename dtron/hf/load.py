@@ -32,7 +32,7 @@ from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.families import Family
-from dtron.hf.open_folder import HEAD, open_reader, read_model, row_chunks, tensor_table
+from dtron.hf.open_folder import HEAD, open_reader, row_chunks, tensor_table, with_own_head
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_files import some
 from dtron.hf.weight_tables import Row
@@ -99,14 +99,14 @@ class Source:
 
         ``m``: the model (None: the model of the folder)."""
         self.folder = Path(folder)
-        self.family, stored = read_model(self.folder)
-        self.model = m or stored
+        self.family, said = read_config(self.folder)
         self.reader = open_reader(self.folder, self.family)
+        self.model = m or with_own_head(said, self.family, self.reader)
         self.family = replace(
             self.family, weights=tensor_table(self.family, self.model, self.reader)
         )
-        self._stored = replace(self.model, vocab=stored.vocab)
-        self.notes = self._notes()
+        self._stored = replace(self.model, vocab=said.vocab)
+        self.notes = self._notes(said)
         self._check()
         self._last: tuple[Any, Tensor] | None = None
 
@@ -114,9 +114,10 @@ class Source:
     def bytes_read(self) -> int:
         return self.reader.bytes_read
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, said: ModelConfig) -> tuple[str, ...]:
+        """Return the notes. ``said``: the model of config.json."""
         out = []
-        if read_config(self.folder)[1].tied and not self.model.tied:
+        if said.tied and not self.model.tied:
             out.append(
                 f"{self.folder}: tie_word_embeddings is true, and {HEAD} is not the embedding; the "
                 "model has a head of its own"

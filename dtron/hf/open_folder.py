@@ -47,11 +47,16 @@ def read_model(folder: Path) -> tuple[Family, ModelConfig]:
     family, m = read_config(folder)
     if m.tied:
         reader = open_reader(folder, family)
-        names = [family.weights[path].name for path in ("embedding.w_tokens", "w_head")]
-        if all(name in reader.entries for name in names) and not _equal(reader, *names):
-            m = replace(m, tied=False)
+        m = with_own_head(m, family, reader)
         reader.close()
     return family, m
+
+
+def with_own_head(m: ModelConfig, family: Family, reader: Reader | Dequantizer) -> ModelConfig:
+    """Return the model of config.json, with a head of its own if the folder has one."""
+    names = [family.weights[path].name for path in ("embedding.w_tokens", "w_head")]
+    own = m.tied and all(name in reader.entries for name in names) and not _equal(reader, *names)
+    return replace(m, tied=False) if own else m
 
 
 def _equal(reader: Reader | Dequantizer, a: str, b: str) -> bool:

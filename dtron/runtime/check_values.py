@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
 
 _PATHS = ("run_dir", "init_from", "data.path", "data.tokenizer")
@@ -31,7 +31,7 @@ def check_values(config: Any) -> None:
     """Raise UserError for the first field whose value no run can have.
 
     ``config``: a config with nested configs."""
-    for name, value in _leaves(config):
+    for name, value in dotted(asdict(config)).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: must be a finite number; change it")
@@ -41,15 +41,6 @@ def check_values(config: Any) -> None:
                 raise UserError(f"{flag} {value}: must be at most {high}; lower it")
         if isinstance(value, str) and name in _PATHS:
             check_path(flag, value)
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value
 
 
 def check_path(flag: str, value: str) -> None:

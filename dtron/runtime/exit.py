@@ -19,8 +19,8 @@ from dtron.runtime.signals import Termination, allow_interrupts, stop_at_once
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 NUMBERS += ("TORCHELASTIC_RESTART_COUNT",)
 MORE_MEMORY = (
-    "lower --micro-batch or --data.seq-len, use --recompute full or --zero 3, or give the mesh more "
-    "ranks"
+    "lower --micro-batch or --data.seq-len, use --recompute full or --zero 3, or give the mesh "
+    "more ranks"
 )
 OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 

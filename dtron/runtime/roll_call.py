@@ -137,8 +137,8 @@ class Roll:
         return self._thread.is_alive()
 
     def missing(self) -> str:
-        """Call the roll. Return the ranks that do not answer, with their hosts. All ranks call it at
-        about the same time, and get the same text."""
+        """Call the roll. Return the ranks that do not answer, with their hosts. All ranks call it
+        at about the same time, and get the same text."""
         if not self._store_lives():
             return self._lost_store()
         store = self._store

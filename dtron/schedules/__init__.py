@@ -62,8 +62,8 @@ def make(name: str, ranks: int, microbatches: int, stages_per_rank: int = 2) -> 
             raise UserError(f"schedule {name}: {size}={n}; there must be at least 1")
     if math.prod(sizes.values()) > LARGEST:
         raise UserError(
-            f"schedule {name}: {ranks} ranks, {microbatches} microbatches and {stages_per_rank} stages "
-            f"per rank make a table of more than {LARGEST} rows; use fewer microbatches"
+            f"schedule {name}: {ranks} ranks, {microbatches} microbatches and {stages_per_rank} "
+            f"stages per rank make a table of more than {LARGEST} rows; use fewer microbatches"
         )
     extra = (stages_per_rank,) if name == "interleaved" else ()
     return SCHEDULES[name](ranks, microbatches, *extra)

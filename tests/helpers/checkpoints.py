@@ -1,4 +1,4 @@
-"""Checkpoints read without dtron, as docs/checkpoints.md shows."""
+"""Checkpoints: read without dtron, as docs/checkpoints.md shows, and compared as files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from dtron.checkpoint import files
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -23,3 +25,9 @@ def with_public_tools(path: Path) -> dict[str, torch.Tensor]:
     """The whole tensors of a checkpoint."""
     names = json.loads((path / "meta.json").read_text())["tensors"]
     return {name: read_tensor(path, name) for name in names}
+
+
+def weights(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and checksums of the files of a run's newest checkpoint."""
+    listed = files.read_meta(files.newest(run_dir)).files
+    return {name: (file.size, file.crc32) for name, file in listed.items()}

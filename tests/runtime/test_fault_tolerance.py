@@ -11,20 +11,12 @@ import pytest
 import torch
 
 import train
-from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.runtime.signals import StopSignal
-from tests.helpers.checkpoints import with_public_tools
+from tests.helpers.checkpoints import weights, with_public_tools
 from tests.helpers.ranks import Ranks
 from tests.helpers.train_cli import SIX, TINY, refused, run
-
-
-def weights(run_dir: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and checksums of the files of the newest checkpoint."""
-    listed = files.read_meta(checkpoint.newest(run_dir)).files
-    return {name: (file.size, file.crc32) for name, file in listed.items()}
-
 
 # ---- signals
 

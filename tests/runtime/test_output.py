@@ -16,6 +16,7 @@ from dtron.checkpoint import files
 from dtron.runtime.cli import load
 from dtron.runtime.exit import run_cli
 from dtron.runtime.output import Output, append_line, complain, write_line
+from tests.helpers.checkpoints import weights
 from tests.helpers.paths import ROOT
 from tests.helpers.train_cli import SIX, TINY, losses, records, refused, run
 
@@ -148,19 +149,13 @@ def test_a_file_that_goes_is_a_warning(run_dir, monkeypatch, capsys, name, fault
     out, err = capsys.readouterr()
     assert out.count(f"warning: {run_dir / name}: ") == 1 and not err
     assert [path.name for path in files.whole(run_dir)] == [f"step-0000000{n}" for n in (2, 4, 6)]
-    same = [checkpoint_sums(folder) for folder in (run_dir, run_dir.with_name("whole"))]
+    same = [weights(folder) for folder in (run_dir, run_dir.with_name("whole"))]
     assert same[0] == same[1]  # to the bit
     if name == "metrics.jsonl" and fault is delete:
         assert losses(records(run_dir)) == losses(whole)[-len(records(run_dir)) :]
     elif fault is delete:
         assert (run_dir / name).stat().st_size > 0
         assert load(run_dir / "config.json").steps == 6
-
-
-def checkpoint_sums(run_dir: Path) -> list[list[int]]:
-    """Sizes and checksums of the tensors in the newest checkpoint."""
-    listed = files.read_meta(files.newest(run_dir)).files
-    return [entry for name, entry in sorted(listed.items()) if not name.endswith("metadata")]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import train
-from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.errors import UserError
 from dtron.runtime.cli import load, parse, text
@@ -18,6 +17,7 @@ from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.runtime.resume import changes, with_value
 from dtron.training.lr_schedule import learning_rate
+from tests.helpers.checkpoints import weights
 from tests.helpers.train_cli import SIX, TINY, losses, records, refused, run
 
 pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
@@ -27,12 +27,6 @@ def resumed(run_dir: Path, *argv: str, value: str = "--resume") -> list[dict]:
     """Resume with no other flags than these."""
     assert run_cli(train.main, [value, f"--run-dir={run_dir}", *argv]) == 0
     return records(run_dir)
-
-
-def weights(run_dir: Path) -> list[list[int]]:
-    """Sizes and checksums of the tensors in the newest checkpoint."""
-    listed = files.read_meta(checkpoint.newest(run_dir)).files
-    return [entry for name, entry in sorted(listed.items()) if not name.endswith("metadata")]
 
 
 def killed(run_dir: Path, *argv: str) -> None:
@@ -73,8 +67,8 @@ def test_flags_override_the_config_and_are_printed(run_dir, capsys):
     ]
     assert (
         out.count(
-            f"the learning-rate schedule has changed: step 3 has the rate {new:.3e}, before the change "
-            f"{old:.3e}"
+            f"the learning-rate schedule has changed: step 3 has the rate {new:.3e}, before the "
+            f"change {old:.3e}"
         )
         == 1
     )
