@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from dtron.data.chat_limits import WorkLimit
 from dtron.data.chat_template import ChatTemplate, Messages, Rendered, Span, Tools
 from dtron.errors import UserError
 
@@ -157,10 +158,13 @@ def _disjoint(turns: list[Turn]) -> list[Span]:
 def _rendered(
     template: ChatTemplate, messages: Messages, tools: Tools, prompt: bool = False
 ) -> Rendered | None:
-    """Render a conversation; None if it is empty, or if the template refuses it."""
+    """Render a conversation; None if it is empty, or if the template refuses it. A template without
+    end is not tried again with the next conversation."""
     try:
         return template.render(messages, tools, prompt) if messages else None
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__cause__, WorkLimit):
+            raise
         return None
 
 

@@ -1,42 +1,32 @@
 """A tokenizer's own chat template, rendered as transformers renders it.
 
 A chat template is a jinja program that turns messages into text. Published templates rely on the
-environment in which ``transformers`` runs them (``apply_chat_template``). This module is that
-environment:
+way in which ``transformers`` runs them (``apply_chat_template``): on the environment
+(chat_environment.py), and on the values that they read:
 
-- the filter ``tojson``, which escapes no letter and no HTML, and its keyword arguments;
-- the tags ``break`` and ``continue``, and the functions ``raise_exception`` and ``strftime_now``;
 - ``messages`` without the keys whose value is null, and a message's reasoning under each of the
   names that templates read;
 - ``tools``, ``documents`` (always none), ``add_generation_prompt``, and the named special tokens of
-  the tokenizer;
-- the tag ``generation``, with which a template marks the text that the model generates.
+  the tokenizer.
 
-jinja2's sandbox runs the template, so a template can read its input and nothing else. The clock
-stands still while conversations are rendered: a template that writes the date writes the same date
-into each of them.
+The clock stands still while conversations are rendered: a template that writes the date writes the
+same date into each of them. A template that does too much work is refused (chat_limits.py).
 
 Left out: media. A part of a message that is no text is refused.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2 import Template
 
+from dtron.data.chat_environment import ChatEnvironment, Span
 from dtron.data.files import one_line
 from dtron.data.special_tokens import file_beside, special_tokens, tokenizer_config
 from dtron.errors import UserError
@@ -44,8 +34,8 @@ from dtron.errors import UserError
 Message = dict[str, Any]
 Messages = list[Message]
 Tools = list[dict[str, Any]] | None
-Span = tuple[int, int]
 
+_LONGEST = 1 << 18  # characters of a template; published ones have less than a quarter of it
 _WITHOUT = "move tokenizer.json to a folder without a chat template for the simple template"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -73,7 +63,7 @@ class ChatTemplate:
         """Render a conversation. Raises UserError if the template fails.
 
         ``prompt``: whether to end with the beginning of an answer (``add_generation_prompt``)."""
-        template, tracker = self._compiled[self._name(tools)]
+        template, environment = self._compiled[self._name(tools)]
         values = {
             **self.tokens,
             "messages": [_normalized(message) for message in messages],
@@ -81,21 +71,22 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": prompt,
         }
-        tracker.begin()
+        tag = environment.tag
+        tag.begin()
+        environment.work.begin()
         try:
             for piece in template.generate(**values):
-                tracker.length += len(piece)
-                tracker.pieces.append(piece)
+                tag.write(piece)
         except Exception as error:  # a template may fail in any way
             raise UserError(
                 f"the tokenizer's chat template cannot render it ({one_line(error)}); change the "
                 f"messages, or {_WITHOUT}"
             ) from error
-        return Rendered("".join(tracker.pieces), tuple(tracker.spans))
+        return Rendered("".join(tag.pieces), tuple(tag.spans))
 
     def tagged(self, tools: Tools = None) -> bool:
         """Whether the template marks what the model generates."""
-        return self._compiled[self._name(tools)][1].tagged
+        return self._compiled[self._name(tools)][1].tag.tagged
 
     def reads(self, name: str, tools: Tools = None) -> bool:
         """Whether the template mentions a name, such as ``tool_calls``."""
@@ -117,7 +108,7 @@ class ChatTemplate:
         return name
 
     @cached_property
-    def _compiled(self) -> dict[str, tuple[Any, _GenerationTag]]:
+    def _compiled(self) -> dict[str, tuple[Template, ChatEnvironment]]:
         now = datetime.now()
         return {name: _compile(source, now) for name, source in self.sources.items()}
 
@@ -176,109 +167,15 @@ def _normalized(message: Message) -> Message:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-# ---------------------------------------------------------------------------- the environment
-
-
-def _compile(source: str, now: datetime) -> tuple[Any, _GenerationTag]:
+def _compile(source: str, now: datetime) -> tuple[Template, ChatEnvironment]:
     """Compile a template. Raises UserError if it is malformed."""
-
-    def fail(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    functions: dict[str, Callable[..., Any]] = {
-        "raise_exception": fail,
-        "strftime_now": now.strftime,
-        "dict": _Dict(),
-        "namespace": _PublicNamespace,
-    }
-    environment.globals.update(functions)
     try:
-        template = environment.from_string(source)
-    except TemplateError as error:
+        if len(source) > _LONGEST:
+            raise UserError(f"it has {len(source):,} characters, and at most {_LONGEST:,} are read")
+        environment = ChatEnvironment(now)
+        return environment.template(source), environment
+    except Exception as error:  # the compilers of jinja2 and Python raise many kinds
         raise UserError(
             f"the tokenizer's chat template is malformed ({one_line(error)}); repair it, or "
             f"{_WITHOUT}"
         ) from error
-    tracker = environment.extensions[_GenerationTag.identifier]
-    assert isinstance(tracker, _GenerationTag)
-    return template, tracker
-
-
-class _GenerationTag(Extension):
-    """The tag ``{% generation %}...{% endgeneration %}``: writes its body, and records where.
-
-    ``tagged``: whether the template has the tag."""
-
-    tags = {"generation"}
-
-    def __init__(self, environment: Any) -> None:
-        super().__init__(environment)
-        self.tagged = False
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the last rendered conversation."""
-        self.pieces: list[str] = []
-        self.spans: list[Span] = []
-        self.length = 0
-
-    def parse(self, parser: Parser) -> Node:
-        self.tagged = True
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
-
-    def _record(self, caller: Callable[[], str]) -> str:
-        text = caller()
-        self.spans.append((self.length, self.length + len(text)))
-        return text
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-class _Dict:
-    """Makes dicts, without the attributes of the type ``dict``."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _PublicNamespace(Namespace):
-    """A namespace without names that begin with an underscore: some lead out of the sandbox."""
-
-    def __init__(*args: Any, **values: Any) -> None:  # without self: it may be a key
-        self, *rest = args
-        entries = dict(*rest, **values)
-        for name in entries:
-            _check_public(name)
-        Namespace.__init__(self, entries)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_public(name)
-        super().__setitem__(name, value)
-
-
-def _check_public(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace has no private names such as {name!r}")

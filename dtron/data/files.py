@@ -94,8 +94,9 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def one_line(error: Exception) -> str:
-    """Return another library's message in one line of at most 120 characters."""
-    return " ".join(str(error).split())[:120]
+    """Return another library's message in one line of at most 120 characters; the kind of the error
+    if it has no message."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def find_files(path: str) -> Found:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jinja2.utils import htmlsafe_json_dumps
 from tokenizers import Tokenizer, processors
 
-from dtron.data import chat_encoding, chat_template
+from dtron.data import chat_encoding, chat_environment, chat_template
 from dtron.errors import UserError
 from tests.helpers import chats as styles
 from tests.helpers.chat_templates import TEMPLATES
@@ -114,7 +114,7 @@ def test_mutants_of_the_ids_are_caught(folder_of, scratch, monkeypatch):
         (lambda x, **options: htmlsafe_json_dumps(x, json.dumps, ensure_ascii=False), "gpt-oss"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(chat_template, "_to_json", mutant)
+            patch.setattr(chat_environment, "_to_json", mutant)
             caught(name, "bytes", AGENT)
     with monkeypatch.context() as patch:
         patch.setattr(chat_template, "_normalized", dict)
