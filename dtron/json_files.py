@@ -32,8 +32,20 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     if not stat.S_ISREG(mode):
         os.close(handle)
         code = errno.EISDIR if stat.S_ISDIR(mode) else 0
-        raise OSError(code, os.strerror(code) if code else "it is no regular file")
+        raise OSError(code, os.strerror(code) if code else "no regular file")
     return handle
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at a path. `read_bytes` then says what is wrong with it: a pipe or
+    a folder in the place of a file is not passed over. Raises UserError if the folder hides it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+    return True
 
 
 def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = True) -> bytes:
@@ -46,7 +58,8 @@ def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = True) -> bytes:
                 raise UserError(f"{path}: has {size} bytes; such a file has at most {limit}")
             return file.read(limit)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); make it readable") from error
 
 
 def decode(data: bytes, kind: type[T], where: str, remedy: str = "mend the file") -> T:

@@ -30,6 +30,7 @@ from dtron.data.chat_environment import ChatEnvironment, Span
 from dtron.data.files import one_line
 from dtron.data.special_tokens import file_beside, special_tokens, tokenizer_config
 from dtron.errors import UserError
+from dtron.json_files import is_there, read_bytes
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -123,7 +124,7 @@ def template_beside(tokenizer_path: str | Path | None) -> ChatTemplate | None:
         return None
     file = file_beside(tokenizer_path, "chat_template.jinja")
     named = file_beside(tokenizer_path, "additional_chat_templates")
-    sources = {"default": _read(file)} if file.is_file() else {}
+    sources = {"default": _read(file)} if is_there(file) else {}
     sources |= {other.stem: _read(other) for other in sorted(named.glob("*.jinja"))}
     if not sources:
         found = tokenizer_config(tokenizer_path).get("chat_template")
@@ -135,8 +136,8 @@ def template_beside(tokenizer_path: str | Path | None) -> ChatTemplate | None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+        return read_bytes(file).decode("utf-8")
+    except (UserError, UnicodeError) as error:
         raise UserError(
             f"{str(file)!r} cannot be read ({one_line(error)}); repair it, or {_WITHOUT}"
         ) from error

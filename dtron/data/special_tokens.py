@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dtron.errors import UserError
-from dtron.json_files import read_json, read_object
+from dtron.json_files import is_there, read_bytes, read_json, read_object
 
 END = "<|endoftext|>"
 
@@ -55,7 +55,7 @@ _WELL_KNOWN_ENDS = (
 """End tokens of published tokenizers, for a tokenizer.json with no file beside it that names one.
 The first that the vocabulary has is taken."""
 
-_LARGEST_TOKENIZER = 1 << 30  # bytes
+_LARGEST_TOKENIZER = 1 << 28  # bytes; published ones have less than a quarter of it
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -72,12 +72,18 @@ def file_beside(path: str | Path, name: str) -> Path:
     return path.with_name(prefix + name)
 
 
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a tokenizer.json. Raises UserError for a file that is not regular or too large, and an
+    exception of the library for another content."""
+    return Tokenizer.from_buffer(read_bytes(file, _LARGEST_TOKENIZER))
+
+
 def read_beside(path: str | Path, name: str) -> dict[str, Any]:
     """Read a JSON object beside a tokenizer; empty if there is none. Raises UserError for a damaged
     file."""
     file = file_beside(path, name)
     try:
-        return read_object(file) if file.is_file() else {}
+        return read_object(file) if is_there(file) else {}
     except UserError as error:
         raise UserError(f"{error}, or move tokenizer.json to a folder without it") from error
 

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
 from dtron.data.formats import one_line
-from dtron.data.special_tokens import END, end_id
+from dtron.data.special_tokens import END, end_id, read_tokenizer
 from dtron.errors import UserError
+from dtron.json_files import is_there
 
 _PIECE = 1 << 20  # characters of one document encoded at once; a whole book needs too much memory
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
@@ -87,14 +88,14 @@ def load_tokenizer(
     """Load the tokenizer.json at `path`, or in that folder. If `vocab_size` is given, the tokenizer
     may have at most `vocab_size` words."""
     file = Path(path).expanduser()
-    if path and (file / "tokenizer.json").is_file():
+    if path and is_there(file / "tokenizer.json"):
         file = file / "tokenizer.json"
-    if not path or not file.exists():
+    if not path or not is_there(file):
         raise UserError(
             f"{flag} {path!r} does not exist; give a tokenizer.json, or leave it out to train one"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = read_tokenizer(file)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(
             f"{flag} {path!r} is not a valid tokenizer.json ({one_line(error)}); "
@@ -135,7 +136,7 @@ def _sample(docs: Iterable[str]) -> Iterator[str]:
 
 def _read_tokenizer(file: Path) -> Tokenizer | None:
     try:
-        return Tokenizer.from_file(str(file))
+        return read_tokenizer(file)
     except Exception:
         return None
 

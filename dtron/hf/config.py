@@ -16,7 +16,7 @@ from dtron.errors import UserError
 from dtron.hf.dequantize import METHODS
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
-from dtron.json_files import read_object
+from dtron.json_files import is_there, read_object
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import LARGEST, ModelConfig
 from dtron.model.mtp import MTPConfig
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
             f"{folder}: is no folder; give a model's folder, with config.json and safetensors"
         )
     path = folder / CONFIG
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
     entries = read_object(path)
     family = family_of(entries, str(path))

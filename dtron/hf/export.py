@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
 from dtron.data.special_tokens import end_id
+from dtron.data.tokenization import load_tokenizer
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
-from dtron.hf.source_files import ORIGIN, TOKENIZER
+from dtron.hf.source_files import ORIGIN, TOKENIZER, copy_file
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.hf.weight_files import write
-from dtron.json_files import read_object
+from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
 from dtron.params import WeightSpec
 
@@ -69,7 +69,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     origin = run_dir / ORIGIN / CONFIG
-    entries = read_object(origin) if origin.is_file() else {}
+    entries = read_object(origin) if is_there(origin) else {}
     kind = _family(family, entries, m)
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
@@ -91,8 +91,10 @@ def export(
         if out.exists():
             out.rmdir()
         part.rename(out)
-    except OSError as error:
+    except (OSError, UserError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{out}: cannot be written ({error.strerror}); free space, or choose another"
         ) from error
@@ -155,12 +157,11 @@ class _Maker:
 
 def _write_tokenizer(run_dir: Path, out: Path) -> None:
     for name in TOKENIZER:
-        if (run_dir / ORIGIN / name).is_file():
-            shutil.copyfile(run_dir / ORIGIN / name, out / name)
+        copy_file(run_dir / ORIGIN / name, out / name)
     own = run_dir / "tokenizer.json"
-    if own.is_file() and not (out / own.name).exists():
-        shutil.copyfile(own, out / own.name)
-        tokenizer = Tokenizer.from_file(str(own))
+    if is_there(own) and not (out / own.name).exists():
+        tokenizer = load_tokenizer(str(own), flag="the tokenizer")
+        copy_file(own, out / own.name)
         end = end_id(tokenizer, own)
         entries = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -173,5 +174,7 @@ def _write_tokenizer(run_dir: Path, out: Path) -> None:
 def _tokens_of(run_dir: Path) -> dict[str, Any]:
     """Return the special tokens of a run that made its own tokenizer."""
     file = run_dir / "tokenizer.json"
-    end = end_id(Tokenizer.from_file(str(file)), file) if file.is_file() else None
+    if not is_there(file):
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    end = end_id(load_tokenizer(str(file), flag="the tokenizer"), file)
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

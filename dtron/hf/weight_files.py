@@ -18,7 +18,7 @@ from torch import Tensor
 from dtron.checkpoint.safetensors import Entry, TensorReader, header
 from dtron.checkpoint.safetensors_writer import write_file
 from dtron.errors import UserError
-from dtron.json_files import read_object
+from dtron.json_files import is_there, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,9 +35,9 @@ def _entries(folder: Path) -> dict[str, Entry]:
     """Return the tensors of a folder: of the single file if there is one, as transformers does, and
     otherwise of all files that the index names."""
     index, single = folder / INDEX, folder / SINGLE
-    if single.is_file():
+    if is_there(single):
         return header(single)
-    if index.is_file():
+    if is_there(index):
         where = read_object(index).get("weight_map")
         if not isinstance(where, dict) or not all(
             isinstance(f, str) and _plain(f) for f in where.values()
@@ -46,7 +46,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
                 f"{index}: has no weight_map from tensors to files beside it; write the index again"
             )
         names = sorted(set(where.values()))
-        absent = [name for name in names if not (folder / name).is_file()]
+        absent = [name for name in names if not is_there(folder / name)]
         if absent:
             there = sorted(file.name for file in folder.glob("*.safetensors"))
             raise UserError(

@@ -26,7 +26,7 @@ from dtron import __version__, checkpoint
 from dtron.data.indexed import prefix_of
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
-from dtron.json_files import read_object
+from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
 from dtron.model.presets import PRESETS, preset
 from dtron.renamed import current_tree, last_component, refuse_old_flags
@@ -156,7 +156,7 @@ def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:
     if d.tokenizer is not None or (d.path is not None and prefix_of(d.path)):
         return config
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"--init-from {folder}: has no tokenizer.json; give --data.tokenizer")
     return replace(config, data=replace(d, tokenizer=str(file)))
 

@@ -4,6 +4,7 @@ left hanging. (Signals: runtime/signals.py.)"""
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -22,6 +23,19 @@ MORE_MEMORY = (
     "lower --micro-batch or --data.seq-len, use --recompute full or --zero 3, or give the mesh "
     "more ranks"
 )
+OF_THE_DISK = {
+    errno.EACCES: "allow this user to read and to write it",
+    errno.EPERM: "allow this user to read and to write it",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the links",
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "raise the limit of this shell on the size of a file",
+    errno.EIO: "mend the disk",
+    errno.ESTALE: "mount the disk again",
+}
+"""Errors of the operating system that are never a fault of the program, each with its remedy."""
 OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
 
 
@@ -59,8 +73,9 @@ def before_imports() -> None:
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. Any other
-    exception is a bug in the program and keeps its traceback."""
+    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. So
+    does a file or a folder that cannot be used (``OF_THE_DISK``). Any other exception is a bug in the
+    program and keeps its traceback."""
     allow_interrupts()
     termination = Termination()
     if "WORLD_SIZE" in os.environ:
@@ -72,6 +87,11 @@ def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except UserError as error:
         text = "error: " + " ".join(str(error).split())
         code, lost = 2, isinstance(error, LostRank)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK or error.filename is None:
+            raise
+        text = f"error: {error.filename}: {error.strerror}; {OF_THE_DISK[error.errno]}"
+        code, lost = 2, False
     except (RuntimeError, MemoryError) as error:
         if asked := _out_of_memory(error):
             text = f"error: out of memory ({asked}); {MORE_MEMORY}"

@@ -29,6 +29,7 @@ from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
 from dtron.hf.export import Exported, export
+from dtron.json_files import is_there
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.output import append_line, replace_file, writing
@@ -212,7 +213,7 @@ def _commit() -> str | None:
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
     """Return the config and the newest whole checkpoint of a run."""
-    if not (run_dir / CONFIG).is_file():
+    if not is_there(run_dir / CONFIG):
         raise UserError(
             f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote"
         )

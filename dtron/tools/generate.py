@@ -24,7 +24,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
 from dtron.hf.source_files import ORIGIN
-from dtron.json_files import read_object
+from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
@@ -40,7 +40,7 @@ def run(o: Namespace) -> int:
     check_text(o.prompt)
     folder = _folder(o.folder)
     load_weights, m = _open(folder)
-    if not (folder / "tokenizer.json").is_file():
+    if not is_there(folder / "tokenizer.json"):
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     encoder = encoder_of(tokenizer, special=True)  # without the padding that may be saved in it
@@ -108,7 +108,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
     A run directory has the config of the model that the run began with in a folder of its own."""
     for place in (folder, folder / ORIGIN):
         for name in ("generation_config.json", CONFIG):
-            if (place / name).is_file():
+            if is_there(place / name):
                 ids = read_object(place / name).get("eos_token_id")
                 if ids is not None:
                     return set(_ids(ids, place / name))

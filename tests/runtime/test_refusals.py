@@ -1,5 +1,6 @@
 """train.py refuses what cannot run, in one line with the remedy."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from dtron.errors import UserError
 from dtron.runtime import check_memory
 from dtron.runtime.cli import parse
-from dtron.runtime.exit import run_cli
+from dtron.runtime.exit import OF_THE_DISK, run_cli
 from dtron.runtime.launch import plan_run
 from dtron.runtime.roll_call import Address
 from tests.helpers.paths import ROOT
@@ -152,3 +153,26 @@ def test_a_missing_variable_of_torchrun_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="MASTER_ADDR: is not set.*torchrun"):
         Address.of_this_process()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC, errno.EIO])
+def test_a_file_that_cannot_be_used_is_one_line(code, capsys):
+    """Wherever it happens: a folder that is not readable fails at any question about its files."""
+
+    def main(argv: list[str]) -> int:
+        raise OSError(code, os.strerror(code), "some/file")
+
+    assert run_cli(main, []) == 2
+    line = f"error: some/file: {os.strerror(code)}; {OF_THE_DISK[code]}\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "no file"), FileNotFoundError(2, "a", "b")]
+)
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    def main(argv: list[str]) -> int:
+        raise error
+
+    with pytest.raises(OSError):
+        run_cli(main, [])
