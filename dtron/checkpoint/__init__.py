@@ -2,23 +2,46 @@
 files on disk, ``shards`` is what each rank writes and reads, and ``async_saver`` writes while
 training goes on."""
 
-from dtron.checkpoint.async_saver import AsyncSaver
-from dtron.checkpoint.files import folder, newest, read_meta
-from dtron.checkpoint.meta import FORMAT, Meta
-from dtron.checkpoint.shards import ShardReader
-from dtron.checkpoint.state import (
-    Identity,
-    TrainState,
-    load,
-    load_params,
-    read_weight,
-    save,
-    start_save,
-    tensors,
-    verify_checksums,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
+from dtron.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from dtron.checkpoint.async_saver import AsyncSaver
+    from dtron.checkpoint.files import folder, newest, read_meta
+    from dtron.checkpoint.meta import FORMAT, Meta
+    from dtron.checkpoint.shards import ShardReader
+    from dtron.checkpoint.state import (
+        Identity,
+        TrainState,
+        load,
+        load_params,
+        read_weight,
+        save,
+        start_save,
+        tensors,
+        verify_checksums,
+    )
+
+_NAMES = {
+    "async_saver": ["AsyncSaver"],
+    "files": ["folder", "newest", "read_meta"],
+    "meta": ["FORMAT", "Meta"],
+    "shards": ["ShardReader"],
+    "state": [
+        "Identity",
+        "TrainState",
+        "load",
+        "load_params",
+        "read_weight",
+        "save",
+        "start_save",
+        "tensors",
+        "verify_checksums",
+    ],
+}
+
+__all__ = [  # noqa: F822
     "FORMAT",
     "Identity",
     "AsyncSaver",
@@ -36,3 +59,5 @@ __all__ = [
     "tensors",
     "verify_checksums",
 ]
+
+__getattr__ = lazy_names(__name__, _NAMES)

@@ -8,8 +8,14 @@ today's format (convert.py).
 
 from __future__ import annotations
 
-import math
 import sys
+
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
+import math
 from pathlib import Path
 
 from rich.console import Console

@@ -12,8 +12,9 @@ that the command line names, and `prefetch` reads ahead.
 Names are imported on first access, so reading token files needs numpy and nothing else.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dtron.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dtron.data.cache import cache_dir
@@ -37,8 +38,6 @@ _NAMES = {
     "special_tokens": ["end_id"],
     "tokenization": ["encode", "get_tokenizer"],
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-
 __all__ = [  # noqa: F822
     "Data",
     "Documents",
@@ -56,8 +55,4 @@ __all__ = [  # noqa: F822
     "rows",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(__name__, _NAMES)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

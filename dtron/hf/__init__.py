@@ -7,9 +7,23 @@ quantised weights. ``open_folder`` opens a folder, ``load`` reads weights, and `
 them. ``source_files`` keeps the small files of a loaded model.
 """
 
-from dtron.hf.config import contradiction
-from dtron.hf.load import Source
-from dtron.hf.open_folder import read_model
-from dtron.hf.source_files import keep_origin
+from typing import TYPE_CHECKING
 
-__all__ = ["Source", "contradiction", "keep_origin", "read_model"]
+from dtron.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from dtron.hf.config import contradiction
+    from dtron.hf.load import Source
+    from dtron.hf.open_folder import read_model
+    from dtron.hf.source_files import keep_origin
+
+_NAMES = {
+    "config": ["contradiction"],
+    "load": ["Source"],
+    "open_folder": ["read_model"],
+    "source_files": ["keep_origin"],
+}
+
+__all__ = ["Source", "contradiction", "keep_origin", "read_model"]  # noqa: F822
+
+__getattr__ = lazy_names(__name__, _NAMES)

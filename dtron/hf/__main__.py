@@ -6,6 +6,12 @@ The run's newest checkpoint is exported.
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path

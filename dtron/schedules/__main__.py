@@ -7,6 +7,12 @@ python -m dtron.schedules draw zb-v --stages 4
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":
+    from dtron.runtime.exit import before_imports
+
+    before_imports()
+
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 from dtron.runtime.signals import StopSignal, allow_interrupts, stop_at_once
 from tests.helpers.paths import ROOT
 
-STUBS = ("verify", "generate", "show")
+COMMANDS = ("verify", "generate", "show", "hf", "fp8")
 
 # A library in the middle of its import, which hides the interrupt from the program.
 TORCH = """
@@ -77,7 +77,7 @@ def imports(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [["train.py"], ["-m", "dtron", "train"], *(["-m", f"dtron.{name}"] for name in STUBS)],
+    [["train.py"], ["-m", "dtron", "train"], *(["-m", f"dtron.{name}"] for name in COMMANDS)],
 )
 def test_ctrl_c_during_the_imports_is_one_line(imports, command):
     assert interrupted(*command, PYTHONPATH=imports) == (130, "stopped\n")
