@@ -30,7 +30,7 @@ from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
 from dtron.data.special_tokens import CONFIG, end_id, file_beside, save_tokenizer
-from dtron.data.tokenization import get_tokenizer, load_tokenizer, vocab_of
+from dtron.data.tokenization import get_tokenizer, load_tokenizer, text_of, vocab_of
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
@@ -128,7 +128,7 @@ def run_info(o: Namespace, console: Console) -> int:
         tokenizer = load_tokenizer(str(beside(prefix)))
         lines["tokenizer"] = f"{beside(prefix).name}, {vocab_of(tokenizer):,} words"
         first = next(i for i in range(len(data)) if data.lengths[i])
-        lines["begins"] = repr(tokenizer.decode(data.sequence(first)[:24].tolist()))
+        lines["begins"] = repr(text_of(tokenizer, data.sequence(first)[:24].tolist()))
         if high >= vocab_of(tokenizer):
             raise UserError(
                 f"{str(data.bin)!r} holds the token id {high}, and {beside(prefix).name} has "

@@ -29,9 +29,8 @@ from tokenizers import Tokenizer
 
 from dtron.data.chat_samples import END, START, ChatSample
 from dtron.data.chat_template import Span
-from dtron.data.files import one_line
-from dtron.data.tokenization import encoder_of
-from dtron.errors import UserError
+from dtron.data.tokenization import NO_TOKEN, encoder_of
+from dtron.data.tokenizer_library import library
 
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 _PRIVATE = range(0xF0000, 0xFFFFE)  # a plane of Unicode without assigned characters
@@ -49,13 +48,8 @@ def signed_ids(encoder: Tokenizer, samples: Sequence[ChatSample]) -> list[np.nda
 
     ``encoder``: from `offsets_encoder` or `sealed`. Raises UserError if the tokenizer has no token
     for something in a text."""
-    try:
+    with library("--data.tokenizer cannot encode the conversations", NO_TOKEN):
         found = encoder.encode_batch([s.text for s in samples], add_special_tokens=False)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(
-            f"--data.tokenizer cannot encode the conversations ({one_line(error)}); give one with "
-            "an unknown token or a byte-level alphabet"
-        ) from error
     out = []
     for sample, encoding in zip(samples, found, strict=True):
         ids = np.array(encoding.ids, np.int64)

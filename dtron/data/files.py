@@ -93,7 +93,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
             ) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return another library's message in one line of at most 120 characters; the kind of the error
     if it has no message."""
     return " ".join(str(error).split())[:120] or type(error).__name__

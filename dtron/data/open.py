@@ -27,7 +27,7 @@ from dtron.data.mixture import parse_sources, samples_of
 from dtron.data.sources import Chunks, Mixed, Packed, Source
 from dtron.data.special_tokens import end_id
 from dtron.data.stream import HELD, Stream
-from dtron.data.tokenization import encode, get_tokenizer, key_of, load_tokenizer
+from dtron.data.tokenization import encode, get_tokenizer, key_of, load_tokenizer, text_of
 from dtron.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Data:
         return digest([self.train.digest(), self.validation.digest(), text])
 
     def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+        return " ".join(map(str, ids)) if self.tokenizer is None else text_of(self.tokenizer, ids)
 
 
 def open_data(

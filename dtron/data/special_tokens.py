@@ -24,8 +24,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from dtron.data.tokenizer_library import LARGEST
 from dtron.errors import UserError
-from dtron.json_files import is_there, read_bytes, read_json, read_object
+from dtron.json_files import is_there, read_json, read_object
 
 END = "<|endoftext|>"
 
@@ -55,7 +56,6 @@ _WELL_KNOWN_ENDS = (
 """End tokens of published tokenizers, for a tokenizer.json with no file beside it that names one.
 The first that the vocabulary has is taken."""
 
-_LARGEST_TOKENIZER = 1 << 28  # bytes; published ones have less than a quarter of it
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -70,12 +70,6 @@ def file_beside(path: str | Path, name: str) -> Path:
         path.name.removesuffix("tokenizer.json") if path.name.endswith("tokenizer.json") else ""
     )
     return path.with_name(prefix + name)
-
-
-def read_tokenizer(file: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises UserError for a file that is not regular or too large, and an
-    exception of the library for another content."""
-    return Tokenizer.from_buffer(read_bytes(file, _LARGEST_TOKENIZER))
 
 
 def read_beside(path: str | Path, name: str) -> dict[str, Any]:
@@ -129,7 +123,7 @@ def _padding_token(path: str | Path) -> str | None:
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
-        padding = read_json(file, dict[str, Any], _LARGEST_TOKENIZER).get("padding")
+        padding = read_json(file, dict[str, Any], LARGEST).get("padding")
     except UserError:
         return None  # whoever loads the tokenizer reports it
     return padding.get("pad_token") if isinstance(padding, dict) else None

@@ -12,7 +12,7 @@ give its tokenizer.json.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import cached, digest
 from dtron.data.formats import one_line
-from dtron.data.special_tokens import END, end_id, read_tokenizer
+from dtron.data.special_tokens import END, end_id
+from dtron.data.tokenizer_library import library, read_tokenizer
 from dtron.errors import UserError
 from dtron.json_files import is_there
 
@@ -29,6 +30,7 @@ _PIECE = 1 << 20  # characters of one document encoded at once; a whole book nee
 _BATCH = 1 << 22  # characters handed to the tokenizer's threads at once
 # Characters to learn merges from. Merges settle much earlier, and counting costs memory.
 _SAMPLE = 1 << 25
+NO_TOKEN = "give one with an unknown token or a byte-level alphabet"
 
 
 def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache: Path) -> Tokenizer:
@@ -173,7 +175,8 @@ def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
     ``special``: whether special tokens that are spelled out in a text become special tokens.
     Otherwise they are plain text."""
     text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
-    encoder = Tokenizer.from_str(text)  # a copy, so the caller's tokenizer keeps its settings
+    with library("the tokenizer does not survive being saved", "give a sound tokenizer.json"):
+        encoder = Tokenizer.from_str(text)  # a copy: the caller's tokenizer keeps its settings
     encoder.no_truncation()
     encoder.no_padding()
     encoder.encode_special_tokens = not special
@@ -183,13 +186,14 @@ def encoder_of(tokenizer: Tokenizer | str, special: bool = False) -> Tokenizer:
 def ids_of(encoder: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the ids of each text. Raises UserError if the tokenizer has no token for something in
     it."""
-    try:
+    with library("--data.tokenizer cannot encode the documents", NO_TOKEN):
         return [e.ids for e in encoder.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(
-            f"--data.tokenizer cannot encode the documents ({one_line(error)}); give "
-            "one with an unknown token or a byte-level alphabet"
-        ) from error
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of ids."""
+    with library("the tokenizer cannot decode ids", "give one with another decoder"):
+        return tokenizer.decode(ids)
 
 
 def encoded(

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from dtron import checkpoint
 from dtron.data.files import one_line
 from dtron.data.special_tokens import end_id
-from dtron.data.tokenization import encoder_of, load_tokenizer
+from dtron.data.tokenization import NO_TOKEN, encoder_of, load_tokenizer, text_of
+from dtron.data.tokenizer_library import library
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG
@@ -44,7 +45,8 @@ def run(o: Namespace) -> int:
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     encoder = encoder_of(tokenizer, special=True)  # without the padding that may be saved in it
-    prompts = [encoder.encode(text).ids for text in o.prompt]
+    with library("--prompt: the tokenizer cannot encode it", NO_TOKEN):
+        prompts = [encoder.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
     config = _run_config(o, m)
     plan = plan_run(config)
@@ -54,7 +56,7 @@ def run(o: Namespace) -> int:
         texts = generate(weights, prompts, o.tokens, m, pipe, sampling, plan.device, ends)
     if plan.main:
         for ids in texts:
-            write_line(sys.stdout, tokenizer.decode(ids))
+            write_line(sys.stdout, text_of(tokenizer, ids))
     return 0
 
 
