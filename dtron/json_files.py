@@ -41,7 +41,7 @@ def is_there(path: Path) -> bool:
     a folder in the place of a file is not passed over. Raises UserError if the folder hides it."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a name with a null byte
         return False
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error

@@ -20,8 +20,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
+import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from dtron.data.tokenizer_library import LARGEST
@@ -82,13 +83,45 @@ def read_beside(path: str | Path, name: str) -> dict[str, Any]:
         raise UserError(f"{error}, or move tokenizer.json to a folder without it") from error
 
 
+class _Token(TypedDict, total=False):
+    content: Required[str]
+    special: bool
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+
+
+class _Template(TypedDict):
+    name: str
+    template: str
+
+
+class _Config(TypedDict, total=False):
+    """The keys whose values have parts. Another value of the other keys has no effect."""
+
+    chat_template: str | list[_Template] | dict[str, str] | None
+    added_tokens_decoder: dict[int, _Token] | None
+
+
 def tokenizer_config(path: str | Path | None) -> dict[str, Any]:
     """Return the tokenizer_config.json of a tokenizer, completed by its special_tokens_map.json.
+    Raises UserError for values of a wrong type.
 
     ``path``: a folder, or a tokenizer.json; None: a tokenizer without files."""
-    if path is None:
-        return {}
-    config = read_beside(path, CONFIG)
+    config = {} if path is None else _completed(path, read_beside(path, CONFIG))
+    try:
+        msgspec.convert(config, _Config, str_keys=True)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r}: {CONFIG} or special_tokens_map.json has a wrong value ({error}); mend "
+            "it, or move tokenizer.json to a folder without it"
+        ) from error
+    return config
+
+
+def _completed(path: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Complete a tokenizer_config.json by the special_tokens_map.json beside it."""
     if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
         config["extra_special_tokens"] = config.pop("additional_special_tokens")
     if "added_tokens_decoder" in config:  # then transformers ignores the map too
@@ -193,8 +226,9 @@ def end_id(
             return _id_of(tokenizer, named, f"the eos_token {named!r} beside {str(path)!r}")
         for name in ("generation_config.json", "config.json"):
             ids = read_beside(path, name).get("eos_token_id")
-            first = ids[0] if isinstance(ids, list) and ids else ids
-            if isinstance(first, int) and tokenizer.id_to_token(first) is not None:
+            first: Any = ids[0] if isinstance(ids, list) and ids else ids
+            known = isinstance(first, int) and 0 <= first < 1 << 32  # else the library refuses it
+            if known and tokenizer.id_to_token(first) is not None:
                 return first
     found = (tokenizer.token_to_id(token) for token in _WELL_KNOWN_ENDS)
     return next((token for token in found if token is not None), None)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dtron.data.chat_template import template_beside
-from dtron.data.special_tokens import end_id, special_tokens, tokenizer_config
+from dtron.data.special_tokens import add_config_tokens, end_id, special_tokens, tokenizer_config
 from dtron.data.tokenization import load_tokenizer
 from dtron.errors import UserError
 from dtron.hf import keep_origin
@@ -51,6 +56,41 @@ def test_a_file_that_is_none_is_one_line(name, kind, tmp_path):
     KINDS[kind](file)
     for read in READERS[name]:
         one_line(lambda read=read: read(folder), str(folder))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 1 << 40) | st.floats() | st.text(max_size=5),
+    lambda value: (
+        st.lists(value, max_size=2)
+        | st.dictionaries(st.sampled_from(["5", "name", "template", "content", "special"]), value)
+    ),
+    max_leaves=5,
+)
+KEYS = ("chat_template", "added_tokens_decoder", "extra_special_tokens", "eos_token")
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(KEYS), value=VALUES, name=st.sampled_from(list(READERS)[1:3]))
+def test_any_value_in_a_config(key, value, name):
+    """Each reader reads it, or says in one line what is wrong."""
+    with TemporaryDirectory() as folder:
+        path = styles.folder_of(Path(folder), "bytes")
+        (path / name).write_text(json.dumps({key: value}))
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        tokenizer = load_tokenizer(folder)
+        for read in (
+            lambda: template_beside(folder) and template_beside(folder).render([]),
+            lambda: add_config_tokens(tokenizer, folder),
+            lambda: end_id(tokenizer, folder),
+        ):
+            with suppress(UserError):
+                read()
+
+
+@pytest.mark.parametrize("value", [5, [1], [{"name": "a"}], {"default": 5}])
+def test_a_template_of_another_type(value, tmp_path):
+    folder = styles.folder_of(tmp_path, "bytes", value)
+    one_line(lambda: template_beside(folder), "$.chat_template", "mend it")
 
 
 @pytest.mark.parametrize("kind", KINDS)
