@@ -117,6 +117,11 @@ def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfi
     values: dict[str, Any] = {
         ours: entries[theirs.split("|")[0]] for ours, theirs in family.keys.items()
     }
+    for ours, value in values.items():
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise UserError(
+                f"{where}: {family.keys[ours]} has more than 63 bits; no model has such a number"
+            )
     values["kv_heads"] = values.get("kv_heads") or values["heads"]
     values["head_dim"] = values.get("head_dim") or values["embed"] // values["heads"]
     values["mlp"] = values.get("mlp") or 4 * values["embed"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -107,8 +108,11 @@ def replace_file(path: Path, content: bytes) -> None:
 def append_line(path: Path, text: str) -> None:
     """Append a line to a file, or nothing. The file may have been deleted: then it begins anew."""
     content = (text + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    file = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe without a reader would never open
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
         size = os.fstat(file).st_size
         try:
             if os.write(file, content) < len(content):

@@ -29,7 +29,7 @@ from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
 from dtron.hf.export import Exported, export
-from dtron.json_files import is_there
+from dtron.json_files import is_there, read_bytes
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.output import append_line, replace_file, writing
@@ -131,7 +131,7 @@ class RunDirectory:
         starts = self.path / "starts.jsonl"
         with writing(starts):
             append_line(starts, json.dumps(_start(plan, step)))
-            self._written[starts] = starts.read_bytes()
+            self._written[starts] = read_bytes(starts)
         notes = [] if self._lock is None or self._lock.warning is None else [self._lock.warning]
         if self.previous is not None:
             notes += changes(self.previous, config, step)

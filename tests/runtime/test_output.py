@@ -219,3 +219,11 @@ def test_a_line_that_is_no_record_is_dropped(run_dir, line):
     with (run_dir / "metrics.jsonl").open("a", encoding="latin1") as file:
         file.write(line + "\n")
     assert [record["step"] for record in run(run_dir, "--resume")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_line_is_appended_to_a_regular_file_only(make, tmp_path):
+    """A pipe that nobody reads would never open, and a device would never be read to its end."""
+    make(tmp_path / "starts.jsonl")
+    with pytest.raises(OSError):
+        append_line(tmp_path / "starts.jsonl", "{}")
