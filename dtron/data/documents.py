@@ -126,7 +126,7 @@ class Documents:
                 gen_kwargs=self._reading,
             )
         except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, (UserError, OSError)):
+            if isinstance(error.__cause__, (UserError, OSError, MemoryError)):
                 raise error.__cause__ from None  # from _rows with a full message, or from writing
             raise
 

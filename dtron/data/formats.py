@@ -12,11 +12,14 @@ be compressed (files.py). Left out: columns inside columns.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dtron.data.files import COLUMNS, one_line, opened, suffix_of
 from dtron.errors import UserError
+
+LONGEST_LINE = 1 << 31  # bytes; a file of zeros is one line without end
 
 
 def texts(file: Path, column: str) -> Iterator[str]:
@@ -112,10 +115,21 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     array = suffix_of(file) == ".json" and _begins_array(file)
     with opened(file) as lines:
         if not array:
-            yield from _line_rows(file, lines, 1)
+            yield from _line_rows(file, lines_of(file, lines), 1)
             return
         rows = _parse(_decoded(file, lines.read()), repr(str(file)))
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def lines_of(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file. Raises UserError for a line without end."""
+    for line in iter(partial(stream.readline, LONGEST_LINE + 1), b""):
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{str(file)!r} has a line of more than {LONGEST_LINE} bytes; write one object a "
+                "line"
+            )
+        yield line
 
 
 def _begins_array(file: Path) -> bool:

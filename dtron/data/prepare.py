@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import cast
@@ -30,7 +31,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dtron.data.files import is_compressed, opened, suffix_of
-from dtron.data.formats import texts, texts_of_lines, understood
+from dtron.data.formats import lines_of, texts, texts_of_lines, understood
 from dtron.data.indexed import Writer, token_dtype
 from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import encoded, encoder_of, vocab_of
@@ -118,10 +119,13 @@ def _blocks(files: list[Path], column: str) -> Iterator[tuple[int, Block]]:
             if suffix_of(file) == ".jsonl":
                 packed = is_compressed(file)  # then the share of the file that is read is not known
                 with opened(file) as lines:
-                    number = 1
-                    while some := lines.readlines(BLOCK):
-                        yield 0 if packed else sum(map(len, some)), (file, number, some)
-                        number += len(some)
+                    number, size, some = 1, 0, []
+                    for line in chain(lines_of(file, lines), [b""]):  # empty: the end
+                        some.append(line)
+                        size += len(line)
+                        if size >= BLOCK or not line:
+                            yield 0 if packed else size, (file, number, some)
+                            number, size, some = number + len(some), 0, []
                 if packed:
                     yield file.stat().st_size, (file, number, [])
                 continue

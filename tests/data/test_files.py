@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from dtron.data import Documents, get_tokenizer, open_data
+from dtron.data import Documents, formats, get_tokenizer, open_data
 from dtron.data.files import find_files
 from dtron.data.indexed import Indexed
 from dtron.data.prepare import prepare
 from dtron.errors import UserError
 from dtron.runtime.config import DataConfig
-from tests.helpers.texts import TEXTS
+from tests.helpers.texts import TEXTS, one_line
 
 
 def lines(*texts: str) -> bytes:
@@ -155,3 +155,15 @@ def test_numbers_are_no_text(tmp_path):
     pq.write_table(pa.table({"text": np.arange(3)}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="holds int64 in the column 'text'"):
         texts_at(tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_without_end_is_one_line(name, tmp_path, monkeypatch):
+    """A file of zeros is one line, which would take all memory."""
+    monkeypatch.setattr(formats, "LONGEST_LINE", 1000)
+    rows = (json.dumps({"text": "a" * size}) + "\n" for size in (10, 2000))
+    content = "".join(rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = formats.texts(tmp_path / name, "text")
+    assert next(found) == "a" * 10
+    one_line(lambda: next(found), name, "a line of more than 1000 bytes")
