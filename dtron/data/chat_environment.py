@@ -180,23 +180,26 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
     return FILTERS["sum"](environment, items, None, start)
 
 
-class _Checked:
+class _Formatter(SandboxedFormatter):
     """A formatter of ``'{}'.format``, which checks each field."""
 
-    _env: Any
-
     def format_field(self, value: Any, format_spec: str) -> str:
-        for width in re.findall(r"\d+", format_spec):
-            check_width(width)
-        return self._env.work.made(super().format_field(value, format_spec))  # type: ignore[misc]
+        _check_spec(format_spec)
+        return self._work.made(super().format_field(value, format_spec))
+
+    @property
+    def _work(self) -> Work:
+        assert isinstance(self._env, ChatEnvironment)
+        return self._env.work
 
 
-class _Formatter(_Checked, SandboxedFormatter):
-    pass
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
+    """The same for a text that escapes its fields."""
 
 
-class _EscapeFormatter(_Checked, SandboxedEscapeFormatter):
-    pass
+def _check_spec(format_spec: str) -> None:
+    for width in re.findall(r"\d+", format_spec):
+        check_width(width)
 
 
 # ---------------------------------------------------------------------- functions and tags
