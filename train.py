@@ -75,7 +75,7 @@ def train(
         notes += run.begin(config, plan, data, state.step)
     group = host_group(config.timeout_seconds)
     with (
-        StepLog(config, plan, run.path, state.step) as log,
+        StepLog(config, plan, run.path, state.step, pipe.awaited) as log,
         AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
     ):
         if config.save_every:

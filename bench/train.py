@@ -51,7 +51,7 @@ from dtron.model.compute_config import Fp8
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.presets import preset
 from dtron.params import init
-from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.metrics import elapsed, mark, peak_memory_gib, peak_tflops
@@ -117,6 +117,7 @@ def run_config(o: argparse.Namespace) -> RunConfig:
         cuda_graph=o.cuda_graph,
         copy_engines="off" if o.no_copy_engines else "auto",
         data=DataConfig(seq_len=o.seq_len),
+        pipeline=PipelineConfig(o.schedule),
     )
 
 
@@ -180,6 +181,8 @@ def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline
         optional["reduce_dtype"] = o.reduce_dtype
     if copy_engine_groups(pipe.layout.mesh):
         optional["copy_engines"] = True
+    if plan.shape.pp > 1:
+        optional["schedule"] = o.schedule
     if plan.shape.cp > 1:
         optional |= {"cp_method": o.cp_method, "zigzag": config.zigzags}
     return {
@@ -273,6 +276,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--zero", type=int, default=1, help="ZeRO stage (1)")
     add("--rows", type=int, default=2, help="sequences per microbatch and data rank (2)")
     add("--microbatches", type=int, default=1, help="microbatches per step (1)")
+    add("--schedule", default="1f1b", help="order of forwards and backwards over pp (1f1b)")
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
     add("--recompute", default="none", help="activation policy (none)")

@@ -46,6 +46,7 @@ from dtron.distributed.placement_codes import code
 from dtron.distributed.redistribute import Unshard, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
+from dtron.tree import Leaf
 
 # DTensor warns about sums over two mesh axes one after the other. Here they are few and small.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -90,7 +91,7 @@ def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Leaf):
     """A mesh and the rules that place tensors on it. ``Layout()`` is one device; there each method
     is the identity.
 

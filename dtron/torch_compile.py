@@ -4,12 +4,43 @@ functions that the compiler need not trace at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
+
+Result = tuple[torch.Tensor, ...]
+
+
+class Units(Protocol):
+    """Calls the units of a stage: functions that are compiled by themselves, such as its blocks
+    (training/compiled_units.py)."""
+
+    def __call__(self, fn: Callable[..., Result], *args: Any) -> Result:
+        """Return ``fn(*args)``."""
+
+    def gathered(self, order: Sequence[tuple[Any, Any]], to_loss: bool = False) -> Iterator[Any]:
+        """Yield the weights of units, in the order of the units' calls. The weights may have been
+        all-gathered, if a unit would all-gather them.
+
+        ``order``: for each unit, its tree of weights, and the rule that selects weights to
+            all-gather in 8 bits (None: no weight).
+        ``to_loss``: the last unit computes the loss, so backward follows at once."""
+
+
+class Direct:
+    """Calls units without a compiler."""
+
+    def __call__(self, fn: Callable[..., Result], *args: Any) -> Result:
+        return fn(*args)
+
+    def gathered(self, order: Sequence[tuple[Any, Any]], to_loss: bool = False) -> Iterator[Any]:
+        return iter([tree for tree, _ in order])
+
+
+DIRECT = Direct()
 
 _F = TypeVar("_F", bound=type[torch.autograd.Function])
 _G = TypeVar("_G", bound=Callable)

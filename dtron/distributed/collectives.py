@@ -40,6 +40,12 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, dims: Sequence[int], op: str = "sum"
 def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
     """Send row i of x to rank i along a dim of the mesh. Return two tensors: this rank's own row,
     and the received rows in the order of their ranks. Not differentiable."""
+    own, others = start_exchange(x, mesh, dim)
+    return own, wait(others)
+
+
+def start_exchange(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor]:
+    """Start ``exchange_rows``. Call ``wait`` on the second result before its use."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # this process is one of the mesh's ranks
     n, index = mesh.size(dim), coordinate[dim]
@@ -47,7 +53,25 @@ def exchange_rows(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tensor
     rows = [x.narrow(0, i, 1) for i in others]
     rows = torch.cat(rows) if n > 2 else rows[0].contiguous()
     splits = [1 - own for own in _one_hot(1, index, n)]
-    return x.select(0, index), _all_to_all(rows, (mesh, dim), splits, splits)
+    group = mesh.get_group(dim).group_name
+    others = torch.ops._c10d_functional.all_to_all_single(rows, splits, splits, group)
+    return x.select(0, index), others
+
+
+def start_all_gathers(xs: Sequence[Tensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
+    """Start the all-gathers of several tensors along a dim of the mesh, as one collective. Call
+    ``wait`` on each result before its use: the rows of all ranks, concatenated. Not
+    differentiable."""
+    n, group = mesh.size(dim), mesh.get_group(dim).group_name
+    return list(torch.ops._c10d_functional.all_gather_into_tensor_coalesced([*xs], n, group))
+
+
+def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """Start a reduce-scatter along a dim of the mesh: the sum of x over all ranks, of which each
+    rank receives its shard of the rows. Call ``wait`` on the result before its use. Not
+    differentiable."""
+    group = mesh.get_group(dim).group_name
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", mesh.size(dim), group)
 
 
 def gather_along(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
@@ -137,7 +161,7 @@ def shift(x: Tensor, group: str, place: int, n: int, by: int = 1) -> Tensor:
 
 
 def wait(x: Tensor) -> Tensor:
-    """Wait for the result of ``shift``, and return the result."""
+    """Wait for the result of ``shift`` or of a ``start_`` function, and return the result."""
     return funcol.wait_tensor(x)
 
 

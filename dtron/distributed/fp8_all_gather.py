@@ -15,9 +15,12 @@ torchao has it for the tensorwise recipe only.)"""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dtron.torch_compile import opaque
 
 LARGEST = 448.0  # the largest value of e4m3
 TINY = 2.0**-100  # lower bound of a row's maximum, so that its scale does not overflow
@@ -42,6 +45,26 @@ def unpacked(messages: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     values = values.view(torch.float8_e4m3fn).unflatten(-1, shape).float()
     scale = _power(254 - exponent.to(torch.int32)).unflatten(-1, rows).unsqueeze(-1)  # 1 / scale
     return (values * scale).to(dtype)
+
+
+@opaque
+class Unpack(torch.autograd.Function):
+    """Unpack a whole weight from the messages of all ranks along one mesh axis. The gradient of the
+    weight is passed to ``carrier``, because bytes have no gradient.
+
+    ``carrier``: a tensor of the weight's shape and dtype. Its values are not read.
+    ``shape``: the shape of a rank's shard.
+    ``dim``: the dim that the axis shards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, messages: Tensor, carrier: Tensor, shape: Sequence[int], dim: int
+    ) -> Tensor:
+        return unpacked(messages, shape, carrier.dtype).movedim(0, dim).flatten(dim, dim + 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, g, None, None
 
 
 def _power(exponent: Tensor) -> Tensor:

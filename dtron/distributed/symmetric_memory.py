@@ -3,8 +3,8 @@
 
 ``backends`` chooses the process groups when a mesh is built. ``to_symmetric_memory`` moves the
 tensors that these groups all-gather to symmetric memory. ``publish_weights`` announces to all ranks
-that weights have been written. ``copy_engine_groups`` and ``sole_copy_engine_group`` return their
-names for the compiler passes. Nothing else in dtron knows of these groups.
+that weights have been written. ``copy_engine_groups`` returns their names. Nothing else in dtron
+knows of these groups.
 
 In torch, *symmetric memory* and the registration of a custom process group are private API. Only
 this file uses them (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
@@ -97,16 +97,6 @@ def _gpus_access_each_other(count: int) -> bool:
 def copy_engine_groups(mesh: DeviceMesh | None) -> list[str]:
     """Return the names of the groups whose weight all-gathers are carried by copy engines."""
     return [group.group_name for group in _groups(mesh).values()]
-
-
-def sole_copy_engine_group(mesh: DeviceMesh | None, axes: Sequence[str]) -> str | None:
-    """Return the name of the CopyEngineGroup if weights are all-gathered over this group alone,
-    else None.
-
-    ``axes``: the mesh dims over which weights are all-gathered.
-    """
-    groups = copy_engine_groups(mesh)
-    return groups[0] if groups and len(axes) == 1 else None
 
 
 def _mesh(tensors: list[Any]) -> DeviceMesh | None:

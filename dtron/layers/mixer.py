@@ -22,6 +22,7 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.layers.token_order import TokenOrder
 from dtron.mesh import Layout
+from dtron.tree import Leaf
 
 
 class TokenData(Protocol):
@@ -74,7 +75,7 @@ class MixerInputs:
 
 
 @dataclass(frozen=True)
-class Mixer:
+class Mixer(Leaf):
     """One kind of mixer in one model. It has no state.
 
     ``model``: the model's config.

@@ -91,10 +91,13 @@ class RopeConfig:
 
 
 def frequencies(
-    rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32
+    rope: RopeConfig,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, float]:
     """Return the frequencies ``[H/2]``, in radians per token, and the factor on cos and sin."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     freq = rope.theta**-pair
     if rope.scaling == "none":
         return freq.to(dtype), 1.0
@@ -114,7 +117,9 @@ def frequencies(
     first, last = max(first, 0), min(last, head_dim - 1)
     # The limits can leave an empty ramp or a reversed one. transformers divides by its length as it
     # is, and published models were trained with the result.
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / ((last - first) or 1e-3)
+    ramp = (torch.arange(len(pair), dtype=pair.dtype, device=device) - first) / (
+        (last - first) or 1e-3
+    )
     keep = 1 - ramp.clamp(0, 1)
     return (freq * (keep + (1 - keep) / rope.factor)).to(dtype), rope.attention_scaling
 
@@ -122,8 +127,9 @@ def frequencies(
 def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Return the rotary angles ``[T, H]`` of positions ``[T]``: cos in the first half of the last
     dim, sin in the second half. A forward makes the table once for all layers. Rank-local."""
-    freq, scale = frequencies(rope, head_dim, torch.promote_types(dtype, torch.float32))
-    angle = positions_T[:, None].to(freq.dtype) * freq.to(positions_T.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    freq, scale = frequencies(rope, head_dim, wide, positions_T.device)
+    angle = positions_T[:, None].to(freq.dtype) * freq
     return torch.cat([angle.cos() * scale, angle.sin() * scale], dim=-1)
 
 

@@ -32,7 +32,8 @@ from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
 from dtron.moe.layer import MoELayer, moe, shared_expert
 from dtron.moe.router import TokenInfo
-from dtron.params import part, value
+from dtron.params import Fp8GatherRule, part, value
+from dtron.torch_compile import DIRECT, Units
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class BlockRunner:
     ``blocks``: the blocks' weights. The blocks of multi-token prediction come last.
     ``prepared``: by letter and window, the inputs of mixers that blocks share.
     ``before``: the summed reports of the step so far, where blocks need them.
-    ``chunk``: chunk size of the MLP in a block that backward runs again."""
+    ``chunk``: chunk size of the MLP in a block that backward runs again.
+    ``call``: calls each block.
+    ``tokens``: the number of a rank's tokens."""
 
     blocks: Sequence[Block]
     batch: Batch
@@ -126,6 +129,8 @@ class BlockRunner:
     before: Mapping[str, Tensor] | None
     caches: Sequence[Any] | None
     chunk: int | None
+    call: Units
+    tokens: float
 
     def run(
         self,
@@ -157,10 +162,15 @@ class BlockRunner:
         run_it = partial(block, inputs=inputs, m=self.m, layout=self.layout)
         run_it = run_it if wrap is None else wrap(run_it)
         load_E = self._load(i) if self.before and sparse else None
-        fp8_gather = self.how.fp8_gather_rule(end, x_TD.shape[0] / self.layout.parts("tokens_sp"))
-        fn = BlockFunction(run_it, load_E, self.layout, sparse, fp8_gather)
-        x_TD, *more = run_block(fn, p, x_TD, policy)
+        fn = BlockFunction(run_it, load_E, self.layout, sparse, self.fp8_gather(end))
+        x_TD, *more = self.call(run_block, fn, p, x_TD, policy)
         return x_TD, [more] if more else []
+
+    def fp8_gather(self, end: bool) -> Fp8GatherRule | None:
+        """Return the rule that selects weights of a block to all-gather in 8 bits.
+
+        ``end``: whether the block is the first or the last of the model."""
+        return self.how.fp8_gather_rule(end, self.tokens)
 
     def _mixer_inputs(self, i: int, recipe: Recipe | None) -> MixerInputs:
         return replace(
@@ -201,12 +211,14 @@ def block_runner(
     how: ComputeConfig,
     before: Mapping[str, Tensor] | None = None,
     decoding: Decoding = Decoding(),
+    call: Units = DIRECT,
 ) -> BlockRunner:
     """Prepare once the data that the blocks of a stage share on one microbatch.
 
     ``blocks``: the weights of all blocks of the stage.
     ``x_TD``: the stage's input. Only its shape, dtype and device matter.
-    ``before``: the summed reports of the step so far, where they are needed."""
+    ``before``: the summed reports of the step so far, where they are needed.
+    ``call``: calls each block, see ``Units``."""
     prepared = {}
     for letter in {p_block.letter: None for p_block in blocks}:  # in order, each once
         windows = {p_block.window: None for p_block in blocks if p_block.letter == letter}
@@ -216,4 +228,16 @@ def block_runner(
         prepared[letter] = m.mixer(letter).prepare(shared, layout)
     tokens, width = x_TD.shape[0] // layout.parts("tokens"), m.mlp // layout.parts("mlp")
     chunk = mlp_chunk_tokens(tokens, width)
-    return BlockRunner(blocks, batch, prepared, m, layout, how, before, decoding.caches, chunk)
+    return BlockRunner(
+        blocks,
+        batch,
+        prepared,
+        m,
+        layout,
+        how,
+        before,
+        decoding.caches,
+        chunk,
+        call,
+        x_TD.shape[0] / layout.parts("tokens_sp"),
+    )

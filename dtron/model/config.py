@@ -21,6 +21,7 @@ from dtron.layers.rope import RopeConfig
 from dtron.layers.token_order import TokenOrder
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
+from dtron.tree import Leaf
 
 # The letters of ``ModelConfig.pattern``. A program may add its own.
 MIXERS: dict[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
@@ -30,7 +31,7 @@ LARGEST = {"layers": 10_000}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Leaf):
     """The sizes and features of the transformer: a preset, and the fields that override it."""
 
     kinds: ClassVar[Mapping[str, type[Mixer]]] = MIXERS

@@ -7,7 +7,7 @@ summed loss. block.py has the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,16 +17,18 @@ from torch import Tensor
 
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
-from dtron.layers.norm import Norm, norm
+from dtron.layers.norm import Norm
 from dtron.mesh import Layout
-from dtron.model.activation_checkpoint import run_end
 from dtron.model.batch import Batch
 from dtron.model.block import Block, BlockRunner, Decoding, block_runner
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
+from dtron.model.head import end_params, head_weight, last_norm, norm_and_loss, unshard_head
+from dtron.model.head import loss as head_loss
 from dtron.model.mtp import module
 from dtron.params import declare, part, unshard, weight
 from dtron.schedules.runner import StageOutput
+from dtron.torch_compile import DIRECT, Units
 
 MTPLosses = tuple[list[Tensor], list[Tensor]]  # by module: summed loss, number of targets
 
@@ -85,6 +87,7 @@ def stage(
     m: ModelConfig,
     layout: Layout,
     how: ComputeConfig = PLAIN,
+    call: Units = DIRECT,
 ) -> tuple[Tensor, StageOutput | None]:
     """Run the blocks of a stage, and in the last stage the head.
 
@@ -92,14 +95,23 @@ def stage(
     over data ranks is still pending. Also returns the stage's terms of the loss and its report.
 
     ``x_TD``: ``[T@tokens_sp, D]``.
-    ``before``: the summed reports of the step so far, where they are needed."""
-    runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, before)
-    x_TD, moe_outputs = _trunk(p, x_TD, runner)
+    ``before``: the summed reports of the step so far, where they are needed.
+    ``call``: calls the units that are compiled: each block, and the loss."""
+    runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, before, call=call)
+    order = [(p.blocks[i], runner.fp8_gather(end)) for i, end in enumerate(_ends(p, m))]
+    if p.norm is not None:
+        order.append((end_params(p), None))
+    weights = call.gathered(order, to_loss=p.norm is not None)
+    x_TD, moe_outputs = _blocks(p, weights, x_TD, runner)
     if p.norm is None:
         return x_TD, _stage_output(moe_outputs, None, m, layout)
-    w_head, mtp = _head(p, layout), None
-    loss, z = cross_entropy(x_TD, w_head, batch.targets_T, Loss(m.vocab, z=m.z_loss), layout)
-    if batch.targets_TA is not None:
+    mtp, last = None, how.policy.block(len(p.blocks) - 1)
+    if batch.targets_TA is None:
+        loss, z = call(norm_and_loss, next(weights), x_TD, batch.targets_T, m, layout, last)
+    else:
+        (x_TD,) = call(last_norm, p.norm, x_TD, m, layout, last)
+        (w_head,) = call(unshard_head, head_weight(p), layout)
+        loss, z = call(head_loss, x_TD, w_head, batch.targets_T, m, layout)
         mtp, more = _mtp(p, x_TD, w_head, batch, runner)
         moe_outputs = [*moe_outputs, *more]
     return loss, _stage_output(moe_outputs, mtp, m, layout, z if m.z_loss else None)
@@ -125,16 +137,17 @@ def stage_logits(
     how = PLAIN if caches is None else replace(PLAIN, attention_kernel="reference")
     decoding = Decoding(caches, last_B)
     runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, decoding=decoding)
-    x_TD, _ = _trunk(p, x_TD, runner)
+    x_TD, _ = _blocks(p, iter(p.blocks), x_TD, runner)
     if p.norm is None:
         return x_TD, None
+    (x_TD,) = last_norm(p.norm, x_TD, m, layout, how.policy.block(len(p.blocks) - 1))
     if last_B is not None:
         x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
         ins = (("tokens", "act_embed"), ("tokens",))
         x_TD = layout.local_map(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(
             x_TD, last_B
         )
-    return logits(x_TD, _head(p, layout), m.vocab, layout), None
+    return logits(x_TD, *unshard_head(head_weight(p), layout), m.vocab, layout), None
 
 
 def _pick_rows(x_TD: Tensor, places_B: Tensor, seq_len: int) -> Tensor:
@@ -154,28 +167,24 @@ def predict(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Ten
     return stage_logits(p, embed(p, batch, m, layout), batch, m, layout)[0]
 
 
-def _head(p: Transformer, layout: Layout) -> Tensor:
-    w_head = p.w_head
-    if w_head is None:
-        assert p.embedding is not None  # the last stage of a tied model has it too
-        w_head = p.embedding.w_tokens
-    return layout.unshard(w_head, "vocab", "embed")
-
-
-def _trunk(p: Transformer, x_TD: Tensor, runner: BlockRunner) -> tuple[Tensor, list[list[Tensor]]]:
-    """Run the blocks, and in the last stage the norm before the head. Return x_TD and the other
-    outputs of blocks with experts."""
-    m, layout = runner.m, runner.layout
+def _ends(p: Transformer, m: ModelConfig) -> list[bool]:
+    """Return for each block whether it is the first or the last of the model."""
     # With a tied head or multi-token prediction the last stage has an embedding too.
     first = p.embedding is not None and (p.norm is None or len(p.blocks) == m.layers)
+    last = len(p.blocks) - 1
+    return [(first and i == 0) or (p.norm is not None and i == last) for i in range(last + 1)]
+
+
+def _blocks(
+    p: Transformer, weights: Iterator[Any], x_TD: Tensor, runner: BlockRunner
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Run the blocks. Return x_TD and the other outputs of blocks with experts.
+
+    ``weights``: the blocks' weights, see ``Units.gathered``."""
     moe_outputs = []
-    for i, p_block in enumerate(p.blocks):
-        end = (first and i == 0) or (p.norm is not None and i == len(p.blocks) - 1)
-        x_TD, more = runner.run(p_block, x_TD, i, end)
+    for i, end in enumerate(_ends(p, runner.m)):
+        x_TD, more = runner.run(next(weights), x_TD, i, end)
         moe_outputs += more
-    if p.norm is not None:
-        last, p_norm = runner.how.policy.block(len(p.blocks) - 1), unshard(p.norm, layout)
-        x_TD = run_end(partial(norm, eps=m.norm_eps), p_norm, x_TD, last)
     return x_TD, moe_outputs
 
 
@@ -187,18 +196,26 @@ def _mtp(
     m, layout = runner.m, runner.layout
     assert p.embedding is not None
     assert batch.tokens_TA is not None and batch.targets_TA is not None
-    w_tokens = Embedding(layout.unshard(p.embedding.w_tokens, "vocab", "embed"), None)
+    (w_tokens,) = runner.call(unshard_head, p.embedding.w_tokens, layout)
+    ahead = Loss(m.vocab)  # without z-loss
     losses, counts, moe_outputs = [], [], []
     count = layout.local_map(_count_targets, [("tokens",)], ("+tokens",))
-    for k, p_k in enumerate(p.mtp):
+    order = [(p_k, runner.fp8_gather(True)) for p_k in p.mtp]
+    for k, p_k in enumerate(runner.call.gathered(order)):
         tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
-        e_TD = embedding(w_tokens, tokens_T, batch.positions_T, layout)
+        (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
-        losses.append(cross_entropy(h_TD, w_head, targets_T, Loss(m.vocab), layout)[0])
+        losses.append(runner.call(cross_entropy, h_TD, w_head, targets_T, ahead, layout)[0])
         counts.append(count(targets_T))
         moe_outputs += more
     return (losses, counts), moe_outputs
+
+
+def _embed_ahead(
+    w_tokens: Tensor, tokens_T: Tensor, positions_T: Tensor, layout: Layout
+) -> tuple[Tensor]:
+    return (embedding(Embedding(w_tokens, None), tokens_T, positions_T, layout),)
 
 
 def _count_targets(targets_T: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Fault tolerance: non-finite steps and loss spikes. (Signals: runtime/signals.py.)
+"""Fault tolerance: non-finite steps, loss spikes, and steps that do not end. (Signals:
+runtime/signals.py.)
 
 **Non-finite steps.** One bad batch in a million gives a loss of NaN or infinity. One update with
 this loss makes every weight NaN. So the update itself checks that loss and norm are finite, and
@@ -8,25 +9,34 @@ one bad batch. Then the run stops and reports the result of ``diagnose``.
 
 **Spikes.** A loss far above the recent losses is reported in one line. The run continues, because
 most spikes recover by themselves.
+
+**Steps that do not end.** A GPU that waits for the message of a dead rank waits for ever, and a
+host that waits for this GPU cannot even be interrupted. NCCL's own timeout does not cover the
+messages of a recorded step (training/cuda_graph.py). So the host looks at the end of a step until a
+time limit, and never just waits (``wait_for_step``).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dtron.distributed.redistribute import rank, to_local
 from dtron.distributed.simulated_ranks import by_rank
-from dtron.errors import UserError
+from dtron.errors import LostRank, UserError
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.step import TrainStep
 from dtron.tree import flat
+
+LOOK = 5e-4  # seconds between two looks at the end of a step
 
 
 class NonFiniteGuard:
@@ -80,6 +90,28 @@ def diverged(step: int, why: str) -> UserError:
         f"step {step}: {why}. The run has diverged: lower --optim.lr, raise --optim.warmup, or "
         "resume from an earlier checkpoint"
     )
+
+
+def some_rank() -> str:
+    """Say what a step waits for, if nothing is known."""
+    return "another rank has died or hangs"
+
+
+def wait_for_step(end: Any, seconds: float, awaited: Callable[[], str] = some_rank) -> None:
+    """Wait until the device has reached the mark ``end`` of a step. Raises LostRank after so many
+    seconds.
+
+    ``awaited``: says what the step waits for."""
+    if not isinstance(end, torch.cuda.Event):
+        return
+    limit = time.monotonic() + seconds
+    while not end.query():
+        if time.monotonic() > limit:
+            raise LostRank(
+                f"a step has not ended within --timeout-seconds {seconds:g}: {awaited()}; see the "
+                "output of that rank"
+            )
+        time.sleep(LOOK)
 
 
 def diagnose(

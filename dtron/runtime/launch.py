@@ -84,21 +84,17 @@ def plan_run(config: RunConfig) -> RunPlan:
         gather_each=config.gathers_each(shape),
         splits=config.splits(shape),
         compile=compiles,
-        cuda_graph=_records(config, compiles and gpu, shape),
+        cuda_graph=_records(config, compiles and gpu),
     )
 
 
-def _records(config: RunConfig, compiled_on_gpu: bool, shape: MeshShape) -> bool:
+def _records(config: RunConfig, compiled_on_gpu: bool) -> bool:
     """Whether the step is recorded as a CUDA graph."""
-    can = compiled_on_gpu and shape.pp == 1
-    if config.cuda_graph == "on" and not can:
-        why = (
-            f"mesh {shape}: a pipeline is not recorded"
-            if compiled_on_gpu
-            else "it takes a GPU and compiled stages"
+    if config.cuda_graph == "on" and not compiled_on_gpu:
+        raise UserError(
+            "--cuda-graph on: it takes a GPU and compiled stages; use --cuda-graph auto"
         )
-        raise UserError(f"--cuda-graph on: {why}; use --cuda-graph auto")
-    return config.cuda_graph != "off" and can
+    return config.cuda_graph != "off" and compiled_on_gpu
 
 
 def _device(config: RunConfig) -> str:

@@ -9,6 +9,7 @@ anyway.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from dtron.data import Data
 from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.runtime.batches import GlobalBatch
 from dtron.runtime.config import RunConfig
-from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged
+from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, wait_for_step
 from dtron.runtime.metrics import Metrics, Throughput, mark
 from dtron.training.config import RunPlan
 from dtron.training.reports import StepReports, describe_experts, describe_extras
@@ -38,10 +39,19 @@ class Launched(NamedTuple):
 
 
 class StepLog:
-    """Logs the steps of a run after step ``start``. Only the main rank writes."""
+    """Logs the steps of a run after step ``start``. Only the main rank writes.
 
-    def __init__(self, config: RunConfig, plan: RunPlan, run_dir: Path, start: int):
-        self._config, self._device = config, plan.device
+    ``awaited``: says what a step that does not end waits for, see ``wait_for_step``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        run_dir: Path,
+        start: int,
+        awaited: Callable[[], str] = some_rank,
+    ):
+        self._config, self._device, self._awaited = config, plan.device, awaited
         self.guard = NonFiniteGuard(config.max_nonfinite_steps)
         flops = flops_per_token(config.model, config.data.seq_len)
         throughput = Throughput(plan.device, plan.shape.size, flops)
@@ -108,6 +118,7 @@ class StepLog:
 
     def _read(self, x: Launched) -> dict[str, Any]:
         """Return the record of a step. The host waits for the step here."""
+        wait_for_step(x.end, self._config.timeout_seconds, self._awaited)
         loss, norm, config = x.loss.item(), x.grad_norm.item(), self._config
         if warning := self.guard.note(x.step, loss, norm):
             self.say(warning)

@@ -115,6 +115,39 @@ def make_pipeline_groups(
     return PipelineGroups(rank, tuple(mine), line, of, host)
 
 
+class Progress:
+    """The progress of a recorded step, which the host can read while the GPU runs the step.
+
+    NCCL's own timeout does not cover recorded messages. So each message that has arrived adds one
+    to a number in the memory of the host.
+
+    ``awaited``: for each message that arrives in a step, the pipeline rank and the stage that sends
+        it, in order."""
+
+    def __init__(self, device: torch.device):
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+        self._read = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.awaited: list[tuple[int, int]] = []
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self.awaited = []
+        self._count.zero_()
+        self._read.copy_(self._count, non_blocking=True)
+
+    def arrived(self, source: int, stage: int) -> None:
+        """Note that a message has arrived."""
+        self.awaited.append((source, stage))
+        self._count.add_(1)
+        self._read.copy_(self._count, non_blocking=True)
+
+    def next(self) -> tuple[int, int] | None:
+        """Return the pipeline rank and the stage whose message the GPU waits for; None if all
+        messages have arrived."""
+        done = int(self._read[0])
+        return self.awaited[done] if done < len(self.awaited) else None
+
+
 class P2PLinks:
     """Links between processes. Stages of the same process use ``InProcessLinks``; other stages send
     messages, through ``groups``.
@@ -122,7 +155,8 @@ class P2PLinks:
     ``by_host``: messages go through the hosts.
     ``empty()``: makes a buffer for one message.
     ``wrap``: turns a buffer into a stage's tensor.
-    ``unwrap``: the reverse of ``wrap``."""
+    ``unwrap``: the reverse of ``wrap``.
+    ``progress``: counts the messages of a step that is being recorded; None: it is not recorded."""
 
     def __init__(
         self,
@@ -132,7 +166,11 @@ class P2PLinks:
         empty: Callable[[], Tensor],
         wrap: Callable[[Tensor], Tensor],
         unwrap: Callable[[Tensor], Tensor],
+        progress: Progress | None = None,
     ):
+        self._progress = progress
+        if progress is not None:
+            progress.begin()
         self._t, self._rank, self._peers = t, groups.rank, groups.peers
         self._groups, self._by_host = groups, by_host
         self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
@@ -152,7 +190,8 @@ class P2PLinks:
         if goal == self._rank:
             return self._here.send(made, x)
         assert goal is not None  # results that no rank waits for are not sent
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+        if self._progress is None:  # nothing ends while a step is being recorded
+            self._leaving = [(work, x) for work, x in self._leaving if not work.is_completed()]
         message, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
         with self._naming(goal):
             self._leaving.append((dist.isend(message, self._peers[goal], group=group), message))
@@ -166,6 +205,8 @@ class P2PLinks:
         work, buffer = self._coming.pop(made)
         with self._naming(source, made.stage):
             work.wait()
+        if self._progress is not None:
+            self._progress.arrived(source, made.stage)
         self._post(source)
         return self._wrap(buffer)
 

@@ -33,7 +33,7 @@ def build_step(
         functions = wrap(functions)
     optimizer = build_optimizer(config.optim)
     if plan.compile:
-        functions = compiled(functions, pipe.layout, config.how, backend, overlap, plan.gather_each)
+        functions = compiled(functions, pipe.layout, config.how, backend, overlap)
         optimizer = optimizer.compiled(backend)
     step = TrainStep(functions, pipe, config, optimizer, plan.gather_each)
     return CudaGraphStep(step, plan.device) if plan.cuda_graph else step

@@ -106,8 +106,8 @@ class StepConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """record a compiled step as one CUDA graph, which the host launches in one call; auto: on GPUs,
-    without pp"""
+    """record a compiled step as one CUDA graph, which the host launches in one call; auto: on
+    GPUs"""
     copy_engines: Literal["auto", "off"] = "auto"
     """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory,
     which takes no SMs from matmuls; off: NCCL sends weights and gradients"""

@@ -8,8 +8,10 @@ requirements: shapes never change, weights and optimizer state are overwritten i
 host reads no number of the step. A step of dtron meets all three requirements. The batch, the
 learning rate and the counts are copied into the buffers that the recorded kernels read.
 
-Left out: pipelines. Their ranks wait for each other in the middle of a step. A recording allows
-such waits. But if a rank died, the others would wait without the timeout that names the lost rank.
+A pipelined step is recorded whole too, with its messages. Each rank records its own row of the
+table. In a replay no Python runs between kernels, and a message that waits on the GPU holds up no
+host. NCCL's timeout does not cover recorded messages, so the host watches the end of each step
+(``wait_for_step`` in runtime/fault_tolerance.py).
 """
 
 from __future__ import annotations

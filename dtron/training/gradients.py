@@ -46,6 +46,9 @@ class StageWeights(Protocol):
 
         ``once``: all-gather the weights now, and not inside the functions."""
 
+    def finish(self, weights: Any) -> None:
+        """Wait for gradients that are still on their way, after the backward of a microbatch."""
+
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
     ) -> list[Tensor]:
@@ -71,6 +74,9 @@ class EagerWeights:
     def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
         weights = tree_map(_leaf, unshard(params, self.layout, once) if once else params)
         return weights, flat(weights)
+
+    def finish(self, weights: Any) -> None:
+        """An eager backward has waited for its gradients."""
 
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
@@ -138,6 +144,7 @@ def gradients(
     several = len(microbatches) > 1
 
     def accumulate(stage: int, microbatch: int, grads: list[Any]) -> None:
+        stage_weights.finish(weights[stage])
         if look is not None:
             look(stage, microbatch, grads)
         ps, first = targets[stage], stage not in sums
@@ -154,8 +161,7 @@ def gradients(
         else:
             torch._foreach_add_([to_local(s) for s in sums[stage]], [to_local(g) for g in grads])
 
-    local = functions.stage_weights is not None
-    links = pipe.links(microbatches[0], local=local, by_host=look is not None)
+    links = pipe.links(microbatches[0], by_host=look is not None)
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, accumulate)
     grads = [
         g

@@ -34,6 +34,7 @@ from dtron.schedules.p2p import (
     Links,
     P2PLinks,
     PipelineGroups,
+    Progress,
     make_pipeline_groups,
 )
 from dtron.schedules.runner import Program
@@ -63,7 +64,8 @@ class Pipeline:
     ``groups``: the process groups to the other pipeline ranks. None: all stages are in this process
         (one device, or simulated ranks).
     ``template``: a message of no tokens.
-    ``sent_kinds``: the kinds of messages that earlier steps have sent."""
+    ``sent_kinds``: the kinds of messages that earlier steps have sent.
+    ``progress``: counts the messages of a recorded step; None: nothing is recorded here."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -71,6 +73,7 @@ class Pipeline:
     groups: PipelineGroups | None = None
     template: Tensor | None = None
     sent_kinds: set[Any] = field(default_factory=set, compare=False)
+    progress: Progress | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -98,21 +101,18 @@ class Pipeline:
         first, last = 0, self.table.stages - 1
         return None if first == last or self.specs[last].embedding is None else (first, last)
 
-    def links(
-        self, batch: Batch, table: Table | None = None, local: bool = False, by_host: bool = False
-    ) -> Links:
+    def links(self, batch: Batch, table: Table | None = None, by_host: bool = False) -> Links:
         """Make the links between stages for one step of microbatches like ``batch``. On GPUs, the
         first step of a kind sends its messages through the hosts.
 
         ``table``: the schedule of the step; None: the schedule of this pipeline.
-        ``local``: stages take and return local tensors of each rank, and no DTensors.
         ``by_host``: messages go through the hosts, because this step runs functions that other
             steps do not run. It does not count as the first step."""
         if self.groups is None:
             return InProcessLinks()
         t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
         axes, device = ("tokens_sp", "act_embed"), self.device
-        kind = (t.name, tokens, local)
+        kind = (t.name, tokens)
         if not by_host:
             by_host = kind not in self.sent_kinds
             self.sent_kinds.add(kind)
@@ -124,12 +124,21 @@ class Pipeline:
             return self.template.new_empty(tokens, self.template.shape[1], device=sent_from)
 
         def wrap(x: Tensor) -> Tensor:
-            return x.to(device) if local else self.layout.from_local(x.to(device), *axes)
+            return self.layout.from_local(x.to(device), *axes)
 
         def unwrap(x: Tensor) -> Tensor:
-            return (x if local else self.layout.to_local(x, *axes)).to(sent_from)
+            return self.layout.to_local(x, *axes).to(sent_from)
 
-        return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap)
+        progress = self.progress if torch.cuda.is_current_stream_capturing() else None
+        return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap, progress)
+
+    def awaited(self) -> str:
+        """Say for which message a recorded step of this process waits."""
+        awaited = None if self.progress is None else self.progress.next()
+        if awaited is None:
+            return "another rank has died or hangs"
+        rank, stage = awaited
+        return f"pipeline rank {rank} (stage {stage}) has died or hangs"
 
     def reduce_tied_embedding(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         """Add the gradients of the embedding's two copies. The copies may be on one rank or on
@@ -199,7 +208,8 @@ def on_ranks(
         first, last = (pipe.table.rank_of[s] for s in pipe.twins)
         pairs |= {(first, last), (last, first)} if first != last else set()
     groups = make_pipeline_groups(lines, pairs, template.device, timeout)
-    return replace(pipe, groups=groups, template=template)
+    progress = Progress(template.device) if template.device.type == "cuda" else None
+    return replace(pipe, groups=groups, template=template, progress=progress)
 
 
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:

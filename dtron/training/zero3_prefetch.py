@@ -1,299 +1,238 @@
-"""Prefetch of weights in a compiled ZeRO-3 stage: weights are all-gathered one bucket ahead, and
-gradients are sent one bucket later.
+"""ZeRO-3's communication beside a compiled stage: weights are all-gathered one unit ahead, and
+gradients are sent one unit later.
 
-An all-gather by copy engines (distributed/copy_engine.py) uses no SM. But wherever a matmul waits
-for a copy, or a copy for a matmul, there is a gap as long as several small kernels. Inductor's
-scheduler moves collectives one by one, each ahead of enough compute to hide it. Under ZeRO-3 this
-gives 28 gaps per block. ``Zero3Prefetch`` reduces them to six gaps per block. It sorts the
-all-gathers by the first use of their weights and fills buckets of ``BUCKET`` bytes, about one block
-each. The all-gathers of a bucket become one coalesced all-gather. The first use of a bucket is
-called its edge. The all-gather of a bucket is issued at the edge of the previous bucket, and waited
-for at its own edge. The gradients of a block are sent at the next edge and waited for at the edge
-after it. (FSDP prefetches in the same way, by units that the model defines, Zhao et al. 2023,
-arXiv:2304.11277, section 3.3. Here nothing in the model defines a unit.)
+Under ZeRO-3 a unit (a block, say) all-gathers its weights, and backward all-gathers them again and
+reduce-scatters their gradients. Here nothing in a graph waits for such a message. In Python, around
+the units:
 
-    edge:  |          use bucket 1         |          use bucket 2         |
-           | gather 2, wait 1, send grads  | gather 3, wait 2, wait grads  |
+    forward:   gather 1 | gather 2, unit 1 | gather 3, unit 2 | gather 2, unit 3
+    backward:  gather 1, unit 3 | send 3, unit 2 | finish 3, send 2, unit 1 | finish 2, send 1
 
-The pass works on a graph of operators, forward or backward, without in-place writes. So any
-topological order of the graph is the same program. Memory, besides the weights in use: one
-prefetched bucket, and the gradients sent between two edges. A node stays where it is if one of its
-inputs does not exist yet at the new position.
+(FSDP prefetches in the same way, by units that the model defines, Zhao et al. 2023,
+arXiv:2304.11277, section 3.3.) A message is on its way while a unit computes. An all-gather by copy
+engines (distributed/copy_engine.py) takes no SM from the unit.
 
-Left out:
+No gathered weight is kept for backward. A unit saves its weights for backward, but a hook saves a
+``Handle`` in place of each gathered weight. In backward the first handle of a unit waits for the
+unit's second all-gather. Memory, besides the weights in use: one prefetched unit, and the gradients
+of one unit. In the last stage backward follows forward at once. So the last unit keeps its weights,
+and the unit before is all-gathered again while the loss is computed.
 
-* Weights that are all-gathered over two mesh axes in sequence: training/compiled_stage.py leaves
-  these weights to inductor.
-* Small buckets in FP8. The first use of an FP8 weight is its unpacking, and forward unpacks weights
-  at the start of their block. So buckets smaller than a block are not hidden.
-* A search for the best bucket size. The compute of a bucket must be long enough to hide the next
-  bucket; a larger bucket only costs memory.
-
-Inductor takes such a pass as a ``CustomGraphPass``. This class is not public and is imported only
-in this file."""
+Left out: gradients that cannot be sent with one collective over one mesh axis into equal shards.
+They are reduced where they are computed, by ``reduce_scatter`` of distributed/redistribute.py.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._ops import HigherOrderOperator
-from torch.fx import Graph, Node
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
-BUCKET = 2**27  # bytes of gathered weights
-# Bytes of the first bucket: all compute waits for this bucket. Each later bucket is twice as large,
-# up to BUCKET.
-FIRST = 2**25
-
-_OPS, _ATEN = torch.ops._c10d_functional, torch.ops.aten
-_COPIES = (_ATEN.cat.default, _ATEN.clone.default)
+from dtron.distributed.collectives import start_all_gathers, wait
+from dtron.distributed.fp8_all_gather import packed
+from dtron.mesh import Layout
+from dtron.params import Fp8GatherRule
+from dtron.training.gathered_weight import GatheredWeight
+from dtron.tree import declared, flat, unflatten
 
 
-@dataclass
-class WeightGather:
-    """An all-gather that depends on one input of the stage only: on a weight.
+class Handle(NamedTuple):
+    """A gathered weight, or a view of it, as a unit saves it for backward."""
 
-    ``start``: the all-gather.
-    ``inputs``: the nodes between the stage's input and the all-gather.
-    ``outputs``: waits, views and concatenations of its output.
-    ``first_use``: the first node that computes with its output."""
+    weight: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
-    start: Node
-    inputs: set[Node]
-    outputs: set[Node]
-    first_use: Node
+
+class Prefetch:
+    """The all-gathers of weights and the messages of gradients of one stage in one step.
+
+    ``sum_rows``, ``pack``: the functions of these names below, compiled."""
+
+    def __init__(self, layout: Layout, sum_rows: Callable, pack: Callable):
+        self.layout, self.sum_rows, self.pack = layout, sum_rows, pack
+        self._units: dict[tuple[int, ...], UnitWeights] = {}
+        self._in_flight: list[Callable[[], None]] = []
+
+    def gathered(
+        self, order: Sequence[tuple[Any, Fp8GatherRule | None]], to_loss: bool
+    ) -> Iterator[Any]:
+        """Yield the trees of ``order`` with all weights gathered, see ``Units.gathered``."""
+        units = [self._unit(i, tree, fp8) for i, (tree, fp8) in enumerate(order)]
+        for before, after in zip(units, units[1:], strict=False):
+            before.next, after.before = after, before
+        units[-1].kept = to_loss
+        for unit, (tree, _) in zip(units, order, strict=True):
+            yield unit.gathered(tree)
+
+    def send(self, finish: Callable[[], None]) -> None:
+        """Finish all earlier messages of gradients, and note that one is on its way.
+
+        ``finish``: waits for it and writes the gradients."""
+        self.finish()
+        self._in_flight.append(finish)
+
+    def finish(self) -> None:
+        """Wait for all gradients that are on their way."""
+        for finish in self._in_flight:
+            finish()
+        self._in_flight.clear()
+
+    def _unit(self, place: int, tree: Any, fp8: Fp8GatherRule | None) -> UnitWeights:
+        weights = []
+        for i, (w, d) in enumerate(zip(flat(tree), declared(tree), strict=True)):
+            goal = self.layout.unsharded(*d.axes)
+            if not d.frozen and goal != w.spec.placements:
+                in_fp8 = fp8 is not None and fp8(d, self.layout.shape(w.spec, *d.axes))
+                weights.append(GatheredWeight(self.layout, i, w, goal, in_fp8))
+        key = place, *(id(w.weight) for w in weights)
+        return self._units.setdefault(key, UnitWeights(self, weights))
+
+
+class UnitWeights:
+    """The weights that one unit all-gathers.
+
+    ``next``, ``before``: the next unit and the unit before, in the order of forward.
+    ``kept``: the weights are kept for backward, which follows at once."""
+
+    def __init__(self, prefetch: Prefetch, weights: list[GatheredWeight]):
+        self.prefetch, self.weights = prefetch, weights
+        self.next: UnitWeights | None = None
+        self.before: UnitWeights | None = None
+        self.kept = False
+        self._in_backward = False
+        self._coming: dict[int, Tensor] | None = None
+        self._whole: list[Tensor] | None = None
+        self._places: dict[int, int] = {}
 
     @property
-    def bytes(self) -> int:
-        gathered = self.start.meta["val"]
-        return gathered.numel() * gathered.dtype.itemsize
+    def alone(self) -> bool:
+        """Whether no other unit is before or after it. Such a unit does not delay gradients. The
+        embedding of the first stage is such a unit, and its gradients may be added to those of the
+        head, or of multi-token prediction."""
+        return self.next is None and self.before is None
 
-
-class Zero3Prefetch(CustomGraphPass):
-    """The pass, for the collectives of one process group.
-
-    ``group``: the group's name.
-    ``bucket``: bytes of a bucket."""
-
-    def __init__(self, group: str, bucket: int = BUCKET):
-        self._group, self._bucket = group, bucket
-
-    def uuid(self) -> tuple:
-        """The key of this pass in inductor's cache of compiled code."""
-        return get_hash_for_files((__file__,)), self._group, self._bucket
-
-    def __call__(self, graph: Graph) -> None:
-        position = {n: i for i, n in enumerate(graph.nodes)}
-        buckets = self._buckets(position)
-        if not buckets:
+    def start(self) -> None:
+        """Start the all-gather, unless it is on its way or has arrived."""
+        if self._coming is not None or self._whole is not None:
             return
-        edges = [*(bucket[0].first_use for bucket in buckets), graph.output_node()]
-        outputs = [{n for x in bucket for n in x.outputs} for bucket in buckets]
-        waits = [*(_in_order(nodes, position) for nodes in outputs), []]
-        sends = self._delay_gradients(position, edges, waits)
-        gathers = _start_gathers(graph, position, edges, buckets)
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        for n in reversed(gathers[0]):
-            placeholders[-1].append(n)
-        # At an edge: send gradients, issue the all-gather of the next bucket, wait for this bucket.
-        for edge, *nodes in zip(edges, sends, [*gathers[1:], [], []], waits, strict=True):
-            for n in chain.from_iterable(nodes):
-                edge.prepend(n)
-        graph.lint()
+        self._coming, mesh = {}, self.prefetch.layout.mesh
+        assert mesh is not None
+        single = [i for i, w in enumerate(self.weights) if w.one_message]
+        parts = {i: self.weights[i].part() for i in single}
+        packed = [i for i in single if self.weights[i].packed]
+        if packed:
+            messages = self.prefetch.pack([parts[i] for i in packed])
+            parts |= dict(zip(packed, messages, strict=True))
+        for axis in dict.fromkeys(self.weights[i].axis for i in single):
+            ours = [i for i in single if self.weights[i].axis == axis]
+            rows = start_all_gathers([parts[i] for i in ours], mesh, axis)
+            self._coming |= dict(zip(ours, rows, strict=True))
 
-    def _delay_gradients(
-        self, position: dict[Node, int], edges: list[Node], waits: list[list[Node]]
-    ) -> list[list[Node]]:
-        """Return, for each edge, the all-to-alls to send there. The waits for these all-to-alls,
-        and all nodes that depend on the waits, are added to ``waits`` of the edge after it. Behind
-        the last bucket's edge, an all-to-all starts as soon as its input is computed."""
-        sends: list[list[Node]] = [[] for _ in edges]
-        last = len(edges) - 1
-        wait_edge: dict[Node, int] = {}
-        gather_outputs = {n for nodes in waits for n in nodes}
-        for start, tail in list(self._trailing_all_to_alls(position, {*edges})):
-            at = next(i for i, edge in enumerate(edges) if position[edge] > position[start])
-            wait_at = min(at + 1, last)
-            others = {x for n in tail for x in n.all_input_nodes} - {start, *tail}
-            if any(x in gather_outputs or position[x] > position[edges[wait_at]] for x in others):
-                continue  # it is combined with a tensor that does not exist yet at that edge
-            if at == last:
-                _start_early(start, position)
-            else:
-                sends[at].append(start)
-            for n in tail:
-                wait_edge[n] = max(wait_edge.get(n, 0), wait_at)
-        for i, nodes in enumerate(waits):
-            delayed = (n for n, at in wait_edge.items() if at == i)
-            nodes += sorted(delayed, key=lambda n: _wait_order(n, position))
-        return sends
-
-    def _buckets(self, position: dict[Node, int]) -> list[list[WeightGather]]:
-        """Sort the all-gathers of weights into buckets, by first use."""
-        gathers = [
-            gather
-            for n in position
-            if n.target is _OPS.all_gather_into_tensor.default and self._in_group(n)
-            if (gather := _weight_gather(n, position)) is not None
+    def take(self) -> list[Tensor]:
+        """Wait for the all-gather. Return what has arrived, see ``GatheredWeight.arrived``."""
+        if self._whole is not None:
+            return self._whole
+        self.start()
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        return [
+            w.arrived(wait(coming[i])) if i in coming else w.gather()
+            for i, w in enumerate(self.weights)
         ]
-        buckets: list[list[WeightGather]] = []
-        room = 0
-        for gather in sorted(gathers, key=lambda x: position[x.first_use]):
-            if room <= 0 and not (buckets and buckets[-1][-1].first_use is gather.first_use):
-                room = min(self._bucket, FIRST << len(buckets))
-                buckets.append([])
-            buckets[-1].append(gather)
-            room -= gather.bytes
-        return buckets
 
-    def _trailing_all_to_alls(
-        self, position: dict[Node, int], edges: set[Node]
-    ) -> Iterator[tuple[Node, list[Node]]]:
-        """Find every all-to-all on which no matmul, attention or other collective depends, and all
-        nodes that depend on the all-to-all."""
-        for n in position:
-            if n.target is _OPS.all_to_all_single.default and self._in_group(n):
-                tail = _reachable(n, _users, _is_no_output)
-                needed = any(_is_compute(x) or _is_collective(x) for x in tail if not _is_wait(x))
-                if not needed and not edges & {n, *tail}:
-                    yield n, _in_order(tail, position)
+    def gathered(self, tree: Any) -> Any:
+        """Return the tree with gathered weights, and start the all-gather of the next unit."""
+        self.start()
+        if self.next is not None:
+            self.next.start()
+        if not self.weights:
+            return tree
+        arrived, leaves = self.take(), flat(tree)
+        if self.kept:
+            self._whole = arrived
+            if self.before is not None:
+                self.before.start()
+        whole = _Gather.apply(self, arrived, *(w.weight.local for w in self.weights))
+        self._places = {x.untyped_storage().data_ptr(): i for i, x in enumerate(arrived)}
+        for w, x, carrier in zip(self.weights, arrived, whole, strict=True):
+            leaves[w.index] = w.gathered(x, carrier, self)
+        return unflatten(tree, leaves)
 
-    def _in_group(self, n: Node) -> bool:
-        group = n.args[-1]
-        return getattr(group, "group_name", group) == self._group
+    def pack(self, x: Tensor) -> Any:
+        """Save a tensor for backward."""
+        index = self._places.get(x.untyped_storage().data_ptr())
+        if index is None:
+            return x
+        return Handle(index, x.size(), x.stride(), int(x.storage_offset()))
+
+    def unpack(self, saved: Any) -> Tensor:
+        if not isinstance(saved, Handle):
+            return saved
+        if not self._in_backward:
+            self._in_backward = True
+            self.start()
+            if self.before is not None:
+                self.before.start()
+            self._whole = self.take()
+        assert self._whole is not None
+        return self._whole[saved.weight].as_strided(saved.size, saved.stride, saved.offset)
+
+    def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Send the gradients of whole weights, and return the gradients of shards. Some of these
+        are written by ``Prefetch.finish``."""
+        self._whole, self._in_backward = None, False
+        sent: list[Any] = []
+        results: list[Tensor | None] = []
+        for w, g in zip(self.weights, grads, strict=True):
+            message = None if g is None else w.start_reduce(g)
+            if message is not None:
+                sent.append((w, *message))
+                results.append(message[0])
+            else:
+                results.append(None if g is None else w.reduced(g))
+
+        def finish() -> None:
+            sums = [(w.reduce, total, own, wait(rows)) for w, total, own, rows in sent]
+            self.prefetch.sum_rows(sums)
+
+        self.prefetch.send(finish)
+        if self.alone:
+            self.prefetch.finish()
+        return results
 
 
-def _weight_gather(n: Node, position: dict[Node, int]) -> WeightGather | None:
-    """Return the all-gather ``n`` with the nodes around it. None if the all-gather depends on a
-    matmul, on attention, on another collective, or on several inputs of the stage."""
-    inputs = _reachable(n, _inputs, _is_no_placeholder)
-    outputs = _reachable(n, _users, _completes_gather)
-    uses = {user for x in (n, *outputs) for user in x.users} - outputs
-    sources = {x for y in (n, *inputs) for x in y.all_input_nodes if x.op == "placeholder"}
-    if not uses or len(sources) != 1 or any(_is_compute(x) or _is_collective(x) for x in inputs):
-        return None
-    return WeightGather(n, inputs, outputs, min(uses, key=position.__getitem__))
+class _Gather(torch.autograd.Function):
+    """Whole weights, as functions of this rank's shards; in backward, the gradients of the
+    shards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: UnitWeights, arrived: list[Tensor], *shards: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.unit = unit
+        ctx.set_materialize_grads(False)
+        return tuple([w.carrier(x) for w, x in zip(unit.weights, arrived, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, *ctx.unit.backward(grads)
 
 
-def _start_gathers(
-    graph: Graph,
-    position: dict[Node, int],
-    edges: list[Node],
-    buckets: list[list[WeightGather]],
-) -> list[list[Node]]:
-    """Return, for each bucket, the nodes to move to the edge before it: its all-gather, and the
-    inputs of the all-gather that are computed behind this edge."""
-    gathers: list[list[Node]] = []
-    moved: set[Node] = set()
-    for before, bucket in zip([-1, *map(position.__getitem__, edges)], buckets, strict=False):
-        late = {n for x in bucket for n in x.inputs if position[n] > before} - moved
-        moved |= late
-        gathers.append(_in_order(late, position) + _coalesce(graph, bucket))
-    return gathers
+def pack(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Pack shards for all-gathers in 8 bits."""
+    return [packed(part) for part in parts]
 
 
-def _coalesce(graph: Graph, bucket: list[WeightGather]) -> list[Node]:
-    """Replace the all-gathers of a bucket by one coalesced all-gather, whose outputs all users read
-    from now on."""
-    starts = [gather.start for gather in bucket]
-    with graph.inserting_before(graph.output_node()):
-        shards = [n.args[0] for n in starts]
-        coalesced = graph.call_function(
-            _OPS.all_gather_into_tensor_coalesced.default, (shards, *starts[0].args[1:])
+def sum_rows(sums: Sequence[tuple[torch.dtype, Tensor, Tensor | None, Tensor]]) -> None:
+    """Write the sums of the rows of gradients that have arrived.
+
+    ``sums``: for each gradient, the dtype of the sum, the result, this rank's own row, and the
+        rows of all other ranks (without an own row: the sum itself)."""
+    for dtype, total, own, rows in sums:
+        total.copy_(
+            rows.view_as(total) if own is None else own.to(dtype) + rows.sum(0, dtype=dtype)
         )
-        outs = [graph.call_function(operator.getitem, (coalesced, i)) for i in range(len(starts))]
-    coalesced.meta["val"] = [n.meta["val"] for n in starts]
-    for n, out in zip(starts, outs, strict=True):
-        out.meta.update(n.meta)
-        n.replace_all_uses_with(out)
-        graph.erase_node(n)
-    return [coalesced, *outs]
-
-
-def _in_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:
-    return sorted(nodes, key=position.__getitem__)
-
-
-def _start_early(start: Node, position: dict[Node, int]) -> None:
-    """Move an all-to-all to directly after the node that computes its input. The views and copies
-    in between, which only lay out the input, move too."""
-    laid_out = _reachable(start, _inputs, _lays_out_input)
-    moved = [*_in_order(laid_out, position), start]
-    sources = {x for n in moved for x in n.all_input_nodes} - laid_out
-    computed = max(sources, key=position.__getitem__)
-    for n in reversed(moved):
-        computed.append(n)
-
-
-def _wait_order(n: Node, position: dict[Node, int]) -> tuple[int, int]:
-    """Sort key of waits: the wait for the newest all-to-all comes first, because it covers the
-    waits for all earlier all-to-alls."""
-    source = n.all_input_nodes[0]
-    if source.target is _OPS.all_to_all_single.default:
-        return 0, -position[source]
-    return 1, position[n]
-
-
-def _reachable(
-    n: Node,
-    neighbours: Callable[[Node], Iterable[Node]],
-    included: Callable[[Node, set[Node]], bool],
-) -> set[Node]:
-    """All nodes that can be reached from ``n``, without ``n``.
-
-    ``included``: whether the search includes a node, given the nodes reached so far."""
-    reached, rest = {n}, [n]
-    while rest:
-        new = {x for x in neighbours(rest.pop()) if included(x, reached)} - reached
-        reached |= new
-        rest += new
-    return reached - {n}
-
-
-_inputs, _users = operator.attrgetter("all_input_nodes"), operator.attrgetter("users")
-
-
-def _is_no_placeholder(n: Node, reached: set[Node]) -> bool:
-    return n.op != "placeholder"
-
-
-def _is_no_output(n: Node, reached: set[Node]) -> bool:
-    return n.op != "output"
-
-
-def _lays_out_input(n: Node, reached: set[Node]) -> bool:
-    return _is_view(n) or n.target in _COPIES
-
-
-def _is_wait(n: Node) -> bool:
-    return n.target is _OPS.wait_tensor.default
-
-
-def _is_collective(n: Node) -> bool:
-    return getattr(n.target, "namespace", "") == "_c10d_functional"
-
-
-def _is_compute(n: Node) -> bool:
-    """Whether the node is a matmul, attention, or an operator that is opaque to the compiler."""
-    return (
-        isinstance(n.target, HigherOrderOperator)
-        or getattr(n.target, "overloadpacket", None) in flop_registry
-    )
-
-
-def _is_view(n: Node) -> bool:
-    schema = getattr(n.target, "_schema", None)
-    return schema is not None and any(out.alias_info is not None for out in schema.returns)
-
-
-def _completes_gather(n: Node, reached: set[Node]) -> bool:
-    """Whether the node only waits for, views or concatenates nodes of ``reached``. An all-gather
-    concatenates shards along the first dim. A weight that is sharded along another dim is
-    concatenated from these shards afterwards."""
-    lays_out = _is_view(n) or _is_wait(n) or n.target in (operator.getitem, _ATEN.cat.default)
-    return lays_out and reached.issuperset(n.all_input_nodes)

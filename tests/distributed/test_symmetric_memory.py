@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,26 +79,6 @@ def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch):
 def test_nothing_is_carried_where_there_is_no_mesh():
     """As in a pipeline with one rank per stage."""
     assert not dtron.distributed.symmetric_memory.copy_engine_groups(None)
-
-
-def test_weights_gathered_over_one_group_alone(monkeypatch):
-    """If cp is within a host and dp is not, only the cp group has copy engines. Weights are
-    gathered over both axes, so no single group carries them."""
-
-    def alone(*names):
-        return dtron.training.compiled_stage._weight_gather_group(
-            SimpleNamespace(mesh_dim_names=names)
-        )
-
-    monkeypatch.setattr(
-        dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: ["one"]
-    )
-    assert alone("dp", "tp") == alone("dp_replicate", "dp") == "one" and alone("dp", "cp") is None
-    monkeypatch.setattr(dtron.distributed.symmetric_memory, "copy_engine_groups", lambda mesh: [])
-    assert (
-        alone("dp", "tp") is None
-        and dtron.training.compiled_stage._weight_gather_group(None) is None
-    )
 
 
 def test_one_host_and_gpus_that_reach_each_other_or_nothing(monkeypatch):

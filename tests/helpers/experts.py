@@ -104,7 +104,6 @@ def last_experts(
     y = product(x, w, None, ends_E, recipe)
     if b is None or ends_E is None:
         return product(x, w, b, ends_E, recipe)
-    expert_R = torch.searchsorted(ends_E, torch.arange(x.shape[0]), right=True).clamp(
-        max=len(b) - 1
-    )
+    places = torch.arange(x.shape[0], device=x.device, dtype=ends_E.dtype)
+    expert_R = torch.searchsorted(ends_E, places, right=True).clamp(max=len(b) - 1)
     return y + b.index_select(0, expert_R)
