@@ -9,6 +9,7 @@ library.
 """
 
 import sys
+import time
 
 if __name__ == "__main__":
     from dtron.runtime.exit import before_imports
@@ -21,6 +22,7 @@ from dtron.data import Data, open_data
 from dtron.hf import Source
 from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
+from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
 from dtron.runtime.config import RunConfig
 from dtron.runtime.evaluation import validate
 from dtron.runtime.exit import run_cli
@@ -42,6 +44,8 @@ from dtron.training.pipeline import Pipeline
 def main(argv: list[str]) -> int:
     config = parse(argv)
     plan = plan_run(config)  # refuses an invalid config before any rank is started
+    if plan.compile:
+        open_compile_cache(config.compile_cache)
     with RunDirectory.open(config) as run:
         if run.finished:
             Output(plan.main).say(f"{run.resumed}: the run is finished; nothing to do")
@@ -84,12 +88,15 @@ def train(
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.samples)
         step = build_step(config, plan, pipe)
-        stopped = False
+        stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
             batch = batches.next()
             lr = learning_rate(config.optim, state.step, config.steps)
+            start = time.perf_counter()
             loss, norm, reports, params, opt = step(state.params, state.opt, *batch.inputs, lr)
+            if plan.compile and state.step == first:
+                log.say(describe_first_step(time.perf_counter() - start))
             state = TrainState(state.step + 1, state.samples + config.batch, params, opt)
             # Writes the step before, which is over.
             log.launched(state.step, loss, norm, reports, lr, batch)

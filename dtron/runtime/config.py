@@ -71,6 +71,9 @@ class RunConfig(StepConfig):
     profile: bool = False
     """record one step (the fifth or the last): write a trace of each process to run_dir, and print
     a time breakdown"""
+    compile_cache: str | None = None
+    """folder of compiled code, which later runs load; not given: the folder in
+    TORCHINDUCTOR_CACHE_DIR, or ~/.cache/dtron/compile"""
     timeout_seconds: int = 600
     """seconds without an answer after which a rank counts as dead"""
     data: DataConfig = field(default_factory=DataConfig)
