@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache, wraps
+from functools import cache, partial, wraps
+from types import FunctionType
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -97,13 +98,24 @@ KINDS = 64
 _NO_SIZE = "unsafe_treat_script_objects_as_zero_size"
 
 
-def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
+def jit(
+    fn: Callable,
+    budget: float = 1.0,
+    key: Callable[[], str | None] | None = None,
+    backend: Any = "inductor",
+    options: dict[str, Any] | None = None,
+) -> Callable:
     """Compile a function whole (``fullgraph``), once for each kind of arguments.
 
     ``budget``: the share of activations that the partitioner may save for backward; 1.0 is all that
     it would save by itself. The rest is recomputed, cheapest first.
-    ``options``: the options of ``torch.compile``."""
-    inner = torch.compile(fn, fullgraph=True, dynamic=False, **options)
+    ``key``: called when the function is compiled. Returns a text that contains all that the graph
+    depends on, besides what torch knows: see training/unit_key.py. None: nothing is known, and
+    torch does not keep the graph.
+    ``backend``, ``options``: see ``torch.compile``."""
+    if key is not None and backend == "inductor":
+        backend, options = partial(_inductor_with_key, key=key, options=options), None
+    inner = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
     settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
     if budget < 1:
         kept = {"activation_memory_budget": budget}
@@ -118,3 +130,27 @@ def jit(fn: Callable, budget: float = 1.0, **options: Any) -> Callable:
             return inner(*args)
 
     return run
+
+
+def _inductor_with_key(
+    graph: torch.fx.GraphModule,
+    inputs: list[torch.Tensor],
+    key: Callable[[], str | None],
+    options: dict[str, Any] | None,
+) -> Callable:
+    """Compile a graph with inductor. If it has a key, torch keeps it, whatever its functions."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    text = key()
+    compile = partial(cast(Callable, compile_fx), graph, inputs, config_patches=options)
+    if text is None:
+        return compile()
+    calls = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    named = {f"{f.__module__}.{f.__name__}" for f in calls if isinstance(f, FunctionType | type)}
+    marked = dict.fromkeys(["dtron", *sorted(named)], text)  # torch puts the texts in its own key
+    with (
+        config.patch(unsafe_marked_cacheable_functions=marked),
+        torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
+    ):
+        return compile()

@@ -128,16 +128,13 @@ class CompiledStage:
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         units = self._units.gathering(p.prefetch)
         (weights,) = units.gathered([(self._functions.enter_params(p.tree), None)])
-        return units(self._enter, weights, batch)[0]
+        return units(_enter, self._functions.enter, weights, batch)[0]
 
     def stage(
         self, p: LocalWeights, x: Tensor, batch: Any, *before: Any
     ) -> tuple[Tensor, StageOutput | None]:
         units = self._units.gathering(p.prefetch)
         return self._functions.stage(p.tree, x, batch, *before, call=units)
-
-    def _enter(self, p: Any, batch: Any) -> tuple[Tensor]:
-        return (self._functions.enter(p, batch),)
 
     def leaves(self, params: Any, once: bool) -> tuple[LocalWeights, list[Tensor]]:
         weights = flat(params)
@@ -228,3 +225,7 @@ class CompiledStage:
         assert mesh is not None
         dtensors = [spec.to_dtensor(t, mesh) for t, spec in zip(tensors, specs, strict=True)]
         return [x.to_local() for x in fn(dtensors, *lists)]
+
+
+def _enter(enter: Callable, p: Any, batch: Any) -> tuple[Tensor]:
+    return (enter(p, batch),)

@@ -38,6 +38,7 @@ from dtron.distributed.redistribute import LocalToDTensor, ShardSpec
 from dtron.layers.recompute import recompute_in_backward
 from dtron.params import Fp8GatherRule
 from dtron.training.gathered_weight import LocalWeight, Saved
+from dtron.training.unit_key import unit_key
 from dtron.training.zero3_prefetch import Prefetch
 from dtron.tree import Leaf
 
@@ -53,8 +54,8 @@ class Slot(Leaf):
 
 @dataclass(frozen=True)
 class Node(Leaf):
-    """A container of slots, nodes and plain values. ``make(**children)``, or ``make(children)`` for
-    a sequence, is the container.
+    """A container of slots, nodes and plain values. ``make(**children)``, or ``make(*children)``
+    for a sequence, is the container.
 
     ``make``: the class, or ``partial``."""
 
@@ -87,7 +88,12 @@ class CompiledUnits:
     def __init__(
         self, mesh: DeviceMesh | None, compile: Callable, prefetch: Prefetch | None = None
     ):
-        self._mesh, self._run, self._prefetch = mesh, compile(self._traced), prefetch
+        self._mesh, self._prefetch = mesh, prefetch
+        self._run = compile(self._traced, key=self._key)
+        self._called: list[tuple[Any, ...]] = [()]  # what the key of the next graph contains
+
+    def _key(self) -> str | None:
+        return unit_key(self._mesh, *self._called[0])
 
     def gathering(self, prefetch: Prefetch) -> CompiledUnits:
         """Return the same units with the weights that ``prefetch`` all-gathers."""
@@ -109,6 +115,7 @@ class CompiledUnits:
         like = None if self._mesh is None else found.tensors[0].new_empty(1)
         unit = found.unit
         hooks = nullcontext() if unit is None else saved_tensors_hooks(unit.pack, unit.unpack)
+        self._called[0] = shape, tuple(found.specs)
         with hooks:
             results, out = self._run(shape, found.tensors, tuple(found.specs), like)
         return tuple(
@@ -211,7 +218,7 @@ def _split(x: Any, found: _Found) -> Any:
         children = tuple(_split(child, found) for child in x)
         if not any(map(_changed, children)):
             return x
-        return Node(type(x)._make if hasattr(x, "_make") else tuple, children)
+        return Node(type(x) if hasattr(x, "_make") else tuple, children)
     if is_dataclass(x) and not isinstance(x, type):
         children = {f.name: _split(getattr(x, f.name), found) for f in fields(x) if f.init}
         return Node(type(x), children) if any(map(_changed, children.values())) else x
@@ -239,7 +246,7 @@ def _join(x: Any, tensors: list[Tensor]) -> Any:
     if x.make is partial:
         fn, args, keywords = parts
         return partial(fn, *args, **keywords)
-    return x.make(parts)
+    return tuple(parts) if x.make is tuple else x.make(*parts)  # or a NamedTuple
 
 
 def _local_output(y: DTensor) -> Tensor:

@@ -129,7 +129,9 @@ class Pipeline:
         def unwrap(x: Tensor) -> Tensor:
             return self.layout.to_local(x, *axes).to(sent_from)
 
-        progress = self.progress if torch.cuda.is_current_stream_capturing() else None
+        # A torch without CUDA cannot say whether anything is recorded.
+        recording = self.progress is not None and torch.cuda.is_current_stream_capturing()
+        progress = self.progress if recording else None
         return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap, progress)
 
     def awaited(self) -> str:

@@ -198,7 +198,9 @@ def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
         for a, b in zip(got, want, strict=True):
             assert a.abs().max() > 0
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert peaks[CHUNK] == [n * CHUNK // TOKENS for n in peaks[None]] and min(peaks[CHUNK]) > 0
+    # The graphs of the block and of the loss, forward and backward. The loss has no wide tensor.
+    assert peaks[CHUNK] == [n * CHUNK // TOKENS for n in peaks[None]]
+    assert sum(n > 0 for n in peaks[CHUNK]) == 2
 
 
 def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -> list[float]:
