@@ -182,7 +182,7 @@ def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline
     if copy_engine_groups(pipe.layout.mesh):
         optional["copy_engines"] = True
     if plan.shape.pp > 1:
-        optional["schedule"] = o.schedule
+        optional["pipeline.schedule"] = o.schedule
     if plan.shape.cp > 1:
         optional |= {"cp_method": o.cp_method, "zigzag": config.zigzags}
     return {

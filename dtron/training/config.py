@@ -104,7 +104,8 @@ class StepConfig:
     """with --zero 3: weights for FP8 matmuls are all-gathered in 8 bits, which is half the bytes of
     bfloat16"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile stages and the optimizer, once, in a minute or so; auto: on GPUs"""
+    """compile the units of stages and the optimizer, once, in half a minute or so; auto: on
+    GPUs"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """record a compiled step as one CUDA graph, which the host launches in one call; auto: on
     GPUs"""
