@@ -102,14 +102,20 @@ def compare_rounded(
     An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
     more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
     weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
-    too. So does a quarter of the step's change of a weight: Adam's first step moves each number
-    by the learning rate, and rounding decides the sign of small gradients."""
+    too. So does a quarter of the step's change of a weight, and a change of sign of each number
+    whose gradient is no larger than its rounding: Adam's first step moves each number by the
+    learning rate, and rounding decides the sign of a small gradient."""
     trees = [(want.grads, one.grads, got.grads)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
     grads, *states = (_rounded(*three) for three in trees)
     before = {} if want.initial is None else dict(leaves(want.initial))
-    moved = {path: (x - before[path]).norm().item() for path, x in leaves(want.params) if before}
-    weights = _rounded(want.params, one.params, got.params, moved)
+    small = _share_of_small(want.grads, one.grads)
+    signs = {
+        path: (x - before[path]).norm().item() * max(0.25, 2 * small.get(path, 0.0) ** 0.5)
+        for path, x in leaves(want.params)
+        if before
+    }
+    weights = _rounded(want.params, one.params, got.params, signs)
 
     def excess(name: str) -> float:
         three = [torch.tensor([getattr(r, name)]).double() for r in (want, one, got)]
@@ -122,11 +128,20 @@ def compare_rounded(
 ROUNDINGS, FLOOR = 4.0, 2**-6
 
 
-def _rounded(want: Any, one: Any, got: Any, moved: Mapping[str, float] | None = None) -> Errors:
-    ones, found, moved = dict(leaves(one)), dict(leaves(got)), moved or {}
+def _share_of_small(want: Any, one: Any) -> dict[str, float]:
+    """Return for each gradient the share of its numbers whose sign is up to rounding."""
+    ones, shares = dict(leaves(one)), {}
+    for path, g in leaves(want):
+        error = ROUNDINGS * (ones[path].double() - g).abs().max() + FLOOR * g.abs().max()
+        shares[path] = (g.abs() <= error).double().mean().item()
+    return shares
+
+
+def _rounded(want: Any, one: Any, got: Any, more: Mapping[str, float] | None = None) -> Errors:
+    ones, found, more = dict(leaves(one)), dict(leaves(got)), more or {}
     floor = 1e-3 * max((x.double().norm().item() for x in flat(want)), default=0.0)
     return {
-        path: _excess(x, ones[path], found[path], floor, moved.get(path, 0.0) / 4)
+        path: _excess(x, ones[path], found[path], floor, more.get(path, 0.0))
         for path, x in leaves(want)
     }
 

@@ -28,3 +28,12 @@ def test_rounding_decides_few_signs(count, passes):
     want, got = step(flipped(0)), step(flipped(count))
     rows = compare_rounded(want, want, got)[1]
     assert (rows[0].weight <= 1) == passes
+
+
+def test_rounding_decides_the_signs_of_small_gradients():
+    """A bias of few numbers: one other sign is more than a quarter of its change."""
+    small = torch.where(torch.arange(N) < N // 8, 1e-3, 1.0).double()
+    want, one, got = step(small), step(small + 2e-3), step(torch.where(small < 1, -small, small))
+    assert compare_rounded(want, one, got)[1][0].weight <= 1
+    wrong = step(torch.where(torch.arange(N) < N // 4, -small, small))
+    assert compare_rounded(want, one, wrong)[1][0].weight > 1
