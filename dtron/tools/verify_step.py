@@ -154,9 +154,9 @@ def _guarded(functions: Program) -> Program:
     """Wrap the functions in the guard against hidden communication."""
 
     def guard(fn: Callable) -> Callable:
-        def guarded(*args: Any) -> Any:
+        def guarded(*args: Any, **named: Any) -> Any:
             with no_hidden_communication():
-                return fn(*args)
+                return fn(*args, **named)
 
         return guarded
 
