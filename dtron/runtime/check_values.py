@@ -17,7 +17,7 @@ from dtron.errors import UserError
 from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
 
-_PATHS = ("run_dir", "init_from", "data.path", "data.tokenizer")
+_PATHS = ("run_dir", "init_from", "compile_cache", "data.path", "data.tokenizer")
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _LARGEST = {
     "batch": 10**8,

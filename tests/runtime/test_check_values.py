@@ -27,6 +27,8 @@ LONG = "x" * 300
         (["--data.path", ""], ["--data.path ''", "is empty"]),
         (["--data.tokenizer", " "], ["--data.tokenizer ' '", "is empty"]),
         (["--run-dir", ""], ["--run-dir ''"]),
+        (["--compile-cache", ""], ["--compile-cache ''"]),
+        (["--compile-cache", LONG], ["--compile-cache", "300 bytes"]),
         (["--data.path", LONG], ["--data.path", "300 bytes", "255"]),
         (["--data.path", f"0.5 a, 0.5 b/{LONG}"], ["--data.path", "300 bytes"]),
         (["--run-dir", f"runs/{LONG}"], ["--run-dir", "300 bytes"]),
