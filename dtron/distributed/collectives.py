@@ -194,9 +194,7 @@ def _group_name(ranks: DeviceMesh) -> str:
     return ranks.get_group().group_name
 
 
-def _all_to_all(
-    x: Tensor, group: str | tuple[DeviceMesh, int], received: Splits, sent: Splits
-) -> Tensor:
+def _all_to_all(x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
     return funcol.wait_tensor(_ALL_TO_ALL(x, received, sent, group))
 
 

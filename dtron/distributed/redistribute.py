@@ -213,11 +213,22 @@ def _all_to_all_then_sum(g: DTensor, axis: int, dim: int, dtype: torch.dtype) ->
     own, others = exchange_rows(
         g.to_local().unflatten(dim, (mesh.size(axis), -1)).movedim(dim, 0), mesh, axis
     )
-    total = own.to(dtype) + others.sum(0, dtype=dtype)
+    total = row_sum(own, others, dtype)
     placements = [Shard(dim) if i == axis else p for i, p in enumerate(g.placements)]
     return DTensor.from_local(
         total, mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
     )
+
+
+def row_sum(own: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add up the results of ``exchange_rows`` in ``dtype``."""
+    return own.to(dtype) + others.sum(0, dtype=dtype)
+
+
+def output_gradient(placements: Sequence[Placement]) -> list[Placement]:
+    """The placements of an output's gradient: the placements of the output, but Replicate where the
+    output is Partial. Each summand has the gradient of the sum."""
+    return [Replicate() if p.is_partial() else p for p in placements]
 
 
 def to_local(x: Tensor) -> Tensor:
@@ -272,11 +283,10 @@ def shard_start(x: Tensor) -> tuple[int, ...]:
 
 
 def shard_like(x: Tensor, y: Tensor) -> Tensor:
-    """Shard x, which every rank holds whole, by the placements of y's gradient: the placements of
-    y, but Replicate where y is Partial."""
+    """Shard x, which every rank holds whole, by the placements of y's gradient."""
     if not isinstance(y, DTensor):
         return x
-    return shard(x, y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
+    return shard(x, y.device_mesh, output_gradient(y.placements))
 
 
 def full(x: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron.errors import UserError
-from dtron.layers.recompute import checkpointed, recompute_in_backward
+from dtron.layers.recompute import checkpointed
 from dtron.mesh import Layout
-from dtron.params import Fp8GatherRule, unshard, unshard_all
-from dtron.tree import declared, flat, unflatten
+from dtron.params import Fp8GatherRule, unshard
+from dtron.tree import declared, flat
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,6 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     """Run a block and keep everything but its gathered weights."""
     if not fn.needs_unshard(p):
         return fn.run(p, x_TD)
-    if torch.compiler.is_compiling():
-
-        def gather_each(*ws: Tensor) -> tuple[Tensor, ...]:
-            return tuple(unshard_all(ws, declared(p), fn.layout, fp8=fn.fp8_gather))
-
-        gathered = recompute_in_backward(gather_each, *flat(p))
-        # The compiler selects the other activations to keep.
-        return fn.block(unflatten(p, list(gathered)), x_TD, fn.load_E)
     kept = _AllKept()
 
     def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:

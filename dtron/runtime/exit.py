@@ -73,9 +73,9 @@ def before_imports() -> None:
 
 
 def run_cli(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. So
-    does a file or a folder that cannot be used (``OF_THE_DISK``). Any other exception is a bug in the
-    program and keeps its traceback."""
+    """Run a program. A ``UserError`` becomes one line on stderr and exit code 2. So does a file or
+    a folder that cannot be used (``OF_THE_DISK``). Any other exception is a bug in the program and
+    keeps its traceback."""
     allow_interrupts()
     termination = Termination()
     if "WORLD_SIZE" in os.environ:

@@ -188,9 +188,6 @@ class CompiledStage:
             ShardSpec.of(p).to_dtensor(g, p.device_mesh) for g, p in zip(grads, params, strict=True)
         ]
 
-    def loss(self, total: Tensor) -> Tensor:
-        return total
-
     def _redistribute(
         self, fn: Callable, grads: list[Tensor], specs: list[ShardSpec], params: list[DTensor]
     ) -> list[Tensor]:

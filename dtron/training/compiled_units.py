@@ -1,10 +1,10 @@
 """Regional compilation: each kind of function is compiled once, however often a stage calls it.
 
 A stage of 80 equal blocks, traced as one graph, takes 80 times as long to compile as one block. So
-a stage is not one graph. It calls *units* (``Units`` in torch_compile.py): its blocks, and the loss.
-Units of one kind (the same function, the same shapes and plain values) share one compiled graph
-for forward and one for backward. The time of a first step then does not depend on the number of
-layers. (PyTorch calls this regional compilation:
+a stage is not one graph. It calls *units* (``Units`` in torch_compile.py): its blocks, and the
+loss. Units of one kind (the same function, the same shapes and plain values) share one compiled
+graph for forward and one for backward. The time of a first step then does not depend on the number
+of layers. (PyTorch calls this regional compilation:
 https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.)
 
 Between units the stage runs in Python, which is slower than a graph to launch its few kernels. A
@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from dtron.distributed.fp8_all_gather import Unpack
 from dtron.distributed.placement_codes import code, decode
-from dtron.distributed.redistribute import LocalToDTensor, ShardSpec
+from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, output_gradient
 from dtron.layers.recompute import recompute_in_backward
 from dtron.params import Fp8GatherRule
+from dtron.torch_compile import DIRECT
 from dtron.training.gathered_weight import LocalWeight, Saved
 from dtron.training.unit_key import unit_key
 from dtron.training.zero3_prefetch import Prefetch
@@ -106,7 +107,7 @@ class CompiledUnits:
     ) -> Iterator[Any]:
         """See ``Units.gathered``."""
         if self._prefetch is None:
-            return iter([tree for tree, _ in order])
+            return DIRECT.gathered(order)
         return self._prefetch.gathered(order, to_loss)
 
     def __call__(self, fn: Callable, *args: Any) -> tuple[Tensor, ...]:
@@ -250,13 +251,8 @@ def _join(x: Any, tensors: list[Tensor]) -> Any:
 
 
 def _local_output(y: DTensor) -> Tensor:
-    """The local tensor of ``y``. On an axis where ``y`` is Partial, its gradient is Replicate: the
-    gradient of the sum."""
-    return y.to_local(grad_placements=_gradient(y.placements))
-
-
-def _gradient(placements: tuple[Placement, ...]) -> list[Placement]:
-    return [Replicate() if p.is_partial() else p for p in placements]
+    """The local tensor of ``y``."""
+    return y.to_local(grad_placements=output_gradient(y.placements))
 
 
 class _FromUnit(torch.autograd.Function):
@@ -277,5 +273,5 @@ class _FromUnit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
-        g = g.redistribute(g.device_mesh, _gradient(ctx.placements))
+        g = g.redistribute(g.device_mesh, output_gradient(ctx.placements))
         return g.to_local(), None, None, None, None

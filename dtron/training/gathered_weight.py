@@ -128,8 +128,9 @@ class GatheredWeight:
         return Unshard.apply(w, code(self.goal), self.dtype, self.reduce, self.fp8).to_local()
 
     def start_reduce(self, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """Send the summands of a gradient. Return this rank's own summand or None, the summands
-        that arrive, and a buffer for the sum. None: one message is not enough."""
+        """Send the summands of a gradient. Return a buffer for the sum, this rank's own summand,
+        and the summands that arrive (without an own one: the sum). None: one message is not
+        enough."""
         mesh, dim = self.layout.mesh, self.dim
         assert mesh is not None
         if not self.one_message:

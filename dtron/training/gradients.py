@@ -61,9 +61,6 @@ class StageWeights(Protocol):
 
         ``scattered``: whether ``reduce_scatter`` has reduce-scattered the gradients before."""
 
-    def loss(self, total: Tensor) -> Tensor:
-        """Return the summed loss, which is still Partial over the data ranks."""
-
 
 @dataclass(frozen=True)
 class EagerWeights:
@@ -94,9 +91,6 @@ class EagerWeights:
 
     def _goals(self, params: list[Tensor]) -> GradTargets:
         return [(p.placements, self.layout.summed(p)) for p in typing.cast("list[DTensor]", params)]
-
-    def loss(self, total: Tensor) -> Tensor:
-        return total
 
 
 Reports = dict[int, dict[str, Tensor]]
@@ -169,7 +163,7 @@ def gradients(
         for g in stage_weights.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
     ]
     tree = pipe.reduce_tied_embedding(unflatten(params, grads))
-    loss = None if out.total is None else stage_weights.loss(out.total) / tokens
+    loss = None if out.total is None else out.total / tokens
     return loss, tree, {s: _summed(r, layout) for s, r in out.reports.items()}
 
 

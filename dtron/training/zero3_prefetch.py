@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dtron.distributed.collectives import start_all_gathers, wait
 from dtron.distributed.fp8_all_gather import packed
+from dtron.distributed.redistribute import row_sum
 from dtron.mesh import Layout
 from dtron.params import Fp8GatherRule
 from dtron.training.gathered_weight import GatheredWeight
@@ -82,14 +83,18 @@ class Prefetch:
         self._in_flight.clear()
 
     def _unit(self, place: int, tree: Any, fp8: Fp8GatherRule | None) -> UnitWeights:
+        leaves = flat(tree)
+        key = place, *map(id, leaves)
+        if key in self._units:
+            return self._units[key]
         weights = []
-        for i, (w, d) in enumerate(zip(flat(tree), declared(tree), strict=True)):
+        for i, (w, d) in enumerate(zip(leaves, declared(tree), strict=True)):
             goal = self.layout.unsharded(*d.axes)
             if not d.frozen and goal != w.spec.placements:
                 in_fp8 = fp8 is not None and fp8(d, self.layout.shape(w.spec, *d.axes))
                 weights.append(GatheredWeight(self.layout, i, w, goal, in_fp8))
-        key = place, *(id(w.weight) for w in weights)
-        return self._units.setdefault(key, UnitWeights(self, weights))
+        self._units[key] = UnitWeights(self, weights)
+        return self._units[key]
 
 
 class UnitWeights:
@@ -233,6 +238,4 @@ def sum_rows(sums: Sequence[tuple[torch.dtype, Tensor, Tensor | None, Tensor]]) 
     ``sums``: for each gradient, the dtype of the sum, the result, this rank's own row, and the
         rows of all other ranks (without an own row: the sum itself)."""
     for dtype, total, own, rows in sums:
-        total.copy_(
-            rows.view_as(total) if own is None else own.to(dtype) + rows.sum(0, dtype=dtype)
-        )
+        total.copy_(rows.view_as(total) if own is None else row_sum(own, rows, dtype))

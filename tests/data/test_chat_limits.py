@@ -31,7 +31,8 @@ END = "{% endfor %}"
 ENDLESS = {
     FOR + FOR + END + END: STEPS,
     FOR + "{% for j in range(100000) if j < 0 %}" + END + END: STEPS,
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}": STEPS,
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}": STEPS,
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
     "{% block a %}{{ self.a() }}{% endblock %}": "recursion",
     "{% set work = 1 %}{% set environment = 1 %}" + FOR + FOR + END + END: STEPS,

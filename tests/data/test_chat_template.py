@@ -85,7 +85,8 @@ def rendered(template: Any, talk: list[dict], tmp_path: Path, tools: Any = None,
             None,
         ),
         (
-            "{{ 'a b' | title | center(9) }}{{ 3.14 | round(1) }}{{ [1, 2, 3] | batch(2, 0) | list }}",
+            "{{ 'a b' | title | center(9) }}{{ 3.14 | round(1) }}"
+            "{{ [1, 2, 3] | batch(2, 0) | list }}",
             None,
         ),
         ("{{ messages[1].thinking is defined }}{{ 'name' in messages[1] }}", "FalseFalse"),

@@ -45,7 +45,8 @@ import resource, sys
 from dtron.data.tokenization import load_tokenizer
 from dtron.runtime.exit import run_cli
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-sys.exit(run_cli(lambda argv: print(load_tokenizer(argv[0]).encode("a" * 99).ids) or 0, sys.argv[1:]))
+encode = lambda argv: print(load_tokenizer(argv[0]).encode("a" * 99).ids) or 0
+sys.exit(run_cli(encode, sys.argv[1:]))
 """
 
 
