@@ -12,8 +12,9 @@ a token, so it is kept; the scores are recomputed.
 
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
 backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
-everything but the gathered weights. (A compiled block does not keep copies that only a kernel needs
-either: see ``recompute_in_backward``.)
+everything but the gathered weights. (The blocks of a compiled stage get gathered weights, and do
+not keep them either: see training/zero3_prefetch.py. A compiled block keeps no copies that only a
+kernel needs: see ``recompute_in_backward``.)
 
 A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives a block policy to every
 block of a stage. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.
