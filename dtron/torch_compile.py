@@ -104,6 +104,7 @@ def jit(
     key: Callable[[], str | None] | None = None,
     backend: Any = "inductor",
     options: dict[str, Any] | None = None,
+    by_graph: Callable[[Callable, list[torch.Tensor]], Callable] | None = None,
 ) -> Callable:
     """Compile a function whole (``fullgraph``), once for each kind of arguments.
 
@@ -112,8 +113,14 @@ def jit(
     ``key``: called when the function is compiled. Returns a text that contains all that the graph
     depends on, besides what torch knows: see training/unit_key.py. None: nothing is known, and
     torch does not keep the graph.
-    ``backend``, ``options``: see ``torch.compile``."""
-    if key is not None and backend == "inductor":
+    ``backend``, ``options``: see ``torch.compile``.
+    ``by_graph``: called as ``by_graph(compile, inputs)`` with inductor's compiler of one graph, and
+        the tensors that the function was called with. Returns a compiler to use in its place."""
+    if backend != "inductor":
+        key = by_graph = None
+    if by_graph is not None:
+        backend, options = partial(_inductor_by_graph, by_graph=by_graph, options=options), None
+    elif key is not None:
         backend, options = partial(_inductor_with_key, key=key, options=options), None
     inner = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
     settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
@@ -154,3 +161,21 @@ def _inductor_with_key(
         torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
     ):
         return compile()
+
+
+def _inductor_by_graph(
+    graph: torch.fx.GraphModule,
+    inputs: list[torch.Tensor],
+    by_graph: Callable[[Callable, list[torch.Tensor]], Callable],
+    options: dict[str, Any] | None,
+) -> Callable:
+    """Compile a function with a compiler of its forward and backward graphs. torch keeps the code
+    of each graph, but not the pair, since it does not know this compiler."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    compile = by_graph(compile_fx_inner, inputs)
+    # A donated buffer would be overwritten by a graph that is not its last reader.
+    with torch._functorch.config.patch(enable_autograd_cache=False, donated_buffer=False):
+        return cast(Callable, compile_fx)(
+            graph, inputs, inner_compile=compile, config_patches=options
+        )

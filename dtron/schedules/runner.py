@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dtron.distributed.redistribute import shard_like
 from dtron.schedules.p2p import Links
-from dtron.schedules.split_backward import DeferredWeightGrad, backward, backward_input
+from dtron.schedules.split_backward import (
+    CompiledHalves,
+    DeferredWeightGrad,
+    backward,
+    backward_input,
+)
 from dtron.schedules.table import Action, Table
 
 
@@ -55,6 +61,8 @@ class Program:
         ``output`` is a ``StageOutput`` or None.
     ``splits``: False if the backward cannot be split into two halves, because the stage
         recomputes.
+    ``halves``: where compiled units leave the second halves of their backward (None: no unit is
+        compiled in halves).
     ``stage_weights``: turns params into the functions' params argument (None: params are passed as
         they are); see ``StageWeights`` in training/gradients.py.
     ``carries``: a stage takes, as its last argument, the sum of its reports on the previous
@@ -66,6 +74,7 @@ class Program:
     stage_weights: Any = None
     carries: bool = False
     enter_params: Callable[[Any], Any] = all_params
+    halves: CompiledHalves | None = None
 
 
 @dataclass
@@ -145,8 +154,9 @@ def run(
             gs = units[stage]
             if not last:
                 gs = [links.receive(*t.gradient_from(stage, m)), *gs]
-            halves = backward_input if a.kind == "I" and program.splits else backward
-            gx, here.later = halves(here.ends, here.x, flat[stage], gs)
+            split = partial(backward_input, compiled=program.halves)
+            run_backward = split if a.kind == "I" and program.splits else backward
+            gx, here.later = run_backward(here.ends, here.x, flat[stage], gs)
             here.ends = []
             assert gx is not None
             if here.entered is None:

@@ -9,17 +9,19 @@ of each join, and a hook saves the gradient that arrives at the join. W passes t
 each join again and asks for the weight's half alone. Nothing is computed twice (the idea is from Qi
 et al. 2023, arXiv:2401.10241; a test counts the matmuls).
 
-A node written in Python (a custom ``autograd.Function``: the fused loss, a compiled region)
-computes all its gradients in one call. These gradients are computed in I and saved by node, because
-two losses may share a head. A recomputed block needs its activations for both halves and has them
-only once. So the runner does not split stages that recompute: I computes all gradients and W
-returns them."""
+A node written in Python (a custom ``autograd.Function``, such as the fused loss) computes all its
+gradients in one call. These gradients are computed in I and saved by node, because two losses may
+share a head. The node of a compiled unit has a graph for each half. It runs the first in I, and
+leaves the second for W (training/backward_halves.py).
+
+A recomputed block needs its activations for both halves and has them only once. So the runner does
+not split stages that recompute: I computes all gradients and W returns them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,22 +52,48 @@ def backward(
     return gx, later
 
 
+class CompiledHalves(Protocol):
+    """Where the nodes of compiled units leave their second halves.
+
+    ``deferring``: they leave them."""
+
+    deferring: bool
+
+    def take(self) -> DeferredWeightGrad | None:
+        """Return the second half of the node that has just run (None: there is none). It returns a
+        gradient for each edge of the node, and None where the edge leads to no weight."""
+
+
+class _NoHalves:
+    deferring = False
+
+    def take(self) -> None:
+        return None
+
+
 def backward_input(
-    ends: Sequence[GradientEdge], x: Tensor, weights: Sequence[Tensor], gs: Sequence[Tensor]
+    ends: Sequence[GradientEdge],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    compiled: CompiledHalves | None = None,
 ) -> tuple[Tensor, DeferredWeightGrad]:
     """Return ``(gradient of x, later)``. ``later()`` computes the gradients of the weights; it
-    may be called once."""
+    may be called once.
+
+    ``compiled``: the second halves of compiled units."""
+    compiled = compiled or _NoHalves()
     joins = _joins([end.node for end in ends], get_gradient_edge(x).node)
     opaque = [(node, edges) for node, edges in joins if _makes_all_at_once(node)]
     plain = [(node, edges) for node, edges in joins if not _makes_all_at_once(node)]
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
-    made: dict[Node, tuple[Tensor | None, ...]] = {}
+    made: dict[Node, DeferredWeightGrad] = {}
 
     def save_arrived(node: Node, gs: tuple[Tensor | None, ...]) -> None:
         arrived[node] = gs
 
     def save_made(node: Node, gs: tuple[Tensor | None, ...], _: Any) -> None:
-        made[node] = gs
+        made[node] = compiled.take() or partial(list, gs)
 
     hooks = [node.register_prehook(partial(save_arrived, node)) for node, _ in plain]
     hooks += [node.register_hook(partial(save_made, node)) for node, _ in opaque]
@@ -76,21 +104,29 @@ def backward_input(
     below = [e.node for _, edges in opaque for e in edges.values()]
     owner = ends if _NODES_DIE and any(map(_makes_all_at_once, below)) else None
     asked = {(e.node, e.output_nr): e for _, edges in opaque for e in edges.values()}
+    compiled.deferring = True
+    inputs: Any = [x, *asked.values()]  # torch takes a list of both, its annotation does not
     try:
-        inputs: Any = [x, *asked.values()]  # torch takes a list of both, its annotation does not
+        # Only plain nodes run again. Compiled nodes refuse a graph that is retained.
         gx, *_ = torch.autograd.grad(
-            list(ends), inputs, list(gs), retain_graph=True, allow_unused=True
+            list(ends), inputs, list(gs), retain_graph=bool(plain), allow_unused=True
         )
     finally:
+        compiled.deferring = False
         for hook in hooks:
             hook.remove()
+    # Without the opaque nodes: what they have saved for I alone is freed.
+    halves = [(made[node], edges) for node, edges in opaque if node in made]
+    made.clear()
 
     def later(owner: Any = owner) -> list[Tensor | None]:
         edges: list[GradientEdge] = []
         grads: list[Tensor | None] = []
-        for node, children in opaque:
+        while halves:
+            half, children = halves.pop()
+            theirs = half()
             edges += children.values()
-            grads += [made[node][i] if node in made else None for i in children]
+            grads += [theirs[i] for i in children]
         for node, children in plain:
             below = list(children.values())
             outputs = [(i, gi) for i, gi in enumerate(arrived.get(node, ())) if gi is not None]
@@ -103,7 +139,6 @@ def backward_input(
                     allow_unused=True,
                 )
         arrived.clear()
-        made.clear()
         there = [(e, gi) for e, gi in zip(edges, grads, strict=True) if gi is not None]
         if not there:
             return [None] * len(weights)

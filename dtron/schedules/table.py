@@ -70,6 +70,11 @@ class Table:
         return tuple(in_order(self))
 
     @property
+    def in_halves(self) -> bool:
+        """Whether a backward runs in two halves."""
+        return any(a.kind == "I" for a in self.actions)
+
+    @property
     def per_rank(self) -> int:
         """The number of stages on each rank."""
         return self.stages // len(self.rows)

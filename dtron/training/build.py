@@ -28,7 +28,8 @@ def build_step(
     ``backend``: the backend of torch.compile.
     ``overlap``: collectives are issued ahead of their use.
     ``wrap``: changes the model's functions before they are compiled, for proofs and tests."""
-    functions = program(config.model, pipe.layout, config.how, plan.splits)
+    splits = plan.splits and pipe.table.in_halves
+    functions = program(config.model, pipe.layout, config.how, splits)
     if wrap is not None:
         functions = wrap(functions)
     optimizer = build_optimizer(config.optim)

@@ -8,8 +8,7 @@ operators between two matmuls are one kernel.
 The functions that run once per step are compiled in the same way: the all-gather of weights and the
 reduction of gradients.
 
-A compiled unit returns all gradients in one call. So the actions ``I`` and ``W`` of the zero-bubble
-schedules are not split (see schedules/split_backward.py)."""
+For the zero-bubble schedules the backward of a unit is two graphs (backward_halves.py)."""
 
 from __future__ import annotations
 
@@ -32,6 +31,7 @@ from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import unshard_all
 from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import jit
+from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gathered_weight import LocalWeight
 from dtron.training.zero3_prefetch import Prefetch, pack, sum_rows
@@ -64,15 +64,23 @@ def compiled(
     if backend != "inductor":
         options, plain = {}, {}
     budget = 1.0 if how.policy.budget is None else how.policy.budget
+    # Without a mesh all stages are in this process, and nothing waits for a gradient.
+    splits = functions.splits and mesh is not None and backend == "inductor"
+    halves = BackwardHalves() if splits else None
     units = CompiledUnits(
-        mesh, partial(jit, budget=budget, backend=backend, options=options or None)
+        mesh, partial(jit, budget=budget, backend=backend, options=options or None), halves
     )
     if mesh is None:
         return replace(functions, stage=partial(functions.stage, call=units), splits=False)
     compile_list = partial(jit, backend=backend, options=plain or None)
     stage = CompiledStage(functions, layout, units, compile_list)
-    return Program(
-        stage.enter, stage.stage, False, stage, functions.carries, functions.enter_params
+    return replace(
+        functions,
+        enter=stage.enter,
+        stage=stage.stage,
+        splits=splits,
+        stage_weights=stage,
+        halves=halves,
     )
 
 

@@ -38,6 +38,7 @@ from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, output_gra
 from dtron.layers.recompute import recompute_in_backward
 from dtron.params import Fp8GatherRule
 from dtron.torch_compile import DIRECT
+from dtron.training.backward_halves import BackwardHalves
 from dtron.training.gathered_weight import LocalWeight, Saved
 from dtron.training.unit_key import unit_key
 from dtron.training.zero3_prefetch import Prefetch
@@ -84,17 +85,25 @@ class CompiledUnits:
     """Calls functions as compiled units: ``call(fn, *args)``.
 
     ``compile``: compiles a function of local tensors.
-    ``prefetch``: all-gathers the weights of units (None: no weight needs it)."""
+    ``halves``: splits the backward of units (None: it is not split)."""
 
     def __init__(
-        self, mesh: DeviceMesh | None, compile: Callable, prefetch: Prefetch | None = None
+        self, mesh: DeviceMesh | None, compile: Callable, halves: BackwardHalves | None = None
     ):
-        self._mesh, self._prefetch = mesh, prefetch
-        self._run = compile(self._traced, key=self._key)
-        self._called: list[tuple[Any, ...]] = [()]  # what the key of the next graph contains
+        self._mesh, self._halves = mesh, halves
+        self._prefetch: Prefetch | None = None
+        by_graph = None if halves is None else self._compiler_of_halves
+        self._run = compile(self._traced, key=self._key, by_graph=by_graph)
+        # The arguments of the unit that is called, for its key, and its weights.
+        self._called: list[tuple[Any, ...]] = [()]
+        self._weights: list[list[Tensor]] = [[]]
 
     def _key(self) -> str | None:
         return unit_key(self._mesh, *self._called[0])
+
+    def _compiler_of_halves(self, compile: Callable, inputs: Sequence[Tensor]) -> Callable:
+        assert self._halves is not None
+        return self._halves.compiler(compile, inputs, self._weights[0])
 
     def gathering(self, prefetch: Prefetch) -> CompiledUnits:
         """Return the same units with the weights that ``prefetch`` all-gathers."""
@@ -116,9 +125,10 @@ class CompiledUnits:
         like = None if self._mesh is None else found.tensors[0].new_empty(1)
         unit = found.unit
         hooks = nullcontext() if unit is None else saved_tensors_hooks(unit.pack, unit.unpack)
-        self._called[0] = shape, tuple(found.specs)
+        self._called[0], self._weights[0] = (shape, tuple(found.specs)), found.weights
         with hooks:
             results, out = self._run(shape, found.tensors, tuple(found.specs), like)
+        self._weights[0] = []
         return tuple(
             x if spec is None else _FromUnit.apply(x, self._mesh, *spec)
             for x, spec in zip(results, out, strict=True)
@@ -175,10 +185,12 @@ def _inside(x: Tensor, spec: TensorSpec, like: Tensor | None) -> Tensor:
 class _Found:
     """The tensors of an argument.
 
+    ``weights``: the tensors that are weights.
     ``unit``: the unit whose gathered weights are among them."""
 
     tensors: list[Tensor] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     unit: Saved | None = None
 
     def slot(self, x: Tensor, spec: TensorSpec) -> Slot:
@@ -195,6 +207,7 @@ def _split(x: Any, found: _Found) -> Any:
     A part without tensors is returned as it is."""
     if isinstance(x, LocalWeight):
         found.unit, spec = x.unit or found.unit, _spec(x.spec, x.local.requires_grad)
+        found.weights.append(x.local)
         if x.messages is not None:
             rows, shape, dim = x.messages
             messages = found.slot(rows, TensorSpec(None))
