@@ -5,9 +5,7 @@ functions that the compiler need not trace at all."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import cache, partial, wraps
-from types import FunctionType
+from functools import cache, wraps
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -88,94 +86,23 @@ def static_cache(function: _G) -> _G:
     return static(cast(_G, call))
 
 
-# The number of kinds of arguments (stages, shapes of weights, masks) for which one function may be
-# compiled. By default torch gives up after 8, to detect functions that recompile forever.
+# The number of kinds of arguments (shapes of weights, masks) for which ``jit`` compiles one function.
+# By default torch gives up after 8, to detect functions that recompile forever.
 KINDS = 64
 
-# The graph of a stage on several ranks contains process groups. The partitioner of torch 2.13 does
-# not count the memory saved for backward unless this setting says that process groups take no
-# memory. The partitioner of torch 2.11 does not need this setting.
-_NO_SIZE = "unsafe_treat_script_objects_as_zero_size"
 
-
-def jit(
-    fn: Callable,
-    budget: float = 1.0,
-    key: Callable[[], str | None] | None = None,
-    backend: Any = "inductor",
-    options: dict[str, Any] | None = None,
-    by_graph: Callable[[Callable, list[torch.Tensor]], Callable] | None = None,
-) -> Callable:
-    """Compile a function whole (``fullgraph``), once for each kind of arguments.
-
-    ``budget``: the share of activations that the partitioner may save for backward; 1.0 is all that
-    it would save by itself. The rest is recomputed, cheapest first.
-    ``key``: called when the function is compiled. Returns a text that contains all that the graph
-    depends on, besides what torch knows: see training/unit_key.py. None: nothing is known, and
-    torch does not keep the graph.
-    ``backend``, ``options``: see ``torch.compile``.
-    ``by_graph``: called as ``by_graph(compile, inputs)`` with inductor's compiler of one graph, and
-        the tensors that the function was called with. Returns a compiler to use in its place."""
-    if backend != "inductor":
-        key = by_graph = None
-    if by_graph is not None:
-        backend, options = partial(_inductor_by_graph, by_graph=by_graph, options=options), None
-    elif key is not None:
-        backend, options = partial(_inductor_with_key, key=key, options=options), None
-    inner = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
-    settings = [torch._dynamo.config.patch(recompile_limit=KINDS)]
-    if budget < 1:
-        kept = {"activation_memory_budget": budget}
-        if hasattr(torch._functorch.config, _NO_SIZE):
-            kept[_NO_SIZE] = True
-        settings.append(torch._functorch.config.patch(kept))
+def jit(fn: Callable, backend: Any = "inductor") -> Callable:
+    """Compile a function by ``torch.compile``, whole (``fullgraph``), once for each kind of
+    arguments."""
+    inner = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
 
     def run(*args: Any) -> Any:
-        with ExitStack() as stack:
-            for setting in settings:
-                stack.enter_context(setting)
+        with torch._dynamo.config.patch(recompile_limit=KINDS):
             return inner(*args)
 
     return run
 
 
-def _inductor_with_key(
-    graph: torch.fx.GraphModule,
-    inputs: list[torch.Tensor],
-    key: Callable[[], str | None],
-    options: dict[str, Any] | None,
-) -> Callable:
-    """Compile a graph with inductor. If it has a key, torch keeps it, whatever its functions."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    text = key()
-    compile = partial(cast(Callable, compile_fx), graph, inputs, config_patches=options)
-    if text is None:
-        return compile()
-    calls = [n.target for n in graph.graph.nodes if n.op == "call_function"]
-    named = {f"{f.__module__}.{f.__name__}" for f in calls if isinstance(f, FunctionType | type)}
-    marked = dict.fromkeys(["dtron", *sorted(named)], text)  # torch puts the texts in its own key
-    with (
-        config.patch(unsafe_marked_cacheable_functions=marked),
-        torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
-    ):
-        return compile()
-
-
-def _inductor_by_graph(
-    graph: torch.fx.GraphModule,
-    inputs: list[torch.Tensor],
-    by_graph: Callable[[Callable, list[torch.Tensor]], Callable],
-    options: dict[str, Any] | None,
-) -> Callable:
-    """Compile a function with a compiler of its forward and backward graphs. torch keeps the code
-    of each graph, but not the pair, since it does not know this compiler."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    compile = by_graph(compile_fx_inner, inputs)
-    # A donated buffer would be overwritten by a graph that is not its last reader.
-    with torch._functorch.config.patch(enable_autograd_cache=False, donated_buffer=False):
-        return cast(Callable, compile_fx)(
-            graph, inputs, inner_compile=compile, config_patches=options
-        )
+def tracing() -> bool:
+    """Whether a compiler traces the code that calls this function."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None

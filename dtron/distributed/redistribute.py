@@ -116,26 +116,17 @@ class ShardSpec:
         )
 
 
-@opaque
 class LocalToDTensor(torch.autograd.Function):
-    """Make a DTensor on the mesh of ``like`` from a rank's local tensor of a weight.
+    """Make a DTensor from a rank's local tensor of a weight.
 
     The gradient must have the placements of ``ShardSpec.gradient``. Backward returns the local
     tensor of the gradient. The backward of ``DTensor.from_local`` would reduce pending sums in
     every microbatch."""
 
     @staticmethod
-    def forward(
-        ctx: typing.Any,
-        x: Tensor,
-        like: DTensor,
-        placements: tuple[int, ...],
-        shape: Sequence[int],
-        stride: Sequence[int],
-    ) -> DTensor:
-        spec = ShardSpec(decode(placements), torch.Size(shape), tuple(stride))
+    def forward(ctx: typing.Any, x: Tensor, mesh: DeviceMesh, spec: ShardSpec) -> DTensor:
         ctx.placements = spec.gradient.placements
-        return spec.to_dtensor(x, like.device_mesh)
+        return spec.to_dtensor(x, mesh)
 
     @staticmethod
     def backward(ctx: typing.Any, g: DTensor) -> tuple[Tensor | None, ...]:
@@ -146,7 +137,7 @@ class LocalToDTensor(torch.autograd.Function):
                 "summand of the gradient; constrain the activation that the weight multiplies to "
                 "tokens_sp"
             )
-        return g.to_local(), None, None, None, None
+        return g.to_local(), None, None
 
 
 def reduce_scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:

@@ -31,15 +31,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import (
     AuxRequest,
+    BlockMask,
     FlexKernelOptions,
     create_block_mask,
     flex_attention,
 )
 
 from dtron.errors import UserError
-from dtron.layers.attention_mask import AttentionMask, allowed, sees
+from dtron.layers.attention_mask import AttentionMask, FlexBlocks, MaskRule, allowed
 from dtron.layers.recompute import recompute_in_backward
-from dtron.torch_compile import jit
+from dtron.torch_compile import jit, tracing
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -128,7 +129,7 @@ def attention_sdpa(
     bias = None if plain else allowed(mask, documents_BS, q.device)
     if q.is_cuda:
         kernels = sdpa_kernel(_FASTEST, set_priority=True)
-    elif _LSE_IS_FLOAT32 and q.dtype == torch.float64 and torch.compiler.is_compiling():
+    elif _LSE_IS_FLOAT32 and q.dtype == torch.float64 and tracing():
         kernels = sdpa_kernel(SDPBackend.MATH)
     else:
         kernels = nullcontext()
@@ -192,13 +193,16 @@ def with_blocks(
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
     sizes = (mask.seq_len if x is None else x.shape[-1] for x in (queries, mask.keys))
 
-    def rule(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        query = i if queries is None else queries[b, i]
-        key = j if mask.keys is None else mask.keys[j]
-        return sees(mask, documents_BS, b, query, key)
+    rule = MaskRule(mask, documents_BS, queries)
+    make = _by_itself(_blocks, device)
+    return replace(mask, blocks=FlexBlocks.of(make(rule, rows, *sizes, device), rule))
 
-    make = _by_itself(create_block_mask, device)
-    return replace(mask, blocks=make(rule, rows, None, *sizes, device))
+
+def _blocks(rule: MaskRule, rows: int | None, q: int, kv: int, device: torch.device) -> BlockMask:
+    def seen(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return rule(b, n, i, j)
+
+    return create_block_mask(seen, rows, None, q, kv, device)
 
 
 def _flex(
@@ -213,7 +217,7 @@ def _flex(
         k,
         v,
         score_mod=None if mask.softcap is None else capped,
-        block_mask=mask.blocks,
+        block_mask=None if mask.blocks is None else mask.blocks.block_mask(),
         scale=mask.scale,
         enable_gqa=True,
         kernel_options=_KERNEL,
@@ -229,7 +233,7 @@ _KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:
     """Return fn, compiled if it runs on a GPU and no enclosing stage is being compiled."""
-    return fn if device.type != "cuda" or torch.compiler.is_compiling() else _compiled(fn)
+    return fn if device.type != "cuda" or tracing() else _compiled(fn)
 
 
 @cache

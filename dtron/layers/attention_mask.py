@@ -7,6 +7,8 @@ of context parallelism (context_parallel.py) and for generation (kv_cache.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class AttentionMask:
     scale: float | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
-    blocks: BlockMask | None = None
+    blocks: FlexBlocks | None = None
 
     @property
     def windowed(self) -> bool:
@@ -67,3 +69,41 @@ def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.devi
     rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
     return sees(mask, documents_BS, b, i[:, None, :, None], j).expand(rows, 1, -1, -1)
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """The rule of a mask for one pair of indices, of any shapes that broadcast.
+
+    ``queries``: the places of queries, for each row."""
+
+    mask: AttentionMask
+    documents_BS: Tensor | None
+    queries: Tensor | None
+
+    def __call__(self, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Return whether query i of row b may see key j. All heads n have one mask."""
+        query = i if self.queries is None else self.queries[b, i]
+        key = j if self.mask.keys is None else self.mask.keys[j]
+        return sees(self.mask, self.documents_BS, b, query, key)
+
+
+@dataclass(frozen=True)
+class FlexBlocks:
+    """flex's block mask as plain data, so that a compiled block takes its tensors as inputs.
+
+    ``values``: the arguments of ``BlockMask`` but its rule."""
+
+    values: dict[str, Any]
+    rule: MaskRule
+
+    @classmethod
+    def of(cls, made: BlockMask, rule: MaskRule) -> FlexBlocks:
+        names = [name for name in signature(BlockMask).parameters if name != "mask_mod"]
+        return cls({name: getattr(made, name) for name in names}, rule)
+
+    def block_mask(self) -> BlockMask:
+        def rule(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return self.rule(b, n, i, j)
+
+        return BlockMask(**self.values, mask_mod=rule)

@@ -11,22 +11,49 @@ each chunk is a recomputed region of its own. No tensor of size ``[T, F]`` ever 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, noop_context_fn
 
-# Run ``fn(*xs)`` as a recomputed region: only ``xs`` are kept, and backward runs ``fn`` again.
-checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+from dtron.torch_compile import tracing
+
+
+def checkpointed(fn: Callable, *xs: Any, context_fn: Callable = noop_context_fn) -> Any:
+    """Run ``fn(*xs)`` as a recomputed region: only ``xs`` are kept, and backward runs ``fn`` again.
+
+    ``context_fn``: as of ``torch.utils.checkpoint``, for a region that keeps some results."""
+    if tracing():
+        return _marked(fn, xs, context_fn)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(fn, *xs, context_fn=context_fn, **options)
+
+
+def _marked(fn: Callable, xs: tuple[Any, ...], context_fn: Callable) -> Any:
+    """Run ``fn(*xs)`` under a tracer, and mark its operators for the partitioner, which decides what
+    backward recomputes. torch.compile marks them in the same way."""
+    region, (context, _) = next(_REGIONS), context_fn()
+    if hasattr(context, "ac_graph_id"):  # torch 2.13 marks the operators of such a context itself
+        context.ac_graph_id = region
+    with traceback.preserve_node_meta(), context:
+        mark = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+        traceback.current_meta.update(mark)
+        return fn(*xs)
+
+
+_REGIONS = itertools.count()  # the partitioner keeps what one region passes to another
 
 
 def recompute_in_backward(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:
     """Return ``fn(*xs)``, and let a compiled backward recompute these results from xs. By default a
     compiler keeps the inputs of matmuls and attention."""
-    compiles = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    return checkpointed(fn, *xs) if compiles else fn(*xs)
+    marked = tracing() and torch.is_grad_enabled()
+    return checkpointed(fn, *xs) if marked else fn(*xs)
 
 
 def mlp_chunk_tokens(tokens: int, width: int) -> int | None:

@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.collectives import all_gather, all_to_all, reduce_scatter
 from dtron.moe.permutation import by_expert, by_room, permute, permuted, unpermute
+from dtron.torch_compile import tracing
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
 RunExperts = Callable[[Tensor, Tensor | None], Tensor]  # experts.compute on this rank's experts
@@ -165,5 +166,5 @@ def choose_dispatcher(dispatch: Dispatch, experts: ExpertGroup) -> Callable:
     if experts.ranks is None:
         return local
     if dispatch == "auto":
-        return allgather if torch.compiler.is_compiling() else alltoall
+        return allgather if tracing() else alltoall
     return DISPATCHERS[dispatch]

@@ -24,6 +24,7 @@ from dtron.fp8.matmul import grouped_matmul
 from dtron.fp8.recipe import Recipe
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
+from dtron.torch_compile import tracing
 
 LIMIT, SLOPE = 7.0, 1.702  # constants of gpt-oss's SwiGLU
 
@@ -97,4 +98,4 @@ def product(
 def _grouped_mm(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if x.dtype == torch.bfloat16:
         return grouped
-    return masked if torch.compiler.is_compiling() else looped
+    return masked if tracing() else looped

@@ -57,14 +57,13 @@ class BackwardHalves:
         later, self._left = self._left, None
         return later
 
-    def compiler(
-        self, compile: Callable, args: Sequence[Any], weights: Sequence[Tensor]
-    ) -> Callable:
+    def compiler(self, compile: Callable, args: Sequence[Any], weights: Sequence[int]) -> Callable:
         """Return a compiler of graphs that splits a backward graph.
 
         ``compile``: inductor's compiler of one graph.
-        ``args``: the unit's inputs, among them its ``weights``."""
-        late = {i for i, x in enumerate(args) if any(x is w for w in weights)}
+        ``args``: the unit's inputs.
+        ``weights``: the indices of the inputs that are weights."""
+        late = set(weights)
         tensors = [isinstance(x, Tensor) for x in args]  # torch 2.13 passes process groups too
 
         def compile_halves(graph: GraphModule, inputs: Sequence[Any], **how: Any) -> Callable:

@@ -30,10 +30,10 @@ from dtron.mesh import Layout
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import unshard_all
 from dtron.schedules.runner import Program, StageOutput
-from dtron.torch_compile import jit
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gathered_weight import LocalWeight
+from dtron.training.traced_function import GraphCompiler, TracedFunction
 from dtron.training.zero3_prefetch import Prefetch, pack, sum_rows
 from dtron.tree import declared, flat, unflatten
 
@@ -67,13 +67,11 @@ def compiled(
     # Without a mesh all stages are in this process, and nothing waits for a gradient.
     splits = functions.splits and mesh is not None and backend == "inductor"
     halves = BackwardHalves() if splits else None
-    units = CompiledUnits(
-        mesh, partial(jit, budget=budget, backend=backend, options=options or None), halves
-    )
+    compiler = GraphCompiler(backend, options or None, budget, halves)
+    units = CompiledUnits(mesh, compiler)
     if mesh is None:
         return replace(functions, stage=partial(functions.stage, call=units), splits=False)
-    compile_list = partial(jit, backend=backend, options=plain or None)
-    stage = CompiledStage(functions, layout, units, compile_list)
+    stage = CompiledStage(functions, layout, units, GraphCompiler(backend, plain or None))
     return replace(
         functions,
         enter=stage.enter,
@@ -127,11 +125,12 @@ class CompiledStage:
     ``StageWeights`` of the program (training/gradients.py)."""
 
     def __init__(
-        self, functions: Program, layout: Layout, units: CompiledUnits, compile_list: Callable
+        self, functions: Program, layout: Layout, units: CompiledUnits, compiler: GraphCompiler
     ):
         self._functions, self._layout, self._units = functions, layout, units
-        self._run_list = compile_list(self._traced_list)
-        self._sum_rows, self._pack = compile_list(sum_rows), compile_list(pack)
+        self._run_list = TracedFunction(self._on_list, compiler, layout)
+        self._sum_rows = TracedFunction(sum_rows, compiler)
+        self._pack = TracedFunction(pack, compiler)
 
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         units = self._units.gathering(p.prefetch)
@@ -218,18 +217,18 @@ class CompiledStage:
         rest = [i for i, is_ready in enumerate(ready) if not is_ready]
         if not rest:
             return tensors
-        columns: tuple[list[Any], ...] = (tensors, specs, *lists)
-        results = self._run_list(fn, *([xs[i] for i in rest] for xs in columns))
+        columns = [[xs[i] for i in rest] for xs in (specs, *lists)]
+        results = self._run_list([tensors[i] for i in rest], fn, *columns)
         changed = dict(zip(rest, results, strict=True))
         return [changed.get(i, x) for i, x in enumerate(tensors)]
 
-    def _traced_list(
-        self, fn: Callable, tensors: list[Tensor], specs: list[ShardSpec], *lists: list[Any]
-    ) -> list[Tensor]:
+    def _on_list(
+        self, tensors: list[Tensor], fn: Callable, specs: list[ShardSpec], *lists: list[Any]
+    ) -> tuple[list[Tensor], None]:
         mesh = self._layout.mesh
         assert mesh is not None
         dtensors = [spec.to_dtensor(t, mesh) for t, spec in zip(tensors, specs, strict=True)]
-        return [x.to_local() for x in fn(dtensors, *lists)]
+        return [x.to_local() for x in fn(dtensors, *lists)], None
 
 
 def _enter(enter: Callable, p: Any, batch: Any) -> tuple[Tensor]:

@@ -10,8 +10,9 @@ https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.)
 Between units the stage runs in Python, which is slower than a graph to launch its few kernels. A
 recorded step (cuda_graph.py) has no Python.
 
-A graph takes and returns local tensors of each rank. Inside, ``LocalToDTensor`` makes DTensors of
-the local tensors. The tracer sees through DTensors, so only kernels and collectives are left.
+A graph takes and returns local tensors of each rank (traced_function.py). Inside, ``LocalToDTensor`` makes
+DTensors of the local tensors. The tracer sees through DTensors, so only kernels and collectives are
+left.
 
 Left out: a graph that joins neighbouring units. Inductor cannot fuse the last addition of a block
 with the norm of the next block.
@@ -30,17 +31,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from dtron.distributed.fp8_all_gather import Unpack
-from dtron.distributed.placement_codes import code, decode
 from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, output_gradient
 from dtron.layers.recompute import recompute_in_backward
 from dtron.params import Fp8GatherRule
 from dtron.torch_compile import DIRECT
-from dtron.training.backward_halves import BackwardHalves
 from dtron.training.gathered_weight import LocalWeight, Saved
-from dtron.training.unit_key import unit_key
+from dtron.training.traced_function import GraphCompiler, Kind, TracedFunction
 from dtron.training.zero3_prefetch import Prefetch
 from dtron.tree import Leaf
 
@@ -69,41 +68,28 @@ class Node(Leaf):
 class TensorSpec:
     """How a unit gets one tensor from its local tensor.
 
-    ``placements``: encoded by ``code``; None: a plain tensor.
+    ``shards``: the spec of the DTensor; None: a plain tensor.
     ``differentiable``: whether it has a gradient.
     ``packed``: for a weight that was all-gathered in 8 bits, the slot of its messages, the sharded
         dim, and the shape of a shard."""
 
-    placements: tuple[int, ...] | None
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
+    shards: ShardSpec | None = None
     differentiable: bool = False
     packed: tuple[int, int, tuple[int, ...]] | None = None
 
 
 class CompiledUnits:
-    """Calls functions as compiled units: ``call(fn, *args)``.
+    """Calls functions as compiled units: ``call(fn, *args)``."""
 
-    ``compile``: compiles a function of local tensors.
-    ``halves``: splits the backward of units (None: it is not split)."""
-
-    def __init__(
-        self, mesh: DeviceMesh | None, compile: Callable, halves: BackwardHalves | None = None
-    ):
-        self._mesh, self._halves = mesh, halves
+    def __init__(self, mesh: DeviceMesh | None, compiler: GraphCompiler):
+        self._mesh = mesh
         self._prefetch: Prefetch | None = None
-        by_graph = None if halves is None else self._compiler_of_halves
-        self._run = compile(self._traced, key=self._key, by_graph=by_graph)
-        # The arguments of the unit that is called, for its key, and its weights.
-        self._called: list[tuple[Any, ...]] = [()]
-        self._weights: list[list[Tensor]] = [[]]
+        self._traced = TracedFunction(self._unit, compiler, mesh)
 
-    def _key(self) -> str | None:
-        return unit_key(self._mesh, *self._called[0])
-
-    def _compiler_of_halves(self, compile: Callable, inputs: Sequence[Tensor]) -> Callable:
-        assert self._halves is not None
-        return self._halves.compiler(compile, inputs, self._weights[0])
+    @property
+    def kinds(self) -> dict[Any, Kind]:
+        """The kinds of units that have been compiled."""
+        return self._traced.kinds
 
     def gathering(self, prefetch: Prefetch) -> CompiledUnits:
         """Return the same units with the weights that ``prefetch`` all-gathers."""
@@ -122,42 +108,37 @@ class CompiledUnits:
     def __call__(self, fn: Callable, *args: Any) -> tuple[Tensor, ...]:
         found = _Found()
         shape = _split((fn, *args), found)
-        like = None if self._mesh is None else found.tensors[0].new_empty(1)
+        plain = shape, tuple(found.specs)
+        kind = self._traced.kind(found.tensors, *plain, weights=found.weights, static=found.static)
         unit = found.unit
         hooks = nullcontext() if unit is None else saved_tensors_hooks(unit.pack, unit.unpack)
-        self._called[0], self._weights[0] = (shape, tuple(found.specs)), found.weights
         with hooks:
-            results, out = self._run(shape, found.tensors, tuple(found.specs), like)
-        self._weights[0] = []
+            results = kind.run(*found.tensors)
         return tuple(
-            x if spec is None else _FromUnit.apply(x, self._mesh, *spec)
-            for x, spec in zip(results, out, strict=True)
+            x if spec is None else _FromUnit.apply(x, self._mesh, spec)
+            for x, spec in zip(results, kind.extra, strict=True)
         )
 
-    def _traced(
-        self, shape: Node, tensors: list[Tensor], specs: tuple[TensorSpec, ...], like: Tensor | None
-    ) -> tuple[list[Tensor], list[tuple | None]]:
-        mesh = self._mesh
-        if mesh is not None:
-            assert like is not None
-            replicated = [Replicate()] * mesh.ndim
-            like = DTensor.from_local(like, mesh, replicated, run_check=False)
+    def _unit(
+        self, tensors: list[Tensor], shape: Node, specs: tuple[TensorSpec, ...]
+    ) -> tuple[list[Tensor], list[ShardSpec | None]]:
+        """Run a unit on local tensors. Return its local results, and their specs."""
         locals_ = [
             x if spec.packed is None else _unpacked(x, tensors, spec.packed)
             for x, spec in zip(tensors, specs, strict=True)
         ]
-        dtensors = [_inside(x, spec, like) for x, spec in zip(locals_, specs, strict=True)]
-        fn, *args = _join(shape, dtensors)
-        results: list[Tensor] = []
-        out: list[tuple | None] = []
-        for y in fn(*args):
-            if isinstance(y, DTensor):
-                results.append(_local_output(y))
-                out.append((code(y.placements), tuple(y.shape), tuple(y.stride())))
-            else:
-                results.append(y)
-                out.append(None)
-        return results, out
+        fn, *args = _join(shape, list(map(self._inside, locals_, specs)))
+        outputs = fn(*args)
+        results = [_local_output(y) if isinstance(y, DTensor) else y for y in outputs]
+        return results, [ShardSpec.of(y) if isinstance(y, DTensor) else None for y in outputs]
+
+    def _inside(self, x: Tensor, spec: TensorSpec) -> Tensor:
+        if spec.shards is None:
+            return x
+        assert self._mesh is not None
+        if spec.differentiable:
+            return LocalToDTensor.apply(x, self._mesh, spec.shards)
+        return spec.shards.to_dtensor(x, self._mesh)
 
 
 def _unpacked(
@@ -171,26 +152,19 @@ def _unpacked(
     return recompute_in_backward(unpack, tensors[messages], carrier)[0]
 
 
-def _inside(x: Tensor, spec: TensorSpec, like: Tensor | None) -> Tensor:
-    if spec.placements is None:
-        return x
-    assert isinstance(like, DTensor)
-    if spec.differentiable:
-        return LocalToDTensor.apply(x, like, spec.placements, spec.shape, spec.stride)
-    full = ShardSpec(decode(spec.placements), torch.Size(spec.shape), spec.stride)
-    return full.to_dtensor(x, like.device_mesh)
-
-
 @dataclass
 class _Found:
     """The tensors of an argument.
 
-    ``weights``: the tensors that are weights.
+    ``weights``: the indices of weights.
+    ``static``: the indices of weights that have been all-gathered. They are free to keep for
+        backward: a handle is saved in place of each.
     ``unit``: the unit whose gathered weights are among them."""
 
     tensors: list[Tensor] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    static: list[int] = field(default_factory=list)
     unit: Saved | None = None
 
     def slot(self, x: Tensor, spec: TensorSpec) -> Slot:
@@ -206,19 +180,25 @@ def _split(x: Any, found: _Found) -> Any:
     """Move the tensors of an argument to ``found``. Return the argument with slots in their place.
     A part without tensors is returned as it is."""
     if isinstance(x, LocalWeight):
-        found.unit, spec = x.unit or found.unit, _spec(x.spec, x.local.requires_grad)
-        found.weights.append(x.local)
+        spec = TensorSpec(x.spec, x.local.requires_grad)
         if x.messages is not None:
             rows, shape, dim = x.messages
-            messages = found.slot(rows, TensorSpec(None))
+            messages = found.slot(rows, TensorSpec())
+            found.static.append(messages.index)
             spec = replace(spec, packed=(messages.index, dim, tuple(shape)))
-        return found.slot(x.local, spec)
+        slot = found.slot(x.local, spec)
+        found.weights.append(slot.index)
+        if x.unit is not None:
+            found.unit = x.unit
+            if x.messages is None:
+                found.static.append(slot.index)
+        return slot
     if isinstance(x, DTensor):
         spec = ShardSpec.of(x)
         local = x.to_local(grad_placements=spec.gradient.placements)
-        return found.slot(local, _spec(spec, local.requires_grad))
+        return found.slot(local, TensorSpec(spec, local.requires_grad))
     if isinstance(x, Tensor):
-        return found.slot(x, TensorSpec(None))
+        return found.slot(x, TensorSpec())
     if isinstance(x, Leaf):
         return x
     if isinstance(x, partial):
@@ -241,10 +221,6 @@ def _split(x: Any, found: _Found) -> Any:
 
 def _changed(x: Any) -> bool:
     return isinstance(x, (Slot, Node))
-
-
-def _spec(spec: ShardSpec, differentiable: bool) -> TensorSpec:
-    return TensorSpec(code(spec.placements), tuple(spec.shape), tuple(spec.stride), differentiable)
 
 
 def _join(x: Any, tensors: list[Tensor]) -> Any:
@@ -273,18 +249,11 @@ class _FromUnit(torch.autograd.Function):
     after a redistribution if the gradient does not have the placements that the unit expects."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mesh: DeviceMesh,
-        placements: tuple[int, ...],
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-    ) -> Tensor:
-        ctx.placements = decode(placements)
-        return ShardSpec(ctx.placements, torch.Size(shape), stride).to_dtensor(x, mesh)
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, spec: ShardSpec) -> Tensor:
+        ctx.placements = spec.placements
+        return spec.to_dtensor(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, g: DTensor) -> tuple[Tensor | None, ...]:
         g = g.redistribute(g.device_mesh, output_gradient(ctx.placements))
-        return g.to_local(), None, None, None, None
+        return g.to_local(), None, None

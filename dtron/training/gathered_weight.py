@@ -114,8 +114,6 @@ class GatheredWeight:
         """Return the whole weight for the unit.
 
         ``x``: the result of ``arrived``."""
-        # The compiler then keeps a handle for backward and not, say, an FP8 copy of the weight.
-        torch._dynamo.mark_static_address(x)
         spec = replace(self.weight.spec, placements=self.goal)
         shape = self.weight.local.shape
         packed = PackedWeight(x, shape, self.dim) if self.packed else None

@@ -201,8 +201,11 @@ class UnitWeights:
                 results.append(None if g is None else w.reduced(g))
 
         def finish() -> None:
-            sums = [(w.reduce, total, own, wait(rows)) for w, total, own, rows in sent]
-            self.prefetch.sum_rows(sums)
+            tensors: list[Tensor] = []
+            for _, total, own, rows in sent:
+                tensors += [total, wait(rows), *([] if own is None else [own])]
+            dtypes = [None if own is None else w.reduce for w, _, own, _ in sent]
+            self.prefetch.sum_rows(tensors, dtypes)
 
         self.prefetch.send(finish)
         if self.alone:
@@ -227,15 +230,22 @@ class _Gather(torch.autograd.Function):
         return None, None, *ctx.unit.backward(grads)
 
 
-def pack(parts: Sequence[Tensor]) -> list[Tensor]:
+def pack(parts: Sequence[Tensor]) -> tuple[list[Tensor], None]:
     """Pack shards for all-gathers in 8 bits."""
-    return [packed(part) for part in parts]
+    return [packed(part) for part in parts], None
 
 
-def sum_rows(sums: Sequence[tuple[torch.dtype, Tensor, Tensor | None, Tensor]]) -> None:
+def sum_rows(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
+) -> tuple[list[Tensor], None]:
     """Write the sums of the rows of gradients that have arrived.
 
-    ``sums``: for each gradient, the dtype of the sum, the result, this rank's own row, and the
-        rows of all other ranks (without an own row: the sum itself)."""
-    for dtype, total, own, rows in sums:
-        total.copy_(rows.view_as(total) if own is None else row_sum(own, rows, dtype))
+    ``tensors``: for each gradient, the result, the rows of all other ranks, and this rank's own
+        row; or the result and the sum itself.
+    ``dtypes``: for each gradient, the dtype of the sum; None: the sum has arrived."""
+    left = iter(tensors)
+    for dtype in dtypes:
+        total, rows = next(left), next(left)
+        arrived = rows.view_as(total) if dtype is None else row_sum(next(left), rows, dtype)
+        total.copy_(arrived)
+    return [], None

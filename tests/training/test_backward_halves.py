@@ -30,27 +30,45 @@ from dtron.training.backward_halves import BackwardHalves, split
 from dtron.training.compiled_stage import CompiledStage
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.pipeline import Pipeline, program
+from dtron.training.traced_function import TracedFunction
 from tests.helpers.compiled import ROWS, lone_rank
 from tests.helpers.runs import MODEL
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+class Eager:
+    """A compiler that leaves a function as it is."""
+
+    def compile(self, graph, inputs, key, weights):
+        return graph
 
 
-def jit(fn, key=None, by_graph=None):
-    """Compile without code: torch's graphs run as they are. ``by_graph`` as in torch_compile.py."""
+class Graphs:
+    """A compiler that splits backward graphs, and runs all graphs as they are."""
 
-    def one_graph(graph, inputs, **how):
-        return make_boxed_func(graph.forward)
+    def __init__(self, halves: BackwardHalves):
+        self.halves = halves
 
-    def backend(graph, inputs):
-        compile = by_graph(one_graph, inputs) if by_graph else one_graph
+    def compile(self, graph, inputs, key, weights):
+        def one_graph(graph, inputs, **how):
+            return make_boxed_func(graph.forward)
+
+        compile = self.halves.compiler(one_graph, inputs, weights)
         return aot_autograd(
             fw_compiler=compile,
             bw_compiler=partial(compile, is_backward=True),
             partition_fn=min_cut_rematerialization_partition,
         )(graph, inputs)
 
-    return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
+
+def unit_of(fn, halves: BackwardHalves):
+    """Compile ``fn(x, weights)``."""
+    traced = TracedFunction(lambda xs: ([fn(xs[0], xs[1:])], None), Graphs(halves))
+
+    def unit(x, weights):
+        xs = [x, *weights]
+        return traced.kind(xs, weights=range(1, len(xs))).run(*xs)[0]
+
+    return unit
 
 
 # ---- one unit
@@ -72,7 +90,6 @@ def matmuls(graph) -> int:
 @given(st.integers(1, 5), st.integers(0, 2**31))
 def test_both_halves_are_the_whole(count, seed):
     """Equal to the bit. I has a matmul for each input of a matmul, and W one for each weight."""
-    torch.compiler.reset()
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
     x, g = draw(6, 4).requires_grad_(), draw(6, 4)
@@ -86,7 +103,7 @@ def test_both_halves_are_the_whole(count, seed):
     patch = pytest.MonkeyPatch()
     patch.setattr(backward_halves, "split", noted)
     try:
-        unit = jit(chain, by_graph=partial(halves.compiler, weights=weights))
+        unit = unit_of(chain, halves)
         ends = lambda: [get_gradient_edge(unit(x, weights))]
         want, whole = backward([get_gradient_edge(chain(x, weights))], x, weights, [g])
         got, later = backward_input(ends(), x, weights, [g], halves)
@@ -103,12 +120,12 @@ def test_both_halves_are_the_whole(count, seed):
 def test_what_only_the_first_half_reads_is_freed_after_it():
     saved: Counter[str] = Counter()
 
-    def forward(x, w):
-        return torch.softmax(x @ w * 2, -1).cumsum(0)
+    def forward(x, weights):
+        return torch.softmax(x @ weights[0] * 2, -1).cumsum(0)
 
     x, w = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     halves = BackwardHalves()
-    unit = jit(forward, by_graph=partial(halves.compiler, weights=[w]))
+    unit = unit_of(forward, halves)
 
     class Token:
         def __init__(self):
@@ -118,7 +135,7 @@ def test_what_only_the_first_half_reads_is_freed_after_it():
             saved["alive"] -= 1
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (t, Token()), lambda pair: pair[0]):
-        y = [get_gradient_edge(unit(x, w))]
+        y = [get_gradient_edge(unit(x, [w]))]
     assert saved["alive"]
     _, later = backward_input(y, x, [w], [torch.ones(4, 4)], halves)
     y.clear()
@@ -129,19 +146,15 @@ def test_what_only_the_first_half_reads_is_freed_after_it():
 # ---- a pipeline of compiled stages
 
 
-def eager(fn, key=None, by_graph=None):
-    return fn
-
-
-def gradients(model, compile) -> list[torch.Tensor]:
+def gradients(model, compiles: bool) -> list[torch.Tensor]:
     """The summed gradients of this rank's weights, before they are reduced over ranks."""
-    torch.compiler.reset()
     t, count = make("zb-h1", 2, 4), 4
     layout = Layout(lone_rank("dp=2"), rules_for(0))
     each = model.layers // t.stages
     pipe = Pipeline(t, tuple(split_into_stages(model, [each] * t.stages)), layout)
     functions, halves = program(model, layout), BackwardHalves()
-    stage = CompiledStage(functions, layout, CompiledUnits(layout.mesh, compile, halves), eager)
+    compiler = Graphs(halves) if compiles else Eager()
+    stage = CompiledStage(functions, layout, CompiledUnits(layout.mesh, compiler), Eager())
     functions = replace(functions, enter=stage.enter, stage=stage.stage, halves=halves)
     params = init(pipe.spec, model.dims(), 0, layout, torch.float64)
     leaves = [stage.leaves(tree, False) for tree in params]
@@ -173,7 +186,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_pipeline_of_halves_is_that_of_eager_stages(model):
-    want, got = (gradients(MODELS[model], compile) for compile in (eager, jit))
+    want, got = (gradients(MODELS[model], compiles) for compiles in (False, True))
     for a, b in zip(got, want, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -29,6 +29,7 @@ from dtron.training.gradients import gradients
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.pipeline import one_stage, program
+from dtron.training.traced_function import GraphCompiler
 from dtron.tree import flat, tree_map
 from tests.helpers.compiled import BLOCK, DOCUMENTS, HARD, ONE, ROWS, lone_rank
 from tests.helpers.runs import MODEL
@@ -45,6 +46,11 @@ def step(functions, model, count: int = 2, packed: bool = False):
     return gradients(functions, params, batches, 64, pipe, 1)[:2]
 
 
+def kinds(functions: Program) -> int:
+    """The number of kinds of units that one device has compiled."""
+    return len(functions.stage.keywords["call"].kinds)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "choices", [{}, {"norm": "layernorm", "activation": "gelu", "bias": True, "window": 5}]
@@ -58,8 +64,9 @@ def test_gradients_are_those_of_eager(recompute, choices):
     want_loss, want = step(program(model, ONE, ComputeConfig(recompute)), model)
     functions = compiled(program(model, ONE, ComputeConfig(recompute)), ONE, backend="aot_eager")
     got_loss, got = step(functions, model)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        step(functions, model)
+    once = kinds(functions)
+    step(functions, model)
+    assert kinds(functions) == once
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-12)
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.abs().max() > 0
@@ -163,8 +170,9 @@ def test_flex_in_a_compiled_stage(monkeypatch, recompute, forward_again):
     with flex_on_cpu():
         got_loss, got = step(functions, model, packed=True)
         assert len(masks) == 2
-        with torch.compiler.set_stance("fail_on_recompile"):
-            step(functions, model, packed=True)
+        once = kinds(functions)
+        step(functions, model, packed=True)
+        assert kinds(functions) == once
     assert got_loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
     for a, b in zip(flat(got), flat(want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # its log-sum-exp is float32
@@ -195,15 +203,19 @@ def test_code_from_the_cache_finds_its_operators():
     assert done.returncode == 0, done.stderr
 
 
+def note_options(monkeypatch, found: list[dict | None]) -> None:
+    def compiler(backend, options=None, *rest):
+        found.append(options)
+        return GraphCompiler(backend, options, *rest)
+
+    monkeypatch.setattr(dtron.training.compiled_stage, "GraphCompiler", compiler)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_gathers_are_laid_end_to_end_only_where_nccl_carries_them(monkeypatch, copied):
     found = []
     monkeypatch.setattr(dtron.training.compiled_stage, "copy_engine_groups", lambda mesh: copied)
-    monkeypatch.setattr(
-        dtron.training.compiled_stage,
-        "jit",
-        lambda fn, **how: found.append(how.get("options")) or fn,
-    )
+    note_options(monkeypatch, found)
     compiled(Program(None, None), SimpleNamespace(mesh=SimpleNamespace(device_type="cuda")))
     passes = {name.rpartition(".")[2]: on for name, on in next(filter(None, found)).items()}
     assert passes["collective_bucketing"] is not copied and passes["enable_overlap_scheduling"]
@@ -214,14 +226,10 @@ def test_torch_moves_no_collective_by_itself(monkeypatch):
     gradients."""
     found, name = [], "aten_distributed_optimizations.enable_simple_overlap"
     monkeypatch.setattr(torch._inductor, "list_options", lambda: [name])
-    monkeypatch.setattr(
-        dtron.training.compiled_stage,
-        "jit",
-        lambda fn, **how: found.append(how.get("options")) or fn,
-    )
+    note_options(monkeypatch, found)
     mesh = SimpleNamespace(device_type="cpu", mesh_dim_names=(), ndim=0)
     compiled(Program(None, None), SimpleNamespace(mesh=mesh))
-    assert len(found) == 4 and all(options[name] is False for options in found)
+    assert len(found) == 2 and all(options[name] is False for options in found)
 
 
 @pytest.mark.parametrize("gradients_dtype", [torch.float64, torch.bfloat16])

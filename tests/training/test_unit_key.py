@@ -19,10 +19,9 @@ from dtron.moe.config import MoEConfig
 from dtron.params import init
 from dtron.rules import rules_for
 from dtron.training.compiled_stage import compiled
-from dtron.training.compiled_units import CompiledUnits
-from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
-from dtron.training.unit_key import unit_key
+from dtron.training.traced_function import Kind, TracedFunction
+from dtron.training.unit_key import disk_key
 from tests.helpers.compiled import BLOCK, ONE, ROWS, lone_rank
 from tests.helpers.paths import ROOT
 
@@ -49,21 +48,22 @@ def keys(mesh: str, change: dict, how: dict) -> list[str | None]:
     """The keys of the units that a step calls. Nothing is compiled."""
     layout = ONE if mesh == "dp=1" else Layout(lone_rank(mesh), rules_for(1))
     model, config, found = replace(BLOCK, **change), ComputeConfig(**how), []
-    call = CompiledUnits.__call__
 
-    def eager(self, fn, *args):
-        self._run = lambda shape, tensors, specs, like: self._traced(shape, tensors, specs, like)
-        result = call(self, fn, *args)
-        found.append(self._key())
-        return result
+    def eager(self, tensors, *plain, **_):
+        found.append(disk_key(*self._context, *plain))
+        _, extra = self._fn(tensors, *plain)
+        return Kind(lambda *xs: self._fn(list(xs), *plain)[0], extra)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(CompiledUnits, "__call__", eager)
+    patch.setattr(TracedFunction, "kind", eager)
     try:
         functions = compiled(program(model, layout, config, splits=False), layout, config)
         pipe = one_stage(model, 1, layout)
         params = init(pipe.spec, model.dims(), 0, layout)
-        gradients(functions, params, [make_batch(ROWS, layout)], 1, pipe, 1)
+        weights = params[0] if mesh == "dp=1" else functions.stage_weights.leaves(params[0], 0)[0]
+        batch = make_batch(ROWS, layout)
+        with torch.no_grad():
+            functions.stage(weights, functions.enter(weights, batch), batch)
     finally:
         patch.undo()
     return found
@@ -84,7 +84,11 @@ def test_two_graphs_never_have_one_key():
 
 def test_a_key_that_leaves_something_out_is_noticed(monkeypatch):
     text = module._text
-    monkeypatch.setattr(module, "_text", lambda x: "1" if isinstance(x, float) else text(x))
+
+    def vague(x, unknown):
+        return "1" if isinstance(x, float) else text(x, unknown)
+
+    monkeypatch.setattr(module, "_text", vague)
     with pytest.raises(AssertionError):
         test_two_graphs_never_have_one_key()
 
@@ -109,13 +113,13 @@ def test_keys_are_the_same_in_every_process():
 
 
 def test_an_unknown_value_has_no_key():
-    assert unit_key(1, "a", torch.float32) is not None
-    assert unit_key(object()) is None
-    assert unit_key(lambda x: x) is None  # its code is not in the key
-    assert unit_key(partial(unit_key, torch.ones(1))) is None
+    assert disk_key(1, "a", torch.float32) is not None
+    assert disk_key(object()) is None
+    assert disk_key(lambda x: x) is None  # its code is not in the key
+    assert disk_key(partial(disk_key, torch.ones(1))) is None
 
 
 def test_the_code_is_in_the_key(monkeypatch):
-    before = unit_key(1)
+    before = disk_key(1)
     monkeypatch.setattr(module, "_code", lambda: "other code")
-    assert unit_key(1) != before
+    assert disk_key(1) != before
