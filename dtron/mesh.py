@@ -42,7 +42,6 @@ from torch.distributed.tensor.experimental import local_map
 
 from dtron.distributed.collectives import AxisGroup, all_reduce
 from dtron.distributed.mesh_shape import MeshShape, parts
-from dtron.distributed.placement_codes import code
 from dtron.distributed.redistribute import Unshard, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
@@ -171,7 +170,7 @@ class Layout(Leaf):
             return w.to(dtype)
         if self.ready(w, *axes):
             return w
-        return Unshard.apply(w, code(self.unsharded(*axes)), dtype, self.summed(w), fp8)
+        return Unshard.apply(w, self.unsharded(*axes), dtype, self.summed(w), fp8)
 
     def ready(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``unshard`` has nothing to do for this weight."""

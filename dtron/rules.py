@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from dtron.distributed.mesh_shape import is_part
-from dtron.distributed.placement_codes import code, decode
-from dtron.torch_compile import static
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -80,7 +78,7 @@ def place(rules: Rules, mesh_axes: Sequence[str], *axes: str | None) -> tuple[Pl
     Raises ValueError for an axis without a row: an unknown axis must never silently replicate.
     Raises ValueError also if two dims would share a mesh axis.
     """
-    return decode(_codes(rules, tuple(mesh_axes), axes))
+    return _place(rules, tuple(mesh_axes), axes)
 
 
 def place_gathered(
@@ -88,14 +86,14 @@ def place_gathered(
 ) -> tuple[Placement, ...]:
     """Return the placements after the weight is all-gathered: ``place`` without the ``ZERO``
     rows."""
-    return decode(_codes(rules, tuple(mesh_axes), axes, gathered=True))
+    return _place(rules, tuple(mesh_axes), axes, gathered=True)
 
 
-@static
-def _codes(
+def _place(
     rules: Rules, mesh_axes: tuple[str, ...], axes: tuple[str | None, ...], gathered: bool = False
-) -> tuple[int, ...]:
-    rules, where = whole(rules) if gathered else rules, {}
+) -> tuple[Placement, ...]:
+    where: dict[str, Placement] = {}
+    rules = whole(rules) if gathered else rules
     for dim, axis in enumerate(axes):
         if axis is None:
             continue
@@ -110,10 +108,9 @@ def _codes(
                     f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules"
                 )
             where[atom] = Partial() if axis.startswith("+") else Shard(dim)
-    return code([where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes])
+    return tuple([where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes])
 
 
-@static
 def expand(axes: Sequence[str], mesh_axes: Sequence[str]) -> tuple[str, ...]:
     """Return the dims of a DeviceMesh that make up these axes, in the mesh's order."""
     return tuple(atom for atom in mesh_axes if any(is_part(atom, axis) for axis in axes))

@@ -1,14 +1,16 @@
-"""torch.compile with settings that torch has only in its global configs, and three decorators:
-``opaque`` for functions that the compiler must not trace early, ``static`` and ``static_cache`` for
-functions that the compiler need not trace at all."""
+"""What model code says to a compiler: its units, which are compiled by themselves
+(training/compiled_units.py), and whether a tracer runs it. And ``torch.compile`` for single
+functions of tensors, outside of units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, wraps
-from typing import Any, Protocol, TypeVar, cast
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+from torch._guards import TracingContext
+from torch._guards import tracing as torch_tracing
 
 Result = tuple[torch.Tensor, ...]
 
@@ -41,51 +43,6 @@ class Direct:
 
 DIRECT = Direct()
 
-_F = TypeVar("_F", bound=type[torch.autograd.Function])
-_G = TypeVar("_G", bound=Callable)
-
-
-def opaque(function: _F) -> _F:
-    """Make an ``autograd.Function`` opaque to the compiler until it traces real gradients (in
-    AOTAutograd). Without this decorator, the compiler traces forward and backward early, each into
-    a graph of its own. This causes three errors. The last two are silent.
-
-    * Backward sees an assumed gradient. A backward that depends on the gradient's placements then
-      loses pending sums (Partial).
-    * In torch 2.11 the tensors in such a graph are saved for backward, even if their block is to be
-      recomputed.
-    * In torch 2.11 a function that ends in a cast to the same dtype has zero gradients
-      (pytorch#180642).
-
-    Arguments must be tensors, numbers, strings, dtypes, None, or tuples of these types. So the loss
-    is not opaque: it takes a layout. The loss need not be opaque: its gradient is not Partial, it
-    ends in no cast, and it is not recomputed."""
-    return torch.compiler.allow_in_graph(function)
-
-
-def static(function: _G) -> _G:
-    """Let the compiler call a function while it traces, and use the result as a constant. Arguments
-    must be constants too: numbers, strings, placements, classes, or tuples and dicts of these
-    types. The result may have no placements and no other objects: torch 2.11 cannot guard them.
-
-    The bookkeeping of a model (which placements has a weight with these axes?) is pure Python on
-    such arguments. Without this decorator the compiler interprets each bytecode of the bookkeeping,
-    which takes longer than everything that depends on tensors."""
-    return torch.compiler.assume_constant_result(function)
-
-
-def static_cache(function: _G) -> _G:
-    """Cache a ``static`` function. Arguments must be hashable. The cache is inside the function
-    that the compiler calls, because the compiler traces through ``functools.cache``."""
-    cached = cache(function)
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        return cached(*args)
-
-    return static(cast(_G, call))
-
-
 # The number of kinds of arguments (shapes of weights, masks) for which ``jit`` compiles one function.
 # By default torch gives up after 8, to detect functions that recompile forever.
 KINDS = 64
@@ -105,4 +62,13 @@ def jit(fn: Callable, backend: Any = "inductor") -> Callable:
 
 def tracing() -> bool:
     """Whether a compiler traces the code that calls this function."""
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+
+@contextmanager
+def tracer(mode: Any) -> Iterator[None]:
+    """Code that runs inside is traced (``tracing``).
+
+    ``mode``: the mode of the fake tensors that it runs on."""
+    with torch_tracing(TracingContext(mode)):
+        yield

@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dtron.torch_compile import static_cache
-
 
 class Leaf:
     """The base of dataclasses that are leaves of a tree, not nodes."""
@@ -60,7 +58,7 @@ def _is_node(tree: Any) -> bool:
 def _children(tree: Any) -> list[tuple[str, Any]]:
     if isinstance(tree, (tuple, list)):
         return [(str(i), child) for i, child in enumerate(tree)]
-    return [(name, getattr(tree, name)) for name in _names(type(tree))[0]]
+    return [(name, getattr(tree, name)) for name in _names(tree.__class__)[0]]
 
 
 @cache
@@ -71,7 +69,7 @@ def _chosen(cls: type) -> frozenset[str]:
     return frozenset(f.name for f in fields(cls) if f.metadata.get("choose"))
 
 
-@static_cache
+@cache
 def _names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the fields of a params class: the fields with leaves, and the plain
     values."""
@@ -111,7 +109,7 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
         return next(rest)
     if isinstance(like, (tuple, list)):
         return tuple([_build(child, rest) for child in like])
-    names, plain = _names(type(like))
+    names, plain = _names(like.__class__)
     children = {name: _build(getattr(like, name), rest) for name in names}
     return type(like)(**children, **{name: getattr(like, name) for name in plain})
 
@@ -150,7 +148,7 @@ def _collect_declared(
         for child in tree:
             _collect_declared(child, rename, declarations)
         return
-    for name, leaf, changes in _declarations(type(tree), rename):
+    for name, leaf, changes in _declarations(tree.__class__, rename):
         child = getattr(tree, name)
         if leaf is None:
             _collect_declared(child, changes, declarations)
@@ -158,7 +156,7 @@ def _collect_declared(
             declarations.append(Declared(*leaf))
 
 
-@static_cache
+@cache
 def _declarations(
     cls: type, rename: tuple[tuple[str, str], ...]
 ) -> tuple[tuple[str, tuple | None, tuple[tuple[str, str], ...]], ...]:

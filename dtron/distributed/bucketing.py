@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from dtron.distributed.placement_codes import dim_of
 from dtron.distributed.redistribute import (
     cast,
+    dim_of,
     equal_parts,
     reduce_scatter,
     reduce_scattered,

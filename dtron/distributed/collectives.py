@@ -18,8 +18,6 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtron.torch_compile import opaque
-
 Splits = Sequence[int] | None
 
 # torch 2.13 renamed the first two functions, and gave group names a type of their own.
@@ -98,7 +96,6 @@ def reduce_scatter(x: Tensor, ranks: DeviceMesh) -> Tensor:
     return _ReduceScatter.apply(x, _group_name(ranks))
 
 
-@opaque
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, received: Splits, sent: Splits) -> Tensor:
@@ -110,7 +107,6 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(g.contiguous(), *ctx.args), None, None, None
 
 
-@opaque
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
@@ -122,7 +118,6 @@ class _AllGather(torch.autograd.Function):
         return _reduce_scatter(g.contiguous(), ctx.group), None
 
 
-@opaque
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
@@ -171,7 +166,6 @@ def ring_shift(x: Tensor, ranks: AxisGroup) -> Tensor:
     return _RingShift.apply(x, *ranks.args)
 
 
-@opaque
 class _RingShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, place: int, n: int) -> Tensor:

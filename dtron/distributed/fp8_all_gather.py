@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.torch_compile import opaque
-
 LARGEST = 448.0  # the largest value of e4m3
 TINY = 2.0**-100  # lower bound of a row's maximum, so that its scale does not overflow
 
@@ -47,7 +45,6 @@ def unpacked(messages: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     return (values * scale).to(dtype)
 
 
-@opaque
 class Unpack(torch.autograd.Function):
     """Unpack a whole weight from the messages of all ranks along one mesh axis. The gradient of the
     weight is passed to ``carrier``, because bytes have no gradient.

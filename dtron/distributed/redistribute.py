@@ -19,15 +19,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtron.distributed.collectives import exchange_rows, gather_along
 from dtron.distributed.fp8_all_gather import packed, unpacked
-from dtron.distributed.placement_codes import decode, dim_of
 from dtron.distributed.simulated_ranks import same_on_all
 from dtron.errors import PlacementError
-from dtron.torch_compile import opaque
 
 
-@opaque
 class Unshard(torch.autograd.Function):
-    """All-gather a weight to ``placements`` (encoded by ``code``); in backward, reduce-scatter its
+    """All-gather a weight to the placements ``goal``; in backward, reduce-scatter its
     gradient over the gathered mesh axes only.
 
     The backward of ``DTensor.redistribute`` would also reduce over the axes that were replicated
@@ -43,13 +40,12 @@ class Unshard(torch.autograd.Function):
     def forward(
         ctx: typing.Any,
         w: DTensor,
-        placements: tuple[int, ...],
+        goal: tuple[Placement, ...],
         dtype: torch.dtype,
         reduce: torch.dtype,
         fp8: bool,
     ) -> Tensor:
         ctx.before, ctx.reduce = w.placements, reduce
-        goal = decode(placements)
         fp8 = fp8 and w.placements != goal and equal_parts(w, w.placements)
         return (_unshard_fp8 if fp8 else _unshard)(typing.cast(DTensor, w.to(dtype)), goal)
 
@@ -138,6 +134,11 @@ class LocalToDTensor(torch.autograd.Function):
                 "tokens_sp"
             )
         return g.to_local(), None, None
+
+
+def dim_of(p: Placement) -> int:
+    """Return the dim that a Shard shards."""
+    return typing.cast(Shard, p).dim
 
 
 def reduce_scattered(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[Placement, ...]:

@@ -2,10 +2,7 @@
 
 There are three matmuls: forward, backward to the input and backward to the weight. Each casts its
 own two operands, because a scale must not vary along the contracted dim. x and w are saved for
-backward uncast.
-
-An opaque function takes no recipe as an argument (see ``torch_compile.opaque``). So it takes the
-recipe's name."""
+backward uncast."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from torch import Tensor
 
 from dtron.fp8.grouped_mm import weight_gradient
 from dtron.fp8.recipes import RECIPES
-from dtron.torch_compile import opaque
 
 
 def fp8_mm(x: Tensor, w: Tensor, name: str) -> Tensor:
@@ -39,7 +35,6 @@ def fp8_grouped_mm(x: Tensor, w: Tensor, ends_E: Tensor, name: str) -> Tensor:
     return Fp8GroupedMatmul.apply(x, w, ends_E.to(torch.int32), name)
 
 
-@opaque
 class Fp8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, name: str) -> Tensor:
@@ -61,7 +56,6 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw, None
 
 
-@opaque
 class Fp8GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, ends_E: Tensor, name: str) -> Tensor:

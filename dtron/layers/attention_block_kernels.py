@@ -13,6 +13,7 @@ keys and values are repeated, and their gradients are summed afterwards.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int
     return "cudnn" if qk_dim <= 128 and _has_cudnn() else "flash"
 
 
-@torch.compiler.assume_constant_result  # not with functools.cache: dynamo would look through both
+@cache
 def _has_cudnn() -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 

@@ -30,8 +30,7 @@ def checkpointed(fn: Callable, *xs: Any, context_fn: Callable = noop_context_fn)
     ``context_fn``: as of ``torch.utils.checkpoint``, for a region that keeps some results."""
     if tracing():
         return _marked(fn, xs, context_fn)
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(fn, *xs, context_fn=context_fn, **options)
+    return checkpoint(fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
 
 
 def _marked(fn: Callable, xs: tuple[Any, ...], context_fn: Callable) -> Any:

@@ -49,7 +49,6 @@ from dtron.distributed.collectives import AxisGroup, shift, wait
 from dtron.layers.attention_block_kernels import BlockResult, block_backward, block_forward
 from dtron.layers.attention_kernels import attention_and_lse, with_sinks
 from dtron.layers.attention_mask import AttentionMask
-from dtron.torch_compile import opaque
 
 AXIS = "sequence"
 Result = tuple[Tensor, Tensor]  # out, lse
@@ -116,7 +115,6 @@ class _RingOptions(NamedTuple):
     peers: tuple[str, int, int]
 
 
-@opaque
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -221,7 +219,6 @@ def _unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return a.view(k.shape), b.view(v.shape)
 
 
-@opaque
 class _Shift(torch.autograd.Function):
     """Send a tensor to the next rank. The result is ready only after ``_Wait``. In backward the
     gradient goes to the previous rank."""
@@ -237,7 +234,6 @@ class _Shift(torch.autograd.Function):
         return wait(shift(g, group, place, n, by=-1)), None, None, None
 
 
-@opaque
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtron.torch_compile import opaque
-
 Used = Tensor | None  # whether a slot or a row is used
 
 
@@ -91,7 +89,6 @@ def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
     return rows if used is None else torch.where(used[:, None], rows, 0)
 
 
-@opaque
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,7 +104,6 @@ class _PermuteTokens(torch.autograd.Function):
         return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
 
 
-@opaque
 class _UnpermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,7 +138,6 @@ def permuted(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return _PermuteRows.apply(x, index, inverse)
 
 
-@opaque
 class _PermuteRows(torch.autograd.Function):
     """Like ``permute``, with one slot per token. The number of tokens may be 0."""
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import Placement
 
 from dtron.distributed.collectives import start_exchange, start_reduce_scatter
-from dtron.distributed.placement_codes import code, dim_of
 from dtron.distributed.redistribute import (
     ShardSpec,
     Unshard,
     cast,
+    dim_of,
     equal_parts,
     reduce_scatter,
 )
@@ -123,7 +123,7 @@ class GatheredWeight:
         """All-gather the weight by itself: over several axes, or where shards are unequal."""
         assert self.layout.mesh is not None
         w = self.weight.spec.to_dtensor(self.weight.local.detach(), self.layout.mesh)
-        return Unshard.apply(w, code(self.goal), self.dtype, self.reduce, self.fp8).to_local()
+        return Unshard.apply(w, self.goal, self.dtype, self.reduce, self.fp8).to_local()
 
     def start_reduce(self, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
         """Send the summands of a gradient. Return a buffer for the sum, this rank's own summand,

@@ -25,11 +25,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dtron.torch_compile import tracer
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.unit_key import describe, disk_key
 
@@ -145,9 +145,9 @@ class TracedFunction:
         static: Sequence[int],
     ) -> Kind:
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        fakes = [mode.from_tensor(x, static_shapes=True) for x in tensors]
-        key = disk_key(*self._context, *plain)
-        with tracing(TracingContext(mode)):
+        fakes: list[Tensor] = [mode.from_tensor(x, static_shapes=True) for x in tensors]
+        key = disk_key(*self._context, *plain, tuple(static), torch.is_grad_enabled())
+        with tracer(mode):
             with mode, torch.no_grad():  # torch asks for the number of results before it traces
                 results, extra = self._fn(fakes, *plain)
             call = _Call(lambda *xs: tuple(self._fn(list(xs), *plain)[0]), key)

@@ -23,6 +23,7 @@ from dtron.testing import assert_caught
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step
+from dtron.training.compiled_stage import compiled
 from dtron.training.grad_norm import global_norm
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import Pipeline, one_stage, pipeline, program
@@ -153,19 +154,18 @@ def test_a_twin_is_counted_once_in_the_norm():
 
 
 def test_a_compiled_stage_gives_the_same():
-    """The runner takes any function; here a function traced by torch.compile."""
+    """Two stages in one process share their kinds of blocks."""
     m, count = replace(MODEL, layers=2), 4
     rows = torch.arange(4 * 17).view(4, 17) % 61
     batches = [make_batch(r, Layout()) for r in rows.chunk(count)]
     found = []
-    for compiled in (False, True):
+    for compiles in (False, True):
         t = make("1f1b", 2, count)
         pipe = Pipeline(t, tuple(split_into_stages(m, [1, 1])), Layout())
         params = init(pipe.spec, m.dims(), 0, Layout(), torch.float64)
         functions = program(m, Layout())
-        if compiled:
-            stage = torch.compile(functions.stage, backend="aot_eager", fullgraph=True)
-            functions = replace(functions, stage=stage, splits=False)
+        if compiles:
+            functions = compiled(functions, Layout(), backend="aot_eager")
         loss, grads, _ = gradients(functions, params, batches, valid_tokens(rows), pipe, 1)
         found.append((loss.item(), global_norm(grads, pipe.spec).item()))
     assert found[1] == pytest.approx(found[0], rel=1e-12)
