@@ -22,8 +22,10 @@ from dtron.params import unshard
 
 
 def end_params(p: Any) -> Any:
-    """Return the params that the end of the last stage uses: the last norm and the head."""
-    embedding = replace(p.embedding, w_positions=None) if p.w_head is None else None
+    """Return the params that the end of the last stage uses: the last norm and the head, and for
+    multi-token prediction the embedding of tokens."""
+    embeds = p.w_head is None or p.mtp
+    embedding = replace(p.embedding, w_positions=None) if embeds else None
     return replace(p, embedding=embedding, blocks=(), mtp=())
 
 
@@ -50,6 +52,8 @@ def last_norm(
 def loss(
     x_TD: Tensor, w_head: Tensor, targets_T: Tensor, m: ModelConfig, layout: Layout
 ) -> tuple[Tensor, Tensor]:
+    """Apply the head ``w_head``, and return the loss and the z-loss: see ``cross_entropy``."""
+    (w_head,) = unshard_head(w_head, layout)
     return cross_entropy(x_TD, w_head, targets_T, Loss(m.vocab, z=m.z_loss), layout)
 
 
@@ -64,4 +68,4 @@ def norm_and_loss(
     """Apply the norm and the head, and return the loss and the z-loss: see ``cross_entropy``."""
     assert p.norm is not None
     (x_TD,) = last_norm(p.norm, x_TD, m, layout, last)
-    return loss(x_TD, *unshard_head(head_weight(p), layout), targets_T, m, layout)
+    return loss(x_TD, head_weight(p), targets_T, m, layout)

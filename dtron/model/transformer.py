@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits, over_all
+from dtron.layers.cross_entropy import IGNORE, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm
 from dtron.mesh import Layout
@@ -109,10 +109,10 @@ def stage(
     if batch.targets_TA is None:
         loss, z = call(norm_and_loss, next(weights), x_TD, batch.targets_T, m, layout, last)
     else:
-        (x_TD,) = call(last_norm, p.norm, x_TD, m, layout, last)
-        (w_head,) = call(unshard_head, head_weight(p), layout)
-        loss, z = call(head_loss, x_TD, w_head, batch.targets_T, m, layout)
-        mtp, more = _mtp(p, x_TD, w_head, batch, runner)
+        end = next(weights)
+        (x_TD,) = call(last_norm, end.norm, x_TD, m, layout, last)
+        loss, z = call(head_loss, x_TD, head_weight(end), batch.targets_T, m, layout)
+        mtp, more = _mtp(p, end, x_TD, batch, runner)
         moe_outputs = [*moe_outputs, *more]
     return loss, _stage_output(moe_outputs, mtp, m, layout, z if m.z_loss else None)
 
@@ -189,15 +189,17 @@ def _blocks(
 
 
 def _mtp(
-    p: Transformer, h_TD: Tensor, w_head: Tensor, batch: Batch, runner: BlockRunner
+    p: Transformer, end: Transformer, h_TD: Tensor, batch: Batch, runner: BlockRunner
 ) -> tuple[MTPLosses, list[list[Tensor]]]:
     """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
-    loss, with its number of targets, and the other outputs of the modules' blocks."""
+    loss, with its number of targets, and the other outputs of the modules' blocks.
+
+    ``end``: the head and the embedding, see ``end_params``."""
     m, layout = runner.m, runner.layout
-    assert p.embedding is not None
+    assert end.embedding is not None
     assert batch.tokens_TA is not None and batch.targets_TA is not None
-    (w_tokens,) = runner.call(unshard_head, p.embedding.w_tokens, layout)
-    ahead = Loss(m.vocab)  # without z-loss
+    w_tokens, w_head = end.embedding.w_tokens, head_weight(end)
+    ahead = replace(m, z_loss=0.0)
     losses, counts, moe_outputs = [], [], []
     count = layout.local_map(_count_targets, [("tokens",)], ("+tokens",))
     order = [(p_k, runner.fp8_gather(True)) for p_k in p.mtp]
@@ -206,7 +208,7 @@ def _mtp(
         (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
-        losses.append(runner.call(cross_entropy, h_TD, w_head, targets_T, ahead, layout)[0])
+        losses.append(runner.call(head_loss, h_TD, w_head, targets_T, ahead, layout)[0])
         counts.append(count(targets_T))
         moe_outputs += more
     return (losses, counts), moe_outputs
@@ -215,6 +217,7 @@ def _mtp(
 def _embed_ahead(
     w_tokens: Tensor, tokens_T: Tensor, positions_T: Tensor, layout: Layout
 ) -> tuple[Tensor]:
+    (w_tokens,) = unshard_head(w_tokens, layout)
     return (embedding(Embedding(w_tokens, None), tokens_T, positions_T, layout),)
 
 

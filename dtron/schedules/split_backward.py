@@ -93,7 +93,9 @@ def backward_input(
         arrived[node] = gs
 
     def save_made(node: Node, gs: tuple[Tensor | None, ...], _: Any) -> None:
-        made[node] = compiled.take() or partial(list, gs)
+        # The first half has the gradients of all that is no weight of the unit, such as the
+        # embedding of another token, which joins the stream in this unit.
+        made[node] = partial(_all_gradients, gs, compiled.take())
 
     hooks = [node.register_prehook(partial(save_arrived, node)) for node, _ in plain]
     hooks += [node.register_hook(partial(save_made, node)) for node, _ in opaque]
@@ -146,6 +148,14 @@ def backward_input(
         return list(torch.autograd.grad(reached, weights, theirs, allow_unused=True))
 
     return gx, later
+
+
+def _all_gradients(
+    first: Sequence[Tensor | None], later: DeferredWeightGrad | None
+) -> list[Tensor | None]:
+    if later is None:
+        return list(first)
+    return [a if b is None else b for a, b in zip(first, later(), strict=True)]
 
 
 def _makes_all_at_once(node: Node) -> bool:

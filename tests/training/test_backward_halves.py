@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
+from dtron.model.mtp import MTPConfig
 from dtron.model.stages import split_into_stages
 from dtron.moe.config import MoEConfig
 from dtron.params import init
@@ -134,6 +135,7 @@ def test_what_only_the_first_half_reads_is_freed_after_it():
         def __del__(self):
             saved["alive"] -= 1
 
+    unit(x, [w])  # traced here, so that the hooks see no tensors of the tracer
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (t, Token()), lambda pair: pair[0]):
         y = [get_gradient_edge(unit(x, [w]))]
     assert saved["alive"]
@@ -171,7 +173,7 @@ def gradients(model, compiles: bool) -> list[torch.Tensor]:
         functions,
         {s: weights for s, (weights, _) in enumerate(leaves)},
         {s: tensors for s, (_, tensors) in enumerate(leaves)},
-        [make_batch(r, layout) for r in ROWS.chunk(count)],
+        [make_batch(r, layout, depth=model.mtp.depth) for r in ROWS.chunk(count)],
         InProcessLinks(),
         take,
     )
@@ -180,6 +182,7 @@ def gradients(model, compiles: bool) -> list[torch.Tensor]:
 
 MODELS = {
     "dense": replace(MODEL, layers=2, tied=False),
+    "two tokens": replace(MODEL, layers=2, tied=False, mtp=MTPConfig(depth=1)),
     "experts": replace(MODEL, layers=2, moe=MoEConfig(experts=4, top_k=2, mlp=16, aux_loss=0.01)),
 }
 
