@@ -122,7 +122,7 @@ def test_what_only_the_first_half_reads_is_freed_after_it():
     saved: Counter[str] = Counter()
 
     def forward(x, weights):
-        return torch.softmax(x @ weights[0] * 2, -1).cumsum(0)
+        return torch.tanh(x @ weights[0] * 2).cumsum(0)
 
     x, w = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     halves = BackwardHalves()
