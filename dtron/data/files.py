@@ -17,13 +17,17 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 from dtron.errors import UserError
 
 COLUMNS = (".parquet", ".arrow")
 SUFFIXES = (".txt", ".text", ".jsonl", ".json", *COLUMNS)
 COMPRESSED = (".gz", ".zst")
+
+MOST_GROWTH = 1000  # times; text that is packed well is a tenth or a twentieth of itself
+HARMLESS = 1 << 30  # bytes of text that a file of any size may have
+_BUFFER = 1 << 20  # bytes
 
 GIVE = (
     f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of them, as --data.path"
@@ -81,9 +85,10 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
         try:
             if file.suffix.lower() == ".gz":
                 with gzip.open(source) as unpacked:
-                    yield cast("IO[bytes]", unpacked)
+                    yield io.BufferedReader(_Unpacked(file, unpacked), _BUFFER)
             else:
-                yield io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"))
+                unpacked = pyarrow.CompressedInputStream(source, "zstd")
+                yield io.BufferedReader(_Unpacked(file, unpacked), _BUFFER)
         except (EOFError, zlib.error, OSError, pyarrow.ArrowException) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk, not of a decompressor
@@ -91,6 +96,39 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
                 f"{str(file)!r} is damaged or no {file.suffix} file ({one_line(error)}); compress "
                 "it again, or leave it out of --data.path"
             ) from error
+
+
+class Growth:
+    """The text of one file, counted. A file is a bomb if a few kilobytes of it expand to gigabytes:
+    they would fill the memory, or the disk of the cache."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._size, self._text = file, file.stat().st_size, 0
+
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes. Raises UserError if they are too many for the file's size."""
+        self._text += size
+        if self._text > max(MOST_GROWTH * self._size, HARMLESS):
+            raise UserError(
+                f"{str(self._file)!r} has {self._size} bytes and expands to more than "
+                f"{self._text - size} bytes, over {MOST_GROWTH:,} times as much, as no text does; "
+                "leave it out of --data.path, or write it again as .jsonl"
+            )
+
+
+class _Unpacked(io.RawIOBase):
+    """What a decompressor gives, counted."""
+
+    def __init__(self, file: Path, source: Any) -> None:
+        self._growth, self._source = Growth(file), source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: Any) -> int:
+        count = self._source.readinto(memory)
+        self._growth.add(count)
+        return count
 
 
 def one_line(error: BaseException) -> str:

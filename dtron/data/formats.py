@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from dtron.data.files import COLUMNS, one_line, opened, suffix_of
+from dtron.data.files import COLUMNS, Growth, one_line, opened, suffix_of
 from dtron.errors import UserError
 
 LONGEST_LINE = 1 << 31  # bytes; a file of zeros is one line without end
@@ -181,7 +181,10 @@ def _columns(
     ``optional``: more columns, which the file may lack."""
     from pyarrow import ipc, parquet
 
+    growth = Growth(file)
+
     def batch_of(batch: Any) -> tuple[Any, dict[str, Any]]:
+        growth.add(sum(map(_text_size, batch.columns)))
         names = (column, *(name for name in optional if name in batch.schema.names))
         return batch.column(column).type, {name: batch.column(name) for name in names}
 
@@ -206,6 +209,36 @@ def _columns(
                 batches = table = ipc.open_stream(source)
             _has(file, table.schema, column)
             yield from map(batch_of, batches)
+
+
+def _text_size(column: Any) -> int:
+    """Return the number of bytes of a pyarrow column. Words of a dictionary count wherever they
+    stand."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type) and any(
+        is_kind(column.type.value_type) for is_kind in _strings_of(types)
+    ):
+        sizes = compute.binary_length(column.dictionary.cast("large_string"))
+        return compute.sum(sizes.take(column.indices)).as_py() or 0
+    return column.nbytes
+
+
+def least_size(file: Path, column: str) -> int:
+    """Return how many bytes of text a file has at least, as far as this is known before it is read:
+    a .parquet file says how large its columns are. 0 for a file that cannot be read."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        if suffix_of(file) != ".parquet":
+            return file.stat().st_size
+        with file.open("rb") as source:
+            meta = parquet.read_metadata(source)
+    except (OSError, ArrowException):  # the reader reports it
+        return 0
+    groups = (meta.row_group(i) for i in range(meta.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from dtron.data import Documents, formats, get_tokenizer, open_data
+from dtron.data import Documents, files, formats, get_tokenizer, open_data
 from dtron.data.files import find_files
 from dtron.data.indexed import Indexed
-from dtron.data.prepare import prepare
+from dtron.data.prepare import _blocks, prepare
 from dtron.errors import UserError
 from dtron.runtime.config import DataConfig
 from tests.helpers.texts import TEXTS, one_line
@@ -64,11 +64,11 @@ def test_prepare_reads_them_too(tmp_path):
     )
     seen: list[int] = []
     for folder in (plain, packed):
-        files = find_files(str(folder)).files
+        found = find_files(str(folder)).files
         prepare(
-            files, tokenizer, str(folder / "out"), workers=1, progress=lambda n, _: seen.append(n)
+            found, tokenizer, str(folder / "out"), workers=1, progress=lambda n, _: seen.append(n)
         )
-        assert seen[-1] == files[0].stat().st_size  # the bar ends at its end
+        assert seen[-1] == found[0].stat().st_size  # the bar ends at its end
     assert (plain / "out.bin").read_bytes() == (packed / "out.bin").read_bytes()
     assert len(Indexed(plain / "out").lengths) == len(TEXTS)
 
@@ -167,3 +167,35 @@ def test_a_line_without_end_is_one_line(name, tmp_path, monkeypatch):
     found = formats.texts(tmp_path / name, "text")
     assert next(found) == "a" * 10
     one_line(lambda: next(found), name, "a line of more than 1000 bytes")
+
+
+def bombs(word: str) -> dict[str, bytes]:
+    """Files of one word, many times, by name."""
+    dictionary = pa.array([word] * 1000).dictionary_encode()
+    out = {"a.jsonl.gz": gzip.compress(lines(*[word] * 1000))}
+    out["a.txt.zst"] = zst(word.encode() * 1000)
+    for name, column in (("plain", pa.array([word] * 1000)), ("dictionary", dictionary)):
+        table = pa.table({"text": column})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        out[f"{name}.parquet"] = sink.getvalue().to_pybytes()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as stream:
+            stream.write_table(table)
+        out[f"{name}.arrow"] = sink.getvalue().to_pybytes()
+    return out
+
+
+@pytest.mark.parametrize("name", bombs("word"))
+def test_a_file_that_expands_without_end_is_one_line(name, tmp_path, monkeypatch):
+    """A few kilobytes would fill the disk of the cache."""
+    file = tmp_path / name
+    file.write_bytes(bombs("word" * 100)[name])
+    assert len("".join(texts_at(file, tmp_path))) == 400_000  # harmless
+    monkeypatch.setattr(files, "HARMLESS", 100_000)
+    monkeypatch.setattr(files, "MOST_GROWTH", 0.5 if name == "plain.arrow" else 5)
+    for read in (
+        lambda: texts_at(file, tmp_path),
+        lambda: list(_blocks([file], "text")),
+    ):
+        one_line(read, repr(str(file)), "expands to more than", "leave it out of --data.path")
