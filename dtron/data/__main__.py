@@ -109,6 +109,7 @@ def run_info(o: Namespace, console: Console) -> int:
     data = Indexed(prefix)
     low, high = np.inf, -np.inf
     for start in range(0, len(data.tokens), _PIECE):
+        data.check_uncut()
         piece = data.tokens[start : start + _PIECE]
         low, high = min(low, piece.min()), max(high, piece.max())
     sizes = np.add.reduceat(np.append(data.lengths, 0), data.documents[:-1], dtype=np.int64)

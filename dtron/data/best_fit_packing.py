@@ -15,13 +15,13 @@ the rows. Left out: packing again in each epoch.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dtron.data.cache import digest
 from dtron.data.chunks import epoch_order
+from dtron.data.mapped import check_uncut
 from dtron.data.sources import Rows, check_vocab
 
 
@@ -69,14 +69,12 @@ class TokenizedDocuments:
 
     Document i is ``tokens[starts[i] : starts[i] + lengths[i]]``.
 
-    ``learn``: for each token, whether it is learned as a target (None: all tokens are).
-    ``check``: called before tokens are read; raises UserError if they cannot be."""
+    ``learn``: for each token, whether it is learned as a target (None: all tokens are)."""
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     learn: np.ndarray | None = None
-    check: Callable[[], None] | None = None
 
     def part(self, documents: slice) -> TokenizedDocuments:
         """Return some of the documents."""
@@ -97,7 +95,7 @@ class Fitted:
         shuffle: bool = True,
         vocab: int | None = None,
     ):
-        self.tokens, self.learn, self._check = documents.tokens, documents.learn, documents.check
+        self.tokens, self.learn = documents.tokens, documents.learn
         self.seq_len, self.seed, self.shuffle, self.vocab = seq_len, seed, shuffle, vocab
         self.starts, self.lengths = split_into_segments(
             documents.starts, documents.lengths, seq_len
@@ -109,8 +107,7 @@ class Fitted:
         return len(self.bins)
 
     def rows(self, start: int, count: int) -> Rows:
-        if self._check is not None:
-            self._check()
+        check_uncut(self.tokens)
         shape = (count, self.seq_len + 1)
         tokens, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         positions, counted = np.zeros(shape, np.int64), np.zeros(shape, bool)

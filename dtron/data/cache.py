@@ -5,6 +5,9 @@ half-written. An entry is written under a temporary name and moved into place wi
 which is atomic. This alone makes the cache correct. The lock only saves work: one process builds
 the entry, and the other processes wait and read it.
 
+An entry is sealed: it ends with the CRC-32 of its content (``SealedFile``, ``read_sealed``). An entry
+with a wrong CRC-32 is built again. (A tokenizer.json has no seal. It is parsed instead.)
+
 The name of an entry contains a hash of all its inputs. Changed inputs make a new name, so no entry
 is ever invalidated. Left out: deleting old entries. They are plain files; remove the folder at
 will.
@@ -12,14 +15,22 @@ will.
 
 import hashlib
 import os
+import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 from uuid import uuid4
 
+import numpy as np
+
+from dtron.data.mapped import map_file
 from dtron.errors import UserError
 
 T = TypeVar("T")
+
+_SEED = 1  # with 0, four zero bytes would be a sealed file: a crash of the host leaves zeros
 
 FORMAT = "1"
 """Part of every key. Raise it when the meaning of a cached file changes; old files are then not
@@ -63,6 +74,56 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
     if value is None:
         raise RuntimeError(f"the cache file {str(target)!r} does not read back as it was written")
     return value
+
+
+class SealedFile:
+    """A file for writing. Its last four bytes are the CRC-32 of the others."""
+
+    closed = False  # pyarrow asks
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._check = path.open("wb"), _SEED
+
+    def write(self, data: Any) -> int:
+        self._check = zlib.crc32(data, self._check)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def __enter__(self) -> "SealedFile":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.write(self._check.to_bytes(4, "little"))
+
+
+def read_sealed(file: Path) -> np.ndarray | None:
+    """Return the content of a sealed file, mapped into memory; None if the file is missing or
+    damaged."""
+    try:
+        data = map_file(file)
+    except OSError:
+        return None
+    content, check = data[:-4], data[-4:]
+    whole = len(check) == 4
+    whole = whole and zlib.crc32(content.data, _SEED) == int.from_bytes(check.tobytes(), "little")
+    return content if whole else None
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError if ``needed`` bytes have no room on the disk of the cache."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB in the cache folder {str(folder)!r}, whose disk has "
+            f"{free / 1e9:.1f} GB free; set DTRON_CACHE to a folder on a larger disk, or read the "
+            "text with --data.streaming"
+        )
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:

@@ -30,7 +30,6 @@ options of a template such as ``enable_thinking``.
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -40,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from dtron.data.cache import cached, digest
+from dtron.data.cache import SealedFile, cached, digest, read_sealed
 from dtron.data.chat_encoding import offsets_encoder, sealed, signed_ids, unused_character
 from dtron.data.chat_samples import END, ChatSample, chatml, notes_of, samples_of
 from dtron.data.chat_template import Messages, Tools, plain, template_beside
@@ -159,7 +158,7 @@ class Chats:
             end = end_id(tokenizer, self.tokenizer_path, self.end_token)
         config = {} if self.template is None else tokenizer_config(self.tokenizer_path)
         parts = [self.key, tokenizer.to_str(), str(end), json.dumps(config, sort_keys=True)]
-        target = cache / f"chat-{digest(parts)}.npy"
+        target = cache / f"chat-{digest(parts)}.int64"
 
         def write(file: Path) -> None:
             counts: Counter[str] = Counter()
@@ -264,19 +263,13 @@ def _check_ids(ids: np.ndarray, rows: int, encoder: Tokenizer, where: str) -> No
 
 def _write(file: Path, samples: list[np.ndarray], count: int, notes: str) -> None:
     """Write the number of samples, the length of the notes, the number of conversations, the
-    samples' lengths, the notes, the ids, and the CRC-32 of all these numbers."""
+    samples' lengths, the notes, and the ids, sealed."""
     sizes = [len(ids) for ids in samples]
-    head = [[len(samples), len(notes), count], sizes, [ord(c) for c in notes]]
-    whole = np.concatenate([np.asarray(part, np.int64) for part in (*head, *samples)])
-    with file.open("wb") as out:
-        np.save(out, np.append(whole, zlib.crc32(whole.data)))
+    with SealedFile(file) as out:
+        for part in ([len(samples), len(notes), count], sizes, [ord(c) for c in notes], *samples):
+            out.write(np.asarray(part, np.int64).tobytes())
 
 
 def _read(file: Path) -> np.ndarray | None:
-    try:
-        stored = np.load(file, mmap_mode="r", allow_pickle=False)
-        if stored.dtype != np.int64 or stored.ndim != 1 or len(stored) < 4:
-            return None
-        return stored[:-1] if zlib.crc32(stored[:-1].data) == stored[-1] else None
-    except (OSError, ValueError, EOFError):
-        return None
+    stored = read_sealed(file)
+    return None if stored is None or len(stored) % 8 else stored.view(np.int64)

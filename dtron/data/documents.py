@@ -17,20 +17,21 @@ skipped.
 """
 
 import os
-import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtron.data.cache import cache_dir, digest, unwritable
+from dtron.data.cache import SealedFile, cache_dir, cached, check_room, digest, read_sealed
 from dtron.data.files import GIVE, find_files
-from dtron.data.formats import texts, understood
+from dtron.data.formats import least_size, texts, understood
 from dtron.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+
+_BATCH = 1 << 20  # characters
 
 # Installed packages and test suites differ from one installation to the next; the other files
 # hardly differ.
@@ -84,51 +85,66 @@ class Documents:
         )
 
     def __iter__(self) -> Iterator[str]:
-        rows = _rows(**self._reading) if self.streaming else self.dataset
-        return (row["text"] for row in rows)
+        return self._rows() if self.streaming else (row["text"] for row in self.dataset)
 
     @cached_property
     def dataset(self) -> "datasets.Dataset":
         """All documents, one a row, in the column "text"."""
+        target = self.cache / f"documents-{self.key}.arrow"
+        return cached(target, _read_arrow, self._write_arrow)
+
+    def _write_arrow(self, file: Path) -> None:
+        """Write the documents as an Arrow stream, sealed: a cached text is compared with its
+        CRC-32, as all cached files are."""
         import pyarrow
 
-        folder = self.cache / "datasets" / self.key
-        try:
-            return self._generate(folder)
-        except (OSError, pyarrow.ArrowException):
-            # Errors in the text are UserErrors, so this is a damaged cache of `datasets`.
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            return self._generate(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        check_room(file.parent, sum(least_size(f, self.column) for f in self.files), self._where)
+        # large_string: 64-bit offsets, since many long documents together pass 2 GiB.
+        schema = pyarrow.schema([("text", pyarrow.large_string())])
+        with SealedFile(file) as out, pyarrow.ipc.new_stream(out, schema) as stream:
+            for batch in _batches(self._rows()):
+                stream.write_batch(
+                    pyarrow.record_batch([pyarrow.array(batch, schema[0].type)], schema=schema)
+                )
 
     @property
-    def _reading(self) -> dict[str, Any]:
-        """The arguments of `_rows`."""
-        where = "Python's standard library" if self.path is None else f"--data.path {self.path!r}"
-        # A tuple, because `datasets` would split a list into shards.
-        return {
-            "files": tuple(self.files),
-            "column": self.column,
-            "where": where,
-            "strict": self.path is not None,
-        }
+    def _where(self) -> str:
+        return "Python's standard library" if self.path is None else f"--data.path {self.path!r}"
 
-    def _generate(self, folder: Path) -> "datasets.Dataset":
-        datasets = _import_datasets()
-        try:
-            return datasets.Dataset.from_generator(
-                _rows,
-                # large_string: 64-bit offsets, since many long documents together pass 2 GiB.
-                features=datasets.Features({"text": datasets.Value("large_string")}),
-                cache_dir=str(folder),
-                gen_kwargs=self._reading,
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, (UserError, OSError, MemoryError)):
-                raise error.__cause__ from None  # from _rows with a full message, or from writing
-            raise
+    def _rows(self) -> Iterator[str]:
+        """Read the documents from their files."""
+        empty = True
+        for file in self.files:
+            try:
+                with understood(file):
+                    for text in texts(file, self.column):
+                        if text.strip():
+                            empty = False
+                            yield text
+            except ValueError as error:
+                # Of the library's files, those that are not UTF-8 are passed over.
+                if self.path is not None or not isinstance(error.__cause__, UnicodeError):
+                    raise
+        if empty:
+            raise UserError(f"{self._where} holds no text at all; {GIVE} with some text in it")
+
+
+def _batches(rows: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the documents in lists of about a megabyte."""
+    batch, size = [], 0
+    for text in rows:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _read_arrow(file: Path) -> "datasets.Dataset | None":
+    if read_sealed(file) is None:
+        return None
+    return _import_datasets().Dataset.from_file(str(file))
 
 
 def documents(
@@ -173,26 +189,3 @@ def _library_files() -> list[Path]:
         kept = (n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata"))
         found += [Path(folder, name) for name in kept]
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
-
-
-# ---------------------------------------------------------------------------- reading files
-
-
-def _rows(
-    files: tuple[Path, ...], column: str, where: str, strict: bool
-) -> Iterator[dict[str, str]]:
-    """Yield the rows that `datasets` stores. `strict`: a file that is not UTF-8 is an error;
-    otherwise it is skipped."""
-    empty = True
-    for file in files:
-        try:
-            with understood(file):
-                for text in texts(file, column):
-                    if text.strip():
-                        empty = False
-                        yield {"text": text}
-        except ValueError as error:
-            if strict or not isinstance(error.__cause__, UnicodeError):
-                raise
-    if empty:
-        raise UserError(f"{where} holds no text at all; {GIVE} with some text in it")

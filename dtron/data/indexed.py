@@ -12,7 +12,8 @@ The .bin holds only token ids, one sequence after the other. The .idx, all of it
     then        i64[S]    start of each sequence in the .bin, in bytes
     then        i64[D]    first sequence of each document, and S at the end
 
-A document has one sequence, unless its sentences were stored separately. Both files are mapped into
+A sequence begins where the one before it ends, and the .bin has no other bytes. A document has one
+sequence, unless its sentences were stored separately. Both files are mapped into
 memory. Opening reads the .idx alone, and pages of the .bin are read from disk on access. So a
 corpus may be as large as the disk, and all processes of a host share one copy. Left out: remote
 files. Also left out: writing the bytes that some multimodal files have after the last document
@@ -31,6 +32,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from dtron.data.mapped import check_uncut, map_file
 from dtron.errors import UserError
 
 MAGIC, VERSION, HEADER = b"MMIDIDX\0\0", 1, struct.Struct("<9sQBQQ")
@@ -67,62 +69,62 @@ class Indexed:
     ``starts``: [S]; the start of each sequence in ``tokens``.
     ``documents``: [D]; the first sequence of each document.
 
-    Raises UserError for a file that is missing, truncated, or has impossible values."""
+    Raises UserError for a file that is missing, truncated or too long, or has impossible values."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix).expanduser()
         self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
-        self.code, sequences, documents = self._header()
+        index, data = self._map(self.idx, self.bin), self._map(self.bin, self.idx)
+        self.code, sequences, documents = self._header(index[: HEADER.size].tobytes())
         self.dtype = np.dtype(DTYPES[self.code])
-        index = np.asarray(np.memmap(self.idx, np.uint8, mode="r"))  # slices of a memmap are slow
         ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * documents])
         if len(index) not in (ends[-1], ends[-1] + sequences):  # multimodal: a byte a sequence
             state = "cut short" if len(index) < ends[-1] else "too long"
             raise self._bad(
                 self.idx,
-                f"is {state}: {len(index)} bytes, where {sequences} sequences in {documents - 1} "
-                f"documents take {ends[-1]}",
+                f"is {state}: {len(index)} bytes, where {sequences} sequences and {documents} "
+                f"bounds of documents take {ends[-1]}",
             )
         self.lengths = index[HEADER.size : ends[0]].view("<i4")
-        offsets = index[ends[0] : ends[1]].view("<i8")
         self.documents = index[ends[1] : ends[2]].view("<i8")
-        self._check(offsets)
-        size, step = self.bin.stat().st_size, self.dtype.itemsize
-        if not self.lengths.sum(dtype=np.int64):
+        self._check()
+        step, stops = self.dtype.itemsize, np.cumsum(self.lengths, dtype=np.int64)
+        total = int(stops[-1]) if sequences else 0
+        if not total:
             raise self._bad(self.idx, "lists no token at all")
-        # An offset may be as large as an int64, so that adding to it would overflow.
-        ends = np.minimum(offsets, 1 << 60) + self.lengths.astype(np.int64) * step
-        need = max(int(offsets.max()), int(ends.max()))
-        if size < need:
-            raise self._bad(self.bin, f"is cut short: {size} bytes, where its .idx says {need}")
-        self.starts = offsets // step
-        self.tokens = np.asarray(np.memmap(self.bin, self.dtype, mode="r", shape=(size // step,)))
-        self._size, self._opened = size, self.bin.open("rb")
-        self._handle = self._opened.fileno()
+        self.starts = stops - self.lengths
+        if (index[ends[0] : ends[1]].view("<i8") != self.starts * step).any():
+            raise self._bad(
+                self.idx,
+                "is damaged: it has a sequence that does not begin where the one before it ends",
+            )
+        if len(data) != total * step:
+            state = "cut short" if len(data) < total * step else "too long"
+            raise self._bad(
+                self.bin, f"is {state}: {len(data)} bytes, where its .idx says {total * step}"
+            )
+        self.tokens = data.view(self.dtype)
 
     def check_uncut(self) -> None:
-        """Raise UserError if the .bin file has become shorter. A read behind the end of a mapped
-        file would end the process without a word."""
-        size = os.fstat(self._handle).st_size
-        if size < self._size:
-            raise UserError(
-                f"{str(self.bin)!r} was cut from {self._size} to {size} bytes during the run; give "
-                "it back its content, and go on with --resume"
-            )
+        """Raise UserError if one of the two files has become shorter."""
+        check_uncut(self.lengths)
+        check_uncut(self.tokens)
 
-    def _header(self) -> tuple[int, int, int]:
-        for file, other in ((self.idx, self.bin), (self.bin, self.idx)):
-            if not file.is_file():
-                raise UserError(f"{str(file)!r} does not exist, beside {str(other)!r}; {_AGAIN}")
+    @staticmethod
+    def _map(file: Path, other: Path) -> np.ndarray:
         try:
-            with self.idx.open("rb") as file:
-                data = file.read(HEADER.size)
-            self.bin.open("rb").close()
+            return map_file(file)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{str(file)!r} does not exist, beside {str(other)!r}; {_AGAIN}"
+            ) from error
         except OSError as error:
             raise UserError(
-                f"{str(error.filename)!r} cannot be read ({error.strerror}); allow this user to "
-                "read it"
+                f"{str(file)!r} cannot be read ({error.strerror}); give a regular file that this "
+                "user may read"
             ) from error
+
+    def _header(self, data: bytes) -> tuple[int, int, int]:
         if not data.startswith(MAGIC[: len(data)]) or not data:
             raise self._bad(
                 self.idx, f"is no index of tokens: it begins with {data[:9]!r}, not {MAGIC!r}"
@@ -144,17 +146,17 @@ class Indexed:
             )
         return code, sequences, documents
 
-    def _check(self, offsets: np.ndarray) -> None:
+    def _check(self) -> None:
         wrong = None
         documents = self.documents
-        if not len(documents) or documents[0] != 0 or documents[-1] != len(self.lengths):
+        if not len(documents):
+            wrong = "has no documents"
+        elif documents[0] != 0 or documents[-1] != len(self.lengths):
             wrong = f"has documents that do not end with its {len(self.lengths)} sequences"
         elif (documents[1:] < documents[:-1]).any():
             wrong = "has a document that begins before the one ahead of it"
-        elif len(offsets) and (self.lengths.min() < 0 or offsets.min() < 0):
-            wrong = "has a sequence of negative length or place"
-        elif (offsets % self.dtype.itemsize).any():
-            wrong = f"has a sequence that begins between two tokens of {self.dtype.itemsize} bytes"
+        elif len(self.lengths) and self.lengths.min() < 0:
+            wrong = "has a sequence of negative length"
         if wrong:
             raise self._bad(self.idx, f"is damaged: it {wrong}")
 

@@ -277,7 +277,7 @@ def _indexed(
         source.rows(0, min(len(source), 32))
     if not d.fitted:
         return train, held, most_samples(train.size, d.seq_len, samples)
-    documents = TokenizedDocuments(data.tokens, data.starts, data.lengths, check=data.check_uncut)
+    documents = TokenizedDocuments(data.tokens, data.starts, data.lengths)
     train = Fitted(documents.part(slice(low, cut)), d.seq_len, seed, vocab=vocab)
     held = Fitted(documents.part(slice(cut, high)), d.seq_len, seed, shuffle=False, vocab=vocab)
     return train, held, None

@@ -24,6 +24,7 @@ import numpy as np
 from dtron.data.cache import digest
 from dtron.data.chunks import begin_ids, document_ids, rows
 from dtron.data.indexed import Indexed
+from dtron.data.mapped import check_uncut
 from dtron.data.megatron_order import Order, in_order, make_order
 from dtron.data.mixture import Blend
 from dtron.errors import UserError
@@ -137,6 +138,7 @@ class Chunks:
         return (len(self.tokens) - 1) // self.seq_len
 
     def rows(self, start: int, count: int) -> Rows:
+        check_uncut(self.tokens)
         out = rows(self.tokens, self.seq_len, self.seed, start, count, self.shuffle)
         return Rows.marked(out, *document_ids(out, self.end)) if self.marks else Rows(out)
 

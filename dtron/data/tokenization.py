@@ -11,7 +11,6 @@ normalisation and other tokenizer families. Make such a tokenizer with the `toke
 give its tokenizer.json.
 """
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dtron.data.cache import cached, digest
+from dtron.data.cache import SealedFile, cached, digest, read_sealed
 from dtron.data.formats import one_line
 from dtron.data.special_tokens import END, end_id
 from dtron.data.tokenizer_library import library, read_tokenizer
@@ -211,24 +210,12 @@ def encoded(
 def _write(
     file: Path, docs: Iterable[str], tokenizer: str, end: int | None, dtype: np.dtype
 ) -> None:
-    """Write the ids as raw `dtype`, then the CRC-32 of these bytes. A file with a wrong CRC-32 is
-    rebuilt."""
-    check = 0
-    with file.open("wb") as out:
+    """Write the ids as raw `dtype`, sealed."""
+    with SealedFile(file) as out:
         for ids, _ in encoded(docs, encoder_of(tokenizer), end, dtype):
-            data = ids.tobytes()
-            check = zlib.crc32(data, check)
-            out.write(data)
-        out.write(check.to_bytes(4, "little"))
+            out.write(ids.tobytes())
 
 
 def _read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
-    try:
-        data = np.memmap(file, np.uint8, mode="r")
-    except (OSError, ValueError):  # missing, or empty, which cannot be mapped
-        return None
-    ids, check = data[:-4], data[-4:]
-    whole = len(check) == 4 and len(ids) % dtype.itemsize == 0
-    if not whole or zlib.crc32(ids.data) != int.from_bytes(check, "little"):
-        return None
-    return ids.view(dtype)
+    ids = read_sealed(file)
+    return None if ids is None or len(ids) % dtype.itemsize else ids.view(dtype)

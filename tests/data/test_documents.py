@@ -208,12 +208,23 @@ def test_errors_about_the_path(tmp_path: Path, cache: Path, monkeypatch):
     )
 
 
-def test_a_damaged_dataset_cache_is_rebuilt(tmp_path: Path):
+@pytest.mark.parametrize("damage", ["empty", "flip", "cut", "pipe", "link"])
+def test_a_damaged_cache_of_documents_is_rebuilt(damage: str, tmp_path: Path):
     corpus_file = corpus(tmp_path)
     assert documents(str(corpus_file), cache=tmp_path)["text"][:] == TEXTS
     (arrow,) = tmp_path.rglob("*.arrow")
-    arrow.write_bytes(b"")
+    good = arrow.read_bytes()
+    at = good.index(TEXTS[0].encode())  # a changed letter is still a readable file
+    arrow.unlink()
+    if damage == "pipe":
+        os.mkfifo(arrow)
+    elif damage == "link":
+        arrow.symlink_to(arrow.name)
+    else:
+        flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+        arrow.write_bytes({"empty": b"", "flip": flipped, "cut": good[:-1]}[damage])
     assert documents(str(corpus_file), cache=tmp_path)["text"][:] == TEXTS
+    assert arrow.read_bytes() == good
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from dtron.data import Documents, files, formats, get_tokenizer, open_data
+from dtron.data.documents import documents
 from dtron.data.files import find_files
 from dtron.data.indexed import Indexed
 from dtron.data.prepare import _blocks, prepare
@@ -196,6 +198,26 @@ def test_a_file_that_expands_without_end_is_one_line(name, tmp_path, monkeypatch
     monkeypatch.setattr(files, "MOST_GROWTH", 0.5 if name == "plain.arrow" else 5)
     for read in (
         lambda: texts_at(file, tmp_path),
+        lambda: documents(str(file), cache=tmp_path),
         lambda: list(_blocks([file], "text")),
     ):
         one_line(read, repr(str(file)), "expands to more than", "leave it out of --data.path")
+
+
+def test_a_text_without_room_is_one_line(tmp_path, monkeypatch):
+    """A .parquet file says how large its columns are, so the rest of the text is not written."""
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["word " * 1000], "other": ["?" * 9000]}), file)
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=4000))
+    cache = tmp_path / "cache"
+    one_line(
+        lambda: documents(str(file), cache=cache),
+        "--data.path",
+        "takes",
+        "GB free",
+        "DTRON_CACHE",
+        "--data.streaming",
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=9000))
+    assert len(documents(str(file), cache=cache)) == 1

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtron.data import megatron_order, open_data
-from dtron.data.config import DataConfig
+from dtron.data import megatron_order
 from dtron.data.indexed import DTYPES, HEADER, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.megatron_order import (
     in_order,
@@ -93,15 +92,38 @@ def test_damage_is_one_line(tmp_path):
         return idx[:at] + struct.pack(kind, value) + idx[at + struct.calcsize(kind) :]
 
     refused("negative", index=put(HEADER.size, -1, "<i"))
-    refused("between two tokens", index=put(HEADER.size + 8, 1, "<q"))
+    refused("no documents", index=idx[:26] + bytes(8) + idx[34:-24])
     refused("documents that do not end with its 2 sequences", index=put(len(idx) - 8, 1, "<q"))
     refused("begins before the one ahead", index=put(len(idx) - 16, 7, "<q"))
-    refused("d.bin", "says 1008", index=put(HEADER.size + 8, 1002, "<q"))
-    for far in (2**63 - 2, 2**62, 2**61):
-        refused("d.bin", "cut short", index=put(HEADER.size + 8, far, "<q"))
+    for place in (0, 1, 4, 8, -2, 1002, 2**61, 2**62, 2**63 - 2, -(2**63)):
+        refused("does not begin where", index=put(HEADER.size + 16, place, "<q"))
+    for more in (b"?", b"??", tokens):
+        refused("d.bin", "too long", f"{8 + len(more)} bytes", "says 8", data=tokens + more)
     (tmp_path / "d.bin").unlink()
     one_line(lambda: Indexed(tmp_path / "d"), "d.bin", "does not exist", "d.idx")
     one_line(lambda: write(tmp_path / "e", [[]]), "e.idx", "no token at all")
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_what_is_no_file_is_one_line(tmp_path, suffix):
+    write(tmp_path / "c", [[1, 2, 3], [4]])
+    file = (tmp_path / "c").with_suffix(suffix)
+
+    def refused(reason: str) -> None:
+        one_line(lambda: Indexed(tmp_path / "c"), repr(str(file)), reason)
+        file.rmdir() if file.is_dir() else file.unlink()
+
+    file.unlink()
+    file.mkdir()
+    refused("Is a directory")
+    os.mkfifo(file)
+    refused("no regular file")
+    file.symlink_to("/dev/zero")
+    refused("no regular file")
+    file.symlink_to(file.name)
+    refused("symbolic links")
+    file.symlink_to("gone")
+    refused("does not exist")
 
 
 def test_nothing_is_written_over_and_nothing_half_written_stays(tmp_path):
@@ -262,14 +284,3 @@ def test_orders_of_many_kinds_are_those_of_gpt_dataset(megatron, tmp_path):
         if Indexed(prefix).lengths[low:high].sum() > seq_len:
             kinds.add(agree(megatron, prefix, split, seq_len, samples, number))
     assert len(kinds) > 10 and {apart for _, apart in kinds} == {True, False}
-
-
-@pytest.mark.parametrize("packing", ["concatenate", "best-fit"])
-def test_a_file_that_is_cut_while_it_is_read_is_one_line(tmp_path, packing):
-    """A read behind the end of a mapped file would be SIGBUS."""
-    write(tmp_path / "cut", [list(range(100))] * 200)
-    d = DataConfig(path=str(tmp_path / "cut"), seq_len=16, packing=packing)
-    data = open_data(d, 128, 0, 100, tmp_path / "cache")
-    data.train.rows(0, 4)
-    os.truncate(tmp_path / "cut.bin", 4096)
-    one_line(lambda: data.train.rows(4, 4), "cut.bin", "was cut from", "to 4096 bytes")

@@ -1,5 +1,6 @@
 """dtron.data.tokenization and .cache: lossless tokens, and a cache that can be trusted."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_tokenizer_errors(tmp_path: Path, cache: Path):
     one_line(lambda: encode(["b"], narrow, cache), "--data.tokenizer", "unknown token")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "short"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "short", "zeros", "pipe"])
 @pytest.mark.parametrize("which", ["tokens-*.uint16", "tokenizer-*.json"])
 def test_a_damaged_cache_is_rebuilt(which: str, damage: str, tmp_path: Path):
     def start() -> np.ndarray:
@@ -112,7 +113,12 @@ def test_a_damaged_cache_is_rebuilt(which: str, damage: str, tmp_path: Path):
     (file,) = tmp_path.glob(which)
     good = file.read_bytes()
     flipped = bytes([good[0] ^ 1]) + good[1:]
-    file.write_bytes({"cut": good[:-2], "flip": flipped, "empty": b"", "short": good[:3]}[damage])
+    damaged = {"cut": good[:-2], "flip": flipped, "short": good[:3], "zeros": bytes(4)}
+    file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(damaged.get(damage, b""))
     assert np.array_equal(start(), before)
     assert file.read_bytes() == good
 
@@ -153,11 +159,10 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch):
         lambda: documents(str(corpus_file), cache=inside_a_file), str(inside_a_file), "DTRON_CACHE"
     )
 
-    def full(**_):
+    def full(*_):
         raise OSError(28, "No space left on device")
-        yield
 
-    monkeypatch.setattr("dtron.data.documents._rows", full)
+    monkeypatch.setattr("dtron.data.cache.SealedFile.write", full)
     one_line(
         lambda: documents(str(corpus_file), cache=tmp_path / "c"), "No space left", "DTRON_CACHE"
     )
