@@ -32,7 +32,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +50,8 @@ from dtron.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 _TEMPLATE_ROLES = (*ROLES, "developer", "function", "ipython")
-_BATCH = 256  # conversations
+_BATCH = 256  # conversations that are encoded at once
+_CHARACTERS = 1 << 22  # and the number of their characters: an encoded one takes some 100 bytes
 
 
 class Conversation(NamedTuple):
@@ -180,7 +180,7 @@ class Chats:
             encoder = offsets_encoder(text)
             add_config_tokens(encoder, self.tokenizer_path)
             rows = vocab_of(tokenizer)
-            while batch := list(islice(conversations, _BATCH)):
+            for batch in _batches(conversations):
                 found = [(c.where, sample) for c in batch for sample in self.samples(c, counts)]
                 every = signed_ids(encoder, [sample for _, sample in found])
                 for (where, _), ids in zip(found, every, strict=True):
@@ -188,7 +188,7 @@ class Chats:
                     yield ids
             return
         closing = [] if end in (None, tokenizer.token_to_id(END)) else [end]
-        while batch := list(islice(conversations, _BATCH)):
+        for batch in _batches(conversations):
             for conversation in batch:
                 self.samples(conversation, counts)
             contents = (m["content"] for c in batch for m in c.messages)
@@ -233,6 +233,18 @@ class Chats:
             kind = type(content).__name__
             return f"a message of {role!r} whose content is {kind}, not a string"
         return None
+
+
+def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    batch, size = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(str(message.get("content"))) for message in conversation.messages)
+        if len(batch) == _BATCH or size >= _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _tools(value: Any, where: str) -> Tools:

@@ -26,7 +26,7 @@ SUFFIXES = (".txt", ".text", ".jsonl", ".json", *COLUMNS)
 COMPRESSED = (".gz", ".zst")
 
 MOST_GROWTH = 1000  # times; text that is packed well is a tenth or a twentieth of itself
-HARMLESS = 1 << 30  # bytes of text that a file of any size may have
+HARMLESS = 1 << 28  # bytes of text that a file of any size may have
 _BUFFER = 1 << 20  # bytes
 
 GIVE = (
@@ -108,11 +108,12 @@ class Growth:
     def add(self, size: int) -> None:
         """Count ``size`` more bytes. Raises UserError if they are too many for the file's size."""
         self._text += size
-        if self._text > max(MOST_GROWTH * self._size, HARMLESS):
+        most = max(MOST_GROWTH * self._size, HARMLESS)
+        if self._text > most:
             raise UserError(
-                f"{str(self._file)!r} has {self._size} bytes and expands to more than "
-                f"{self._text - size} bytes, over {MOST_GROWTH:,} times as much, as no text does; "
-                "leave it out of --data.path, or write it again as .jsonl"
+                f"{str(self._file)!r} has {self._size} bytes and expands to more than {most}; a "
+                f"file may expand to {MOST_GROWTH:,} times its size, or to {HARMLESS >> 20} MiB: "
+                "leave it out of --data.path, or unpack it"
             )
 
 

@@ -10,7 +10,7 @@ be compressed (files.py). Left out: columns inside columns.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,21 @@ LONGEST_LINE = 1 << 31  # bytes; a file of zeros is one line without end
 def texts(file: Path, column: str) -> Iterator[str]:
     """Yield the non-empty strings of a column. Raises UserError for a value that is no string."""
     if suffix_of(file) in COLUMNS:
-        from pyarrow import types
-
         for kind, columns in _columns(file, column):
-            plain = kind.value_type if types.is_dictionary(kind) else kind
-            if not any(is_kind(plain) for is_kind in _strings_of(types)):
+            if not _is_text(kind):
                 raise _not_text(repr(str(file)), column, str(kind))
             yield from (text for text in columns[column].to_pylist() if text)
         return
     yield from _strings(cells(file, column), column)
 
 
-def _strings_of(types: Any) -> tuple[Callable[[Any], bool], ...]:
-    """Return the tests for pyarrow's types of strings. polars writes views."""
-    return types.is_string, types.is_large_string, types.is_string_view
+def _is_text(kind: Any) -> bool:
+    """Whether a pyarrow type is one of strings, or a dictionary of strings."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    views = types.is_string_view(kind)  # polars writes them
+    return views or types.is_string(kind) or types.is_large_string(kind)
 
 
 def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) -> Iterator[str]:
@@ -184,6 +185,8 @@ def _columns(
     growth = Growth(file)
 
     def batch_of(batch: Any) -> tuple[Any, dict[str, Any]]:
+        if suffix_of(file) == ".arrow":  # nothing has looked at its numbers yet
+            batch.validate(full=True)
         growth.add(sum(map(_text_size, batch.columns)))
         names = (column, *(name for name in optional if name in batch.schema.names))
         return batch.column(column).type, {name: batch.column(name) for name in names}
@@ -212,13 +215,10 @@ def _columns(
 
 
 def _text_size(column: Any) -> int:
-    """Return the number of bytes of a pyarrow column. Words of a dictionary count wherever they
-    stand."""
+    """Return the bytes of a pyarrow column. A word of a dictionary counts wherever it stands."""
     from pyarrow import compute, types
 
-    if types.is_dictionary(column.type) and any(
-        is_kind(column.type.value_type) for is_kind in _strings_of(types)
-    ):
+    if types.is_dictionary(column.type) and _is_text(column.type):
         sizes = compute.binary_length(column.dictionary.cast("large_string"))
         return compute.sum(sizes.take(column.indices)).as_py() or 0
     return column.nbytes
@@ -272,6 +272,10 @@ def _reading(file: Path, name: str) -> Iterator[None]:
 def _has(file: Path, schema: Any, column: str) -> None:
     if column not in schema.names:
         raise _missing(repr(str(file)), column, schema.names)
+    if schema.names.count(column) > 1:
+        raise UserError(
+            f"{str(file)!r} has several columns {column!r}; give each column a name of its own"
+        )
 
 
 def _not_row(where: str, column: str, value: Any) -> UserError:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,27 @@ def test_a_line_without_end_is_one_line(name, tmp_path, monkeypatch):
     one_line(lambda: next(found), name, "a line of more than 1000 bytes")
 
 
+@pytest.mark.parametrize("offsets", [(0, 3, 2**30), (0, -5, 7), (9, 3, 1), (-(2**31), 3, 7)])
+def test_a_damaged_arrow_file_is_one_line(offsets, tmp_path):
+    """pyarrow does not look at the places of the words in an .arrow file before it reads there."""
+    file = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(file, pa.schema([("text", pa.string())])) as stream:
+        stream.write(pa.table({"text": ["abc", "defg"]}))
+    data = file.read_bytes()
+    assert struct.pack("<3i", 0, 3, 7) in data
+    file.write_bytes(data.replace(struct.pack("<3i", 0, 3, 7), struct.pack("<3i", *offsets)))
+    one_line(lambda: texts_at(file, tmp_path), repr(str(file)), "not a readable Arrow file")
+
+
+def test_two_columns_of_one_name_are_one_line(tmp_path):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "b.arrow", table.schema) as stream:
+        stream.write(table)
+    for name in ("a.parquet", "b.arrow"):
+        one_line(lambda n=name: texts_at(tmp_path / n, tmp_path), name, "several columns 'text'")
+
+
 def bombs(word: str) -> dict[str, bytes]:
     """Files of one word, many times, by name."""
     dictionary = pa.array([word] * 1000).dictionary_encode()
@@ -201,7 +223,7 @@ def test_a_file_that_expands_without_end_is_one_line(name, tmp_path, monkeypatch
         lambda: documents(str(file), cache=tmp_path),
         lambda: list(_blocks([file], "text")),
     ):
-        one_line(read, repr(str(file)), "expands to more than", "leave it out of --data.path")
+        one_line(read, repr(str(file)), "and expands to more than", "leave it out of")
 
 
 def test_a_text_without_room_is_one_line(tmp_path, monkeypatch):
