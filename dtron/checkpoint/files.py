@@ -34,7 +34,7 @@ from dtron.checkpoint.meta import (
     peek_step,
 )
 from dtron.errors import UserError
-from dtron.json_files import open_regular, read_bytes
+from dtron.json_files import is_there, open_regular, read_bytes
 
 _CHUNK = 1 << 24  # bytes
 _LARGEST_META = 1 << 32  # bytes
@@ -61,9 +61,9 @@ def target(run_dir: Path, step: int) -> Path:
 
 
 def found(run_dir: Path) -> list[Found]:
-    """Return the finished checkpoints of a run, by step. Raises UserError if the folder may not be
-    listed, because a run that saw nothing there would begin anew."""
-    if not os.path.lexists(folder(run_dir)):
+    """Return the finished checkpoints of a run, by step. Raises UserError if one of the folders may
+    not be read, because a run that saw nothing there would begin anew."""
+    if not is_there(folder(run_dir)):
         return []
     try:
         names = sorted(os.listdir(folder(run_dir)))
@@ -75,7 +75,9 @@ def found(run_dir: Path) -> list[Found]:
     out = []
     for name in names:
         path = folder(run_dir) / name
-        if _HALF_WRITTEN.fullmatch(name) or not (path / META).is_file():
+        if _HALF_WRITTEN.fullmatch(name) or not is_there(path / META):
+            continue
+        if not (path / META).is_file():
             continue
         match = _NAME.fullmatch(name)
         by_name = int(match[1]) if match else None

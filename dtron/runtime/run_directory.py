@@ -78,8 +78,10 @@ class RunDirectory:
             if lock is not None:
                 lock.release()
             if isinstance(error, OSError):
+                locked = error.filename == str(path / LOCK)
                 raise UserError(
-                    f"--run-dir {path}: cannot be written ({error.strerror}); choose another"
+                    f"--run-dir {path}: {f'{LOCK} in it ' if locked else ''}cannot be written "
+                    f"({error.strerror}); allow this user to write there, or choose another"
                 ) from error
             raise
 

@@ -197,6 +197,31 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(run_dir, monke
     assert "Permission denied" in refused(capsys, f"--run-dir={run_dir}", "--steps=2")
 
 
+@pytest.mark.parametrize("hidden", [".", "checkpoints", "checkpoints/step-00000006"])
+def test_checkpoints_in_a_hidden_folder_are_not_taken_for_none(
+    run_dir, hidden, monkeypatch, capsys
+):
+    run(run_dir, *SIX)
+    hidden = run_dir / hidden
+
+    def refuse(call):
+        def looked(path, *args, **kwargs):
+            if isinstance(path, str | Path) and hidden in Path(path).parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return looked
+
+    # Permissions would not bind root.
+    monkeypatch.setattr(os, "stat", refuse(os.stat))
+    monkeypatch.setattr(os, "lstat", refuse(os.lstat))
+    for argv in (["--resume"], [], ["--resume=auto"]):
+        message = refused(capsys, f"--run-dir={run_dir}", *argv)
+        assert f"error: {hidden}/" in message and "Permission denied" in message
+        if hidden == run_dir:
+            return  # without --resume the lock is refused first
+
+
 def test_a_new_run_keeps_the_metrics_of_an_earlier_one(run_dir, capsys):
     """A run without checkpoints may be begun again in its directory."""
     first = run(run_dir, "--seed=1")
