@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 from tokenizers import Tokenizer
@@ -41,9 +43,14 @@ class _Parts(msgspec.Struct):
 def library(what: str, remedy: str) -> Iterator[None]:
     """Make one line of every error of the library.
 
+    In the main thread, what a panic prints is hidden. A thread that reads data while the run trains
+    would hide messages of other threads too.
+
     ``what``: says what failed. The error follows in parentheses."""
+    main = threading.current_thread() is threading.main_thread()
     try:
-        yield
+        with _quiet() if main else contextlib.nullcontext():
+            yield
     except BaseException as error:
         if isinstance(error, UserError) or not (isinstance(error, Exception) or _panic(error)):
             raise
@@ -83,20 +90,34 @@ def _panic(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what a panic prints. The library writes to the process's standard error."""
+    """Hide what a panic prints: the library writes to descriptor 2. Lines of Python, of any thread,
+    go on to where descriptor 2 led."""
     try:
         kept = os.dup(2)
     except OSError:  # standard error is closed
         yield
         return
+    python = sys.stderr
     try:
+        if python is not None and _descriptor(python) == 2:
+            sys.stderr = os.fdopen(
+                kept, "w", encoding=python.encoding, errors=python.errors, closefd=False
+            )
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         os.close(nowhere)
         yield
     finally:
         os.dup2(kept, 2)
+        sys.stderr = python
         os.close(kept)
+
+
+def _descriptor(stream: TextIO) -> int:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return -1
 
 
 def _check_growth(data: bytes) -> None:

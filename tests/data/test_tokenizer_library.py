@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from dtron.data.tokenization import encoder_of, ids_of, load_tokenizer, text_of
-from dtron.data.tokenizer_library import read_tokenizer
+from dtron.data.tokenizer_library import library, read_tokenizer
+from dtron.runtime.output import complain
 from tests.helpers import chats as styles
 from tests.helpers.paths import ROOT
 from tests.helpers.texts import one_line
@@ -83,13 +85,20 @@ def test_a_sound_tokenizer_is_read(kind, tmp_path):
         assert read_tokenizer(file).to_str() == Tokenizer.from_file(str(file)).to_str()
 
 
-def test_a_text_that_the_library_does_not_survive(tmp_path, capfd):
+def test_a_text_that_the_library_does_not_survive(tmp_path, capfd, monkeypatch):
     """Oniguruma gives a match up that takes too long, and the library panics."""
     split = {"type": "Split", "pattern": {"Regex": "(a|a)+$"}, "behavior": "Isolated"}
     file = changed(tmp_path / "tokenizer.json", {"pre_tokenizer": {**split, "invert": False}})
     encoder = encoder_of(load_tokenizer(str(file)))
     assert ids_of(encoder, ["b"])
     one_line(lambda: ids_of(encoder, ["a" * 40 + "b"]), "--data.tokenizer", "retry-limit")
+    assert capfd.readouterr().err == ""  # the library's lines are hidden
+    monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))
+    with library("what", "remedy"):
+        os.write(2, b"of the library\n")
+        complain("of a thread")
+    complain("of the program")
+    assert capfd.readouterr().err == "of a thread\nof the program\n"
 
 
 def test_ids_that_the_library_does_not_survive():
