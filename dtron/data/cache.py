@@ -18,6 +18,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -67,6 +68,8 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
         with FileLock(f"{target}.lock"):
             value = read(target)  # another process may have built it while this one waited
             if value is None:
+                for left in target.parent.glob(f"{escape(target.name)}.*.tmp"):
+                    left.unlink()  # of a process that was killed: this one has the lock
                 _build(target, write)
                 value = read(target)
     except OSError as error:

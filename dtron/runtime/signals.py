@@ -9,7 +9,8 @@ hosts' own network. The end of torchrun is one more request (runtime/launcher.py
 **The end of a job.** When a rank dies, torchrun sends SIGTERM to the other ranks at once. The grace
 period of ``Termination`` lets these ranks report which rank is lost. ``Termination`` handles
 SIGTERM in every command that torchrun has started. ``StopSignal`` takes its place while a run
-trains, and gives SIGTERM back afterwards.
+trains, and gives SIGTERM back afterwards. A run that got SIGTERM before, while it prepared its
+data, stops before its first step.
 
 **Ctrl-C during the imports**, which take seconds: ``stop_at_once`` ends the process.
 """
@@ -59,6 +60,8 @@ class Termination:
         self._received = threading.Event()
 
     def install(self) -> None:
+        global _termination
+        _termination = self
         signal.signal(signal.SIGTERM, self._end)
 
     def _end(self, *_: Any) -> None:
@@ -68,6 +71,9 @@ class Termination:
     def wait(self, seconds: float) -> bool:
         """Wait for SIGTERM. Return whether it has come."""
         return self._received.wait(seconds)
+
+
+_termination: Termination | None = None  # of this process; None: torchrun has not started it
 
 
 class StopSignal:
@@ -91,6 +97,8 @@ class StopSignal:
                 # ``nohup`` lets a program ignore SIGHUP, so that it outlives its terminal.
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._replaced[number] = signal.signal(number, self._note)
+        if _termination is not None and _termination.wait(0):
+            self._note(signal.SIGTERM, None)
         return self
 
     def __exit__(self, *_: Any) -> None:

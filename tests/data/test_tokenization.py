@@ -134,8 +134,11 @@ def test_a_cache_entry_is_never_visible_half_written(tmp_path: Path):
         assert read(target) is None
         raise KeyError("stopped")
 
+    (tmp_path / "entry.0123.tmp").write_bytes(b"of a process that was killed")
+    (tmp_path / "other.0123.tmp").write_bytes(b"of a process that works")
     with pytest.raises(KeyError):
         cached(target, read, fail)
+    (tmp_path / "other.0123.tmp").unlink()
     assert {file.name for file in tmp_path.iterdir()} <= {"entry.lock"}
     assert cached(target, read, lambda file: file.write_bytes(b"whole")) == b"whole"
     assert cached(target, read, fail) == b"whole"

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from dtron.runtime import signals
 from dtron.runtime.signals import StopSignal, allow_interrupts, stop_at_once
 from tests.helpers.paths import ROOT
 
@@ -115,3 +117,19 @@ def test_a_run_of_nohup_outlives_its_terminal():
             assert stop.asked() and stop.name == "SIGHUP"
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_was_ended_before_its_first_step_makes_none(monkeypatch):
+    """torchrun ends a job that prepares its data: no step is made, and lost, in the grace period."""
+    monkeypatch.setattr(signals.threading, "Timer", Mock())
+    monkeypatch.setattr(signals, "_termination", None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signals.Termination().install()
+        with StopSignal() as stop:
+            assert not stop.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignal() as stop:
+            assert stop.asked() and stop.name == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGTERM, before)
