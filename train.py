@@ -86,7 +86,8 @@ def train(
             saver.prepare(checkpoint.tensors(state, pipe.spec))
         log.say(describe(config, plan, data, state.step), *notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
-        batches = Batches(config, plan, pipe.layout, data, state.samples)
+        steps = config.steps - state.step
+        batches = Batches(config, plan, pipe.layout, data, state.samples, steps)
         step = build_step(config, plan, pipe)
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 from argparse import Namespace
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 
 from dtron.data.cache import cache_dir
 from dtron.data.documents import Documents
-from dtron.data.files import find_files
+from dtron.data.files import expand, find_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
 from dtron.data.open import Turns, beside
 from dtron.data.prepare import prepare
@@ -43,7 +42,7 @@ def run_prepare(o: Namespace, console: Console) -> int:
             f"--workers {o.workers}: at least 1 process has to work; raise it, or leave it out"
         )
     Writer(o.out, token_dtype(0), o.overwrite)  # refuses existing files before any work is done
-    kept = beside(Path(o.out).expanduser())
+    kept = beside(expand(o.out))
     taken = [file for file in (kept, file_beside(kept, CONFIG)) if file.exists()]
     if taken and not o.overwrite:
         raise UserError(
@@ -79,7 +78,7 @@ def run_prepare(o: Namespace, console: Console) -> int:
         message = str(error).replace("--data.path ", "").replace("--data.path", "PATH")
         message = message.replace("--data.", "--").replace("--model.", "--")
         raise UserError(message) from error
-    prefix = Path(o.out).expanduser()
+    prefix = expand(o.out)
     save_tokenizer(tokenizer, kept, end)
     for line in filter(None, (f.skipped_line(path) for path, f in found.items())):
         console.print(line, soft_wrap=True, markup=False)

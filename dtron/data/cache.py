@@ -20,12 +20,14 @@ import zlib
 from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
 
+from dtron.data.files import expand
 from dtron.data.mapped import map_file
 from dtron.errors import UserError
 
@@ -40,7 +42,7 @@ used."""
 
 def cache_dir() -> Path:
     """Return the folder given by $DTRON_CACHE, or ~/.cache/dtron."""
-    return Path(os.environ.get("DTRON_CACHE") or "~/.cache/dtron").expanduser()
+    return expand(os.environ.get("DTRON_CACHE") or "~/.cache/dtron")
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -65,6 +67,8 @@ def cached(target: Path, read: Callable[[Path], T | None], write: Callable[[Path
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass  # where no file can be made, as in /proc, the lock would wait for ever
         with FileLock(f"{target}.lock"):
             value = read(target)  # another process may have built it while this one waited
             if value is None:

@@ -142,9 +142,12 @@ def _batches(rows: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _read_arrow(file: Path) -> "datasets.Dataset | None":
-    if read_sealed(file) is None:
+    import pyarrow
+
+    content = read_sealed(file)
+    if content is None:
         return None
-    return _import_datasets().Dataset.from_file(str(file))
+    return _import_datasets().Dataset.from_buffer(pyarrow.py_buffer(content))
 
 
 def documents(

@@ -53,10 +53,18 @@ class Found(NamedTuple):
         ``most``: the number of names."""
         if not self.skipped:
             return None
-        root = Path(path).expanduser()
+        root = expand(path)
         names = [f"{file.relative_to(root)} ({why})" for file, why in self.skipped[:most]]
         more = f" and {len(self.skipped) - most} more" if len(self.skipped) > most else ""
         return f"skipped in {path}: {', '.join(names)}{more}"
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path in which ``~`` is the home folder. Raises UserError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(path)!r}: {error}; write the path without ~") from error
 
 
 def suffix_of(file: Path) -> str:
@@ -141,7 +149,7 @@ def one_line(error: BaseException) -> str:
 def find_files(path: str) -> Found:
     """Find the files at ``path``, a file or a folder. Raises UserError if none has a reader."""
     where = f"--data.path {path!r}"
-    root = Path(path).expanduser()
+    root = expand(path)
     try:
         if not path or not root.exists():
             raise UserError(f"{where} does not exist; {GIVE}")

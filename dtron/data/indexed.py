@@ -32,6 +32,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from dtron.data.files import expand
 from dtron.data.mapped import check_uncut, map_file
 from dtron.errors import UserError
 
@@ -40,6 +41,7 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8:
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 NAMES = {1: "u8", 2: "i8", 3: "i16", 4: "i32", 5: "i64", 6: "f64", 7: "f32", 8: "u16"}
 
+_FOLDERS = ("", "..")  # names that no file has: of a root, of ".", and of the folder above
 _AGAIN = (
     "make it again with `python -m dtron.data prepare`, or copy it again from where it was made"
 )
@@ -53,12 +55,18 @@ def token_dtype(vocab: int) -> np.dtype:
 def prefix_of(path: str | Path) -> Path | None:
     """Return ``corpus`` for ``corpus``, ``corpus.bin`` or ``corpus.idx`` if one of the two files
     exists, else None."""
-    file = Path(path).expanduser()
+    file = expand(path)
+    if file.name in _FOLDERS:
+        return None
     prefix = file.with_suffix("") if file.suffix in (".bin", ".idx") else file
     return prefix if any(_beside(prefix, suffix).is_file() for suffix in (".bin", ".idx")) else None
 
 
 def _beside(prefix: Path, suffix: str) -> Path:
+    if prefix.name in _FOLDERS:
+        raise UserError(
+            f"{str(prefix)!r} is a folder; give the name of files in it, without {suffix}"
+        )
     return prefix.with_name(prefix.name + suffix)
 
 
@@ -72,7 +80,7 @@ class Indexed:
     Raises UserError for a file that is missing, truncated or too long, or has impossible values."""
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = Path(prefix).expanduser()
+        self.prefix = expand(prefix)
         self.idx, self.bin = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
         index, data = self._map(self.idx, self.bin), self._map(self.bin, self.idx)
         self.code, sequences, documents = self._header(index[: HEADER.size].tobytes())
@@ -182,7 +190,7 @@ class Writer:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | str, overwrite: bool = False) -> None:
-        self.prefix, self.dtype = Path(prefix).expanduser(), np.dtype(dtype)
+        self.prefix, self.dtype = expand(prefix), np.dtype(dtype)
         self.finals = [_beside(self.prefix, suffix) for suffix in (".bin", ".idx")]
         for file in self.finals:
             if not overwrite and os.path.lexists(file):

@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from dtron.data.files import expand
 from dtron.data.indexed import prefix_of
 from dtron.errors import UserError
 
@@ -33,7 +33,7 @@ def parse_sources(path: str | None) -> list[tuple[float, str | None]]:
 
     A source of weight 0 is left out. Raises UserError for a weight that is missing, negative, or no
     number, and if all weights are 0."""
-    if path is None or Path(path).expanduser().exists() or prefix_of(path):
+    if path is None or expand(path).exists() or prefix_of(path):
         return [(1.0, path)]
     parts = [
         re.fullmatch(r"\s*([-+]?[\d.][\w.+-]*|[-+]?inf|nan)\s+(\S.*?)\s*", part)

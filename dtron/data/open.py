@@ -21,6 +21,7 @@ from dtron.data.cache import cache_dir, digest
 from dtron.data.chat import Chats
 from dtron.data.chunks import check_length, split_text
 from dtron.data.documents import Documents
+from dtron.data.files import expand
 from dtron.data.indexed import Indexed, prefix_of
 from dtron.data.megatron_order import most_samples, split_documents
 from dtron.data.mixture import parse_sources, samples_of
@@ -145,7 +146,7 @@ def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
     if (
         path is not None
         and prefix
-        and (Path(path).suffix in (".bin", ".idx") or not Path(path).expanduser().is_file())
+        and (Path(path).suffix in (".bin", ".idx") or not expand(path).is_file())
     ):
         if d.chat:
             raise UserError(

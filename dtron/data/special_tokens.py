@@ -25,6 +25,7 @@ from typing import Any, Required, TypedDict
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
+from dtron.data.files import expand
 from dtron.data.tokenizer_library import LARGEST
 from dtron.errors import UserError
 from dtron.json_files import is_there, read_json, read_object
@@ -64,7 +65,7 @@ def file_beside(path: str | Path, name: str) -> Path:
     """Return the path of the file ``name`` that belongs to a tokenizer.
 
     ``path``: a folder, or a tokenizer.json."""
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.is_dir():
         return path / name
     prefix = (
@@ -153,7 +154,7 @@ def special_tokens(path: str | Path | None) -> dict[str, str]:
 
 def _padding_token(path: str | Path) -> str | None:
     """Return the token of the padding that is saved in a tokenizer.json."""
-    file = Path(path).expanduser()
+    file = expand(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
         padding = read_json(file, dict[str, Any], LARGEST).get("padding")
@@ -247,7 +248,8 @@ def save_tokenizer(tokenizer: Tokenizer, file: Path, end: int | None) -> list[Pa
     """Write a tokenizer.json, and return the files written. Beside it, name its end token, unless
     `end_id` finds it without."""
     part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    tokenizer.save(str(part))
+    # The library itself writes to no path that is not Unicode.
+    part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     os.replace(part, file)
     try:
         known = end is None or end_id(tokenizer, file) == end

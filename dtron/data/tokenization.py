@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dtron.data.cache import SealedFile, cached, digest, read_sealed
+from dtron.data.files import expand
 from dtron.data.formats import one_line
 from dtron.data.special_tokens import END, end_id
 from dtron.data.tokenizer_library import library, read_tokenizer
@@ -48,7 +49,7 @@ def get_tokenizer(path: str | None, docs: Iterable[str], vocab_size: int, cache:
     target = cache / f"tokenizer-{digest([key_of(docs), str(vocab_size)])}.json"
 
     def write(file: Path) -> None:
-        _train(docs, vocab_size).save(str(file))
+        file.write_text(_train(docs, vocab_size).to_str(pretty=True), encoding="utf-8")
 
     return cached(target, _read_tokenizer, write)
 
@@ -88,7 +89,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer.json at `path`, or in that folder. If `vocab_size` is given, the tokenizer
     may have at most `vocab_size` words."""
-    file = Path(path).expanduser()
+    file = expand(path)
     if path and is_there(file / "tokenizer.json"):
         file = file / "tokenizer.json"
     if not path or not is_there(file):

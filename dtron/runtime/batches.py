@@ -47,14 +47,20 @@ class GlobalBatch(NamedTuple):
 
 
 class Batches:
-    """The global batches of training, from sample ``start`` on: ``next()`` for each step."""
+    """The global batches of training: ``next()`` for each step.
 
-    def __init__(self, config: RunConfig, plan: RunPlan, layout: Layout, data: Data, start: int):
+    ``start``: the first sample.
+    ``steps``: the number of steps that follow. A run that goes on may have another batch size than
+        before, so ``start`` alone does not give this number."""
+
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, layout: Layout, data: Data, start: int, steps: int
+    ):
         def read(sample: int) -> HostBatch:
             return to_host(data.train.rows(sample, config.batch), config, plan)
 
         self._config, self._plan, self._layout = config, plan, layout
-        starts = range(start, config.steps * config.batch, config.batch)
+        starts = range(start, start + steps * config.batch, config.batch)
         self._prefetch = Prefetch(read, starts)
 
     def next(self) -> GlobalBatch:

@@ -41,6 +41,11 @@ def check_values(config: Any) -> None:
                 raise UserError(f"{flag} {value}: must be at most {high}; lower it")
         if isinstance(value, str) and name in _PATHS:
             check_path(flag, value)
+            if name == "run_dir" and value.startswith("~"):
+                raise UserError(
+                    f"{flag} {value!r}: a shell replaces ~ only where a word begins with it; write "
+                    f"{flag} ~/... with a space, or $HOME/..."
+                )
 
 
 def check_path(flag: str, value: str) -> None:

@@ -19,6 +19,7 @@ import struct
 from pathlib import Path
 
 from dtron.data.cache import cache_dir
+from dtron.data.files import expand
 from dtron.errors import UserError
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable from which torch reads the folder
@@ -29,7 +30,7 @@ def open_compile_cache(folder: str | None) -> None:
 
     ``folder``: None: the folder that the environment names, or ~/.cache/dtron/compile."""
     named = folder is not None or FOLDER in os.environ
-    path = Path(folder or os.environ.get(FOLDER) or cache_dir() / "compile").expanduser().absolute()
+    path = expand(folder or os.environ.get(FOLDER) or cache_dir() / "compile").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):

@@ -57,7 +57,7 @@ class Address:
     def of_this_process(cls) -> Address:
         of = os.environ
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in of:
+            if not of.get(name):
                 raise UserError(
                     f"{name}: is not set, and each of several processes needs it; start them with "
                     "torchrun"
@@ -105,12 +105,13 @@ class Roll:
         at, seconds = self._at, int(timeout.total_seconds())
         remedy = f"start them, or raise --timeout-seconds {seconds}"
         try:
+            _reach(at, seconds)
             store = at.connect(timeout, first=True)
             store.set(f"rank/{at.rank}", json.dumps([socket.gethostname(), os.getpid()]))
             if store.add("present", 1) == at.size:
                 store.set("all", "1")
             late = [] if _appears(store, "all", seconds) else self._absent(store, "rank")
-        except dist.DistError as error:
+        except (dist.DistError, OSError, UnicodeError) as error:
             raise UserError(
                 f"rank {at.rank}: cannot reach the store of the job at {at.host}:{at.port} "
                 f"({_first_line(error)}); check MASTER_ADDR and MASTER_PORT, or {remedy}"
@@ -192,6 +193,23 @@ class Roll:
             return
         if not self._over.wait(HANGS):
             os._exit(2)
+
+
+def _reach(address: Address, seconds: float) -> None:
+    """Wait until the store can be reached. Raises OSError when the time is over: ``TCPStore`` would
+    print a C++ stack trace. A name of a host may be known late."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            if address.rank == 0 and not address.hosted_by_torchrun:  # starts the store itself
+                socket.getaddrinfo(address.host, address.port)
+            else:
+                socket.create_connection((address.host, address.port), max(seconds, 1.0)).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.2)
 
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:

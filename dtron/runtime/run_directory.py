@@ -97,6 +97,8 @@ class RunDirectory:
                 f"--run-dir {path}: holds checkpoints of another run, up to {newest.name}; go on "
                 "from there with --resume, choose another --run-dir, or delete it"
             )
+        if not newest:
+            _refuse_foreign(path)
         previous, over = None, False
         if newest and (path / CONFIG).is_file():
             with contextlib.suppress(*cli.UNREADABLE):  # --resume has read the file, or refused it
@@ -165,6 +167,22 @@ class RunDirectory:
         with writing(path):
             replace_file(path, content)
         self._written[path] = content
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise UserError if the directory has files of the names that a run writes, and no run wrote
+    them: it may be the folder of a model."""
+    if is_there(path / CONFIG):
+        with contextlib.suppress(*cli.UNREADABLE):
+            cli.load(path / CONFIG)
+            return
+    elif not is_there(path / "tokenizer.json"):
+        return
+    name = CONFIG if is_there(path / CONFIG) else "tokenizer.json"
+    raise UserError(
+        f"--run-dir {path}: holds a {name} that no run wrote, and training would replace it; choose "
+        "another --run-dir, or move the file away"
+    )
 
 
 def _nothing_to_resume(path: Path) -> UserError:

@@ -225,3 +225,9 @@ def test_files_are_megatrons_byte_for_byte_both_ways(megatron, prepared, tmp_pat
                 )
         for suffix in (".bin", ".idx"):
             assert (tmp_path / f"o{suffix}").read_bytes() == (tmp_path / f"t{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "~nobody-of-this-name/a"])
+def test_a_name_that_no_pair_of_files_has_is_one_line(path):
+    one_line(lambda: main(["info", path]), repr(path))
+    one_line(lambda: main(["prepare", "a.jsonl", "--out", path]), path)

@@ -16,7 +16,7 @@ from dtron.runtime.launch import plan_run
 from dtron.runtime.roll_call import Address
 from tests.helpers.paths import ROOT
 from tests.helpers.texts import words
-from tests.helpers.train_cli import refused
+from tests.helpers.train_cli import refused, run
 
 EMPTY = "import sys; from dtron.runtime.exit import run_cli; sys.exit(run_cli(lambda _: 0, []))"
 pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
@@ -111,6 +111,30 @@ def test_files_that_cannot_be_read_are_refused(run_dir, tmp_path, capsys):
     )
     message = refused(capsys, at, f"--data.tokenizer={five}", "--model.vocab=4")
     assert "5 tokens and the model only 4" in message and "--model.vocab 5" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_the_folder_of_a_model_is_no_run_dir(run_dir, name, capsys):
+    """A run would write its own files over those of the model."""
+    run_dir.mkdir()
+    (run_dir / name).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    for argv in ([], ["--resume=auto"]):
+        message = refused(capsys, f"--run-dir={run_dir}", *argv)
+        assert f"holds a {name} that no run wrote" in message and "choose another" in message
+    assert "architectures" in (run_dir / name).read_text()
+
+
+def test_homes_that_are_not_are_refused(capsys):
+    for flag in ("--run-dir", "--data.path", "--data.tokenizer"):
+        assert "~nobody-of-this-name/a" in refused(capsys, f"{flag}=~nobody-of-this-name/a")
+    assert "$HOME" in refused(capsys, "--run-dir=~/a")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_a_run_dir_and_a_cache_need_not_be_unicode(run_dir, monkeypatch):
+    odd = os.fsdecode(b"\xff")
+    monkeypatch.setenv("DTRON_CACHE", str(run_dir.with_name(odd)))
+    run(run_dir.with_name(f"run-{odd}"), "--steps=1", "--eval-every=0", "--sample-tokens=0")
 
 
 def test_a_run_dir_that_cannot_be_is_refused(tmp_path, capsys):

@@ -93,6 +93,18 @@ def test_a_run_resumes_on_another_pipeline(run_dir, first, then, monkeypatch):
     agree(run(run_dir, "--resume", *flags(then)), want)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (8, 128)])
+def test_a_run_goes_on_with_another_batch_size(run_dir, batch, tokens):
+    """The steps that are left are counted, not the samples."""
+    run(run_dir, "--save-every=2", "--steps=2", "--eval-every=0", "--sample-tokens=0")
+    found = run(run_dir, "--resume", f"--batch={batch}", "--steps=5")
+    assert [record["tokens"] for record in found] == [
+        64,
+        128,
+        *(128 + tokens * i for i in (1, 2, 3)),
+    ]
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(run_dir, capsys):
     run(run_dir, "--save-every=2")
     resume = [f"--run-dir={run_dir}", "--resume"]

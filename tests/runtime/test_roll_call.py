@@ -16,6 +16,7 @@ from dtron.errors import UserError
 from dtron.runtime import roll_call
 from dtron.runtime.roll_call import Address, Roll
 from tests.helpers.ranks import Ranks
+from tests.helpers.texts import one_line
 from tests.helpers.train_cli import TINY
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("run_dir")]
@@ -98,6 +99,19 @@ def test_the_host_of_a_store_that_ends_is_named(by_torchrun):
     del store
     who = "torchrun on host localhost" if by_torchrun else "no answer from rank 0 on host localhost"
     assert who in roll.missing()
+
+
+@pytest.mark.parametrize("host", ["no host", "x" * 300, "no-such-host.invalid", "localhost"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_cannot_be_reached_is_one_line(host, rank, capfd):
+    """torch would print a stack trace of thirty lines."""
+    if (host, rank) == ("localhost", 0):
+        return  # rank 0 would start the store there
+    at = Address(host, 1, rank, 2, "0", False)
+    one_line(
+        lambda: Roll(at).join(timedelta(0)), f"rank {rank}: cannot reach the store", "MASTER_ADDR"
+    )
+    assert capfd.readouterr().err == ""
 
 
 # ---- processes
