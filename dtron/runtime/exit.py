@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dtron.errors import LostRank, UserError
 from dtron.renamed import refuse_old_flags
 from dtron.runtime.launcher import watch_launcher
-from dtron.runtime.output import complain, leave_output
+from dtron.runtime.output import complain, escape_output, leave_output
 from dtron.runtime.signals import Termination, allow_interrupts, stop_at_once
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -66,8 +66,10 @@ def before_imports() -> None:
     """Prepare a program for its slow imports: torch takes seconds.
 
     Ctrl-C and the end of torchrun end the program with one line. torch's C++ code reports errors
-    only: when torchrun dies, each of its warnings has thirty lines."""
+    only: when torchrun dies, each of its warnings has thirty lines. A name of a file need not be
+    text that the terminal can show: what it cannot show is escaped."""
     stop_at_once()
+    escape_output()
     watch_launcher()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

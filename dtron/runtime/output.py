@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import sys
@@ -63,6 +64,14 @@ def write_line(stream: TextIO | None, text: str) -> str | None:
 def complain(text: str) -> None:
     """Print a line on stderr, if this is possible."""
     write_line(sys.stderr, text)
+
+
+def escape_output() -> None:
+    """Escape the characters that the output cannot encode. Otherwise such a name of a file, or a
+    letter on a terminal that has ASCII only, ends the program with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave_output() -> None:

@@ -172,13 +172,13 @@ class RunDirectory:
 def _refuse_foreign(path: Path) -> None:
     """Raise UserError if the directory has files of the names that a run writes, and no run wrote
     them: it may be the folder of a model."""
-    if is_there(path / CONFIG):
+    if (path / CONFIG).is_file():
         with contextlib.suppress(*cli.UNREADABLE):
             cli.load(path / CONFIG)
             return
-    elif not is_there(path / "tokenizer.json"):
+    elif not (path / "tokenizer.json").is_file():
         return
-    name = CONFIG if is_there(path / CONFIG) else "tokenizer.json"
+    name = CONFIG if (path / CONFIG).is_file() else "tokenizer.json"
     raise UserError(
         f"--run-dir {path}: holds a {name} that no run wrote, and training would replace it; choose "
         "another --run-dir, or move the file away"

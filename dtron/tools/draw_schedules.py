@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import colorsys
 
+from dtron.errors import UserError
 from dtron.schedules.table import Action, Timeline
 from dtron.tools.svg import FAINT, Canvas
 
 HUES = {"F": 0.60, "B": 0.40, "I": 0.40, "W": 0.09}
+_MOST_CELLS = 1 << 16  # in a row of text
 NAMES = (("F", "forward"), ("B", "backward"), ("I", "input gradient"), ("W", "weight gradient"))
 
 
@@ -22,11 +24,26 @@ def colour(action: Action, per_rank: int, ranks: int) -> str:
     return f"#{int(r * 255):02x}{int(g * 255):02x}{int(b * 255):02x}"
 
 
+def _check_span(line: Timeline) -> None:
+    if not 0 < line.makespan < float("inf"):
+        raise UserError(
+            f"the schedule takes the time {line.makespan:g}; give --F, --I, --W and --transfer times "
+            "that can be drawn"
+        )
+
+
 def text(line: Timeline, unit: float | None = None) -> str:
     """Return a timeline as a character grid.
 
     ``unit``: the time of one cell of three characters (None: the shortest action)."""
-    unit = unit or min(end - start for spans in line.spans for _, start, end in spans)
+    _check_span(line)
+    times = [end - start for spans in line.spans for _, start, end in spans]
+    unit = unit or min(time for time in times if time > 0)
+    if line.makespan > _MOST_CELLS * unit:
+        raise UserError(
+            f"times from {unit:g} to {line.makespan:g} have no room in a picture of text; take "
+            "times that differ less, or draw to a file with -o"
+        )
     rows = []
     for rank, spans in enumerate(line.spans):
         row = ""
@@ -58,6 +75,8 @@ def draw(canvas: Canvas, x: float, y: float, line: Timeline, width: float, longe
 
 def svg(lines: dict[str, Timeline], width: float = 1180) -> str:
     """Return a picture of several timelines by title, on one scale of time."""
+    for line in lines.values():
+        _check_span(line)
     canvas, y = Canvas(width), 10.0
     longest = max(line.makespan for line in lines.values())
     for title, line in lines.items():

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import train
 from dtron.checkpoint import files
 from dtron.runtime.cli import load
 from dtron.runtime.exit import run_cli
-from dtron.runtime.output import Output, append_line, complain, write_line
+from dtron.runtime.output import Output, append_line, complain, escape_output, write_line
 from tests.helpers.checkpoints import weights
 from tests.helpers.paths import ROOT
 from tests.helpers.train_cli import SIX, TINY, losses, records, refused, run
@@ -252,3 +253,12 @@ def test_a_line_is_appended_to_a_regular_file_only(make, tmp_path):
     make(tmp_path / "starts.jsonl")
     with pytest.raises(OSError):
         append_line(tmp_path / "starts.jsonl", "{}")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    escape_output()
+    Console(highlight=False).print("caf\xe9 \udcff", markup=False)
+    sys.stdout.flush()
+    assert shown.getvalue() == b"caf\\xe9 \\udcff\n"

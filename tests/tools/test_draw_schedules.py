@@ -1,0 +1,19 @@
+"""dtron.tools.draw_schedules: times that cannot be drawn are one line."""
+
+import pytest
+
+from dtron.schedules.__main__ import main
+from tests.helpers.texts import one_line
+
+
+@pytest.mark.parametrize("command", [["draw", "1f1b"], ["draw", "zb-v"], ["compare"]])
+def test_times_that_cannot_be_drawn_are_one_line(command):
+    for flag in ("--F", "--I", "--W", "--transfer"):
+        for time in ("1e308", "1e9"):
+            one_line(lambda f=flag, t=time: main([*command, f"{f}={t}"]), "time")
+
+
+@pytest.mark.parametrize("flag", ["--F", "--I", "--W"])
+def test_an_action_may_take_no_time(flag, capsys):
+    assert main(["draw", "zb-h1", f"{flag}=0"]) == 0
+    assert "rank 0" in capsys.readouterr().out
