@@ -5,8 +5,8 @@ half-written. An entry is written under a temporary name and moved into place wi
 which is atomic. This alone makes the cache correct. The lock only saves work: one process builds
 the entry, and the other processes wait and read it.
 
-An entry is sealed: it ends with the CRC-32 of its content (``SealedFile``, ``read_sealed``). An entry
-with a wrong CRC-32 is built again. (A tokenizer.json has no seal. It is parsed instead.)
+An entry is sealed: it ends with the CRC-32 of its content (``SealedFile``, ``read_sealed``). An
+entry with a wrong CRC-32 is built again. (A tokenizer.json has no seal. It is parsed instead.)
 
 The name of an entry contains a hash of all its inputs. Changed inputs make a new name, so no entry
 is ever invalidated. Left out: deleting old entries. They are plain files; remove the folder at
@@ -127,9 +127,9 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{what} takes {needed / 1e9:.1f} GB in the cache folder {str(folder)!r}, whose disk has "
-            f"{free / 1e9:.1f} GB free; set DTRON_CACHE to a folder on a larger disk, or read the "
-            "text with --data.streaming"
+            f"{what} takes {needed / 1e9:.1f} GB in the cache folder {str(folder)!r}, whose disk "
+            f"has {free / 1e9:.1f} GB free; set DTRON_CACHE to a folder on a larger disk, or read "
+            "the text with --data.streaming"
         )
 
 

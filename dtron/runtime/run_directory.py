@@ -180,8 +180,8 @@ def _refuse_foreign(path: Path) -> None:
         return
     name = CONFIG if (path / CONFIG).is_file() else "tokenizer.json"
     raise UserError(
-        f"--run-dir {path}: holds a {name} that no run wrote, and training would replace it; choose "
-        "another --run-dir, or move the file away"
+        f"--run-dir {path}: holds a {name} that no run wrote, and training would replace it; "
+        "choose another --run-dir, or move the file away"
     )
 
 

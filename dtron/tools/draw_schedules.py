@@ -27,8 +27,8 @@ def colour(action: Action, per_rank: int, ranks: int) -> str:
 def _check_span(line: Timeline) -> None:
     if not 0 < line.makespan < float("inf"):
         raise UserError(
-            f"the schedule takes the time {line.makespan:g}; give --F, --I, --W and --transfer times "
-            "that can be drawn"
+            f"the schedule takes the time {line.makespan:g}; give --F, --I, --W and --transfer "
+            "times that can be drawn"
         )
 
 

@@ -120,7 +120,7 @@ def test_a_run_of_nohup_outlives_its_terminal():
 
 
 def test_a_run_that_was_ended_before_its_first_step_makes_none(monkeypatch):
-    """torchrun ends a job that prepares its data: no step is made, and lost, in the grace period."""
+    """torchrun ends a job that prepares its data: no step is made, and lost, in the time left."""
     monkeypatch.setattr(signals.threading, "Timer", Mock())
     monkeypatch.setattr(signals, "_termination", None)
     before = signal.getsignal(signal.SIGTERM)
