@@ -26,9 +26,22 @@ from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
 from dtron.tools import draw_schedules as pictures
 
 
+MOST_ACTIONS = 1 << 16  # forwards in one table
+LONGEST = 1e9
+
+
 def timed(name: str, o: Namespace) -> Timeline:
     """Time a schedule on ranks that all have the same number of layers. A rank with n stages has
     stages of an n-th of the time."""
+    actions = o.stages * o.microbatches * o.stages_per_rank
+    if actions > MOST_ACTIONS:
+        raise UserError(
+            f"--stages {o.stages} --microbatches {o.microbatches} --stages-per-rank "
+            f"{o.stages_per_rank}: {actions} forwards, of which at most {MOST_ACTIONS} are timed and "
+            "drawn; lower one of the three"
+        )
+    if o.F + o.I + o.W == 0:
+        raise UserError("--F 0 --I 0 --W 0: nothing takes time; give one of them a time")
     t = make(name, o.stages, o.microbatches, o.stages_per_rank)
     n = t.per_rank
     return simulate(t, Costs(o.F / n, o.I / n, o.W / n, o.transfer))
@@ -125,7 +138,7 @@ def parser() -> Parser:
 
 def duration(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
+    if not 0 <= value <= LONGEST:
         raise ValueError
     return value
 
