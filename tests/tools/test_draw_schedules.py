@@ -9,8 +9,8 @@ from tests.helpers.texts import one_line
 @pytest.mark.parametrize("command", [["draw", "1f1b"], ["draw", "zb-v"], ["compare"]])
 def test_times_that_cannot_be_drawn_are_one_line(command):
     for flag in ("--F", "--I", "--W", "--transfer"):
-        for time in ("1e308", "1e9"):
-            one_line(lambda f=flag, t=time: main([*command, f"{f}={t}"]), "time")
+        for time, says in (("1e308", "invalid duration"), ("1e9", "time")):
+            one_line(lambda f=flag, t=time: main([*command, f"{f}={t}"]), says)
 
 
 @pytest.mark.parametrize("flag", ["--F", "--I", "--W"])
