@@ -5,8 +5,8 @@ the conditions (guards) under which these operators are the same in the next cal
 need neither. All that their operators depend on are their plain arguments and the shapes of their
 tensors. So a kind of call is a key of these values, and a function is traced by running it:
 AOTAutograd runs it on fake tensors, through Python, DTensor and autograd, and records forward and
-backward as graphs of operators on local tensors. The backend compiles these graphs. In a block on a
-mesh the interpretation took six times as long as all the rest of the trace.
+backward as graphs of operators on local tensors. The backend compiles these graphs. On a mesh the
+interpretation took twice as long as all the rest of the trace.
 
 torch can keep compiled graphs on disk. It does not know the function that is traced, so it needs a
 key of all that the function depends on (unit_key.py).
