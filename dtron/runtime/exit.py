@@ -36,7 +36,7 @@ OF_THE_DISK = {
     errno.ESTALE: "mount the disk again",
 }
 """Errors of the operating system that are never a fault of the program, each with its remedy."""
-OTHERS_WAIT = 3.0  # seconds in which rank 0 may report an error that every rank has
+OTHERS_WAIT = 10.0  # seconds in which rank 0 may report an error that every rank has
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtron.errors import UserError
-from dtron.runtime import check_memory
+from dtron.runtime import check_memory, exit
 from dtron.runtime.cli import parse
 from dtron.runtime.exit import OF_THE_DISK, run_cli
 from dtron.runtime.launch import plan_run
@@ -29,6 +29,7 @@ def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(exit, "OTHERS_WAIT", 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(check_memory, "_gpu_memory", lambda device: 1 << 40)
