@@ -25,7 +25,6 @@ from dtron.runtime.exit import Parser, run_cli
 from dtron.schedules import SCHEDULES, Costs, Timeline, make, peaks, simulate
 from dtron.tools import draw_schedules as pictures
 
-
 MOST_ACTIONS = 1 << 16  # forwards in one table
 LONGEST = 1e9
 
