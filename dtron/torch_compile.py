@@ -1,6 +1,6 @@
-"""What model code says to a compiler: its units, which are compiled by themselves
-(training/compiled_units.py), and whether a tracer runs it. And ``torch.compile`` for single
-functions of tensors, outside of units."""
+"""The compiler as model code sees it: the units that are compiled by themselves
+(training/compiled_units.py), and whether a tracer runs the code. ``jit`` is ``torch.compile`` for
+single functions of tensors, outside of units."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Direct:
 
 DIRECT = Direct()
 
-# The number of kinds of arguments (shapes of weights, masks) for which ``jit`` compiles one function.
-# By default torch gives up after 8, to detect functions that recompile forever.
+# ``jit`` compiles one function for at most this number of kinds of arguments (shapes of weights,
+# masks). By default torch gives up after 8, to detect functions that recompile forever.
 KINDS = 64
 
 

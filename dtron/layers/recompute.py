@@ -34,8 +34,8 @@ def checkpointed(fn: Callable, *xs: Any, context_fn: Callable = noop_context_fn)
 
 
 def _marked(fn: Callable, xs: tuple[Any, ...], context_fn: Callable) -> Any:
-    """Run ``fn(*xs)`` under a tracer, and mark its operators for the partitioner, which decides what
-    backward recomputes. torch.compile marks them in the same way."""
+    """Run ``fn(*xs)`` under a tracer, and mark its operators. The partitioner then lets backward
+    recompute them. torch.compile sets the same marks."""
     region, (context, _) = next(_REGIONS), context_fn()
     if hasattr(context, "ac_graph_id"):  # torch 2.13 marks the operators of such a context itself
         context.ac_graph_id = region
@@ -45,7 +45,7 @@ def _marked(fn: Callable, xs: tuple[Any, ...], context_fn: Callable) -> Any:
         return fn(*xs)
 
 
-_REGIONS = itertools.count()  # the partitioner keeps what one region passes to another
+_REGIONS = itertools.count()  # the partitioner keeps the tensors that one region passes to another
 
 
 def recompute_in_backward(fn: Callable, *xs: Tensor) -> tuple[Tensor, ...]:

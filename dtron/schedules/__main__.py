@@ -36,8 +36,8 @@ def timed(name: str, o: Namespace) -> Timeline:
     if actions > MOST_ACTIONS:
         raise UserError(
             f"--stages {o.stages} --microbatches {o.microbatches} --stages-per-rank "
-            f"{o.stages_per_rank}: {actions} forwards, of which at most {MOST_ACTIONS} are timed and "
-            "drawn; lower one of the three"
+            f"{o.stages_per_rank}: {actions} forwards, and at most {MOST_ACTIONS} are timed; "
+            "lower one of the three"
         )
     if o.F + o.I + o.W == 0:
         raise UserError("--F 0 --I 0 --W 0: nothing takes time; give one of them a time")

@@ -25,7 +25,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
@@ -57,14 +56,12 @@ class BackwardHalves:
         later, self._left = self._left, None
         return later
 
-    def compiler(self, compile: Callable, args: Sequence[Any], weights: Sequence[int]) -> Callable:
+    def compiler(self, compile: Callable, weights: Sequence[int]) -> Callable:
         """Return a compiler of graphs that splits a backward graph.
 
         ``compile``: inductor's compiler of one graph.
-        ``args``: the unit's inputs.
-        ``weights``: the indices of the inputs that are weights."""
+        ``weights``: the indices of the unit's inputs that are weights."""
         late = set(weights)
-        tensors = [isinstance(x, Tensor) for x in args]  # torch 2.13 passes process groups too
 
         def compile_halves(graph: GraphModule, inputs: Sequence[Any], **how: Any) -> Callable:
             halves = split(graph, late) if how.get("is_backward") else None
@@ -74,7 +71,7 @@ class BackwardHalves:
             made = [node.meta["val"] for node in halves.crossing]
             first = compile(halves.first, inputs, **how)
             second = compile(halves.second, [*given, *made], **how | {"static_input_idxs": []})
-            return TwoGraphs(self, first, second, halves, tensors)
+            return TwoGraphs(self, first, second, halves)
 
         return compile_halves
 
@@ -96,19 +93,10 @@ class Halves:
 
 class TwoGraphs:
     """A compiled backward in two halves, called as torch calls a compiled backward: with a list of
-    inputs, which is emptied.
+    inputs, which is emptied."""
 
-    ``tensors``: for each input of forward, whether it is a tensor."""
-
-    def __init__(
-        self,
-        owner: BackwardHalves,
-        first: Callable,
-        second: Callable,
-        halves: Halves,
-        tensors: list[bool],
-    ):
-        self._owner, self._first, self._second, self._tensors = owner, first, second, tensors
+    def __init__(self, owner: BackwardHalves, first: Callable, second: Callable, halves: Halves):
+        self._owner, self._first, self._second = owner, first, second
         self._saved, self._crossing = halves.saved, len(halves.crossing)
         self._boxed_call = True  # torch copies this mark to its wrapper of the instance
 
@@ -121,7 +109,7 @@ class TwoGraphs:
         del saved, done
 
         if self._owner.deferring:
-            self._owner.leave(lambda: list(compress(self._second(rest), self._tensors)))
+            self._owner.leave(lambda: list(self._second(rest)))
             return grads
         late = self._second(rest)
         return [g if other is None else other for g, other in zip(grads, late, strict=True)]
@@ -182,7 +170,7 @@ def _from_saved(nodes: Sequence[Node]) -> set[Node]:
 
 def _recomputed(node: Node, saved: set[Node]) -> bool:
     """Whether W computes a node of I again."""
-    return node in saved or _view(node) or node.op in ("get_attr", "placeholder")
+    return node in saved or _view(node) or node.op == "placeholder"
 
 
 def _cheap(node: Node) -> bool:

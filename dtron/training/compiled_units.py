@@ -10,9 +10,9 @@ https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.)
 Between units the stage runs in Python, which is slower than a graph to launch its few kernels. A
 recorded step (cuda_graph.py) has no Python.
 
-A graph takes and returns local tensors of each rank (traced_function.py). Inside, ``LocalToDTensor`` makes
-DTensors of the local tensors. The tracer sees through DTensors, so only kernels and collectives are
-left.
+A graph takes and returns local tensors of each rank (traced_function.py). Inside,
+``LocalToDTensor`` makes DTensors of the local tensors. The tracer sees through DTensors, so only
+kernels and collectives are left.
 
 Left out: a graph that joins neighbouring units. Inductor cannot fuse the last addition of a block
 with the norm of the next block.

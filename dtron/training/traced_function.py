@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from operator import getitem
 from typing import Any, cast
 
@@ -72,18 +71,17 @@ class GraphCompiler:
             # Imported here: it takes a second.
             from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-            compile = partial(cast(Callable, compile_fx), graph, inputs)
-            compile.keywords["config_patches"] = self.options
+            one_graph: Callable = compile_fx_inner
             if self.halves is not None:
-                one_graph = self.halves.compiler(compile_fx_inner, inputs, weights)
-                compile.keywords["inner_compile"] = one_graph
+                one_graph = self.halves.compiler(one_graph, weights)
                 # A donated buffer would be overwritten by a graph that is not its last reader.
                 settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
             if self.halves is not None or key is None:
                 # torch keeps no pair of graphs of a compiler that it does not know.
                 off = torch._functorch.config.patch(enable_autograd_cache=False)
                 settings.enter_context(off)
-            return compile()
+            compile = cast(Callable, compile_fx)
+            return compile(graph, inputs, inner_compile=one_graph, config_patches=self.options)
 
 
 def _backend(name: Any) -> Callable:

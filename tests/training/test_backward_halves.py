@@ -53,7 +53,7 @@ class Graphs:
         def one_graph(graph, inputs, **how):
             return make_boxed_func(graph.forward)
 
-        compile = self.halves.compiler(one_graph, inputs, weights)
+        compile = self.halves.compiler(one_graph, weights)
         return aot_autograd(
             fw_compiler=compile,
             bw_compiler=partial(compile, is_backward=True),
