@@ -42,7 +42,7 @@ from dtron.data.cache import SealedFile, cached, digest, read_sealed
 from dtron.data.chat_encoding import offsets_encoder, sealed, signed_ids, unused_character
 from dtron.data.chat_samples import END, ChatSample, chatml, notes_of, samples_of
 from dtron.data.chat_template import Messages, Tools, plain, template_beside
-from dtron.data.files import COLUMNS, find_files, suffix_of
+from dtron.data.files import COLUMNS, find_files, grouped, suffix_of
 from dtron.data.formats import records, understood
 from dtron.data.special_tokens import add_config_tokens, end_id, tokenizer_config
 from dtron.data.tokenization import vocab_of
@@ -236,15 +236,10 @@ class Chats:
 
 
 def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    batch, size = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        size += sum(len(str(message.get("content"))) for message in conversation.messages)
-        if len(batch) == _BATCH or size >= _CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    def characters(conversation: Conversation) -> int:
+        return sum(len(str(message.get("content"))) for message in conversation.messages)
+
+    return grouped(conversations, characters, _CHARACTERS, _BATCH)
 
 
 def _tools(value: Any, where: str) -> Tools:

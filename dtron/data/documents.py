@@ -18,13 +18,13 @@ skipped.
 
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtron.data.cache import SealedFile, cache_dir, cached, check_room, digest, read_sealed
-from dtron.data.files import GIVE, find_files
+from dtron.data.files import GIVE, find_files, grouped
 from dtron.data.formats import least_size, texts, understood
 from dtron.errors import UserError
 
@@ -102,7 +102,7 @@ class Documents:
         # large_string: 64-bit offsets, since many long documents together pass 2 GiB.
         schema = pyarrow.schema([("text", pyarrow.large_string())])
         with SealedFile(file) as out, pyarrow.ipc.new_stream(out, schema) as stream:
-            for batch in _batches(self._rows()):
+            for batch in grouped(self._rows(), len, _BATCH):
                 stream.write_batch(
                     pyarrow.record_batch([pyarrow.array(batch, schema[0].type)], schema=schema)
                 )
@@ -127,18 +127,6 @@ class Documents:
                     raise
         if empty:
             raise UserError(f"{self._where} holds no text at all; {GIVE} with some text in it")
-
-
-def _batches(rows: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the documents in lists of about a megabyte."""
-    batch, size = [], 0
-    for text in rows:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 def _read_arrow(file: Path) -> "datasets.Dataset | None":

@@ -14,12 +14,14 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from dtron.errors import UserError
+
+T = TypeVar("T")
 
 COLUMNS = (".parquet", ".arrow")
 SUFFIXES = (".txt", ".text", ".jsonl", ".json", *COLUMNS)
@@ -221,3 +223,20 @@ def _why_skipped(file: Path, saved: bool) -> str | None:
     if file.name in _DESCRIBE or (saved and file.name == "state.json"):
         return "it describes a data set"
     return _no_reader(file)
+
+
+def grouped(
+    items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None
+) -> Iterator[list[T]]:
+    """Yield the items in lists. A list ends where its sizes reach ``most``, or its length
+    ``count``."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= most or len(group) == count:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

@@ -32,11 +32,6 @@ from dtron.torch_compile import tracer
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.unit_key import describe, disk_key
 
-# The partitioner of torch 2.13 does not count the memory saved for backward of a graph with process
-# groups, unless this setting says that process groups take no memory. The partitioner of torch 2.11
-# does not need this setting.
-_NO_SIZE = "unsafe_treat_script_objects_as_zero_size"
-
 
 @dataclass(frozen=True)
 class GraphCompiler:
@@ -62,10 +57,8 @@ class GraphCompiler:
         ``weights``: the indices of the inputs that are weights."""
         with ExitStack() as settings:
             if self.budget < 1:
-                kept: dict[str, Any] = {"activation_memory_budget": self.budget}
-                if hasattr(torch._functorch.config, _NO_SIZE):
-                    kept[_NO_SIZE] = True
-                settings.enter_context(torch._functorch.config.patch(kept))
+                kept = torch._functorch.config.patch(activation_memory_budget=self.budget)
+                settings.enter_context(kept)
             if self.backend != "inductor":
                 return _backend(self.backend)(graph, inputs)
             # Imported here: it takes a second.

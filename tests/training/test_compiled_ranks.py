@@ -96,9 +96,9 @@ def test_sharded_stages_compile_too(request, mesh, zero):
 
 
 @pytest.mark.xdist_group("pool")
-def test_a_budget_holds_where_groups_are_in_the_graph(pair):
+def test_a_budget_holds_on_several_ranks(pair):
     """The partitioner of torch 2.13 counts kept bytes, and does not know the size of a process
-    group."""
+    group. So no group may be in the graph, as it is in a graph of ``torch.compile``."""
     how = "aot_eager_decomp_partition", "auto", "ring", "budget", 0.5
     got = pair.run(steps_on_pool, "dp=2", 3, *how)[0]
     assert got == pytest.approx(eager_on_pool(pair, "dp=2", 3, None)[0], rel=1e-4)
