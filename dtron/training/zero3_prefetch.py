@@ -189,6 +189,8 @@ class UnitWeights:
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Send the gradients of whole weights, and return the gradients of shards. Some of these
         are written by ``Prefetch.finish``."""
+        if self._coming is not None:  # backward has read no weight of this unit
+            self.take()
         self._whole, self._in_backward = None, False
         sent: list[Any] = []
         results: list[Tensor | None] = []
