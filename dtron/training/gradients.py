@@ -148,11 +148,12 @@ def gradients(
         grads = [_zeros(w) if g is None else g for g, w in zip(grads, tensors[stage], strict=True)]
         if zero >= 2:
             grads = stage_weights.reduce_scatter(weights[stage], grads, ps)
-        if several or shared:
-            grads = [cast(g, layout.summed(p), copy=first) for g, p in zip(grads, ps, strict=True)]
         if first:
+            if several or shared:
+                pairs = zip(grads, ps, strict=True)
+                grads = [cast(g, layout.summed(p), copy=True) for g, p in pairs]
             sums[stage] = grads
-        else:
+        else:  # where the sum has another dtype, the addition converts: one pass over the memory
             torch._foreach_add_([to_local(s) for s in sums[stage]], [to_local(g) for g in grads])
 
     links = pipe.links(microbatches[0], by_host=look is not None)
