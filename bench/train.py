@@ -179,7 +179,7 @@ def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline
     optional = {}
     if o.reduce_dtype == "bfloat16":
         optional["reduce_dtype"] = o.reduce_dtype
-    if copy_engine_groups(pipe.layout.mesh):
+    if copy_engine_groups(pipe.layout.mesh) or any(pipe.slots.values()):
         optional["copy_engines"] = True
     if plan.shape.pp > 1:
         optional["pipeline.schedule"] = o.schedule
@@ -289,7 +289,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--cp-method", default="ring", choices=get_args(Method), help="attention over cp")
     add("--zigzag", default="auto", choices=("auto", "on", "off"))
     add("--no-overlap", **on, help="leave collectives at their place in the program")
-    add("--no-copy-engines", **on, help="ZeRO-3 gathers weights through NCCL")
+    add("--no-copy-engines", **on, help="NCCL gathers weights and sends messages")
     add(
         "--cuda-graph", default="auto", choices=("auto", "off"), help="off: Python launches kernels"
     )

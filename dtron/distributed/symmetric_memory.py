@@ -1,10 +1,10 @@
-"""Symmetric memory: memory that all GPUs of one host can access, and the process groups that use it
-(distributed/copy_engine.py).
+"""Symmetric memory: memory that all GPUs of one host can access, the process groups that use it
+(distributed/copy_engine.py), and the slots for messages of a pipeline (schedules/message_slots.py).
 
-``backends`` chooses the process groups when a mesh is built. ``to_symmetric_memory`` moves the
-tensors that these groups all-gather to symmetric memory. ``publish_weights`` announces to all ranks
-that weights have been written. ``copy_engine_groups`` returns their names. Nothing else in dtron
-knows of these groups.
+``shared`` makes such memory. ``backends`` chooses the process groups when a mesh is built.
+``to_symmetric_memory`` moves the tensors that these groups all-gather to symmetric memory.
+``publish_weights`` announces to all ranks that weights have been written. ``copy_engine_groups``
+returns the names of the groups. Nothing else in dtron knows of these groups.
 
 In torch, *symmetric memory* and the registration of a custom process group are private API. Only
 this file uses them (https://docs.pytorch.org/docs/stable/symmetric_memory.html)."""
@@ -87,6 +87,19 @@ def backends(shape: MeshShape, device: str, axes: Sequence[str]) -> dict[str, st
         span *= n
         spans[atom] = span  # the first and last rank of a group are less than this apart
     return {atom: "copies" for atom in axes if host_ranks % spans[atom] == 0} or None
+
+
+def on_one_host(ranks: Sequence[int]) -> bool:
+    """Whether these processes compute on GPUs of one host that can access each other's memory."""
+    host_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return len({r // host_ranks for r in ranks}) == 1 and _gpus_access_each_other(host_ranks)
+
+
+def shared(size: int, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    """Allocate ``size`` bytes on each rank of a group. Return this rank's memory and the handle for
+    the memory of all ranks. All ranks must call this."""
+    memory = allocate(size)
+    return memory, _rendezvous(memory, group.group_name)
 
 
 def _gpus_access_each_other(count: int) -> bool:

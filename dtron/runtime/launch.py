@@ -192,7 +192,7 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
     stages = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout)
-    yield on_ranks(stages, mesh, template, timeout)
+    yield on_ranks(stages, mesh, template, timeout, config.copy_engines == "auto")
     if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()
         dist.destroy_process_group()

@@ -25,6 +25,7 @@ describes when)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +38,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtron.errors import LostRank
+from dtron.schedules.message_slots import MessageSlots, Pair
 from dtron.schedules.table import Action, Table
-
-Pair = tuple[int, int]  # pipeline ranks: (sender, receiver)
 
 
 class Links(Protocol):
@@ -148,6 +148,18 @@ class Progress:
         return self.awaited[done] if done < len(self.awaited) else None
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How the messages of a recorded step are sent and watched.
+
+    ``progress``: counts the messages that have arrived.
+    ``slots``: the slots of messages to and from other ranks, by rank. Messages of a rank without
+        slots go through process groups."""
+
+    progress: Progress
+    slots: Mapping[int, MessageSlots]
+
+
 class P2PLinks:
     """Links between processes. Stages of the same process use ``InProcessLinks``; other stages send
     messages, through ``groups``.
@@ -156,7 +168,7 @@ class P2PLinks:
     ``empty()``: makes a buffer for one message.
     ``wrap``: turns a buffer into a stage's tensor.
     ``unwrap``: the reverse of ``wrap``.
-    ``progress``: counts the messages of a step that is being recorded; None: it is not recorded."""
+    ``recording``: None if the step is not being recorded."""
 
     def __init__(
         self,
@@ -166,31 +178,37 @@ class P2PLinks:
         empty: Callable[[], Tensor],
         wrap: Callable[[Tensor], Tensor],
         unwrap: Callable[[Tensor], Tensor],
-        progress: Progress | None = None,
+        recording: Recording | None = None,
     ):
-        self._progress = progress
-        if progress is not None:
-            progress.begin()
+        self._recording = recording
+        self._slots = {} if recording is None else recording.slots
+        if recording is not None:
+            recording.progress.begin()
         self._t, self._rank, self._peers = t, groups.rank, groups.peers
         self._groups, self._by_host = groups, by_host
         self._empty, self._wrap, self._unwrap = empty, wrap, unwrap
         self._here = InProcessLinks()
+        self._sent, self._received = Counter[int](), Counter[int]()  # messages in slots, by rank
         self._leaving: list[tuple[Any, Tensor]] = []
-        self._coming: dict[Action, tuple[Any, Tensor]] = {}
+        self._coming: dict[Action, Callable[[], Tensor]] = {}
         self._to_post = {
             r: [a for a in row if t.goal(a) == self._rank]
             for r, row in enumerate(t.rows)
             if r != self._rank
         }
         for r in self._to_post:
-            self._post(r)
+            self._post_ahead(r)
 
     def send(self, made: Action, x: Tensor) -> None:
         goal = self._t.goal(made)
         if goal == self._rank:
             return self._here.send(made, x)
         assert goal is not None  # results that no rank waits for are not sent
-        if self._progress is None:  # nothing ends while a step is being recorded
+        if goal in self._slots:
+            self._slots[goal].send(self._sent[goal], self._unwrap(x))
+            self._sent[goal] += 1
+            return None
+        if self._recording is None:  # nothing ends while a step is being recorded
             self._leaving = [(work, x) for work, x in self._leaving if not work.is_completed()]
         message, group = self._unwrap(x).contiguous(), self._group((self._rank, goal))
         with self._naming(goal):
@@ -202,12 +220,8 @@ class P2PLinks:
             return self._here.receive(made)
         while made not in self._coming:
             self._post(source)
-        work, buffer = self._coming.pop(made)
-        with self._naming(source, made.stage):
-            work.wait()
-        if self._progress is not None:
-            self._progress.arrived(source, made.stage)
-        self._post(source)
+        buffer = self._coming.pop(made)()
+        self._post_ahead(source)
         return self._wrap(buffer)
 
     def _group(self, pair: Pair) -> Any:
@@ -219,12 +233,35 @@ class P2PLinks:
             for work, _ in self._leaving:
                 work.wait()
 
+    def _post_ahead(self, source: int) -> None:
+        """Post the next receive from a rank. A message in a slot arrives without a receive."""
+        if self._to_post[source] and source not in self._slots:
+            self._post(source)
+
     def _post(self, source: int) -> None:
-        if self._to_post[source]:
-            made, buffer = self._to_post[source].pop(0), self._empty()
-            group = self._group((source, self._rank))
+        made = self._to_post[source].pop(0)
+        if source in self._slots:
+            buffer = self._slots[source].receive(self._received[source])
+            self._received[source] += 1
+            self._arrived(source, made.stage)
+            self._coming[made] = lambda: buffer
+            return
+        buffer, group = self._empty(), self._group((source, self._rank))
+        with self._naming(source, made.stage):
+            work = dist.irecv(buffer, self._peers[source], group=group)
+
+        def wait() -> Tensor:
+            assert work is not None  # this process is in the group
             with self._naming(source, made.stage):
-                self._coming[made] = (dist.irecv(buffer, self._peers[source], group=group), buffer)
+                work.wait()
+            self._arrived(source, made.stage)
+            return buffer
+
+        self._coming[made] = wait
+
+    def _arrived(self, source: int, stage: int) -> None:
+        if self._recording is not None:
+            self._recording.progress.arrived(source, stage)
 
     @contextmanager
     def _naming(self, other: int | None = None, stage: int | None = None) -> Iterator[None]:

@@ -110,8 +110,9 @@ class StepConfig:
     """record a compiled step as one CUDA graph, which the host launches in one call; auto: on
     GPUs"""
     copy_engines: Literal["auto", "off"] = "auto"
-    """auto: with --zero 3, GPUs of one host copy weights and gradients from each other's memory,
-    which takes no SMs from matmuls; off: NCCL sends weights and gradients"""
+    """auto: GPUs of one host copy the messages of a pipeline, and with --zero 3 weights and
+    gradients, to each other's memory, which takes no SMs from matmuls; off: NCCL sends all of
+    them"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype in which gradients are accumulated and reduced; float64 where weights are float64"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

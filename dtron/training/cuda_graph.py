@@ -9,14 +9,16 @@ host reads no number of the step. A step of dtron meets all three requirements. 
 learning rate and the counts are copied into the buffers that the recorded kernels read.
 
 A pipelined step is recorded whole too, with its messages. Each rank records its own row of the
-table. In a replay no Python runs between kernels, and a message that waits on the GPU holds up no
-host. NCCL's timeout does not cover recorded messages, so the host watches the end of each step
-(``wait_for_step`` in runtime/fault_tolerance.py).
+table. In a replay no Python runs between kernels. NCCL's timeout does not cover recorded messages,
+so the host watches the end of each step (``wait_for_step`` in runtime/fault_tolerance.py). The
+launch of a step of many microbatches may return only when most of the step is over. So it has a
+thread of its own, and the host watches the launch too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import to_local
 from dtron.distributed.symmetric_memory import publish_weights
+from dtron.errors import LostRank
 from dtron.model.batch import Batch
 from dtron.training.gradients import Reports
 from dtron.training.optimizer import OptimizerState
@@ -77,6 +80,7 @@ class CudaGraphStep:
             self._graph = torch.cuda.CUDAGraph()
             # The graph must be able to follow any earlier work, such as a validation.
             publish_weights(flat(params))
+            self.pipe.prepare_recording(microbatches[0])
             # Only calls of this thread may invalidate the recording: the thread of NCCL's watchdog
             # may query events meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -84,7 +88,7 @@ class CudaGraphStep:
         inputs = _tensors((microbatches, numbers))
         for buffer, x in zip(_tensors(self._inputs), inputs, strict=True):
             to_local(buffer).copy_(to_local(x), non_blocking=True)
-        self._graph.replay()
+        self._launch(self._graph)
         loss, norm, reports = self._outputs
         return (
             _output(loss),
@@ -94,11 +98,48 @@ class CudaGraphStep:
             replace(opt, step=opt.step + 1),
         )
 
+    def _launch(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch the recorded step. Raises LostRank if the launch of a pipelined step does not
+        return within the time limit, because another rank does not answer."""
+        if self.pipe.timeout is None:
+            graph.replay()
+            return
+        stream = torch.cuda.current_stream()
+
+        def launch() -> None:
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        if not finishes(launch, self.pipe.timeout.total_seconds()):
+            raise LostRank(
+                f"a step was not launched within {self.pipe.timeout.total_seconds():g} seconds: "
+                f"{self.pipe.awaited()}; see the output of that rank"
+            )
+
     def _run(
         self, params: Any, opt: OptimizerState, microbatches: Sequence[Batch], numbers: Tensor
     ) -> Result:
         tokens, lr, number = numbers.unbind()
         return self._step(params, opt, microbatches, tokens, lr, number=number)
+
+
+def finishes(fn: Callable[[], None], seconds: float) -> bool:
+    """Run ``fn`` in another thread, and return whether it has finished within this time. Its
+    exception is raised here."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fn()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # the program may end while fn still runs
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    return not thread.is_alive()
 
 
 def _kind(microbatches: Sequence[Batch]) -> list:

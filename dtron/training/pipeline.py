@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
+from dtron.distributed.symmetric_memory import on_one_host, shared
 from dtron.mesh import Layout, axes_of
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
@@ -29,12 +30,14 @@ from dtron.model.config import ModelConfig
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, embed, embed_params, stage
 from dtron.schedules import Table, make
+from dtron.schedules.message_slots import MessageSlots, slots_needed
 from dtron.schedules.p2p import (
     InProcessLinks,
     Links,
     P2PLinks,
     PipelineGroups,
     Progress,
+    Recording,
     make_pipeline_groups,
 )
 from dtron.schedules.runner import Program
@@ -65,7 +68,11 @@ class Pipeline:
         (one device, or simulated ranks).
     ``template``: a message of no tokens.
     ``sent_kinds``: the kinds of messages that earlier steps have sent.
-    ``progress``: counts the messages of a recorded step; None: nothing is recorded here."""
+    ``progress``: counts the messages of a recorded step; None: nothing is recorded here.
+    ``timeout``: how long a rank waits for another; None: no limit.
+    ``copy_engines``: whether copy engines send the messages of a recorded step.
+    ``slots``: for each number of tokens in a message, the slots of messages to and from other
+        pipeline ranks."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -74,6 +81,9 @@ class Pipeline:
     template: Tensor | None = None
     sent_kinds: set[Any] = field(default_factory=set, compare=False)
     progress: Progress | None = field(default=None, compare=False)
+    timeout: timedelta | None = None
+    copy_engines: bool = False
+    slots: dict[int, dict[int, MessageSlots]] = field(default_factory=dict, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +120,7 @@ class Pipeline:
             steps do not run. It does not count as the first step."""
         if self.groups is None:
             return InProcessLinks()
-        t, tokens = table or self.table, batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
+        t, tokens = table or self.table, self._tokens(batch)
         axes, device = ("tokens_sp", "act_embed"), self.device
         kind = (t.name, tokens)
         if not by_host:
@@ -130,9 +140,32 @@ class Pipeline:
             return self.layout.to_local(x, *axes).to(sent_from)
 
         # A torch without CUDA cannot say whether anything is recorded.
-        recording = self.progress is not None and torch.cuda.is_current_stream_capturing()
-        progress = self.progress if recording else None
-        return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap, progress)
+        recording = None
+        if self.progress is not None and torch.cuda.is_current_stream_capturing():
+            recording = Recording(self.progress, self.slots.get(tokens, {}))
+        return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap, recording)
+
+    def prepare_recording(self, batch: Batch) -> None:
+        """Make the slots for the messages of a step that is to be recorded. Ranks on different
+        hosts have no slots. All ranks must call this."""
+        tokens = self._tokens(batch)
+        if self.groups is None or not self.copy_engines or tokens in self.slots:
+            return
+        assert self.template is not None
+        made = self.slots[tokens] = {}
+        rank, width, counts = self.groups.rank, self.template.shape[1], slots_needed(self.table)
+        for pair in sorted({(min(pair), max(pair)) for pair in counts if rank in pair}):
+            if not on_one_host([self.groups.peers[r] for r in pair]):
+                continue
+            group = self.groups.by_pair.get(pair) or self.groups.by_pair[pair[::-1]]
+            count = max(counts.get(p, 0) for p in (pair, pair[::-1]))
+            memory, buffer = shared(count * tokens * width * self.template.itemsize, group)
+            messages = memory.view(self.template.dtype).view(count, tokens, width)
+            made[sum(pair) - rank] = MessageSlots(messages, buffer, dist.get_rank(group))
+
+    def _tokens(self, batch: Batch) -> int:
+        """The number of tokens in a message."""
+        return batch.tokens_T.shape[0] // self.layout.parts("tokens_sp")
 
     def awaited(self) -> str:
         """Say for which message a recorded step of this process waits."""
@@ -194,12 +227,17 @@ class Pipeline:
 
 
 def on_ranks(
-    pipe: Pipeline, mesh: DeviceMesh | None, template: Tensor, timeout: timedelta | None = None
+    pipe: Pipeline,
+    mesh: DeviceMesh | None,
+    template: Tensor,
+    timeout: timedelta | None = None,
+    copy_engines: bool = True,
 ) -> Pipeline:
     """Return the same pipeline with the processes of ``mesh`` as its ranks. Every process must call
     this function.
 
-    ``template``: an activation of no tokens, ``[0, D]``, in the compute dtype."""
+    ``template``: an activation of no tokens, ``[0, D]``, in the compute dtype.
+    ``copy_engines``: whether GPUs of one host send messages by copy engines."""
     if mesh is None or "pp" not in axes_of(mesh):
         return pipe
     lines = (
@@ -211,7 +249,8 @@ def on_ranks(
         pairs |= {(first, last), (last, first)} if first != last else set()
     groups = make_pipeline_groups(lines, pairs, template.device, timeout)
     progress = Progress(template.device) if template.device.type == "cuda" else None
-    return replace(pipe, groups=groups, template=template, progress=progress)
+    copies = copy_engines and progress is not None
+    return replace(pipe, groups=groups, template=template, progress=progress, copy_engines=copies)
 
 
 def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
