@@ -159,14 +159,14 @@ class _Call(torch.nn.Module):
 
 def _graph_of(call: _Call, inputs: int, outputs: int, static: Sequence[int]) -> GraphModule:
     graph = Graph()
-    tensors = [graph.placeholder(f"tensor_{i}") for i in range(inputs)]
+    tensors: list[Any] = [graph.placeholder(f"tensor_{i}") for i in range(inputs)]
     for i, x in enumerate(tensors):
-        x._dynamo_source = None  # type: ignore[attr-defined]
+        x._dynamo_source = None
         if i in static:
             x.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     results = graph.call_module("call", tuple(tensors))
     graph.output(tuple([graph.call_function(getitem, (results, i)) for i in range(outputs)]))
-    module = GraphModule({"call": call}, graph)
+    module: Any = GraphModule({"call": call}, graph)
     # AOTAutograd reads which inputs are static only from a graph that looks like one of dynamo.
     module.meta["dynamo_compile_id"], module._param_name_to_source = None, {}
     return module
