@@ -10,9 +10,12 @@ from typing import Any, Literal
 from dtron.bounds import from_to, under
 from dtron.errors import UserError
 from dtron.training.adamw import AdamW
+from dtron.training.lion import Lion
+from dtron.training.muon import Muon
 from dtron.training.optimizer import Optimizer
+from dtron.training.sgd import SGD
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "lion": Lion, "sgd": SGD}
 
 
 @dataclass(frozen=True)

@@ -207,11 +207,11 @@ class ElementwiseOptimizer(Optimizer):
         kernel = self.kernel or update_weight
         scale, ok = scalars.scale, scalars.ok
         assert isinstance(scale, Tensor) and ok is not None and scalars.step is not None
-        lr, step = _like(scale, scalars.lr), _like(scale, scalars.step)
+        lr, step = like_scale(scale, scalars.lr), like_scale(scale, scalars.step)
         numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
-        states = zip(*([*map(_as_matrix, s)] for s in state), strict=True) if state else repeat(())
+        states = zip(*([*map(as_matrix, s)] for s in state), strict=True) if state else repeat(())
         for x, dx, state_of_x, copy in zip(w, g, states, copies):
-            kernel(self, _as_matrix(x), _as_matrix(dx), state_of_x, _as_matrix(copy), numbers)
+            kernel(self, as_matrix(x), as_matrix(dx), state_of_x, as_matrix(copy), numbers)
 
 
 def update_weight(
@@ -240,7 +240,8 @@ def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
         x.copy_(torch.where(ok, y, x))
 
 
-def _like(scale: Tensor, x: float | Tensor) -> Tensor:
+def like_scale(scale: Tensor, x: float | Tensor) -> Tensor:
+    """Return a number of the update as a tensor like ``scale``."""
     return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
 
 
@@ -248,7 +249,7 @@ def _locals(xs: Sequence[Any], members: Sequence[int]) -> list[Any]:
     return [None if xs[i] is None else to_local(xs[i]) for i in members]
 
 
-def _as_matrix(x: Any) -> Any:
+def as_matrix(x: Any) -> Any:
     """View a tensor with at most two dims, so that fewer shapes are compiled."""
     return x if x is None or x.ndim < 3 else x.flatten(1)
 

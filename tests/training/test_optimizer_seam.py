@@ -168,7 +168,7 @@ def _expected(c: RunConfig) -> tuple[list[float], list[float]]:
 # An elementwise optimizer communicates nothing, so three meshes are enough.
 OF_BOTH = [
     *(("normalized-sgd", *step) for step in STEPS),
-    *(("sgd", *STEPS[i]) for i in (0, 4, 7)),
+    *(("my-sgd", *STEPS[i]) for i in (0, 4, 7)),
 ]
 
 

@@ -134,11 +134,11 @@ def test_another_optimizer_is_refused_in_one_line(tmp_path, capsys):
     flags = ["--mesh=dp=2", "--steps=2"]
     losses(tmp_path / "run", *flags)
     shared = [*FLAGS, f"--data.path={tmp_path / 'text.txt'}", f"--run-dir={tmp_path / 'run'}"]
-    argv = [*shared, "--mesh=dp=2", "--steps=3", "--resume", "--optim.name=sgd"]
+    argv = [*shared, "--mesh=dp=2", "--steps=3", "--resume", "--optim.name=my-sgd"]
     capsys.readouterr()
     assert run_cli(program.main, argv) == 2
     error = capsys.readouterr().err
-    assert "was made with optim.name=adamw, this run has sgd; use --optim.name adamw" in error
+    assert "was made with optim.name=adamw, this run has my-sgd; use --optim.name adamw" in error
     path = checkpoint.newest(tmp_path / "run")
     meta = checkpoint.read_meta(path)
     del meta.identity["optim.name"]  # as an older version wrote it
@@ -175,13 +175,13 @@ def test_the_commands_take_its_name(capsys):
     model = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.kv-heads=2"]
     model += ["--model.head-dim=16", "--model.mlp=64", "--model.vocab=300", "--mesh=dp=2,tp=2"]
     sizes = []
-    for name in ("adamw", "sgd"):
+    for name in ("adamw", "my-sgd"):
         assert show.main([*model, f"--optim.name={name}"]) == 0
         out = capsys.readouterr().out
         sizes.append(re.search(r"bf16: (.*) and activations", out)[1])  # the memory estimate
     assert sizes[0] != sizes[1]
     flags = [*model, "--optim.options=momentum=0.7"]
-    assert run_cli(verify.main, [*flags, "--optim.name=sgd"]) == 0
+    assert run_cli(verify.main, [*flags, "--optim.name=my-sgd"]) == 0
     assert "the same result as one device" in capsys.readouterr().out
 
 
@@ -190,7 +190,7 @@ def test_verify_names_the_weight_whose_state_differs(capsys, monkeypatch):
     step = verify.one_step
 
     def one_step(c: RunConfig, shape: MeshShape, **how: Any) -> StepResult:
-        mutant = replace(c.optim, name="shard-mean" if shape.size > 1 else "sgd")
+        mutant = replace(c.optim, name="shard-mean" if shape.size > 1 else "my-sgd")
         return step(replace(c, optim=mutant), shape, **how)
 
     monkeypatch.setattr(verify, "one_step", one_step)
@@ -205,13 +205,13 @@ def test_verify_names_the_weight_whose_state_differs(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("optim", "parts"),
     [
-        ({"name": "adam"}, ["optim.name=adam", "use adamw or sgd"]),
+        ({"name": "adam"}, ["optim.name=adam", "use adamw or muon or lion or sgd"]),
         ({"options": "momentum=0.9"}, ["optim.options=momentum=0.9", "adamw", "has none"]),
-        ({"name": "sgd", "options": "beta=1"}, ["no option 'beta'", "it has momentum"]),
-        ({"name": "sgd", "options": "weight_decay=1"}, ["no option 'weight_decay'"]),
-        ({"name": "sgd", "options": "momentum=x"}, ["momentum must be a float, not 'x'"]),
-        ({"name": "sgd", "options": "momentum"}, ["momentum must be a float, not ''"]),
-        ({"name": "sgd", "options": "momentum=1"}, ["optim.momentum=1.0", "under 1"]),
+        ({"name": "my-sgd", "options": "beta=1"}, ["no option 'beta'", "it has momentum"]),
+        ({"name": "my-sgd", "options": "weight_decay=1"}, ["no option 'weight_decay'"]),
+        ({"name": "my-sgd", "options": "momentum=x"}, ["momentum must be a float, not 'x'"]),
+        ({"name": "my-sgd", "options": "momentum"}, ["momentum must be a float, not ''"]),
+        ({"name": "my-sgd", "options": "momentum=1"}, ["optim.momentum=1.0", "under 1"]),
     ],
 )
 def test_what_does_not_exist_is_one_line(optim, parts):
@@ -221,9 +221,11 @@ def test_what_does_not_exist_is_one_line(optim, parts):
 
 
 def test_options_are_flags_of_the_config_or_its_own():
-    parsed = parse(["--optim.name=sgd", "--optim.options=momentum=0.5", "--optim.weight-decay=0.2"])
+    parsed = parse(
+        ["--optim.name=my-sgd", "--optim.options=momentum=0.5", "--optim.weight-decay=0.2"]
+    )
     assert build_optimizer(parsed.optim) == SGD(weight_decay=0.2, momentum=0.5)
-    assert build_optimizer(OptimConfig(name="sgd")) == SGD(weight_decay=0.1, momentum=0.9)
+    assert build_optimizer(OptimConfig(name="my-sgd")) == SGD(weight_decay=0.1, momentum=0.9)
 
 
 def test_a_tree_that_a_checkpoint_cannot_name_is_refused():

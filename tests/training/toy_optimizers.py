@@ -120,13 +120,13 @@ def _first(layout: Layout, x: Tensor, *axes: str) -> Tensor:
 
 
 ALL = {
-    "sgd": SGD,
+    "my-sgd": SGD,
     "normalized-sgd": NormalizedSGD,
     "no-momentum": NoMomentum,
     "shard-mean": ShardMean,
     "shard-norm": ShardNorm,
 }
-BOTH = ("sgd", "normalized-sgd")
+BOTH = ("my-sgd", "normalized-sgd")
 
 
 @contextmanager

@@ -1,0 +1,276 @@
+"""Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon): the update of a matrix is its
+momentum with all singular values set to 1.
+
+    m = beta m + (1 - beta) g                            momentum of the gradient
+    u = beta m + (1 - beta) g                            Nesterov's look ahead
+    o = U V^T                    where u = U S V^T       (newton_schulz.py)
+    w = (1 - lr decay) w - lr 0.2 sqrt(max(rows, columns)) o
+
+A matrix of rows r and columns c with singular values 1 has elements of mean square 1 / max(r, c).
+The last factor makes the root mean square of the update 0.2, about that of AdamW's updates. So the
+learning rate and the weight decay of AdamW serve for Muon (Liu et al. 2025, arXiv:2502.16982,
+section 2.2).
+
+Muon updates the weights of linear layers, which are declared with ``summed``. A weight of experts
+is a matrix for each expert. The dims of heads belong to the matrix; with ``per_head`` each head is
+a matrix by itself. The embedding, the head, the router, norms and biases are updated by AdamW,
+because their gradients are sparse, or they are no matrices.
+
+The state of a matrix is ``m`` alone, half of AdamW's state. It is also AdamW's first moment.
+
+On a mesh each matrix is made whole on one rank, its owner (matrix_exchange.py). Momentum and
+weights stay sharded. The exchange and the iterations are in bfloat16 if the weights are in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+from dtron.bounds import from_to, under
+from dtron.distributed.redistribute import to_local
+from dtron.mesh import Layout
+from dtron.params import WeightSpec
+from dtron.torch_compile import jit
+from dtron.training.adamw import AdamW
+from dtron.training.matrix_exchange import EXPERTS, Exchange, Job, deal
+from dtron.training.newton_schulz import orthogonalized
+from dtron.training.optimizer import (
+    Optimizer,
+    OptimizerState,
+    UpdateScalars,
+    as_matrix,
+    like_scale,
+    overwrite,
+)
+from dtron.tree import flat, tree_map
+
+RMS = 0.2  # the root mean square of an update
+
+
+def advance(
+    g: Tensor, m: Tensor, scale: Tensor, ok: Tensor, decay: float, nesterov: bool
+) -> Tensor:
+    """Update the momentum m in place. Return the matrix to orthogonalise, in bfloat16 if m is in
+    float32."""
+    g = g.to(m.dtype) * scale
+    new = decay * m + (1 - decay) * g
+    ahead = decay * new + (1 - decay) * g if nesterov else new
+    overwrite((m,), (new,), ok)
+    return ahead.to(torch.bfloat16) if m.dtype == torch.float32 else ahead
+
+
+def step(
+    w: Tensor,
+    update: Tensor,
+    copy: Tensor | None,
+    lr: Tensor,
+    ok: Tensor,
+    decay: float,
+    size: float,
+) -> None:
+    """Update a weight in place, and its copy in the compute dtype.
+
+    ``size``: the factor of the orthogonal matrix."""
+    new = w * (1 - lr * decay) - lr * size * update.to(w.dtype)
+    overwrite((w,), (new,), ok)
+    if copy is not None:
+        copy.copy_(w)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The arithmetic of shards, eager or compiled.
+
+    ``adamw``: see ``ElementwiseOptimizer.kernel``."""
+
+    advance: Callable[..., Tensor] = advance
+    step: Callable[..., None] = step
+    adamw: Callable[..., None] | None = None
+
+
+@dataclass(frozen=True)
+class Muon(Optimizer):
+    """Muon for the weights of linear layers, AdamW for all others.
+
+    ``beta1``, ``beta2``, ``eps``: the options of AdamW.
+    ``weight_decay``: the weight decay of matrices; norms and biases have none.
+    ``momentum``: the decay of the momentum.
+    ``nesterov``: whether an update looks one step ahead.
+    ``iterations``: the number of Newton-Schulz iterations.
+    ``per_head``: whether each attention head is a matrix by itself."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    per_head: bool = False
+    kernels: Kernels = field(default=Kernels(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        under(self, "optim", {"momentum": 1})
+        from_to(self, "optim", {"iterations": (1, 100)})
+        _ = self.adamw  # checks its options
+
+    @property
+    def adamw(self) -> AdamW:
+        """The optimizer of all other weights."""
+        kernel = self.kernels.adamw
+        return AdamW(self.beta1, self.beta2, self.eps, self.weight_decay, kernel=kernel)
+
+    def compiled(self, backend: str = "inductor") -> Self:
+        adamw = self.adamw.compiled(backend).kernel
+        kernels = Kernels(jit(advance, backend=backend), jit(step, backend=backend), adamw)
+        return replace(self, kernels=kernels)
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        second = lambda w, x: None if is_matrix(w) else torch.zeros_like(x)
+        return {"m": tree_map(torch.zeros_like, params), "v": tree_map(second, spec, params)}
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        return (1 if is_matrix(w) else 2) * math.prod(shape) * element
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        declared, weights = flat(spec), flat(params)
+        second = iter(flat(state.trees["v"]))
+        seconds = [None if is_matrix(w) else next(second) for w in declared]
+        copies = flat(state.compute_copies) or [None] * len(weights)
+        columns = (declared, weights, flat(grads), flat(state.trees["m"]), copies)
+        matrices = [
+            LinearWeight(*row, self.per_head)
+            for row in zip(*columns, strict=True)
+            if is_matrix(row[0])
+        ]
+        self._update_matrices(matrices, scalars, layout)
+        others = [i for i, w in enumerate(declared) if not is_matrix(w)]
+        w, x, g, m, c = (tuple(column[i] for i in others) for column in columns)
+        v = tuple(seconds[i] for i in others)
+        held = c if state.compute_copies is not None else None
+        of_others = OptimizerState(state.step, {"m": m, "v": v}, held)
+        self.adamw.update(w, x, g, of_others, scalars, layout)
+        return params, state
+
+    def _update_matrices(
+        self, weights: Sequence[LinearWeight], scalars: UpdateScalars, layout: Layout
+    ) -> None:
+        kinds: dict[Any, list[LinearWeight]] = {}
+        for w in weights:
+            kinds.setdefault((w.exchange(layout), w.rows, w.columns), []).append(w)
+        shards = {k: [x for w in ws for x in self._advance(w, scalars)] for k, ws in kinds.items()}
+        jobs = {k: Job(len(shards[k]), ws[0].cost, k[0].owners) for k, ws in kinds.items()}
+        dealt = deal(jobs)
+        for kind, ws in kinds.items():
+            exchange, slots = kind[0], dealt[kind]
+            whole = exchange.to_owners(shards.pop(kind), slots)
+            whole = ws[0].orthogonalized(whole, self.iterations)
+            updates = iter(exchange.to_shards(whole, slots))
+            for w in ws:
+                self._step(w, updates, scalars)
+
+    def _advance(self, w: LinearWeight, scalars: UpdateScalars) -> list[Tensor]:
+        """Update the momentum of a weight. Return this rank's shards of its matrices."""
+        g, m = as_matrix(to_local(w.grad)), as_matrix(to_local(w.momentum))
+        numbers = scalars.scale, scalars.ok, self.momentum, self.nesterov
+        ahead = self.kernels.advance(g, m, *numbers).view(to_local(w.momentum).shape)
+        return [*ahead.unbind()] if w.experts else [ahead]
+
+    def _step(self, w: LinearWeight, updates: Iterator[Tensor], scalars: UpdateScalars) -> None:
+        """Update a weight.
+
+        ``updates``: yields this rank's shard of each orthogonal matrix."""
+        x, copy = to_local(w.weight), None if w.copy is None else to_local(w.copy)
+        update = torch.stack([next(updates) for _ in x]) if w.experts else next(updates)
+        assert isinstance(scalars.scale, Tensor)
+        lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
+        tensors = (as_matrix(x), as_matrix(update), as_matrix(copy))
+        self.kernels.step(*tensors, lr, scalars.ok, self.weight_decay, size)
+
+
+def is_matrix(w: WeightSpec) -> bool:
+    """Whether Muon updates a weight: the weights of linear layers."""
+    return w.summed > 0 and not w.frozen
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The weight of a linear layer, and what belongs to it. A weight of experts has a matrix for
+    each expert.
+
+    ``copy``: the weight in the compute dtype, or None.
+    ``per_head``: whether each attention head is a matrix by itself."""
+
+    spec: WeightSpec
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+    copy: Tensor | None
+    per_head: bool
+
+    @property
+    def experts(self) -> bool:
+        return self.spec.axes[0] == "experts"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one matrix, in the dims of the weight."""
+        return self.spec.shape[int(self.experts) :]
+
+    @property
+    def _head(self) -> int | None:
+        """The dim of attention heads in ``shape``, if each head is a matrix."""
+        axes = self.spec.axes[int(self.experts) :]
+        heads = [i for i, axis in enumerate(axes) if axis in ("heads", "kv_heads")]
+        return heads[0] if heads and self.per_head else None
+
+    @property
+    def rows(self) -> int:
+        return math.prod(n for i, n in enumerate(self.shape[: self.spec.summed]) if i != self._head)
+
+    @property
+    def columns(self) -> int:
+        heads = 1 if self._head is None else self.shape[self._head]
+        return math.prod(self.shape) // (self.rows * heads)
+
+    @property
+    def cost(self) -> int:
+        """The work of one matrix, in proportion to the multiplications of an iteration."""
+        return math.prod(self.shape) * min(self.rows, self.columns)
+
+    def exchange(self, layout: Layout) -> Exchange:
+        """Return the exchange of this weight's matrices."""
+        if layout.mesh is None:
+            return Exchange(None, (), self.shape)
+        first = int(self.experts)
+        placements: list[Placement] = []
+        for p in cast(DTensor, self.weight).placements:
+            if isinstance(p, Shard) and first:
+                p = Shard(p.dim - 1) if p.dim else EXPERTS
+            placements.append(p)
+        return Exchange(layout.mesh, tuple(placements), self.shape)
+
+    def orthogonalized(self, whole: Tensor, iterations: int) -> Tensor:
+        """Orthogonalise matrices that are given in the dims of the weight: ``[n, *shape]``."""
+        order = list(range(1, whole.ndim))
+        if self._head is not None:
+            order.insert(0, order.pop(self._head))
+        apart = whole.permute(0, *order)
+        matrices = apart.reshape(-1, self.rows, self.columns)
+        result = orthogonalized(matrices, iterations).view(apart.shape)
+        return result.permute(0, *(1 + order.index(i) for i in range(1, whole.ndim)))
