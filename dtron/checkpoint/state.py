@@ -75,11 +75,14 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
 
     Raises UserError if the checkpoint is of another model, seed or text, or is not complete to the
     last byte. If a checksum differs, the error names the newest earlier checkpoint that is
-    complete."""
+    complete. The optimizer may be another one if the checkpoint has all of its state: Muon goes on
+    with the moments of AdamW. (A moment that begins at zero in the middle of a run would make the
+    next updates too large.)"""
     meta = read_meta(path)
-    _same(path, meta.identity, identity)
-    verify_checksums(path, meta)
     whole = _named(state, spec)
+    fits = whole.keys() <= meta.tensors.keys()
+    _same(path, meta.identity, identity, other_optimizer=fits)
+    verify_checksums(path, meta)
     with paused(), torch.no_grad(), ShardReader(path, meta) as reader:
         for name, x in whole.items():
             reader.read(name, shard_of(x))
@@ -153,11 +156,14 @@ def _with_unrecorded(saved: Identity) -> Identity:
     return values | saved
 
 
-def _same(path: Path, saved: Identity, now: Identity) -> None:
+def _same(path: Path, saved: Identity, now: Identity, other_optimizer: bool) -> None:
+    """Raise UserError for the first entry that differs.
+
+    ``other_optimizer``: the name of the optimizer may differ."""
     saved = _with_unrecorded(saved)
     for name, value in now.items():
         was = saved.get(name)
-        if was == value:
+        if was == value or (name == "optim.name" and other_optimizer):
             continue
         if name == "text":
             raise UserError(

@@ -21,7 +21,8 @@ from dtron.training.optimizer import ElementwiseOptimizer
 
 @dataclass(frozen=True)
 class SGD(ElementwiseOptimizer):
-    """SGD with momentum. Its state is ``m``, the momentum.
+    """SGD with momentum. Its state is ``momentum``: a sum of gradients, where ``m`` of the other
+    optimizers is a mean.
 
     ``weight_decay``: the weight decay of matrices, added to the gradient; norms and biases have
         none.
@@ -32,7 +33,7 @@ class SGD(ElementwiseOptimizer):
     momentum: float = 0.9
     nesterov: bool = False
 
-    state_names = ("m",)
+    state_names = ("momentum",)
 
     def __post_init__(self) -> None:
         under(self, "optim", {"momentum": 1, "weight_decay": float("inf")})

@@ -13,13 +13,16 @@ import torch
 from hypothesis import example, given, settings
 from torch import Tensor
 
+import train as program
 from dtron import checkpoint
+from dtron.checkpoint import TrainState
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
+from dtron.runtime.exit import run_cli
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import verify
 from dtron.training.lion import Lion
@@ -34,6 +37,7 @@ from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 from tests.helpers.values import F64, ONE, assert_steps_of_torch, normal
 from tests.moe.test_moe_training import SPARSE
+from tests.training.test_optimizer_seam_runs import FLAGS, losses
 
 OURS = Muon(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.3)
 
@@ -258,6 +262,30 @@ def test_state_moves_to_another_mesh_to_the_bit(tmp_path):
         checkpoint.save(tmp_path, state, spec, {})
     with simulated(MeshShape.parse(loaded[0])) as mesh:
         assert differences(loaded, None, mesh, str(tmp_path), ("m",)) == []
+
+
+def test_a_run_goes_on_with_muon_and_not_back(tmp_path, capsys):
+    """The first moment of AdamW is Muon's momentum. Muon has no second moment of matrices."""
+    losses(tmp_path / "run", "--steps=2")
+    goes_on = ["--steps=3", "--resume", "--optim.name=muon"]
+    assert len(losses(tmp_path / "run", *goes_on)) == 3
+    assert "--optim.name: adamw -> muon" in capsys.readouterr().out
+    shared = [*FLAGS, f"--data.path={tmp_path / 'text.txt'}", f"--run-dir={tmp_path / 'run'}"]
+    assert run_cli(program.main, [*shared, "--steps=4", "--resume", "--optim.name=adamw"]) == 2
+    error = capsys.readouterr().err
+    assert "was made with optim.name=muon, this run has adamw; use --optim.name muon" in error
+
+
+def test_muon_begins_with_the_moments_of_adamw(tmp_path):
+    spec = declare_model(MODEL)
+    params = init(spec, MODEL.dims(), 0, ONE)
+    adamw = init_state(build_optimizer(OptimConfig()), spec, params)
+    for i, x in enumerate(flat(adamw.trees["m"])):
+        x.fill_(i + 1)
+    path = checkpoint.save(tmp_path, TrainState(1, 8, params, adamw), spec, {"optim.name": "adamw"})
+    ours = TrainState(0, 0, params, init_state(OURS, spec, params))
+    loaded = checkpoint.load(path, ours, spec, {"optim.name": "muon"})
+    assert all((x == i + 1).all() for i, x in enumerate(flat(loaded.opt.trees["m"])))
 
 
 def test_half_the_state_of_adamw():
