@@ -16,6 +16,7 @@ import layer_figures
 import torch
 from expert_figure import experts
 from layer_figures import COLOURS
+from optimizer_figure import owners
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -235,6 +236,7 @@ def figures() -> dict[str, str]:
         "losses.svg": curves(),
         "zigzag.svg": context_figures.zigzag(),
         "ring.svg": context_figures.ring(),
+        "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

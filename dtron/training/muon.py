@@ -19,7 +19,8 @@ because their gradients are sparse, or they are no matrices.
 The state of a matrix is ``m`` alone, half of AdamW's state. It is also AdamW's first moment.
 
 On a mesh each matrix is made whole on one rank, its owner (matrix_exchange.py). Momentum and
-weights stay sharded. The exchange and the iterations are in bfloat16 if the weights are in float32.
+weights stay sharded. On a GPU the exchange and the iterations are in bfloat16 if the weights are in
+float32. A CPU computes in float32, because its matmuls in bfloat16 are slower.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
 
 from dtron.bounds import from_to, under
 from dtron.distributed.redistribute import to_local
@@ -39,8 +39,7 @@ from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
 from dtron.training.adamw import AdamW
-from dtron.training.matrix_exchange import EXPERTS, Exchange, Job, deal
-from dtron.training.newton_schulz import orthogonalized
+from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
 from dtron.training.optimizer import (
     Optimizer,
     OptimizerState,
@@ -57,13 +56,13 @@ RMS = 0.2  # the root mean square of an update
 def advance(
     g: Tensor, m: Tensor, scale: Tensor, ok: Tensor, decay: float, nesterov: bool
 ) -> Tensor:
-    """Update the momentum m in place. Return the matrix to orthogonalise, in bfloat16 if m is in
-    float32."""
+    """Update the momentum m in place. Return the matrix to orthogonalise."""
     g = g.to(m.dtype) * scale
     new = decay * m + (1 - decay) * g
     ahead = decay * new + (1 - decay) * g if nesterov else new
     overwrite((m,), (new,), ok)
-    return ahead.to(torch.bfloat16) if m.dtype == torch.float32 else ahead
+    in_few_bits = m.dtype == torch.float32 and m.device.type != "cpu"
+    return ahead.to(torch.bfloat16) if in_few_bits else ahead
 
 
 def step(
@@ -170,18 +169,13 @@ class Muon(Optimizer):
     def _update_matrices(
         self, weights: Sequence[LinearWeight], scalars: UpdateScalars, layout: Layout
     ) -> None:
-        kinds: dict[Any, list[LinearWeight]] = {}
-        for w in weights:
-            kinds.setdefault((w.exchange(layout), w.rows, w.columns), []).append(w)
-        shards = {k: [x for w in ws for x in self._advance(w, scalars)] for k, ws in kinds.items()}
-        jobs = {k: Job(len(shards[k]), ws[0].cost, k[0].owners) for k, ws in kinds.items()}
-        dealt = deal(jobs)
-        for kind, ws in kinds.items():
-            exchange, slots = kind[0], dealt[kind]
-            whole = exchange.to_owners(shards.pop(kind), slots)
-            whole = ws[0].orthogonalized(whole, self.iterations)
-            updates = iter(exchange.to_shards(whole, slots))
-            for w in ws:
+        work = dealt(weights, layout)
+        shards = [[x for w in one.weights for x in self._advance(w, scalars)] for one in work]
+        for one in work:
+            whole = one.exchange.to_owners(shards.pop(0), one.slots)
+            whole = one.weights[0].orthogonalized(whole, self.iterations)
+            updates = iter(one.exchange.to_shards(whole, one.slots))
+            for w in one.weights:
                 self._step(w, updates, scalars)
 
     def _advance(self, w: LinearWeight, scalars: UpdateScalars) -> list[Tensor]:
@@ -189,88 +183,15 @@ class Muon(Optimizer):
         g, m = as_matrix(to_local(w.grad)), as_matrix(to_local(w.momentum))
         numbers = scalars.scale, scalars.ok, self.momentum, self.nesterov
         ahead = self.kernels.advance(g, m, *numbers).view(to_local(w.momentum).shape)
-        return [*ahead.unbind()] if w.experts else [ahead]
+        return [*ahead.unbind()] if w.of_experts else [ahead]
 
     def _step(self, w: LinearWeight, updates: Iterator[Tensor], scalars: UpdateScalars) -> None:
         """Update a weight.
 
         ``updates``: yields this rank's shard of each orthogonal matrix."""
         x, copy = to_local(w.weight), None if w.copy is None else to_local(w.copy)
-        update = torch.stack([next(updates) for _ in x]) if w.experts else next(updates)
+        update = torch.stack([next(updates) for _ in x]) if w.of_experts else next(updates)
         assert isinstance(scalars.scale, Tensor)
         lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
         tensors = (as_matrix(x), as_matrix(update), as_matrix(copy))
         self.kernels.step(*tensors, lr, scalars.ok, self.weight_decay, size)
-
-
-def is_matrix(w: WeightSpec) -> bool:
-    """Whether Muon updates a weight: the weights of linear layers."""
-    return w.summed > 0 and not w.frozen
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """The weight of a linear layer, and what belongs to it. A weight of experts has a matrix for
-    each expert.
-
-    ``copy``: the weight in the compute dtype, or None.
-    ``per_head``: whether each attention head is a matrix by itself."""
-
-    spec: WeightSpec
-    weight: Tensor
-    grad: Tensor
-    momentum: Tensor
-    copy: Tensor | None
-    per_head: bool
-
-    @property
-    def experts(self) -> bool:
-        return self.spec.axes[0] == "experts"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one matrix, in the dims of the weight."""
-        return self.spec.shape[int(self.experts) :]
-
-    @property
-    def _head(self) -> int | None:
-        """The dim of attention heads in ``shape``, if each head is a matrix."""
-        axes = self.spec.axes[int(self.experts) :]
-        heads = [i for i, axis in enumerate(axes) if axis in ("heads", "kv_heads")]
-        return heads[0] if heads and self.per_head else None
-
-    @property
-    def rows(self) -> int:
-        return math.prod(n for i, n in enumerate(self.shape[: self.spec.summed]) if i != self._head)
-
-    @property
-    def columns(self) -> int:
-        heads = 1 if self._head is None else self.shape[self._head]
-        return math.prod(self.shape) // (self.rows * heads)
-
-    @property
-    def cost(self) -> int:
-        """The work of one matrix, in proportion to the multiplications of an iteration."""
-        return math.prod(self.shape) * min(self.rows, self.columns)
-
-    def exchange(self, layout: Layout) -> Exchange:
-        """Return the exchange of this weight's matrices."""
-        if layout.mesh is None:
-            return Exchange(None, (), self.shape)
-        first = int(self.experts)
-        placements: list[Placement] = []
-        for p in cast(DTensor, self.weight).placements:
-            if isinstance(p, Shard) and first:
-                p = Shard(p.dim - 1) if p.dim else EXPERTS
-            placements.append(p)
-        return Exchange(layout.mesh, tuple(placements), self.shape)
-
-    def orthogonalized(self, whole: Tensor, iterations: int) -> Tensor:
-        """Orthogonalise matrices that are given in the dims of the weight: ``[n, *shape]``."""
-        order = list(range(1, whole.ndim))
-        if self._head is not None:
-            order.insert(0, order.pop(self._head))
-        apart = whole.permute(0, *order)
-        matrices = apart.reshape(-1, self.rows, self.columns)
-        result = orthogonalized(matrices, iterations).view(apart.shape)
-        return result.permute(0, *(1 + order.index(i) for i in range(1, whole.ndim)))

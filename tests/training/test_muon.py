@@ -25,9 +25,10 @@ from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunCon
 from dtron.runtime.exit import run_cli
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import verify
+from dtron.training.linear_weight import LinearWeight, is_matrix
 from dtron.training.lion import Lion
 from dtron.training.matrix_exchange import Exchange, Slots
-from dtron.training.muon import LinearWeight, Muon, is_matrix
+from dtron.training.muon import Muon
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import UpdateScalars, apply_update, init_state
 from dtron.training.sgd import SGD
@@ -49,7 +50,7 @@ OURS = Muon(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.3)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_matrix_moves_as_in_torch(nesterov, shape, compile):
-    """``torch.optim.Muon`` iterates in bfloat16, as Muon does here for a float32 weight."""
+    """``torch.optim.Muon`` iterates in bfloat16, and Muon here in float32 on a CPU."""
     spec = declare_model(replace(MODEL, embed=shape[0], mlp=shape[1])).blocks[0].mlp.w_up
     assert spec.shape == shape and is_matrix(spec)
     w = torch.nn.Parameter(normal(*shape).float().detach())
@@ -73,7 +74,7 @@ def test_a_matrix_moves_as_in_torch(nesterov, shape, compile):
             ours, (spec,), params, (g,), state, UpdateScalars(0.1, 0.7), ONE
         )
         moved = (w.detach() - params[0]).norm() / (0.1 * 0.2 * max(shape) ** 0.5)
-        assert moved < 0.05 * min(shape) ** 0.5  # rounding of bfloat16
+        assert moved < 0.05 * min(shape) ** 0.5  # torch's rounding
 
 
 def test_each_head_is_a_matrix():
