@@ -22,6 +22,7 @@ from dtron.distributed.simulated_ranks import check_ranks, simulated
 from dtron.distributed.symmetric_memory import backends
 from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.model.transformer import declare_model
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.check_memory import check_memory
 from dtron.runtime.check_values import check_unused
@@ -37,6 +38,8 @@ from dtron.runtime.validate import (
     microbatches,
 )
 from dtron.training.config import RunPlan
+from dtron.training.optim_config import build_optimizer
+from dtron.training.parameter_groups import check_groups
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
 
@@ -52,6 +55,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     if config.simulate:
         check_ranks(shape)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
+    check_groups(build_optimizer(config.optim), declare_model(config.model))
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # checks schedule and layers
     check_unused(config, shape)

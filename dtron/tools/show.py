@@ -46,6 +46,7 @@ from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
 from dtron.training.optim_config import OptimConfig, build_optimizer
+from dtron.training.parameter_groups import check_groups, describe_groups
 from dtron.tree import flat
 
 Placements = tuple
@@ -257,6 +258,8 @@ def main(argv: Sequence[str]) -> int:
     seq_len = memory_estimate.seq_lens(unit)[0]
     model = replace(config.model, context=max(seq_len, config.model.context))
     check(model, shape, seq_len, config.cp_method, zigzag)
+    optimizer = build_optimizer(config.optim)
+    check_groups(optimizer, declare_model(config.model))
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
@@ -269,6 +272,8 @@ def main(argv: Sequence[str]) -> int:
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
         most = max(most, sum(total(found)))
+    for line in describe_groups(optimizer, declare_model(config.model)):
+        console.print(f"optimizer group {line}")
     seq_lens = memory_estimate.seq_lens(unit)
     console.print(
         memory_estimate.table(config.model, shape, config.cp_method, layers, most, seq_lens)

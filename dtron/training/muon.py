@@ -48,6 +48,7 @@ from dtron.training.optimizer import (
     like_scale,
     overwrite,
 )
+from dtron.training.parameter_groups import part_of_trees
 from dtron.tree import flat, tree_map
 
 RMS = 0.2  # the root mean square of an update
@@ -147,23 +148,17 @@ class Muon(Optimizer):
         scalars: UpdateScalars,
         layout: Layout,
     ) -> tuple[Any, OptimizerState]:
-        declared, weights = flat(spec), flat(params)
-        second = iter(flat(state.trees["v"]))
-        seconds = [None if is_matrix(w) else next(second) for w in declared]
-        copies = flat(state.compute_copies) or [None] * len(weights)
-        columns = (declared, weights, flat(grads), flat(state.trees["m"]), copies)
-        matrices = [
-            LinearWeight(*row, self.per_head)
-            for row in zip(*columns, strict=True)
-            if is_matrix(row[0])
-        ]
+        declared = flat(spec)
+        groups = {
+            kind: [i for i, w in enumerate(declared) if is_matrix(w) == kind]
+            for kind in (True, False)
+        }
+        w, x, g, s = part_of_trees(groups[True], spec, params, grads, state)
+        columns = (w, x, g, s.trees["m"], s.compute_copies or [None] * len(w))
+        matrices = [LinearWeight(*row, self.per_head) for row in zip(*columns, strict=True)]
         self._update_matrices(matrices, scalars, layout)
-        others = [i for i, w in enumerate(declared) if not is_matrix(w)]
-        w, x, g, m, c = (tuple(column[i] for i in others) for column in columns)
-        v = tuple(seconds[i] for i in others)
-        held = c if state.compute_copies is not None else None
-        of_others = OptimizerState(state.step, {"m": m, "v": v}, held)
-        self.adamw.update(w, x, g, of_others, scalars, layout)
+        others = part_of_trees(groups[False], spec, params, grads, state)
+        self.adamw.update(*others, scalars, layout)
         return params, state
 
     def _update_matrices(

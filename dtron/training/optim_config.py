@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 from dtron.bounds import from_to, under
@@ -13,6 +14,7 @@ from dtron.training.adamw import AdamW
 from dtron.training.lion import Lion
 from dtron.training.muon import Muon
 from dtron.training.optimizer import Optimizer
+from dtron.training.parameter_groups import ParameterGroups, parse_groups
 from dtron.training.sgd import SGD
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "lion": Lion, "sgd": SGD}
@@ -26,6 +28,9 @@ class OptimConfig:
     """the optimizer, by its name in training/optim_config.py"""
     options: str = ""
     """options that only this optimizer has, as momentum=0.9,nesterov=true"""
+    groups: str = ""
+    """other options for some weights, named by a logical axis or a pattern of paths:
+    'vocab: lr=0.5x; blocks.0.*: lr=0.1x, weight_decay=0'"""
     lr: float = 1e-3
     """learning rate after warm-up"""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -68,27 +73,37 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
     flags = {f.name for f in fields(config)}
     names = [f.name for f in fields(chosen) if f.compare]  # a compiled kernel is not an option
     values = {name: getattr(config, name) for name in names if name in flags}
-    return chosen(**values, **_options(config, [name for name in names if name not in flags]))
+    optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
+    rows = parse_groups(config.groups, optimizer, partial(_option, config))
+    return ParameterGroups(optimizer, rows) if rows else optimizer
 
 
 def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
-    types, values = typing.get_type_hints(OPTIMIZERS[config.name]), {}
+    values = {}
     for part in filter(None, config.options.split(",")):
         name, _, text = (word.strip() for word in part.partition("="))
-        if name not in names:
-            has = f"has {', '.join(names)}" if names else "has none"
-            raise UserError(
-                f"optim.options={config.options}: {config.name} has no option {name!r} beside the "
-                f"flags; it {has}"
-            )
-        try:
-            values[name] = _PARSERS[types[name]](text)
-        except (KeyError, ValueError):
-            raise UserError(
-                f"optim.options={config.options}: {name} must be a {types[name].__name__}, not "
-                f"{text!r}; change it"
-            ) from None
+        where = f"optim.options={config.options}"
+        values[name] = _option(config, name, text, names, where, " beside the flags")
     return values
+
+
+def _option(
+    config: OptimConfig, name: str, text: str, names: list[str], where: str, beside: str = ""
+) -> Any:
+    """Return the value of an option of the optimizer.
+
+    ``names``: the options that it may have.
+    ``where``: what the user has given, for errors."""
+    if name not in names:
+        has = f"has {', '.join(names)}" if names else "has none"
+        raise UserError(f"{where}: {config.name} has no option {name!r}{beside}; it {has}")
+    kind = typing.get_type_hints(OPTIMIZERS[config.name])[name]
+    try:
+        return _PARSERS[kind](text)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{where}: {name} must be a {kind.__name__}, not {text!r}; change it"
+        ) from None
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
