@@ -24,7 +24,7 @@ from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
 from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
 from dtron.runtime.config import RunConfig
-from dtron.runtime.evaluation import validate
+from dtron.runtime.evaluation import validation_losses
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
@@ -109,7 +109,7 @@ def train(
             if recorder.end() or evaluates or saves:
                 log.finish()  # the host waits for the device
             if evaluates:
-                log.validation(validate(state.params, data, config, plan, pipe))
+                log.validation(validation_losses(state, data, config, plan, pipe))
             if saves:
                 log.say(*run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))

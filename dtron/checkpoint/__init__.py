@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dtron.checkpoint.state import (
         Identity,
         TrainState,
+        check_average,
         load,
         load_params,
         read_weight,
@@ -31,6 +32,7 @@ _NAMES = {
     "state": [
         "Identity",
         "TrainState",
+        "check_average",
         "load",
         "load_params",
         "read_weight",
@@ -48,6 +50,7 @@ __all__ = [  # noqa: F822
     "Meta",
     "ShardReader",
     "TrainState",
+    "check_average",
     "folder",
     "load",
     "load_params",

@@ -36,6 +36,7 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
+from dtron.training.weight_average import NAME as EMA
 from dtron.tree import flat, tree_map, unflatten, with_specs
 
 Identity = dict[str, Any]
@@ -77,21 +78,44 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     last byte. If a checksum differs, the error names the newest earlier checkpoint that is
     complete. The optimizer may be another one if the checkpoint has all of its state: Muon goes on
     with the moments of AdamW. (A moment that begins at zero in the middle of a run would make the
-    next updates too large.)"""
+    next updates too large.) An average of the weights that the checkpoint lacks begins as its
+    weights."""
     meta = read_meta(path)
     whole = _named(state, spec)
-    fits = whole.keys() <= meta.tensors.keys()
+    saved_as = {name: name for name in whole}
+    if not has_average(meta):
+        saved_as = {name: _without_average(name) for name in whole}
+    fits = set(saved_as.values()) <= meta.tensors.keys()
     _same(path, meta.identity, identity, other_optimizer=fits)
     verify_checksums(path, meta)
     with paused(), torch.no_grad(), ShardReader(path, meta) as reader:
         for name, x in whole.items():
-            reader.read(name, shard_of(x))
+            reader.read(saved_as[name], shard_of(x))
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, spec, whole)
     else:
         _fill_twins(state, spec, whole)
     opt = OptimizerState(meta.updates, state.opt.trees)
     return TrainState(meta.step, meta.samples, state.params, opt)
+
+
+def has_average(meta: Meta) -> bool:
+    """Whether a checkpoint has an average of the weights."""
+    return any(name.startswith(f"{EMA}.") for name in meta.tensors)
+
+
+def check_average(path: Path, meta: Meta) -> None:
+    """Raise UserError if a checkpoint has no average of the weights."""
+    if not has_average(meta):
+        raise UserError(
+            f"{path}: has no average of the weights; train with --optim.ema 0.999, or leave --ema "
+            "out"
+        )
+
+
+def _without_average(name: str) -> str:
+    tree, _, path = name.partition(".")
+    return f"params.{path}" if tree == EMA else name
 
 
 def verify_checksums(path: Path, meta: Meta) -> None:
@@ -114,31 +138,45 @@ def verify_checksums(path: Path, meta: Meta) -> None:
         raise UserError(f"{path / found[0]}: is damaged, its checksum is another; {remedy}")
 
 
-def read_weight(reader: ShardReader, w: WeightSpec) -> Tensor:
-    """Read one whole weight in float32. Nothing else is read."""
-    return _weight(reader, w, [(0, n) for n in w.shape])
+def read_weight(reader: ShardReader, w: WeightSpec, average: bool = False) -> Tensor:
+    """Read one whole weight in float32. Nothing else is read.
+
+    ``average``: the average of the weight."""
+    return _weight(reader, w, average, [(0, n) for n in w.shape])
 
 
-def load_params(path: Path, spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
+def load_params(
+    path: Path,
+    spec: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: str,
+    average: bool = False,
+) -> Any:
     """Load the weights alone, in ``dtype``, one at a time. Every rank calls this. A run that
-    resumes training needs ``load``."""
+    resumes training needs ``load``.
+
+    ``average``: the averages of the weights."""
     meta = read_meta(path)
     verify_checksums(path, meta)
 
     def one(w: WeightSpec) -> Tensor:
         ranges = shard_range(w, layout, device)
         with paused():
-            x = _weight(reader, w, ranges or [(0, n) for n in w.shape]).to(device, dtype)
+            x = _weight(reader, w, average, ranges or [(0, n) for n in w.shape]).to(device, dtype)
         return place_shard(x, w, layout, ranges)
 
     with torch.no_grad(), ShardReader(path, meta) as reader:
         return tree_map(one, spec)
 
 
-def _weight(reader: ShardReader, w: WeightSpec, ranges: list[Range]) -> Tensor:
+def _weight(reader: ShardReader, w: WeightSpec, average: bool, ranges: list[Range]) -> Tensor:
     """Read the part of a weight inside these ranges, in float32."""
     x = torch.empty([b - a for a, b in ranges])
-    reader.read(f"params.{w.path}", Shard(tuple(w.shape), tuple(a for a, _ in ranges), x))
+    reader.read(
+        f"{EMA if average else 'params'}.{w.path}",
+        Shard(tuple(w.shape), tuple(a for a, _ in ranges), x),
+    )
     return x
 
 

@@ -58,12 +58,14 @@ def parser() -> Parser:
         metavar="N",
         help="maximum size of one file, as 500MB (5GB)",
     )
+    add("--ema", action="store_true", help="export the average of the weights (--optim.ema)")
     return made
 
 
 def run_export(o: Namespace) -> int:
     dtype = None if o.dtype is None else getattr(torch, o.dtype)
-    done = export_run(Path(o.run), Path(o.out), dtype=dtype, family=o.family, largest=o.shard_size)
+    what = {"dtype": dtype, "family": o.family, "largest": o.shard_size, "average": o.ema}
+    done = export_run(Path(o.run), Path(o.out), **what)
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
         f"{o.out}: {done.family}, {done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {files}, "

@@ -46,33 +46,45 @@ class Exported:
     files: list[Path]
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written.
+
+    ``dtype``: dtype of the weights; None: the dtype of the model that the run began with, or
+        bfloat16.
+    ``family``: the model_type; None: the family of the model that the run began with, or the first
+        family that can express this model.
+    ``largest``: maximum bytes of one file.
+    ``average``: the average of the weights, in place of the weights."""
+
+    dtype: torch.dtype | None = None
+    family: str | None = None
+    largest: int = 5_000_000_000
+    average: bool = False
+
+
 def export(
     m: ModelConfig,
     found: Path,
     run_dir: Path,
     out: Path,
-    dtype: torch.dtype | None = None,
-    family: str | None = None,
-    largest: int = 5_000_000_000,
+    options: ExportOptions = ExportOptions(),
 ) -> Exported:
     """Write the checkpoint ``found`` of the model ``m``, saved by the run in ``run_dir``, into
     ``out``.
 
     ``out``: a folder that is empty or does not exist.
-    ``dtype``: dtype of the weights; None: the dtype of the model that the run began with, or
-    bfloat16.
-    ``family``: the model_type; None: the family of the model that the run began with, or the first
-    family that can express this model.
-    ``largest``: maximum bytes of one file.
 
     Raises UserError for a model that no family has, and if ``out`` cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
     origin = run_dir / ORIGIN / CONFIG
     entries = read_object(origin) if is_there(origin) else {}
-    kind = _family(family, entries, m)
+    kind, dtype = _family(options.family, entries, m), options.dtype
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
+    if options.average:
+        checkpoint.check_average(found, meta)
     checkpoint.verify_checksums(found, meta)
     if dtype is None:
         name = entries.get("dtype") or entries.get("torch_dtype") or "bfloat16"
@@ -84,8 +96,9 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         with checkpoint.ShardReader(found, meta) as reader:
-            maker = _Maker(m, kind, partial(checkpoint.read_weight, reader), dtype)
-            files = write(part, maker.shapes, dtype, maker, largest)
+            read = partial(checkpoint.read_weight, reader, average=options.average)
+            maker = _Maker(m, kind, read, dtype)
+            files = write(part, maker.shapes, dtype, maker, options.largest)
         (part / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         _write_tokenizer(run_dir, part)
         if out.exists():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dtron.checkpoint import TrainState
 from dtron.data import Data
 from dtron.distributed.redistribute import full
 from dtron.params import unshard
@@ -15,8 +16,22 @@ from dtron.runtime.config import RunConfig
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.pipeline import Pipeline, program
+from dtron.training.weight_average import NAME as EMA
 
 VALIDATION_ROWS = 32
+
+
+def validation_losses(
+    state: TrainState, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline
+) -> dict[str, float]:
+    """Return the validation loss by its name in metrics.jsonl, and that of the average of the
+    weights if the run keeps one."""
+    params = {"validation_loss": state.params, "ema_validation_loss": state.opt.trees.get(EMA)}
+    return {
+        name: validate(tree, data, config, plan, pipe)
+        for name, tree in params.items()
+        if tree is not None
+    }
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from dtron.data.special_tokens import save_tokenizer
 from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
-from dtron.hf.export import Exported, export
+from dtron.hf.export import Exported, ExportOptions, export
 from dtron.json_files import is_there, read_bytes
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
@@ -252,6 +252,6 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
 def export_run(run_dir: Path, out: Path, **options: Any) -> Exported:
     """Write the newest checkpoint of a run as a Hugging Face folder.
 
-    ``options``: the options of ``export``."""
+    ``options``: the fields of ``ExportOptions``."""
     config, newest = read_run(run_dir)
-    return export(config.model, newest, run_dir, out, **options)
+    return export(config.model, newest, run_dir, out, ExportOptions(**options))

@@ -9,7 +9,7 @@ anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,14 +84,16 @@ class StepLog:
         if self._launched is not None:
             self._record, self._launched = self._read(self._launched), None
 
-    def validation(self, loss: float) -> None:
-        """Add the validation loss to the finished step. Raises UserError if it is not finite."""
+    def validation(self, losses: Mapping[str, float]) -> None:
+        """Add validation losses to the finished step. Raises UserError if one is not finite."""
         assert self._record is not None  # ``finish`` has made it
         step = self._record["step"]
-        if not math.isfinite(loss):
+        if not all(map(math.isfinite, losses.values())):
             raise diverged(step, "the validation loss is not finite")
-        self._record["validation_loss"] = loss
-        self.say(f"step {step}: validation loss {loss:.4f}")
+        self._record |= losses
+        loss, *of_average = losses.values()
+        more = "".join(f", of the average of the weights {x:.4f}" for x in of_average)
+        self.say(f"step {step}: validation loss {loss:.4f}{more}")
 
     def saved_in(self, seconds: float) -> None:
         """Add the seconds for which a checkpoint after the finished step has stopped training."""

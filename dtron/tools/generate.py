@@ -40,7 +40,7 @@ def run(o: Namespace) -> int:
     check_sampling(o.tokens, o.temperature, o.top_p, o.seed)
     check_text(o.prompt)
     folder = _folder(o.folder)
-    load_weights, m = _open(folder)
+    load_weights, m = _open(folder, o.ema)
     if not is_there(folder / "tokenizer.json"):
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
@@ -93,13 +93,19 @@ def _run_config(o: Namespace, m: ModelConfig) -> RunConfig:
     )
 
 
-def _open(folder: Path) -> tuple[Callable[..., Any], ModelConfig]:
+def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig]:
     """Open a run directory or a Hugging Face folder. Return a function that loads its weights, and
-    its model."""
+    its model.
+
+    ``average``: the average of the weights, in place of the weights."""
     if checkpoint.folder(folder).is_dir():
         config, found = read_run(folder)
-        checkpoint.read_meta(found)  # raises UserError if it is incomplete
-        return partial(checkpoint.load_params, found), config.model
+        meta = checkpoint.read_meta(found)  # raises UserError if it is incomplete
+        if average:
+            checkpoint.check_average(found, meta)
+        return partial(checkpoint.load_params, found, average=average), config.model
+    if average:
+        raise UserError(f"--from {folder}: a model's folder has no average; leave --ema out")
     source = Source(folder)
     return source.load, source.model
 
@@ -187,6 +193,7 @@ def parser() -> Parser:
         help="draw from the most likely tokens that have this probability together (1)",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    add("--ema", action="store_true", help="use the average of the weights (--optim.ema)")
     add("--mesh", default="", metavar="MESH", help="axes of the mesh, as tp=2")
     add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
     add(

@@ -16,6 +16,7 @@ from dtron.training.muon import Muon
 from dtron.training.optimizer import Optimizer
 from dtron.training.parameter_groups import ParameterGroups, parse_groups
 from dtron.training.sgd import SGD
+from dtron.training.weight_average import WeightAverage
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "lion": Lion, "sgd": SGD}
 
@@ -52,11 +53,14 @@ class OptimConfig:
     """weight decay of matrices; norms and biases have none"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
+    ema: float = 0.0
+    """decay of an average of the weights, which is validated and saved too; 0: no average"""
 
     def __post_init__(self) -> None:
         inf = float("inf")
         from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
         under(self, "optim", {name: inf for name in ("lr", "warmup", "max_grad_norm")})
+        under(self, "optim", {"ema": 1})
         build_optimizer(self)  # checks the options
 
 
@@ -75,7 +79,8 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
     values = {name: getattr(config, name) for name in names if name in flags}
     optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
     rows = parse_groups(config.groups, optimizer, partial(_option, config))
-    return ParameterGroups(optimizer, rows) if rows else optimizer
+    optimizer = ParameterGroups(optimizer, rows) if rows else optimizer
+    return WeightAverage(optimizer, config.ema) if config.ema else optimizer
 
 
 def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:

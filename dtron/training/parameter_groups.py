@@ -28,6 +28,7 @@ from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import RULES
 from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars
+from dtron.training.weight_average import WeightAverage
 from dtron.tree import flat, with_specs
 
 
@@ -161,8 +162,8 @@ def _factor(text: str, where: str) -> float:
 
 def check_groups(optimizer: Optimizer, spec: Any) -> None:
     """Raise UserError for a row that names no weight of the declared tree."""
-    rows = optimizer.rows if isinstance(optimizer, ParameterGroups) else ()
-    for row in rows:
+    groups = _groups_of(optimizer)
+    for row in () if groups is None else groups.rows:
         if not any(row.names(w) for w in flat(spec)):
             known = {axis for w in flat(spec) for axis in w.axes}
             known |= {f"*.{w.path.rpartition('.')[2]}" for w in flat(spec)}
@@ -173,16 +174,22 @@ def check_groups(optimizer: Optimizer, spec: Any) -> None:
             )
 
 
+def _groups_of(optimizer: Optimizer) -> ParameterGroups | None:
+    base = optimizer.base if isinstance(optimizer, WeightAverage) else optimizer
+    return base if isinstance(base, ParameterGroups) else None
+
+
 def describe_groups(optimizer: Optimizer, spec: Any) -> list[str]:
     """Return a line for each group: the options that differ, the number of weights and of
     parameters, and the first path. Without groups there is no line."""
-    if not isinstance(optimizer, ParameterGroups):
+    table = _groups_of(optimizer)
+    if table is None:
         return []
     groups: dict[Group, list[WeightSpec]] = {}
     for w in flat(spec):
         if not w.frozen:
-            groups.setdefault(optimizer.group(w), []).append(w)
-    usual, lines = typing.cast(Any, optimizer.base), []
+            groups.setdefault(table.group(w), []).append(w)
+    usual, lines = typing.cast(Any, table.base), []
     for (other, rate), weights in groups.items():
         changed = [f.name for f in fields(usual) if f.compare]
         options = [
