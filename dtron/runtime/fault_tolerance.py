@@ -43,6 +43,7 @@ class NonFiniteGuard:
     """Checks every step's loss and gradient norm.
 
     ``limit``: the number of skipped steps in a row at which the run stops.
+    ``largest_norm``: a step with a larger gradient norm is skipped too; 0: no limit.
 
     A loss is a spike if it is more than ``DEVIATIONS`` standard deviations above the median of the
     last ``WINDOW`` losses. No spike is reported before there are ``MIN_LOSSES`` losses.
@@ -50,18 +51,16 @@ class NonFiniteGuard:
 
     WINDOW, MIN_LOSSES, DEVIATIONS = 100, 20, 6.0
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, largest_norm: float = 0.0):
         self.limit, self.skipped_steps, self.in_a_row = limit, 0, 0
+        self._largest_norm = largest_norm
         self._losses: deque[float] = deque(maxlen=self.WINDOW)
 
     def note(self, step: int, loss: float, norm: float) -> str | None:
-        """Return a warning for a non-finite step or a loss spike, else None."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        """Return a warning for a skipped step or a loss spike, else None."""
+        if reason := self._why_skipped(loss, norm):
             self.skipped_steps, self.in_a_row = self.skipped_steps + 1, self.in_a_row + 1
-            name = "loss" if not math.isfinite(loss) else "gradient"
-            return (
-                f"warning: step {step}: the {name} is not finite; skipped, {self.in_a_row} in a row"
-            )
+            return f"warning: step {step}: {reason}; skipped, {self.in_a_row} in a row"
         self.in_a_row = 0
         recent = list(self._losses)
         self._losses.append(loss)
@@ -73,6 +72,13 @@ class NonFiniteGuard:
         if loss <= median + self.DEVIATIONS * max(deviation, 1e-3 * abs(median)):
             return None
         return f"warning: step {step}: the loss jumped to {loss:.4f}, from about {median:.4f}"
+
+    def _why_skipped(self, loss: float, norm: float) -> str:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite"
+        if self._largest_norm and norm > self._largest_norm:
+            return f"the gradient norm is {norm:.4g}, above {self._largest_norm:g}"
+        return ""
 
     @property
     def reason(self) -> str:

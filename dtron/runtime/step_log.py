@@ -52,7 +52,7 @@ class StepLog:
         awaited: Callable[[], str] = some_rank,
     ):
         self._config, self._device, self._awaited = config, plan.device, awaited
-        self.guard = NonFiniteGuard(config.max_nonfinite_steps)
+        self.guard = NonFiniteGuard(config.max_nonfinite_steps, config.optim.skip_grad_norm)
         flops = flops_per_token(config.model, config.data.seq_len)
         throughput = Throughput(plan.device, plan.shape.size, flops)
         self._metrics = Metrics(

@@ -53,13 +53,16 @@ class OptimConfig:
     """weight decay of matrices; norms and biases have none"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
+    skip_grad_norm: float = 0.0
+    """a step with a larger gradient norm is skipped: it changes no weight; 0: no limit"""
     ema: float = 0.0
     """decay of an average of the weights, which is validated and saved too; 0: no average"""
 
     def __post_init__(self) -> None:
         inf = float("inf")
         from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
-        under(self, "optim", {name: inf for name in ("lr", "warmup", "max_grad_norm")})
+        sizes = ("lr", "warmup", "max_grad_norm", "skip_grad_norm")
+        under(self, "optim", {name: inf for name in sizes})
         under(self, "optim", {"ema": 1})
         build_optimizer(self)  # checks the options
 

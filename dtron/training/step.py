@@ -80,7 +80,7 @@ class TrainStep:
             than the state's.
 
         Loss and norm are scalars on the device, for which the host has not waited. A step whose
-        loss or norm is not finite changes no weight."""
+        loss or norm is not finite, or whose norm is above ``skip_grad_norm``, changes no weight."""
         weights = params if opt.compute_copies is None else opt.compute_copies
         # No variable here holds the gradients: ``update`` frees them.
         return self.update(
@@ -107,6 +107,8 @@ class TrainStep:
         norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
         scale = clip_scale(norm, config.max_grad_norm) / tokens
         ok = loss.isfinite() & norm.isfinite()  # else the update would make every weight NaN
+        if config.skip_grad_norm:
+            ok &= norm <= config.skip_grad_norm
         scalars = UpdateScalars(lr, scale, ok, number)
         params, opt = apply_update(
             self.optimizer, pipe.spec, params, grads, opt, scalars, pipe.layout
