@@ -60,7 +60,7 @@ from dtron.runtime.time_breakdown import breakdown, rows, top
 from dtron.runtime.trace import Span
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optim_config import build_optimizer
+from dtron.training.optim_config import OptimConfig, build_optimizer
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import Pipeline
 
@@ -118,6 +118,7 @@ def run_config(o: argparse.Namespace) -> RunConfig:
         copy_engines="off" if o.no_copy_engines else "auto",
         data=DataConfig(seq_len=o.seq_len),
         pipeline=PipelineConfig(o.schedule),
+        optim=OptimConfig(name=o.optim),
     )
 
 
@@ -181,6 +182,8 @@ def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline
         optional["reduce_dtype"] = o.reduce_dtype
     if copy_engine_groups(pipe.layout.mesh) or any(pipe.slots.values()):
         optional["copy_engines"] = True
+    if o.optim != "adamw":
+        optional["optim"] = o.optim
     if plan.shape.pp > 1:
         optional["pipeline.schedule"] = o.schedule
     if plan.shape.cp > 1:
@@ -277,6 +280,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=int, default=2, help="sequences per microbatch and data rank (2)")
     add("--microbatches", type=int, default=1, help="microbatches per step (1)")
     add("--schedule", default="1f1b", help="order of forwards and backwards over pp (1f1b)")
+    add("--optim", default="adamw", help="name of the optimizer (adamw)")
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
     add("--recompute", default="none", help="activation policy (none)")
