@@ -14,7 +14,7 @@ section 2.2).
 Muon updates the weights of linear layers, which are declared with ``summed``. A weight of experts
 is a matrix for each expert. The dims of heads belong to the matrix; with ``per_head`` each head is
 a matrix by itself. The embedding, the head, the router, norms and biases are updated by AdamW,
-because their gradients are sparse, or they are no matrices.
+because they are no matrices, or their gradients are sparse.
 
 The state of a matrix is ``m`` alone, half of AdamW's state. It is also AdamW's first moment.
 
@@ -164,10 +164,10 @@ class Muon(Optimizer):
     def _update_matrices(
         self, weights: Sequence[LinearWeight], scalars: UpdateScalars, layout: Layout
     ) -> None:
-        work = dealt(weights, layout)
-        shards = [[x for w in one.weights for x in self._advance(w, scalars)] for one in work]
-        for one in work:
-            whole = one.exchange.to_owners(shards.pop(0), one.slots)
+        for one in dealt(weights, layout):
+            shards = [x for w in one.weights for x in self._advance(w, scalars)]
+            whole = one.exchange.to_owners(shards, one.slots)
+            del shards
             whole = one.weights[0].orthogonalized(whole, self.iterations)
             updates = iter(one.exchange.to_shards(whole, one.slots))
             for w in one.weights:
