@@ -37,7 +37,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtron.schedules.table import Action, Table, simulate
+from dtron.schedules.table import Table, simulate
 
 Pair = tuple[int, int]  # pipeline ranks: (sender, receiver)
 SPARE_SLOTS = 1  # for actions that take other times than simulated ones
@@ -102,21 +102,14 @@ def slots_needed(t: Table) -> Mapping[Pair, int]:
     """Return how many slots each direction between two ranks needs, so that no rank blocks another
     for ever. The receiver takes the messages of a direction in the order in which they are sent."""
     spans = {a: (start, end) for row in simulate(t).spans for a, start, end in row}
+    takers = {made: a for _, a in t.order for made in t.needs(a) if made.stage != a.stage}
     in_flight: dict[Pair, int] = {}
     for pair in t.pairs:
         made = [a for a in t.rows[pair[0]] if t.goal(a) == pair[1]]
         sent = [spans[a][1] for a in made]
-        taken = [spans[_user(t, a)][0] for a in made]
+        taken = [spans[takers[a]][0] for a in made]
         # A message leaves its slot at the latest when a later message is taken.
         taken = [min(taken[i:]) for i in range(len(taken))]
         # At one moment all ranks send before they take.
         in_flight[pair] = max(sum(a <= now <= b for a, b in zip(sent, taken)) for now in sent)
     return {pair: count + SPARE_SLOTS for pair, count in in_flight.items()}
-
-
-def _user(t: Table, made: Action) -> Action:
-    """Return the action that takes the result of ``made``."""
-    if made.kind == "F":
-        return Action("F", made.stage + 1, made.microbatch)
-    whole = Action("B", made.stage - 1, made.microbatch)
-    return whole if whole in t.actions else whole._replace(kind="I")

@@ -1,4 +1,6 @@
-"""``--optim.skip-grad-norm``: a step with a larger gradient norm changes nothing, and is reported."""
+"""``--optim.skip-grad-norm``: a step with a larger gradient norm changes nothing.
+
+The step is reported."""
 
 from __future__ import annotations
 
