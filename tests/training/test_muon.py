@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -21,10 +22,12 @@ from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
 from dtron.params import init
+from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
 from dtron.runtime.exit import run_cli
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import verify
+from dtron.tools.count_collectives import CollectiveCounter
 from dtron.training.linear_weight import LinearWeight, is_matrix
 from dtron.training.lion import Lion
 from dtron.training.matrix_exchange import Exchange, Slots
@@ -251,6 +254,27 @@ def test_one_exchange_for_each_kind_of_matrix(monkeypatch):
     monkeypatch.setattr(Exchange, "to_owners", counted)
     verify.one_step(config(mesh="dp=2", zero=3), MeshShape.parse("dp=2"))
     assert sorted(kinds) == [2, 2, 4, 6] and MODEL.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero", "collectives"),
+    [
+        ("dp=2", 3, {("all_to_all", "dp"): 8}),
+        ("dp=2,tp=2", 1, {("all_to_all", "dp"): 8, ("all_to_all", "tp"): 8}),
+        ("dp=2", 0, {("all_gather", "dp"): 4}),
+    ],
+)
+def test_the_collectives_of_an_update(mesh, zero, collectives):
+    """Each of four kinds of matrices goes to its owners and back. An axis that replicates weights
+    sends nothing on the way there."""
+    spec = declare_model(MODEL)
+    with simulated(MeshShape.parse(mesh)) as devices:
+        layout = Layout(devices, rules_for(zero))
+        params = init(spec, MODEL.dims(), 0, layout)
+        state = init_state(OURS, spec, params)
+        with CollectiveCounter(devices) as counter:
+            apply_update(OURS, spec, params, params, state, UpdateScalars(0.1), layout)
+    assert Counter((c.kind, c.axis) for c in counter.order) == collectives
 
 
 # ---- its state
