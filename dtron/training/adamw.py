@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from dtron.bounds import under
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.errors import UserError
-from dtron.params import WeightSpec
 from dtron.training.optimizer import ElementwiseOptimizer, UpdateScalars
 
 
@@ -39,9 +38,6 @@ class AdamW(ElementwiseOptimizer):
             raise UserError(
                 "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
             )
-
-    def for_weight(self, w: WeightSpec) -> Self:
-        return self if w.decays else replace(self, weight_decay=0.0)
 
     def step_terms(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bias corrections of the moments."""

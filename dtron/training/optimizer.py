@@ -121,8 +121,8 @@ class DeviceScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer(Optimizer):
-    """The base of elementwise optimizers. A subclass defines ``state_names`` and ``rule``. It may
-    override ``fused``, ``step_terms`` and ``for_weight``.
+    """The base of elementwise optimizers. A subclass has ``state_names`` and ``rule``, and perhaps
+    ``fused``, ``step_terms`` and ``for_weight``.
 
     ``kernel``: the compiled ``update_weight``. None: ``fused`` if the class has it, else eager."""
 
@@ -153,9 +153,10 @@ class ElementwiseOptimizer(Optimizer):
         return ()
 
     def for_weight(self, w: WeightSpec) -> Self:
-        """Return the optimizer with the options of one weight, chosen by its declaration. Weights
-        with equal options are updated together."""
-        return self
+        """Return the optimizer with the options of one weight, chosen by its declaration. Norms and
+        biases do not decay. Weights with equal options are updated together."""
+        without: dict[str, Any] = {"weight_decay": 0.0} if hasattr(self, "weight_decay") else {}
+        return self if w.decays else replace(self, **without)
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         return {name: tree_map(torch.zeros_like, params) for name in self.state_names}
@@ -255,8 +256,7 @@ def as_matrix(x: Any) -> Any:
 
 
 def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
-    """Return the state before the first update. Raises ValueError if a tree has a name that a
-    checkpoint cannot store."""
+    """Return the state before the first update. Raises ValueError for a name that is not saved."""
     trees = optimizer.init(spec, params)
     for name in trees:
         if name == "params" or "." in name:  # a checkpoint calls a tensor NAME.PATH

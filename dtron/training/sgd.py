@@ -9,13 +9,11 @@ Transformers learn slowly with it. It is here for comparison, and as the shortes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from dtron.bounds import under
-from dtron.params import WeightSpec
 from dtron.training.optimizer import ElementwiseOptimizer
 
 
@@ -37,9 +35,6 @@ class SGD(ElementwiseOptimizer):
 
     def __post_init__(self) -> None:
         under(self, "optim", {"momentum": 1, "weight_decay": float("inf")})
-
-    def for_weight(self, w: WeightSpec) -> Self:
-        return self if w.decays else replace(self, weight_decay=0.0)
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -40,9 +40,6 @@ class SGD(ElementwiseOptimizer):
 
     def __post_init__(self) -> None:
         under(self, "optim", {"momentum": 1})
-
-    def for_weight(self, w: WeightSpec) -> SGD:
-        return self if w.decays else replace(self, weight_decay=0.0)
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor
