@@ -37,7 +37,7 @@ from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.lr_schedule import learning_rate
+from dtron.training.lr_schedule import learning_rate, weight_decay_factor
 from dtron.training.pipeline import Pipeline
 
 
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
         if run.finished:
             Output(plan.main).say(f"{run.resumed}: the run is finished; nothing to do")
             return 0
-        data = open_data(config.data, config.model.vocab, config.seed, config.steps * config.batch)
+        samples = config.ramp.samples_after(config.steps)
+        data = open_data(config.data, config.model.vocab, config.seed, samples)
         new = config.init_from and not run.resumed
         source = Source(config.init_from, config.model) if new else None
         timeout = config.timeout_seconds
@@ -76,7 +77,7 @@ def train(
     state = initial_state(config, plan, pipe, same, run.resumed, source)
     notes = data.notes + (source.notes if source else ())
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
-        notes += run.begin(config, plan, data, state.step)
+        notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
     with (
         StepLog(config, plan, run.path, state.step, pipe.awaited) as log,
@@ -86,21 +87,24 @@ def train(
             saver.prepare(checkpoint.tensors(state, pipe.spec))
         log.say(describe(config, plan, data, state.step), *notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
-        steps = config.steps - state.step
-        batches = Batches(config, plan, pipe.layout, data, state.samples, steps)
+        batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
         step = build_step(config, plan, pipe)
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
             batch = batches.next()
-            lr = learning_rate(config.optim, state.step, config.steps)
+            progress = config.progress(state.step, state.samples)
+            lr = learning_rate(config.optim, progress)
+            decay = weight_decay_factor(config.optim, progress)
             start = time.perf_counter()
-            loss, norm, reports, params, opt = step(state.params, state.opt, *batch.inputs, lr)
+            loss, norm, reports, params, opt = step(
+                state.params, state.opt, *batch.inputs, lr, decay=decay
+            )
             if plan.compile and state.step == first:
                 log.say(describe_first_step(time.perf_counter() - start))
-            state = TrainState(state.step + 1, state.samples + config.batch, params, opt)
+            state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
             # Writes the step before, which is over.
-            log.launched(state.step, loss, norm, reports, lr, batch)
+            log.launched(state, loss, norm, reports, lr, batch)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)

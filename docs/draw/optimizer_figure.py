@@ -16,7 +16,8 @@ from dtron.tools.count_collectives import CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas
 from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
 from dtron.training.optim_config import OptimConfig, build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat
 
 FILLS = ("#8fb8e8", "#9fd8a8", "#e8c88f", "#d8a0c8", "#a0d0d8", "#c8c0f0")

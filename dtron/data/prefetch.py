@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+N = TypeVar("N")
 T = TypeVar("T")
 
 
-class Prefetch(Generic[T]):
+class Prefetch(Generic[N, T]):
     """Calls ``make(n)`` for each of ``numbers`` in a thread; ``next`` returns the results in order.
 
     ``depth``: the maximum number of results that are ready.
@@ -27,7 +28,7 @@ class Prefetch(Generic[T]):
     An error in ``make`` is raised by ``next``. After the last number, ``next`` raises
     StopIteration."""
 
-    def __init__(self, make: Callable[[int], T], numbers: Iterable[int], depth: int = 2) -> None:
+    def __init__(self, make: Callable[[N], T], numbers: Iterable[N], depth: int = 2) -> None:
         self.waited = 0.0
         self._results: SimpleQueue = SimpleQueue()
         self._room = threading.Semaphore(depth)
@@ -58,8 +59,8 @@ class Prefetch(Generic[T]):
 
 
 def _work(
-    make: Callable[[int], Any],
-    numbers: Iterable[int],
+    make: Callable[[N], Any],
+    numbers: Iterable[N],
     results: SimpleQueue,
     room: threading.Semaphore,
     stop: threading.Event,

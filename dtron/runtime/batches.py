@@ -34,10 +34,12 @@ class GlobalBatch(NamedTuple):
     """A global batch on the device.
 
     ``valid``: the number of targets in the loss, over all ranks.
+    ``size``: the number of samples.
     ``wait_seconds``: the time that this rank's host waited for the data."""
 
     microbatches: list[Batch]
     valid: int
+    size: int
     wait_seconds: float
 
     @property
@@ -49,24 +51,30 @@ class GlobalBatch(NamedTuple):
 class Batches:
     """The global batches of training: ``next()`` for each step.
 
-    ``start``: the first sample.
-    ``steps``: the number of steps that follow. A run that goes on may have another batch size than
-        before, so ``start`` alone does not give this number."""
+    ``step``, ``samples``: the steps that are done, and the samples that they have used. A run that
+        goes on may have another batch size than before, so neither gives the other."""
 
     def __init__(
-        self, config: RunConfig, plan: RunPlan, layout: Layout, data: Data, start: int, steps: int
+        self, config: RunConfig, plan: RunPlan, layout: Layout, data: Data, step: int, samples: int
     ):
-        def read(sample: int) -> HostBatch:
-            return to_host(data.train.rows(sample, config.batch), config, plan)
+        def read(part: range) -> HostBatch:
+            return to_host(data.train.rows(part.start, len(part)), config, plan)
 
         self._config, self._plan, self._layout = config, plan, layout
-        starts = range(start, start + steps * config.batch, config.batch)
-        self._prefetch = Prefetch(read, starts)
+        phases = config.ramp.phases(config.steps, step, samples)
+        parts = (
+            range(start, start + size)
+            for steps, first, size in phases
+            for start in range(first, first + steps * size, size)
+        )
+        self._prefetch = Prefetch(read, parts)
 
     def next(self) -> GlobalBatch:
         batch = self._prefetch.next()
         microbatches = split(batch, self._config, self._plan, self._layout)
-        return GlobalBatch(microbatches, batch.valid, self._prefetch.waited)
+        tokens = batch.columns[0]
+        assert tokens is not None  # ``Rows`` always has tokens
+        return GlobalBatch(microbatches, batch.valid, len(tokens), self._prefetch.waited)
 
 
 def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:

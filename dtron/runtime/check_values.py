@@ -16,11 +16,12 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
+from dtron.training.batch_ramp import LARGEST_BATCH
 
 _PATHS = ("run_dir", "init_from", "compile_cache", "data.path", "data.tokenizer")
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _LARGEST = {
-    "batch": 10**8,
+    "batch": LARGEST_BATCH,
     "micro_batch": 10**8,
     "data.seq_len": 10**9,
     "sample_tokens": 10**6,

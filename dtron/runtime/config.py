@@ -7,13 +7,16 @@ code; model/config.py has the config of the model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from dtron.data.config import DataConfig
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.renamed import dotted
+from dtron.training.batch_ramp import BatchRamp, parse_batch
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
+from dtron.training.lr_schedule import Progress
 from dtron.training.optim_config import OptimConfig
 
 __all__ = [
@@ -93,7 +96,21 @@ class RunConfig(StepConfig):
                 )
         if not self.run_dir:
             raise UserError("--run-dir '': has no name; use --run-dir runs/a")
-        _ = self.how  # raises UserError for an invalid combination
+        _ = self.how, self.ramp  # raise UserError for an invalid combination
+
+    @cached_property
+    def ramp(self) -> BatchRamp:
+        """The sizes of the global batch."""
+        return parse_batch(self.batch, self.data.seq_len)
+
+    def progress(self, step: int, samples: int) -> Progress:
+        """Return the place of the next update in the run, after so many steps and samples. The
+        warm-up of a ramped run ends with the samples of the ramp's first ``optim.warmup`` steps."""
+        ramp, warmup = self.ramp, self.optim.warmup
+        if not ramp.ramps:
+            return Progress(step, 1, warmup, self.steps - 1)
+        last = ramp.samples_after(self.steps - 1, step, samples)
+        return Progress(samples, ramp.size(step, samples), ramp.samples_after(warmup), last)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the validation loss is measured after this step."""
@@ -108,7 +125,6 @@ class RunConfig(StepConfig):
 _SMALLEST = {
     "seed": 0,
     "steps": 1,
-    "batch": 1,
     "save_every": 0,
     "keep": 0,
     "keep_every": 0,

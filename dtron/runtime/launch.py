@@ -35,7 +35,7 @@ from dtron.runtime.validate import (
     check_expert_sizes,
     check_fp8,
     check_recompute,
-    microbatches,
+    ramp_microbatches,
 )
 from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
@@ -56,8 +56,9 @@ def plan_run(config: RunConfig) -> RunPlan:
         check_ranks(shape)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_groups(build_optimizer(config.optim), declare_model(config.model))
-    count, rows = microbatches(config.batch, config.micro_batch, shape)
-    pipeline(config, shape, count, config.data.seq_len, Layout())  # checks schedule and layers
+    counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
+    # Checks schedule and layers.
+    pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
     check_unused(config, shape)
     device = _device(config)
     gpu = device.startswith("cuda")
@@ -83,7 +84,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         device=device,
         compute=compute,
         master=master,
-        count=count,
+        counts=counts,
         rows=rows,
         gather_each=config.gathers_each(shape),
         splits=config.splits(shape),
@@ -157,6 +158,10 @@ def host_group(timeout_seconds: int) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
+def _stages(config: RunConfig, plan: RunPlan, layout: Layout) -> Pipeline:
+    return pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
+
+
 @contextmanager
 def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     """Start the ranks and yield the pipeline stages of this process, with their layout."""
@@ -168,7 +173,7 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     if config.simulate:
         with simulated(plan.shape) as mesh:
             layout = Layout(mesh, rules, compute, reduce)
-            yield pipeline(config, plan.shape, plan.count, config.data.seq_len, layout)
+            yield _stages(config, plan, layout)
         return
     kind, timeout = plan.device.partition(":")[0], timedelta(seconds=config.timeout_seconds)
     if kind == "cuda":
@@ -195,7 +200,7 @@ def start_ranks(config: RunConfig, plan: RunPlan) -> Iterator[Pipeline]:
     mesh = build_mesh(plan.shape, kind, group_backends)
     layout = Layout(stage_mesh(mesh), rules, compute, reduce)
     template = torch.empty(0, config.model.embed, dtype=plan.compute, device=plan.device)
-    stages = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout)
+    stages = _stages(config, plan, layout)
     yield on_ranks(stages, mesh, template, timeout, config.copy_engines == "auto")
     if plan.shape.size > 1:  # not after an error: other ranks may still be in a collective
         dist.barrier()

@@ -210,7 +210,8 @@ class Metrics:
         self.say(
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{_extras(record)}{_experts(record)}{_short(record['tokens_per_s'])} tokens/s  "
+            f"{_extras(record)}{_experts(record)}{_short(record['samples'])} samples  "
+            f"{_short(record['tokens'])} tokens  {_short(record['tokens_per_s'])} tokens/s  "
             f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
             f"{record['peak_memory_gib']:.1f} GiB  left {_clock(left)}"
         )
@@ -280,6 +281,8 @@ def _experts(record: Mapping[str, Any]) -> str:
 
 
 def _short(n: float) -> str:
+    if n >= 1e9:
+        return f"{n / 1e9:.2f}B"
     return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
 
 

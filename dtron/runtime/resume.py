@@ -60,11 +60,11 @@ def check_source(given: str | None, previous: RunConfig) -> None:
         )
 
 
-def changes(previous: RunConfig, config: RunConfig, step: int) -> list[str]:
+def changes(previous: RunConfig, config: RunConfig, step: int, samples: int) -> list[str]:
     """Return a line for each value that differs from the config of the run, and a line about the
     learning rate if its schedule has changed.
 
-    ``step``: the step after which the run goes on."""
+    ``step``, ``samples``: the steps that are done, and the samples that they have used."""
     before, now = dotted(asdict(previous)), dotted(asdict(config))
     lines = [
         f"--{name.replace('_', '-')}: {_shown(before.get(name))} -> {_shown(value)}"
@@ -72,10 +72,11 @@ def changes(previous: RunConfig, config: RunConfig, step: int) -> list[str]:
         if value != before.get(name) and name not in OF_THE_START
     ]
     old, new = previous.optim, config.optim
+    progress = previous.progress(step, samples), config.progress(step, samples)
     if any(getattr(old, name) != getattr(new, name) for name in SCHEDULE) or (
-        previous.steps != config.steps and new.schedule != "constant"
+        progress[0] != progress[1] and new.schedule != "constant"
     ):
-        rates = learning_rate(old, step, previous.steps), learning_rate(new, step, config.steps)
+        rates = learning_rate(old, progress[0]), learning_rate(new, progress[1])
         lines.append(
             f"the learning-rate schedule has changed: step {step + 1} has the rate "
             f"{rates[1]:.3e}, before the change {rates[0]:.3e}"

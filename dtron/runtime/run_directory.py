@@ -119,12 +119,14 @@ class RunDirectory:
         if self._lock is not None and not lost:
             self._lock.release()
 
-    def begin(self, config: RunConfig, plan: RunPlan, data: Data, step: int) -> tuple[str, ...]:
+    def begin(
+        self, config: RunConfig, plan: RunPlan, data: Data, step: int, samples: int
+    ) -> tuple[str, ...]:
         """Write the files that are known before the first step: the resolved config, the tokenizer
         with its end token, the small files of ``config.init_from``, and a line of ``starts.jsonl``.
         Return lines for the log: what differs from the config of the run.
 
-        ``step``: the step after which training starts."""
+        ``step``, ``samples``: the steps that are done, and the samples that they have used."""
         clear_parts(self.path)
         self._write(self.path / CONFIG, cli.text(config).encode())
         with writing(self.path):
@@ -138,7 +140,7 @@ class RunDirectory:
             self._written[starts] = read_bytes(starts)
         notes = [] if self._lock is None or self._lock.warning is None else [self._lock.warning]
         if self.previous is not None:
-            notes += changes(self.previous, config, step)
+            notes += changes(self.previous, config, step, samples)
         return tuple(notes)
 
     def restore(self) -> list[str]:

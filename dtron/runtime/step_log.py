@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dtron.checkpoint import TrainState
 from dtron.data import Data
 from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.runtime.batches import GlobalBatch
@@ -29,6 +30,7 @@ class Launched(NamedTuple):
     """A step that has been launched: its results on the device, and the time mark of its end."""
 
     step: int
+    samples: int
     loss: Tensor
     grad_norm: Tensor
     reports: StepReports
@@ -63,18 +65,26 @@ class StepLog:
 
     def launched(
         self,
-        step: int,
+        state: TrainState,
         loss: Tensor,
         grad_norm: Tensor,
         reports: StepReports,
         lr: float,
         batch: GlobalBatch,
     ) -> None:
-        """Take the results of a step, and write the step before."""
+        """Take the results of a step and the state after it, and write the step before."""
         end = mark(self._device)
         previous = self._launched
         self._launched = Launched(
-            step, loss, grad_norm, reports, lr, batch.valid, batch.wait_seconds, end
+            state.step,
+            state.samples,
+            loss,
+            grad_norm,
+            reports,
+            lr,
+            batch.valid,
+            batch.wait_seconds,
+            end,
         )
         if previous is not None:
             self._metrics.write(self._read(previous))
@@ -125,6 +135,7 @@ class StepLog:
         if warning := self.guard.note(x.step, loss, norm):
             self.say(warning)
         record = self._metrics.step(x.step, loss, norm, x.lr, x.valid, x.end, x.wait_seconds)
+        record["samples"] = x.samples
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model.moe)
         record |= describe_extras(x.reports, x.valid)
@@ -138,13 +149,18 @@ def describe(config: RunConfig, plan: RunPlan, data: Data, step: int) -> str:
     ranks = _count(plan.shape.size, "rank")
     compute = str(plan.compute).removeprefix("torch.")
     size = f"{data.train.size:,} tokens" if data.train.size else "a stream"
+    sizes = config.ramp.sizes
     parameters = f"{parameter_count(config.model):,} parameters"
     if config.model.moe.experts:
         parameters += f" ({active_count(config.model):,} for each token)"
+    batch = " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes)))))
+    count = _count(max(plan.counts), "microbatch", "es")
+    if config.ramp.ramps:
+        count = f"{min(plan.counts)} to {count}"
     return (
         f"{parameters} on {plan.shape} ({ranks}, {plan.device}, {compute}, zero {config.zero}); "
-        f"{size} of text; {config.batch} x {config.data.seq_len} tokens a step in "
-        f"{_count(plan.count, 'microbatch', 'es')}" + (f"; resumed at step {step}" if step else "")
+        f"{size} of text; {batch} x {config.data.seq_len} tokens a step in {count}"
+        + (f"; resumed at step {step}" if step else "")
     )
 
 

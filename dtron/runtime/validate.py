@@ -16,6 +16,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
+from dtron.training.batch_ramp import BatchRamp
 from dtron.tree import flat
 
 LARGEST_COUNT = 1 << 16  # microbatches of a step; a schedule has a row for each
@@ -199,6 +200,18 @@ def check_attention(
     device."""
     for mixer in model.mixers:
         mixer.check_kernel(path, dtype, device)
+
+
+def ramp_microbatches(
+    ramp: BatchRamp, micro_batch: int | None, mesh: MeshShape
+) -> tuple[tuple[int, ...], int]:
+    """Return ``(number of microbatches for each size of the ramp, rows in each microbatch)``. All
+    steps have microbatches of one size, so that one compiled step serves the whole run, in the same
+    memory. Raises UserError as ``microbatches`` does."""
+    for size in ramp.sizes:
+        microbatches(size, micro_batch, mesh)
+    _, rows = microbatches(math.gcd(*ramp.sizes), micro_batch, mesh)
+    return tuple(size // rows for size in ramp.sizes), rows
 
 
 def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:

@@ -55,7 +55,8 @@ def on_one_device(config: RunConfig) -> RunConfig:
     config = replace(config, pipeline=PipelineConfig())
     if not config.model.moe.aux_loss:
         return config
-    _, rows = microbatches(config.batch, config.micro_batch, MeshShape.parse(config.mesh))
+    size = config.ramp.sizes[0]
+    _, rows = microbatches(size, config.micro_batch, MeshShape.parse(config.mesh))
     return replace(config, micro_batch=rows)
 
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
     check_expert_sizes(config.how, config.model, shape, dtype)
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    count, _ = microbatches(config.ramp.sizes[0], config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     name = f"mesh {shape}, zero {config.zero}"
     exact = dtype == torch.float64

@@ -120,8 +120,8 @@ def compute_copies_in(dtype: torch.dtype) -> torch.dtype | None:
 def plan_of(config: RunConfig, shape: MeshShape, dtype: torch.dtype) -> RunPlan:
     """Return the plan of an eager step that computes in ``dtype``. Master weights have float32 at
     least."""
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
-    return RunPlan.eager(config, shape, count, torch.promote_types(dtype, torch.float32), dtype)
+    parts = microbatches(config.ramp.sizes[0], config.micro_batch, shape)
+    return RunPlan.eager(config, shape, parts, torch.promote_types(dtype, torch.float32), dtype)
 
 
 def take_step(
@@ -166,16 +166,16 @@ def _guarded(functions: Program) -> Program:
 def _random_rows(config: RunConfig) -> Tensor:
     """Draw a global batch of random tokens. Some targets are ignored: the end of some rows, and
     about every tenth token anywhere."""
-    g = torch.Generator().manual_seed(config.seed)
-    rows = torch.randint(config.model.vocab, (config.batch, config.data.seq_len + 1), generator=g)
-    rows[:: max(2, config.batch // 3), -max(1, config.data.seq_len // 3) :] = IGNORE
+    g, batch = torch.Generator().manual_seed(config.seed), config.ramp.sizes[0]
+    rows = torch.randint(config.model.vocab, (batch, config.data.seq_len + 1), generator=g)
+    rows[:: max(2, batch // 3), -max(1, config.data.seq_len // 3) :] = IGNORE
     return rows.masked_fill(torch.rand(rows.shape, generator=g) < 0.1, IGNORE)
 
 
 def _random_documents(config: RunConfig) -> tuple[Tensor, Tensor]:
     """Draw ``(document, position)`` of every token; about every tenth token begins a document."""
     g = torch.Generator().manual_seed(config.seed + 1)
-    begins = torch.rand(config.batch, config.data.seq_len, generator=g) < 0.1
+    begins = torch.rand(config.ramp.sizes[0], config.data.seq_len, generator=g) < 0.1
     places = torch.arange(config.data.seq_len).expand(begins.shape)
     starts = torch.where(begins, places, 0).cummax(1).values
     return begins.cumsum(1), places - starts

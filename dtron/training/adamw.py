@@ -11,7 +11,8 @@ from torch import Tensor
 from dtron.bounds import under
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.errors import UserError
-from dtron.training.optimizer import ElementwiseOptimizer, UpdateScalars
+from dtron.training.optimizer import ElementwiseOptimizer
+from dtron.training.update_scalars import UpdateScalars, like_scale
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class AdamW(ElementwiseOptimizer):
         kernel_scales = w[0].dtype == torch.float32 and not is_simulated(w[0])
         if not kernel_scales:
             torch._foreach_mul_(g, scale)
+        decay: Any = self.weight_decay
+        if isinstance(decay, Tensor):  # of a schedule; the kernel takes a number only
+            kept = 1 - like_scale(scale, lr) * decay
+            torch._foreach_mul_(w, torch.where(ok, kept, torch.ones_like(kept)))
+            decay = 0.0
         torch._fused_adamw_(
             w,
             g,
@@ -84,7 +90,7 @@ class AdamW(ElementwiseOptimizer):
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
-            weight_decay=self.weight_decay,
+            weight_decay=decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,

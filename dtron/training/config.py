@@ -67,11 +67,12 @@ class StepConfig:
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage. Sharded over dp and cp are: 0 nothing, 1 optimizer state, 2 also gradients, 3
     also weights in use"""
-    batch: int = 16
-    """sequences per step, over all ranks"""
+    batch: int | str = 16
+    """sequences per step, over all ranks; a ramp as '64:0, 256:2B, 512:10B': each size, and from
+    which step (1000) or number of tokens (K, M, B) on"""
     micro_batch: int | None = None
     """sequences per rank and microbatch; None: all of a rank's share, or with pp a part that fills
-    the pipeline"""
+    the pipeline; with a ramp, one number that divides all sizes"""
     zero3_gather: Literal["step", "microbatch"] = "step"
     """zero 3 with pp: weights are all-gathered once a step (and kept), or in every block and
     microbatch"""
@@ -162,8 +163,8 @@ class RunPlan:
     device: str
     compute: torch.dtype
     master: torch.dtype
-    count: int
-    """microbatches per step"""
+    counts: tuple[int, ...]
+    """microbatches per step, for each size of the batch ramp"""
     rows: int
     """sequences in each microbatch, over all ranks"""
     gather_each: bool
@@ -180,15 +181,22 @@ class RunPlan:
         cls,
         config: StepConfig,
         shape: MeshShape,
-        microbatches: int,
+        microbatches: tuple[int, int],
         master: torch.dtype,
         compute: torch.dtype,
     ) -> RunPlan:
-        """Return the plan of a step that is not compiled, on CPU ranks, for proofs and tests."""
-        rows = config.batch // microbatches
+        """Return the plan of a step that is not compiled, on CPU ranks, for proofs and tests.
+
+        ``microbatches``: their number, and the sequences in each over all ranks."""
+        count, rows = microbatches
         each = config.gathers_each(shape)
         splits = config.splits(shape)
-        return cls(shape, "cpu", compute, master, microbatches, rows, each, splits, False, False)
+        return cls(shape, "cpu", compute, master, (count,), rows, each, splits, False, False)
+
+    @property
+    def count(self) -> int:
+        """Microbatches of the first step of a run."""
+        return self.counts[0]
 
     @property
     def main(self) -> bool:

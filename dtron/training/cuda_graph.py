@@ -13,13 +13,18 @@ table. In a replay no Python runs between kernels. NCCL's timeout does not cover
 so the host watches the end of each step (``wait_for_step`` in runtime/fault_tolerance.py). The
 launch of a step of many microbatches may return only when most of the step is over. So it has a
 thread of its own, and the host watches the launch too.
+
+A batch ramp changes the number of microbatches. A recording has a fixed number of them, so each
+size of the ramp has its own recording. A ramp does not go back: the recording of a size is dropped
+at the first step of the next size, before this step allocates memory. So there is one recording at
+a time, and a ramp needs no more memory than its largest step.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,21 +42,37 @@ from dtron.training.step import Result, TrainStep
 from dtron.tree import flat, tree_map
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step.
+
+    ``params``, ``kind``: the weights and the kind of the microbatches that it is valid for.
+    ``inputs``: the buffers of microbatches and numbers that it reads.
+    ``outputs``: loss, norm and reports, which a replay overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    params: Any
+    kind: list
+    inputs: tuple[Any, Tensor]
+    outputs: tuple[Tensor, Tensor, StepReports]
+
+
 class CudaGraphStep:
     """A training step that is recorded as a CUDA graph and replayed.
 
-    ``step(params, opt, microbatches, tokens, lr, number=)``: the step.
-    ``plain``: the number of first calls that run unrecorded. In these calls functions are compiled
-        and collectives connect their ranks. The next call is recorded, and later calls are
-        replayed.
+    ``step(params, opt, microbatches, tokens, lr, number=, decay=)``: the step.
+    ``plain``: the number of first calls that run unrecorded, for each number of microbatches. In
+        these calls functions are compiled and collectives connect their ranks. The next call is
+        recorded, and later calls are replayed.
 
-    A call with other weights or other shapes than the recorded ones runs unrecorded."""
+    A call with another number of microbatches is of the next size of a batch ramp, and drops the
+    recording. Any other call with other weights or shapes than the recorded ones runs
+    unrecorded."""
 
     def __init__(self, step: TrainStep, device: str, plain: int = 3):
         self._step, self._device, self._plain = step, device, plain
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._params: Any = None
-        self._kind: list = []
+        self._recording: Recording | None = None
+        self._count, self._done = 0, 0  # microbatches of a step, and unrecorded calls of this count
 
     @property
     def pipe(self) -> Pipeline:
@@ -68,28 +89,24 @@ class CudaGraphStep:
         microbatches: Sequence[Batch],
         tokens: int,
         lr: float,
+        number: None = None,
+        decay: float | None = None,
     ) -> Result:
-        numbers = torch.tensor([tokens, lr, opt.step + 1], dtype=torch.float64)
-        kind = _kind(microbatches)
-        if self._plain > 0 or (self._graph and (params is not self._params or kind != self._kind)):
-            self._plain -= 1
+        scheduled = [] if decay is None else [decay]
+        numbers = torch.tensor([tokens, lr, opt.step + 1, *scheduled], dtype=torch.float64)
+        if len(microbatches) != self._count:
+            self._recording, self._count, self._done = None, len(microbatches), 0
+        kind, recording = _kind(microbatches), self._recording
+        if recording is None and self._done >= self._plain:
+            recording = self._recording = self._record(params, opt, microbatches, numbers)
+        if recording is None or params is not recording.params or kind != recording.kind:
+            self._done += 1
             return self._run(params, opt, microbatches, numbers.to(self._device))
-        if self._graph is None:
-            self._params, self._kind = params, kind
-            self._inputs = tree_map(_input_buffer, tuple(microbatches)), numbers.to(self._device)
-            self._graph = torch.cuda.CUDAGraph()
-            # The graph must be able to follow any earlier work, such as a validation.
-            publish_weights(flat(params))
-            self.pipe.prepare_recording(microbatches[0])
-            # Only calls of this thread may invalidate the recording: the thread of NCCL's watchdog
-            # may query events meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._outputs = self._run(params, opt, *self._inputs)[:3]
         inputs = _tensors((microbatches, numbers))
-        for buffer, x in zip(_tensors(self._inputs), inputs, strict=True):
+        for buffer, x in zip(_tensors(recording.inputs), inputs, strict=True):
             to_local(buffer).copy_(to_local(x), non_blocking=True)
-        self._launch(self._graph)
-        loss, norm, reports = self._outputs
+        self._launch(recording.graph)
+        loss, norm, reports = recording.outputs
         return (
             _output(loss),
             _output(norm),
@@ -97,6 +114,20 @@ class CudaGraphStep:
             params,
             replace(opt, step=opt.step + 1),
         )
+
+    def _record(
+        self, params: Any, opt: OptimizerState, microbatches: Sequence[Batch], numbers: Tensor
+    ) -> Recording:
+        inputs = tree_map(_input_buffer, tuple(microbatches)), numbers.to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # The graph must be able to follow any earlier work, such as a validation.
+        publish_weights(flat(params))
+        self.pipe.for_count(len(microbatches)).prepare_recording(microbatches[0])
+        # Only calls of this thread may invalidate the recording: the thread of NCCL's watchdog may
+        # query events meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loss, norm, reports, *_ = self._run(params, opt, *inputs)
+        return Recording(graph, params, _kind(microbatches), inputs, (loss, norm, reports))
 
     def _launch(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch the recorded step. Raises LostRank if the launch of a pipelined step does not
@@ -119,8 +150,8 @@ class CudaGraphStep:
     def _run(
         self, params: Any, opt: OptimizerState, microbatches: Sequence[Batch], numbers: Tensor
     ) -> Result:
-        tokens, lr, number = numbers.unbind()
-        return self._step(params, opt, microbatches, tokens, lr, number=number)
+        tokens, lr, number, *decay = numbers.unbind()
+        return self._step(params, opt, microbatches, tokens, lr, number, *decay)
 
 
 def finishes(fn: Callable[[], None], seconds: float) -> bool:

@@ -40,15 +40,9 @@ from dtron.params import WeightSpec
 from dtron.torch_compile import jit
 from dtron.training.adamw import AdamW
 from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
-from dtron.training.optimizer import (
-    Optimizer,
-    OptimizerState,
-    UpdateScalars,
-    as_matrix,
-    like_scale,
-    overwrite,
-)
+from dtron.training.optimizer import Optimizer, OptimizerState, as_matrix, overwrite
 from dtron.training.parameter_groups import part_of_trees
+from dtron.training.update_scalars import UpdateScalars, like_scale
 from dtron.tree import flat, tree_map
 
 RMS = 0.2  # the root mean square of an update
@@ -72,7 +66,7 @@ def step(
     copy: Tensor | None,
     lr: Tensor,
     ok: Tensor,
-    decay: float,
+    decay: float | Tensor,
     size: float,
 ) -> None:
     """Update a weight in place, and its copy in the compute dtype.
@@ -189,4 +183,7 @@ class Muon(Optimizer):
         assert isinstance(scalars.scale, Tensor)
         lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
         tensors = (as_matrix(x), as_matrix(update), as_matrix(copy))
-        self.kernels.step(*tensors, lr, scalars.ok, self.weight_decay, size)
+        decay: float | Tensor = self.weight_decay
+        if scalars.decay is not None:
+            decay = decay * like_scale(scalars.scale, scalars.decay)
+        self.kernels.step(*tensors, lr, scalars.ok, decay, size)

@@ -51,6 +51,10 @@ class OptimConfig:
     """added to the second moment's root"""
     weight_decay: float = 0.1
     """weight decay of matrices; norms and biases have none"""
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """constant; linear or cosine: from weight_decay to final_weight_decay by the last step"""
+    final_weight_decay: float | None = None
+    """weight decay of the last step; for weight_decay_schedule linear or cosine"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
     skip_grad_norm: float = 0.0
@@ -64,7 +68,27 @@ class OptimConfig:
         sizes = ("lr", "warmup", "max_grad_norm", "skip_grad_norm")
         under(self, "optim", {name: inf for name in sizes})
         under(self, "optim", {"ema": 1})
+        constant, final = self.weight_decay_schedule == "constant", self.final_weight_decay
+        if constant and final is not None:
+            raise UserError(
+                f"optim.final_weight_decay={final}: a constant weight decay has no other value at "
+                "the end; use --optim.weight-decay-schedule linear, or leave it out"
+            )
+        if not constant and final is None:
+            raise UserError(
+                f"optim.weight_decay_schedule={self.weight_decay_schedule}: goes to a value at the "
+                "end of the run; give it by --optim.final-weight-decay"
+            )
+        if final is not None:
+            under(self, "optim", {"final_weight_decay": inf})
         build_optimizer(self)  # checks the options
+
+    @property
+    def largest_weight_decay(self) -> float:
+        """The largest weight decay of the run. It is the optimizer's option ``weight_decay``, which a
+        schedule multiplies by a factor from 0 to 1 (lr_schedule.py). So a run may begin without
+        weight decay."""
+        return max(self.weight_decay, self.final_weight_decay or 0.0)
 
 
 def build_optimizer(config: OptimConfig) -> Optimizer:
@@ -80,6 +104,13 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
     flags = {f.name for f in fields(config)}
     names = [f.name for f in fields(chosen) if f.compare]  # a compiled kernel is not an option
     values = {name: getattr(config, name) for name in names if name in flags}
+    if "weight_decay" in values:
+        values["weight_decay"] = config.largest_weight_decay
+    elif config.weight_decay_schedule != "constant":
+        raise UserError(
+            f"optim.weight_decay_schedule={config.weight_decay_schedule}: {config.name} has no "
+            "weight decay; leave it out"
+        )
     optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
     rows = parse_groups(config.groups, optimizer, partial(_option, config))
     optimizer = ParameterGroups(optimizer, rows) if rows else optimizer

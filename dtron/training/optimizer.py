@@ -25,11 +25,12 @@ and a bad step does no harm:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_mem
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
+from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale
 from dtron.tree import flat, tree_map, unflatten
 
 
@@ -55,21 +57,6 @@ class OptimizerState:
     step: int
     trees: dict[str, Any]
     compute_copies: Any = None
-
-
-@dataclass(frozen=True)
-class UpdateScalars:
-    """The numbers of one update. Each may be a tensor on the device.
-
-    ``lr``: the learning rate.
-    ``scale``: the factor of the gradients, for clipping and to divide by the number of tokens.
-    ``ok``: if false, no weight and no state changes, but the update is counted. None: true.
-    ``step``: the number of this update, from 1. None: one more than the state's."""
-
-    lr: float | Tensor
-    scale: float | Tensor = 1.0
-    ok: Tensor | None = None
-    step: int | Tensor | None = None
 
 
 class Optimizer(Protocol):
@@ -106,17 +93,6 @@ class Optimizer(Protocol):
         """Return the same optimizer with its arithmetic compiled. An optimizer without this
         function stays eager."""
         return self
-
-
-class DeviceScalars(NamedTuple):
-    """The numbers of an elementwise update, as tensors on the device of the weights.
-
-    ``terms``: the result of ``ElementwiseOptimizer.step_terms``."""
-
-    lr: Tensor
-    scale: Tensor
-    ok: Tensor
-    terms: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -158,6 +134,19 @@ class ElementwiseOptimizer(Optimizer):
         without: dict[str, Any] = {"weight_decay": 0.0} if hasattr(self, "weight_decay") else {}
         return self if w.decays else replace(self, **without)
 
+    def at(self, scalars: UpdateScalars) -> Self:
+        """Return the optimizer with the options of this update. With a schedule, ``weight_decay``
+        is a tensor of the device, which a rule uses as it uses the number."""
+        usual = getattr(self, "weight_decay", 0.0)
+        if scalars.decay is None or not usual:
+            return self
+        assert isinstance(scalars.scale, Tensor)
+        now = copy.copy(
+            self
+        )  # not ``replace``: the checks of the options would wait for the device
+        object.__setattr__(now, "weight_decay", usual * like_scale(scalars.scale, scalars.decay))
+        return now
+
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         return {name: tree_map(torch.zeros_like, params) for name in self.state_names}
 
@@ -188,7 +177,7 @@ class ElementwiseOptimizer(Optimizer):
         copies = flat(state.compute_copies) or [None] * len(weights)
         for optimizer, members in groups.items():
             w, g, c, *s = (_locals(xs, members) for xs in (weights, grads, copies, *trees))
-            optimizer._update_group(w, g, s, c, scalars)
+            optimizer.at(scalars)._update_group(w, g, s, c, scalars)
         return params, state
 
     def _update_group(
@@ -211,8 +200,8 @@ class ElementwiseOptimizer(Optimizer):
         lr, step = like_scale(scale, scalars.lr), like_scale(scale, scalars.step)
         numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
         states = zip(*([*map(as_matrix, s)] for s in state), strict=True) if state else repeat(())
-        for x, dx, state_of_x, copy in zip(w, g, states, copies):
-            kernel(self, as_matrix(x), as_matrix(dx), state_of_x, as_matrix(copy), numbers)
+        for x, dx, state_of_x, c in zip(w, g, states, copies):
+            kernel(self, as_matrix(x), as_matrix(dx), state_of_x, as_matrix(c), numbers)
 
 
 def update_weight(
@@ -239,11 +228,6 @@ def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
     not do: NaN times 0 is NaN.)"""
     for x, y in zip(old, new, strict=True):
         x.copy_(torch.where(ok, y, x))
-
-
-def like_scale(scale: Tensor, x: float | Tensor) -> Tensor:
-    """Return a number of the update as a tensor like ``scale``."""
-    return x.to(scale) if isinstance(x, Tensor) else torch.full_like(scale, float(x))
 
 
 def _locals(xs: Sequence[Any], members: Sequence[int]) -> list[Any]:

@@ -27,7 +27,8 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import RULES
-from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars
+from dtron.training.optimizer import Optimizer, OptimizerState
+from dtron.training.update_scalars import UpdateScalars
 from dtron.training.weight_average import WeightAverage
 from dtron.tree import flat, with_specs
 

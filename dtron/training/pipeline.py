@@ -9,7 +9,7 @@ once a step, so the copies stay equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -71,8 +71,10 @@ class Pipeline:
     ``progress``: counts the messages of a recorded step; None: nothing is recorded here.
     ``timeout``: how long a rank waits for another; None: no limit.
     ``copy_engines``: whether copy engines send the messages of a recorded step.
-    ``slots``: for each number of tokens in a message, the slots of messages to and from other
-        pipeline ranks."""
+    ``slots``: for each number of microbatches, and of tokens in a message, the slots of messages to
+        and from other pipeline ranks.
+    ``tables``: the schedules of steps with other numbers of microbatches than ``table``, for a
+        batch ramp."""
 
     table: Table
     specs: tuple[Transformer, ...]
@@ -83,7 +85,15 @@ class Pipeline:
     progress: Progress | None = field(default=None, compare=False)
     timeout: timedelta | None = None
     copy_engines: bool = False
-    slots: dict[int, dict[int, MessageSlots]] = field(default_factory=dict, compare=False)
+    slots: dict[tuple[int, int], dict[int, MessageSlots]] = field(
+        default_factory=dict, compare=False
+    )
+    tables: tuple[Table, ...] = ()
+
+    def for_count(self, microbatches: int) -> Pipeline:
+        """Return the same pipeline with the schedule of a step of so many microbatches."""
+        table = next((t for t in self.tables if t.microbatches == microbatches), self.table)
+        return self if table is self.table else replace(self, table=table)
 
     @property
     def device(self) -> torch.device:
@@ -142,17 +152,18 @@ class Pipeline:
         # A torch without CUDA cannot say whether anything is recorded.
         recording = None
         if self.progress is not None and torch.cuda.is_current_stream_capturing():
-            recording = Recording(self.progress, self.slots.get(tokens, {}))
+            recording = Recording(self.progress, self.slots.get((t.microbatches, tokens), {}))
         return P2PLinks(t, self.groups, by_host, empty, wrap, unwrap, recording)
 
     def prepare_recording(self, batch: Batch) -> None:
         """Make the slots for the messages of a step that is to be recorded. Ranks on different
         hosts have no slots. All ranks must call this."""
         tokens = self._tokens(batch)
-        if self.groups is None or not self.copy_engines or tokens in self.slots:
+        key = (self.table.microbatches, tokens)
+        if self.groups is None or not self.copy_engines or key in self.slots:
             return
         assert self.template is not None
-        made = self.slots[tokens] = {}
+        made = self.slots[key] = {}
         rank, width, counts = self.groups.rank, self.template.shape[1], slots_needed(self.table)
         for pair in sorted({(min(pair), max(pair)) for pair in counts if rank in pair}):
             if not on_one_host([self.groups.peers[r] for r in pair]):
@@ -259,10 +270,20 @@ def one_stage(m: ModelConfig, microbatches: int, layout: Layout) -> Pipeline:
 
 
 def pipeline(
-    config: StepConfig, shape: MeshShape, microbatches: int, seq_len: int, layout: Layout
+    config: StepConfig,
+    shape: MeshShape,
+    microbatches: int,
+    seq_len: int,
+    layout: Layout,
+    others: Sequence[int] = (),
 ) -> Pipeline:
     """Make the pipeline of a config, with all its ranks in this process. Raises UserError for an
-    impossible config."""
-    t = make(config.pipeline.schedule, shape.pp, microbatches, config.pipeline.stages_per_rank)
-    layers = layers_per_stage(config.model, t.stages, seq_len, config.pipeline.layer_counts)
-    return Pipeline(t, tuple(split_into_stages(config.model, layers)), layout)
+    impossible config.
+
+    ``others``: other numbers of microbatches that a step may have."""
+    p = config.pipeline
+    counts = dict.fromkeys((microbatches, *others))
+    t, *tables = (make(p.schedule, shape.pp, n, p.stages_per_rank) for n in counts)
+    layers = layers_per_stage(config.model, t.stages, seq_len, p.layer_counts)
+    stages = tuple(split_into_stages(config.model, layers))
+    return Pipeline(t, stages, layout, tables=tuple(tables))

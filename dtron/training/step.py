@@ -30,10 +30,11 @@ from dtron.schedules.runner import Program
 from dtron.training.config import StepConfig
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
-from dtron.training.optimizer import Optimizer, OptimizerState, UpdateScalars, apply_update
+from dtron.training.optimizer import Optimizer, OptimizerState, apply_update
 from dtron.training.pipeline import Pipeline
 from dtron.training.reports import StepReports, expert_totals, head_z_loss, mtp_losses
 from dtron.training.router_bias import update_router_bias
+from dtron.training.update_scalars import UpdateScalars
 
 Result = tuple[Tensor, Tensor, StepReports, Any, OptimizerState]
 Look = Callable[[int, int, list[Tensor | None]], None]
@@ -58,9 +59,9 @@ class TrainStep:
     ) -> tuple[Tensor | None, Any, Reports]:
         """Return the summed loss, its gradients, and the stages' reports: see
         ``training.gradients``."""
-        zero = self.config.zero
+        zero, pipe = self.config.zero, self.pipe.for_count(len(microbatches))
         return gradients(
-            self.functions, weights, microbatches, 1, self.pipe, zero, self.gather_each, look
+            self.functions, weights, microbatches, 1, pipe, zero, self.gather_each, look
         )
 
     def __call__(
@@ -71,6 +72,7 @@ class TrainStep:
         tokens: int | Tensor,
         lr: float | Tensor,
         number: Tensor | None = None,
+        decay: float | Tensor | None = None,
     ) -> Result:
         """Take a step and return ``(loss, gradient norm, reports, params, optimizer state)``.
         Params and state are overwritten in place.
@@ -78,13 +80,16 @@ class TrainStep:
         ``tokens``: the number of valid targets of the global batch; the loss is their mean.
         ``number``: the number of this update, as a tensor that the device reads. None: one more
             than the state's.
+        ``decay``: the factor of the weight decay (``UpdateScalars``).
+
+        The number of microbatches may change from step to step, if ``pipe`` has a table for it.
 
         Loss and norm are scalars on the device, for which the host has not waited. A step whose
         loss or norm is not finite, or whose norm is above ``skip_grad_norm``, changes no weight."""
         weights = params if opt.compute_copies is None else opt.compute_copies
         # No variable here holds the gradients: ``update`` frees them.
         return self.update(
-            params, opt, [*self.gradients(weights, microbatches)], tokens, lr, number
+            params, opt, [*self.gradients(weights, microbatches)], tokens, lr, number, decay
         )
 
     def update(
@@ -95,6 +100,7 @@ class TrainStep:
         tokens: int | Tensor,
         lr: float | Tensor,
         number: Tensor | None = None,
+        decay: float | Tensor | None = None,
     ) -> Result:
         """Apply the result of ``gradients``: clip, update weights and router biases, and report.
 
@@ -109,7 +115,7 @@ class TrainStep:
         ok = loss.isfinite() & norm.isfinite()  # else the update would make every weight NaN
         if config.skip_grad_norm:
             ok &= norm <= config.skip_grad_norm
-        scalars = UpdateScalars(lr, scale, ok, number)
+        scalars = UpdateScalars(lr, scale, ok, number, decay)
         params, opt = apply_update(
             self.optimizer, pipe.spec, params, grads, opt, scalars, pipe.layout
         )

@@ -28,13 +28,8 @@ from dtron.distributed.redistribute import to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
-from dtron.training.optimizer import (
-    Optimizer,
-    OptimizerState,
-    UpdateScalars,
-    as_matrix,
-    like_scale,
-)
+from dtron.training.optimizer import Optimizer, OptimizerState, as_matrix
+from dtron.training.update_scalars import UpdateScalars, like_scale
 from dtron.tree import flat, tree_map
 
 NAME = "ema"

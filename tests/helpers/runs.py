@@ -58,7 +58,7 @@ def train(
     change_step: Callable = lambda step: step,
 ) -> History:
     m = config.model
-    count, _ = microbatches(config.batch, config.micro_batch, shape)
+    count, rows_each = microbatches(config.batch, config.micro_batch, shape)
     template = torch.empty(0, m.embed, dtype=layout.compute or dtype, device=device)
     pipe = change(
         on_ranks(pipeline(config, shape, count, config.data.seq_len, layout), mesh, template)
@@ -69,7 +69,7 @@ def train(
     )  # drawn on the CPU: a GPU draws other numbers
     params = tree_map(lambda w: w.to(device), params)
     initial = digest(params)
-    plan = RunPlan.eager(config, shape, count, dtype, layout.compute or dtype)
+    plan = RunPlan.eager(config, shape, (count, rows_each), dtype, layout.compute or dtype)
     step = build_step(config, plan, pipe)
     opt = init_state(step.optimizer, spec, params)
     opt = with_compute_copies(opt, params, spec, layout.compute)

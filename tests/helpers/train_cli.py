@@ -25,7 +25,7 @@ TINY += [
 SIX = ["--steps=6", "--eval-every=0", "--sample-tokens=0", "--save-every=2"]
 MANY = ["--simulate", "--mesh=dp=2,tp=2", "--zero=3"]
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu"}
-KEYS |= {"peak_memory_gib", "step_seconds", "data_wait_ratio", "skipped_steps"}
+KEYS |= {"peak_memory_gib", "step_seconds", "data_wait_ratio", "skipped_steps", "samples"}
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from dtron.model.transformer import declare_model
 from dtron.params import declare, init
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 
 ONE, F64 = Layout(), torch.float64
@@ -82,11 +83,14 @@ def flex_on_cpu() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def assert_steps_of_torch(optimizer, model: ModelConfig, reference, **options) -> None:
+def assert_steps_of_torch(
+    optimizer, model: ModelConfig, reference, factors=(None,) * 5, **options
+) -> None:
     """Assert that five steps of one block are the steps of an optimizer of torch.
 
     Gradients are scaled by 0.7. Matrices decay by 0.3.
     ``reference``: torch's class.
+    ``factors``: of the weight decay in each step; None: 1.
     ``options``: arguments of the class."""
     spec = declare_model(model).blocks[0]
     ours = init(spec, model.dims(), 0, ONE, F64)
@@ -107,7 +111,8 @@ def assert_steps_of_torch(optimizer, model: ModelConfig, reference, **options) -
             w.grad = 0.7 * g
         for group in theirs_step.param_groups:
             group["lr"] = lr
+        theirs_step.param_groups[0]["weight_decay"] = 0.3 * (factors[step] or 1.0)
         theirs_step.step()
-        scalars = UpdateScalars(lr, 0.7)
+        scalars = UpdateScalars(lr, 0.7, decay=factors[step])
         ours, state = apply_update(optimizer, spec, ours, grads, state, scalars, ONE)
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)

@@ -22,8 +22,9 @@ from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import gradients
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.pipeline import one_stage, program
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import tree_map
 from tests.helpers.hf_models import draw_weights
 

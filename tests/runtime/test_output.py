@@ -17,6 +17,7 @@ from dtron.checkpoint import files
 from dtron.runtime.cli import load
 from dtron.runtime.exit import run_cli
 from dtron.runtime.output import Output, append_line, complain, escape_output, write_line
+from dtron.training.lr_schedule import Progress
 from tests.helpers.checkpoints import weights
 from tests.helpers.paths import ROOT
 from tests.helpers.train_cli import SIX, TINY, losses, records, refused, run
@@ -36,10 +37,10 @@ def in_step(step: int, patch: pytest.MonkeyPatch, fault) -> None:
     """Call ``fault`` in this step of the next run."""
     rate = train.learning_rate
 
-    def with_fault(optim, done: int, steps: int) -> float:
-        if done + 1 == step:
+    def with_fault(optim, at: Progress) -> float:
+        if at.done + 1 == step:
             fault()
-        return rate(optim, done, steps)
+        return rate(optim, at)
 
     patch.setattr(train, "learning_rate", with_fault)
 

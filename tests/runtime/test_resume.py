@@ -12,6 +12,7 @@ from dtron import checkpoint
 from dtron.data.sources import Chunks
 from dtron.runtime.cli import load
 from dtron.runtime.exit import run_cli
+from dtron.training.lr_schedule import Progress
 from tests.helpers.train_cli import MANY, TINY, agree, losses, refused, run
 
 pytestmark = [pytest.mark.xdist_group("program"), pytest.mark.usefixtures("run_dir")]
@@ -52,10 +53,10 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     exits."""
     rate = train.learning_rate
 
-    def signalled(optim, done: int, steps: int) -> float:
-        if done + 1 == step:
+    def signalled(optim, at: Progress) -> float:
+        if at.done + 1 == step:
             signal.raise_signal(signal.SIGUSR1)
-        return rate(optim, done, steps)
+        return rate(optim, at)
 
     patch.setattr(train, "learning_rate", signalled)
 

@@ -54,8 +54,11 @@ def test_flags_override_the_config_and_are_printed(run_dir, capsys):
     found = resumed(run_dir, "--optim.lr", "0.001", "--steps=8", *mesh)
     assert len(found) == 8
     before, now = load(run_dir.with_name("whole") / "config.json"), load(run_dir / "config.json")
-    old, new = (learning_rate(c.optim, 2, c.steps) for c in (before, now))
-    assert (found[1]["lr"], found[2]["lr"]) == (learning_rate(before.optim, 1, 6), new)
+    old, new = (learning_rate(c.optim, c.progress(2, 8)) for c in (before, now))
+    assert (found[1]["lr"], found[2]["lr"]) == (
+        learning_rate(before.optim, before.progress(1, 4)),
+        new,
+    )
     out = capsys.readouterr().out.splitlines()
     assert sorted(line for line in out if " -> " in line) == [
         "--mesh: '' -> dp=2",
@@ -94,14 +97,14 @@ def test_flags_override_the_config_and_are_printed(run_dir, capsys):
     ],
 )
 def test_a_change_of_the_schedule_is_said(flags, said):
-    lines = changes(RunConfig(), parse(flags.split()), 50)
+    lines = changes(RunConfig(), parse(flags.split()), 50, 800)
     assert len(lines) == len(flags.split()) // 2 + said
     assert ("the learning-rate schedule has changed" in " ".join(lines)) == said
 
 
 def test_more_steps_of_a_constant_rate_change_no_rate():
     constant = parse(["--optim.schedule", "constant"])
-    assert changes(constant, replace(constant, steps=200), 50) == ["--steps: 100 -> 200"]
+    assert changes(constant, replace(constant, steps=200), 50, 800) == ["--steps: 100 -> 200"]
 
 
 def test_what_defines_the_run_may_not_change(run_dir, capsys):

@@ -17,8 +17,9 @@ from dtron.params import init
 from dtron.rules import rules_for
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.pipeline import one_stage, program
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat
 from tests.helpers.compiled import BLOCK, DOCUMENTS, HARD, ONE, ROWS, lone_rank
 from tests.helpers.values import ADAMW, flex_on_cpu

@@ -27,9 +27,10 @@ from dtron.schedules.runner import Program
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.traced_function import GraphCompiler
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 from tests.helpers.compiled import BLOCK, DOCUMENTS, HARD, ONE, ROWS, lone_rank
 from tests.helpers.runs import MODEL

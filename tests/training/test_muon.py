@@ -33,8 +33,9 @@ from dtron.training.lion import Lion
 from dtron.training.matrix_exchange import Exchange, Slots
 from dtron.training.muon import Muon
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.sgd import SGD
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 from tests.checkpoint.test_checkpoint import built, differences
 from tests.helpers.examples import examples

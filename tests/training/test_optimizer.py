@@ -18,15 +18,10 @@ from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.config import ModelConfig, OptimConfig
 from dtron.training.grad_norm import clip_scale, global_norm
-from dtron.training.lr_schedule import learning_rate
+from dtron.training.lr_schedule import Progress, learning_rate
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import (
-    UpdateScalars,
-    apply_update,
-    init_state,
-    update_weight,
-    with_compute_copies,
-)
+from dtron.training.optimizer import apply_update, init_state, update_weight, with_compute_copies
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 from tests.helpers.values import ADAMW, ONE, SMALL, assert_steps_of_torch, close, normal
 
@@ -104,7 +99,10 @@ def test_learning_rate(schedule, warmup, rest, min_lr_ratio, wsd_decay_ratio):
         min_lr_ratio=min_lr_ratio,
         wsd_decay_ratio=wsd_decay_ratio,
     )
-    rates = [learning_rate(config, step, warmup + rest) for step in range(warmup + rest)]
+    rates = [
+        learning_rate(config, Progress(step, 1, warmup, warmup + rest - 1))
+        for step in range(warmup + rest)
+    ]
     assert rates[: warmup + 1] == pytest.approx(
         [3.0 * (i + 1) / warmup for i in range(warmup)] + [3.0]
     )
@@ -114,7 +112,9 @@ def test_learning_rate(schedule, warmup, rest, min_lr_ratio, wsd_decay_ratio):
 
 def test_the_shapes_of_schedules():
     config = OptimConfig(lr=1, warmup=0, min_lr_ratio=0.2, wsd_decay_ratio=0.5)
-    rates = lambda name: [learning_rate(replace(config, schedule=name), s, 5) for s in range(5)]
+    rates = lambda name: [
+        learning_rate(replace(config, schedule=name), Progress(s, 1, 0, 4)) for s in range(5)
+    ]
     assert rates("constant") == [1] * 5
     assert rates("linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert rates("cosine") == pytest.approx(

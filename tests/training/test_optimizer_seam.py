@@ -18,12 +18,8 @@ from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunCon
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import verify
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import (
-    UpdateScalars,
-    apply_update,
-    init_state,
-    with_compute_copies,
-)
+from dtron.training.optimizer import apply_update, init_state, with_compute_copies
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL, on_pool, simulate, train

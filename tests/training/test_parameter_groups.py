@@ -18,8 +18,9 @@ from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools import show, verify
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.parameter_groups import Group, ParameterGroups, check_groups, describe_groups
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line

@@ -22,8 +22,9 @@ from dtron.testing import assert_caught
 from dtron.tools import generate, verify
 from dtron.training import weight_average
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.parameter_groups import describe_groups
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line

@@ -20,12 +20,8 @@ from dtron.distributed.redistribute import full, like, to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optim_config import OPTIMIZERS
-from dtron.training.optimizer import (
-    ElementwiseOptimizer,
-    Optimizer,
-    UpdateScalars,
-    overwrite,
-)
+from dtron.training.optimizer import ElementwiseOptimizer, Optimizer, overwrite
+from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 
 
