@@ -45,7 +45,8 @@ class DataConfig:
     """shares of a .bin/.idx pair's documents for training, validation and test, as 969,30,1; None:
     by validation_ratio"""
     samples: int | None = None
-    """number of samples that the order of a .bin/.idx pair is made for; None: steps times batch"""
+    """number of samples that the order of a .bin/.idx pair is made for; None: the samples of
+    all steps"""
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:

@@ -235,8 +235,11 @@ _ALIASES = {
     "seq-length": "--data.seq-len",
     "hidden-size": "--model.embed",
     "num-layers": "--model.layers",
-    "global-batch-size": "--batch",
+    **dict.fromkeys(("global-batch-size", "rampup-batch-size"), "--batch"),
     "micro-batch-size": "--micro-batch",
+    "start-weight-decay": "--optim.weight-decay",
+    "end-weight-decay": "--optim.final-weight-decay",
+    "weight-decay-incr-style": "--optim.weight-decay-schedule",
     **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
 }
 

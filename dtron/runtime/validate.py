@@ -209,14 +209,18 @@ def ramp_microbatches(
     steps have microbatches of one size, so that one compiled step serves the whole run, in the same
     memory. Raises UserError as ``microbatches`` does."""
     for size in ramp.sizes:
-        microbatches(size, micro_batch, mesh)
+        microbatches(size, micro_batch, mesh, "use a size of" if ramp.ramps else "use --batch")
     _, rows = microbatches(math.gcd(*ramp.sizes), micro_batch, mesh)
     return tuple(size // rows for size in ramp.sizes), rows
 
 
-def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[int, int]:
+def microbatches(
+    batch: int, micro_batch: int | None, mesh: MeshShape, remedy: str = "use --batch"
+) -> tuple[int, int]:
     """Return ``(number of microbatches, rows in each over all data ranks)`` for a global batch.
-    Raises UserError if the batch is not divisible, and suggests the nearest divisible batch."""
+    Raises UserError if the batch is not divisible, and suggests the nearest divisible batch.
+
+    ``remedy``: the words of the error before this batch."""
     if batch < 1 or (micro_batch is not None and micro_batch < 1):
         raise UserError(
             f"batch={batch}, micro_batch={micro_batch}: both are at least 1; raise them"
@@ -234,7 +238,7 @@ def microbatches(batch: int, micro_batch: int | None, mesh: MeshShape) -> tuple[
         near = up if down == 0 or up - batch < batch - down else down
         raise UserError(
             f"batch={batch}: not a multiple of micro_batch={micro_batch} times {mesh.data} data "
-            f"ranks; use --batch {near}"
+            f"ranks; {remedy} {near}"
         )
     if batch // rows > LARGEST_COUNT:
         raise UserError(

@@ -95,6 +95,8 @@ class CudaGraphStep:
         scheduled = [] if decay is None else [decay]
         numbers = torch.tensor([tokens, lr, opt.step + 1, *scheduled], dtype=torch.float64)
         if len(microbatches) != self._count:
+            if self._recording is not None:
+                self._recording.graph.reset()  # its memory is free at once
             self._recording, self._count, self._done = None, len(microbatches), 0
         kind, recording = _kind(microbatches), self._recording
         if recording is None and self._done >= self._plain:

@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, at: Progress) -> float:
     """Return the learning rate of an update: warm-up to ``lr``, then the schedule. The schedule
     reaches ``min_lr_ratio * lr`` at the last update."""
     if at.done < at.warmup:
-        return min(config.lr * (at.done + at.size) / at.warmup, config.lr)
+        return config.lr * min(at.done + at.size, at.warmup) / at.warmup
     progress = min((at.done - at.warmup) / max(at.last - at.warmup, 1), 1.0)
     match config.schedule:
         case "constant":

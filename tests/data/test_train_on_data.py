@@ -12,6 +12,7 @@ from dtron import checkpoint
 from dtron.data import Prefetch
 from dtron.data.__main__ import main as data_main
 from dtron.data.sources import Packed
+from dtron.runtime import batches
 from dtron.runtime.exit import run_cli
 from tests.helpers.texts import TEXTS, corpus
 from tests.helpers.train_cli import TINY, agree, enter, losses, records
@@ -100,6 +101,20 @@ def test_a_killed_run_goes_on_with_the_very_next_sample(run_dir, kind):
 )
 def test_a_killed_run_goes_on_on_another_mesh(run_dir, kind):
     killed_and_resumed(run_dir, *KINDS[kind], then=MANY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_ramp_has_the_samples_of_the_plain_order(run_dir, kind, monkeypatch):
+    """Sixteen samples in steps of 4, and in steps of 2 and 4."""
+    found, convert = [], batches.to_host
+    read = lambda rows, *more: found.append(rows.tokens) or convert(rows, *more)
+    monkeypatch.setattr(batches, "to_host", read)
+    run(run_dir, *KINDS[kind], "--batch=4")
+    plain = np.concatenate(found)
+    found.clear()
+    run(run_dir.with_name("ramp"), *KINDS[kind], "--batch=2:0, 4:4", "--steps=6")
+    assert [len(x) for x in found] == [2, 2, 2, 2, 4, 4]
+    assert np.array_equal(np.concatenate(found), plain)
 
 
 def test_resuming_one_sample_off_is_seen(run_dir, monkeypatch):

@@ -109,15 +109,30 @@ def samples_of(ramp: BatchRamp, steps: int, step: int = 0, samples: int = 0) -> 
     ]
 
 
+class ResumedByStep(BatchRamp):
+    """A mutant: after a resume, the sample follows from the step and the size of the batch."""
+
+    def phases(self, steps, step=0, samples=0):
+        return super().phases(steps, step, step * self.size(step, samples))
+
+
 @given(ramp=ramps, steps=st.integers(0, 30), data=st.data())
 def test_every_sample_comes_once_and_in_order(ramp, steps, data):
     """From the first step, and after a resume at any step."""
+    in_order(ramp, steps, data.draw(st.integers(0, steps)))
+
+
+def test_a_resume_that_knows_the_step_alone_is_seen():
+    in_order(BatchRamp((2, 4), (0, 3)), 6, 4)
+    assert_caught(lambda: in_order(ResumedByStep((2, 4), (0, 3)), 6, 4))
+
+
+def in_order(ramp: BatchRamp, steps: int, done: int) -> None:
     want = sizes_by_definition(ramp, steps)
     found = samples_of(ramp, steps)
     assert [len(part) for part in found] == want
     assert [x for part in found for x in part] == list(range(sum(want)))
     assert ramp.samples_after(steps) == sum(want)
-    done = data.draw(st.integers(0, steps))
     used = sum(want[:done])
     assert samples_of(ramp, steps, done, used) == found[done:]
     assert ramp.samples_after(steps, done, used) == sum(want)

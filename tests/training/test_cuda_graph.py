@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
@@ -50,15 +48,18 @@ def test_an_error_of_a_launch_is_raised():
 class Graph:
     """A CUDA graph of a CPU: the operations that were called, with their tensors.
 
-    ``alive``: the graphs that exist.
+    ``alive``: the graphs that were not reset.
     ``untouched``: tensors that a recording must not change: it only records."""
 
-    alive: ClassVar[weakref.WeakSet[Graph]]
+    alive: ClassVar[list[Graph]]
     untouched: ClassVar[list[torch.Tensor]]
 
     def __init__(self):
         self.calls, self.replays = [], 0
-        self.alive.add(self)
+        self.alive.append(self)
+
+    def reset(self):
+        self.alive.remove(self)
 
     @torch.no_grad()
     def replay(self):
@@ -92,7 +93,7 @@ def capture(graph: Graph, capture_error_mode: str):
 @pytest.fixture
 def graphs(monkeypatch):
     """Stand-ins of CUDA graphs; the fixture is the graphs that are alive."""
-    monkeypatch.setattr(Graph, "alive", weakref.WeakSet(), raising=False)
+    monkeypatch.setattr(Graph, "alive", [], raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     return Graph.alive
@@ -109,15 +110,14 @@ def alive() -> tuple[int, int]:
 def recorded(record: bool, decay: bool = False, step_of=CudaGraphStep) -> list[tuple[float, ...]]:
     """Losses and norms of a run whose steps have ``COUNTS`` microbatches, and for each step the
     numbers of graphs that are alive and of their replays."""
-    config = CONFIG
-    pipe = pipeline(config, MeshShape(), 1, 16, Layout(), COUNTS)
-    step = TrainStep(program(MODEL, Layout()), pipe, config, replace(ADAMW, kernel=update_weight))
+    pipe = pipeline(CONFIG, MeshShape(), 1, 16, Layout(), COUNTS)
+    step = TrainStep(program(MODEL, Layout()), pipe, CONFIG, replace(ADAMW, kernel=update_weight))
     params = init(pipe.spec, MODEL.dims(), 0, Layout(), F64)
     opt, found = init_state(step.optimizer, pipe.spec, params), []
     Graph.untouched = flat((params, *opt.trees.values()))
     step = step_of(step, "cpu", plain=2) if record else step
     for number, count in enumerate(COUNTS):
-        rows = random_rows(replace(config, batch=2 * count), number)
+        rows = random_rows(replace(CONFIG, batch=2 * count), number)
         batches = [make_batch(r, Layout()) for r in rows.split(2)]
         loss, norm, _, params, opt = step(
             params,
@@ -134,11 +134,7 @@ def recorded(record: bool, decay: bool = False, step_of=CudaGraphStep) -> list[t
 @pytest.mark.parametrize("decay", [False, True])
 def test_each_size_has_one_recording(graphs, decay):
     """The recorded steps are the steps that run. The recording of an earlier size is gone."""
-    gc.disable()  # the recording is dropped, and not only collected later
-    try:
-        found = recorded(True, decay)
-    finally:
-        gc.enable()
+    found = recorded(True, decay)
     plain = recorded(False, decay)
     assert [x[:2] for x in found] == [pytest.approx(x[:2], rel=1e-12) for x in plain]
     assert [x[2:] for x in found] == [
@@ -164,15 +160,14 @@ def test_a_recording_with_a_fixed_decay_is_seen(graphs):
 
 def test_other_shapes_of_the_same_number_run_unrecorded(graphs):
     """They keep the recording: such a step is of no other size of the ramp."""
-    config = CONFIG
-    pipe = pipeline(config, MeshShape(), 1, 16, Layout())
-    step = TrainStep(program(MODEL, Layout()), pipe, config, replace(ADAMW, kernel=update_weight))
+    pipe = pipeline(CONFIG, MeshShape(), 1, 16, Layout())
+    step = TrainStep(program(MODEL, Layout()), pipe, CONFIG, replace(ADAMW, kernel=update_weight))
     step = CudaGraphStep(step, "cpu", plain=1)
     params = init(pipe.spec, MODEL.dims(), 0, Layout(), F64)
     opt, replays = init_state(ADAMW, pipe.spec, params), []
     Graph.untouched = flat((params, *opt.trees.values()))
     for size in (2, 2, 4, 2):
-        rows = random_rows(replace(config, batch=size), 0)
+        rows = random_rows(replace(CONFIG, batch=size), 0)
         opt = step(params, opt, [make_batch(rows, Layout())], valid_tokens(rows), 1e-2)[-1]
         replays.append([g.replays for g in graphs])
     assert replays == [[], [1], [1], [2]]
