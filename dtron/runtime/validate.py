@@ -208,10 +208,12 @@ def ramp_microbatches(
     """Return ``(number of microbatches for each size of the ramp, rows in each microbatch)``. All
     steps have microbatches of one size, so that one compiled step serves the whole run, in the same
     memory. Raises UserError as ``microbatches`` does."""
+    remedy = "use a size of" if ramp.ramps else "use --batch"
     for size in ramp.sizes:
-        microbatches(size, micro_batch, mesh, "use a size of" if ramp.ramps else "use --batch")
+        microbatches(size, micro_batch, mesh, remedy)
     _, rows = microbatches(math.gcd(*ramp.sizes), micro_batch, mesh)
-    return tuple(size // rows for size in ramp.sizes), rows
+    counts = (microbatches(size, rows // mesh.data, mesh)[0] for size in ramp.sizes)
+    return tuple(counts), rows
 
 
 def microbatches(

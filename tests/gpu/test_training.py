@@ -24,7 +24,7 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.cuda_graph import CudaGraphStep
 from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state
-from dtron.training.pipeline import one_stage, program
+from dtron.training.pipeline import one_stage, pipeline, program
 from dtron.training.step import TrainStep
 from dtron.tree import flat, tree_map
 from tests.helpers.paths import ROOT
@@ -144,6 +144,28 @@ def test_a_recorded_step_is_the_step(count):
         assert opt.step == 8
     plain, recorded = found[:8], found[8:]
     assert recorded == [pytest.approx(x, rel=1e-5) for x in plain] and len(set(plain)) == 8
+
+
+def test_each_size_of_a_ramp_is_recorded():
+    """Steps of one, two and one microbatches, with the weight decay of a schedule."""
+    counts, config, layout = (1,) * 6 + (2,) * 6 + (1,) * 5, replace(TEN, micro_batch=4), Layout()
+    found = {}
+    for record in (False, True):
+        pipe = pipeline(RunConfig(model=MODEL), MeshShape(), 1, 16, layout, (2,))
+        params = tree_map(lambda w: w.cuda(), init(pipe.spec, MODEL.dims(), 0, layout))
+        opt = init_state(ADAMW, pipe.spec, params)
+        functions = compiled(program(MODEL, layout), layout)
+        step = TrainStep(functions, pipe, RunConfig(model=MODEL), ADAMW.compiled())
+        step = CudaGraphStep(step, "cuda") if record else step
+        found[record] = []
+        for number, count in enumerate(counts):
+            rows = random_rows(replace(config, batch=4 * count), number)
+            batches = [make_batch(r, layout) for r in rows.cuda().chunk(count)]
+            loss, norm, _, params, opt = step(
+                params, opt, batches, valid_tokens(rows), 1e-2, decay=20 / (1 + number)
+            )
+            found[record].append((loss.item(), norm.item()))
+    assert found[True] == [pytest.approx(x, rel=1e-5) for x in found[False]]
 
 
 def losses(folder: Path, *flags: str, processes: int = 1, dtype: str = "float32") -> list[float]:

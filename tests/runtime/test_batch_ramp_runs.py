@@ -106,13 +106,14 @@ def test_each_wrong_ramp_is_one_line(capsys):
         ),
         (
             ["--batch", "4:0, 6:9", "--mesh", "dp=4", "--simulate"],
-            ["batch=6", "4 data ranks", "use a size of 8"],
+            ["batch=6", "4 data ranks", "use a size of 4"],
         ),
         (["--batch", "2:0,4:1T"], ["'1T' is no point"]),
         (["--batch", "x"], ["--batch 'x'", "a ramp"]),
         (["--batch", "0.5"], ["--batch '0.5'"]),
         (["--batch", "0"], ["--batch 0", "at least 1"]),
         (["--batch", "8:0, 400000:10", "--micro-batch", "1"], ["400000 microbatches"]),
+        (["--batch", "400000:0, 400001:9", "--micro-batch=None"], ["400000 microbatches"]),
         (
             [*PIPELINE, "--simulate", "--pipeline.schedule", "dualpipe-v", "--batch", "1:0, 8:2"],
             ["needs at least 4 microbatches"],
