@@ -104,7 +104,7 @@ def train(
                 log.say(describe_first_step(time.perf_counter() - start))
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
             # Writes the step before, which is over.
-            log.launched(state, loss, norm, reports, lr, batch)
+            log.launched(state, loss, norm, reports, lr, batch, decay)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)

@@ -35,6 +35,7 @@ class Launched(NamedTuple):
     grad_norm: Tensor
     reports: StepReports
     lr: float
+    decay: float | None
     valid: int
     wait_seconds: float
     end: Any
@@ -71,8 +72,11 @@ class StepLog:
         reports: StepReports,
         lr: float,
         batch: GlobalBatch,
+        decay: float | None = None,
     ) -> None:
-        """Take the results of a step and the state after it, and write the step before."""
+        """Take the results of a step and the state after it, and write the step before.
+
+        ``decay``: the factor of the weight decay; None: it is constant."""
         end = mark(self._device)
         previous = self._launched
         self._launched = Launched(
@@ -82,6 +86,7 @@ class StepLog:
             grad_norm,
             reports,
             lr,
+            decay,
             batch.valid,
             batch.wait_seconds,
             end,
@@ -136,6 +141,8 @@ class StepLog:
             self.say(warning)
         record = self._metrics.step(x.step, loss, norm, x.lr, x.valid, x.end, x.wait_seconds)
         record["samples"] = x.samples
+        if x.decay is not None:
+            record["weight_decay"] = x.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model.moe)
         record |= describe_extras(x.reports, x.valid)

@@ -60,7 +60,7 @@ class Recording:
 class CudaGraphStep:
     """A training step that is recorded as a CUDA graph and replayed.
 
-    ``step(params, opt, microbatches, tokens, lr, number=, decay=)``: the step.
+    ``step(params, opt, microbatches, tokens, lr, decay=)``: the step.
     ``plain``: the number of first calls that run unrecorded, for each number of microbatches. In
         these calls functions are compiled and collectives connect their ranks. The next call is
         recorded, and later calls are replayed.
@@ -89,14 +89,14 @@ class CudaGraphStep:
         microbatches: Sequence[Batch],
         tokens: int,
         lr: float,
-        number: None = None,
+        *,
         decay: float | None = None,
     ) -> Result:
         scheduled = [] if decay is None else [decay]
         numbers = torch.tensor([tokens, lr, opt.step + 1, *scheduled], dtype=torch.float64)
         if len(microbatches) != self._count:
             if self._recording is not None:
-                self._recording.graph.reset()  # its memory is free at once
+                self._recording.graph.reset()  # its memory may serve this step
             self._recording, self._count, self._done = None, len(microbatches), 0
         kind, recording = _kind(microbatches), self._recording
         if recording is None and self._done >= self._plain:

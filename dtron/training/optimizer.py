@@ -141,9 +141,8 @@ class ElementwiseOptimizer(Optimizer):
         if scalars.decay is None or not usual:
             return self
         assert isinstance(scalars.scale, Tensor)
-        now = copy.copy(
-            self
-        )  # not ``replace``: the checks of the options would wait for the device
+        # Not ``replace``: the checks of the options would wait for the device.
+        now = copy.copy(self)
         object.__setattr__(now, "weight_decay", usual * like_scale(scalars.scale, scalars.decay))
         return now
 

@@ -77,6 +77,8 @@ def test_a_resumed_run_is_the_run_to_the_bit(run_dir, flags):
 
 def test_a_resumed_run_has_the_same_losses_on_another_mesh(run_dir):
     want = run(run_dir, *RAMP, *DECAY)
+    decays = [0.1 + 2.9 * used / 20 for used in (0, 2, 4, 8, 12, 20)]
+    assert [r["weight_decay"] for r in want] == pytest.approx(decays)
     for done, mesh in ((1, ["--mesh=dp=2", "--zero=3", "--micro-batch=1"]), (3, PIPELINE)):
         found = records(resumed_after(run_dir, done, *RAMP, *DECAY, "--simulate", *mesh))
         assert losses(found) == pytest.approx(losses(want), rel=1e-5)
