@@ -9,6 +9,7 @@ import torch
 
 from dtron.layers.attention_kernels import CORES, attention_reference
 from dtron.layers.attention_mask import AttentionMask
+from tests.helpers.compiled import as_unit
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +69,7 @@ def test_attention_in_bfloat16_is_the_reference(path, name, compile, seq_len):
         pytest.skip("sdpa has no soft-cap and no sinks, and compiled it is the same kernels")
     core = CORES[path]
     if compile:
-        core = torch.compile(CORES[path], fullgraph=True, dynamic=False)
+        core = as_unit(CORES[path])
     xs, ids = inputs(seq_len, documents, sinks)
     mask = AttentionMask(seq_len, window, softcap)
     assert difference(core, xs, ids, mask) < 2e-2
