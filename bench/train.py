@@ -60,11 +60,14 @@ from dtron.runtime.time_breakdown import breakdown, rows, top
 from dtron.runtime.trace import Span
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
+from dtron.training.low_bit_state import Masters, Moments
 from dtron.training.optim_config import OptimConfig, build_optimizer
-from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
 
 LEARNING_RATE = 1e-4
+USUAL: dict[str, Any] = dict.fromkeys(("moments", "master_weights", "reduce_dtype"), "float32")
+USUAL["optim"] = "adamw"
 
 
 @dataclass
@@ -118,7 +121,7 @@ def run_config(o: argparse.Namespace) -> RunConfig:
         copy_engines="off" if o.no_copy_engines else "auto",
         data=DataConfig(seq_len=o.seq_len),
         pipeline=PipelineConfig(o.schedule),
-        optim=OptimConfig(name=o.optim),
+        optim=OptimConfig(o.optim, moments=o.moments, master_weights=o.master_weights),
     )
 
 
@@ -126,6 +129,7 @@ def measure(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipel
     m, spec, layout = config.model, pipe.spec, pipe.layout
     params = init(spec, m.dims(), 0, layout, plan.master, plan.device)
     opt = init_state(build_optimizer(config.optim), spec, params)
+    params = stored_params(params, spec, opt)
     opt = with_compute_copies(opt, params, spec, layout.compute)
     generator = torch.Generator(plan.device).manual_seed(0)
     shape = (config.batch, o.seq_len + 1)
@@ -177,13 +181,9 @@ def measure(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipel
 
 def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline) -> dict[str, Any]:
     """Return what was measured, on which machine and when."""
-    optional = {}
-    if o.reduce_dtype == "bfloat16":
-        optional["reduce_dtype"] = o.reduce_dtype
+    optional = {name: x for name, usual in USUAL.items() if (x := getattr(o, name)) != usual}
     if copy_engine_groups(pipe.layout.mesh) or any(pipe.slots.values()):
         optional["copy_engines"] = True
-    if o.optim != "adamw":
-        optional["optim"] = o.optim
     if plan.shape.pp > 1:
         optional["pipeline.schedule"] = o.schedule
     if plan.shape.cp > 1:
@@ -280,12 +280,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=int, default=2, help="sequences per microbatch and data rank (2)")
     add("--microbatches", type=int, default=1, help="microbatches per step (1)")
     add("--schedule", default="1f1b", help="order of forwards and backwards over pp (1f1b)")
-    add("--optim", default="adamw", help="name of the optimizer (adamw)")
+    add("--optim", default=USUAL["optim"], help="name of the optimizer (adamw)")
+    add("--moments", default=USUAL["moments"], choices=get_args(Moments))
+    add("--master-weights", default=USUAL["master_weights"], choices=get_args(Masters))
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
     add("--recompute", default="none", help="activation policy (none)")
     add("--recompute-budget", type=float, help="the share of activations to keep")
-    add("--reduce-dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--reduce-dtype", default=USUAL["reduce_dtype"], choices=("float32", "bfloat16"))
     add("--fp8", default="none", choices=get_args(Fp8))
     add("--fp8-first-last", **on, help="FP8 in the first and the last block too")
     add("--fp8-gather", **on, help="ZeRO-3 gathers weights in 8 bits")
@@ -294,9 +296,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--zigzag", default="auto", choices=("auto", "on", "off"))
     add("--no-overlap", **on, help="leave collectives at their place in the program")
     add("--no-copy-engines", **on, help="NCCL gathers weights and sends messages")
-    add(
-        "--cuda-graph", default="auto", choices=("auto", "off"), help="off: Python launches kernels"
-    )
+    add("--cuda-graph", default="auto", choices=("auto", "off"), help="off: not recorded")
     add("--eager", **on, help="do not compile")
     add("--data", **on, help="read each step's batch from a .bin/.idx that is written first")
     add("--turn", default="", help="after the first step, wait until this file exists")

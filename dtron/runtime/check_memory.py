@@ -18,6 +18,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.model.transformer import declare_model
 from dtron.runtime.config import RunConfig
+from dtron.training.low_bit_state import master_bytes
 from dtron.training.optim_config import build_optimizer
 from dtron.tree import flat
 
@@ -29,7 +30,10 @@ def check_memory(config: RunConfig, shape: MeshShape, device: str, master: torch
     all ranks of this machine, even if they are sharded over all ranks."""
     optimizer, element = build_optimizer(config.optim), master.itemsize
     weights = flat(declare_model(config.model))
-    whole = sum(w.numel * element + optimizer.state_bytes(w, w.shape, element) for w in weights)
+    whole = sum(
+        w.numel * master_bytes(optimizer, w, element) + optimizer.state_bytes(w, w.shape, element)
+        for w in weights
+    )
     processes = 1 if config.simulate else shape.size
     here = 1 if config.simulate else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = device.startswith("cuda")

@@ -15,7 +15,7 @@ from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.launch import same_on_all_ranks
 from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
 
 
@@ -52,7 +52,8 @@ def initial_state(
         dims = config.model.dims()
         params = init(spec, dims, config.seed, layout, plan.master, plan.device)
     opt = init_state(build_optimizer(config.optim), spec, params)
-    state = checkpoint.TrainState(0, 0, params, opt)
+    state = checkpoint.TrainState(0, 0, stored_params(params, spec, opt), opt)
+    del params
     same_on_all_ranks({"the newest checkpoint": resumed and resumed.name})
     if resumed is not None:
         state = checkpoint.load(resumed, state, spec, identity)

@@ -38,7 +38,9 @@ from dtron.runtime.validate import (
     ramp_microbatches,
 )
 from dtron.training.config import RunPlan
+from dtron.training.low_bit_state import LowBitState
 from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import find
 from dtron.training.parameter_groups import check_groups
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
@@ -78,6 +80,9 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_dispatch(config.how, config.model, compiles)
     check_expert_sizes(config.how, config.model, shape, compute)
     master = torch.promote_types(compute, torch.float32)
+    if (low := find(build_optimizer(config.optim), LowBitState)) is not None:
+        atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
+        low.check(declare_model(config.model), atoms, rules_for(config.zero), compute)
     check_memory(config, shape, device, master)
     return RunPlan(
         shape=shape,

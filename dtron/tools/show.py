@@ -45,6 +45,7 @@ from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
+from dtron.training.low_bit_state import master_bytes
 from dtron.training.optim_config import OptimConfig, build_optimizer
 from dtron.training.parameter_groups import check_groups, describe_groups
 from dtron.tree import flat
@@ -151,7 +152,8 @@ def rows(
         local = local_shape(w.shape, sizes, placements, first)
         n = math.prod(local)
         n_gathered = math.prod(local_shape(w.shape, sizes, gathered, first))
-        copies = n_gathered * compute if zero < 3 and (compute != master or n != n_gathered) else 0
+        element = master_bytes(optimizer, w, master)
+        copies = n_gathered * compute if zero < 3 and (compute != element or n != n_gathered) else 0
         shown = (f"{axis}: {_short(p)}" for axis, p in zip(axes, placements, strict=True))
         found.append(
             Row(
@@ -161,7 +163,7 @@ def rows(
                 placement=f"({', '.join(shown)})",
                 shape=w.shape,
                 local=local,
-                params=count * (n * master + copies),
+                params=count * (n * element + copies),
                 grads=count * master * (n_gathered if zero < 2 else n),
                 optimizer=count * optimizer.state_bytes(w, local, master),
             )

@@ -26,8 +26,9 @@ from dtron.tools.count_collectives import CollectiveCounter, no_hidden_communica
 from dtron.tools.poisoned_memory import poisoned_memory
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
+from dtron.training.state_formats import values
 from dtron.training.step import TrainStep
 from dtron.tree import flat, tree_map
 
@@ -139,14 +140,16 @@ def take_step(
     pipe, copies = step.pipe, compute_copies_in(plan.compute)
     params, batches, tokens = step_inputs(config, pipe, plan.count, plan.master)
     opt = init_state(step.optimizer, pipe.spec, params)
+    params = stored_params(params, pipe.spec, opt)
     opt = with_compute_copies(opt, params, pipe.spec, copies)
-    weights = params if copies is None else opt.compute_copies
+    weights = params if opt.compute_copies is None else opt.compute_copies
     initial = whole(params) if pipe.layout.mesh is None else None
     with poisoned_memory() if copies else nullcontext(), around(weights):
         done = [*step.gradients(weights, batches)]
     grads = whole(done[1])  # the update consumes them
     loss, norm, _, params, opt = step.update(params, opt, done, tokens, config.optim.lr)
-    state = {name: whole(tree) for name, tree in opt.trees.items()}
+    params, trees = values(pipe.spec, params, opt.trees)
+    state = {name: whole(tree) for name, tree in trees.items()}
     return StepResult(loss.item(), norm.item(), grads, whole(params), state, None, initial)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtron.bounds import under
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.errors import UserError
-from dtron.training.optimizer import ElementwiseOptimizer
+from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 from dtron.training.update_scalars import UpdateScalars, like_scale
 
 
@@ -31,6 +31,7 @@ class AdamW(ElementwiseOptimizer):
     weight_decay: float
 
     state_names = ("m", "v")
+    squares = ("v",)
 
     def __post_init__(self) -> None:
         inf = float("inf")

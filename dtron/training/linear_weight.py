@@ -19,6 +19,7 @@ from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.matrix_exchange import EXPERTS, Exchange, Job, Slots, deal
 from dtron.training.newton_schulz import orthogonalized
+from dtron.training.state_formats import Stored
 
 
 def is_matrix(w: WeightSpec) -> bool:
@@ -35,9 +36,9 @@ class LinearWeight:
     ``per_head``: whether each attention head is a matrix by itself."""
 
     spec: WeightSpec
-    weight: Tensor
+    weight: Stored
     grad: Tensor
-    momentum: Tensor
+    momentum: Stored
     copy: Tensor | None
     per_head: bool
 
@@ -48,7 +49,7 @@ class LinearWeight:
     @property
     def count(self) -> int:
         """The number of matrices of which this rank has shards."""
-        return len(to_local(self.weight)) if self.of_experts else 1
+        return len(to_local(self.weight.data)) if self.of_experts else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +83,7 @@ class LinearWeight:
             return Exchange(None, (), self.shape)
         first = int(self.of_experts)
         placements: list[Placement] = []
-        for p in cast(DTensor, self.weight).placements:
+        for p in cast(DTensor, self.weight.data).placements:
             if isinstance(p, Shard) and first:
                 p = Shard(p.dim - 1) if p.dim else EXPERTS
             placements.append(p)

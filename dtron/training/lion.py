@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dtron.bounds import under
-from dtron.training.optimizer import ElementwiseOptimizer
+from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 
 
 @dataclass(frozen=True)

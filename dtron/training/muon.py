@@ -40,28 +40,45 @@ from dtron.params import WeightSpec
 from dtron.torch_compile import jit
 from dtron.training.adamw import AdamW
 from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
-from dtron.training.optimizer import Optimizer, OptimizerState, as_matrix, overwrite
+from dtron.training.optimizer import Optimizer, OptimizerState
 from dtron.training.parameter_groups import part_of_trees
-from dtron.training.update_scalars import UpdateScalars, like_scale
+from dtron.training.state_formats import (
+    Stored,
+    as_matrix,
+    load,
+    places,
+    random_bits,
+    stored_tree,
+    stored_weights,
+    write,
+)
+from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale, on_device
 from dtron.tree import flat, tree_map
 
 RMS = 0.2  # the root mean square of an update
 
 
 def advance(
-    g: Tensor, m: Tensor, scale: Tensor, ok: Tensor, decay: float, nesterov: bool
+    momentum: Stored,
+    g: Tensor,
+    places: tuple[Tensor, ...],
+    scalars: DeviceScalars,
+    decay: float,
+    nesterov: bool,
 ) -> Tensor:
-    """Update the momentum m in place. Return the matrix to orthogonalise."""
-    g = g.to(m.dtype) * scale
+    """Update the momentum in place. Return the matrix to orthogonalise."""
+    m = load(momentum)
+    g = g.to(torch.promote_types(g.dtype, m.dtype)) * scalars.scale
     new = decay * m + (1 - decay) * g
     ahead = decay * new + (1 - decay) * g if nesterov else new
-    overwrite((m,), (new,), ok)
+    random = random_bits(places, scalars.step, 0) if momentum.in_few_bits else None
+    write(momentum, new, scalars.ok, random)
     in_few_bits = m.dtype == torch.float32 and m.device.type != "cpu"
     return ahead.to(torch.bfloat16) if in_few_bits else ahead
 
 
 def step(
-    w: Tensor,
+    w: Stored,
     update: Tensor,
     copy: Tensor | None,
     lr: Tensor,
@@ -72,10 +89,10 @@ def step(
     """Update a weight in place, and its copy in the compute dtype.
 
     ``size``: the factor of the orthogonal matrix."""
-    new = w * (1 - lr * decay) - lr * size * update.to(w.dtype)
-    overwrite((w,), (new,), ok)
+    old = load(w)
+    write(w, old * (1 - lr * decay) - lr * size * update.to(old.dtype), ok)
     if copy is not None:
-        copy.copy_(w)
+        copy.copy_(w.data)
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,8 @@ class Muon(Optimizer):
     iterations: int = 5
     per_head: bool = False
     kernels: Kernels = field(default=Kernels(), compare=False, repr=False)
+
+    squares = ("v",)
 
     def __post_init__(self) -> None:
         under(self, "optim", {"momentum": 1})
@@ -148,7 +167,13 @@ class Muon(Optimizer):
             for kind in (True, False)
         }
         w, x, g, s = part_of_trees(groups[True], spec, params, grads, state)
-        columns = (w, x, g, s.trees["m"], s.compute_copies or [None] * len(w))
+        columns = (
+            w,
+            stored_weights(w, x, s.trees),
+            g,
+            stored_tree(w, s.trees, "m"),
+            s.compute_copies or [None] * len(w),
+        )
         matrices = [LinearWeight(*row, self.per_head) for row in zip(*columns, strict=True)]
         self._update_matrices(matrices, scalars, layout)
         others = part_of_trees(groups[False], spec, params, grads, state)
@@ -158,8 +183,9 @@ class Muon(Optimizer):
     def _update_matrices(
         self, weights: Sequence[LinearWeight], scalars: UpdateScalars, layout: Layout
     ) -> None:
+        known: dict[Any, Tensor] = {}
         for one in dealt(weights, layout):
-            shards = [x for w in one.weights for x in self._advance(w, scalars)]
+            shards = [x for w in one.weights for x in self._advance(w, scalars, layout, known)]
             whole = one.exchange.to_owners(shards, one.slots)
             del shards
             whole = one.weights[0].orthogonalized(whole, self.iterations)
@@ -167,22 +193,31 @@ class Muon(Optimizer):
             for w in one.weights:
                 self._step(w, updates, scalars)
 
-    def _advance(self, w: LinearWeight, scalars: UpdateScalars) -> list[Tensor]:
-        """Update the momentum of a weight. Return this rank's shards of its matrices."""
-        g, m = as_matrix(to_local(w.grad)), as_matrix(to_local(w.momentum))
-        numbers = scalars.scale, scalars.ok, self.momentum, self.nesterov
-        ahead = self.kernels.advance(g, m, *numbers).view(to_local(w.momentum).shape)
+    def _advance(
+        self, w: LinearWeight, scalars: UpdateScalars, layout: Layout, known: dict[Any, Tensor]
+    ) -> list[Tensor]:
+        """Update the momentum of a weight. Return this rank's shards of its matrices.
+
+        ``known``: see ``places``."""
+        g, m, at = to_local(w.grad), w.momentum.local(), ()
+        shape = m.data.shape
+        if m.in_few_bits:
+            at = places(w.spec, layout, g.device, known)
+        else:
+            g, m = as_matrix(g), m.as_matrix()
+        ahead = self.kernels.advance(m, g, at, on_device(scalars), self.momentum, self.nesterov)
+        ahead = ahead.view(shape)
         return [*ahead.unbind()] if w.of_experts else [ahead]
 
     def _step(self, w: LinearWeight, updates: Iterator[Tensor], scalars: UpdateScalars) -> None:
         """Update a weight.
 
         ``updates``: yields this rank's shard of each orthogonal matrix."""
-        x, copy = to_local(w.weight), None if w.copy is None else to_local(w.copy)
-        update = torch.stack([next(updates) for _ in x]) if w.of_experts else next(updates)
+        x, copy = w.weight.local(), None if w.copy is None else to_local(w.copy)
+        update = torch.stack([next(updates) for _ in x.data]) if w.of_experts else next(updates)
         assert isinstance(scalars.scale, Tensor)
         lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
-        tensors = (as_matrix(x), as_matrix(update), as_matrix(copy))
+        tensors = (x.as_matrix(), as_matrix(update), as_matrix(copy))
         decay: float | Tensor = self.weight_decay
         if scalars.decay is not None:
             decay = decay * like_scale(scalars.scale, scalars.decay)

@@ -12,6 +12,7 @@ from dtron.bounds import from_to, under
 from dtron.errors import UserError
 from dtron.training.adamw import AdamW
 from dtron.training.lion import Lion
+from dtron.training.low_bit_state import LowBitState, Masters, Moments
 from dtron.training.muon import Muon
 from dtron.training.optimizer import Optimizer
 from dtron.training.parameter_groups import ParameterGroups, parse_groups
@@ -55,6 +56,12 @@ class OptimConfig:
     """constant; linear or cosine: from weight_decay to final_weight_decay by the last step"""
     final_weight_decay: float | None = None
     """weight decay of the last step; for weight_decay_schedule linear or cosine"""
+    moments: Moments = "float32"
+    """format of the optimizer's state of matrices: float32; bfloat16, rounded at random; or float8,
+    in blocks of 32 with a scale"""
+    master_weights: Masters = "float32"
+    """format of the weights that are updated: float32 beside the bfloat16 weights that compute;
+    split: only the 16 bits that bfloat16 lacks are stored beside these, and nothing is lost"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
     skip_grad_norm: float = 0.0
@@ -114,6 +121,8 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
     optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
     rows = parse_groups(config.groups, optimizer, partial(_option, config))
     optimizer = ParameterGroups(optimizer, rows) if rows else optimizer
+    if (config.moments, config.master_weights) != ("float32", "float32"):
+        optimizer = LowBitState(optimizer, config.moments, config.master_weights)
     return WeightAverage(optimizer, config.ema) if config.ema else optimizer
 
 

@@ -6,9 +6,8 @@ counts memory. Its state is a dict of trees by name, such as ``{"m": ..., "v": .
 ``dtron.show`` and ``dtron.verify`` iterate over these names. An optimizer is chosen by its name in
 ``optim_config.OPTIMIZERS``.
 
-An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
-``rule``, pure arithmetic on one weight. The rule does not depend on sharding: it runs on each
-rank's local shards, eagerly, or compiled into one kernel per weight.
+An optimizer that updates each element of a weight by itself is an ``ElementwiseOptimizer``
+(elementwise_optimizer.py).
 
 The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
 optimizer state keeps a copy of every weight in the compute dtype. The update writes the copy in the
@@ -25,23 +24,21 @@ and a bad step does no harm:
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import repeat
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
-from dtron.torch_compile import jit
-from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale
-from dtron.tree import flat, tree_map, unflatten
+from dtron.training.state_formats import MASTERS_LOW, split_tensor
+from dtron.training.update_scalars import UpdateScalars
+from dtron.tree import flat, unflatten
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,9 @@ class OptimizerState:
 class Optimizer(Protocol):
     """The functions of an optimizer. Subclass it for an update that is not elementwise: such an
     update may communicate, and may treat weights by their logical axes (``WeightSpec.axes``)."""
+
+    squares: ClassVar[tuple[str, ...]] = ()
+    """the trees of the state that are means of squares; see state_formats.py"""
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         """Make the trees of the state, by name.
@@ -95,147 +95,11 @@ class Optimizer(Protocol):
         return self
 
 
-@dataclass(frozen=True)
-class ElementwiseOptimizer(Optimizer):
-    """The base of elementwise optimizers. A subclass has ``state_names`` and ``rule``, and perhaps
-    ``fused``, ``step_terms`` and ``for_weight``.
-
-    ``kernel``: the compiled ``update_weight``. None: ``fused`` if the class has it, else eager."""
-
-    kernel: Callable[..., None] | None = field(
-        default=None, kw_only=True, compare=False, repr=False
-    )
-
-    state_names: ClassVar[tuple[str, ...]] = ()
-    """the names of the state's trees, each like the params"""
-
-    fused: ClassVar[Callable[..., None] | None] = None
-    """a method ``fused(w, g, state, scalars)`` that updates lists of weights in place, with one
-    kernel of torch; ``state`` has a list for each of ``state_names``"""
-
-    def rule(
-        self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the new weight and its new state, and overwrite nothing.
-
-        ``g``: the gradient, scaled, in the dtype of the weight.
-        ``state``: the weight's state, in the order of ``state_names``.
-        ``terms``: the result of ``step_terms``."""
-        raise NotImplementedError
-
-    def step_terms(self, step: Tensor) -> tuple[Tensor, ...]:
-        """Return the arguments of the rule that depend on the step's number (from 1). They are
-        computed once a step, and not in the kernel of each weight."""
-        return ()
-
-    def for_weight(self, w: WeightSpec) -> Self:
-        """Return the optimizer with the options of one weight, chosen by its declaration. Norms and
-        biases do not decay. Weights with equal options are updated together."""
-        without: dict[str, Any] = {"weight_decay": 0.0} if hasattr(self, "weight_decay") else {}
-        return self if w.decays else replace(self, **without)
-
-    def at(self, scalars: UpdateScalars) -> Self:
-        """Return the optimizer with the options of this update. With a schedule, ``weight_decay``
-        is a tensor of the device, which a rule uses as it uses the number."""
-        usual = getattr(self, "weight_decay", 0.0)
-        if scalars.decay is None or not usual:
-            return self
-        assert isinstance(scalars.scale, Tensor)
-        # Not ``replace``: the checks of the options would wait for the device.
-        now = copy.copy(self)
-        object.__setattr__(now, "weight_decay", usual * like_scale(scalars.scale, scalars.decay))
-        return now
-
-    def init(self, spec: Any, params: Any) -> dict[str, Any]:
-        return {name: tree_map(torch.zeros_like, params) for name in self.state_names}
-
-    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
-        return len(self.state_names) * math.prod(shape) * element
-
-    def compiled(self, backend: str = "inductor") -> Self:
-        """Compile the kernel, once per shape. A transformer has a dozen shapes. (On an H200,
-        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and the
-        later steps were no faster. With one graph for any shape every step took 5 ms more.)"""
-        return replace(self, kernel=jit(update_weight, backend=backend))
-
-    def update(
-        self,
-        spec: Any,
-        params: Any,
-        grads: Any,
-        state: OptimizerState,
-        scalars: UpdateScalars,
-        layout: Layout,
-    ) -> tuple[Any, OptimizerState]:
-        groups: dict[ElementwiseOptimizer, list[int]] = {}
-        for i, w in enumerate(flat(spec)):
-            if not w.frozen:
-                groups.setdefault(self.for_weight(w), []).append(i)
-        weights, grads = flat(params), flat(grads)
-        trees = [flat(state.trees[name]) for name in self.state_names]
-        copies = flat(state.compute_copies) or [None] * len(weights)
-        for optimizer, members in groups.items():
-            w, g, c, *s = (_locals(xs, members) for xs in (weights, grads, copies, *trees))
-            optimizer.at(scalars)._update_group(w, g, s, c, scalars)
-        return params, state
-
-    def _update_group(
-        self,
-        w: list[Tensor],
-        g: list[Tensor],
-        state: list[list[Tensor]],
-        copies: list[Tensor | None],
-        scalars: UpdateScalars,
-    ) -> None:
-        """Update lists of local tensors in place."""
-        if self.kernel is None and self.fused is not None:
-            self.fused(w, g, state, scalars)
-            if pairs := [(c, x) for c, x in zip(copies, w, strict=True) if c is not None]:
-                torch._foreach_copy_([c for c, _ in pairs], [x for _, x in pairs])
-            return
-        kernel = self.kernel or update_weight
-        scale, ok = scalars.scale, scalars.ok
-        assert isinstance(scale, Tensor) and ok is not None and scalars.step is not None
-        lr, step = like_scale(scale, scalars.lr), like_scale(scale, scalars.step)
-        numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
-        states = zip(*([*map(as_matrix, s)] for s in state), strict=True) if state else repeat(())
-        for x, dx, state_of_x, c in zip(w, g, states, copies):
-            kernel(self, as_matrix(x), as_matrix(dx), state_of_x, as_matrix(c), numbers)
-
-
-def update_weight(
-    optimizer: ElementwiseOptimizer,
-    w: Tensor,
-    g: Tensor,
-    state: tuple[Tensor, ...],
-    copy: Tensor | None,
-    scalars: DeviceScalars,
-) -> None:
-    """Update one weight in place. When compiled, this is one kernel. The kernel takes gradients in
-    any dtype, so no gradient is cast before.
-
-    ``copy``: the weight in the compute dtype, or None."""
-    g = g.to(w.dtype) * scalars.scale
-    new_w, new_state = optimizer.rule(w, g, state, scalars.lr, *scalars.terms)
-    overwrite((w, *state), (new_w, *new_state), scalars.ok)
-    if copy is not None:
-        copy.copy_(w)
-
-
-def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
-    """Overwrite tensors with their new values, unless ``ok`` is false. (A multiplication by 0 would
-    not do: NaN times 0 is NaN.)"""
-    for x, y in zip(old, new, strict=True):
-        x.copy_(torch.where(ok, y, x))
-
-
-def _locals(xs: Sequence[Any], members: Sequence[int]) -> list[Any]:
-    return [None if xs[i] is None else to_local(xs[i]) for i in members]
-
-
-def as_matrix(x: Any) -> Any:
-    """View a tensor with at most two dims, so that fewer shapes are compiled."""
-    return x if x is None or x.ndim < 3 else x.flatten(1)
+def find(optimizer: Any, kind: type[Kind]) -> Kind | None:
+    """Return the optimizer of a class among an optimizer and those that it is made of."""
+    while optimizer is not None and not isinstance(optimizer, kind):
+        optimizer = getattr(optimizer, "base", None)
+    return optimizer
 
 
 def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
@@ -247,12 +111,23 @@ def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
     return OptimizerState(0, trees)
 
 
+def stored_params(params: Any, spec: Any, state: OptimizerState) -> Any:
+    """Return the params as the optimizer stores them. Split master weights become bfloat16 weights:
+    their other bits are in the state."""
+    if MASTERS_LOW not in state.trees:
+        return params
+    pairs = zip(flat(spec), flat(params), strict=True)
+    weights = to_symmetric_memory([p if w.frozen else split_tensor(p).data for w, p in pairs])
+    return unflatten(params, weights)
+
+
 def with_compute_copies(
     state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
 ) -> OptimizerState:
     """Return the state with copies of the params in ``dtype`` (None: no copies). Frozen weights are
-    not cast. Copies that copy engines all-gather are in symmetric memory (``symmetric_memory``)."""
-    if dtype is None:
+    not cast. Split master weights need no copies. Copies that copy engines all-gather are in
+    symmetric memory (``symmetric_memory``)."""
+    if dtype is None or MASTERS_LOW in state.trees:
         return replace(state, compute_copies=None)
     pairs = zip(flat(spec), flat(params), strict=True)
     copies = to_symmetric_memory([p if w.frozen else cast(p, dtype) for w, p in pairs])
@@ -272,9 +147,10 @@ def apply_update(
     Then announce to all ranks that the weights have been written."""
     weights = flat(params)
     first, ok = to_local(weights[0]), scalars.ok
+    wide = torch.promote_types(first.dtype, torch.float32)
     scalars = replace(
         scalars,
-        scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),
+        scale=torch.as_tensor(scalars.scale, dtype=wide, device=first.device),
         ok=torch.ones((), dtype=torch.bool, device=first.device) if ok is None else ok,
         step=state.step + 1 if scalars.step is None else scalars.step,
     )

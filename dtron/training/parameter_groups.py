@@ -27,9 +27,8 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import RULES
-from dtron.training.optimizer import Optimizer, OptimizerState
+from dtron.training.optimizer import Optimizer, OptimizerState, find
 from dtron.training.update_scalars import UpdateScalars
-from dtron.training.weight_average import WeightAverage
 from dtron.tree import flat, with_specs
 
 
@@ -163,7 +162,7 @@ def _factor(text: str, where: str) -> float:
 
 def check_groups(optimizer: Optimizer, spec: Any) -> None:
     """Raise UserError for a row that names no weight of the declared tree."""
-    groups = _groups_of(optimizer)
+    groups = find(optimizer, ParameterGroups)
     for row in () if groups is None else groups.rows:
         if not any(row.names(w) for w in flat(spec)):
             known = {axis for w in flat(spec) for axis in w.axes}
@@ -175,15 +174,10 @@ def check_groups(optimizer: Optimizer, spec: Any) -> None:
             )
 
 
-def _groups_of(optimizer: Optimizer) -> ParameterGroups | None:
-    base = optimizer.base if isinstance(optimizer, WeightAverage) else optimizer
-    return base if isinstance(base, ParameterGroups) else None
-
-
 def describe_groups(optimizer: Optimizer, spec: Any) -> list[str]:
     """Return a line for each group: the options that differ, the number of weights and of
     parameters, and the first path. Without groups there is no line."""
-    table = _groups_of(optimizer)
+    table = find(optimizer, ParameterGroups)
     if table is None:
         return []
     groups: dict[Group, list[WeightSpec]] = {}

@@ -38,7 +38,15 @@ class DeviceScalars(NamedTuple):
     lr: Tensor
     scale: Tensor
     ok: Tensor
+    step: Tensor
     terms: tuple[Tensor, ...]
+
+
+def on_device(scalars: UpdateScalars) -> DeviceScalars:
+    """Return the numbers as tensors."""
+    scale, ok, step = scalars.scale, scalars.ok, scalars.step
+    assert isinstance(scale, Tensor) and ok is not None and step is not None
+    return DeviceScalars(like_scale(scale, scalars.lr), scale, ok, like_scale(scale, step), ())
 
 
 def like_scale(scale: Tensor, x: float | Tensor) -> Tensor:

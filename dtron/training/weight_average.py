@@ -28,7 +28,8 @@ from dtron.distributed.redistribute import to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
-from dtron.training.optimizer import Optimizer, OptimizerState, as_matrix
+from dtron.training.optimizer import Optimizer, OptimizerState
+from dtron.training.state_formats import Stored, as_matrix, load, stored_weights
 from dtron.training.update_scalars import UpdateScalars, like_scale
 from dtron.tree import flat, tree_map
 
@@ -36,11 +37,11 @@ NAME = "ema"
 """the name of the average among the trees of the state"""
 
 
-def move(average: Tensor, w: Tensor, share: Tensor) -> None:
+def move(average: Tensor, w: Stored, share: Tensor) -> None:
     """Move an average in place.
 
     ``share``: the share of w in the new average."""
-    average.add_(share * (w - average))
+    average.add_(share * (load(w) - average))
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class WeightAverage(Optimizer):
         n = like_scale(scale, step)
         share = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
         share = torch.where(ok, share, torch.zeros_like(share))  # a bad step changes nothing
-        for average, w in zip(flat(state.trees[NAME]), flat(params), strict=True):
-            self.kernel(as_matrix(to_local(average)), as_matrix(to_local(w)), share)
+        weights = stored_weights(spec, params, state.trees)
+        for average, w in zip(flat(state.trees[NAME]), weights, strict=True):
+            self.kernel(as_matrix(to_local(average)), w.local().as_matrix(), share)
         return params, state

@@ -21,7 +21,7 @@ from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import microbatches
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.optimizer import init_state, with_compute_copies
+from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 from dtron.tree import flat, tree_map
 
@@ -72,6 +72,7 @@ def train(
     plan = RunPlan.eager(config, shape, (count, rows_each), dtype, layout.compute or dtype)
     step = build_step(config, plan, pipe)
     opt = init_state(step.optimizer, spec, params)
+    params = stored_params(params, spec, opt)
     opt = with_compute_copies(opt, params, spec, layout.compute)
     step = change_step(step)
     losses, norms = [], []

@@ -17,7 +17,8 @@ from dtron.model.batch import make_batch, valid_tokens
 from dtron.params import init
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.training.cuda_graph import CudaGraphStep, finishes
-from dtron.training.optimizer import init_state, update_weight
+from dtron.training.elementwise_optimizer import update_weight
+from dtron.training.optimizer import init_state
 from dtron.training.pipeline import pipeline, program
 from dtron.training.step import TrainStep
 from dtron.tree import flat

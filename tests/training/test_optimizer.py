@@ -17,10 +17,11 @@ from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.training.elementwise_optimizer import update_weight
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.lr_schedule import Progress, learning_rate
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import apply_update, init_state, update_weight, with_compute_copies
+from dtron.training.optimizer import apply_update, init_state, with_compute_copies
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 from tests.helpers.values import ADAMW, ONE, SMALL, assert_steps_of_torch, close, normal

@@ -54,7 +54,7 @@ def follows_its_definition(compile: bool) -> None:
 @pytest.mark.parametrize("compile", [False, True])
 def test_it_follows_its_definition(compile, monkeypatch):
     follows_its_definition(compile)
-    twice = lambda average, w, share: average.add_(2 * share * (w - average))
+    twice = lambda average, w, share: average.add_(2 * share * (w.data - average))
     monkeypatch.setattr(weight_average.WeightAverage, "__init__", _with(twice))
     assert_caught(lambda: follows_its_definition(False))
 

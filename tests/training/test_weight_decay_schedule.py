@@ -19,11 +19,12 @@ from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.training.adamw import AdamW
+from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 from dtron.training.lion import Lion
 from dtron.training.lr_schedule import Progress, weight_decay_factor
 from dtron.training.muon import Muon
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import ElementwiseOptimizer, apply_update, init_state
+from dtron.training.optimizer import apply_update, init_state
 from dtron.training.sgd import SGD
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map

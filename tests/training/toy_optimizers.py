@@ -19,8 +19,10 @@ from dtron.bounds import under
 from dtron.distributed.redistribute import full, like, to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
+from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 from dtron.training.optim_config import OPTIMIZERS
-from dtron.training.optimizer import ElementwiseOptimizer, Optimizer, overwrite
+from dtron.training.optimizer import Optimizer
+from dtron.training.state_formats import overwrite
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 
