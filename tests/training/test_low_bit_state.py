@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.mesh import Layout
 from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.cli import parse
