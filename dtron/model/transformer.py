@@ -23,7 +23,14 @@ from dtron.model.batch import Batch
 from dtron.model.block import Block, BlockRunner, Decoding, block_runner
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.head import end_params, head_weight, last_norm, norm_and_loss, unshard_head
+from dtron.model.head import (
+    end_params,
+    head_input,
+    head_weight,
+    last_norm,
+    norm_and_loss,
+    unshard_head,
+)
 from dtron.model.head import loss as head_loss
 from dtron.model.mtp import module
 from dtron.params import declare, part, unshard, weight
@@ -39,8 +46,8 @@ class MTPModule:
 
     norm_h: Norm = part()
     norm_token: Norm = part()
-    w_h: Tensor = weight("embed", "act_embed")
-    w_token: Tensor = weight("embed", "act_embed")
+    w_h: Tensor = weight("embed", "act_embed", fan_in=1)
+    w_token: Tensor = weight("embed", "act_embed", fan_in=1)
     block: Block = part()
     norm: Norm = part()
 
@@ -147,6 +154,7 @@ def stage_logits(
         x_TD = layout.local_map(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(
             x_TD, last_B
         )
+    x_TD = head_input(x_TD, m)
     return logits(x_TD, *unshard_head(head_weight(p), layout), m.vocab, layout), None
 
 

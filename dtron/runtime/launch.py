@@ -55,7 +55,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     if config.simulate:
         check_ranks(shape)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
-    check_groups(build_optimizer(config.optim), declare_model(config.model))
+    check_groups(build_optimizer(config.optim, config.model.mup), declare_model(config.model))
     count, rows = microbatches(config.batch, config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # checks schedule and layers
     check_unused(config, shape)

@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
     seq_len = memory_estimate.seq_lens(unit)[0]
     model = replace(config.model, context=max(seq_len, config.model.context))
     check(model, shape, seq_len, config.cp_method, zigzag)
-    optimizer = build_optimizer(config.optim)
+    optimizer = build_optimizer(config.optim, config.model.mup)
     check_groups(optimizer, declare_model(config.model))
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from dtron.bounds import from_to, under
 from dtron.distributed.redistribute import to_local
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
@@ -131,6 +132,18 @@ class Muon(Optimizer):
         adamw = self.adamw.compiled(backend).kernel
         kernels = Kernels(jit(advance, backend=backend), jit(step, backend=backend), adamw)
         return replace(self, kernels=kernels)
+
+    def width_rate(self, w: WeightSpec) -> float:
+        if not is_matrix(w):
+            return self.adamw.width_rate(w)
+        if self.per_head:
+            raise UserError(
+                "optim.options per_head=true with model.mup_base_width: the updates of heads add "
+                "up in w_o, and no factor is known; drop one of the two"
+            )
+        shape = w.shape[int(w.axes[0] == "experts") :]
+        rows, columns = math.prod(shape[: w.summed]), math.prod(shape[w.summed :])
+        return w.growth.spectral_rate(rows, columns)
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         second = lambda w, x: None if is_matrix(w) else torch.zeros_like(x)

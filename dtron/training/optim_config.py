@@ -67,9 +67,11 @@ class OptimConfig:
         build_optimizer(self)  # checks the options
 
 
-def build_optimizer(config: OptimConfig) -> Optimizer:
+def build_optimizer(config: OptimConfig, mup: bool = False) -> Optimizer:
     """Return the optimizer that the flags name. An option of the optimizer (a field of its class)
     has the value of the flag of the same name; if there is none, ``options`` gives the value.
+
+    ``mup``: see ``ParameterGroups``.
 
     Raises UserError for a name or an option that does not exist."""
     if config.name not in OPTIMIZERS:
@@ -82,7 +84,7 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
     values = {name: getattr(config, name) for name in names if name in flags}
     optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
     rows = parse_groups(config.groups, optimizer, partial(_option, config))
-    optimizer = ParameterGroups(optimizer, rows) if rows else optimizer
+    optimizer = ParameterGroups(optimizer, rows, mup) if rows or mup else optimizer
     return WeightAverage(optimizer, config.ema) if config.ema else optimizer
 
 

@@ -1,22 +1,19 @@
 """The protocol of an optimizer, its state, and the update that every optimizer shares.
 
-An optimizer is a frozen dataclass whose fields are its options. It has three functions (the
-protocol ``Optimizer``): ``init`` makes its state, ``update`` takes one step, and ``state_bytes``
-counts memory. Its state is a dict of trees by name, such as ``{"m": ..., "v": ...}``. Checkpoints,
-``dtron.show`` and ``dtron.verify`` iterate over these names. An optimizer is chosen by its name in
-``optim_config.OPTIMIZERS``.
+An optimizer is a frozen dataclass whose fields are its options. In the protocol ``Optimizer``,
+``init`` makes its state, ``update`` takes one step, and ``state_bytes`` counts memory. Its state is
+a dict of trees by name, such as ``{"m": ..., "v": ...}``. Checkpoints, ``dtron.show`` and
+``dtron.verify`` iterate over these names. ``optim_config.OPTIMIZERS`` has the optimizers by name.
 
 An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
-``rule``, pure arithmetic on one weight. The rule does not depend on sharding: it runs on each
-rank's local shards, eagerly, or compiled into one kernel per weight.
+``rule``, pure arithmetic on one weight. The rule runs on local shards, eagerly or as one kernel.
 
 The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
-optimizer state keeps a copy of every weight in the compute dtype. The update writes the copy in the
-same pass as the master. Otherwise each step would read all masters again just to cast them: 4 of
-the 32 bytes that a step of AdamW moves per weight.
+optimizer state keeps a copy of every weight in the compute dtype, which the update writes in the
+same pass as the master. A cast of its own would read all masters again: 4 of the 32 bytes that a
+step of AdamW moves per weight.
 
-Every update keeps three promises, so that a step can be recorded as a CUDA graph (cuda_graph.py)
-and a bad step does no harm:
+Every update keeps three promises, for CUDA graphs (cuda_graph.py) and against bad steps:
 
 * The update overwrites params and state in place. It may overwrite gradients.
 * The host waits for no number: ``UpdateScalars`` may be tensors.
@@ -36,6 +33,7 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
@@ -73,8 +71,8 @@ class UpdateScalars:
 
 
 class Optimizer(Protocol):
-    """The functions of an optimizer. Subclass it for an update that is not elementwise: such an
-    update may communicate, and may treat weights by their logical axes (``WeightSpec.axes``)."""
+    """The functions of an optimizer. Subclass it for an update that is not elementwise. It may
+    communicate, and may treat weights by their logical axes (``WeightSpec.axes``)."""
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         """Make the trees of the state, by name.
@@ -102,9 +100,13 @@ class Optimizer(Protocol):
         ``shape``: the shape of the shard.
         ``element``: the bytes of an element of the master weight."""
 
+    def width_rate(self, w: WeightSpec) -> float:
+        """Return the factor of a weight's learning rate in muP (mup.py). Raises UserError where no
+        factor is known."""
+        raise UserError(f"model.mup_base_width: muP has no learning rates for {self}; use 0")
+
     def compiled(self, backend: str = "inductor") -> Optimizer:
-        """Return the same optimizer with its arithmetic compiled. An optimizer without this
-        function stays eager."""
+        """Return the same optimizer with its arithmetic compiled. The default stays eager."""
         return self
 
 
@@ -122,7 +124,7 @@ class DeviceScalars(NamedTuple):
 @dataclass(frozen=True)
 class ElementwiseOptimizer(Optimizer):
     """The base of elementwise optimizers. A subclass has ``state_names`` and ``rule``, and perhaps
-    ``fused``, ``step_terms`` and ``for_weight``.
+    ``fused``, ``step_terms``, ``for_weight`` and ``width_rate``.
 
     ``kernel``: the compiled ``update_weight``. None: ``fused`` if the class has it, else eager."""
 
@@ -148,14 +150,14 @@ class ElementwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def step_terms(self, step: Tensor) -> tuple[Tensor, ...]:
-        """Return the arguments of the rule that depend on the step's number (from 1). They are
-        computed once a step, and not in the kernel of each weight."""
+        """Return the arguments of the rule that depend on the step's number (from 1), computed once
+        a step."""
         return ()
 
     def for_weight(self, w: WeightSpec) -> Self:
         """Return the optimizer with the options of one weight, chosen by its declaration. Norms and
         biases do not decay. Weights with equal options are updated together."""
-        without: dict[str, Any] = {"weight_decay": 0.0} if hasattr(self, "weight_decay") else {}
+        without: Any = {"weight_decay": 0.0} if hasattr(self, "weight_decay") else {}
         return self if w.decays else replace(self, **without)
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
@@ -166,8 +168,8 @@ class ElementwiseOptimizer(Optimizer):
 
     def compiled(self, backend: str = "inductor") -> Self:
         """Compile the kernel, once per shape. A transformer has a dozen shapes. (On an H200,
-        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s, and the
-        later steps were no faster. With one graph for any shape every step took 5 ms more.)"""
+        bench-1.3b: with all weights in one graph the first step took 160 s instead of 70 s. With
+        one graph for any shape every step took 5 ms more.)"""
         return replace(self, kernel=jit(update_weight, backend=backend))
 
     def update(
@@ -223,8 +225,7 @@ def update_weight(
     copy: Tensor | None,
     scalars: DeviceScalars,
 ) -> None:
-    """Update one weight in place. When compiled, this is one kernel. The kernel takes gradients in
-    any dtype, so no gradient is cast before.
+    """Update one weight in place: one kernel when compiled, which takes gradients in any dtype.
 
     ``copy``: the weight in the compute dtype, or None."""
     g = g.to(w.dtype) * scalars.scale
@@ -235,8 +236,7 @@ def update_weight(
 
 
 def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
-    """Overwrite tensors with their new values, unless ``ok`` is false. (A multiplication by 0 would
-    not do: NaN times 0 is NaN.)"""
+    """Overwrite tensors with their new values, unless ``ok`` is false. (NaN times 0 is NaN.)"""
     for x, y in zip(old, new, strict=True):
         x.copy_(torch.where(ok, y, x))
 
@@ -268,7 +268,7 @@ def with_compute_copies(
     state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
 ) -> OptimizerState:
     """Return the state with copies of the params in ``dtype`` (None: no copies). Frozen weights are
-    not cast. Copies that copy engines all-gather are in symmetric memory (``symmetric_memory``)."""
+    not cast. Copies that copy engines all-gather are in symmetric memory."""
     if dtype is None:
         return replace(state, compute_copies=None)
     pairs = zip(flat(spec), flat(params), strict=True)
@@ -285,10 +285,10 @@ def apply_update(
     scalars: UpdateScalars,
     layout: Layout,
 ) -> tuple[Any, OptimizerState]:
-    """Take one step of an optimizer and return ``(params, state)``, which are overwritten in place.
-    Then announce to all ranks that the weights have been written."""
-    weights = flat(params)
-    first, ok = to_local(weights[0]), scalars.ok
+    """Take one step in place and return ``(params, state)``. Then announce to all ranks that the
+    weights have been written."""
+    weights, ok = flat(params), scalars.ok
+    first = to_local(weights[0])
     scalars = replace(
         scalars,
         scale=torch.as_tensor(scalars.scale, dtype=first.dtype, device=first.device),

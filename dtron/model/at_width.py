@@ -1,0 +1,41 @@
+"""A model at another width, with the same proportions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dtron.errors import UserError
+from dtron.model.config import ModelConfig
+
+
+def at_width(m: ModelConfig, embed: int) -> ModelConfig:
+    """Return the model with ``embed`` as its width. All widths change by the same factor. The
+    number of heads changes too, or head_dim in its place if ``m`` says that head_dim grows
+    (``mup_base_head_dim``).
+
+    Raises UserError if a width is no whole number then."""
+
+    def scaled(name: str, size: int) -> int:
+        if size * embed % m.embed:
+            raise UserError(
+                f"width {embed}: model.{name}={size} at model.embed={m.embed} would be "
+                f"{size * embed / m.embed:g}; choose another width, or another model.{name}"
+            )
+        return size * embed // m.embed
+
+    heads = ("head_dim",) if m.mup_base_head_dim else ("heads", "kv_heads")
+    if m.mup_base_head_dim and m.latent:
+        raise UserError(
+            f"model.mup_base_head_dim={m.mup_base_head_dim} with latent attention: its head has "
+            "three widths, and only the number of heads is changed here; use 0"
+        )
+    mla = {name: scaled(f"mla.{name}", getattr(m.mla, name)) for name in ("q_rank", "kv_rank")}
+    of_experts = ("mlp", "shared") if m.moe.experts else ()
+    moe = {name: scaled(f"moe.{name}", getattr(m.moe, name)) for name in of_experts}
+    return replace(
+        m,
+        embed=embed,
+        **{name: scaled(name, getattr(m, name)) for name in ("mlp", *heads)},
+        mla=replace(m.mla, **mla),
+        moe=replace(m.moe, **moe),
+    )
