@@ -32,7 +32,7 @@ from dtron.bounds import under
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.mesh import Layout
-from dtron.model.at_width import at_width
+from dtron.model.widths import at_width
 from dtron.model.batch import Batch
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model, predict

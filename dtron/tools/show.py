@@ -39,6 +39,7 @@ from dtron.model.block import Block
 from dtron.model.config import ModelConfig
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, declare_model
+from dtron.model.widths import describe_mup
 from dtron.params import WeightSpec
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
@@ -274,6 +275,8 @@ def main(argv: Sequence[str]) -> int:
         most = max(most, sum(total(found)))
     for line in describe_groups(optimizer, declare_model(config.model)):
         console.print(f"optimizer group {line}")
+    for line in describe_mup(config.model):
+        console.print(f"muP {line}")
     seq_lens = memory_estimate.seq_lens(unit)
     console.print(
         memory_estimate.table(config.model, shape, config.cp_method, layers, most, seq_lens)
@@ -283,9 +286,8 @@ def main(argv: Sequence[str]) -> int:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
         except OSError as error:
-            raise UserError(
-                f"--svg {config.svg}: cannot be written ({error.strerror}); choose another"
-            ) from None
+            why = f"cannot be written ({error.strerror}); choose another"
+            raise UserError(f"--svg {config.svg}: {why}") from None
         console.print(f"drawn to {config.svg}")
     return 0
 

@@ -188,7 +188,7 @@ class Muon(Optimizer):
 
     def _advance(self, w: LinearWeight, scalars: UpdateScalars) -> list[Tensor]:
         """Update the momentum of a weight. Return this rank's shards of its matrices."""
-        g, m = as_matrix(to_local(w.grad)), as_matrix(to_local(w.momentum))
+        g, m = as_matrix(to_local(w.grad).contiguous()), as_matrix(to_local(w.momentum))
         numbers = scalars.scale, scalars.ok, self.momentum, self.nesterov
         ahead = self.kernels.advance(g, m, *numbers).view(to_local(w.momentum).shape)
         return [*ahead.unbind()] if w.of_experts else [ahead]
@@ -201,5 +201,5 @@ class Muon(Optimizer):
         update = torch.stack([next(updates) for _ in x]) if w.of_experts else next(updates)
         assert isinstance(scalars.scale, Tensor)
         lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
-        tensors = (as_matrix(x), as_matrix(update), as_matrix(copy))
+        tensors = (as_matrix(x), as_matrix(update.contiguous()), as_matrix(copy))
         self.kernels.step(*tensors, lr, scalars.ok, self.weight_decay, size)

@@ -8,10 +8,9 @@ a dict of trees by name, such as ``{"m": ..., "v": ...}``. Checkpoints, ``dtron.
 An optimizer that updates each element of a weight by itself (``ElementwiseOptimizer``) only writes
 ``rule``, pure arithmetic on one weight. The rule runs on local shards, eagerly or as one kernel.
 
-The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). The
-optimizer state keeps a copy of every weight in the compute dtype, which the update writes in the
-same pass as the master. A cast of its own would read all masters again: 4 of the 32 bytes that a
-step of AdamW moves per weight.
+The model computes in fewer bits (bfloat16); the optimizer updates master weights (float32). Its
+state keeps a copy of every weight in the compute dtype, written in the same pass as the master. A
+cast would read all masters again: 4 of the 32 bytes that a step of AdamW moves per weight.
 
 Every update keeps three promises, for CUDA graphs (cuda_graph.py) and against bad steps:
 
@@ -214,7 +213,8 @@ class ElementwiseOptimizer(Optimizer):
         numbers = DeviceScalars(lr, scale, ok, self.step_terms(step))
         states = zip(*([*map(as_matrix, s)] for s in state), strict=True) if state else repeat(())
         for x, dx, state_of_x, copy in zip(w, g, states, copies):
-            kernel(self, as_matrix(x), as_matrix(dx), state_of_x, as_matrix(copy), numbers)
+            dx = as_matrix(dx.contiguous())  # of an uneven shard it is a slice of a padded buffer
+            kernel(self, as_matrix(x), dx, state_of_x, as_matrix(copy), numbers)
 
 
 def update_weight(

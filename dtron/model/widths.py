@@ -1,4 +1,4 @@
-"""A model at another width, with the same proportions."""
+"""The width of a model: the same model at another width, and what muP (mup.py) changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import replace
 
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model
+from dtron.params import WeightSpec
+from dtron.tree import flat
 
 
 def at_width(m: ModelConfig, embed: int) -> ModelConfig:
@@ -39,3 +42,23 @@ def at_width(m: ModelConfig, embed: int) -> ModelConfig:
         mla=replace(m.mla, **mla),
         moe=replace(m.moe, **moe),
     )
+
+
+def describe_mup(m: ModelConfig) -> list[str]:
+    """Return a line for each factor of initial values in muP, and a line about logits and attention
+    scores. In the standard parametrization there is no line."""
+    if not m.mup:
+        return []
+    kinds: dict[float, list[WeightSpec]] = {}
+    for w in flat(declare_model(m)):
+        if w.decays:  # the others begin as constants
+            kinds.setdefault(w.growth.init_std, []).append(w)
+    scores = ", ".join(f"{x.params.segment} scores {x.score_growth:g}x" for x in m.mixers)
+    return [
+        *(
+            f"initial std {m.init_std * factor:g} ({factor:g}x): {len(weights)} weights, first "
+            f"{weights[0].path}"
+            for factor, weights in kinds.items()
+        ),
+        f"width {m.width:g}x of {m.mup_base_width}: logits {1 / m.width:g}x, {scores}",
+    ]
