@@ -32,10 +32,10 @@ from dtron.bounds import under
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.mesh import Layout
-from dtron.model.widths import at_width
 from dtron.model.batch import Batch
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model, predict
+from dtron.model.widths import at_width
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check
 from dtron.tools.verify_step import plan_of, step_inputs

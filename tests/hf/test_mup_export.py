@@ -30,6 +30,7 @@ def with_mup(source: Source, base_head: int = 4) -> Source:
 
 
 def exported(source: Source, path) -> torch.nn.Module:
+    path.mkdir()
     as_run(source, path)
     export_run(path, path / "out", dtype=torch.float32, family=source.family.kind)
     return hf.AutoModelForCausalLM.from_pretrained(

@@ -84,7 +84,7 @@ def test_slope():
         (["--seq-len=0"], ["seq_len=0"]),
         (["--slope=-1"], ["slope=-1"]),
         (["--slope=nan"], ["slope"]),
-        (["--widths=32,33"], ["width 33", "model.mlp=64", "would be 66"]),
+        (["--widths=32,33"], ["width 33", "model.heads=4", "would be 4.125"]),
         (["--width=32,64"], ["did you mean --widths?"]),
         ([MUP, "--optim.name=muon", "--optim.options=per_head=true"], ["per_head=true"]),
     ],
