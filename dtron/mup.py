@@ -69,7 +69,8 @@ class Growth(NamedTuple):
 
     @property
     def gradient_rate(self) -> float:
-        """The factor of the learning rate of gradient descent (arXiv:2310.17813, equation 9)."""
+        """The factor of the learning rate of gradient descent (arXiv:2310.17813,
+        parametrization 1)."""
         return self.fan_out / self.fan_in
 
     def spectral_rate(self, rows: int, columns: int) -> float:

@@ -56,7 +56,8 @@ class MTPModule:
 class Transformer:
     """The weights of the model, or of one pipeline stage; see stages.py.
 
-    ``w_head``: the output head; None if the head is the embedding."""
+    ``w_head``: the output head; None if the head is the embedding. It declares no fan-in: muP
+        divides the logits (``head_input``), as it must where the head is the embedding."""
 
     embedding: Embedding | None = part()
     blocks: tuple[Block, ...] = part(count="layers", each="blocks")

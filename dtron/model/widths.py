@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
@@ -32,13 +33,14 @@ def at_width(m: ModelConfig, embed: int) -> ModelConfig:
             f"model.mup_base_head_dim={m.mup_base_head_dim} with latent attention: its head has "
             "three widths, and only the number of heads is changed here; use 0"
         )
-    mla = {name: scaled(f"mla.{name}", getattr(m.mla, name)) for name in ("q_rank", "kv_rank")}
+    mla: Any = {name: scaled(f"mla.{name}", getattr(m.mla, name)) for name in ("q_rank", "kv_rank")}
     of_experts = ("mlp", "shared") if m.moe.experts else ()
-    moe = {name: scaled(f"moe.{name}", getattr(m.moe, name)) for name in of_experts}
+    moe: Any = {name: scaled(f"moe.{name}", getattr(m.moe, name)) for name in of_experts}
+    own: Any = {name: scaled(name, getattr(m, name)) for name in ("mlp", *heads)}
     return replace(
         m,
         embed=embed,
-        **{name: scaled(name, getattr(m, name)) for name in ("mlp", *heads)},
+        **own,
         mla=replace(m.mla, **mla),
         moe=replace(m.moe, **moe),
     )

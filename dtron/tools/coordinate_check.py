@@ -1,6 +1,6 @@
 """The coordinate check of muP (Yang et al. 2022, arXiv:2203.03466, appendix D.1).
 
-    python -m dtron coordinate-check --model.mup-base-width 64
+    dtron coordinate-check --model.mup-base-width 64
 
 trains a model at several widths for a few steps, on one fixed batch of random tokens. It measures
 the result of each weight: the mean of its absolute values, and the mean of the absolute changes
@@ -206,7 +206,7 @@ def coordinate_check(
 def main(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
-    config = parse(argv, CoordinateCheckConfig(), prog="python -m dtron coordinate-check")
+    config = parse(argv, CoordinateCheckConfig(), prog="dtron coordinate-check")
     rows = coordinate_check(config)
     how = f"muP, base width {config.model.mup_base_width}" if config.model.mup else "standard"
     table = Table(title=f"mean absolute value, and its change in {config.steps} steps ({how})")

@@ -226,7 +226,7 @@ def test_aligned_scores_do_not_grow_with_the_head(head_dim):
     assert scale * head_dim == pytest.approx(8**0.5)
 
 
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(6))
 @given(
     mesh=meshes(),
     zero=zero_stages(),
