@@ -27,7 +27,8 @@ def at_width(m: ModelConfig, embed: int) -> ModelConfig:
             )
         return size * embed // m.embed
 
-    heads = ("head_dim",) if m.mup_base_head_dim else ("heads", "kv_heads")
+    heads: tuple[str, ...] = ("heads",) if m.latent else ("heads", "kv_heads")
+    heads = ("head_dim",) if m.mup_base_head_dim else heads
     if m.mup_base_head_dim and m.latent:
         raise UserError(
             f"model.mup_base_head_dim={m.mup_base_head_dim} with latent attention: its head has "

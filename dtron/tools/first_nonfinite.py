@@ -19,12 +19,12 @@ from torch import Tensor
 
 from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import by_rank
-from dtron.tools.weight_use import WeightUse
+from dtron.tools import weight_use
 
 PACKAGE = Path(__file__).parents[1]
 
 
-class FirstNonFinite(WeightUse):
+class FirstNonFinite(weight_use.WeightUse):
     """``with FirstNonFinite(leaves(params)) as first: ...`` sets ``first.where`` to a description
     of the first non-finite result; None: every result was finite.
 
@@ -49,10 +49,11 @@ class FirstNonFinite(WeightUse):
                 self.where = f"{self._describe()}{_on(ranks)}"
 
     def _describe(self) -> str:
+        mode = weight_use.__file__
         lines = [
             f"{Path(f.filename).name}:{f.lineno}: {f.line}"
             for f in traceback.extract_stack()
-            if PACKAGE in Path(f.filename).parents and f.filename != __file__
+            if PACKAGE in Path(f.filename).parents and f.filename not in (__file__, mode)
         ]
         layer = "before any weight is used" if self._layer is None else f"at {self._layer}"
         return f"first {layer}, in {lines[-1]}" if lines else f"first {layer}"
