@@ -240,10 +240,28 @@ def test_on_a_mesh(mesh, zero, optim, base, seed):
 
 def on_a_mesh(mesh: str, optim: str, **choices) -> None:
     rows = 2 * MeshShape.parse(mesh).data
-    c = model_config(mesh, 2, batch=rows, qkv_bias=True, mup_base_head_dim=2, **choices)
+    choices = {"qkv_bias": True, "mup_base_head_dim": 2, **choices}
+    c = model_config(mesh, 2, batch=rows, **choices)
     c = replace(c, optim=OptimConfig(name=optim))
     want = verify.one_step(verify.on_one_device(c), MeshShape())
     assert_same_result(want, verify.one_step(c, MeshShape.parse(mesh)))
+
+
+COMPOSITIONS = {
+    "pp=2,dp=2": {"tied": True, "layers": 2},
+    "pp=2,tp=2": {"mtp": MTPConfig(depth=1), "layers": 2},
+    "dp=2,tp=2,ep=2": {"moe": MoEConfig(experts=4, top_k=2, mlp=8, shared=8), "tied": True},
+    "dp=3,tp=2": {
+        "mla": MLAConfig(kv_rank=6, q_rank=4, nope_dim=4, rope_dim=2, v_dim=4),
+        "qkv_bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("mesh", COMPOSITIONS)
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_compositions(mesh, optim):
+    on_a_mesh(mesh, optim, mup_base_width=5, **COMPOSITIONS[mesh])
 
 
 def test_a_factor_of_the_shard_is_caught():
