@@ -20,6 +20,10 @@ COMMANDS = {
     "train": ("", "train a model; the same as train.py"),
     "verify": ("dtron.tools.verify", "prove that a step on a mesh has the result of one device"),
     "show": ("dtron.tools.show", "show every weight on a mesh, and its memory"),
+    "coordinate-check": (
+        "dtron.tools.coordinate_check",
+        "check that activations do not grow with the width (muP)",
+    ),
     "generate": ("dtron.tools.generate", "generate text"),
     "profile": ("dtron.tools.profile", "print the time breakdown of a recorded step"),
     "data": ("dtron.data.__main__", "make and describe token files"),
@@ -31,7 +35,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<18}{what}" for name, (_, what) in COMMANDS.items())
     return (
         f"usage: dtron COMMAND [arguments]\n\n{rows}\n\ndtron COMMAND --help lists the arguments."
     )

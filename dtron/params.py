@@ -34,6 +34,7 @@ from torch import Tensor
 from dtron.distributed.bucketing import unshard_bucketed
 from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
+from dtron.mup import Growth, growth
 from dtron.tree import Declared, Leaf, declared, flat, tree_map, unflatten
 
 Dims = Mapping[str, Any]
@@ -51,6 +52,7 @@ class WeightSpec(Leaf):
     ``frozen``: the optimizer does not update this tensor; it is only stored with the weights.
     ``summed``: the number of leading dims (after the expert dim) over which a matmul sums, if this
         matmul may run in FP8; 0: no such matmul.
+    ``growth``: its sizes as multiples of the sizes at muP's base width (mup.py).
     """
 
     path: str
@@ -60,6 +62,7 @@ class WeightSpec(Leaf):
     twin: bool = False
     frozen: bool = False
     summed: int = 0
+    growth: Growth = Growth()
 
     @property
     def decays(self) -> bool:
@@ -74,9 +77,10 @@ class WeightSpec(Leaf):
 
 def normal(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
     """Draw from a normal distribution of standard deviation ``dims["init_std"]``; the default is
-    0.02 (GPT-2)."""
+    0.02 (GPT-2). muP has a factor for each weight."""
     x = torch.empty(w.shape, device=generator.device)
-    return x.normal_(0.0, dims.get("init_std", 0.02), generator=generator)
+    std = dims.get("init_std", 0.02) * w.growth.init_std
+    return x.normal_(0.0, std, generator=generator)
 
 
 def residual_out(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
@@ -94,17 +98,31 @@ def zeros(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
 
 
 def weight(
-    *axes: str, summed: int = 0, init: Init = normal, when: str | None = None, frozen: bool = False
+    *axes: str,
+    summed: int = 0,
+    fan_in: int = 0,
+    init: Init = normal,
+    when: str | None = None,
+    frozen: bool = False,
 ) -> Any:
     """Declare a weight with these logical axes.
 
     ``summed``: the number of its dims over which ``linear`` sums, if the weight is for ``linear``.
+    ``fan_in``: the same number for a matmul that is not ``linear``'s, or never in FP8. muP asks for
+        either number.
     ``when``: the weight is absent (None) if ``dims[when]`` is false.
     ``frozen``: the optimizer does not update the weight, and it is never cast. Other code may set
         it between steps.
     """
     return field(
-        metadata={"axes": axes, "init": init, "when": when, "frozen": frozen, "summed": summed}
+        metadata={
+            "axes": axes,
+            "init": init,
+            "when": when,
+            "frozen": frozen,
+            "summed": summed,
+            "fan_in": fan_in or summed,
+        }
     )
 
 
@@ -150,6 +168,7 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), field_path) for a in axes)
             kind = {name: meta[name] for name in ("frozen", "summed")}
+            kind["growth"] = growth(axes, meta["fan_in"], dims.get("width", 1.0))
             tree[f.name] = WeightSpec(field_path, axes, shape, meta["init"], **kind)
         elif meta["choose"]:
             sub, changes = _look_up(dims, meta["choose"], field_path)

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 LEVELS = [
     {"errors", "bounds", "json_files", "lazy_names", "renamed", "torch_compile"},
     {"distributed"},
-    {"rules", "mesh", "params", "tree"},
+    {"rules", "mesh", "mup", "params", "tree"},
     {"fp8"},
     {"layers", "moe"},
     {"schedules"},

@@ -18,6 +18,7 @@ from expert_figure import experts
 from layer_figures import COLOURS
 from optimizer_figure import owners
 from torch import Tensor
+from width_figure import coordinates
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
@@ -237,6 +238,7 @@ def figures() -> dict[str, str]:
         "zigzag.svg": context_figures.zigzag(),
         "ring.svg": context_figures.ring(),
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),
+        "coordinate-check.svg": coordinates(),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

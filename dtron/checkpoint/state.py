@@ -188,6 +188,8 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "optim.name": "adamw",
         "model.pattern": "A",
         "model.rope.attention_factor": 0.0,
+        "model.mup_base_width": 0,
+        "model.mup_base_head_dim": 0,
         # The norms of latents had the epsilon of the other norms.
         "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
     }

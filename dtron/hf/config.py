@@ -204,6 +204,8 @@ def _comparable(m: ModelConfig) -> ModelConfig:
     same = {
         "z_loss": 0.0,
         "init_std": 0.02,
+        "mup_base_width": 0,  # an export puts the factors of muP into weights
+        "mup_base_head_dim": 0,
         "vocab_multiple": 1,
         "mtp": MTPConfig(),
         "moe.aux_loss": 0.0,

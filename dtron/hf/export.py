@@ -27,6 +27,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
 from dtron.hf.families import FAMILIES, Family
 from dtron.hf.load import Place, rotary_columns, weights_of
+from dtron.hf.mup_factor import mup_factor
 from dtron.hf.source_files import ORIGIN, TOKENIZER, copy_file
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.hf.weight_files import write
@@ -159,7 +160,7 @@ class _Maker:
         self.held = {path: x for path, x in self.held.items() if path in wanted}
         for w, place, e in pieces:
             if w.path not in self.held:
-                self.held[w.path] = self.read(w)
+                self.held[w.path] = self.read(w) * mup_factor(self.m, w.path)
             x = self.held[w.path] if e is None else self.held[w.path][e]
             p = pattern(place.row.pattern)
             if "v" in p.ours:

@@ -102,7 +102,9 @@ def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layou
         sinks_N: Tensor | None,
         *past: Tensor | None,
     ) -> Tensor:
-        heads = rotated(Heads(q_TNH, k_TKH, v_TKH), table_TH)
+        if table_TH is not None:
+            q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
+        heads = Heads(q_TNH, k_TKH, v_TKH)
         return core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
 
     # Communication over cp: see context_parallel.py.
@@ -121,14 +123,6 @@ class Heads(NamedTuple):
     q_TNH: Tensor
     k_TKH: Tensor
     v_TKH: Tensor
-
-
-def rotated(heads: Heads, table_TH: Tensor | None) -> Heads:
-    """Rotate queries and keys by the rotary angles, if there are any. Rank-local."""
-    if table_TH is None:
-        return heads
-    q_TNH, k_TKH = rotate(heads.q_TNH, table_TH), rotate(heads.k_TKH, table_TH)
-    return Heads(q_TNH, k_TKH, heads.v_TKH)
 
 
 def core(
@@ -182,9 +176,18 @@ class AttentionMixer(Mixer):
     @property
     def score_scale(self) -> float | None:
         """The factor on attention scores; None: 1 / sqrt(head_dim)."""
-        m = self.model
-        warm = m.rope.temperature if m.positions == "rotary" else 1.0
-        return None if warm == 1 else warm / self.head_dims[0] ** 0.5
+        m, factor = self.model, self.score_growth
+        factor *= m.rope.temperature if m.positions == "rotary" else 1.0
+        return None if factor == 1 else factor / self.head_dims[0] ** 0.5
+
+    @property
+    def score_growth(self) -> float:
+        base, width = self.model.mup_base_head_dim, self.head_dims[0]
+        return (base / width) ** 0.5 if base else 1.0
+
+    @property
+    def query_weights(self) -> tuple[str, ...]:
+        return ("q_norm.scale", "q_norm.bias") if self.model.qk_norm else ("w_q", "b_q")
 
     def apply(self, p: Any, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
         return attention(p, x_TD, inputs, layout)

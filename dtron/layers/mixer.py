@@ -94,6 +94,17 @@ class Mixer(Leaf):
         """The epsilon of the norms inside the layer."""
         return self.model.norm_eps
 
+    @property
+    def score_growth(self) -> float:
+        """The factor of attention scores in muP, in addition to 1 / sqrt(head_dim)."""
+        return 1.0
+
+    @property
+    def query_weights(self) -> tuple[str, ...]:
+        """The last weights and biases that queries pass: a factor of them is one of all scores. An
+        export puts ``score_growth`` into them."""
+        return ()
+
     def dims(self) -> dict[str, Any]:
         """Return sizes and flags for the declaration of ``params``, in addition to the model's."""
         return {}

@@ -186,6 +186,10 @@ class MLAMixer(AttentionMixer):
     def norm_eps(self) -> float:
         return self.model.mla.norm_eps
 
+    @property
+    def query_weights(self) -> tuple[str, ...]:
+        return ("w_q_up",) if self.model.mla.q_rank else ("w_q",)
+
     def dims(self) -> dict[str, Any]:
         return self.model.mla.dims()
 

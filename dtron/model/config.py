@@ -86,6 +86,12 @@ class ModelConfig(Leaf):
     """weight of z-loss, logsumexp squared per token"""
     init_std: float = 0.02
     """standard deviation of initial matrices"""
+    mup_base_width: int = 0
+    """muP: the embed of the model whose hyperparameters this model has; 0: the standard
+    parametrization"""
+    mup_base_head_dim: int = 0
+    """muP: the head_dim of that model (with latent attention nope_dim + rope_dim); 0: the same as
+    this model's"""
     vocab_multiple: int = 128
     """pad the embedding's rows to a multiple, for the speed of its matmul; padded logits are
     masked"""
@@ -121,6 +127,7 @@ class ModelConfig(Leaf):
                 raise UserError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
+        self._check_mup()
         if self.full_every < 0:
             raise UserError(
                 f"model.full_every={self.full_every}: a number of layers; use 0 for none"
@@ -130,6 +137,29 @@ class ModelConfig(Leaf):
                 f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no "
                 "layer would have experts; use fewer, or --model.moe.experts 0"
             )
+
+    def _check_mup(self) -> None:
+        for name in ("mup_base_width", "mup_base_head_dim"):
+            if not 0 <= getattr(self, name) < 1 << 31:
+                raise UserError(
+                    f"model.{name}={getattr(self, name)}: a width of the base model, or 0 for none; "
+                    "change it"
+                )
+        if self.mup_base_head_dim and not self.mup:
+            raise UserError(
+                f"model.mup_base_head_dim={self.mup_base_head_dim} with model.mup_base_width=0, "
+                "which is the standard parametrization; give --model.mup-base-width too"
+            )
+
+    @property
+    def mup(self) -> bool:
+        """Whether the model has the maximal update parametrization (mup.py)."""
+        return self.mup_base_width > 0
+
+    @property
+    def width(self) -> float:
+        """The width as a multiple of muP's base width; 1 in the standard parametrization."""
+        return self.embed / self.mup_base_width if self.mup else 1.0
 
     @property
     def latent(self) -> bool:
@@ -175,6 +205,7 @@ class ModelConfig(Leaf):
             "vocab": self.padded_vocab,
             "positions": self.context,
             "init_std": self.init_std,
+            "width": self.width,
             "gated": self.activation in ("swiglu", "geglu"),
             "layernorm": self.norm == "layernorm",
             "learned_positions": self.positions == "learned",

@@ -40,6 +40,11 @@ def unshard_head(w_head: Tensor, layout: Layout) -> tuple[Tensor]:
     return (layout.unshard(w_head, "vocab", "embed"),)
 
 
+def head_input(x_TD: Tensor, m: ModelConfig) -> Tensor:
+    """Divide the head's input, and so the logits, by the width (muP, mup.py)."""
+    return x_TD if m.width == 1 else x_TD / m.width
+
+
 def last_norm(
     p: Norm, x_TD: Tensor, m: ModelConfig, layout: Layout, last: BlockPolicy
 ) -> tuple[Tensor]:
@@ -54,6 +59,7 @@ def loss(
 ) -> tuple[Tensor, Tensor]:
     """Apply the head ``w_head``, and return the loss and the z-loss: see ``cross_entropy``."""
     (w_head,) = unshard_head(w_head, layout)
+    x_TD = head_input(x_TD, m)
     return cross_entropy(x_TD, w_head, targets_T, Loss(m.vocab, z=m.z_loss), layout)
 
 

@@ -23,7 +23,14 @@ from dtron.model.batch import Batch
 from dtron.model.block import Block, BlockRunner, Decoding, block_runner
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.head import end_params, head_weight, last_norm, norm_and_loss, unshard_head
+from dtron.model.head import (
+    end_params,
+    head_input,
+    head_weight,
+    last_norm,
+    norm_and_loss,
+    unshard_head,
+)
 from dtron.model.head import loss as head_loss
 from dtron.model.mtp import module
 from dtron.params import declare, part, unshard, weight
@@ -39,8 +46,8 @@ class MTPModule:
 
     norm_h: Norm = part()
     norm_token: Norm = part()
-    w_h: Tensor = weight("embed", "act_embed")
-    w_token: Tensor = weight("embed", "act_embed")
+    w_h: Tensor = weight("embed", "act_embed", fan_in=1)
+    w_token: Tensor = weight("embed", "act_embed", fan_in=1)
     block: Block = part()
     norm: Norm = part()
 
@@ -49,7 +56,8 @@ class MTPModule:
 class Transformer:
     """The weights of the model, or of one pipeline stage; see stages.py.
 
-    ``w_head``: the output head; None if the head is the embedding."""
+    ``w_head``: the output head; None if the head is the embedding. It declares no fan-in: muP
+        divides the logits (``head_input``), as it must where the head is the embedding."""
 
     embedding: Embedding | None = part()
     blocks: tuple[Block, ...] = part(count="layers", each="blocks")
@@ -147,6 +155,7 @@ def stage_logits(
         x_TD = layout.local_map(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(
             x_TD, last_B
         )
+    x_TD = head_input(x_TD, m)
     return logits(x_TD, *unshard_head(head_weight(p), layout), m.vocab, layout), None
 
 

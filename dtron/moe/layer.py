@@ -39,7 +39,7 @@ class MoELayer:
     router: Router = part()
     experts: Experts = part()
     shared: MLP | None = part(when="shared_expert", mlp="shared_mlp")
-    w_shared: Tensor | None = weight("embed", when="shared_gate")
+    w_shared: Tensor | None = weight("embed", fan_in=1, when="shared_gate")
 
 
 class LayerStats(NamedTuple):

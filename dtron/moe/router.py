@@ -45,7 +45,7 @@ class Router:
     """The router's params. ``balance`` affects only the choice of experts; see
     ``update_router_bias``."""
 
-    w: Tensor = weight("embed", "act_experts")
+    w: Tensor = weight("embed", "act_experts", fan_in=1)
     b: Tensor | None = weight("act_experts", init=zeros, when="router_bias")
     balance: Tensor | None = weight("act_experts", init=zeros, when="balance_bias", frozen=True)
 

@@ -57,7 +57,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     if config.simulate:
         check_ranks(shape)
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
-    check_groups(build_optimizer(config.optim), declare_model(config.model))
+    optimizer = build_optimizer(config.optim, config.model.mup)
+    check_groups(optimizer, declare_model(config.model))
     counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
     # Checks schedule and layers.
     pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
@@ -80,7 +81,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_dispatch(config.how, config.model, compiles)
     check_expert_sizes(config.how, config.model, shape, compute)
     master = torch.promote_types(compute, torch.float32)
-    if (low := find(build_optimizer(config.optim), LowBitState)) is not None:
+    if (low := find(optimizer, LowBitState)) is not None:
         atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
         low.check(declare_model(config.model), atoms, rules_for(config.zero), compute)
     check_memory(config, shape, device, master)

@@ -6,11 +6,11 @@ The table has one row per weight; equal blocks share rows. A row has the logical
 axes that shard them, the placement, the whole shape and one rank's shape, and the bytes of one
 rank:
 
-    parameters  the master weight. ZeRO stages 0 to 2 gather before the microbatches, so there is
-                also a copy in the compute dtype, unless the master weight itself serves as the copy
+    parameters  the master weight, and its copy in the compute dtype if that is another. ZeRO
+                stages 1 and 2 gather all copies before the microbatches
     gradients   the gradients kept between microbatches; stages 0 and 1 do not shard them over dp
                 and cp
-    optimizer   the optimizer's state; for AdamW two moments in the master's dtype
+    optimizer   the optimizer's state; for AdamW two moments
 
 A second table has the memory of activations by sequence length, for one row per data rank; see
 tools/memory_estimate.py. ``--svg FILE`` draws the mesh, and the shards of each weight of one block.
@@ -39,6 +39,7 @@ from dtron.model.block import Block
 from dtron.model.config import ModelConfig
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, declare_model
+from dtron.model.widths import describe_mup
 from dtron.params import WeightSpec
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
@@ -148,13 +149,13 @@ def rows(
     found, optimizer = [], build_optimizer(optim or OptimConfig())
     for w, path, count in _grouped(spec or declare_model(model)):
         placements = place(rules_for(zero), axes, *w.axes)
-        gathered = place(rules_for(0), axes, *w.axes)
+        gathered = local_shape(w.shape, sizes, place(rules_for(0), axes, *w.axes), first)
         local = local_shape(w.shape, sizes, placements, first)
-        n = math.prod(local)
-        n_gathered = math.prod(local_shape(w.shape, sizes, gathered, first))
+        n, n_gathered = math.prod(local), math.prod(gathered)
         element = master_bytes(optimizer, w, master)
-        copies = n_gathered * compute if zero < 3 and (compute != element or n != n_gathered) else 0
-        shown = (f"{axis}: {_short(p)}" for axis, p in zip(axes, placements, strict=True))
+        copies = n * compute if compute != element else 0
+        copies += n_gathered * compute if zero < 3 and n != n_gathered else 0
+        shown = [f"{axis}: {_short(p)}" for axis, p in zip(axes, placements, strict=True)]
         found.append(
             Row(
                 path=path,
@@ -260,12 +261,12 @@ def main(argv: Sequence[str]) -> int:
     seq_len = memory_estimate.seq_lens(unit)[0]
     model = replace(config.model, context=max(seq_len, config.model.context))
     check(model, shape, seq_len, config.cp_method, zigzag)
-    optimizer = build_optimizer(config.optim)
+    optimizer = build_optimizer(config.optim, config.model.mup)
     check_groups(optimizer, declare_model(config.model))
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, 150))  # so that a file has no wrapped tables
+        console = Console(width=max(console.width, 150))  # a file has no wrapped tables
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = split_into_stages(config.model, layers), 0
     for number, spec in enumerate(stages):
@@ -276,18 +277,17 @@ def main(argv: Sequence[str]) -> int:
         most = max(most, sum(total(found)))
     for line in describe_groups(optimizer, declare_model(config.model)):
         console.print(f"optimizer group {line}")
-    seq_lens = memory_estimate.seq_lens(unit)
-    console.print(
-        memory_estimate.table(config.model, shape, config.cp_method, layers, most, seq_lens)
-    )
+    for line in describe_mup(config.model):
+        console.print(f"muP {line}")
+    lens = memory_estimate.seq_lens(unit)
+    console.print(memory_estimate.table(config.model, shape, config.cp_method, layers, most, lens))
     console.print(f"rules: {_rules_line(shape, config.model)}")
     if config.svg:
         try:
             Path(config.svg).write_text(picture(config.model, shape, config.zero))
         except OSError as error:
-            raise UserError(
-                f"--svg {config.svg}: cannot be written ({error.strerror}); choose another"
-            ) from None
+            why = f"cannot be written ({error.strerror}); choose another"
+            raise UserError(f"--svg {config.svg}: {why}") from None
         console.print(f"drawn to {config.svg}")
     return 0
 

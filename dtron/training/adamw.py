@@ -11,6 +11,7 @@ from torch import Tensor
 from dtron.bounds import under
 from dtron.distributed.simulated_ranks import is_simulated
 from dtron.errors import UserError
+from dtron.params import WeightSpec
 from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 from dtron.training.update_scalars import UpdateScalars, like_scale
 
@@ -40,6 +41,9 @@ class AdamW(ElementwiseOptimizer):
             raise UserError(
                 "optim.eps=0: a weight that never had a gradient would be 0/0; use 1e-8"
             )
+
+    def width_rate(self, w: WeightSpec) -> float:
+        return w.growth.sign_rate
 
     def step_terms(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bias corrections of the moments."""

@@ -32,7 +32,7 @@ def build_step(
     functions = program(config.model, pipe.layout, config.how, splits)
     if wrap is not None:
         functions = wrap(functions)
-    optimizer = build_optimizer(config.optim)
+    optimizer = build_optimizer(config.optim, config.model.mup)
     if plan.compile:
         functions = compiled(functions, pipe.layout, config.how, backend, overlap)
         optimizer = optimizer.compiled(backend)

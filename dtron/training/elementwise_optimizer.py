@@ -51,13 +51,15 @@ class Shard(NamedTuple):
     def as_matrix(self) -> Shard:
         """View all tensors with at most two dims, so that fewer shapes are compiled."""
         weight, *state = (x.as_matrix() for x in (self.weight, *self.state))
-        return Shard(weight, as_matrix(self.grad), tuple(state), as_matrix(self.copy))
+        # The gradient of an uneven shard is a slice of a padded buffer.
+        grad = as_matrix(self.grad.contiguous())
+        return Shard(weight, grad, tuple(state), as_matrix(self.copy))
 
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer(Optimizer):
     """The base of elementwise optimizers. A subclass has ``state_names`` and ``rule``, and perhaps
-    ``fused``, ``step_terms`` and ``for_weight``.
+    ``fused``, ``step_terms``, ``for_weight`` and ``width_rate``.
 
     ``kernel``: the compiled ``update_weight``. None: ``fused`` if the class has it, else eager."""
 

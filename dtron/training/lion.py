@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dtron.bounds import under
+from dtron.params import WeightSpec
 from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 
 
@@ -35,6 +36,9 @@ class Lion(ElementwiseOptimizer):
 
     def __post_init__(self) -> None:
         under(self, "optim", {"beta1": 1, "beta2": 1, "weight_decay": float("inf")})
+
+    def width_rate(self, w: WeightSpec) -> float:
+        return w.growth.sign_rate
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from dtron.bounds import from_to, under
 from dtron.distributed.redistribute import to_local
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
@@ -145,6 +146,18 @@ class Muon(Optimizer):
         kernels = Kernels(jit(advance, backend=backend), jit(step, backend=backend), adamw)
         return replace(self, kernels=kernels)
 
+    def width_rate(self, w: WeightSpec) -> float:
+        if not is_matrix(w):
+            return self.adamw.width_rate(w)
+        if self.per_head:
+            raise UserError(
+                "optim.options per_head=true with model.mup_base_width: the updates of heads add "
+                "up in w_o, and no factor is known; drop one of the two"
+            )
+        shape = w.shape[int(w.axes[0] == "experts") :]
+        rows, columns = math.prod(shape[: w.summed]), math.prod(shape[w.summed :])
+        return w.growth.spectral_rate(rows, columns)
+
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         second = lambda w, x: None if is_matrix(w) else torch.zeros_like(x)
         return {"m": tree_map(torch.zeros_like, params), "v": tree_map(second, spec, params)}
@@ -204,7 +217,7 @@ class Muon(Optimizer):
         if m.in_few_bits:
             at = places(w.spec, layout, g.device, known)
         else:
-            g, m = as_matrix(g), m.as_matrix()
+            g, m = as_matrix(g.contiguous()), m.as_matrix()
         ahead = self.kernels.advance(m, g, at, on_device(scalars), self.momentum, self.nesterov)
         ahead = ahead.view(shape)
         return [*ahead.unbind()] if w.of_experts else [ahead]
@@ -217,7 +230,7 @@ class Muon(Optimizer):
         update = torch.stack([next(updates) for _ in x.data]) if w.of_experts else next(updates)
         assert isinstance(scalars.scale, Tensor)
         lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
-        tensors = (x.as_matrix(), as_matrix(update), as_matrix(copy))
+        tensors = (x.as_matrix(), as_matrix(update.contiguous()), as_matrix(copy))
         decay: float | Tensor = self.weight_decay
         if scalars.decay is not None:
             decay = decay * like_scale(scalars.scale, scalars.decay)

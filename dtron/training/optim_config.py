@@ -98,9 +98,11 @@ class OptimConfig:
         return max(self.weight_decay, self.final_weight_decay or 0.0)
 
 
-def build_optimizer(config: OptimConfig) -> Optimizer:
+def build_optimizer(config: OptimConfig, mup: bool = False) -> Optimizer:
     """Return the optimizer that the flags name. An option of the optimizer (a field of its class)
     has the value of the flag of the same name; if there is none, ``options`` gives the value.
+
+    ``mup``: see ``ParameterGroups``.
 
     Raises UserError for a name or an option that does not exist."""
     if config.name not in OPTIMIZERS:
@@ -120,7 +122,7 @@ def build_optimizer(config: OptimConfig) -> Optimizer:
         )
     optimizer = chosen(**values, **_options(config, [name for name in names if name not in flags]))
     rows = parse_groups(config.groups, optimizer, partial(_option, config))
-    optimizer = ParameterGroups(optimizer, rows) if rows else optimizer
+    optimizer = ParameterGroups(optimizer, rows, mup) if rows or mup else optimizer
     if (config.moments, config.master_weights) != ("float32", "float32"):
         optimizer = LowBitState(optimizer, config.moments, config.master_weights)
     return WeightAverage(optimizer, config.ema) if config.ema else optimizer

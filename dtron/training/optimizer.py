@@ -32,6 +32,7 @@ import torch
 
 from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
+from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.state_formats import MASTERS_LOW, split_tensor
@@ -88,6 +89,11 @@ class Optimizer(Protocol):
 
         ``shape``: the shape of the shard.
         ``element``: the bytes of an element of the master weight."""
+
+    def width_rate(self, w: WeightSpec) -> float:
+        """Return the factor of a weight's learning rate in muP (mup.py). Raises UserError where no
+        factor is known."""
+        raise UserError(f"model.mup_base_width: muP has no learning rates for {self}; use 0")
 
     def compiled(self, backend: str = "inductor") -> Optimizer:
         """Return the same optimizer with its arithmetic compiled. An optimizer without this

@@ -61,10 +61,12 @@ class Group(NamedTuple):
 class ParameterGroups(Optimizer):
     """An optimizer with other options for some weights.
 
-    ``base``: the optimizer of weights that no row names."""
+    ``base``: the optimizer of weights that no row names.
+    ``mup``: whether the width of a weight sets its learning rate (``Optimizer.width_rate``)."""
 
     base: Optimizer
     rows: tuple[Row, ...]
+    mup: bool = False
 
     def group(self, w: WeightSpec) -> Group:
         """Return the group of a weight. Weights of one group have equal values."""
@@ -73,7 +75,15 @@ class ParameterGroups(Optimizer):
             if row.names(w):
                 rate *= row.rate
                 options |= dict(row.options)
-        return Group(replace(typing.cast(Any, self.base), **options), rate)
+        of_group: Any = replace(typing.cast(Any, self.base), **options)
+        if self.mup:
+            factor = self.base.width_rate(w)
+            rate *= factor
+            if hasattr(of_group, "weight_decay"):
+                # An update decays a weight by the learning rate times the decay. muP changes
+                # neither the decay nor the number of steps after which the initial values are gone.
+                of_group = replace(of_group, weight_decay=of_group.weight_decay / factor)
+        return Group(of_group, rate)
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         return self.base.init(spec, params)
@@ -161,9 +171,14 @@ def _factor(text: str, where: str) -> float:
 
 
 def check_groups(optimizer: Optimizer, spec: Any) -> None:
-    """Raise UserError for a row that names no weight of the declared tree."""
+    """Raise UserError for a row that names no weight of the declared tree, and for an optimizer
+    without learning rates for muP."""
     groups = find(optimizer, ParameterGroups)
-    for row in () if groups is None else groups.rows:
+    if groups is None:
+        return
+    for w in flat(spec):
+        groups.group(w)
+    for row in groups.rows:
         if not any(row.names(w) for w in flat(spec)):
             known = {axis for w in flat(spec) for axis in w.axes}
             known |= {f"*.{w.path.rpartition('.')[2]}" for w in flat(spec)}

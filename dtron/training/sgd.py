@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dtron.bounds import under
+from dtron.params import WeightSpec
 from dtron.training.elementwise_optimizer import ElementwiseOptimizer
 
 
@@ -35,6 +36,9 @@ class SGD(ElementwiseOptimizer):
 
     def __post_init__(self) -> None:
         under(self, "optim", {"momentum": 1, "weight_decay": float("inf")})
+
+    def width_rate(self, w: WeightSpec) -> float:
+        return w.growth.gradient_rate
 
     def rule(
         self, w: Tensor, g: Tensor, state: tuple[Tensor, ...], lr: Tensor, *terms: Tensor

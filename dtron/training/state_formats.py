@@ -183,7 +183,7 @@ def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
 
 def as_matrix(x: Any) -> Any:
     """View a tensor with at most two dims."""
-    return x if x is None or x.ndim < 3 else x.flatten(1)
+    return x if x is None or x.ndim < 3 else x.view(x.shape[0], -1)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

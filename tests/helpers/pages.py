@@ -23,6 +23,7 @@ from dtron.errors import UserError
 from dtron.runtime import check_memory, cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import plan_run
+from dtron.tools.coordinate_check import CoordinateCheckConfig
 from dtron.tools.show import ShowConfig
 from dtron.tools.verify import VerifyConfig
 from tests.helpers.paths import ROOT
@@ -40,7 +41,12 @@ SHELL_ENDS = {"|", ">", ">>"}
 # A comment line of a fence. It is about the commands below it.
 NEEDS = re.compile(r"# needs (.+)")
 
-CONFIGS = {"train": RunConfig, "show": ShowConfig, "verify": VerifyConfig}
+CONFIGS = {
+    "train": RunConfig,
+    "show": ShowConfig,
+    "verify": VerifyConfig,
+    "coordinate-check": CoordinateCheckConfig,
+}
 OTHERS = ("pip", "pytest", "ruff", "mkdocs")  # programs that are not the project's
 EXTRA = re.compile(r"\[(\w+)\]")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -110,7 +110,11 @@ def test_more_steps_of_a_constant_rate_change_no_rate():
 def test_what_defines_the_run_may_not_change(run_dir, capsys):
     killed(run_dir)
     at = [f"--run-dir={run_dir}", "--resume"]
-    for flag, remedy in (("--model.mlp=96", "--model.mlp 64"), ("--seed=1", "--seed 0")):
+    for flag, remedy in (
+        ("--model.mlp=96", "--model.mlp 64"),
+        ("--model.mup-base-width=16", "--model.mup-base-width 0"),
+        ("--seed=1", "--seed 0"),
+    ):
         assert run_cli(train.main, [*at, flag]) == 2
         err = capsys.readouterr().err
         assert remedy in err and err.count("\n") == 1

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.model.flops import flops_per_token, parameter_count
 from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.config import ModelConfig, OptimConfig
+from dtron.tools import verify
 from dtron.training.elementwise_optimizer import update_weight
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.lr_schedule import Progress, learning_rate
@@ -24,6 +26,7 @@ from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import apply_update, init_state, with_compute_copies
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
+from tests.helpers.same_step import assert_same_result, model_config
 from tests.helpers.values import ADAMW, ONE, SMALL, assert_steps_of_torch, close, normal
 
 
@@ -168,3 +171,11 @@ def test_flops(tied, positions):
     )  # multiply-adds per token: with keys and with values, causal half of them
     want = 6 * (56 * 24 + 2 * block + 24) + 2 * 3 * 2 * scores
     assert flops_per_token(replace(SMALL, tied=tied, positions=positions), 100) == want
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+def test_uneven_shards_of_weights_with_three_dims(name):
+    """The gradient of an uneven shard is a slice of a padded buffer, so it is not contiguous."""
+    c = model_config("dp=3", 2, batch=12, zero=2, optim=OptimConfig(name=name))
+    want = verify.one_step(verify.on_one_device(c), MeshShape())
+    assert_same_result(want, verify.one_step(c, MeshShape.parse("dp=3")))
