@@ -29,13 +29,15 @@ from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import read_meta
 from dtron.checkpoint.meta import Meta
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
-from dtron.checkpoint.shards import Shard, ShardReader, shard_of
+from dtron.checkpoint.shards import Shard, ShardReader
+from dtron.checkpoint.stored_values import read_state, read_values
 from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
+from dtron.training.state_formats import is_part
 from dtron.training.weight_average import NAME as EMA
 from dtron.tree import flat, tree_map, unflatten, with_specs
 
@@ -79,18 +81,17 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     complete. The optimizer may be another one if the checkpoint has all of its state: Muon goes on
     with the moments of AdamW. (A moment that begins at zero in the middle of a run would make the
     next updates too large.) An average of the weights that the checkpoint lacks begins as its
-    weights."""
+    weights. The formats of state and master weights may be others too (stored_values.py)."""
     meta = read_meta(path)
     whole = _named(state, spec)
     saved_as = {name: name for name in whole}
     if not has_average(meta):
         saved_as = {name: _without_average(name) for name in whole}
-    fits = set(saved_as.values()) <= meta.tensors.keys()
+    fits = {saved_as[n] for n in whole if not is_part(n.partition(".")[0])} <= meta.tensors.keys()
     _same(path, meta.identity, identity, other_optimizer=fits)
     verify_checksums(path, meta)
     with paused(), torch.no_grad(), ShardReader(path, meta) as reader:
-        for name, x in whole.items():
-            reader.read(saved_as[name], shard_of(x))
+        read_state(reader, whole, saved_as)
     if any(is_simulated(t) for t in _locals(state)):
         state = _placed(state, spec, whole)
     else:
@@ -172,12 +173,9 @@ def load_params(
 
 def _weight(reader: ShardReader, w: WeightSpec, average: bool, ranges: list[Range]) -> Tensor:
     """Read the part of a weight inside these ranges, in float32."""
-    x = torch.empty([b - a for a, b in ranges])
-    reader.read(
-        f"{EMA if average else 'params'}.{w.path}",
-        Shard(tuple(w.shape), tuple(a for a, _ in ranges), x),
-    )
-    return x
+    part = torch.empty([b - a for a, b in ranges], device="meta")
+    shard = Shard(tuple(w.shape), tuple(a for a, _ in ranges), part)
+    return read_values(reader, EMA if average else "params", w.path, shard).float()
 
 
 def _with_unrecorded(saved: Identity) -> Identity:

@@ -36,6 +36,7 @@ depend on the mesh.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -147,9 +148,14 @@ def load(x: Stored) -> Tensor:
     if x.is_split:
         return join(x.data, x.more)
     dim = blocked_dim(x.data.shape, x.more.shape)
-    blocks = x.data.float().unflatten(dim, (-1, BLOCK)) * _power(x.more).unsqueeze(dim + 1)
-    y = blocks.flatten(dim, dim + 1)
-    return y * y if x.root else y
+    blocks = x.data.unflatten(dim, (-1, BLOCK))
+    return scaled(blocks, x.more.unsqueeze(dim + 1), x.root).flatten(dim, dim + 1)
+
+
+def scaled(data: Tensor, exponents: Tensor, root: bool) -> Tensor:
+    """Return the values of float8 numbers. ``exponents`` has the exponent of the scale of each."""
+    y = data.float() * _power(exponents)
+    return y * y if root else y
 
 
 def write(x: Stored, new: Tensor, ok: Tensor, random: Tensor | None = None) -> None:
@@ -183,7 +189,7 @@ def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
 
 def as_matrix(x: Any) -> Any:
     """View a tensor with at most two dims."""
-    return x if x is None or x.ndim < 3 else x.view(x.shape[0], -1)
+    return x if x is None or x.ndim < 3 else x.view(x.shape[0], math.prod(x.shape[1:]))
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
