@@ -25,13 +25,13 @@ from dtron.training.optimizer import Optimizer, OptimizerState
 from dtron.training.state_formats import (
     Stored,
     as_matrix,
+    in_blocks,
     load,
-    places,
-    random_bits,
     stored_tree,
     stored_weights,
     write,
 )
+from dtron.training.stochastic_rounding import places, places_in_blocks, random_bits
 from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale, on_device
 from dtron.tree import flat, tree_map
 
@@ -54,6 +54,19 @@ class Shard(NamedTuple):
         # The gradient of an uneven shard is a slice of a padded buffer.
         grad = as_matrix(self.grad.contiguous())
         return Shard(weight, grad, tuple(state), as_matrix(self.copy))
+
+    def for_kernel(self) -> Shard:
+        """View all tensors as a kernel takes them. In float8 a block has a dim of its own: so the
+        largest element of each block is found in the kernel that computes the elements."""
+        if not self.places:
+            return self.as_matrix()
+        dims = {dim for x in self.state if (dim := x.unblocked_dim) is not None}
+        if not dims:
+            return self
+        (dim,) = dims
+        weight, *state = (x.in_blocks(dim) for x in (self.weight, *self.state))
+        grad, copy = in_blocks(self.grad, dim), in_blocks(self.copy, dim)
+        return Shard(weight, grad, tuple(state), copy, places_in_blocks(self.places, dim))
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class ElementwiseOptimizer(Optimizer):
         numbers = on_device(scalars)
         numbers = numbers._replace(terms=self.step_terms(numbers.step))
         for s in shards:
-            kernel(self, *(s if s.places else s.as_matrix()), numbers)
+            kernel(self, *s.for_kernel(), numbers)
 
 
 def update_weight(

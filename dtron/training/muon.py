@@ -46,13 +46,13 @@ from dtron.training.parameter_groups import part_of_trees
 from dtron.training.state_formats import (
     Stored,
     as_matrix,
+    in_blocks,
     load,
-    places,
-    random_bits,
     stored_tree,
     stored_weights,
     write,
 )
+from dtron.training.stochastic_rounding import places, places_in_blocks, random_bits
 from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale, on_device
 from dtron.tree import flat, tree_map
 
@@ -216,6 +216,8 @@ class Muon(Optimizer):
         shape = m.data.shape
         if m.in_few_bits:
             at = places(w.spec, layout, g.device, known)
+            if (dim := m.unblocked_dim) is not None:
+                m, g, at = m.in_blocks(dim), in_blocks(g, dim), places_in_blocks(at, dim)
         else:
             g, m = as_matrix(g.contiguous()), m.as_matrix()
         ahead = self.kernels.advance(m, g, at, on_device(scalars), self.momentum, self.nesterov)

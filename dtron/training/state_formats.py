@@ -7,14 +7,7 @@
 A kernel of the optimizer reads a tensor in few bits, computes in float32, and rounds the result
 when it writes (``load``, ``write``).
 
-**Stochastic rounding.** Near 1 two neighbours of bfloat16 are 1/128 apart. A second moment with
-decay 0.999 moves by at most 1/1000 of itself when gradients become small. Rounded to the nearest
-number it would never move. So a moment is rounded up with a probability that is its distance from
-the lower neighbour. Then it is right on average (Gupta et al. 2015, arXiv:1502.02551).
-
-The random number of an element is a hash of the number of the update, the path of the weight, and
-the index of the element in the whole weight. So a mesh does not change the result, and a run that
-is resumed rounds as the run that was not interrupted.
+A moment is rounded at random (stochastic_rounding.py), so that it is right on average.
 
 **float8** is e4m3, in blocks of 32 elements with a power of two as their scale (Rouhani et al.
 2023, arXiv:2310.10537; blocks for optimizer state: Dettmers et al. 2022, arXiv:2110.02861). A
@@ -37,7 +30,6 @@ depend on the mesh.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +38,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtron.distributed.redistribute import ShardSpec, to_local
-from dtron.mesh import Layout
-from dtron.params import WeightSpec
 from dtron.tree import flat, unflatten, with_specs
 
 SCALES = "_scale"  # the tree ``m_scale`` has the exponents of the blocks of ``m``
@@ -92,6 +82,20 @@ class Stored(NamedTuple):
     def as_matrix(self) -> Stored:
         """View the tensors with at most two dims, so that fewer shapes are compiled."""
         return Stored(as_matrix(self.data), as_matrix(self.more), self.root)
+
+    @property
+    def unblocked_dim(self) -> int | None:
+        """In float8 the dim along which blocks lie, unless the view has a dim for a block."""
+        if self.more is None or self.is_split:
+            return None
+        dim = blocked_dim(self.data.shape, self.more.shape)
+        return None if self.data.shape[dim] == BLOCK else dim
+
+    def in_blocks(self, dim: int) -> Stored:
+        """View the tensors with a dim for the blocks and one for the elements of a block."""
+        if self.more is None or self.is_split:
+            return Stored(in_blocks(self.data, dim), in_blocks(self.more, dim), self.root)
+        return Stored(in_blocks(self.data, dim), self.more.unsqueeze(dim + 1), self.root)
 
 
 def stored_tree(spec: Any, trees: Mapping[str, Any], name: str) -> list[Any]:
@@ -147,9 +151,9 @@ def load(x: Stored) -> Tensor:
         return x.data.float() if x.data.dtype.itemsize < 4 else x.data
     if x.is_split:
         return join(x.data, x.more)
-    dim = blocked_dim(x.data.shape, x.more.shape)
-    blocks = x.data.unflatten(dim, (-1, BLOCK))
-    return scaled(blocks, x.more.unsqueeze(dim + 1), x.root).flatten(dim, dim + 1)
+    if (dim := x.unblocked_dim) is not None:
+        return load(x.in_blocks(dim)).flatten(dim, dim + 1)
+    return scaled(x.data, x.more, x.root)
 
 
 def scaled(data: Tensor, exponents: Tensor, root: bool) -> Tensor:
@@ -162,6 +166,9 @@ def write(x: Stored, new: Tensor, ok: Tensor, random: Tensor | None = None) -> N
     """Overwrite the values, unless ``ok`` is false.
 
     ``random``: 16 random bits for each element, int32, if the values are stored in few bits."""
+    if (dim := x.unblocked_dim) is not None:
+        write(x.in_blocks(dim), in_blocks(new, dim), ok, in_blocks(random, dim))
+        return
     if x.is_split:
         parts: tuple[Tensor, ...] = split(new)
     elif not x.in_few_bits:
@@ -171,7 +178,8 @@ def write(x: Stored, new: Tensor, ok: Tensor, random: Tensor | None = None) -> N
         if x.more is None:
             parts = (_to_bfloat16(new.float(), random),)
         else:
-            parts = _to_float8(new.float(), random, blocked_dim(x.data.shape, x.more.shape), x.root)
+            dim = blocked_dim(x.data.shape, x.more.shape)
+            parts = _to_float8(new.float(), random, dim, x.root)
     for old, part in zip((x.data, x.more), parts, strict=False):
         assert old is not None
         if part.dtype == torch.float8_e4m3fn:  # torch.where does not take it
@@ -185,6 +193,11 @@ def overwrite(old: Sequence[Tensor], new: Sequence[Tensor], ok: Tensor) -> None:
     not do: NaN times 0 is NaN.)"""
     for x, y in zip(old, new, strict=True):
         x.copy_(torch.where(ok, y, x))
+
+
+def in_blocks(x: Any, dim: int) -> Any:
+    """View a tensor with a dim for the blocks and one for the elements of a block."""
+    return None if x is None else x.unflatten(dim, (-1, BLOCK))
 
 
 def as_matrix(x: Any) -> Any:
@@ -212,11 +225,12 @@ def _to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
 
 
 def _to_float8(x: Tensor, random: Tensor, dim: int, root: bool) -> tuple[Tensor, Tensor]:
-    """Return e4m3 numbers and the exponents of their blocks along ``dim``."""
+    """Return e4m3 numbers and the exponents of their blocks.
+
+    ``dim``: the dim of the elements of a block."""
     x = x.sqrt() if root else x
-    blocks = x.unflatten(dim, (-1, BLOCK))
-    exponents = _exponents(blocks.abs().amax(dim + 1))
-    y = (blocks * _power(-exponents).unsqueeze(dim + 1)).flatten(dim, dim + 1)
+    exponents = _exponents(x.abs().amax(dim, keepdim=True))
+    y = x * _power(-exponents)
     # The last 20 bits of a float32 number are below e4m3's last bit. In the range of subnormal
     # numbers the neighbours are _SMALLEST apart.
     normal = ((y.view(torch.int32) + (random << 4)) & ~0xFFFFF).view(torch.float32)
@@ -239,36 +253,6 @@ def _exponents(largest: Tensor) -> Tensor:
 def _power(exponents: Tensor) -> Tensor:
     """Return 2^e in float32, exactly."""
     return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-def random_bits(places: Sequence[Tensor], step: Tensor, draw: int) -> Tensor:
-    """Return 16 random bits for each element of a shard, as int32.
-
-    ``places``: see ``places``.
-    ``step``: the number of the update.
-    ``draw``: the number of the state among those of the weight."""
-    x = step.to(torch.int32) * 0x9E3779B + draw * 0x3C6EF372
-    for i, place in enumerate(places):
-        x = x + place.view([-1] + [1] * (len(places) - 1 - i))
-    # A hash of 32 bits that mixes all of them. Its shifts are logical, and those of int32 are not.
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
-    return x >> 16 & 0xFFFF
-
-
-def places(w: WeightSpec, layout: Layout, device: torch.device, known: dict) -> tuple[Tensor, ...]:
-    """Return a vector for each dim of this rank's shard. The sum of an element's entries is its
-    index in the whole weight, plus a number of the weight, modulo 2^32.
-
-    ``known``: vectors of other weights of this update, to which those of this one are added."""
-    found, stride = [], 1
-    for axis, size in reversed(list(zip(w.axes, w.shape, strict=True))):
-        if (key := (axis, size)) not in known:
-            known[key] = layout.to_local(layout.iota(axis, size, device), axis).to(torch.int32)
-        found.append(known[key] * stride if stride > 1 else known[key])
-        stride = stride * size % 2**31
-    found[-1] = found[-1] + zlib.crc32(w.path.encode()) % 2**31
-    return tuple(reversed(found))
 
 
 def blocked_dim(whole: Sequence[int], blocks: Sequence[int]) -> int:

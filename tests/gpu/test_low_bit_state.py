@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dtron.training.state_formats import Stored, load, random_bits, write
+from dtron.training.state_formats import Stored, load, write
+from dtron.training.stochastic_rounding import random_bits
 from tests.gpu.test_training import losses
 
 pytestmark = pytest.mark.gpu

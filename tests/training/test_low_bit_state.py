@@ -19,7 +19,7 @@ from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
 from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools import show, verify
-from dtron.training import state_formats
+from dtron.training import state_formats, stochastic_rounding
 from dtron.training.low_bit_state import block_dim
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import (
@@ -33,11 +33,11 @@ from dtron.training.state_formats import (
     Stored,
     join,
     load,
-    random_bits,
     split,
     values,
     write,
 )
+from dtron.training.stochastic_rounding import random_bits
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 from tests.helpers.examples import examples
@@ -281,7 +281,7 @@ def test_float8_moments_are_the_same_on_any_mesh(name, mesh, zero, seed):
 
 def test_random_numbers_of_a_shards_own_indices_are_caught():
     """A mutant: each rank counts the elements of its shard from 0."""
-    true = state_formats.places
+    true = stochastic_rounding.places
 
     def places(*args):
         return tuple(x - x[:1] for x in true(*args))
