@@ -38,9 +38,8 @@ from dtron.runtime.validate import (
     ramp_microbatches,
 )
 from dtron.training.config import RunPlan
-from dtron.training.low_bit_state import LowBitState
+from dtron.training.low_bit_state import check_formats
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import find
 from dtron.training.parameter_groups import check_groups
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 
@@ -81,9 +80,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_dispatch(config.how, config.model, compiles)
     check_expert_sizes(config.how, config.model, shape, compute)
     master = torch.promote_types(compute, torch.float32)
-    if (low := find(optimizer, LowBitState)) is not None:
-        atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
-        low.check(declare_model(config.model), atoms, rules_for(config.zero), compute)
+    check_formats(optimizer, declare_model(config.model), shape, config.zero, compute)
     check_memory(config, shape, device, master)
     return RunPlan(
         shape=shape,

@@ -35,6 +35,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.context_parallel import Method
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
+from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
 from dtron.runtime.validate import check, check_expert_sizes, check_recompute, microbatches
@@ -46,6 +47,8 @@ from dtron.tools.count_collectives import (
 from dtron.tools.first_nonfinite import FirstNonFinite
 from dtron.tools.verify_processes import step_of_processes
 from dtron.tools.verify_step import one_step
+from dtron.training.low_bit_state import check_formats
+from dtron.training.optim_config import build_optimizer
 from dtron.training.pipeline import pipeline
 
 
@@ -58,6 +61,11 @@ def on_one_device(config: RunConfig) -> RunConfig:
     size = config.ramp.sizes[0]
     _, rows = microbatches(size, config.micro_batch, MeshShape.parse(config.mesh))
     return replace(config, micro_batch=rows)
+
+
+def _exact(config: RunConfig) -> RunConfig:
+    """Return the config of the same step in float64, whose master weights cannot be split."""
+    return replace(config, optim=replace(config.optim, master_weights="float32"))
 
 
 @dataclass(frozen=True)
@@ -133,13 +141,15 @@ def main(argv: Sequence[str]) -> int:
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
     check_expert_sizes(config.how, config.model, shape, dtype)
+    optimizer, spec = build_optimizer(config.optim), declare_model(config.model)
+    check_formats(optimizer, spec, shape, config.zero, dtype)
     count, _ = microbatches(config.ramp.sizes[0], config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid
     name = f"mesh {shape}, zero {config.zero}"
     exact = dtype == torch.float64
     limit = TOLERANCE if exact else 1.0
     try:
-        want = one_step(on_one_device(config), MeshShape())
+        want = one_step(_exact(on_one_device(config)), MeshShape())
         one = want if exact else one_step(on_one_device(config), MeshShape(), dtype=dtype)
         if flags.compile:
             got = step_of_processes(config, shape, want, dtype)

@@ -13,7 +13,7 @@ formats. The other one updates it: its kernels read and write any format.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import ShardSpec, cast, dim_of, to_local
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
-from dtron.rules import Rules, place
+from dtron.rules import place, rules_for
 from dtron.training.optimizer import Optimizer, OptimizerState, find
 from dtron.training.state_formats import (
     BLOCK,
@@ -86,25 +87,21 @@ class LowBitState(Optimizer):
         assert dim is not None
         return zeros_in_blocks(zeros, dim)
 
-    def check(
-        self, spec: Any, atoms: Mapping[str, int], rules: Rules, compute: torch.dtype
-    ) -> None:
-        """Raise UserError for weights that cannot be stored so.
-
-        ``atoms``: the sizes of the mesh dims of a stage.
-        ``compute``: the dtype in which the weights compute."""
+    def check(self, spec: Any, shape: MeshShape, zero: int, compute: torch.dtype) -> None:
+        """Raise UserError for weights that cannot be stored so; see ``check_formats``."""
         if self.masters == "split" and compute != torch.bfloat16:
             raise UserError(
                 f"optim.master_weights=split: splits float32 into bfloat16 and 16 bits more, and "
                 f"the weights compute in {str(compute).removeprefix('torch.')}; use --dtype "
                 "bfloat16, or leave it out"
             )
+        atoms = {axis: n for axis, n in shape.atoms.items() if axis != "pp"}
         sizes = list(atoms.values())
         for w in flat(spec) if self.moments == "float8" else ():
             dim = block_dim(w.shape)
             if not self._in_few_bits(w) or dim is None:
                 continue
-            placements = enumerate(place(rules, list(atoms), *w.axes))
+            placements = enumerate(place(rules_for(zero), list(atoms), *w.axes))
             shards = math.prod(sizes[i] for i, p in placements if p.is_shard() and dim_of(p) == dim)
             if w.shape[dim] % (shards * BLOCK):
                 raise UserError(
@@ -141,6 +138,17 @@ class LowBitState(Optimizer):
         layout: Layout,
     ) -> tuple[Any, OptimizerState]:
         return self.base.update(spec, params, grads, state, scalars, layout)
+
+
+def check_formats(
+    optimizer: Optimizer, spec: Any, shape: MeshShape, zero: int, compute: torch.dtype
+) -> None:
+    """Raise UserError if the weights of a mesh cannot be stored in the optimizer's formats.
+
+    ``zero``: the ZeRO stage.
+    ``compute``: the dtype in which the weights compute."""
+    if (low := find(optimizer, LowBitState)) is not None:
+        low.check(spec, shape, zero, compute)
 
 
 def master_bytes(optimizer: Optimizer, w: WeightSpec, element: int) -> int:

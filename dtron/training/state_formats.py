@@ -261,7 +261,10 @@ def blocked_dim(whole: Sequence[int], blocks: Sequence[int]) -> int:
 
 
 def split_tensor(x: Tensor) -> Stored:
-    """Split a float32 tensor, which may be a DTensor, into bfloat16 and 16 bits more."""
+    """Split a float32 tensor, which may be a DTensor, into bfloat16 and 16 bits more. Raises
+    ValueError for another dtype."""
+    if x.dtype != torch.float32:
+        raise ValueError(f"a tensor in {x.dtype} cannot be split, only one in float32")
     if not isinstance(x, DTensor):
         return Stored(*split(x))
     spec, mesh = ShardSpec.of(x), x.device_mesh

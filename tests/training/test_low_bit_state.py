@@ -16,6 +16,7 @@ from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.runtime.cli import parse
 from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.runtime.exit import run_cli
 from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools import show, verify
@@ -288,6 +289,15 @@ def test_random_numbers_of_a_shards_own_indices_are_caught():
 
     with mock.patch("dtron.training.elementwise_optimizer.places", places):
         assert_caught(lambda: agrees(OptimConfig(moments="bfloat16"), "dp=2,tp=2", 3, 0))
+
+
+def test_split_masters_on_a_mesh(capsys):
+    """Within the rounding of bfloat16, on simulated ranks as in training."""
+    flags = ["--optim.master-weights=split", "--optim.moments=bfloat16", "--mesh=dp=2,tp=2"]
+    assert run_cli(verify.main, [*flags, "--dtype=bfloat16", "--zero=3"]) == 0
+    capsys.readouterr()
+    assert run_cli(verify.main, flags) == 2
+    assert "--dtype bfloat16" in capsys.readouterr().err
 
 
 # ---- flags and sizes
