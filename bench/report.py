@@ -111,7 +111,8 @@ def system_of(line: Line) -> str:
     how = "compiled" if line["compiled"] else "eager"
     method = f"cp by {line['cp_method']}" if line.get("cp_method") else ""
     copies = "copy engines" if line.get("copy_engines") else ""
-    optimizer = line.get("optim", "")
+    moments = f"{line['moments']} moments" if line.get("moments") else ""
+    masters = f"{line['master_weights']} masters" if line.get("master_weights") else ""
     sums = f"sums in {line['reduce_dtype']}" if line.get("reduce_dtype") else ""
     wait = line.get("data_wait_ratio")
     data = "" if wait is None else f"reading data, {wait:.3%} waiting"
@@ -124,7 +125,9 @@ def system_of(line: Line) -> str:
         plain,
         method,
         copies,
-        optimizer,
+        line.get("optim"),
+        moments,
+        masters,
         sums,
         data,
     )
