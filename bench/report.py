@@ -128,6 +128,7 @@ def system_of(line: Line) -> str:
         line.get("optim"),
         moments,
         masters,
+        "state on the host" if line.get("offload_state") else "",
         sums,
         data,
     )

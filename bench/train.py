@@ -67,18 +67,20 @@ from dtron.training.pipeline import Pipeline
 
 LEARNING_RATE = 1e-4
 USUAL: dict[str, Any] = dict.fromkeys(("moments", "master_weights", "reduce_dtype"), "float32")
-USUAL["optim"] = "adamw"
+USUAL |= {"optim": "adamw", "offload_state": False}
 
 
 @dataclass
 class Measured:
     """Measurements of one case.
 
+    ``state``: GiB of weights, their copies and optimizer state (0 on a CPU).
     ``first``: seconds of the first step.
     ``steps``: seconds of each of the last 12 steps.
     ``host``: seconds in which the host launches a step, each from an idle device.
     ``waited``: seconds that the host waited for each batch; empty without ``--data``."""
 
+    state: float = 0.0
     first: float = 0.0
     steps: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -121,7 +123,12 @@ def run_config(o: argparse.Namespace) -> RunConfig:
         copy_engines="off" if o.no_copy_engines else "auto",
         data=DataConfig(seq_len=o.seq_len),
         pipeline=PipelineConfig(o.schedule),
-        optim=OptimConfig(o.optim, moments=o.moments, master_weights=o.master_weights),
+        optim=OptimConfig(
+            o.optim,
+            moments=o.moments,
+            master_weights=o.master_weights,
+            offload_state=o.offload_state,
+        ),
     )
 
 
@@ -131,11 +138,13 @@ def measure(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipel
     opt = init_state(build_optimizer(config.optim), spec, params)
     params = stored_params(params, spec, opt)
     opt = with_compute_copies(opt, params, spec, layout.compute)
+    on_gpu = plan.device.startswith("cuda")
+    state_gib = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
     generator = torch.Generator(plan.device).manual_seed(0)
     shape = (config.batch, o.seq_len + 1)
     ids = torch.randint(m.vocab, shape, device=plan.device, generator=generator)
     train_step = build_step(config, plan, pipe, overlap=not o.no_overlap)
-    tokens, measured = config.batch * o.seq_len, Measured()
+    tokens, measured = config.batch * o.seq_len, Measured(state_gib)
 
     def split(ids: Tensor) -> list[Batch]:
         return [
@@ -232,6 +241,7 @@ def results(measured: Measured, config: RunConfig, plan: RunPlan) -> dict[str, A
         wait = round(sum(measured.waited[-12:]) / sum(measured.steps), 5)
     return timed | {
         "peak_memory_gib": round(peak_memory_gib(plan.device), 1),
+        "state_gib": round(measured.state, 3),
         "first_step_s": round(measured.first, 1),
         "loss_first": measured.losses[0].item(),
         "loss_last": measured.losses[-1].item(),
@@ -283,6 +293,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--optim", default=USUAL["optim"], help="name of the optimizer (adamw)")
     add("--moments", default=USUAL["moments"], choices=get_args(Moments))
     add("--master-weights", default=USUAL["master_weights"], choices=get_args(Masters))
+    add("--offload-state", **on, help="keep the optimizer's state on the host")
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
     add("--recompute", default="none", help="activation policy (none)")

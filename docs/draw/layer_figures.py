@@ -19,7 +19,7 @@ from dtron.model.presets import preset
 from dtron.params import declare, init, unshard
 from dtron.tools.count_collectives import Collective, CollectiveCounter
 from dtron.tools.drawing import FAINT, Canvas, TensorPicture, draw_mesh, draw_tensor
-from dtron.tools.show import coordinates, local_range
+from dtron.tools.shard_shapes import coordinates, local_range
 
 COLOURS = {"all_gather": "#4a8fd0", "reduce_scatter": "#50b060", "all_reduce": "#d05050"}
 

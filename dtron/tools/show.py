@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,12 +46,11 @@ from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
+from dtron.tools.shard_shapes import coordinates, local_range, local_shape
 from dtron.training.low_bit_state import master_bytes
 from dtron.training.optim_config import OptimConfig, build_optimizer
 from dtron.training.parameter_groups import check_groups, describe_groups
 from dtron.tree import flat
-
-Placements = tuple
 
 
 @dataclass(frozen=True)
@@ -99,34 +98,6 @@ def named_axes(w: WeightSpec, shape: MeshShape, zero: int) -> str:
         return f"{axis}@{sharded_by}" if sharded_by else axis
 
     return "[" + ", ".join(map(named, w.axes)) + "]"
-
-
-def local_shape(
-    whole: Sequence[int],
-    mesh_sizes: Sequence[int],
-    placements: Placements,
-    coordinate: Sequence[int],
-) -> tuple[int, ...]:
-    """Return the shape of the shard on the rank at ``coordinate``."""
-    ranges = local_range(whole, mesh_sizes, placements, coordinate)
-    return tuple(stop - start for start, stop in ranges)
-
-
-def local_range(
-    whole: Sequence[int],
-    mesh_sizes: Sequence[int],
-    placements: Placements,
-    coordinate: Sequence[int],
-) -> list[tuple[int, int]]:
-    """Return ``(start, stop)`` of every dim on the rank at ``coordinate``. A dim is sharded as in
-    DTensor: into shards of ``ceil(size / n)``; the last ranks may have less or nothing."""
-    ranges = [(0, size) for size in whole]
-    for n, placement, i in zip(mesh_sizes, placements, coordinate, strict=True):
-        if placement.is_shard():
-            start, stop = ranges[placement.dim]
-            step = -(-(stop - start) // n)
-            ranges[placement.dim] = (min(start + i * step, stop), min(start + (i + 1) * step, stop))
-    return ranges
 
 
 def rows(
@@ -246,11 +217,6 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
     return canvas.svg()
 
 
-def coordinates(sizes: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return ``(rank, coordinate)`` of every rank, in row-major order."""
-    return list(enumerate(product(*map(range, sizes))))
-
-
 def main(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
@@ -270,10 +236,13 @@ def main(argv: Sequence[str]) -> int:
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = split_into_stages(config.model, layers), 0
     for number, spec in enumerate(stages):
-        found = rows(config.model, shape, config.zero, compute, spec=spec, optim=config.optim)
+        args = config.model, shape, config.zero, compute, 4, spec
+        found = rows(*args, config.optim)
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
-        console.print(f"{size(sum(total(found)))} on each rank, activations not counted")
+        host = size(total(rows(*args, replace(config.optim, offload_state=False)))[2])
+        beside = f", and {host} of state on the host" if config.optim.offload_state else ""
+        console.print(f"{size(sum(total(found)))} on each rank{beside}, activations not counted")
         most = max(most, sum(total(found)))
     for line in describe_groups(optimizer, declare_model(config.model)):
         console.print(f"optimizer group {line}")

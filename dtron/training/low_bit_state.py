@@ -27,18 +27,17 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import place, rules_for
-from dtron.training.optimizer import Optimizer, OptimizerState, find
+from dtron.training.optimizer import Optimizer, OptimizerState, find, init_each
 from dtron.training.state_formats import (
     BLOCK,
     MASTERS_LOW,
     ROOT_SCALES,
     SCALES,
     Stored,
-    is_part,
     split_tensor,
 )
 from dtron.training.update_scalars import UpdateScalars
-from dtron.tree import flat, unflatten
+from dtron.tree import flat
 
 Moments = Literal["float32", "bfloat16", "float8"]
 Masters = Literal["float32", "split"]
@@ -58,25 +57,21 @@ class LowBitState(Optimizer):
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         """Make the trees of the state. ``params`` are in float32; see ``stored_params``."""
-        weights, leaves = flat(params), dict[str, list[Tensor | None]]()
         squares = getattr(self.base, "base", self.base).squares  # the base may be ParameterGroups
-        for i, (w, x) in enumerate(zip(flat(spec), weights, strict=True)):
-            # One weight after another: the whole state in float32 might not fit into memory.
+
+        def init(w: WeightSpec, x: Tensor) -> dict[str, Any]:
+            trees: dict[str, Any] = {}
             for name, (zeros,) in self.base.init((w,), (x,)).items():
                 stored = None if zeros is None else self._stored(w, zeros)
-                scales = ROOT_SCALES if name in squares else SCALES
-                for tree in (name, f"{name}{scales}"):
-                    leaves.setdefault(tree, [None] * len(weights))
-                if stored is not None:
-                    leaves[name][i], leaves[f"{name}{scales}"][i] = stored.data, stored.more
+                trees[name] = (None if stored is None else stored.data,)
+                if stored is not None and stored.more is not None:
+                    scales = ROOT_SCALES if name in squares else SCALES
+                    trees[f"{name}{scales}"] = (stored.more,)
             if self.masters == "split" and not w.frozen:
-                low = leaves.setdefault(MASTERS_LOW, [None] * len(weights))
-                low[i] = split_tensor(x).more
-        return {
-            name: unflatten(params, column)
-            for name, column in leaves.items()
-            if not is_part(name) or any(x is not None for x in column)
-        }
+                trees[MASTERS_LOW] = (split_tensor(x).more,)
+            return trees
+
+        return init_each(spec, params, init)
 
     def _stored(self, w: WeightSpec, zeros: Tensor) -> Stored:
         if not self._in_few_bits(w):

@@ -14,6 +14,7 @@ from dtron.training.adamw import AdamW
 from dtron.training.lion import Lion
 from dtron.training.low_bit_state import LowBitState, Masters, Moments
 from dtron.training.muon import Muon
+from dtron.training.offloaded_state import OffloadedState
 from dtron.training.optimizer import Optimizer
 from dtron.training.parameter_groups import ParameterGroups, parse_groups
 from dtron.training.sgd import SGD
@@ -62,6 +63,8 @@ class OptimConfig:
     master_weights: Masters = "float32"
     """format of the weights that are updated: float32 beside the bfloat16 weights that compute;
     split: only the 16 bits that bfloat16 lacks are stored beside these, and nothing is lost"""
+    offload_state: bool = False
+    """keep the optimizer's state in host memory, and copy it to the device chunk by chunk"""
     max_grad_norm: float = 1.0
     """largest global gradient norm; 0: do not clip"""
     skip_grad_norm: float = 0.0
@@ -125,6 +128,7 @@ def build_optimizer(config: OptimConfig, mup: bool = False) -> Optimizer:
     optimizer = ParameterGroups(optimizer, rows, mup) if rows or mup else optimizer
     if (config.moments, config.master_weights) != ("float32", "float32"):
         optimizer = LowBitState(optimizer, config.moments, config.master_weights)
+    optimizer = OffloadedState(optimizer) if config.offload_state else optimizer
     return WeightAverage(optimizer, config.ema) if config.ema else optimizer
 
 

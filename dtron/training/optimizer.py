@@ -24,11 +24,12 @@ and a bad step does no harm:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
@@ -106,6 +107,20 @@ def find(optimizer: Any, kind: type[Kind]) -> Kind | None:
     while optimizer is not None and not isinstance(optimizer, kind):
         optimizer = getattr(optimizer, "base", None)
     return optimizer
+
+
+def init_each(
+    spec: Any, params: Any, init: Callable[[WeightSpec, Tensor], dict[str, Any]]
+) -> dict[str, Any]:
+    """Make the trees of a state one weight after another. So a state that is stored in another
+    form never exists whole in its first form, which might not fit into memory.
+
+    ``init``: makes the trees of one weight, as tuples of one leaf."""
+    weights, leaves = flat(params), dict[str, list[Any]]()
+    for i, (w, x) in enumerate(zip(flat(spec), weights, strict=True)):
+        for name, (leaf,) in init(w, x).items():
+            leaves.setdefault(name, [None] * len(weights))[i] = leaf
+    return {name: unflatten(params, column) for name, column in leaves.items()}
 
 
 def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:

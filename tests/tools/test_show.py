@@ -19,7 +19,8 @@ from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
 from dtron.testing import meshes
-from dtron.tools.show import coordinates, local_range, main, picture, rows, size, total
+from dtron.tools.shard_shapes import coordinates, local_range
+from dtron.tools.show import main, picture, rows, size, total
 from dtron.training.optimizer import init_state
 from dtron.tree import flat
 from tests.helpers.paths import ROOT
