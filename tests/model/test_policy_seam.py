@@ -20,6 +20,7 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.recompute import checkpointed
 from dtron.mesh import Layout
+from dtron.model.activation_bytes import block_bytes
 from dtron.model.activation_checkpoint import (
     KEEP_ALL,
     KEEP_INPUT,
@@ -33,7 +34,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.testing import assert_caught, meshes, zero_stages
-from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.tools.memory_estimate import activation_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.pipeline import program
 from dtron.tree import flat
