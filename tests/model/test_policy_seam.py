@@ -172,6 +172,6 @@ def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
 
 def test_the_flag_takes_its_name_and_no_other():
     assert ComputeConfig(NAME).policy is EVERY_SECOND
-    names = f"none, selective, full, {NAME}"
+    names = f"none, selective, full, offload, {NAME}"
     with pytest.raises(ValueError, match=f"--recompute no_such_policy: must be one of {names}"):
         ComputeConfig("no_such_policy")
