@@ -87,6 +87,9 @@ class BlockBytes(NamedTuple):
     all: int
 
 
+RunBlock = Callable[[BlockFunction, Any, Tensor], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class BlockPolicy:
     """The activations that one block keeps for backward.
@@ -97,7 +100,7 @@ class BlockPolicy:
         long MLP in chunks (layers/recompute.py).
     ``offload_bytes``: the smallest storage that moves to the host (None: nothing moves)."""
 
-    run: Callable[[BlockFunction, Any, Tensor], tuple[Tensor, ...]]
+    run: RunBlock
     kept_bytes: Callable[[BlockBytes], int]
     reruns: bool = False
     offload_bytes: int | None = None
@@ -132,9 +135,10 @@ class ActivationPolicy:
         return each
 
 
-def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, policy: BlockPolicy) -> tuple[Tensor, ...]:
-    """Run one block under its policy."""
-    return policy.run(fn, p, x_TD) if torch.is_grad_enabled() else fn.run(p, x_TD)
+def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, run: RunBlock) -> tuple[Tensor, ...]:
+    """Run one block by the ``run`` of its policy. Blocks of policies that share it are compiled
+    once."""
+    return run(fn, p, x_TD) if torch.is_grad_enabled() else fn.run(p, x_TD)
 
 
 def run_end(fn: Callable, p: Any, x_TD: Tensor, last: BlockPolicy) -> Tensor:

@@ -167,7 +167,7 @@ class BlockRunner:
         run_it = run_it if wrap is None else wrap(run_it)
         load_E = self._load(i) if self.before and sparse else None
         fn = BlockFunction(run_it, load_E, self.layout, sparse, self.fp8_gather(end))
-        call = partial(self.call, run_block, fn, p, x_TD, policy)
+        call = partial(self.call, run_block, fn, p, x_TD, policy.run)
         if self.offload is None:
             x_TD, *more = call()
         else:

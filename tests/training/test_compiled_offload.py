@@ -79,6 +79,15 @@ def test_a_compiled_stage_to_the_bit(backend, change):
     assert_moves_change_nothing(ONE, backend, **change)
 
 
+def test_blocks_that_move_and_the_last_one_share_a_graph():
+    how = ComputeConfig("offload")
+    functions = compiled(program(replace(MODEL, layers=3), ONE, how), ONE, how, "aot_eager")
+    pipe = one_stage(replace(MODEL, layers=3), 1, ONE)
+    params = init(pipe.spec, replace(MODEL, layers=3).dims(), 0, ONE)
+    gradients(functions, params, [make_batch(ROWS, ONE)], 64, pipe, 1)
+    assert len(functions.stage.keywords["call"].kinds) == 2  # the block, and the loss
+
+
 def test_a_buffer_that_is_used_too_early_is_caught():
     with buffers_given_back_too_early():
         assert_caught(lambda: assert_moves_change_nothing(ONE, "aot_eager"))
