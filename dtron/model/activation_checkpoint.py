@@ -4,7 +4,9 @@ activations that backward recomputes.
 Recompute (Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198,
 section 5) trades compute for memory. ``full`` keeps a block's input and runs the block again in
 backward. ``selective`` keeps the outputs of matmuls and attention and recomputes the cheap rest.
-``budget`` lets the compiler's partitioner choose the activations to keep.
+``budget`` lets the compiler's partitioner choose the activations to keep. ``offload`` recomputes
+nothing: the activations of all blocks but the last of a stage move to the host
+(activation_offload.py).
 
 No policy recomputes a choice of experts. A second run may round a score differently, and then a
 token would have its loss from one expert and its gradient from another. The choice is a few numbers
@@ -17,9 +19,7 @@ not keep them either: see training/zero3_prefetch.py. A compiled block keeps no 
 kernel needs: see ``recompute_in_backward``.)
 
 A ``BlockPolicy`` is the choice for one block. An ``ActivationPolicy`` gives a block policy to every
-block of a stage. ``POLICIES`` lists the policies by the names that ``--recompute`` takes.
-
-Left out: a policy that moves activations to the host."""
+block of a stage. ``POLICIES`` lists the policies by the names that ``--recompute`` takes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from dtron.distributed.saved_tensors import saved_by
 from dtron.errors import UserError
 from dtron.layers.recompute import checkpointed
 from dtron.mesh import Layout
+from dtron.model.activation_offload import GatheredAgain
+from dtron.model.kept_operators import AllKept, choices, matmuls
 from dtron.params import Fp8GatherRule, unshard
+from dtron.torch_compile import tracing
 from dtron.tree import declared, flat
 
 
@@ -83,18 +87,23 @@ class BlockBytes(NamedTuple):
     all: int
 
 
+RunBlock = Callable[[BlockFunction, Any, Tensor], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class BlockPolicy:
     """The activations that one block keeps for backward.
 
     ``run``: runs the block on its weights and its input, where gradients are needed.
-    ``kept_bytes``: the bytes that the block keeps.
+    ``kept_bytes``: the bytes that the block keeps on the device.
     ``reruns``: whether backward runs the whole block again from its input. Only such a block runs a
-        long MLP in chunks (layers/recompute.py)."""
+        long MLP in chunks (layers/recompute.py).
+    ``offload_bytes``: the smallest storage that moves to the host (None: nothing moves)."""
 
-    run: Callable[[BlockFunction, Any, Tensor], tuple[Tensor, ...]]
+    run: RunBlock
     kept_bytes: Callable[[BlockBytes], int]
     reruns: bool = False
+    offload_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,10 +126,19 @@ class ActivationPolicy:
     recomputes_attention: bool = True
     budget: float | None = None
 
+    def of_stage(self, blocks: int) -> list[BlockPolicy]:
+        """Return the policies of a stage's blocks. Backward begins with the last block, so nothing
+        of this block moves to the host."""
+        each = [self.block(i) for i in range(blocks)]
+        if each and each[-1].offload_bytes is not None:
+            each[-1] = STAY
+        return each
 
-def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, policy: BlockPolicy) -> tuple[Tensor, ...]:
-    """Run one block under its policy."""
-    return policy.run(fn, p, x_TD) if torch.is_grad_enabled() else fn.run(p, x_TD)
+
+def run_block(fn: BlockFunction, p: Any, x_TD: Tensor, run: RunBlock) -> tuple[Tensor, ...]:
+    """Run one block by the ``run`` of its policy. Blocks of policies that share it are compiled
+    once."""
+    return run(fn, p, x_TD) if torch.is_grad_enabled() else fn.run(p, x_TD)
 
 
 def run_end(fn: Callable, p: Any, x_TD: Tensor, last: BlockPolicy) -> Tensor:
@@ -139,7 +157,7 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     """Run a block and keep everything but its gathered weights."""
     if not fn.needs_unshard(p):
         return fn.run(p, x_TD)
-    kept = _AllKept()
+    kept = AllKept()
 
     def run(p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
         kept.gathering = True
@@ -153,7 +171,7 @@ def keep_all(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
 
 def keep_matmuls(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     """Run a block and keep its input and the outputs of matmuls and attention."""
-    contexts = partial(create_selective_checkpoint_contexts, _matmuls)
+    contexts = partial(create_selective_checkpoint_contexts, matmuls)
     return checkpointed(fn.run, p, x_TD, context_fn=contexts)
 
 
@@ -161,13 +179,29 @@ def keep_input(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
     """Run a block and keep its input alone, and the choice of experts."""
     if not fn.routes:
         return checkpointed(fn.run, p, x_TD)
-    contexts = partial(create_selective_checkpoint_contexts, _choices)
+    contexts = partial(create_selective_checkpoint_contexts, choices)
     return checkpointed(fn.run, p, x_TD, context_fn=contexts)
+
+
+def gather_again(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
+    """Run a block and keep everything but its gathered weights, as ``keep_all`` does. Here the
+    hooks around the block get all other tensors. A recomputed region would hide these tensors."""
+    if tracing() or not fn.needs_unshard(p):
+        return keep_all(fn, p, x_TD)
+    weights = GatheredAgain(partial(fn.unshard, p), p)
+    with saved_by(weights.pack, weights.unpack):
+        return fn.block(weights.gather(), x_TD, fn.load_E)
+
+
+def _nothing(block: BlockBytes) -> int:
+    return 0
 
 
 KEEP_ALL = BlockPolicy(keep_all, attrgetter("all"))
 KEEP_MATMULS = BlockPolicy(keep_matmuls, attrgetter("matmuls"))
 KEEP_INPUT = BlockPolicy(keep_input, attrgetter("input"), reruns=True)
+STAY = BlockPolicy(gather_again, attrgetter("all"))  # beside blocks that move
+MOVE = BlockPolicy(gather_again, _nothing, offload_bytes=2**20)  # a smaller copy costs its launch
 
 
 def every_block(policy: BlockPolicy) -> Callable[[int], BlockPolicy]:
@@ -189,6 +223,16 @@ def budget(share: float) -> ActivationPolicy:
     return ActivationPolicy("budget", every_block(each), budget=share)
 
 
+def offload(share: float = 0.0) -> ActivationPolicy:
+    """Make the policy under which a share of the blocks keeps its activations on the device. These
+    blocks are spread evenly, so that the copies of one block have the time of several."""
+
+    def block(index: int) -> BlockPolicy:
+        return STAY if int((index + 1) * share) > int(index * share) else MOVE
+
+    return ActivationPolicy("offload", block, recomputes_attention=False)
+
+
 NONE = ActivationPolicy("none", every_block(KEEP_ALL), splits=True, recomputes_attention=False)
 
 POLICIES: dict[str, ActivationPolicy] = {
@@ -197,77 +241,38 @@ POLICIES: dict[str, ActivationPolicy] = {
         NONE,
         ActivationPolicy("selective", every_block(KEEP_MATMULS), recomputes_attention=False),
         ActivationPolicy("full", every_block(KEEP_INPUT)),
+        offload(),
     )
 }
+
+
+BY_SHARE: dict[str, Callable[[float], ActivationPolicy]] = {"budget": budget, "offload": offload}
 
 
 def policy_for(recompute: str, share: float | None = None) -> ActivationPolicy:
     """Return the policy of ``--recompute``. Raises UserError for an unknown name, and for a share
     that is missing, out of range or without effect.
 
-    ``share``: the value of ``--recompute-budget``, for the policy ``budget`` alone."""
-    if recompute == "budget":
-        if share is None:
-            raise UserError(
-                "--recompute budget: needs the share of activations to keep; use "
-                "--recompute-budget 0.5"
-            )
-        if not 0 <= share <= 1:
-            raise UserError(
-                f"--recompute-budget {share}: a share from 0 to 1; use --recompute-budget 0.5"
-            )
-        return budget(share)
-    if share is not None:
-        raise UserError(
-            f"--recompute-budget {share}: is for the policy budget; use --recompute budget too"
-        )
-    if recompute not in POLICIES:
+    ``share``: the value of ``--recompute-budget``, for the policies of ``BY_SHARE`` alone."""
+    if recompute not in (*POLICIES, *BY_SHARE):
         raise UserError(
             f"--recompute {recompute}: must be one of {', '.join(POLICIES)}, budget; use "
             "--recompute full"
         )
-    return POLICIES[recompute]
-
-
-_CHOICES = ("topk",)
-_MATMULS = (
-    "mm",
-    "addmm",
-    "bmm",
-    "_scaled_mm",
-    "_grouped_mm",
-    "_scaled_dot_product",
-    "flex_attention",
-)
-
-
-def _is_view(op: Any) -> bool:
-    # flex_attention, an operator that takes functions, has no schema.
-    schema = getattr(op, "_schema", None)
-    return schema is not None and any(out.alias_info is not None for out in schema.returns)
-
-
-def _keep(op: Any, names: tuple[str, ...]) -> CheckpointPolicy:
-    keep = getattr(op, "overloadpacket", op).__name__.startswith(names) and not _is_view(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the choice of experts."""
-    return _keep(op, _CHOICES)
-
-
-def _matmuls(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the outputs of matmuls and attention, and the choice of experts."""
-    return _keep(op, (*_MATMULS, *_CHOICES))
-
-
-class _AllKept:
-    """Keep everything but gathered weights and views (a view may be of a gathered weight)."""
-
-    def __init__(self) -> None:
-        self.gathering = False
-
-    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = not self.gathering and not _is_view(op)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    if share is None:
+        if recompute not in POLICIES:
+            raise UserError(
+                f"--recompute {recompute}: needs the share of activations to keep; use "
+                "--recompute-budget 0.5"
+            )
+        return POLICIES[recompute]
+    if recompute not in BY_SHARE:
+        raise UserError(
+            f"--recompute-budget {share}: is for the policies {' and '.join(BY_SHARE)}; use "
+            "--recompute budget too"
+        )
+    if not 0 <= share <= 1:
+        raise UserError(
+            f"--recompute-budget {share}: a share from 0 to 1; use --recompute-budget 0.5"
+        )
+    return BY_SHARE[recompute](share)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.distributed.host_memory import HostMemory
 from dtron.fp8.recipe import Recipe
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
@@ -26,6 +27,7 @@ from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
 from dtron.model.activation_checkpoint import BlockFunction, run_block
+from dtron.model.activation_offload import StageActivations
 from dtron.model.batch import Batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
@@ -118,7 +120,8 @@ class BlockRunner:
     ``before``: the summed reports of the step so far, where blocks need them.
     ``chunk``: chunk size of the MLP in a block that backward runs again.
     ``call``: calls each block.
-    ``tokens``: the number of a rank's tokens."""
+    ``tokens``: the number of a rank's tokens.
+    ``offload``: moves activations to the host (None: no block does so)."""
 
     blocks: Sequence[Block]
     batch: Batch
@@ -131,6 +134,7 @@ class BlockRunner:
     chunk: int | None
     call: Units
     tokens: float
+    offload: StageActivations | None = None
 
     def run(
         self,
@@ -148,7 +152,7 @@ class BlockRunner:
         ``end``: whether the block is the first or the last of the model.
         ``wrap``: turns the block's function into a function of ``p``.
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
-        policy, recipe = self.how.policy.block(i), self.how.recipe(end)
+        policy, recipe = self.how.policy.of_stage(len(self.blocks))[i], self.how.recipe(end)
         sparse = self.blocks[i].moe is not None
         targets_T = self.batch.targets_T if targets_T is None else targets_T
         inputs = BlockInputs(
@@ -163,7 +167,11 @@ class BlockRunner:
         run_it = run_it if wrap is None else wrap(run_it)
         load_E = self._load(i) if self.before and sparse else None
         fn = BlockFunction(run_it, load_E, self.layout, sparse, self.fp8_gather(end))
-        x_TD, *more = self.call(run_block, fn, p, x_TD, policy)
+        call = partial(self.call, run_block, fn, p, x_TD, policy.run)
+        if self.offload is None:
+            x_TD, *more = call()
+        else:
+            x_TD, *more = self.offload.run(call, (fn, p), x_TD, policy.offload_bytes)
         return x_TD, [more] if more else []
 
     def fp8_gather(self, end: bool) -> Fp8GatherRule | None:
@@ -200,6 +208,13 @@ class BlockRunner:
         row = sum(p_block.moe is not None for p_block in self.blocks[:i])
         pick = partial(torch.select, dim=0, index=row)
         return self.layout.local_map(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])
+
+    def offloading(self, host: HostMemory) -> BlockRunner:
+        """Return the same runner, which moves activations to ``host`` if the policy does so."""
+        policies = self.how.policy.of_stage(len(self.blocks))
+        moves = any(policy.offload_bytes is not None for policy in policies)
+        needed = moves and torch.is_grad_enabled()
+        return replace(self, offload=StageActivations(host)) if needed else self
 
 
 def block_runner(

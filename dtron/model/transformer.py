@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.distributed.host_memory import HostMemory
 from dtron.layers.cross_entropy import IGNORE, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm
@@ -96,6 +97,7 @@ def stage(
     layout: Layout,
     how: ComputeConfig = PLAIN,
     call: Units = DIRECT,
+    host: HostMemory | None = None,
 ) -> tuple[Tensor, StageOutput | None]:
     """Run the blocks of a stage, and in the last stage the head.
 
@@ -104,8 +106,10 @@ def stage(
 
     ``x_TD``: ``[T@tokens_sp, D]``.
     ``before``: the summed reports of the step so far, where they are needed.
-    ``call``: calls the units that are compiled: each block, and the loss."""
+    ``call``: calls the units that are compiled: each block, and the loss.
+    ``host``: buffers of earlier steps for activations that move to the host (None: new ones)."""
     runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, before, call=call)
+    runner = runner.offloading(host or HostMemory())
     order = [(p.blocks[i], runner.fp8_gather(end)) for i, end in enumerate(_ends(p, m))]
     if p.norm is not None:
         order.append((end_params(p), None))

@@ -4,7 +4,11 @@ The weights and the optimizer's state have a size that is known from the config.
 possible share of a rank is larger than the memory of its device, no run can begin, and a line says
 so. Otherwise the system would end the process without a word, or torch with a traceback.
 
-Left out: activations, gradients and buffers. ``dtron.tools.memory_estimate`` estimates them.
+The same holds for activations that ``--recompute offload`` moves to the host, where the system would
+end the process in the middle of a step.
+
+Left out: activations on the device, gradients and buffers. ``dtron.tools.memory_estimate`` estimates
+them.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import torch
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.model.activation_bytes import host_bytes
 from dtron.model.transformer import declare_model
 from dtron.runtime.config import RunConfig
+from dtron.schedules.table import peaks
 from dtron.training.low_bit_state import master_bytes
 from dtron.training.optim_config import build_optimizer
+from dtron.training.pipeline import Pipeline
 from dtron.tree import flat
 
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -45,6 +52,35 @@ def check_memory(config: RunConfig, shape: MeshShape, device: str, master: torch
             f"model: its weights and optimizer state take {needed / 2**30:,.0f} GiB or more on "
             f"{where}, which has {memory / 2**30:,.0f} GiB; use a smaller model, or more ranks "
             "(--mesh) with --zero 3"
+        )
+
+
+def check_host_memory(
+    config: RunConfig, pipe: Pipeline, shape: MeshShape, rows: int, compute: torch.dtype
+) -> None:
+    """Raise UserError if the activations that move to the host cannot fit into its memory, for all
+    ranks of this machine together.
+
+    ``rows``: sequences in a microbatch, over all ranks."""
+    tokens = rows // shape.data * config.data.seq_len
+    moved, start, policy = [], 0, config.how.policy
+    for stage in pipe.specs:
+        blocks = range(start, start := start + len(stage.blocks))
+        moved.append(host_bytes(config.model, shape, tokens, policy, blocks, compute.itemsize))
+    table = pipe.table
+    # A rank has its peak of activations in flight at least for the smallest of its stages.
+    by_rank = [
+        peak * min(moved[s] for s in table.stages_of(rank))
+        for rank, peak in enumerate(peaks(table, policy.splits))
+    ]
+    here = shape.size if config.simulate else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed, memory = sum(by_rank) * here / shape.pp, _host_memory()
+    if needed > memory:
+        raise UserError(
+            f"--recompute {config.recompute}: the activations of {here} ranks take "
+            f"{needed / 2**30:,.0f} GiB or more of the host's memory, which is "
+            f"{memory / 2**30:,.0f} GiB; use --recompute full, a smaller --micro-batch, or "
+            "--recompute-budget 0.5"
         )
 
 

@@ -24,7 +24,7 @@ from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.transformer import declare_model
 from dtron.rules import rules_for, zero_axes
-from dtron.runtime.check_memory import check_memory
+from dtron.runtime.check_memory import check_host_memory, check_memory
 from dtron.runtime.check_values import check_unused
 from dtron.runtime.config import RunConfig
 from dtron.runtime.roll_call import join_job, leave_job
@@ -60,7 +60,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_groups(optimizer, declare_model(config.model))
     counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
     # Checks schedule and layers.
-    pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
+    pipe = pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
     check_unused(config, shape)
     device = _device(config)
     gpu = device.startswith("cuda")
@@ -82,6 +82,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     master = torch.promote_types(compute, torch.float32)
     check_formats(optimizer, declare_model(config.model), shape, config.zero, compute)
     check_memory(config, shape, device, master)
+    check_host_memory(config, pipe, shape, rows, compute)
     return RunPlan(
         shape=shape,
         device=device,

@@ -209,14 +209,17 @@ def in_order(t: Table) -> Iterator[tuple[int, Action]]:
         )
 
 
-def peaks(t: Table) -> list[int]:
+def peaks(t: Table, splits: bool = True) -> list[int]:
     """Return the largest number of activations that each rank keeps at once. A microbatch's
-    activations in a stage are kept from its F to its B or W."""
+    activations in a stage are kept from its F to its B or W.
+
+    ``splits``: False: an I is a whole backward, and frees them."""
+    ends = {"F": 1, "B": -1, "W": -1, "I": 0} if splits else {"F": 1, "B": -1, "I": -1, "W": 0}
     most_of_ranks = []
     for actions in t.rows:
         alive = most = 0
         for a in actions:
-            alive += {"F": 1, "B": -1, "W": -1, "I": 0}[a.kind]
+            alive += ends[a.kind]
             most = max(most, alive)
         most_of_ranks.append(most)
     return most_of_ranks

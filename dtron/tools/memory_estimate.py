@@ -7,11 +7,13 @@ u = rows * S / cp tokens, of which t = u / tp under sequence parallelism. An ele
     selective           e (t D + 2 u D + u (2 heads + 2 kv) H / tp + (g - 1) u F / tp) + 4 u heads /
     tp
     full                e t D
+    offload             0; the last block of a stage is kept whole
 
 The terms are: two residuals and two matmul inputs; query, key, value and output of attention, and
 its log-sum-exps; inputs and outputs of the MLP matmuls, g = 3 with a gate and 2 without. Under
 ``full``, one block at a time is recomputed and held whole. Where u F / tp is large, its MLP runs in
-chunks of c tokens, and c replaces u there (see ``recompute.mlp_chunk_tokens``). A block in backward
+chunks of c tokens, and c replaces u there (see ``recompute.mlp_chunk_tokens``). Under ``offload``,
+two blocks at a time are on the device, and all but the last block of a stage on the host. A block in backward
 also holds the gradients of all these tensors: as many bytes again. Attention over cp also holds
 messages. The ring holds two of keys and values and two of their gradients; allgather holds keys and
 values of whole rows and their gradients; ulysses holds its send and receive buffers. The loss holds
@@ -38,40 +40,9 @@ from rich.table import Table
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.context_parallel import Method
 from dtron.layers.recompute import mlp_chunk_tokens
-from dtron.model.activation_checkpoint import POLICIES, ActivationPolicy, BlockBytes
+from dtron.model.activation_bytes import block_bytes, host_bytes
+from dtron.model.activation_checkpoint import POLICIES, ActivationPolicy
 from dtron.model.config import ModelConfig
-
-
-def block_bytes(
-    m: ModelConfig,
-    shape: MeshShape,
-    tokens: int,
-    element: int = 2,
-    chunk: int | None = None,
-    layer: int = 0,
-) -> BlockBytes:
-    """Return the bytes of one block's activations. An activation policy keeps some of them.
-
-    ``tokens``: tokens of all cp and tp ranks together.
-    ``chunk``: tokens of a rank that its MLP processes at once (None: all).
-    ``layer``: the index of the block, which chooses its mixer.
-    """
-    u = tokens // shape.cp
-    t = u // shape.tp
-    mixer = m.mixer(m.letter(layer)).activation_bytes(shape, tokens, element)
-    c = m.moe
-
-    def total(residuals: int, products: int) -> int:
-        """Add up, with this many residuals and inputs or outputs of the MLP's matmuls."""
-        if c.experts:
-            mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
-        else:
-            mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
-        streams = residuals * t * m.embed + 2 * u * m.embed
-        return element * (streams + mlp) + mixer
-
-    products = 3 if m.activation in ("swiglu", "geglu") else 2
-    return BlockBytes(element * t * m.embed, total(1, products - 1), total(2, products))
 
 
 def loss_bytes(m: ModelConfig, shape: MeshShape, tokens: int, element: int = 2) -> int:
@@ -97,15 +68,28 @@ def activation_bytes(
     kept, work = 0, 0
     for stage, n in enumerate(layers):
         start, stage_kept = sum(layers[:stage]), 0
-        for i in range(n):
-            block, one = policy.block(i), block_bytes(m, shape, tokens, layer=start + i)
+        for i, block in enumerate(policy.of_stage(n)):
+            one = block_bytes(m, shape, tokens, layer=start + i)
             stage_kept += block.kept_bytes(one)
             in_chunks = block_bytes(m, shape, tokens, chunk=chunk, layer=start + i).all
-            # A block's gradients, and its activations again where they are recomputed.
-            work = max(work, 2 * in_chunks if block.reruns else one.all)
+            # A block's gradients, and its activations again where they are recomputed. Where they
+            # come back from the host, those of the block before are on their way too.
+            moved = 0 if block.offload_bytes is None else 2 * one.all
+            work = max(work, 2 * in_chunks if block.reruns else one.all + moved)
         kept = max(kept, stage_kept * (shape.pp - stage))
     messages = max(mixer.message_bytes(shape, tokens, cp_method, element=2) for mixer in m.mixers)
     return kept + max(work + messages, loss_bytes(m, shape, tokens))
+
+
+def most_on_host(
+    m: ModelConfig, shape: MeshShape, tokens: int, policy: ActivationPolicy, layers: Sequence[int]
+) -> int:
+    """Return the bytes of activations that a rank moves to the host, on the rank with the most."""
+    start, most = 0, 0
+    for stage, n in enumerate(layers):
+        blocks = range(start, start := start + n)
+        most = max(most, host_bytes(m, shape, tokens, policy, blocks) * (shape.pp - stage))
+    return most
 
 
 def table(
@@ -123,11 +107,12 @@ def table(
     for name in ("sequence", "tokens on a rank", *(f"--recompute {r}" for r in POLICIES)):
         out.add_column(name, justify="right", no_wrap=True)
     for seq_len in seq_lens:
-        needs = [
-            activation_bytes(m, shape, seq_len, policy, cp_method, layers)
-            for policy in POLICIES.values()
-        ]
-        cells = (f"{size(n)}, all {size(n + weights)}" for n in needs)
+        cells = []
+        for policy in POLICIES.values():
+            needed = activation_bytes(m, shape, seq_len, policy, cp_method, layers)
+            moved = most_on_host(m, shape, seq_len, policy, layers)
+            on_host = f", host {size(moved)}" if moved else ""
+            cells.append(f"{size(needed)}, all {size(needed + weights)}{on_host}")
         out.add_row(f"{seq_len:,}", f"{seq_len // shape.cp // shape.tp:,}", *cells)
     return out
 

@@ -86,9 +86,9 @@ class VerifyConfig:
     document_mask: bool = False
     """several documents in a sequence; tokens attend within their document only"""
     recompute: str = "none"
-    """activation policy: none, selective or full; compiled also budget"""
+    """activation policy: none, selective, full or offload; compiled also budget"""
     recompute_budget: float | None = None
-    """with recompute budget: the share of activations to keep, as 0.5"""
+    """with recompute budget or offload: the share of activations to keep, as 0.5"""
     cp_method: Method = "ring"
     """attention over cp"""
     zigzag: Literal["auto", "on", "off"] = "auto"

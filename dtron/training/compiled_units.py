@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtron.distributed.fp8_all_gather import Unpack
 from dtron.distributed.redistribute import LocalToDTensor, ShardSpec, output_gradient
+from dtron.distributed.saved_tensors import saved_by
 from dtron.layers.recompute import recompute_in_backward
 from dtron.params import Fp8GatherRule
 from dtron.torch_compile import DIRECT
@@ -111,7 +111,7 @@ class CompiledUnits:
         plain = shape, tuple(found.specs)
         kind = self._traced.kind(found.tensors, *plain, weights=found.weights, static=found.static)
         unit = found.unit
-        hooks = nullcontext() if unit is None else saved_tensors_hooks(unit.pack, unit.unpack)
+        hooks = nullcontext() if unit is None else saved_by(unit.pack, unit.unpack)
         with hooks:
             results = kind.run(*found.tensors)
         return tuple(

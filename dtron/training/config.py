@@ -77,10 +77,11 @@ class StepConfig:
     """zero 3 with pp: weights are all-gathered once a step (and kept), or in every block and
     microbatch"""
     recompute: str = "none"
-    """activation policy, to save memory: none, selective or full, or budget (compiled only), which
-    keeps the share of recompute_budget"""
+    """activation policy, to save memory: none, selective, full, budget (compiled only), which keeps
+    the share of recompute_budget, or offload, which moves activations to the host"""
     recompute_budget: float | None = None
-    """with recompute budget: the share of activations to keep, as 0.5; recompute none keeps 1"""
+    """with recompute budget: the share of activations to keep, as 0.5; with offload: the share of
+    blocks that stay on the device, 0 by default"""
     attention_kernel: AttentionPath = "auto"
     """kernels of attention; auto: sdpa where the mask is plain causal, flex on a GPU elsewhere"""
     cp_method: Method = "ring"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtron.distributed.host_memory import HostMemory
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
 from dtron.distributed.symmetric_memory import on_one_host, shared
@@ -51,7 +52,7 @@ def program(
     """Return the model's functions, as the schedule runner takes them."""
     return Program(
         partial(embed, m=m, layout=layout),
-        partial(stage, m=m, layout=layout, how=how),
+        partial(stage, m=m, layout=layout, how=how, host=HostMemory()),
         splits and how.policy.splits,
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
         enter_params=embed_params,

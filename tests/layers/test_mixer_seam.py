@@ -21,6 +21,7 @@ from dtron.errors import UserError
 from dtron.layers.mixer import StageInputs
 from dtron.layers.mla import MLAConfig
 from dtron.mesh import Layout
+from dtron.model.activation_bytes import block_bytes
 from dtron.model.activation_checkpoint import POLICIES
 from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
@@ -32,7 +33,7 @@ from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.validate import check
 from dtron.testing import assert_caught, dropped
-from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.tools.memory_estimate import activation_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program

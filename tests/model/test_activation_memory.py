@@ -13,6 +13,7 @@ from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers import attention_kernels
 from dtron.mesh import Layout
+from dtron.model.activation_bytes import block_bytes
 from dtron.model.activation_checkpoint import POLICIES
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
@@ -22,7 +23,7 @@ from dtron.moe.config import MoEConfig
 from dtron.params import init
 from dtron.rules import rules_for
 from dtron.tools import show
-from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.tools.memory_estimate import activation_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program

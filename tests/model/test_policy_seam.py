@@ -20,6 +20,7 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.recompute import checkpointed
 from dtron.mesh import Layout
+from dtron.model.activation_bytes import block_bytes
 from dtron.model.activation_checkpoint import (
     KEEP_ALL,
     KEEP_INPUT,
@@ -33,7 +34,7 @@ from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.testing import assert_caught, meshes, zero_stages
-from dtron.tools.memory_estimate import activation_bytes, block_bytes
+from dtron.tools.memory_estimate import activation_bytes
 from dtron.training.compiled_stage import compiled
 from dtron.training.pipeline import program
 from dtron.tree import flat
@@ -171,6 +172,6 @@ def test_of_two_blocks_it_keeps_one_and_the_input_of_the_other():
 
 def test_the_flag_takes_its_name_and_no_other():
     assert ComputeConfig(NAME).policy is EVERY_SECOND
-    names = f"none, selective, full, {NAME}"
+    names = f"none, selective, full, offload, {NAME}"
     with pytest.raises(ValueError, match=f"--recompute no_such_policy: must be one of {names}"):
         ComputeConfig("no_such_policy")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dtron.bounds import from_to
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.model.activation_bytes import block_bytes, host_bytes
+from dtron.model.activation_checkpoint import policy_for
 from dtron.runtime import check_memory
 from dtron.runtime.cli import parse
 from dtron.runtime.launch import plan_run
@@ -23,6 +26,11 @@ LONG = "x" * 300
         (["--optim.lr", "nan"], ["lr"]),
         (["--seed", str(10**23)], [f"--seed {10**23}", "at most"]),
         (["--timeout-seconds", str(10**14)], ["--timeout-seconds", "at most"]),
+        (["--recompute", "unload"], ["--recompute unload", "offload", "--recompute full"]),
+        (["--recompute-budget", "0.5"], ["--recompute-budget 0.5", "budget and offload"]),
+        (["--recompute", "offload", "--recompute-budget", "1.5"], ["1.5", "from 0 to 1"]),
+        (["--recompute", "offload", "--recompute-budget", "nan"], ["nan", "from 0 to 1"]),
+        (["--recompute", "budget"], ["--recompute budget", "--recompute-budget 0.5"]),
         (["--batch", str(10**12)], ["--batch", "at most"]),
         (["--data.path", ""], ["--data.path ''", "is empty"]),
         (["--data.tokenizer", " "], ["--data.tokenizer ' '", "is empty"]),
@@ -78,6 +86,32 @@ def test_memory_is_that_of_the_group_too(tmp_path, monkeypatch):
             one_line(lambda: plan_run(config), "which has 0 GiB")
         else:
             plan_run(config)
+
+
+def test_activations_that_the_host_cannot_hold(tmp_path, monkeypatch):
+    """Of all ranks together. In a pipeline a rank has several microbatches in flight. The last
+    block of a stage stays on the device."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(check_memory, "_GROUP_LIMIT", limit)
+    flags = ["--simulate", "--model.layers", "3", "--model.context", "4096", "--batch", "64"]
+    flags += ["--data.seq-len", "4096", "--model.kv-heads", "2"]
+    config = parse([*flags, "--mesh", "dp=1"])
+    one = host_bytes(
+        config.model, MeshShape(), 64 * 4096, policy_for("offload"), range(3), element=4
+    )
+    sizes = block_bytes(config.model, MeshShape(), 64 * 4096, element=4)
+    assert one == 2 * sizes.all > 2**30
+    for mesh, needed in (("dp=1", one), ("dp=2", one), ("tp=2", None), ("pp=2", None)):
+        own = [*flags, "--mesh", mesh, "--recompute", "offload"]
+        own += ["--model.layers", "6", "--micro-batch", "16"] if mesh == "pp=2" else []
+        limit.write_text(str(2**29))
+        one_line(lambda own=own: plan_run(parse(own)), "--recompute offload", "--recompute full")
+        plan_run(parse([*own, "--recompute", "full"]))
+        if needed is not None:
+            limit.write_text(str(needed))
+            plan_run(parse(own))
+            limit.write_text(str(needed - 1))
+            one_line(lambda own=own: plan_run(parse(own)), "--recompute offload")
 
 
 def test_programs_that_would_not_end():

@@ -236,7 +236,7 @@ def gathered_alive(recompute: str, checkpointed: bool) -> tuple[int, int]:
     return len(refs), alive
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
 def test_zero_3_keeps_no_gathered_weight_for_backward(recompute):
     gathered, alive = gathered_alive(recompute, checkpointed=True)
     assert gathered == 2 * (MLP_WEIGHTS + ATTENTION_WEIGHTS) + 2 and alive == 0

@@ -159,6 +159,7 @@ def test_weights_are_gathered_one_unit_ahead(monkeypatch):
         ("none", "gather"),
         ("none", "cast"),
         ("full", "cast"),
+        ("offload", "cast"),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
             for x in (("none", ""), ("selective", "gather"), ("full", "gather"))
