@@ -239,6 +239,12 @@ def like(x: Tensor, part: Tensor) -> Tensor:
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
 
 
+def pending_maximum(x: Tensor, y: Tensor) -> Tensor:
+    """Return the larger elements of two tensors with the same placements. A maximum over ranks may
+    be pending in both: then it is pending in the result. Communicates nothing."""
+    return like(x, torch.maximum(to_local(x), to_local(y)))
+
+
 @typing.overload
 def cast(x: DTensor, dtype: torch.dtype, copy: bool = False) -> DTensor: ...
 @typing.overload
