@@ -66,7 +66,7 @@ def _largest_logits(
     (rows, heads, length, width), (key_heads, key_count) = q.shape, k.shape[1:3]
     b = torch.arange(rows, device=q.device)[:, None, None]
     i_BS, j_S = mask.places(q.device)
-    ordered = queries is None and keys is None
+    ordered, k = queries is None and keys is None, k.contiguous()
     largest = q.new_full((heads,), float("-inf"))
     size = max(1, LOGITS_AT_ONCE // (rows * heads * key_count))
     for start in range(0, length, size):

@@ -149,7 +149,7 @@ def clipped_on_pool(config: RunConfig, backend: str | None) -> dict[str, float]:
 def test_real_ranks_eager_and_compiled(pool, mesh, layers):
     config = clipped(mesh, group=1, layers=layers, zero=3, heads=2, kv_heads=2)
     want = clipped_on_pool(replace(config, mesh="dp=1"), None)
-    assert want["logit 0"] > want["logit 1"] > 6.0
+    assert want["logit 0"] > 6.0 and want["logit 0"] > want["logit 1"]
     for backend in (None, "aot_eager"):
         for got in pool.run(clipped_on_pool, config, backend):
             assert got == pytest.approx({name: want[name] for name in got}, rel=1e-9)
