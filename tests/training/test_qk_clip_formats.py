@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
+from dtron.layers.attention import AttentionMixer
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.batch import make_batch
+from dtron.model.block import LARGEST_LOGITS
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model
 from dtron.params import init
 from dtron.rules import rules_for
 from dtron.runtime.config import OptimConfig, RunConfig
+from dtron.testing import assert_caught
 from dtron.training.build import build_step
+from dtron.training.clip_factors import clip_factors
 from dtron.training.compiled_stage import compiled
 from dtron.training.config import RunPlan
 from dtron.training.gradients import gradients
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import (
+    Optimizer,
+    OptimizerState,
     apply_update,
     init_state,
     stored_params,
     with_compute_copies,
 )
 from dtron.training.pipeline import on_ranks, one_stage, pipeline, program
+from dtron.training.qk_clip import QKClip
 from dtron.training.state_formats import values
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
@@ -154,3 +163,42 @@ def test_real_ranks_eager_and_compiled(pool, mesh, layers):
         for got in pool.run(clipped_on_pool, config, backend):
             assert got == pytest.approx({name: want[name] for name in got}, rel=1e-9)
         assert len(got) > 10
+
+
+class NoNumberRead(TorchDispatchMode):
+    """Fails where the host would wait for the device to read a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero"), name
+        return func(*args, **kwargs or {})
+
+
+class Still(Optimizer):
+    """An optimizer that changes nothing."""
+
+    def update(self, spec, params, grads, state, scalars, layout):
+        return params, state
+
+
+def clips_without_reading() -> None:
+    config = clipped("dp=1")
+    pipe = one_stage(config.model, 1, ONE)
+    params = init(pipe.spec, config.model.dims(), 0, ONE, F64)
+    before = params[0].blocks[0].mixer.w_q.clone()
+    reports = {0: {LARGEST_LOGITS: torch.tensor([[3.0, 9.0]], dtype=F64)}}
+    with NoNumberRead():
+        factors = clip_factors(reports, pipe, config.model, 6.0)
+        scalars = UpdateScalars(0.1, ok=torch.tensor(True), factors=factors)
+        QKClip(Still()).update(pipe.spec, params, None, OptimizerState(0, {}), scalars, ONE)
+    after = params[0].blocks[0].mixer.w_q
+    assert after[:, 0].equal(before[:, 0]) and after[:, 1].norm() < before[:, 1].norm()
+
+
+def test_the_host_reads_no_number():
+    """So a CUDA graph can record the step."""
+    clips_without_reading()
+    usual = AttentionMixer.logit_factors
+    reads = lambda self, p, factor_N: usual(self, p, factor_N) if factor_N.min() < 1 else {}
+    with mock.patch.object(AttentionMixer, "logit_factors", reads):
+        assert_caught(clips_without_reading)
