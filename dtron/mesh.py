@@ -101,8 +101,8 @@ class Layout(Leaf):
         They are derived from the mesh.
 
     Axis arguments are logical axis names, one per dim. None is a dim that is never sharded.
-    ``"+vocab"`` means that a sum over the mesh axes of ``vocab`` is still pending.
-    """
+    ``"+vocab"`` means that a sum over the mesh axes of ``vocab`` is still pending, and ``"^vocab"``
+    that a maximum is."""
 
     mesh: DeviceMesh | None = None
     rules: Rules = field(default_factory=lambda: RULES)

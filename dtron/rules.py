@@ -52,6 +52,9 @@ RULES: Rules = {
 # The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
 ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
 
+# The reductions that may be pending, by the sign before a logical axis.
+PENDING = {"+": "sum", "^": "max"}
+
 # The mesh axes along which layers exchange rows themselves. Each axis has a process group.
 EXCHANGED = ("ep", "cp")
 
@@ -97,7 +100,8 @@ def _place(
     for dim, axis in enumerate(axes):
         if axis is None:
             continue
-        name = axis.removeprefix("+")
+        pending = PENDING.get(axis[0])
+        name = axis[1:] if pending else axis
         if name not in rules:
             raise ValueError(
                 f"logical axis {name!r} has no row in the rules: {', '.join(rules)}; add one"
@@ -107,7 +111,7 @@ def _place(
                 raise ValueError(
                     f"{axes}: two dims share mesh axis {atom!r}; change a row of the rules"
                 )
-            where[atom] = Partial() if axis.startswith("+") else Shard(dim)
+            where[atom] = Partial(pending) if pending else Shard(dim)
     return tuple([where.get(mesh_axis, Replicate()) for mesh_axis in mesh_axes])
 
 

@@ -233,10 +233,14 @@ def to_local(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor, part: Tensor) -> Tensor:
-    """Return a tensor with the placements of x and ``part`` as this rank's local tensor, on any
-    device. This calls DTensor's constructor, which is not public: ``from_local`` would move
-    ``part`` to the mesh's device."""
+    """Return a tensor with x's placements and the local tensor ``part``, on any device. DTensor's
+    constructor is not public, but ``from_local`` would move ``part`` to the mesh's device."""
     return DTensor(part, x._spec, requires_grad=False) if isinstance(x, DTensor) else part
+
+
+def pending_maximum(x: Tensor, y: Tensor) -> Tensor:
+    """Return the larger elements; a maximum over ranks may be pending in both tensors."""
+    return like(x, torch.maximum(to_local(x), to_local(y)))
 
 
 @typing.overload

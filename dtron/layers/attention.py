@@ -2,16 +2,16 @@
 
 Tensor parallelism shards the heads. Each rank projects, rotates and attends with its own heads, and
 only ``w_o`` needs the other heads (Shoeybi et al. 2019, arXiv:1909.08053, figure 3b). The core is a
-local region: each rank unflattens the tokens of its own heads to ``[B, S, N, H]``.
-attention_kernels.py selects the kernels. If cp shards the sequences, context_parallel.py does the
-communication; otherwise the core communicates nothing.
+local region (attention_core.py): each rank unflattens the tokens of its own heads to
+``[B, S, N, H]``. attention_kernels.py selects the kernels. If cp shards the sequences,
+context_parallel.py does the communication; otherwise the core communicates nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,18 +19,13 @@ from torch import Tensor
 from dtron.bounds import divides, nearest_divisor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, with_bias
+from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, largest
+from dtron.layers.attention_kernels import LEAST_HEAD_DIM, AttentionPath
 from dtron.layers.attention_mask import AttentionMask
-from dtron.layers.context_parallel import (
-    ContextParallelMask,
-    Method,
-    RowSharding,
-    attend,
-    prepare,
-)
-from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache, recall
+from dtron.layers.context_parallel import Method, RowSharding, prepare
+from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache
 from dtron.layers.linear import linear, linear_in
-from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
+from dtron.layers.mixer import Mixer, StageInputs
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import rope_tables, rotate
 from dtron.layers.token_order import TokenOrder
@@ -57,31 +52,16 @@ class Attention:
     k_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionInputs(MixerInputs):
-    """The inputs of attention.
-
-    ``mask``: the mask; a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
-    ``table_TH``: the rotary angles of each token, ``[T@tokens, H]`` (None: no rotation).
-    ``path``: the kernels, see attention_kernels.py.
-    ``cache``: a ``KVCache``, to which the new keys and values are added.
-    ``positions_T [T@tokens]``: the slots of the new tokens in the cache."""
-
-    mask: AttentionMask | ContextParallelMask
-    table_TH: Tensor | None = None
-    path: AttentionPath = "auto"
-    positions_T: Tensor | None = None
-
-    @property
-    def past(self) -> Past:
-        """The cache and the new tokens' slots."""
-        if self.cache is None:
-            return Past()
-        return Past(self.cache.k_TKH, self.cache.v_TKH, self.positions_T)
-
-
 def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+    return attention_outputs(p, x_TD, inputs, layout, logits=False)[0]
+
+
+def attention_outputs(
+    p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout, logits: bool
+) -> tuple[Tensor, ...]:
+    """Return the result of ``attention``, and with ``logits`` also the largest logit of each head:
+    ``[N@heads]``, a pending maximum over tokens."""
     recipe = inputs.recipe
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     q_TNH = linear(x_TD, p.w_q, p.b_q, recipe)  # local, like the next lines
@@ -101,52 +81,20 @@ def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layou
         documents_T: Tensor | None,
         sinks_N: Tensor | None,
         *past: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         if table_TH is not None:
             q_TNH, k_TKH = rotate(q_TNH, table_TH), rotate(k_TKH, table_TH)
         heads = Heads(q_TNH, k_TKH, v_TKH)
-        return core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
+        o_TNH = core(heads, documents_T, sinks_N, Past(*past), inputs, layout)
+        return (o_TNH, largest(heads, documents_T, inputs, layout)) if logits else (o_TNH,)
 
     # Communication over cp: see context_parallel.py.
-    o_TNH = layout.local_map(on_rank, ins, q)(
+    o_TNH, *largest_N = layout.local_map(on_rank, ins, [q, LARGEST] if logits else [q])(
         q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past
     )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
-    return y_TD if p.b_o is None else y_TD + p.b_o
-
-
-class Heads(NamedTuple):
-    """Queries, keys and values of a rank's heads. Values may have another width than queries and
-    keys."""
-
-    q_TNH: Tensor
-    k_TKH: Tensor
-    v_TKH: Tensor
-
-
-def core(
-    heads: Heads,
-    documents_T: Tensor | None,
-    sinks_N: Tensor | None,
-    past: Past,
-    inputs: AttentionInputs,
-    layout: Layout,
-) -> Tensor:
-    """Attend with a rank's own heads and its own tokens. Rank-local, except for communication over
-    cp. The output is as wide as the values. With a past, rows are whole and there are no documents.
-    The mask is then an explicit matrix, whatever the path is.
-
-    ``documents_T``: ``[T@rows]``, a rank's shard.
-    ``inputs``: its ``mask`` and ``path`` are used."""
-    mask = inputs.mask
-    if past.k_TKH is None:
-        return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
-    assert isinstance(mask, AttentionMask)  # rows are whole
-    q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
-    k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
-    attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
-    return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+    return y_TD if p.b_o is None else y_TD + p.b_o, *largest_N
 
 
 class AttentionMixer(Mixer):
@@ -157,6 +105,7 @@ class AttentionMixer(Mixer):
     ``width_name``: the text before the width of a head in an error message."""
 
     params: ClassVar[type] = Attention
+    has_logits: ClassVar[bool] = True
     kv_axis: ClassVar[str] = "kv_heads"
     width_name: ClassVar[str] = "model.head_dim="
 
@@ -191,6 +140,21 @@ class AttentionMixer(Mixer):
 
     def apply(self, p: Any, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
         return attention(p, x_TD, inputs, layout)
+
+    def apply_with_logits(
+        self, p: Any, x_TD: Tensor, inputs: AttentionInputs, layout: Layout
+    ) -> tuple[Tensor, ...]:
+        return attention_outputs(p, x_TD, inputs, layout, logits=True)
+
+    def logit_factors(self, p: Any, factor_N: Tensor) -> dict[str, Tensor]:
+        """A key head is shared by a group of query heads. It takes the root of the factor that
+        all of its group need, and the queries take the rest. So no weight grows, and a head with
+        factor 1 keeps its queries and its keys. (A group of one: equation of section 2.1.2 with
+        alpha = 1/2.)"""
+        shared_K = factor_N.unflatten(0, (self.model.kv_heads, -1)).amax(1).sqrt()
+        own_N = factor_N / shared_K.repeat_interleave(len(factor_N) // len(shared_K))
+        pairs = (p.w_q, own_N), (p.b_q, own_N), (p.w_k, shared_K), (p.b_k, shared_K)
+        return {w.path: factor[:, None] for w, factor in pairs if w is not None}
 
     def prepare(self, stage: StageInputs, layout: Layout) -> dict[int | None, AttentionInputs]:
         """Make the rotary angles, and a mask for each window."""

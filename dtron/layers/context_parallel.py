@@ -37,6 +37,7 @@ from torch import Tensor
 from dtron.distributed.collectives import AxisGroup, all_gather, all_to_all
 from dtron.layers.attention_block_kernels import kernel_for
 from dtron.layers.attention_kernels import CORES, LEAST_HEAD_DIM, AttentionPath, choose, with_blocks
+from dtron.layers.attention_logits import largest_logits
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.ring_attention import AXIS, ring, ring_plainly
 from dtron.layers.token_order import row_order
@@ -200,11 +201,8 @@ def by_allgather(
     path: AttentionPath,
 ) -> Tensor:
     """Compute attention by ``allgather``; see the module."""
-    n = layout.parts(AXIS)
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
-    kv_TC = torch.cat([k.flatten(1), v.flatten(1)], dim=-1)
-    kv_TC = all_gather(kv_TC, _peers(layout).ranks)  # over cp; backward: reduce-scatter
-    rows = kv_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
+    rows = _whole_rows(torch.cat([k.flatten(1), v.flatten(1)], dim=-1), context, layout)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))
         for x, like in zip(rows.split(widths, dim=-1), (k, v), strict=True)
@@ -212,6 +210,38 @@ def by_allgather(
     q = _heads_first(q.unflatten(0, (len(k), -1)))
     o = CORES[path](q, k, v, documents_BS, sinks_N, context.steps[0])
     return o.transpose(1, 2).flatten(0, 1)
+
+
+def _whole_rows(x_TC: Tensor, context: ContextParallelMask, layout: Layout) -> Tensor:
+    """Return ``[B, S, C]``, in the order of ``order_S``, from this rank's shard of each row."""
+    n = layout.parts(AXIS)
+    x_TC = all_gather(x_TC, _peers(layout).ranks)  # over cp; backward: reduce-scatter
+    return x_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
+
+
+def largest_of_shard(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    documents_T: Tensor | None,
+    mask: AttentionMask | ContextParallelMask,
+    layout: Layout,
+) -> Tensor:
+    """Return ``largest_logits`` of this rank's queries with all keys of their rows, inside a local
+    region. Over cp, keys of whole rows are all-gathered, whichever method attention has.
+
+    ``documents_T``: ``[T@rows]``.
+    ``mask``: a result of ``prepare``."""
+    if isinstance(mask, AttentionMask):
+        whole = mask
+        q, k = (x.unflatten(0, (-1, mask.seq_len)) for x in (q_TNH, k_TKH))
+    else:
+        shards_PC = mask.order_S.unflatten(0, (layout.parts(AXIS), -1))
+        whole = replace(mask.mask, queries=shards_PC[mask.place], keys=mask.order_S)
+        k = _whole_rows(k_TKH.detach().flatten(1), mask, layout)
+        k = k.unflatten(-1, k_TKH.shape[1:])
+        q = q_TNH.unflatten(0, (len(k), -1))
+    documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.seq_len))
+    return largest_logits(_heads_first(q), _heads_first(k), documents, whole)
 
 
 def by_ulysses(

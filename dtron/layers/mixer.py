@@ -88,6 +88,8 @@ class Mixer(Leaf):
     model: Any
 
     params: ClassVar[Any]
+    has_logits: ClassVar[bool] = False
+    """whether tokens attend by logits of heads, whose axis is ``heads``"""
 
     @property
     def norm_eps(self) -> float:
@@ -111,6 +113,21 @@ class Mixer(Leaf):
 
     def apply(self, p: Any, x_TD: Tensor, inputs: Any, layout: Layout) -> Tensor:
         """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+        raise NotImplementedError
+
+    def apply_with_logits(
+        self, p: Any, x_TD: Tensor, inputs: Any, layout: Layout
+    ) -> tuple[Tensor, ...]:
+        """Return the result of ``apply``, and the largest attention logit of each head over this
+        microbatch: ``[N@heads]``, where a maximum over tokens is pending (attention_logits.py). For
+        a mixer that ``has_logits``."""
+        raise NotImplementedError
+
+    def logit_factors(self, p: Any, factor_N: Tensor) -> dict[str, Tensor]:
+        """Return the factors of weights, by path, that multiply the logits of head n by factor n.
+        A factor has the last dims of its weight. For a mixer that ``has_logits``.
+
+        ``p``: the layer's ``WeightSpec`` records."""
         raise NotImplementedError
 
     def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:

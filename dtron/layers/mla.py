@@ -33,7 +33,8 @@ from torch import Tensor
 
 from dtron.bounds import under
 from dtron.errors import UserError
-from dtron.layers.attention import AttentionInputs, AttentionMixer, Heads, core
+from dtron.layers.attention import AttentionMixer
+from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, largest
 from dtron.layers.kv_cache import Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
@@ -118,6 +119,14 @@ class MLA:
 def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement. The rotary angles
     ``inputs.table_TH`` are as wide as ``rope_dim``."""
+    return mla_outputs(p, x_TD, inputs, layout, logits=False)[0]
+
+
+def mla_outputs(
+    p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout, logits: bool
+) -> tuple[Tensor, ...]:
+    """Return the result of ``mla``, and with ``logits`` also the largest logit of each head:
+    ``[N@heads]``, a pending maximum over tokens."""
     table_TH, recipe, eps = inputs.table_TH, inputs.recipe, inputs.eps
     q_TR = x_TD  # local, like the next lines: each rank has its own tokens
     if p.w_q_down is not None and p.q_norm is not None:
@@ -142,16 +151,17 @@ def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor
         table_TH: Tensor,
         documents_T: Tensor | None,
         *past: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         own = _heads(q_TNH, kv_TNH, k_TH, table_TH)
-        return core(own, documents_T, None, Past(*past), inputs, layout)
+        o_TNH = core(own, documents_T, None, Past(*past), inputs, layout)
+        return (o_TNH, largest(own, documents_T, inputs, layout)) if logits else (o_TNH,)
 
     # Communication over cp: see context_parallel.py.
-    o_TNH = layout.local_map(on_rank, ins, heads)(
+    o_TNH, *largest_N = layout.local_map(on_rank, ins, [heads, LARGEST] if logits else [heads])(
         q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past
     )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
-    return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+    return layout.constrain(y_TD, "tokens_sp", "act_embed"), *largest_N  # reduce-scatter over tp
 
 
 def _heads(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor) -> Heads:
@@ -195,6 +205,21 @@ class MLAMixer(AttentionMixer):
 
     def apply(self, p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
         return mla(p, x_TD, inputs, layout)
+
+    def apply_with_logits(
+        self, p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout
+    ) -> tuple[Tensor, ...]:
+        return mla_outputs(p, x_TD, inputs, layout, logits=True)
+
+    def logit_factors(self, p: Any, factor_N: Tensor) -> dict[str, Tensor]:
+        """All heads share the rotary key, so it stays, and the rotary queries take the whole
+        factor. Of the other logits, queries and keys take the root each."""
+        c, factor_N1 = self.model.mla, factor_N[:, None]
+        nope = factor_N1.sqrt().expand(-1, c.nope_dim)
+        queries = torch.cat([nope, factor_N1.expand(-1, c.rope_dim)], dim=1)
+        keys = torch.cat([nope, torch.ones_like(factor_N1).expand(-1, c.v_dim)], dim=1)
+        w_q = p.w_q if p.w_q_up is None else p.w_q_up
+        return {w_q.path: queries, p.w_kv_up.path: keys}
 
     def check_model(self) -> None:
         m = self.model

@@ -63,7 +63,8 @@ class BlockInputs:
     ``token_info``: for experts, see ``moe``.
     ``dispatch``: the dispatcher of tokens to experts.
     ``recipe``: the recipe for FP8 matmuls, or None.
-    ``chunk``: chunk size of the MLP, see ``mlp``."""
+    ``chunk``: chunk size of the MLP, see ``mlp``.
+    ``logits``: whether the block returns its largest attention logits."""
 
     mixer: Mixer
     mixer_inputs: MixerInputs
@@ -71,6 +72,11 @@ class BlockInputs:
     dispatch: Dispatch = "auto"
     recipe: Recipe | None = None
     chunk: int | None = None
+    logits: bool = False
+
+
+LARGEST_LOGITS = "largest_logits"
+LAYER_STATS = ("load", "router", "dropped")  # the fields of ``LayerStats``
 
 
 def block(
@@ -81,23 +87,37 @@ def block(
     m: ModelConfig,
     layout: Layout,
 ) -> tuple[Tensor, ...]:
-    """Apply a block: ``x_TD [T@tokens_sp, D]`` -> ``(x_TD,)``. A block with experts also returns
-    its term of the loss and the fields of its ``LayerStats``.
+    """Apply a block: ``x_TD [T@tokens_sp, D]`` -> ``(x_TD, *more)``; ``output_names`` names the
+    other outputs.
 
     ``before_E``: for experts, see ``route``."""
     h_TD = norm(p.norm_1, x_TD, m.norm_eps)
-    x_TD = x_TD + inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
+    logits: list[Tensor] = []
+    if inputs.logits:
+        mixed_TD, *logits = inputs.mixer.apply_with_logits(
+            p.mixer, h_TD, inputs.mixer_inputs, layout
+        )
+    else:
+        mixed_TD = inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
+    x_TD = x_TD + mixed_TD
     h_TD = norm(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         assert p.mlp is not None
-        return (x_TD + mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk),)
+        y_TD = mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk)
+        return x_TD + y_TD, *logits
     assert inputs.token_info is not None
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
     if p.moe.shared is not None:
         y_TD = y_TD + shared_expert(p.moe, h_TD, layout, m.activation, inputs.recipe)
-    return x_TD + y_TD, aux, *stats
+    return x_TD + y_TD, *logits, aux, *stats
+
+
+def output_names(logits: bool, sparse: bool) -> tuple[str, ...]:
+    """Return the names of a block's outputs after x_TD: its largest attention logits, and with
+    experts its term of the loss and the fields of its ``LayerStats``."""
+    return (LARGEST_LOGITS,) * logits + ("aux", *LAYER_STATS) * sparse
 
 
 @dataclass(frozen=True)
@@ -144,24 +164,26 @@ class BlockRunner:
         end: bool,
         wrap: Callable[[Callable], Callable] | None = None,
         targets_T: Tensor | None = None,
-    ) -> tuple[Tensor, list[list[Tensor]]]:
-        """Run block i. Return x_TD, and a list of the block's other outputs, which is empty without
-        experts.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run block i. Return x_TD, and the block's other outputs by name; see ``output_names``.
 
         ``p``: the params of the block, or of the function that ``wrap`` returns.
         ``end``: whether the block is the first or the last of the model.
         ``wrap``: turns the block's function into a function of ``p``.
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
         policy, recipe = self.how.policy.of_stage(len(self.blocks))[i], self.how.recipe(end)
+        mixer = self.m.mixer(self.blocks[i].letter)
+        logits = self.how.attention_logits and mixer.has_logits and torch.is_grad_enabled()
         sparse = self.blocks[i].moe is not None
         targets_T = self.batch.targets_T if targets_T is None else targets_T
         inputs = BlockInputs(
-            mixer=self.m.mixer(self.blocks[i].letter),
+            mixer=mixer,
             mixer_inputs=self._mixer_inputs(i, recipe),
             token_info=self._token_info(targets_T) if sparse else None,
             dispatch=self.how.moe_dispatch,
             recipe=recipe,
             chunk=self.chunk if policy.reruns else None,
+            logits=logits,
         )
         run_it = partial(block, inputs=inputs, m=self.m, layout=self.layout)
         run_it = run_it if wrap is None else wrap(run_it)
@@ -172,7 +194,7 @@ class BlockRunner:
             x_TD, *more = call()
         else:
             x_TD, *more = self.offload.run(call, (fn, p), x_TD, policy.offload_bytes)
-        return x_TD, [more] if more else []
+        return x_TD, dict(zip(output_names(logits, sparse), more, strict=True))
 
     def fp8_gather(self, end: bool) -> Fp8GatherRule | None:
         """Return the rule that selects weights of a block to all-gather in 8 bits.

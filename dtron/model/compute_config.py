@@ -24,8 +24,9 @@ else:
 @dataclass(frozen=True)
 class ComputeConfig:
     """Settings that may differ between two runs of one model without changing the result beyond
-    rounding: recompute in backward, the attention kernels, the method over cp, FP8 matmuls, and the
-    dispatcher of tokens to experts. The flags of a run set them."""
+    rounding: recompute in backward, the attention kernels, the method over cp, FP8 matmuls, the
+    dispatcher of tokens to experts, and whether training measures the largest attention logit of
+    each head. The flags of a run set them."""
 
     recompute: str = "none"
     recompute_budget: float | None = None
@@ -36,6 +37,7 @@ class ComputeConfig:
     fp8_gather: bool = False
     cp_method: Method = "ring"
     moe_dispatch: Dispatch = "auto"
+    attention_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.fp8_min_weights < 0:

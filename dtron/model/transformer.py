@@ -7,7 +7,7 @@ summed loss. block.py has the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,23 +16,25 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.host_memory import HostMemory
+from dtron.layers.attention_core import LARGEST
 from dtron.layers.cross_entropy import IGNORE, logits, over_all
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm
 from dtron.mesh import Layout
+from dtron.model import head
 from dtron.model.batch import Batch
-from dtron.model.block import Block, BlockRunner, Decoding, block_runner
+from dtron.model.block import (
+    LARGEST_LOGITS,
+    LAYER_STATS,
+    Block,
+    BlockRunner,
+    Decoding,
+    block_runner,
+    output_names,
+)
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
-from dtron.model.head import (
-    end_params,
-    head_input,
-    head_weight,
-    last_norm,
-    norm_and_loss,
-    unshard_head,
-)
-from dtron.model.head import loss as head_loss
+from dtron.model.head import end_params, head_input, head_weight, last_norm, unshard_head
 from dtron.model.mtp import module
 from dtron.params import declare, part, unshard, weight
 from dtron.schedules.runner import StageOutput
@@ -114,19 +116,19 @@ def stage(
     if p.norm is not None:
         order.append((end_params(p), None))
     weights = call.gathered(order, to_loss=p.norm is not None)
-    x_TD, moe_outputs = _blocks(p, weights, x_TD, runner)
+    x_TD, outputs = _blocks(p, weights, x_TD, runner)
     if p.norm is None:
-        return x_TD, _stage_output(moe_outputs, None, m, layout)
+        return x_TD, _stage_output(outputs, None, m, layout)
     mtp, last = None, how.policy.block(len(p.blocks) - 1)
     if batch.targets_TA is None:
-        loss, z = call(norm_and_loss, next(weights), x_TD, batch.targets_T, m, layout, last)
+        loss, z = call(head.norm_and_loss, next(weights), x_TD, batch.targets_T, m, layout, last)
     else:
         end = next(weights)
         (x_TD,) = call(last_norm, end.norm, x_TD, m, layout, last)
-        loss, z = call(head_loss, x_TD, head_weight(end), batch.targets_T, m, layout)
+        loss, z = call(head.loss, x_TD, head_weight(end), batch.targets_T, m, layout)
         mtp, more = _mtp(p, end, x_TD, batch, runner)
-        moe_outputs = [*moe_outputs, *more]
-    return loss, _stage_output(moe_outputs, mtp, m, layout, z if m.z_loss else None)
+        outputs = [*outputs, *more]
+    return loss, _stage_output(outputs, mtp, m, layout, z if m.z_loss else None)
 
 
 def stage_logits(
@@ -190,20 +192,20 @@ def _ends(p: Transformer, m: ModelConfig) -> list[bool]:
 
 def _blocks(
     p: Transformer, weights: Iterator[Any], x_TD: Tensor, runner: BlockRunner
-) -> tuple[Tensor, list[list[Tensor]]]:
-    """Run the blocks. Return x_TD and the other outputs of blocks with experts.
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Run the blocks. Return x_TD and the other outputs of each block.
 
     ``weights``: the blocks' weights, see ``Units.gathered``."""
-    moe_outputs = []
+    outputs = []
     for i, end in enumerate(_ends(p, runner.m)):
         x_TD, more = runner.run(next(weights), x_TD, i, end)
-        moe_outputs += more
-    return x_TD, moe_outputs
+        outputs.append(more)
+    return x_TD, outputs
 
 
 def _mtp(
     p: Transformer, end: Transformer, h_TD: Tensor, batch: Batch, runner: BlockRunner
-) -> tuple[MTPLosses, list[list[Tensor]]]:
+) -> tuple[MTPLosses, list[dict[str, Tensor]]]:
     """Run multi-token prediction. Return each module's loss, a sum over tokens like the main
     loss, with its number of targets, and the other outputs of the modules' blocks.
 
@@ -213,7 +215,7 @@ def _mtp(
     assert batch.tokens_TA is not None and batch.targets_TA is not None
     w_tokens, w_head = end.embedding.w_tokens, head_weight(end)
     ahead = replace(m, z_loss=0.0)
-    losses, counts, moe_outputs = [], [], []
+    losses, counts, outputs = [], [], []
     count = layout.local_map(_count_targets, [("tokens",)], ("+tokens",))
     order = [(p_k, runner.fp8_gather(True)) for p_k in p.mtp]
     for k, p_k in enumerate(runner.call.gathered(order)):
@@ -221,10 +223,10 @@ def _mtp(
         (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
-        losses.append(runner.call(head_loss, h_TD, w_head, targets_T, ahead, layout)[0])
+        losses.append(runner.call(head.loss, h_TD, w_head, targets_T, ahead, layout)[0])
         counts.append(count(targets_T))
-        moe_outputs += more
-    return (losses, counts), moe_outputs
+        outputs.append(more)
+    return (losses, counts), outputs
 
 
 def _embed_ahead(
@@ -244,24 +246,27 @@ def _in_module(block: Callable, e_TD: Tensor, eps: float) -> Callable:
 
 
 def _stage_output(
-    moe_outputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Mapping[str, Tensor]],
     mtp: MTPLosses | None,
     m: ModelConfig,
     layout: Layout,
     z: Tensor | None = None,
 ) -> StageOutput | None:
     """Collect a stage's terms of the loss and its report. A report has one row per layer with
-    experts, or per module of multi-token prediction.
+    experts, per layer with attention, or per module of multi-token prediction.
 
+    ``outputs``: the outputs of each block, see ``output_names``.
     ``mtp``: the losses of multi-token prediction (None: it has no module).
     ``z``: the head's z-loss, which is in the gradient already (None: it has no weight)."""
     terms: list[Tensor] = []
     report: dict[str, Tensor] = {}
-    if moe_outputs:
-        auxes, *stats = zip(*moe_outputs, strict=True)
-        names = ("load", "router", "dropped")
-        report = {name: _stack(xs, layout) for name, xs in zip(names, stats, strict=True)}
-        terms += auxes if m.moe.aux_loss or m.moe.z_loss else ()
+    by_name = {
+        name: [x[name] for x in outputs if name in x]
+        for name in output_names(logits=True, sparse=True)
+    }
+    if by_name["aux"]:
+        report = {name: _stack(by_name[name], layout) for name in LAYER_STATS}
+        terms += by_name["aux"] if m.moe.aux_loss or m.moe.z_loss else ()
     if mtp:
         losses, counts = ([over_all(x, layout) for x in xs] for xs in mtp)
         report["mtp"], report["mtp_tokens"] = _stack(losses, layout), _stack(counts, layout)
@@ -270,14 +275,23 @@ def _stage_output(
         report["z_loss"] = _stack([over_all(z, layout)], layout)
     # sum() starts with 0, and 0 is not a pending sum.
     aux = sum(terms[1:], terms[0]) if terms else None
-    return StageOutput(aux, report) if report else None
+    largest, maxima = by_name[LARGEST_LOGITS], {}
+    if largest:
+        maxima[LARGEST_LOGITS] = _stack(largest, layout, LARGEST, (None, *LARGEST))
+    return StageOutput(aux, report, maxima) if report or maxima else None
 
 
-def _stack(xs: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Stack pending sums, without gradients. Rank-local."""
+def _stack(
+    xs: Sequence[Tensor],
+    layout: Layout,
+    axes: tuple[str | None, ...] = ("+tokens_sp",),
+    out: tuple[str | None, ...] = ("+tokens_sp",),
+) -> Tensor:
+    """Stack pending sums, or tensors with other axes, without gradients. Rank-local.
+
+    ``axes``, ``out``: the axes of each tensor, and those of the stack."""
 
     def stack(*rows: Tensor) -> Tensor:
         return torch.stack(rows)
 
-    pending = ("+tokens_sp",)
-    return layout.local_map(stack, [pending] * len(xs), pending)(*(x.detach() for x in xs))
+    return layout.local_map(stack, [axes] * len(xs), out)(*(x.detach() for x in xs))

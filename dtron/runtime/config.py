@@ -18,6 +18,7 @@ from dtron.training.batch_ramp import BatchRamp, parse_batch
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
 from dtron.training.lr_schedule import Progress
 from dtron.training.optim_config import OptimConfig
+from dtron.training.qk_clip import check_qk_clip
 
 __all__ = [
     "DataConfig",
@@ -97,6 +98,7 @@ class RunConfig(StepConfig):
         if not self.run_dir:
             raise UserError("--run-dir '': has no name; use --run-dir runs/a")
         _ = self.how, self.ramp  # raise UserError for an invalid combination
+        check_qk_clip(self.optim.qk_clip, self.model)
 
     @cached_property
     def ramp(self) -> BatchRamp:

@@ -260,11 +260,13 @@ def _tensorboard(run_dir: Path, start: int) -> Any:
 
 
 def _extras(record: Mapping[str, Any]) -> str:
-    """Format the losses beside cross entropy: of the modules of multi-token prediction, and the
-    head's z-loss."""
+    """Format the losses beside cross entropy (of the modules of multi-token prediction, and the
+    head's z-loss), and the largest attention logit."""
     mtp = [x for name, x in record.items() if name.startswith("mtp.") and name.endswith(".loss")]
     text = f"mtp {' '.join(f'{x:.4f}' for x in mtp)}  " if mtp else ""
-    return text + (f"z-loss {record['z_loss']:.3f}  " if "z_loss" in record else "")
+    text += f"z-loss {record['z_loss']:.3f}  " if "z_loss" in record else ""
+    largest = record.get("max_attention_logit")
+    return text + (f"max logit {largest:.1f}  " if largest is not None else "")
 
 
 def _experts(record: Mapping[str, Any]) -> str:

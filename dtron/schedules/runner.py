@@ -14,6 +14,7 @@ links do the sending (p2p.py)."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dtron.distributed.redistribute import shard_like
+from dtron.distributed.redistribute import pending_maximum, shard_like
 from dtron.schedules.p2p import Links
 from dtron.schedules.split_backward import (
     CompiledHalves,
@@ -38,11 +39,13 @@ class StageOutput(NamedTuple):
     """A stage's outputs besides y.
 
     ``aux``: a scalar that is added to the loss, a sum over tokens like the loss (None: nothing).
-    ``report``: statistics for logging, by name, without gradients: sums over tokens, which are
-        summed over microbatches."""
+    ``report``: statistics, by name, without gradients: sums over tokens, which are summed over
+        microbatches.
+    ``maxima``: statistics that are maxima over tokens, and become maxima over microbatches."""
 
     aux: Tensor | None
     report: dict[str, Tensor]
+    maxima: dict[str, Tensor] = {}
 
 
 def all_params(params: Any) -> Any:
@@ -98,10 +101,12 @@ class PipelineResult:
     ``total``: the last stage's outputs, summed over microbatches; None if that stage is in
         another process.
     ``reports``: the reports of this process's stages, by stage, summed over microbatches.
+    ``maxima``: the maxima of these stages, by stage, over microbatches.
     ``peak``: the largest number of activations that each rank of this process kept at once."""
 
     total: Tensor | None
     reports: dict[int, dict[str, Tensor]]
+    maxima: dict[int, dict[str, Tensor]]
     peak: dict[int, int]
 
 
@@ -125,6 +130,7 @@ def run(
     alive, peak = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     total = None
     reports: dict[int, dict[str, Tensor]] = {}
+    maxima: dict[int, dict[str, Tensor]] = {}
     units: dict[int, list[Tensor]] = {}
     for rank, a in t.order:
         if rank not in alive:
@@ -136,12 +142,14 @@ def run(
             x = x.requires_grad_()
             before = (reports.get(stage),) if program.carries else ()
             args = (weights[stage], x, batches[m], *before)
-            kept[stage, m], values, report = _forward(program.stage, entered, *args)
+            kept[stage, m], values, output = _forward(program.stage, entered, *args)
             y = values[0]
             if stage not in units:  # gradients of the loss terms: ones
                 units[stage] = [_one(value) for value in (values if last else values[1:])]
-            if report:
-                reports[stage] = _sum(reports.get(stage), report)
+            if output is not None and output.report:
+                reports[stage] = _merge(operator.add, reports.get(stage), output.report)
+            if output is not None and output.maxima:
+                maxima[stage] = _merge(pending_maximum, maxima.get(stage), output.maxima)
             alive[rank] += 1
             peak[rank] = max(peak[rank], alive[rank])
             if last:
@@ -171,26 +179,32 @@ def run(
             del kept[stage, m]
             alive[rank] -= 1
     links.finish()
-    return PipelineResult(total, reports, peak)
+    return PipelineResult(total, reports, maxima, peak)
 
 
 def _forward(
     stage: Callable, entered: Tensor | None, weights: Any, x: Tensor, *rest: Any
-) -> tuple[SavedForward, list[Tensor], dict[str, Tensor]]:
+) -> tuple[SavedForward, list[Tensor], StageOutput | None]:
     """Run a stage. Return the state kept for backward; the values of y and, if there is one, of
-    aux; and the report. Of the three results only the first keeps activations alive."""
+    aux; and the stage's output without aux. Of the three results only the first keeps activations
+    alive."""
     y, output = stage(weights, x, *rest)
     ends = [y] if output is None or output.aux is None else [y, output.aux]
     kept = SavedForward(x, [get_gradient_edge(end) for end in ends], entered)
-    return kept, [end.detach() for end in ends], {} if output is None else output.report
+    return kept, [end.detach() for end in ends], output and output._replace(aux=None)
 
 
 def _one(x: Tensor) -> Tensor:
     return shard_like(torch.ones((), dtype=x.dtype, device=x.device), x)
 
 
-def _sum(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, Tensor]:
-    return more if total is None else {name: total[name] + x for name, x in more.items()}
+def _merge(
+    fn: Callable[[Tensor, Tensor], Tensor],
+    old: dict[str, Tensor] | None,
+    more: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Merge the statistics of a microbatch with those of earlier ones by ``fn``."""
+    return more if old is None else {name: fn(old[name], x) for name, x in more.items()}
 
 
 @torch.no_grad()

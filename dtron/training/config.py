@@ -133,6 +133,7 @@ class StepConfig:
             self.fp8_gather,
             self.cp_method,
             self.moe_dispatch,
+            self.optim.qk_clip > 0,
         )
 
     @property

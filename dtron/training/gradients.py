@@ -126,7 +126,7 @@ def gradients(
     (``Layout.summed``), or have the compute dtype if there was nothing to add.
 
     The reports of this process's stages, by stage and name, are plain tensors, summed over
-    microbatches and ranks."""
+    microbatches and ranks, or maxima over them."""
     layout, stage_weights = pipe.layout, functions.stage_weights or EagerWeights(pipe.layout)
     leaves = {
         s: stage_weights.leaves(p, once=zero < 3 or not gather_each)
@@ -165,7 +165,10 @@ def gradients(
     ]
     tree = pipe.reduce_tied_embedding(unflatten(params, grads))
     loss = None if out.total is None else out.total / tokens
-    return loss, tree, {s: _summed(r, layout) for s, r in out.reports.items()}
+    reports = {s: _summed(r, layout) for s, r in out.reports.items()}
+    for s, maxima in out.maxima.items():
+        reports[s] = {**reports.get(s, {}), **{name: full(x) for name, x in maxima.items()}}
+    return loss, tree, reports
 
 
 def evaluate(

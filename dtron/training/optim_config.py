@@ -17,6 +17,7 @@ from dtron.training.muon import Muon
 from dtron.training.offloaded_state import OffloadedState
 from dtron.training.optimizer import Optimizer
 from dtron.training.parameter_groups import ParameterGroups, parse_groups
+from dtron.training.qk_clip import QKClip
 from dtron.training.sgd import SGD
 from dtron.training.weight_average import WeightAverage
 
@@ -69,13 +70,16 @@ class OptimConfig:
     """largest global gradient norm; 0: do not clip"""
     skip_grad_norm: float = 0.0
     """a step with a larger gradient norm is skipped: it changes no weight; 0: no limit"""
+    qk_clip: float = 0.0
+    """largest attention logit: heads with a larger one get smaller query and key weights; 0: no
+    limit"""
     ema: float = 0.0
     """decay of an average of the weights, which is validated and saved too; 0: no average"""
 
     def __post_init__(self) -> None:
         inf = float("inf")
         from_to(self, "optim", {"min_lr_ratio": (0, 1), "wsd_decay_ratio": (0, 1)})
-        sizes = ("lr", "warmup", "max_grad_norm", "skip_grad_norm")
+        sizes = ("lr", "warmup", "max_grad_norm", "skip_grad_norm", "qk_clip")
         under(self, "optim", {name: inf for name in sizes})
         under(self, "optim", {"ema": 1})
         constant, final = self.weight_decay_schedule == "constant", self.final_weight_decay
@@ -128,6 +132,7 @@ def build_optimizer(config: OptimConfig, mup: bool = False) -> Optimizer:
     optimizer = ParameterGroups(optimizer, rows, mup) if rows or mup else optimizer
     if (config.moments, config.master_weights) != ("float32", "float32"):
         optimizer = LowBitState(optimizer, config.moments, config.master_weights)
+    optimizer = QKClip(optimizer) if config.qk_clip else optimizer
     optimizer = OffloadedState(optimizer) if config.offload_state else optimizer
     return WeightAverage(optimizer, config.ema) if config.ema else optimizer
 

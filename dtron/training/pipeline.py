@@ -222,12 +222,19 @@ class Pipeline:
 
     def sum(self, value: Tensor | None) -> Tensor:
         """Sum a value over the pipeline ranks; None counts as 0."""
+        return self._reduce(value, 0.0, dist.ReduceOp.SUM)
+
+    def maximum(self, value: Tensor | None) -> Tensor:
+        """Return the largest value of the pipeline ranks; None counts as -inf."""
+        return self._reduce(value, float("-inf"), dist.ReduceOp.MAX)
+
+    def _reduce(self, value: Tensor | None, neutral: float, op: Any) -> Tensor:
         if self.groups is None:
             assert value is not None  # all stages are here
             return value
-        value = torch.zeros((), device=self.device) if value is None else value
+        value = torch.full((), neutral, device=self.device) if value is None else value
         total = value.to(torch.float64)
-        dist.all_reduce(total, group=self.groups.line)
+        dist.all_reduce(total, op, group=self.groups.line)
         return total
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:

@@ -1,7 +1,8 @@
 """The reports of a step on every rank, and the logged numbers beside the loss.
 
 ``training.gradients`` returns the reports of the stages of this process, summed over the global
-batch and over all ranks that have tokens. Here they are summed over the pipeline ranks too.
+batch and over all ranks that have tokens. Here they are summed over the pipeline ranks too. (Of
+attention logits, the maximum takes the place of the sum.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dtron.model.block import LARGEST_LOGITS
 from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
 from dtron.training.gradients import Reports
@@ -24,11 +26,13 @@ class StepReports(NamedTuple):
     ``experts``: load and sums of the expert layers (``expert_totals``, moe/balance.py).
     ``mtp``: ``[depth, 2]``, of each module of multi-token prediction (model/mtp.py) the summed loss
         and the number of targets.
-    ``z_loss``: the summed z-loss of the head, without its weight."""
+    ``z_loss``: the summed z-loss of the head, without its weight.
+    ``attention_logit``: the largest attention logit of all heads, if it is measured."""
 
     experts: Tensor | None
     mtp: Tensor | None
     z_loss: Tensor | None
+    attention_logit: Tensor | None = None
 
 
 COLUMNS = (*TOTALS, "dropped")
@@ -100,6 +104,15 @@ def head_z_loss(reports: Reports, pipe: Pipeline, weight: float) -> Tensor | Non
     return pipe.sum(last.double())
 
 
+def max_attention_logit(reports: Reports, pipe: Pipeline, threshold: float) -> Tensor | None:
+    """Return the largest attention logit of a step over all heads and layers, on every rank. None
+    if there is no threshold, and so no logit is measured."""
+    if not threshold:
+        return None
+    own = [r[LARGEST_LOGITS].max() for r in reports.values() if LARGEST_LOGITS in r]
+    return pipe.maximum(torch.stack(own).max() if own else None)
+
+
 def describe_extras(reports: StepReports, valid: int) -> dict[str, float]:
     """Return the numbers beside the loss by name. A module of multi-token prediction has fewer
     targets than the model; its loss is NaN if it has none.
@@ -112,4 +125,6 @@ def describe_extras(reports: StepReports, valid: int) -> dict[str, float]:
     }
     if reports.z_loss is not None:
         numbers["z_loss"] = reports.z_loss.item() / valid
+    if reports.attention_logit is not None:
+        numbers["max_attention_logit"] = reports.attention_logit.item()
     return numbers

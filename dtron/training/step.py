@@ -27,12 +27,19 @@ from torch import Tensor
 from dtron.distributed.redistribute import full
 from dtron.model.batch import Batch
 from dtron.schedules.runner import Program
+from dtron.training.clip_factors import clip_factors
 from dtron.training.config import StepConfig
 from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
 from dtron.training.optimizer import Optimizer, OptimizerState, apply_update
 from dtron.training.pipeline import Pipeline
-from dtron.training.reports import StepReports, expert_totals, head_z_loss, mtp_losses
+from dtron.training.reports import (
+    StepReports,
+    expert_totals,
+    head_z_loss,
+    max_attention_logit,
+    mtp_losses,
+)
 from dtron.training.router_bias import update_router_bias
 from dtron.training.update_scalars import UpdateScalars
 
@@ -115,7 +122,8 @@ class TrainStep:
         ok = loss.isfinite() & norm.isfinite()  # else the update would make every weight NaN
         if config.skip_grad_norm:
             ok &= norm <= config.skip_grad_norm
-        scalars = UpdateScalars(lr, scale, ok, number, decay)
+        factors = clip_factors(reports, pipe, m, config.qk_clip)
+        scalars = UpdateScalars(lr, scale, ok, number, decay, factors)
         params, opt = apply_update(
             self.optimizer, pipe.spec, params, grads, opt, scalars, pipe.layout
         )
@@ -125,5 +133,6 @@ class TrainStep:
             expert_totals(reports, pipe, m.moe),
             mtp_losses(reports, pipe, m.mtp.depth),
             head_z_loss(reports, pipe, m.z_loss),
+            max_attention_logit(reports, pipe, config.qk_clip),
         )
         return loss, norm, step_reports, params, opt

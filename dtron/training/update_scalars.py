@@ -6,7 +6,8 @@ The kernels of a CUDA graph (cuda_graph.py) read them from the device, so each m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,15 @@ class UpdateScalars:
     ``scale``: the factor of the gradients, for clipping and to divide by the number of tokens.
     ``ok``: if false, no weight and no state changes, but the update is counted. None: true.
     ``step``: the number of this update, from 1. None: one more than the state's.
-    ``decay``: the factor of every weight decay, from a schedule. None: 1, at no cost."""
+    ``decay``: the factor of every weight decay, from a schedule. None: 1, at no cost.
+    ``factors``: factors of weights after the update, by path; see ``QKClip``."""
 
     lr: float | Tensor
     scale: float | Tensor = 1.0
     ok: Tensor | None = None
     step: int | Tensor | None = None
     decay: float | Tensor | None = None
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DeviceScalars(NamedTuple):

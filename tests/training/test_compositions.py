@@ -22,7 +22,13 @@ from dtron.layers.rope import RopeConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe import experts
 from dtron.moe.config import MoEConfig
-from dtron.runtime.config import DataConfig, ModelConfig, PipelineConfig, RunConfig
+from dtron.runtime.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PipelineConfig,
+    RunConfig,
+)
 from dtron.runtime.validate import check, sequence_unit
 from dtron.schedules import SCHEDULES, stages_of_rank
 from dtron.testing import assert_caught, unsummed, zero_stages
@@ -141,6 +147,7 @@ def runs(draw, axis: str) -> RunConfig:
     order = pick("on", "off", "auto")
     model = draw(models(shape, layers, cp_method, order == "on"))
     unit = sequence_unit(shape, zigzag=True)
+    threshold = 0.0 if model.qk_norm else pick(0.0, 0.005)  # about the middle of the logits
     return RunConfig(
         mesh=str(shape),
         zero=draw(zero_stages()),
@@ -154,6 +161,7 @@ def runs(draw, axis: str) -> RunConfig:
         moe_dispatch=pick("alltoall", "static", "allgather"),
         pipeline=pipeline,
         model=model,
+        optim=OptimConfig(qk_clip=threshold),
         data=DataConfig(seq_len=unit * math.ceil(12 / unit), document_mask=pick(False, True)),
         seed=draw(st.integers(0, 99)),
     )

@@ -1,0 +1,82 @@
+"""The core of attention on a rank: its own heads and its own tokens, for every kind of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dtron.layers.attention_kernels import CORES, AttentionPath, with_bias
+from dtron.layers.attention_mask import AttentionMask
+from dtron.layers.context_parallel import ContextParallelMask, attend, largest_of_shard
+from dtron.layers.kv_cache import Past, recall
+from dtron.layers.mixer import MixerInputs
+from dtron.mesh import Layout
+
+LARGEST = ("heads", "^tokens")
+"""the axes of ``largest``: each head's logit, a maximum over tokens that is pending"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs(MixerInputs):
+    """The inputs of attention.
+
+    ``mask``: the mask; a ``ContextParallelMask`` if cp shards the rows, see context_parallel.py.
+    ``table_TH``: the rotary angles of each token, ``[T@tokens, H]`` (None: no rotation).
+    ``path``: the kernels, see attention_kernels.py.
+    ``cache``: a ``KVCache``, to which the new keys and values are added.
+    ``positions_T [T@tokens]``: the slots of the new tokens in the cache."""
+
+    mask: AttentionMask | ContextParallelMask
+    table_TH: Tensor | None = None
+    path: AttentionPath = "auto"
+    positions_T: Tensor | None = None
+
+    @property
+    def past(self) -> Past:
+        """The cache and the new tokens' slots."""
+        if self.cache is None:
+            return Past()
+        return Past(self.cache.k_TKH, self.cache.v_TKH, self.positions_T)
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values of a rank's heads. Values may have another width than queries and
+    keys."""
+
+    q_TNH: Tensor
+    k_TKH: Tensor
+    v_TKH: Tensor
+
+
+def core(
+    heads: Heads,
+    documents_T: Tensor | None,
+    sinks_N: Tensor | None,
+    past: Past,
+    inputs: AttentionInputs,
+    layout: Layout,
+) -> Tensor:
+    """Attend with a rank's own heads and its own tokens. Rank-local, except for communication over
+    cp. The output is as wide as the values. With a past, rows are whole and there are no documents.
+    The mask is then an explicit matrix, whatever the path is.
+
+    ``documents_T``: ``[T@rows]``, a rank's shard.
+    ``inputs``: its ``mask`` and ``path`` are used."""
+    mask = inputs.mask
+    if past.k_TKH is None:
+        return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
+    assert isinstance(mask, AttentionMask)  # rows are whole
+    q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
+    k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
+    attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
+    return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+
+
+def largest(
+    heads: Heads, documents_T: Tensor | None, inputs: AttentionInputs, layout: Layout
+) -> Tensor:
+    """Return the largest logit of each head for a rank's own queries, ``[N]``; see
+    attention_logits.py. Rank-local, except for communication over cp."""
+    return largest_of_shard(heads.q_TNH, heads.k_TKH, documents_T, inputs.mask, layout)
