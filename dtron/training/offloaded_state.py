@@ -39,7 +39,7 @@ from dtron.training.parameter_groups import part_of_trees
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 
-CHUNK = 1 << 26  # elements of the weights of a chunk, over all ranks
+CHUNK = 1 << 24  # elements of the weights of a chunk, over all ranks
 
 
 class Chunk(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from tests.gpu.test_training import losses
 
 pytestmark = pytest.mark.gpu
-BIG = ["--model.embed", "1024", "--model.mlp", "4096", "--model.layers", "4", "--batch", "4"]
+BIG = ["--model.embed", "1024", "--model.mlp", "4096", "--model.layers", "8", "--batch", "4"]
 
 
 def peak(folder) -> float:

@@ -258,7 +258,7 @@ def test_ranks_of_one_host_have_slots(monkeypatch, host_ranks, with_slots):
     batch = make_batch(torch.zeros(2, 17, dtype=torch.long), Layout())
     pipe.prepare_recording(batch)
     pipe.prepare_recording(batch)
-    assert sorted(pipe.slots[32]) == with_slots
+    assert sorted(pipe.slots[8, 32]) == with_slots  # microbatches, tokens
     size = slots_needed(t)[0, 1] * 32 * MODEL.embed * 2
     assert made == [(f"{min(1, r)} to {max(1, r)}", size) for r in with_slots]
     without = replace(pipe, copy_engines=False, slots={})
