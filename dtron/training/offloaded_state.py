@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class OffloadedState(Optimizer):
             on_host = replace(
                 on_host, trees={n: tree_map(on_device, t) for n, t in on_host.trees.items()}
             )
-            wait = copy_in.do(lambda: _copy([(host, x) for x, host in pairs]))
+            wait = copy_in.do(partial(_copy, [(host, x) for x, host in pairs]))
             w, p, g = trees
             return Chunk((w, p, g, on_host), pairs, wait)
 
@@ -108,7 +109,7 @@ class OffloadedState(Optimizer):
                 coming = fetched(following)
             now.wait()
             self.base.update(*now.trees, scalars, layout)
-            wait = copy_out.do(lambda pairs=now.pairs: _copy(pairs))  # type: ignore[misc]
+            wait = copy_out.do(partial(_copy, now.pairs))
             leaving.append(now._replace(wait=wait))
             if len(leaving) > 1:
                 leaving.pop(0).wait()  # its memory on the device is free now
