@@ -25,7 +25,9 @@ from dtron.model.transformer import declare_model
 from dtron.runtime.config import RunConfig
 from dtron.schedules.table import peaks
 from dtron.training.low_bit_state import master_bytes
+from dtron.training.offloaded_state import OffloadedState
 from dtron.training.optim_config import build_optimizer
+from dtron.training.optimizer import find
 from dtron.training.pipeline import Pipeline
 from dtron.tree import flat
 
@@ -41,10 +43,18 @@ def check_memory(config: RunConfig, shape: MeshShape, device: str, master: torch
         w.numel * master_bytes(optimizer, w, element) + optimizer.state_bytes(w, w.shape, element)
         for w in weights
     )
+    offloaded = find(optimizer, OffloadedState)
+    on_host = sum(offloaded.base.state_bytes(w, w.shape, element) for w in weights if offloaded)
     processes = 1 if config.simulate else shape.size
     here = 1 if config.simulate else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = device.startswith("cuda")
-    needed = whole / processes * (1 if on_gpu else here)
+    if (state := on_host / processes * here) > _host_memory():
+        raise UserError(
+            f"--optim.offload-state: the state of {here} ranks takes {state / 2**30:,.0f} GiB or "
+            f"more of the host's memory, which is {_host_memory() / 2**30:,.0f} GiB; use "
+            "--optim.moments bfloat16, or more ranks (--mesh)"
+        )
+    needed = whole / processes if on_gpu else (whole + on_host) / processes * here
     memory = _gpu_memory(device) if on_gpu else _host_memory()
     if needed > memory:
         where = "each GPU" if on_gpu else "this machine"

@@ -14,7 +14,10 @@ from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.model.transformer import declare_model
 from dtron.params import init
+from dtron.runtime import check_memory
+from dtron.runtime.cli import parse
 from dtron.runtime.config import DataConfig, OptimConfig, RunConfig
+from dtron.runtime.launch import plan_run
 from dtron.testing import assert_caught
 from dtron.tools import show, verify
 from dtron.training import offloaded_state
@@ -24,6 +27,7 @@ from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL
+from tests.helpers.texts import one_line
 from tests.helpers.values import ONE, normal
 
 SPEC = declare_model(MODEL)
@@ -118,3 +122,12 @@ def test_show_has_the_bytes_of_the_host(capsys):
     text = capsys.readouterr().out
     show.main(["--mesh=dp=2"])
     assert "of state on the host" in text and "on the host" not in capsys.readouterr().out
+
+
+def test_too_little_host_memory_is_one_line(monkeypatch):
+    monkeypatch.setattr(check_memory, "_host_memory", lambda: 30_000_000)
+    plan_run(
+        parse(["--device=cpu", "--optim.offload-state", "--model.layers=1", "--model.embed=64"])
+    )
+    flags = ["--device=cpu", "--optim.offload-state"]
+    one_line(lambda: plan_run(parse(flags)), "--optim.offload-state", "GiB", "--optim.moments")
