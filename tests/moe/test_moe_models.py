@@ -17,7 +17,7 @@ import dtron.training.pipeline
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import to_local as local_part
 from dtron.distributed.simulated_ranks import one_rank
-from dtron.model import activation_checkpoint
+from dtron.model import kept_operators
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.moe import router
@@ -219,6 +219,6 @@ def test_a_choice_is_not_made_again(recompute):
 
 
 def test_a_choice_that_is_made_again_is_caught():
-    with mock.patch.object(activation_checkpoint, "_CHOICES", ("none of these",)):
+    with mock.patch.object(kept_operators, "_CHOICES", ("none of these",)):
         want, got = (gradients_with_choices("full", factor) for factor in (1.0, -1.0))
     assert not all(torch.allclose(a, b) for a, b in zip(want, got, strict=True))
