@@ -8,6 +8,7 @@ from typing import Any
 
 from dtron import checkpoint
 from dtron.data import Data
+from dtron.distributed.symmetric_memory import publish_weights
 from dtron.errors import UserError
 from dtron.hf import Source
 from dtron.params import init
@@ -17,6 +18,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
+from dtron.tree import flat
 
 
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
@@ -62,4 +64,8 @@ def initial_state(
                 f"--steps {config.steps}: {resumed} is at step {state.step} already; use more steps"
             )
     copies = with_compute_copies(state.opt, state.params, spec, layout.compute)
+    if copies.compute_copies is None:
+        # Split master weights compute themselves. Other ranks may read them only once the
+        # checkpoint has been loaded into them.
+        publish_weights(flat(state.params))
     return replace(state, opt=copies)
