@@ -44,8 +44,9 @@ class Direct:
 DIRECT = Direct()
 
 # ``jit`` compiles one function for at most this number of kinds of arguments (shapes of weights,
-# masks). By default torch gives up after 8, to detect functions that recompile forever.
-KINDS = 64
+# options of parameter groups, masks). By default torch gives up after 8, to detect functions that
+# recompile forever.
+KINDS = 256
 
 
 def jit(fn: Callable, backend: Any = "inductor") -> Callable:

@@ -175,6 +175,7 @@ NAMES = ["adamw", "lion", "sgd", "muon"]
 HOW = [*((name, False) for name in NAMES), ("adamw", True), ("muon", True)]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("name", "compile"), HOW)
 def test_split_masters_are_those_of_float32_to_the_bit(name, compile):
     # Compiled, because the kernel of torch that eager AdamW takes rounds otherwise.
@@ -204,6 +205,7 @@ def near(optim: OptimConfig, compile: bool = False) -> None:
     assert (a - b).norm() <= 4 * bits * a.norm()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("name", "compile"), HOW)
 @pytest.mark.parametrize("moments", ["bfloat16", "float8"])
 def test_moments_in_few_bits_are_near_those_of_float32(moments, name, compile):

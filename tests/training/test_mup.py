@@ -182,6 +182,7 @@ def steps_of_torch(compile: bool) -> None:
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_steps_are_those_of_torch_with_the_rates_of_the_table(compile):
     steps_of_torch(compile)

@@ -67,6 +67,7 @@ def same(optim: OptimConfig, compile: bool = False) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_the_update_is_that_of_state_on_the_device(optim, compile):

@@ -68,6 +68,7 @@ def steps_of_torch(groups: str, compile: bool) -> None:
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compile", [False, True])
 def test_groups_are_those_of_torch(compile):
     steps_of_torch(GROUPS, compile)

@@ -75,6 +75,7 @@ def updated(optim: OptimConfig, factors: dict, ok: bool = True, backend: str = "
     }
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["", "aot_eager"])
 @pytest.mark.parametrize(
     "choices", [{}, {"name": "muon"}, {"master_weights": "split", "moments": "bfloat16"}]

@@ -107,6 +107,7 @@ def test_adamw_and_sgd_are_those_of_torch(compile, monkeypatch):
     assert_caught(sgd)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("name", "compile"),
     [*((name, kind) for name in NAMES for kind in (None, "aot_eager")), ("adamw", "inductor")],
