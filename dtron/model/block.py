@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from dtron.layers.norm import Norm, norm
 from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
-from dtron.model.activation_checkpoint import BlockFunction, run_block
+from dtron.model.activation_checkpoint import BlockFunction, BlockPolicy, run_block
 from dtron.model.activation_offload import StageActivations
 from dtron.model.batch import Batch
 from dtron.model.compute_config import ComputeConfig
@@ -171,7 +171,7 @@ class BlockRunner:
         ``end``: whether the block is the first or the last of the model.
         ``wrap``: turns the block's function into a function of ``p``.
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
-        policy, recipe = self.how.policy.of_stage(len(self.blocks))[i], self.how.recipe(end)
+        policy, recipe = self.policies[i], self.how.recipe(end)
         mixer = self.m.mixer(self.blocks[i].letter)
         logits = self.how.attention_logits and mixer.has_logits and torch.is_grad_enabled()
         sparse = self.blocks[i].moe is not None
@@ -231,10 +231,14 @@ class BlockRunner:
         pick = partial(torch.select, dim=0, index=row)
         return self.layout.local_map(pick, [("+tokens_sp",)], ("+tokens_sp",))(self.before["load"])
 
+    @cached_property
+    def policies(self) -> list[BlockPolicy]:
+        """The activation policies of the blocks."""
+        return self.how.policy.of_stage(len(self.blocks))
+
     def offloading(self, host: HostMemory) -> BlockRunner:
         """Return the same runner, which moves activations to ``host`` if the policy does so."""
-        policies = self.how.policy.of_stage(len(self.blocks))
-        moves = any(policy.offload_bytes is not None for policy in policies)
+        moves = any(policy.offload_bytes is not None for policy in self.policies)
         needed = moves and torch.is_grad_enabled()
         return replace(self, offload=StageActivations(host)) if needed else self
 

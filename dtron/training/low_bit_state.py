@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,10 +24,15 @@ from torch.distributed.tensor import DTensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import ShardSpec, cast, dim_of, to_local
 from dtron.errors import UserError
-from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import place, rules_for
-from dtron.training.optimizer import Optimizer, OptimizerState, find, init_each
+from dtron.training.optimizer import (
+    Optimizer,
+    WrappedOptimizer,
+    find,
+    init_each,
+    innermost,
+)
 from dtron.training.state_formats import (
     BLOCK,
     MASTERS_LOW,
@@ -36,7 +41,6 @@ from dtron.training.state_formats import (
     Stored,
     split_tensor,
 )
-from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat
 
 Moments = Literal["float32", "bfloat16", "float8"]
@@ -44,20 +48,18 @@ Masters = Literal["float32", "split"]
 
 
 @dataclass(frozen=True)
-class LowBitState(Optimizer):
+class LowBitState(WrappedOptimizer):
     """An optimizer with its state in few bits.
 
-    ``base``: the optimizer that updates the weights.
     ``moments``: the format of its state.
     ``masters``: the format of master weights."""
 
-    base: Optimizer
     moments: Moments
     masters: Masters
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         """Make the trees of the state. ``params`` are in float32; see ``stored_params``."""
-        squares = getattr(self.base, "base", self.base).squares  # the base may be ParameterGroups
+        squares = innermost(self.base).squares
 
         def init(w: WeightSpec, x: Tensor) -> dict[str, Any]:
             trees: dict[str, Any] = {}
@@ -119,20 +121,6 @@ class LowBitState(Optimizer):
         if self.moments == "bfloat16":
             return low_bytes + 2 * elements
         return low_bytes + elements + elements // BLOCK
-
-    def compiled(self, backend: str = "inductor") -> LowBitState:
-        return replace(self, base=self.base.compiled(backend))
-
-    def update(
-        self,
-        spec: Any,
-        params: Any,
-        grads: Any,
-        state: OptimizerState,
-        scalars: UpdateScalars,
-        layout: Layout,
-    ) -> tuple[Any, OptimizerState]:
-        return self.base.update(spec, params, grads, state, scalars, layout)
 
 
 def check_formats(

@@ -40,19 +40,19 @@ from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
 from dtron.training.adamw import AdamW
+from dtron.training.elementwise_optimizer import Shard
 from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
 from dtron.training.optimizer import Optimizer, OptimizerState
 from dtron.training.parameter_groups import part_of_trees
 from dtron.training.state_formats import (
     Stored,
     as_matrix,
-    in_blocks,
     load,
     stored_tree,
     stored_weights,
     write,
 )
-from dtron.training.stochastic_rounding import places, places_in_blocks, random_bits
+from dtron.training.stochastic_rounding import places, random_bits
 from dtron.training.update_scalars import DeviceScalars, UpdateScalars, like_scale, on_device
 from dtron.tree import flat, tree_map
 
@@ -196,44 +196,45 @@ class Muon(Optimizer):
     def _update_matrices(
         self, weights: Sequence[LinearWeight], scalars: UpdateScalars, layout: Layout
     ) -> None:
-        known: dict[Any, Tensor] = {}
+        numbers, known = on_device(scalars), dict[Any, Tensor]()
+        decay: float | Tensor = self.weight_decay
+        if scalars.decay is not None:
+            decay = decay * like_scale(numbers.scale, scalars.decay)
         for one in dealt(weights, layout):
-            shards = [x for w in one.weights for x in self._advance(w, scalars, layout, known)]
+            shards = [x for w in one.weights for x in self._advance(w, numbers, layout, known)]
             whole = one.exchange.to_owners(shards, one.slots)
             del shards
             whole = one.weights[0].orthogonalized(whole, self.iterations)
             updates = iter(one.exchange.to_shards(whole, one.slots))
             for w in one.weights:
-                self._step(w, updates, scalars)
+                self._step(w, updates, numbers, decay)
 
     def _advance(
-        self, w: LinearWeight, scalars: UpdateScalars, layout: Layout, known: dict[Any, Tensor]
+        self, w: LinearWeight, numbers: DeviceScalars, layout: Layout, known: dict[Any, Tensor]
     ) -> list[Tensor]:
         """Update the momentum of a weight. Return this rank's shards of its matrices.
 
         ``known``: see ``places``."""
-        g, m, at = to_local(w.grad), w.momentum.local(), ()
-        shape = m.data.shape
-        if m.in_few_bits:
-            at = places(w.spec, layout, g.device, known)
-            if (dim := m.unblocked_dim) is not None:
-                m, g, at = m.in_blocks(dim), in_blocks(g, dim), places_in_blocks(at, dim)
-        else:
-            g, m = as_matrix(g.contiguous()), m.as_matrix()
-        ahead = self.kernels.advance(m, g, at, on_device(scalars), self.momentum, self.nesterov)
-        ahead = ahead.view(shape)
+        g, m = to_local(w.grad), w.momentum.local()
+        at = places(w.spec, layout, g.device, known) if m.in_few_bits else ()
+        shard = Shard(w.weight.local(), g, (m,), None, at).for_kernel()
+        options = numbers, self.momentum, self.nesterov
+        ahead = self.kernels.advance(*shard.state, shard.grad, shard.places, *options)
+        ahead = ahead.view(m.data.shape)
         return [*ahead.unbind()] if w.of_experts else [ahead]
 
-    def _step(self, w: LinearWeight, updates: Iterator[Tensor], scalars: UpdateScalars) -> None:
+    def _step(
+        self,
+        w: LinearWeight,
+        updates: Iterator[Tensor],
+        numbers: DeviceScalars,
+        decay: float | Tensor,
+    ) -> None:
         """Update a weight.
 
         ``updates``: yields this rank's shard of each orthogonal matrix."""
         x, copy = w.weight.local(), None if w.copy is None else to_local(w.copy)
         update = torch.stack([next(updates) for _ in x.data]) if w.of_experts else next(updates)
-        assert isinstance(scalars.scale, Tensor)
-        lr, size = like_scale(scalars.scale, scalars.lr), RMS * math.sqrt(max(w.rows, w.columns))
         tensors = (x.as_matrix(), as_matrix(update.contiguous()), as_matrix(copy))
-        decay: float | Tensor = self.weight_decay
-        if scalars.decay is not None:
-            decay = decay * like_scale(scalars.scale, scalars.decay)
-        self.kernels.step(*tensors, lr, scalars.ok, decay, size)
+        size = RMS * math.sqrt(max(w.rows, w.columns))
+        self.kernels.step(*tensors, numbers.lr, numbers.ok, decay, size)

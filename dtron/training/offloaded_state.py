@@ -35,7 +35,7 @@ from dtron.distributed.copy_stream import CopyStream
 from dtron.distributed.redistribute import like, to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
-from dtron.training.optimizer import Optimizer, OptimizerState, init_each
+from dtron.training.optimizer import OptimizerState, WrappedOptimizer, init_each
 from dtron.training.parameter_groups import part_of_trees
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, tree_map
@@ -56,21 +56,14 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OffloadedState(Optimizer):
-    """An optimizer with its state on the host.
-
-    ``base``: the optimizer that updates the weights."""
-
-    base: Optimizer
+class OffloadedState(WrappedOptimizer):
+    """An optimizer with its state on the host."""
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         return init_each(spec, params, lambda w, x: _on_host(self.base.init((w,), (x,))))
 
     def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
         return 0
-
-    def compiled(self, backend: str = "inductor") -> OffloadedState:
-        return replace(self, base=self.base.compiled(backend))
 
     def update(
         self,

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,6 +100,43 @@ class Optimizer(Protocol):
         """Return the same optimizer with its arithmetic compiled. An optimizer without this
         function stays eager."""
         return self
+
+
+@dataclass(frozen=True)
+class WrappedOptimizer(Optimizer):
+    """The base of optimizers that add something to another one. A subclass overrides the functions
+    that it changes.
+
+    ``base``: the optimizer that updates the weights."""
+
+    base: Optimizer
+
+    def init(self, spec: Any, params: Any) -> dict[str, Any]:
+        return self.base.init(spec, params)
+
+    def update(
+        self,
+        spec: Any,
+        params: Any,
+        grads: Any,
+        state: OptimizerState,
+        scalars: UpdateScalars,
+        layout: Layout,
+    ) -> tuple[Any, OptimizerState]:
+        return self.base.update(spec, params, grads, state, scalars, layout)
+
+    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
+        return self.base.state_bytes(w, shape, element)
+
+    def compiled(self, backend: str = "inductor") -> Self:
+        return replace(self, base=self.base.compiled(backend))
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that all others around it wrap."""
+    while isinstance(optimizer, WrappedOptimizer):
+        optimizer = optimizer.base
+    return optimizer
 
 
 def find(optimizer: Any, kind: type[Kind]) -> Kind | None:

@@ -27,7 +27,7 @@ from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.rules import RULES
-from dtron.training.optimizer import Optimizer, OptimizerState, find
+from dtron.training.optimizer import Optimizer, OptimizerState, WrappedOptimizer, find
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, with_specs
 
@@ -58,13 +58,11 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ParameterGroups(Optimizer):
+class ParameterGroups(WrappedOptimizer):
     """An optimizer with other options for some weights.
 
-    ``base``: the optimizer of weights that no row names.
     ``mup``: whether the width of a weight sets its learning rate (``Optimizer.width_rate``)."""
 
-    base: Optimizer
     rows: tuple[Row, ...]
     mup: bool = False
 
@@ -84,15 +82,6 @@ class ParameterGroups(Optimizer):
                 # neither the decay nor the number of steps after which the initial values are gone.
                 of_group = replace(of_group, weight_decay=of_group.weight_decay / factor)
         return Group(of_group, rate)
-
-    def init(self, spec: Any, params: Any) -> dict[str, Any]:
-        return self.base.init(spec, params)
-
-    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
-        return self.base.state_bytes(w, shape, element)
-
-    def compiled(self, backend: str = "inductor") -> ParameterGroups:
-        return replace(self, base=self.base.compiled(backend))
 
     def update(
         self,

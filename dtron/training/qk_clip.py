@@ -13,7 +13,7 @@ weights (weight_average.py) follows the scaled weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +23,8 @@ from dtron.distributed.redistribute import to_local
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
-from dtron.params import WeightSpec
 from dtron.torch_compile import jit
-from dtron.training.optimizer import Optimizer, OptimizerState
+from dtron.training.optimizer import OptimizerState, WrappedOptimizer
 from dtron.training.state_formats import Stored, load, stored_weights, write
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat
@@ -40,19 +39,10 @@ def scale(w: Stored, copy: Tensor | None, factor: Tensor, ok: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class QKClip(Optimizer):
-    """An optimizer that scales weights after the update, by ``UpdateScalars.factors``.
+class QKClip(WrappedOptimizer):
+    """An optimizer that scales weights after the update, by ``UpdateScalars.factors``."""
 
-    ``base``: the optimizer that updates the weights."""
-
-    base: Optimizer
     kernel: Callable[..., None] = field(default=scale, compare=False, repr=False)
-
-    def init(self, spec: Any, params: Any) -> dict[str, Any]:
-        return self.base.init(spec, params)
-
-    def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
-        return self.base.state_bytes(w, shape, element)
 
     def compiled(self, backend: str = "inductor") -> QKClip:
         return replace(self, base=self.base.compiled(backend), kernel=jit(scale, backend=backend))

@@ -28,7 +28,7 @@ from dtron.distributed.redistribute import to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.torch_compile import jit
-from dtron.training.optimizer import Optimizer, OptimizerState
+from dtron.training.optimizer import OptimizerState, WrappedOptimizer
 from dtron.training.state_formats import Stored, as_matrix, load, stored_weights
 from dtron.training.update_scalars import UpdateScalars, like_scale
 from dtron.tree import flat, tree_map
@@ -45,13 +45,11 @@ def move(average: Tensor, w: Stored, share: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class WeightAverage(Optimizer):
+class WeightAverage(WrappedOptimizer):
     """An optimizer that also keeps an average of the weights.
 
-    ``base``: the optimizer that updates the weights.
     ``decay``: the decay of the average, below 1."""
 
-    base: Optimizer
     decay: float
     kernel: Callable[..., None] = field(default=move, compare=False, repr=False)
 
