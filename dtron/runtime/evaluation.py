@@ -15,6 +15,7 @@ from dtron.runtime.batches import split, to_host
 from dtron.runtime.config import RunConfig
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
+from dtron.training.offloaded_state import on_device
 from dtron.training.pipeline import Pipeline, program
 from dtron.training.weight_average import NAME as EMA
 
@@ -26,7 +27,9 @@ def validation_losses(
 ) -> dict[str, float]:
     """Return the validation loss by its name in metrics.jsonl, and that of the average of the
     weights if the run keeps one."""
-    params = {"validation_loss": state.params, "ema_validation_loss": state.opt.trees.get(EMA)}
+    average = state.opt.trees.get(EMA)  # on the host with --optim.offload-state
+    average = None if average is None else on_device(average, plan.device)
+    params = {"validation_loss": state.params, "ema_validation_loss": average}
     return {
         name: validate(tree, data, config, plan, pipe)
         for name, tree in params.items()

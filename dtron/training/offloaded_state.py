@@ -81,13 +81,13 @@ class OffloadedState(WrappedOptimizer):
             *trees, on_host = part_of_trees(members, spec, params, grads, state)
             pairs: list[tuple[Tensor, Tensor]] = []
 
-            def on_device(x: Tensor) -> Tensor:
+            def device_buffer(x: Tensor) -> Tensor:
                 host = to_local(x)
                 pairs.append((torch.empty_like(host, device=device), host))
                 return like(x, pairs[-1][0])
 
             on_host = replace(
-                on_host, trees={n: tree_map(on_device, t) for n, t in on_host.trees.items()}
+                on_host, trees={n: tree_map(device_buffer, t) for n, t in on_host.trees.items()}
             )
             wait = copy_in.do(partial(_copy, [(host, x) for x, host in pairs]))
             w, p, g = trees
@@ -126,6 +126,11 @@ def _chunks(spec: Sequence[WeightSpec]) -> list[list[int]]:
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for source, target in pairs:
         target.copy_(source, non_blocking=True)
+
+
+def on_device(tree: Any, device: torch.device | str) -> Any:
+    """Return a tree of the state on a device. A tensor that is there already is not copied."""
+    return tree_map(lambda x: like(x, to_local(x).to(device)), tree)
 
 
 def _on_host(trees: dict[str, Any]) -> dict[str, Any]:

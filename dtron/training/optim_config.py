@@ -99,8 +99,8 @@ class OptimConfig:
 
     @property
     def largest_weight_decay(self) -> float:
-        """The largest weight decay of the run. It is the optimizer's option ``weight_decay``, which a
-        schedule multiplies by a factor from 0 to 1 (lr_schedule.py). So a run may begin without
+        """The largest weight decay of the run. It is the optimizer's option ``weight_decay``. A
+        schedule multiplies it by a factor from 0 to 1 (lr_schedule.py). So a run may begin without
         weight decay."""
         return max(self.weight_decay, self.final_weight_decay or 0.0)
 
@@ -133,8 +133,8 @@ def build_optimizer(config: OptimConfig, mup: bool = False) -> Optimizer:
     if (config.moments, config.master_weights) != ("float32", "float32"):
         optimizer = LowBitState(optimizer, config.moments, config.master_weights)
     optimizer = QKClip(optimizer) if config.qk_clip else optimizer
-    optimizer = OffloadedState(optimizer) if config.offload_state else optimizer
-    return WeightAverage(optimizer, config.ema) if config.ema else optimizer
+    optimizer = WeightAverage(optimizer, config.ema) if config.ema else optimizer
+    return OffloadedState(optimizer) if config.offload_state else optimizer
 
 
 def _options(config: OptimConfig, names: list[str]) -> dict[str, Any]:
