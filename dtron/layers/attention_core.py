@@ -1,4 +1,4 @@
-"""The core of attention on a rank: its own heads and its own tokens, for every kind of attention."""
+"""The core of attention on a rank, for every kind of attention: own heads and own tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Bytes of a block's activations, from the model config alone. The terms are explained at the top of
-tools/memory_estimate.py."""
+"""Bytes of a block's activations, from the model config alone. The top of tools/memory_estimate.py
+explains the terms."""
 
 from __future__ import annotations
 

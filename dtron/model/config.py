@@ -142,8 +142,8 @@ class ModelConfig(Leaf):
         for name in ("mup_base_width", "mup_base_head_dim"):
             if not 0 <= getattr(self, name) < 1 << 31:
                 raise UserError(
-                    f"model.{name}={getattr(self, name)}: a width of the base model, or 0 for none; "
-                    "change it"
+                    f"model.{name}={getattr(self, name)}: a width of the base model, or 0 for "
+                    "none; change it"
                 )
         if self.mup_base_head_dim and not self.mup:
             raise UserError(

@@ -4,10 +4,10 @@ The weights and the optimizer's state have a size that is known from the config.
 possible share of a rank is larger than the memory of its device, no run can begin, and a line says
 so. Otherwise the system would end the process without a word, or torch with a traceback.
 
-The same holds for activations that ``--recompute offload`` moves to the host, where the system would
-end the process in the middle of a step.
+The same holds for activations that ``--recompute offload`` moves to the host. There the system
+would end the process in the middle of a step.
 
-Left out: activations on the device, gradients and buffers. ``dtron.tools.memory_estimate`` estimates
+Left out: activations on the device, gradients and buffers. dtron.tools.memory_estimate estimates
 them.
 """
 

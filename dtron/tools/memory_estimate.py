@@ -13,11 +13,11 @@ The terms are: two residuals and two matmul inputs; query, key, value and output
 its log-sum-exps; inputs and outputs of the MLP matmuls, g = 3 with a gate and 2 without. Under
 ``full``, one block at a time is recomputed and held whole. Where u F / tp is large, its MLP runs in
 chunks of c tokens, and c replaces u there (see ``recompute.mlp_chunk_tokens``). Under ``offload``,
-two blocks at a time are on the device, and all but the last block of a stage on the host. A block in backward
-also holds the gradients of all these tensors: as many bytes again. Attention over cp also holds
-messages. The ring holds two of keys and values and two of their gradients; allgather holds keys and
-values of whole rows and their gradients; ulysses holds its send and receive buffers. The loss holds
-a chunk of logits, and the gradients of its input and of the head.
+two blocks at a time are on the device, and all but the last block of a stage on the host. A block
+in backward also holds the gradients of all these tensors: as many bytes again. Attention over cp
+also holds messages. The ring holds two of keys and values and two of their gradients; allgather
+holds keys and values of whole rows and their gradients; ulysses holds its send and receive buffers.
+The loss holds a chunk of logits, and the gradients of its input and of the head.
 
 The mixer gives the terms of attention and of its messages (layers/attention.py). A layer with
 another mixer has the terms of that mixer instead. In latent attention every head has its own keys,

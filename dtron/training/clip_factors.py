@@ -1,7 +1,7 @@
 """The factors of QK-clip (qk_clip.py), from the largest attention logits of a step.
 
-``training.gradients`` has reported them as it reports the load of experts: over all microbatches and
-over all ranks that have tokens, but as a maximum in place of a sum. So every rank has the same
+``training.gradients`` has reported them as it reports the load of experts, over all microbatches
+and over all ranks that have tokens. It reports a maximum, and not a sum. So every rank has the same
 factors.
 """
 

@@ -7,8 +7,8 @@ S_h is the maximum over all tokens of the global batch. The logits of head h are
 ``Mixer.logit_factors`` divides this factor among the weights (clip_factors.py). A head under the
 threshold is not changed.
 
-``QKClip`` is an optimizer itself: it updates with another one, and then scales. So an average of the
-weights (weight_average.py) follows the scaled weights.
+``QKClip`` is an optimizer itself: it updates with another one, and then scales. So an average of
+the weights (weight_average.py) follows the scaled weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Moments and master weights in few bits on GPUs: compiled and recorded as eager, on two as on one."""
+"""Moments and master weights in few bits on GPUs: compiled as eager, and on two GPUs as on one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Activations that move to pinned host memory and back, on streams of their own: the losses of a run
-that keeps them, in less memory of the GPU."""
+"""Activations that move to pinned host memory and back, on streams of their own: the losses of a
+run that keeps them, in less memory of the GPU."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def _first_rank(t):
 
 
 def test_what_each_stage_saves():
-    """bf16 compute over dp=4, and embed is divisible. A weight has 18 bytes, of which stage 0 shards
-    none and stage 1 all but the gradient's 4. Stages 1 and 2 gather 2 bytes more. Norms are
+    """bf16 compute over dp=4, and embed is divisible. A weight has 18 bytes. Stage 0 shards none of
+    them, and stage 1 all but the gradient's 4. Stages 1 and 2 gather 2 bytes more. Norms are
     replicated everywhere."""
     model, shape = ModelConfig(), MeshShape(dp=4)
     matrices = sum(w.numel for w in flat(declare_model(model)) if w.decays)
