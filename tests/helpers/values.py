@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -115,4 +115,33 @@ def assert_steps_of_torch(
         theirs_step.step()
         scalars = UpdateScalars(lr, 0.7, decay=factors[step])
         ours, state = apply_update(optimizer, spec, ours, grads, state, scalars, ONE)
+        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+
+
+def assert_steps_of_torch_in_groups(
+    optimizer, model: ModelConfig, options_of: Callable[[str], dict[str, float]], compile: bool
+) -> None:
+    """Assert that three steps of the model are those of torch.optim.AdamW with a parameter group
+    for each weight.
+
+    ``options_of``: returns the group of a path: ``rate``, ``weight_decay`` and ``beta2``."""
+    spec = declare_model(model)
+    ours = init(spec, model.dims(), 0, ONE, F64)
+    theirs, parts = {path: w.clone().requires_grad_() for path, w in leaves(ours)}, []
+    for path, w in theirs.items():
+        o = options_of(path)
+        betas = (0.9, o["beta2"])
+        parts.append({"params": [w], "betas": betas, "weight_decay": o["weight_decay"], "of": o})
+    torchs = torch.optim.AdamW(parts, eps=1e-8)
+    optimizer = optimizer.compiled("aot_eager") if compile else optimizer
+    state = init_state(optimizer, spec, ours)
+    for step in range(3):
+        lr = 0.1 / (step + 1)
+        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
+        for w, g in zip(theirs.values(), flat(grads), strict=True):
+            w.grad = 0.7 * g
+        for group in torchs.param_groups:
+            group["lr"] = lr * group["of"]["rate"]
+        torchs.step()
+        ours, state = apply_update(optimizer, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
         close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)

@@ -30,13 +30,12 @@ from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools import show, verify
 from dtron.training.adamw import AdamW
 from dtron.training.optim_config import build_optimizer
-from dtron.training.optimizer import UpdateScalars, apply_update, init_state
-from dtron.tree import flat, leaves, tree_map
+from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL
 from tests.helpers.same_step import assert_same_result, model_config
 from tests.helpers.texts import one_line
-from tests.helpers.values import F64, ONE, close, normal
+from tests.helpers.values import F64, ONE, assert_steps_of_torch_in_groups, close, normal
 from tests.training.toy_optimizers import NormalizedSGD, registered
 
 MOE = MoEConfig(
@@ -155,31 +154,13 @@ def of_torch(path: str) -> dict[str, float]:
     """The rate and the decay of a weight of WIDE, by hand."""
     name = path.rpartition(".")[2]
     rate = 0.25 if sums(path) else 1.0
-    return {"rate": rate, "weight_decay": 0.1 / rate if name.startswith("w_") else 0.0}
+    decay = 0.1 / rate if name.startswith("w_") else 0.0
+    return {"rate": rate, "weight_decay": decay, "beta2": 0.95}
 
 
 def steps_of_torch(compile: bool) -> None:
-    spec = declare_model(WIDE)
-    ours = init(spec, WIDE.dims(), 0, ONE, F64)
-    theirs = {path: w.clone().requires_grad_() for path, w in leaves(ours)}
-    parts = [
-        {"params": [w], "weight_decay": of_torch(path)["weight_decay"], "of": of_torch(path)}
-        for path, w in theirs.items()
-    ]
-    torchs = torch.optim.AdamW(parts, betas=(0.9, 0.95), eps=1e-8)
     optimizer = build_optimizer(OptimConfig(), mup=True)
-    optimizer = optimizer.compiled("aot_eager") if compile else optimizer
-    state = init_state(optimizer, spec, ours)
-    for step in range(3):
-        lr = 0.1 / (step + 1)
-        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
-        for w, g in zip(theirs.values(), flat(grads), strict=True):
-            w.grad = 0.7 * g
-        for group in torchs.param_groups:
-            group["lr"] = lr * group["of"]["rate"]
-        torchs.step()
-        ours, state = apply_update(optimizer, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
-        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+    assert_steps_of_torch_in_groups(optimizer, WIDE, of_torch, compile)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -24,7 +24,7 @@ from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat, leaves, tree_map
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
-from tests.helpers.values import F64, ONE, close, normal
+from tests.helpers.values import ONE, assert_steps_of_torch_in_groups, normal
 
 GROUPS = "vocab: lr=0.5x, beta2=0.9; blocks.0.*: lr=0.1x; *.w_up: weight_decay=0.7, lr=3x"
 
@@ -43,29 +43,8 @@ def options_of(path: str) -> dict[str, float]:
 
 
 def steps_of_torch(groups: str, compile: bool) -> None:
-    """Three steps of the model are those of torch.optim.AdamW with a parameter group a weight."""
-    model = replace(MODEL, layers=2)
-    spec = declare_model(model)
-    ours = init(spec, model.dims(), 0, ONE, F64)
-    theirs, parts = {path: w.clone().requires_grad_() for path, w in leaves(ours)}, []
-    for path, w in theirs.items():
-        o = options_of(path)
-        betas = (0.9, o["beta2"])
-        parts.append({"params": [w], "betas": betas, "weight_decay": o["weight_decay"], "of": o})
-    torchs = torch.optim.AdamW(parts, eps=1e-8)
     optimizer = build_optimizer(OptimConfig(groups=groups))
-    optimizer = optimizer.compiled("aot_eager") if compile else optimizer
-    state = init_state(optimizer, spec, ours)
-    for step in range(3):
-        lr = 0.1 / (step + 1)
-        grads = tree_map(lambda w, step=step: normal(*w.shape, seed=step).detach(), ours)
-        for w, g in zip(theirs.values(), flat(grads), strict=True):
-            w.grad = 0.7 * g
-        for group in torchs.param_groups:
-            group["lr"] = lr * group["of"]["rate"]
-        torchs.step()
-        ours, state = apply_update(optimizer, spec, ours, grads, state, UpdateScalars(lr, 0.7), ONE)
-        close(flat(ours), [w.detach() for w in theirs.values()], 1e-12)
+    assert_steps_of_torch_in_groups(optimizer, replace(MODEL, layers=2), options_of, compile)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
