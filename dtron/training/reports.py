@@ -45,8 +45,9 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
     if not c.experts:
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
-    sample = next(iter(reports.values()), {}).get("load")
-    device = pipe.device if sample is None else sample.device
+    reports = {stage: r for stage, r in reports.items() if "load" in r}  # of stages with experts
+    sample = next(iter(reports.values()), None)
+    device = pipe.device if sample is None else sample["load"].device
     rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
     for stage, r in reports.items():
         start = sum(counts[:stage])

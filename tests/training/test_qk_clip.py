@@ -201,6 +201,7 @@ MESHES = [
     ("dp=2,cp=2", {"zero": 2, "cp_method": "ulysses", "kv_heads": 2, "heads": 6}),
     ("pp=2,dp=2", {"zero": 3, "layers": 3, "zero3_gather": "microbatch"}),
     ("pp=2,cp=2", {"layers": 4, "pipeline": PipelineConfig("zb-v")}),
+    ("pp=2", {"layers": 2, "moe": MoEConfig(4, 2, 8, dense_layers=1)}),  # a stage without experts
     ("cp=2,ep=2", {"moe": MoEConfig(4, 2, 8, aux_loss=0.1), "pattern": "AM", "layers": 2}
      | {"mla": LATENT, "kv_heads": 2, "heads": 2}),
 ]  # fmt: skip
