@@ -5,11 +5,11 @@ single functions of tensors, outside of units."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch._guards import TracingContext
+from torch._guards import TracingContext, detect_fake_mode
 from torch._guards import tracing as torch_tracing
 
 Result = tuple[torch.Tensor, ...]
@@ -43,6 +43,29 @@ class Direct:
 
 DIRECT = Direct()
 
+
+class CodeGenerator(Protocol):
+    """Takes the place of inductor's code generator, behind the same tracer, decompositions and
+    partitioner. A plan has one that counts instead of generating code (planner/)."""
+
+    def graph(
+        self, graph: Any, inputs: Sequence[Any], weights: Sequence[int] = (), **options: Any
+    ) -> Callable:
+        """Return the function that runs a graph of operators. It takes a list of tensors, which it
+        empties.
+
+        ``weights``: the indices of the inputs of the whole function that are weights.
+        ``options``: the keyword arguments that inductor's ``compile_fx_inner`` gets."""
+
+    def function(self, fn: Callable) -> Callable:
+        """Return a function that runs as one kernel; see ``jit``."""
+
+
+def own_generator(backend: Any) -> CodeGenerator | None:
+    """Return the backend of ``build_step`` if it is a CodeGenerator."""
+    return None if isinstance(backend, str) or not hasattr(backend, "graph") else backend
+
+
 # ``jit`` compiles one function for at most this number of kinds of arguments (shapes of weights,
 # options of parameter groups, masks). By default torch gives up after 8, to detect functions that
 # recompile forever.
@@ -52,6 +75,8 @@ KINDS = 256
 def jit(fn: Callable, backend: Any = "inductor") -> Callable:
     """Compile a function by ``torch.compile``, whole (``fullgraph``), once for each kind of
     arguments."""
+    if (generator := own_generator(backend)) is not None:
+        return generator.function(fn)
     inner = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
 
     def run(*args: Any) -> Any:
@@ -59,6 +84,19 @@ def jit(fn: Callable, backend: Any = "inductor") -> Callable:
             return inner(*args)
 
     return run
+
+
+def kernel_device(device: torch.device) -> str:
+    """Return the type of device whose kernels the code that calls this function is to use. A plan
+    (planner/) runs a GPU's step on a machine without a GPU: its fake tensors are on the CPU."""
+    mode = planned()
+    return device.type if mode is None else mode.kernels
+
+
+def planned() -> Any:
+    """Return the mode of the fake tensors of a plan; None outside of a plan."""
+    mode = detect_fake_mode()
+    return mode if hasattr(mode, "kernels") else None
 
 
 def tracing() -> bool:
@@ -71,5 +109,5 @@ def tracer(mode: Any) -> Iterator[None]:
     """Code that runs inside is traced (``tracing``).
 
     ``mode``: the mode of the fake tensors that it runs on."""
-    with torch_tracing(TracingContext(mode)):
+    with getattr(mode, "pause", nullcontext)(), torch_tracing(TracingContext(mode)):
         yield

@@ -16,10 +16,12 @@ On a CPU the buffers are plain memory, and copies run at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from dtron.distributed.copy_stream import CopyStream
+from dtron.torch_compile import planned
 
 
 class HostMemory:
@@ -39,7 +41,7 @@ class HostMemory:
         if free:
             return free.pop()
         self.allocated += size
-        return x.new_empty(size, device="cpu", pin_memory=x.device.type == "cuda")
+        return empty_on_host(x, size)
 
     def give_back(self, buffer: Tensor) -> None:
         """Take a buffer back. The current stream must have waited for all copies out of it."""
@@ -61,6 +63,13 @@ class HostMemory:
         if kind not in self._streams:
             self._streams[kind] = CopyStream(kind), CopyStream(kind)
         return self._streams[kind][way]
+
+
+def empty_on_host(x: Tensor, *size: int) -> Tensor:
+    """Return a tensor in host memory, of the dtype of x. It is pinned if x is on a GPU."""
+    plan = planned()
+    with nullcontext() if plan is None else plan.on_host():
+        return x.new_empty(size, device="cpu", pin_memory=x.device.type == "cuda")
 
 
 def buffer_size(nbytes: int) -> int:

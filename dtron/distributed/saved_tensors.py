@@ -52,6 +52,12 @@ def _unpack(saved: Any) -> Tensor:
     return saved.unpack(saved.packed) if isinstance(saved, _Packed) else saved
 
 
+def storage_id(x: Tensor) -> int:
+    """Return a number of the storage of x, as long as the storage exists. A fake tensor has one
+    too, but no address."""
+    return x.untyped_storage()._cdata
+
+
 def take_apart(x: Tensor) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
     """Return the plain tensors inside of x, and a function that makes x of such tensors. A DTensor
     has one plain tensor, and a simulated tensor has one for each rank."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dtron.fp8.recipe import Role
 from dtron.fp8.torchao_recipe import TorchaoRecipe
+from dtron.torch_compile import kernel_device
 
 BLOCK = 128  # values that share a scale
 
@@ -58,7 +59,7 @@ class Blockwise(TorchaoRecipe):
         return Blocks(*(_squares(x) if squares else _lines(x)), squares)
 
     def mm(self, a: Blocks, b: Blocks, dtype: torch.dtype) -> Tensor:
-        if a.values.device.type == "cpu":
+        if kernel_device(a.values.device) == "cpu":
             return (a.wide() @ b.wide().t()).to(dtype)
         lines, squares = F.ScalingType.BlockWise1x128.value, F.ScalingType.BlockWise128x128.value
         # The kernel needs rows of a and columns of b contiguous, and scales transposed in memory.

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.torch_compile import kernel_device
+
 
 def grouped(x: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     """Run the grouped matmul in one kernel."""
@@ -50,7 +52,7 @@ def weight_gradient(x: Tensor, g: Tensor, ends_E: Tensor) -> Tensor:
     """Compute ``x[rows of e].T @ g[rows of e]`` for every expert e: ``[E, I, O]``.
 
     ``ends_E``: int32."""
-    if x.device.type == "cpu":
+    if kernel_device(x.device) == "cpu":
         rows_ER = rows_of_experts(x, ends_E)
         return torch.stack([torch.where(rows_R, x, 0).mT @ g for rows_R in rows_ER])
     return F.grouped_mm(x.mT, g, offs=ends_E)

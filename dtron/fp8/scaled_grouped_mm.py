@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dtron.fp8.grouped_mm import masked
 from dtron.fp8.scaled_mm import scaled_by
+from dtron.torch_compile import kernel_device
 
 
 def scaled_grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply ``a [R, K]`` by ``b [E, K, N]`` -> ``[R, N]``; see ``Recipe.grouped_mm``."""
     (x, x_scale), (y, y_scale) = scaled_by(a, 1), scaled_by(b, 1)
-    if a.device.type == "cpu":
+    if kernel_device(a.device) == "cpu":
         product = masked(x.float() / x_scale, y.float() / y_scale, ends_E)
         return product.to(a.dtype)
     return torch._scaled_grouped_mm(  # needs rows of a and columns of b contiguous

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dtron.fp8.recipe import Role
+from dtron.torch_compile import kernel_device
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     (a, a_scale), (b, b_scale) = a, b
     if a_scale is None or b_scale is None:
         return a @ b
-    if a.device.type == "cpu":
+    if kernel_device(a.device) == "cpu":
         return ((a.float() / a_scale) @ (b.float() / b_scale)).to(dtype)
     if a_scale.ndim > b_scale.ndim:  # the kernels need both scales of one kind
         b_scale = b_scale.expand(1, b.shape[1]).contiguous()

@@ -13,13 +13,13 @@ keys and values are repeated, and their gradients are summed afterwards.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtron.layers.attention_kernels import products, repeated
+from dtron.torch_compile import kernel_device
 
 # A fused forward passes two tensors to its backward, which ignores them without dropout.
 DropoutState = tuple[Tensor, Tensor]
@@ -112,15 +112,16 @@ def kernel_for(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int
 
     ``qk_dim``: the width of a head of queries and keys.
     ``v_dim``: the width of a head of values."""
-    if device.type != "cuda" or dtype.itemsize != 2 or qk_dim != v_dim:
+    if kernel_device(device) != "cuda" or dtype.itemsize != 2 or qk_dim != v_dim:
         return "written"
     if qk_dim % 8 or qk_dim > 256:
         return "written"
-    return "cudnn" if qk_dim <= 128 and _has_cudnn() else "flash"
+    return "cudnn" if qk_dim <= 128 and _has_cudnn(device) else "flash"
 
 
-@cache
-def _has_cudnn() -> bool:
+def _has_cudnn(device: torch.device) -> bool:
+    if device.type != "cuda":  # a plan, for a Hopper GPU or a newer one
+        return True
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 

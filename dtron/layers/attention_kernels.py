@@ -40,7 +40,7 @@ from torch.nn.attention.flex_attention import (
 from dtron.errors import UserError
 from dtron.layers.attention_mask import AttentionMask, FlexBlocks, MaskRule, allowed
 from dtron.layers.recompute import recompute_in_backward
-from dtron.torch_compile import jit, tracing
+from dtron.torch_compile import jit, kernel_device, planned, tracing
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -208,6 +208,9 @@ def _blocks(rule: MaskRule, rows: int | None, q: int, kv: int, device: torch.dev
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    if (plan := planned()) is not None:
+        return plan.attention(q, k, v, mask)
+
     def capped(score: Tensor, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert mask.softcap is not None
         return mask.softcap * torch.tanh(score / mask.softcap)
@@ -233,7 +236,11 @@ _KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:
     """Return fn, compiled if it runs on a GPU and no enclosing stage is being compiled."""
-    return fn if device.type != "cuda" or tracing() else _compiled(fn)
+    if tracing():
+        return fn
+    if (plan := planned()) is not None:
+        return plan.as_kernel(fn)
+    return fn if device.type != "cuda" else _compiled(fn)
 
 
 @cache
@@ -268,7 +275,7 @@ def choose(
     slow = with_bias(mask.softcap, sinks)
     if slow == "sdpa" and not documents and not mask.windowed and mask.queries is None:
         return "sdpa"
-    if device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
+    if kernel_device(device) == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"
     return slow
 

@@ -42,6 +42,7 @@ from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.ring_attention import AXIS, ring, ring_plainly
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
+from dtron.torch_compile import kernel_device
 
 Method = Literal["ring", "allgather", "ulysses"]
 
@@ -116,7 +117,11 @@ def prepare(
     path = choose(requested, asked, documents_T is not None, sinks, least, x_TD.dtype, device)
     if requested == "auto" and path == "sdpa" and parts > 1 and method == "ring":
         # On a GPU, a ring without a fused kernel would hold all scores in memory: use flex.
-        able = device.type == "cuda" and least >= LEAST_HEAD_DIM and x_TD.dtype != torch.float64
+        able = (
+            kernel_device(device) == "cuda"
+            and least >= LEAST_HEAD_DIM
+            and x_TD.dtype != torch.float64
+        )
         if able and kernel_for(device, x_TD.dtype, *head_dims) == "written":
             path = "flex"
     if path == "flex":

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.host_memory import HostMemory
-from dtron.distributed.saved_tensors import saved_by, take_apart
+from dtron.distributed.saved_tensors import saved_by, storage_id, take_apart
 from dtron.torch_compile import tracing
 from dtron.tree import flat
 
@@ -56,8 +56,9 @@ class View(NamedTuple):
 
     def on(self, memory: Tensor) -> Tensor:
         """Return the view of the storage of ``memory``."""
-        x = memory.new_empty(0, dtype=self.dtype)
-        return x.set_(memory.untyped_storage(), self.offset, self.size, self.stride)
+        with torch.no_grad():
+            numbers = memory[: memory.numel() // self.dtype.itemsize * self.dtype.itemsize]
+            return numbers.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 class Saved(NamedTuple):
@@ -88,7 +89,7 @@ class BlockActivations:
 
     ``before``: the activations of the block before.
     ``smallest``: the bytes of the smallest tensor that leaves the device; None: nothing leaves.
-    ``stay``: the addresses of storages that stay on the device."""
+    ``stay``: the ``storage_id`` of tensors that stay on the device."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class BlockActivations:
     ):
         self._host, self._before, self._smallest, self._stay = host, before, smallest, stay
         self._storages: list[Storage] = []
-        self._numbers: dict[int, int] = {}  # address of a storage: its index
+        self._numbers: dict[int, int] = {}  # ``storage_id``: its index
         self._left: Callable[[], None] | None = None  # these two wait for copies on their way
         self._arrived: Callable[[], None] | None = None
         self._in_backward = False
@@ -113,24 +114,25 @@ class BlockActivations:
 
     def _part(self, x: Tensor) -> Tensor | View:
         memory = x.untyped_storage()
-        address, nbytes = memory.data_ptr(), memory.nbytes()
+        number, nbytes = storage_id(x), memory.nbytes()
         small = self._smallest is None or nbytes < max(1, self._smallest)
-        if small or address in self._stay:
+        if small or number in self._stay:
             return x
-        if address not in self._numbers:
-            self._numbers[address] = len(self._storages)
-            empty = x.new_empty(0, dtype=torch.uint8)  # torch.empty would make a simulated tensor
-            whole = empty.set_(memory, 0, (nbytes,), (1,))
+        if number not in self._numbers:
+            self._numbers[number] = len(self._storages)
+            with torch.no_grad():
+                numbers = x.as_strided((nbytes // x.element_size(),), (1,), 0)
+                whole = numbers.view(torch.uint8)
             self._storages.append(Storage(whole, nbytes, x.device))
-        return View.of(x, self._numbers[address])
+        return View.of(x, self._numbers[number])
 
     def copy_out(self, outputs: Sequence[Tensor]) -> None:
         """Start the copies to the host, after the block. Then free what the block before has
         copied.
 
         ``outputs``: the outputs of the block, which stay."""
-        for address in addresses(outputs):
-            self._numbers.pop(address, None)
+        for number in storages(outputs):
+            self._numbers.pop(number, None)
         pairs = []
         for number in self._numbers.values():
             storage = self._storages[number]
@@ -211,9 +213,9 @@ class StageActivations:
 
         ``inputs``: the inputs of the block besides ``x_TD``.
         ``smallest``: see ``BlockActivations``."""
-        stay = addresses(tensors_of(inputs))
+        stay = storages(tensors_of(inputs))
         if self._newest is None:
-            stay |= addresses([x_TD])
+            stay |= storages([x_TD])
         own = BlockActivations(self._host, self._newest, smallest, stay)
         with saved_by(own.pack, own.unpack):
             outputs = block()
@@ -229,21 +231,21 @@ class GatheredAgain:
     ``sharded``: the weights before. A weight that shares its memory is not gathered."""
 
     def __init__(self, unshard: Callable[[], Any], sharded: Any):
-        self._unshard, self._own = unshard, addresses(tensors_of(sharded))
+        self._unshard, self._own = unshard, storages(tensors_of(sharded))
         self._numbers: dict[int, int] = {}
         self._parts: list[Tensor] = []
 
     def gather(self) -> Any:
         """Return the weights of the forward."""
         whole = self._unshard()
-        found = [part.untyped_storage().data_ptr() for part in _parts(flat(whole))]
+        found = [storage_id(part) for part in _parts(flat(whole))]
         self._numbers = {a: i for i, a in enumerate(found) if a not in self._own}
         return whole
 
     def pack(self, x: Tensor) -> Any:
         """Save a gathered weight, or a view of it, without its memory."""
         parts, make = take_apart(x)
-        numbers = [self._numbers.get(part.untyped_storage().data_ptr()) for part in parts]
+        numbers = [self._numbers.get(storage_id(part)) for part in parts]
         views = [View.of(x, n) for x, n in zip(parts, numbers, strict=True) if n is not None]
         return Saved([*views], make) if len(views) == len(parts) else x
 
@@ -255,9 +257,9 @@ class GatheredAgain:
         return saved.make([view.on(self._parts[view.number]) for view in views])
 
 
-def addresses(xs: Sequence[Tensor]) -> set[int]:
-    """Return the addresses of the storages of tensors."""
-    return {part.untyped_storage().data_ptr() for part in _parts(xs)}
+def storages(xs: Sequence[Tensor]) -> set[int]:
+    """Return the ``storage_id`` of tensors."""
+    return {storage_id(part) for part in _parts(xs)}
 
 
 def _parts(xs: Sequence[Tensor]) -> list[Tensor]:

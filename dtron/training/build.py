@@ -4,6 +4,7 @@ tests."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from dtron.schedules.runner import Program
 from dtron.training.compiled_stage import compiled
@@ -18,14 +19,14 @@ def build_step(
     config: StepConfig,
     plan: RunPlan,
     pipe: Pipeline,
-    backend: str = "inductor",
+    backend: Any = "inductor",
     overlap: bool = True,
     wrap: Callable[[Program], Program] | None = None,
 ) -> TrainStep | CudaGraphStep:
     """Build the step of a config on the ranks of ``pipe``: eager, compiled, or recorded, as
     ``plan`` says.
 
-    ``backend``: the backend of torch.compile.
+    ``backend``: a backend of torch.compile, or a ``CodeGenerator`` (torch_compile.py).
     ``overlap``: collectives are issued ahead of their use.
     ``wrap``: changes the model's functions before they are compiled, for proofs and tests."""
     splits = plan.splits and pipe.table.in_halves

@@ -30,6 +30,7 @@ from dtron.mesh import Layout
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.params import unshard_all
 from dtron.schedules.runner import Program, StageOutput
+from dtron.torch_compile import own_generator
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gathered_weight import LocalWeight
@@ -42,7 +43,7 @@ def compiled(
     functions: Program,
     layout: Layout,
     how: ComputeConfig = PLAIN,
-    backend: str = "inductor",
+    backend: Any = "inductor",
     overlap: bool = True,
 ) -> Program:
     """Compile the functions of a program.
@@ -61,11 +62,12 @@ def compiled(
         options |= {f"aten_distributed_optimizations.{name}": on for name, on in passes.items()}
     plain = {} if mesh is None else _simple_overlap_off()
     options |= plain
-    if backend != "inductor":
+    by_inductor = backend == "inductor" or own_generator(backend) is not None
+    if not by_inductor:
         options, plain = {}, {}
     budget = 1.0 if how.policy.budget is None else how.policy.budget
     # Without a mesh all stages are in this process, and nothing waits for a gradient.
-    splits = functions.splits and mesh is not None and backend == "inductor"
+    splits = functions.splits and mesh is not None and by_inductor
     halves = BackwardHalves() if splits else None
     compiler = GraphCompiler(backend, options or None, budget, halves)
     units = CompiledUnits(mesh, compiler)

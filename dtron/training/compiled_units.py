@@ -219,6 +219,17 @@ def _split(x: Any, found: _Found) -> Any:
     return x
 
 
+def split_tensors(x: Any) -> tuple[Any, list[Tensor]]:
+    """Return an argument with slots in the place of its tensors, and the tensors."""
+    found = _Found()
+    return _split(x, found), found.tensors
+
+
+def join_tensors(x: Any, tensors: list[Tensor]) -> Any:
+    """Put tensors into the slots of ``split_tensors``."""
+    return _join(x, tensors)
+
+
 def _changed(x: Any) -> bool:
     return isinstance(x, (Slot, Node))
 

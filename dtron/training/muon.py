@@ -38,7 +38,7 @@ from dtron.distributed.redistribute import to_local
 from dtron.errors import UserError
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
-from dtron.torch_compile import jit
+from dtron.torch_compile import jit, kernel_device
 from dtron.training.adamw import AdamW
 from dtron.training.elementwise_optimizer import Shard
 from dtron.training.linear_weight import LinearWeight, dealt, is_matrix
@@ -74,7 +74,7 @@ def advance(
     ahead = decay * new + (1 - decay) * g if nesterov else new
     random = random_bits(places, scalars.step, 0) if momentum.in_few_bits else None
     write(momentum, new, scalars.ok, random)
-    in_few_bits = m.dtype == torch.float32 and m.device.type != "cpu"
+    in_few_bits = m.dtype == torch.float32 and kernel_device(m.device) != "cpu"
     return ahead.to(torch.bfloat16) if in_few_bits else ahead
 
 

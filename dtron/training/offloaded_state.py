@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtron.distributed.copy_stream import CopyStream
+from dtron.distributed.host_memory import empty_on_host
 from dtron.distributed.redistribute import like, to_local
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
@@ -136,8 +137,7 @@ def on_device(tree: Any, device: torch.device | str) -> Any:
 def _on_host(trees: dict[str, Any]) -> dict[str, Any]:
     def move(x: Tensor) -> Tensor:
         part = to_local(x)
-        on_gpu = part.device.type == "cuda"
-        host = torch.empty_like(part, device="cpu", pin_memory=on_gpu).copy_(part)
+        host = empty_on_host(part, *part.shape).copy_(part)
         return like(x, host) if isinstance(x, DTensor) else host
 
     return {name: tree_map(move, tree) for name, tree in trees.items()}

@@ -19,16 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from operator import getitem
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dtron.torch_compile import tracer
+from dtron.torch_compile import own_generator, tracer
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.unit_key import describe, disk_key
 
@@ -37,7 +39,7 @@ from dtron.training.unit_key import describe, disk_key
 class GraphCompiler:
     """How graphs are compiled.
 
-    ``backend``: a backend of ``torch.compile``.
+    ``backend``: a backend of ``torch.compile``, or a ``CodeGenerator``.
     ``options``: inductor's options.
     ``budget``: the share of activations that the partitioner may save for backward; 1.0 is all that
         it would save by itself. The rest is recomputed, cheapest first.
@@ -59,17 +61,20 @@ class GraphCompiler:
             if self.budget < 1:
                 kept = torch._functorch.config.patch(activation_memory_budget=self.budget)
                 settings.enter_context(kept)
-            if self.backend != "inductor":
+            generator = own_generator(self.backend)
+            if self.backend != "inductor" and generator is None:
                 return _backend(self.backend)(graph, inputs)
             # Imported here: it takes a second.
             from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
             one_graph: Callable = compile_fx_inner
+            if generator is not None:
+                one_graph = partial(generator.graph, weights=tuple(weights))
             if self.halves is not None:
                 one_graph = self.halves.compiler(one_graph, weights)
                 # A donated buffer would be overwritten by a graph that is not its last reader.
                 settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
-            if self.halves is not None or key is None:
+            if self.halves is not None or generator is not None or key is None:
                 # torch keeps no pair of graphs of a compiler that it does not know.
                 off = torch._functorch.config.patch(enable_autograd_cache=False)
                 settings.enter_context(off)
@@ -135,8 +140,11 @@ class TracedFunction:
         weights: Sequence[int],
         static: Sequence[int],
     ) -> Kind:
-        mode = FakeTensorMode(shape_env=ShapeEnv())
-        fakes: list[Tensor] = [mode.from_tensor(x, static_shapes=True) for x in tensors]
+        mode = detect_fake_mode(tensors) or FakeTensorMode(shape_env=ShapeEnv())
+        fakes: list[Tensor] = [
+            x if isinstance(x, FakeTensor) else mode.from_tensor(x, static_shapes=True)
+            for x in tensors
+        ]
         key = disk_key(*self._context, *plain, tuple(static), torch.is_grad_enabled())
         with tracer(mode):
             with mode, torch.no_grad():  # torch asks for the number of results before it traces

@@ -33,6 +33,7 @@ from torch import Tensor
 from dtron.distributed.collectives import start_all_gathers, wait
 from dtron.distributed.fp8_all_gather import packed
 from dtron.distributed.redistribute import row_sum
+from dtron.distributed.saved_tensors import storage_id
 from dtron.mesh import Layout
 from dtron.params import Fp8GatherRule
 from dtron.training.gathered_weight import GatheredWeight
@@ -162,14 +163,14 @@ class UnitWeights:
             if self.before is not None:
                 self.before.start()
         whole = _Gather.apply(self, arrived, *(w.weight.local for w in self.weights))
-        self._places = {x.untyped_storage().data_ptr(): i for i, x in enumerate(arrived)}
+        self._places = {storage_id(x): i for i, x in enumerate(arrived)}
         for w, x, carrier in zip(self.weights, arrived, whole, strict=True):
             leaves[w.index] = w.gathered(x, carrier, self)
         return unflatten(tree, leaves)
 
     def pack(self, x: Tensor) -> Any:
         """Save a tensor for backward."""
-        index = self._places.get(x.untyped_storage().data_ptr())
+        index = self._places.get(storage_id(x))
         if index is None:
             return x
         return Handle(index, x.size(), x.stride(), int(x.storage_offset()))

@@ -1,0 +1,212 @@
+"""Operators of a step: what each one computes, reads and writes.
+
+An operator is what one kernel does, or one message. A plan (rank_trace.py) collects the operators
+of a rank in the order in which the rank launches them. step_time.py turns them into milliseconds.
+FLOPs and bytes come from the shapes of the operator's own tensors. There is no formula of a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+Kind = Literal[
+    "matmul", "attention", "elementwise", "collective", "wait", "message", "host", "mark"
+]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One kernel, or one message.
+
+    ``name``: torch's name of the operator.
+    ``flops``: floating-point operations, without those that a causal mask skips.
+    ``read``, ``written``: bytes of its inputs and outputs in memory. For a collective ``written``
+        is the size of the unsharded tensor on one rank.
+    ``size``: of a matmul (batch, M, N, K); of attention (batch * heads, queries, keys, head dim).
+    ``bits``: bits of one number of a matmul's inputs.
+    ``group``: the process group of a collective.
+    ``token``: a number that a collective and the wait for it share."""
+
+    kind: Kind
+    name: str
+    flops: float = 0.0
+    read: int = 0
+    written: int = 0
+    size: tuple[int, ...] = ()
+    bits: int = 16
+    group: str = ""
+    token: int = 0
+
+
+VIEWS = frozenset(
+    [
+        "view",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "getitem",
+        "squeeze",
+        "as_strided",
+        "transpose",
+        "detach",
+        "alias",
+        "unbind",
+        "t",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "diagonal",
+        "narrow",
+        "unfold",
+        "view_as",
+        "lift_fresh",
+    ]
+)
+WITHOUT_KERNEL = frozenset(
+    [
+        "full",
+        "empty",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "scalar_tensor",
+        "iota",
+        "arange",
+        "full_like",
+        "zeros",
+        "new_zeros",
+        "ones",
+        "device",
+        "dim",
+        "size",
+        "stride",
+        "sym_size",
+        "sym_stride",
+        "promote_types",
+        "empty_like",
+        "is_contiguous",
+        "numel",
+        "sym_numel",
+        "storage_offset",
+        "sym_storage_offset",
+    ]
+)
+COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast": "broadcast",
+}
+# A kernel of its own, which writes into a copy of its first input.
+IN_PLACE = frozenset(["scatter", "scatter_add", "scatter_reduce", "index_put", "index_put_"])
+MATMULS = frozenset(
+    [
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_scaled_mm",
+        "_scaled_mm_v2",
+        "_grouped_mm",
+        "_scaled_grouped_mm",
+    ]
+)
+
+
+def name_of(target: Any) -> str:
+    """Return the short name of the target of a graph's node: ``mm`` for ``aten.mm.default``."""
+    if isinstance(target, OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def is_collective(target: Any) -> bool:
+    namespace = getattr(target, "namespace", "")
+    return namespace in ("_c10d_functional", "_dtensor") and name_of(target) in COLLECTIVES
+
+
+def is_attention(name: str) -> bool:
+    return "scaled_dot_product" in name or name.startswith("planned_attention")
+
+
+def is_library(target: Any) -> bool:
+    """Whether an operator is one kernel of a library, with which the compiler fuses nothing."""
+    name = name_of(target)
+    if name in MATMULS or is_attention(name) or is_collective(target) or name == "wait_tensor":
+        return True
+    return name in IN_PLACE or name in ("sort", "topk", "cumsum", "bincount")
+
+
+def tensors_in(xs: Any) -> list[Tensor]:
+    """Return the tensors of arguments, in order."""
+    if isinstance(xs, Tensor):
+        return [xs]
+    if isinstance(xs, (list, tuple)):
+        return [x for y in xs for x in tensors_in(y)]
+    return []
+
+
+def nbytes(x: Tensor) -> int:
+    """The bytes of a tensor's numbers. A dim of stride 0 is stored once."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return math.prod([int(n) for n, stride in sizes if stride or n == 0]) * x.element_size()
+
+
+def library_operator(target: Any, args: Sequence[Any], result: Any, group: str = "") -> Operator:
+    """Return the operator of a library's kernel.
+
+    ``args``: its arguments, tensors as they are.
+    ``result``: its result, a tensor or several."""
+    name, given, made = name_of(target), tensors_in(args), tensors_in(result)
+    read, written = sum(map(nbytes, given)), sum(map(nbytes, made))
+    if is_collective(target):
+        kind = COLLECTIVES[name]
+        whole = written if kind == "all_gather" else read
+        return Operator("collective", kind, 0.0, read, whole, group=group)
+    if name in MATMULS:
+        size = _matmul_size(name, given, made[0])
+        bits = 8 * given[0].element_size()
+        flops = 2.0 * math.prod(size)
+        return Operator("matmul", name, flops, read, written, size, bits)
+    if is_attention(name):
+        backward = "backward" in name
+        query, key, value = given[1:4] if backward else given[:3]
+        batch = query.shape[0] * query.shape[1]
+        pairs = args[-1] if name.startswith("planned") else query.shape[2] * key.shape[2]
+        pairs = pairs / 2 if _argument(target, args, "is_causal") else pairs
+        flops = 2.0 * batch * pairs * (query.shape[3] + value.shape[3])
+        size = (batch, query.shape[2], key.shape[2], query.shape[3])
+        name = "attention_backward" if backward else "attention_forward"
+        return Operator("attention", name, flops * (2.5 if backward else 1), read, written, size)
+    return Operator("elementwise", name, 0.0, read, written)
+
+
+def _matmul_size(name: str, given: Sequence[Tensor], out: Tensor) -> tuple[int, int, int, int]:
+    a, b = (given[1], given[2]) if name in ("addmm", "baddbmm") else (given[0], given[1])
+    if "grouped" in name:  # rows of all experts together, or one matrix of each
+        rows = a.shape[-1] if out.ndim == 3 else a.shape[-2]
+        return (1, rows, b.shape[-1], a.shape[-2] if out.ndim == 3 else a.shape[-1])
+    batch = a.shape[0] if a.ndim == 3 else 1
+    return (batch, a.shape[-2], b.shape[-1], a.shape[-1])
+
+
+def _argument(target: Any, args: Sequence[Any], name: str) -> Any:
+    """Return an argument of an operator by its name; None if it is not given."""
+    names = [x.name for x in target._schema.arguments]
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else None

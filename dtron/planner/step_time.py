@@ -1,0 +1,193 @@
+"""The time of a step: the operators of all pipeline ranks, run against the rates of a GPU.
+
+A rank has a stream of kernels, one stream of messages for each process group, and a stream of
+copies to and from its host. A kernel begins when the kernel before it has ended. A collective
+begins when the kernels before it have ended and its group is free; the kernels after it go on,
+until one waits for it. So communication is hidden as far as the program hides it. A message to
+another pipeline rank ends the waiting of that rank.
+
+Left out: differences between ranks, and the time in which the host launches a step that is not
+recorded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.planner.gpu_rates import Gpu, Link
+from dtron.planner.operators import Operator
+from dtron.planner.plan_step import RankPlan
+
+
+@dataclass
+class Span:
+    """A part of a rank's time: ``kind`` from ``start`` to ``end``, in seconds."""
+
+    kind: str
+    start: float
+    end: float
+
+
+@dataclass
+class RankTime:
+    """The time of one pipeline rank, in seconds.
+
+    ``busy``: time of kernels by kind; "gaps" between them.
+    ``exposed``, ``hidden``: time of communication by mesh axis, with and without kernels beside.
+    ``bubble``: time in which the rank waits for messages of other stages.
+    ``sent``: bytes that a rank sends, by mesh axis.
+    ``spans``: forward, backward and update."""
+
+    now: float = 0.0
+    busy: Counter[str] = field(default_factory=Counter)
+    exposed: Counter[str] = field(default_factory=Counter)
+    hidden: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    bubble: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+
+def link_of(shape: MeshShape, axis: str, gpu: Gpu) -> str:
+    """Return the link of a mesh axis: "nvlink" if each of its groups is within one host."""
+    span = 1
+    for atom, n in reversed(shape.atoms.items()):
+        span *= n
+        if atom == axis or atom.startswith(f"{axis}.") or atom.endswith(f".{axis}"):
+            return "nvlink" if gpu.gpus_of_a_host % span == 0 or span == 1 else "network"
+    return "nvlink"
+
+
+def axis_size(shape: MeshShape, axis: str) -> int:
+    atoms = shape.atoms
+    return atoms[axis] if axis in atoms else shape.parts(axis)
+
+
+def bytes_sent(op: Operator, n: int) -> float:
+    """Return the bytes that a rank of n sends in a collective by a ring."""
+    share = (n - 1) / n
+    return op.written * share * (2 if op.name == "all_reduce" else 1)
+
+
+class _Rank:
+    """The clock of one pipeline rank."""
+
+    def __init__(self, plan: RankPlan, shape: MeshShape, gpu: Gpu, copy_engines: bool):
+        self.plan, self.shape, self.gpu = plan, shape, gpu
+        self.copy_engines = copy_engines
+        self.time = RankTime()
+        self.place = 0
+        self._ends: dict[int, tuple[float, float, str]] = {}
+        self._streams: dict[str, float] = {}
+        self._nccl_until = 0.0
+        self._span_start = 0.0
+        self._links = {
+            group: (axis, axis_size(shape, axis), link_of(shape, axis, gpu))
+            for group, axis in plan.groups.items()
+        }
+
+    def run(self, arrivals: dict[str, float]) -> bool:
+        """Run until a message is missing. Return whether the rank has ended.
+
+        ``arrivals``: when each message arrives. Messages of this rank are added."""
+        ops, time = self.plan.operators, self.time
+        while self.place < len(ops):
+            op = ops[self.place]
+            if op.kind == "message" and not self._message(op, arrivals):
+                return False
+            if op.kind == "mark":
+                time.spans.append(Span(op.name, self._span_start, time.now))
+                self._span_start = time.now
+            elif op.kind == "collective":
+                self._collective(op)
+            elif op.kind == "wait":
+                self._wait(op.token)
+            elif op.kind == "host":
+                start = max(self._streams.get("host", 0.0), time.now)
+                self._streams["host"] = start + op.written / self.gpu.host_gbs * 1e-9
+            elif op.kind != "message":
+                self._kernel(op)
+            self.place += 1
+        time.now = max(time.now, self._streams.get("host", 0.0))
+        time.spans.append(Span("update", self._span_start, time.now))
+        return True
+
+    def _kernel(self, op: Operator) -> None:
+        seconds = self.gpu.seconds(op)
+        if self._nccl_until > self.time.now:
+            seconds *= self.gpu.beside_nccl
+        gap = self.gpu.gap_us * 1e-6
+        self.time.busy[op.kind] += seconds
+        self.time.busy["gaps"] += gap
+        self.time.now += seconds + gap
+
+    def _collective(self, op: Operator) -> None:
+        axis, n, link = self._links[op.group]
+        sent = bytes_sent(op, n)
+        by_copies = (
+            self.copy_engines and link == "nvlink" and op.name in ("all_gather", "all_to_all")
+        )
+        way: Link = self.gpu.links["copy_engines" if by_copies else link]
+        stream = f"{op.group} copies" if by_copies else op.group
+        start = max(self.time.now, self._streams.get(stream, 0.0))
+        end = start + way.seconds(sent)
+        self._streams[stream] = end
+        self._ends[op.token] = (start, end, axis)
+        self.time.sent[axis] += sent
+        if not by_copies:
+            self._nccl_until = max(self._nccl_until, end)
+
+    def _wait(self, token: int) -> None:
+        if token not in self._ends:
+            return
+        start, end, axis = self._ends.pop(token)
+        exposed = max(0.0, end - self.time.now)
+        self.time.exposed[axis] += exposed
+        self.time.hidden[axis] += max(0.0, end - start - exposed)
+        self.time.now = max(self.time.now, end)
+
+    def _message(self, op: Operator, arrivals: dict[str, float]) -> bool:
+        direction, _, name = op.name.partition(" ")
+        link = self.gpu.links[link_of(self.shape, "pp", self.gpu)]
+        if direction == "send":
+            arrivals[name] = self.time.now + link.seconds(op.written)
+            self.time.sent["pp"] += op.written
+        elif direction == "receive":
+            if name not in arrivals:
+                return False
+            waited = max(0.0, arrivals[name] - self.time.now)
+            self.time.bubble += waited
+            self.time.now += waited
+        else:
+            self.time.exposed["pp"] += link.seconds(op.written)
+            self.time.now += link.seconds(op.written)
+        return True
+
+
+def time_step(
+    plans: Sequence[RankPlan], shape: MeshShape, gpu: Gpu, copy_engines: bool = True
+) -> list[RankTime]:
+    """Return the times of all pipeline ranks. The longest is the time of the step.
+
+    ``copy_engines``: whether GPUs of one host copy the weights and gradients of ZeRO-3."""
+    ranks = [_Rank(plan, shape, gpu, copy_engines) for plan in plans]
+    arrivals: dict[str, float] = {}
+    left = list(ranks)
+    while left:
+        going = [rank for rank in left if not rank.run(arrivals)]
+        if len(going) == len(left) and not any(_can_go_on(rank, arrivals) for rank in going):
+            raise AssertionError("a message of the pipeline is never sent")
+        left = going
+    return [rank.time for rank in ranks]
+
+
+def _can_go_on(rank: _Rank, arrivals: Mapping[str, float]) -> bool:
+    op = rank.plan.operators[rank.place]
+    return op.name.partition(" ")[2] in arrivals
+
+
+def seconds_of(times: Sequence[RankTime]) -> float:
+    """Return the time of the step."""
+    return max((t.now for t in times), default=math.nan)
