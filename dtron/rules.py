@@ -33,6 +33,8 @@ RULES: Rules = {
     "kv_rank": ("dp", "cp"),
     "heads": ("tp",),
     "kv_heads": ("tp",),
+    "key_heads": ("tp",),  # of linear attention
+    "value_heads": ("tp",),
     "head_dim": (),
     "qk_dim": (),
     "kv_dim": (),
@@ -40,6 +42,7 @@ RULES: Rules = {
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
+    "taps": (),
     # experts: their tokens, and their weights
     "tokens_ep": ("dp_replicate", "edp", "ep"),
     "experts": ("ep",),
