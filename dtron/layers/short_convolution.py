@@ -59,11 +59,12 @@ def short_convolution(
 
 def halo(x_BSC: Tensor, width: int, layout: Layout) -> Tensor:
     """Return the ``width - 1`` tokens before a rank's shard of each row, from the previous cp rank.
-    Where there are none, the result is arbitrary, and ``sees_TK`` hides it. Inside a local region;
-    differentiable."""
-    before = x_BSC[:, x_BSC.shape[1] - (width - 1) :]
+    The first rank receives those of the last one, which ``sees_TK`` hides. Without cp they are
+    zeros. Inside a local region; differentiable."""
     ranks = layout.group("cp")
-    return before if ranks is None else ring_shift(before, ranks)
+    if ranks is None:
+        return x_BSC.new_zeros(len(x_BSC), width - 1, x_BSC.shape[2])
+    return ring_shift(x_BSC[:, x_BSC.shape[1] - (width - 1) :], ranks)
 
 
 def update_tail(x_BSC: Tensor, tail_BKC: Tensor, last_B: Tensor) -> None:

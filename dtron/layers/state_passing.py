@@ -28,7 +28,7 @@ small beside the tokens of a shard that is worth a rank.
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -115,10 +115,7 @@ def state_of_earlier_ranks(own: Maps, ranks: SequenceRanks) -> Tensor:
     return combined(maps)[0].offset.index_select(0, ranks.place)[0]
 
 
-def map_elements(rows: int, heads: int, key_dim: int, value_dim: int, scalar: bool = False) -> int:
-    """Return the number of elements in a rank's message: its map of each row and head.
-
-    ``scalar``: whether the transition is a number."""
-    return prod((rows, heads, 1 if scalar else key_dim**2)) + prod(
-        (rows, heads, key_dim, value_dim)
-    )
+def map_elements(rows: int, heads: int, key_dim: int, value_dim: int) -> int:
+    """Return the number of elements in a rank's message: for each row and head its map, whose
+    transition is a matrix."""
+    return rows * heads * key_dim * (key_dim + value_dim)
