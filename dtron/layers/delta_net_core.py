@@ -3,8 +3,10 @@ and its own tokens. gated_delta_net.py has the layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from dtron.layers.norm import Norm, norm
 from dtron.layers.short_convolution import halo, short_convolution, update_tail
 from dtron.layers.state_passing import SequenceRanks
 from dtron.mesh import Layout
+
+Gate = Literal["silu", "sigmoid"]
+GATES: dict[Gate, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class DeltaNetInputs(MixerInputs):
     """The inputs of gated delta net.
 
     ``chunk``: see ``DeltaNetConfig``.
+    ``gate``: the activation function of the output gate, a key of ``GATES``.
     ``seq_len``: a rank's tokens of each row.
     ``sees_TK``: see short_convolution.py.
     ``place [1]``: the index of this rank's shard of each row.
@@ -41,6 +47,7 @@ class DeltaNetInputs(MixerInputs):
     ``cache``: a ``DeltaNetCache``."""
 
     chunk: int
+    gate: Gate
     seq_len: int
     sees_TK: Tensor
     place: Tensor
@@ -48,19 +55,20 @@ class DeltaNetInputs(MixerInputs):
 
 
 class Projected(NamedTuple):
-    """The projections of a rank's tokens, for its own heads. ``beta`` and ``decay`` are before
-    their activation functions."""
+    """The projections of the tokens. ``gate``, ``beta`` and ``decay`` are before their activation
+    functions. ``decay`` is ``[T, N]``, or ``[T, N, K]`` with a decay for each channel of the keys;
+    ``dt_bias`` in ``HeadWeights`` is ``[N]`` or ``[N, K]``."""
 
     q_TNH: Tensor
     k_TNH: Tensor
     v_TNH: Tensor
     gate_TNH: Tensor
     beta_TN: Tensor
-    decay_TN: Tensor
+    decay: Tensor
 
 
 class HeadWeights(NamedTuple):
-    """The weights of a rank's heads in the local region."""
+    """The weights of the heads in the local region."""
 
     taps_q: Tensor
     taps_k: Tensor
@@ -78,21 +86,41 @@ class Past(NamedTuple):
     last_B: Tensor | None = None
 
 
-def core(*tensors: Any, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
-    """Compute all between the projections: ``[T, N, V]`` for a rank's own tokens and heads.
+def delta_net_core(x: Projected, w: HeadWeights, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+    """Apply everything between the projections: ``[T@tokens, N@value_heads, V]``. Sends over cp."""
+    keys, values = ("tokens", "key_heads", None), ("tokens", "value_heads", None)
+    per_head, own = values[:2], ("value_heads", None)
+    ins: list[tuple[str | None, ...]] = [keys, keys, values, values, per_head]
+    ins += [values[: x.decay.ndim], *[("taps", "key_heads", None)] * 2]
+    ins += [("taps", "value_heads", None), own[:1], own[: w.dt_bias.ndim], (None,)]
+    ins += [("tokens", None), per_head, ("tokens", "value_heads", None, None), ("tokens",)]
+    cache, past = inputs.cache, Past()
+    if cache is not None:
+        past = Past(cache.tail_TC, cache.state_BNKV, inputs.last_B)
+    region = layout.local_map(partial(_on_rank, inputs=inputs, layout=layout), ins, values)
+    return region(*x, *w, inputs.sees_TK, *past)
+
+
+def _on_rank(*tensors: Any, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+    """Compute ``[T, N, V]`` for a rank's own tokens and heads.
 
     ``tensors``: the fields of ``Projected``, ``HeadWeights``, then ``sees_TK`` and ``Past``."""
     x, w, sees_TK = Projected(*tensors[:6]), HeadWeights(*tensors[6:12]), tensors[12]
     past, seq_len = Past(*tensors[13:]), inputs.seq_len
     q, k, v = _convolved(x, w, sees_TK, past, inputs, layout)
     beta = _rows(x.beta_TN, seq_len).sigmoid()
-    a, dtype = _rows(x.decay_TN, seq_len), torch.promote_types(v.dtype, torch.float32)
-    log_decay = -w.a_log.to(dtype).exp() * F.softplus(a.to(dtype) + w.dt_bias.to(dtype))
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    # Each [..., N, K], or [..., N, 1] for a decay of the whole head.
+    a, dt_bias, a_log = (
+        t.to(dtype).unflatten(-1, (-1, 1)) if t.ndim < ndim else t.to(dtype)
+        for t, ndim in ((x.decay, 3), (w.dt_bias, 2), (w.a_log, 2))
+    )
+    log_decay = _rows(-a_log.exp() * F.softplus(a + dt_bias), seq_len)
     starts, ranks, group = ~_rows(sees_TK, seq_len)[..., 1], None, layout.group("cp")
     if past.last_B is not None:  # the state goes on, and padding does not change it
-        padding = torch.arange(seq_len, device=v.device) > past.last_B[:, None]
-        beta, log_decay = (t.masked_fill(padding[..., None], 0.0) for t in (beta, log_decay))
-        starts = None
+        padding = (torch.arange(seq_len, device=v.device) > past.last_B[:, None])[..., None]
+        beta = beta.masked_fill(padding, 0.0)
+        log_decay, starts = log_decay.masked_fill(padding[..., None], 0.0), None
     elif group is not None:
         ranks = SequenceRanks(group, inputs.place)
     q, k = _of_norm_1(q) * q.shape[-1] ** -0.5, _of_norm_1(k)
@@ -101,7 +129,8 @@ def core(*tensors: Any, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
     o, state = delta_rule(tokens, past.state_BNKV, inputs.chunk, ranks)
     if past.state_BNKV is not None:
         past.state_BNKV.copy_(state)
-    return _gated_norm(o.flatten(0, 1), x.gate_TNH, w.scale, inputs.eps)
+    y = norm(Norm(w.scale, None), o.flatten(0, 1), inputs.eps)
+    return (y.to(dtype) * GATES[inputs.gate](x.gate_TNH.to(dtype))).to(y.dtype)
 
 
 def _convolved(
@@ -136,10 +165,3 @@ def _of_norm_1(x: Tensor) -> Tensor:
     """Divide by the norm over the last dim, in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def _gated_norm(o_TNH: Tensor, gate_TNH: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Normalise each head's outputs, and gate them. The gate is in float32 at least."""
-    y = norm(Norm(scale, None), o_TNH, eps)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    return (y.to(wide) * F.silu(gate_TNH.to(wide))).to(y.dtype)

@@ -33,6 +33,9 @@ chunks and of cp ranks.
 logarithm. So a quotient G_i / G_j, with j before the document of i, is set to zero instead; the
 same for G_i S and for G_L / G_j.
 
+**Decays of channels.** In Kimi delta attention (Kimi Linear, arXiv:2510.26692) each channel of the
+keys has its own decay: a is then a diagonal matrix, and so are G_i and G_i / G_j.
+
 Quotients are computed as exp(log G_i - log G_j), which never exceeds 1. Everything here is in
 float32 at least.
 
@@ -51,13 +54,16 @@ from torch import Tensor
 
 from dtron.layers.state_passing import Maps, SequenceRanks, states_before
 
+BLOCK = 16  # rows of a chunk, for decays of channels
+
 
 class DeltaTokens(NamedTuple):
     """The tokens of the delta rule.
 
     ``q``, ``k``: queries and keys, ``[B, S, N, K]``.
     ``v``: values, ``[B, S, N, V]``.
-    ``log_decay``: the logarithm of each token's decay, at most 0, ``[B, S, N]``.
+    ``log_decay``: the logarithm of each token's decay, at most 0: ``[B, S, N, 1]``, or with a decay
+        for each channel of the keys ``[B, S, N, K]``.
     ``beta``: the fraction by which a token moves the stored value, ``[B, S, N]``.
     ``starts_BS``: whether a token is the first one of its document (None: no token is)."""
 
@@ -89,8 +95,8 @@ def delta_rule_by_token(tokens: DeltaTokens, state: Tensor | None = None) -> tup
     for t in range(k.shape[1]):
         decay = log_decay[:, t].exp()
         if starts_BS is not None:
-            decay = decay.masked_fill(starts_BS[:, t, None], 0.0)
-        state = decay[..., None, None] * state
+            decay = decay.masked_fill(starts_BS[:, t, None, None], 0.0)
+        state = decay[..., None] * state
         stored = torch.einsum("bnkv,bnk->bnv", state, k[:, t])
         change = beta[:, t, :, None] * (v[:, t] - stored)
         state = state + torch.einsum("bnk,bnv->bnkv", k[:, t], change)
@@ -134,29 +140,50 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(tokens: DeltaTokens, size: int) -> _Chunks:
-    q, k, v = (_split(x, size) for x in tokens[:3])
-    log_decay, beta = (_split(x[..., None], size)[..., 0] for x in tokens[3:5])
-    log_g = log_decay.cumsum(-1)  # [C, B, N, L]
-    i_after_j = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()
-    kept, before, after = i_after_j, None, None
+    q, k, v, log_decay = (_split(x, size) for x in tokens[:4])
+    beta = _split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
+    log_g = log_decay.cumsum(-2)
+    kept = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()  # j <= i
+    before, after = None, None
     if tokens.starts_BS is not None:
-        starts = _split(tokens.starts_BS[..., None, None].to(k.dtype), size)[..., 0]
-        document = starts.cumsum(-1)  # [C, B, 1, L]; 0 is the document of the state before
-        kept = kept & (document[..., :, None] == document[..., None, :])
-        before, after = document != 0, document != document[..., -1:]
-    g_ij = _exp(log_g[..., :, None] - log_g[..., None, :], ~kept)
-    g_i = _exp(log_g, before)[..., None]
-    g_last = _exp(log_g[..., -1:] - log_g, after)[..., None]
+        starts = _split(tokens.starts_BS[..., None, None].to(k.dtype), size)
+        document = starts.cumsum(-2)  # [C, B, 1, L, 1]; 0 is the document of the state before
+        kept = kept & (document == document.mT)
+        before, after = document != 0, document != document[..., -1:, :]
+    g_i = _exp(log_g, before)
+    g_last = _exp(log_g[..., -1:, :] - log_g, after)
 
-    system = (beta[..., None] * k) @ k.mT * g_ij  # the solver reads what is below the diagonal
-    right = beta[..., None] * torch.cat([v, g_i * k], dim=-1)
+    system = beta * _decayed_products(k, k, log_g, kept)  # the solver reads below the diagonal
+    right = beta * torch.cat([v, g_i * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
 
     k_last = (g_last * k).mT
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    maps = Maps(g_i[..., -1:, :] * eye - k_last @ w, k_last @ u)
-    return _Chunks(g_i * q, q @ k.mT * g_ij, u, w, maps)
+    maps = Maps(g_i[..., -1, :, None] * eye - k_last @ w, k_last @ u)
+    return _Chunks(g_i * q, _decayed_products(q, k, log_g, kept), u, w, maps)
+
+
+def _decayed_products(x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor) -> Tensor:
+    """Return (x_i . k_j) (G_i / G_j) where ``kept``, else 0: ``[..., L, L]``.
+
+    If each channel has its own G, the quotient is inside of the sum over channels. A block of rows
+    takes G relative to its first row: then both factors, G_i / G_first and G_first / G_j, are at
+    most 1 for earlier columns j. Only the blocks on the diagonal need all the quotients."""
+    if log_g.shape[-1] == 1:
+        return x @ k.mT * _exp(log_g - log_g.mT, ~kept)
+    rows, size = [], x.shape[-2]
+    for start in range(0, size, BLOCK):
+        block = slice(start, min(start + BLOCK, size))
+        log_i, first = log_g[..., block, :], log_g[..., start : start + 1, :]
+        k_before = k[..., :start, :] * (first - log_g[..., :start, :]).exp()
+        before = (x[..., block, :] * (log_i - first).exp()) @ k_before.mT
+        pairs = log_i[..., :, None, :] - log_i[..., None, :, :]
+        later = torch.ones(pairs.shape[-3:-1], dtype=torch.bool, device=x.device).triu(1)
+        products = x[..., block, None, :] * k[..., None, block, :]
+        own = (products * _exp(pairs, later[..., None])).sum(-1)
+        rows.append(F.pad(torch.cat([before, own], dim=-1), (0, size - block.stop)))
+    return torch.cat(rows, dim=-2).masked_fill(~kept, 0.0)
 
 
 def _exp(x: Tensor, zero: Tensor | None) -> Tensor:

@@ -32,7 +32,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -45,9 +44,10 @@ from dtron.layers.context_parallel import Method
 from dtron.layers.delta_net_core import (
     DeltaNetCache,
     DeltaNetInputs,
+    Gate,
     HeadWeights,
-    Past,
-    core,
+    Projected,
+    delta_net_core,
 )
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
@@ -144,25 +144,18 @@ def gated_delta_net(
 ) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    wide = (linear(x_TD, w, recipe=inputs.recipe) for w in (p.w_q, p.w_k, p.w_v, p.w_gate))  # local
-    narrow = (linear(x_TD, w) for w in (p.w_beta, p.w_decay))
-    weights = HeadWeights(p.taps_q, p.taps_k, p.taps_v, p.a_log, p.dt_bias, p.norm.scale)
-    keys, values, per_head = (
-        ("tokens", "key_heads", None),
-        ("tokens", "value_heads", None),
-        ("tokens", "value_heads"),
+    q, k, v, gate = (  # local
+        linear(x_TD, w, recipe=inputs.recipe) for w in (p.w_q, p.w_k, p.w_v, p.w_gate)
     )
-    ins = [keys, keys, values, values, per_head, per_head]
-    ins += [("taps", "key_heads", None)] * 2 + [("taps", "value_heads", None)]
-    ins += [("value_heads",), ("value_heads",), (None,)]
-    ins += [("tokens", None), per_head, ("tokens", "value_heads", None, None), ("tokens",)]
-    cache, past = inputs.cache, Past()
-    if cache is not None:
-        past = Past(cache.tail_TC, cache.state_BNKV, inputs.last_B)
-    on_rank = partial(core, inputs=inputs, layout=layout)  # sends over cp
-    y_TNH = layout.local_map(on_rank, ins, values)(*wide, *narrow, *weights, inputs.sees_TK, *past)
+    projected = Projected(q, k, v, gate, linear(x_TD, p.w_beta), linear(x_TD, p.w_decay))
+    y_TNH = delta_net_core(projected, head_weights(p), inputs, layout)  # sends over cp
     y_TD = linear_in(y_TNH, p.w_o, inputs.recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+
+
+def head_weights(p: Any) -> HeadWeights:
+    """Return the weights of a layer that its local region needs."""
+    return HeadWeights(p.taps_q, p.taps_k, p.taps_v, p.a_log, p.dt_bias, p.norm.scale)
 
 
 class GatedDeltaNetMixer(Mixer):
@@ -171,6 +164,7 @@ class GatedDeltaNetMixer(Mixer):
 
     params: ClassVar[type] = GatedDeltaNet
     widths: ClassVar[tuple[str, ...]] = ("delta.key_heads", "delta.value_heads")
+    gate: ClassVar[Gate] = "silu"
 
     @property
     def config(self) -> DeltaNetConfig:
@@ -179,15 +173,14 @@ class GatedDeltaNetMixer(Mixer):
     def dims(self) -> dict[str, Any]:
         return self.config.dims()
 
-    def apply(
-        self, p: GatedDeltaNet, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout
-    ) -> Tensor:
+    def apply(self, p: Any, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
         return gated_delta_net(p, x_TD, inputs, layout)
 
     def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:
         parts, device = layout.parts("sequence"), stage.x_TD.device
         inputs = DeltaNetInputs(
             chunk=self.config.chunk,
+            gate=self.gate,
             seq_len=stage.batch.seq_len // parts,
             sees_TK=visible_tokens(stage.batch, self.config.taps, device, layout),
             place=layout.to_local(layout.iota("sequence", parts, device), "sequence"),

@@ -15,6 +15,7 @@ from dtron.errors import UserError
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
+from dtron.layers.kimi_delta import KimiDeltaMixer
 from dtron.layers.mixer import Mixer
 from dtron.layers.mla import MLAConfig, MLAMixer
 from dtron.layers.mlp import Activation
@@ -29,6 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "A": AttentionMixer,
     "M": MLAMixer,
     "L": GatedDeltaNetMixer,
+    "K": KimiDeltaMixer,
 }
 
 # A tree has a node for each layer, so more layers would take minutes before anything runs.
@@ -49,8 +51,8 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention, L linear attention (gated delta net); with model.mla.kv_rank, A is M too,
-    unless the pattern has an M"""
+    latent attention, L linear attention (gated delta net), K Kimi delta attention; with
+    model.mla.kv_rank, A is M too, unless the pattern has an M"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from dtron.layers import delta_rule as module
@@ -23,11 +24,13 @@ from tests.helpers.wide_transformers import in_float64
 HEADS, KEY, VALUE, ROWS = 3, 5, 4, 2
 
 
-def tokens(seq_len: int, seed: int = 0, starts: Tensor | None = None) -> DeltaTokens:
+def tokens(
+    seq_len: int, seed: int = 0, starts: Tensor | None = None, channels: bool = False
+) -> DeltaTokens:
     shapes = (KEY, KEY, VALUE)
     q, k, v = (normal(ROWS, seq_len, HEADS, n, seed=seed + i) for i, n in enumerate(shapes))
-    gates = (normal(ROWS, seq_len, HEADS, seed=seed + i) for i in (3, 4))
-    log_decay, beta = (x.detach() for x in gates)
+    log_decay = normal(ROWS, seq_len, HEADS, KEY if channels else 1, seed=seed + 3).detach()
+    beta = normal(ROWS, seq_len, HEADS, seed=seed + 4).detach()
     q, k = (F.normalize(x, dim=-1).detach().requires_grad_() for x in (q, k))
     log_decay = (-2 * log_decay.abs()).requires_grad_()
     return DeltaTokens(q, k, v, log_decay, beta.sigmoid().requires_grad_(), starts)
@@ -45,15 +48,17 @@ CHOICES = dict(
     chunk=st.integers(1, 12),
     documents=st.booleans(),
     state=st.booleans(),
+    channels=st.booleans(),
     seed=st.integers(0, 99),
 )
 
 
-def one_case(seq_len, chunk, documents, state, seed):
+def one_case(seq_len, chunk, documents, state, channels, seed):
     generator = torch.Generator().manual_seed(seed)
     starts = torch.rand(ROWS, seq_len, generator=generator) < 0.2 if documents else None
     first = normal(ROWS, HEADS, KEY, VALUE, seed=seed) if state else None
-    both(tokens(seq_len, seed, starts), first, chunk)
+    with mock.patch.object(module, "BLOCK", 4):
+        both(tokens(seq_len, seed, starts, channels), first, chunk)
 
 
 test_chunks_change_nothing = settings(max_examples=examples(15))(given(**CHOICES)(one_case))
@@ -73,7 +78,7 @@ def forgets_the_state(maps: Maps, state: Tensor | None = None, ranks=None):
 @pytest.mark.parametrize("mutant", [decays_twice, forgets_the_state])
 def test_mutants(mutant):
     with mock.patch.object(module, "states_before", mutant):
-        assert_caught(lambda: one_case(20, 4, False, True, 0))
+        assert_caught(lambda: one_case(20, 4, False, True, False, 0))
 
 
 def test_a_document_start_that_is_ignored_is_noticed():
@@ -91,7 +96,19 @@ def test_the_rule_is_that_of_transformers(theirs, ours):
     fn = getattr(qwen, f"torch_{theirs}_gated_delta_rule")
     with in_float64(qwen):
         o, last = fn(
-            *x[:3], g=x.log_decay, beta=x.beta, initial_state=state, output_final_state=True
+            *x[:3], g=x.log_decay[..., 0], beta=x.beta, initial_state=state, output_final_state=True
+        )
+    got_o, got_last = ours(x._replace(q=x.q * KEY**-0.5), state)
+    want = torch.cat([o.flatten(), last.flatten()])
+    same(torch.cat([got_o.flatten(), got_last.flatten()]), want, [*x[:5], state])
+
+
+@pytest.mark.parametrize("ours", [delta_rule_by_token, delta_rule])
+def test_decays_of_channels_are_those_of_transformers(ours):
+    x, state = tokens(37, channels=True), normal(ROWS, HEADS, KEY, VALUE, seed=9)
+    with in_float64(kimi):
+        o, last = kimi.recurrent_kimi_delta_attention(
+            *x[:3], x.log_decay, x.beta, initial_state=state, output_final_state=True
         )
     got_o, got_last = ours(x._replace(q=x.q * KEY**-0.5), state)
     want = torch.cat([o.flatten(), last.flatten()])

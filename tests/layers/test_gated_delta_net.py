@@ -18,7 +18,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.errors import UserError
 from dtron.layers import delta_net_core, delta_rule, gated_delta_net
-from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetMixer
+from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNet
 from dtron.layers.mixer import StageInputs
 from dtron.layers.state_passing import map_elements
 from dtron.mesh import Layout
@@ -62,7 +62,7 @@ def inputs_of(m: ModelConfig, rows: int, seq_len: int, documents: Tensor | None,
         torch.zeros(rows, seq_len + 1, dtype=torch.long), layout, documents, zigzag=False
     )
     stage = StageInputs(batch, torch.empty(0, dtype=torch.float64), (None,))
-    return replace(GatedDeltaNetMixer(m).prepare(stage, layout)[None], eps=m.norm_eps)
+    return replace(m.mixers[0].prepare(stage, layout)[None], eps=m.norm_eps)
 
 
 # ---- the definition

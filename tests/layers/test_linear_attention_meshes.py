@@ -42,6 +42,9 @@ STEPS = [
     ("dp=2,cp=2", "AL", {"zero": 3, "cp_method": "ulysses", "recompute": "offload"}),
     ("pp=2,cp=2", "LA", {"zero": 1, "recompute": "selective", "documents": True}),
     ("pp=2,tp=2", "LLLA", {"zero": 0, "model": {"layers": 4}}),
+    ("dp=2,tp=2", "K", {"zero": 3, "documents": True}),
+    ("cp=4", "KKKA", {"documents": True, "recompute": "selective"}),
+    ("cp=2,tp=2", "KL", {"zero": 2, "recompute": "full"}),
     ("cp=2,ep=2", "L", {"model": {"moe": MoEConfig(4, 2, 8), "mtp": MTPConfig(1)}}),
 ]
 
