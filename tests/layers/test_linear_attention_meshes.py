@@ -21,7 +21,7 @@ from tests.layers.test_gated_delta_net import M
 
 
 def configured(mesh: str, pattern: str = "L", documents: bool = False, **choices) -> RunConfig:
-    model = replace(M, pattern=pattern, **choices.pop("model", {}))
+    model = replace(M, pattern=pattern, layers=len(pattern), **choices.pop("model", {}))
     shape = MeshShape.parse(mesh)
     return RunConfig(
         mesh=mesh,
@@ -36,15 +36,12 @@ def configured(mesh: str, pattern: str = "L", documents: bool = False, **choices
 
 STEPS = [
     ("dp=3,tp=2", "LA", {"zero": 2, "documents": True}),
-    ("cp=2", "L", {}),
-    ("cp=4", "LA", {"documents": True}),
+    ("cp=4", "L", {}),
     ("cp=2,tp=2", "L", {"zero": 3, "documents": True, "recompute": "full"}),
     ("dp=2,cp=2", "AL", {"zero": 3, "cp_method": "ulysses", "recompute": "offload"}),
     ("pp=2,cp=2", "LA", {"zero": 1, "recompute": "selective", "documents": True}),
-    ("pp=2,tp=2", "LLLA", {"zero": 0, "model": {"layers": 4}}),
-    ("dp=2,tp=2", "K", {"zero": 3, "documents": True}),
-    ("cp=4", "KKKA", {"documents": True, "recompute": "selective"}),
-    ("cp=2,tp=2", "KL", {"zero": 2, "recompute": "full"}),
+    ("pp=2,tp=2", "LA", {"zero": 0}),
+    ("cp=2,tp=2", "K", {"zero": 3, "documents": True, "recompute": "selective"}),
     ("cp=2,ep=2", "L", {"model": {"moe": MoEConfig(4, 2, 8), "mtp": MTPConfig(1)}}),
 ]
 
