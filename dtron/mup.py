@@ -37,13 +37,17 @@ WIDTHS = frozenset(
         "kv_latent",
         "heads",
         "kv_heads",
+        "key_heads",
+        "value_heads",
         "mlp",
         "expert_embed",
         "expert_mlp",
         "shared_mlp",
     }
 )
-FIXED = frozenset({"head_dim", "qk_dim", "kv_dim", "v_dim", "vocab", "positions", "experts"})
+FIXED = frozenset(
+    {"head_dim", "qk_dim", "kv_dim", "v_dim", "vocab", "positions", "taps", "experts"}
+)
 
 
 class Growth(NamedTuple):

@@ -53,6 +53,7 @@ class WeightSpec(Leaf):
     ``summed``: the number of leading dims (after the expert dim) over which a matmul sums, if this
         matmul may run in FP8; 0: no such matmul.
     ``growth``: its sizes as multiples of the sizes at muP's base width (mup.py).
+    ``decays``: whether weight decay applies: to matrices, but not to norms, biases and the like.
     """
 
     path: str
@@ -63,12 +64,7 @@ class WeightSpec(Leaf):
     frozen: bool = False
     summed: int = 0
     growth: Growth = Growth()
-
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay applies: to matrices, but not to norms and biases (their init is a
-        constant)."""
-        return self.init not in (ones, zeros)
+    decays: bool = True
 
     @property
     def numel(self) -> int:
@@ -104,6 +100,7 @@ def weight(
     init: Init = normal,
     when: str | None = None,
     frozen: bool = False,
+    decays: bool | None = None,
 ) -> Any:
     """Declare a weight with these logical axes.
 
@@ -113,9 +110,12 @@ def weight(
     ``when``: the weight is absent (None) if ``dims[when]`` is false.
     ``frozen``: the optimizer does not update the weight, and it is never cast. Other code may set
         it between steps.
+    ``decays``: whether weight decay applies (None: unless its initial value is a constant, as of
+        norms and biases).
     """
     return field(
         metadata={
+            "decays": init not in (ones, zeros) if decays is None else decays,
             "axes": axes,
             "init": init,
             "when": when,
@@ -167,7 +167,7 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
         elif "axes" in meta:
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), field_path) for a in axes)
-            kind = {name: meta[name] for name in ("frozen", "summed")}
+            kind = {name: meta[name] for name in ("frozen", "summed", "decays")}
             kind["growth"] = growth(axes, meta["fan_in"], dims.get("width", 1.0))
             tree[f.name] = WeightSpec(field_path, axes, shape, meta["init"], **kind)
         elif meta["choose"]:

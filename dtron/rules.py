@@ -26,13 +26,17 @@ RULES: Rules = {
     "act_embed": (),  # also the small weights (norms, biases) that every rank keeps whole
     "act_q_rank": (),
     "act_kv_rank": (),
+    "act_gate_rank": (),
     "kv_latent": (),
     # weights
     "embed": ("dp", "cp"),  # the ZeRO row
     "q_rank": ("dp", "cp"),  # and for the latents of MLA
     "kv_rank": ("dp", "cp"),
+    "gate_rank": ("dp", "cp"),  # and for the gates of Kimi delta attention
     "heads": ("tp",),
     "kv_heads": ("tp",),
+    "key_heads": ("tp",),  # of linear attention
+    "value_heads": ("tp",),
     "head_dim": (),
     "qk_dim": (),
     "kv_dim": (),
@@ -40,6 +44,7 @@ RULES: Rules = {
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),
+    "taps": (),
     # experts: their tokens, and their weights
     "tokens_ep": ("dp_replicate", "edp", "ep"),
     "experts": ("ep",),
@@ -50,7 +55,7 @@ RULES: Rules = {
 }
 
 # The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
-ZERO = ("embed", "q_rank", "kv_rank", "expert_embed")
+ZERO = ("embed", "q_rank", "kv_rank", "gate_rank", "expert_embed")
 
 # The reductions that may be pending, by the sign before a logical axis.
 PENDING = {"+": "sum", "^": "max"}

@@ -15,7 +15,7 @@ meta.py and files.py describe the files on disk. async_saver.py writes them whil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dtron.checkpoint.stored_values import read_state, read_values
 from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
+from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
@@ -182,6 +183,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
     """Return the identity with the entries that older checkpoints lack, each with the value that
     their runs had."""
     latent = bool(saved.get("model.mla.kv_rank"))
+    delta = asdict(DeltaNetConfig())  # no block of these runs had this layer
     values = {
         "optim.name": "adamw",
         "model.pattern": "A",
@@ -190,6 +192,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.mup_base_head_dim": 0,
         # The norms of latents had the epsilon of the other norms.
         "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
+        **{f"model.delta.{name}": value for name, value in delta.items()},
     }
     return values | saved
 

@@ -90,6 +90,8 @@ class Mixer(Leaf):
     params: ClassVar[Any]
     has_logits: ClassVar[bool] = False
     """whether tokens attend by logits of heads, whose axis is ``heads``"""
+    widths: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
+    """the sizes in the model's config that grow with its width (model/widths.py)"""
 
     @property
     def norm_eps(self) -> float:

@@ -183,6 +183,7 @@ class MLAMixer(AttentionMixer):
     params: ClassVar[type] = MLA
     kv_axis: ClassVar[str] = "heads"
     width_name: ClassVar[str] = "heads of width "
+    widths: ClassVar[tuple[str, ...]] = ("heads", "mla.q_rank", "mla.kv_rank")
 
     @property
     def head_dims(self) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from dtron.bounds import under
 from dtron.errors import UserError
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.context_parallel import Method
+from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
+from dtron.layers.kimi_delta import KimiDeltaMixer
 from dtron.layers.mixer import Mixer
 from dtron.layers.mla import MLAConfig, MLAMixer
 from dtron.layers.mlp import Activation
@@ -24,7 +26,12 @@ from dtron.moe.config import MoEConfig
 from dtron.tree import Leaf
 
 # The letters of ``ModelConfig.pattern``. A program may add its own.
-MIXERS: dict[str, type[Mixer]] = {"A": AttentionMixer, "M": MLAMixer}
+MIXERS: dict[str, type[Mixer]] = {
+    "A": AttentionMixer,
+    "M": MLAMixer,
+    "L": GatedDeltaNetMixer,
+    "K": KimiDeltaMixer,
+}
 
 # A tree has a node for each layer, so more layers would take minutes before anything runs.
 LARGEST = {"layers": 10_000}
@@ -44,7 +51,8 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
+    latent attention, L linear attention (gated delta net), K Kimi delta attention; with
+    model.mla.kv_rank, A is M too, unless the pattern has an M"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -63,6 +71,7 @@ class ModelConfig(Leaf):
     """positional encoding"""
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
+    delta: DeltaNetConfig = field(default_factory=DeltaNetConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""

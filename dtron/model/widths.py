@@ -8,7 +8,7 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import declare_model
-from dtron.params import WeightSpec
+from dtron.params import WeightSpec, normal, residual_out
 from dtron.tree import flat
 
 
@@ -27,24 +27,23 @@ def at_width(m: ModelConfig, embed: int) -> ModelConfig:
             )
         return size * embed // m.embed
 
-    heads: tuple[str, ...] = ("heads",) if m.latent else ("heads", "kv_heads")
-    heads = ("head_dim",) if m.mup_base_head_dim else heads
     if m.mup_base_head_dim and m.latent:
         raise UserError(
             f"model.mup_base_head_dim={m.mup_base_head_dim} with latent attention: its head has "
             "three widths, and only the number of heads is changed here; use 0"
         )
-    mla: Any = {name: scaled(f"mla.{name}", getattr(m.mla, name)) for name in ("q_rank", "kv_rank")}
-    of_experts = ("mlp", "shared") if m.moe.experts else ()
-    moe: Any = {name: scaled(f"moe.{name}", getattr(m.moe, name)) for name in of_experts}
-    own: Any = {name: scaled(name, getattr(m, name)) for name in ("mlp", *heads)}
-    return replace(
-        m,
-        embed=embed,
-        **own,
-        mla=replace(m.mla, **mla),
-        moe=replace(m.moe, **moe),
-    )
+    names = ["mlp", *(name for mixer in m.mixers for name in mixer.widths)]
+    names += ("moe.mlp", "moe.shared") if m.moe.experts else ()
+    if m.mup_base_head_dim:
+        names = [name for name in names if name not in ("heads", "kv_heads")] + ["head_dim"]
+    changes: dict[str, dict[str, Any]] = {}  # of the model, and of the configs in it
+    for name in dict.fromkeys(names):
+        part, _, field = name.rpartition(".")
+        config = getattr(m, part) if part else m
+        changes.setdefault(part, {})[field] = scaled(name, getattr(config, field))
+    own = changes.pop("")
+    nested: Any = {part: replace(getattr(m, part), **new) for part, new in changes.items()}
+    return replace(m, embed=embed, **own, **nested)
 
 
 def describe_mup(m: ModelConfig) -> list[str]:
@@ -54,7 +53,7 @@ def describe_mup(m: ModelConfig) -> list[str]:
         return []
     kinds: dict[float, list[WeightSpec]] = {}
     for w in flat(declare_model(m)):
-        if w.decays:  # the others begin as constants
+        if w.init in (normal, residual_out):  # the others have no such factor
             kinds.setdefault(w.growth.init_std, []).append(w)
     scores = ", ".join(f"{x.params.segment} scores {x.score_growth:g}x" for x in m.mixers)
     return [

@@ -60,7 +60,7 @@ class LinearWeight:
     def _head(self) -> int | None:
         """The dim of attention heads in ``shape``, if each head is a matrix."""
         axes = self.spec.axes[int(self.of_experts) :]
-        heads = [i for i, axis in enumerate(axes) if axis in ("heads", "kv_heads")]
+        heads = [i for i, axis in enumerate(axes) if axis.endswith("heads")]
         return heads[0] if heads and self.per_head else None
 
     @property

@@ -90,9 +90,9 @@ def test_an_axis_that_is_forgotten_is_seen(axis, name):
 
 
 def test_an_axis_without_a_row_is_refused():
-    with pytest.raises(ValueError, match="'taps' has no row"):
-        growth(("embed", "taps"), 1, 2.0)
-    assert growth(("embed", "taps"), 1, 1.0) == Growth()
+    with pytest.raises(ValueError, match="'knots' has no row"):
+        growth(("embed", "knots"), 1, 2.0)
+    assert growth(("embed", "knots"), 1, 1.0) == Growth()
     of_weights = {
         axis.removeprefix("act_")
         for m in MODELS.values()

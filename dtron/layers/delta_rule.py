@@ -1,0 +1,198 @@
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464, equation 10), a form of linear
+attention.
+
+Each head has a state S, a matrix ``[K, V]``. It is a memory: S^T k is the value that is stored
+under the key k. Each token first multiplies the state by its decay a. Then it reads the value under
+its key, and moves that value towards its own value v by the fraction b. At last it reads under its
+query:
+
+    S  <-  a S
+    S  <-  S + b k (v - S^T k)^T
+    o   =  S^T q
+
+``delta_rule_by_token`` is this definition. ``delta_rule`` computes the same with matmuls.
+
+**The chunked form.** Take a chunk of L tokens, and S the state before it. Token i adds k_i u_i^T to
+the state, where u_i is its corrected value. The correction depends on the earlier tokens of the
+chunk, because they have changed the memory too. With G_i the product of the decays up to token i:
+
+    u_i = b_i (v_i - G_i S^T k_i - sum over j < i of (G_i / G_j) (k_i . k_j) u_j)
+
+All u of a chunk are the solution of one unit lower triangular system. Its right side is affine in
+S, so the solution is too: u = U - W S. This is the WY representation of a product of matrices
+I - b k k^T (section 3.2 of the paper). U and W do not depend on S, so all chunks compute them at
+once. The rest is matmuls:
+
+    o_i  =  G_i S^T q_i + sum over j <= i of (G_i / G_j) (q_i . k_j) u_j
+    S'   =  G_L S + sum over j of (G_L / G_j) k_j u_j^T
+
+The second line, with u = U - W S, is an affine map of S. state_passing.py combines the maps of
+chunks and of cp ranks.
+
+**Documents.** The state must be zero at the first token of a document. A decay of zero has no
+logarithm. So a quotient G_i / G_j, with j before the document of i, is set to zero instead; the
+same for G_i S and for G_L / G_j.
+
+**Decays of channels.** In Kimi delta attention (Kimi Linear, arXiv:2510.26692) each channel of the
+keys has its own decay: a is then a diagonal matrix, and so are G_i and G_i / G_j.
+
+Quotients are computed as exp(log G_i - log G_j), which never exceeds 1. Everything here is in
+float32 at least.
+
+Left out: the inverse of the system as a product (I - N)(I + N^2)(I + N^4)..., which is matmuls
+alone: its factors grow far beyond the inverse where keys are alike. Also left out: matmuls in
+bfloat16, as fused kernels have them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtron.layers.state_passing import Maps, SequenceRanks, states_before
+
+BLOCK = 16  # rows of a chunk, for decays of channels
+
+
+class DeltaTokens(NamedTuple):
+    """The tokens of the delta rule.
+
+    ``q``, ``k``: queries and keys, ``[B, S, N, K]``.
+    ``v``: values, ``[B, S, N, V]``.
+    ``log_decay``: the logarithm of each token's decay, at most 0: ``[B, S, N, 1]``, or with a decay
+        for each channel of the keys ``[B, S, N, K]``.
+    ``beta``: the fraction by which a token moves the stored value, ``[B, S, N]``.
+    ``starts_BS``: whether a token is the first one of its document (None: no token is)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
+    starts_BS: Tensor | None = None
+
+    def wide(self) -> DeltaTokens:
+        """Return the same tokens in float32 at least."""
+        dtype = torch.promote_types(self.v.dtype, torch.float32)
+        q, k, v, log_decay, beta = (x.to(dtype) for x in self[:5])
+        return DeltaTokens(q, k, v, log_decay, beta, self.starts_BS)
+
+
+def delta_rule_by_token(tokens: DeltaTokens, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Apply the rule token by token. This is the definition; ``delta_rule`` is fast.
+
+    Returns ``(o [B, S, N, V], state [B, N, K, V])``: the outputs, and the state after the last
+    token.
+
+    ``state``: the state before the first token (None: zero)."""
+    q, k, v, log_decay, beta, starts_BS = tokens.wide()
+    if state is None:
+        state = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1])
+    outputs = []
+    for t in range(k.shape[1]):
+        decay = log_decay[:, t].exp()
+        if starts_BS is not None:
+            decay = decay.masked_fill(starts_BS[:, t, None, None], 0.0)
+        state = decay[..., None] * state
+        stored = torch.einsum("bnkv,bnk->bnv", state, k[:, t])
+        change = beta[:, t, :, None] * (v[:, t] - stored)
+        state = state + torch.einsum("bnk,bnv->bnkv", k[:, t], change)
+        outputs.append(torch.einsum("bnkv,bnk->bnv", state, q[:, t]))
+    return torch.stack(outputs, dim=1).to(tokens.v.dtype), state
+
+
+def delta_rule(
+    tokens: DeltaTokens,
+    state: Tensor | None = None,
+    chunk: int = 64,
+    ranks: SequenceRanks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the rule in chunks. Returns the same as ``delta_rule_by_token``. Rank-local, except for
+    the states over cp.
+
+    ``chunk``: the number of tokens in a chunk.
+    ``ranks``: the cp ranks that share the sequences (None: rows are whole); see
+        state_passing.py."""
+    seq_len = tokens.k.shape[1]
+    chunks = _chunks(tokens.wide(), min(chunk, seq_len))
+    states, last = states_before(chunks.maps, state, ranks)
+    o = chunks.q @ states + chunks.scores @ (chunks.u - chunks.w @ states)  # [C, B, N, L, V]
+    o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :seq_len]
+    return o.to(tokens.v.dtype), last
+
+
+class _Chunks(NamedTuple):
+    """The parts of the rule that do not depend on the state, for all chunks: ``[C, B, N, ...]``.
+
+    ``q``: queries times G_i, ``[..., L, K]``.
+    ``scores``: (G_i / G_j) (q_i . k_j) for j <= i, ``[..., L, L]``.
+    ``u``, ``w``: U and W of the WY representation, ``[..., L, V]`` and ``[..., L, K]``.
+    ``maps``: the affine map of each chunk."""
+
+    q: Tensor
+    scores: Tensor
+    u: Tensor
+    w: Tensor
+    maps: Maps
+
+
+def _chunks(tokens: DeltaTokens, size: int) -> _Chunks:
+    q, k, v, log_decay = (_split(x, size) for x in tokens[:4])
+    beta = _split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
+    log_g = log_decay.cumsum(-2)
+    kept = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()  # j <= i
+    before, after = None, None
+    if tokens.starts_BS is not None:
+        starts = _split(tokens.starts_BS[..., None, None].to(k.dtype), size)
+        document = starts.cumsum(-2)  # [C, B, 1, L, 1]; 0 is the document of the state before
+        kept = kept & (document == document.mT)
+        before, after = document != 0, document != document[..., -1:, :]
+    g_i = _exp(log_g, before)
+    g_last = _exp(log_g[..., -1:, :] - log_g, after)
+
+    system = beta * _decayed_products(k, k, log_g, kept)  # the solver reads below the diagonal
+    right = beta * torch.cat([v, g_i * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+
+    k_last = (g_last * k).mT
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    maps = Maps(g_i[..., -1, :, None] * eye - k_last @ w, k_last @ u)
+    return _Chunks(g_i * q, _decayed_products(q, k, log_g, kept), u, w, maps)
+
+
+def _decayed_products(x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor) -> Tensor:
+    """Return (x_i . k_j) (G_i / G_j) where ``kept``, else 0: ``[..., L, L]``.
+
+    If each channel has its own G, the quotient is inside of the sum over channels. A block of rows
+    takes G relative to its first row: then both factors, G_i / G_first and G_first / G_j, are at
+    most 1 for earlier columns j. Only the blocks on the diagonal need all the quotients."""
+    if log_g.shape[-1] == 1:
+        return x @ k.mT * _exp(log_g - log_g.mT, ~kept)
+    rows, size = [], x.shape[-2]
+    for start in range(0, size, BLOCK):
+        block = slice(start, min(start + BLOCK, size))
+        log_i, first = log_g[..., block, :], log_g[..., start : start + 1, :]
+        k_before = k[..., :start, :] * (first - log_g[..., :start, :]).exp()
+        before = (x[..., block, :] * (log_i - first).exp()) @ k_before.mT
+        pairs = log_i[..., :, None, :] - log_i[..., None, :, :]
+        later = torch.ones(pairs.shape[-3:-1], dtype=torch.bool, device=x.device).triu(1)
+        products = x[..., block, None, :] * k[..., None, block, :]
+        own = (products * _exp(pairs, later[..., None])).sum(-1)
+        rows.append(F.pad(torch.cat([before, own], dim=-1), (0, size - block.stop)))
+    return torch.cat(rows, dim=-2).masked_fill(~kept, 0.0)
+
+
+def _exp(x: Tensor, zero: Tensor | None) -> Tensor:
+    """Return exp(x), and 0 with gradient 0 where ``zero``."""
+    return (x if zero is None else x.masked_fill(zero, float("-inf"))).exp()
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """Split rows into chunks: ``[B, S, N, H]`` -> ``[C, B, N, L, H]``. The last chunk is padded
+    with zeros: a token with beta 0 and log decay 0 does not change the state."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
+    return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)

@@ -1,0 +1,242 @@
+"""Gated delta net (Yang et al. 2024, arXiv:2412.06464): linear attention, as Qwen3-Next has it.
+
+A token reads and writes a state of constant size, ``[K, V]`` for each head, instead of the keys and
+values of all earlier tokens. So the work per token and the decoding cache do not grow with the
+sequence. A model usually keeps full attention in every fourth block: ``--model.pattern LLLA``.
+
+    q, k, v  =  silu(short convolution(x w_q, x w_k, x w_v)), with q and k of norm 1
+    beta     =  sigmoid(x w_beta)
+    log a    =  -exp(a_log) softplus(x w_decay + dt_bias)
+    o        =  delta rule(q / sqrt(K), k, v, log a, beta)
+    y        =  (norm(o) silu(x w_gate)) w_o
+
+There may be more value heads than key heads: value head n reads and writes under the keys of key
+head n // (value heads / key heads), as in Qwen3-Next.
+
+Tensor parallelism shards both kinds of heads. The convolution, the gates, the recurrence and the
+norm of the outputs stay within a head, so all of it is one local region between the two constrains
+of any mixer. The norm's weight is shared by all heads. So each tp rank has one summand of its
+gradient, and the region declares this sum (``Layout.local_map``). A trainer that forgets the sum is
+wrong in exactly this weight. This bug has shipped.
+
+Context parallelism needs contiguous shards: a rank's tokens are one run of the recurrence. The
+layer receives two messages from other ranks, both of constant size. They are the last tokens of the
+previous shard for the convolution (short_convolution.py), and the state at the start of the shard
+(state_passing.py). Attention in the same model then has contiguous shards too.
+
+Left out: negative eigenvalues (beta up to 2), and a variant without the short convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dtron.bounds import divides, from_to, nearest_divisor
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
+from dtron.layers.context_parallel import Method
+from dtron.layers.delta_net_core import (
+    DeltaNetCache,
+    DeltaNetInputs,
+    Gate,
+    HeadWeights,
+    Projected,
+    delta_net_core,
+)
+from dtron.layers.linear import linear, linear_in
+from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
+from dtron.layers.norm import Norm
+from dtron.layers.short_convolution import taps_init, visible_tokens
+from dtron.layers.state_passing import map_elements
+from dtron.layers.token_order import TokenOrder
+from dtron.mesh import Layout
+from dtron.params import Dims, WeightSpec, part, residual_out, weight
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """Sizes of gated delta net, the mixer with the letter L."""
+
+    key_heads: int = 4
+    """heads of queries and keys"""
+    value_heads: int = 8
+    """heads of values, each with a state of its own"""
+    key_dim: int = 32
+    """width of a head's queries and keys"""
+    value_dim: int = 32
+    """width of a head's values"""
+    taps: int = 4
+    """tokens of the short convolution, counting the token itself"""
+    chunk: int = 64
+    """tokens that are computed at once; the results do not depend on it"""
+
+    def __post_init__(self) -> None:
+        sizes = ("key_heads", "value_heads", "key_dim", "value_dim", "chunk")
+        from_to(self, "model.delta", {**dict.fromkeys(sizes, (1, 1 << 20)), "taps": (2, 64)})
+        if self.value_heads % self.key_heads:
+            raise UserError(
+                f"model.delta.value_heads={self.value_heads}, "
+                f"model.delta.key_heads={self.key_heads}: key_heads must divide value_heads; use "
+                f"--model.delta.key-heads {nearest_divisor(self.value_heads, self.key_heads)}"
+            )
+
+    def dims(self) -> dict[str, Any]:
+        """Return sizes for the declaration of ``GatedDeltaNet``."""
+        return {
+            "key_heads": self.key_heads,
+            "value_heads": self.value_heads,
+            "qk_dim": self.key_dim,
+            "v_dim": self.value_dim,
+            "taps": self.taps,
+            "layernorm": False,  # the norm of the outputs is RMSNorm in any model
+        }
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the convolution: all queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+def log_decay_rates(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
+    """Draw ``a_log``: the logarithm of a number between 1 and 16, uniformly (Mamba-2,
+    arXiv:2405.21060)."""
+    x = torch.empty(w.shape, device=generator.device)
+    return x.uniform_(1.0, 16.0, generator=generator).log()
+
+
+def time_step_biases(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
+    """Draw ``dt_bias``: softplus(dt_bias) is log-uniform between 0.001 and 0.1 (Mamba,
+    arXiv:2312.00752, section 3.6). So the state is kept for many tokens at first."""
+    x = torch.empty(w.shape, device=generator.device)
+    dt = x.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The weights. ``taps_q[k]`` is multiplied with the token k places before."""
+
+    segment: ClassVar[str] = "delta_net"
+
+    w_q: Tensor = weight("embed", "key_heads", "qk_dim", summed=1)
+    w_k: Tensor = weight("embed", "key_heads", "qk_dim", summed=1)
+    w_v: Tensor = weight("embed", "value_heads", "v_dim", summed=1)
+    w_gate: Tensor = weight("embed", "value_heads", "v_dim", summed=1)
+    w_beta: Tensor = weight("embed", "value_heads", fan_in=1)
+    w_decay: Tensor = weight("embed", "value_heads", fan_in=1)
+    w_o: Tensor = weight("value_heads", "v_dim", "embed", summed=2, init=residual_out)
+    taps_q: Tensor = weight("taps", "key_heads", "qk_dim", init=taps_init)
+    taps_k: Tensor = weight("taps", "key_heads", "qk_dim", init=taps_init)
+    taps_v: Tensor = weight("taps", "value_heads", "v_dim", init=taps_init)
+    a_log: Tensor = weight("value_heads", init=log_decay_rates, decays=False)
+    dt_bias: Tensor = weight("value_heads", init=time_step_biases, decays=False)
+    norm: Norm = part(act_embed="v_dim")
+
+
+def gated_delta_net(
+    p: GatedDeltaNet, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout
+) -> Tensor:
+    """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
+    x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+    q, k, v, gate = (  # local
+        linear(x_TD, w, recipe=inputs.recipe) for w in (p.w_q, p.w_k, p.w_v, p.w_gate)
+    )
+    projected = Projected(q, k, v, gate, linear(x_TD, p.w_beta), linear(x_TD, p.w_decay))
+    y_TNH = delta_net_core(projected, head_weights(p), inputs, layout)  # sends over cp
+    y_TD = linear_in(y_TNH, p.w_o, inputs.recipe)  # {+tp}: a sum still pending
+    return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+
+
+def head_weights(p: Any) -> HeadWeights:
+    """Return the weights of a layer that its local region needs."""
+    return HeadWeights(p.taps_q, p.taps_k, p.taps_v, p.a_log, p.dt_bias, p.norm.scale)
+
+
+class GatedDeltaNetMixer(Mixer):
+    """Gated delta net as a mixer. It ignores the attention window, rotary positions and the method
+    of attention over cp."""
+
+    params: ClassVar[type] = GatedDeltaNet
+    widths: ClassVar[tuple[str, ...]] = ("delta.key_heads", "delta.value_heads")
+    gate: ClassVar[Gate] = "silu"
+
+    @property
+    def config(self) -> DeltaNetConfig:
+        return self.model.delta
+
+    def dims(self) -> dict[str, Any]:
+        return self.config.dims()
+
+    def apply(self, p: Any, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+        return gated_delta_net(p, x_TD, inputs, layout)
+
+    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:
+        parts, device = layout.parts("sequence"), stage.x_TD.device
+        inputs = DeltaNetInputs(
+            chunk=self.config.chunk,
+            gate=self.gate,
+            seq_len=stage.batch.seq_len // parts,
+            sees_TK=visible_tokens(stage.batch, self.config.taps, device, layout),
+            place=layout.to_local(layout.iota("sequence", parts, device), "sequence"),
+            last_B=stage.last_B,
+        )
+        return dict.fromkeys(stage.windows, inputs)
+
+    def empty_cache(
+        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
+    ) -> DeltaNetCache:
+        """Make the tail of the convolution, and the states, which are in float32 at least."""
+        c, tp, own = self.config, layout.parts("value_heads"), rows // layout.parts("tokens")
+        tail = torch.zeros(own * (c.taps - 1), c.channels // tp, dtype=dtype, device=device)
+        shape = own, c.value_heads // tp, c.key_dim, c.value_dim
+        wide = torch.promote_types(dtype, torch.float32)
+        state = torch.zeros(shape, dtype=wide, device=device)
+        return DeltaNetCache(
+            layout.from_local(tail, "tokens", "value_heads"),
+            layout.from_local(state, "tokens", "value_heads", None, None),
+        )
+
+    def orders(self, method: Method) -> tuple[TokenOrder, ...]:
+        """A rank's shard is one run of the recurrence."""
+        return ("contiguous",)
+
+    def flops(self, seq_len: int, window: int | None) -> float:
+        """Return the FLOPs of the recurrence: three products of a token with the state, to read,
+        write and read again, forward and backward. The chunked form does more."""
+        c = self.config
+        return 18.0 * c.value_heads * c.key_dim * c.value_dim
+
+    def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
+        """Return the bytes of the convolution's inputs and outputs, the gate and the layer's
+        outputs; and in float32 those of the chunked form: queries, keys, values, U and W, the L x L
+        matrices of a chunk, and the state and two maps for each chunk."""
+        c, u = self.config, tokens // mesh.cp
+        plain = 2 * c.channels + 2 * c.value_heads * c.value_dim
+        in_chunk = 4 * c.key_dim + 3 * c.value_dim + 3 * c.chunk
+        maps = 2 * c.key_dim * (c.key_dim + c.value_dim) + c.key_dim * c.value_dim
+        wide = c.value_heads * (in_chunk + maps // c.chunk)
+        return u * (element * plain + 4 * wide) // mesh.tp
+
+    def message_bytes(self, mesh: MeshShape, tokens: int, method: Method, element: int) -> int:
+        """Return the bytes of the maps of one row of all ranks, and of their gradients. They are in
+        float32, and larger than the messages of the convolution."""
+        c = self.config
+        own = map_elements(1, c.value_heads // mesh.tp, c.key_dim, c.value_dim)
+        return 8 * mesh.cp * own if mesh.cp > 1 else 0
+
+    def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
+        for name in ("key_heads", "value_heads"):
+            divides(f"model.delta.{name}", getattr(self.config, name), "tp", mesh.tp)
+        before = self.config.taps - 1
+        if mesh.cp > 1 and seq_len < before * mesh.cp:
+            raise UserError(
+                f"data.seq_len={seq_len} over cp={mesh.cp}: the convolution of linear attention "
+                f"needs {before} tokens of each row on every rank; use --data.seq-len "
+                f"{before * mesh.cp} or more, or a smaller cp"
+            )
