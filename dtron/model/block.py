@@ -1,7 +1,15 @@
 """A transformer block, and the running of a stage's blocks.
 
-Blocks are pre-norm, x + f(norm(x)), as in Llama, Qwen and GPT-2. Dropout is left out on purpose:
-current models train without dropout, and recompute then needs no random state.
+A block adds two sub-layers to the residual stream: a mixer and a feed-forward layer f. The model
+says where their norms are (``norm_position``):
+
+- pre: x + f(norm(x)), as in Llama, Qwen and GPT-2.
+- post: x + norm(f(x)), as in OLMo 2 (arXiv:2501.00656, equation 2). The residual stream itself is
+  never normalised, unlike in the first transformers.
+- sandwich: x + norm(f(norm(x))), with two norms of their own, as in Gemma 2 (arXiv:2408.00118).
+
+Dropout is left out on purpose: current models train without dropout, and recompute then needs no
+random state.
 
 activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
 activations are recomputed. Both may vary between runs without changing the result.
@@ -41,16 +49,19 @@ from dtron.torch_compile import DIRECT, Units
 @dataclass(frozen=True)
 class Block:
     """The weights of a block. ``mlp`` is the dense feed-forward layer; ``moe`` takes its place in a
-    block with experts.
+    block with experts. ``norm_1`` and ``norm_2`` are before the sub-layers, ``post_norm_1`` and
+    ``post_norm_2`` on their outputs.
 
     ``letter``: the block's mixer, a key of ``ModelConfig.kinds``.
     ``window``: the attention window (None: no window)."""
 
-    norm_1: Norm = part()
+    norm_1: Norm | None = part(when="pre_norms")
     mixer: Any = part(choose="mixer")
-    norm_2: Norm = part()
+    post_norm_1: Norm | None = part(when="post_norms")
+    norm_2: Norm | None = part(when="pre_norms")
     mlp: MLP | None = part(when="dense")
     moe: MoELayer | None = part(when="sparse")
+    post_norm_2: Norm | None = part(when="post_norms")
     letter: str = value("letter")
     window: int | None = value("window")
 
@@ -91,7 +102,7 @@ def block(
     other outputs.
 
     ``before_E``: for experts, see ``route``."""
-    h_TD = norm(p.norm_1, x_TD, m.norm_eps)
+    h_TD = _maybe_norm(p.norm_1, x_TD, m)
     logits: list[Tensor] = []
     if inputs.logits:
         mixed_TD, *logits = inputs.mixer.apply_with_logits(
@@ -99,19 +110,31 @@ def block(
         )
     else:
         mixed_TD = inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
-    x_TD = x_TD + mixed_TD
-    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
+    h_TD = _maybe_norm(p.norm_2, x_TD, m)
     if p.moe is None:
         assert p.mlp is not None
         y_TD = mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk)
-        return x_TD + y_TD, *logits
+        return _add(x_TD, y_TD, p.post_norm_2, m), *logits
     assert inputs.token_info is not None
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
     if p.moe.shared is not None:
         y_TD = y_TD + shared_expert(p.moe, h_TD, layout, m.activation, inputs.recipe)
-    return x_TD + y_TD, *logits, aux, *stats
+    return _add(x_TD, y_TD, p.post_norm_2, m), *logits, aux, *stats
+
+
+def _maybe_norm(p: Norm | None, x_TD: Tensor, m: ModelConfig) -> Tensor:
+    return x_TD if p is None else norm(p, x_TD, m.norm_eps)
+
+
+def _add(x_TD: Tensor, y_TD: Tensor, p: Norm | None, m: ModelConfig) -> Tensor:
+    """Add a sub-layer's output to the residual stream. Local: each rank has its own tokens.
+
+    ``p``: the norm on the output, if the model has one."""
+    y_TD = _maybe_norm(p, y_TD, m)
+    return x_TD + (y_TD if m.residual_scale == 1 else m.residual_scale * y_TD)
 
 
 def output_names(logits: bool, sparse: bool) -> tuple[str, ...]:

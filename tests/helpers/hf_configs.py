@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
-from tests.helpers.hf_models import draw_weights
+from tests.helpers.hf_models import causal, draw_weights
 
 LAYERS = 3
 _SIZES = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None}
@@ -36,13 +36,18 @@ def optional(**fields: st.SearchStrategy) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=fields)
 
 
-def _rope(draw: Any) -> dict[str, Any]:
+_ROPE_TYPES = ("default", "llama3", "yarn", "yarn", "yarn", "linear")
+
+
+def _rope(draw: Any, kinds: Sequence[str] = _ROPE_TYPES) -> dict[str, Any]:
     """The object of rope_parameters or rope_scaling."""
-    kind = draw(st.sampled_from(["default", "llama3", "yarn", "yarn", "yarn", "linear"]))
+    kind = draw(st.sampled_from(kinds))
     name = draw(rare("rope_type", "type"))
     out: dict[str, Any] = {name: kind} | draw(optional(rope_theta=numbers(50, 1000)))
     if kind == "default":
         return out
+    if kind == "longrope":  # for 2 pairs: a head of 8 dims, half of them rotated
+        return out | {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
     out["factor"] = draw(numbers(1.5, 8))
     if draw(st.booleans()) or kind == "llama3":
         out["original_max_position_embeddings"] = draw(st.sampled_from([16, 32, 64]))
@@ -92,6 +97,17 @@ _QWEN = {
 }
 _TYPES = st.sampled_from([None, list(_KINDS) + [_KINDS[0]], [_KINDS[1]] * 3, [_KINDS[0]] * 3])
 _EXPERTS = {"num_experts_per_tok": st.sampled_from([1, 2, 3])}
+_CAPPED = ("attn", "final")
+_GEMMA = {
+    "query_pre_attn_scalar": st.sampled_from([60, 100]),
+    "sliding_window": st.sampled_from([3, 20]),
+    "layer_types": _TYPES,
+    "attention_bias": rare(False, True),
+    "hidden_activation": rare("gelu_pytorch_tanh", "silu"),
+}
+PHI3_ROPE = ("default", "default", "longrope")  # transformers refuses the others
+LAYERED_ROPE = ("Olmo3", "Gemma3Text")
+PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2")
 _BIAS = {"attention_bias": rare(False, True)}
 
 
@@ -189,6 +205,96 @@ def _deepseek_v3(draw: Any) -> dict[str, Any]:
     return made | draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 4}]))
 
 
+def _olmo2(draw: Any) -> dict[str, Any]:
+    return _dense(draw, **_BIAS)
+
+
+def _olmo3(draw: Any) -> dict[str, Any]:
+    return _dense(draw, **_BIAS, sliding_window=_WINDOW, layer_types=_TYPES)
+
+
+def _gemma2(draw: Any) -> dict[str, Any]:
+    caps = {f"{name}_logit_softcapping": st.sampled_from([None, 2.0]) for name in _CAPPED}
+    return _dense(draw, **_GEMMA, **caps)
+
+
+def _gemma3(draw: Any) -> dict[str, Any]:
+    return _dense(
+        draw,
+        **_GEMMA,
+        final_logit_softcapping=st.sampled_from([None, 2.0]),
+        attn_logit_softcapping=rare(None, 2.0),
+        sliding_window_pattern=st.sampled_from([2, 3, 6]),
+        rope_local_base_freq=numbers(50, 1000),
+    )
+
+
+def _phi3(draw: Any) -> dict[str, Any]:
+    return _dense(draw, sliding_window=_WINDOW, pad_token_id=st.just(0)) | {"pad_token_id": 0}
+
+
+def _smollm3(draw: Any) -> dict[str, Any]:
+    more = {key: value for key, value in _QWEN.items() if key != "max_window_layers"}
+    made = _dense(
+        draw,
+        **more,
+        **_BIAS,
+        mlp_bias=rare(False, True),
+        layer_types=_TYPES,
+        no_rope_layers=st.sampled_from([None, [1, 0, 1], [0, 0, 0, 1], [1, 1, 1]]),
+        no_rope_layer_interval=st.sampled_from([1, 2, 4]),
+    )
+    return made | {"pad_token_id": 0}
+
+
+def _seed_oss(draw: Any) -> dict[str, Any]:
+    return _dense(
+        draw,
+        attention_bias=st.booleans(),
+        attention_out_bias=rare(False, True),
+        mlp_bias=rare(False, True),
+    )
+
+
+def _granite(draw: Any) -> dict[str, Any]:
+    return _dense(
+        draw,
+        **_BIAS,
+        embedding_multiplier=numbers(0.5, 3),
+        residual_multiplier=numbers(0.2, 1.5),
+        logits_scaling=numbers(1, 4),
+        mlp_bias=rare(False, True),
+    ) | {"attention_multiplier": draw(numbers(0.05, 0.4))}
+
+
+def _glm4_moe(draw: Any) -> dict[str, Any]:
+    made = _dense(
+        draw,
+        attention_bias=st.booleans(),
+        use_qk_norm=st.booleans(),
+        routed_scaling_factor=st.sampled_from([1.0, 2.5]),
+        norm_topk_prob=st.booleans(),
+        first_k_dense_replace=st.sampled_from([0, 1, 2]),
+        num_nextn_predict_layers=st.sampled_from([0, 1]),
+    )
+    groups = draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 1}, {}]))
+    return (
+        made
+        | groups
+        | {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": draw(st.sampled_from([1, 2])),
+            "num_experts_per_tok": draw(st.sampled_from([2, 3])),
+        }
+    )
+
+
+def _minimax_m2(draw: Any) -> dict[str, Any]:
+    made = _dense(draw, rotary_dim=st.sampled_from([4, 6, 8]))
+    return made | {"num_local_experts": 8, "num_experts_per_tok": draw(st.sampled_from([1, 3]))}
+
+
 # By the class in transformers, the strategy of its fields.
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Llama": _llama,
@@ -201,6 +307,16 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "GptOss": _gpt_oss,
     "DeepseekV2": _deepseek_v2,
     "DeepseekV3": _deepseek_v3,
+    "Olmo2": _olmo2,
+    "Olmo3": _olmo3,
+    "Gemma2": _gemma2,
+    "Gemma3Text": _gemma3,
+    "Phi3": _phi3,
+    "SmolLM3": _smollm3,
+    "SeedOss": _seed_oss,
+    "Granite": _granite,
+    "Glm4Moe": _glm4_moe,
+    "MiniMaxM2": _minimax_m2,
 }
 
 
@@ -208,13 +324,19 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 def configs(draw: Any, kind: str) -> dict[str, Any]:
     """A config.json of a family: some fields left out, RoPE under any of its keys."""
     out = FAMILIES[kind](draw)
-    if kind != "GPT2":
+    if kind in LAYERED_ROPE and draw(st.booleans()):
+        nested = {name: _rope(draw) for name in ("full_attention",)}
+        nested |= draw(optional(sliding_attention=st.builds(dict, rope_theta=numbers(50, 1000))))
+        out["rope_parameters"] = nested
+        out |= draw(optional(rope_theta=numbers(50, 1000)))
+    elif kind != "GPT2":
         keys = draw(st.sampled_from(["", "rope_parameters", "rope_scaling", "both"]))
         out |= draw(optional(rope_theta=numbers(50, 1000)))
         for key in ("rope_parameters", "rope_scaling"):
             if keys in (key, "both"):
-                out[key] = _rope(draw)
-        out |= draw(optional(partial_rotary_factor=rare(1.0, 0.5)))
+                out[key] = _rope(draw, PHI3_ROPE if kind == "Phi3" else _ROPE_TYPES)
+        share = st.sampled_from([1.0, 0.5]) if kind in PARTIAL else rare(1.0, 0.5)
+        out |= draw(optional(partial_rotary_factor=share))
     return out
 
 
@@ -229,9 +351,8 @@ def saved(kind: str, config: dict[str, Any], way: str) -> Iterator[Path]:
     transformers raises if it does not have such a model."""
     import transformers
 
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     settings = getattr(transformers, f"{kind}Config")(**copy.deepcopy(config))
-    made = getattr(transformers, kind + head)(settings)
+    made = getattr(transformers, causal(kind))(settings)
     named = [(n, w) for n, w in made.named_parameters() if w.is_floating_point()]
     draw_weights(named + [(n, w) for n, w in made.named_buffers() if "correction" in n])
     at = Path(tempfile.mkdtemp(prefix="dtron-config-"))
@@ -242,7 +363,7 @@ def saved(kind: str, config: dict[str, Any], way: str) -> Iterator[Path]:
             (at / INDEX).write_text(json.dumps({"weight_map": {"gone.weight": "gone.safetensors"}}))
         elif way in ("frequencies", *TIED_WAYS):
             _edit(at, way, "transformer.wte" if kind == "GPT2" else "model.embed_tokens")
-        names = {"architectures": [kind + head], "model_type": settings.model_type}
+        names = {"architectures": [causal(kind)], "model_type": settings.model_type}
         (at / "config.json").write_text(json.dumps(config | names))
         yield at
     finally:

@@ -49,7 +49,7 @@ SWAPPED = {
     "gpt2": ("attention.w_k", "attention.w_v"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
-SWAPPED |= {"qwen3-moe": SWAPPED["mixtral"], "gpt-oss": SWAPPED["mixtral"]}
+SWAPPED |= dict.fromkeys(("qwen3-moe", "gpt-oss", "minimax-m2"), SWAPPED["mixtral"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

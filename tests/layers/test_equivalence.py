@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -15,17 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.layers import attention as attention_module
 from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.mlp import MLP, mlp
-from dtron.layers.norm import Norm, norm
+from dtron.layers.norm import HeadsNorm, Norm, norm, norm_over_heads
 from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.mesh import Layout
 from dtron.params import weight
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, unsummed, zero_stages
 from tests.helpers.examples import KINDS, examples, seen
+from tests.helpers.values import ONE
 
 X = ("tokens_sp", "act_embed")
 
@@ -134,6 +137,7 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
+    dims["qk_heads_norm"] = bias
     mask = AttentionMask(seq_len, window, softcap)
     assert_equivalent(
         attend(mask, path=path),
@@ -155,6 +159,7 @@ def test_attention_mutants(mutant, sinks):
     """Without sinks all inputs of a rank's attention are its own, so no gradient needs a sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
+    dims["qk_heads_norm"] = False
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     layer = attend(AttentionMask(12))
     check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
@@ -162,11 +167,33 @@ def test_attention_mutants(mutant, sinks):
     assert_caught(lambda: check(mutate=mutant))
 
 
+def _norm_over_own_heads(p, x_TNH, eps, layout):
+    """A mutant: the statistics of a rank's own heads."""
+    heads = ("tokens", "heads", None)
+    region = layout.local_map(
+        lambda x, scale: norm_over_heads(HeadsNorm(scale), x, eps, ONE), (heads, heads[1:]), heads
+    )
+    return region(x_TNH, p.scale)
+
+
+def test_a_norm_over_a_ranks_own_heads_is_caught():
+    dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
+    names = ("qk_norm", "qkv_bias", "bias", "sinks", "layernorm")
+    dims |= dict.fromkeys(names, False) | {"qk_heads_norm": True}
+    options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
+    layer = attend(AttentionMask(12))
+    check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
+    check()
+    with mock.patch.object(attention_module, "norm_over_heads", _norm_over_own_heads):
+        assert_caught(check)
+
+
 def test_attention_that_leaks_over_a_window_is_caught():
     """The comparison covers the kernel: a kernel that ignores the window on the mesh alone
     differs."""
     dims = {"embed": 10, "heads": 2, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "layernorm": False}
+    dims["qk_heads_norm"] = False
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None
@@ -256,6 +283,7 @@ def loss_values(vocab: int):
     padding=[3, 0],
     chunk=[5, 1, 100, 5, 100, 100, 5],
     z=[1e-2, 0.0],
+    cap=[None, 0.8],
 )
 @given(
     mesh=meshes(),
@@ -265,12 +293,13 @@ def loss_values(vocab: int):
     padding=st.sampled_from([0, 3]),
     chunk=st.sampled_from([1, 5, 100]),
     z=st.sampled_from([0.0, 1e-2]),
+    cap=st.sampled_from([None, 0.8]),
 )
-def test_loss(mesh, zero, seed, vocab, padding, chunk, z):
+def test_loss(mesh, zero, seed, vocab, padding, chunk, z, cap):
     """Known bug elsewhere: a vocabulary that tp does not divide made the loss wrong by half."""
     assume(chunk > 1 or MeshShape.parse(mesh).size <= 4)
     assert_equivalent(
-        loss_layer(Loss(vocab, chunk, z)),
+        loss_layer(Loss(vocab, chunk, z, cap)),
         Head,
         mesh,
         {"vocab": vocab + padding, "embed": 8},
