@@ -42,6 +42,11 @@ def norm(p: Norm, x: Tensor, eps: float = 1e-5) -> Tensor:
     return y if p.bias is None else y + p.bias
 
 
+def norm_if(p: Norm | None, x: Tensor, eps: float) -> Tensor:
+    """Normalise, where the model has this norm."""
+    return x if p is None else norm(p, x, eps)
+
+
 @dataclass(frozen=True)
 class HeadsNorm:
     """The weight of an RMSNorm over all heads of a token. The axis ``heads`` may be renamed."""

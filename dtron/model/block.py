@@ -1,15 +1,8 @@
 """A transformer block, and the running of a stage's blocks.
 
-A block adds two sub-layers to the residual stream: a mixer and a feed-forward layer f. The model
-says where their norms are (``norm_position``):
-
-- pre: x + f(norm(x)), as in Llama, Qwen and GPT-2.
-- post: x + norm(f(x)), as in OLMo 2 (arXiv:2501.00656, equation 2). The residual stream itself is
-  never normalised, unlike in the first transformers.
-- sandwich: x + norm(f(norm(x))), with two norms of their own, as in Gemma 2 (arXiv:2408.00118).
-
-Dropout is left out on purpose: current models train without dropout, and recompute then needs no
-random state.
+Blocks are pre-norm, x + f(norm(x)), as in Llama; or post-norm, x + norm(f(x)), as in OLMo 2
+(arXiv:2501.00656, equation 2); or both, as in Gemma 2 (arXiv:2408.00118). Dropout is left out on
+purpose: current models train without dropout, and recompute then needs no random state.
 
 activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
 activations are recomputed. Both may vary between runs without changing the result.
@@ -30,7 +23,7 @@ from dtron.fp8.recipe import Recipe
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.mlp import MLP, mlp
-from dtron.layers.norm import Norm, norm
+from dtron.layers.norm import Norm, norm_if
 from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
@@ -102,7 +95,7 @@ def block(
     other outputs.
 
     ``before_E``: for experts, see ``route``."""
-    h_TD = _maybe_norm(p.norm_1, x_TD, m)
+    h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
     logits: list[Tensor] = []
     if inputs.logits:
         mixed_TD, *logits = inputs.mixer.apply_with_logits(
@@ -111,7 +104,7 @@ def block(
     else:
         mixed_TD = inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
     x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
-    h_TD = _maybe_norm(p.norm_2, x_TD, m)
+    h_TD = norm_if(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         assert p.mlp is not None
         y_TD = mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk)
@@ -125,15 +118,9 @@ def block(
     return _add(x_TD, y_TD, p.post_norm_2, m), *logits, aux, *stats
 
 
-def _maybe_norm(p: Norm | None, x_TD: Tensor, m: ModelConfig) -> Tensor:
-    return x_TD if p is None else norm(p, x_TD, m.norm_eps)
-
-
 def _add(x_TD: Tensor, y_TD: Tensor, p: Norm | None, m: ModelConfig) -> Tensor:
-    """Add a sub-layer's output to the residual stream. Local: each rank has its own tokens.
-
-    ``p``: the norm on the output, if the model has one."""
-    y_TD = _maybe_norm(p, y_TD, m)
+    """Add the output of a mixer or feed-forward layer, after its norm ``p``. Rank-local."""
+    y_TD = norm_if(p, y_TD, m.norm_eps)
     return x_TD + (y_TD if m.residual_scale == 1 else m.residual_scale * y_TD)
 
 

@@ -26,9 +26,18 @@ from tests.helpers.hf_models import causal
 from tests.hf.test_families import logits, rows
 
 hf = pytest.importorskip("transformers")
+StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
 
 # What transformers raises for a config.json that it cannot compute.
-CANNOT = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError)
+CANNOT = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
 
 
 def theirs(at: Path) -> torch.Tensor | None:

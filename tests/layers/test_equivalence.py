@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -16,19 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers import attention as attention_module
 from dtron.layers.attention import Attention, AttentionInputs, attention
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.mlp import MLP, mlp
-from dtron.layers.norm import HeadsNorm, Norm, norm, norm_over_heads
+from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import RopeConfig, rope_tables
 from dtron.mesh import Layout
 from dtron.params import weight
 from dtron.testing import assert_caught, assert_equivalent, dropped, meshes, unsummed, zero_stages
 from tests.helpers.examples import KINDS, examples, seen
-from tests.helpers.values import ONE
 
 X = ("tokens_sp", "act_embed")
 
@@ -165,27 +162,6 @@ def test_attention_mutants(mutant, sinks):
     check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
     check()
     assert_caught(lambda: check(mutate=mutant))
-
-
-def _norm_over_own_heads(p, x_TNH, eps, layout):
-    """A mutant: the statistics of a rank's own heads."""
-    heads = ("tokens", "heads", None)
-    region = layout.local_map(
-        lambda x, scale: norm_over_heads(HeadsNorm(scale), x, eps, ONE), (heads, heads[1:]), heads
-    )
-    return region(x_TNH, p.scale)
-
-
-def test_a_norm_over_a_ranks_own_heads_is_caught():
-    dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
-    names = ("qk_norm", "qkv_bias", "bias", "sinks", "layernorm")
-    dims |= dict.fromkeys(names, False) | {"qk_heads_norm": True}
-    options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
-    layer = attend(AttentionMask(12))
-    check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
-    check()
-    with mock.patch.object(attention_module, "norm_over_heads", _norm_over_own_heads):
-        assert_caught(check)
 
 
 def test_attention_that_leaks_over_a_window_is_caught():
