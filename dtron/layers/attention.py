@@ -144,8 +144,12 @@ class AttentionMixer(Mixer):
 
     @property
     def score_growth(self) -> float:
+        """In all, scores have the factor 1 / head_dim. A given ``attention_scale`` is the same at
+        all widths, and 1 / sqrt(head_dim) is not."""
         base, width = self.model.mup_base_head_dim, self.head_dims[0]
-        return (base / width) ** 0.5 if base else 1.0
+        if not base:
+            return 1.0
+        return (base / width) ** (0.5 if self.model.attention_scale is None else 1.0)
 
     @property
     def query_weights(self) -> tuple[str, ...]:

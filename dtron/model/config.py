@@ -182,11 +182,6 @@ class ModelConfig(Leaf):
                 f"model.mup_base_head_dim={self.mup_base_head_dim} with model.mup_base_width=0, "
                 "which is the standard parametrization; give --model.mup-base-width too"
             )
-        if self.mup_base_head_dim and self.attention_scale is not None:
-            raise UserError(
-                f"model.mup_base_head_dim={self.mup_base_head_dim} with model.attention_scale="
-                f"{self.attention_scale}: muP scales 1 / sqrt(head_dim); drop one of the two"
-            )
 
     @property
     def mup(self) -> bool:
