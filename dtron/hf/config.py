@@ -29,6 +29,7 @@ CONFIG = "config.json"
 FREE = (
     "context",
     "window",
+    "window_rope_theta",
     "rope",
     "z_loss",
     "init_std",

@@ -101,7 +101,8 @@ class RopeFormat:
                 f"{where}: RoPE of layers with a window is scaled; dtron scales it in the other "
                 "layers alone"
             )
-        return {"rope": read, "window_rope_theta": theta}
+        used = fields["window"] is not None
+        return {"rope": read, "window_rope_theta": theta if used else None}
 
     def _layered(
         self, entries: Mapping[str, Any], where: str

@@ -152,12 +152,18 @@ class ModelConfig(Leaf):
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"model.{name}={getattr(self, name)}: must be positive; 1: none")
-        if self.window_rope_theta is not None and not 1 < self.window_rope_theta < float("inf"):
-            raise UserError(f"model.window_rope_theta={self.window_rope_theta}: must be over 1")
-        if self.qk_norm and self.qk_norm_over == "projection" and self.norm == "layernorm":
+        theta = self.window_rope_theta
+        if theta is not None and not 1 < theta < float("inf"):
+            raise UserError(f"model.window_rope_theta={theta}: must be over 1; raise it")
+        if theta is not None and self.window is None:
             raise UserError(
-                "model.qk_norm_over=projection with model.norm=layernorm: all heads together have "
-                "an RMSNorm; use --model.norm rmsnorm or --model.qk-norm-over head"
+                f"model.window_rope_theta={theta}: no layer has a window; give --model.window too"
+            )
+        if self.qk_norm_over == "projection" and not (self.qk_norm and self.norm == "rmsnorm"):
+            raise UserError(
+                f"model.qk_norm_over=projection with model.norm={self.norm} and model.qk_norm="
+                f"{self.qk_norm}: all heads together have an RMSNorm; give --model.qk-norm and "
+                "--model.norm rmsnorm, or use --model.qk-norm-over head"
             )
         self._check_mup()
         if self.full_every < 0:

@@ -78,7 +78,7 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
     kv = shape.tp * (shape.cp if cp_method == "ulysses" else 1) * pick(1, 1, 2)
     experts = shape.ep * shape.etp > 1 or flag()
     depth, norm = pick(0, 0, 1, 2), pick("rmsnorm", "layernorm")
-    moe = MoEConfig()
+    moe, qk_norm = MoEConfig(), not latent and flag()
     if experts:
         number = shape.ep * pick(1, 2)
         groups = 2 if number % 4 == 0 and flag() else 1
@@ -119,15 +119,15 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         mla=LATENT if latent else MLAConfig(),
         mtp=MTPConfig(depth, 0.7),
         context=64,
-        qk_norm=not latent and flag(),
-        qk_norm_over=pick("head", "projection") if norm == "rmsnorm" else "head",
+        qk_norm=qk_norm,
+        qk_norm_over=pick("head", "projection") if qk_norm and norm == "rmsnorm" else "head",
         qkv_bias=not latent and flag(),
         bias=not latent and flag(),
         tied=flag(),
         window=window,
         full_every=pick(0, 2) if window else 0,
         softcap=pick(None, None, 2.0),
-        window_rope_theta=pick(None, 50.0),
+        window_rope_theta=pick(None, 50.0) if window else None,
         attention_scale=pick(None, 0.3),
         embedding_scale=pick(1.0, 3.0),
         residual_scale=pick(1.0, 0.4),
