@@ -69,8 +69,8 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
         if family.architecture in names or (not names and entries.get("model_type") == family.kind):
             return family
     what = ", ".join(map(str, names)) or entries.get("model_type") or "none"
-    known = ", ".join(f.architecture for f in FAMILIES)
-    raise UserError(f"{where}: architecture {what} is unknown; dtron has {known}")
+    known = ", ".join(f.kind for f in FAMILIES)
+    raise UserError(f"{where}: architecture {what} is unknown; dtron has the families {known}")
 
 
 def from_hf(entries: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:

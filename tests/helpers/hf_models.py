@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -175,6 +176,7 @@ def model(name: str) -> torch.nn.Module:
     import transformers
 
     kind, config = FAMILIES[name]
+    config = copy.deepcopy(config)  # transformers changes RoPE in place
     made = getattr(transformers, causal(kind))(getattr(transformers, f"{kind}Config")(**config))
     named = {
         path: w
@@ -208,8 +210,6 @@ def draw_weights(
 @cache
 def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
     """Save the model, and return its folder. It is removed when Python ends."""
-    import copy
-
     out = Path(tempfile.mkdtemp(prefix="dtron-hf-"))
     atexit.register(shutil.rmtree, out, ignore_errors=True)
     copy.deepcopy(model(name)).to(dtype).save_pretrained(out)

@@ -163,7 +163,8 @@ def test_config_json_is_theirs():
             "transformers_version",
             "initializer_range",
         }
-        unsaid |= {"bos_token_id", "eos_token_id", "router_aux_loss_coef"}
+        unsaid |= {"bos_token_id", "eos_token_id", "pad_token_id", "router_aux_loss_coef"}
+        unsaid |= {"use_bidirectional_attention"}  # null is false
         wrong = {
             key: (value, there[key])
             for key, value in made.to_dict().items()
