@@ -129,8 +129,8 @@ class _ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=wide) if train else None
         chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
         for x_CD, targets_C in chunks:
-            bounded_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
-            logits_CV = bounded_CV.masked_fill(ids_V >= loss.vocab, float("-inf"))
+            logits_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
+            logits_CV = logits_CV.masked_fill(ids_V >= loss.vocab, float("-inf"))
             top_C = layout.all_reduce(logits_CV.amax(-1), "vocab", "max")
             exp_CV = (logits_CV - top_C[:, None]).exp()
             counts = targets_C != IGNORE
@@ -147,8 +147,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
                 d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
-                if loss.softcap is not None:  # the derivative of tanh
-                    d_CV = d_CV * (1 - (bounded_CV / loss.softcap).square())
+                if loss.softcap is not None:  # the derivative of tanh, and 0 for padding
+                    tanh_CV = (logits_CV / loss.softcap).clamp(min=-1)
+                    d_CV = d_CV * (1 - tanh_CV.square())
                 d_CV = d_CV.to(x_TD.dtype)
                 dx.append(d_CV @ w_VD)
                 dw += d_CV.mT @ x_CD
