@@ -4,8 +4,11 @@ family.py says what a family is: a record of tables. weight_tables.py has the pl
 config_keys.py the keys of config.json, and config_defaults.py their defaults. A model belongs to a
 family if these tables can express all its properties. No property is guessed.
 
-Left out: ``llama4``. Its router multiplies the input of an expert by the score, not the output; its
-attention sees chunks of a row, and its layers without positions scale queries by the position.
+Left out: ``llama4``. Five of its properties have no field in dtron: scores multiply the inputs of
+experts, not their outputs; attention is within chunks of a row; experts are in every nth layer;
+queries and keys are normalised after their rotation, without weights; and in layers without
+positions, queries are scaled by the position. And ``longrope`` of phi3: its frequencies depend on
+the length of the batch.
 """
 
 from __future__ import annotations
