@@ -190,6 +190,12 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.rope.attention_factor": 0.0,
         "model.mup_base_width": 0,
         "model.mup_base_head_dim": 0,
+        "model.norm_position": "pre",
+        "model.qk_norm_over": "head",
+        "model.rope.partial": 1.0,
+        "model.embedding_scale": 1.0,
+        "model.residual_scale": 1.0,
+        "model.logit_scale": 1.0,
         # The norms of latents had the epsilon of the other norms.
         "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
         **{f"model.delta.{name}": value for name, value in delta.items()},

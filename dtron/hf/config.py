@@ -14,8 +14,9 @@ from typing import Any
 
 from dtron.errors import UserError
 from dtron.hf.dequantize import METHODS
-from dtron.hf.families import FAMILIES, Family
-from dtron.hf.rope_config import explicit, object_of, read_rope, rope_entries
+from dtron.hf.families import FAMILIES
+from dtron.hf.family import Family
+from dtron.hf.rope_config import explicit, object_of
 from dtron.json_files import is_there, read_object
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import LARGEST, ModelConfig
@@ -28,6 +29,7 @@ CONFIG = "config.json"
 FREE = (
     "context",
     "window",
+    "window_rope_theta",
     "rope",
     "z_loss",
     "init_std",
@@ -67,8 +69,8 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
         if family.architecture in names or (not names and entries.get("model_type") == family.kind):
             return family
     what = ", ".join(map(str, names)) or entries.get("model_type") or "none"
-    known = ", ".join(f.architecture for f in FAMILIES)
-    raise UserError(f"{where}: architecture {what} is unknown; dtron has {known}")
+    known = ", ".join(f.kind for f in FAMILIES)
+    raise UserError(f"{where}: architecture {what} is unknown; dtron has the families {known}")
 
 
 def from_hf(entries: Mapping[str, Any], family: Family, where: str = CONFIG) -> ModelConfig:
@@ -133,8 +135,7 @@ def _model(entries: Mapping[str, Any], family: Family, where: str) -> ModelConfi
     try:
         values |= family.read(entries, values)
         if values.get("positions", "rotary") == "rotary":
-            latent = "mla.kv_rank" in family.keys
-            values["rope"] = read_rope(entries, values["context"], where, latent=latent)
+            values |= family.rope.read(entries, values, where)
     except (KeyError, TypeError, ValueError) as error:
         said = str(error).removeprefix(f"{where}: ")
         raise UserError(f"{where}: {said}; dtron does not compute such a {family.kind}") from error
@@ -165,7 +166,7 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     entries |= family.demands
     entries |= family.write(m)
     if m.positions == "rotary":
-        entries |= rope_entries(m.rope)
+        entries |= family.rope.write(m)
     again = from_hf(entries, family)
     different = _difference(_comparable(again), _comparable(m))
     if different:
@@ -221,14 +222,23 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         same["moe"] = MoEConfig()
     if m.latent:
         same |= {"kv_heads": 1, "head_dim": 2}
-    if set(m.pattern) == {"M"}:
-        same["pattern"] = "A"  # the same model
+    elif m.attention_scale is None:
+        same["attention_scale"] = m.head_dim**-0.5
+    same["pattern"] = "".join(m.letter(i) for i in range(m.layers))
+    if not m.qk_norm:
+        same["qk_norm_over"] = "head"
     if m.window is None or m.full_every > m.layers:
         same["full_every"] = 0
+    if m.positions != "rotary" or m.window is None:
+        same["window_rope_theta"] = None
+    elif m.window_rope_theta is None and m.rope.scaling == "none":
+        same["window_rope_theta"] = m.rope.theta
     if m.positions != "rotary":
         same["rope"] = RopeConfig()
     elif m.rope.scaling == "none":
-        same["rope"] = RopeConfig(m.rope.theta)
+        same["rope"] = RopeConfig(m.rope.theta, partial=m.rope.partial)
+    elif m.rope.scaling == "linear":
+        same["rope"] = RopeConfig(m.rope.theta, "linear", m.rope.factor, partial=m.rope.partial)
     else:
         same["rope"] = explicit(m.rope)
     return build(same, m)

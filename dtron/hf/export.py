@@ -25,7 +25,8 @@ from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import load_tokenizer
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, best_family, family_of, to_hf
-from dtron.hf.families import FAMILIES, Family
+from dtron.hf.families import FAMILIES
+from dtron.hf.family import Family
 from dtron.hf.load import Place, rotary_columns, weights_of
 from dtron.hf.mup_factor import mup_factor
 from dtron.hf.source_files import ORIGIN, TOKENIZER, copy_file
@@ -163,6 +164,7 @@ class _Maker:
                 self.held[w.path] = self.read(w) * mup_factor(self.m, w.path)
             x = self.held[w.path] if e is None else self.held[w.path][e]
             p = pattern(place.row.pattern)
+            x = x - place.row.offset if place.row.offset else x
             if "v" in p.ours:
                 x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the other rows are padding
             p.put(out, pairs(x, rotary_columns(self.m)) if place.row.paired else x, place.sizes)

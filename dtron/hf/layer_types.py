@@ -14,6 +14,8 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 
+_KINDS = ("sliding_attention", "full_attention")
+
 
 def _window_of(entries: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
     """Return the fields of the window of layers with these types. Raises UserError if dtron has no
@@ -74,13 +76,41 @@ def write_qwen3_moe(m: ModelConfig) -> dict[str, Any]:
 
 def read_gpt_oss(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The first and then every other layer has a window, if nothing else is said."""
-    kinds = ("sliding_attention", "full_attention")
-    return _window_of(
-        entries, _given_types(entries, [kinds[i % 2] for i in range(fields["layers"])])
-    )
+    return read_periodic(entries, fields, 2)
 
 
-def write_gpt_oss(m: ModelConfig) -> dict[str, Any]:
+def read_periodic(
+    entries: Mapping[str, Any], fields: Mapping[str, Any], period: int
+) -> dict[str, Any]:
+    """All but every layer of the number ``period`` have a window, if nothing else is said."""
+    full = [(i + 1) % period == 0 for i in range(fields["layers"])]
+    return _window_of(entries, _given_types(entries, [_KINDS[one] for one in full]))
+
+
+def read_smollm3(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers without positions (NoPE) have a window, if windows are used and nothing else is
+    said."""
+    layers, rotated = fields["layers"], entries["no_rope_layers"]
+    if rotated is None:
+        rotated = [(i + 1) % entries["no_rope_layer_interval"] != 0 for i in range(layers)]
+    if len(rotated) < layers:
+        raise UserError(f"no_rope_layers has {len(rotated)} entries for {layers} layers")
+    rotated = [bool(one) for one in rotated[:layers]]
+    used = entries["use_sliding_window"] and entries["sliding_window"] is not None
+    types = _given_types(entries, [_KINDS[one or not used] for one in rotated])
+    return _window_of(entries, types) | {"pattern": "".join("NA"[one] for one in rotated)}
+
+
+def write_smollm3(m: ModelConfig) -> dict[str, Any]:
+    rotated = [int(m.letter(i) != "N") for i in range(m.layers)]
+    return {
+        "no_rope_layers": rotated,
+        "use_sliding_window": m.window is not None,
+        **write_windows(m),
+    }
+
+
+def write_windows(m: ModelConfig) -> dict[str, Any]:
     if m.window is None:
         return {"sliding_window": None, "layer_types": ["full_attention"] * m.layers}
     return {"sliding_window": m.window, "layer_types": _types_of(m)}

@@ -31,7 +31,7 @@ from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
-from dtron.hf.families import Family
+from dtron.hf.family import Family
 from dtron.hf.open_folder import HEAD, open_reader, row_chunks, tensor_table, with_own_head
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_files import some
@@ -84,7 +84,8 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
     if block:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
-    sizes = dict(zip(pattern(row.pattern).ours, w.shape, strict=True))
+    sizes = {"n": m.heads, "k": m.kv_heads}  # of other weights in the same tensor
+    sizes |= dict(zip(pattern(row.pattern).ours, w.shape, strict=True))
     return Place(row, sizes | ({"v": m.vocab} if "v" in sizes else {}))
 
 
@@ -209,6 +210,8 @@ class Source:
         for part, name in zip(real if experts else [real], where.names(experts), strict=True):
             x = p.take(self._read(name, p.box(ranges, where.sizes)), ranges, where.sizes)
             part.copy_(halves(x, rotary_columns(self.model)) if where.row.paired else x)
+            if where.row.offset:
+                part += where.row.offset
         if "v" in p.ours:
             dim = p.ours.index("v")
             first, stop = shard[dim]

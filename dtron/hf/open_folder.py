@@ -21,7 +21,7 @@ import torch
 from dtron.checkpoint.shard_range import Range
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.dequantize import Dequantizer
-from dtron.hf.families import Family
+from dtron.hf.family import Family
 from dtron.hf.weight_files import Reader
 from dtron.hf.weight_tables import Row
 from dtron.json_files import read_object

@@ -9,14 +9,17 @@ YaRN multiplies cos and sin by one factor. It is ``attention_factor``, if given.
 paper's ``0.1 ln(factor) + 1``, and a lone ``mscale`` has no effect. DeepSeek's attention also
 multiplies its scores by the temperature of ``mscale_all_dim``; the other families do not.
 
-Left out: ``linear``, ``dynamic`` and ``longrope`` scaling, the rotation of a part of a head, and
-RoPE that differs between layers. A config.json with one of them is refused.
+Families differ in what transformers reads there. ``RopeFormat`` says it for a family: whether a
+part of a head may be rotated, and whether layers with a window have frequencies of their own.
+
+Left out: ``dynamic`` and ``longrope`` scaling, and scaled frequencies in layers with a window. A
+config.json with one of them is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtron.errors import UserError
@@ -24,6 +27,7 @@ from dtron.layers.rope import RopeConfig
 
 # dtron's fields of RopeConfig, each with the Hugging Face key, for each RoPE scaling method.
 _KEYS = {
+    "linear": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
         "original": "original_max_position_embeddings",
@@ -42,6 +46,7 @@ _KEYS = {
     },
 }
 _REQUIRED = {
+    "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
@@ -56,33 +61,124 @@ def object_of(entries: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
     return value
 
 
-def read_rope(
-    entries: Mapping[str, Any], context: int, where: str, *, latent: bool = False
-) -> RopeConfig:
-    """Return the RoPE of a config.json. Raises UserError for one that dtron does not compute.
+@dataclass(frozen=True)
+class RopeFormat:
+    """The RoPE entries that transformers reads for a family.
+
+    ``latent``: the model has DeepSeek's attention, whose scores have a temperature.
+    ``kinds``: the values of ``rope_type``.
+    ``partial``: the default of ``partial_rotary_factor``; None: all dims are rotated.
+    ``partial_key``: another key for the same, in dims.
+    ``window_theta``: the default base in layers with a window, which have entries of their own;
+        None: one RoPE for all layers.
+    ``window_key``: another key for this base."""
+
+    latent: bool = False
+    kinds: tuple[str, ...] = ("default", *_KEYS)
+    partial: float | None = None
+    partial_key: str | None = None
+    window_theta: float | None = None
+    window_key: str | None = None
+
+    def read(
+        self, entries: Mapping[str, Any], fields: Mapping[str, Any], where: str
+    ) -> dict[str, Any]:
+        """Return the fields of RoPE. Raises UserError for a RoPE that dtron does not compute.
+
+        ``entries``: config.json, with the family's defaults.
+        ``fields``: the model's other fields.
+        ``where``: the name of config.json in errors."""
+        if self.window_theta is None:
+            rope = read_rope(entries, fields["context"], where, self)
+            return {"rope": replace(rope, partial=self._partial(entries, fields, where))}
+        full, window = self._layered(entries, where)
+        theta = float(
+            window.get("rope_theta", entries.get(self.window_key or "", self.window_theta))
+        )
+        read = read_rope({**full, "rope_scaling": None}, fields["context"], where, self)
+        if window.get("rope_type", window.get("type", "default")) != "default":
+            raise UserError(
+                f"{where}: RoPE of layers with a window is scaled; dtron scales it in the other "
+                "layers alone"
+            )
+        used = fields["window"] is not None
+        return {"rope": read, "window_rope_theta": theta if used else None}
+
+    def _layered(
+        self, entries: Mapping[str, Any], where: str
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """Return entries with the RoPE of layers without a window, and the RoPE of the others."""
+        given = object_of(entries, "rope_parameters", where)
+        scaling = object_of(entries, "rope_scaling", where)
+        kinds = ("full_attention", "sliding_attention")
+        if not set(given) <= set(kinds) or (given and scaling and not given.get(kinds[0])):
+            raise UserError(
+                f"{where}: rope_parameters has {', '.join(map(str, given))}; dtron reads one object "
+                f"for each of {' and '.join(kinds)}"
+            )
+        full, window = (object_of(given, kind, where) for kind in kinds)
+        full = {**({} if given else {"rope_type": "default"}), **full, **scaling}
+        whole = {"rope_theta": entries["rope_theta"], "rope_parameters": full}
+        return whole | {k: entries[k] for k in ("partial_rotary_factor",) if k in entries}, window
+
+    def _partial(self, entries: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> float:
+        """Return the share of a head's dims that is rotated."""
+        if self.partial is None:
+            return 1.0
+        dims = entries.get(self.partial_key) if self.partial_key else None
+        usual = self.partial if dims is None else dims / fields["head_dim"]
+        rope = _object(entries, where)
+        share = rope.get("partial_rotary_factor", entries.get("partial_rotary_factor", usual))
+        return 1.0 if share is None else float(share)
+
+    def write(self, m: Any) -> dict[str, Any]:
+        """Return the entries of the model ``m``. Without layers that differ, they are in the format
+        of transformers before version 5. Version 5 reads this format too."""
+        entries = rope_entries(m.rope)
+        if self.partial is not None:
+            entries["partial_rotary_factor"] = m.rope.partial
+        if self.window_theta is None:
+            return entries
+        full = {"rope_theta": m.rope.theta, **(entries.pop("rope_scaling") or {})}
+        theta = m.rope.theta if m.window_rope_theta is None else m.window_rope_theta
+        window = {"rope_type": "default", "rope_theta": theta}
+        layered = {"full_attention": {"rope_type": "default", **full}, "sliding_attention": window}
+        own = {} if self.window_key is None else {self.window_key: theta}
+        return entries | own | {"rope_scaling": None, "rope_parameters": layered}
+
+
+def _object(entries: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    return object_of(entries, "rope_scaling", where) or object_of(entries, "rope_parameters", where)
+
+
+def read_rope(entries: Mapping[str, Any], context: int, where: str, form: RopeFormat) -> RopeConfig:
+    """Return the RoPE of a config.json, as if whole heads were rotated. Raises UserError for one
+    that dtron does not compute.
 
     ``entries``: config.json, with the family's defaults.
     ``context``: the model's context in tokens, the default of the original context.
-    ``where``: the name of config.json in errors.
-    ``latent``: whether the model has DeepSeek's attention, whose scores have a temperature."""
-    rope = object_of(entries, "rope_scaling", where) or object_of(entries, "rope_parameters", where)
+    ``where``: the name of config.json in errors."""
+    rope = _object(entries, where)
     layered = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if layered:
         raise UserError(
-            f"{where}: RoPE differs between layers ({', '.join(layered)}); dtron has one RoPE for "
-            "all layers"
+            f"{where}: RoPE differs between layers ({', '.join(layered)}); this family has one RoPE "
+            "for all layers"
         )
     theta = float(rope.get("rope_theta", entries["rope_theta"]))
-    if rope.get("partial_rotary_factor", entries.get("partial_rotary_factor")) not in (None, 1.0):
+    share = rope.get("partial_rotary_factor", entries.get("partial_rotary_factor"))
+    if form.partial is None and share not in (None, 1.0):
         raise UserError(
-            f"{where}: rotates part of a head only (partial_rotary_factor); dtron rotates all of it"
+            f"{where}: rotates part of a head only (partial_rotary_factor); this family rotates "
+            "all of it"
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in form.kinds:
+        raise UserError(
+            f"{where}: rope_type {kind!r} is unknown; dtron has {', '.join(form.kinds)}"
+        )
     if kind == "default":
         return RopeConfig(theta)
-    if kind not in _KEYS:
-        known = ", ".join(["default", *_KEYS])
-        raise UserError(f"{where}: rope_type {kind!r} is unknown; dtron has {known}")
     lacking = [key for key in _REQUIRED[kind] if key not in rope]
     if lacking:
         raise UserError(f"{where}: rope_type {kind!r} lacks {', '.join(lacking)}; add it")
@@ -91,8 +187,8 @@ def read_rope(
         original = rope.get("original_max_position_embeddings", context)
     known = {**rope, "original_max_position_embeddings": original}
     if kind == "yarn":
-        known = _yarn(known, context, latent)
-    elif latent and rope.get("mscale_all_dim"):
+        known = _yarn(known, context, form.latent)
+    elif form.latent and rope.get("mscale_all_dim"):
         raise UserError(f"{where}: mscale_all_dim with rope_type {kind!r}; dtron has it with yarn")
     values = {ours: known[theirs] for ours, theirs in _KEYS[kind].items() if theirs in known}
     if values.get("truncate") is None:

@@ -7,6 +7,7 @@ right:
     "d (1/3 n h) -> d n h"    the weight is the second of three parts of the tensor
     "e d (f 0/2) -> e d f"    the weight is every second column of the tensor
     "f d -> e d f"            the tensor has no axis e: there is one tensor for each e, named by it
+    "(n h + [k h]) d -> ..."  the tensor concatenates weights of several sizes; ours is in brackets
 
 A pattern works in both directions. It also gives the box of the Hugging Face tensor (one range per
 dim) that contains a *shard* of the weight. So a rank reads only its shard.
@@ -15,7 +16,8 @@ dim) that contains a *shard* of the weight. So a rank reads only its shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,16 +26,22 @@ from torch import Tensor
 
 from dtron.checkpoint.shard_range import Range
 
+Axes = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Pattern:
     """A parsed pattern.
 
     ``theirs``: the axes that make up each dim of the Hugging Face tensor, outermost first.
-    ``ours``: the axis of each dim of the dtron weight."""
+    ``ours``: the axis of each dim of the dtron weight.
+    ``before``, ``after``: for each dim of the Hugging Face tensor, the axes of the other weights
+        that it concatenates, before and after this one."""
 
-    theirs: tuple[tuple[str, ...], ...]
-    ours: tuple[str, ...]
+    theirs: tuple[Axes, ...]
+    ours: Axes
+    before: tuple[tuple[Axes, ...], ...] = ()
+    after: tuple[tuple[Axes, ...], ...] = ()
 
     @property
     def outside(self) -> tuple[str, ...]:
@@ -43,19 +51,21 @@ class Pattern:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape of the Hugging Face tensor."""
-        return tuple(math.prod(_size(axis, sizes) for axis in dim) for dim in self.theirs)
+        parts = zip(self.before, self.theirs, self.after, strict=True)
+        return tuple(_total((*a, dim, *b), sizes) for a, dim, b in parts)
 
     def box(self, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> list[Range]:
         """Return the ranges of the Hugging Face dims that contain these ranges of dtron's axes.
 
         In a dim of several axes, the outermost axis whose range has more than one index determines
         the range of the dim. ``take`` slices the axes inside it."""
-        return [self._range(dim, ranges, sizes) for dim in self.theirs]
+        dims = zip(self.theirs, self.before, strict=True)
+        return [self._range(dim, _total(before, sizes), ranges, sizes) for dim, before in dims]
 
     def _range(
-        self, dim: tuple[str, ...], ranges: Mapping[str, Range], sizes: Mapping[str, int]
+        self, dim: Axes, start: int, ranges: Mapping[str, Range], sizes: Mapping[str, int]
     ) -> Range:
-        start, unit = 0, math.prod(_size(axis, sizes) for axis in dim)
+        unit = _total((dim,), sizes)
         for axis in dim:
             unit //= _size(axis, sizes)
             a, b = _within(axis, ranges)
@@ -90,11 +100,18 @@ class Pattern:
         """Write the whole dtron weight ``x``, without the axes outside, into its place in the
         Hugging Face tensor ``out``."""
         axes = [axis for dim in self.theirs for axis in dim]
+        for i, (dim, before) in enumerate(zip(self.theirs, self.before, strict=True)):
+            out = out.narrow(i, _total(before, sizes), _total((dim,), sizes))
         whole = out.view([_size(axis, sizes) for axis in axes])
         part = whole[tuple(int(a.split("/")[0]) if "/" in a else slice(None) for a in axes)]
         names = [axis for axis in axes if "/" not in axis]
         ours = [axis for axis in self.ours if axis in names]
         part.copy_(x.permute([ours.index(axis) for axis in names]))
+
+
+def _total(parts: Sequence[Axes], sizes: Mapping[str, int]) -> int:
+    """Return the size of a dim that concatenates these parts."""
+    return sum(math.prod(_size(axis, sizes) for axis in part) for part in parts)
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
@@ -112,20 +129,15 @@ def _within(axis: str, ranges: Mapping[str, Range]) -> Range:
 def pattern(text: str) -> Pattern:
     """Parse a pattern."""
     left, _, right = text.partition("->")
-    dims: list[tuple[str, ...]] = []
-    dim: list[str] = []
-    inside = False
-    for word in left.replace("(", " ( ").replace(")", " ) ").split():
-        if word == "(":
-            inside = True
-        elif word == ")":
-            dims.append(tuple(dim))
-            dim, inside = [], False
-        elif inside:
-            dim.append(word)
-        else:
-            dims.append((word,))
-    return Pattern(tuple(dims), tuple(right.split()))
+    dims = [a or b for a, b in re.findall(r"\(([^)]*)\)|(\S+)", left)]
+    theirs, before, after = [], [], []
+    for dim in dims:
+        parts = [tuple(part.strip(" []").split()) for part in dim.split("+")]
+        own = next((i for i, part in enumerate(dim.split("+")) if "[" in part), 0)
+        theirs.append(parts[own])
+        before.append(tuple(parts[:own]))
+        after.append(tuple(parts[own + 1 :]))
+    return Pattern(tuple(theirs), tuple(right.split()), tuple(before), tuple(after))
 
 
 def halves(x: Tensor, rotary: int) -> Tensor:

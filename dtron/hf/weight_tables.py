@@ -17,11 +17,14 @@ class Row(NamedTuple):
     ``name``: the name of the tensor.
     ``pattern``: how the dims of the tensor map to the dims of the weight.
     ``paired``: the rotary columns (the last columns of the weight) are interleaved pairs in the
-    tensor; see ``tensor_pattern.halves``."""
+    tensor; see ``tensor_pattern.halves``.
+    ``offset``: the weight minus the tensor. 1 for the norms of Gemma, which multiply by 1 + tensor:
+    the weight in dtron is the whole factor."""
 
     name: str
     pattern: str
     paired: bool = False
+    offset: float = 0.0
 
 
 def _rows(block: str, rows: Mapping[str, tuple]) -> dict[str, Row]:
@@ -56,6 +59,41 @@ ATTENTION = _rows(
         "attention.q_norm.scale": ("self_attn.q_norm.weight", "h -> h"),
         "attention.k_norm.scale": ("self_attn.k_norm.weight", "h -> h"),
         "attention.sinks": ("self_attn.sinks", "n -> n"),
+    },
+)
+OLMO_BLOCK = _rows(
+    LAYER,
+    {
+        "post_norm_1.scale": ("post_attention_layernorm.weight", "d -> d"),
+        "post_norm_2.scale": ("post_feedforward_layernorm.weight", "d -> d"),
+    },
+)
+GEMMA_NORMS = _rows(
+    LAYER,
+    {
+        "norm_1.scale": ("input_layernorm.weight", "d -> d"),
+        "post_norm_1.scale": ("post_attention_layernorm.weight", "d -> d"),
+        "norm_2.scale": ("pre_feedforward_layernorm.weight", "d -> d"),
+        "post_norm_2.scale": ("post_feedforward_layernorm.weight", "d -> d"),
+    },
+)
+QK_HEADS_NORM = _rows(
+    LAYER,
+    {
+        "attention.q_heads_norm.scale": ("self_attn.q_norm.weight", "(n h) -> n h"),
+        "attention.k_heads_norm.scale": ("self_attn.k_norm.weight", "(k h) -> k h"),
+    },
+)
+PHI3_BLOCK = _rows(
+    LAYER,
+    {
+        "attention.w_q": ("self_attn.qkv_proj.weight", "([n h] + k h + k h) d -> d n h"),
+        "attention.w_k": ("self_attn.qkv_proj.weight", "(n h + [k h] + k h) d -> d k h"),
+        "attention.w_v": ("self_attn.qkv_proj.weight", "(n h + k h + [k h]) d -> d k h"),
+        "attention.w_o": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
+        "mlp.w_gate": ("mlp.gate_up_proj.weight", "(0/2 f) d -> d f"),
+        "mlp.w_up": ("mlp.gate_up_proj.weight", "(1/2 f) d -> d f"),
+        "mlp.w_down": ("mlp.down_proj.weight", "d f -> f d"),
     },
 )
 LATENT = _rows(
@@ -115,6 +153,13 @@ STACKED_EXPERTS = _rows(
 MIXTRAL_STACKED = STACKED_EXPERTS | _rows(
     LAYER, {"moe.router.w": ("mlp.gate.weight", "e d -> d e")}
 )
+MINIMAX_EXPERTS = MIXTRAL_EXPERTS | _rows(
+    LAYER,
+    {"moe.router.balance": ("block_sparse_moe.e_score_correction_bias", "e -> e")},
+)
+MINIMAX_STACKED = MIXTRAL_STACKED | _rows(
+    LAYER, {"moe.router.balance": ("mlp.e_score_correction_bias", "e -> e")}
+)
 GPT_OSS_EXPERTS = _rows(
     LAYER + "mlp.",
     {
@@ -156,6 +201,11 @@ GPT2_ENDS = {
     "norm.bias": Row("transformer.ln_f.bias", "d -> d"),
     "w_head": Row("lm_head.weight", "v d -> v d"),
 }
+
+
+def zero_centered(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Return the rows of a model whose norms multiply by 1 + tensor (Gemma)."""
+    return {path: row._replace(offset=1.0) if "norm" in path else row for path, row in rows.items()}
 
 
 def mtp_module(rows: Mapping[str, Row]) -> dict[str, Row]:

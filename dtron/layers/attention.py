@@ -26,8 +26,8 @@ from dtron.layers.context_parallel import Method, RowSharding, prepare
 from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, StageInputs
-from dtron.layers.norm import Norm, norm
-from dtron.layers.rope import rope_tables, rotate
+from dtron.layers.norm import HeadsNorm, Norm, norm, norm_over_heads
+from dtron.layers.rope import RopeConfig, rope_tables, rotate
 from dtron.layers.token_order import TokenOrder
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight, zeros
@@ -50,6 +50,8 @@ class Attention:
     sinks: Tensor | None = weight("heads", init=zeros, when="sinks")
     q_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
     k_norm: Norm | None = part(when="qk_norm", act_embed="head_dim")
+    q_heads_norm: HeadsNorm | None = part(when="qk_heads_norm")
+    k_heads_norm: HeadsNorm | None = part(when="qk_heads_norm", heads="kv_heads")
 
 
 def attention(p: Attention, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
@@ -70,6 +72,9 @@ def attention_outputs(
     if p.q_norm is not None and p.k_norm is not None:
         q_TNH = norm(p.q_norm, q_TNH, inputs.eps)
         k_TKH = norm(p.k_norm, k_TKH, inputs.eps)
+    if p.q_heads_norm is not None and p.k_heads_norm is not None:
+        q_TNH = norm_over_heads(p.q_heads_norm, q_TNH, inputs.eps, layout)
+        k_TKH = norm_over_heads(p.k_heads_norm, k_TKH, inputs.eps, layout)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
     ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
 
@@ -120,23 +125,37 @@ class AttentionMixer(Mixer):
 
     @property
     def rotary_dim(self) -> int:
-        return self.model.head_dim
+        return int(self.model.head_dim * self.model.rope.partial)
 
-    @property
-    def score_scale(self) -> float | None:
-        """The factor on attention scores; None: 1 / sqrt(head_dim)."""
-        m, factor = self.model, self.score_growth
-        factor *= m.rope.temperature if m.positions == "rotary" else 1.0
-        return None if factor == 1 else factor / self.head_dims[0] ** 0.5
+    def rope(self, window: int | None) -> RopeConfig | None:
+        """Return the rotation in layers with this window; None: no rotation."""
+        m = self.model
+        if m.positions != "rotary" or window is None or m.window_rope_theta is None:
+            return m.rope if m.positions == "rotary" else None
+        return RopeConfig(m.window_rope_theta, partial=m.rope.partial)
+
+    def score_scale(self, rope: RopeConfig | None) -> float | None:
+        """Return the factor on attention scores; None: 1 / sqrt(head_dim)."""
+        own, factor = self.model.attention_scale, self.score_growth
+        factor *= 1.0 if rope is None else rope.temperature
+        if factor == 1 and own is None:
+            return None
+        return factor * (self.head_dims[0] ** -0.5 if own is None else own)
 
     @property
     def score_growth(self) -> float:
+        """In all, scores have the factor 1 / head_dim. A given ``attention_scale`` is the same at
+        all widths, and 1 / sqrt(head_dim) is not."""
         base, width = self.model.mup_base_head_dim, self.head_dims[0]
-        return (base / width) ** 0.5 if base else 1.0
+        if not base:
+            return 1.0
+        return (base / width) ** (0.5 if self.model.attention_scale is None else 1.0)
 
     @property
     def query_weights(self) -> tuple[str, ...]:
-        return ("q_norm.scale", "q_norm.bias") if self.model.qk_norm else ("w_q", "b_q")
+        if self.model.qk_norm:
+            return "q_norm.scale", "q_norm.bias", "q_heads_norm.scale"
+        return "w_q", "b_q"
 
     def apply(self, p: Any, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
         return attention(p, x_TD, inputs, layout)
@@ -157,15 +176,18 @@ class AttentionMixer(Mixer):
         return {w.path: factor[:, None] for w, factor in pairs if w is not None}
 
     def prepare(self, stage: StageInputs, layout: Layout) -> dict[int | None, AttentionInputs]:
-        """Make the rotary angles, and a mask for each window."""
-        m, batch, table_TH = self.model, stage.batch, None
-        if m.positions == "rotary":
-            make = partial(rope_tables, m.rope, head_dim=self.rotary_dim, dtype=stage.x_TD.dtype)
-            table_TH = layout.local_map(make, (("tokens",),), ("tokens", None))(batch.positions_T)
+        """Make a mask and the rotary angles for each window."""
+        m, batch = self.model, stage.batch
+        tables: dict[RopeConfig | None, Tensor | None] = {None: None}
         inputs = {}
         for window in stage.windows:
+            rope = self.rope(window)
+            if rope is not None and rope not in tables:
+                make = partial(rope_tables, rope, head_dim=self.rotary_dim, dtype=stage.x_TD.dtype)
+                in_region = layout.local_map(make, (("tokens",),), ("tokens", None))
+                tables[rope] = in_region(batch.positions_T)
             mask, path = prepare(
-                AttentionMask(batch.seq_len, window, m.softcap, self.score_scale),
+                AttentionMask(batch.seq_len, window, m.softcap, self.score_scale(rope)),
                 batch.documents_T,
                 m.sinks,
                 self.head_dims,
@@ -177,7 +199,7 @@ class AttentionMixer(Mixer):
             inputs[window] = AttentionInputs(
                 documents_T=batch.documents_T,
                 mask=mask,
-                table_TH=table_TH,
+                table_TH=tables[rope],
                 path=path,
                 positions_T=batch.positions_T,
             )
@@ -227,9 +249,11 @@ class AttentionMixer(Mixer):
                 f"model.heads={m.heads}, model.kv_heads={m.kv_heads}: kv_heads must divide heads; "
                 f"use --model.kv-heads {nearest_divisor(m.heads, m.kv_heads)}"
             )
-        if m.positions == "rotary" and m.head_dim % 2:
+        if m.positions == "rotary" and (self.rotary_dim % 2 or not self.rotary_dim):
             raise UserError(
-                f"model.head_dim={m.head_dim}: rotary positions rotate pairs; make it even"
+                f"model.head_dim={m.head_dim} with model.rope.partial={m.rope.partial}: rotary "
+                f"positions rotate pairs, and {self.rotary_dim} dims are none; change one of them "
+                "so that their product is even"
             )
 
     def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
@@ -260,3 +284,11 @@ class AttentionMixer(Mixer):
                 reason = "dtype=float64: its kernels add up in float32"
         if reason:
             raise UserError(f"--attention-kernel {path} with {reason}; use --attention-kernel auto")
+
+
+class NoPEMixer(AttentionMixer):
+    """Grouped-query attention without positions (Kazemnejad et al. 2023, arXiv:2305.19466), in
+    models whose other layers rotate."""
+
+    def rope(self, window: int | None) -> RopeConfig | None:
+        return None

@@ -14,6 +14,10 @@ batch. This one definition is right for data and context parallelism, microbatch
 z-loss (PaLM, arXiv:2204.02311, section 5) adds ``z * logsumexp^2`` per token. It is in the gradient
 and not in the returned loss. So a run logs its cross entropy, with and without z-loss. The sum of
 ``logsumexp^2`` is returned beside it.
+
+A soft-cap bounds the logits: ``cap * tanh(logits / cap)`` (Gemma 2, arXiv:2408.00118, section 2).
+It works on each logit alone, so it communicates nothing. Everything else is computed from the
+bounded logits.
 """
 
 from __future__ import annotations
@@ -36,11 +40,13 @@ class Loss:
     ``vocab``: the number of words. Further logits are padding.
     ``chunk``: the number of tokens whose logits exist at once; None: tokens for 2^27 logits (0.5
         GiB in float32), and half of the tokens at most.
-    ``z``: the weight of z-loss."""
+    ``z``: the weight of z-loss.
+    ``softcap``: the bound of logits (None: no bound)."""
 
     vocab: int
     chunk: int | None = None
     z: float = 0.0
+    softcap: float | None = None
 
 
 def cross_entropy(
@@ -85,11 +91,19 @@ def over_all(loss: Tensor, layout: Layout) -> Tensor:
     return layout.local_map(summand, [("+tokens",)], ("+tokens_sp",))(loss)
 
 
-def logits(x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout) -> Tensor:
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Bound logits by tanh to (-cap, cap)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logits(
+    x_TD: Tensor, w_head: Tensor, vocab: int, layout: Layout, softcap: float | None = None
+) -> Tensor:
     """Return all logits ``[T@tokens, vocab]`` of a few tokens: for sampling and tests, not for
     training."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     logits_TV = (x_TD @ w_head.mT).to(torch.promote_types(x_TD.dtype, torch.float32))  # local
+    logits_TV = soft_cap(logits_TV, softcap)
     return layout.constrain(logits_TV, "tokens", None)[:, :vocab]  # all-gather over tp
 
 
@@ -115,7 +129,8 @@ class _ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=wide) if train else None
         chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
         for x_CD, targets_C in chunks:
-            logits_CV = (x_CD @ w_VD.mT).to(wide).masked_fill(ids_V >= loss.vocab, float("-inf"))
+            logits_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
+            logits_CV = logits_CV.masked_fill(ids_V >= loss.vocab, float("-inf"))
             top_C = layout.all_reduce(logits_CV.amax(-1), "vocab", "max")
             exp_CV = (logits_CV - top_C[:, None]).exp()
             counts = targets_C != IGNORE
@@ -132,6 +147,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
                 d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
+                if loss.softcap is not None:  # the derivative of tanh, and 0 for padding
+                    tanh_CV = (logits_CV / loss.softcap).clamp(min=-1)
+                    d_CV = d_CV * (1 - tanh_CV.square())
                 d_CV = d_CV.to(x_TD.dtype)
                 dx.append(d_CV @ w_VD)
                 dw += d_CV.mT @ x_CD

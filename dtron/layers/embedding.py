@@ -26,13 +26,18 @@ class Embedding:
     w_positions: Tensor | None = weight("positions", "embed", when="learned_positions")
 
 
-def embedding(p: Embedding, tokens_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-    """Embed tokens: ``tokens_T``, ``positions_T [T@tokens]`` -> ``x_TD [T@tokens_sp, D]``."""
+def embedding(
+    p: Embedding, tokens_T: Tensor, positions_T: Tensor, layout: Layout, scale: float = 1.0
+) -> Tensor:
+    """Embed tokens: ``tokens_T``, ``positions_T [T@tokens]`` -> ``x_TD [T@tokens_sp, D]``.
+
+    ``scale``: the factor on the rows of tokens, but not on the rows of positions."""
     ids_V = layout.iota("vocab", p.w_tokens.shape[0], p.w_tokens.device)
     rows, table, out = ("tokens",), ("vocab", "act_embed"), ("tokens", "act_embed")
     region = layout.local_map(_own_rows, (table, rows, ("vocab",)), (*out, "+vocab"))
     x_TD = region(p.w_tokens, tokens_T, ids_V)
     x_TD = layout.constrain(x_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
+    x_TD = x_TD if scale == 1 else x_TD * scale
     if p.w_positions is not None:
         positions_T = layout.constrain(positions_T, "tokens_sp")  # each rank takes its shard: local
         look_up = layout.local_map(

@@ -100,7 +100,7 @@ class Mixer(Leaf):
 
     @property
     def score_growth(self) -> float:
-        """The factor of attention scores in muP, in addition to 1 / sqrt(head_dim)."""
+        """The factor of attention scores in muP, in addition to the model's."""
         return 1.0
 
     @property

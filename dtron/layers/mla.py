@@ -237,3 +237,8 @@ class MLAMixer(AttentionMixer):
                     f"latent attention has {only} alone; leave {name} out, or use "
                     "--model.mla.kv-rank 0"
                 )
+        if m.rope.partial != 1:
+            raise UserError(
+                f"model.rope.partial={m.rope.partial} with model.mla.kv_rank={m.mla.kv_rank}: "
+                "latent attention rotates model.mla.rope_dim dims; leave it out"
+            )

@@ -6,6 +6,10 @@ need no communication. Their weights are whole on every rank, and each rank sees
 tokens. So the weight's gradient is a sum still pending over dp, cp *and* tp. DTensor keeps track of
 this sum. A trainer that forgets the sum over tp is wrong in exactly the norm weights. This bug has
 shipped.
+
+Some models normalise the queries of all heads of a token together (OLMo 2, arXiv:2501.00656,
+section 3.2; MiniMax-M2). Heads are sharded over tp, and their weight with them. So
+``norm_over_heads`` communicates: one all-reduce of a number per token.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtron.mesh import Layout
 from dtron.params import ones, weight, zeros
 
 
@@ -35,3 +40,24 @@ def norm(p: Norm, x: Tensor, eps: float = 1e-5) -> Tensor:
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = wide.to(x.dtype) * p.scale
     return y if p.bias is None else y + p.bias
+
+
+def norm_if(p: Norm | None, x: Tensor, eps: float) -> Tensor:
+    """Normalise, where the model has this norm."""
+    return x if p is None else norm(p, x, eps)
+
+
+@dataclass(frozen=True)
+class HeadsNorm:
+    """The weight of an RMSNorm over all heads of a token. The axis ``heads`` may be renamed."""
+
+    scale: Tensor = weight("heads", "head_dim", init=ones)
+
+
+def norm_over_heads(p: HeadsNorm, x_TNH: Tensor, eps: float, layout: Layout) -> Tensor:
+    """Normalise the last two dims of ``x_TNH [T@tokens, N@heads, H]`` together. Statistics are in
+    float32 at least; the result has the shape, placement and dtype of ``x_TNH``."""
+    wide = x_TNH.to(torch.promote_types(x_TNH.dtype, torch.float32))
+    sum_T = layout.constrain(wide.square().sum((-2, -1)), "tokens")  # all-reduce over tp
+    size = x_TNH.shape[-2] * x_TNH.shape[-1]
+    return (wide * torch.rsqrt(sum_T / size + eps)[:, None, None]).to(x_TNH.dtype) * p.scale

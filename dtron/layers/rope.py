@@ -1,10 +1,11 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to extend it to longer
-contexts.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and three ways to extend it to
+longer contexts.
 
 A head's dims form pairs (i, i + H/2). Pair i is rotated by the angle ``position * frequency_i``.
 Frequencies fall geometrically from 1 to 1/theta. To extend a model to a longer context, the
 frequencies whose wavelength the original context could not fill are slowed:
 
+- Linear: divide all frequencies by ``factor`` (Chen et al. 2023, arXiv:2306.15595).
 - Llama 3: keep short wavelengths, divide the frequencies of long ones by ``factor``, blend between.
 - YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): the same ramp, measured in rotations over
   the original context, and a temperature. cos and sin are multiplied by 0.1 ln(factor) + 1
@@ -34,7 +35,7 @@ class RopeConfig:
 
     theta: float = 10_000.0
     """base of the frequencies"""
-    scaling: Literal["none", "llama3", "yarn"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """how frequencies are slowed for contexts longer than the original"""
     factor: float = 8.0
     """ratio of the longer context to the original context"""
@@ -57,20 +58,22 @@ class RopeConfig:
     """yarn: factor on cos and sin; 0: computed from factor, mscale and mscale_all"""
     truncate: bool = True
     """yarn: the ramp begins and ends at a pair, not between two pairs; False in gpt-oss"""
+    partial: float = 1.0
+    """share of a head's dims that is rotated: the first dims (partial rotary); 1: all"""
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
         fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
         fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
-        fine = fine and 0 <= self.attention_factor < math.inf
+        fine = fine and 0 <= self.attention_factor < math.inf and 0 < self.partial <= 1
         if not fine:
             raise UserError(
                 f"rope theta={self.theta}, factor={self.factor}, original={self.original}, "
                 f"low={self.low}, high={self.high}, beta_slow={self.beta_slow}, "
                 f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}, "
-                f"attention_factor={self.attention_factor}: theta must be over 1, factor and "
-                "original at least 1, low under high, 0 under beta_slow under beta_fast, mscales "
-                "and attention_factor at least 0"
+                f"attention_factor={self.attention_factor}, partial={self.partial}: theta must be "
+                "over 1, factor and original at least 1, low under high, 0 under beta_slow under "
+                "beta_fast, mscales and attention_factor at least 0, partial over 0 and at most 1"
             )
 
     @property
@@ -101,6 +104,8 @@ def frequencies(
     freq = rope.theta**-pair
     if rope.scaling == "none":
         return freq.to(dtype), 1.0
+    if rope.scaling == "linear":
+        return (freq / rope.factor).to(dtype), 1.0
     if rope.scaling == "llama3":
         rotations = rope.original * freq / (2 * math.pi)
         keep = ((rotations - rope.low) / (rope.high - rope.low)).clamp(0, 1)
@@ -134,7 +139,12 @@ def rope_tables(rope: RopeConfig, positions_T: Tensor, head_dim: int, dtype: tor
 
 
 def rotate(x_TNH: Tensor, table_TH: Tensor) -> Tensor:
-    """Rotate every head of every token by the token's angles. Rank-local."""
+    """Rotate every head of every token by the token's angles. Dims after the first
+    ``table_TH.shape[-1]`` are not rotated. Rank-local."""
+    width = table_TH.shape[-1]
     cos, sin = table_TH[:, None, :].chunk(2, dim=-1)
-    a, b = x_TNH.to(table_TH.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TNH.dtype)
+    a, b = x_TNH[..., :width].to(table_TH.dtype).chunk(2, dim=-1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TNH.dtype)
+    if width == x_TNH.shape[-1]:
+        return rotated
+    return torch.cat([rotated, x_TNH[..., width:]], dim=-1)

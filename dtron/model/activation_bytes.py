@@ -37,7 +37,8 @@ def block_bytes(
         return element * (streams + mlp) + mixer
 
     products = 3 if m.activation in ("swiglu", "geglu") else 2
-    return BlockBytes(element * t * m.embed, total(1, products - 1), total(2, products))
+    norms = 4 if m.norm_position == "sandwich" else 2  # each keeps its input
+    return BlockBytes(element * t * m.embed, total(1, products - 1), total(norms, products))
 
 
 def host_bytes(

@@ -1,7 +1,8 @@
 """A transformer block, and the running of a stage's blocks.
 
-Blocks are pre-norm, x + f(norm(x)), as in Llama, Qwen and GPT-2. Dropout is left out on purpose:
-current models train without dropout, and recompute then needs no random state.
+Blocks are pre-norm, x + f(norm(x)), as in Llama; or post-norm, x + norm(f(x)), as in OLMo 2
+(arXiv:2501.00656, equation 2); or both, as in Gemma 2 (arXiv:2408.00118). Dropout is left out on
+purpose: current models train without dropout, and recompute then needs no random state.
 
 activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
 activations are recomputed. Both may vary between runs without changing the result.
@@ -22,7 +23,7 @@ from dtron.fp8.recipe import Recipe
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.mlp import MLP, mlp
-from dtron.layers.norm import Norm, norm
+from dtron.layers.norm import Norm, norm_if
 from dtron.layers.recompute import mlp_chunk_tokens
 from dtron.layers.token_order import as_tokens
 from dtron.mesh import Layout
@@ -41,16 +42,19 @@ from dtron.torch_compile import DIRECT, Units
 @dataclass(frozen=True)
 class Block:
     """The weights of a block. ``mlp`` is the dense feed-forward layer; ``moe`` takes its place in a
-    block with experts.
+    block with experts. ``norm_1`` and ``norm_2`` are before the sub-layers, ``post_norm_1`` and
+    ``post_norm_2`` on their outputs.
 
     ``letter``: the block's mixer, a key of ``ModelConfig.kinds``.
     ``window``: the attention window (None: no window)."""
 
-    norm_1: Norm = part()
+    norm_1: Norm | None = part(when="pre_norms")
     mixer: Any = part(choose="mixer")
-    norm_2: Norm = part()
+    post_norm_1: Norm | None = part(when="post_norms")
+    norm_2: Norm | None = part(when="pre_norms")
     mlp: MLP | None = part(when="dense")
     moe: MoELayer | None = part(when="sparse")
+    post_norm_2: Norm | None = part(when="post_norms")
     letter: str = value("letter")
     window: int | None = value("window")
 
@@ -91,7 +95,7 @@ def block(
     other outputs.
 
     ``before_E``: for experts, see ``route``."""
-    h_TD = norm(p.norm_1, x_TD, m.norm_eps)
+    h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
     logits: list[Tensor] = []
     if inputs.logits:
         mixed_TD, *logits = inputs.mixer.apply_with_logits(
@@ -99,19 +103,25 @@ def block(
         )
     else:
         mixed_TD = inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
-    x_TD = x_TD + mixed_TD
-    h_TD = norm(p.norm_2, x_TD, m.norm_eps)
+    x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
+    h_TD = norm_if(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         assert p.mlp is not None
         y_TD = mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk)
-        return x_TD + y_TD, *logits
+        return _add(x_TD, y_TD, p.post_norm_2, m), *logits
     assert inputs.token_info is not None
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
     if p.moe.shared is not None:
         y_TD = y_TD + shared_expert(p.moe, h_TD, layout, m.activation, inputs.recipe)
-    return x_TD + y_TD, *logits, aux, *stats
+    return _add(x_TD, y_TD, p.post_norm_2, m), *logits, aux, *stats
+
+
+def _add(x_TD: Tensor, y_TD: Tensor, p: Norm | None, m: ModelConfig) -> Tensor:
+    """Add the output of a mixer or feed-forward layer, after its norm ``p``. Rank-local."""
+    y_TD = norm_if(p, y_TD, m.norm_eps)
+    return x_TD + (y_TD if m.residual_scale == 1 else m.residual_scale * y_TD)
 
 
 def output_names(logits: bool, sparse: bool) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from dtron.bounds import under
 from dtron.errors import UserError
-from dtron.layers.attention import AttentionMixer
+from dtron.layers.attention import AttentionMixer, NoPEMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
@@ -31,6 +31,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "M": MLAMixer,
     "L": GatedDeltaNetMixer,
     "K": KimiDeltaMixer,
+    "N": NoPEMixer,
 }
 
 # A tree has a node for each layer, so more layers would take minutes before anything runs.
@@ -51,8 +52,8 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention, L linear attention (gated delta net), K Kimi delta attention; with
-    model.mla.kv_rank, A is M too, unless the pattern has an M"""
+    latent attention, N attention without positions (NoPE), L linear attention (gated delta net), K
+    Kimi delta attention; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -64,7 +65,10 @@ class ModelConfig(Leaf):
     activation: Activation = "swiglu"
     """activation of the feed-forward layer; swiglu and geglu have a gate"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """norm before attention, the feed-forward layer and the head"""
+    """norm of attention, the feed-forward layer and the head"""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """norms of attention and the feed-forward layer: before them, on their outputs (OLMo 2), or
+    both (Gemma 2)"""
     norm_eps: float = 1e-5
     """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
@@ -77,6 +81,8 @@ class ModelConfig(Leaf):
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
     """normalise every head's queries and keys"""
+    qk_norm_over: Literal["head", "projection"] = "head"
+    """with qk_norm: normalise each head by itself, or all heads of a token together (OLMo 2)"""
     qkv_bias: bool = False
     """biases on queries, keys and values"""
     bias: bool = False
@@ -89,6 +95,18 @@ class ModelConfig(Leaf):
     """with a window: every layer of this number has no window; 0: all layers have the window"""
     softcap: float | None = None
     """attention scores are bounded to this by tanh"""
+    window_rope_theta: float | None = None
+    """base of the rotary frequencies in layers with a window, without scaling; None: model.rope"""
+    attention_scale: float | None = None
+    """factor on attention scores; None: 1 / sqrt(head_dim)"""
+    embedding_scale: float = 1.0
+    """factor on the embedding of tokens"""
+    residual_scale: float = 1.0
+    """factor on what attention and the feed-forward layer add to the residual stream"""
+    logit_scale: float = 1.0
+    """factor on the logits, before final_softcap"""
+    final_softcap: float | None = None
+    """logits are bounded to this by tanh"""
     sinks: bool = False
     """each head has a learned score that attends to nothing"""
     z_loss: float = 0.0
@@ -131,11 +149,27 @@ class ModelConfig(Leaf):
         for mixer in self.mixers:
             mixer.check_model()
         under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
-        for name in ("window", "softcap"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        for name in ("window", "softcap", "attention_scale", "final_softcap"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise UserError(
                     f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
                 )
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"model.{name}={getattr(self, name)}: must be positive; 1: none")
+        theta = self.window_rope_theta
+        if theta is not None and not 1 < theta < float("inf"):
+            raise UserError(f"model.window_rope_theta={theta}: must be over 1; raise it")
+        if theta is not None and self.window is None:
+            raise UserError(
+                f"model.window_rope_theta={theta}: no layer has a window; give --model.window too"
+            )
+        if self.qk_norm_over == "projection" and not (self.qk_norm and self.norm == "rmsnorm"):
+            raise UserError(
+                f"model.qk_norm_over=projection with model.norm={self.norm} and model.qk_norm="
+                f"{self.qk_norm}: all heads together have an RMSNorm; give --model.qk-norm and "
+                "--model.norm rmsnorm, or use --model.qk-norm-over head"
+            )
         self._check_mup()
         if self.full_every < 0:
             raise UserError(
@@ -219,7 +253,11 @@ class ModelConfig(Leaf):
             "layernorm": self.norm == "layernorm",
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
-            **{name: getattr(self, name) for name in ("qk_norm", "qkv_bias", "bias", "sinks")},
+            "pre_norms": self.norm_position != "post",
+            "post_norms": self.norm_position != "pre",
+            "qk_norm": self.qk_norm and self.qk_norm_over == "head",
+            "qk_heads_norm": self.qk_norm and self.qk_norm_over == "projection",
+            **{name: getattr(self, name) for name in ("qkv_bias", "bias", "sinks")},
             **self._expert_dims(),
             "blocks": [self._block(i) for i in range(self.layers)],
             "mtp_depth": self.mtp.depth,

@@ -41,8 +41,10 @@ def unshard_head(w_head: Tensor, layout: Layout) -> tuple[Tensor]:
 
 
 def head_input(x_TD: Tensor, m: ModelConfig) -> Tensor:
-    """Divide the head's input, and so the logits, by the width (muP, mup.py)."""
-    return x_TD if m.width == 1 else x_TD / m.width
+    """Multiply the head's input, and so the logits before their soft-cap, by the model's
+    ``logit_scale``. muP divides by the width (mup.py)."""
+    factor = m.logit_scale / m.width
+    return x_TD if factor == 1 else x_TD * factor
 
 
 def last_norm(
@@ -60,7 +62,8 @@ def loss(
     """Apply the head ``w_head``, and return the loss and the z-loss: see ``cross_entropy``."""
     (w_head,) = unshard_head(w_head, layout)
     x_TD = head_input(x_TD, m)
-    return cross_entropy(x_TD, w_head, targets_T, Loss(m.vocab, z=m.z_loss), layout)
+    options = Loss(m.vocab, z=m.z_loss, softcap=m.final_softcap)
+    return cross_entropy(x_TD, w_head, targets_T, options, layout)
 
 
 def norm_and_loss(

@@ -81,7 +81,8 @@ def declare_model(model: ModelConfig) -> Transformer:
 
 def embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> Tensor:
     """Compute the first stage's input: ``x_TD [T@tokens_sp, D]``."""
-    return embedding(unshard(p.embedding, layout), batch.tokens_T, batch.positions_T, layout)
+    p_own, scale = unshard(p.embedding, layout), m.embedding_scale
+    return embedding(p_own, batch.tokens_T, batch.positions_T, layout, scale)
 
 
 def embed_params(p: Any) -> Any:
@@ -162,7 +163,8 @@ def stage_logits(
             x_TD, last_B
         )
     x_TD = head_input(x_TD, m)
-    return logits(x_TD, *unshard_head(head_weight(p), layout), m.vocab, layout), None
+    (w_head,) = unshard_head(head_weight(p), layout)
+    return logits(x_TD, w_head, m.vocab, layout, m.final_softcap), None
 
 
 def _pick_rows(x_TD: Tensor, places_B: Tensor, seq_len: int) -> Tensor:
@@ -220,7 +222,7 @@ def _mtp(
     order = [(p_k, runner.fp8_gather(True)) for p_k in p.mtp]
     for k, p_k in enumerate(runner.call.gathered(order)):
         tokens_T, targets_T = batch.tokens_TA[:, k], batch.targets_TA[:, k]
-        (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, layout)
+        (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, m, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
         losses.append(runner.call(head.loss, h_TD, w_head, targets_T, ahead, layout)[0])
@@ -230,10 +232,10 @@ def _mtp(
 
 
 def _embed_ahead(
-    w_tokens: Tensor, tokens_T: Tensor, positions_T: Tensor, layout: Layout
+    w_tokens: Tensor, tokens_T: Tensor, positions_T: Tensor, m: ModelConfig, layout: Layout
 ) -> tuple[Tensor]:
-    (w_tokens,) = unshard_head(w_tokens, layout)
-    return (embedding(Embedding(w_tokens, None), tokens_T, positions_T, layout),)
+    p = Embedding(*unshard_head(w_tokens, layout), None)
+    return (embedding(p, tokens_T, positions_T, layout, m.embedding_scale),)
 
 
 def _count_targets(targets_T: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from dtron.schedules.runner import Program
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.pipeline import Pipeline, one_stage
+from dtron.tree import flat
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Decoder:
         self._rows, self._filled = rows, -(-rows // unit) * unit
         self._m, self._pipe, self._layout, self._device = m, pipe, layout, device
         weights = unshard(params, layout)
-        dtype = weights[0].blocks[0].norm_1.scale.dtype
+        dtype = flat(weights[0].blocks)[0].dtype
 
         def empty(p: Block) -> Any:
             return m.mixer(p.letter).empty_cache(self._filled, slots, layout, dtype, device)

@@ -15,192 +15,31 @@ import torch
 from hypothesis import strategies as st
 
 from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
-from tests.helpers.hf_models import draw_weights
-
-LAYERS = 3
-_SIZES = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None}
-_KINDS = ("sliding_attention", "full_attention")
-_OFTEN = 8  # a field that dtron refuses is drawn once in as many times
-
-
-def rare(usual: Any, other: Any) -> st.SearchStrategy:
-    return st.sampled_from([usual] * _OFTEN + [other])
-
-
-def numbers(low: float, high: float) -> st.SearchStrategy[float]:
-    return st.floats(low, high).map(lambda x: round(x, 3))
-
-
-def optional(**fields: st.SearchStrategy) -> st.SearchStrategy[dict[str, Any]]:
-    """Any of the fields, each with a value or left out."""
-    return st.fixed_dictionaries({}, optional=fields)
-
-
-def _rope(draw: Any) -> dict[str, Any]:
-    """The object of rope_parameters or rope_scaling."""
-    kind = draw(st.sampled_from(["default", "llama3", "yarn", "yarn", "yarn", "linear"]))
-    name = draw(rare("rope_type", "type"))
-    out: dict[str, Any] = {name: kind} | draw(optional(rope_theta=numbers(50, 1000)))
-    if kind == "default":
-        return out
-    out["factor"] = draw(numbers(1.5, 8))
-    if draw(st.booleans()) or kind == "llama3":
-        out["original_max_position_embeddings"] = draw(st.sampled_from([16, 32, 64]))
-    if kind == "llama3":
-        return out | {"low_freq_factor": 1.0, "high_freq_factor": draw(numbers(2, 8))}
-    if kind == "yarn":
-        out |= draw(
-            optional(
-                beta_fast=st.sampled_from([None, 2.0, 8.0]),
-                beta_slow=st.sampled_from([None, 0.5, 1.0]),
-                mscale=st.sampled_from([0, 0.5, 0.707, 1.0, 2.0]),
-                mscale_all_dim=st.sampled_from([0, 0.5, 0.707, 1.0]),
-                truncate=st.booleans(),
-                attention_factor=st.sampled_from([None, 0.8, 1.3]),
-            )
-        )
-    return out
-
-
-def _dense(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
-    heads = draw(st.sampled_from([2, 4]))
-    return {
-        **_SIZES,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": heads,
-        "num_key_value_heads": draw(st.sampled_from([1, 2, heads])),
-        "head_dim": draw(st.sampled_from([8, 16])),
-        "max_position_embeddings": draw(st.sampled_from([64, 128])),
-        **draw(
-            optional(
-                rms_norm_eps=st.sampled_from([1e-6, 1e-5, 1e-3]),
-                tie_word_embeddings=st.booleans(),
-                hidden_act=rare("silu", "gelu"),
-                **more,
-            )
-        ),
-    }
-
-
-_WINDOW = st.sampled_from([None, 3, 20, 50])
-_QWEN = {
-    "use_sliding_window": st.booleans(),
-    "sliding_window": _WINDOW,
-    "max_window_layers": st.sampled_from([0, 1, LAYERS]),
-}
-_TYPES = st.sampled_from([None, list(_KINDS) + [_KINDS[0]], [_KINDS[1]] * 3, [_KINDS[0]] * 3])
-_EXPERTS = {"num_experts_per_tok": st.sampled_from([1, 2, 3])}
-_BIAS = {"attention_bias": rare(False, True)}
-
-
-def _llama(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_BIAS, mlp_bias=rare(False, True))
-
-
-def _mistral(draw: Any) -> dict[str, Any]:
-    return _dense(draw, sliding_window=_WINDOW)
-
-
-def _qwen2(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_QWEN, layer_types=_TYPES)
-
-
-def _qwen3(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_QWEN, **_BIAS, layer_types=_TYPES)
-
-
-def _gpt2(draw: Any) -> dict[str, Any]:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": draw(st.sampled_from([2, 4]))}
-    return {
-        **_SIZES,
-        **sizes,
-        **draw(
-            optional(
-                n_positions=st.just(128),
-                n_inner=st.sampled_from([None, 48]),
-                layer_norm_epsilon=st.sampled_from([1e-5, 1e-3]),
-                tie_word_embeddings=st.booleans(),
-                activation_function=rare("gelu_new", "relu"),
-                scale_attn_weights=rare(True, False),
-                scale_attn_by_inverse_layer_idx=rare(False, True),
-            )
-        ),
-    }
-
-
-def _mixtral(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_EXPERTS, sliding_window=_WINDOW) | {"num_local_experts": 4}
-
-
-def _qwen3_moe(draw: Any) -> dict[str, Any]:
-    more = {key: value for key, value in _QWEN.items() if key != "max_window_layers"}
-    made = _dense(
-        draw,
-        **_EXPERTS,
-        **_BIAS,
-        **more,
-        norm_topk_prob=st.booleans(),
-        decoder_sparse_step=rare(1, 2),
-        mlp_only_layers=rare([], [0]),
-    )
-    return made | {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-
-
-def _gpt_oss(draw: Any) -> dict[str, Any]:
-    made = _dense(draw, **_EXPERTS, sliding_window=st.sampled_from([3, 20]), layer_types=_TYPES)
-    return made | {"num_local_experts": 4}
-
-
-def _deepseek(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
-    made = _dense(
-        draw,
-        **_BIAS,
-        q_lora_rank=st.sampled_from([None, 12]),
-        routed_scaling_factor=st.sampled_from([1.0, 2.5]),
-        norm_topk_prob=st.booleans(),
-        first_k_dense_replace=st.sampled_from([0, 1, 2]),
-        **more,
-    )
-    del made["head_dim"]
-    return {
-        **made,
-        "num_key_value_heads": made["num_attention_heads"],
-        "kv_lora_rank": 12,
-        "q_lora_rank": made.get("q_lora_rank", 12),
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": draw(st.sampled_from([8, 12])),
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": draw(st.sampled_from([1, 2])),
-        "num_experts_per_tok": draw(st.sampled_from([2, 3])),
-    }
-
-
-def _deepseek_v2(draw: Any) -> dict[str, Any]:
-    made = _deepseek(draw, topk_method=st.sampled_from(["greedy", "group_limited_greedy"]))
-    return made | {"n_group": 4, "topk_group": draw(st.sampled_from([2, 3]))}
-
-
-def _deepseek_v3(draw: Any) -> dict[str, Any]:
-    made = _deepseek(draw, rope_interleave=rare(True, False))
-    return made | draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 4}]))
-
+from tests.helpers import hf_fields as fields
+from tests.helpers.hf_models import causal, draw_weights
 
 # By the class in transformers, the strategy of its fields.
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "Llama": _llama,
-    "Mistral": _mistral,
-    "Qwen2": _qwen2,
-    "Qwen3": _qwen3,
-    "GPT2": _gpt2,
-    "Mixtral": _mixtral,
-    "Qwen3Moe": _qwen3_moe,
-    "GptOss": _gpt_oss,
-    "DeepseekV2": _deepseek_v2,
-    "DeepseekV3": _deepseek_v3,
+    "Llama": fields.llama,
+    "Mistral": fields.mistral,
+    "Qwen2": fields.qwen2,
+    "Qwen3": fields.qwen3,
+    "GPT2": fields.gpt2,
+    "Mixtral": fields.mixtral,
+    "Qwen3Moe": fields.qwen3_moe,
+    "GptOss": fields.gpt_oss,
+    "DeepseekV2": fields.deepseek_v2,
+    "DeepseekV3": fields.deepseek_v3,
+    "Olmo2": fields.olmo2,
+    "Olmo3": fields.olmo3,
+    "Gemma2": fields.gemma2,
+    "Gemma3Text": fields.gemma3,
+    "Phi3": fields.phi3,
+    "SmolLM3": fields.smollm3,
+    "SeedOss": fields.seed_oss,
+    "Granite": fields.granite,
+    "Glm4Moe": fields.glm4_moe,
+    "MiniMaxM2": fields.minimax_m2,
 }
 
 
@@ -208,13 +47,23 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 def configs(draw: Any, kind: str) -> dict[str, Any]:
     """A config.json of a family: some fields left out, RoPE under any of its keys."""
     out = FAMILIES[kind](draw)
-    if kind != "GPT2":
+    if kind in fields.LAYERED_ROPE and draw(st.booleans()):
+        nested = {name: fields.rope(draw) for name in ("full_attention",)}
+        nested |= draw(
+            fields.optional(sliding_attention=st.builds(dict, rope_theta=fields.numbers(50, 1000)))
+        )
+        out["rope_parameters"] = nested
+        out |= draw(fields.optional(rope_theta=fields.numbers(50, 1000)))
+    elif kind != "GPT2":
         keys = draw(st.sampled_from(["", "rope_parameters", "rope_scaling", "both"]))
-        out |= draw(optional(rope_theta=numbers(50, 1000)))
+        out |= draw(fields.optional(rope_theta=fields.numbers(50, 1000)))
         for key in ("rope_parameters", "rope_scaling"):
             if keys in (key, "both"):
-                out[key] = _rope(draw)
-        out |= draw(optional(partial_rotary_factor=rare(1.0, 0.5)))
+                out[key] = fields.rope(
+                    draw, fields.PHI3_ROPE if kind == "Phi3" else fields.ROPE_TYPES
+                )
+        share = st.sampled_from([1.0, 0.5]) if kind in fields.PARTIAL else fields.rare(1.0, 0.5)
+        out |= draw(fields.optional(partial_rotary_factor=share))
     return out
 
 
@@ -229,9 +78,8 @@ def saved(kind: str, config: dict[str, Any], way: str) -> Iterator[Path]:
     transformers raises if it does not have such a model."""
     import transformers
 
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     settings = getattr(transformers, f"{kind}Config")(**copy.deepcopy(config))
-    made = getattr(transformers, kind + head)(settings)
+    made = getattr(transformers, causal(kind))(settings)
     named = [(n, w) for n, w in made.named_parameters() if w.is_floating_point()]
     draw_weights(named + [(n, w) for n, w in made.named_buffers() if "correction" in n])
     at = Path(tempfile.mkdtemp(prefix="dtron-config-"))
@@ -242,7 +90,7 @@ def saved(kind: str, config: dict[str, Any], way: str) -> Iterator[Path]:
             (at / INDEX).write_text(json.dumps({"weight_map": {"gone.weight": "gone.safetensors"}}))
         elif way in ("frequencies", *TIED_WAYS):
             _edit(at, way, "transformer.wte" if kind == "GPT2" else "model.embed_tokens")
-        names = {"architectures": [kind + head], "model_type": settings.model_type}
+        names = {"architectures": [causal(kind)], "model_type": settings.model_type}
         (at / "config.json").write_text(json.dumps(config | names))
         yield at
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -59,6 +60,7 @@ _DEEPSEEK = _SIZES | {
     "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
 }
 _LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+_GEMMA = {"query_pre_attn_scalar": 9, "sliding_window": 7, "pad_token_id": 0}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
 # By name: the class in transformers, and its config.
@@ -93,10 +95,78 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOss",
         _SIZES | _EXPERTS | {"sliding_window": 7, "rope_parameters": _YARN | {"truncate": False}},
     ),
+    "olmo2": ("Olmo2", _SIZES | {"rope_parameters": _ROPE}),
+    "olmo3": (
+        "Olmo3",
+        _SIZES
+        | {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"full_attention": _YARN, "sliding_attention": _ROPE},
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        _SIZES
+        | _GEMMA
+        | {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0, "rope_parameters": _ROPE},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        _SIZES
+        | _GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        _SIZES | {"pad_token_id": 0, "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
+    ),
+    "smollm3": ("SmolLM3", _SIZES | {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "seed-oss": ("SeedOss", _SIZES | {"rope_parameters": _ROPE}),
+    "granite": (
+        "Granite",
+        _SIZES
+        | {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 1.7,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "glm4-moe": (
+        "Glm4Moe",
+        {key: value for key, value in _DEEPSEEK.items() if "lora" not in key}
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_group": 2,
+            "topk_group": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "rope_parameters": _ROPE,
+        },
+    ),
+    "minimax-m2": (
+        "MiniMaxM2",
+        _SIZES
+        | _EXPERTS
+        | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
+    ),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),
 }
+
+
+def causal(kind: str) -> str:
+    """The name of the model's class, by the name of its config's class."""
+    return kind.removesuffix("Text") + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM")
 
 
 @cache
@@ -106,12 +176,12 @@ def model(name: str) -> torch.nn.Module:
     import transformers
 
     kind, config = FAMILIES[name]
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    made = getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**config))
+    config = copy.deepcopy(config)  # transformers changes RoPE in place
+    made = getattr(transformers, causal(kind))(getattr(transformers, f"{kind}Config")(**config))
     named = {
         path: w
         for path, w in (*made.named_parameters(), *made.named_buffers())
-        if "inv_freq" not in path and w.is_floating_point()
+        if not path.endswith(("inv_freq", "embed_scale")) and w.is_floating_point()
     }
     draw_weights(named.items())
     with torch.no_grad():
@@ -140,8 +210,6 @@ def draw_weights(
 @cache
 def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
     """Save the model, and return its folder. It is removed when Python ends."""
-    import copy
-
     out = Path(tempfile.mkdtemp(prefix="dtron-hf-"))
     atexit.register(shutil.rmtree, out, ignore_errors=True)
     copy.deepcopy(model(name)).to(dtype).save_pretrained(out)

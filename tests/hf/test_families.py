@@ -49,7 +49,7 @@ SWAPPED = {
     "gpt2": ("attention.w_k", "attention.w_v"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
-SWAPPED |= {"qwen3-moe": SWAPPED["mixtral"], "gpt-oss": SWAPPED["mixtral"]}
+SWAPPED |= dict.fromkeys(("qwen3-moe", "gpt-oss", "minimax-m2"), SWAPPED["mixtral"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,7 +163,8 @@ def test_config_json_is_theirs():
             "transformers_version",
             "initializer_range",
         }
-        unsaid |= {"bos_token_id", "eos_token_id", "router_aux_loss_coef"}
+        unsaid |= {"bos_token_id", "eos_token_id", "pad_token_id", "router_aux_loss_coef"}
+        unsaid |= {"use_bidirectional_attention"}  # null is false
         wrong = {
             key: (value, there[key])
             for key, value in made.to_dict().items()

@@ -67,7 +67,7 @@ def test_another_config_is_refused(copy, tmp_path):
     refused(tmp_path / "nothing", "is no folder")
     refused(tmp_path, "config.json")
     at = copy()
-    refused(change(at, architectures=["BertForMaskedLM"]), "BertForMaskedLM", "LlamaForCausalLM")
+    refused(change(at, architectures=["BertForMaskedLM"]), "BertForMaskedLM", "llama")
     refused(
         change(at, architectures=["LlamaForCausalLM"], hidden_act="relu"),
         "hidden_act",

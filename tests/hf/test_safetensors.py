@@ -39,6 +39,9 @@ PATTERNS = [
     "d (1/3 n h) -> d n h",
     "n d (h 1/2) -> n d h",
     "h d -> n d h",
+    "([n h] + k h + k h) d -> d n h",
+    "d (n h + [k h] + k) -> k d h",
+    "(n + k + [1/2 h]) -> h",
 ]
 
 
@@ -46,10 +49,10 @@ PATTERNS = [
 def parts(draw):
     """A pattern, the sizes of its axes and a range on each axis."""
     p = pattern(draw(st.sampled_from(PATTERNS)))
-    sizes = {axis: draw(st.integers(1, 4)) for axis in p.ours}
+    sizes = {axis: draw(st.integers(1, 4)) for axis in {*p.ours, "n", "k"}}
     ranges = {
-        axis: draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted))
-        for axis, n in sizes.items()
+        axis: draw(st.tuples(st.integers(0, sizes[axis]), st.integers(0, sizes[axis])).map(sorted))
+        for axis in p.ours
     }
     return p, sizes, {axis: tuple(r) for axis, r in ranges.items()}
 
@@ -83,6 +86,8 @@ def test_a_pattern_says_what_einops_would():
     )
     assert torch.equal(ours_of(pattern("(1/3 n) d -> n d"), x, {"n": 2, "d": 5}), x.chunk(3)[1])
     assert torch.equal(ours_of(pattern("(n 1/3) d -> n d"), x, {"n": 2, "d": 5}), x[1::3])
+    fused = pattern("(n + [k] + k) d -> k d")
+    assert torch.equal(ours_of(fused, x, {"n": 2, "k": 2, "d": 5}), x[2:4])
 
 
 @given(st.integers(0, 3), st.integers(1, 4))

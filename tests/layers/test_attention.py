@@ -34,6 +34,7 @@ def test_attention_layer(extras, softcap):
     einsum."""
     dims = dict(embed=10, heads=4, kv_heads=2, head_dim=6)
     dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks"), extras)
+    dims["qk_heads_norm"] = False
     p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
     table, mask = rope_tables(RopeConfig(), positions, 6, F64), AttentionMask(s, softcap=softcap)
     got = attention(p, x, AttentionInputs(table_TH=table, mask=mask, eps=0.1), ONE)

@@ -45,8 +45,7 @@ def test_attention_with_sinks():
         *(w[f"{x}_proj.bias"].reshape(-1, 8) for x in "qkv"),
         w["o_proj.bias"],
         w["sinks"],
-        None,
-        None,
+        *[None] * 4,
     )
     x = torch.randn(2, 16, 12, generator=g)
     back = torch.arange(16)[:, None] - torch.arange(16)

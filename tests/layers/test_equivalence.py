@@ -134,6 +134,7 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
+    dims["qk_heads_norm"] = bias
     mask = AttentionMask(seq_len, window, softcap)
     assert_equivalent(
         attend(mask, path=path),
@@ -155,6 +156,7 @@ def test_attention_mutants(mutant, sinks):
     """Without sinks all inputs of a rank's attention are its own, so no gradient needs a sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
+    dims["qk_heads_norm"] = False
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     layer = attend(AttentionMask(12))
     check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
@@ -167,6 +169,7 @@ def test_attention_that_leaks_over_a_window_is_caught():
     differs."""
     dims = {"embed": 10, "heads": 2, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "layernorm": False}
+    dims["qk_heads_norm"] = False
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None
@@ -256,6 +259,7 @@ def loss_values(vocab: int):
     padding=[3, 0],
     chunk=[5, 1, 100, 5, 100, 100, 5],
     z=[1e-2, 0.0],
+    cap=[None, 0.8],
 )
 @given(
     mesh=meshes(),
@@ -265,12 +269,13 @@ def loss_values(vocab: int):
     padding=st.sampled_from([0, 3]),
     chunk=st.sampled_from([1, 5, 100]),
     z=st.sampled_from([0.0, 1e-2]),
+    cap=st.sampled_from([None, 0.8]),
 )
-def test_loss(mesh, zero, seed, vocab, padding, chunk, z):
+def test_loss(mesh, zero, seed, vocab, padding, chunk, z, cap):
     """Known bug elsewhere: a vocabulary that tp does not divide made the loss wrong by half."""
     assume(chunk > 1 or MeshShape.parse(mesh).size <= 4)
     assert_equivalent(
-        loss_layer(Loss(vocab, chunk, z)),
+        loss_layer(Loss(vocab, chunk, z, cap)),
         Head,
         mesh,
         {"vocab": vocab + padding, "embed": 8},

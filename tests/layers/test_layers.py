@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy
+from dtron.layers.cross_entropy import IGNORE, Loss, cross_entropy, logits
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mlp import MLP, mlp
@@ -177,8 +177,8 @@ def test_a_batch_shifts_by_one():
 
 
 @pytest.mark.parametrize("z", [0.0, 0.1])
-@pytest.mark.parametrize("chunk", [1, 3, 10, 1024])
-def test_cross_entropy(chunk, z):
+@pytest.mark.parametrize(("chunk", "cap"), [(1, None), (3, 2.0), (10, None), (1024, 0.7)])
+def test_cross_entropy(chunk, cap, z):
     """The last rows of the head are padding. They are large, so that any use of them shows."""
     x, w = (
         normal(10, 6),
@@ -187,15 +187,17 @@ def test_cross_entropy(chunk, z):
     targets = torch.tensor([0, 6, IGNORE, 3, 3, IGNORE, 1, 2, 5, IGNORE])
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        entropy, z_loss = cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)
+        entropy, z_loss = cross_entropy(x, w, targets, Loss(7, chunk, z, cap), ONE)
         assert not z_loss.requires_grad  # the first one's gradient includes it
         return entropy + z * z_loss
 
     scores = x @ w[:7].T
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     entropy = F.cross_entropy(scores, targets, reduction="sum", ignore_index=-100)
     want = entropy + z * (scores.logsumexp(-1).square() * (targets != -100)).sum()
     same(loss(x, w), want, [x, w])
-    close(cross_entropy(x, w, targets, Loss(7, chunk, z), ONE)[0], entropy)
+    close(cross_entropy(x, w, targets, Loss(7, chunk, z, cap), ONE)[0], entropy)
+    close(logits(x, w, 7, ONE, cap), scores)
     (slope,) = torch.autograd.grad(loss(x, w), w)
     assert (slope[7:] == 0).all() and (slope[:7] != 0).all()
     assert torch.autograd.gradcheck(loss, (x, w))

@@ -151,16 +151,17 @@ def test_queries_and_keys_may_be_permuted_alike():
 def test_sizes_of_the_model():
     m = ModelConfig(heads=4, kv_heads=3, mla=MLAConfig(16, 0, 8, 4, 6))  # kv_heads means nothing
     (mixer,) = m.mixers
-    assert mixer.head_dims == (12, 6) and mixer.rotary_dim == 4 and mixer.score_scale is None
+    assert mixer.head_dims == (12, 6) and mixer.rotary_dim == 4
+    assert mixer.score_scale(m.rope) is None
     spec = declare_model(m).blocks[0]
     assert spec.mixer.w_q.path == "blocks.0.mla.w_q" and spec.mixer.w_q.shape == (256, 4, 12)
     assert spec.letter == "M" and spec.mixer.w_q_down is None
     stretched = replace(m, rope=RopeConfig(1e4, "yarn", 40.0, 4096, mscale_all=1.0))
-    assert stretched.mixers[0].score_scale == pytest.approx(
+    assert stretched.mixers[0].score_scale(stretched.rope) == pytest.approx(
         (0.1 * math.log(40) + 1) ** 2 / math.sqrt(12)
     )
     plain = ModelConfig(heads=4, kv_heads=4, head_dim=9, rope=stretched.rope, positions="learned")
-    assert plain.mixers[0].score_scale is None
+    assert plain.mixers[0].rope(None) is None and plain.mixers[0].score_scale(None) is None
 
 
 def test_flops_count_keys_and_values_of_their_own_widths():

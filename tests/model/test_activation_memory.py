@@ -55,11 +55,13 @@ def kept_by(m: ModelConfig, recompute: str, rows: int = 2) -> int:
     return sum(n for n, _ in seen.values())
 
 
-def test_the_estimate_of_kept_activations():
+@pytest.mark.parametrize("position", ["pre", "post", "sandwich"])
+def test_the_estimate_of_kept_activations(position):
     """Bytes of one block, from models of 2 and of 3 blocks. Exact under full recomputation, where a
     block keeps its input. Otherwise the eager program keeps more: intermediate results of norms and
     activation functions."""
     m = ModelConfig(vocab=32, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=128)
+    m = replace(m, norm_position=position)
     of_a_block = lambda r: kept_by(replace(m, layers=3), r) - kept_by(replace(m, layers=2), r)
     sizes = block_bytes(m, MeshShape(), 2 * 128, element=4)
     estimate = lambda r: POLICIES[r].block(0).kept_bytes(sizes)

@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
+from dtron.layers.mla import MLAConfig
+from dtron.layers.rope import RopeConfig
 from dtron.moe.config import MoEConfig
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.validate import check, check_attention, microbatches
@@ -57,6 +60,36 @@ def test_check(values, message, remedy):
     with pytest.raises(ValueError, match=message):
         run(**values)
     run(**values | remedy)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"final_softcap": -1.0}, "model.final_softcap=-1.0: must be positive"),
+        ({"attention_scale": float("inf")}, "model.attention_scale=inf: must be positive"),
+        ({"embedding_scale": 0.0}, "model.embedding_scale=0.0: must be positive"),
+        ({"residual_scale": float("nan")}, "model.residual_scale=nan: must be positive"),
+        ({"logit_scale": -2.0}, "model.logit_scale=-2.0: must be positive"),
+        ({"window_rope_theta": 1.0}, "model.window_rope_theta=1.0: must be over 1"),
+        ({"window_rope_theta": 9.0}, "model.window_rope_theta=9.0.*give --model.window"),
+        ({"qk_norm_over": "projection"}, "model.qk_norm_over=projection.*--model.qk-norm and"),
+        (
+            {"qk_norm": True, "qk_norm_over": "projection", "norm": "layernorm"},
+            "model.qk_norm_over=projection with model.norm=layernorm.*--model.norm rmsnorm",
+        ),
+        ({"rope": RopeConfig(partial=0.1), "head_dim": 16}, "model.rope.partial=0.1.*1 dims"),
+        ({"mla": MLAConfig(8), "rope": RopeConfig(partial=0.5)}, "rope.partial=0.5 with .*kv_rank"),
+    ],
+)
+def test_values_that_no_model_has(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        ModelConfig(**values)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rope_that_rotates_nothing():
+    with pytest.raises(UserError, match="partial=0.0.*partial over 0"):
+        RopeConfig(partial=0.0)
 
 
 @pytest.mark.parametrize(

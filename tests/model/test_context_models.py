@@ -141,7 +141,7 @@ def of_latents(mesh: str, method: str, **choices) -> RunConfig:
 def test_latent_attention(method, attention):
     """A kernel whose values are narrower than keys, with a scale of its own."""
     config = of_latents("cp=2", method, attention_kernel=attention)
-    assert config.model.mixers[0].score_scale is not None
+    assert config.model.mixers[0].score_scale(config.model.rope) is not None
     assert_same_step(config)
 
 

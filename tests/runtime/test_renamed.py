@@ -299,6 +299,15 @@ def test_a_run_of_an_older_version_has_the_identity_of_its_config():
         "model.mup_base_width",
         "model.mup_base_head_dim",
         *(name for name in identity_of(config, "") if name.startswith("model.delta.")),
+        "model.norm_position",
+        "model.qk_norm_over",
+        "model.rope.partial",
+        "model.window_rope_theta",
+        "model.attention_scale",
+        "model.embedding_scale",
+        "model.residual_scale",
+        "model.logit_scale",
+        "model.final_softcap",
     ):
         del want[name]
     assert meta["identity"] == want

@@ -41,6 +41,7 @@ DIMS = {
     "layernorm": False,
 }
 DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True, "sinks": False}
+DIMS |= {"qk_heads_norm": False, "pre_norms": True, "post_norms": False}
 MLP_WEIGHTS, ATTENTION_WEIGHTS = 3, 4
 
 

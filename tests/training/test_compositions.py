@@ -73,12 +73,12 @@ def shapes(draw, axis: str) -> MeshShape:
 def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) -> ModelConfig:
     """Draw a model that the mesh can shard."""
     flag, pick = (lambda: draw(st.booleans())), (lambda *xs: draw(st.sampled_from(xs)))
-    pattern, window = pick("A", "A", "M", "AM"), pick(None, None, 3, 7)
+    pattern, window = pick("A", "A", "M", "AM", "AN", "NMA"), pick(None, None, 3, 7)
     latent = "M" in pattern  # these layers have no biases, no norms of queries and no sinks
     kv = shape.tp * (shape.cp if cp_method == "ulysses" else 1) * pick(1, 1, 2)
     experts = shape.ep * shape.etp > 1 or flag()
-    depth = pick(0, 0, 1, 2)
-    moe = MoEConfig()
+    depth, norm = pick(0, 0, 1, 2), pick("rmsnorm", "layernorm")
+    moe, qk_norm = MoEConfig(), not latent and flag()
     if experts:
         number = shape.ep * pick(1, 2)
         groups = 2 if number % 4 == 0 and flag() else 1
@@ -112,19 +112,27 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         head_dim=4,
         mlp=4 * shape.tp,
         activation=pick("swiglu", "gelu", "geglu"),
-        norm=pick("rmsnorm", "layernorm"),
+        norm=norm,
+        norm_position=pick("pre", "post", "sandwich"),
         positions="rotary" if latent else pick("rotary", "rotary", "learned"),
-        rope=WARM if flag() else RopeConfig(),
+        rope=replace(WARM if flag() else RopeConfig(), partial=1.0 if latent else pick(1.0, 0.5)),
         mla=LATENT if latent else MLAConfig(),
         mtp=MTPConfig(depth, 0.7),
         context=64,
-        qk_norm=not latent and flag(),
+        qk_norm=qk_norm,
+        qk_norm_over=pick("head", "projection") if qk_norm and norm == "rmsnorm" else "head",
         qkv_bias=not latent and flag(),
         bias=not latent and flag(),
         tied=flag(),
         window=window,
         full_every=pick(0, 2) if window else 0,
         softcap=pick(None, None, 2.0),
+        window_rope_theta=pick(None, 50.0) if window else None,
+        attention_scale=pick(None, 0.3),
+        embedding_scale=pick(1.0, 3.0),
+        residual_scale=pick(1.0, 0.4),
+        logit_scale=pick(1.0, 2.5),
+        final_softcap=pick(None, 0.5),
         sinks=not latent and flag(),
         z_loss=pick(0.0, 1e-3),
         vocab_multiple=pick(1, 8),

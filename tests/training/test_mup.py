@@ -204,7 +204,7 @@ def scaled_queries(p, factor: float):
 def test_aligned_scores_do_not_grow_with_the_head(head_dim):
     m = ModelConfig(head_dim=head_dim, mup_base_width=64, mup_base_head_dim=8)
     mixer = m.mixer("A")
-    scale = head_dim**-0.5 if mixer.score_scale is None else mixer.score_scale
+    scale = mixer.score_scale(m.rope) or head_dim**-0.5
     assert scale * head_dim == pytest.approx(8**0.5)
 
 

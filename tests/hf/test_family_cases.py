@@ -1,0 +1,110 @@
+"""What single keys of newer families mean, each with a wrong reading that the comparison notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dtron.errors import UserError
+from dtron.hf import Source
+from tests.helpers.hf_configs import saved
+from tests.hf.test_families import logits
+from tests.hf.test_random_configs import compare, config_of, fields, rope, theirs, yarn
+
+pytest.importorskip("transformers")
+
+LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+LOCAL = {"rope_type": "default", "rope_theta": 60.0}
+GLOBAL = {"rope_type": "default", "rope_theta": 900.0}
+EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 16, "first_k_dense_replace": 1}
+GEMMA = {"query_pre_attn_scalar": 60, "pad_token_id": 0}
+
+# By name: the class in transformers, its config.json, and a wrong reading of it.
+CASES = {
+    "linear scaling": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        rope(scaling="none"),
+    ),
+    "olmo2's norms of all heads": ("Olmo2", {"rms_norm_eps": 1e-2}, fields(norm_eps=1e-5)),
+    "olmo3 scales layers without a window alone": (
+        "Olmo3",
+        LAYERED | {"rope_scaling": yarn(), "rope_theta": 500_000.0},
+        fields(window_rope_theta=None),
+    ),
+    "olmo3's windows never have rope_theta": (
+        "Olmo3",
+        LAYERED | {"rope_theta": 60.0},
+        fields(window_rope_theta=60.0),
+    ),
+    "gemma2's scale of embeddings": ("Gemma2", GEMMA, fields(embedding_scale=1.0)),
+    "gemma2's scale of scores": ("Gemma2", GEMMA, fields(attention_scale=None)),
+    "gemma2's soft-cap of scores": (
+        "Gemma2",
+        GEMMA | {"attn_logit_softcapping": 0.5},
+        fields(softcap=None),
+    ),
+    "gemma2's soft-cap of logits": (
+        "Gemma2",
+        GEMMA | {"final_logit_softcapping": 2.0},
+        fields(final_softcap=None),
+    ),
+    "gemma3's local RoPE": (
+        "Gemma3Text",
+        GEMMA
+        | LAYERED
+        | {"rope_parameters": {"full_attention": GLOBAL, "sliding_attention": LOCAL}},
+        fields(window_rope_theta=None),
+    ),
+    "gemma3's old keys of RoPE": (
+        "Gemma3Text",
+        GEMMA | LAYERED | {"rope_theta": 900.0, "rope_local_base_freq": 60.0},
+        fields(window_rope_theta=None),
+    ),
+    "a part of phi3's heads": (
+        "Phi3",
+        {"partial_rotary_factor": 0.5, "pad_token_id": 0},
+        rope(partial=1.0),
+    ),
+    "smollm3 without positions": (
+        "SmolLM3",
+        {"no_rope_layers": [1, 0], "pad_token_id": 0, "rope_theta": 60.0},
+        fields(pattern="A"),
+    ),
+    "granite's residuals": ("Granite", {"residual_multiplier": 0.5}, fields(residual_scale=1.0)),
+    "granite's logits": ("Granite", {"logits_scaling": 2.0}, fields(logit_scale=1.0)),
+    "half of glm4's heads, if nothing is said": ("Glm4Moe", EXPERTS, rope(partial=1.0)),
+    "minimax-m2's rotary_dim": ("MiniMaxM2", EXPERTS | {"rotary_dim": 4}, rope(partial=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case(name):
+    kind, changes, wrong = CASES[name]
+    with saved(kind, config_of(kind, **changes), "plain") as at:
+        assert compare(at) == "equal"
+        want, source = theirs(at), Source(at)
+        bad = Source(at, wrong(source.model))
+        assert (logits(bad, torch.float64) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("Gemma3Text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping is 3.0"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (
+            "Olmo3",
+            {"rope_parameters": {"full_attention": GLOBAL, "sliding_attention": yarn()}},
+            "RoPE of layers with a window is scaled",
+        ),
+        ("SeedOss", {"mlp_bias": True}, "mlp_bias is True"),
+        ("Llama", {"partial_rotary_factor": 0.5}, "rotates part of a head only"),
+    ],
+)
+def test_what_is_refused(kind, changes, said):
+    with saved(kind, config_of(kind, **changes), "plain") as at:
+        with pytest.raises(UserError, match=said) as error:
+            Source(at)
+        assert "\n" not in str(error.value)
