@@ -19,6 +19,7 @@ from dtron.runtime.signals import allow_interrupts, stop_at_once
 COMMANDS = {
     "train": ("", "train a model; the same as train.py"),
     "verify": ("dtron.tools.verify", "prove that a step on a mesh has the result of one device"),
+    "plan": ("dtron.tools.plan", "plan memory and time of a step on any mesh, without a GPU"),
     "show": ("dtron.tools.show", "show every weight on a mesh, and its memory"),
     "coordinate-check": (
         "dtron.tools.coordinate_check",

@@ -23,6 +23,7 @@ LEVELS = [
     {"training"},
     {"checkpoint", "data", "hf"},
     {"runtime"},
+    {"planner"},
     {"tools", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

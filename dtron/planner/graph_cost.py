@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from dtron.planner.operator_names import IN_PLACE, VIEWS, WITHOUT_KERNEL
 from dtron.planner.operators import (
-    IN_PLACE,
-    VIEWS,
-    WITHOUT_KERNEL,
     Operator,
+    called,
     is_library,
     library_operator,
     name_of,
     nbytes,
+    tensors_in,
 )
 
 
@@ -108,14 +108,14 @@ class _Reader:
         if _is_view(node) or name in WITHOUT_KERNEL or not _tensors(node):
             return False
         returned = any(base_of(x) is node for x in self.outputs)
-        if returned or is_library(node.target) or name in ("cat", "copy_"):
+        if returned or _by_library(node) or name in ("cat", "copy_"):
             return True
         if _is_reduction(node):
             return True
-        return any(is_library(user.target) for user in self.users[node] if user.op != "output")
+        return any(_by_library(user) for user in self.users[node] if user.op != "output")
 
     def _buffer(self, node: Node) -> _Buffer:
-        library = is_library(node.target)
+        library = _by_library(node)
         buffer = _Buffer(node, library)
         seen: set[Node] = set()
         stack = list(node.all_input_nodes)
@@ -218,9 +218,10 @@ class _Reader:
         if name_of(node.target) == "wait_tensor":
             return Operator("wait", "wait", token=token)
         if kernel[0].library:
-            args = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
-            group = next((x for x in reversed(node.args) if isinstance(x, str)), "")
-            made = library_operator(node.target, args, node.meta["val"], group)
+            target, args = called(node.target, node.args)
+            args = torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"])
+            group = next((x for x in reversed(args) if isinstance(x, str)), "")
+            made = library_operator(target, args, node.meta["val"], group)
             return replace(made, token=token)
         read = sum(nbytes(x) for n in reads for x in _tensors(n))
         made = sum(nbytes(x) for b in written for x in _tensors(b.node))
@@ -254,6 +255,10 @@ def _fuses(kernel: list[_Buffer], buffer: _Buffer) -> bool:
     return same or (bool(nodes & set(buffer.reads)) and len(set(buffer.reads) - nodes) == 0)
 
 
+def _by_library(node: Node) -> bool:
+    return node.op == "call_function" and is_library(called(node.target, node.args)[0])
+
+
 def _is_view(node: Node) -> bool:
     return node.op == "call_function" and name_of(node.target) in VIEWS
 
@@ -265,8 +270,7 @@ def _is_reduction(node: Node) -> bool:
 
 def _tensors(node: Node) -> list[Tensor]:
     value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [x for x in values if isinstance(x, Tensor)]
+    return tensors_in(value)
 
 
 def _inputs(node: Node) -> list[Tensor]:

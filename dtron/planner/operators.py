@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 from torch._ops import OpOverload
+
+from dtron.planner.operator_names import COLLECTIVES, IN_PLACE, MATMULS
 
 Kind = Literal[
     "matmul", "attention", "elementwise", "collective", "wait", "message", "host", "mark"
@@ -44,88 +46,13 @@ class Operator:
     token: int = 0
 
 
-VIEWS = frozenset(
-    [
-        "view",
-        "permute",
-        "expand",
-        "unsqueeze",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "getitem",
-        "squeeze",
-        "as_strided",
-        "transpose",
-        "detach",
-        "alias",
-        "unbind",
-        "t",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "diagonal",
-        "narrow",
-        "unfold",
-        "view_as",
-        "lift_fresh",
-    ]
-)
-WITHOUT_KERNEL = frozenset(
-    [
-        "full",
-        "empty",
-        "empty_strided",
-        "new_empty",
-        "new_empty_strided",
-        "scalar_tensor",
-        "iota",
-        "arange",
-        "full_like",
-        "zeros",
-        "new_zeros",
-        "ones",
-        "device",
-        "dim",
-        "size",
-        "stride",
-        "sym_size",
-        "sym_stride",
-        "promote_types",
-        "empty_like",
-        "is_contiguous",
-        "numel",
-        "sym_numel",
-        "storage_offset",
-        "sym_storage_offset",
-    ]
-)
-COLLECTIVES = {
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-    "shard_dim_alltoall": "all_to_all",
-    "broadcast": "broadcast",
-}
-# A kernel of its own, which writes into a copy of its first input.
-IN_PLACE = frozenset(["scatter", "scatter_add", "scatter_reduce", "index_put", "index_put_"])
-MATMULS = frozenset(
-    [
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "_scaled_mm",
-        "_scaled_mm_v2",
-        "_grouped_mm",
-        "_scaled_grouped_mm",
-    ]
-)
+def called(target: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """Return the operator that a node calls, and its arguments. A recomputed operator that could
+    draw random numbers is wrapped, to draw the same numbers again."""
+    if "rng_state" not in name_of(target):
+        return target, args
+    place = next(i for i, x in enumerate(args) if isinstance(x, OpOverload))
+    return args[place], args[place + 1 :]
 
 
 def name_of(target: Any) -> str:
@@ -196,11 +123,27 @@ def library_operator(target: Any, args: Sequence[Any], result: Any, group: str =
     return Operator("elementwise", name, 0.0, read, written)
 
 
+def with_rows(op: Operator, rows: int) -> Operator:
+    """Return the operator of experts' matmuls with the rows that the experts really get. Their
+    buffer may have room for more."""
+    if "grouped" not in op.name:
+        return op
+    batch, m, n, k = op.size
+    size = (batch, min(m, rows), n, k)
+    return replace(op, size=size, flops=2.0 * math.prod(size))
+
+
 def _matmul_size(name: str, given: Sequence[Tensor], out: Tensor) -> tuple[int, int, int, int]:
     a, b = (given[1], given[2]) if name in ("addmm", "baddbmm") else (given[0], given[1])
-    if "grouped" in name:  # rows of all experts together, or one matrix of each
-        rows = a.shape[-1] if out.ndim == 3 else a.shape[-2]
-        return (1, rows, b.shape[-1], a.shape[-2] if out.ndim == 3 else a.shape[-1])
+    if "grouped" in name:  # the rows of all experts are M, also where they are summed over
+        return (
+            1,
+            *(
+                (a.shape[-1], b.shape[-1], a.shape[-2])
+                if out.ndim == 3
+                else (a.shape[-2], b.shape[-1], a.shape[-1])
+            ),
+        )
     batch = a.shape[0] if a.ndim == 3 else 1
     return (batch, a.shape[-2], b.shape[-1], a.shape[-1])
 

@@ -1,26 +1,25 @@
 """The plan of a step: the program of each pipeline rank, run on fake tensors.
 
 The program is the one that trains (training/build.py), with its declarations, its schedule, its
-all-gathers and its compiled units. Weights, optimizer state and batches are made, one step runs,
-and the trace has the memory and the operators of the second step: the first one compiles.
+all-gathers and its compiled units. Weights, optimizer state and batches are made, and one step
+runs.
 
-Left out: memory that is no tensor of the program, such as the workspaces of cuBLAS and the buffers
-of NCCL (``gpu.Gpu.overhead``), and fragmentation."""
+Left out: fragmentation of memory, and memory that is no tensor of the program, such as workspaces
+of cuBLAS and buffers of NCCL (``Gpu.overhead_gib``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
 from dtron.params import init
 from dtron.planner.fake_mesh import fake_mesh
-from dtron.planner.operators import Operator
+from dtron.planner.operators import Operator, with_rows
 from dtron.planner.planned_pipeline import PlannedPipeline
 from dtron.planner.rank_trace import Counting, RankTrace, fake_tensors
 from dtron.rules import rules_for
@@ -31,6 +30,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
+from dtron.training.step import TrainStep
 
 STATE = ("parameters", "optimizer", "copies")
 
@@ -41,6 +41,7 @@ class RankPlan:
 
     ``state``: bytes of parameters, optimizer state and copies in the compute dtype.
     ``peak``: bytes by kind at the largest total of the step, the state included.
+    ``at_start``: the largest total while the state is made.
     ``host``: the most bytes in the host's memory.
     ``operators``: its kernels and messages, in order.
     ``groups``: the mesh axis of each process group."""
@@ -49,13 +50,15 @@ class RankPlan:
     stages: tuple[int, ...]
     state: dict[str, int]
     peak: dict[str, int]
+    at_start: int
     host: int
     operators: tuple[Operator, ...]
     groups: dict[str, str]
 
     @property
-    def total(self) -> int:
-        return sum(self.peak.values())
+    def largest(self) -> int:
+        """The largest number of bytes at any time."""
+        return max(self.at_start, sum(self.peak.values()))
 
 
 def plan_ranks(
@@ -63,100 +66,118 @@ def plan_ranks(
 ) -> list[RankPlan]:
     """Return the plans of pipeline ranks (None: all of them).
 
-    ``plan``: the config resolved for GPUs; see ``resolve``."""
+    ``plan``: the config resolved for GPUs; see ``resolve.for_gpus``."""
     with fake_mesh(plan.shape) as mesh:
-        layout = Layout(mesh, rules_for(config.zero), plan.compute, _reduce(config))
+        reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
+        compute = None if plan.compute == plan.master else plan.compute
+        layout = Layout(mesh, rules_for(config.zero), compute, reduce)
         pipe = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
-        groups: dict[str, str] = (
-            {}
-            if mesh is None
-            else {mesh.get_group(i).group_name: name for i, name in enumerate(layout.axes)}
-        )
-        for name, group in layout.groups.items():
-            groups.setdefault(group.args[0], name)
-        shared: dict[str, Any] = {}
-        wanted = range(len(pipe.table.rows)) if ranks is None else ranks
-        return [_plan_rank(config, plan, pipe, rank, groups, shared) for rank in wanted]
+        step = _Step(config, plan, pipe)
+        every = range(len(pipe.table.rows))
+        return [step.on_rank(rank) for rank in (every if ranks is None else ranks)]
 
 
-def _plan_rank(
-    config: RunConfig,
-    plan: RunPlan,
-    pipe: Pipeline,
-    rank: int,
-    groups: dict[str, str],
-    shared: dict[str, Any],
-) -> RankPlan:
-    trace, m = RankTrace(), config.model
-    with fake_tensors(trace):
-        template = torch.empty(0, m.embed, dtype=plan.compute)
-        own = {f.name: getattr(pipe, f.name) for f in fields(Pipeline)}
-        planned = PlannedPipeline(**own | {"template": template}, rank=rank, trace=trace)
-        with trace.making("batch"):
-            batches = _batches(config, plan, pipe.layout)
-        spec, memory = planned.spec, trace.memory
-        with trace.making("parameters"):
-            params = init(spec, m.dims(), config.seed, pipe.layout, plan.master)
-        optimizer = build_optimizer(config.optim, m.mup)
-        with trace.making("optimizer"):
-            opt = init_state(optimizer, spec, params)
-        params = stored_params(params, spec, opt)
-        with trace.making("copies"):
-            opt = with_compute_copies(opt, params, spec, pipe.layout.compute)
-        state = {name: memory.live[name] for name in STATE}
-        step = shared.get("step")
-        if step is None:
-            counting = Counting(trace)
-            step = build_step(config, replace(plan, cuda_graph=False), planned, backend=counting)
-            shared |= {"step": step, "counting": counting}
-        shared["counting"].trace = trace
-        step = replace(step, pipe=planned, functions=_marked(step.functions, trace))
-        tokens = config.batch * config.data.seq_len
+@dataclass
+class _Step:
+    """A step, whose compiled functions all pipeline ranks share.
 
-        def look(stage: int, microbatch: int, grads: Any) -> None:
-            trace.mark("B")
+    ``counting``: its code generator; None: it is not built yet."""
 
-        for _ in range(2):
+    config: RunConfig
+    plan: RunPlan
+    pipe: Pipeline
+    counting: Counting | None = None
+    built: TrainStep | None = field(default=None, init=False)
+
+    def on_rank(self, rank: int) -> RankPlan:
+        trace, m = RankTrace(), self.config.model
+        with fake_tensors(trace):
+            pipe = self._pipeline(rank, trace)
+            spec, memory, layout = pipe.spec, trace.memory, pipe.layout
+            with trace.making("batch"):
+                batches = self._batches(layout)
+            with trace.making("parameters"):
+                params = init(spec, m.dims(), self.config.seed, layout, self.plan.master)
+            optimizer = build_optimizer(self.config.optim, m.mup)
+            with trace.making("optimizer"):
+                opt = init_state(optimizer, spec, params)
+                params = stored_params(params, spec, opt)
+            with trace.making("copies"):
+                opt = with_compute_copies(opt, params, spec, layout.compute)
+            state = {name: memory.live[name] for name in STATE}
+            at_start, step = memory.largest, self._step(pipe, trace)
+
+            def look(stage: int, microbatch: int, grads: Any) -> None:
+                trace.mark(f"B{stage}.{microbatch}")
+
+            tokens = self.plan.count * self.plan.rows * self.config.data.seq_len
             memory.begin()
             trace.operators.clear()
             weights = params if opt.compute_copies is None else opt.compute_copies
             results = [*step.gradients(weights, batches, look)]
-            trace.mark("update")
             step.update(params, opt, results, tokens, 1e-4)
         return RankPlan(
-            rank,
-            tuple(planned.stages),
-            state,
-            dict(+memory.peak),
-            memory.host,
-            tuple(trace.operators),
-            groups,
+            rank=rank,
+            stages=tuple(pipe.stages),
+            state=state,
+            peak=dict(+memory.peak),
+            at_start=at_start,
+            host=memory.host,
+            operators=tuple(with_rows(op, self._expert_rows) for op in trace.operators),
+            groups=_axes_of_groups(layout),
         )
+
+    def _pipeline(self, rank: int, trace: RankTrace) -> PlannedPipeline:
+        template = torch.empty(0, self.config.model.embed, dtype=self.plan.compute)
+        own = {f.name: getattr(self.pipe, f.name) for f in fields(Pipeline)}
+        return PlannedPipeline(**own | {"template": template}, rank=rank, trace=trace)
+
+    def _step(self, pipe: PlannedPipeline, trace: RankTrace) -> TrainStep:
+        """Return the step of a rank, with the functions that the first rank has compiled."""
+        if self.counting is None:
+            self.counting = Counting(trace)
+            plan = replace(self.plan, cuda_graph=False)
+            self.built = cast(TrainStep, build_step(self.config, plan, pipe, self.counting))
+        assert self.built is not None
+        self.counting.trace = trace
+        return replace(self.built, pipe=pipe, functions=_marked(self.built.functions, trace))
+
+    def _batches(self, layout: Layout) -> list[Batch]:
+        m, data = self.config.model, self.config.data
+        shape = self.plan.rows, data.seq_len
+
+        def batch() -> Batch:
+            rows = torch.empty(shape[0], shape[1] + 1, dtype=torch.long)
+            documents = torch.empty(shape, dtype=torch.long) if data.document_mask else None
+            zigzag = self.config.zigzags
+            return make_batch(rows, layout, documents, depth=m.mtp.depth, zigzag=zigzag)
+
+        return [batch() for _ in range(self.plan.count)]
+
+    @property
+    def _expert_rows(self) -> int:
+        """The rows that one rank's experts get in a microbatch, if tokens are spread evenly."""
+        shape, moe = self.plan.shape, self.config.model.moe
+        ranks = shape.dp_replicate * shape.dp * shape.cp * shape.tp // shape.etp
+        return self.plan.rows * self.config.data.seq_len * moe.top_k // ranks
+
+
+def _axes_of_groups(layout: Layout) -> dict[str, str]:
+    mesh = layout.mesh
+    groups: dict[str, str] = {}
+    if mesh is not None:
+        groups |= {str(mesh.get_group(i).group_name): name for i, name in enumerate(layout.axes)}
+    for name, group in layout.groups.items():
+        groups.setdefault(str(group.args[0]), name)
+    return groups
 
 
 def _marked(functions: Program, trace: RankTrace) -> Program:
     """Note in the trace where a stage's forward ends."""
-    stage = functions.stage
 
-    def marked(*args: Any) -> Any:
-        result = stage(*args)
+    def stage(*args: Any) -> Any:
+        result = functions.stage(*args)
         trace.mark("F")
         return result
 
-    return replace(functions, stage=marked)
-
-
-def _weight(w: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
-    return layout.shard(torch.empty(w.shape, dtype=dtype), *w.axes)
-
-
-def _batches(config: RunConfig, plan: RunPlan, layout: Layout) -> list[Batch]:
-    rows = torch.empty(config.batch, config.data.seq_len + 1, dtype=torch.long)
-    return [
-        make_batch(r, layout, depth=config.model.mtp.depth, zigzag=config.zigzags)
-        for r in rows.split(plan.rows)
-    ]
-
-
-def _reduce(config: RunConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
+    return replace(functions, stage=stage)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtron.distributed.redistribute import to_local
 from dtron.model.batch import Batch
 from dtron.planner.operators import Operator
 from dtron.planner.rank_trace import MESSAGES, RankTrace
@@ -46,8 +47,7 @@ class PlannedLinks:
 
     def _note(self, direction: str, made: Action, x: Tensor) -> None:
         name = f"{direction} {made.kind}{made.stage}.{made.microbatch}"
-        n = x.shape.numel() * x.element_size()
-        self._trace.operators.append(Operator("message", name, written=n))
+        self._trace.operators.append(Operator("message", name, written=to_local(x).nbytes))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PlannedPipeline(Pipeline):
         own = [s for s in self.twins or () if s in trees]
         if len(own) == 1:
             w = trees[own[0]].embedding.w_tokens
-            self.trace.operators.append(Operator("message", "tied", written=w.nbytes))
+            self.trace.operators.append(Operator("message", "tied", written=to_local(w).nbytes))
             return grads
         return super().reduce_tied_embedding(grads)
 

@@ -31,9 +31,8 @@ from torch.utils._python_dispatch import (
 )
 
 from dtron.planner.graph_cost import GraphCost, memory_of, read_graph, rounded
+from dtron.planner.operator_names import VIEWS, WITHOUT_KERNEL
 from dtron.planner.operators import (
-    VIEWS,
-    WITHOUT_KERNEL,
     Operator,
     library_operator,
     name_of,
@@ -50,8 +49,8 @@ MESSAGES, HOST = "messages", "host"
 
 @contextmanager
 def fake_tensors(trace: RankTrace) -> Iterator[None]:
-    """Tensors that are made inside have no numbers, and ``trace`` sees them. They are on the CPU, for code that chooses the
-    kernels of a GPU (``planned`` in torch_compile.py)."""
+    """Tensors that are made inside have no numbers, and ``trace`` sees them. They are on the CPU,
+    for code that chooses the kernels of a GPU (``planned`` in torch_compile.py)."""
     mode: Any = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     mode.attention = attention
     mode.kernels, mode.as_kernel, mode.pause = "cuda", partial(_as_kernel, mode), _pause

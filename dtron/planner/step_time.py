@@ -12,7 +12,7 @@ recorded."""
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +20,10 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.planner.gpu_rates import Gpu, Link
 from dtron.planner.operators import Operator
 from dtron.planner.plan_step import RankPlan
+
+
+def _floats() -> defaultdict[str, float]:
+    return defaultdict(float)
 
 
 @dataclass
@@ -42,10 +46,10 @@ class RankTime:
     ``spans``: forward, backward and update."""
 
     now: float = 0.0
-    busy: Counter[str] = field(default_factory=Counter)
-    exposed: Counter[str] = field(default_factory=Counter)
-    hidden: Counter[str] = field(default_factory=Counter)
-    sent: Counter[str] = field(default_factory=Counter)
+    busy: defaultdict[str, float] = field(default_factory=_floats)
+    exposed: defaultdict[str, float] = field(default_factory=_floats)
+    hidden: defaultdict[str, float] = field(default_factory=_floats)
+    sent: defaultdict[str, float] = field(default_factory=_floats)
     bubble: float = 0.0
     spans: list[Span] = field(default_factory=list)
 
@@ -134,6 +138,10 @@ class _Rank:
         start = max(self.time.now, self._streams.get(stream, 0.0))
         end = start + way.seconds(sent)
         self._streams[stream] = end
+        if by_copies:  # they take memory's time from the kernels beside
+            seconds = 2 * sent / self.gpu.memory_gbs * 1e-9
+            self.time.busy["copies"] += seconds
+            self.time.now += seconds
         self._ends[op.token] = (start, end, axis)
         self.time.sent[axis] += sent
         if not by_copies:

@@ -31,6 +31,7 @@ from dtron.runtime.roll_call import join_job, leave_job
 from dtron.runtime.validate import (
     check,
     check_attention,
+    check_capability,
     check_dispatch,
     check_expert_sizes,
     check_fp8,
@@ -55,6 +56,16 @@ def plan_run(config: RunConfig) -> RunPlan:
     shape = MeshShape.parse(config.mesh, None if config.simulate else world)
     if config.simulate:
         check_ranks(shape)
+    plan, pipe = resolve(config, shape, _device(config))
+    check_capability(config.how, plan.device)
+    check_memory(config, shape, plan.device, plan.master)
+    check_host_memory(config, pipe, shape, plan.rows, plan.compute)
+    return plan
+
+
+def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, Pipeline]:
+    """Resolve the config for ranks on a kind of device, which this machine may lack. Return the
+    plan, and the pipeline with all its ranks. Raises UserError for an invalid config."""
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     optimizer = build_optimizer(config.optim, config.model.mup)
     check_groups(optimizer, declare_model(config.model))
@@ -62,14 +73,13 @@ def plan_run(config: RunConfig) -> RunPlan:
     # Checks schedule and layers.
     pipe = pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
     check_unused(config, shape)
-    device = _device(config)
     gpu = device.startswith("cuda")
     compiles = config.compile == "on" or (config.compile == "auto" and gpu)
     check_recompute(config.how, compiles)
     names = {"auto": torch.bfloat16 if gpu else torch.float32}
     compute = names.get(config.dtype) or getattr(torch, config.dtype)
     tokens = rows // shape.data * config.data.seq_len // shape.cp
-    check_fp8(config.how, config.model, shape, tokens, device, compute)
+    check_fp8(config.how, config.model, shape, tokens, compute)
     if config.fp8_gather and not config.gathers_each(shape):
         more = " --zero3-gather microbatch" if shape.pp > 1 else ""
         raise UserError(
@@ -81,9 +91,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_expert_sizes(config.how, config.model, shape, compute)
     master = torch.promote_types(compute, torch.float32)
     check_formats(optimizer, declare_model(config.model), shape, config.zero, compute)
-    check_memory(config, shape, device, master)
-    check_host_memory(config, pipe, shape, rows, compute)
-    return RunPlan(
+    plan = RunPlan(
         shape=shape,
         device=device,
         compute=compute,
@@ -95,6 +103,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         compile=compiles,
         cuda_graph=_records(config, compiles and gpu),
     )
+    return plan, pipe
 
 
 def _records(config: RunConfig, compiled_on_gpu: bool) -> bool:

@@ -139,10 +139,9 @@ def check_fp8(
     model: ModelConfig,
     mesh: MeshShape,
     tokens: int,
-    device: str,
     compute: torch.dtype,
 ) -> None:
-    """Raise UserError if FP8 is unsupported, or if FP8 is requested but no matmul would use it.
+    """Raise UserError if if FP8 is requested but no matmul would use it.
 
     ``tokens``: tokens of a microbatch on one rank.
     """
@@ -155,13 +154,6 @@ def check_fp8(
         )
     recipe = how.recipe(end=False)
     assert recipe is not None
-    if device != "cpu" and torch.cuda.get_device_capability(device) < recipe.capability:
-        capabilities = torch.cuda.get_device_capability(device), recipe.capability
-        has, needs = (".".join(map(str, capability)) for capability in capabilities)
-        raise UserError(
-            f"{flag}: {torch.cuda.get_device_name(device)} has compute capability {has}, and the "
-            f"recipe's kernels need {needs}; drop --fp8"
-        )
     if model.layers < 3 and not how.fp8_first_last:
         raise UserError(
             f"{flag}: the first and the last block stay in high precision, and "
@@ -180,6 +172,20 @@ def check_fp8(
             f"multiples of {recipe.multiple}; drop --fp8, or lower --fp8-min-weights"
         )
     recipe.load()
+
+
+def check_capability(how: ComputeConfig, device: str) -> None:
+    """Raise UserError if a device of this machine has no kernels for the FP8 recipe."""
+    recipe = how.recipe(end=False)
+    if recipe is None or device == "cpu":
+        return
+    capabilities = torch.cuda.get_device_capability(device), recipe.capability
+    if capabilities[0] < capabilities[1]:
+        has, needs = (".".join(map(str, capability)) for capability in capabilities)
+        raise UserError(
+            f"--fp8 {how.fp8}: {torch.cuda.get_device_name(device)} has compute capability {has}, "
+            f"and the recipe's kernels need {needs}; drop --fp8"
+        )
 
 
 def _sizes(

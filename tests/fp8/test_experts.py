@@ -163,7 +163,7 @@ def test_simulated_ranks_have_rows_of_their_own_in_bfloat16(recipe):
 
 def test_a_model_whose_experts_alone_are_large_enough():
     """Matrices of 4096 by 14336 are in FP8. Those of a smaller model are not."""
-    check = lambda name, how: check_fp8(how, preset(name), MeshShape(), 4096, "cpu", torch.bfloat16)
+    check = lambda name, how: check_fp8(how, preset(name), MeshShape(), 4096, torch.bfloat16)
     check("mixtral-8x7b", ComputeConfig(fp8="rowwise"))
     with pytest.raises(ValueError, match="no matrix of this model has 16777216 weights"):
         check("qwen3-30b-a3b", ComputeConfig(fp8="rowwise"))
