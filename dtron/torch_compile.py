@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._guards import tracing as torch_tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Result = tuple[torch.Tensor, ...]
 
@@ -91,6 +93,17 @@ def kernel_device(device: torch.device) -> str:
     (planner/) runs a GPU's step on a machine without a GPU: its fake tensors are on the CPU."""
     mode = planned()
     return device.type if mode is None else mode.kernels
+
+
+def fake_mode(tensors: Sequence[Any] = (), **options: Any) -> Any:
+    """Return a mode that makes tensors without memory: the mode of these tensors if they are fake,
+    or the one in which this code runs."""
+    found = None if options else detect_fake_mode(tensors)
+    return found or FakeTensorMode(shape_env=ShapeEnv(), **options)
+
+
+def is_fake(x: Any) -> bool:
+    return isinstance(x, FakeTensor)
 
 
 def planned() -> Any:

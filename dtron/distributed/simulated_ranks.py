@@ -210,15 +210,21 @@ def paused() -> Iterator[None]:
         yield
 
 
-@cache
-def _mesh(axes: tuple[tuple[str, int], ...]) -> DeviceMesh:
-    """Build each mesh once. DTensor plans redistributions per mesh, and two meshes are equal only
-    if they are the same object."""
-    size = math.prod(n for _, n in axes)
+def join_fake_group(size: int) -> None:
+    """Make this process rank 0 of a group of so many processes, at least. The group sends nothing.
+    A smaller group, and the meshes that have it, are gone then."""
     if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()
         _mesh.cache_clear()
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=max(size, 64), store=FakeStore())
+
+
+@cache
+def _mesh(axes: tuple[tuple[str, int], ...]) -> DeviceMesh:
+    """Build each mesh once. DTensor plans redistributions per mesh, and two meshes are equal only
+    if they are the same object."""
+    size = math.prod(n for _, n in axes)
+    join_fake_group(size)
     ranks = torch.arange(size).view([n for _, n in axes])
     return DeviceMesh("cpu", ranks, mesh_dim_names=tuple(a for a, _ in axes))

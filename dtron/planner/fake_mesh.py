@@ -8,34 +8,25 @@ that the mesh does not divide. So rank 0 of a stage is the rank with the most of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import join_fake_group
 
 
-@contextmanager
-def fake_mesh(shape: MeshShape) -> Iterator[DeviceMesh | None]:
-    """Yield the mesh of one pipeline stage as its first rank sees it; None for one rank."""
+def fake_mesh(shape: MeshShape) -> DeviceMesh | None:
+    """Return the mesh of one pipeline stage as its first rank sees it; None for one rank."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     if not atoms:
-        yield None
-        return
+        return None
     names, sizes = tuple(atoms), tuple(atoms.values())
     size = math.prod(sizes)
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    try:
-        ranks = torch.arange(size).view(sizes)
-        groups = []
-        for i in range(len(sizes)):
-            row = ranks.movedim(i, -1).reshape(-1, sizes[i])[0].tolist()
-            groups.append(dist.new_group(row, backend="fake"))
-        group = groups if len(groups) > 1 else groups[0]
-        yield DeviceMesh.from_group(group, "cpu", mesh=ranks, mesh_dim_names=names)
-    finally:
-        dist.destroy_process_group()
+    join_fake_group(size)
+    ranks = torch.arange(size).view(sizes)
+    rows = [ranks.movedim(i, -1).reshape(-1, n)[0].tolist() for i, n in enumerate(sizes)]
+    groups = [dist.new_group(row, backend="fake") for row in rows]
+    group = groups if len(groups) > 1 else groups[0]
+    return DeviceMesh.from_group(group, "cpu", mesh=ranks, mesh_dim_names=names)

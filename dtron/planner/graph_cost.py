@@ -221,7 +221,7 @@ class _Reader:
             target, args = called(node.target, node.args)
             args = torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"])
             group = next((x for x in reversed(args) if isinstance(x, str)), "")
-            made = library_operator(target, args, node.meta["val"], group)
+            made = library_operator(target, args, _tensors(node), group)
             return replace(made, token=token)
         read = sum(nbytes(x) for n in reads for x in _tensors(n))
         made = sum(nbytes(x) for b in written for x in _tensors(b.node))
@@ -269,8 +269,12 @@ def _is_reduction(node: Node) -> bool:
 
 
 def _tensors(node: Node) -> list[Tensor]:
-    value = node.meta.get("val")
-    return tensors_in(value)
+    """Return the results of a node. A wrapped operator has none itself, but its parts have."""
+    if node.op == "output":
+        return []
+    if (value := node.meta.get("val")) is not None:
+        return tensors_in(value)
+    return [x for user in node.users if _is_view(user) for x in _tensors(user)]
 
 
 def _inputs(node: Node) -> list[Tensor]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from dtron.planner.operator_names import COLLECTIVES, IN_PLACE, MATMULS
 
@@ -51,13 +50,13 @@ def called(target: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     draw random numbers is wrapped, to draw the same numbers again."""
     if "rng_state" not in name_of(target):
         return target, args
-    place = next(i for i, x in enumerate(args) if isinstance(x, OpOverload))
+    place = next(i for i, x in enumerate(args) if hasattr(x, "overloadpacket"))
     return args[place], args[place + 1 :]
 
 
 def name_of(target: Any) -> str:
     """Return the short name of the target of a graph's node: ``mm`` for ``aten.mm.default``."""
-    if isinstance(target, OpOverload):
+    if hasattr(target, "overloadpacket"):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
 

@@ -67,14 +67,14 @@ def plan_ranks(
     """Return the plans of pipeline ranks (None: all of them).
 
     ``plan``: the config resolved for GPUs; see ``resolve.for_gpus``."""
-    with fake_mesh(plan.shape) as mesh:
-        reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
-        compute = None if plan.compute == plan.master else plan.compute
-        layout = Layout(mesh, rules_for(config.zero), compute, reduce)
-        pipe = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
-        step = _Step(config, plan, pipe)
-        every = range(len(pipe.table.rows))
-        return [step.on_rank(rank) for rank in (every if ranks is None else ranks)]
+    mesh = fake_mesh(plan.shape)
+    reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
+    compute = None if plan.compute == plan.master else plan.compute
+    layout = Layout(mesh, rules_for(config.zero), compute, reduce)
+    pipe = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
+    step = _Step(config, plan, pipe)
+    every = range(len(pipe.table.rows))
+    return [step.on_rank(rank) for rank in (every if ranks is None else ranks)]
 
 
 @dataclass
@@ -115,6 +115,7 @@ class _Step:
             trace.operators.clear()
             weights = params if opt.compute_copies is None else opt.compute_copies
             results = [*step.gradients(weights, batches, look)]
+            trace.mark("reduce")
             step.update(params, opt, results, tokens, 1e-4)
         return RankPlan(
             rank=rank,
@@ -136,7 +137,7 @@ class _Step:
         """Return the step of a rank, with the functions that the first rank has compiled."""
         if self.counting is None:
             self.counting = Counting(trace)
-            plan = replace(self.plan, cuda_graph=False)
+            plan = replace(self.plan, cuda_graph=False)  # a recorded step has the same operators
             self.built = cast(TrainStep, build_step(self.config, plan, pipe, self.counting))
         assert self.built is not None
         self.counting.trace = trace

@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
     _pop_mode_temporarily,
 )
 
+from dtron.distributed.saved_tensors import storage_id
 from dtron.planner.graph_cost import GraphCost, memory_of, read_graph, rounded
 from dtron.planner.operator_names import VIEWS, WITHOUT_KERNEL
 from dtron.planner.operators import (
@@ -39,7 +38,7 @@ from dtron.planner.operators import (
     tensors_in,
 )
 from dtron.planner.planned_attention import attention
-from dtron.torch_compile import tracer
+from dtron.torch_compile import fake_mode, is_fake, tracer
 from dtron.training.compiled_units import join_tensors, split_tensors
 from dtron.training.traced_function import GraphCompiler, TracedFunction
 
@@ -51,7 +50,7 @@ MESSAGES, HOST = "messages", "host"
 def fake_tensors(trace: RankTrace) -> Iterator[None]:
     """Tensors that are made inside have no numbers, and ``trace`` sees them. They are on the CPU,
     for code that chooses the kernels of a GPU (``planned`` in torch_compile.py)."""
-    mode: Any = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    mode = fake_mode(static_shapes=True, allow_non_fake_inputs=True)
     mode.attention = attention
     mode.kernels, mode.as_kernel, mode.pause = "cuda", partial(_as_kernel, mode), _pause
     mode.on_host = partial(trace.making, HOST)
@@ -70,7 +69,7 @@ def _pause() -> Iterator[None]:
         yield
 
 
-def _as_kernel(mode: FakeTensorMode, fn: Callable) -> Callable:
+def _as_kernel(mode: Any, fn: Callable) -> Callable:
     """Return a function without intermediate tensors in memory."""
 
     def run(*args: Any) -> Any:
@@ -86,19 +85,21 @@ class Memory:
 
     ``live``: bytes by kind, now.
     ``peak``: the bytes by kind at the largest total.
-    ``host``: the most bytes in the host's memory."""
+    ``on_host``, ``host``: bytes in the host's memory, now and at most."""
 
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
     total: int = 0
     largest: int = 0
+    on_host: int = 0
     host: int = 0
 
     def add(self, kind: str, n: int) -> None:
-        self.live[kind] += n
         if kind == HOST:
-            self.host = max(self.host, self.live[kind])
+            self.on_host += n
+            self.host = max(self.host, self.on_host)
             return
+        self.live[kind] += n
         self.total += n
         if self.total > self.largest:
             self.largest, self.peak = self.total, Counter(self.live)
@@ -141,11 +142,11 @@ class RankTrace(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # DTensor calls the operators of this rank's tensors
         if name_of(func) == "wait_tensor":  # a fake wait would allocate its result again
-            token = self._tokens.get(_storage(args[0]), 0)
+            token = self._tokens.get(storage_id(args[0]), 0)
             self.operators.append(Operator("wait", "wait", token=token))
             return args[0]
         out = func(*args, **(kwargs or {}))
-        name, results = name_of(func), [x for x in tensors_in(out) if isinstance(x, FakeTensor)]
+        name, results = name_of(func), [x for x in tensors_in(out) if is_fake(x)]
         collective = func.namespace in ("_c10d_functional", "_dtensor")
         for x in results:
             self.track(x, MESSAGES if collective and self.kind == WORKING else self.kind)
@@ -162,7 +163,7 @@ class RankTrace(TorchDispatchMode):
             if made.kind == "collective":
                 self._token += 1
                 made = replace(made, token=self._token)
-                self._tokens |= dict.fromkeys(map(_storage, results), self._token)
+                self._tokens |= dict.fromkeys(map(storage_id, results), self._token)
             self.operators.append(made)
         return out
 
@@ -205,35 +206,13 @@ class Counting:
     def graph(
         self, graph: Any, inputs: Sequence[Any], weights: Sequence[int] = (), **options: Any
     ) -> Callable:
-        cost, nodes = read_graph(graph), list(graph.graph.nodes)
-        places = {n: i for i, n in enumerate(n for n in nodes if n.op == "placeholder")}
-        outputs, backward, late = nodes[-1].args[0], options.get("is_backward"), set(weights)
-        bases = [None if node is None else memory_of(node) for node in outputs]
+        late = set(weights) if options.get("is_backward") else set()
+        planned = _PlannedGraph(self, graph, late)
 
         def run(args: list[Any]) -> list[Any]:
-            given = list(args)
-            args.clear()
-            owners = {x: given[places[x]] for x in bases if x in places}
-            self.trace.run(cost, given)
-            results = []
-            for i, (node, base) in enumerate(zip(outputs, bases, strict=True)):
-                value = None if node is None else node.meta["val"]
-                if not isinstance(value, Tensor):
-                    results.append(value)
-                    continue
-                if base in owners:
-                    value = owners[node] if node in owners else _view(owners[base], value)
-                else:
-                    kind = GRADIENTS if backward and i in late else ACTIVATIONS
-                    with self.trace.making(kind):
-                        value = torch.empty_strided(
-                            value.size(), value.stride(), dtype=value.dtype, device=value.device
-                        )
-                    owners[base] = owners[node] = value
-                results.append(value)
-            return results
+            return planned(args)
 
-        run._boxed_call = True  # type: ignore[attr-defined]
+        run.__dict__["_boxed_call"] = True  # torch hands its references to the arguments over
         return run
 
     def function(self, fn: Callable) -> Callable:
@@ -247,6 +226,42 @@ class Counting:
         return run
 
 
+class _PlannedGraph:
+    """A function in the place of a compiled graph.
+
+    ``late``: the indices of the results that are gradients of weights."""
+
+    def __init__(self, counting: Counting, graph: Any, late: set[int]):
+        self._counting, self._late, self._cost = counting, late, read_graph(graph)
+        nodes = list(graph.graph.nodes)
+        self._places = {n: i for i, n in enumerate(n for n in nodes if n.op == "placeholder")}
+        outputs = nodes[-1].args[0]
+        self._values = [None if node is None else node.meta["val"] for node in outputs]
+        self._outputs = outputs
+        self._owners = [None if node is None else memory_of(node) for node in outputs]
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        given, trace = list(args), self._counting.trace
+        args.clear()
+        made = {x: given[self._places[x]] for x in self._owners if x in self._places}
+        trace.run(self._cost, given)
+        results: list[Any] = []
+        rows = zip(self._outputs, self._values, self._owners, strict=True)
+        for i, (node, value, owner) in enumerate(rows):
+            if not isinstance(value, Tensor):
+                results.append(value)
+            elif node in made:
+                results.append(made[node])
+            elif owner in made:
+                results.append(_view(made[owner], value))
+            else:
+                with trace.making(GRADIENTS if i in self._late else ACTIVATIONS):
+                    x = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+                made[owner] = made[node] = x
+                results.append(x)
+        return results
+
+
 def _call(tensors: list[Tensor], call: Any) -> tuple[list[Tensor], Any]:
     fn, *args = join_tensors(call, tensors)
     result, made = split_tensors(fn(*args))
@@ -257,7 +272,3 @@ def _view(x: Tensor, like: Tensor) -> Tensor:
     """Return a view of the memory of x, with another tensor's shape."""
     with torch.no_grad():
         return x.as_strided(like.size(), like.stride(), like.storage_offset())
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

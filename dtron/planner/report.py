@@ -22,7 +22,9 @@ STEP = ("activations", "gradients", "messages", "working", "batch")
 class StepPlan:
     """The plan of a step on all ranks.
 
-    ``ranks``, ``times``: of each pipeline rank."""
+    ``ranks``, ``times``: of each pipeline rank.
+    ``tokens``: tokens of a step, on all ranks.
+    ``copy_engines``: copy engines carry the weights of ZeRO-3."""
 
     config: RunConfig
     shape: MeshShape
@@ -30,6 +32,7 @@ class StepPlan:
     ranks: Sequence[RankPlan]
     times: Sequence[RankTime]
     tokens: int
+    copy_engines: bool = False
 
     @property
     def seconds(self) -> float:

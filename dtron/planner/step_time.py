@@ -91,6 +91,10 @@ class _Rank:
             group: (axis, axis_size(shape, axis), link_of(shape, axis, gpu))
             for group, axis in plan.groups.items()
         }
+        # DTensor joins the axes of a sum over several axes in a group of its own.
+        atoms = [atom for atom in shape.atoms if atom != "pp"] or ["dp"]
+        size = shape.size // shape.pp
+        self._whole = ("several axes", size, link_of(shape, atoms[0], gpu))
 
     def run(self, arrivals: dict[str, float]) -> bool:
         """Run until a message is missing. Return whether the rank has ended.
@@ -128,7 +132,7 @@ class _Rank:
         self.time.now += seconds + gap
 
     def _collective(self, op: Operator) -> None:
-        axis, n, link = self._links[op.group]
+        axis, n, link = self._links.get(op.group, self._whole)
         sent = bytes_sent(op, n)
         by_copies = (
             self.copy_engines and link == "nvlink" and op.name in ("all_gather", "all_to_all")

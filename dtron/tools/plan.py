@@ -31,7 +31,8 @@ from dtron.planner.report import (
     summary,
     time_table,
 )
-from dtron.planner.step_time import time_step
+from dtron.planner.step_time import link_of, time_step
+from dtron.rules import zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import resolve
 from dtron.training.batch_ramp import UNITS
@@ -49,7 +50,7 @@ class PlanConfig(RunConfig):
     """print one line of JSON in place of the tables"""
 
 
-def make_plan(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
+def plan_config(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
     """Plan a step. Raises UserError for an invalid config."""
     gpu, shape = load_gpu(gpu_name), MeshShape.parse(config.mesh)
     plan, _ = resolve(config, shape, "cuda")
@@ -60,9 +61,10 @@ def make_plan(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
         warnings.simplefilter("ignore")
         ranks = plan_ranks(config, plan)
     copies = config.zero == 3 and config.copy_engines == "auto"
+    copies &= any(link_of(shape, axis, gpu) == "nvlink" for axis in zero_axes(tuple(shape.atoms)))
     times = time_step(ranks, shape, gpu, copies)
     tokens = plan.count * plan.rows * config.data.seq_len
-    return StepPlan(config, shape, gpu, ranks, times, tokens)
+    return StepPlan(config, shape, gpu, ranks, times, tokens, copies)
 
 
 def as_json(plan: StepPlan) -> str:
@@ -112,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = parse(argv, PlanConfig(), prog="dtron plan")
     budget = token_count(config.token_budget) if config.token_budget else 0
-    plan = make_plan(config, config.gpu)
+    plan = plan_config(config, config.gpu)
     if config.json:
         print(as_json(plan))
         return 0

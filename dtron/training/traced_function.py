@@ -25,12 +25,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dtron.torch_compile import own_generator, tracer
+from dtron.torch_compile import fake_mode, is_fake, own_generator, tracer
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.unit_key import describe, disk_key
 
@@ -140,10 +137,9 @@ class TracedFunction:
         weights: Sequence[int],
         static: Sequence[int],
     ) -> Kind:
-        mode = detect_fake_mode(tensors) or FakeTensorMode(shape_env=ShapeEnv())
+        mode = fake_mode(tensors)
         fakes: list[Tensor] = [
-            x if isinstance(x, FakeTensor) else mode.from_tensor(x, static_shapes=True)
-            for x in tensors
+            x if is_fake(x) else mode.from_tensor(x, static_shapes=True) for x in tensors
         ]
         key = disk_key(*self._context, *plain, tuple(static), torch.is_grad_enabled())
         with tracer(mode):

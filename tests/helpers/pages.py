@@ -24,6 +24,7 @@ from dtron.runtime import check_memory, cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import plan_run
 from dtron.tools.coordinate_check import CoordinateCheckConfig
+from dtron.tools.plan import PlanConfig
 from dtron.tools.show import ShowConfig
 from dtron.tools.verify import VerifyConfig
 from tests.helpers.paths import ROOT
@@ -43,6 +44,7 @@ NEEDS = re.compile(r"# needs (.+)")
 
 CONFIGS = {
     "train": RunConfig,
+    "plan": PlanConfig,
     "show": ShowConfig,
     "verify": VerifyConfig,
     "coordinate-check": CoordinateCheckConfig,
