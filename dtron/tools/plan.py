@@ -2,10 +2,13 @@
 
     dtron plan --model llama3-8b --mesh dp=8 --zero 3 --batch 64 --micro-batch 1
     dtron plan --model llama3-70b --mesh dp=32,tp=8,pp=4 --batch 1024 --token-budget 15T
+    dtron plan search --model llama3-8b --gpus 64 --batch-tokens 4M --data.seq-len 8192
 
-It takes all flags of train.py. The program of every pipeline rank runs on tensors without numbers
-(planner/plan_step.py), so a plan is a reading of the code that trains, and takes seconds. Times
-come from the rates of a GPU, measured once (planner/gpu_rates.py). ``--gpu`` is a name or a file.
+The search tries all meshes, ZeRO stages, schedules, microbatches and activation policies
+(plan_search.py). A plan takes all flags of train.py. The program of every pipeline rank runs on
+tensors without numbers (planner/plan_step.py), so it is a reading of the code that trains, and
+takes seconds. Times come from the rates of a GPU, measured once (planner/gpu_rates.py). ``--gpu``
+is a name or a file.
 
 A plan assumes what train.py chooses on GPUs: compiled units, a recorded step, and bfloat16.
 """
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
@@ -35,6 +39,7 @@ from dtron.planner.step_time import link_of, time_step
 from dtron.rules import zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import resolve
+from dtron.tools.plan_search import LARGEST, Choice, Search, frontier
 from dtron.training.batch_ramp import UNITS
 
 
@@ -56,15 +61,26 @@ def plan_config(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
     plan, _ = resolve(config, shape, "cuda")
     if not plan.compile or config.compile == "off":
         raise UserError("--compile off: a plan is of a compiled step; drop --compile")
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ranks = plan_ranks(config, plan)
+    quiet()
+    ranks = plan_ranks(config, plan)
     copies = config.zero == 3 and config.copy_engines == "auto"
     copies &= any(link_of(shape, axis, gpu) == "nvlink" for axis in zero_axes(tuple(shape.atoms)))
     times = time_step(ranks, shape, gpu, copies)
     tokens = plan.count * plan.rows * config.data.seq_len
     return StepPlan(config, shape, gpu, ranks, times, tokens, copies)
+
+
+def quiet() -> None:
+    """Leave out the warnings of torch, which are about a CPU that computes."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def wide_console() -> Console:
+    console = Console()
+    if console.is_terminal:
+        return console
+    return Console(width=max(console.width, 150))  # a file has no wrapped tables
 
 
 def as_json(plan: StepPlan) -> str:
@@ -97,7 +113,7 @@ def as_json(plan: StepPlan) -> str:
     )
 
 
-def token_count(text: str) -> float:
+def token_count(text: str, flag: str) -> float:
     """Read a number of tokens such as 15T. Raises UserError for any other text."""
     number, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
     try:
@@ -105,22 +121,110 @@ def token_count(text: str) -> float:
     except ValueError:
         count = 0.0
     if not 0 < count < 1e18:
-        raise UserError(f"--token-budget {text}: a number of tokens, as 15T, 300B or 2e9")
+        raise UserError(f"{flag} {text}: a number of tokens, as 15T, 300B or 2e9")
     return count
+
+
+@dataclass(frozen=True)
+class SearchConfig(RunConfig):
+    """Search all meshes of a number of GPUs for the fastest step that fits. No GPU is needed."""
+
+    gpu: str = "h200"
+    """rates of a GPU: a name, as h200, or a file that bench/calibrate.py has written"""
+    gpus: int = 8
+    """number of GPUs"""
+    batch_tokens: str = "1M"
+    """tokens of a step, as 4M"""
+    top: int = 10
+    """number of results to print"""
+
+
+def search(argv: Sequence[str]) -> int:
+    from dtron.runtime.cli import parse
+
+    config = parse(argv, SearchConfig(), prog="dtron plan search")
+    gpu, batch = load_gpu(config.gpu), tokens_of_step(config)
+    quiet()
+    found = Search(config, gpu, config.gpus, batch)
+    choices = found.run()
+    console = wide_console()
+    best = frontier(choices)
+    console.print(choices_table(choices, best, config.top))
+    for mesh, reason in found.refused.items():
+        console.print(f"{mesh}: {reason}", highlight=False)
+    console.print(
+        f"{len(choices)} choices fit, {found.too_large} need more memory", highlight=False
+    )
+    for choice in choices[:3]:
+        command = " ".join(["dtron plan", *without_search(argv), choice.flags])
+        console.print(command, highlight=False, soft_wrap=True)
+    return 0
+
+
+def without_search(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of a search that a plan takes, too."""
+    own, found, left = ("--gpus", "--batch-tokens", "--top"), list[str](), iter(argv)
+    for x in left:
+        if x.partition("=")[0] not in own:
+            found.append(x)
+        elif "=" not in x:
+            next(left, None)  # its value
+    return found
+
+
+def choices_table(choices: Sequence[Choice], best: Sequence[Choice], top: int) -> Table:
+    """Return a table of the fastest choices. A star marks a choice that no other one beats in both
+    memory and speed."""
+    out = Table(title="the fastest choices that fit")
+    columns = (
+        "",
+        "mesh",
+        "zero",
+        "schedule",
+        "microbatches",
+        "recompute",
+        "GiB",
+        "tokens/s",
+        "MFU",
+    )
+    for name in columns:
+        out.add_column(name, justify="right" if name in columns[6:] else "left", no_wrap=True)
+    for x in choices[:top]:
+        c = x.config
+        schedule = c.pipeline.schedule if x.shape.pp > 1 else ""
+        sizes = f"{x.microbatches} x {c.micro_batch}"
+        star = "*" if x in best else ""
+        speed, mfu = f"{x.tokens_per_second:,.0f}", f"{100 * x.mfu:.1f} %"
+        cells = (star, str(x.shape), str(c.zero), schedule, sizes, c.recompute)
+        out.add_row(*cells, f"{x.gib:.1f}", speed, mfu)
+    return out
+
+
+def tokens_of_step(config: SearchConfig) -> int:
+    """Return the sequences of a step. Raises UserError if they are none."""
+    if not 1 <= config.gpus <= LARGEST:
+        raise UserError(f"--gpus {config.gpus}: from 1 to {LARGEST}; change it")
+    batch = int(token_count(config.batch_tokens, "--batch-tokens") // config.data.seq_len)
+    if batch < 1:
+        raise UserError(
+            f"--batch-tokens {config.batch_tokens}: fewer than the {config.data.seq_len} tokens of "
+            "one sequence; use more, or a smaller --data.seq-len"
+        )
+    return batch
 
 
 def main(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
+    if list(argv[:1]) == ["search"]:
+        return search(argv[1:])
     config = parse(argv, PlanConfig(), prog="dtron plan")
-    budget = token_count(config.token_budget) if config.token_budget else 0
+    budget = token_count(config.token_budget, "--token-budget") if config.token_budget else 0
     plan = plan_config(config, config.gpu)
     if config.json:
         print(as_json(plan))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 150))  # a file has no wrapped tables
+    console = wide_console()
     for table in (memory_table(plan), time_table(plan), communication_table(plan)):
         if table.row_count:
             console.print(table)
