@@ -16,6 +16,7 @@ from dtron.layers.attention import AttentionMixer, NoPEMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
+from dtron.layers.mamba2 import Mamba2Config, Mamba2Mixer
 from dtron.layers.mixer import Mixer
 from dtron.layers.mla import MLAConfig, MLAMixer
 from dtron.layers.mlp import Activation
@@ -32,6 +33,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "L": GatedDeltaNetMixer,
     "K": KimiDeltaMixer,
     "N": NoPEMixer,
+    "S": Mamba2Mixer,
 }
 
 # A tree has a node for each layer, so more layers would take minutes before anything runs.
@@ -53,7 +55,8 @@ class ModelConfig(Leaf):
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
     latent attention, N attention without positions (NoPE), L linear attention (gated delta net), K
-    Kimi delta attention; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
+    Kimi delta attention, S Mamba-2; with model.mla.kv_rank, A is M too, unless the pattern has an
+    M"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -76,6 +79,7 @@ class ModelConfig(Leaf):
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
     delta: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    mamba: Mamba2Config = field(default_factory=Mamba2Config)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
