@@ -191,6 +191,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.rope.attention_factor": 0.0,
         "model.mup_base_width": 0,
         "model.mup_base_head_dim": 0,
+        "model.feed_forwards": "F",
         "model.norm_position": "pre",
         "model.qk_norm_over": "head",
         "model.rope.partial": 1.0,

@@ -19,7 +19,8 @@ from dtron.hf.family import Family
 from dtron.hf.rope_config import explicit, object_of
 from dtron.json_files import is_there, read_object
 from dtron.layers.rope import RopeConfig
-from dtron.model.config import LARGEST, ModelConfig
+from dtron.model.check_model import LARGEST
+from dtron.model.config import ModelConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 
