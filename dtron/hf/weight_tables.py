@@ -19,12 +19,15 @@ class Row(NamedTuple):
     ``paired``: the rotary columns (the last columns of the weight) are interleaved pairs in the
     tensor; see ``tensor_pattern.halves``.
     ``offset``: the weight minus the tensor. 1 for the norms of Gemma, which multiply by 1 + tensor:
-    the weight in dtron is the whole factor."""
+    the weight in dtron is the whole factor.
+    ``flipped``: the first dim of the weight is in reverse order there, as the taps of a convolution
+    are."""
 
     name: str
     pattern: str
     paired: bool = False
     offset: float = 0.0
+    flipped: bool = False
 
 
 def _rows(block: str, rows: Mapping[str, tuple]) -> dict[str, Row]:
