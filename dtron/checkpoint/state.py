@@ -192,6 +192,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.mup_base_width": 0,
         "model.mup_base_head_dim": 0,
         "model.feed_forwards": "F",
+        "model.attention_gate": False,
         "model.norm_position": "pre",
         "model.qk_norm_over": "head",
         "model.rope.partial": 1.0,

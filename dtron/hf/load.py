@@ -33,6 +33,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.family import Family
 from dtron.hf.open_folder import HEAD, open_reader, row_chunks, tensor_table, with_own_head
+from dtron.hf.recurrent_tables import axis_sizes
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_files import some
 from dtron.hf.weight_tables import Row
@@ -85,7 +86,7 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
     # Of other weights in the same tensor, and of axes that share a dim with another axis.
-    sizes = {"n": m.heads, "k": m.kv_heads, "g": m.delta.key_heads}
+    sizes = {"n": m.heads, "k": m.kv_heads, **axis_sizes(m)}
     sizes |= pattern(row.pattern).sizes(w.shape, sizes)
     return Place(row, sizes | ({"v": m.vocab} if "v" in sizes else {}))
 

@@ -230,6 +230,7 @@ class MLAMixer(AttentionMixer):
                 "give --model.mla.kv-rank"
             )
         flags = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False}
+        flags["attention_gate"] = False
         for name, only in {**flags, "positions": "rotary"}.items():
             if getattr(m, name) != only:
                 raise UserError(

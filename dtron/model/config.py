@@ -111,6 +111,8 @@ class ModelConfig(Leaf):
     """factor on the logits, before final_softcap"""
     final_softcap: float | None = None
     """logits are bounded to this by tanh"""
+    attention_gate: bool = False
+    """attention's outputs are multiplied by a learned sigmoid of the layer's input (Qwen3-Next)"""
     sinks: bool = False
     """each head has a learned score that attends to nothing"""
     z_loss: float = 0.0
@@ -210,7 +212,10 @@ class ModelConfig(Leaf):
             "untied": not self.tied,
             "qk_norm": self.qk_norm and self.qk_norm_over == "head",
             "qk_heads_norm": self.qk_norm and self.qk_norm_over == "projection",
-            **{name: getattr(self, name) for name in ("qkv_bias", "bias", "sinks")},
+            **{
+                name: getattr(self, name)
+                for name in ("qkv_bias", "bias", "sinks", "attention_gate")
+            },
             **self._expert_dims(),
             "blocks": [self._block(i) for i in range(self.layers)],
             "mtp_depth": self.mtp.depth,

@@ -301,6 +301,7 @@ def test_a_run_of_an_older_version_has_the_identity_of_its_config():
         "model.mup_base_head_dim",
         *(name for name in identity_of(config, "") if name.startswith(later)),
         "model.feed_forwards",
+        "model.attention_gate",
         "model.norm_position",
         "model.qk_norm_over",
         "model.rope.partial",

@@ -130,6 +130,7 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         qk_norm=qk_norm,
         qk_norm_over=pick("head", "projection") if qk_norm and norm == "rmsnorm" else "head",
         qkv_bias=not latent and flag(),
+        attention_gate=not latent and flag(),
         bias=not latent and flag(),
         tied=flag(),
         window=window,

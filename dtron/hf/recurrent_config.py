@@ -1,0 +1,48 @@
+"""The keys of config.json, and the values of missing keys, of families with a recurrent state; see
+config_keys.py and config_defaults.py."""
+
+from __future__ import annotations
+
+from dtron.hf.config_defaults import LLAMA, Defaults
+from dtron.hf.config_keys import QWEN3_MOE_KEYS
+
+_DELTA_KEYS = {
+    "delta.key_heads": "linear_num_key_heads",
+    "delta.value_heads": "linear_num_value_heads",
+    "delta.key_dim": "linear_key_head_dim",
+    "delta.value_dim": "linear_value_head_dim",
+    "delta.taps": "linear_conv_kernel_dim",
+}
+QWEN3_NEXT_KEYS = (
+    QWEN3_MOE_KEYS
+    | _DELTA_KEYS
+    | {
+        "moe.experts": "num_experts",
+        "moe.shared": "shared_expert_intermediate_size",
+    }
+)
+QWEN3_NEXT: Defaults = {
+    **LLAMA,
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "mlp_only_layers": None,
+    "decoder_sparse_step": 1,
+    "layer_types": None,
+    "full_attention_interval": 4,
+}
