@@ -4,7 +4,7 @@ config_keys.py and config_defaults.py."""
 from __future__ import annotations
 
 from dtron.hf.config_defaults import LLAMA, Defaults
-from dtron.hf.config_keys import QWEN3_MOE_KEYS
+from dtron.hf.config_keys import LLAMA_KEYS, QWEN3_MOE_KEYS
 
 _DELTA_KEYS = {
     "delta.key_heads": "linear_num_key_heads",
@@ -45,4 +45,33 @@ QWEN3_NEXT: Defaults = {
     "decoder_sparse_step": 1,
     "layer_types": None,
     "full_attention_interval": 4,
+}
+
+NEMOTRON_H_KEYS = LLAMA_KEYS | {
+    "norm_eps": "layer_norm_epsilon",
+    "mamba.heads": "mamba_num_heads",
+    "mamba.head_dim": "mamba_head_dim",
+    "mamba.groups": "n_groups|mamba_n_groups",
+    "mamba.state": "ssm_state_size",
+    "mamba.taps": "conv_kernel|mamba_d_conv",
+    "mamba.time_step_min": "time_step_min|mamba_dt_min",
+}
+NEMOTRON_H: Defaults = {
+    **LLAMA,
+    "vocab_size": 131_072,
+    "intermediate_size": 21_504,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "layer_norm_epsilon": 1e-5,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "time_step_min": 0.001,
+    "layers_block_type": None,
+    "layer_types": None,
+    "hybrid_override_pattern": None,
 }

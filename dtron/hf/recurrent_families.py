@@ -59,6 +59,26 @@ def _write_qwen3_next(m: ModelConfig) -> dict[str, Any]:
     }
 
 
+# The letters of dtron's mixer and feed-forward layer, of each type of a block of Nemotron-H.
+_NEMOTRON_H = {"linear_attention": "S_", "full_attention": "N_", "mlp": "_D"}
+_NEMOTRON_H_LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+
+
+def _read_nemotron_h(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The list of types has the number of layers, whatever num_hidden_layers is."""
+    types = entries["layers_block_type"] or entries["layer_types"]
+    if types is None:
+        written = entries["hybrid_override_pattern"] or "ME*-"
+        types = [_NEMOTRON_H_LETTERS.get(letter, letter) for letter in written]
+    both = [_letters(types, len(types), {t: x[i] for t, x in _NEMOTRON_H.items()}) for i in (0, 1)]
+    return {"layers": len(types), "pattern": both[0], "feed_forwards": both[1]}
+
+
+def _write_nemotron_h(m: ModelConfig) -> dict[str, Any]:
+    letters = {x[0]: kind for kind, x in _NEMOTRON_H.items()}
+    return {"layers_block_type": _types(m, letters)}
+
+
 # ---------------------------------------------------------------------------- families
 
 _QWEN3_NEXT_NORMED = tables.zero_centered(tables.ENDS | tables.NORMS | tables.GATED_ATTENTION)
@@ -81,5 +101,26 @@ RECURRENT = (
         rope=RopeFormat(partial=0.25),
         read=_read_qwen3_next,
         write=_write_qwen3_next,
+    ),
+    Family(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        weights=recurrent.NEMOTRON_H_ENDS | recurrent.NEMOTRON_H_BLOCK,
+        keys=config.NEMOTRON_H_KEYS,
+        defaults=config.NEMOTRON_H,
+        fixed={"activation": "relu2"},
+        demands={
+            "mlp_hidden_act": "relu2",
+            "mamba_hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_bias": False,
+            "use_conv_bias": True,
+        },
+        ignored=_IGNORED,
+        prefix="backbone.",
+        other_prefix="model.",
+        read=_read_nemotron_h,
+        write=_write_nemotron_h,
     ),
 )

@@ -2,8 +2,8 @@
 
 Blocks are pre-norm, x + f(norm(x)), as in Llama; or post-norm, x + norm(f(x)), as in OLMo 2
 (arXiv:2501.00656, equation 2); or both, as in Gemma 2 (arXiv:2408.00118). f is a mixer, then a
-feed-forward layer; Nemotron-H has only one of the two in each block (arXiv:2504.03624). Dropout is left out on
-purpose: current models train without dropout, and recompute then needs no random state.
+feed-forward layer; a block of Nemotron-H has only one of the two (arXiv:2504.03624). Dropout is
+left out on purpose: current models train without dropout, and recompute then needs no random state.
 
 activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
 activations are recomputed. Both may vary between runs without changing the result.
@@ -43,8 +43,8 @@ from dtron.torch_compile import DIRECT, Units
 @dataclass(frozen=True)
 class Block:
     """The weights of a block. ``mlp`` is the dense feed-forward layer; ``moe`` takes its place in a
-    block with experts. A block may lack its mixer or its feed-forward layer. ``norm_1`` and ``norm_2`` are before the sub-layers, ``post_norm_1`` and
-    ``post_norm_2`` on their outputs.
+    block with experts. A block may lack its mixer or its feed-forward layer. ``norm_1`` and
+    ``norm_2`` are before these sub-layers, ``post_norm_1`` and ``post_norm_2`` on their outputs.
 
     ``letter``: the block's mixer, a key of ``ModelConfig.kinds``.
     ``window``: the attention window (None: no window)."""

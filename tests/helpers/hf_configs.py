@@ -42,6 +42,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Glm4Moe": fields.glm4_moe,
     "MiniMaxM2": fields.minimax_m2,
     "Qwen3Next": recurrent.qwen3_next,
+    "NemotronH": recurrent.nemotron_h,
 }
 
 

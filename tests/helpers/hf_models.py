@@ -74,6 +74,14 @@ _QWEN3_NEXT = _SIZES | {
     "shared_expert_intermediate_size": 24,
     "rope_parameters": _ROPE | {"partial_rotary_factor": 0.25},
 }
+_NEMOTRON_H = {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"} | {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 10,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+    "pad_token_id": None,
+}
 
 # By name: the class in transformers, and its config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -171,6 +179,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
     ),
     "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
+    "nemotron-h": ("NemotronH", _NEMOTRON_H),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),

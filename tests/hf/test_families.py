@@ -57,6 +57,7 @@ def theirs(made: torch.nn.Module) -> torch.Tensor:
 # Per family: two rows of its table that have the same shape, to be exchanged.
 SWAPPED = {
     "gpt2": ("attention.w_k", "attention.w_v"),
+    "nemotron-h": ("mamba.w_b", "mamba.w_c"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
 SWAPPED |= dict.fromkeys(("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next"), SWAPPED["mixtral"])
