@@ -4,7 +4,7 @@ config_keys.py and config_defaults.py."""
 from __future__ import annotations
 
 from dtron.hf.config_defaults import LLAMA, Defaults
-from dtron.hf.config_keys import LLAMA_KEYS, QWEN3_MOE_KEYS
+from dtron.hf.config_keys import DEEPSEEK_KEYS, LLAMA_KEYS, QWEN3_MOE_KEYS
 
 _DELTA_KEYS = {
     "delta.key_heads": "linear_num_key_heads",
@@ -74,4 +74,49 @@ NEMOTRON_H: Defaults = {
     "layers_block_type": None,
     "layer_types": None,
     "hybrid_override_pattern": None,
+}
+
+KIMI_LINEAR_KEYS = {
+    **{name: key for name, key in DEEPSEEK_KEYS.items() if name != "moe.dense_layers"},
+    "context": "model_max_length|max_position_embeddings",
+    "moe.experts": "num_experts|num_local_experts",
+    "moe.top_k": "num_experts_per_token|num_experts_per_tok",
+    "moe.normalize": "moe_renormalize|norm_topk_prob",
+    "moe.groups": "num_expert_group|n_group",
+    "delta.key_heads": "linear_num_heads",
+    "delta.value_heads": "linear_num_heads",
+    "delta.key_dim": "linear_head_dim",
+    "delta.value_dim": "linear_head_dim",
+    "delta.taps": "linear_conv_kernel_dim",
+}
+KIMI_LINEAR: Defaults = {
+    **LLAMA,
+    "vocab_size": 163_840,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 32,
+    "model_max_length": 1_048_576,
+    "max_position_embeddings": 1_048_576,
+    "rms_norm_eps": 1e-5,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 1024,
+    "moe_renormalize": True,
+    "routed_scaling_factor": 2.446,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "linear_num_heads": 32,
+    "linear_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "linear_attn_config": None,
+    "layer_types": None,
+    "mlp_layer_types": None,
 }

@@ -79,6 +79,53 @@ def _write_nemotron_h(m: ModelConfig) -> dict[str, Any]:
     return {"layers_block_type": _types(m, letters)}
 
 
+_KIMI = {"linear_attention": "K", "full_attention": "P"}
+_KIMI_MLP = {"dense": "D", "sparse": "F"}
+
+
+def _read_kimi_linear(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The published config.json has sizes and layers of its recurrent layers in an object of its
+    own. It numbers layers from 1."""
+    layers, own = fields["layers"], entries["linear_attn_config"] or {}
+    types, mlps = entries["layer_types"], entries["mlp_layer_types"]
+    if types is None and "full_attn_layers" in own and "kda_layers" in own:
+        found = dict.fromkeys(own["kda_layers"], "linear_attention")
+        found |= dict.fromkeys(own["full_attn_layers"], "full_attention")
+        types = [found.get(i + 1, "no type for a layer") for i in range(layers)]
+    elif types is None:
+        types = [list(_KIMI)[i > 0 and i % 4 == 0] for i in range(layers)]
+    if mlps is None:
+        mlps = [list(_KIMI_MLP)[i >= entries["first_k_dense_replace"]] for i in range(layers)]
+    heads = own.get("num_heads", fields["delta.key_heads"])
+    width = own.get("head_dim", fields["delta.key_dim"])
+    shared = entries["num_shared_experts"]
+    if "n_shared_experts" in entries:
+        shared = entries["n_shared_experts"]
+    return {
+        "mla.q_rank": fields["mla.q_rank"] or 0,
+        "moe.shared": fields["moe.mlp"] * shared,
+        "moe.groups": fields["moe.groups"] or 1,
+        "moe.group_top_k": fields["moe.group_top_k"] or 1,
+        "delta.key_heads": heads,
+        "delta.value_heads": heads,
+        "delta.key_dim": width,
+        "delta.value_dim": width,
+        "delta.taps": own.get("short_conv_kernel_size", fields["delta.taps"]),
+        "pattern": _letters(types, layers, _KIMI),
+        "feed_forwards": _letters(mlps, layers, _KIMI_MLP),
+    }
+
+
+def _write_kimi_linear(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "layer_types": _types(m, {letter: kind for kind, letter in _KIMI.items()}),
+        "mlp_layer_types": [list(_KIMI_MLP)[m.sparse(i)] for i in range(m.layers)],
+        "num_shared_experts": m.moe.shared // m.moe.mlp,
+        "q_lora_rank": m.mla.q_rank or None,
+        "num_key_value_heads": m.heads,
+    }
+
+
 # ---------------------------------------------------------------------------- families
 
 _QWEN3_NEXT_NORMED = tables.zero_centered(tables.ENDS | tables.NORMS | tables.GATED_ATTENTION)
@@ -119,8 +166,21 @@ RECURRENT = (
         },
         ignored=_IGNORED,
         prefix="backbone.",
-        other_prefix="model.",
+        renamed=((r"^model\.", "backbone."),),
         read=_read_nemotron_h,
         write=_write_nemotron_h,
+    ),
+    Family(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        weights=tables.ENDS | tables.NORMS | tables.MLP | recurrent.KIMI_BLOCK,
+        keys=config.KIMI_LINEAR_KEYS,
+        defaults=config.KIMI_LINEAR,
+        fixed={"moe.score": "sigmoid", "moe.bias_rate": 0.001},
+        demands={"hidden_act": "silu", "attention_bias": False},
+        stacked=recurrent.KIMI_STACKED,
+        renamed=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
+        read=_read_kimi_linear,
+        write=_write_kimi_linear,
     ),
 )

@@ -8,7 +8,17 @@ in the order of the tokens.
 
 from __future__ import annotations
 
-from dtron.hf.weight_tables import LAYER, Row, block_rows
+from typing import Any
+
+from dtron.hf.weight_tables import (
+    EXPERTS,
+    LATENT,
+    LAYER,
+    MIXTRAL_EXPERTS,
+    STACKED_EXPERTS,
+    Row,
+    block_rows,
+)
 from dtron.model.config import ModelConfig
 
 # Qwen3-Next has the projections of a head of keys side by side.
@@ -31,6 +41,50 @@ QWEN3_DELTA_NET = block_rows(
         "delta_net.dt_bias": ("dt_bias", "n -> n"),
         "delta_net.norm.scale": ("norm.weight", "w -> w"),
     },
+)
+# In Kimi Linear, n is a head, a the width of the narrow vectors.
+_KDA: dict[str, Any] = {
+    "kimi_delta.w_q": ("q_proj.weight", "(n c) d -> d n c"),
+    "kimi_delta.w_k": ("k_proj.weight", "(n c) d -> d n c"),
+    "kimi_delta.w_v": ("v_proj.weight", "(n w) d -> d n w"),
+    "kimi_delta.w_gate_down": ("g_a_proj.weight", "a d -> d a"),
+    "kimi_delta.w_gate_up": ("g_b_proj.weight", "(n w) a -> a n w"),
+    "kimi_delta.w_beta": ("b_proj.weight", "n d -> d n"),
+    "kimi_delta.w_decay_down": ("f_a_proj.weight", "a d -> d a"),
+    "kimi_delta.w_decay_up": ("f_b_proj.weight", "(n c) a -> a n c"),
+    "kimi_delta.w_o": ("o_proj.weight", "d (n w) -> n w d"),
+    "kimi_delta.taps_q": ("q_conv1d.weight", "(n c) 0/1 t -> t n c", *FLIPPED),
+    "kimi_delta.taps_k": ("k_conv1d.weight", "(n c) 0/1 t -> t n c", *FLIPPED),
+    "kimi_delta.taps_v": ("v_conv1d.weight", "(n w) 0/1 t -> t n w", *FLIPPED),
+    "kimi_delta.a_log": ("A_log", "0/1 0/1 n 0/1 -> n"),
+    "kimi_delta.dt_bias": ("dt_bias", "(n c) -> n c"),
+    "kimi_delta.norm.scale": ("o_norm.weight", "w -> w"),
+}
+_KDA_STACKED = {
+    "kimi_delta.taps_q": ("conv1d.weight", "([n c] + n c + n w) 0/1 t -> t n c", *FLIPPED),
+    "kimi_delta.taps_k": ("conv1d.weight", "(n c + [n c] + n w) 0/1 t -> t n c", *FLIPPED),
+    "kimi_delta.taps_v": ("conv1d.weight", "(n c + n c + [n w]) 0/1 t -> t n w", *FLIPPED),
+} | {
+    f"kimi_delta.{name}": ("forget_gate." + row[0], *row[1:])
+    for name in ("w_decay_down", "w_decay_up", "a_log", "dt_bias")
+    for row in [_KDA[f"kimi_delta.{name}"]]
+}
+_KIMI_MOE = {
+    path.removeprefix("blocks.{l}."): (row.name.removeprefix(LAYER + "mlp."), row.pattern)
+    for path, row in EXPERTS.items()
+    if "experts.w_" not in path
+}
+KIMI_BLOCK = (
+    block_rows(LAYER + "self_attn.", _KDA)
+    | {path: row._replace(paired=False) for path, row in LATENT.items()}
+    | MIXTRAL_EXPERTS
+    | block_rows(LAYER + "block_sparse_moe.", _KIMI_MOE)
+)
+# As transformers has them in memory, and can save them.
+KIMI_STACKED = (
+    block_rows(LAYER + "self_attn.", _KDA_STACKED)
+    | STACKED_EXPERTS
+    | block_rows(LAYER + "mlp.", _KIMI_MOE)
 )
 _MAMBA = {
     "mamba.w_gate": ("in_proj.weight", "([i j] + i j + u s + u s + i) d -> d i j"),

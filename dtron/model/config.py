@@ -16,7 +16,7 @@ from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
 from dtron.layers.mamba2 import Mamba2Config, Mamba2Mixer
 from dtron.layers.mixer import Mixer, NoMixer
-from dtron.layers.mla import MLAConfig, MLAMixer
+from dtron.layers.mla import MLAConfig, MLAMixer, NoPEMLAMixer
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import RopeConfig
 from dtron.layers.token_order import TokenOrder
@@ -32,6 +32,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "L": GatedDeltaNetMixer,
     "K": KimiDeltaMixer,
     "N": NoPEMixer,
+    "P": NoPEMLAMixer,
     "S": Mamba2Mixer,
     "_": NoMixer,
 }
@@ -51,9 +52,9 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention, N attention without positions (NoPE), L linear attention (gated delta net), K
-    Kimi delta attention, S Mamba-2, _ none; with model.mla.kv_rank, A is M too, unless the pattern
-    has an M"""
+    latent attention, N and P the same two without positions (NoPE), L linear attention (gated delta
+    net), K Kimi delta attention, S Mamba-2, _ none; with model.mla.kv_rank, A is M too, unless the
+    pattern has an M"""
     feed_forwards: str = "F"
     """feed-forward layers of the blocks, a letter each, repeated over the layers: F as model.moe
     says, D a dense one, _ none; a block needs a mixer or a feed-forward layer"""

@@ -43,6 +43,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "MiniMaxM2": fields.minimax_m2,
     "Qwen3Next": recurrent.qwen3_next,
     "NemotronH": recurrent.nemotron_h,
+    "KimiLinear": recurrent.kimi_linear,
 }
 
 

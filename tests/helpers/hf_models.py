@@ -82,6 +82,19 @@ _NEMOTRON_H = {key: value for key, value in _SIZES.items() if key != "num_hidden
     "ssm_state_size": 6,
     "pad_token_id": None,
 }
+_KIMI_LINEAR = {
+    key: value
+    for key, value in _DEEPSEEK.items()
+    if key not in ("rope_parameters", "n_routed_experts", "first_k_dense_replace")
+} | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["sparse", "sparse"],
+    "q_lora_rank": None,
+    "linear_num_heads": 2,
+    "linear_head_dim": 10,
+    "num_local_experts": 8,
+    "pad_token_id": None,
+}
 
 # By name: the class in transformers, and its config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -180,6 +193,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
     "nemotron-h": ("NemotronH", _NEMOTRON_H),
+    "kimi-linear": ("KimiLinear", _KIMI_LINEAR),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),

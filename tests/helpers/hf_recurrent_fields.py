@@ -61,3 +61,41 @@ def nemotron_h(draw: Any) -> dict[str, Any]:
             "conv_kernel": draw(st.sampled_from([2, 4])),
         }
     )
+
+
+def kimi_linear(draw: Any) -> dict[str, Any]:
+    kinds, mlps = ("linear_attention", "full_attention"), ("dense", "sparse")
+    made = dense(
+        draw,
+        **BIAS,
+        layer_types=st.sampled_from([[kinds[0], kinds[1], kinds[0]], [kinds[1]] * LAYERS]),
+        mlp_layer_types=st.sampled_from([[mlps[0], mlps[1], mlps[1]], [mlps[1]] * LAYERS]),
+        linear_attn_config=st.sampled_from(
+            [
+                {"head_dim": 4, "num_heads": 3, "short_conv_kernel_size": 2},
+                {"kda_layers": [1, 3], "full_attn_layers": [2]},
+            ]
+        ),
+        first_k_dense_replace=st.sampled_from([0, 2]),
+        moe_renormalize=st.booleans(),
+        routed_scaling_factor=st.sampled_from([1.0, 2.5]),
+    )
+    for key in ("head_dim", "max_position_embeddings"):
+        del made[key]
+    return made | {
+        "model_max_length": 64,
+        "num_key_value_heads": made["num_attention_heads"],
+        "kv_lora_rank": 12,
+        "q_lora_rank": draw(st.sampled_from([None, 12])),
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": draw(st.sampled_from([8, 12])),
+        "linear_num_heads": 2,
+        "linear_head_dim": 6,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_token": 2,
+        "num_shared_experts": draw(st.sampled_from([1, 2])),
+        "num_expert_group": draw(st.sampled_from([1, 2])),
+        "pad_token_id": None,
+    }

@@ -60,7 +60,9 @@ SWAPPED = {
     "nemotron-h": ("mamba.w_b", "mamba.w_c"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
-SWAPPED |= dict.fromkeys(("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next"), SWAPPED["mixtral"])
+SWAPPED |= dict.fromkeys(
+    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "kimi-linear"), SWAPPED["mixtral"]
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

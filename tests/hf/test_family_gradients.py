@@ -52,8 +52,8 @@ def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
         g = pairs(g, rotary_columns(m)) if place.row.paired else g
         g = g.flip(0) if place.row.flipped else g
         for e, name in enumerate(place.names()):
-            if family.other_prefix is not None:
-                name = name.replace(family.prefix, family.other_prefix, 1)
+            if family.prefix == "backbone.":  # transformers has another prefix in memory
+                name = name.replace(family.prefix, "model.", 1)
             at = out.setdefault(name, torch.zeros(place.shape, dtype=torch.float64))
             p.put(at, g[e] if place.outside else g, place.sizes)
     return out
