@@ -46,7 +46,17 @@ WIDTHS = frozenset(
     }
 )
 FIXED = frozenset(
-    {"head_dim", "qk_dim", "kv_dim", "v_dim", "vocab", "positions", "taps", "experts"}
+    {
+        "head_dim",
+        "qk_dim",
+        "kv_dim",
+        "v_dim",
+        "gate_rank",
+        "vocab",
+        "positions",
+        "taps",
+        "experts",
+    }
 )
 
 

@@ -28,6 +28,7 @@ RULES: Rules = {
     "act_kv_rank": (),
     "act_gate_rank": (),
     "kv_latent": (),
+    "act_key_heads": (),  # of a Mamba-2 with one group
     # weights
     "embed": ("dp", "cp"),  # the ZeRO row
     "q_rank": ("dp", "cp"),  # and for the latents of MLA

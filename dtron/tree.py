@@ -26,7 +26,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         cls: Any = type(tree)
         chosen = _chosen(cls)
         for name, child in _children(tree):
-            if name in chosen:
+            if name in chosen and child is not None:
                 name = type(child).segment
             yield from leaves(child, f"{path}.{name}" if path else name)
     elif tree is not None:

@@ -35,6 +35,7 @@ from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
 from dtron.layers.gated_delta_net import DeltaNetConfig
+from dtron.layers.mamba2 import Mamba2Config
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
@@ -183,13 +184,15 @@ def _with_unrecorded(saved: Identity) -> Identity:
     """Return the identity with the entries that older checkpoints lack, each with the value that
     their runs had."""
     latent = bool(saved.get("model.mla.kv_rank"))
-    delta = asdict(DeltaNetConfig())  # no block of these runs had this layer
+    mixers: dict[str, Any] = {"delta": DeltaNetConfig(), "mamba": Mamba2Config()}  # none had these
     values = {
         "optim.name": "adamw",
         "model.pattern": "A",
         "model.rope.attention_factor": 0.0,
         "model.mup_base_width": 0,
         "model.mup_base_head_dim": 0,
+        "model.feed_forwards": "F",
+        "model.attention_gate": False,
         "model.norm_position": "pre",
         "model.qk_norm_over": "head",
         "model.rope.partial": 1.0,
@@ -198,7 +201,11 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.logit_scale": 1.0,
         # The norms of latents had the epsilon of the other norms.
         "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
-        **{f"model.delta.{name}": value for name, value in delta.items()},
+        **{
+            f"model.{part}.{name}": value
+            for part, config in mixers.items()
+            for name, value in asdict(config).items()
+        },
     }
     return values | saved
 

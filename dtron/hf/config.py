@@ -18,8 +18,11 @@ from dtron.hf.families import FAMILIES
 from dtron.hf.family import Family
 from dtron.hf.rope_config import explicit, object_of
 from dtron.json_files import is_there, read_object
+from dtron.layers.gated_delta_net import DeltaNetConfig
+from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.rope import RopeConfig
-from dtron.model.config import LARGEST, ModelConfig
+from dtron.model.check_model import LARGEST
+from dtron.model.config import ModelConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 
@@ -40,6 +43,8 @@ FREE = (
     "moe.z_loss",
     "moe.bias_rate",
     "moe.capacity_factor",
+    "delta.chunk",
+    "mamba.chunk",
 )
 
 
@@ -216,7 +221,7 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         "moe.balanced": False,
         "moe.bias_rate": float(m.moe.bias_rate > 0),
     }
-    if m.moe.experts and not m.moe.dense_layers:
+    if not any(map(m.dense, range(m.layers))):
         same["mlp"] = 1
     if not m.moe.experts:
         same["moe"] = MoEConfig()
@@ -224,7 +229,13 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         same |= {"kv_heads": 1, "head_dim": 2}
     elif m.attention_scale is None:
         same["attention_scale"] = m.head_dim**-0.5
+    kinds = ("F" if m.sparse(i) else "D" if m.dense(i) else "_" for i in range(m.layers))
     same["pattern"] = "".join(m.letter(i) for i in range(m.layers))
+    same |= {"feed_forwards": "".join(kinds), "moe.dense_layers": 0}
+    used = {name.rpartition(".")[0] for mixer in m.mixers for name in mixer.widths}
+    for name, unused in (("delta", DeltaNetConfig()), ("mamba", Mamba2Config())):
+        own = getattr(m, name) if name in used else unused
+        same[name] = replace(own, chunk=unused.chunk)
     if not m.qk_norm:
         same["qk_norm_over"] = "head"
     if m.window is None or m.full_every > m.layers:

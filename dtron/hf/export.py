@@ -167,7 +167,8 @@ class _Maker:
             x = x - place.row.offset if place.row.offset else x
             if "v" in p.ours:
                 x = x.narrow(p.ours.index("v"), 0, self.m.vocab)  # the other rows are padding
-            p.put(out, pairs(x, rotary_columns(self.m)) if place.row.paired else x, place.sizes)
+            x = pairs(x, rotary_columns(self.m)) if place.row.paired else x
+            p.put(out, x.flip(0) if place.row.flipped else x, place.sizes)
         return out
 
 

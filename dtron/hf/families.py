@@ -16,5 +16,6 @@ from __future__ import annotations
 from dtron.hf.dense_families import DENSE
 from dtron.hf.expert_families import EXPERTS
 from dtron.hf.family import Family
+from dtron.hf.recurrent_families import RECURRENT
 
-FAMILIES: tuple[Family, ...] = (*DENSE, *EXPERTS)
+FAMILIES: tuple[Family, ...] = (*DENSE, *EXPERTS, *RECURRENT)

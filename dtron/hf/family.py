@@ -35,6 +35,7 @@ class Family:
     a block after the model's last.
     ``rope``: the RoPE entries that transformers reads.
     ``prefix``: the prefix of tensor names.
+    ``renamed``: other names of the same tensors: regular expressions, each with its replacement.
     ``read(entries, fields)``: more fields, where the tables do not suffice. ``entries`` has the
     defaults of keys that config.json lacks.
     ``write(model)``: more entries of config.json, where the tables do not suffice."""
@@ -50,5 +51,6 @@ class Family:
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     rope: RopeFormat = RopeFormat()
     prefix: str = "model."
+    renamed: tuple[tuple[str, str], ...] = ()
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = _no_fields
     write: Callable[[ModelConfig], dict[str, Any]] = _no_entries

@@ -33,6 +33,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
 from dtron.hf.family import Family
 from dtron.hf.open_folder import HEAD, open_reader, row_chunks, tensor_table, with_own_head
+from dtron.hf.recurrent_tables import axis_sizes
 from dtron.hf.tensor_pattern import halves, pattern
 from dtron.hf.weight_files import some
 from dtron.hf.weight_tables import Row
@@ -84,8 +85,9 @@ def place(w: WeightSpec, family: Family, m: ModelConfig) -> Place:
     if block:
         number = int(block[2]) + (m.layers if block[1] == "mtp" else 0)
         row = row._replace(name=row.name.replace("{l}", str(number)))
-    sizes = {"n": m.heads, "k": m.kv_heads}  # of other weights in the same tensor
-    sizes |= dict(zip(pattern(row.pattern).ours, w.shape, strict=True))
+    # Of other weights in the same tensor, and of axes that share a dim with another axis.
+    sizes = {"n": m.heads, "k": m.kv_heads, **axis_sizes(m)}
+    sizes |= pattern(row.pattern).sizes(w.shape, sizes)
     return Place(row, sizes | ({"v": m.vocab} if "v" in sizes else {}))
 
 
@@ -200,16 +202,17 @@ class Source:
         """Read the shard with these ranges of dtron's dims. New words have the mean row, and rows
         of the padded vocabulary are zero."""
         p = pattern(where.row.pattern)
-        ranges = {
-            axis: (min(a, where.sizes[axis]), min(b, where.sizes[axis]))
-            for axis, (a, b) in zip(p.ours, shard)
-        }
+        ranges = p.ranges(shard, where.sizes)
         experts = ranges[where.outside[0]] if where.outside else None
         out = torch.zeros([b - a for a, b in shard], dtype=dtype)
-        real = out[tuple(slice(ranges[axis][1] - ranges[axis][0]) for axis in p.ours)]
+        last = (ranges[dim[0]][1] - ranges[dim[0]][0] for dim in p.dims)
+        real = out[
+            tuple(slice(n) if len(dim) == 1 else slice(None) for n, dim in zip(last, p.dims))
+        ]
         for part, name in zip(real if experts else [real], where.names(experts), strict=True):
             x = p.take(self._read(name, p.box(ranges, where.sizes)), ranges, where.sizes)
-            part.copy_(halves(x, rotary_columns(self.model)) if where.row.paired else x)
+            x = halves(x, rotary_columns(self.model)) if where.row.paired else x
+            part.copy_(x.flip(0) if where.row.flipped else x)
             if where.row.offset:
                 part += where.row.offset
         if "v" in p.ours:

@@ -33,6 +33,8 @@ HEAD = "lm_head.weight"
 def open_reader(folder: Path, family: Family) -> Reader | Dequantizer:
     """Open the tensors of a folder by their names in the family's table."""
     reader = Reader(folder)
+    for old, new in family.renamed:
+        reader.rename({name: re.sub(old, new, name) for name in reader.entries})
     if not any(name.startswith(family.prefix) for name in reader.entries):
         reader.rename({n: family.prefix + n for n in reader.entries if n != HEAD})
     quantization = read_object(folder / CONFIG).get("quantization_config")

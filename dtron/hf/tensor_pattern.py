@@ -8,6 +8,8 @@ right:
     "e d (f 0/2) -> e d f"    the weight is every second column of the tensor
     "f d -> e d f"            the tensor has no axis e: there is one tensor for each e, named by it
     "(n h + [k h]) d -> ..."  the tensor concatenates weights of several sizes; ours is in brackets
+    "(g: [c] + c) d -> ..."   the same for each g: parts alternate in the tensor
+    "(g r) d -> d (g r)"      the weight has one dim for two axes of the tensor
 
 A pattern works in both directions. It also gives the box of the Hugging Face tensor (one range per
 dim) that contains a *shard* of the weight. So a rank reads only its shard.
@@ -20,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,98 +30,178 @@ from torch import Tensor
 from dtron.checkpoint.shard_range import Range
 
 Axes = tuple[str, ...]
+Ranges = Mapping[str, Range]
+Sizes = Mapping[str, int]
+
+
+class Dim(NamedTuple):
+    """One dim of a Hugging Face tensor.
+
+    ``outer``: the outermost axes. For each of their indices the dim concatenates parts.
+    ``own``: the axes of the part that is the weight, outermost first.
+    ``before``, ``after``: the axes of the other parts."""
+
+    outer: Axes
+    own: Axes
+    before: tuple[Axes, ...] = ()
+    after: tuple[Axes, ...] = ()
+
+    @property
+    def axes(self) -> Axes:
+        return *self.outer, *self.own
+
+    def parts(self, sizes: Sizes) -> int:
+        """Return the size of all parts together."""
+        return _total((*self.before, self.own, *self.after), sizes)
+
+    def size(self, sizes: Sizes) -> int:
+        return _total((self.outer,), sizes) * self.parts(sizes)
+
+    def box(self, ranges: Ranges, sizes: Sizes) -> Range:
+        """Return the range of the dim that contains these ranges of axes. The outermost axis whose
+        range has more than one index determines it. ``open`` slices the axes inside this axis."""
+        start, unit = 0, self.size(sizes)
+        for axes in (self.outer, self.own):
+            for axis in axes:
+                unit //= _size(axis, sizes)
+                a, b = _within(axis, ranges)
+                start += a * unit
+                if b - a != 1:
+                    return start, start + (b - a) * unit
+            if axes is self.outer:
+                start += _total(self.before, sizes)
+                unit = _total((self.own,), sizes)
+        return start, start + 1
+
+    def open(self, x: Tensor, i: int, ranges: Ranges, sizes: Sizes) -> Tensor:
+        """Replace dim i of the Hugging Face tensor's box by one dim for each axis."""
+        shape, slices, sliced = _cut(self.outer, True, ranges, sizes)
+        inside = x.shape[i] if sliced else self.parts(sizes)
+        x = x.unflatten(i, (*shape, inside))[(slice(None),) * i + slices]
+        i += len(self.outer)
+        if not sliced:  # the box has whole parts
+            x = x.narrow(i, _total(self.before, sizes), _total((self.own,), sizes))
+        shape, slices, _ = _cut(self.own, sliced, ranges, sizes)
+        return x.unflatten(i, shape)[(slice(None),) * i + slices]
+
+    def part(self, out: Tensor, i: int, sizes: Sizes) -> Tensor:
+        """Return the view of the weight in dim i of the whole tensor, with a dim for each axis."""
+        outer = [_size(axis, sizes) for axis in self.outer]
+        x, i = out.unflatten(i, (*outer, self.parts(sizes))), i + len(outer)
+        x = x.narrow(i, _total(self.before, sizes), _total((self.own,), sizes))
+        return x.unflatten(i, [_size(axis, sizes) for axis in self.own])
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A parsed pattern.
 
-    ``theirs``: the axes that make up each dim of the Hugging Face tensor, outermost first.
-    ``ours``: the axis of each dim of the dtron weight.
-    ``before``, ``after``: for each dim of the Hugging Face tensor, the axes of the other weights
-        that it concatenates, before and after this one."""
+    ``theirs``: the dims of the Hugging Face tensor.
+    ``dims``: the axes of each dim of the dtron weight: one axis, or several."""
 
-    theirs: tuple[Axes, ...]
-    ours: Axes
-    before: tuple[tuple[Axes, ...], ...] = ()
-    after: tuple[tuple[Axes, ...], ...] = ()
+    theirs: tuple[Dim, ...]
+    dims: tuple[Axes, ...]
+
+    @property
+    def ours(self) -> Axes:
+        """The axes of all dims of the dtron weight."""
+        return tuple(axis for dim in self.dims for axis in dim)
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of all dims of the Hugging Face tensor. Axes like ``1/3`` have size 1."""
+        return tuple(axis for dim in self.theirs for axis in dim.axes)
 
     @property
     def outside(self) -> tuple[str, ...]:
         """The axes that are not dims of the Hugging Face tensor, but are part of its name."""
-        inside = {axis for dim in self.theirs for axis in dim}
-        return tuple(axis for axis in self.ours if axis not in inside)
+        return tuple(axis for axis in self.ours if axis not in self.axes)
 
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    def sizes(self, shape: Sequence[int], known: Sizes) -> dict[str, int]:
+        """Return the sizes of the axes of a weight of this shape.
+
+        ``known``: the sizes of all axes but the last of a dim with several axes."""
+        out: dict[str, int] = {}
+        for axes, n in zip(self.dims, shape, strict=True):
+            for axis in axes[:-1]:
+                out[axis], n = known[axis], n // known[axis]
+            out[axes[-1]] = n
+        return out
+
+    def ranges(self, shard: Sequence[Range], sizes: Sizes) -> dict[str, Range]:
+        """Return the ranges of the axes of a shard, no further than their sizes. A shard of a dim
+        with several axes has whole units of the outermost axis."""
+        out: dict[str, Range] = {}
+        for (first, *rest), (a, b) in zip(self.dims, shard, strict=True):
+            unit = _total((tuple(rest),), sizes)
+            out[first] = (min(a // unit, sizes[first]), min(b // unit, sizes[first]))
+            out |= {axis: (0, sizes[axis]) for axis in rest}
+        return out
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of the Hugging Face tensor."""
-        parts = zip(self.before, self.theirs, self.after, strict=True)
-        return tuple(_total((*a, dim, *b), sizes) for a, dim, b in parts)
+        return tuple(dim.size(sizes) for dim in self.theirs)
 
-    def box(self, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> list[Range]:
-        """Return the ranges of the Hugging Face dims that contain these ranges of dtron's axes.
+    def box(self, ranges: Ranges, sizes: Sizes) -> list[Range]:
+        """Return the ranges of the Hugging Face dims that contain these ranges of dtron's axes."""
+        return [dim.box(ranges, sizes) for dim in self.theirs]
 
-        In a dim of several axes, the outermost axis whose range has more than one index determines
-        the range of the dim. ``take`` slices the axes inside it."""
-        dims = zip(self.theirs, self.before, strict=True)
-        return [self._range(dim, _total(before, sizes), ranges, sizes) for dim, before in dims]
-
-    def _range(
-        self, dim: Axes, start: int, ranges: Mapping[str, Range], sizes: Mapping[str, int]
-    ) -> Range:
-        unit = _total((dim,), sizes)
-        for axis in dim:
-            unit //= _size(axis, sizes)
-            a, b = _within(axis, ranges)
-            start += a * unit
-            if b - a != 1:
-                return start, start + (b - a) * unit
-        return start, start + 1
-
-    def take(self, x: Tensor, ranges: Mapping[str, Range], sizes: Mapping[str, int]) -> Tensor:
+    def take(self, x: Tensor, ranges: Ranges, sizes: Sizes) -> Tensor:
         """Return the shard of the dtron weight, without the axes outside, from the Hugging Face
         tensor's ``box``."""
-        shape, slices = [], []
-        for dim in self.theirs:
-            sliced = True  # whether ``box`` has sliced this axis: all axes before have one index
-            for axis in dim:
-                a, b = _within(axis, ranges)
-                shape.append(b - a if sliced else _size(axis, sizes))
-                slices.append(slice(None) if sliced else slice(a, b))
-                sliced = sliced and b - a == 1
-        return self._to_ours(x.reshape(shape)[tuple(slices)])
+        for i, dim in reversed(list(enumerate(self.theirs))):
+            x = dim.open(x, i, ranges, sizes)
+        x = x[tuple(0 if "/" in axis else slice(None) for axis in self.axes)]
+        names = [axis for axis in self.axes if "/" not in axis]
+        x = x.permute([names.index(axis) for axis in self.ours if axis in names])
+        for i, axes in enumerate(self._inside):
+            x = x.flatten(i, i + len(axes) - 1)
+        return x
 
-    def _to_ours(self, x: Tensor) -> Tensor:
-        """Permute a tensor with one dim for each Hugging Face axis to dtron's order of axes. Axes
-        like ``1/3`` have size 1 and are dropped."""
-        axes = [axis for dim in self.theirs for axis in dim]
-        parts = [i for i, axis in enumerate(axes) if "/" in axis]
-        names = [axis for axis in axes if "/" not in axis]
-        x = x[tuple(0 if i in parts else slice(None) for i in range(len(axes)))]
-        return x.permute([names.index(axis) for axis in self.ours if axis in names])
-
-    def put(self, out: Tensor, x: Tensor, sizes: Mapping[str, int]) -> None:
+    def put(self, out: Tensor, x: Tensor, sizes: Sizes) -> None:
         """Write the whole dtron weight ``x``, without the axes outside, into its place in the
         Hugging Face tensor ``out``."""
-        axes = [axis for dim in self.theirs for axis in dim]
-        for i, (dim, before) in enumerate(zip(self.theirs, self.before, strict=True)):
-            out = out.narrow(i, _total(before, sizes), _total((dim,), sizes))
-        whole = out.view([_size(axis, sizes) for axis in axes])
-        part = whole[tuple(int(a.split("/")[0]) if "/" in a else slice(None) for a in axes)]
-        names = [axis for axis in axes if "/" not in axis]
+        for i, dim in reversed(list(enumerate(self.theirs))):
+            out = dim.part(out, i, sizes)
+        at = (int(a.split("/")[0]) if "/" in a else slice(None) for a in self.axes)
+        for i, axes in reversed(list(enumerate(self._inside))):
+            x = x.unflatten(i, [sizes[axis] for axis in axes])
+        names = [axis for axis in self.axes if "/" not in axis]
         ours = [axis for axis in self.ours if axis in names]
-        part.copy_(x.permute([ours.index(axis) for axis in names]))
+        out[tuple(at)].copy_(x.permute([ours.index(axis) for axis in names]))
+
+    @property
+    def _inside(self) -> list[Axes]:
+        """The dims of the weight without the axes outside."""
+        return [axes for axes in self.dims if axes[0] not in self.outside]
 
 
-def _total(parts: Sequence[Axes], sizes: Mapping[str, int]) -> int:
+def _cut(
+    axes: Axes, sliced: bool, ranges: Ranges, sizes: Sizes
+) -> tuple[tuple[int, ...], tuple[slice, ...], bool]:
+    """Return the sizes of axes in a box, the slices that remain to be taken, and ``sliced`` for the
+    axes inside them.
+
+    ``sliced``: whether all axes so far have one index, so that the box has sliced the next one."""
+    shape, slices = [], []
+    for axis in axes:
+        a, b = _within(axis, ranges)
+        shape.append(b - a if sliced else _size(axis, sizes))
+        slices.append(slice(None) if sliced else slice(a, b))
+        sliced = sliced and b - a == 1
+    return tuple(shape), tuple(slices), sliced
+
+
+def _total(parts: Sequence[Axes], sizes: Sizes) -> int:
     """Return the size of a dim that concatenates these parts."""
     return sum(math.prod(_size(axis, sizes) for axis in part) for part in parts)
 
 
-def _size(axis: str, sizes: Mapping[str, int]) -> int:
+def _size(axis: str, sizes: Sizes) -> int:
     return int(axis.split("/")[1]) if "/" in axis else sizes[axis]
 
 
-def _within(axis: str, ranges: Mapping[str, Range]) -> Range:
+def _within(axis: str, ranges: Ranges) -> Range:
     if "/" not in axis:
         return ranges[axis]
     place = int(axis.split("/")[0])
@@ -129,15 +212,18 @@ def _within(axis: str, ranges: Mapping[str, Range]) -> Range:
 def pattern(text: str) -> Pattern:
     """Parse a pattern."""
     left, _, right = text.partition("->")
-    dims = [a or b for a, b in re.findall(r"\(([^)]*)\)|(\S+)", left)]
-    theirs, before, after = [], [], []
-    for dim in dims:
-        parts = [tuple(part.strip(" []").split()) for part in dim.split("+")]
-        own = next((i for i, part in enumerate(dim.split("+")) if "[" in part), 0)
-        theirs.append(parts[own])
-        before.append(tuple(parts[:own]))
-        after.append(tuple(parts[own + 1 :]))
-    return Pattern(tuple(theirs), tuple(right.split()), tuple(before), tuple(after))
+    return Pattern(tuple(map(_dim, _groups(left))), tuple(tuple(d.split()) for d in _groups(right)))
+
+
+def _groups(text: str) -> list[str]:
+    return [a or b for a, b in re.findall(r"\(([^)]*)\)|(\S+)", text)]
+
+
+def _dim(text: str) -> Dim:
+    outer, _, inner = text.rpartition(":")
+    parts = [tuple(part.strip(" []").split()) for part in inner.split("+")]
+    own = next((i for i, part in enumerate(inner.split("+")) if "[" in part), 0)
+    return Dim(tuple(outer.split()), parts[own], tuple(parts[:own]), tuple(parts[own + 1 :]))
 
 
 def halves(x: Tensor, rotary: int) -> Tensor:

@@ -19,15 +19,18 @@ class Row(NamedTuple):
     ``paired``: the rotary columns (the last columns of the weight) are interleaved pairs in the
     tensor; see ``tensor_pattern.halves``.
     ``offset``: the weight minus the tensor. 1 for the norms of Gemma, which multiply by 1 + tensor:
-    the weight in dtron is the whole factor."""
+    the weight in dtron is the whole factor.
+    ``flipped``: the first dim of the weight is in reverse order there, as the taps of a convolution
+    are."""
 
     name: str
     pattern: str
     paired: bool = False
     offset: float = 0.0
+    flipped: bool = False
 
 
-def _rows(block: str, rows: Mapping[str, tuple]) -> dict[str, Row]:
+def block_rows(block: str, rows: Mapping[str, tuple]) -> dict[str, Row]:
     """Return rows with names relative to a block."""
     return {f"blocks.{{l}}.{path}": Row(block + row[0], *row[1:]) for path, row in rows.items()}
 
@@ -38,14 +41,14 @@ ENDS = {
     "w_head": Row("lm_head.weight", "v d -> v d"),
 }
 LAYER = "model.layers.{l}."
-NORMS = _rows(
+NORMS = block_rows(
     LAYER,
     {
         "norm_1.scale": ("input_layernorm.weight", "d -> d"),
         "norm_2.scale": ("post_attention_layernorm.weight", "d -> d"),
     },
 )
-ATTENTION = _rows(
+ATTENTION = block_rows(
     LAYER,
     {
         "attention.w_q": ("self_attn.q_proj.weight", "(n h) d -> d n h"),
@@ -61,14 +64,14 @@ ATTENTION = _rows(
         "attention.sinks": ("self_attn.sinks", "n -> n"),
     },
 )
-OLMO_BLOCK = _rows(
+OLMO_BLOCK = block_rows(
     LAYER,
     {
         "post_norm_1.scale": ("post_attention_layernorm.weight", "d -> d"),
         "post_norm_2.scale": ("post_feedforward_layernorm.weight", "d -> d"),
     },
 )
-GEMMA_NORMS = _rows(
+GEMMA_NORMS = block_rows(
     LAYER,
     {
         "norm_1.scale": ("input_layernorm.weight", "d -> d"),
@@ -77,14 +80,14 @@ GEMMA_NORMS = _rows(
         "post_norm_2.scale": ("post_feedforward_layernorm.weight", "d -> d"),
     },
 )
-QK_HEADS_NORM = _rows(
+QK_HEADS_NORM = block_rows(
     LAYER,
     {
         "attention.q_heads_norm.scale": ("self_attn.q_norm.weight", "(n h) -> n h"),
         "attention.k_heads_norm.scale": ("self_attn.k_norm.weight", "(k h) -> k h"),
     },
 )
-PHI3_BLOCK = _rows(
+PHI3_BLOCK = block_rows(
     LAYER,
     {
         "attention.w_q": ("self_attn.qkv_proj.weight", "([n h] + k h + k h) d -> d n h"),
@@ -96,7 +99,7 @@ PHI3_BLOCK = _rows(
         "mlp.w_down": ("mlp.down_proj.weight", "d f -> f d"),
     },
 )
-LATENT = _rows(
+LATENT = block_rows(
     LAYER,
     {
         "mla.w_q_down": ("self_attn.q_a_proj.weight", "r d -> d r"),
@@ -109,7 +112,7 @@ LATENT = _rows(
         "mla.w_o": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
     },
 )
-MLP = _rows(
+MLP = block_rows(
     LAYER,
     {
         "mlp.w_gate": ("mlp.gate_proj.weight", "f d -> d f"),
@@ -119,7 +122,7 @@ MLP = _rows(
         "mlp.b_down": ("mlp.down_proj.bias", "d -> d"),
     },
 )
-MIXTRAL_EXPERTS = _rows(
+MIXTRAL_EXPERTS = block_rows(
     LAYER + "block_sparse_moe.",
     {
         "moe.router.w": ("gate.weight", "e d -> d e"),
@@ -128,7 +131,7 @@ MIXTRAL_EXPERTS = _rows(
         "moe.experts.w_down": ("experts.{e}.w2.weight", "d f -> e f d"),
     },
 )
-EXPERTS = _rows(
+EXPERTS = block_rows(
     LAYER + "mlp.",
     {
         "moe.router.w": ("gate.weight", "e d -> d e"),
@@ -142,7 +145,7 @@ EXPERTS = _rows(
     },
 )
 # transformers from version 5 has all experts in one tensor, and can save it so.
-STACKED_EXPERTS = _rows(
+STACKED_EXPERTS = block_rows(
     LAYER + "mlp.experts.",
     {
         "moe.experts.w_gate": ("gate_up_proj", "e (0/2 f) d -> e d f"),
@@ -150,17 +153,17 @@ STACKED_EXPERTS = _rows(
         "moe.experts.w_down": ("down_proj", "e d f -> e f d"),
     },
 )
-MIXTRAL_STACKED = STACKED_EXPERTS | _rows(
+MIXTRAL_STACKED = STACKED_EXPERTS | block_rows(
     LAYER, {"moe.router.w": ("mlp.gate.weight", "e d -> d e")}
 )
-MINIMAX_EXPERTS = MIXTRAL_EXPERTS | _rows(
+MINIMAX_EXPERTS = MIXTRAL_EXPERTS | block_rows(
     LAYER,
     {"moe.router.balance": ("block_sparse_moe.e_score_correction_bias", "e -> e")},
 )
-MINIMAX_STACKED = MIXTRAL_STACKED | _rows(
+MINIMAX_STACKED = MIXTRAL_STACKED | block_rows(
     LAYER, {"moe.router.balance": ("mlp.e_score_correction_bias", "e -> e")}
 )
-GPT_OSS_EXPERTS = _rows(
+GPT_OSS_EXPERTS = block_rows(
     LAYER + "mlp.",
     {
         "moe.router.w": ("router.weight", "e d -> d e"),
@@ -173,7 +176,7 @@ GPT_OSS_EXPERTS = _rows(
         "moe.experts.b_down": ("experts.down_proj_bias", "e d -> e d"),
     },
 )
-GPT2_BLOCK = _rows(
+GPT2_BLOCK = block_rows(
     "transformer.h.{l}.",
     {
         "norm_1.scale": ("ln_1.weight", "d -> d"),
@@ -201,6 +204,22 @@ GPT2_ENDS = {
     "norm.bias": Row("transformer.ln_f.bias", "d -> d"),
     "w_head": Row("lm_head.weight", "v d -> v d"),
 }
+
+
+_GATED = {
+    "attention.w_q": ("self_attn.q_proj.weight", "(n 0/2 h) d -> d n h"),
+    "attention.w_gate": ("self_attn.q_proj.weight", "(n 1/2 h) d -> d n h"),
+}
+GATED_ATTENTION = ATTENTION | block_rows(LAYER, _GATED)
+SHARED_EXPERT = block_rows(
+    LAYER + "mlp.",
+    {
+        "moe.shared.w_gate": ("shared_expert.gate_proj.weight", "f d -> d f"),
+        "moe.shared.w_up": ("shared_expert.up_proj.weight", "f d -> d f"),
+        "moe.shared.w_down": ("shared_expert.down_proj.weight", "d f -> f d"),
+        "moe.w_shared": ("shared_expert_gate.weight", "0/1 d -> d"),
+    },
+)
 
 
 def zero_centered(rows: Mapping[str, Row]) -> dict[str, Row]:

@@ -35,11 +35,13 @@ from dtron.params import part, residual_out, weight, zeros
 
 @dataclass(frozen=True)
 class Attention:
-    """The weights. ``sinks`` are learned scores, see attention_kernels.py."""
+    """The weights. ``sinks`` are learned scores, see attention_kernels.py. ``w_gate`` makes a gate
+    for each channel of the outputs (Qiu et al. 2025, arXiv:2505.06708)."""
 
     segment: ClassVar[str] = "attention"
 
     w_q: Tensor = weight("embed", "heads", "head_dim", summed=1)
+    w_gate: Tensor | None = weight("embed", "heads", "head_dim", summed=1, when="attention_gate")
     w_k: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
     w_v: Tensor = weight("embed", "kv_heads", "head_dim", summed=1)
     w_o: Tensor = weight("heads", "head_dim", "embed", summed=2, init=residual_out)
@@ -97,6 +99,8 @@ def attention_outputs(
     o_TNH, *largest_N = layout.local_map(on_rank, ins, [q, LARGEST] if logits else [q])(
         q_TNH, k_TKH, v_TKH, inputs.table_TH, inputs.documents_T, p.sinks, *inputs.past
     )
+    if p.w_gate is not None:
+        o_TNH = o_TNH * linear(x_TD, p.w_gate, recipe=recipe).sigmoid()
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     y_TD = layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
     return y_TD if p.b_o is None else y_TD + p.b_o, *largest_N
@@ -224,9 +228,10 @@ class AttentionMixer(Mixer):
         return 6.0 * self.model.heads * sum(self.head_dims) * (w - w * w / (2 * seq_len))
 
     def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
-        """Return the bytes of queries, keys, values, outputs and log-sum-exps."""
+        """Return the bytes of queries, keys, values, outputs, gates and log-sum-exps."""
         u, heads = tokens // mesh.cp, self.model.heads
-        kept = u * (heads + self.kv_heads) * sum(self.head_dims) // mesh.tp
+        gates = 2 * heads * self.head_dims[1] if self.model.attention_gate else 0
+        kept = u * ((heads + self.kv_heads) * sum(self.head_dims) + gates) // mesh.tp
         return element * kept + 4 * u * heads // mesh.tp
 
     def message_bytes(self, mesh: MeshShape, tokens: int, method: Method, element: int) -> int:

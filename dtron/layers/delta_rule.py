@@ -29,15 +29,12 @@ once. The rest is matmuls:
 The second line, with u = U - W S, is an affine map of S. state_passing.py combines the maps of
 chunks and of cp ranks.
 
-**Documents.** The state must be zero at the first token of a document. A decay of zero has no
-logarithm. So a quotient G_i / G_j, with j before the document of i, is set to zero instead; the
-same for G_i S and for G_L / G_j.
+state_chunks.py computes the quotients of decays. They are zero across the start of a document.
 
 **Decays of channels.** In Kimi delta attention (Kimi Linear, arXiv:2510.26692) each channel of the
 keys has its own decay: a is then a diagonal matrix, and so are G_i and G_i / G_j.
 
-Quotients are computed as exp(log G_i - log G_j), which never exceeds 1. Everything here is in
-float32 at least.
+Everything here is in float32 at least.
 
 Left out: the inverse of the system as a product (I - N)(I + N^2)(I + N^4)..., which is matmuls
 alone: its factors grow far beyond the inverse where keys are alike. Also left out: matmuls in
@@ -52,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.layers.state_chunks import decays, exp_or_zero, joined, split
 from dtron.layers.state_passing import Maps, SequenceRanks, states_before
 
 BLOCK = 16  # rows of a chunk, for decays of channels
@@ -120,8 +118,7 @@ def delta_rule(
     chunks = _chunks(tokens.wide(), min(chunk, seq_len))
     states, last = states_before(chunks.maps, state, ranks)
     o = chunks.q @ states + chunks.scores @ (chunks.u - chunks.w @ states)  # [C, B, N, L, V]
-    o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :seq_len]
-    return o.to(tokens.v.dtype), last
+    return joined(o, seq_len).to(tokens.v.dtype), last
 
 
 class _Chunks(NamedTuple):
@@ -140,18 +137,9 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(tokens: DeltaTokens, size: int) -> _Chunks:
-    q, k, v, log_decay = (_split(x, size) for x in tokens[:4])
-    beta = _split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
-    log_g = log_decay.cumsum(-2)
-    kept = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()  # j <= i
-    before, after = None, None
-    if tokens.starts_BS is not None:
-        starts = _split(tokens.starts_BS[..., None, None].to(k.dtype), size)
-        document = starts.cumsum(-2)  # [C, B, 1, L, 1]; 0 is the document of the state before
-        kept = kept & (document == document.mT)
-        before, after = document != 0, document != document[..., -1:, :]
-    g_i = _exp(log_g, before)
-    g_last = _exp(log_g[..., -1:, :] - log_g, after)
+    q, k, v, log_decay = (split(x, size) for x in tokens[:4])
+    beta = split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
+    log_g, g_i, g_last, kept = decays(log_decay, tokens.starts_BS)
 
     system = beta * _decayed_products(k, k, log_g, kept)  # the solver reads below the diagonal
     right = beta * torch.cat([v, g_i * k], dim=-1)
@@ -171,7 +159,7 @@ def _decayed_products(x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor) -> Tens
     takes G relative to its first row: then both factors, G_i / G_first and G_first / G_j, are at
     most 1 for earlier columns j. Only the blocks on the diagonal need all the quotients."""
     if log_g.shape[-1] == 1:
-        return x @ k.mT * _exp(log_g - log_g.mT, ~kept)
+        return x @ k.mT * exp_or_zero(log_g - log_g.mT, ~kept)
     rows, size = [], x.shape[-2]
     for start in range(0, size, BLOCK):
         block = slice(start, min(start + BLOCK, size))
@@ -181,18 +169,6 @@ def _decayed_products(x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor) -> Tens
         pairs = log_i[..., :, None, :] - log_i[..., None, :, :]
         later = torch.ones(pairs.shape[-3:-1], dtype=torch.bool, device=x.device).triu(1)
         products = x[..., block, None, :] * k[..., None, block, :]
-        own = (products * _exp(pairs, later[..., None])).sum(-1)
+        own = (products * exp_or_zero(pairs, later[..., None])).sum(-1)
         rows.append(F.pad(torch.cat([before, own], dim=-1), (0, size - block.stop)))
     return torch.cat(rows, dim=-2).masked_fill(~kept, 0.0)
-
-
-def _exp(x: Tensor, zero: Tensor | None) -> Tensor:
-    """Return exp(x), and 0 with gradient 0 where ``zero``."""
-    return (x if zero is None else x.masked_fill(zero, float("-inf"))).exp()
-
-
-def _split(x: Tensor, size: int) -> Tensor:
-    """Split rows into chunks: ``[B, S, N, H]`` -> ``[C, B, N, L, H]``. The last chunk is padded
-    with zeros: a token with beta 0 and log decay 0 does not change the state."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
-    return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)

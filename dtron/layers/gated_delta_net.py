@@ -30,7 +30,6 @@ Left out: negative eigenvalues (beta up to 2), and a variant without the short c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,20 +40,12 @@ from dtron.bounds import divides, from_to, nearest_divisor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
-from dtron.layers.delta_net_core import (
-    DeltaNetCache,
-    DeltaNetInputs,
-    Gate,
-    HeadWeights,
-    Projected,
-    delta_net_core,
-)
+from dtron.layers.delta_net_core import HeadWeights, Projected, delta_net_core
 from dtron.layers.linear import linear, linear_in
-from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.norm import Norm
-from dtron.layers.short_convolution import taps_init, visible_tokens
+from dtron.layers.recurrent_mixer import RecurrentInputs, RecurrentMixer
+from dtron.layers.short_convolution import taps_init
 from dtron.layers.state_passing import map_elements
-from dtron.layers.token_order import TokenOrder
 from dtron.mesh import Layout
 from dtron.params import Dims, WeightSpec, part, residual_out, weight
 
@@ -140,7 +131,7 @@ class GatedDeltaNet:
 
 
 def gated_delta_net(
-    p: GatedDeltaNet, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout
+    p: GatedDeltaNet, x_TD: Tensor, inputs: RecurrentInputs, layout: Layout
 ) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
@@ -148,7 +139,7 @@ def gated_delta_net(
         linear(x_TD, w, recipe=inputs.recipe) for w in (p.w_q, p.w_k, p.w_v, p.w_gate)
     )
     projected = Projected(q, k, v, gate, linear(x_TD, p.w_beta), linear(x_TD, p.w_decay))
-    y_TNH = delta_net_core(projected, head_weights(p), inputs, layout)  # sends over cp
+    y_TNH = delta_net_core(projected, head_weights(p), inputs, "silu", layout)  # sends over cp
     y_TD = linear_in(y_TNH, p.w_o, inputs.recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
@@ -158,53 +149,28 @@ def head_weights(p: Any) -> HeadWeights:
     return HeadWeights(p.taps_q, p.taps_k, p.taps_v, p.a_log, p.dt_bias, p.norm.scale)
 
 
-class GatedDeltaNetMixer(Mixer):
-    """Gated delta net as a mixer. It ignores the attention window, rotary positions and the method
-    of attention over cp."""
+class GatedDeltaNetMixer(RecurrentMixer):
+    """Gated delta net as a mixer."""
 
     params: ClassVar[type] = GatedDeltaNet
     widths: ClassVar[tuple[str, ...]] = ("delta.key_heads", "delta.value_heads")
-    gate: ClassVar[Gate] = "silu"
 
     @property
     def config(self) -> DeltaNetConfig:
         return self.model.delta
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.config.value_heads, self.config.key_dim, self.config.value_dim
+
+    def channels(self, tp: int) -> int:
+        return self.config.channels // tp
+
     def dims(self) -> dict[str, Any]:
         return self.config.dims()
 
-    def apply(self, p: Any, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+    def apply(self, p: Any, x_TD: Tensor, inputs: RecurrentInputs, layout: Layout) -> Tensor:
         return gated_delta_net(p, x_TD, inputs, layout)
-
-    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:
-        parts, device = layout.parts("sequence"), stage.x_TD.device
-        inputs = DeltaNetInputs(
-            chunk=self.config.chunk,
-            gate=self.gate,
-            seq_len=stage.batch.seq_len // parts,
-            sees_TK=visible_tokens(stage.batch, self.config.taps, device, layout),
-            place=layout.to_local(layout.iota("sequence", parts, device), "sequence"),
-            last_B=stage.last_B,
-        )
-        return dict.fromkeys(stage.windows, inputs)
-
-    def empty_cache(
-        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
-    ) -> DeltaNetCache:
-        """Make the tail of the convolution, and the states, which are in float32 at least."""
-        c, tp, own = self.config, layout.parts("value_heads"), rows // layout.parts("tokens")
-        tail = torch.zeros(own * (c.taps - 1), c.channels // tp, dtype=dtype, device=device)
-        shape = own, c.value_heads // tp, c.key_dim, c.value_dim
-        wide = torch.promote_types(dtype, torch.float32)
-        state = torch.zeros(shape, dtype=wide, device=device)
-        return DeltaNetCache(
-            layout.from_local(tail, "tokens", "value_heads"),
-            layout.from_local(state, "tokens", "value_heads", None, None),
-        )
-
-    def orders(self, method: Method) -> tuple[TokenOrder, ...]:
-        """A rank's shard is one run of the recurrence."""
-        return ("contiguous",)
 
     def flops(self, seq_len: int, window: int | None) -> float:
         """Return the FLOPs of the recurrence: three products of a token with the state, to read,
@@ -233,10 +199,4 @@ class GatedDeltaNetMixer(Mixer):
     def check_mesh(self, mesh: MeshShape, seq_len: int, method: Method) -> None:
         for name in ("key_heads", "value_heads"):
             divides(f"model.delta.{name}", getattr(self.config, name), "tp", mesh.tp)
-        before = self.config.taps - 1
-        if mesh.cp > 1 and seq_len < before * mesh.cp:
-            raise UserError(
-                f"data.seq_len={seq_len} over cp={mesh.cp}: the convolution of linear attention "
-                f"needs {before} tokens of each row on every rank; use --data.seq-len "
-                f"{before * mesh.cp} or more, or a smaller cp"
-            )
+        super().check_mesh(mesh, seq_len, method)

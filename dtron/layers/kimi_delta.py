@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers.delta_net_core import DeltaNetInputs, Gate, Projected, delta_net_core
+from dtron.layers.delta_net_core import Projected, delta_net_core
 from dtron.layers.delta_rule import BLOCK
 from dtron.layers.gated_delta_net import (
     GatedDeltaNetMixer,
@@ -31,6 +31,7 @@ from dtron.layers.gated_delta_net import (
 )
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm
+from dtron.layers.recurrent_mixer import RecurrentInputs
 from dtron.layers.short_convolution import taps_init
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight
@@ -60,7 +61,7 @@ class KimiDelta:
     norm: Norm = part(act_embed="v_dim")
 
 
-def kimi_delta(p: KimiDelta, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+def kimi_delta(p: KimiDelta, x_TD: Tensor, inputs: RecurrentInputs, layout: Layout) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement."""
     recipe = inputs.recipe
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
@@ -71,7 +72,7 @@ def kimi_delta(p: KimiDelta, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layou
     )
     beta_TN = linear(x_TD, p.w_beta)
     projected = Projected(q_TNH, k_TNH, v_TNH, gate_TNH, beta_TN, decay_TNH)
-    y_TNH = delta_net_core(projected, head_weights(p), inputs, layout)  # sends over cp
+    y_TNH = delta_net_core(projected, head_weights(p), inputs, "sigmoid", layout)  # sends over cp
     y_TD = linear_in(y_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed")  # reduce-scatter over tp
 
@@ -80,12 +81,11 @@ class KimiDeltaMixer(GatedDeltaNetMixer):
     """Kimi delta attention as a mixer."""
 
     params: ClassVar[type] = KimiDelta
-    gate: ClassVar[Gate] = "sigmoid"
 
     def dims(self) -> dict[str, Any]:
         return self.config.dims() | {"gate_rank": self.config.value_dim}
 
-    def apply(self, p: Any, x_TD: Tensor, inputs: DeltaNetInputs, layout: Layout) -> Tensor:
+    def apply(self, p: Any, x_TD: Tensor, inputs: RecurrentInputs, layout: Layout) -> Tensor:
         return kimi_delta(p, x_TD, inputs, layout)
 
     def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:

@@ -75,6 +75,13 @@ class MixerInputs:
 
 
 @dataclass(frozen=True)
+class NoWeights:
+    """The weights of ``NoMixer``."""
+
+    segment: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
 class Mixer(Leaf):
     """One kind of mixer in one model. It has no state.
 
@@ -88,6 +95,8 @@ class Mixer(Leaf):
     model: Any
 
     params: ClassVar[Any]
+    present: ClassVar[bool] = True
+    """whether a block has this layer at all; see ``NoMixer``"""
     has_logits: ClassVar[bool] = False
     """whether tokens attend by logits of heads, whose axis is ``heads``"""
     widths: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
@@ -176,3 +185,23 @@ class Mixer(Leaf):
 
     def check_kernel(self, path: AttentionPath, dtype: torch.dtype, device: str) -> None:
         """Raise UserError if the requested attention kernels do not support this mixer."""
+
+
+class NoMixer(Mixer):
+    """The mixer of a block that is a feed-forward layer alone. It has no weights and no cost, and
+    supports every mesh."""
+
+    params: ClassVar[type] = NoWeights
+    present: ClassVar[bool] = False
+    widths: ClassVar[tuple[str, ...]] = ()
+
+    def empty_cache(
+        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
+    ) -> None:
+        return None
+
+    def orders(self, method: Method) -> tuple[TokenOrder, ...]:
+        return ("contiguous", "zigzag") if method == "ulysses" else ("zigzag", "contiguous")
+
+    def activation_bytes(self, mesh: MeshShape, tokens: int, element: int) -> int:
+        return 0

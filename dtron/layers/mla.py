@@ -38,7 +38,7 @@ from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, l
 from dtron.layers.kv_cache import Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
-from dtron.layers.rope import rotate
+from dtron.layers.rope import RopeConfig, rotate
 from dtron.mesh import Layout
 from dtron.params import part, residual_out, weight
 
@@ -118,7 +118,7 @@ class MLA:
 
 def mla(p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout) -> Tensor:
     """Apply the layer: ``x_TD [T@tokens_sp, D]`` -> the same shape and placement. The rotary angles
-    ``inputs.table_TH`` are as wide as ``rope_dim``."""
+    ``inputs.table_TH`` are as wide as ``rope_dim`` (None: no positions)."""
     return mla_outputs(p, x_TD, inputs, layout, logits=False)[0]
 
 
@@ -131,8 +131,8 @@ def mla_outputs(
     q_TR = x_TD  # local, like the next lines: each rank has its own tokens
     if p.w_q_down is not None and p.q_norm is not None:
         q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
-    assert table_TH is not None
-    rank, rope_dim = p.kv_norm.scale.shape[0], table_TH.shape[-1]
+    rank = p.kv_norm.scale.shape[0]
+    rope_dim = p.w_kv_down.shape[-1] - rank
     c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rope_dim], dim=-1)
     latents_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
     latents_TR = layout.constrain(latents_TR, "tokens", None)  # all-gather over tp
@@ -148,7 +148,7 @@ def mla_outputs(
         q_TNH: Tensor,
         kv_TNH: Tensor,
         k_TH: Tensor,
-        table_TH: Tensor,
+        table_TH: Tensor | None,
         documents_T: Tensor | None,
         *past: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -164,14 +164,16 @@ def mla_outputs(
     return layout.constrain(y_TD, "tokens_sp", "act_embed"), *largest_N  # reduce-scatter over tp
 
 
-def _heads(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor) -> Heads:
+def _heads(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor | None) -> Heads:
     """Rotate, and concatenate the two parts of queries and of keys. Rank-local.
 
     ``k_TH``: the rotary key, which all heads share.
-    ``table_TH``: the rotary angles."""
-    nope = q_TNH.shape[-1] - table_TH.shape[-1]
-    rotary_q = rotate(q_TNH[..., nope:], table_TH)
-    rotary_k = rotate(k_TH[:, None], table_TH).expand(-1, q_TNH.shape[1], -1)
+    ``table_TH``: the rotary angles (None: no positions)."""
+    nope = q_TNH.shape[-1] - k_TH.shape[-1]
+    rotary_q, rotary_k = q_TNH[..., nope:], k_TH[:, None]
+    if table_TH is not None:
+        rotary_q, rotary_k = rotate(rotary_q, table_TH), rotate(rotary_k, table_TH)
+    rotary_k = rotary_k.expand(-1, q_TNH.shape[1], -1)
     q_TNH = torch.cat([q_TNH[..., :nope], rotary_q], dim=-1)
     k_TNH = torch.cat([kv_TNH[..., :nope], rotary_k], dim=-1)
     return Heads(q_TNH, k_TNH, kv_TNH[..., nope:])
@@ -230,6 +232,7 @@ class MLAMixer(AttentionMixer):
                 "give --model.mla.kv-rank"
             )
         flags = {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False}
+        flags["attention_gate"] = False
         for name, only in {**flags, "positions": "rotary"}.items():
             if getattr(m, name) != only:
                 raise UserError(
@@ -242,3 +245,11 @@ class MLAMixer(AttentionMixer):
                 f"model.rope.partial={m.rope.partial} with model.mla.kv_rank={m.mla.kv_rank}: "
                 "latent attention rotates model.mla.rope_dim dims; leave it out"
             )
+
+
+class NoPEMLAMixer(MLAMixer):
+    """Latent attention without positions: nothing is rotated (Kimi Linear, arXiv:2510.26692). All
+    heads share the key of width ``rope_dim`` as before."""
+
+    def rope(self, window: int | None) -> RopeConfig | None:
+        return None

@@ -115,7 +115,9 @@ def state_of_earlier_ranks(own: Maps, ranks: SequenceRanks) -> Tensor:
     return combined(maps)[0].offset.index_select(0, ranks.place)[0]
 
 
-def map_elements(rows: int, heads: int, key_dim: int, value_dim: int) -> int:
-    """Return the number of elements in a rank's message: for each row and head its map, whose
-    transition is a matrix."""
-    return rows * heads * key_dim * (key_dim + value_dim)
+def map_elements(rows: int, heads: int, key_dim: int, value_dim: int, scalar: bool = False) -> int:
+    """Return the number of elements in a rank's message: for each row and head its map.
+
+    ``scalar``: the transition is a number, not a matrix."""
+    transition = 1 if scalar else key_dim * key_dim
+    return rows * heads * (transition + key_dim * value_dim)

@@ -24,20 +24,22 @@ def block_bytes(
     """
     u = tokens // shape.cp
     t = u // shape.tp
-    mixer = m.mixer(m.letter(layer)).activation_bytes(shape, tokens, element)
-    c = m.moe
+    mixer, c = m.mixer(m.letter(layer)), m.moe
+    sparse, dense = m.sparse(layer), m.dense(layer)
+    sublayers = mixer.present + (sparse or dense)
 
     def total(residuals: int, products: int) -> int:
         """Add up, with this many residuals and inputs or outputs of the MLP's matmuls."""
-        if c.experts:
+        mlp = 0
+        if sparse:
             mlp = products * u * (c.top_k * c.mlp + c.shared) // shape.tp + t * c.top_k * m.embed
-        else:
+        elif dense:
             mlp = products * (u if chunk is None else min(u, chunk)) * m.mlp // shape.tp
-        streams = residuals * t * m.embed + 2 * u * m.embed
-        return element * (streams + mlp) + mixer
+        streams = residuals * t * m.embed + sublayers * u * m.embed
+        return element * (streams + mlp) + mixer.activation_bytes(shape, tokens, element)
 
     products = 3 if m.activation in ("swiglu", "geglu") else 2
-    norms = 4 if m.norm_position == "sandwich" else 2  # each keeps its input
+    norms = sublayers * (2 if m.norm_position == "sandwich" else 1)  # each keeps its input
     return BlockBytes(element * t * m.embed, total(1, products - 1), total(norms, products))
 
 

@@ -1,8 +1,9 @@
 """A transformer block, and the running of a stage's blocks.
 
 Blocks are pre-norm, x + f(norm(x)), as in Llama; or post-norm, x + norm(f(x)), as in OLMo 2
-(arXiv:2501.00656, equation 2); or both, as in Gemma 2 (arXiv:2408.00118). Dropout is left out on
-purpose: current models train without dropout, and recompute then needs no random state.
+(arXiv:2501.00656, equation 2); or both, as in Gemma 2 (arXiv:2408.00118). f is a mixer, then a
+feed-forward layer; a block of Nemotron-H has only one of the two (arXiv:2504.03624). Dropout is
+left out on purpose: current models train without dropout, and recompute then needs no random state.
 
 activation_checkpoint.py alone decides where a block's weights are all-gathered and which of its
 activations are recomputed. Both may vary between runs without changing the result.
@@ -42,19 +43,19 @@ from dtron.torch_compile import DIRECT, Units
 @dataclass(frozen=True)
 class Block:
     """The weights of a block. ``mlp`` is the dense feed-forward layer; ``moe`` takes its place in a
-    block with experts. ``norm_1`` and ``norm_2`` are before the sub-layers, ``post_norm_1`` and
-    ``post_norm_2`` on their outputs.
+    block with experts. A block may lack its mixer or its feed-forward layer. ``norm_1`` and
+    ``norm_2`` are before these sub-layers, ``post_norm_1`` and ``post_norm_2`` on their outputs.
 
     ``letter``: the block's mixer, a key of ``ModelConfig.kinds``.
     ``window``: the attention window (None: no window)."""
 
-    norm_1: Norm | None = part(when="pre_norms")
-    mixer: Any = part(choose="mixer")
-    post_norm_1: Norm | None = part(when="post_norms")
-    norm_2: Norm | None = part(when="pre_norms")
+    norm_1: Norm | None = part(when="pre_norm_1")
+    mixer: Any = part(choose="mixer", when="mixes")
+    post_norm_1: Norm | None = part(when="post_norm_1")
+    norm_2: Norm | None = part(when="pre_norm_2")
     mlp: MLP | None = part(when="dense")
     moe: MoELayer | None = part(when="sparse")
-    post_norm_2: Norm | None = part(when="post_norms")
+    post_norm_2: Norm | None = part(when="post_norm_2")
     letter: str = value("letter")
     window: int | None = value("window")
 
@@ -95,15 +96,17 @@ def block(
     other outputs.
 
     ``before_E``: for experts, see ``route``."""
-    h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
     logits: list[Tensor] = []
-    if inputs.logits:
-        mixed_TD, *logits = inputs.mixer.apply_with_logits(
-            p.mixer, h_TD, inputs.mixer_inputs, layout
-        )
-    else:
-        mixed_TD = inputs.mixer.apply(p.mixer, h_TD, inputs.mixer_inputs, layout)
-    x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
+    if p.mixer is not None:
+        h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
+        mixer, more = inputs.mixer, inputs.mixer_inputs
+        if inputs.logits:
+            mixed_TD, *logits = mixer.apply_with_logits(p.mixer, h_TD, more, layout)
+        else:
+            mixed_TD = mixer.apply(p.mixer, h_TD, more, layout)
+        x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
+    if p.mlp is None and p.moe is None:
+        return x_TD, *logits
     h_TD = norm_if(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         assert p.mlp is not None

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dtron.bounds import under
-from dtron.errors import UserError
 from dtron.layers.attention import AttentionMixer, NoPEMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
-from dtron.layers.mixer import Mixer
-from dtron.layers.mla import MLAConfig, MLAMixer
+from dtron.layers.mamba2 import Mamba2Config, Mamba2Mixer
+from dtron.layers.mixer import Mixer, NoMixer
+from dtron.layers.mla import MLAConfig, MLAMixer, NoPEMLAMixer
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import RopeConfig
 from dtron.layers.token_order import TokenOrder
+from dtron.model.check_model import check_model
 from dtron.model.mtp import MTPConfig
 from dtron.moe.config import MoEConfig
 from dtron.tree import Leaf
@@ -32,10 +32,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "L": GatedDeltaNetMixer,
     "K": KimiDeltaMixer,
     "N": NoPEMixer,
+    "P": NoPEMLAMixer,
+    "S": Mamba2Mixer,
+    "_": NoMixer,
 }
-
-# A tree has a node for each layer, so more layers would take minutes before anything runs.
-LARGEST = {"layers": 10_000}
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention, N attention without positions (NoPE), L linear attention (gated delta net), K
-    Kimi delta attention; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
+    latent attention, N and P the same two without positions (NoPE), L linear attention (gated delta
+    net), K Kimi delta attention, S Mamba-2, _ none; with model.mla.kv_rank, A is M too, unless the
+    pattern has an M"""
+    feed_forwards: str = "F"
+    """feed-forward layers of the blocks, a letter each, repeated over the layers: F as model.moe
+    says, D a dense one, _ none; a block needs a mixer or a feed-forward layer"""
     heads: int = 8
     """attention heads (of queries)"""
     kv_heads: int = 4
@@ -76,6 +80,7 @@ class ModelConfig(Leaf):
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
     delta: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    mamba: Mamba2Config = field(default_factory=Mamba2Config)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     context: int = 2048
     """longest sequence; learned positions have this many rows"""
@@ -107,6 +112,8 @@ class ModelConfig(Leaf):
     """factor on the logits, before final_softcap"""
     final_softcap: float | None = None
     """logits are bounded to this by tanh"""
+    attention_gate: bool = False
+    """attention's outputs are multiplied by a learned sigmoid of the layer's input (Qwen3-Next)"""
     sinks: bool = False
     """each head has a learned score that attends to nothing"""
     z_loss: float = 0.0
@@ -125,74 +132,7 @@ class ModelConfig(Leaf):
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab",
-            "embed",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "mlp",
-            "context",
-            "vocab_multiple",
-        ):
-            high = LARGEST.get(name, 1 << 31)
-            if not 1 <= getattr(self, name) <= high:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)}: a size is from 1 to {high}; change it"
-                )
-        if not self.pattern or not set(self.pattern) <= set(self.kinds):
-            raise UserError(
-                f"model.pattern={self.pattern!r}: must be one or more of the letters "
-                f"{', '.join(self.kinds)}; change it"
-            )
-        for mixer in self.mixers:
-            mixer.check_model()
-        under(self, "model", {name: float("inf") for name in ("init_std", "z_loss", "norm_eps")})
-        for name in ("window", "softcap", "attention_scale", "final_softcap"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise UserError(
-                    f"model.{name}={getattr(self, name)}: must be positive; or None to turn it off"
-                )
-        for name in ("embedding_scale", "residual_scale", "logit_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"model.{name}={getattr(self, name)}: must be positive; 1: none")
-        theta = self.window_rope_theta
-        if theta is not None and not 1 < theta < float("inf"):
-            raise UserError(f"model.window_rope_theta={theta}: must be over 1; raise it")
-        if theta is not None and self.window is None:
-            raise UserError(
-                f"model.window_rope_theta={theta}: no layer has a window; give --model.window too"
-            )
-        if self.qk_norm_over == "projection" and not (self.qk_norm and self.norm == "rmsnorm"):
-            raise UserError(
-                f"model.qk_norm_over=projection with model.norm={self.norm} and model.qk_norm="
-                f"{self.qk_norm}: all heads together have an RMSNorm; give --model.qk-norm and "
-                "--model.norm rmsnorm, or use --model.qk-norm-over head"
-            )
-        self._check_mup()
-        if self.full_every < 0:
-            raise UserError(
-                f"model.full_every={self.full_every}: a number of layers; use 0 for none"
-            )
-        if self.moe.experts and self.moe.dense_layers >= self.layers:
-            raise UserError(
-                f"model.moe.dense_layers={self.moe.dense_layers} of model.layers={self.layers}: no "
-                "layer would have experts; use fewer, or --model.moe.experts 0"
-            )
-
-    def _check_mup(self) -> None:
-        for name in ("mup_base_width", "mup_base_head_dim"):
-            if not 0 <= getattr(self, name) < 1 << 31:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)}: a width of the base model, or 0 for "
-                    "none; change it"
-                )
-        if self.mup_base_head_dim and not self.mup:
-            raise UserError(
-                f"model.mup_base_head_dim={self.mup_base_head_dim} with model.mup_base_width=0, "
-                "which is the standard parametrization; give --model.mup-base-width too"
-            )
+        check_model(self)
 
     @property
     def mup(self) -> bool:
@@ -216,6 +156,24 @@ class ModelConfig(Leaf):
         only_latent = self.latent and "M" not in self.pattern
         return "M" if letter == "A" and only_latent else letter
 
+    def feed_forward(self, i: int) -> str:
+        """Return the letter of block i's feed-forward layer."""
+        return self.feed_forwards[i % len(self.feed_forwards)]
+
+    def sparse(self, i: int) -> bool:
+        """Whether block i has experts."""
+        c = self.moe
+        return self.feed_forward(i) == "F" and c.experts > 0 and i >= c.dense_layers
+
+    def dense(self, i: int) -> bool:
+        """Whether block i has a dense feed-forward layer."""
+        return self.feed_forward(i) in "FD" and not self.sparse(i)
+
+    @property
+    def blocks(self) -> range:
+        """The indices of all blocks. The blocks of multi-token prediction come last."""
+        return range(self.layers + self.mtp.depth)
+
     def mixer(self, letter: str) -> Mixer:
         """Return the mixer of a letter of ``pattern``."""
         return self.kinds[letter](self)
@@ -223,7 +181,7 @@ class ModelConfig(Leaf):
     @property
     def mixers(self) -> tuple[Mixer, ...]:
         """The mixers of the model's blocks, each kind once."""
-        letters = dict.fromkeys(self.letter(i) for i in range(self.layers + self.mtp.depth))
+        letters = dict.fromkeys(map(self.letter, self.blocks))
         return tuple(self.mixer(letter) for letter in letters)
 
     def token_order(self, method: Method) -> TokenOrder:
@@ -253,11 +211,12 @@ class ModelConfig(Leaf):
             "layernorm": self.norm == "layernorm",
             "learned_positions": self.positions == "learned",
             "untied": not self.tied,
-            "pre_norms": self.norm_position != "post",
-            "post_norms": self.norm_position != "pre",
             "qk_norm": self.qk_norm and self.qk_norm_over == "head",
             "qk_heads_norm": self.qk_norm and self.qk_norm_over == "projection",
-            **{name: getattr(self, name) for name in ("qkv_bias", "bias", "sinks")},
+            **{
+                name: getattr(self, name)
+                for name in ("qkv_bias", "bias", "sinks", "attention_gate")
+            },
             **self._expert_dims(),
             "blocks": [self._block(i) for i in range(self.layers)],
             "mtp_depth": self.mtp.depth,
@@ -280,14 +239,20 @@ class ModelConfig(Leaf):
 
     def _block(self, i: int) -> dict[str, Any]:
         """Return the names that differ from block to block, for block i."""
-        sparse = self.moe.experts > 0 and i >= self.moe.dense_layers
+        pre, post = self.norm_position != "post", self.norm_position != "pre"
+        sparse, dense = self.sparse(i), self.dense(i)
         full = self.full_every and (i + 1) % self.full_every == 0
         letter = self.letter(i)
         mixer = self.mixer(letter)
         return {
             "letter": letter,
             "mixer": (mixer.params, mixer.dims()),
+            "mixes": mixer.present,
             "sparse": sparse,
-            "dense": not sparse,
+            "dense": dense,
+            "pre_norm_1": pre and mixer.present,
+            "post_norm_1": post and mixer.present,
+            "pre_norm_2": pre and (sparse or dense),
+            "post_norm_2": post and (sparse or dense),
             "window": None if full else self.window,
         }

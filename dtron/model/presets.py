@@ -16,6 +16,7 @@ from dtron.layers.mla import MLAConfig
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.mtp import MTPConfig
+from dtron.model.recurrent_presets import RECURRENT
 from dtron.moe.config import MoEConfig
 
 
@@ -264,6 +265,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-oss-20b":     _GPT_OSS,
     "deepseek-v2-lite": _V2_LITE,
     "deepseek-v3":      _V3,
+    **RECURRENT,
 }
 # fmt: on
 

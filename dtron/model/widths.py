@@ -55,7 +55,9 @@ def describe_mup(m: ModelConfig) -> list[str]:
     for w in flat(declare_model(m)):
         if w.init in (normal, residual_out):  # the others have no such factor
             kinds.setdefault(w.growth.init_std, []).append(w)
-    scores = ", ".join(f"{x.params.segment} scores {x.score_growth:g}x" for x in m.mixers)
+    scores = ", ".join(
+        f"{x.params.segment} scores {x.score_growth:g}x" for x in m.mixers if x.has_logits
+    )
     return [
         *(
             f"initial std {m.init_std * factor:g} ({factor:g}x): {len(weights)} weights, first "

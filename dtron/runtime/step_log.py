@@ -144,7 +144,7 @@ class StepLog:
         if x.decay is not None:
             record["weight_decay"] = x.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
-        record |= describe_experts(x.reports.experts, config.model.moe)
+        record |= describe_experts(x.reports.experts, config.model)
         record |= describe_extras(x.reports, x.valid)
         if x.step % config.log_every == 0 or x.step in (1, config.steps):
             self._metrics.line(record)

@@ -32,10 +32,9 @@ def check(
     """Check divisibility before any process group or weight exists. Raises UserError with the
     remedy."""
     check_experts(model, mesh)
-    dense = not model.moe.experts or model.moe.dense_layers
     for mixer in model.mixers:
         mixer.check_mesh(mesh, seq_len, cp_method)
-    if dense:
+    if any(map(model.dense, model.blocks)):
         divides("model.mlp", model.mlp, "tp", mesh.tp)
     order = "zigzag" if zigzag else "contiguous"
     for mixer in model.mixers:

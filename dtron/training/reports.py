@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtron.model.block import LARGEST_LOGITS
+from dtron.model.config import ModelConfig
 from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
 from dtron.training.gradients import Reports
@@ -57,7 +58,7 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
     return pipe.sum(rows)
 
 
-def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
+def describe_experts(totals: Tensor | None, m: ModelConfig) -> dict[str, float]:
     """Return the numbers of a step by name, such as ``experts.3.entropy`` for layer 3.
 
     ``load_max``, ``load_min``: the largest and smallest load of an expert, over the mean load.
@@ -67,7 +68,8 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
     if totals is None:
         return {}
     numbers: dict[str, float] = {}
-    for i, row in enumerate(totals.tolist()):
+    c, layers = m.moe, filter(m.sparse, m.blocks)
+    for i, row in zip(layers, totals.tolist(), strict=True):
         load, sums = row[: c.experts], dict(zip(COLUMNS, row[c.experts :], strict=True))
         mean, tokens = max(sum(load) / c.experts, 1e-9), max(sums["tokens"], 1)
         each = {"load_max": max(load) / mean, "load_min": min(load) / mean}
@@ -76,7 +78,7 @@ def describe_experts(totals: Tensor | None, c: MoEConfig) -> dict[str, float]:
             "dropped": sums["dropped"] / (max(sums["sent"], 1) * c.top_k),
         }
         each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
-        numbers |= {f"experts.{c.dense_layers + i}.{name}": value for name, value in each.items()}
+        numbers |= {f"experts.{i}.{name}": value for name, value in each.items()}
     return numbers
 
 

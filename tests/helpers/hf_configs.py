@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
 from tests.helpers import hf_fields as fields
+from tests.helpers import hf_recurrent_fields as recurrent
 from tests.helpers.hf_models import causal, draw_weights
 
 # By the class in transformers, the strategy of its fields.
@@ -40,6 +41,9 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Granite": fields.granite,
     "Glm4Moe": fields.glm4_moe,
     "MiniMaxM2": fields.minimax_m2,
+    "Qwen3Next": recurrent.qwen3_next,
+    "NemotronH": recurrent.nemotron_h,
+    "KimiLinear": recurrent.kimi_linear,
 }
 
 

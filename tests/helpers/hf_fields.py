@@ -58,7 +58,7 @@ def rope(draw: Any, kinds: Sequence[str] = ROPE_TYPES) -> dict[str, Any]:
     return out
 
 
-def _dense(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
+def dense(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
     heads = draw(st.sampled_from([2, 4]))
     return {
         **_SIZES,
@@ -98,24 +98,24 @@ _GEMMA = {
 }
 PHI3_ROPE = ("default", "default", "longrope")  # transformers refuses the others
 LAYERED_ROPE = ("Olmo3", "Gemma3Text")
-PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2")
-_BIAS = {"attention_bias": rare(False, True)}
+PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2", "Qwen3Next")
+BIAS = {"attention_bias": rare(False, True)}
 
 
 def llama(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_BIAS, mlp_bias=rare(False, True))
+    return dense(draw, **BIAS, mlp_bias=rare(False, True))
 
 
 def mistral(draw: Any) -> dict[str, Any]:
-    return _dense(draw, sliding_window=_WINDOW)
+    return dense(draw, sliding_window=_WINDOW)
 
 
 def qwen2(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_QWEN, layer_types=_TYPES)
+    return dense(draw, **_QWEN, layer_types=_TYPES)
 
 
 def qwen3(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_QWEN, **_BIAS, layer_types=_TYPES)
+    return dense(draw, **_QWEN, **BIAS, layer_types=_TYPES)
 
 
 def gpt2(draw: Any) -> dict[str, Any]:
@@ -138,15 +138,15 @@ def gpt2(draw: Any) -> dict[str, Any]:
 
 
 def mixtral(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_EXPERTS, sliding_window=_WINDOW) | {"num_local_experts": 4}
+    return dense(draw, **_EXPERTS, sliding_window=_WINDOW) | {"num_local_experts": 4}
 
 
 def qwen3_moe(draw: Any) -> dict[str, Any]:
     more = {key: value for key, value in _QWEN.items() if key != "max_window_layers"}
-    made = _dense(
+    made = dense(
         draw,
         **_EXPERTS,
-        **_BIAS,
+        **BIAS,
         **more,
         norm_topk_prob=st.booleans(),
         decoder_sparse_step=rare(1, 2),
@@ -156,14 +156,14 @@ def qwen3_moe(draw: Any) -> dict[str, Any]:
 
 
 def gpt_oss(draw: Any) -> dict[str, Any]:
-    made = _dense(draw, **_EXPERTS, sliding_window=st.sampled_from([3, 20]), layer_types=_TYPES)
+    made = dense(draw, **_EXPERTS, sliding_window=st.sampled_from([3, 20]), layer_types=_TYPES)
     return made | {"num_local_experts": 4}
 
 
 def _deepseek(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
-    made = _dense(
+    made = dense(
         draw,
-        **_BIAS,
+        **BIAS,
         q_lora_rank=st.sampled_from([None, 12]),
         routed_scaling_factor=st.sampled_from([1.0, 2.5]),
         norm_topk_prob=st.booleans(),
@@ -197,20 +197,21 @@ def deepseek_v3(draw: Any) -> dict[str, Any]:
 
 
 def olmo2(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_BIAS)
+    return dense(draw, **BIAS)
 
 
 def olmo3(draw: Any) -> dict[str, Any]:
-    return _dense(draw, **_BIAS, sliding_window=_WINDOW, layer_types=_TYPES)
+    windows = st.sampled_from([3, 20, 50])  # transformers cannot compute null
+    return dense(draw, **BIAS, sliding_window=windows, layer_types=_TYPES)
 
 
 def gemma2(draw: Any) -> dict[str, Any]:
     caps = {f"{name}_logit_softcapping": st.sampled_from([None, 2.0]) for name in _CAPPED}
-    return _dense(draw, **_GEMMA, **caps)
+    return dense(draw, **_GEMMA, **caps)
 
 
 def gemma3(draw: Any) -> dict[str, Any]:
-    return _dense(
+    return dense(
         draw,
         **_GEMMA,
         final_logit_softcapping=st.sampled_from([None, 2.0]),
@@ -221,15 +222,15 @@ def gemma3(draw: Any) -> dict[str, Any]:
 
 
 def phi3(draw: Any) -> dict[str, Any]:
-    return _dense(draw, sliding_window=_WINDOW, pad_token_id=st.just(0)) | {"pad_token_id": 0}
+    return dense(draw, sliding_window=_WINDOW, pad_token_id=st.just(0)) | {"pad_token_id": 0}
 
 
 def smollm3(draw: Any) -> dict[str, Any]:
     more = {key: value for key, value in _QWEN.items() if key != "max_window_layers"}
-    made = _dense(
+    made = dense(
         draw,
         **more,
-        **_BIAS,
+        **BIAS,
         mlp_bias=rare(False, True),
         layer_types=_TYPES,
         no_rope_layers=st.sampled_from([None, [1, 0, 1], [0, 0, 0, 1], [1, 1, 1]]),
@@ -239,7 +240,7 @@ def smollm3(draw: Any) -> dict[str, Any]:
 
 
 def seed_oss(draw: Any) -> dict[str, Any]:
-    return _dense(
+    return dense(
         draw,
         attention_bias=st.booleans(),
         attention_out_bias=rare(False, True),
@@ -248,9 +249,9 @@ def seed_oss(draw: Any) -> dict[str, Any]:
 
 
 def granite(draw: Any) -> dict[str, Any]:
-    return _dense(
+    return dense(
         draw,
-        **_BIAS,
+        **BIAS,
         embedding_multiplier=numbers(0.5, 3),
         residual_multiplier=numbers(0.2, 1.5),
         logits_scaling=numbers(1, 4),
@@ -259,7 +260,7 @@ def granite(draw: Any) -> dict[str, Any]:
 
 
 def glm4_moe(draw: Any) -> dict[str, Any]:
-    made = _dense(
+    made = dense(
         draw,
         attention_bias=st.booleans(),
         use_qk_norm=st.booleans(),
@@ -282,5 +283,5 @@ def glm4_moe(draw: Any) -> dict[str, Any]:
 
 
 def minimax_m2(draw: Any) -> dict[str, Any]:
-    made = _dense(draw, rotary_dim=st.sampled_from([4, 6, 8]))
+    made = dense(draw, rotary_dim=st.sampled_from([4, 6, 8]))
     return made | {"num_local_experts": 8, "num_experts_per_tok": draw(st.sampled_from([1, 3]))}

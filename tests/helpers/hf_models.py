@@ -62,6 +62,39 @@ _DEEPSEEK = _SIZES | {
 _LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 _GEMMA = {"query_pre_attn_scalar": 9, "sliding_window": 7, "pad_token_id": 0}
 _GROUPS = {"n_group": 4, "topk_group": 2}
+_QWEN3_NEXT = _SIZES | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 6,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 24,
+    "rope_parameters": _ROPE | {"partial_rotary_factor": 0.25},
+}
+_NEMOTRON_H = {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"} | {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 10,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+    "pad_token_id": None,
+}
+_KIMI_LINEAR = {
+    key: value
+    for key, value in _DEEPSEEK.items()
+    if key not in ("rope_parameters", "n_routed_experts", "first_k_dense_replace")
+} | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["sparse", "sparse"],
+    "q_lora_rank": None,
+    "linear_num_heads": 2,
+    "linear_head_dim": 10,
+    "num_local_experts": 8,
+    "pad_token_id": None,
+}
 
 # By name: the class in transformers, and its config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -158,6 +191,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | _EXPERTS
         | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
     ),
+    "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
+    "nemotron-h": ("NemotronH", _NEMOTRON_H),
+    "kimi-linear": ("KimiLinear", _KIMI_LINEAR),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),

@@ -39,7 +39,7 @@ def close(got, want, tolerance: float = 1e-10) -> None:
 def tree(cls: type, **dims):
     """Draw random weights, away from 1 and 0, where mistakes hide."""
     absent = ("qk_norm", "qk_heads_norm", "qkv_bias", "bias", "sinks")
-    absent += ("layernorm", "learned_positions")
+    absent += ("layernorm", "learned_positions", "attention_gate")
     spec = declare(cls, dict.fromkeys(absent, False) | dims)
     return tree_map(lambda w: normal(*w.shape, seed=sum(w.path.encode())), spec)
 

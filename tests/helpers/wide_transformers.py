@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -18,6 +19,11 @@ class _Wide:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
+
+
+def module_of(made: torch.nn.Module) -> ModuleType:
+    """The module of transformers that defines this model."""
+    return sys.modules[type(made).__module__]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 from tests.helpers.hf_models import FAMILIES, folder, model
 from tests.helpers.values import ADAMW, ONE
+from tests.helpers.wide_transformers import in_float64, module_of
 
 hf = pytest.importorskip("transformers")
 
@@ -39,6 +41,14 @@ def logits(source: Source, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return predict(params, make_batch(rows(), ONE), source.model, ONE)
 
 
+def wide(made: torch.nn.Module) -> torch.Tensor:
+    """The logits in float64."""
+    made = copy.deepcopy(made).double()
+    made.config._experts_implementation = "eager"  # the other has no float64
+    with in_float64(module_of(made)):
+        return theirs(made)
+
+
 def theirs(made: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return made(input_ids=rows()[:, :-1], use_cache=False).logits.flatten(0, 1)
@@ -47,16 +57,19 @@ def theirs(made: torch.nn.Module) -> torch.Tensor:
 # Per family: two rows of its table that have the same shape, to be exchanged.
 SWAPPED = {
     "gpt2": ("attention.w_k", "attention.w_v"),
+    "nemotron-h": ("mamba.w_b", "mamba.w_c"),
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
-SWAPPED |= dict.fromkeys(("qwen3-moe", "gpt-oss", "minimax-m2"), SWAPPED["mixtral"])
+SWAPPED |= dict.fromkeys(
+    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "kimi-linear"), SWAPPED["mixtral"]
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(name):
     """The comparison notices a table with two exchanged rows."""
-    source, want = Source(folder(name)), theirs(model(name))
-    assert (logits(source) - want).abs().max() <= 1e-4
+    source, want = Source(folder(name)), wide(model(name))
+    assert (logits(source, torch.float64) - want).abs().max() <= 1e-4
     assert source.bytes_read == sum(e.stop - e.start for e in source.reader.entries.values())
     a, b = (f"blocks.{{l}}.{path}" for path in SWAPPED.get(name, ("mlp.w_gate", "mlp.w_up")))
     table = source.family.weights

@@ -19,6 +19,7 @@ from dtron.model.transformer import declare_model, forward
 from dtron.tree import flat, tree_map
 from tests.helpers.hf_models import FAMILIES, folder, model
 from tests.helpers.values import ONE
+from tests.helpers.wide_transformers import in_float64, module_of
 from tests.hf.test_families import rows
 
 pytest.importorskip("transformers")
@@ -28,10 +29,11 @@ def theirs(name: str) -> dict[str, Tensor]:
     made, tokens = copy.deepcopy(model(name)).double(), rows()
     made.config._experts_implementation = "eager"  # the other has no float64
     made.get_input_embeddings().padding_idx = None  # its row would have no gradient
-    scores = made(input_ids=tokens[:, :-1], use_cache=False).logits
-    loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    named = {n: w for n, w in made.named_parameters() if w.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    with in_float64(module_of(made)):
+        scores = made(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        named = {n: w for n, w in made.named_parameters() if w.requires_grad}
+        return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
 def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
@@ -48,7 +50,10 @@ def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
         p = pattern(place.row.pattern)
         g = w.grad.narrow(p.ours.index("v"), 0, m.vocab) if "v" in p.ours else w.grad
         g = pairs(g, rotary_columns(m)) if place.row.paired else g
+        g = g.flip(0) if place.row.flipped else g
         for e, name in enumerate(place.names()):
+            if family.prefix == "backbone.":  # transformers has another prefix in memory
+                name = name.replace(family.prefix, "model.", 1)
             at = out.setdefault(name, torch.zeros(place.shape, dtype=torch.float64))
             p.put(at, g[e] if place.outside else g, place.sizes)
     return out

@@ -23,6 +23,7 @@ from dtron.model.config import ModelConfig
 from tests.helpers.examples import examples
 from tests.helpers.hf_configs import FAMILIES, TIED_WAYS, WAYS, configs, saved
 from tests.helpers.hf_models import causal
+from tests.helpers.wide_transformers import in_float64, module_of
 from tests.hf.test_families import logits, rows
 
 hf = pytest.importorskip("transformers")
@@ -53,7 +54,7 @@ def theirs(at: Path) -> torch.Tensor | None:
         )
         if report["missing_keys"] or report["mismatched_keys"]:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), in_float64(module_of(made)):
             return made.eval()(input_ids=rows()[:, :-1], use_cache=False).logits.flatten(0, 1)
     except CANNOT:
         return None

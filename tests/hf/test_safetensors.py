@@ -42,24 +42,33 @@ PATTERNS = [
     "([n h] + k h + k h) d -> d n h",
     "d (n h + [k h] + k) -> k d h",
     "(n + k + [1/2 h]) -> h",
+    "(n: [h] + h + k h) d -> d n h",
+    "(n: h + h + [k h] + k h) d -> d (n k) h",
+    "(n d: h + [k]) 0/1 -> (n d k)",
+    "d (n: [1/2 h] + k) -> n d h",
 ]
 
 
 @st.composite
 def parts(draw):
-    """A pattern, the sizes of its axes and a range on each axis."""
+    """A pattern, the sizes of its axes and a range on each axis; whole on the inner axes of a dim
+    with several axes."""
     p = pattern(draw(st.sampled_from(PATTERNS)))
     sizes = {axis: draw(st.integers(1, 4)) for axis in {*p.ours, "n", "k"}}
-    ranges = {
-        axis: draw(st.tuples(st.integers(0, sizes[axis]), st.integers(0, sizes[axis])).map(sorted))
-        for axis in p.ours
-    }
-    return p, sizes, {axis: tuple(r) for axis, r in ranges.items()}
+    sizes |= {axis: 3 for axis in "dh" if axis not in sizes}
+    some = lambda n: draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted))
+    ranges = {axis: tuple(some(sizes[axis])) for axis in p.ours}
+    ranges |= {axis: (0, sizes[axis]) for axes in p.dims for axis in axes[1:]}
+    return p, sizes, ranges
 
 
 def ours_of(p: Pattern, x: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
     ranges = {axis: (0, n) for axis, n in sizes.items()}
     return p.take(x[tuple(slice(a, b) for a, b in p.box(ranges, sizes))], ranges, sizes)
+
+
+def _shape(p: Pattern, sizes: dict[str, int]) -> list[int]:
+    return [math.prod(sizes[axis] for axis in axes) for axes in p.dims]
 
 
 @given(parts())
@@ -68,12 +77,17 @@ def test_a_part_is_read_from_its_box_and_written_to_it(case):
     p, sizes, ranges = case
     shape = p.shape(sizes)
     x = torch.arange(math.prod(shape)).view(shape)
-    inside = [axis for axis in p.ours if axis not in p.outside]
+    inside = [axes for axes in p.dims if axes[0] not in p.outside]
+    units = [math.prod(sizes[axis] for axis in axes[1:]) for axes in inside]
     whole = ours_of(p, x, sizes)
-    assert whole.shape == tuple(sizes[axis] for axis in inside)
+    assert whole.shape == tuple(sizes[axes[0]] * n for axes, n in zip(inside, units, strict=True))
+    assert p.sizes(_shape(p, sizes), sizes) == {axis: sizes[axis] for axis in p.ours}
+    shard = [tuple(n * at for at in ranges[axes[0]]) for axes, n in zip(inside, units, strict=True)]
     box = tuple(slice(a, b) for a, b in p.box(ranges, sizes))
     part = p.take(x[box], ranges, sizes)
-    assert torch.equal(part, whole[tuple(slice(*ranges[axis]) for axis in inside)])
+    assert torch.equal(part, whole[tuple(slice(*range_) for range_ in shard)])
+    if not p.outside:
+        assert p.ranges(shard, sizes) == ranges
     out = torch.full(shape, -1)
     p.put(out, whole, sizes)
     assert torch.equal(out[out >= 0], x[out >= 0]) and (out >= 0).sum() == whole.numel()
@@ -88,6 +102,8 @@ def test_a_pattern_says_what_einops_would():
     assert torch.equal(ours_of(pattern("(n 1/3) d -> n d"), x, {"n": 2, "d": 5}), x[1::3])
     fused = pattern("(n + [k] + k) d -> k d")
     assert torch.equal(ours_of(fused, x, {"n": 2, "k": 2, "d": 5}), x[2:4])
+    by_head = pattern("(n: k + [k]) d -> (n k) d")
+    assert torch.equal(ours_of(by_head, x, {"n": 3, "k": 1, "d": 5}), x[1::2])
 
 
 @given(st.integers(0, 3), st.integers(1, 4))

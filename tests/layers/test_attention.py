@@ -30,10 +30,10 @@ def _flex():
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_layer(extras, softcap):
-    """Projections, biases, norms of queries and keys, rotation, groups, sinks and output, in
-    einsum."""
+    """Projections, biases, norms of queries and keys, rotation, groups, sinks, gate and output,
+    in einsum."""
     dims = dict(embed=10, heads=4, kv_heads=2, head_dim=6)
-    dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks"), extras)
+    dims |= dict.fromkeys(("qk_norm", "qkv_bias", "bias", "sinks", "attention_gate"), extras)
     dims["qk_heads_norm"] = False
     p, s, positions, x = tree(Attention, **dims), 5, torch.arange(5).repeat(2), normal(10, 10)
     table, mask = rope_tables(RopeConfig(), positions, 6, F64), AttentionMask(s, softcap=softcap)
@@ -54,6 +54,8 @@ def test_attention_layer(extras, softcap):
     sink = p.sinks.exp().view(2, 2, 1, 1) if extras else 0
     share = odds / (odds.sum(-1, keepdim=True) + sink)
     o = torch.einsum("bkgij,bjkh->bikgh", share, v).reshape(-1, 4, 6)
+    if extras:
+        o = o * torch.einsum("td,dnh->tnh", x, p.w_gate).sigmoid()
     same(got, torch.einsum("tnh,nhd->td", o, p.w_o) + (p.b_o if extras else 0), [x, *flat(p)])
 
 

@@ -39,6 +39,7 @@ def test_attention_with_sinks():
     matrix = lambda x, n: w[f"{x}_proj.weight"].T.reshape(12, n, 8)
     ours = Attention(
         matrix("q", 4),
+        None,
         matrix("k", 2),
         matrix("v", 2),
         w["o_proj.weight"].T.reshape(4, 8, 12),

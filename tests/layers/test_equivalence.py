@@ -134,7 +134,7 @@ def test_attention(mesh, zero, seed, group, path, window, bias, sinks, softcap):
     kv = tp
     dims = {"embed": 10, "heads": kv * group, "kv_heads": kv, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": bias, "qkv_bias": bias, "bias": bias, "sinks": sinks, "layernorm": False}
-    dims["qk_heads_norm"] = bias
+    dims |= {"qk_heads_norm": bias, "attention_gate": bias}
     mask = AttentionMask(seq_len, window, softcap)
     assert_equivalent(
         attend(mask, path=path),
@@ -156,7 +156,7 @@ def test_attention_mutants(mutant, sinks):
     """Without sinks all inputs of a rank's attention are its own, so no gradient needs a sum."""
     dims = {"embed": 10, "heads": 4, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": True, "qkv_bias": True, "bias": False, "sinks": sinks, "layernorm": False}
-    dims["qk_heads_norm"] = False
+    dims |= {"qk_heads_norm": False, "attention_gate": True}
     options = dict(inputs=ATTENTION_INPUTS, make=attention_values(12, 48), tokens=48)
     layer = attend(AttentionMask(12))
     check = partial(assert_equivalent, layer, Attention, "dp=2,tp=2", dims, **options)
@@ -169,7 +169,7 @@ def test_attention_that_leaks_over_a_window_is_caught():
     differs."""
     dims = {"embed": 10, "heads": 2, "kv_heads": 2, "head_dim": 6, "layers": 2}
     dims |= {"qk_norm": False, "qkv_bias": False, "bias": False, "sinks": False, "layernorm": False}
-    dims["qk_heads_norm"] = False
+    dims |= {"qk_heads_norm": False, "attention_gate": True}
 
     def layer(p, x, positions, documents, layout):
         window = 5 if layout.mesh is None else None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.layers import delta_net_core, state_passing
+from dtron.layers import recurrent_mixer, state_passing
+from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.short_convolution import same_document
 from dtron.layers.state_passing import Maps
 from dtron.model.mtp import MTPConfig
@@ -19,9 +20,12 @@ from dtron.runtime.config import DataConfig, RunConfig
 from tests.layers.test_context_parallel import assert_same_step
 from tests.layers.test_gated_delta_net import M
 
+MAMBA = Mamba2Config(heads=4, head_dim=4, groups=1, state=3, chunk=3)
+
 
 def configured(mesh: str, pattern: str = "L", documents: bool = False, **choices) -> RunConfig:
-    model = replace(M, pattern=pattern, layers=len(pattern), **choices.pop("model", {}))
+    fields = {"mamba": MAMBA} | choices.pop("model", {})
+    model = replace(M, pattern=pattern, layers=len(pattern), **fields)
     shape = MeshShape.parse(mesh)
     return RunConfig(
         mesh=mesh,
@@ -42,6 +46,8 @@ STEPS = [
     ("pp=2,cp=2", "LA", {"zero": 1, "recompute": "selective", "documents": True}),
     ("pp=2,tp=2", "LA", {"zero": 0}),
     ("cp=2,tp=2", "K", {"zero": 3, "documents": True, "recompute": "selective"}),
+    ("dp=2,cp=2,tp=2", "S", {"zero": 3, "documents": True}),
+    ("pp=2,tp=2", "SA", {"model": {"mamba": replace(MAMBA, groups=2)}, "recompute": "full"}),
     ("cp=2,ep=2", "L", {"model": {"moe": MoEConfig(4, 2, 8), "mtp": MTPConfig(1)}}),
 ]
 
@@ -51,7 +57,7 @@ def test_a_step_is_that_of_one_device(mesh, pattern, choices):
     assert_same_step(configured(mesh, pattern, **choices))
 
 
-halo = delta_net_core.halo
+halo = recurrent_mixer.halo
 
 
 def no_state(own: Maps, ranks) -> Tensor:
@@ -84,7 +90,7 @@ MUTANTS = {
     "no gradient of the passed state": (STATE, detached),
     "a decay is applied twice": (STATE, decayed_twice),
     "the convolution sees other documents": (SEES, blind),
-    "no halo": ("delta_net_core.halo", lambda *x: torch.zeros_like(halo(*x))),
+    "no halo": ("recurrent_mixer.halo", lambda *x: torch.zeros_like(halo(*x))),
 }
 
 

@@ -45,6 +45,7 @@ PUBLISHED = {
     "qwen3-235b-a22b": 235_093_634_560,
     "gpt-oss-20b": 20_914_757_184,
     "deepseek-v2-lite": 15_706_484_224,
+    "qwen3-next-80b-a3b": 79_674_391_296,
     "deepseek-v3": 671_026_419_200,  # and 11.6e9 of its own, in multi-token prediction
 }
 # Active parameters of a token (the card of gpt-oss says 3.6e9, without the embedding).
@@ -53,12 +54,14 @@ ACTIVE = {
     "qwen3-30b-a3b": 3.3e9,
     "qwen3-235b-a22b": 22e9,
     "gpt-oss-20b": 4.2e9,
+    "qwen3-next-80b-a3b": 3.9e9,  # the card: 3e9, without embedding and head
 }
 ACTIVE |= {
     "deepseek-v2-lite": 2.66e9,
     "deepseek-v3": 37.5e9,
 }  # the card of V2-Lite: 2.4e9, without it
 OURS = {"tiny", "tiny-moe", "tiny-deepseek", "bench-1.3b", "bench-8b-width", "bench-moe"}
+OURS |= {"tiny-qwen3-next", "tiny-nemotron-h"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 

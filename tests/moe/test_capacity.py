@@ -43,7 +43,7 @@ def step(seed: int, padding: int, factor: float, rows: int = 2) -> tuple[list[Te
     pipe, functions = one_stage(m, 1, ONE), program(m, ONE, splits=False)
     params = init(pipe.spec, m.dims(), 0, ONE, torch.float64)
     loss, grads, reports = gradients(functions, params, [batch], rows * ANSWER, pipe, 1)
-    return [loss, *flat(grads)], describe_experts(expert_totals(reports, pipe, m.moe), m.moe)
+    return [loss, *flat(grads)], describe_experts(expert_totals(reports, pipe, m.moe), m)
 
 
 def padding_changes_nothing(seed: int, padding: int, factor: float) -> None:

@@ -181,7 +181,7 @@ def test_reports_of_layers():
     _, _, reports = gradients_of(program(m, ONE), m, dtype=torch.float64)
     totals = expert_totals(reports, pipe, m.moe)
     assert totals.shape == (1, 8 + 6) and totals[0, :8].sum() == 2 * 128 and totals[0, 8] == 128
-    said = describe_experts(totals, m.moe)
+    said = describe_experts(totals, m)
     names = ("load_max", "load_min", "entropy", "dropped", "aux_loss", "z_loss")
     assert set(said) == {f"experts.1.{name}" for name in names}
     assert (
@@ -190,13 +190,13 @@ def test_reports_of_layers():
     )
     assert 0 < said["experts.1.entropy"] <= math.log(8) + 1e-9 and said["experts.1.aux_loss"] > 0.9
     assert (
-        describe_experts(None, MoEConfig())
+        describe_experts(None, ModelConfig())
         == {}
-        == describe_experts(expert_totals({}, pipe, MoEConfig()), MoEConfig())
+        == describe_experts(expert_totals({}, pipe, MoEConfig()), ModelConfig())
     )
     few = replace(m, moe=replace(m.moe, capacity_factor=0.5))
     _, _, reports = gradients_of(program(few, ONE), few, dtype=torch.float64)
-    dropped = describe_experts(expert_totals(reports, pipe, few.moe), few.moe)["experts.1.dropped"]
+    dropped = describe_experts(expert_totals(reports, pipe, few.moe), few)["experts.1.dropped"]
     assert 0.4 < dropped < 0.9
     json.dumps(said)
 

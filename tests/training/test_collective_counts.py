@@ -41,7 +41,8 @@ DIMS = {
     "layernorm": False,
 }
 DIMS |= {"gated": True, "bias": False, "qkv_bias": False, "qk_norm": True, "sinks": False}
-DIMS |= {"qk_heads_norm": False, "pre_norms": True, "post_norms": False}
+DIMS |= {"qk_heads_norm": False, "attention_gate": False, "mixes": True}
+DIMS |= {"pre_norm_1": True, "post_norm_1": False, "pre_norm_2": True, "post_norm_2": False}
 MLP_WEIGHTS, ATTENTION_WEIGHTS = 3, 4
 
 

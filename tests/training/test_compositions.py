@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import AXES, MeshShape
+from dtron.layers.gated_delta_net import DeltaNetConfig
+from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.mla import MLAConfig
 from dtron.layers.rope import RopeConfig
 from dtron.model.mtp import MTPConfig
@@ -73,10 +75,13 @@ def shapes(draw, axis: str) -> MeshShape:
 def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) -> ModelConfig:
     """Draw a model that the mesh can shard."""
     flag, pick = (lambda: draw(st.booleans())), (lambda *xs: draw(st.sampled_from(xs)))
-    pattern, window = pick("A", "A", "M", "AM", "AN", "NMA"), pick(None, None, 3, 7)
+    linear = () if zigzag else ("LA", "AK", "SA", "S_A")  # their shards are contiguous
+    pattern = pick("A", "A", "M", "AM", "AN", "NMA", "A_", *linear)
+    window = pick(None, None, 3, 7)
     latent = "M" in pattern  # these layers have no biases, no norms of queries and no sinks
     kv = shape.tp * (shape.cp if cp_method == "ulysses" else 1) * pick(1, 1, 2)
     experts = shape.ep * shape.etp > 1 or flag()
+    every = "_" not in pattern and layers > 1  # block 0 may lack the feed-forward layer
     depth, norm = pick(0, 0, 1, 2), pick("rmsnorm", "layernorm")
     moe, qk_norm = MoEConfig(), not latent and flag()
     if experts:
@@ -107,6 +112,9 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         embed=10,
         layers=layers,
         pattern=pattern,
+        feed_forwards=pick("F", "_F", "DF") if every and not moe.dense_layers else "F",
+        delta=DeltaNetConfig(shape.tp, shape.tp, key_dim=3, value_dim=3, taps=2, chunk=3),
+        mamba=Mamba2Config(2 * shape.tp, 3, shape.tp, state=3, taps=2, chunk=3),
         heads=kv * pick(1, 2, 3),
         kv_heads=kv,
         head_dim=4,
@@ -122,6 +130,7 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         qk_norm=qk_norm,
         qk_norm_over=pick("head", "projection") if qk_norm and norm == "rmsnorm" else "head",
         qkv_bias=not latent and flag(),
+        attention_gate=not latent and flag(),
         bias=not latent and flag(),
         tied=flag(),
         window=window,
