@@ -38,6 +38,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.sharding_search import short_search
 from dtron.errors import UserError
 
 LARGEST = 4096  # ranks; each of them is a tensor of every weight
@@ -62,7 +63,7 @@ def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
         yield None
         return
     mesh = _mesh(axes)
-    with _SimulatedRanks(mesh.size()):
+    with short_search(), _SimulatedRanks(mesh.size()):
         yield mesh
 
 
@@ -229,12 +230,11 @@ def _effect(func: Any) -> str | None:
     Both draw no random number and take tensors by position alone. None: any other operation."""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
         return None
-    schema = func._schema
     if (
         torch.Tag.nondeterministic_seeded in func.tags
         or torch.Tag.inplace_view in func.tags
         or func.overloadpacket is torch.ops.aten.hash_tensor
-        or len(schema.returns) != 1
+        or len((schema := func._schema).returns) != 1
         or str(schema.returns[0].type) not in _RETURNED
         or any("Tensor" in str(x.type) for x in schema.arguments if x.kwarg_only)
     ):
