@@ -13,7 +13,7 @@ anything. dtron draws whole weights outside the mode, and slices them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C import DispatchKey
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._local_tensor import (
     LocalTensor,
     LocalTensorMode,
@@ -34,8 +35,10 @@ from torch.distributed._local_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.sharding_search import short_search
 from dtron.errors import UserError
 
 LARGEST = 4096  # ranks; each of them is a tensor of every weight
@@ -60,56 +63,105 @@ def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
         yield None
         return
     mesh = _mesh(axes)
-    with _SimulatedRanks(mesh.size()):
+    with short_search(), _SimulatedRanks(mesh.size()):
         yield mesh
 
 
 class _SimulatedRanks(LocalTensorMode):
-    """LocalTensorMode with a fast path for the common operations: pure functions of tensors, and
-    questions about their shape. A simulated step takes half the time.
+    """LocalTensorMode with a fast path for the common operations: functions of tensors, updates in
+    place, and questions about the shape of a tensor. A simulated step takes half the time.
 
     LocalTensorMode saves and restores the random state around every operation and rank. A view also
     costs three more modes: LocalTensorMode gives the wrapper of all ranks' views the storage of the
     wrapper of their bases. The fast path does neither. A wrapper's storage is never read, and every
-    rank's view shares the memory of this rank's tensor either way."""
+    rank's view shares the memory of this rank's tensor either way.
+
+    A fake tensor has no values, so all ranks share one. DTensor runs every new operation on fake
+    tensors to find the shape of its result."""
+
+    def __init__(self, ranks: int):
+        super().__init__(ranks)
+        self.in_order = sorted(self.ranks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kinds = {type(x) for x in _flat(args)}
-        if func is torch.ops.aten.promote_types.default:
-            return func(*args)
-        if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
-            with _SimulatedRanks(self.ranks):  # torch enters a plain LocalTensorMode here
-                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
-        if LocalTensor not in kinds or not kinds <= _KNOWN or not _is_pure(func):
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten.dim.default:
-            return len(args[0]._size)
-        if func is torch.ops.aten.sym_size.default:
-            return tuple(args[0]._size)
         kwargs = kwargs or {}
-        results = {
-            rank: func(
-                *[_on_rank(x, rank) for x in args],
-                **{name: _on_rank(x, rank) for name, x in kwargs.items()},
-            )
-            for rank in sorted(self.ranks)
-        }
+        if func in _ABOUT_A_SHAPE and type(args[0]) is LocalTensor:
+            answer = _ABOUT_A_SHAPE[func](args[0])
+            if answer is not None:
+                return answer
+        kinds = {type(x) for x in _flat(args)}
+        if func is torch.ops.aten.promote_types.default or _on_fake_tensors(kinds):
+            return func(*args, **kwargs)
+        if func in _MADE_OF_OTHERS and kinds == {LocalTensor} and not self._disable:
+            with self._again():
+                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        effect = _effect(func)
+        if effect is None or not kinds <= _KNOWN:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if LocalTensor not in kinds and (kinds or self._disable):
+            return func(*args, **kwargs)
+        results = self._on_each(func, args, kwargs)
+        if effect == "writes":
+            return args[0]
         if len({len(x) for x in results.values() if isinstance(x, (list, tuple))}) > 1:
             return super().__torch_dispatch__(func, types, args, kwargs)
         wrapper = _wrap_same_shapes(results)
         return combined(results, None) if wrapper is None else wrapper
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Enter the mode again inside its own dispatch. LocalTensorMode would enter a new mode,
+        which replaces the methods of DeviceMesh a second time."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
-_RETURNED = (
-    ["Tensor"],
-    ["List[Tensor]"],
-    ["int"],
-    ["SymInt"],
-    ["List[int]"],
-    ["List[SymInt]"],
-    ["bool"],
-)
+    def _on_each(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, Any]:
+        """Run an operation once for each rank. Returns the results by rank."""
+        ranks = self.in_order
+        columns = [_column(x, ranks) for x in args]
+        if not kwargs:
+            return {rank: func(*xs) for rank, *xs in zip(ranks, *columns)}
+        named = zip(*(_column(x, ranks) for x in kwargs.values()))
+        return {
+            rank: func(*xs, **dict(zip(kwargs, ys)))
+            for ys, (rank, *xs) in zip(named, zip(ranks, *columns))
+        }
+
+
+_RETURNED = ["Tensor", "List[Tensor]", "int", "SymInt", "List[int]", "List[SymInt]", "bool"]
 _KNOWN = {LocalTensor, torch.Tensor, torch.nn.Parameter}
+_SAME_ON_ALL = {bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout}
+_SAME_ON_ALL |= {torch.memory_format, torch.Tensor, torch.nn.Parameter}
+
+# Operations that torch builds of other operations, which the mode must see.
+_MADE_OF_OTHERS = {
+    torch.ops._c10d_functional._wrap_tensor_autograd.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.wait_tensor.default,
+}
+
+
+def _offset(x: LocalTensor) -> int | torch.SymInt | None:
+    """Return the storage offset that all ranks share, or None."""
+    offsets = {y.storage_offset() for y in x._local_tensors.values()}
+    return offsets.pop() if len(offsets) == 1 else None
+
+
+def _strides(x: LocalTensor) -> list[int] | None:
+    """Return the strides that all ranks share, or None."""
+    strides = {y.stride() for y in x._local_tensors.values()}
+    return list(strides.pop()) if len(strides) == 1 else None
+
+
+_ABOUT_A_SHAPE: dict[Any, Callable[[LocalTensor], Any]] = {
+    torch.ops.aten.dim.default: lambda x: len(x._size),
+    torch.ops.aten.sym_size.default: lambda x: tuple(x._size),
+    torch.ops.aten.sym_storage_offset.default: _offset,
+    torch.ops.aten.sym_stride.default: _strides,
+}
 
 
 def _flat(args: Sequence[Any]) -> Iterator[torch.Tensor]:
@@ -120,10 +172,26 @@ def _flat(args: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield from _flat(x)
 
 
-def _on_rank(x: Any, rank: int) -> Any:
+def _column(x: Any, ranks: list[int]) -> Sequence[Any]:
+    """Return the value of one argument for each rank."""
     if type(x) is LocalTensor:
-        return x._local_tensors[rank]
-    return type(x)(_on_rank(y, rank) for y in x) if type(x) in (list, tuple) else on_rank(x, rank)
+        return [x._local_tensors[rank] for rank in ranks]
+    if type(x) in _SAME_ON_ALL:
+        return [x] * len(ranks)
+    if type(x) not in (list, tuple):
+        return [on_rank(x, rank) for rank in ranks]
+    if all(type(y) in _SAME_ON_ALL for y in x):
+        return [x] * len(ranks)
+    return [type(x)(ys) for ys in zip(*(_column(y, ranks) for y in x))]
+
+
+_FAKE = {FakeTensor}
+_FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def _on_fake_tensors(kinds: set[type]) -> bool:
+    """Whether a FakeTensorMode is to see an operation that no rank has a value for."""
+    return kinds <= _FAKE and torch._C._get_dispatch_mode(_FAKE_MODE) is not None
 
 
 _NO_KEYS = torch._C.DispatchKeySet.from_raw_repr(0)
@@ -156,18 +224,26 @@ def _wrap_same_shapes(results: dict[int, Any]) -> LocalTensor | None:
 
 
 @cache
-def _is_pure(func: Any) -> bool:
-    """Whether an operation of torch itself writes to no argument, draws no random number, takes
-    tensors by position alone, and returns tensors or integers."""
+def _effect(func: Any) -> str | None:
+    """Return "writes" for an operation of torch itself that writes to its first argument alone and
+    returns this argument, and "pure" for one that writes to none and returns tensors or integers.
+    Both draw no random number and take tensors by position alone. None: any other operation."""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
-        return False
-    schema = func._schema
+        return None
+    if (
+        torch.Tag.nondeterministic_seeded in func.tags
+        or torch.Tag.inplace_view in func.tags
+        or func.overloadpacket is torch.ops.aten.hash_tensor
+        or len((schema := func._schema).returns) != 1
+        or str(schema.returns[0].type) not in _RETURNED
+        or any("Tensor" in str(x.type) for x in schema.arguments if x.kwarg_only)
+    ):
+        return None
+    if not schema.is_mutable:
+        return "pure"
+    written = [x.alias_info is not None and x.alias_info.is_write for x in schema.arguments]
     return (
-        not schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in func.tags
-        and func.overloadpacket is not torch.ops.aten.hash_tensor
-        and [str(x.type) for x in schema.returns] in _RETURNED
-        and not any("Tensor" in str(x.type) for x in schema.arguments if x.kwarg_only)
+        "writes" if written[0] and not any(written[1:]) and schema.returns[0].alias_info else None
     )
 
 

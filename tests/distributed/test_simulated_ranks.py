@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 
 from dtron.distributed import simulated_ranks
@@ -28,6 +29,15 @@ def views(x):
     return x, y, z
 
 
+def fake_shapes():
+    """Shapes of tensors without values, as DTensor computes them."""
+    with FakeTensorMode():
+        y = torch.empty_strided((2, 3), (1, 2), device="cpu")
+        z = (y @ torch.ones(3, 5)).add_(1)
+        return tuple(y.stride()), tuple(z.shape), str(z.device)
+
+
+OF_ALL = torch.arange(3.0)  # no tensor of ranks
 OPERATIONS = {
     "views": views,
     "matmul": lambda x: x @ x.mT,
@@ -40,6 +50,17 @@ OPERATIONS = {
     "sizes": lambda x: (x.shape, x.stride(), x.storage_offset(), x[1:].storage_offset(), x.dim()),
     "random": lambda x: torch.manual_seed(3) and torch.rand_like(x) + x,
     "new": lambda x: x + torch.arange(3),
+    "by name": lambda x: (x.sum(0, keepdim=True), torch.full_like(x, 2, dtype=torch.int32)),
+    "written by index": lambda x: x.scatter_add_(0, (x > 150).long(), x.clone()),
+    "copied": lambda x: (torch.zeros_like(x).copy_(x), x.fill_(3), x.zero_()),
+    "turned in place": lambda x: x.t_() * 2,
+    "plain": lambda x: (OF_ALL + x, str(OF_ALL * 2), str(OF_ALL.clone().add_(1))),
+    "offsets that differ": lambda x: (
+        y := LocalTensor({r: x._local_tensors[r][r:][:1] for r in range(RANKS)}),
+        str(y.storage_offset()),
+        y * 2,
+    ),
+    "fake": lambda x: fake_shapes(),
     "conjugate": lambda x: (x * 1j).conj(),
     "strides": lambda x: (x.mT * 2, x.mT.contiguous().stride(), (x.mT * 2).stride()),
     "sizes that differ": lambda x: (
@@ -47,6 +68,7 @@ OPERATIONS = {
         y.sum(1),
         str(y.shape),
         str(y.T.stride()),
+        torch.ones(y.shape[0], 2),
     ),
 }
 
@@ -62,6 +84,19 @@ def test_a_wrapper_with_the_value_of_one_rank_is_noticed(monkeypatch):
     monkeypatch.setattr(simulated_ranks, "_wrap_same_shapes", first)
     for name in ("matmul", "sizes that differ"):
         assert_caught(lambda name=name: same_as_torch(name))
+
+
+def test_an_argument_with_the_value_of_one_rank_is_noticed(monkeypatch):
+    column = simulated_ranks._column
+    first = lambda x, ranks: [column(x, ranks)[0]] * len(ranks)
+    monkeypatch.setattr(simulated_ranks, "_column", first)
+    for name in ("matmul", "list", "copied", "plain", "sizes that differ"):
+        assert_caught(lambda name=name: same_as_torch(name))
+
+
+def test_ranks_share_a_fake_tensor():
+    with simulated(MeshShape(dp=RANKS)), FakeTensorMode():
+        assert type(torch.ones(3) * 2) is FakeTensor
 
 
 def same_as_torch(name: str) -> None:

@@ -34,7 +34,7 @@ def tp_of(mesh: str) -> int:
     return MeshShape.parse(mesh).tp
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @seen(mesh=KINDS, zero=[0, 3, 1, 2], layernorm=[True, False], seed=[0])
 @given(mesh=meshes(), zero=zero_stages(), layernorm=st.booleans(), seed=st.integers(0, 99))
 def test_norm(mesh, zero, layernorm, seed):
@@ -47,7 +47,7 @@ def test_norm(mesh, zero, layernorm, seed):
     )  # norms communicate nothing in forward, also under sequence parallelism
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @seen(
     mesh=KINDS,
     zero=[0, 3, 1, 2],
@@ -104,7 +104,7 @@ def attention_values(seq_len: int, tokens: int):
     }
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @seen(
     mesh=KINDS,
     zero=[0, 3, 1, 2],
@@ -191,7 +191,7 @@ def embedding_values(vocab: int):
     }
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @seen(mesh=KINDS, zero=[0, 3, 1, 2], seed=[0], vocab=[19, 24, 31], learned=[True, False])
 @given(
     mesh=meshes(),
@@ -250,7 +250,7 @@ def loss_values(vocab: int):
     return {"t": targets}
 
 
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @seen(
     mesh=KINDS,
     zero=[0, 3, 1, 2],

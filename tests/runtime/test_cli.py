@@ -4,6 +4,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
@@ -12,6 +14,7 @@ from dtron.model.presets import PRESETS, preset
 from dtron.runtime.cli import EXAMPLES, _flags, load, parse, save
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.exit import run_cli
+from tests.helpers.examples import examples
 
 KNOWN = ["--model", "--help", "--version", *_flags(RunConfig)]
 EVERYDAY = [
@@ -207,11 +210,17 @@ def test_a_bad_value_is_one_line_with_its_flag(argv, parts):
 BOOLS = {flag.replace("no-", "", 1) for flag in KNOWN if re.search(r"[-.]no-", flag)}
 
 
-def test_every_flag_that_takes_a_value_demands_one():
-    switches = [flag for flag in KNOWN if flag.replace(".no-", ".").replace("--no-", "--") in BOOLS]
-    assert len(switches) == 2 * len(BOOLS)
-    for flag in set(KNOWN) - set(switches) - {"--help", "--version", "--resume"}:
-        assert flag in refused("--seed", "1", flag)
+SWITCHES = [flag for flag in KNOWN if flag.replace(".no-", ".").replace("--no-", "--") in BOOLS]
+
+
+def test_each_switch_has_an_opposite():
+    assert len(SWITCHES) == 2 * len(BOOLS)
+
+
+@settings(max_examples=examples(12, thorough=1000))  # a parser takes a tenth of a second
+@given(st.sampled_from(sorted({*KNOWN} - {*SWITCHES, "--help", "--version", "--resume"})))
+def test_every_flag_that_takes_a_value_demands_one(flag):
+    assert flag in refused("--seed", "1", flag)
 
 
 # ---- run_cli

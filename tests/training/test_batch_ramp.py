@@ -262,8 +262,9 @@ def one_device() -> list[float]:
     return steps("", CONFIG)
 
 
-@settings(max_examples=examples(3))
+@settings(max_examples=examples(1, thorough=30))
 @example(mesh="dp=2", schedule="1f1b", zero=3)
+@example(mesh="dp=2,pp=2", schedule="zb-v", zero=1)
 @given(
     mesh=st.sampled_from(["pp=2", "dp=2,pp=2"]),
     schedule=st.sampled_from([name for name in SCHEDULES if name != "dualpipe-v"]),

@@ -123,10 +123,10 @@ def test_a_compiled_stage_that_is_another_is_noticed():
     ],
 )
 def test_graphs_do_not_depend_on_the_number_of_layers(mesh, change, fp8, kinds, recompute):
-    """Equal blocks of a model of six share a graph for forward and one for backward."""
+    """Equal blocks of a model of four share a graph for forward and one for backward."""
     layout = ONE if mesh == "dp=1" else Layout(lone_rank(mesh), rules_for(1))
     how, graphs = ComputeConfig(recompute, fp8=fp8, fp8_min_weights=0), []
-    model = replace(MODEL, layers=6, **change)
+    model = replace(MODEL, layers=4, **change)
     functions = program(model, layout, how, splits=False)
     functions = compiled(functions, layout, how, backend=noting(graphs))
     pipe = one_stage(model, 1, layout)

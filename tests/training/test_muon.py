@@ -146,7 +146,7 @@ def one_step_agrees(c: RunConfig, mesh: str, mutant: Any = None) -> None:
     assert loss <= verify.TOLERANCE and all(row.same for row in rows)
 
 
-@settings(max_examples=examples(6))
+@settings(max_examples=examples(2, thorough=60))
 @given(
     mesh=meshes(8, ("dp_replicate", "dp", "cp", "tp")).filter(
         lambda mesh: (

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -208,7 +208,8 @@ def test_aligned_scores_do_not_grow_with_the_head(head_dim):
     assert scale * head_dim == pytest.approx(8**0.5)
 
 
-@settings(max_examples=examples(6))
+@settings(max_examples=examples(2, thorough=60))
+@example("dp_replicate=2,dp=2,tp=2", 3, "muon", 5, 0)
 @given(
     mesh=meshes(),
     zero=zero_stages(),

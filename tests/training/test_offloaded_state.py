@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dtron import checkpoint
@@ -87,7 +87,8 @@ def test_a_state_that_does_not_return_is_caught(monkeypatch):
     assert_caught(lambda: same(OptimConfig()))
 
 
-@settings(max_examples=examples(5))
+@settings(max_examples=examples(2, thorough=50))
+@example(OPTIMS[0], "pp=2,dp=2", 3, 0)
 @given(
     optim=st.sampled_from(OPTIMS[:3]),
     mesh=st.sampled_from(["dp=2,tp=2", "dp=3", "pp=2,dp=2", "dp_replicate=2,dp=2"]),
