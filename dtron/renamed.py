@@ -49,7 +49,7 @@ def _no_graph(_: bool) -> dict[str, Any]:
 
 def _resume(value: Any) -> dict[str, Any]:
     """Give the switch of older versions its value of today."""
-    return {"resume": {True: "on", False: "off"}.get(value, value)}
+    return {"resume": {True: "on", False: "off"}[value] if isinstance(value, bool) else value}
 
 
 def _no_resume(_: bool) -> dict[str, Any]:

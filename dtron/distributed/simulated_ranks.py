@@ -1,14 +1,12 @@
 """Many simulated ranks in one process, for property tests, ``--simulate`` and ``dtron.verify``.
 
 ``LocalTensorMode`` replaces every rank-local tensor by one value per rank. It runs each operation
-once for each rank, and collectives move values between ranks. The program is the same as on real
-ranks, DTensor included. A simulated program is slower by the number of ranks. It needs no GPU, no
-torchrun and no network.
+once for each rank, and collectives move values between ranks. The program is that of real ranks,
+DTensor included. It is slower by the number of ranks. It needs no GPU, no torchrun and no network.
 
-LocalTensorMode is private to torch, and so is the fake process group that names the groups. Only
-this file imports them. A simulation cannot draw random numbers per rank, and it cannot time
-anything. dtron draws whole weights outside the mode, and slices them.
-"""
+LocalTensorMode is private to torch, and so is the fake process group that names the groups. A
+simulation cannot draw random numbers per rank, and cannot time anything. dtron draws whole weights
+outside the mode, and slices them."""
 
 from __future__ import annotations
 
@@ -55,8 +53,7 @@ def check_ranks(shape: MeshShape) -> None:
 
 @contextmanager
 def simulated(shape: MeshShape) -> Iterator[DeviceMesh | None]:
-    """Run the body on ``shape.size`` simulated ranks. Yields the stage's DeviceMesh; None for one
-    rank."""
+    """Run the body on ``shape.size`` ranks. Yields the stage's DeviceMesh; None for one rank."""
     check_ranks(shape)
     axes = tuple((a, n) for a, n in shape.atoms.items() if a != "pp")
     if not axes:
@@ -71,13 +68,11 @@ class _SimulatedRanks(LocalTensorMode):
     """LocalTensorMode with a fast path for the common operations: functions of tensors, updates in
     place, and questions about the shape of a tensor. A simulated step takes half the time.
 
-    LocalTensorMode saves and restores the random state around every operation and rank. A view also
-    costs three more modes: LocalTensorMode gives the wrapper of all ranks' views the storage of the
-    wrapper of their bases. The fast path does neither. A wrapper's storage is never read, and every
-    rank's view shares the memory of this rank's tensor either way.
+    LocalTensorMode saves and restores the random state around every operation and rank. A view
+    costs three more modes, to give the wrapper of all ranks' views the storage of the wrapper of
+    their bases. The fast path does neither: a wrapper's storage is never read.
 
-    A fake tensor has no values, so all ranks share one. DTensor runs every new operation on fake
-    tensors to find the shape of its result."""
+    All ranks share a fake tensor. DTensor finds the shapes of new operations with fake tensors."""
 
     def __init__(self, ranks: int):
         super().__init__(ranks)
@@ -287,8 +282,7 @@ def paused() -> Iterator[None]:
 
 
 def join_fake_group(size: int) -> None:
-    """Make this process rank 0 of a group of so many processes, at least. The group sends nothing.
-    A smaller group, and the meshes that have it, are gone then."""
+    """Make this process rank 0 of a group of at least so many processes, which sends nothing."""
     if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()
         _mesh.cache_clear()

@@ -1,5 +1,5 @@
-"""The keys of config.json: dtron's field of each key. config_defaults.py has the values of keys that
-are left out.
+"""The keys of config.json: dtron's field of each key. config_defaults.py has the values of missing
+keys.
 
 A row is ``dtron's field: Hugging Face's key``; ``a|b`` if the key has two names.
 """

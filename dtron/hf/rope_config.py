@@ -113,8 +113,8 @@ class RopeFormat:
         kinds = ("full_attention", "sliding_attention")
         if not set(given) <= set(kinds) or (given and scaling and not given.get(kinds[0])):
             raise UserError(
-                f"{where}: rope_parameters has {', '.join(map(str, given))}; dtron reads one object "
-                f"for each of {' and '.join(kinds)}"
+                f"{where}: rope_parameters has {', '.join(map(str, given))}; dtron reads one "
+                f"object for each of {' and '.join(kinds)}"
             )
         full, window = (object_of(given, kind, where) for kind in kinds)
         full = {**({} if given else {"rope_type": "default"}), **full, **scaling}
@@ -162,8 +162,8 @@ def read_rope(entries: Mapping[str, Any], context: int, where: str, form: RopeFo
     layered = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if layered:
         raise UserError(
-            f"{where}: RoPE differs between layers ({', '.join(layered)}); this family has one RoPE "
-            "for all layers"
+            f"{where}: RoPE differs between layers ({', '.join(layered)}); this family has one "
+            "RoPE for all layers"
         )
     theta = float(rope.get("rope_theta", entries["rope_theta"]))
     share = rope.get("partial_rotary_factor", entries.get("partial_rotary_factor"))

@@ -1,6 +1,6 @@
-"""The checks of a model's config: sizes, names, and fields that contradict each other. Config.py has
-the fields. A mixer checks its own fields (``Mixer.check_model``), and the checks against a mesh are
-in runtime/validate.py."""
+"""The checks of a model's config: sizes, names, and fields that contradict each other. config.py
+has the fields. A mixer checks its own fields (``Mixer.check_model``), and the checks against a mesh
+are in runtime/validate.py."""
 
 from __future__ import annotations
 

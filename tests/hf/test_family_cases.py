@@ -1,4 +1,4 @@
-"""What single keys of newer families mean, each with a wrong reading that the comparison notices."""
+"""Single keys of newer families, each with a wrong reading that the comparison notices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory and the messages of a plan are those of simulated ranks and of torch's own trackers."""
+"""The memory and the messages of a plan, against simulated ranks and torch's own trackers."""
 
 from __future__ import annotations
 
