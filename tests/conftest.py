@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from dtron.runtime.launch import keep_memory
 from tests.helpers.collect import collect_seldom
@@ -13,10 +13,12 @@ keep_memory()
 collect_seldom()
 
 # A simulated example takes seconds, and the first on a mesh takes longer. So there is no
-# deadline. ``--hypothesis-profile thorough`` draws ten times as many examples.
+# deadline, and no phase that explains a failure by hundreds of runs more. ``--hypothesis-profile
+# thorough`` draws ten times as many examples.
 settings.register_profile(
     "default",
     deadline=None,
+    phases=set(Phase) - {Phase.explain},
     suppress_health_check=list(HealthCheck),
     derandomize=bool(os.environ.get("CI")),
 )

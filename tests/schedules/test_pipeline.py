@@ -42,7 +42,7 @@ MOST = examples(32)  # stages times microbatches times ranks of an example
 STAGE_MESHES = ["", ",dp=2", ",tp=2", ",dp=3", ",dp=2,tp=2", ",dp_replicate=2,dp=2"]
 
 
-@settings(max_examples=examples(3))
+@settings(max_examples=examples(1, thorough=30))
 @seen(  # every schedule on four or more stages of one device, and on stages of one mesh
     schedule=list(SCHEDULES),
     pp=[4] * 6 + [2] * 6,

@@ -45,6 +45,7 @@ from tests.helpers.examples import examples
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
 from tests.helpers.values import ONE, normal
+from tests.tools.test_verify import TINY
 
 # Widths of whole blocks, on shards too.
 WIDE = replace(MODEL, embed=128, mlp=256, heads=4, kv_heads=4, head_dim=32)
@@ -298,8 +299,8 @@ def test_random_numbers_of_a_shards_own_indices_are_caught():
 
 def test_split_masters_on_a_mesh(capsys):
     """Within the rounding of bfloat16, on simulated ranks as in training."""
-    flags = ["--optim.master-weights=split", "--optim.moments=bfloat16", "--mesh=dp=2,tp=2"]
-    assert run_cli(verify.main, [*flags, "--dtype=bfloat16", "--zero=3"]) == 0
+    flags = [*TINY, "--optim.master-weights=split", "--optim.moments=bfloat16"]
+    assert run_cli(verify.main, [*flags, "--dtype=bfloat16"]) == 0
     capsys.readouterr()
     assert run_cli(verify.main, flags) == 2
     assert "--dtype bfloat16" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def scheduled(step, factor=lambda done, config: weight_decay_factor(config, done
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1, thorough=20))
 @given(
     mesh=meshes(max_ranks=4).filter(lambda m: MODEL.kv_heads % MeshShape.parse(m).tp == 0),
     zero=zero_stages(),
