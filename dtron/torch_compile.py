@@ -108,6 +108,8 @@ def is_fake(x: Any) -> bool:
 
 def planned() -> Any:
     """Return the mode of the fake tensors of a plan; None outside of a plan."""
+    if torch.compiler.is_dynamo_compiling():  # ``jit``, which a plan does not use
+        return None
     mode = detect_fake_mode()
     return mode if hasattr(mode, "kernels") else None
 

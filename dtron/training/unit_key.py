@@ -57,7 +57,7 @@ def _text(x: Any, unknown: list[Any]) -> str:
         return f"partial({inside(x.func)},{inside(x.args)},{inside(x.keywords)})"
     if isinstance(x, DeviceMesh):
         groups = [x.get_group(i).group_name for i in range(x.ndim)]
-        shape = (tuple(x.mesh.shape), x.mesh_dim_names, tuple(x.get_coordinate() or ()), groups)
+        shape = (tuple(x.shape), x.mesh_dim_names, tuple(x.get_coordinate() or ()), groups)
         return f"mesh({x.device_type},{inside(shape)})"
     if isinstance(x, types.MethodType):
         return f"{_name(x.__func__, unknown)} of {inside(x.__self__)}"

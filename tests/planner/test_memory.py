@@ -23,7 +23,7 @@ from dtron.params import init
 from dtron.planner import rank_trace
 from dtron.planner.plan_step import RankPlan, plan_ranks
 from dtron.rules import rules_for
-from dtron.runtime.config import PipelineConfig, RunConfig
+from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.testing import assert_caught
 from dtron.tools.show import rows
 from dtron.tools.verify_step import one_step, plan_of
@@ -171,6 +171,29 @@ def test_recompute_keeps_less():
         (rank,) = planned(config)
         peaks[recompute] = rank.largest - sum(rank.state.values())
     assert peaks["none"] > peaks["selective"] > peaks["full"] > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "choices"),
+    [
+        ("cp=2", {"pattern": "LA", "layers": 2}),  # states of linear attention pass over cp
+        ("tp=2", {"window": 5}),  # flex
+        ("dp=2,ep=2", {"moe": MoEConfig(4, 2, 8), "embed": 16, "fp8": "none"}),
+        (
+            "dp=1",
+            {"recompute": "offload", "batch": 512, "micro_batch": 512, "mlp": 512, "layers": 3},
+        ),
+    ],
+)
+def test_other_layers_have_plans(mesh, choices):
+    shape = MeshShape.parse(mesh)
+    usual = {"batch": 2 * shape.data, "micro_batch": 2, "head_dim": 16}
+    config = model_config(mesh, 2, **usual | choices)
+    config = replace(config, data=DataConfig(seq_len=12, document_mask=True))
+    (rank,) = planned(config)
+    kinds = {op.kind for op in rank.operators}
+    assert {"matmul", "attention"} <= kinds and rank.largest > sum(rank.state.values())
+    assert ("host" in kinds) == (rank.host > 0) == (config.recompute == "offload")
 
 
 def test_a_pipeline_keeps_a_microbatch_for_each_later_stage():
