@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from dtron.errors import UserError
 from dtron.hf import Source
+from dtron.model.config import ModelConfig
 from tests.helpers.hf_configs import saved
 from tests.hf.test_families import logits
 from tests.hf.test_random_configs import compare, config_of, fields, rope, theirs, yarn
@@ -29,7 +34,36 @@ NEXT = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
 }
+NEMOTRON = {
+    "num_hidden_layers": "drop",
+    "hybrid_override_pattern": "M-*-",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "n_groups": 2,
+    "ssm_state_size": 4,
+}
+KIMI = {
+    "model_max_length": 64,
+    "max_position_embeddings": "drop",
+    "head_dim": "drop",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "linear_num_heads": 2,
+    "linear_head_dim": 6,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "pad_token_id": None,
+}
 GEMMA = {"query_pre_attn_scalar": 60, "pad_token_id": 0}
+
+
+def mamba(**values: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda m: replace(m, mamba=replace(m.mamba, **values))
+
 
 # By name: the class in transformers, its config.json, and a wrong reading of it.
 CASES = {
@@ -88,6 +122,26 @@ CASES = {
     "half of glm4's heads, if nothing is said": ("Glm4Moe", EXPERTS, rope(partial=1.0)),
     "a quarter of qwen3-next's heads, if nothing is said": ("Qwen3Next", NEXT, rope(partial=1.0)),
     "qwen3-next's layers without experts": ("Qwen3Next", NEXT | {"mlp_only_layers": [1]}, None),
+    "nemotron-h's least time step": (
+        "NemotronH",
+        NEMOTRON | {"time_step_min": 0.8},
+        mamba(time_step_min=0.0),
+    ),
+    "nemotron-h's attention has no positions": (
+        "NemotronH",
+        NEMOTRON,
+        fields(pattern="S_A_"),
+    ),
+    "kimi-linear numbers its layers from 1": (
+        "KimiLinear",
+        KIMI | {"linear_attn_config": {"kda_layers": [2], "full_attn_layers": [1]}},
+        None,
+    ),
+    "kimi-linear's latent attention has no positions": (
+        "KimiLinear",
+        KIMI | {"layer_types": ["linear_attention", "full_attention"]},
+        fields(pattern="KM"),
+    ),
     "minimax-m2's rotary_dim": ("MiniMaxM2", EXPERTS | {"rotary_dim": 4}, rope(partial=1.0)),
 }
 
@@ -115,6 +169,7 @@ def test_a_case(name):
             "RoPE of layers with a window is scaled",
         ),
         ("SeedOss", {"mlp_bias": True}, "mlp_bias is True"),
+        ("NemotronH", NEMOTRON | {"hybrid_override_pattern": "ME"}, "layer_types has moe"),
         ("Llama", {"partial_rotary_factor": 0.5}, "rotates part of a head only"),
     ],
 )

@@ -21,7 +21,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model.softcap", "nan"], ["--model.softcap nan", "finite"]),
+        (["--model.softcap", "nan"], ["model.softcap=nan", "positive"]),
         (["--model.z-loss", "inf"], ["z", "change it"]),
         (["--optim.lr", "nan"], ["lr"]),
         (["--seed", str(10**23)], [f"--seed {10**23}", "at most"]),

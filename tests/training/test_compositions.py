@@ -75,10 +75,12 @@ def shapes(draw, axis: str) -> MeshShape:
 def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) -> ModelConfig:
     """Draw a model that the mesh can shard."""
     flag, pick = (lambda: draw(st.booleans())), (lambda *xs: draw(st.sampled_from(xs)))
-    linear = () if zigzag else ("LA", "AK", "SA", "S_A")  # their shards are contiguous
-    pattern = pick("A", "A", "M", "AM", "AN", "NMA", "A_", *linear)
+    linear = () if zigzag else ("LA", "AK", "SA", "S_A", "KP")  # their shards are contiguous
+    pattern = pick("A", "A", "M", "AM", "AN", "NMA", "MP", "A_", *linear)
     window = pick(None, None, 3, 7)
-    latent = "M" in pattern  # these layers have no biases, no norms of queries and no sinks
+    latent = bool(
+        {"M", "P"} & {*pattern}
+    )  # these layers have no biases, no norms of queries and no sinks
     kv = shape.tp * (shape.cp if cp_method == "ulysses" else 1) * pick(1, 1, 2)
     experts = shape.ep * shape.etp > 1 or flag()
     every = "_" not in pattern and layers > 1  # block 0 may lack the feed-forward layer
