@@ -24,7 +24,7 @@ from dtron.runtime import check_memory, cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import plan_run
 from dtron.tools.coordinate_check import CoordinateCheckConfig
-from dtron.tools.plan import PlanConfig
+from dtron.tools.plan import PlanConfig, SearchConfig
 from dtron.tools.show import ShowConfig
 from dtron.tools.verify import VerifyConfig
 from tests.helpers.paths import ROOT
@@ -188,7 +188,10 @@ def check(command: Command) -> None:
         if unknown := _names(command) - flags_of(command.program):
             raise UserError(f"{command.text}: unknown flag {', '.join(unknown)}")
     elif command.program in CONFIGS:
-        config = cli.parse(command.args, CONFIGS[command.program]())
+        args, kind = command.args, CONFIGS[command.program]
+        if command.program == "plan" and args[:1] == ["search"]:
+            args, kind = args[1:], SearchConfig
+        config = cli.parse(args, kind())
         if command.program == "train":
             # The command may be for a machine with more memory than this one.
             with patch.object(check_memory, "_host_memory", lambda: 1 << 60):
