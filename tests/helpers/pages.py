@@ -189,7 +189,7 @@ def check(command: Command) -> None:
             raise UserError(f"{command.text}: unknown flag {', '.join(unknown)}")
     elif command.program in CONFIGS:
         args, kind = command.args, CONFIGS[command.program]
-        if command.program == "plan" and args[:1] == ["search"]:
+        if command.program == "plan" and list(args[:1]) == ["search"]:
             args, kind = args[1:], SearchConfig
         config = cli.parse(args, kind())
         if command.program == "train":
