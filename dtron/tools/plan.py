@@ -48,7 +48,7 @@ class PlanConfig(RunConfig):
     """Plan memory, time and messages of a training step on any mesh. No GPU is needed."""
 
     gpu: str = "h200"
-    """rates of a GPU: a name, as h200, or a file that bench/calibrate.py has written"""
+    """rates of a GPU: a name, as h200, or a file as planner/gpu/h200.json"""
     token_budget: str = ""
     """tokens of the whole run, as 15T; prints days and GPU-hours"""
     json: bool = False
@@ -130,7 +130,7 @@ class SearchConfig(RunConfig):
     """Search all meshes of a number of GPUs for the fastest step that fits. No GPU is needed."""
 
     gpu: str = "h200"
-    """rates of a GPU: a name, as h200, or a file that bench/calibrate.py has written"""
+    """rates of a GPU: a name, as h200, or a file as planner/gpu/h200.json"""
     gpus: int = 8
     """number of GPUs"""
     batch_tokens: str = "1M"
