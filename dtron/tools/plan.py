@@ -201,7 +201,13 @@ def choices_table(choices: Sequence[Choice], best: Sequence[Choice], top: int) -
 
 
 def tokens_of_step(config: SearchConfig) -> int:
-    """Return the sequences of a step. Raises UserError if they are none."""
+    """Return the sequences of a step. Raises UserError if they are none, and for a flag that the
+    search would overwrite."""
+    usual = RunConfig()
+    for name in ("mesh", "zero", "batch", "micro_batch", "recompute", "pipeline"):
+        if getattr(config, name) != getattr(usual, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"dtron plan search {flag}: the search chooses it; drop {flag}")
     if not 1 <= config.gpus <= LARGEST:
         raise UserError(f"--gpus {config.gpus}: from 1 to {LARGEST}; change it")
     batch = int(token_count(config.batch_tokens, "--batch-tokens") // config.data.seq_len)

@@ -79,6 +79,8 @@ def test_a_plan_takes_the_other_arguments():
         ("--batch-tokens lots", ["--batch-tokens lots", "15T"]),
         ("--batch-tokens 10", ["--batch-tokens 10", "one sequence"]),
         ("--gpu x", ["--gpu x", "h200"]),
+        ("--mesh dp=2", ["--mesh", "the search chooses it"]),
+        ("--pipeline.schedule zb-v", ["--pipeline", "the search chooses it"]),
         ("--mseh dp=2", ["--mseh", "unknown flag"]),
     ],
 )
