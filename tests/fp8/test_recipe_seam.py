@@ -27,7 +27,7 @@ from dtron.fp8.recipe import Recipe, Role
 from dtron.fp8.recipes import RECIPES
 from dtron.model.compute_config import ComputeConfig
 from dtron.runtime.config import PipelineConfig, RunConfig
-from dtron.runtime.validate import check_fp8
+from dtron.runtime.validate import check_capability, check_fp8
 from dtron.testing import assert_caught, meshes, zero_stages
 from dtron.tools.compare_steps import compare
 from dtron.tools.verify import on_one_device
@@ -228,16 +228,17 @@ def test_what_the_recipe_says_is_heeded():
     with pytest.raises(ValueError, match=f"--fp8-gather --fp8 {NAME}.*drop --fp8-gather"):
         ComputeConfig(fp8=NAME, fp8_gather=True)
     config = in_fp8(dense("dp=1"), NAME)
-    check = partial(check_fp8, config.how, config.model, MeshShape(), 7, compute=torch.bfloat16)
+    check = partial(check_fp8, config.how, config.model, MeshShape(), 7, torch.bfloat16)
     gpu = {"get_device_capability": lambda _: (8, 0), "get_device_name": lambda _: "Old GPU"}
     with mock.patch.multiple(torch.cuda, **gpu):
         with pytest.raises(ValueError, match="Old GPU has compute capability 8.0.*8.9; drop --fp8"):
-            check(device="cuda")
+            check_capability(config.how, "cuda")
         with mock.patch.object(Bfloat16Operands, "capability", (8, 0)):
-            check(device="cuda")
-    check(device="cpu")
+            check_capability(config.how, "cuda")
+    check_capability(config.how, "cpu")
+    check()
     with (
         mock.patch.object(Bfloat16Operands, "multiple", 16),
         pytest.raises(ValueError, match="the 7 tokens multiples of 16"),
     ):
-        check(device="cpu")
+        check()
