@@ -40,7 +40,9 @@ from dtron.rules import zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import resolve
 from dtron.tools.plan_search import LARGEST, Choice, Search, frontier
-from dtron.training.batch_ramp import UNITS
+from dtron.training.batch_ramp import UNITS as RAMP_UNITS
+
+UNITS = RAMP_UNITS | {"T": 10**12}
 
 
 @dataclass(frozen=True)

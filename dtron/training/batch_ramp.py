@@ -28,8 +28,8 @@ from dtron.errors import UserError
 
 LARGEST_BATCH = 10**8  # sequences
 LARGEST_POINT = 1 << 62  # steps or tokens
-UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-FORM = "as '64:0, 256:2B': a size, and from which step (1000) or number of tokens (K, M, B, T) on"
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+FORM = "as '64:0, 256:2B': a size, and from which step (1000) or number of tokens (K, M, B) on"
 
 
 class Phase(NamedTuple):

@@ -110,7 +110,7 @@ def test_each_wrong_ramp_is_one_line(capsys):
             ["--batch", "4:0, 6:9", "--mesh", "dp=4", "--simulate"],
             ["batch=6", "4 data ranks", "use a size of 4"],
         ),
-        (["--batch", "2:0,4:1Q"], ["'1Q' is no point"]),
+        (["--batch", "2:0,4:1T"], ["'1T' is no point"]),
         (["--batch", "x"], ["--batch 'x'", "a ramp"]),
         (["--batch", "0.5"], ["--batch '0.5'"]),
         (["--batch", "0"], ["--batch 0", "at least 1"]),
