@@ -166,7 +166,8 @@ def runs(draw, axis: str) -> RunConfig:
     order = pick("on", "off", "auto")
     model = draw(models(shape, layers, cp_method, order == "on"))
     unit = sequence_unit(shape, zigzag=True)
-    threshold = 0.0 if model.qk_norm else pick(0.0, 0.005)  # about the middle of the logits
+    clips = not model.qk_norm and any(mixer.has_logits for mixer in model.mixers)
+    threshold = pick(0.0, 0.005) if clips else 0.0  # about the middle of the logits
     return RunConfig(
         mesh=str(shape),
         zero=draw(zero_stages()),
