@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.mesh_shape import MeshShape, is_part
 from dtron.planner.gpu_rates import Gpu, Link
 from dtron.planner.operators import Operator
 from dtron.planner.plan_step import RankPlan
@@ -56,12 +56,12 @@ class RankTime:
 
 def link_of(shape: MeshShape, axis: str, gpu: Gpu) -> str:
     """Return the link of a mesh axis: "nvlink" if each of its groups is within one host."""
-    span = 1
+    ranks, span = 1, 1
     for atom, n in reversed(shape.atoms.items()):
-        span *= n
-        if atom == axis or atom.startswith(f"{axis}.") or atom.endswith(f".{axis}"):
-            return "nvlink" if gpu.gpus_of_a_host % span == 0 or span == 1 else "network"
-    return "nvlink"
+        ranks *= n
+        if atom == axis or is_part(atom, axis):
+            span = ranks  # the first and the last rank of a group are less than this apart
+    return "nvlink" if gpu.gpus_of_a_host % span == 0 else "network"
 
 
 def axis_size(shape: MeshShape, axis: str) -> int:

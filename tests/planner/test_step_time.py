@@ -81,6 +81,8 @@ def test_bytes_of_a_ring():
         ("dp=2,tp=4", "dp", "nvlink"),
         ("dp=4,tp=4", "dp", "network"),
         ("pp=2,dp=8", "pp", "network"),
+        ("dp=4,tp=2,ep=8", "ep", "nvlink"),
+        ("dp=8,tp=2,ep=16", "ep", "network"),
     ],
 )
 def test_an_axis_within_a_host_has_nvlink(mesh, axis, link):
