@@ -4,6 +4,7 @@ generation with a state."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -51,7 +52,7 @@ from tests.helpers.values import ONE, close, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
 from tests.model.test_activation_memory import kept_by
 from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import cached, greedy, on_mesh, texts, uncached, weights
+from tests.tools.test_generate import assert_cached, greedy, on_mesh, weights
 
 SIZES = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=3, value_dim=5, chunk=3)
 M = replace(ATTENTION, pattern="L", delta=SIZES)
@@ -193,19 +194,11 @@ def test_a_compiled_stage():
 # ---- generation
 
 
-PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
-
-
 @pytest.mark.parametrize("pattern", ["L", "LA"])
 def test_the_cache_changes_nothing(pattern):
     """Rows of unequal lengths, in pieces. A state or a tail that stays empty is noticed."""
-    m, rows = replace(M, pattern=pattern), texts(*map(sum, PIECES))
-
-    def check_all():
-        for row, cuts, got in zip(rows, PIECES, cached(m, rows, PIECES), strict=True):
-            want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
-            torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
-
+    m = replace(M, pattern=pattern)
+    check_all = partial(assert_cached, m)
     check_all()
     rule = delta_rule.delta_rule
 

@@ -18,10 +18,10 @@ from dtron.model.activation_bytes import block_bytes
 from dtron.testing import assert_caught, assert_equivalent, unsummed
 from tests.helpers.values import ONE, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
-from tests.layers.test_gated_delta_net import PIECES, inputs_of
 from tests.layers.test_gated_delta_net import M as DELTA
+from tests.layers.test_gated_delta_net import inputs_of
 from tests.model.test_activation_memory import kept_by
-from tests.tools.test_generate import cached, texts, uncached
+from tests.tools.test_generate import assert_cached
 
 SIZES = DeltaNetConfig(key_heads=2, value_heads=2, key_dim=5, value_dim=5, chunk=3)
 M = replace(DELTA, pattern="K", delta=SIZES)
@@ -87,10 +87,7 @@ def test_the_norm_over_tp():
 
 
 def test_the_cache_changes_nothing():
-    rows = texts(*map(sum, PIECES))
-    for row, cuts, got in zip(rows, PIECES, cached(M, rows, PIECES), strict=True):
-        want, ends = uncached(M, row), torch.tensor(cuts).cumsum(0) - 1
-        torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
+    assert_cached(M)
 
 
 def test_memory():

@@ -5,6 +5,7 @@ test_linear_attention_meshes.py."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -47,10 +48,10 @@ from tests.helpers.examples import examples
 from tests.helpers.values import ONE, close, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
 from tests.layers.test_delta_rule import decays_twice, forgets_the_state
-from tests.layers.test_gated_delta_net import PIECES, inputs_of
+from tests.layers.test_gated_delta_net import inputs_of
 from tests.model.test_activation_memory import kept_by
 from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import cached, texts, uncached, weights
+from tests.tools.test_generate import assert_cached, weights
 
 SIZES = Mamba2Config(heads=4, head_dim=5, groups=2, state=3, chunk=3, time_step_min=0.3)
 M = replace(ATTENTION, pattern="S", mamba=SIZES)
@@ -246,13 +247,8 @@ def test_a_compiled_stage():
 @pytest.mark.parametrize("groups", GROUPS)
 def test_the_cache_changes_nothing(groups):
     """Rows of unequal lengths, in pieces. A state or a tail that stays empty is noticed."""
-    m, rows = replace(with_groups(groups), pattern="SA"), texts(*map(sum, PIECES))
-
-    def check_all():
-        for row, cuts, got in zip(rows, PIECES, cached(m, rows, PIECES), strict=True):
-            want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
-            torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
-
+    m = replace(with_groups(groups), pattern="SA")
+    check_all = partial(assert_cached, m)
     check_all()
 
     def forgetful(x, state, *others):

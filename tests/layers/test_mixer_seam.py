@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -54,7 +55,7 @@ from tests.layers.toy_mixer import (
 )
 from tests.model.test_activation_memory import kept_by
 from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import cached, greedy, on_mesh, texts, uncached, weights
+from tests.tools.test_generate import assert_cached, greedy, on_mesh, weights
 
 M = ConvolutionModel(**vars(ATTENTION) | {"pattern": "C"})
 
@@ -142,20 +143,12 @@ def test_a_dropped_constrain_is_caught(number):
 # ---- generation
 
 
-PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
-
-
 @pytest.mark.parametrize("pattern", ["C", "AC", "AMC"])
 def test_the_cache_changes_nothing(pattern):
     """Rows of unequal lengths, in pieces. A cache that stays empty is noticed."""
     latent = LATENT if "M" in pattern else MLAConfig()
-    m, rows = replace(M, pattern=pattern, layers=3, mla=latent), texts(*map(sum, PIECES))
-
-    def check_all():
-        for row, cuts, got in zip(rows, PIECES, cached(m, rows, PIECES), strict=True):
-            want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
-            torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
-
+    m = replace(M, pattern=pattern, layers=3, mla=latent)
+    check_all = partial(assert_cached, m)
     check_all()
     with mock.patch.object(toy_mixer, "with_cache", forgetful):
         assert_caught(check_all)

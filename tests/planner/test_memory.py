@@ -64,6 +64,10 @@ def messages(ops) -> tuple[Counter, Counter]:
 @settings(max_examples=examples(4))
 @given(mesh=st.sampled_from(MESHES), zero=st.sampled_from([0, 1, 2, 3]))
 def test_an_eager_step_sends_what_simulated_ranks_send(mesh, zero):
+    assert_same_messages(mesh, zero)
+
+
+def assert_same_messages(mesh: str, zero: int) -> None:
     shape = MeshShape.parse(mesh)
     config = model_config(mesh, 2, zero=zero, batch=2 * shape.data, micro_batch=2)
     want = one_step(config, shape).collectives
@@ -75,6 +79,19 @@ def test_an_eager_step_sends_what_simulated_ranks_send(mesh, zero):
         kinds[key.kind] += n
         nbytes[key.kind] += want.bytes[key]
     assert (count, size) == (kinds, nbytes)
+
+
+def test_the_bytes_of_a_shard_are_caught():
+    """Mutant: an all-gather has the bytes of its input."""
+    made = rank_trace.library_operator
+
+    def of_the_shard(*args):
+        op = made(*args)
+        return replace(op, written=op.read) if op.name == "all_gather" else op
+
+    assert_same_messages("dp=2,tp=2", 3)
+    with mock.patch.object(rank_trace, "library_operator", of_the_shard):
+        assert_caught(lambda: assert_same_messages("dp=2,tp=2", 3))
 
 
 @settings(max_examples=examples(4))

@@ -88,15 +88,24 @@ def cached(
     return found
 
 
+PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
+
+
+def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES) -> None:
+    """Rows of unequal lengths, fed in these pieces, have the logits of whole rows."""
+    rows = texts(*map(sum, pieces))
+    for row, cuts, got in zip(rows, pieces, cached(m, rows, pieces), strict=True):
+        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
+        torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=4)
 @given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
 def test_the_cache_changes_nothing(name, pieces):
     """Rows of unequal lengths, fed in any pieces. A position that is off by one is noticed."""
     m, rows = MODELS[name], texts(*(sum(row) for row in pieces))
-    for row, cuts, got in zip(rows, pieces, cached(m, rows, pieces), strict=True):
-        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
-        torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
+    assert_cached(m, pieces)
     late = cached(m, rows, pieces, late=1)
     assert any(
         (b[1] - uncached(m, r)[c[0] + c[1] - 1]).abs().max() > 1e-4
