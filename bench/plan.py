@@ -21,7 +21,7 @@ from step_flags import arguments, run_config
 
 from dtron.planner.report import GIB, StepPlan
 from dtron.runtime.exit import Parser, run_cli
-from dtron.tools.plan import plan_config
+from dtron.tools.plan import plan_config, quiet
 
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 
@@ -122,6 +122,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--write", default="", help="write the table into this page")
     o = p.parse_args(argv)
     lines = sorted(latest(read(RESULTS)), key=case_of)
+    quiet()
     comparisons = []
     for line in lines:
         if wanted(line, o.device, o.since) and o.only in str(case_of(line)):

@@ -87,7 +87,7 @@ class _Reader:
         self.nodes = list(graph.graph.nodes)
         self.outputs = set(_nodes_in(self.nodes[-1].args))
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
-        self.users = {n: self._users(n) for n in self.nodes}
+        self.returned = {base_of(n) for n in self.outputs}
         self.buffers: dict[Node, _Buffer] = {}
 
     def cost(self) -> GraphCost:
@@ -107,12 +107,9 @@ class _Reader:
         name = name_of(node.target)
         if _is_view(node) or name in WITHOUT_KERNEL or not _tensors(node):
             return False
-        returned = any(base_of(x) is node for x in self.outputs)
-        if returned or _by_library(node) or name in ("cat", "copy_"):
+        if node in self.returned or _by_library(node) or name in ("cat", "copy_"):
             return True
-        if _is_reduction(node):
-            return True
-        return any(_by_library(user) for user in self.users[node] if user.op != "output")
+        return _is_reduction(node) or any(map(_by_library, self._users(node)))
 
     def _buffer(self, node: Node) -> _Buffer:
         library = _by_library(node)

@@ -134,17 +134,10 @@ def with_rows(op: Operator, rows: int) -> Operator:
 
 def _matmul_size(name: str, given: Sequence[Tensor], out: Tensor) -> tuple[int, int, int, int]:
     a, b = (given[1], given[2]) if name in ("addmm", "baddbmm") else (given[0], given[1])
+    m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
     if "grouped" in name:  # the rows of all experts are M, also where they are summed over
-        return (
-            1,
-            *(
-                (a.shape[-1], b.shape[-1], a.shape[-2])
-                if out.ndim == 3
-                else (a.shape[-2], b.shape[-1], a.shape[-1])
-            ),
-        )
-    batch = a.shape[0] if a.ndim == 3 else 1
-    return (batch, a.shape[-2], b.shape[-1], a.shape[-1])
+        return (1, k, n, m) if out.ndim == 3 else (1, m, n, k)
+    return (a.shape[0] if a.ndim == 3 else 1, m, n, k)
 
 
 def _argument(target: Any, args: Sequence[Any], name: str) -> Any:

@@ -9,7 +9,6 @@ of cuBLAS and buffers of NCCL (``Gpu.overhead_gib``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -61,20 +60,17 @@ class RankPlan:
         return max(self.at_start, sum(self.peak.values()))
 
 
-def plan_ranks(
-    config: RunConfig, plan: RunPlan, ranks: Sequence[int] | None = None
-) -> list[RankPlan]:
-    """Return the plans of pipeline ranks (None: all of them).
+def plan_ranks(config: RunConfig, plan: RunPlan) -> list[RankPlan]:
+    """Return the plans of all pipeline ranks.
 
-    ``plan``: the config resolved for GPUs; see ``resolve.for_gpus``."""
+    ``plan``: the config resolved for GPUs; see ``resolve`` in runtime/launch.py."""
     mesh = fake_mesh(plan.shape)
     reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
     compute = None if plan.compute == plan.master else plan.compute
     layout = Layout(mesh, rules_for(config.zero), compute, reduce)
     pipe = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
     step = _Step(config, plan, pipe)
-    every = range(len(pipe.table.rows))
-    return [step.on_rank(rank) for rank in (every if ranks is None else ranks)]
+    return [step.on_rank(rank) for rank in range(len(pipe.table.rows))]
 
 
 @dataclass

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -39,6 +38,7 @@ from dtron.planner.step_time import link_of, time_step
 from dtron.rules import zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import resolve
+from dtron.tools.console import wide_console
 from dtron.tools.plan_search import LARGEST, Choice, Search, frontier
 from dtron.training.batch_ramp import UNITS as RAMP_UNITS
 
@@ -61,9 +61,8 @@ def plan_config(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
     """Plan a step. Raises UserError for an invalid config."""
     gpu, shape = load_gpu(gpu_name), MeshShape.parse(config.mesh)
     plan, _ = resolve(config, shape, "cuda")
-    if not plan.compile or config.compile == "off":
+    if not plan.compile:
         raise UserError("--compile off: a plan is of a compiled step; drop --compile")
-    quiet()
     ranks = plan_ranks(config, plan)
     copies = config.zero == 3 and config.copy_engines == "auto"
     copies &= any(link_of(shape, axis, gpu) == "nvlink" for axis in zero_axes(tuple(shape.atoms)))
@@ -76,13 +75,6 @@ def quiet() -> None:
     """Leave out the warnings of torch, which are about a CPU that computes."""
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-
-
-def wide_console() -> Console:
-    console = Console()
-    if console.is_terminal:
-        return console
-    return Console(width=max(console.width, 150))  # a file has no wrapped tables
 
 
 def as_json(plan: StepPlan) -> str:
@@ -228,6 +220,7 @@ def main(argv: Sequence[str]) -> int:
         return search(argv[1:])
     config = parse(argv, PlanConfig(), prog="dtron plan")
     budget = token_count(config.token_budget, "--token-budget") if config.token_budget else 0
+    quiet()
     plan = plan_config(config, config.gpu)
     if config.json:
         print(as_json(plan))

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -44,6 +43,7 @@ from dtron.params import WeightSpec
 from dtron.rules import RULES, place, rules_for
 from dtron.runtime.validate import check, sequence_unit
 from dtron.tools import memory_estimate
+from dtron.tools.console import wide_console
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
 from dtron.tools.memory_estimate import size
 from dtron.tools.shard_shapes import coordinates, local_range, local_shape
@@ -230,9 +230,7 @@ def main(argv: Sequence[str]) -> int:
     optimizer = build_optimizer(config.optim, config.model.mup)
     check_groups(optimizer, declare_model(config.model))
     compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 150))  # a file has no wrapped tables
+    console = wide_console()
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = split_into_stages(config.model, layers), 0
     for number, spec in enumerate(stages):
