@@ -3,7 +3,8 @@
 A fake process group has a size and a rank, and sends nothing. A DeviceMesh of 16,384 ranks would
 make thousands of groups, one for each row of each axis. A plan needs the groups of one rank, so
 only these are made. Ranks of one mesh have equal shards but for the last, smaller shards of dims
-that the mesh does not divide. So rank 0 of a stage is the rank with the most of everything."""
+that the mesh does not divide. So rank 0 of a stage is the rank with the most of everything, and a
+plan is of this rank, if no other rank is asked for."""
 
 from __future__ import annotations
 
@@ -17,16 +18,19 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import join_fake_group
 
 
-def fake_mesh(shape: MeshShape) -> DeviceMesh | None:
-    """Return the mesh of one pipeline stage as its first rank sees it; None for one rank."""
+def fake_mesh(shape: MeshShape, rank: int = 0) -> DeviceMesh | None:
+    """Return the mesh of one pipeline stage as one of its ranks sees it; None for one rank."""
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     if not atoms:
         return None
     names, sizes = tuple(atoms), tuple(atoms.values())
     size = math.prod(sizes)
-    join_fake_group(size)
+    join_fake_group(size, rank)
     ranks = torch.arange(size).view(sizes)
-    rows = [ranks.movedim(i, -1).reshape(-1, n)[0].tolist() for i, n in enumerate(sizes)]
+    rows = [
+        next(row for row in ranks.movedim(i, -1).reshape(-1, n).tolist() if rank in row)
+        for i, n in enumerate(sizes)
+    ]
     groups = [dist.new_group(row, backend="fake") for row in rows]
     group = groups if len(groups) > 1 else groups[0]
     return DeviceMesh.from_group(group, "cpu", mesh=ranks, mesh_dim_names=names)

@@ -19,11 +19,10 @@ from dtron.model.batch import Batch, make_batch
 from dtron.params import init
 from dtron.planner.fake_mesh import fake_mesh
 from dtron.planner.operators import Operator, with_rows
-from dtron.planner.planned_pipeline import PlannedPipeline
+from dtron.planner.planned_pipeline import MarkedTable, PlannedPipeline
 from dtron.planner.rank_trace import Counting, RankTrace, fake_tensors
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
-from dtron.schedules.runner import Program
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
@@ -60,28 +59,46 @@ class RankPlan:
         return max(self.at_start, sum(self.peak.values()))
 
 
-def plan_ranks(config: RunConfig, plan: RunPlan) -> list[RankPlan]:
+def plan_ranks(config: RunConfig, plan: RunPlan, update: bool = True) -> list[RankPlan]:
     """Return the plans of all pipeline ranks.
 
-    ``plan``: the config resolved for GPUs; see ``resolve`` in runtime/launch.py."""
-    mesh = fake_mesh(plan.shape)
+    ``plan``: the config resolved for GPUs; see ``resolve`` in runtime/launch.py.
+    ``update``: the step ends with the update of the weights, and not with the gradients."""
+    step = _step_of(config, plan, update=update)
+    return [step.on_rank(rank) for rank in range(len(step.pipe.table.rows))]
+
+
+def plan_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankPlan:
+    """Return the plan of one rank of the mesh: the same rank of its pipeline rank's stages.
+
+    ``rank``: its number in the whole mesh."""
+    stage, place = divmod(rank, plan.shape.size // plan.shape.pp)
+    return _step_of(config, plan, place).on_rank(stage)
+
+
+def _step_of(config: RunConfig, plan: RunPlan, place: int = 0, update: bool = True) -> _Step:
+    """Return the step of a config.
+
+    ``place``: the rank among those of a pipeline stage."""
+    mesh = fake_mesh(plan.shape, place)
     reduce = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
     compute = None if plan.compute == plan.master else plan.compute
     layout = Layout(mesh, rules_for(config.zero), compute, reduce)
     pipe = pipeline(config, plan.shape, plan.count, config.data.seq_len, layout, plan.counts)
-    step = _Step(config, plan, pipe)
-    return [step.on_rank(rank) for rank in range(len(pipe.table.rows))]
+    return _Step(config, plan, pipe, update)
 
 
 @dataclass
 class _Step:
     """A step, whose compiled functions all pipeline ranks share.
 
+    ``update``: whether it ends with the update of the weights.
     ``counting``: its code generator; None: it is not built yet."""
 
     config: RunConfig
     plan: RunPlan
     pipe: Pipeline
+    update: bool = True
     counting: Counting | None = None
     built: TrainStep | None = field(default=None, init=False)
 
@@ -102,17 +119,14 @@ class _Step:
                 opt = with_compute_copies(opt, params, spec, layout.compute)
             state = {name: memory.live[name] for name in STATE}
             at_start, step = memory.largest, self._step(pipe, trace)
-
-            def look(stage: int, microbatch: int, grads: Any) -> None:
-                trace.mark(f"B{stage}.{microbatch}")
-
             tokens = self.plan.count * self.plan.rows * self.config.data.seq_len
             memory.begin()
             trace.operators.clear()
             weights = params if opt.compute_copies is None else opt.compute_copies
-            results = [*step.gradients(weights, batches, look)]
+            results = [*step.gradients(weights, batches)]
             trace.mark("reduce")
-            step.update(params, opt, results, tokens, 1e-4)
+            if self.update:
+                step.update(params, opt, results, tokens, 1e-4)
         return RankPlan(
             rank=rank,
             stages=tuple(pipe.stages),
@@ -126,8 +140,11 @@ class _Step:
 
     def _pipeline(self, rank: int, trace: RankTrace) -> PlannedPipeline:
         template = torch.empty(0, self.config.model.embed, dtype=self.plan.compute)
+        t = self.pipe.table
+        table = MarkedTable(t.name, t.stages, t.microbatches, t.rows, rank, trace)
         own = {f.name: getattr(self.pipe, f.name) for f in fields(Pipeline)}
-        return PlannedPipeline(**own | {"template": template}, rank=rank, trace=trace)
+        own |= {"template": template, "table": table}
+        return PlannedPipeline(**own, rank=rank, trace=trace)
 
     def _step(self, pipe: PlannedPipeline, trace: RankTrace) -> TrainStep:
         """Return the step of a rank, with the functions that the first rank has compiled."""
@@ -137,7 +154,7 @@ class _Step:
             self.built = cast(TrainStep, build_step(self.config, plan, pipe, self.counting))
         assert self.built is not None
         self.counting.trace = trace
-        return replace(self.built, pipe=pipe, functions=_marked(self.built.functions, trace))
+        return replace(self.built, pipe=pipe)
 
     def _batches(self, layout: Layout) -> list[Batch]:
         m, data = self.config.model, self.config.data
@@ -167,14 +184,3 @@ def _axes_of_groups(layout: Layout) -> dict[str, str]:
     for name, group in layout.groups.items():
         groups.setdefault(str(group.args[0]), name)
     return groups
-
-
-def _marked(functions: Program, trace: RankTrace) -> Program:
-    """Note in the trace where a stage's forward ends."""
-
-    def stage(*args: Any) -> Any:
-        result = functions.stage(*args)
-        trace.mark("F")
-        return result
-
-    return replace(functions, stage=stage)

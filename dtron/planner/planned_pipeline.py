@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dtron.model.batch import Batch
 from dtron.planner.operators import Operator
 from dtron.planner.rank_trace import MESSAGES, RankTrace
 from dtron.schedules.p2p import InProcessLinks, Links
-from dtron.schedules.table import Action, Table
+from dtron.schedules.table import Action, Table, in_order
 from dtron.training.pipeline import Pipeline
 
 
@@ -48,6 +49,31 @@ class PlannedLinks:
     def _note(self, direction: str, made: Action, x: Tensor) -> None:
         name = f"{direction} {made.kind}{made.stage}.{made.microbatch}"
         self._trace.operators.append(Operator("message", name, written=to_local(x).nbytes))
+
+
+@dataclass(frozen=True)
+class MarkedTable(Table):
+    """A schedule that notes in ``trace`` where each action of ``rank`` ends."""
+
+    rank: int = 0
+    trace: Any = field(default=None, compare=False)
+
+    @cached_property
+    def order(self) -> Iterable[tuple[int, Action]]:
+        return _MarkedOrder(self)
+
+
+@dataclass
+class _MarkedOrder:
+    """The order of a table. An action has ended when the runner asks for the next one."""
+
+    table: MarkedTable
+
+    def __iter__(self) -> Iterator[tuple[int, Action]]:
+        for rank, a in in_order(self.table):
+            yield rank, a
+            if rank == self.table.rank:
+                self.table.trace.mark(f"{a.kind}{a.stage}.{a.microbatch}")
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,34 @@ def _floats() -> defaultdict[str, float]:
     return defaultdict(float)
 
 
-@dataclass
+PARTS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+@dataclass(frozen=True)
 class Span:
-    """A part of a rank's time: ``kind`` from ``start`` to ``end``, in seconds."""
+    """A part of a rank's time: ``kind`` from ``start`` to ``end``, in seconds.
+
+    ``name``: the stage and the microbatch as ``0.3``; empty: those of no action."""
 
     kind: str
     start: float
     end: float
+    name: str = ""
+
+
+@dataclass
+class Message:
+    """A message of a rank, from ``start`` to ``end``, in seconds.
+
+    ``axis``: its mesh axis, or "host".
+    ``exposed``: the seconds before ``end`` in which the rank waits for it."""
+
+    axis: str
+    name: str
+    start: float
+    end: float
+    nbytes: float
+    exposed: float = 0.0
 
 
 @dataclass
@@ -43,7 +64,9 @@ class RankTime:
     ``exposed``, ``hidden``: time of communication by mesh axis, with and without kernels beside.
     ``bubble``: time in which the rank waits for messages of other stages.
     ``sent``: bytes that a rank sends, by mesh axis.
-    ``spans``: forward, backward and update."""
+    ``spans``: the actions of the schedule, the reduction of gradients and the update, in order.
+    ``waits``: where the rank waits for messages of other stages.
+    ``messages``: collectives, messages that it sends to other stages, and copies to its host."""
 
     now: float = 0.0
     busy: defaultdict[str, float] = field(default_factory=_floats)
@@ -52,6 +75,8 @@ class RankTime:
     sent: defaultdict[str, float] = field(default_factory=_floats)
     bubble: float = 0.0
     spans: list[Span] = field(default_factory=list)
+    waits: list[Span] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
 
 def link_of(shape: MeshShape, axis: str, gpu: Gpu) -> str:
@@ -83,7 +108,7 @@ class _Rank:
         self.copy_engines = copy_engines
         self.time = RankTime()
         self.place = 0
-        self._ends: dict[int, tuple[float, float, str]] = {}
+        self._open: dict[int, Message] = {}
         self._streams: dict[str, float] = {}
         self._nccl_until = 0.0
         self._span_start = 0.0
@@ -106,21 +131,28 @@ class _Rank:
             if op.kind == "message" and not self._message(op, arrivals):
                 return False
             if op.kind == "mark":
-                time.spans.append(Span(op.name, self._span_start, time.now))
-                self._span_start = time.now
+                self._span(op.name)
             elif op.kind == "collective":
                 self._collective(op)
             elif op.kind == "wait":
                 self._wait(op.token)
             elif op.kind == "host":
                 start = max(self._streams.get("host", 0.0), time.now)
-                self._streams["host"] = start + op.written / self.gpu.host_gbs * 1e-9
+                end = start + op.written / self.gpu.host_gbs * 1e-9
+                time.messages.append(Message("host", op.name, start, end, op.written))
+                self._streams["host"] = end
             elif op.kind != "message":
                 self._kernel(op)
             self.place += 1
         time.now = max(time.now, self._streams.get("host", 0.0))
-        time.spans.append(Span("update", self._span_start, time.now))
+        self._span("update")
         return True
+
+    def _span(self, name: str) -> None:
+        """End a span of time. The name of an action is that of planned_pipeline.py."""
+        kind, action = (PARTS[name[0]], name[1:]) if name[0] in PARTS else (name, "")
+        self.time.spans.append(Span(kind, self._span_start, self.time.now, action))
+        self._span_start = self.time.now
 
     def _kernel(self, op: Operator) -> None:
         seconds = self.gpu.seconds(op)
@@ -146,35 +178,43 @@ class _Rank:
             seconds = 2 * sent / self.gpu.memory_gbs * 1e-9
             self.time.busy["copies"] += seconds
             self.time.now += seconds
-        self._ends[op.token] = (start, end, axis)
+        self._open[op.token] = message = Message(axis, op.name, start, end, sent)
+        self.time.messages.append(message)
         self.time.sent[axis] += sent
         if not by_copies:
             self._nccl_until = max(self._nccl_until, end)
 
     def _wait(self, token: int) -> None:
-        if token not in self._ends:
+        if token not in self._open:
             return
-        start, end, axis = self._ends.pop(token)
-        exposed = max(0.0, end - self.time.now)
-        self.time.exposed[axis] += exposed
-        self.time.hidden[axis] += max(0.0, end - start - exposed)
-        self.time.now = max(self.time.now, end)
+        message = self._open.pop(token)
+        axis, took = message.axis, message.end - message.start
+        message.exposed = max(0.0, message.end - self.time.now)
+        self.time.exposed[axis] += message.exposed
+        self.time.hidden[axis] += max(0.0, took - message.exposed)
+        self.time.now = max(self.time.now, message.end)
 
     def _message(self, op: Operator, arrivals: dict[str, float]) -> bool:
         direction, _, name = op.name.partition(" ")
-        link = self.gpu.links[link_of(self.shape, "pp", self.gpu)]
+        time, link = self.time, self.gpu.links[link_of(self.shape, "pp", self.gpu)]
+        took, now = link.seconds(op.written), time.now
         if direction == "send":
-            arrivals[name] = self.time.now + link.seconds(op.written)
-            self.time.sent["pp"] += op.written
+            arrivals[name] = now + took
+            time.sent["pp"] += op.written
+            time.messages.append(Message("pp", f"send {name}", now, now + took, op.written))
         elif direction == "receive":
             if name not in arrivals:
                 return False
-            waited = max(0.0, arrivals[name] - self.time.now)
-            self.time.bubble += waited
-            self.time.now += waited
+            waited = max(0.0, arrivals[name] - now)
+            time.bubble += waited
+            time.now += waited
+            if waited:
+                time.waits.append(Span("waits for stages", now, time.now, name))
         else:
-            self.time.exposed["pp"] += link.seconds(op.written)
-            self.time.now += link.seconds(op.written)
+            time.exposed["pp"] += took
+            time.now += took
+            message = Message("pp", "embedding's gradient", now, time.now, op.written, took)
+            time.messages.append(message)
         return True
 
 

@@ -22,7 +22,7 @@ only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class Table:
         return {a for row in self.rows for a in row}
 
     @cached_property
-    def order(self) -> tuple[tuple[int, Action], ...]:
+    def order(self) -> Iterable[tuple[int, Action]]:
         """All actions in the order of ``in_order``, which is computed once for all steps."""
         return tuple(in_order(self))
 

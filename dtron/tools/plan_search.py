@@ -1,10 +1,11 @@
 """The search for a mesh: all meshes, ZeRO stages, schedules, microbatches and activation policies
 of a number of GPUs, by memory and time.
 
-A full plan of each would take hours. So a search plans two small models for each way to split a
-block (tp, cp, ep and activation policy), with one more period of the model's blocks in the second.
-Their difference is a block's forward, backward and kept bytes for one sequence; the rest is the
-embedding and the head. Everything else is put together from parts that are exact by themselves: the
+A full plan of each would take hours. So for each way to split a block (tp, cp, ep and activation
+policy) a search plans one small model on four pipeline ranks. The third rank has one more period of
+the model's blocks than the second. Their difference is a block's forward, backward and kept bytes
+for one sequence. The rest of the first and of the last rank is the embedding and the head.
+Everything else is put together from parts that are exact by themselves: the
 bytes of weights and states from the declarations and rules, the bubble and the activations in
 flight from the schedule's table.
 
@@ -26,7 +27,7 @@ from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.flops import flops_per_token
 from dtron.planner.gpu_rates import Gpu
-from dtron.planner.plan_step import plan_ranks
+from dtron.planner.plan_step import RankPlan, plan_ranks
 from dtron.planner.step_time import link_of, time_step
 from dtron.runtime.config import PipelineConfig, RunConfig
 from dtron.runtime.launch import resolve
@@ -222,32 +223,44 @@ class Search:
     def _measure(self, shape: MeshShape, recompute: str) -> BlockCost:
         m = self.config.model
         dp = shape.ep * shape.etp // math.gcd(shape.ep * shape.etp, shape.cp * shape.tp)
-        inner = MeshShape(dp=dp, cp=shape.cp, tp=shape.tp, ep=shape.ep, etp=shape.etp)
+        inner = MeshShape(pp=4, dp=dp, cp=shape.cp, tp=shape.tp, ep=shape.ep, etp=shape.etp)
         period = len(m.pattern)
-        first = m.moe.dense_layers + period if m.moe.experts else period
-        found = []
-        for layers in (first, first + period):
-            c = replace(
-                self.config,
-                mesh=str(inner),
-                zero=0,
-                model=replace(m, layers=layers),
-                batch=inner.data,
-                micro_batch=1,
-                recompute=recompute,
-                pipeline=PipelineConfig(),
-            )
-            plan, _ = resolve(c, inner, "cuda")
-            (rank,) = plan_ranks(c, plan)
-            (time,) = time_step([rank], inner, self.gpu)
-            forward, backward = time.spans[0].end, time.spans[1].end - time.spans[0].end
-            beside = rank.largest - sum(rank.state.values())
-            found.append((layers, forward, backward, rank.peak.get("activations", 0), beside))
-        (n, f1, b1, kept1, _), (_, f2, b2, kept2, beside) = found
+        first = period + (m.moe.dense_layers if m.moe.experts else 0)
+        layers = (first, period, 2 * period, period)
+        c = replace(
+            self.config,
+            mesh=str(inner),
+            zero=0,
+            model=replace(m, layers=sum(layers)),
+            batch=inner.data,
+            micro_batch=1,
+            recompute=recompute,
+            pipeline=PipelineConfig(layers=",".join(map(str, layers))),
+        )
+        plan, _ = resolve(c, inner, "cuda")
+        ranks = plan_ranks(c, plan, update=False)
+        times = [self._alone(rank, inner) for rank in ranks]
+        (f1, b1), (f2, b2) = times[1:3]
         forward, backward = (f2 - f1) / period, (b2 - b1) / period
-        kept = (kept2 - kept1) / period
-        ends = f1 + b1 - n * (forward + backward)
-        return BlockCost(forward, backward, ends, kept, beside - (n + period) * kept)
+        kept = (_kept(ranks[2]) - _kept(ranks[1])) / period
+        blocks = sum(layers) * (forward + backward)
+        ends = sum(map(sum, times)) - blocks
+        working = max(
+            rank.largest - sum(rank.state.values()) - n * kept
+            for rank, n in zip(ranks, layers, strict=True)
+        )
+        return BlockCost(forward, backward, ends, kept, working)
+
+    def _alone(self, rank: RankPlan, shape: MeshShape) -> tuple[float, float]:
+        """Return the seconds of forward and backward of a rank that waits for no other stage."""
+        operators = tuple(op for op in rank.operators if op.kind != "message")
+        (time,) = time_step([replace(rank, operators=operators)], shape, self.gpu)
+        forward = time.spans[0].end
+        return forward, time.spans[1].end - forward
+
+
+def _kept(rank: RankPlan) -> int:
+    return rank.peak.get("activations", 0)
 
 
 @cache
