@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernels.under_load import Fn, Load, Pool, Timing, power
+from kernels.under_load import Fn, Load, Pool, Timing, query
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -134,7 +134,7 @@ def attention(load: Load, cases: list[tuple[int, int]], flex: bool) -> list[list
     """Return rows of head dim, sequence, and TFLOP/s of causal attention forward and backward."""
     rows = []
     for d, s in cases:
-        heads = max(16, 2048 // (s // 1024) // (d // 64))
+        heads = max(16, (1 << 18) // s)
         shape = (1, s, heads, d)  # as in a layer: a token's heads are side by side
         q, k, v, g = (load.bf16.take(shape, 0, x).transpose(1, 2) for x in (0, 1, 2, 1))
         q, k, v = (x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k, v))
@@ -175,6 +175,18 @@ def memory(load: Load) -> dict[str, list[list[float]]]:
     def chosen(x: Tensor, index: Tensor) -> Tensor:
         return x.index_select(0, index) * 2
 
+    @partial(torch.compile, dynamic=False)
+    def norm_backward(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        y, dy = x.float(), g.float()
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+        y = y * scale
+        dx = scale * (dy - y * (dy * y).mean(-1, keepdim=True))
+        return dx.to(x.dtype), (dy * y).sum(0)
+
+    def columns(i: int, n: int) -> tuple[Tensor, Tensor]:
+        shape = (max(1, n // 6 // 2048), 2048)
+        return norm_backward(pool.take(shape, i), pool.take(shape, i, 1))
+
     def added(i: int, n: int) -> Tensor:
         return sums.take((n // 10,), i).add_(pool.take((n // 10,), i))
 
@@ -189,19 +201,14 @@ def memory(load: Load) -> dict[str, list[list[float]]]:
         return chosen(pool.take((rows, 2048), i), order[:rows] % rows)
 
     sums, order = Pool(torch.float32, 1 << 28), torch.randperm(1 << 20, device="cuda")
-    kinds = {"stream": stream, "rows": of_rows, "transposed": turned, "gathered": gathered}
+    kinds: dict[str, Callable] = {"stream": stream, "rows": of_rows, "columns": columns}
+    kinds |= {"transposed": turned, "gathered": gathered, "added": added}
     found = {}
-    for name, fn in {**kinds, "added": added}.items():
+    for name, fn in kinds.items():
         torch.compiler.reset()
         sizes = BYTES if name == "stream" else BYTES[2::2]
         found[name] = [[n, round(n / load.measure(partial(fn, n=n)).seconds * 1e-9)] for n in sizes]
     return found
-
-
-def small_kernel(load: Load) -> float:
-    """Return the microseconds of a kernel with next to no work, in a recorded step."""
-    x = torch.zeros(64, device="cuda")
-    return round(1e6 * load.measure(lambda _: x.add_(1)).seconds, 2)
 
 
 def host_copies(load: Load) -> float:
@@ -220,8 +227,8 @@ def watts(load: Load) -> dict[str, float]:
     a, b, c, d = (p.take((8192, 8192), 0, i) for p in (pool, fp8) for i in (0, 1))
     q, k, v = (pool.take((1, 32, 8192, 128), 0, i) for i in range(3))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-    time.sleep(0.5)
-    found = {"idle": power()}
+    time.sleep(2)  # the power is a mean over a second
+    found = {"idle": query("power.draw")}
     work: dict[str, Fn] = {
         "matmul 16": lambda _: torch.mm(a, b),
         "matmul 8": lambda _: torch._scaled_mm(c, d.t(), one, one, out_dtype=torch.bfloat16),
@@ -268,8 +275,9 @@ def measure() -> dict[str, Any]:
         "grouped_matmul": grouped(load),
         "attention": attention(load, ATTENTION, flex=False),
         "flex_attention": attention(load, FLEX, flex=True),
-        "memory": memory(load),
-        "gap_us": small_kernel(load),
+        "memory": (rows := memory(load)),
+        "memory_gbs": rows["stream"][-2][-1],
+        "gap_us": round(1e6 * load.gap, 2),
         "host_gbs": host_copies(load),
     }
     return found
@@ -308,7 +316,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
         **found,
         "measured": notes,
     }
-    path.write_text(json.dumps(new) + "\n")
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in new.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

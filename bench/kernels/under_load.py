@@ -2,8 +2,10 @@
 
 A GPU that trains runs at its power limit, with a lower clock than in a short measurement: an H200
 at 1.55 to 1.65 GHz instead of 1.98. How low depends on what it runs. So each measurement runs
-between matmuls and copies, and a kernel that spins for a known number of cycles gives the clock.
-Inputs are random and come from memory, not from a cache."""
+between matmuls and copies, and the time of a matmul right after it gives the clock: this matmul's
+cycles are counted first, in seconds of nothing else. (A kernel that only waits for a number of
+cycles would not do. While it waits, the power falls and the clock rises.) Inputs are random and
+come from memory, not from a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +22,6 @@ from torch import Tensor
 
 Fn = Callable[[int], object]  # the argument counts its calls, so that each has other inputs
 SEGMENT_MS = 2.0
-CYCLES = 400_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Load:
     """``Load().measure(fn)``: the time of one call of ``fn``.
 
     ``bf16``: random numbers.
-    ``rest``: a recorded segment of matmuls and copies, which runs between the measurements."""
+    ``rest``: a recorded segment of matmuls and copies, which runs between the measurements.
+    ``gap``: seconds of a kernel with next to no work, in a CUDA graph."""
 
     def __init__(self) -> None:
         self.bf16 = Pool(torch.bfloat16, 1 << 31)
@@ -71,7 +73,30 @@ class Load:
 
         self.rest = recorded(segment)
         self._memory = (a, b, out, copy)  # a recorded segment does not keep its tensors
+        self._probe = recorded(lambda: torch.mm(a, b, out=out))
+        self.gap, self._cycles = 0.0, 1.0
         self.warm()
+        self._cycles = self._probe_cycles()
+        small = torch.zeros(64, device="cuda")
+        self.gap = self.measure(lambda _: small.add_(1)).seconds
+
+    def _probe_cycles(self) -> float:
+        """Return the cycles of the probe, in 1e9."""
+        ends: list[torch.cuda.Event] = []
+        clocks = []
+        for _ in range(12):
+            for _ in range(500):
+                self._probe.replay()
+            clocks.append(query("clocks.sm") * 1e-3)  # kernels are still in the queue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(100):
+                self._probe.replay()
+            end.record()
+            ends += [begin, end]
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) / 100 * 1e-3 for a, b in zip(ends[::2], ends[1::2], strict=True)]
+        return statistics.median(t * ghz for t, ghz in zip(times[4:], clocks[4:], strict=True))
 
     def warm(self, seconds: float = 3.0) -> None:
         """Run until the clock is that of a GPU under load."""
@@ -88,7 +113,7 @@ class Load:
         return self.results[start - start % 256 :][:n].view(shape)
 
     def measure(self, fn: Fn, repeats: int = 5, eager: bool = False) -> Timing:
-        """Return the median time of a call of ``fn``, with the gap after its kernels.
+        """Return the median time of a call of ``fn``, without the gap after its last kernel.
 
         ``eager``: the host launches the calls; else they are recorded in a CUDA graph."""
         count: Iterator[int] = itertools.count()
@@ -109,18 +134,18 @@ class Load:
         for _ in range(repeats):
             self.rest.replay()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            torch.cuda._sleep(CYCLES // 10)  # the host launches what follows meanwhile
-            for event, part in zip(events, (run, spin, None), strict=True):
+            torch.cuda._sleep(40_000)  # the host launches what follows meanwhile
+            for event, part in zip(events, (run, self._probe.replay, None), strict=True):
                 event.record()
                 if part is not None:
                     part()
             marks.append(events)
         torch.cuda.synchronize()
-        seconds = statistics.median(a.elapsed_time(b) for a, b, _ in marks) / calls * 1e-3
-        spun = statistics.median(b.elapsed_time(c) for _, b, c in marks)
-        return Timing(seconds, CYCLES / spun * 1e-6)
+        took = statistics.median(a.elapsed_time(b) for a, b, _ in marks) / calls * 1e-3
+        probe = statistics.median(b.elapsed_time(c) for _, b, c in marks) * 1e-3
+        return Timing(took - min(self.gap, took / 2), self._cycles / probe)
 
-    def alone(self, fn: Fn, seconds: float = 2.0) -> tuple[float, float]:
+    def alone(self, fn: Fn, seconds: float = 3.0) -> tuple[float, float]:
         """Return the power of the GPU in watts and its clock in GHz while it runs nothing but
         ``fn``."""
 
@@ -129,25 +154,21 @@ class Load:
                 fn(i)
 
         graph = recorded(several)
-        start, watts, spun = time.monotonic(), 0.0, 0.0
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        graph.replay()
+        torch.cuda.synchronize()
+        replays = max(1, round(0.4 / (time.monotonic() - start)))  # four tenths of a second
+        start, watts, clocks = time.monotonic(), 0.0, []
         while time.monotonic() < start + seconds:
-            for _ in range(10):
+            for _ in range(replays):
                 graph.replay()
-            begin.record()
-            spin()
-            end.record()
-            graph.replay()
-            if time.monotonic() > start + 0.7 * seconds:
-                watts = power()  # kernels are still in the queue
+            if time.monotonic() > start + seconds / 2:  # the power is a mean over a second
+                clocks.append(query("clocks.sm") * 1e-3)
+                watts = query("power.draw")
             torch.cuda.synchronize()
-            spun = begin.elapsed_time(end)
-        return watts, CYCLES / spun * 1e-6
-
-
-def spin() -> None:
-    """Run a kernel of ``CYCLES`` cycles: its time says the GPU's clock."""
-    torch.cuda._sleep(CYCLES)
+        return watts, statistics.median(clocks)
 
 
 def recorded(fn: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -162,8 +183,9 @@ def recorded(fn: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def power() -> float:
-    """Return the GPU's power in watts."""
-    device = str(torch.cuda.current_device())
-    query = ["nvidia-smi", "-i", device, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+def query(name: str) -> float:
+    """Return a number that nvidia-smi reports of this GPU: "power.draw" in watts, "clocks.sm" in
+    MHz."""
+    command = ["nvidia-smi", "-i", str(torch.cuda.current_device())]
+    command += [f"--query-gpu={name}", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

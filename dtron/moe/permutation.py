@@ -89,6 +89,23 @@ def _rows(x: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
     return rows if used is None else torch.where(used[:, None], rows, 0)
 
 
+def _summed(
+    x: Tensor, permutation: tuple[Tensor, Used], weights_TK: Tensor | None, k: int
+) -> Tensor:
+    """Sum the K rows of each token, times their weights if there are any. One term after the
+    other: a compiler reads each row once and keeps no ``[T, K, D]``."""
+    places, used = (None if t is None else t.view(-1, k) for t in permutation)
+    assert places is not None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total: Tensor | None = None
+    for i in range(k):
+        term = _rows(x, places[:, i], None if used is None else used[:, i]).to(wide)
+        term = term if weights_TK is None else term * weights_TK[:, i, None]
+        total = term if total is None else total + term
+    assert total is not None
+    return total.to(x.dtype)
+
+
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,8 +117,9 @@ class _PermuteTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        slots = _rows(g, *ctx.saved_tensors)
-        return slots.view(ctx.tokens, -1, g.shape[1]).sum(1), None, None, None, None
+        place_S, kept_S = ctx.saved_tensors
+        dx = _summed(g, (place_S, kept_S), None, place_S.shape[0] // ctx.tokens)
+        return dx, None, None, None, None
 
 
 class _UnpermuteTokens(torch.autograd.Function):
@@ -116,20 +134,22 @@ class _UnpermuteTokens(torch.autograd.Function):
         filled_R: Used,
     ) -> Tensor:
         ctx.save_for_backward(y, weights_TK, place_S, kept_S, slot_R, filled_R)
-        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
-        y_TD = (rows_TKD * weights_TK[:, :, None]).sum(1)
-        return y_TD.to(y.dtype)
+        return _summed(y, (place_S, kept_S), weights_TK, weights_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, weights_TK, place_S, kept_S, slot_R, filled_R = ctx.saved_tensors
-        rows_TKD = _rows(y, place_S, kept_S).view(*weights_TK.shape, y.shape[1])
-        d_weights = (rows_TKD * g[:, None]).sum(-1, dtype=weights_TK.dtype)
+        # In the order of the rows: y is read once for both gradients, in order.
         k = weights_TK.shape[1]
-        weights_R = weights_TK.view(-1).index_select(0, slot_R)
-        d_rows = g.index_select(0, slot_R // k) * weights_R[:, None]
+        g_RD = g.index_select(0, slot_R // k)
+        d_weights_R = (y * g_RD).sum(-1, dtype=weights_TK.dtype)
+        d_rows = g_RD * weights_TK.view(-1).index_select(0, slot_R)[:, None]
         if filled_R is not None:
             d_rows = torch.where(filled_R[:, None], d_rows, 0)
+        d_weights_S = d_weights_R.index_select(0, place_S)
+        if kept_S is not None:
+            d_weights_S = torch.where(kept_S, d_weights_S, 0)
+        d_weights = d_weights_S.view(weights_TK.shape)
         return d_rows.to(y.dtype), d_weights, None, None, None, None
 
 

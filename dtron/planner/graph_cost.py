@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dtron.planner.operator_names import IN_PLACE, VIEWS, WITHOUT_KERNEL
+from dtron.planner.operator_names import GATHERS, IN_PLACE, VIEWS, WITHOUT_KERNEL
 from dtron.planner.operators import (
     Operator,
     called,
@@ -66,15 +66,23 @@ class _Buffer:
 
     ``node``: the node that writes it.
     ``library``: a library writes it.
+    ``inside``: the operators that its kernel computes.
     ``reads``: the buffers that its kernel reads.
     ``elements``: the elements over which its kernel runs.
-    ``level``: the library calls on the longest way to it."""
+    ``level``: the library calls and sums of whole tensors on the longest way to it."""
 
     node: Node
     library: bool
+    inside: list[Node] = field(default_factory=list)
     reads: list[Node] = field(default_factory=list)
     elements: int = 0
     level: int = 0
+
+    @property
+    def ends_a_kernel(self) -> bool:
+        """Whether no kernel can both write and read it: a number that a whole tensor gives is
+        there after the last element."""
+        return self.library or all(x.numel() == 1 for x in _tensors(self.node))
 
 
 def read_graph(graph: GraphModule) -> GraphCost:
@@ -113,7 +121,7 @@ class _Reader:
 
     def _buffer(self, node: Node) -> _Buffer:
         library = _by_library(node)
-        buffer = _Buffer(node, library)
+        buffer = _Buffer(node, library, [node])
         seen: set[Node] = set()
         stack = list(node.all_input_nodes)
         while stack:
@@ -124,9 +132,10 @@ class _Reader:
             if x in self.buffers or x.op == "placeholder":
                 buffer.reads.append(x)
             elif x.op == "call_function" and name_of(x.target) not in WITHOUT_KERNEL:
+                buffer.inside.append(x)
                 stack += x.all_input_nodes
         own = [self.buffers[x] for x in buffer.reads if x in self.buffers]
-        buffer.level = max((b.level + b.library for b in own), default=0)
+        buffer.level = max((b.level + b.ends_a_kernel for b in own), default=0)
         sizes = [x.numel() for x in (*_tensors(node), *_inputs(node))]
         buffer.elements = int(max(sizes, default=0))
         return buffer
@@ -223,7 +232,36 @@ class _Reader:
         read = sum(nbytes(x) for n in reads for x in _tensors(n))
         made = sum(nbytes(x) for b in written for x in _tensors(b.node))
         name = "+".join(dict.fromkeys(name_of(b.node.target) for b in kernel))
-        return Operator("elementwise", name, 0.0, read, made)
+        access = _access([x for b in kernel for x in b.inside])
+        return Operator("elementwise", name, 0.0, read, made, access=access)
+
+
+def _access(nodes: Sequence[Node]) -> str:
+    """Return how a kernel of these operators reads memory; see ``Operator.access``."""
+    most = max((x.numel() for node in nodes for x in _tensors(node)), default=0)
+    large = [n for n in nodes if max((x.numel() for x in _tensors(n)), default=0) > most // 2]
+    if any(map(_is_transposed, large)):
+        return "transposed"
+    sums = [node for node in nodes if _is_reduction(node)]
+    if any(map(_is_over_rows, sums)):
+        return "columns"
+    if any(name_of(n.target) in GATHERS for n in large):
+        return "gathered"
+    return "rows" if sums else "stream"
+
+
+def _is_over_rows(node: Node) -> bool:
+    """Whether a reduction is over other dims than the last one."""
+    dims = node.args[1] if len(node.args) > 1 else None
+    last = _inputs(node)[0].ndim - 1
+    return isinstance(dims, (list, tuple)) and last not in dims and -1 not in dims
+
+
+def _is_transposed(node: Node) -> bool:
+    """Whether an operator reads columns and writes rows, or the reverse."""
+    (made, *_), given = _tensors(node), _inputs(node)
+    same = [x for x in given if x.numel() == made.numel() and x.ndim > 1 and x.shape[-1] > 1]
+    return made.ndim > 1 and any((x.stride(-1) > 1) != (made.stride(-1) > 1) for x in same)
 
 
 def base_of(node: Node) -> Node:
@@ -262,6 +300,8 @@ def _is_view(node: Node) -> bool:
 
 def _is_reduction(node: Node) -> bool:
     made, given = _tensors(node), _inputs(node)
+    if name_of(node.target) in GATHERS:  # reads a part of a tensor
+        return False
     return bool(made and given) and made[0].numel() < max(x.numel() for x in given) / 2
 
 

@@ -47,3 +47,9 @@ IN_PLACE = _names(
     index_put index_put_ scatter scatter_add scatter_reduce
     """
 )
+# Reads rows of a tensor in any order.
+GATHERS = _names(
+    """
+    embedding gather index index_select
+    """
+)

@@ -31,6 +31,11 @@ class Operator:
         is the size of the unsharded tensor on one rank.
     ``size``: of a matmul (batch, M, N, K); of attention (batch * heads, queries, keys, head dim).
     ``bits``: bits of one number of a matmul's inputs.
+    ``layout``: of a matmul, for each input "n" if its rows are contiguous, or "t" if its columns
+        are.
+    ``access``: how a kernel without a library reads memory: "stream", "rows" (it has a reduction
+        of each row), "columns" (a reduction over rows), "transposed", "gathered" (rows in any
+        order), or "added" (into a sum of another dtype).
     ``group``: the process group of a collective.
     ``token``: a number that a collective and the wait for it share."""
 
@@ -41,6 +46,8 @@ class Operator:
     written: int = 0
     size: tuple[int, ...] = ()
     bits: int = 16
+    layout: str = ""
+    access: str = "stream"
     group: str = ""
     token: int = 0
 
@@ -108,7 +115,8 @@ def library_operator(target: Any, args: Sequence[Any], result: Any, group: str =
         size = _matmul_size(name, given, made[0])
         bits = 8 * given[0].element_size()
         flops = 2.0 * math.prod(size)
-        return Operator("matmul", name, flops, read, written, size, bits)
+        layout = "".join("n" if x.stride(-1) == 1 else "t" for x in _factors(name, given))
+        return Operator("matmul", name, flops, read, written, size, bits, layout)
     if is_attention(name):
         backward = "backward" in name
         query, key, value = given[1:4] if backward else given[:3]
@@ -119,7 +127,9 @@ def library_operator(target: Any, args: Sequence[Any], result: Any, group: str =
         size = (batch, query.shape[2], key.shape[2], query.shape[3])
         name = "attention_backward" if backward else "attention_forward"
         return Operator("attention", name, flops * (2.5 if backward else 1), read, written, size)
-    return Operator("elementwise", name, 0.0, read, written)
+    mixed = name in ("add_", "_foreach_add_") and len({x.dtype for x in given}) > 1
+    access = "added" if mixed else "stream"
+    return Operator("elementwise", name, 0.0, read, written, access=access)
 
 
 def with_rows(op: Operator, rows: int) -> Operator:
@@ -132,8 +142,12 @@ def with_rows(op: Operator, rows: int) -> Operator:
     return replace(op, size=size, flops=2.0 * math.prod(size))
 
 
+def _factors(name: str, given: Sequence[Tensor]) -> Sequence[Tensor]:
+    return given[1:3] if name in ("addmm", "baddbmm") else given[:2]
+
+
 def _matmul_size(name: str, given: Sequence[Tensor], out: Tensor) -> tuple[int, int, int, int]:
-    a, b = (given[1], given[2]) if name in ("addmm", "baddbmm") else (given[0], given[1])
+    a, b = _factors(name, given)
     m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
     if "grouped" in name:  # the rows of all experts are M, also where they are summed over
         return (1, k, n, m) if out.ndim == 3 else (1, m, n, k)

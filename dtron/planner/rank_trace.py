@@ -147,17 +147,18 @@ class RankTrace(TorchDispatchMode):
             return args[0]
         out = func(*args, **(kwargs or {}))
         name, results = name_of(func), [x for x in tensors_in(out) if is_fake(x)]
+        written = out if results or not name.endswith("_") else args[0]  # _foreach_add_: no result
         collective = func.namespace in ("_c10d_functional", "_dtensor")
         for x in results:
             self.track(x, MESSAGES if collective and self.kind == WORKING else self.kind)
         if (
-            results
+            tensors_in(written)
             and name not in VIEWS
             and name not in WITHOUT_KERNEL
             and func.namespace != "prim"
         ):
             group = next((x for x in reversed(args) if isinstance(x, str)), "")
-            made = library_operator(func, args, out, group)
+            made = library_operator(func, args, written, group)
             if any(self._known.get(x.untyped_storage()) == HOST for x in tensors_in((args, out))):
                 made = replace(made, kind="host")
             if made.kind == "collective":

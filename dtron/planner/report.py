@@ -50,6 +50,12 @@ class StepPlan:
         return self.tokens_per_second * each / 1e12
 
     @property
+    def watts(self) -> float:
+        """The mean power of all GPUs together; 0 if the file of rates has no watts."""
+        each = sum(t.watts for t in self.times) / len(self.times)
+        return each * self.shape.size
+
+    @property
     def gib(self) -> float:
         """The largest memory of a rank."""
         return max(r.largest for r in self.ranks) / GIB + self.gpu.overhead_gib
@@ -116,6 +122,12 @@ def summary(plan: StepPlan, token_budget: float) -> list[str]:
         f"{plan.tokens_per_second:,.0f} tokens/s and {plan.tflops:,.0f} TFLOP/s on each GPU, MFU "
         f"{100 * plan.tflops / plan.gpu.peak_tflops:.1f} %",
     ]
+    if plan.watts:
+        joules = plan.watts * plan.seconds / plan.tokens
+        lines.append(
+            f"power {plan.watts / plan.shape.size:,.0f} W of each GPU, at a clock of "
+            f"{min(t.ghz for t in plan.times):.2f} GHz: {joules:.3g} J per token"
+        )
     if token_budget:
         hours = token_budget / plan.tokens * plan.seconds / 3600
         lines.append(

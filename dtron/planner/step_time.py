@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dtron.distributed.mesh_shape import MeshShape, is_part
-from dtron.planner.gpu_rates import Gpu, Link
+from dtron.planner.gpu_rates import Gpu, Link, work_of
 from dtron.planner.operators import Operator
 from dtron.planner.plan_step import RankPlan
 
@@ -61,6 +61,7 @@ class RankTime:
     """The time of one pipeline rank, in seconds.
 
     ``busy``: time of kernels by kind; "gaps" between them.
+    ``ghz``, ``watts``: the mean clock and power of its GPU.
     ``exposed``, ``hidden``: time of communication by mesh axis, with and without kernels beside.
     ``bubble``: time in which the rank waits for messages of other stages.
     ``sent``: bytes that a rank sends, by mesh axis.
@@ -69,6 +70,8 @@ class RankTime:
     ``messages``: collectives, messages that it sends to other stages, and copies to its host."""
 
     now: float = 0.0
+    ghz: float = 0.0
+    watts: float = 0.0
     busy: defaultdict[str, float] = field(default_factory=_floats)
     exposed: defaultdict[str, float] = field(default_factory=_floats)
     hidden: defaultdict[str, float] = field(default_factory=_floats)
@@ -103,11 +106,12 @@ def bytes_sent(op: Operator, n: int) -> float:
 class _Rank:
     """The clock of one pipeline rank."""
 
-    def __init__(self, plan: RankPlan, shape: MeshShape, gpu: Gpu, copy_engines: bool):
-        self.plan, self.shape, self.gpu = plan, shape, gpu
+    def __init__(self, plan: RankPlan, shape: MeshShape, gpu: Gpu, copy_engines: bool, ghz: float):
+        self.plan, self.shape, self.gpu, self.ghz = plan, shape, gpu, ghz
         self.copy_engines = copy_engines
         self.time = RankTime()
         self.place = 0
+        self.work = _floats()  # seconds of kernels by work_of
         self._open: dict[int, Message] = {}
         self._streams: dict[str, float] = {}
         self._nccl_until = 0.0
@@ -155,11 +159,12 @@ class _Rank:
         self._span_start = self.time.now
 
     def _kernel(self, op: Operator) -> None:
-        seconds = self.gpu.seconds(op)
+        seconds = self.gpu.seconds(op, self.ghz)
         if self._nccl_until > self.time.now:
             seconds *= self.gpu.beside_nccl
         gap = self.gpu.gap_us * 1e-6
         self.time.busy[op.kind] += seconds
+        self.work[work_of(op)] += seconds
         self.time.busy["gaps"] += gap
         self.time.now += seconds + gap
 
@@ -223,8 +228,23 @@ def time_step(
 ) -> list[RankTime]:
     """Return the times of all pipeline ranks. The longest is the time of the step.
 
+    A first pass has the clock of the rates. Its mix of work gives each rank's clock.
+
     ``copy_engines``: whether GPUs of one host copy the weights and gradients of ZeRO-3."""
-    ranks = [_Rank(plan, shape, gpu, copy_engines) for plan in plans]
+    ranks = _run([_Rank(plan, shape, gpu, copy_engines, gpu.ghz) for plan in plans])
+    clocks = [gpu.clock(r.work, r.time.now - sum(r.work.values())) for r in ranks]
+    again = [
+        _Rank(plan, shape, gpu, copy_engines, ghz) for plan, ghz in zip(plans, clocks, strict=True)
+    ]
+    for first, rank in zip(ranks, _run(again), strict=True):
+        rank.time.ghz = rank.ghz
+        waiting = first.time.now - sum(first.work.values())
+        rank.time.watts = gpu.power(first.work, waiting, rank.ghz)
+    return [rank.time for rank in again]
+
+
+def _run(ranks: list[_Rank]) -> list[_Rank]:
+    """Run all ranks to their end."""
     arrivals: dict[str, float] = {}
     left = list(ranks)
     while left:
@@ -232,7 +252,7 @@ def time_step(
         if len(going) == len(left) and not any(_can_go_on(rank, arrivals) for rank in going):
             raise AssertionError("a message of the pipeline is never sent")
         left = going
-    return [rank.time for rank in ranks]
+    return ranks
 
 
 def _can_go_on(rank: _Rank, arrivals: Mapping[str, float]) -> bool:

@@ -133,6 +133,7 @@ class CompiledStage:
         self._run_list = TracedFunction(self._on_list, compiler, layout)
         self._sum_rows = TracedFunction(sum_rows, compiler)
         self._pack = TracedFunction(pack, compiler)
+        self._add = TracedFunction(_add, compiler)
 
     def enter(self, p: LocalWeights, batch: Any) -> Tensor:
         units = self._units.gathering(p.prefetch)
@@ -157,6 +158,17 @@ class CompiledStage:
 
     def finish(self, weights: LocalWeights) -> None:
         weights.prefetch.finish()
+
+    def accumulate(self, sums: list[Tensor], grads: list[Tensor]) -> None:
+        """Where a sum has another dtype, torch's own addition is slow."""
+        pairs = [*zip(sums, grads, strict=True)]
+        same = [(s, g) for s, g in pairs if s.dtype == g.dtype]
+        if same:
+            torch._foreach_add_(*map(list, zip(*same, strict=True)))
+        for s, g in pairs:
+            if s.dtype != g.dtype:
+                dense = s.is_contiguous() and g.is_contiguous()
+                self._add([s.view(-1), g.view(-1)] if dense else [s, g])
 
     def _unshard(
         self, params: Any, tensors: list[Tensor], specs: list[ShardSpec]
@@ -235,3 +247,9 @@ class CompiledStage:
 
 def _enter(enter: Callable, p: Any, batch: Any) -> tuple[Tensor]:
     return (enter(p, batch),)
+
+
+def _add(tensors: list[Tensor]) -> tuple[list[Tensor], None]:
+    total, x = tensors
+    total.add_(x)
+    return [], None

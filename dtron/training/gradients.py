@@ -75,6 +75,9 @@ class EagerWeights:
     def finish(self, weights: Any) -> None:
         """An eager backward has waited for its gradients."""
 
+    def accumulate(self, sums: list[Tensor], grads: list[Tensor]) -> None:
+        torch._foreach_add_(sums, grads)
+
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
     ) -> list[Tensor]:
@@ -153,8 +156,9 @@ def gradients(
                 pairs = zip(grads, ps, strict=True)
                 grads = [cast(g, layout.summed(p), copy=True) for g, p in pairs]
             sums[stage] = grads
-        else:  # where the sum has another dtype, the addition converts: one pass over the memory
-            torch._foreach_add_([to_local(s) for s in sums[stage]], [to_local(g) for g in grads])
+        else:
+            pairs = (list(map(to_local, xs)) for xs in (sums[stage], grads))
+            stage_weights.accumulate(*pairs)
 
     links = pipe.links(microbatches[0], by_host=look is not None)
     out = run(pipe.table, pipe.ranks, functions, weights, tensors, microbatches, links, accumulate)

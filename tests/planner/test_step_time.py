@@ -15,8 +15,10 @@ from dtron.planner.step_time import bytes_sent, link_of, time_step
 # One TFLOP/s, one GB/s: a GFLOP takes a millisecond, a megabyte too.
 GPU: Gpu = replace(
     load_gpu("h200"),
-    matmul={"16": [[1, 1, 1, 1.0]]},
+    matmul={"16": 1.0},
     memory_gbs=1.0,
+    memory={},
+    watts={},
     gap_us=0.0,
     nvlink={"gbs": 1.0, "us": 0.0},
     copy_engines={"gbs": 1.0, "us": 0.0},
