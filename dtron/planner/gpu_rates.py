@@ -102,10 +102,15 @@ def known_gpus() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+def rates_file(name: str) -> Path:
+    """Return the file of a name such as h200, or of a path."""
+    return Path(name) if name.endswith(".json") else FOLDER / f"{name.lower()}.json"
+
+
 def load_gpu(name: str) -> Gpu:
     """Read a file of rates: a name such as h200, or a path. Raises UserError if there is no such
     file or if it lacks a rate."""
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name.lower()}.json"
+    path = rates_file(name)
     try:
         entries: Any = json.loads(path.read_text())
         return Gpu(**entries)

@@ -10,7 +10,7 @@ of cuBLAS and buffers of NCCL (``Gpu.overhead_gib``)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 
