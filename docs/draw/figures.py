@@ -17,6 +17,7 @@ import torch
 from expert_figure import experts
 from layer_figures import COLOURS
 from optimizer_figure import owners
+from plan_figure import example, plans
 from torch import Tensor
 from width_figure import coordinates
 
@@ -224,7 +225,7 @@ def legend(canvas: Canvas, x: float, y: float, entries) -> None:
 
 
 def figures() -> dict[str, str]:
-    """Return every figure by file name."""
+    """Return every figure by file name, but for those of a plan."""
     return {
         "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
@@ -245,6 +246,6 @@ def figures() -> dict[str, str]:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, svg in figures().items():
+    for name, svg in (figures() | plans(example())).items():
         (FOLDER / name).write_text(svg)
         print(FOLDER / name)

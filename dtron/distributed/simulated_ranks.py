@@ -281,13 +281,13 @@ def paused() -> Iterator[None]:
         yield
 
 
-def join_fake_group(size: int, rank: int = 0) -> None:
-    """Make this process a rank of a group of at least so many processes, which sends nothing."""
-    if dist.is_initialized() and (dist.get_world_size() < size or dist.get_rank() != rank):
+def join_fake_group(size: int) -> None:
+    """Make this process rank 0 of a group of at least so many processes, which sends nothing."""
+    if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()
         _mesh.cache_clear()
     if not dist.is_initialized():
-        dist.init_process_group("fake", rank=rank, world_size=max(size, 64), store=FakeStore())
+        dist.init_process_group("fake", rank=0, world_size=max(size, 64), store=FakeStore())
 
 
 @cache

@@ -25,12 +25,14 @@ def fake_mesh(shape: MeshShape, rank: int = 0) -> DeviceMesh | None:
         return None
     names, sizes = tuple(atoms), tuple(atoms.values())
     size = math.prod(sizes)
-    join_fake_group(size, rank)
-    ranks = torch.arange(size).view(sizes)
+    join_fake_group(size)
+    ranks = torch.arange(size)
+    # This process is rank 0 of its group for ever. So it changes places with the rank.
+    ranks[0], ranks[rank] = rank, 0
+    ranks = ranks.view(sizes)
     rows = [
-        next(row for row in ranks.movedim(i, -1).reshape(-1, n).tolist() if rank in row)
+        next(row for row in ranks.movedim(i, -1).reshape(-1, n).tolist() if 0 in row)
         for i, n in enumerate(sizes)
     ]
     groups = [dist.new_group(row, backend="fake") for row in rows]
-    group = groups if len(groups) > 1 else groups[0]
-    return DeviceMesh.from_group(group, "cpu", mesh=ranks, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, "cpu", mesh=ranks, mesh_dim_names=names)

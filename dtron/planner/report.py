@@ -129,12 +129,17 @@ def summary(plan: StepPlan, token_budget: float) -> list[str]:
             f"{min(t.ghz for t in plan.times):.2f} GHz: {joules:.3g} J per token"
         )
     if token_budget:
-        hours = token_budget / plan.tokens * plan.seconds / 3600
-        lines.append(
-            f"{token_budget:,.0f} tokens: {token_budget / plan.tokens:,.0f} steps, "
-            f"{hours / 24:,.1f} days, {hours * plan.shape.size:,.0f} GPU-hours"
-        )
+        lines.append(run_text(plan, token_budget))
     return lines
+
+
+def run_text(plan: StepPlan, token_budget: float) -> str:
+    """Return a line with the steps and the time of a whole run."""
+    hours = token_budget / plan.tokens * plan.seconds / 3600
+    return (
+        f"{token_budget:,.0f} tokens: {token_budget / plan.tokens:,.0f} steps, "
+        f"{hours / 24:,.1f} days, {hours * plan.shape.size:,.0f} GPU-hours"
+    )
 
 
 def _gib(n: float) -> str:

@@ -65,7 +65,8 @@ class RankTime:
     ``exposed``, ``hidden``: time of communication by mesh axis, with and without kernels beside.
     ``bubble``: time in which the rank waits for messages of other stages.
     ``sent``: bytes that a rank sends, by mesh axis.
-    ``spans``: the actions of the schedule, the reduction of gradients and the update, in order.
+    ``spans``: the actions of the schedule, the reduction of gradients and the update, in order. The
+        wait for an action's input is before its span.
     ``waits``: where the rank waits for messages of other stages.
     ``messages``: collectives, messages that it sends to other stages, and copies to its host."""
 
@@ -215,6 +216,8 @@ class _Rank:
             time.now += waited
             if waited:
                 time.waits.append(Span("waits for stages", now, time.now, name))
+            if self._span_start == now:
+                self._span_start = time.now
         else:
             time.exposed["pp"] += took
             time.now += took

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from rich.table import Table
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.planner.gpu_rates import load_gpu
-from dtron.planner.plan_step import plan_ranks
+from dtron.planner.plan_step import plan_rank, plan_ranks
+from dtron.planner.rank_report import as_json as rank_json
+from dtron.planner.rank_report import check_rank, kernel_table, message_table, place_lines
 from dtron.planner.report import (
     StepPlan,
     communication_table,
@@ -39,8 +42,12 @@ from dtron.rules import zero_axes
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import resolve
 from dtron.tools.console import wide_console
+from dtron.tools.html_page import check_output, write_page
+from dtron.tools.plan_page import plan_page
 from dtron.tools.plan_search import LARGEST, Choice, Search, frontier
+from dtron.tools.search_page import search_page
 from dtron.training.batch_ramp import UNITS as RAMP_UNITS
+from dtron.training.config import RunPlan
 
 UNITS = RAMP_UNITS | {"T": 10**12}
 
@@ -55,20 +62,31 @@ class PlanConfig(RunConfig):
     """tokens of the whole run, as 15T; prints days and GPU-hours"""
     json: bool = False
     """print one line of JSON in place of the tables"""
+    output: str | None = None
+    """file for a page of HTML with the plan's pictures; -o for short"""
+    trace: int | None = None
+    """number of a rank: print what this rank launches and sends, in place of the plan; with
+    --json in order"""
 
 
 def plan_config(config: RunConfig, gpu_name: str = "h200") -> StepPlan:
     """Plan a step. Raises UserError for an invalid config."""
     gpu, shape = load_gpu(gpu_name), MeshShape.parse(config.mesh)
-    plan, _ = resolve(config, shape, "cuda")
-    if not plan.compile:
-        raise UserError("--compile off: a plan is of a compiled step; drop --compile")
+    plan = compiled_plan(config, shape)
     ranks = plan_ranks(config, plan)
     copies = config.zero == 3 and config.copy_engines == "auto"
     copies &= any(link_of(shape, axis, gpu) == "nvlink" for axis in zero_axes(tuple(shape.atoms)))
     times = time_step(ranks, shape, gpu, copies)
     tokens = plan.count * plan.rows * config.data.seq_len
     return StepPlan(config, shape, gpu, ranks, times, tokens, copies)
+
+
+def compiled_plan(config: RunConfig, shape: MeshShape) -> RunPlan:
+    """Return the config resolved for GPUs. Raises UserError for an invalid config."""
+    plan, _ = resolve(config, shape, "cuda")
+    if not plan.compile:
+        raise UserError("--compile off: a plan is of a compiled step; drop --compile")
+    return plan
 
 
 def quiet() -> None:
@@ -131,13 +149,17 @@ class SearchConfig(RunConfig):
     """tokens of a step, as 4M"""
     top: int = 10
     """number of results to print"""
+    output: str | None = None
+    """file for a page of HTML with all choices; -o for short"""
 
 
 def search(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
-    config = parse(argv, SearchConfig(), prog="dtron plan search")
+    config = parse(long_flags(argv), SearchConfig(), prog="dtron plan search")
     gpu, batch = load_gpu(config.gpu), tokens_of_step(config)
+    if config.output is not None:
+        check_output("--output", config.output)
     quiet()
     found = Search(config, gpu, config.gpus, batch)
     choices = found.run()
@@ -149,15 +171,25 @@ def search(argv: Sequence[str]) -> int:
     console.print(
         f"{len(choices)} choices fit, {found.too_large} need more memory", highlight=False
     )
+    command = shlex.join(["dtron", "plan", *without_search(argv)])
     for choice in choices[:3]:
-        command = " ".join(["dtron plan", *without_search(argv), choice.flags])
-        console.print(command, highlight=False, soft_wrap=True)
+        console.print(f"{command} {choice.flags}", highlight=False, soft_wrap=True)
+    if config.output is not None:
+        text = search_page(found, choices, argv, command, config.gpu)
+        write_page("--output", config.output, text)
+        console.print(f"drawn to {config.output}", highlight=False, soft_wrap=True)
     return 0
+
+
+def long_flags(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--output`` in the place of ``-o``."""
+    return ["--output" + x[2:] if x == "-o" or x.startswith("-o=") else x for x in argv]
 
 
 def without_search(argv: Sequence[str]) -> list[str]:
     """Return the arguments of a search that a plan takes, too."""
-    own, found, left = ("--gpus", "--batch-tokens", "--top"), list[str](), iter(argv)
+    own, found = ("--gpus", "--batch-tokens", "--top", "--output"), list[str]()
+    left = iter(long_flags(argv))
     for x in left:
         if x.partition("=")[0] not in own:
             found.append(x)
@@ -218,10 +250,16 @@ def main(argv: Sequence[str]) -> int:
 
     if list(argv[:1]) == ["search"]:
         return search(argv[1:])
-    config = parse(argv, PlanConfig(), prog="dtron plan")
+    config = parse(long_flags(argv), PlanConfig(), prog="dtron plan")
+    if config.output is not None:
+        check_output("--output", config.output)
+    if config.trace is not None:
+        return trace(config)
     budget = token_count(config.token_budget, "--token-budget") if config.token_budget else 0
     quiet()
     plan = plan_config(config, config.gpu)
+    if config.output is not None:
+        write_page("--output", config.output, plan_page(plan, argv, config.gpu, budget))
     if config.json:
         print(as_json(plan))
         return 0
@@ -231,4 +269,27 @@ def main(argv: Sequence[str]) -> int:
             console.print(table)
     for line in summary(plan, budget):
         console.print(line, highlight=False)
+    if config.output is not None:
+        console.print(f"drawn to {config.output}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def trace(config: PlanConfig) -> int:
+    """Print what one rank launches and sends."""
+    assert config.trace is not None
+    if config.output is not None:
+        raise UserError("--trace --output: the page is of a plan; drop one of them")
+    rank, gpu, shape = config.trace, load_gpu(config.gpu), MeshShape.parse(config.mesh)
+    check_rank(rank, shape)
+    quiet()
+    ran = plan_rank(config, compiled_plan(config, shape), rank)
+    if config.json:
+        print(rank_json(ran, rank, shape, gpu))
+        return 0
+    console = wide_console()
+    for line in place_lines(rank, shape, gpu):
+        console.print(line, highlight=False)
+    for table in (kernel_table(ran, gpu), message_table(ran, shape, gpu)):
+        if table.row_count:
+            console.print(table)
     return 0

@@ -123,8 +123,10 @@ class Search:
         self._flops = flops_per_token(config.model, config.data.seq_len)
 
     def run(self) -> list[Choice]:
-        """Return the choices that fit, the fastest first."""
+        """Return the choices that fit, the fastest first. Raises UserError if not even one device
+        could train the model with these flags."""
         m, seq_len = self.config.model, self.config.data.seq_len
+        check(m, MeshShape(), seq_len, self.config.cp_method, False)
         found: list[Choice] = []
         for shape in meshes_of(self.gpus, m, seq_len, self.gpu.gpus_of_a_host):
             try:
@@ -136,6 +138,9 @@ class Search:
                 self.refused[str(shape)] = str(error)
                 continue
             for candidate in self._candidates(shape):
+                if not self._has_room(candidate, shape):
+                    self.too_large += 1
+                    continue
                 choice = self._evaluate(candidate, shape)
                 if choice.gib > self.gpu.memory_gib:
                     self.too_large += 1
@@ -183,6 +188,11 @@ class Search:
         mfu = speed * self._flops / 1e12 / self.gpu.peak_tflops
         gib = nbytes / 2**30 + self.gpu.overhead_gib
         return Choice(c, shape, count, gib, seconds, speed, mfu)
+
+    def _has_room(self, c: RunConfig, shape: MeshShape) -> bool:
+        """Whether the weights and their states alone fit. If not, no block needs a plan."""
+        state, _ = self._weights(shape, c.zero)
+        return sum(state) / 2**30 + self.gpu.overhead_gib <= self.gpu.memory_gib
 
     def _weights(self, shape: MeshShape, zero: int) -> tuple[Sequence[int], float]:
         """Return the bytes of parameters, gradients and optimizer state of a rank, and the elements
