@@ -54,8 +54,23 @@ _TINY_NEMOTRON_H = ModelConfig(
     mamba=Mamba2Config(heads=8, groups=2, time_step_min=0.001),
 )
 
+# bench-1.3b (presets.py) with linear attention in three of four blocks.
+_BENCH_HYBRID = ModelConfig(
+    vocab=32768,
+    embed=2048,
+    layers=24,
+    pattern="LLLA",
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    mlp=5632,
+    delta=DeltaNetConfig(key_heads=16, value_heads=16, key_dim=128, value_dim=128),
+    context=4096,
+)
+
 RECURRENT: dict[str, ModelConfig] = {
     "tiny-qwen3-next": _TINY_QWEN3_NEXT,
     "tiny-nemotron-h": _TINY_NEMOTRON_H,
+    "bench-1.3b-hybrid": _BENCH_HYBRID,
     "qwen3-next-80b-a3b": _QWEN3_NEXT,
 }

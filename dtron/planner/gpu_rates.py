@@ -44,7 +44,7 @@ class Gpu:
     """The rates of one GPU.
 
     ``matmul``: for each number of bits, TFLOP/s by M, N and K (rate_table.py).
-    ``batched_matmul``: rows of batch, M, N, K and TFLOP/s.
+    ``batched_matmul``: rows of batch, M, N, K and TFLOP/s, in 16 bits.
     ``grouped_matmul``: TFLOP/s of experts' matmuls, by the rows of all experts, N and K.
     ``attention``, ``flex_attention``: rows of head dim, sequence, and TFLOP/s in forward and in
         backward.
@@ -131,7 +131,7 @@ class Gpu:
         batch, m, n, k = op.size
         if "grouped" in op.name:
             return rate(self.grouped_matmul, "", (m, n, k))
-        if batch > 1 and self.batched_matmul:
+        if batch > 1 and op.bits == 16 and self.batched_matmul:
             return nearest(self.batched_matmul, op.size)
         table = self.matmul.get(str(op.bits)) or self.matmul["16"]
         return rate(table, op.layout, (batch * m, n, k))
