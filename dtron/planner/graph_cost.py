@@ -17,23 +17,30 @@ how much a kernel recomputes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dtron.planner.operator_names import GATHERS, IN_PLACE, VIEWS, WITHOUT_KERNEL
+from dtron.planner.graph_nodes import (
+    access_of,
+    base_of,
+    by_library,
+    inputs_of,
+    is_reduction,
+    is_view,
+    memory_of,
+    nodes_in,
+    results_of,
+)
+from dtron.planner.operator_names import IN_PLACE, WITHOUT_KERNEL
 from dtron.planner.operators import (
     Operator,
     called,
-    is_library,
     library_operator,
     name_of,
     nbytes,
-    tensors_in,
 )
 
 
@@ -82,7 +89,7 @@ class _Buffer:
     def ends_a_kernel(self) -> bool:
         """Whether no kernel can both write and read it: a number that a whole tensor gives is
         there after the last element."""
-        return self.library or all(x.numel() == 1 for x in _tensors(self.node))
+        return self.library or all(x.numel() == 1 for x in results_of(self.node))
 
 
 def read_graph(graph: GraphModule) -> GraphCost:
@@ -93,7 +100,7 @@ def read_graph(graph: GraphModule) -> GraphCost:
 class _Reader:
     def __init__(self, graph: GraphModule):
         self.nodes = list(graph.graph.nodes)
-        self.outputs = set(_nodes_in(self.nodes[-1].args))
+        self.outputs = set(nodes_in(self.nodes[-1].args))
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
         self.returned = {base_of(n) for n in self.outputs}
         self.buffers: dict[Node, _Buffer] = {}
@@ -108,19 +115,19 @@ class _Reader:
         """The nodes that read a node, or a view of it."""
         found = []
         for user in node.users:
-            found += self._users(user) if _is_view(user) else [user]
+            found += self._users(user) if is_view(user) else [user]
         return found
 
     def _in_memory(self, node: Node) -> bool:
         name = name_of(node.target)
-        if _is_view(node) or name in WITHOUT_KERNEL or not _tensors(node):
+        if is_view(node) or name in WITHOUT_KERNEL or not results_of(node):
             return False
-        if node in self.returned or _by_library(node) or name in ("cat", "copy_"):
+        if node in self.returned or by_library(node) or name in ("cat", "copy_"):
             return True
-        return _is_reduction(node) or any(map(_by_library, self._users(node)))
+        return is_reduction(node) or any(map(by_library, self._users(node)))
 
     def _buffer(self, node: Node) -> _Buffer:
-        library = _by_library(node)
+        library = by_library(node)
         buffer = _Buffer(node, library, [node])
         seen: set[Node] = set()
         stack = list(node.all_input_nodes)
@@ -136,7 +143,7 @@ class _Reader:
                 stack += x.all_input_nodes
         own = [self.buffers[x] for x in buffer.reads if x in self.buffers]
         buffer.level = max((b.level + b.ends_a_kernel for b in own), default=0)
-        sizes = [x.numel() for x in (*_tensors(node), *_inputs(node))]
+        sizes = [x.numel() for x in (*results_of(node), *inputs_of(node))]
         buffer.elements = int(max(sizes, default=0))
         return buffer
 
@@ -227,55 +234,13 @@ class _Reader:
             target, args = called(node.target, node.args)
             args = torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"])
             group = next((x for x in reversed(args) if isinstance(x, str)), "")
-            made = library_operator(target, args, _tensors(node), group)
+            made = library_operator(target, args, results_of(node), group)
             return replace(made, token=token)
-        read = sum(nbytes(x) for n in reads for x in _tensors(n))
-        made = sum(nbytes(x) for b in written for x in _tensors(b.node))
+        read = sum(nbytes(x) for n in reads for x in results_of(n))
+        made = sum(nbytes(x) for b in written for x in results_of(b.node))
         name = "+".join(dict.fromkeys(name_of(b.node.target) for b in kernel))
-        access = _access([x for b in kernel for x in b.inside])
+        access = access_of([x for b in kernel for x in b.inside])
         return Operator("elementwise", name, 0.0, read, made, access=access)
-
-
-def _access(nodes: Sequence[Node]) -> str:
-    """Return how a kernel of these operators reads memory; see ``Operator.access``."""
-    most = max((x.numel() for node in nodes for x in _tensors(node)), default=0)
-    large = [n for n in nodes if max((x.numel() for x in _tensors(n)), default=0) > most // 2]
-    if any(map(_is_transposed, large)):
-        return "transposed"
-    sums = [node for node in nodes if _is_reduction(node)]
-    if any(map(_is_over_rows, sums)):
-        return "columns"
-    if any(name_of(n.target) in GATHERS for n in large):
-        return "gathered"
-    return "rows" if sums else "stream"
-
-
-def _is_over_rows(node: Node) -> bool:
-    """Whether a reduction is over other dims than the last one."""
-    dims = node.args[1] if len(node.args) > 1 else None
-    last = _inputs(node)[0].ndim - 1
-    return isinstance(dims, (list, tuple)) and last not in dims and -1 not in dims
-
-
-def _is_transposed(node: Node) -> bool:
-    """Whether an operator reads columns and writes rows, or the reverse."""
-    (made, *_), given = _tensors(node), _inputs(node)
-    same = [x for x in given if x.numel() == made.numel() and x.ndim > 1 and x.shape[-1] > 1]
-    return made.ndim > 1 and any((x.stride(-1) > 1) != (made.stride(-1) > 1) for x in same)
-
-
-def base_of(node: Node) -> Node:
-    """Return the node of which a node is a view."""
-    while node.op == "call_function" and _is_view(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def memory_of(node: Node) -> Node:
-    """Return the node that has allocated the memory of a node."""
-    node = base_of(node)
-    waits = name_of(node.target) == "wait_tensor"
-    return memory_of(node.all_input_nodes[0]) if waits else node
 
 
 def _fuses(kernel: list[_Buffer], buffer: _Buffer) -> bool:
@@ -290,47 +255,13 @@ def _fuses(kernel: list[_Buffer], buffer: _Buffer) -> bool:
     return same or (bool(nodes & set(buffer.reads)) and len(set(buffer.reads) - nodes) == 0)
 
 
-def _by_library(node: Node) -> bool:
-    return node.op == "call_function" and is_library(called(node.target, node.args)[0])
-
-
-def _is_view(node: Node) -> bool:
-    return node.op == "call_function" and name_of(node.target) in VIEWS
-
-
-def _is_reduction(node: Node) -> bool:
-    made, given = _tensors(node), _inputs(node)
-    if name_of(node.target) in GATHERS:  # reads a part of a tensor
-        return False
-    return bool(made and given) and made[0].numel() < max(x.numel() for x in given) / 2
-
-
-def _tensors(node: Node) -> list[Tensor]:
-    """Return the results of a node. A wrapped operator has none itself, but its parts have."""
-    if node.op == "output":
-        return []
-    if (value := node.meta.get("val")) is not None:
-        return tensors_in(value)
-    return [x for user in node.users if _is_view(user) for x in _tensors(user)]
-
-
-def _inputs(node: Node) -> list[Tensor]:
-    return [x for n in node.all_input_nodes for x in _tensors(n)]
-
-
 def _allocated(node: Node) -> int:
     """The bytes that the allocator reserves for the results of a node."""
     if name_of(node.target) in ("copy_", "wait_tensor") or node.op == "placeholder":
         return 0
-    return sum(rounded(nbytes(x)) for x in _tensors(node))
+    return sum(rounded(nbytes(x)) for x in results_of(node))
 
 
 def rounded(n: int) -> int:
     """Bytes in the blocks of torch's allocator."""
     return -(-n // 512) * 512
-
-
-def _nodes_in(xs: Any) -> Sequence[Node]:
-    if isinstance(xs, Node):
-        return [xs]
-    return [n for x in xs for n in _nodes_in(x)] if isinstance(xs, (list, tuple)) else []

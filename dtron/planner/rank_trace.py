@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import (
 )
 
 from dtron.distributed.saved_tensors import storage_id
-from dtron.planner.graph_cost import GraphCost, memory_of, read_graph, rounded
+from dtron.planner.graph_cost import GraphCost, read_graph, rounded
+from dtron.planner.graph_nodes import memory_of
 from dtron.planner.operator_names import VIEWS, WITHOUT_KERNEL
 from dtron.planner.operators import (
     Operator,
