@@ -34,11 +34,11 @@ state_chunks.py computes the quotients of decays. They are zero across the start
 **Decays of channels.** In Kimi delta attention (Kimi Linear, arXiv:2510.26692) each channel of the
 keys has its own decay: a is then a diagonal matrix, and so are G_i and G_i / G_j.
 
-Everything here is in float32 at least.
+Everything here is in float32 at least, but the factors of matmuls are rounded to the dtype of the
+values (wide_product.py). The states that pass from chunk to chunk are not.
 
 Left out: the inverse of the system as a product (I - N)(I + N^2)(I + N^4)..., which is matmuls
-alone: its factors grow far beyond the inverse where keys are alike. Also left out: matmuls in
-bfloat16, as fused kernels have them.
+alone: its factors grow far beyond the inverse where keys are alike.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from torch import Tensor
 
 from dtron.layers.state_chunks import decays, exp_or_zero, joined, split
 from dtron.layers.state_passing import Maps, SequenceRanks, states_before
+from dtron.layers.wide_product import wide_product
 
 BLOCK = 16  # rows of a chunk, for decays of channels
 
@@ -115,10 +116,12 @@ def delta_rule(
     ``ranks``: the cp ranks that share the sequences (None: rows are whole); see
         state_passing.py."""
     seq_len = tokens.k.shape[1]
-    chunks = _chunks(tokens.wide(), min(chunk, seq_len))
+    dtype = tokens.v.dtype
+    chunks = _chunks(tokens.wide(), min(chunk, seq_len), dtype)
     states, last = states_before(chunks.maps, state, ranks)
-    o = chunks.q @ states + chunks.scores @ (chunks.u - chunks.w @ states)  # [C, B, N, L, V]
-    return joined(o, seq_len).to(tokens.v.dtype), last
+    new = chunks.u - wide_product(chunks.w, states, dtype)
+    o = wide_product(chunks.q, states, dtype) + wide_product(chunks.scores, new, dtype)
+    return joined(o, seq_len).to(dtype), last  # from [C, B, N, L, V]
 
 
 class _Chunks(NamedTuple):
@@ -136,36 +139,44 @@ class _Chunks(NamedTuple):
     maps: Maps
 
 
-def _chunks(tokens: DeltaTokens, size: int) -> _Chunks:
+def _chunks(tokens: DeltaTokens, size: int, dtype: torch.dtype) -> _Chunks:
+    """``dtype``: the factors of matmuls are rounded to it (wide_product.py)."""
     q, k, v, log_decay = (split(x, size) for x in tokens[:4])
     beta = split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
     log_g, g_i, g_last, kept = decays(log_decay, tokens.starts_BS)
 
-    system = beta * _decayed_products(k, k, log_g, kept)  # the solver reads below the diagonal
+    # The solver reads below the diagonal. It gives the inverse: with L columns it takes a quarter of
+    # the time of a solution for all columns of U and W, which are then one matmul.
+    system = beta * _decayed_products(k, k, log_g, kept, dtype)
+    one = torch.eye(system.shape[-1], dtype=k.dtype, device=k.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
     right = beta * torch.cat([v, g_i * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    u, w = wide_product(inverse, right, dtype).split([v.shape[-1], k.shape[-1]], dim=-1)
 
     k_last = (g_last * k).mT
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    maps = Maps(g_i[..., -1, :, None] * eye - k_last @ w, k_last @ u)
-    return _Chunks(g_i * q, _decayed_products(q, k, log_g, kept), u, w, maps)
+    changed = wide_product(k_last, w, dtype)
+    maps = Maps(g_i[..., -1, :, None] * eye - changed, wide_product(k_last, u, dtype))
+    return _Chunks(g_i * q, _decayed_products(q, k, log_g, kept, dtype), u, w, maps)
 
 
-def _decayed_products(x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor) -> Tensor:
+def _decayed_products(
+    x: Tensor, k: Tensor, log_g: Tensor, kept: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Return (x_i . k_j) (G_i / G_j) where ``kept``, else 0: ``[..., L, L]``.
 
     If each channel has its own G, the quotient is inside of the sum over channels. A block of rows
     takes G relative to its first row: then both factors, G_i / G_first and G_first / G_j, are at
     most 1 for earlier columns j. Only the blocks on the diagonal need all the quotients."""
     if log_g.shape[-1] == 1:
-        return x @ k.mT * exp_or_zero(log_g - log_g.mT, ~kept)
+        return wide_product(x, k.mT, dtype) * exp_or_zero(log_g - log_g.mT, ~kept)
     rows, size = [], x.shape[-2]
     for start in range(0, size, BLOCK):
         block = slice(start, min(start + BLOCK, size))
         log_i, first = log_g[..., block, :], log_g[..., start : start + 1, :]
         k_before = k[..., :start, :] * (first - log_g[..., :start, :]).exp()
-        before = (x[..., block, :] * (log_i - first).exp()) @ k_before.mT
+        x_first = x[..., block, :] * (log_i - first).exp()
+        before = wide_product(x_first, k_before.mT, dtype)
         pairs = log_i[..., :, None, :] - log_i[..., None, :, :]
         later = torch.ones(pairs.shape[-3:-1], dtype=torch.bool, device=x.device).triu(1)
         products = x[..., block, None, :] * k[..., None, block, :]

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dtron.layers.state_chunks import decays, exp_or_zero, joined, split
 from dtron.layers.state_passing import Maps, SequenceRanks, states_before
+from dtron.layers.wide_product import wide_product
 
 
 class SSDTokens(NamedTuple):
@@ -100,10 +101,19 @@ def ssd(
     )
     kept = found.kept if found.kept.ndim == 2 else found.kept[:, :, :, None]
 
-    scores = q @ k.mT * exp_or_zero(log_g - log_g.mT, ~kept)
-    maps = Maps(g_i[..., -1:, :], k.mT @ (g_last * v))
+    dtype = tokens.v.dtype
+    scores = wide_product(q, k.mT, dtype) * exp_or_zero(log_g - log_g.mT, ~kept)
+    maps = Maps(g_i[..., -1:, :], _for_each_head(k.mT, g_last * v, dtype))
     if state is not None:
         state = state.unflatten(1, (groups, -1))
     states, last = states_before(maps, state, ranks)
-    o = g_i * (q @ states) + scores @ v
-    return joined(o.flatten(2, 3), seq_len).to(tokens.v.dtype), last.flatten(1, 2)
+    o = g_i * _for_each_head(q, states, dtype) + wide_product(scores, v, dtype)
+    return joined(o.flatten(2, 3), seq_len).to(dtype), last.flatten(1, 2)
+
+
+def _for_each_head(x: Tensor, heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply what the heads of a group share with what each head has, as one matmul:
+    ``[..., 1, M, K] @ [..., N, K, V]`` -> ``[..., N, M, V]``."""
+    columns = heads.movedim(-3, -2).flatten(-2).unsqueeze(-3)  # [..., 1, K, N * V]
+    made = wide_product(x, columns, dtype).squeeze(-3)
+    return made.unflatten(-1, (heads.shape[-3], -1)).movedim(-2, -3)

@@ -1,0 +1,106 @@
+"""Compare plans with published runs of other systems: a check of scale.
+
+    python bench/published.py                           # a table of markdown
+    python bench/published.py --write docs/planning.md  # into the page's table
+
+A published figure is another program's, on its own mesh. The plan is dtron's, on a mesh that README
+would recommend, with the rates of an H100 that were not measured (planner/gpu/h100.json). A
+recommended mesh that does not fit is in the table too. Needs torch, and no GPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtron.model.flops import flops_per_token
+from dtron.planner.report import StepPlan
+from dtron.runtime.cli import parse
+from dtron.runtime.exit import Parser, run_cli
+from dtron.tools.plan import plan_config, quiet
+
+BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+FP8 = "--fp8 tensorwise --fp8-first-last"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published run.
+
+    ``flags``: the flags of train.py for dtron's plan.
+    ``tokens``: published tokens per second and GPU."""
+
+    name: str
+    gpus: int
+    tokens: float
+    source: str
+    flags: str
+
+
+EIGHT_B = "--model llama3.1-8b --mesh dp=8 --zero 3 --batch 128 --micro-batch 1 --data.seq-len 8192"
+SEVENTY_B = (
+    "--model llama3.1-70b --mesh dp=4,tp=4,pp=4 --batch 128 --micro-batch 1 --data.seq-len 8192"
+    " --recompute selective"
+)
+LARGEST = (
+    "--model llama3.1-405b --mesh dp=16,tp=8,pp=8 --batch 512 --micro-batch 1 --data.seq-len 8192"
+    " --recompute selective"
+)
+QWEN = (
+    "--model qwen3-30b-a3b --mesh dp=8,ep=8 --zero 3 --batch 256 --micro-batch 1"
+    " --data.seq-len 4096 --recompute full"
+)
+V3 = (
+    "--model deepseek-v3 --mesh dp=64,tp=2,pp=8,ep=64 --batch 1024 --micro-batch 1"
+    " --data.seq-len 4096 --recompute full --fp8 tensorwise"
+)
+NVIDIA = "NVIDIA dgxc-benchmarking v25.04"
+BRIDGE = "Megatron-Bridge 25.11"
+RUNS = [
+    Published("Llama-3.1-8B bf16", 8, 10_682, NVIDIA, EIGHT_B),
+    Published("Llama-3.1-8B FP8", 8, 14_451, BRIDGE, f"{EIGHT_B} {FP8}"),
+    Published("Llama-3.1-70B bf16", 64, 1_118, NVIDIA, SEVENTY_B),
+    Published("Llama-3.1-70B FP8", 64, 1_662, BRIDGE, f"{SEVENTY_B} {FP8}"),
+    Published("Llama-3.1-405B FP8", 1024, 330, BRIDGE, f"{LARGEST} {FP8}"),
+    Published("Qwen3-30B-A3B bf16", 8, 12_040, "NeMo Automodel", QWEN),
+    Published("DeepSeek-V3 FP8", 1024, 1_297, BRIDGE, V3),
+]
+
+
+def row(run: Published, plan: StepPlan) -> str:
+    each = flops_per_token(plan.config.model, plan.config.data.seq_len) / 1e12
+    fits = "" if plan.fits else ", does not fit"
+    return (
+        f"| {run.name}, {run.gpus} x H100 | {run.tokens:,.0f} | {run.tokens * each:,.0f} | "
+        f"{run.source} | {plan.tokens_per_second:,.0f} | {plan.tflops:,.0f} | "
+        f"{plan.gib:.0f} GiB{fits} | `{plan.shape}` |"
+    )
+
+
+def main(argv: list[str]) -> int:
+    p = Parser(description="Compare plans with published runs.")
+    p.add_argument("--only", default="", help="runs whose names have this text")
+    p.add_argument("--write", default="", help="write the table into this page")
+    o = p.parse_args(argv)
+    quiet()
+    rows = [
+        "| run | tokens/s per GPU, published | TFLOP/s | source | dtron's plan | TFLOP/s | memory "
+        "| mesh of the plan |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in RUNS:
+        if o.only in run.name:
+            rows.append(row(run, plan_config(parse(run.flags.split()), "h100")))
+            print(rows[-1], file=sys.stderr)
+    text = "\n".join(rows)
+    if not o.write:
+        print(text)
+        return 0
+    page = Path(o.write)
+    head, _, rest = page.read_text().partition(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))
