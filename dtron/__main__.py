@@ -32,6 +32,7 @@ COMMANDS = {
     "checkpoint": ("dtron.checkpoint.__main__", "inspect the checkpoints of a run"),
     "schedules": ("dtron.schedules.__main__", "time pipeline schedules and draw them"),
     "fp8": ("dtron.fp8.__main__", "measure the rounding errors of each FP8 recipe"),
+    "course": ("dtron.course.__main__", "start, check and grade the labs of docs/course"),
 }
 
 

@@ -154,13 +154,20 @@ def run_layer(case: LayerCase, mesh: str, mutate: Mutate = unchanged) -> Outcome
             grads = torch.autograd.grad(y, [*flat(weights), *wanted], direction)
             n = len(grads) - len(wanted)
             reduced = EagerWeights(layout).reduce(None, list(grads[:n]), flat(placed), False)
-        tensors = {"output": full(y.detach())}
+        tensors = {"output": _whole("output", mesh, y.detach())}
         for path, g in leaves(unflatten(weights, reduced)):
-            tensors[f"gradient of {path}"] = full(g)
+            tensors[f"gradient of {path}"] = _whole(f"gradient of {path}", mesh, g)
         names = [name for name, x in zip(case.axes, xs, strict=True) if x.requires_grad]
         for name, g in zip(names, grads[n:], strict=True):
-            tensors[f"gradient of input {name}"] = full(g)
+            tensors[f"gradient of input {name}"] = _whole(f"gradient of input {name}", mesh, g)
     return Outcome(tensors, forward, total)
+
+
+def _whole(name: str, mesh: str, x: Tensor) -> Tensor:
+    try:
+        return full(x)
+    except AssertionError as error:
+        raise AssertionError(f"mesh {mesh}: {name}: {error}") from error
 
 
 def _placed(layout: Layout, x: Tensor, w: WeightSpec) -> Tensor:

@@ -25,6 +25,7 @@ LEVELS = [
     {"runtime"},
     {"planner"},
     {"tools", "testing"},
+    {"course"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PROGRAMS = {

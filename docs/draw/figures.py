@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import context_figures
+import course_figures
 import layer_figures
 import torch
 from expert_figure import experts
@@ -240,6 +241,8 @@ def figures() -> dict[str, str]:
         "ring.svg": context_figures.ring(),
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),
         "coordinate-check.svg": coordinates(),
+        "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
+        "course-gradient.svg": course_figures.gradient_of_a_scale(MeshShape(dp=2, tp=2)),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_SOURCE = re.compile(r"\]\(\.\./dtron/([\w/]+)\.py(?:#L\d+)?\)")
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
+_SOURCE = re.compile(r"\]\((?:\.\./)+dtron/([\w/]+)\.py(?:#L\d+)?\)")
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
     """Rewrite a page before mkdocs resolves its links."""
+    depth = 0 if page is None else page.file.src_uri.count("/")
 
     def to_api(found: re.Match) -> str:
         name = found.group(1).replace("/", ".").removesuffix(".__init__")
-        return f"](api.md#dtron.{name})"
+        return f"]({'../' * depth}api.md#dtron.{name})"
 
-    return _OUTSIDE.sub(r"\1", _SOURCE.sub(to_api, markdown))
+    outside = re.compile(rf"\[([^\]]+)\]\((?:\.\./){{{depth + 1}}}[^)]+\)")
+    return outside.sub(r"\1", _SOURCE.sub(to_api, markdown))

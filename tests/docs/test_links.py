@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -46,7 +46,7 @@ def broken(at: Path, text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
 
@@ -65,7 +65,9 @@ def long_lines(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name
+    "page",
+    [p for p in PAGES if p.name != "CHANGELOG.md"],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_prose_has_100_columns(page):
     assert long_lines(page.read_text()) == []
@@ -79,8 +81,8 @@ def test_a_long_line_is_noticed():
 
 def test_the_site_has_every_page_and_the_api_every_module():
     site = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name in site, page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f" {page.relative_to(ROOT / 'docs')}\n" in site, page.name
     listed = set(re.findall(r"^::: dtron\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
     there = {
         ".".join(p.relative_to(ROOT / "dtron").with_suffix("").parts)

@@ -31,7 +31,7 @@ from tests.helpers.paths import ROOT
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.M | re.S)
 INLINE = re.compile(r"`((?:python|torchrun|dtron|pip|pytest|ruff|mkdocs) [^`]*)`")

@@ -118,7 +118,7 @@ def test_the_figures_of_the_docs_are_current(monkeypatch):
     assert {f.name for f in figures.FOLDER.iterdir()} == {*drawn, *FILES}
     for name, svg in drawn.items():
         assert (figures.FOLDER / name).read_text() == svg, "run python docs/draw/figures.py"
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     assert all(f"figures/{name}" in pages for name in (*drawn, *FILES))
 
 

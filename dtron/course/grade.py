@@ -1,0 +1,159 @@
+"""Grading of many submissions: every lab of every folder in a process of its own, with limits of
+time and memory.
+
+The processes are forked from this one, which has imported torch. So a check starts at once. The
+limits end an endless loop and a tensor that is too large. They are no protection against code that
+attacks the check or the machine: run the command in a container for files of strangers.
+
+The results do not depend on the number of processes: they are in the order of the folders, and have
+no times. (Linux enforces the limit of memory on all memory of a process, macOS only on a part.)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+from dtron.course.lab import Lab, LabResult, check_lab, failed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one lab of one submission.
+
+    ``seconds``: of CPU. A process that sleeps ends after ``PATIENCE`` times as long.
+    ``memory``: bytes of data that the process may allocate."""
+
+    seconds: int = 60
+    memory: int = 4 << 30
+
+
+PATIENCE = 4
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The results of a submission: one for each lab."""
+
+    folder: str
+    labs: tuple[LabResult, ...]
+
+    @property
+    def points(self) -> int:
+        return sum(r.points for r in self.labs)
+
+    @property
+    def of(self) -> int:
+        return sum(r.of for r in self.labs)
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: ForkProcess
+    deadline: float
+
+
+def grade(
+    folders: Sequence[Path], labs: Sequence[Lab], jobs: int, limits: Limits
+) -> tuple[Grade, ...]:
+    """Grade submissions, ``jobs`` at a time."""
+    todo = [(folder, lab) for folder in folders for lab in labs]
+    results = dict(_results(todo, jobs, limits))
+    by_folder = (
+        tuple(results[i * len(labs) + j] for j in range(len(labs))) for i in range(len(folders))
+    )
+    return tuple(Grade(str(f), r) for f, r in zip(folders, by_folder, strict=True))
+
+
+def _results(
+    todo: Sequence[tuple[Path, Lab]], jobs: int, limits: Limits
+) -> Iterator[tuple[int, LabResult]]:
+    waiting = list(enumerate(todo))[::-1]
+    running: dict[Connection, tuple[int, _Running]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                i, (folder, lab) = waiting.pop()
+                receiver, process = _begin(folder, lab, limits)
+                deadline = time.monotonic() + PATIENCE * limits.seconds
+                running[receiver] = i, _Running(process, deadline)
+            first = min(r.deadline for _, r in running.values())
+            done: list[Any] = wait(list(running), timeout=max(0.0, first - time.monotonic()))
+            late = [c for c, (_, r) in running.items() if r.deadline <= time.monotonic()]
+            for receiver in {*done, *late}:
+                i, run = running.pop(receiver)
+                yield i, _end(receiver, run.process, todo[i][1], limits)
+    finally:
+        for receiver, (_, run) in running.items():
+            _kill(run.process)
+            receiver.close()
+
+
+def _begin(folder: Path, lab: Lab, limits: Limits) -> tuple[Connection, ForkProcess]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_check, args=(folder, lab, limits, sender), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def _check(folder: Path, lab: Lab, limits: Limits, sender: Connection) -> None:
+    os.setsid()  # so that the processes of a submission end with it
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    sys.stdout = sys.stderr = os.fdopen(null, "w")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
+    used = int(time.process_time())  # 0 after a fork
+    resource.setrlimit(resource.RLIMIT_CPU, (used + limits.seconds, used + limits.seconds))
+    try:
+        result = check_lab(lab, folder)
+    except MemoryError:
+        result = failed(lab, "out of memory")
+    sender.send(result)
+
+
+def _end(receiver: Connection, process: ForkProcess, lab: Lab, limits: Limits) -> LabResult:
+    """Return the result of a process. If there is none, say why."""
+    late = not receiver.poll()
+    try:
+        result: LabResult | None = None if late else receiver.recv()
+    except (EOFError, OSError):
+        result = None
+    receiver.close()
+    if late:
+        _kill(process)
+        return failed(lab, f"no result in {PATIENCE * limits.seconds} seconds; does it wait?")
+    if result is None:
+        process.join()
+        return failed(lab, _cause(process.exitcode, limits))
+    _kill(process)
+    return result
+
+
+def _cause(code: int | None, limits: Limits) -> str:
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"more than {limits.seconds} seconds of CPU; is there an endless loop?"
+    return f"the process has ended before the check (exit code {code})"
+
+
+def _kill(process: ForkProcess) -> None:
+    """End a process and what it has started."""
+    if process.pid is not None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            process.kill()  # it has not made its group yet, or has ended
+    process.join()

@@ -1,0 +1,53 @@
+"""The list of labs, and the folder of a student."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.resources import files
+from pathlib import Path
+
+from dtron.course.lab import Lab
+from dtron.errors import UserError
+
+LABS = {
+    1: "placements",
+    2: "missing_all_reduce",
+}
+"""The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
+
+README = """\
+# The course
+
+Each file is a lab. Read its page in docs/course, write what is missing, and check it:
+
+    dtron course check 1
+
+Take the labs in this order:
+
+"""
+
+
+def lab(number: int) -> Lab:
+    """Import a lab. Raises UserError if there is no such lab."""
+    if number not in LABS:
+        numbers = ", ".join(map(str, LABS))
+        raise UserError(f"lab {number}: there is no such lab; the labs are {numbers}")
+    return importlib.import_module(f"dtron.course.lab{number}_{LABS[number]}").LAB
+
+
+def start(folder: Path) -> list[str]:
+    """Write the files of a student into a folder and return their names. Raises UserError if the
+    folder has one of the files: a student's work is never overwritten."""
+    texts = {f"lab{n}_{name}.py": _starting_file(n) for n, name in LABS.items()}
+    texts["README.md"] = README + "".join(f"1. `{name}`\n" for name in texts)
+    for name in texts:
+        if (folder / name).exists():
+            raise UserError(f"{folder}: has {name} already; name an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return list(texts)
+
+
+def _starting_file(number: int) -> str:
+    return (files("dtron.course") / "files" / f"lab{number}_{LABS[number]}.py.txt").read_text()

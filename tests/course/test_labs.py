@@ -1,0 +1,51 @@
+"""The labs: the reference solution has all points, the starting file fails with its line, and each
+wrong solution has a line of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtron.course.lab import check_lab
+from dtron.course.labs import LABS, lab, start
+from tests.course.wrong_solutions import MISTAKES, SOLUTIONS
+
+STARTING = {
+    1: "predictions: PREDICTIONS has no answer for 'w_up': the shape on rank 5",
+    2: "the layer: mesh tp=2: gradient of scale: a tensor that should be whole on every rank "
+    "differs by rank; look at the sum over tp",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("course") / "mine"
+    start(made)
+    return made
+
+
+@pytest.mark.parametrize("number", LABS)
+def test_the_reference_solution_has_all_points(number):
+    result = check_lab(lab(number), SOLUTIONS)
+    assert (result.line, result.points) == ("", result.of)
+
+
+@pytest.mark.parametrize("number", LABS)
+def test_the_starting_file_fails_with_its_line(number, folder):
+    result = check_lab(lab(number), folder)
+    assert result.line == STARTING[number] and result.points <= result.of / 4
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.lab} {m.name}")
+def test_a_wrong_solution_has_its_line(mistake, tmp_path):
+    made = lab(mistake.lab)
+    (tmp_path / made.file).write_text(mistake.text)
+    result = check_lab(made, tmp_path)
+    assert mistake.line in result.line, result.line
+    assert result.points < result.of
+    others = [m.line for m in MISTAKES if m.lab == mistake.lab and m is not mistake]
+    assert not any(line in result.line for line in others)
+
+
+@pytest.mark.parametrize("number", LABS)
+def test_there_are_five_wrong_solutions(number):
+    assert sum(m.lab == number for m in MISTAKES) >= 5

@@ -1,0 +1,164 @@
+"""Plausible wrong solutions, as edits of the reference solutions, each with its line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtron.course.labs import LABS
+
+SOLUTIONS = Path(__file__).parent / "solutions"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong solution.
+
+    ``edits``: pairs of a text of the reference solution and its replacement.
+    ``line``: a text that the line of the check contains."""
+
+    lab: int
+    name: str
+    line: str
+    edits: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """The whole file."""
+        text = (SOLUTIONS / f"lab{self.lab}_{LABS[self.lab]}.py").read_text()
+        for old, new in self.edits:
+            assert text.count(old) == 1, f"{self.name}: {old!r} is there {text.count(old)} times"
+            text = text.replace(old, new)
+        return text
+
+
+def mistake(lab: int, name: str, line: str, *edits: tuple[str, str]) -> Mistake:
+    return Mistake(lab, name, line, edits)
+
+
+CEIL = "-(-(stop - start) // n)"
+ENDS = "(min(start + i * each, stop), min(start + (i + 1) * each, stop))"
+SPREAD = """
+            each, more = divmod(stop - start, n)
+            begin = start + i * each + min(i, more)
+            found[p.dim] = (begin, begin + each + (i < more))"""
+
+MISTAKES = [
+    mistake(
+        1,
+        "tokens of the residual stream are sharded over tp too",
+        "x_TD: shape (1024, 384) on dp=2,tp=4 (dp: Shard(0), tp: Shard(0)): rank 5 has (128, 384)",
+        ('"x_TD": (128, 384)', '"x_TD": (512, 384)'),
+    ),
+    mistake(1, "shards of size // n", "size // n loses the rest", (CEIL, "(stop - start) // n")),
+    mistake(
+        1,
+        "the first ranks take the rest",
+        "the rest is not spread over the first ranks",
+        (f"\n            each = {CEIL}\n            found[p.dim] = {ENDS}", SPREAD),
+    ),
+    mistake(
+        1,
+        "shards beyond the end",
+        "the last ranks have fewer elements, or none",
+        (ENDS, "(start + i * each, start + (i + 1) * each)"),
+    ),
+    mistake(
+        1,
+        "a pending sum is split",
+        "Partial splits nothing",
+        ("if isinstance(p, Shard):", "if not p.is_replicate():"),
+        (
+            "start, stop = found[p.dim]",
+            "p = p if isinstance(p, Shard) else Shard(1)\n            start, stop = found[p.dim]",
+        ),
+    ),
+    mistake(
+        1,
+        "an offset of the rank's own size",
+        "uneven shards: shape (10, 6) on dp=4 (dp: Shard(0)): the shard of rank 3",
+        (
+            "    return tuple(start for start, _ in ranges(shape, mesh, placements, coordinate))",
+            "    sizes = local_shape(shape, mesh, placements, coordinate)\n"
+            "    if placements == (Shard(0),):\n        return (coordinate[0] * sizes[0], *shape[1:0], 0)\n"
+            "    return tuple(start for start, _ in ranges(shape, mesh, placements, coordinate))",
+        ),
+    ),
+    mistake(
+        1,
+        "the inner axis splits first",
+        "two axes on one dim: shape (10, 3) on dp=2,tp=2 (dp: Shard(0), tp: Shard(0))",
+        (
+            "zip(mesh, placements, coordinate, strict=True)",
+            "list(zip(mesh, placements, coordinate, strict=True))[::-1]",
+        ),
+    ),
+    mistake(
+        2,
+        "summed over tp alone",
+        "mesh dp=2: gradient of scale: a tensor that should be whole on every rank",
+        ('"+tokens_sp"', '"+mlp"'),
+    ),
+    mistake(
+        2,
+        "summed over dp alone",
+        "mesh tp=2: gradient of scale: a tensor that should be whole on every rank",
+        ('"+tokens_sp"', '"+tokens"'),
+    ),
+    mistake(
+        2,
+        "summed over the axes of ZeRO and tp, not over replicas",
+        "the layer on other meshes: mesh dp_replicate=2: gradient of scale: a tensor that",
+        (
+            'list(layout.placements("+tokens_sp"))',
+            'list(layout.placements("+embed", "+mlp"))',
+        ),
+    ),
+    mistake(
+        2,
+        "averaged",
+        "mesh tp=2: gradient of scale differs from one device by 5.0e-01",
+        (
+            'list(layout.placements("+tokens_sp"))',
+            '[p if p.is_replicate() else type(p)("avg") for p in layout.placements("+tokens_sp")]',
+        ),
+    ),
+    mistake(
+        2,
+        "the gradient of the tokens is a sum too",
+        "mesh tp=2: gradient of input x differs from one device",
+        ("(rows, list(", '(list(layout.placements("+tokens_sp")), list('),
+    ),
+    mistake(
+        2,
+        "all tokens are gathered before the norm",
+        "mesh tp=2: the output has placements",
+        (
+            'return layout.constrain(y_TD, "tokens_sp", "act_embed")',
+            'return layout.constrain(y_TD, "tokens", "act_embed")',
+        ),
+    ),
+    mistake(
+        2,
+        "one collective more than needed",
+        "its collectives: mesh tp=2:",
+        (
+            "    h_TD = normalize(x_TD, p.scale, layout)\n",
+            '    x_TD = layout.constrain(x_TD, "tokens", "act_embed")\n'
+            '    x_TD = layout.constrain(x_TD, "tokens_sp", "act_embed")\n'
+            "    h_TD = normalize(x_TD, p.scale, layout)\n",
+        ),
+    ),
+    mistake(
+        2,
+        "a test on tp alone",
+        "check_layer: your test catches 4 of 6 mutants",
+        ('("tp=2", "dp=2", "dp_replicate=2")', '("tp=2",)'),
+    ),
+    mistake(
+        2,
+        "a test that a right layer fails",
+        "your test fails on a solution that is right",
+        ("mesh, DIMS)", "mesh, DIMS, tolerance=0)"),
+    ),
+]
