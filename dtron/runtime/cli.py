@@ -47,7 +47,8 @@ EXAMPLES = """examples:
 def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
     """Parse the arguments into a config: ``default`` with the given fields changed.
 
-    ``default``: a frozen dataclass with a ``model``; None: a RunConfig.
+    ``default``: a frozen dataclass with a ``model``; None: a RunConfig. If it has an ``output``,
+        ``-o`` is short for this flag.
 
     Raises UserError, in one line, for an unknown flag or a bad value. ``--help`` and ``--version``
     print and exit.
@@ -61,6 +62,8 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         print(f"dtron {__version__}")
         raise SystemExit(0)
     known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
+    if "--output" in known:
+        argv = ["--output" + x[2:] if re.match(r"-o(=|$)", x) else x for x in argv]
     _check_flags(argv, known)
     model_flag = tyro.conf.arg(name="model", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
 
