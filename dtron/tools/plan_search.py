@@ -245,12 +245,11 @@ def _pipeline(pipe: PipelineConfig, pp: int, count: int) -> tuple[float, float]:
 
 
 def _in_flight(m: ModelConfig, shape: MeshShape, gathered: float, layers: int) -> float:
-    """Return the bytes of gathered weights and of gradients on their way under ZeRO-3: two blocks
-    and the ends in bfloat16, and gradients of a block and of the ends as they leave and as float32
-    sums."""
-    ends = (1 if m.tied else 2) * m.padded_vocab * m.embed / shape.tp
-    block = max(0.0, gathered - ends) / layers
-    return 2 * 2 * block + 2 * ends + 2 * block + (2 + 2) * ends
+    """Return the bytes of gathered weights and of gradients on their way under ZeRO-3, when
+    backward begins: two blocks and the head in bfloat16, and the gradients of both."""
+    head = m.padded_vocab * m.embed / shape.tp
+    block = max(0.0, gathered - (1 if m.tied else 2) * head) / layers
+    return (2 * 2 + 2) * block + (2 + 2) * head
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
