@@ -92,6 +92,8 @@ def short(command: Command) -> list[str]:
         )
     if command.program == "verify":
         args += MODEL
+    if command.program == "plan" and args[0] == "search":
+        args += ["--gpus=1"]  # more GPUs have more meshes, and each takes seconds
     if command.program == "generate":
         args += ["--tokens=3"]
     return args
