@@ -70,7 +70,7 @@ def assert_moves_change_nothing(
     ("backend", "change"),
     [
         ("aot_eager", {}),
-        ("inductor", {}),
+        pytest.param("inductor", {}, marks=pytest.mark.slow),  # compiles C++ for 15 seconds
         ("aot_eager", {"moe": MoEConfig(experts=4, top_k=2, mlp=16)}),
         ("aot_eager", {"mtp": MTPConfig(depth=1)}),
     ],
