@@ -75,7 +75,7 @@ def compare(at: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(10, thorough=200))
 @given(data=st.data())
 def test_random(kind, data):
     config = data.draw(configs(kind))

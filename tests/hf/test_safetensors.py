@@ -159,7 +159,7 @@ BIG = ModelConfig(
 
 # A model of 327 MB.
 LARGE = replace(
-    BIG, vocab=16_000, embed=1024, layers=4, heads=16, kv_heads=16, head_dim=64, mlp=2600
+    BIG, vocab=8_000, embed=1024, layers=2, heads=16, kv_heads=16, head_dim=64, mlp=2600
 )
 
 
