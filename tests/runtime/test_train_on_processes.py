@@ -82,7 +82,7 @@ def test_frames_of_the_project_are_told_from_others(tmp_path, name):
 def test_a_rank_that_dies_ends_the_job_and_is_named(run_dir, dies, how, launcher):
     """The neighbouring rank reports the death within the timeout. A job that outlasts the patience
     with its processes would be the hang."""
-    timeout = 60 if launcher else 10  # a busy machine takes seconds to start a launcher's processes
+    timeout = 60 if launcher else 5  # a busy machine takes seconds to start a launcher's processes
     pipe = (
         "--mesh=pp=2",
         "--model.layers=2",
