@@ -39,12 +39,12 @@ class Published:
 
 EIGHT_B = "--model llama3.1-8b --mesh dp=8 --zero 3 --batch 128 --micro-batch 1 --data.seq-len 8192"
 SEVENTY_B = (
-    "--model llama3.1-70b --mesh dp=4,tp=4,pp=4 --batch 128 --micro-batch 1 --data.seq-len 8192"
-    " --recompute selective"
+    "--model llama3.1-70b --mesh dp=2,cp=2,tp=4,pp=4 --zero 1 --batch 64 --micro-batch 1"
+    " --data.seq-len 8192 --recompute selective"
 )
 LARGEST = (
-    "--model llama3.1-405b --mesh dp=16,tp=8,pp=8 --batch 512 --micro-batch 1 --data.seq-len 8192"
-    " --recompute selective"
+    "--model llama3.1-405b --mesh dp=8,tp=8,pp=16 --zero 1 --batch 256 --micro-batch 1"
+    " --data.seq-len 8192 --recompute full"
 )
 QWEN = (
     "--model qwen3-30b-a3b --mesh dp=8,ep=8 --zero 3 --batch 256 --micro-batch 1"

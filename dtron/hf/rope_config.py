@@ -118,6 +118,7 @@ class RopeFormat:
             )
         full, window = (object_of(given, kind, where) for kind in kinds)
         full = {**({} if given else {"rope_type": "default"}), **full, **scaling}
+        full.pop("truncate", None)  # transformers reads it outside of the layers' objects alone
         whole = {"rope_theta": entries["rope_theta"], "rope_parameters": full}
         return whole | {k: entries[k] for k in ("partial_rotary_factor",) if k in entries}, window
 

@@ -9,6 +9,7 @@ plan is of this rank, if no other rank is asked for."""
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,18 @@ def fake_mesh(shape: MeshShape, rank: int = 0) -> DeviceMesh | None:
     atoms = {a: n for a, n in shape.atoms.items() if a != "pp"}
     if not atoms:
         return None
-    names, sizes = tuple(atoms), tuple(atoms.values())
+    join_fake_group(math.prod(atoms.values()) + 1)
+    return _mesh(tuple(atoms), tuple(atoms.values()), rank, dist.get_world_size())
+
+
+@cache
+def _mesh(names: tuple[str, ...], sizes: tuple[int, ...], rank: int, world: int) -> DeviceMesh:
+    """Build each mesh once. torch keeps plans of redistributions with the groups of a mesh, and
+    uses them for any mesh with the same numbers. This process is number 0, for ever. All other
+    numbers depend on the size of the world, which changes when its groups are made anew."""
     size = math.prod(sizes)
-    join_fake_group(size)
-    ranks = torch.arange(size)
-    # This process is rank 0 of its group for ever. So it changes places with the rank.
-    ranks[0], ranks[rank] = rank, 0
+    ranks = torch.arange(world - size, world)
+    ranks[rank] = 0
     ranks = ranks.view(sizes)
     rows = [
         next(row for row in ranks.movedim(i, -1).reshape(-1, n).tolist() if 0 in row)

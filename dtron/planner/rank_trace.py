@@ -141,6 +141,9 @@ class RankTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
+            # The first call of a kind also runs the operator on the global shapes, to find the
+            # result's placements. No trace sees what runs here.
+            func(*args, **(kwargs or {}))
             return NotImplemented  # DTensor calls the operators of this rank's tensors
         if name_of(func) == "wait_tensor":  # a fake wait would allocate its result again
             token = self._tokens.get(storage_id(args[0]), 0)

@@ -15,10 +15,9 @@ import os
 import re
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -28,10 +27,11 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
-from dtron.model.presets import PRESETS, preset
+from dtron.model.presets import preset
 from dtron.renamed import current_tree, last_component, refuse_old_flags
 from dtron.runtime.check_values import check_path, check_values
 from dtron.runtime.config import RunConfig
+from dtron.runtime.flags import flags_of, parsed_class
 from dtron.runtime.resume import check_source, of_this_start, with_value
 
 # What ``load`` raises for a file that is no config. (UserError is a ValueError.)
@@ -47,7 +47,8 @@ EXAMPLES = """examples:
 def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> Any:
     """Parse the arguments into a config: ``default`` with the given fields changed.
 
-    ``default``: a frozen dataclass with a ``model``; None: a RunConfig.
+    ``default``: a frozen dataclass with a ``model``; None: a RunConfig. If it has an ``output``,
+        ``-o`` is short for this flag.
 
     Raises UserError, in one line, for an unknown flag or a bad value. ``--help`` and ``--version``
     print and exit.
@@ -60,15 +61,11 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     if "--version" in argv:
         print(f"dtron {__version__}")
         raise SystemExit(0)
-    known = ["--model", "--help", "-h", "--version", *_flags(config_class)]
+    known = ["--model", "--help", "-h", "--version", *flags_of(config_class)]
+    if "--output" in known:
+        argv = ["--output" + x[2:] if re.match(r"-o(=|$)", x) else x for x in argv]
     _check_flags(argv, known)
-    model_flag = tyro.conf.arg(name="model", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
-
-    @dataclass(frozen=True)
-    class CommandLine(config_class):
-        preset: Annotated[str, model_flag] = "tiny"
-
-    CommandLine.__doc__ = config_class.__doc__
+    command_line = parsed_class(config_class, argv)
     name, loaded = _value_of(argv, "--model", example="tiny"), None
     previous = _resumed(argv) if "--resume" in known else None
     default = previous or default
@@ -81,12 +78,14 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         default = replace(default, model=loaded)
     if name is not None:
         default = replace(default, model=preset(name))
-    start = CommandLine(**_shallow(default), preset=name or "tiny")
+    values = _shallow(default)
+    named = {f.name: values[f.name] for f in fields(command_line) if f.name in values}
+    start = command_line(**named, preset=name or "tiny")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             parsed = tyro.cli(
-                CommandLine,
+                command_line,
                 args=list(argv),
                 default=start,
                 prog=prog,
@@ -98,7 +97,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
             print(printed.getvalue().rstrip() + examples)
             raise
         raise UserError(_one_line(printed.getvalue())) from None
-    values = _shallow(parsed)
+    values |= _shallow(parsed)
     del values["preset"]
     config = config_class(**values)
     check_values(config)
@@ -197,22 +196,6 @@ def _build(cls: Any, value: Any, path: str = "") -> Any:
         name: _build(hints[name], v, f"{path}.{name}".lstrip(".")) for name, v in value.items()
     }
     return make(**inner)
-
-
-@cache
-def _flags(cls: type, prefix: str = "--") -> tuple[str, ...]:
-    """Every flag of a config class, as tyro spells them."""
-    found: list[str] = []
-    hints = typing.get_type_hints(cls)
-    for f in fields(cls):
-        name = f.name.replace("_", "-")
-        if is_dataclass(hints[f.name]):
-            found += _flags(hints[f.name], f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
-            if hints[f.name] is bool:
-                found.append(f"{prefix}no-{name}")
-    return tuple(found)
 
 
 def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:

@@ -156,7 +156,7 @@ class SearchConfig(RunConfig):
 def search(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
-    config = parse(long_flags(argv), SearchConfig(), prog="dtron plan search")
+    config = parse(argv, SearchConfig(), prog="dtron plan search")
     gpu, batch = load_gpu(config.gpu), tokens_of_step(config)
     if config.output is not None:
         check_output("--output", config.output)
@@ -181,15 +181,10 @@ def search(argv: Sequence[str]) -> int:
     return 0
 
 
-def long_flags(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with ``--output`` in the place of ``-o``."""
-    return ["--output" + x[2:] if x == "-o" or x.startswith("-o=") else x for x in argv]
-
-
 def without_search(argv: Sequence[str]) -> list[str]:
     """Return the arguments of a search that a plan takes, too."""
-    own, found = ("--gpus", "--batch-tokens", "--top", "--output"), list[str]()
-    left = iter(long_flags(argv))
+    own, found = ("--gpus", "--batch-tokens", "--top", "--output", "-o"), list[str]()
+    left = iter(argv)
     for x in left:
         if x.partition("=")[0] not in own:
             found.append(x)
@@ -250,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
 
     if list(argv[:1]) == ["search"]:
         return search(argv[1:])
-    config = parse(long_flags(argv), PlanConfig(), prog="dtron plan")
+    config = parse(argv, PlanConfig(), prog="dtron plan")
     if config.output is not None:
         check_output("--output", config.output)
     if config.trace is not None:

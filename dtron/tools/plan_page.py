@@ -51,7 +51,7 @@ def source(command: Sequence[str], gpu_name: str) -> list[str]:
 
 def rates(gpu: Gpu) -> str:
     """Return a section that says where the rates of a GPU come from."""
-    text = f"Times follow from these rates of {gpu.name}. Each was measured as it says."
+    text = f"Times follow from the rates of {gpu.name}. Each rate has its source here."
     return html.section(
         "Rates of the GPU", text, html.table(("rate", "source"), gpu.measured.items())
     )

@@ -1,13 +1,10 @@
 """The search for a mesh: all meshes, ZeRO stages, schedules, microbatches and activation policies
 of a number of GPUs, by memory and time.
 
-A full plan of each would take hours. So for each way to split a block (tp, cp, ep and activation
-policy) a search plans one small model on four pipeline ranks. The third rank has one more period of
-the model's blocks than the second. Their difference is a block's forward, backward and kept bytes
-for one sequence. The rest of the first and of the last rank is the embedding and the head.
-Everything else is put together from parts that are exact by themselves: the
-bytes of weights and states from the declarations and rules, the bubble and the activations in
-flight from the schedule's table.
+A full plan of each would take hours. So a search plans one block for each way to split it
+(block_cost.py: tp, cp, ep and activation policy). Everything else is put together from parts that
+are exact by themselves: the bytes of weights and states from the declarations and rules, the bubble
+and the activations in flight from the schedule's table.
 
 Left out: kernels that are faster with more sequences in a microbatch, and the difference between
 ranks of a pipeline but for the embedding and the head. So the best results deserve a plan of their
@@ -27,13 +24,12 @@ from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.flops import flops_per_token
 from dtron.planner.gpu_rates import Gpu
-from dtron.planner.plan_step import RankPlan, plan_ranks
-from dtron.planner.step_time import link_of, time_step
+from dtron.planner.step_time import link_of
 from dtron.runtime.config import PipelineConfig, RunConfig
-from dtron.runtime.launch import resolve
 from dtron.runtime.validate import check
 from dtron.schedules import make
 from dtron.schedules.table import Table, peaks, simulate
+from dtron.tools.block_cost import BlockCost, block_cost
 from dtron.tools.show import rows, total
 
 POLICIES = ("none", "selective", "full")
@@ -46,22 +42,6 @@ ZEROS: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 LARGEST = 1 << 16  # GPUs
 LONG = 16_384  # tokens of a sequence from which cp is tried
 DEEPEST = 32  # pipeline ranks at most
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """The cost of one sequence on one rank.
-
-    ``forward``, ``backward``: seconds of one block.
-    ``ends``: seconds of embedding and head, forward and backward.
-    ``kept``: bytes that one block keeps for backward.
-    ``working``: bytes beside weights and kept activations."""
-
-    forward: float
-    backward: float
-    ends: float
-    kept: float
-    working: float
 
 
 @dataclass(frozen=True)
@@ -134,19 +114,21 @@ class Search:
                 check(m, shape, seq_len, self.config.cp_method, zigzag)
                 if 2 * self.batch < shape.data:
                     raise UserError(f"{self.batch} sequences for {shape.data} data ranks: too few")
+                found += self._choices(shape)
             except UserError as error:
                 self.refused[str(shape)] = str(error)
-                continue
-            for candidate in self._candidates(shape):
-                if not self._has_room(candidate, shape):
-                    self.too_large += 1
-                    continue
-                choice = self._evaluate(candidate, shape)
-                if choice.gib > self.gpu.memory_gib:
-                    self.too_large += 1
-                else:
-                    found.append(choice)
         return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+    def _choices(self, shape: MeshShape) -> list[Choice]:
+        """Return the choices of a mesh that fit."""
+        found = []
+        for candidate in self._candidates(shape):
+            choice = self._evaluate(candidate, shape) if self._has_room(candidate, shape) else None
+            if choice is None or choice.gib > self.gpu.memory_gib:
+                self.too_large += 1
+            else:
+                found.append(choice)
+        return found
 
     def _candidates(self, shape: MeshShape) -> Iterator[RunConfig]:
         """Return the ways to train on a mesh. The batch is the multiple of the data ranks that is
@@ -216,61 +198,22 @@ class Search:
             return 0.0
         axis = "dp" if shape.dp > 1 else "cp"
         atom = next((a for a in shape.atoms if a.split(".")[0] == axis), axis)
-        link = self.gpu.links[link_of(shape, atom, self.gpu)]
-        share = (ranks - 1) / ranks
+        way = link_of(shape, atom, self.gpu)
+        link, share = self.gpu.links[way], (ranks - 1) / ranks
         if c.zero == 3 and shape.pp == 1:
             each = link.seconds(share * gathered * (2 + 2 + 2))  # two gathers and the gradients
-            return count * max(0.0, each - compute)
+            copies = way == "nvlink" and c.copy_engines == "auto"
+            slower = 1.0 if copies else self.gpu.beside_nccl
+            lost = min(each * (1 - 1 / slower), compute * (slower - 1))
+            return count * (max(0.0, each - slower * compute) + lost)
         sums = 4 * gathered * share
         return link.seconds(2 * sums if c.zero == 0 else sums + 2 * gathered * share)
 
     def _cost(self, shape: MeshShape, recompute: str) -> BlockCost:
         key = (shape.tp, shape.cp, shape.ep, shape.etp, POLICIES.index(recompute))
         if key not in self._costs:
-            self._costs[key] = self._measure(shape, recompute)
+            self._costs[key] = block_cost(self.config, self.gpu, shape, recompute)
         return self._costs[key]
-
-    def _measure(self, shape: MeshShape, recompute: str) -> BlockCost:
-        m = self.config.model
-        dp = shape.ep * shape.etp // math.gcd(shape.ep * shape.etp, shape.cp * shape.tp)
-        inner = MeshShape(pp=4, dp=dp, cp=shape.cp, tp=shape.tp, ep=shape.ep, etp=shape.etp)
-        period = len(m.pattern)
-        first = period + (m.moe.dense_layers if m.moe.experts else 0)
-        layers = (first, period, 2 * period, period)
-        c = replace(
-            self.config,
-            mesh=str(inner),
-            zero=0,
-            model=replace(m, layers=sum(layers)),
-            batch=inner.data,
-            micro_batch=1,
-            recompute=recompute,
-            pipeline=PipelineConfig(layers=",".join(map(str, layers))),
-        )
-        plan, _ = resolve(c, inner, "cuda")
-        ranks = plan_ranks(c, plan, update=False)
-        times = [self._alone(rank, inner) for rank in ranks]
-        (f1, b1), (f2, b2) = times[1:3]
-        forward, backward = (f2 - f1) / period, (b2 - b1) / period
-        kept = (_kept(ranks[2]) - _kept(ranks[1])) / period
-        blocks = sum(layers) * (forward + backward)
-        ends = sum(map(sum, times)) - blocks
-        working = max(
-            rank.largest - sum(rank.state.values()) - n * kept
-            for rank, n in zip(ranks, layers, strict=True)
-        )
-        return BlockCost(forward, backward, ends, kept, working)
-
-    def _alone(self, rank: RankPlan, shape: MeshShape) -> tuple[float, float]:
-        """Return the seconds of forward and backward of a rank that waits for no other stage."""
-        operators = tuple(op for op in rank.operators if op.kind != "message")
-        (time,) = time_step([replace(rank, operators=operators)], shape, self.gpu)
-        forward = time.spans[0].end
-        return forward, time.spans[1].end - forward
-
-
-def _kept(rank: RankPlan) -> int:
-    return rank.peak.get("activations", 0)
 
 
 @cache
@@ -302,12 +245,11 @@ def _pipeline(pipe: PipelineConfig, pp: int, count: int) -> tuple[float, float]:
 
 
 def _in_flight(m: ModelConfig, shape: MeshShape, gathered: float, layers: int) -> float:
-    """Return the bytes of gathered weights and of gradients on their way under ZeRO-3: two blocks
-    and the ends in bfloat16, and gradients of a block and of the ends as they leave and as float32
-    sums."""
-    ends = (1 if m.tied else 2) * m.padded_vocab * m.embed / shape.tp
-    block = max(0.0, gathered - ends) / layers
-    return 2 * 2 * block + 2 * ends + 2 * block + (2 + 2) * ends
+    """Return the bytes of gathered weights and of gradients on their way under ZeRO-3, when
+    backward begins: two blocks and the head in bfloat16, and the gradients of both."""
+    head = m.padded_vocab * m.embed / shape.tp
+    block = max(0.0, gathered - (1 if m.tied else 2) * head) / layers
+    return (2 * 2 + 2) * block + (2 + 2) * head
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:

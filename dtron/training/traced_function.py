@@ -138,11 +138,9 @@ class TracedFunction:
         static: Sequence[int],
     ) -> Kind:
         mode = fake_mode(tensors)
-        fakes: list[Tensor] = [
-            x if is_fake(x) else mode.from_tensor(x, static_shapes=True) for x in tensors
-        ]
         key = disk_key(*self._context, *plain, tuple(static), torch.is_grad_enabled())
         with tracer(mode):
+            fakes = [_fake(x, mode) for x in tensors]
             with mode, torch.no_grad():  # torch asks for the number of results before it traces
                 results, extra = self._fn(fakes, *plain)
             call = _Call(lambda *xs: tuple(self._fn(list(xs), *plain)[0]), key)
@@ -174,6 +172,16 @@ def _graph_of(call: _Call, inputs: int, outputs: int, static: Sequence[int]) -> 
     # AOTAutograd reads which inputs are static only from a graph that looks like one of dynamo.
     module.meta["dynamo_compile_id"], module._param_name_to_source = None, {}
     return module
+
+
+def _fake(x: Tensor, mode: Any) -> Tensor:
+    """Return a tensor of the same kind without memory. The compiled graph may keep it, so a fake
+    tensor of a plan, whose memory is counted, is not taken as it is."""
+    if not is_fake(x):
+        return mode.from_tensor(x, static_shapes=True)
+    with mode:
+        like = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    return like.requires_grad_(x.requires_grad)
 
 
 def _metadata(x: Tensor) -> tuple[Any, ...]:

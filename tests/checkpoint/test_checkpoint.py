@@ -24,7 +24,7 @@ from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import to_local
 from dtron.distributed.simulated_ranks import paused, simulated
-from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.mesh import Layout, stage_mesh
 from dtron.moe.config import MoEConfig
 from dtron.params import WeightSpec
 from dtron.rules import rules_for
@@ -34,6 +34,7 @@ from dtron.training.optimizer import OptimizerState
 from dtron.training.pipeline import pipeline
 from dtron.tree import flat, tree_map
 from tests.helpers.examples import examples
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.values import ADAMW
 
 # Blocks with an MLP and with experts, a vocabulary with padding, a bias that balances, and a tied
@@ -150,7 +151,7 @@ def move_on_pool(
 ) -> list[str]:
     """A job for the pool: save on one mesh and load on another. ``save`` returns when the file is
     whole on all ranks."""
-    build = lambda where: stage_mesh(build_mesh(MeshShape.parse(where[0]), "cpu"))
+    build = lambda where: stage_mesh(real_mesh(where[0]))
     with mutated(mutant):
         spec, state = built(saved, dist.get_rank(), build(saved), False, names)
         path = checkpoint.save(Path(folder), state, spec, {})

@@ -106,7 +106,7 @@ def training_on_pool(mode: str, embed: int) -> tuple[list[float], list[float], b
     Returns losses, norms, whether memory was written too early, the number of copies, and whether
     weights are in symmetric memory."""
     model = replace(MODEL, embed=embed)
-    config = RunConfig(model=model, batch=8, steps=3, zero=3, data=DataConfig(seq_len=8))
+    config = RunConfig(model=model, batch=8, steps=2, zero=3, data=DataConfig(seq_len=8))
     with copying(mode, 2**16) as (mesh, group):
         history = train(
             Layout(mesh, rules_for(3), compute=torch.bfloat16), MeshShape(dp=RANKS), config
@@ -132,7 +132,7 @@ def test_training_is_the_same_to_the_last_bit(pool, embed, in_reach):
     are padded first, so they go through the staging buffer."""
     want, got = (trained(pool, mode, embed) for mode in ("rest", "copies"))
     assert got[:3] == want[:3] and got[4] == in_reach and want[3] == 0
-    assert got[3] >= 3 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
+    assert got[3] >= 2 * MODEL.layers * 7 * 2  # at least two gathers of each matrix a step
 
 
 @pytest.mark.parametrize("mutant", MUTANTS[:-1])
@@ -145,7 +145,7 @@ BLOCK = replace(MODEL, layers=1)
 
 
 def compiled_on_pool(modes: list[str]) -> tuple[list[list[float]], list[int]]:
-    """A job for the pool: losses and weight norms of three compiled steps under ZeRO-3, and the
+    """A job for the pool: losses and weight norms of two compiled steps under ZeRO-3, and the
     number of copies, for each mode."""
     torch.compiler.reset()
     rows, histories, copies = torch.arange(8 * 17).view(8, 17) % 61, [], []
@@ -158,7 +158,7 @@ def compiled_on_pool(modes: list[str]) -> tuple[list[list[float]], list[int]]:
             opt = init_state(ADAMW, pipe.spec, params)
             opt = with_compute_copies(opt, params, pipe.spec, layout.compute)
             step, found = TrainStep(functions, pipe, RunConfig(model=BLOCK, zero=3), ADAMW), []
-            for _ in range(3):
+            for _ in range(2):
                 loss, _, _, params, opt = step(params, opt, [make_batch(rows, layout)], 128, 1e-2)
                 found += [full(loss).item(), *(full(w).norm().item() for w in flat(params))]
             histories.append(found)
@@ -171,4 +171,4 @@ def test_a_compiled_step_is_the_same_to_the_last_bit(pair):
         compiled_on_pool, ["rest", "copies", "one place"]
     )[0]
     assert got == want != mutant
-    assert none == 0 and some > 3 * 7
+    assert none == 0 and some > 2 * 7

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pyarrow as pa
@@ -46,12 +47,12 @@ MODEL = ["--model.layers=2", "--model.embed=32", "--model.heads=4", "--model.kv-
 MODEL += ["--model.head-dim=8", "--model.mlp=64", "--model.vocab=300"]
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with the files that the commands start from."""
-    enter(tmp_path, monkeypatch)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with the files that the commands start from. No test writes to it."""
+    tmp_path = tmp_path_factory.mktemp("files")
     vocab = {f"w{i}": i for i in range(60)} | {"</s>": 60}
-    shutil.copytree(folder("llama"), "Llama-3.2-1B")
+    shutil.copytree(folder("llama"), tmp_path / "Llama-3.2-1B")
     config = tmp_path / "Llama-3.2-1B" / "config.json"
     long = json.loads(config.read_text()) | {"max_position_embeddings": 512}
     config.write_text(json.dumps(long))
@@ -71,7 +72,21 @@ def desk(tmp_path, monkeypatch):
         ]
     }
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 200)
-    shutil.copytree(ROOT / "docs", "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    return tmp_path
+
+
+@pytest.fixture
+def beside(files, monkeypatch):
+    """Work in this folder, without writing."""
+    enter(files, monkeypatch)
+
+
+@pytest.fixture
+def desk(files, tmp_path, monkeypatch):
+    """Work in a copy of this folder."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    enter(tmp_path, monkeypatch)
 
 
 def short(command: Command) -> list[str]:
@@ -92,6 +107,8 @@ def short(command: Command) -> list[str]:
         )
     if command.program == "verify":
         args += MODEL
+    if command.program == "plan" and args[0] == "search":
+        args += ["--gpus=1"]  # more GPUs have more meshes, and each takes seconds
     if command.program == "generate":
         args += ["--tokens=3"]
     return args
@@ -111,7 +128,7 @@ def built(script: str) -> Iterator[types.ModuleType]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_is_understood(page, desk):
+def test_every_command_is_understood(page, beside):
     text = page.read_text()
     for command in commands(text):
         check(command)
@@ -213,7 +230,7 @@ def test_python_that_is_neither_is_noticed():
         ("```bash\npip install -e '.[tset]'\n```", "no extra tset"),
     ],
 )
-def test_a_mistake_in_a_fence_is_noticed(page, reason, desk):
+def test_a_mistake_in_a_fence_is_noticed(page, reason, beside):
     with pytest.raises(UserError, match=re.escape(reason)):
         for command in commands(page):
             check(command)

@@ -13,7 +13,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.fp8.matmul import compile_options, matmul
 from dtron.fp8.recipes import RECIPES
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.params import init
@@ -26,6 +26,7 @@ from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat
 from tests.helpers.products import NAMES
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 
 SIZES = replace(MODEL, embed=32, head_dim=8, mlp=64)
@@ -140,7 +141,7 @@ def norms_on_pool(
     mesh: str, zero: int, backend: str | None, how: ComputeConfig = FP8.how
 ) -> list[float]:
     """A job for the pool: loss and gradient norm of a step."""
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
+    layout = Layout(real_mesh(mesh), rules_for(zero))
     functions = program(BLOCK, layout, how, splits=False)
     loss, grads, spec = step(
         compiled(functions, layout, how, backend) if backend else functions, layout, zero

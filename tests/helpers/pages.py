@@ -20,7 +20,7 @@ from unittest.mock import patch
 from dtron.__main__ import COMMANDS, program
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
-from dtron.runtime import check_memory, cli
+from dtron.runtime import check_memory, cli, flags
 from dtron.runtime.config import RunConfig
 from dtron.runtime.launch import plan_run
 from dtron.tools.coordinate_check import CoordinateCheckConfig
@@ -214,7 +214,7 @@ def check(command: Command) -> None:
 def flags_of(name: str) -> set[str]:
     """The flags of a program."""
     if name in CONFIGS:
-        return {"--model", "--help", "--version", *cli._flags(CONFIGS[name])}
+        return {"--model", "--help", "--version", *flags.flags_of(CONFIGS[name])}
     return set(_flags(parser_of(name)))
 
 

@@ -13,7 +13,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.cross_entropy import IGNORE
-from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.mesh import Layout, stage_mesh
 from dtron.model.batch import make_batch, valid_tokens
 from dtron.params import init
 from dtron.rules import rules_for
@@ -24,6 +24,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 from dtron.tree import flat, tree_map
+from tests.helpers.real_mesh import destroy_groups, real_mesh
 
 MODEL = ModelConfig(
     vocab=61,
@@ -86,6 +87,7 @@ def train(
         loss, norm, _, params, opt = step(params, opt, batches, valid_tokens(rows), 1e-2)
         losses.append(loss.item())
         norms.append(norm.item())
+    destroy_groups(pipe)
     return History(losses, norms, initial, tree_map(full, params))
 
 
@@ -100,7 +102,7 @@ def on_pool(
 ) -> tuple[list[float], list[float], str]:
     """A job for the pool: the same on real ranks."""
     shape = MeshShape.parse(mesh)
-    whole = build_mesh(shape, "cpu")
+    whole = real_mesh(mesh)
     history = train(
         Layout(stage_mesh(whole), rules_for(config.zero)), shape, config, dtype, mesh=whole, **more
     )

@@ -128,18 +128,18 @@ def test_their_library_reads_what_is_written_and_the_reverse(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text(name):
-    """64 tokens after prompts of unequal lengths are the tokens that transformers generates for
+    """32 tokens after prompts of unequal lengths are the tokens that transformers generates for
     each prompt alone."""
     source, g = Source(folder(name)), torch.Generator().manual_seed(3)
     prompts = [torch.randint(61, (n,), generator=g).tolist() for n in (11, 4)]
     params = (source.load(declare_model(source.model), ONE),)
     pipe = one_stage(source.model, 1, ONE)
-    got = generate(params, prompts, 64, source.model, pipe, Sampling(temperature=0))
+    got = generate(params, prompts, 32, source.model, pipe, Sampling(temperature=0))
     for prompt, ids in zip(prompts, got, strict=True):
         want = model(name).generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=64,
+            max_new_tokens=32,
             do_sample=False,
             pad_token_id=0,
         )

@@ -75,7 +75,7 @@ def compare(at: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(10, thorough=200))
 @given(data=st.data())
 def test_random(kind, data):
     config = data.draw(configs(kind))
@@ -139,6 +139,9 @@ DEEPSEEK = {
 
 def yarn(**more: Any) -> dict[str, Any]:
     return {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **more}
+
+
+WIDE = {"factor": 2.0, "original_max_position_embeddings": 128, "beta_slow": 0.5}
 
 
 def rope(**fields: Any) -> Callable[[ModelConfig], ModelConfig]:
@@ -212,6 +215,15 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
         "plain",
         fields(window=None),
+    ),
+    "truncate is not read in the RoPE of some layers": (
+        "Gemma3Text",
+        {
+            "sliding_window_pattern": 2,
+            "rope_parameters": {"full_attention": yarn(**WIDE, truncate=False)},
+        },
+        "plain",
+        rope(truncate=False),
     ),
     "another head": ("Llama", {"tie_word_embeddings": True}, "another head", fields(tied=True)),
     "the head only": ("Qwen3", {"tie_word_embeddings": True}, "head only", None),

@@ -24,13 +24,14 @@ from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import weights_of
 from dtron.hf.tensor_pattern import Pattern, halves, pairs, pattern
 from dtron.hf.weight_files import Reader, write
-from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.mesh import Layout, stage_mesh
 from dtron.model.stages import split_into_stages
 from dtron.model.transformer import declare_model
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig
 from dtron.tree import flat, tree_map
 from tests.helpers.hf_models import folder
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.values import ONE
 
 PATTERNS = [
@@ -159,7 +160,7 @@ BIG = ModelConfig(
 
 # A model of 327 MB.
 LARGE = replace(
-    BIG, vocab=16_000, embed=1024, layers=4, heads=16, kv_heads=16, head_dim=64, mlp=2600
+    BIG, vocab=8_000, embed=1024, layers=2, heads=16, kv_heads=16, head_dim=64, mlp=2600
 )
 
 
@@ -180,7 +181,7 @@ def read_on_pool(at: str, mesh: str, zero: int) -> dict:
     """A job for the pool: load, and return the bytes read by count, the bytes read by the kernel,
     and the bytes of this rank's shards."""
     shape, source = MeshShape.parse(mesh), Source(at)
-    device_mesh = build_mesh(shape, "cpu")
+    device_mesh = real_mesh(mesh)
     layout = Layout(stage_mesh(device_mesh), rules_for(zero))
     stages = (
         split_into_stages(source.model, [2, 1]) if shape.pp > 1 else [declare_model(source.model)]
@@ -239,7 +240,7 @@ def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
     """A job for the pool: what a rank holds and needs while it loads, as fractions of the model.
     ``careless``: each rank loads everything and keeps its shard."""
     source = Source(at)
-    layout = Layout(stage_mesh(build_mesh(MeshShape.parse(mesh), "cpu")), rules_for(3))
+    layout = Layout(stage_mesh(real_mesh(mesh)), rules_for(3))
     spec, parts = declare_model(source.model), []
 
     def load():

@@ -26,6 +26,7 @@ from dtron.layers.attention_kernels import (
 )
 from dtron.layers.attention_mask import AttentionMask
 from dtron.testing import assert_caught
+from tests.helpers.examples import examples
 from tests.helpers.values import F64, close, flex_on_cpu, normal, same
 
 PATHS = ("reference", "sdpa", "flex")
@@ -38,7 +39,7 @@ def _flex():
         yield
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(30, thorough=600))
 @given(
     path=st.sampled_from(["sdpa", "flex"]),
     b=st.integers(1, 3),

@@ -9,7 +9,7 @@ import torch
 
 from dtron.distributed import bucketing
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
 from dtron.runtime.generation import Sampling, generate
@@ -17,6 +17,7 @@ from dtron.runtime.validate import check
 from dtron.tools.count_collectives import Collective
 from dtron.tools.verify_step import one_step
 from dtron.training.pipeline import one_stage
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 from tests.layers.test_context_parallel import METHODS, configured
 
@@ -150,8 +151,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
 
 def generated_on_pool(mesh: str) -> list[list[int]]:
     """A job for the pool: the likeliest tokens after each prompt, on real ranks."""
-    shape = MeshShape.parse(mesh)
-    layout = Layout(build_mesh(shape, "cpu"))
+    layout = Layout(real_mesh(mesh))
     pipe = one_stage(CP_MODEL, 1, layout)
     params = init(pipe.spec, CP_MODEL.dims(), 0, layout, torch.float64)
     return generate(params, PROMPTS, 6, CP_MODEL, pipe, Sampling(0))

@@ -18,13 +18,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition as
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.fp8.__main__ import error
 from dtron.fp8.recipes import RECIPES
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.recompute import mlp_chunk_tokens
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.params import init
@@ -43,6 +42,7 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL
 from tests.helpers.values import ONE, normal, tree
 
@@ -206,9 +206,7 @@ def test_a_compiled_step_has_one_wide_chunk_at_work(activation):
 def step_on_pool(mesh: str, zero: int, chunk: int | None, backend: str | None) -> list[float]:
     """A job for the pool: a loss, and the norm of every gradient."""
     torch.compiler.reset()
-    layout = Layout(
-        build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero), compute=torch.float32
-    )
+    layout = Layout(real_mesh(mesh), rules_for(zero), compute=torch.float32)
     pipe = one_stage(BLOCK, 1, layout)
     functions = program(BLOCK, layout, ComputeConfig("full"), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions

@@ -86,7 +86,7 @@ MOE = MoEConfig(experts=4, top_k=2, mlp=8)
         ("pp=2,dp=2", {"layers": 6, "zero": 1, "batch": 8, "micro_batch": 1}),
         ("pp=2", {"layers": 6, "zero": 3, "zero3_gather": "microbatch", "batch": 4}),
         *(
-            ("pp=2", {"layers": 12, "batch": 8, "pipeline": PipelineConfig(schedule)})
+            ("pp=2", {"layers": 8, "batch": 8, "pipeline": PipelineConfig(schedule)})
             for schedule in ("interleaved", "zb-h1", "dualpipe-v")
         ),
     ],

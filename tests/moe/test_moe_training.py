@@ -13,7 +13,7 @@ from dtron import checkpoint
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.flops import active_count, flops_per_token, parameter_count
@@ -30,6 +30,7 @@ from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 from dtron.tree import flat, tree_map
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL, on_pool, train
 from tests.helpers.values import ADAMW
 
@@ -115,7 +116,7 @@ def test_compiled_gradients_are_those_of_eager(recompute, choices):
 def compiled_on_pool(mesh: str, zero: int, dispatch: str, backend: str | None) -> list[float]:
     """A job for the pool: loss and norms of gradients."""
     torch.compiler.reset()
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(zero))
+    layout = Layout(real_mesh(mesh), rules_for(zero))
     m = replace(SPARSE, layers=1, moe=replace(EXPERTS, aux_level="micro_batch"))
     functions = program(m, layout, ComputeConfig(moe_dispatch=dispatch), splits=False)
     functions = compiled(functions, layout, backend=backend) if backend else functions

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.model.presets import preset
 from dtron.moe.config import MoEConfig
 from dtron.planner.gpu_rates import load_gpu
@@ -67,8 +68,31 @@ def test_heads_that_cannot_be_split_are_refused_with_the_reason():
     assert "dp=8,tp=8" in search.refused and "heads" in search.refused["dp=8,tp=8"]
 
 
+def test_a_mesh_that_only_its_plan_refuses_has_a_reason():
+    """FP8 needs matrices of some size on a rank, which tp makes smaller."""
+    search = Search(replace(CONFIG, fp8="tensorwise"), load_gpu("h200"), 2, 8)
+    with mock.patch.object(plan_search, "POLICIES", ("none",)):
+        assert search.run() == []
+    assert all("--fp8 tensorwise" in reason for reason in search.refused.values())
+
+
+def test_a_model_that_no_device_trains_is_refused_at_once():
+    long = replace(CONFIG, data=replace(CONFIG.data, seq_len=8192))
+    with pytest.raises(UserError, match="longer than model.context"):
+        Search(long, load_gpu("h200"), 4, 16).run()
+
+
+def test_no_block_is_planned_where_weights_alone_do_not_fit():
+    small = replace(load_gpu("h200"), memory_gib=1.0)
+    search = Search(CONFIG, small, 2, 8)
+    with mock.patch.object(plan_search, "block_cost", side_effect=AssertionError("planned")):
+        assert search.run() == []
+    assert search.too_large > 0
+
+
 def test_a_plan_takes_the_other_arguments():
     argv = ["--gpus", "8", "--model", "tiny", "--batch-tokens=4M", "--top", "3", "--gpu", "h200"]
+    argv += ["-o", "a.html", "--output=b.html"]
     assert without_search(argv) == ["--model", "tiny", "--gpu", "h200"]
 
 

@@ -18,9 +18,10 @@ from dtron.checkpoint import newest
 from dtron.errors import UserError
 from dtron.json_files import read_object
 from dtron.renamed import RENAMED, current, current_tree, dotted, nested
-from dtron.runtime.cli import _flags, load, parse
+from dtron.runtime.cli import load, parse
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.exit import Parser, run_cli
+from dtron.runtime.flags import flags_of
 from dtron.runtime.metrics import Metrics, Throughput
 from dtron.schedules.__main__ import main as schedules
 from dtron.testing import assert_caught
@@ -222,7 +223,7 @@ VALUES = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "Zs")),
 def test_no_old_flag_is_ever_accepted(row, value, joined, underscores):
     """With any value and in any spelling, unless the flag still has its name."""
     flag = "--" + (row.old if underscores else row.old.replace("_", "-"))
-    known = _flags(RunConfig)
+    known = flags_of(RunConfig)
     argv = [f"{flag}={value}"] if joined else [flag, value]
     new = set(row.now(True if row.switch else value))
     if new == {row.old} or not {"--" + n.replace("_", "-") for n in new} <= set(known):
@@ -237,7 +238,7 @@ def test_no_old_flag_is_ever_accepted(row, value, joined, underscores):
 def test_every_field_of_an_older_run_is_a_flag_or_is_answered():
     """The fields are those of a config.json of that version, which was not written for this
     test."""
-    known, old = _flags(RunConfig), dotted(json.loads((OLD_RUN / "config.json").read_text()))
+    known, old = flags_of(RunConfig), dotted(json.loads((OLD_RUN / "config.json").read_text()))
     gone = [f for f in old if "--" + f.replace("_", "-") not in known]
     assert len(gone) == 20  # and recompute, which still has its name
     for field in gone:
@@ -248,7 +249,7 @@ def test_every_field_of_an_older_run_is_a_flag_or_is_answered():
 
 def test_no_flag_may_be_abbreviated():
     """An old flag is the beginning of a new one: --cp, --attention, --sample."""
-    known = ("--model", *_flags(RunConfig))
+    known = ("--model", *flags_of(RunConfig))
     for short in {flag[:n] for flag in known for n in range(3, len(flag))} - set(known):
         with pytest.raises(UserError, match=r"unknown flag|was replaced"):
             parse([short, "1"])

@@ -15,8 +15,8 @@ from dtron.tools.verify import on_one_device
 from dtron.training.pipeline import Pipeline
 from tests.helpers.runs import MODEL, on_pool, simulate, train
 
-FIVE = RunConfig(
-    model=replace(MODEL, layers=4), data=DataConfig(seq_len=16), batch=8, steps=5, seed=3
+FOUR = RunConfig(
+    model=replace(MODEL, layers=4), data=DataConfig(seq_len=16), batch=8, steps=4, seed=3
 )
 CASES = [
     ("pp=2,tp=2", {"pipeline": PipelineConfig("1f1b"), "zero": 0}),
@@ -26,11 +26,11 @@ CASES = [
         {
             "pipeline": PipelineConfig("interleaved"),
             "zero": 2,
-            "model": replace(FIVE.model, tied=True),
+            "model": replace(FOUR.model, tied=True),
         },
     ),
     ("pp=4", {"pipeline": PipelineConfig("zb-h1")}),
-    ("pp=4", {"pipeline": PipelineConfig("gpipe"), "model": replace(FIVE.model, tied=True)}),
+    ("pp=4", {"pipeline": PipelineConfig("gpipe"), "model": replace(FOUR.model, tied=True)}),
     (
         "pp=2,dp=2",
         {"pipeline": PipelineConfig("dualpipe-v"), "recompute": "full", "micro_batch": 1},
@@ -39,14 +39,14 @@ CASES = [
 
 
 def one_device(changes: dict) -> tuple[list[float], list[float]]:
-    history = train(Layout(), MeshShape(), on_one_device(replace(FIVE, **changes)))
+    history = train(Layout(), MeshShape(), on_one_device(replace(FOUR, **changes)))
     return history.losses, history.norms
 
 
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        (mesh, {**changes, "model": replace(FIVE.model, layers=n)})
+        (mesh, {**changes, "model": replace(FOUR.model, layers=n)})
         for (mesh, changes), n in zip(CASES, (2, 4))
     ],
 )
@@ -54,16 +54,16 @@ def test_three_steps_on_simulated_ranks(mesh, changes):
     """The third loss is the first that depends on both moments of Adam. Every stage has a layer."""
     changes = {**changes, "steps": 3}
     losses, norms = one_device(changes)
-    got = simulate(mesh, replace(FIVE, **changes))
+    got = simulate(mesh, replace(FOUR, **changes))
     assert got.losses == pytest.approx(losses, rel=1e-5)
     assert got.norms == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.xdist_group("pool")
 @pytest.mark.parametrize(("mesh", "changes"), CASES)
-def test_five_steps_on_real_ranks(pool, mesh, changes):
+def test_four_steps_on_real_ranks(pool, mesh, changes):
     losses, norms = one_device(changes)
-    for got, got_norms, _ in pool.run(on_pool, mesh, replace(FIVE, **changes)):
+    for got, got_norms, _ in pool.run(on_pool, mesh, replace(FOUR, **changes)):
         assert got == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0] - 0.1
         assert got_norms == pytest.approx(norms, rel=1e-4)
 
@@ -92,7 +92,7 @@ def test_ranks_send_what_the_table_needs_and_nothing_else(pool, tied):
     tied weight in both directions. In the V of ZB-V the last rank turns without a message, and rank
     0 has both copies."""
     config = replace(
-        FIVE, model=replace(FIVE.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
+        FOUR, model=replace(FOUR.model, layers=8, tied=tied), micro_batch=1, batch=5, steps=1
     )
     once = 1 if tied else 0
     assert pool.run(sends_on_pool, "pp=4", config) == [5 + once, 10, 10, 5 + once]
@@ -134,9 +134,9 @@ def test_the_first_step_sends_by_way_of_the_hosts(pool, schedule):
     """The first step loads GPU functions. The load may wait for a GPU that waits for a message, so
     messages go over the hosts. Later steps load nothing. The gradients of tied weights never go
     over the hosts, because all messages have arrived before."""
-    m = replace(FIVE.model, layers=8, tied=True)
+    m = replace(FOUR.model, layers=8, tied=True)
     config = replace(
-        FIVE, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
+        FOUR, model=m, micro_batch=1, batch=5, steps=3, pipeline=PipelineConfig(schedule)
     )
     losses, _ = one_device({"model": m, "micro_batch": 1, "batch": 5, "steps": 3})
     each = {"1f1b": [5, 10, 10, 5], "interleaved": [15, 20, 20, 15]}[schedule]
@@ -160,7 +160,7 @@ def diagnosed(step):
 def test_a_diagnosis_sends_by_way_of_the_hosts_whatever_was_sent_before(pool):
     """The diagnosis loads functions that no step has run. It does not count as the first step.
     Later steps use their usual groups."""
-    config = replace(FIVE, micro_batch=1, batch=5, steps=3)
+    config = replace(FOUR, micro_batch=1, batch=5, steps=3)
     losses, _ = one_device({"micro_batch": 1, "batch": 5, "steps": 3})
     for each, (got, went) in zip(
         [5, 10, 10, 5], pool.run(by_host_on_pool, "pp=4", config, diagnosed)
@@ -190,7 +190,7 @@ def tried_on_pool(mesh: str, config: RunConfig) -> list[tuple[str, int]]:
 def test_each_way_is_tried_once_in_one_order(pool, tied):
     """At the start every link carries one message: down and up between neighbours, and between both
     copies of a tied weight. All ranks use the same order of links."""
-    config = replace(FIVE, model=replace(FIVE.model, tied=tied), micro_batch=1, batch=4, steps=1)
+    config = replace(FOUR, model=replace(FOUR.model, tied=tied), micro_batch=1, batch=4, steps=1)
     ends = [(0, 3), (3, 0)] if tied else []
     ways = sorted([(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), *ends])
     for rank, tried in enumerate(pool.run(tried_on_pool, "pp=4", config)):

@@ -19,7 +19,7 @@ from dtron.data.tokenization import load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.mla import MLAConfig
-from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.mesh import Layout, stage_mesh
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
 from dtron.moe.config import MoEConfig
@@ -33,6 +33,7 @@ from dtron.tools.generate import check_sampling, main
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import on_ranks, one_stage, pipeline
 from dtron.tree import flat, tree_map
+from tests.helpers.real_mesh import destroy_groups, real_mesh
 from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
@@ -128,7 +129,9 @@ def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list
     config = RunConfig(mesh=mesh, model=m)
     template = torch.empty(0, m.embed, dtype=F64)
     pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
-    return greedy(m, weights(m, layout, pipe.spec), pipe)
+    text = greedy(m, weights(m, layout, pipe.spec), pipe)
+    destroy_groups(pipe)
+    return text
 
 
 WIDE = {
@@ -163,7 +166,7 @@ def test_no_mesh_changes_anything(mesh, name):
 
 def on_pool(mesh: str) -> list[list[int]]:
     """A job for the pool: text on real ranks."""
-    device_mesh = build_mesh(MeshShape.parse(mesh), "cpu")
+    device_mesh = real_mesh(mesh)
     return on_mesh(
         MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh
     )

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from dtron.distributed.host_memory import HostMemory
-from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.mtp import MTPConfig
@@ -27,6 +26,7 @@ from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat
 from tests.helpers.compiled import ONE, ROWS
 from tests.helpers.offloading import buffers_given_back_too_early, everything_moves
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -70,7 +70,7 @@ def assert_moves_change_nothing(
     ("backend", "change"),
     [
         ("aot_eager", {}),
-        ("inductor", {}),
+        pytest.param("inductor", {}, marks=pytest.mark.slow),  # compiles C++ for 15 seconds
         ("aot_eager", {"moe": MoEConfig(experts=4, top_k=2, mlp=16)}),
         ("aot_eager", {"mtp": MTPConfig(depth=1)}),
     ],
@@ -97,7 +97,7 @@ def moves_on_pool(mesh: str, zero: int, backend: str | None) -> None:
     """A job for the pool."""
     torch.compiler.reset()
     rules, compute = rules_for(zero), torch.bfloat16
-    layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules, compute=compute)
+    layout = Layout(real_mesh(mesh), rules, compute=compute)
     assert_moves_change_nothing(layout, backend, zero)
 
 

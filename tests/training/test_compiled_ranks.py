@@ -8,9 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.params import init
@@ -22,6 +21,7 @@ from dtron.training.pipeline import one_stage, program
 from dtron.training.update_scalars import UpdateScalars
 from dtron.tree import flat
 from tests.helpers.compiled import BLOCK, DOCUMENTS, HARD, ONE, ROWS, lone_rank
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.values import ADAMW, flex_on_cpu
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -42,8 +42,8 @@ def steps_on_pool(
     ``path``: an attention kernel. If it is given, the mask has every feature.
     Weights are cast where they are gathered, and gradients where they are reduced."""
     torch.compiler.reset()  # otherwise earlier jobs would count as recompilations
-    shape, m = MeshShape.parse(mesh), BLOCK if path == "auto" else HARD
-    layout = Layout(build_mesh(shape, "cpu"), rules_for(zero), compute=torch.float32)
+    m = BLOCK if path == "auto" else HARD
+    layout = Layout(real_mesh(mesh), rules_for(zero), compute=torch.float32)
     pipe = one_stage(m, 2, layout)
     how = ComputeConfig(recompute, budget, path, cp_method=cp)
     functions = program(m, layout, how, splits=False)

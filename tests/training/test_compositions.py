@@ -43,7 +43,7 @@ from tests.helpers.same_step import assert_same_result, model_config
 from tests.model.test_context_models import LATENT, WARM
 
 RANKS = 8
-WORK = examples(16, thorough=24)  # most blocks times microbatches times ranks of a stage
+WORK = examples(10, thorough=24)  # most blocks times microbatches times ranks of a stage
 
 
 @st.composite

@@ -18,7 +18,7 @@ from dtron.training.build import build_step
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import pipeline
 
-NARROW, STEPS, SEQ_LEN, ROWS = 32, 45, 16, 16
+NARROW, STEPS, SEQ_LEN, ROWS = 32, 36, 16, 16
 RATES = [4.0**-k for k in range(2, 6)]
 
 

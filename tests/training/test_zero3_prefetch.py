@@ -14,7 +14,7 @@ import dtron.training.gathered_weight as gathered_weight
 import dtron.training.zero3_prefetch as zero3_prefetch
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
-from dtron.mesh import Layout, build_mesh
+from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.moe.config import MoEConfig
@@ -28,6 +28,7 @@ from dtron.training.traced_function import TracedFunction
 from dtron.training.zero3_prefetch import Handle, UnitWeights
 from dtron.tree import flat
 from tests.helpers.compiled import BLOCK, ROWS, lone_rank
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.runs import MODEL
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -50,7 +51,7 @@ def grads_on_pool(mesh: str, model, how: ComputeConfig, dtype, compute, backend,
     if mutant == "late":  # gradients that autograd adds up are not waited for
         zero3_prefetch.UnitWeights.alone = False
     try:
-        layout = Layout(build_mesh(MeshShape.parse(mesh), "cpu"), rules_for(3), compute=compute)
+        layout = Layout(real_mesh(mesh), rules_for(3), compute=compute)
         tree = grads(layout, model, how, dtype, backend)
     finally:
         if mutant:
