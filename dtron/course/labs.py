@@ -12,6 +12,7 @@ from dtron.errors import UserError
 LABS = {
     1: "placements",
     2: "missing_all_reduce",
+    3: "zero",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
 
