@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,11 +111,11 @@ def zero(shape: MeshShape) -> str:
     return canvas.svg()
 
 
-def schedules(ranks: int, microbatches: int, costs: Costs) -> str:
-    """Draw every schedule on one scale of time. With n stages per rank, a stage takes 1/n of the
+def schedules(ranks: int, microbatches: int, costs: Costs, names: Iterable[str] = SCHEDULES) -> str:
+    """Draw schedules on one scale of time. With n stages per rank, a stage takes 1/n of the
     costs."""
     lines = {}
-    for name in SCHEDULES:
+    for name in names:
         t = make(name, ranks, microbatches)
         n = t.per_rank
         line = simulate(t, Costs(costs.F / n, costs.I / n, costs.W / n, costs.transfer))
@@ -242,6 +243,7 @@ def figures() -> dict[str, str]:
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),
         "coordinate-check.svg": coordinates(),
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
+        "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
         "course-gradient.svg": course_figures.gradient_of_a_scale(MeshShape(dp=2, tp=2)),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
