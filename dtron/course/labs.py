@@ -13,6 +13,7 @@ LABS = {
     1: "placements",
     2: "missing_all_reduce",
     3: "zero",
+    4: "tensor_parallelism",
     5: "schedules",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
