@@ -38,7 +38,7 @@ class Limits:
     memory: int = 4 << 30
 
 
-PATIENCE = 4
+PATIENCE = 10
 
 
 @dataclass(frozen=True)

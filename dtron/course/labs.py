@@ -10,6 +10,7 @@ from dtron.course.lab import Lab
 from dtron.errors import UserError
 
 LABS = {
+    0: "one_device",
     1: "placements",
     2: "missing_all_reduce",
     3: "zero",

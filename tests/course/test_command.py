@@ -35,7 +35,7 @@ def test_a_folder_has_every_file_and_is_never_overwritten(tmp_path, capsys):
     assert names == {"README.md", *(lab(n).file for n in LABS)}
     readme = (tmp_path / "mine" / "README.md").read_text()
     assert all(lab(n).file in readme for n in LABS)
-    with pytest.raises(UserError, match="has lab1_placements.py already; name an empty folder"):
+    with pytest.raises(UserError, match="has lab0_one_device.py already; name an empty folder"):
         main(["start", str(tmp_path / "mine")])
 
 
@@ -50,7 +50,7 @@ def test_a_check_is_one_line_and_a_code(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["check", "99"], "lab 99: there is no such lab; the labs are 1"),
+        (["check", "99"], "lab 99: there is no such lab; the labs are 0, 1, 2"),
         (["check", "1", "--dir", "nowhere"], "nowhere: is no folder; make one with dtron course"),
         (["grade", ".", "--json", "nowhere/a"], "--json nowhere/a: cannot be written"),
         (["grade", ".", "--jobs", "0"], "--jobs"),

@@ -10,6 +10,7 @@ from dtron.course.labs import LABS, lab, start
 from tests.course.wrong_solutions import MISTAKES, SOLUTIONS
 
 STARTING = {
+    0: "matmuls: matmuls is not written yet (line 9 of lab0_one_device.py)",
     1: "predictions: PREDICTIONS has no answer for 'w_up': the shape on rank 5",
     2: "the layer: mesh tp=2: gradient of scale: a tensor that should be whole on every rank "
     "differs by rank; look at the sum over tp",
