@@ -141,7 +141,7 @@ LAB = Lab(
         Part("collectives", 3, collectives(((1, 1), (1, 2)))),
         Part("bytes_on_rank", 3, memory(((128, 2), (128, 4)))),
         Part("embed_row, other meshes", 1, row(("dp_replicate=2", "dp=2,cp=2,tp=2")), hidden=True),
-        Part("collectives, other sizes", 1, collectives(((2, 1), (3, 3))), hidden=True),
+        Part("collectives, other sizes", 1, collectives(((2, 3),)), hidden=True),
         Part("bytes_on_rank, other sizes", 1, memory(((256, 8), (192, 16))), hidden=True),
     ),
 )

@@ -16,6 +16,7 @@ LABS = {
     3: "zero",
     4: "tensor_parallelism",
     5: "schedules",
+    6: "ring_attention",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
 

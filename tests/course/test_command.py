@@ -12,7 +12,7 @@ from dtron.course.grade import Limits, grade
 from dtron.course.lab import check_lab
 from dtron.course.labs import LABS, lab
 from dtron.errors import UserError
-from tests.course.wrong_solutions import SOLUTIONS
+from tests.course.wrong.mistake import SOLUTIONS
 
 FIRST = lab(1)
 SMALL = Limits(seconds=1, memory=4 << 30)

@@ -3,12 +3,19 @@ wrong solution has a line of its own."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from dtron.course.lab import check_lab
 from dtron.course.labs import LABS, lab, start
-from tests.course.wrong_solutions import MISTAKES, SOLUTIONS
+from tests.course.wrong.mistake import SOLUTIONS
 
+MISTAKES = [
+    mistake
+    for n in LABS
+    for mistake in importlib.import_module(f"tests.course.wrong.lab{n}").MISTAKES
+]
 STARTING = {
     0: "matmuls: matmuls is not written yet (line 9 of lab0_one_device.py)",
     1: "predictions: PREDICTIONS has no answer for 'w_up': the shape on rank 5",
@@ -18,6 +25,7 @@ STARTING = {
     "(Replicate(),); a sum is still pending",
     5: "zb_h1_row: 2 ranks, 3 microbatches: rank 0 has B(stage 0, microbatch 0); ZB-H1 splits a B "
     "into I and W",
+    6: "merge: merge is not written yet (line 18 of lab6_ring_attention.py)",
     3: "embed_row: embed_row is not written yet (line 8 of lab3_zero.py)",
 }
 
