@@ -134,7 +134,9 @@ def describe(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"line {error.lineno} of {path.name} is no Python: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    where = f"line {frames[-1].lineno} of {path.name}: " if frames else ""
+    where = (
+        f"line {frames[-1].lineno} of {path.name}: " if frames else "an answer has a wrong form: "
+    )
     text = " ".join(str(error).split())
     if isinstance(error, NotImplementedError) and frames:
         return f"{frames[-1].name} is not written yet (line {frames[-1].lineno} of {path.name})"

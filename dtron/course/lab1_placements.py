@@ -93,6 +93,8 @@ def predictions(module: ModuleType) -> None:
         got = given.get(name)
         if got is None:
             raise Wrong(f"PREDICTIONS has no answer for {name!r}: the shape on rank {rank}")
+        if not isinstance(got, tuple):
+            raise Wrong(f"PREDICTIONS has {got!r} for {name!r}; a shape is a tuple, as (384,)")
         names = tuple(MeshShape.parse(mesh).atoms)
         case = Case(name, shape, mesh, place(RULES, names, *axes))
         want = tuple(_shards(case)[rank].shape)

@@ -37,6 +37,9 @@ def on_meshes(meshes: Sequence[str]) -> Callable[[ModuleType], None]:
                 about_sum = "gradient of scale" in str(error) and len(axes) == 1
                 why = f"; look at the sum over {axes[0]}" if about_sum else ""
                 raise Wrong(f"{error}{why}") from error
+            except RuntimeError as error:
+                text = f"a placement does not fit its tensor, and torch says: {error}"
+                raise Wrong(f"mesh {mesh}: {text}") from error
 
     return check
 

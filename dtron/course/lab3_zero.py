@@ -53,7 +53,10 @@ def row(meshes: Sequence[str]) -> Callable[[ModuleType], None]:
         embed_row = answer(module, "embed_row")
         for mesh in meshes:
             for zero in range(4):
-                rules: Rules = {**RULES, "embed": tuple(embed_row(zero))}
+                given = embed_row(zero)
+                if not isinstance(given, tuple):
+                    raise Wrong(f"zero {zero}: a row is a tuple of mesh axes, and not {given!r}")
+                rules: Rules = {**RULES, "embed": given}
                 for w in flat(declare_model(model(1))):
                     _compare_shard(w, MeshShape.parse(mesh), zero, rules)
 

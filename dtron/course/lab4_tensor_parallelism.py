@@ -52,13 +52,15 @@ def equivalent(name: str, meshes: Sequence[str]) -> Callable[[ModuleType], None]
                 assert_equivalent(c.fn, c.params, mesh, c.dims, **options)
             except AssertionError as error:
                 pending = (
-                    "; a sum is still pending" if "has placements (Partial" in str(error) else ""
+                    "; a sum over tp is still pending"
+                    if "has placements (Partial" in str(error)
+                    else ""
                 )
-                raise Wrong(f"{name}: {error}{pending}") from error
+                raise Wrong(f"{error}{pending}") from error
             except HiddenCommunication as error:
                 line = str(error).partition(", in ")[0]
-                why = "an operand is not placed as this line needs it; constrain it first"
-                raise Wrong(f"{name}, mesh {mesh}: {line}: {why}") from error
+                why = "a collective over tp is missing before this line; constrain its operands"
+                raise Wrong(f"mesh {mesh}: {line}: {why}") from error
         _compare_collectives(name, meshes[0], run_layer(case(module, name, meshes[0]), meshes[0]))
 
     return check
@@ -74,7 +76,7 @@ def _compare_collectives(name: str, mesh: str, got: Outcome) -> None:
             n = counts[Collective(kind, "tp")]
             if n != want[kind]:
                 what = kind.replace("_", "-")
-                raise Wrong(f"{name}: {when} on {mesh} has {n} x {what} over tp, not {want[kind]}")
+                raise Wrong(f"{when} on {mesh} has {n} x {what} over tp, not {want[kind]}")
 
 
 def messages(module: ModuleType) -> None:

@@ -62,6 +62,8 @@ def merging(module: ModuleType) -> None:
         whole = AttentionMask(16, scale=scale, queries=later + places[None], keys=places)
         want = attention_and_lse(q, k, v, None, whole)
         got = merge(own, other)
+        if not isinstance(got, tuple) or len(got) != 2:
+            raise Wrong(f"{what}: merge returns a pair, the output and the lse")
         if not got[1].isfinite().all():
             raise Wrong(f"{what}: the lse of merge is not finite")
         for name, g, w in zip(("the output", "the lse"), got, want, strict=True):

@@ -33,11 +33,19 @@ Take the labs in this order:
 
 
 def lab(number: int) -> Lab:
-    """Import a lab. Raises UserError if there is no such lab."""
+    """Import a lab. Raises UserError if there is no such lab, and if it needs a package that is not
+    installed."""
     if number not in LABS:
         numbers = ", ".join(map(str, LABS))
         raise UserError(f"lab {number}: there is no such lab; the labs are {numbers}")
-    return importlib.import_module(f"dtron.course.lab{number}_{LABS[number]}").LAB
+    try:
+        return importlib.import_module(f"dtron.course.lab{number}_{LABS[number]}").LAB
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise UserError(
+            f"lab {number}: its check needs the package hypothesis; pip install 'dtron[test]'"
+        ) from error
 
 
 def start(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ folders."""
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -68,11 +69,20 @@ def test_a_mistake_in_the_command_is_one_line(argv, reason, tmp_path, monkeypatc
         ("def f(:\n", "line 1 of lab1_placements.py is no Python: invalid syntax"),
         ("a = 1\nb = a / 0\n", "line 2 of lab1_placements.py: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)\n", "line 1 of lab1_placements.py: SystemExit: 0"),
+        ("PREDICTIONS = 3\n", "an answer has a wrong form: AttributeError: 'int' object has no"),
         ("", "predictions: the file has no PREDICTIONS; write it, with this name"),
     ],
 )
 def test_a_fault_of_the_file_is_one_line(text, said, tmp_path):
     assert said in check_lab(FIRST, submission(tmp_path / "a", text)).line
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    for name in ("dtron.testing", "dtron.course.lab4_tensor_parallelism"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError, match="lab 4: its check needs the package hypothesis; pip inst"):
+        lab(4)
 
 
 def test_grades_do_not_depend_on_the_number_of_processes(tmp_path, capsys):

@@ -21,8 +21,8 @@ STARTING = {
     1: "predictions: PREDICTIONS has no answer for 'w_up': the shape on rank 5",
     2: "the layer: mesh tp=2: gradient of scale: a tensor that should be whole on every rank "
     "differs by rank; look at the sum over tp",
-    4: "tensor_parallel: tensor_parallel: mesh tp=2: the output has placements (Partial(sum),), not "
-    "(Replicate(),); a sum is still pending",
+    4: "tensor_parallel: mesh tp=2: the output has placements (Partial(sum),), not "
+    "(Replicate(),); a sum over tp is still pending",
     5: "zb_h1_row: 2 ranks, 3 microbatches: rank 0 has B(stage 0, microbatch 0); ZB-H1 splits a B "
     "into I and W",
     6: "merge: merge is not written yet (line 18 of lab6_ring_attention.py)",

@@ -18,6 +18,12 @@ MISTAKES = [
         "x_TD: shape (1024, 384) on dp=2,tp=4 (dp: Shard(0), tp: Shard(0)): rank 5 has (128, 384)",
         ('"x_TD": (128, 384)', '"x_TD": (512, 384)'),
     ),
+    mistake(
+        1,
+        "a number for a shape",
+        "PREDICTIONS has 384 for 'scale'; a shape is a tuple, as (384,)",
+        ("(384,)", "384"),
+    ),
     mistake(1, "shards of size // n", "size // n loses the rest", (CEIL, "(stop - start) // n")),
     mistake(
         1,

@@ -52,6 +52,12 @@ MISTAKES = [
     ),
     mistake(
         2,
+        "the gradient of the scale is sharded as the tokens are",
+        "mesh tp=2: a placement does not fit its tensor, and torch says",
+        ('list(layout.placements("+tokens_sp"))', "rows"),
+    ),
+    mistake(
+        2,
         "one collective more than needed",
         "its collectives: mesh tp=2:",
         (

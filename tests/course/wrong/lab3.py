@@ -13,6 +13,12 @@ MISTAKES = [
     ),
     mistake(
         3,
+        "a text for a row",
+        "zero 1: a row is a tuple of mesh axes, and not 'dp'",
+        ('("dp", "cp")', '("dp")'),
+    ),
+    mistake(
+        3,
         "a row with tp",
         "two dims share mesh axis 'tp'",
         ('("dp", "cp")', '("dp", "cp", "tp")'),

@@ -23,7 +23,7 @@ MISTAKES = [
     mistake(
         4,
         "tokens are not gathered",
-        "F.gelu(x_TD @ p.w_up) @ p.w_down: an operand is not placed as this line needs it",
+        "F.gelu(x_TD @ p.w_up) @ p.w_down: a collective over tp is missing before this line",
         ('    x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather\n', ""),
     ),
     mistake(

@@ -25,6 +25,12 @@ MISTAKES = [
     ),
     mistake(
         6,
+        "the output alone",
+        "merge: plain scores: merge returns a pair, the output and the lse",
+        ("* share_b, lse\n", "* share_b\n"),
+    ),
+    mistake(
+        6,
         "shares without a dim for the heads",
         "RuntimeError: The size of tensor a",
         (".exp()[..., None], (lse_b", ".exp(), (lse_b"),
