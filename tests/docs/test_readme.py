@@ -59,9 +59,12 @@ def lines(*files: str) -> int:
     return sum(len((ROOT / file).read_text().splitlines()) for file in files)
 
 
-def library(tools: bool) -> int:
-    files = (str(p.relative_to(ROOT)) for p in (ROOT / "dtron").rglob("*.py"))
-    return lines(*(f for f in files if f.startswith("dtron/tools/") == tools))
+def library(part: str = "") -> int:
+    """The lines of ``dtron/tools`` or ``dtron/course``, or of the rest of the package."""
+    files = [str(p.relative_to(ROOT)) for p in (ROOT / "dtron").rglob("*.py")]
+    programs = ("dtron/tools/", "dtron/course/")
+    chosen = f"dtron/{part}/" if part else ""
+    return lines(*(f for f in files if f.startswith(chosen or programs) == bool(part)))
 
 
 def near(said: str, n: int) -> bool:
@@ -81,7 +84,10 @@ def reading_order() -> list[tuple[list[str], str]]:
 def test_the_size_said_is_the_size():
     (core,) = re.findall(r"The library has\s+([\d,]+)\s+lines", README)
     (tools,) = re.findall(r"have another\s+([\d,]+)\.", README)
-    assert near(core, library(tools=False)) and near(tools, library(tools=True))
+    (course,) = re.findall(r"\(`dtron/course/`\)\s+have\s+([\d,]+)\.", README)
+    assert (
+        near(core, library()) and near(tools, library("tools")) and near(course, library("course"))
+    )
 
 
 def test_the_reading_order_has_the_lines_it_says():
