@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import sys
@@ -23,6 +24,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dtron.course.lab import Lab, LabResult, check_lab, failed
 
@@ -114,15 +117,23 @@ def _check(folder: Path, lab: Lab, limits: Limits, sender: Connection) -> None:
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     sys.stdout = sys.stderr = os.fdopen(null, "w")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
-    used = int(time.process_time())  # 0 after a fork
-    resource.setrlimit(resource.RLIMIT_CPU, (used + limits.seconds, used + limits.seconds))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_DATA, limits.memory)
+    _limit(resource.RLIMIT_CPU, limits.seconds)
+    random.seed(0)  # a file that draws numbers has the same result every time
+    torch.manual_seed(0)
     try:
         result = check_lab(lab, folder)
     except MemoryError:
         result = failed(lab, "out of memory")
     sender.send(result)
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set a limit of this process, but not above the limit that it has."""
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def _end(receiver: Connection, process: ForkProcess, lab: Lab, limits: Limits) -> LabResult:

@@ -4,12 +4,14 @@ wrong solution has a line of its own."""
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 
 from dtron.course.lab import check_lab
 from dtron.course.labs import LABS, lab, start
 from tests.course.wrong.mistake import SOLUTIONS
+from tests.helpers.paths import ROOT
 
 MISTAKES = [
     mistake
@@ -58,6 +60,25 @@ def test_a_wrong_solution_has_its_line(mistake, tmp_path):
     assert result.points < result.of
     others = [m.line for m in MISTAKES if m.lab == mistake.lab and m is not mistake]
     assert not any(line in result.line for line in others)
+
+
+def test_the_index_has_every_lab_with_its_points():
+    index = (ROOT / "docs" / "course" / "index.md").read_text()
+    rows = re.findall(r"^\| (\d+) \[.*?\]\(([\w-]+)\.md\) \|.*\| (\d+) \|$", index, re.M)
+    assert [int(n) for n, *_ in rows] == list(LABS)
+    for n, page, points in rows:
+        made = lab(int(n))
+        assert sum(part.points for part in made.parts) == int(points)
+        text = (ROOT / "docs" / "course" / f"{page}.md").read_text()
+        assert f"File: `{made.file}`. Check: `dtron course check {n}`." in text
+        assert any(part.hidden for part in made.parts)
+
+
+@pytest.mark.parametrize("number", LABS)
+def test_the_starting_file_names_its_page(number, folder):
+    text = (folder / lab(number).file).read_text()
+    (page,) = re.findall(r"docs/course/([\w-]+\.md)", text)
+    assert (ROOT / "docs" / "course" / page).is_file()
 
 
 @pytest.mark.parametrize("number", LABS)
