@@ -59,6 +59,8 @@ def grade_all(o: Namespace) -> int:
             why = f"cannot be written ({error.strerror}); choose another"
             raise UserError(f"--json {o.json}: {why}") from error
     Console().print(table(grades))
+    for line in first_mistakes(grades):
+        print(line)
     return 0
 
 
@@ -69,19 +71,24 @@ def as_json(g: Grade) -> dict:
 
 
 def table(grades: Sequence[Grade]) -> Table:
-    """Return a row for each submission: the points of each lab, and what is wrong first."""
+    """Return a row for each submission: the points of each lab and of all."""
     grid = Table()
     grid.add_column("submission", overflow="fold")
     for r in grades[0].labs:
         grid.add_column(f"lab {r.lab}", justify="right", no_wrap=True)
     grid.add_column("sum", justify="right", no_wrap=True)
-    grid.add_column("first mistake", overflow="fold")
     for g in grades:
-        first = next((f"lab {r.lab}: {r.line}" for r in g.labs if r.line), "")
-        points = [f"{r.points}/{r.of}" for r in g.labs]
-        row = (g.folder, *points, f"{g.points}/{g.of}", first)
+        row = (g.folder, *(str(r.points) for r in g.labs), str(g.points))
         grid.add_row(*(cell.replace("[", r"\[") for cell in row))
+    grid.add_section()
+    grid.add_row("all points", *(str(r.of) for r in grades[0].labs), str(grades[0].of))
     return grid
+
+
+def first_mistakes(grades: Sequence[Grade]) -> list[str]:
+    """Return one line for each submission that is not right: its first mistake."""
+    wrong = ((g.folder, next((r for r in g.labs if r.line), None)) for g in grades)
+    return [f"{folder}: lab {r.lab}: {r.line}" for folder, r in wrong if r is not None]
 
 
 def _folder(name: str) -> Path:

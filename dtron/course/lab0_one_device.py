@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +77,20 @@ def parameters(cases: Sequence[Sizes]) -> Callable[[ModuleType], None]:
             got, want = count(**vars(s)), parameter_count(s.model())
             if got != want:
                 line = f"{s}: the model has {want} parameters, and you say {got}"
-                why = [name for name, n in pieces(s).items() if n and abs(got - want) == n]
+                why = _which_pieces(pieces(s), abs(got - want))
                 more = "too many" if got > want else "too few"
-                raise Wrong(f"{line}; {more} by {why[0]}" if why else line)
+                raise Wrong(f"{line}; {more} by {' and '.join(why)}" if why else line)
 
     return check
+
+
+def _which_pieces(found: Mapping[str, int], n: int) -> tuple[str, ...]:
+    """Return the fewest pieces that have n parameters in all, of at most three."""
+    for size in (1, 2, 3):
+        for names in combinations([name for name, m in found.items() if m], size):
+            if sum(found[name] for name in names) == n:
+                return names
+    return ()
 
 
 def flops(cases: Sequence[Sizes]) -> Callable[[ModuleType], None]:
@@ -105,6 +115,9 @@ def _why(s: Sizes, seq_len: int, got: float, want: float) -> str:
         "the embedding is looked up, not multiplied": want + 6 * s.vocab * s.embed,
         "under a causal mask a token sees half of the sequence": want + attention,
         "attention itself is missing": want - attention,
+        "attention works on heads * head_dim, not on embed": (
+            want - attention + 6.0 * s.layers * s.embed * seq_len
+        ),
         "forward alone; a backward takes twice as much again": want / 3,
         "a multiplication and an addition are two FLOPs": want / 2,
     }

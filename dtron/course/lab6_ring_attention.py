@@ -10,10 +10,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dtron.course.lab import Lab, Part, Wrong, answer
+from dtron.course.lab import Lab, Part, Wrong, answer, caught
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention_kernels import attention_and_lse
 from dtron.layers.attention_mask import AttentionMask
+from dtron.layers.ring_attention import Result
+from dtron.layers.ring_attention import merge as right
 from dtron.layers.token_order import row_order
 from dtron.mesh import Layout
 from dtron.params import weight
@@ -74,6 +76,53 @@ def merging(module: ModuleType) -> None:
             error = (g - w).abs().max().item()
             if error > 1e-9:
                 raise Wrong(f"{what}: {name} of merge is wrong by {error:.1e}")
+
+
+def share_of(lse_ab: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Result, Result], Result]:
+    """Make a mutant of merge from its lse."""
+
+    def merge(a: Result, b: Result) -> Result:
+        lse = lse_ab(a[1], b[1])
+        shares = ((x[1] - lse).exp()[..., None] for x in (a, b))
+        share_a, share_b = shares
+        return a[0] * share_a + b[0] * share_b, lse
+
+    return merge
+
+
+def _without_maximum(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() + b.exp()).log()
+
+
+def _by_minimum(a: Tensor, b: Tensor) -> Tensor:
+    least = torch.minimum(a, b)
+    return least + ((a - least).exp() + (b - least).exp()).log()
+
+
+def _in_float32(a: Tensor, b: Tensor) -> Tensor:
+    return torch.logaddexp(a.float(), b.float()).to(a.dtype)
+
+
+def _lse_of_the_first(a: Result, b: Result) -> Result:
+    return right(a, b)[0], a[1]
+
+
+def _shares_swapped(a: Result, b: Result) -> Result:
+    return right((a[0], b[1]), (b[0], a[1]))
+
+
+MUTANTS = (
+    share_of(_without_maximum),
+    share_of(_by_minimum),
+    share_of(torch.maximum),
+    share_of(_in_float32),
+    _lse_of_the_first,
+    _shares_swapped,
+)
+
+
+def test_of_the_student(module: ModuleType) -> None:
+    caught(answer(module, "check_merge"), [(right,)], [(m,) for m in MUTANTS])
 
 
 def order(cases: Sequence[tuple[int, int]]) -> Callable[[ModuleType], None]:
@@ -160,6 +209,7 @@ LAB = Lab(
     "ring_attention",
     (
         Part("merge", 3, merging),
+        Part("check_merge", 3, test_of_the_student, hidden=True),
         Part("zigzag", 2, order(((8, 2), (24, 3)))),
         Part("pairs", 1, pairs),
         Part("ring_attention", 4, ring((("cp=2", False), ("cp=3", True)))),

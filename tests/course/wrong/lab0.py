@@ -20,13 +20,13 @@ MISTAKES = [
     mistake(
         0,
         "the norms of blocks are forgotten",
-        "too few by the two norms of every block",
+        "and you say 7504; too few by the two norms of every block",
         ("head_dim, mlp) + 2 * embed\n    heads_and", "head_dim, mlp)\n    heads_and"),
     ),
     mistake(
         0,
         "the last norm is forgotten",
-        "too few by the last norm",
+        "and you say 7552; too few by the last norm",
         ("layers * each + embed +", "layers * each +"),
     ),
     mistake(
@@ -46,6 +46,19 @@ MISTAKES = [
         "a token sees the whole sequence",
         "under a causal mask a token sees half of the sequence",
         ("6 * layers * heads", "12 * layers * heads"),
+    ),
+    mistake(
+        0,
+        "attention on the embedding",
+        "attention works on heads * head_dim, not on embed",
+        ("6 * layers * heads * head_dim * seq_len", "6 * layers * embed * seq_len"),
+    ),
+    mistake(
+        0,
+        "no norm at all",
+        "too few by the two norms of every block and the last norm",
+        ("head_dim, mlp) + 2 * embed\n    heads_and", "head_dim, mlp)\n    heads_and"),
+        ("layers * each + embed +", "layers * each +"),
     ),
     mistake(
         0,

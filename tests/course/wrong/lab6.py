@@ -38,6 +38,25 @@ MISTAKES = [
     ),
     mistake(
         6,
+        "a test with small scores alone",
+        "check_merge: your test catches 5 of 6 mutants",
+        ("for shift in (0.0, 1000.0)", "for shift in (0.0,)"),
+    ),
+    mistake(
+        6,
+        "a test where every query sees a key",
+        "check_merge: your test catches 4 of 6 mutants",
+        ("for shift in (0.0, 1000.0)", "for shift in (0.0,)"),
+        ("for unseen in (False, True)", "for unseen in (False,)"),
+    ),
+    mistake(
+        6,
+        "a test that wants an lse of zero for no keys",
+        "check_merge: your test fails on a solution that is right",
+        ("(out_b, b.logsumexp(-1))", "(out_b, torch.nan_to_num(b.logsumexp(-1), neginf=0.0))"),
+    ),
+    mistake(
+        6,
         "contiguous shards",
         "8 tokens on 2 ranks: rank 0 has the places [0, 1, 6, 7], not [0, 1, 2, 3]; with yours",
         ("chunks[r] + chunks[2 * ranks - 1 - r]", "chunks[2 * r] + chunks[2 * r + 1]"),
