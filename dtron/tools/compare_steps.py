@@ -102,9 +102,10 @@ def compare_rounded(
     An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
     more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
     weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
-    too; twice that in a state, which may be a square of gradients. So does a quarter of the step's change of a weight, and a change of sign of each number
-    whose gradient is no larger than its rounding: Adam's first step moves each number by the
-    learning rate, and rounding decides the sign of a small gradient."""
+    too; twice that in a state, which may be a square of gradients. So does a quarter of the step's
+    change of a weight, and a change of sign of each number whose gradient is no larger than its
+    rounding: Adam's first step moves each number by the learning rate, and rounding decides the
+    sign of a small gradient."""
     trees = [(want.grads, one.grads, got.grads)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
     grads, *states = (_rounded(*three, share=1 + (i > 0)) for i, three in enumerate(trees))

@@ -33,8 +33,8 @@ from dtron.schedules.runner import Program, StageOutput
 from dtron.torch_compile import own_generator
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
-from dtron.training.gradients import add_all
 from dtron.training.gathered_weight import LocalWeight
+from dtron.training.gradients import add_all
 from dtron.training.traced_function import GraphCompiler, TracedFunction
 from dtron.training.zero3_prefetch import Prefetch, pack, sum_rows
 from dtron.tree import declared, flat, unflatten
