@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ class Comparison:
     @property
     def time_error(self) -> float:
         return 1e3 * self.plan.seconds / self.measured_ms - 1
+
+    @property
+    def measured_speed(self) -> float:
+        """Tokens per second on one GPU."""
+        return self.plan.tokens / self.measured_ms * 1e3 / self.plan.shape.size
+
+
+def order(comparisons: list[Comparison]) -> str:
+    """Return a line: how many pairs of cases on several GPUs are planned in the measured order.
+    Speeds within 3 percent of each other count as equal."""
+    several = [x for x in comparisons if x.plan.shape.size > 1]
+    pairs = [
+        (a, b)
+        for a, b in combinations(several, 2)
+        if abs(a.measured_speed / b.measured_speed - 1) > 0.03
+    ]
+    right = sum(
+        (a.plan.tokens_per_second > b.plan.tokens_per_second)
+        == (a.measured_speed > b.measured_speed)
+        for a, b in pairs
+    )
+    return (
+        f"Order: of {len(pairs)} pairs of cases on several GPUs whose speeds differ by more than\n"
+        f"3 %, {right} are planned in the measured order."
+    )
 
 
 def flags(line: Mapping[str, Any]) -> Iterator[str]:
@@ -110,7 +136,7 @@ def table(comparisons: list[Comparison]) -> str:
         lines.append(
             "{}: mean error {:.1%}, median {:.1%}, worst {:.1%}.".format(name.title(), *figures)
         )
-    return "\n".join([*rows, "", *lines])
+    return "\n".join([*rows, "", *lines, order(comparisons)])
 
 
 def main(argv: list[str]) -> int:

@@ -3,9 +3,8 @@
     python bench/published.py                           # a table of markdown
     python bench/published.py --write docs/planning.md  # into the page's table
 
-A published figure is another program's, on its own mesh. The plan is dtron's, on a mesh that README
-would recommend, with the rates of an H100 that were not measured (planner/gpu/h100.json). A
-recommended mesh that does not fit is in the table too. Needs torch, and no GPU."""
+A published figure is another program's, on its own mesh. The plan is dtron's, on a mesh that fits,
+with the rates of an H100 that were not measured (planner/gpu/h100.json). Needs torch, and no GPU."""
 
 from __future__ import annotations
 

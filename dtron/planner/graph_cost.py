@@ -5,8 +5,8 @@ result that only fused operators read is never in memory. So a graph is read as 
 is in memory if a library reads or writes it, if the graph returns it, or if a reduction makes it.
 All other results are recomputed inside the kernels that read them.
 
-Kernels that read a common buffer over the same number of elements, with no library call between
-them, are one kernel. Its bytes are counted once.
+Kernels that read a common large buffer over the same number of elements, with no library call
+between them, are one kernel. Its bytes are counted once.
 
 The graph's memory follows from the order of its kernels: a buffer is allocated when it is written
 and freed after its last reader. ``GraphCost.events`` has these events, so that the plan can run
@@ -17,6 +17,7 @@ how much a kernel recomputes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -151,16 +152,30 @@ class _Reader:
         """Return the kernels in the order in which they run: one library call each, or buffers
         that one fused kernel writes."""
         kernels: list[list[_Buffer]] = []
+        writer: dict[Node, int] = {}
+
+        def reaches(start: int, goal: int, seen: set[int]) -> bool:
+            """Whether a kernel reads, directly or not, what the kernel ``goal`` writes."""
+            if start == goal:
+                return True
+            seen.add(start)
+            before = {writer[x] for b in kernels[start] for x in b.reads if x in writer}
+            return any(reaches(i, goal, seen) for i in before - seen if i not in seen)
+
+        def joins(i: int, buffer: _Buffer) -> bool:
+            if not _fuses(kernels[i], buffer):
+                return False
+            others = {writer[x] for x in buffer.reads if x in writer} - {i}
+            return not any(reaches(j, i, set()) for j in others)
+
         for buffer in self.buffers.values():
-            home = (
-                None
-                if buffer.library
-                else next((k for k in reversed(kernels) if _fuses(k, buffer)), None)
-            )
-            if home is None:
-                kernels.append([buffer])
-            else:
-                home.append(buffer)
+            home = len(kernels)
+            if not buffer.library:
+                home = next((i for i in reversed(range(home)) if joins(i, buffer)), home)
+            if home == len(kernels):
+                kernels.append([])
+            kernels[home].append(buffer)
+            writer[buffer.node] = home
         return self._in_order(kernels)
 
     def _in_order(self, kernels: list[list[_Buffer]]) -> list[list[_Buffer]]:
@@ -249,10 +264,16 @@ def _fuses(kernel: list[_Buffer], buffer: _Buffer) -> bool:
     if first.library or first.level != buffer.level:
         return False
     nodes, reads = {b.node for b in kernel}, {x for b in kernel for x in b.reads}
-    if not (nodes & set(buffer.reads) or reads & set(buffer.reads)):
+    own = set(buffer.reads)
+    # Kernels that share a mask or a vector gain nothing.
+    if not nodes & own and 4 * _bytes_of(reads & own) < _bytes_of(own):
         return False
     same = any(b.elements == buffer.elements for b in kernel)
     return same or (bool(nodes & set(buffer.reads)) and len(set(buffer.reads) - nodes) == 0)
+
+
+def _bytes_of(nodes: Iterable[Node]) -> int:
+    return sum(nbytes(x) for node in nodes for x in results_of(node))
 
 
 def _allocated(node: Node) -> int:

@@ -102,12 +102,13 @@ def compare_rounded(
     An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
     more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
     weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
-    too. So does a quarter of the step's change of a weight, and a change of sign of each number
-    whose gradient is no larger than its rounding: Adam's first step moves each number by the
-    learning rate, and rounding decides the sign of a small gradient."""
+    too; twice that in a state, which may be a square of gradients. So does a quarter of the step's
+    change of a weight, and a change of sign of each number whose gradient is no larger than its
+    rounding: Adam's first step moves each number by the learning rate, and rounding decides the
+    sign of a small gradient."""
     trees = [(want.grads, one.grads, got.grads)]
     trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
-    grads, *states = (_rounded(*three) for three in trees)
+    grads, *states = (_rounded(*three, share=1 + (i > 0)) for i, three in enumerate(trees))
     before = {} if want.initial is None else dict(leaves(want.initial))
     small = _share_of_small(want.grads, one.grads)
     signs = {
@@ -137,18 +138,28 @@ def _share_of_small(want: Any, one: Any) -> dict[str, float]:
     return shares
 
 
-def _rounded(want: Any, one: Any, got: Any, more: Mapping[str, float] | None = None) -> Errors:
+def _rounded(
+    want: Any, one: Any, got: Any, more: Mapping[str, float] | None = None, share: float = 1.0
+) -> Errors:
+    """``share``: multiplies ``FLOOR``."""
     ones, found, more = dict(leaves(one)), dict(leaves(got)), more or {}
     floor = 1e-3 * max((x.double().norm().item() for x in flat(want)), default=0.0)
     return {
-        path: _excess(x, ones[path], found[path], floor, more.get(path, 0.0))
+        path: _excess(x, ones[path], found[path], floor, more.get(path, 0.0), share)
         for path, x in leaves(want)
     }
 
 
-def _excess(want: Tensor, one: Tensor, got: Tensor, floor: float = 0.0, more: float = 0.0) -> float:
-    allowed = ROUNDINGS * (one.double() - want).norm() + FLOOR * want.double().norm().clamp(floor)
-    allowed = allowed + more
+def _excess(
+    want: Tensor,
+    one: Tensor,
+    got: Tensor,
+    floor: float = 0.0,
+    more: float = 0.0,
+    share: float = 1.0,
+) -> float:
+    rounding = share * FLOOR * want.double().norm().clamp(floor)
+    allowed = ROUNDINGS * (one.double() - want).norm() + rounding + more
     if not allowed:
         return float((got != want).any())
     return ((got.double() - want).norm() / allowed).item()

@@ -106,6 +106,8 @@ def as_json(plan: StepPlan) -> str:
             "step_ms": round(1e3 * plan.seconds, 3),
             "tokens_per_s_per_gpu": round(plan.tokens_per_second),
             "tflops_per_gpu": round(plan.tflops, 1),
+            "watts_per_gpu": round(plan.watts / plan.shape.size),
+            "joules_per_token": round(plan.watts * plan.seconds / plan.tokens, 6),
             "ranks": [
                 {
                     "rank": r.rank,

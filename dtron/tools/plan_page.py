@@ -61,11 +61,15 @@ def _cards(plan: StepPlan) -> list[tuple[str, str, str]]:
     room, most = plan.gpu.memory_gib, f"{plan.gib:,.1f} of {plan.gpu.memory_gib:g} GiB"
     over = f"does not fit: {plan.gib - room:,.1f} GiB too much"
     mfu = 100 * plan.tflops / plan.gpu.peak_tflops
+    power = f"{plan.watts / plan.shape.size:,.0f} W"
+    clock = f"of each GPU, at {min(t.ghz for t in plan.times):.2f} GHz"
+    cards = [(power, clock, "")] if plan.watts else []
     return [
         (most, "fits" if plan.fits else over, "good" if plan.fits else "bad"),
         (f"{1e3 * plan.seconds:,.1f} ms", f"a step of {plan.tokens:,} tokens", ""),
         (f"{plan.tokens_per_second:,.0f} tokens/s", f"on each of {plan.shape.size:,} GPUs", ""),
         (f"{plan.tflops:,.0f} TFLOP/s", f"MFU {mfu:.1f} %", ""),
+        *cards,
     ]
 
 

@@ -54,9 +54,10 @@ from dtron.training.pipeline import pipeline
 
 def on_one_device(config: RunConfig) -> RunConfig:
     """Return the config of the same step without a pipeline. An auxiliary loss depends on the
-    tokens of a microbatch. With such a loss, the microbatches are the same too."""
+    tokens of a microbatch, and forced balance on their places in it. With one of them, the
+    microbatches are the same too."""
     config = replace(config, pipeline=PipelineConfig())
-    if not config.model.moe.aux_loss:
+    if not (config.model.moe.aux_loss or config.model.moe.balanced):
         return config
     size = config.ramp.sizes[0]
     _, rows = microbatches(size, config.micro_batch, MeshShape.parse(config.mesh))

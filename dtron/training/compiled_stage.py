@@ -34,6 +34,7 @@ from dtron.torch_compile import own_generator
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gathered_weight import LocalWeight
+from dtron.training.gradients import add_all
 from dtron.training.traced_function import GraphCompiler, TracedFunction
 from dtron.training.zero3_prefetch import Prefetch, pack, sum_rows
 from dtron.tree import declared, flat, unflatten
@@ -163,8 +164,7 @@ class CompiledStage:
         """Where a sum has another dtype, torch's own addition is slow."""
         pairs = [*zip(sums, grads, strict=True)]
         same = [(s, g) for s, g in pairs if s.dtype == g.dtype]
-        if same:
-            torch._foreach_add_(*map(list, zip(*same, strict=True)))
+        add_all([s for s, _ in same], [g for _, g in same])
         for s, g in pairs:
             if s.dtype != g.dtype:
                 dense = s.is_contiguous() and g.is_contiguous()

@@ -49,6 +49,9 @@ class StageWeights(Protocol):
     def finish(self, weights: Any) -> None:
         """Wait for gradients that are still on their way, after the backward of a microbatch."""
 
+    def accumulate(self, sums: list[Tensor], grads: list[Tensor]) -> None:
+        """Add gradients, in any dtype, to the local tensors of sums in place."""
+
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]
     ) -> list[Tensor]:
@@ -60,6 +63,12 @@ class StageWeights(Protocol):
         """Reduce gradients to the placements of their params.
 
         ``scattered``: whether ``reduce_scatter`` has reduce-scattered the gradients before."""
+
+
+def add_all(sums: list[Tensor], grads: list[Tensor]) -> None:
+    """Add in place, by few kernels if both have one dtype."""
+    if sums:
+        torch._foreach_add_(sums, grads)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class EagerWeights:
         """An eager backward has waited for its gradients."""
 
     def accumulate(self, sums: list[Tensor], grads: list[Tensor]) -> None:
-        torch._foreach_add_(sums, grads)
+        add_all(sums, grads)
 
     def reduce_scatter(
         self, weights: Any, grads: list[Tensor], params: list[Tensor]

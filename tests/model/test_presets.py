@@ -61,7 +61,7 @@ ACTIVE |= {
     "deepseek-v3": 37.5e9,
 }  # the card of V2-Lite: 2.4e9, without it
 OURS = {"tiny", "tiny-moe", "tiny-deepseek", "bench-1.3b", "bench-8b-width", "bench-moe"}
-OURS |= {"tiny-qwen3-next", "tiny-nemotron-h"}
+OURS |= {"tiny-qwen3-next", "tiny-nemotron-h", "bench-1.3b-hybrid"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 

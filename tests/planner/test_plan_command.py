@@ -28,6 +28,8 @@ def test_json_is_one_line(capsys):
     found = json.loads(line)
     assert [r["rank"] for r in found["ranks"]] == [0, 1]
     assert found["fits"] and found["step_ms"] > 0
+    joules = found["joules_per_token"] * found["tokens_per_s_per_gpu"]
+    assert joules == pytest.approx(found["watts_per_gpu"], rel=0.01)
     assert found["ranks"][0]["sent_bytes"]["pp"] > 0
 
 
