@@ -92,6 +92,7 @@ def check_lab(lab: Lab, folder: Path) -> LabResult:
     if not path.is_file():
         return failed(lab, f"{folder} has no {lab.file}")
     try:
+        path = path.resolve()  # as Python's tracebacks have it
         module = load(path)
     except (Exception, SystemExit) as error:
         return failed(lab, describe(error, path))

@@ -48,6 +48,15 @@ def test_a_check_is_one_line_and_a_code(tmp_path, capsys):
     assert wrong.endswith("has no lab1_placements.py")
 
 
+def test_a_check_in_the_folder_names_the_line(tmp_path, monkeypatch, capsys):
+    """A folder's name that is not absolute."""
+    assert main(["start", str(tmp_path / "labs")]) == 0
+    monkeypatch.chdir(tmp_path / "labs")
+    capsys.readouterr()
+    main(["check", "0"])
+    assert "matmuls is not written yet (line" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
