@@ -5,10 +5,11 @@ fill a screen, so this module shortens them to one line with the remedy.
 
 ``--model NAME`` selects a preset, and ``--model.FIELD`` overrides a field of the preset, in any
 order. The name is parsed first and becomes the default of the other flags.
+
+``--config FILE`` puts the flags of a file before those of the command line (config_file.py).
 """
 
 import contextlib
-import difflib
 import io
 import json
 import os
@@ -28,15 +29,17 @@ from dtron.hf.config import CONFIG
 from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
 from dtron.model.presets import preset
-from dtron.renamed import current_tree, last_component, refuse_old_flags
+from dtron.renamed import current_tree, refuse_old_flags
 from dtron.runtime.check_values import check_path, check_values
 from dtron.runtime.config import RunConfig
-from dtron.runtime.flags import flags_of, parsed_class
+from dtron.runtime.config_file import take_file, toml_text
+from dtron.runtime.flags import OF_EVERY_COMMAND, flags_of, nearest, parsed_class
 from dtron.runtime.resume import check_source, of_this_start, with_value
 
 # What ``load`` raises for a file that is no config. (UserError is a ValueError.)
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
+PRINT = "--print-config"
 EXAMPLES = """examples:
   python train.py --model.layers 6 --optim.lr 5e-4
   torchrun --nproc-per-node 4 train.py --mesh dp=2,tp=2 --zero 3
@@ -50,18 +53,31 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     ``default``: a frozen dataclass with a ``model``; None: a RunConfig. If it has an ``output``,
         ``-o`` is short for this flag.
 
-    Raises UserError, in one line, for an unknown flag or a bad value. ``--help`` and ``--version``
-    print and exit.
+    Raises UserError, in one line, for an unknown flag or a bad value. ``--help``, ``--version`` and
+    ``--print-config`` print and exit.
     """
+    default = default or RunConfig()
+    argv, file = take_file(argv, type(default))
+    rest = [word for word in argv if word.replace("_", "-") != PRINT]
+    try:
+        config = _parsed([*(file.words if file else ()), *rest], default, prog)
+    except UserError as error:
+        raise (file.explain(error) if file else error) from None
+    if len(rest) < len(argv):
+        print(toml_text(asdict(config)), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _parsed(argv: Sequence[str], default: Any, prog: str) -> Any:
     import tyro  # a slow import that only command lines need
 
-    default = default or RunConfig()
     config_class: Any = type(default)
     argv = with_value(argv)
     if "--version" in argv:
         print(f"dtron {__version__}")
         raise SystemExit(0)
-    known = ["--model", "--help", "-h", "--version", *flags_of(config_class)]
+    known = ["--model", "-h", *OF_EVERY_COMMAND, *flags_of(config_class)]
     if "--output" in known:
         argv = ["--output" + x[2:] if re.match(r"-o(=|$)", x) else x for x in argv]
     _check_flags(argv, known)
@@ -69,11 +85,7 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
     name, loaded = _value_of(argv, "--model", example="tiny"), None
     previous = _resumed(argv) if "--resume" in known else None
     default = previous or default
-    if (
-        previous is None
-        and "--init-from" in known
-        and (folder := _value_of(argv, "--init-from", example="FOLDER")) is not None
-    ):
+    if previous is None and "--init-from" in known and (folder := _source(argv)) is not None:
         loaded = _loaded(folder, name)
         default = replace(default, model=loaded)
     if name is not None:
@@ -120,8 +132,15 @@ def _resumed(argv: Sequence[str]) -> RunConfig | None:
             f"{file}: --resume cannot read the config of the run ({reason}); restore the file, or "
             "delete it and give all flags of the run"
         ) from error
-    check_source(_value_of(argv, "--init-from"), previous)
+    check_source(_source(argv), previous)
     return of_this_start(previous, run_dir)
+
+
+def _source(argv: Sequence[str]) -> str | None:
+    """Return the folder of ``--init-from``; None for no folder. Raises UserError for the flag
+    without a value."""
+    folder = _value_of(argv, "--init-from", example="FOLDER")
+    return None if folder == "None" else folder  # as tyro reads it
 
 
 def _loaded(folder: str, name: str | None) -> ModelConfig:
@@ -203,39 +222,10 @@ def _check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("-") and not re.match(r"-[\d.]", word) and flag not in known:
-            near = _nearest(flag.lower(), known)
+            near = nearest(flag.lower(), known)
             raise UserError(
                 f"{word}: unknown flag; " + (f"did you mean {near}?" if near else "see --help")
             )
-
-
-# Flag names of other trainers.
-_ALIASES = {
-    "lr": "--optim.lr",
-    "learning-rate": "--optim.lr",
-    "precision": "--dtype",
-    "epochs": "--steps",
-    "seq-length": "--data.seq-len",
-    "hidden-size": "--model.embed",
-    "num-layers": "--model.layers",
-    **dict.fromkeys(("global-batch-size", "rampup-batch-size"), "--batch"),
-    "micro-batch-size": "--micro-batch",
-    "start-weight-decay": "--optim.weight-decay",
-    "end-weight-decay": "--optim.final-weight-decay",
-    "weight-decay-incr-style": "--optim.weight-decay-schedule",
-    **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
-}
-
-
-def _nearest(flag: str, known: Sequence[str]) -> str | None:
-    """Guess the intended flag, or return None. The candidates, the best first: an alias of other
-    trainers, a flag with the same last component (also under its old name), a similar spelling."""
-    name = flag.lstrip("-")
-    if _ALIASES.get(name) in known:
-        return _ALIASES[name]
-    ends = (name, last_component(name))
-    same_end = [k for k in known if k.rpartition(".")[2] in ends]
-    return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
 
 
 def _value_of(argv: Sequence[str], flag: str, example: str = "") -> str | None:

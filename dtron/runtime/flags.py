@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import typing
 from collections.abc import Sequence
@@ -10,6 +11,11 @@ from functools import cache
 from typing import Annotated, Any
 
 from dtron.model.presets import PRESETS
+from dtron.renamed import last_component
+
+_CONFIG_HELP = "flags from a file of TOML, YAML or JSON; flags on the command line override them"
+_PRINT_HELP = "print the resolved config as TOML and exit"
+OF_EVERY_COMMAND = ("--help", "--version", "--config", "--print-config")
 
 
 @cache
@@ -37,9 +43,15 @@ def parsed_class(config_class: Any, argv: Sequence[str]) -> Any:
     help = f"a preset: {', '.join(PRESETS)}"
     preset = Annotated[str, tyro.conf.arg(name="model", metavar="NAME", help=help)]
     if {"--help", "-h"} & {*argv}:
+        file = Annotated[str | None, tyro.conf.arg(metavar="FILE", help=_CONFIG_HELP)]
+        prints = Annotated[bool, tyro.conf.arg(help=_PRINT_HELP), tyro.conf.FlagCreatePairsOff]
         return make_dataclass(
             "CommandLine",
-            [("preset", preset, field(default="tiny"))],
+            [
+                ("preset", preset, field(default="tiny")),
+                ("config", file, field(default=None)),
+                ("print_config", prints, field(default=False)),
+            ],
             bases=(config_class,),
             namespace={"__doc__": config_class.__doc__},
             frozen=True,
@@ -52,5 +64,46 @@ def parsed_class(config_class: Any, argv: Sequence[str]) -> Any:
 
 
 @cache
+def fields_of(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every field of a config class, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(config_class).items():
+        path = f"{prefix}{name}"
+        inner: Any = hint
+        found |= fields_of(inner, f"{path}.") if is_dataclass(hint) else {path: hint}
+    return found
+
+
+@cache
 def _hints(config_class: type) -> dict[str, Any]:
     return typing.get_type_hints(config_class)
+
+
+# Flag names of other trainers.
+_ALIASES = {
+    "lr": "--optim.lr",
+    "learning-rate": "--optim.lr",
+    "precision": "--dtype",
+    "epochs": "--steps",
+    "seq-length": "--data.seq-len",
+    "hidden-size": "--model.embed",
+    "num-layers": "--model.layers",
+    **dict.fromkeys(("global-batch-size", "rampup-batch-size"), "--batch"),
+    "micro-batch-size": "--micro-batch",
+    "start-weight-decay": "--optim.weight-decay",
+    "end-weight-decay": "--optim.final-weight-decay",
+    "weight-decay-incr-style": "--optim.weight-decay-schedule",
+    **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
+}
+
+
+def nearest(flag: str, known: Sequence[str]) -> str | None:
+    """Guess the intended flag, or return None. The candidates, the best first: an alias of other
+    trainers, a flag with the same last component (also under its old name), a similar spelling."""
+    name = flag.lstrip("-")
+    for part in (name, name.rpartition(".")[2]):
+        if _ALIASES.get(part) in known:
+            return _ALIASES[part]
+    ends = (name, last_component(name))
+    same_end = [k for k in known if k.rpartition(".")[2] in ends]
+    return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)

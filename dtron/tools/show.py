@@ -28,7 +28,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -61,8 +60,9 @@ class ShowConfig:
     """axes of the mesh, as dp=8,tp=4"""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute dtype; master weights, gradients and optimizer state are float32"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
+    """compute dtype; auto: bfloat16, as on a GPU; master weights, gradients and optimizer state are
+    float32"""
     cp_method: Method = "ring"
     """method of attention over cp; the estimate counts its messages"""
     svg: str | None = None
@@ -229,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
     check(model, shape, seq_len, config.cp_method, zigzag)
     optimizer = build_optimizer(config.optim, config.model.mup)
     check_groups(optimizer, declare_model(config.model))
-    compute = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    compute = 4 if config.dtype == "float32" else 2
     console = wide_console()
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = split_into_stages(config.model, layers), 0

@@ -56,6 +56,9 @@ def files(tmp_path_factory) -> Path:
     config = tmp_path / "Llama-3.2-1B" / "config.json"
     long = json.loads(config.read_text()) | {"max_position_embeddings": 512}
     config.write_text(json.dumps(long))
+    page = (ROOT / "docs" / "config-files.md").read_text()
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "run.toml").write_text(toml)
     (tmp_path / "my_text").mkdir()
     (tmp_path / "my_text" / "a.txt").write_text(TEXT)
     (tmp_path / "model").mkdir()

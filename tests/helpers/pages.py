@@ -214,7 +214,7 @@ def check(command: Command) -> None:
 def flags_of(name: str) -> set[str]:
     """The flags of a program."""
     if name in CONFIGS:
-        return {"--model", "--help", "--version", *flags.flags_of(CONFIGS[name])}
+        return {"--model", *flags.OF_EVERY_COMMAND, *flags.flags_of(CONFIGS[name])}
     return set(_flags(parser_of(name)))
 
 
