@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": ("dtron.tools.verify", "prove that a step on a mesh has the result of one device"),
     "plan": ("dtron.tools.plan", "plan memory and time of a step on any mesh, without a GPU"),
     "show": ("dtron.tools.show", "show every weight on a mesh, and its memory"),
+    "report": ("dtron.tools.report", "draw the curves of runs as one page of HTML"),
     "coordinate-check": (
         "dtron.tools.coordinate_check",
         "check that activations do not grow with the width (muP)",

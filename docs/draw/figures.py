@@ -20,6 +20,7 @@ from expert_figure import experts
 from layer_figures import COLOURS
 from optimizer_figure import owners
 from plan_figure import example, plans
+from report_figure import losses
 from torch import Tensor
 from width_figure import coordinates
 
@@ -238,6 +239,7 @@ def figures() -> dict[str, str]:
         "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),
+        "report-loss.svg": losses(),
         "zigzag.svg": context_figures.zigzag(),
         "ring.svg": context_figures.ring(),
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),

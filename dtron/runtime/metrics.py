@@ -18,13 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
 from dtron.errors import UserError
-from dtron.json_files import read_bytes
-from dtron.renamed import current
 from dtron.runtime.output import Output, append_line, replace_file, writing
+from dtron.runtime.step_records import METRICS, read_steps
 
 # Dense bf16 TFLOP/s from the vendors' datasheets, keyed by a substring of the device name.
 PEAK_TFLOPS = {
@@ -98,9 +96,6 @@ class Throughput(NamedTuple):
         }
 
 
-_LARGEST = 1 << 34  # bytes of metrics.jsonl, some hundred a step
-
-
 class Metrics:
     """Collects a run's steps. Only the main rank writes. The other ranks pass ``main=False`` and
     write nothing.
@@ -121,12 +116,12 @@ class Metrics:
         self._throughput, self._device = throughput, throughput.device
         self._steps, self._main, self._output = steps, main, Output(main)
         self._tokens, self._board = 0, None
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         self._mark, self._begun, self._first = mark(self._device), time.perf_counter(), start
         self._reported: set[str] = set()  # warnings
         if main:
             with writing(self._path):
-                records = _records(self._path)
+                records = read_steps(self._path)
                 if records and not start:
                     self.say(
                         f"{self._path}: the file of an earlier run is now {_aside(self._path)}"
@@ -223,22 +218,6 @@ class Metrics:
         if self._board is not None:
             with self._going_on("TensorBoard's events"):
                 self._board.close()
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Read the records of an earlier run, of any version of dtron. A line that is no record of a
-    step is dropped, such as a partly written line."""
-    found = []
-    for line in read_bytes(path, _LARGEST).splitlines() if path.exists() else []:
-        try:
-            record = msgspec.json.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            record = current(record)
-            if all(isinstance(record.get(name), int) for name in ("step", "tokens")):
-                found.append(record)
-    return found
 
 
 def _aside(path: Path) -> str:

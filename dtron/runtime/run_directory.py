@@ -35,6 +35,7 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.output import append_line, replace_file, writing
 from dtron.runtime.resume import changes, finished
 from dtron.runtime.run_lock import LOCK, RunLock
+from dtron.runtime.step_records import STARTS
 from dtron.training.config import RunPlan
 
 RESTART_PATIENCE = 30.0  # seconds for rank 0 of the attempt before to end
@@ -134,7 +135,7 @@ class RunDirectory:
                 keep_origin(Path(config.init_from), self.path)
         if data.tokenizer is not None:
             self._write_tokenizer(data.tokenizer, data.end)
-        starts = self.path / "starts.jsonl"
+        starts = self.path / STARTS
         with writing(starts):
             append_line(starts, json.dumps(_start(plan, step)))
             self._written[starts] = read_bytes(starts)
@@ -233,19 +234,23 @@ def _commit() -> str | None:
     return result.stdout.strip()
 
 
-def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
-    """Return the config and the newest whole checkpoint of a run."""
+def read_config(run_dir: Path) -> RunConfig:
+    """Return the config of a run. Raises UserError for a folder that is no run directory."""
     if not is_there(run_dir / CONFIG):
         raise UserError(
             f"{run_dir}: has no {CONFIG}, it is no run directory; give one that train.py wrote"
         )
     try:
-        config = cli.load(run_dir / CONFIG)
+        return cli.load(run_dir / CONFIG)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{run_dir / CONFIG}: is no config of a run ({error}); give a run directory"
         ) from error
-    newest = checkpoint.newest(run_dir)
+
+
+def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
+    """Return the config and the newest whole checkpoint of a run."""
+    config, newest = read_config(run_dir), checkpoint.newest(run_dir)
     if newest is None:
         raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
     return config, newest

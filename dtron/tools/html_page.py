@@ -52,15 +52,23 @@ _FILLS = (
     ("#c9aa85", "#765a3a"),
     ("#aab3bf", "#5c6672"),
 )
+COLOURS = len(_FILLS)
 
 
 def series(i: int) -> str:
     """Return the fill of a series, as a value of CSS. There are nine; the tenth is the first."""
-    return f"var(--c{i % len(_FILLS)})"
+    return f"var(--c{i % COLOURS})"
+
+
+def line_colour(i: int) -> str:
+    """Return the colour of a line, as a value of CSS: the series' darker colour on light paper, and
+    the lighter one on dark paper."""
+    return f"var(--l{i % COLOURS})"
 
 
 def _variables(theme: Mapping[str, str], which: int) -> str:
     pairs = dict(theme) | {f"c{i}": pair[which] for i, pair in enumerate(_FILLS)}
+    pairs |= {f"l{i}": pair[1 - which] for i, pair in enumerate(_FILLS)}
     return ";".join(f"--{name}:{value}" for name, value in pairs.items())
 
 
@@ -119,21 +127,25 @@ document.addEventListener("focusout", () => { tip.hidden = true; });
 """
 
 
-def page(title: str, lead: Sequence[str], sections: Iterable[str]) -> str:
+def page(
+    title: str, lead: Sequence[str], sections: Iterable[str], style: str = "", script: str = ""
+) -> str:
     """Return a page.
 
     ``lead``: elements of HTML below the title.
-    ``sections``: see ``section``."""
+    ``sections``: see ``section``.
+    ``style``, ``script``: rules of CSS and statements that this page has beside those of all pages.
+        Neither may have the signs "less than" and "and"."""
     name = escape(title)
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8"/>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
-        f"<title>{name}</title><style>{THEME}{_STYLE}</style></head><body>",
+        f"<title>{name}</title><style>{THEME}{_STYLE}{style}</style></head><body>",
         f"<h1>{name}</h1>",
         *lead,
         *sections,
-        f'<div id="tip" role="tooltip" hidden="hidden"></div><script>{_SCRIPT}</script>',
+        f'<div id="tip" role="tooltip" hidden="hidden"></div><script>{_SCRIPT}{script}</script>',
         "</body></html>\n",
     ]
     return "\n".join(parts)
@@ -203,13 +215,18 @@ def table(
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
+def folded(heading: str, *parts: str) -> str:
+    """Return elements of HTML that the reader unfolds."""
+    return f"<details><summary>{escape(heading)}</summary>{''.join(parts)}</details>"
+
+
 def same_table(shown: Table) -> str:
     """Return a table of the terminal as HTML, folded away: the numbers of a drawing, as text."""
     columns = [(str(c.header), [str(x) for x in c.cells], c.justify) for c in shown.columns]
     right = [i for i, (_, _, justify) in enumerate(columns) if justify == "right"]
     rows = zip(*(cells for _, cells, _ in columns), strict=True)
     inner = table([name for name, _, _ in columns], list(rows), right)
-    return f"<details><summary>{escape(str(shown.title))}</summary>{inner}</details>"
+    return folded(str(shown.title), inner)
 
 
 def check_output(flag: str, name: str) -> None:

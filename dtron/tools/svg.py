@@ -64,9 +64,10 @@ class Canvas:
         path = f"M{x:.1f} {y:.1f}H{x + length:.1f}m-6 -4l6 4l-6 4"
         self._add(y + 4, f'<path d="{path}" fill="none" stroke="{self._ink}"/>')
 
-    def line(self, points: list[tuple[float, float]], colour: str) -> None:
+    def line(self, points: list[tuple[float, float]], colour: str, dashed: bool = False) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         box = f'points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"'
+        box += ' stroke-dasharray="5 3"' if dashed else ""
         self._add(max(y for _, y in points), f"<polyline {box}/>")
 
     def path(

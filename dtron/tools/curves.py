@@ -1,0 +1,120 @@
+"""The curves of a run: numbers of ``metrics.jsonl`` over steps, thinned and smoothed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[int, float | None]  # a step and a number; None: the number is not finite
+MOST = 1000  # points of a curve, about
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a step, which has a chart.
+
+    ``name``: a name in ``metrics.jsonl``, or ``experts.*.`` and a name: then it is of all layers,
+        joined by ``join``.
+    ``from_zero``: the axis begins at 0.
+    ``smooth``: the number is noisy, so the chart has a smoothed curve too.
+    ``factor``: from the number to its unit."""
+
+    name: str
+    title: str
+    unit: str = ""
+    from_zero: bool = False
+    smooth: bool = False
+    factor: float = 1.0
+    join: Callable[[list[float]], float] = max
+
+    def of(self, record: Mapping[str, Any]) -> float | None:
+        """Return the number of a step; NaN if the record does not have it."""
+        if "*" in self.name:
+            start, end = self.name.split("*")
+            names = [name for name in record if name.startswith(start) and name.endswith(end)]
+            found = [record[name] for name in names]
+        else:
+            found = [record[self.name]] if self.name in record else []
+        if not found:
+            return math.nan
+        known = [x for x in found if isinstance(x, int | float) and math.isfinite(x)]
+        return self.factor * self.join(known) if known else None
+
+
+METRICS = (
+    Metric("loss", "Loss", "nats per token", smooth=True),
+    Metric("validation_loss", "Validation loss", "nats per token"),
+    Metric("ema_validation_loss", "Validation loss of the averaged weights", "nats per token"),
+    Metric("grad_norm", "Gradient norm", smooth=True),
+    Metric("lr", "Learning rate", from_zero=True),
+    Metric("tokens_per_s", "Tokens per second", from_zero=True, smooth=True),
+    Metric("mfu", "MFU", "%", from_zero=True, smooth=True, factor=100),
+    Metric("peak_memory_gib", "Peak memory of rank 0", "GiB"),
+    Metric("data_wait_ratio", "Time waiting for data", "%", True, True, 100),
+    Metric("experts.*.load_max", "Largest load of an expert", "of the mean load", smooth=True),
+    Metric(
+        "experts.*.load_min", "Smallest load of an expert", "of the mean load", True, True, 1.0, min
+    ),
+    Metric("experts.*.dropped", "Largest share of dropped slots", "%", True, True, 100),
+    Metric("mtp.*.loss", "Largest loss of multi-token prediction", "nats per token", smooth=True),
+    Metric("z_loss", "z-loss of the head", smooth=True),
+    Metric("max_attention_logit", "Largest attention logit", smooth=True),
+)
+
+
+def points_of(metric: Metric, records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the points of a curve, of the steps that have this number."""
+    found = ((record["step"], metric.of(record)) for record in records)
+    return [(step, x) for step, x in found if x is None or not math.isnan(x)]
+
+
+def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
+    """Return about ``most`` points at most: the first, the last, and of each part of the curve its
+    minimum, its maximum and a gap. So no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    parts = max(1, (most - 2) // 2)
+    keep = {0, len(points) - 1}
+    for i in range(parts):
+        part = range(i * len(points) // parts, (i + 1) * len(points) // parts)
+        numbers = {j: x for j in part if (x := points[j][1]) is not None}
+        if numbers:
+            keep |= {min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)}
+        keep |= set([j for j in part if j not in numbers][:1])
+    return [points[i] for i in sorted(keep)]
+
+
+def smooth(points: Sequence[Point], share: float = 0.005) -> list[Point]:
+    """Return the mean of two exponential moving averages, one from each end: so the curve does not
+    lag behind. A gap is passed over.
+
+    ``share``: the number of points in which a weight falls by half, over all points."""
+    known = [(step, x) for step, x in points if x is not None]
+    keep = 0.5 ** (1 / max(1.0, share * len(known)))
+    ahead = _average([x for _, x in known], keep)
+    back = _average([x for _, x in reversed(known)], keep)[::-1]
+    return [(step, (a + b) / 2) for (step, _), a, b in zip(known, ahead, back, strict=True)]
+
+
+def _average(numbers: Sequence[float], keep: float) -> list[float]:
+    """Return the exponential moving average, without the bias of its start."""
+    total, weight, found = 0.0, 0.0, list[float]()
+    for x in numbers:
+        total, weight = keep * total + (1 - keep) * x, keep * weight + 1 - keep
+        found.append(total / weight)
+    return found
+
+
+def segments(points: Sequence[Point]) -> Iterator[list[tuple[int, float]]]:
+    """Yield the parts of a curve between its gaps."""
+    part: list[tuple[int, float]] = []
+    for step, x in points:
+        if x is not None:
+            part.append((step, x))
+        elif part:
+            yield part
+            part = []
+    if part:
+        yield part
