@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("dtron.tools.plan", "plan memory and time of a step on any mesh, without a GPU"),
     "show": ("dtron.tools.show", "show every weight on a mesh, and its memory"),
     "report": ("dtron.tools.report", "draw the curves of runs as one page of HTML"),
+    "watch": ("dtron.tools.watch", "follow a run in the terminal"),
     "coordinate-check": (
         "dtron.tools.coordinate_check",
         "check that activations do not grow with the width (muP)",

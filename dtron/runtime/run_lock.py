@@ -22,12 +22,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from dtron.errors import UserError
+from dtron.json_files import is_there, read_bytes
 
 LOCK = "run.lock"
 HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what flock reports if another process has the lock
@@ -105,6 +107,25 @@ class RunLock:
             _open.remove(self._file)
             os.close(self._file)
         self._file = -1  # another file may get its number
+
+
+def holder_lives(run_dir: Path) -> bool:
+    """Whether a run seems to write to a directory. This neither opens nor tries the lock, which
+    could refuse a run that begins. A holder on another host counts as alive. Raises UserError for a
+    lock that is no readable file."""
+    if not is_there(run_dir / LOCK):
+        return False
+    text = read_bytes(run_dir / LOCK).decode(errors="replace")
+    found = re.match(r"host (.*), process (\d+), ", text)
+    if found is None or found[1] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(found[2]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's process
+    return True
 
 
 def _self() -> str:

@@ -17,11 +17,10 @@ METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 _LARGEST = 1 << 34  # bytes of metrics.jsonl, some hundred a step
 
 
-def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, under the names of today; an absent file has none. Raises
-    UserError for a file that cannot be read."""
+def parse_objects(content: bytes) -> list[dict[str, Any]]:
+    """Return the objects of lines, under the names of today."""
     found = []
-    for line in read_bytes(path, _LARGEST).splitlines() if is_there(path) else []:
+    for line in content.splitlines():
         try:
             value = msgspec.json.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -29,6 +28,12 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(current(value))
     return found
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file; an absent file has none. Raises UserError for a file that
+    cannot be read."""
+    return parse_objects(read_bytes(path, _LARGEST)) if is_there(path) else []
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

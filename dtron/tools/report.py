@@ -24,7 +24,13 @@ from dtron.runtime.exit import Parser
 from dtron.tools import html_page as html
 from dtron.tools.curve_chart import SCRIPT, STYLE, curve_chart, is_dashed
 from dtron.tools.curves import METRICS, points_of
-from dtron.tools.run_record import RunRecord, differences, read_records
+from dtron.tools.run_record import (
+    RunRecord,
+    count_text,
+    differences,
+    read_records,
+    time_text,
+)
 from dtron.tools.show import rows as weight_rows
 
 NAME = "report.html"
@@ -53,9 +59,9 @@ def _cards(run: RunRecord) -> list[tuple[str, str, str]]:
     found.append((_number(run.last.get("loss")), "last loss", ""))
     if best:
         found.append((_number(best[0]), f"best validation loss, step {best[1]:,}", ""))
-    speed = f", {_count(median(speeds))} a second (median)" if speeds else ""
-    found.append((_count(run.last.get("tokens", 0)), f"tokens{speed}", ""))
-    return [*found, (_hours(run.hours), "in training steps", "")]
+    speed = f", {count_text(median(speeds))} a second (median)" if speeds else ""
+    found.append((count_text(run.last.get("tokens", 0)), f"tokens{speed}", ""))
+    return [*found, (time_text(run.hours), "in training steps", "")]
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
@@ -66,8 +72,8 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         best, speeds = run.best_validation, run.numbers("tokens_per_s")
         cells = [run.name, run.state, _number(run.last.get("loss"))]
         cells += [_number(best[0]), f"{best[1]:,}"] if best else ["", ""]
-        cells += [_count(run.last.get("tokens", 0)), _hours(run.hours)]
-        rows.append([*cells, _count(median(speeds)) if speeds else ""])
+        cells += [count_text(run.last.get("tokens", 0)), time_text(run.hours)]
+        rows.append([*cells, count_text(median(speeds)) if speeds else ""])
     return html.table(headers, rows, right=range(1, len(headers)))
 
 
@@ -153,19 +159,6 @@ def _configs(runs: Iterable[RunRecord]) -> str:
 
 def _number(x: object) -> str:
     return f"{x:.4f}" if isinstance(x, int | float) else ""
-
-
-def _count(n: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
-def _hours(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
 
 
 def main(argv: list[str]) -> int:

@@ -88,3 +88,18 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     names = [name for name in values[0] if name not in ("run_dir", "resume")]
     rows = {name: [of_run.get(name) for of_run in values] for name in names}
     return {name: row for name, row in rows.items() if any(x != row[0] for x in row)}
+
+
+def count_text(n: float) -> str:
+    """Return a number in three digits, as 1.25M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def time_text(hours: float) -> str:
+    """Return hours in a fitting unit."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
