@@ -67,8 +67,9 @@ def parsed_class(config_class: Any, argv: Sequence[str]) -> Any:
 def fields_of(config_class: type, prefix: str = "") -> dict[str, Any]:
     """Return the type of every field of a config class, by dotted name."""
     found: dict[str, Any] = {}
-    for name, hint in _hints(config_class).items():
-        path = f"{prefix}{name}"
+    hints = _hints(config_class)
+    for f in fields(config_class):
+        path, hint = f"{prefix}{f.name}", hints[f.name]
         inner: Any = hint
         found |= fields_of(inner, f"{path}.") if is_dataclass(hint) else {path: hint}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dtron.runtime.check_values import check_values
 from dtron.runtime.cli import _build, parse, text
 from dtron.runtime.config import RunConfig
 from dtron.runtime.config_file import toml_text
-from dtron.runtime.flags import fields_of
+from dtron.runtime.flags import fields_of, flags_of
 from dtron.testing import assert_caught
 from dtron.tools.plan import PlanConfig
 from dtron.tools.show import ShowConfig
@@ -52,6 +53,13 @@ data: {path: a b.txt}
 FLAGS = ["--steps=7", "--micro-batch=2", "--simulate", "--model=gpt2-124m", "--model.layers=4"]
 FLAGS += ["--optim.lr=3e-4", "--data.path=a b.txt"]
 DEEP = "[" * 2000
+
+
+def test_the_keys_are_the_flags():
+    """The hints of a class have more than its fields, such as the mixers of a model."""
+    keys = {"--" + key.replace("_", "-") for key in fields_of(RunConfig)}
+    beside = {*flags_of(RunConfig)} - keys  # the opposites of switches
+    assert keys <= {*flags_of(RunConfig)} and all(re.search(r"[-.]no-", flag) for flag in beside)
 
 
 @pytest.fixture
