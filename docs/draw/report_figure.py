@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtron.tools.curve_chart import curve_chart
 from dtron.tools.curves import METRICS, Point
-from dtron.tools.html_page import THEME, line_colour
+from dtron.tools.html_page import LINE_THEME, THEME, line_colour
 
 RESULTS = Path(__file__).with_name("report_runs.json")
 
@@ -27,4 +27,4 @@ def losses() -> str:
         canvas.line([(x, y - 4), (x + 18, y - 4)], line_colour(i))
         canvas.text(x + 26, y, name)
     hidden = "g[data-kind=smooth]{display:none}"
-    return canvas.svg(f"{THEME}\n{hidden}")
+    return canvas.svg(f"{THEME}{LINE_THEME}\n{hidden}")

@@ -61,20 +61,23 @@ def series(i: int) -> str:
 
 
 def line_colour(i: int) -> str:
-    """Return the colour of a line, as a value of CSS: the series' darker colour on light paper, and
-    the lighter one on dark paper."""
+    """Return the colour of a line, as a value of CSS. A page needs ``LINE_THEME`` for it."""
     return f"var(--l{i % COLOURS})"
 
 
 def _variables(theme: Mapping[str, str], which: int) -> str:
     pairs = dict(theme) | {f"c{i}": pair[which] for i, pair in enumerate(_FILLS)}
-    pairs |= {f"l{i}": pair[1 - which] for i, pair in enumerate(_FILLS)}
     return ";".join(f"--{name}:{value}" for name, value in pairs.items())
 
 
 THEME = (
     f":root{{color-scheme:light dark;{_variables(_LIGHT, 0)}}}\n"
     f"@media (prefers-color-scheme:dark){{:root{{{_variables(_DARK, 1)}}}}}"
+)
+# The colours of lines: a series' darker fill on light paper, and the lighter one on dark paper.
+LINE_THEME = "".join(
+    f"\n{media}{{:root{{{';'.join(f'--l{i}:{x[which]}' for i, x in enumerate(_FILLS))}}}}}"
+    for media, which in (("@media all", 1), ("@media (prefers-color-scheme:dark)", 0))
 )
 _STYLE = """
 body{margin:0 auto;max-width:1160px;padding:24px 20px 60px;background:var(--paper);

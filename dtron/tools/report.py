@@ -50,7 +50,7 @@ def report_page(runs: Sequence[RunRecord], argv: Sequence[str]) -> str:
     if not one:
         sections.append(_differences(runs))
     sections += [_starts(runs), _meshes(runs), _configs(runs)]
-    return html.page(title, lead, sections, STYLE, SCRIPT)
+    return html.page(title, lead, sections, html.LINE_THEME + STYLE, SCRIPT)
 
 
 def _cards(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -86,18 +86,16 @@ def look(run_dir: Path, steps: int) -> Look:
 
 
 def _tail(path: Path) -> bytes:
-    """Return the last lines of a file; nothing if there is none."""
+    """Return the end of a file; nothing if there is no file. Its first line may be half a line."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - TAIL)
-            file.seek(start)
-            content = file.read()
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            return file.read()
     except FileNotFoundError:
         return b""
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); make it readable") from error
-    return content.partition(b"\n")[2] if start else content
 
 
 def follow(run_dir: Path, steps: int, wait: Callable[[], None]) -> Iterator[Look]:
