@@ -4,7 +4,7 @@
     python bench/published.py --write docs/planning.md  # into the page's table
 
 A published figure is another program's, on its own mesh. The plan is dtron's, on a mesh that fits,
-with the rates of an H100 that were not measured (planner/gpu/h100.json). Needs torch, and no GPU."""
+with the rates of an H100 that were not measured (planner/gpu/h100.json). Needs no GPU."""
 
 from __future__ import annotations
 

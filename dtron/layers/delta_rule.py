@@ -145,8 +145,8 @@ def _chunks(tokens: DeltaTokens, size: int, dtype: torch.dtype) -> _Chunks:
     beta = split(tokens.beta[..., None], size)  # [C, B, N, L, 1]
     log_g, g_i, g_last, kept = decays(log_decay, tokens.starts_BS)
 
-    # The solver reads below the diagonal. It gives the inverse: with L columns it takes a quarter of
-    # the time of a solution for all columns of U and W, which are then one matmul.
+    # The solver reads below the diagonal. It gives the inverse. With L columns this takes a quarter
+    # of the time of a solution for all columns of U and W, which are then one matmul.
     system = beta * _decayed_products(k, k, log_g, kept, dtype)
     one = torch.eye(system.shape[-1], dtype=k.dtype, device=k.device).expand_as(system)
     inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)

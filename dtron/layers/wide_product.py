@@ -2,9 +2,9 @@
 
 The recurrent layers compute in float32: decays, and the states that pass through a whole sequence.
 GPUs multiply float32 numbers at a twentieth of their rate for bfloat16. So the factors of a matmul
-are rounded to the dtype of the activations, and its result stays in float32: no sum is rounded. (The
-tensor cores add in float32 anyway. A matmul in bfloat16 rounds the result.) In float32 and float64
-nothing is rounded."""
+are rounded to the dtype of the activations, and its result stays in float32: no sum is rounded.
+(The tensor cores add in float32 anyway. A matmul in bfloat16 rounds the result.) In float32 and
+float64 nothing is rounded."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dtron.distributed.mesh_shape import AXES, MeshShape, is_part
 
 
 def coordinates(shape: MeshShape, rank: int) -> dict[str, int]:
-    """Return a rank's index on each axis of more than one rank. The last axis has adjacent ranks."""
+    """Return a rank's index on each axis of several ranks. The last axis has adjacent ranks."""
     found, rest = dict[str, int](), rank
     for axis in reversed(AXES):
         rest, found[axis] = divmod(rest, shape.sizes[axis])

@@ -40,7 +40,8 @@ _DARK = {
     "good": "#5fd39a",
     "bad": "#ff8a80",
 }
-# Fills with room for a label in ``ink``: blue, orange, green, purple, yellow, teal, red, brown, grey.
+# Fills with room for a label in ``ink``: blue, orange, green, purple, yellow, teal, red, brown and
+# grey.
 _FILLS = (
     ("#7fb2e8", "#2c66a3"),
     ("#f0a860", "#a85a14"),
@@ -233,7 +234,7 @@ def same_table(shown: Table) -> str:
 
 
 def check_output(flag: str, name: str) -> None:
-    """Raise UserError for a file that certainly cannot be written, before any work is done for it."""
+    """Raise UserError for a file that certainly cannot be written, before any work for it."""
     path = Path(name)
     try:
         if path.is_dir():
