@@ -19,6 +19,7 @@ LABS = {
     6: "ring_attention",
     7: "experts",
     8: "numbers",
+    9: "optimizers",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
 
