@@ -17,6 +17,9 @@ LABS = {
     4: "tensor_parallelism",
     5: "schedules",
     6: "ring_attention",
+    7: "experts",
+    8: "numbers",
+    9: "optimizers",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
 
