@@ -281,13 +281,19 @@ def paused() -> Iterator[None]:
         yield
 
 
+WORLD = 1 << 15  # the size of the first fake group
+
+
 def join_fake_group(size: int) -> None:
-    """Make this process rank 0 of a group of at least so many processes, which sends nothing."""
+    """Make this process rank 0 of a group of at least so many processes, which sends nothing.
+
+    torch keeps plans of redistributions with the names of a mesh's groups, also when the groups are
+    gone. So the first group is large enough for all that follow."""
     if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()
         _mesh.cache_clear()
     if not dist.is_initialized():
-        dist.init_process_group("fake", rank=0, world_size=max(size, 64), store=FakeStore())
+        dist.init_process_group("fake", rank=0, world_size=max(size, WORLD), store=FakeStore())
 
 
 @cache

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.planner.fake_mesh import fake_mesh
 from dtron.planner.gpu_rates import load_gpu
 from dtron.planner.plan_step import plan_rank, plan_ranks
 from dtron.planner.rank_report import check_rank, message_of, place_lines
@@ -40,6 +41,16 @@ def test_every_rank_does_what_the_first_rank_of_its_stage_does():
         assert got.peak == want.peak and got.largest == want.largest
         pairs = zip(got.operators, want.operators, strict=True)
         assert all((a.kind, a.name, a.written) == (b.kind, b.name, b.written) for a, b in pairs)
+
+
+def test_simulated_ranks_work_after_the_plan_of_a_larger_mesh():
+    """Known bug: the groups of all meshes were made anew, and torch's plans of redistributions had
+    the names of the old ones."""
+    small = model_config("dp=3", 1, layers=1, batch=3, micro_batch=1)
+    want = one_step(small, MeshShape.parse("dp=3"))
+    fake_mesh(MeshShape.parse("dp=100"))
+    one_step(model_config("dp=2", 1, layers=1, batch=2, micro_batch=1), MeshShape.parse("dp=2"))
+    assert one_step(small, MeshShape.parse("dp=3")).norm == want.norm
 
 
 def test_a_rank_with_a_smaller_shard_has_less():
