@@ -281,14 +281,15 @@ def paused() -> Iterator[None]:
         yield
 
 
-WORLD = 1 << 15  # the size of the first fake group
+WORLD = 1 << 10  # the size of the first fake group; DTensor takes longer in a larger one
 
 
 def join_fake_group(size: int) -> None:
     """Make this process rank 0 of a group of at least so many processes, which sends nothing.
 
     torch keeps plans of redistributions with the names of a mesh's groups, also when the groups are
-    gone. So the first group is large enough for all that follow."""
+    gone. So the first group is large, and a mesh of more than ``WORLD`` ranks is the last that this
+    process can use."""
     if dist.is_initialized() and dist.get_world_size() < size:
         dist.destroy_process_group()
         _mesh.cache_clear()

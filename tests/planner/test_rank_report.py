@@ -48,7 +48,7 @@ def test_simulated_ranks_work_after_the_plan_of_a_larger_mesh():
     the names of the old ones."""
     small = model_config("dp=3", 1, layers=1, batch=3, micro_batch=1)
     want = one_step(small, MeshShape.parse("dp=3"))
-    fake_mesh(MeshShape.parse("dp=100"))
+    fake_mesh(MeshShape.parse("dp=1000"))
     one_step(model_config("dp=2", 1, layers=1, batch=2, micro_batch=1), MeshShape.parse("dp=2"))
     assert one_step(small, MeshShape.parse("dp=3")).norm == want.norm
 
