@@ -36,6 +36,7 @@ from kernels.under_load import Fn, Load, Pool, query
 
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
+from dtron.tools.html_page import check_output
 
 MESSAGES = [1 << n for n in (16, 20, 24, 28)]
 
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> int:
         "--out", type=Path, required=True, help="file of rates; made or brought up to date"
     )
     o = p.parse_args(argv)
+    check_output("--out", str(o.out))
     if not torch.cuda.is_available():
         raise UserError("torch sees no GPU; run this on the machine whose rates are wanted")
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -128,19 +130,22 @@ def main(argv: list[str]) -> int:
         found["nvlink"] = link()
         dist.destroy_process_group()
     if rank == 0:
-        write(o.out, found)
+        properties = torch.cuda.get_device_properties()
+        write(o.out, found, properties.name, round(properties.total_memory / 2**30, 1))
     return 0
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Write the rates, and keep those of the file that were not measured."""
-    old = json.loads(path.read_text()) if path.exists() else {}
+def write(path: Path, found: dict[str, Any], name: str, memory_gib: float) -> None:
+    """Write the rates, and keep those of the file that were not measured. A new file has those of
+    the H200, and says so."""
+    others = {"other rates": "not measured: those of h200.json"}
+    new_file: dict[str, Any] = {"based_on": "h200", "measured": others}
+    old = json.loads(path.read_text()) if path.exists() else new_file
     today = f"torch {torch.__version__}, {date.today().isoformat()}, under load"
     notes = old.get("measured", {}) | dict.fromkeys(found, f"bench/calibrate.py, {today}")
-    properties = torch.cuda.get_device_properties()
     new = {
-        "name": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "name": name,
+        "memory_gib": memory_gib,
         **{k: x for k, x in old.items() if k not in ("name", "memory_gib")},
         **found,
         "measured": notes,

@@ -17,14 +17,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, case_of, latest, read
+from report import RESULTS, case_of, latest, read, replaced
 from step_flags import arguments, run_config
 
 from dtron.planner.report import GIB, StepPlan
 from dtron.runtime.exit import Parser, run_cli
 from dtron.tools.plan import plan_config, quiet
-
-BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,10 @@ def main(argv: list[str]) -> int:
     p.add_argument("--device", default="H200", help="part of the name of the measured GPU (H200)")
     p.add_argument("--since", default="2026-11-30", help="first date of a measurement")
     p.add_argument("--only", default="", help="cases whose names have this text")
-    p.add_argument("--write", default="", help="write the table into this page")
+    p.add_argument("--write", type=Path, help="write the table into this page")
     o = p.parse_args(argv)
+    if o.write:
+        replaced(o.write, "", "plans")  # a page without a place is refused before the work
     lines = sorted(latest(read(RESULTS)), key=case_of)
     quiet()
     comparisons = []
@@ -156,12 +156,10 @@ def main(argv: list[str]) -> int:
             x = comparisons[-1]
             print(f"{x.memory_error:+.1%} {x.time_error:+.1%} {x.case}", file=sys.stderr)
     text = table(comparisons)
-    if not o.write:
+    if o.write:
+        o.write.write_text(replaced(o.write, text, "plans")[1])
+    else:
         print(text)
-        return 0
-    page = Path(o.write)
-    head, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     return 0
 
 

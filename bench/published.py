@@ -12,13 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from report import replaced
+
 from dtron.model.flops import flops_per_token
 from dtron.planner.report import StepPlan
 from dtron.runtime.cli import parse
 from dtron.runtime.exit import Parser, run_cli
 from dtron.tools.plan import plan_config, quiet
 
-BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 FP8 = "--fp8 tensorwise --fp8-first-last"
 
 
@@ -79,8 +80,10 @@ def row(run: Published, plan: StepPlan) -> str:
 def main(argv: list[str]) -> int:
     p = Parser(description="Compare plans with published runs.")
     p.add_argument("--only", default="", help="runs whose names have this text")
-    p.add_argument("--write", default="", help="write the table into this page")
+    p.add_argument("--write", type=Path, help="write the table into this page")
     o = p.parse_args(argv)
+    if o.write:
+        replaced(o.write, "", "published")  # a page without a place is refused before the work
     quiet()
     rows = [
         "| run | tokens/s per GPU, published | TFLOP/s | source | dtron's plan | TFLOP/s | memory "
@@ -92,12 +95,10 @@ def main(argv: list[str]) -> int:
             rows.append(row(run, plan_config(parse(run.flags.split()), "h100")))
             print(rows[-1], file=sys.stderr)
     text = "\n".join(rows)
-    if not o.write:
+    if o.write:
+        o.write.write_text(replaced(o.write, text, "published")[1])
+    else:
         print(text)
-        return 0
-    page = Path(o.write)
-    head, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     return 0
 
 

@@ -27,7 +27,6 @@ from dtron.runtime.exit import run_cli
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS, PEERS = FOLDER / "results.jsonl", FOLDER / "peers.json"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 NEEDED = (
     "model",
     "mesh",
@@ -218,21 +217,23 @@ def cells(x: Line, best: float | None) -> list[str]:
     ]
 
 
-def replaced(page: Path, new: str) -> tuple[str, str]:
-    """Return the page as it is, and the page with this table between its marks."""
+def replaced(page: Path, new: str, name: str = "table") -> tuple[str, str]:
+    """Return the page as it is, and the page with this table between the marks of its name. Raises
+    UserError if the page cannot be read or lacks the marks."""
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     try:
         old = page.read_text()
     except OSError as error:
         raise UserError(
             f"{page}: cannot be read ({error.strerror}); give a page that exists"
         ) from error
-    head, begin, rest = old.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = old.partition(first)
+    _, end, tail = rest.partition(last)
     if not (begin and end):
         raise UserError(
-            f"{page}: has no place for the table; put {BEGIN} and {END} there, on their own lines"
+            f"{page}: has no place for the table; put {first} and {last} there, on their own lines"
         )
-    return old, f"{head}{BEGIN}\n{new}\n{END}{tail}"
+    return old, f"{head}{first}\n{new}\n{last}{tail}"
 
 
 def main(argv: list[str]) -> int:

@@ -90,8 +90,8 @@ def collectives(cases: Sequence[tuple[int, int]]) -> Callable[[ModuleType], None
                 for kind in KINDS:
                     if got.get(kind, 0) != want[kind]:
                         raise Wrong(
-                            f"zero {zero}, blocks={blocks}, microbatches={microbatches}: a step has "
-                            f"{want[kind]} x {SENT[kind]} over dp, and you say {got.get(kind, 0)}"
+                            f"zero {zero}, blocks={blocks}, microbatches={microbatches}: a step "
+                            f"has {want[kind]} x {SENT[kind]} over dp, and you say {got.get(kind, 0)}"
                         )
 
     return check
@@ -129,8 +129,8 @@ def memory(cases: Sequence[tuple[int, int]]) -> Callable[[ModuleType], None]:
                 ):
                     if g != want:
                         raise Wrong(
-                            f"zero {zero}, a weight of {64 * mlp} elements on {ranks} ranks: a rank "
-                            f"keeps {want} bytes of {what}, and you say {g}"
+                            f"zero {zero}, a weight of {64 * mlp} elements on {ranks} ranks: a "
+                            f"rank keeps {want} bytes of {what}, and you say {g}"
                         )
 
     return check

@@ -13,7 +13,8 @@ from dtron.tools.html_page import COLOURS, FAINT, INK, PAPER, RULE, line_colour
 from dtron.tools.svg import Canvas
 
 STYLE = """
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:14px 24px}
+.curves{display:grid;gap:14px 24px;
+  grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}
 .curves svg{min-width:0} .curves svg>polyline{stroke-width:1} .curves .wide{overflow:visible}
 #smooth{margin:0 6px 0 0} g[data-kind=raw] polyline{stroke-width:1.3}
 g[data-kind=smooth]{display:none} g[data-kind=smooth] polyline{stroke-width:2}
