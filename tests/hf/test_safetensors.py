@@ -252,6 +252,8 @@ def memory_on_pool(at: str, mesh: str, careless: bool) -> dict[str, float]:
         parts.extend(to_local(w).numel() * 4 for w in flat(tree))
         return tree
 
+    load()  # what a first load brings into memory, libraries' pages and tables, is no weight
+    parts.clear()
     model = sum(e.stop - e.start for e in source.reader.entries.values())
     return {"grown": grown(load) / model, "share": sum(parts) / model}
 
