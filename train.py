@@ -28,7 +28,7 @@ from dtron.runtime.evaluation import validation_losses
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
-from dtron.runtime.initial_state import identity, initial_state
+from dtron.runtime.initial_state import identity, initial_state, source_of
 from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
             return 0
         samples = config.ramp.samples_after(config.steps)
         data = open_data(config.data, config.model.vocab, config.seed, samples)
-        new = config.init_from and not run.resumed
-        source = Source(config.init_from, config.model) if new else None
+        frozen = config.lora.rank > 0  # such weights are in no checkpoint
+        source = source_of(config) if frozen or not run.resumed else None
         timeout = config.timeout_seconds
         with start_ranks(config, plan) as pipe, StopSignal(host_group(timeout)) as stop:
             train(config, plan, pipe, data, run, stop, source)
@@ -73,7 +73,7 @@ def train(
 
     ``source``: the Hugging Face folder of the initial weights; None: random weights, or those of
     the checkpoint ``run.resumed``."""
-    same = identity(config, data)
+    same = identity(config, data, source)
     state = initial_state(config, plan, pipe, same, run.resumed, source)
     notes = data.notes + (source.notes if source else ())
     if plan.main:  # not earlier: a refused resume leaves the directory as it was

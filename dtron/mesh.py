@@ -37,18 +37,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
-from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor import DTensor, Placement
 
 from dtron.distributed.collectives import AxisGroup, all_reduce
+from dtron.distributed.local_region import input_gradients, local_region, split_adapted
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.redistribute import Unshard, part_of, shard
 from dtron.errors import PlacementError
 from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
-from dtron.tree import Leaf
+from dtron.tree import Adapted, Leaf
 
 # DTensor warns about sums over two mesh axes one after the other. Here they are few and small.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+Axes = tuple[str | None, ...]
 
 
 def build_mesh(
@@ -196,13 +199,14 @@ class Layout(Leaf):
     def local_map(
         self,
         fn: Callable,
-        ins: Sequence[tuple[str | None, ...] | None],
-        out: tuple[str | None, ...] | list[tuple[str | None, ...]],
+        ins: Sequence[Axes | None],
+        out: Axes | list[Axes],
     ) -> Callable:
         """Make a local region: ``fn`` runs on each rank's own shards, with declared placements of
         inputs and outputs.
 
-        ``ins``: the axes of each input. Inputs that are None at call time are passed on.
+        ``ins``: the axes of each input. Inputs that are None at call time are passed on. An input
+            may be an ``Adapted`` weight; ``ins`` has the axes that are declared for the weight.
         ``out``: the axes of the output; a list if ``fn`` returns several tensors.
 
         The placements of the input gradients follow from these declarations. A mesh axis splits the
@@ -212,55 +216,32 @@ class Layout(Leaf):
         """
         if self.mesh is None:
             return fn
-        placements = [self.placements(*axes) if axes is not None else None for axes in ins]
-        gradients = self.input_gradients(placements)
-        outs = (
-            tuple(list(self.placements(*axes)) for axes in out)
-            if isinstance(out, list)
-            else list(self.placements(*out))
-        )
 
         def region(*args: Any) -> Any:
-            present = [arg is not None for arg in args]
-            inputs, declared = _present(args, present), _present(placements, present)
-            for i, (x, declaration) in enumerate(zip(inputs, declared, strict=True)):
-                if x.placements != declaration:
-                    raise PlacementError(
-                        f"input {i} of a local region has the placements {x.placements} over "
-                        f"{self.axes}, but is declared {_present(ins, present)[i]}, which is "
-                        f"{declaration}; constrain it first"
-                    )
-
-            def inner(*locals_: Any) -> Any:
-                rest = iter(locals_)
-                return fn(*(next(rest) if given else None for given in present))
-
-            return local_map(
-                inner,
-                out_placements=outs,
-                in_placements=declared,
-                in_grad_placements=_present(gradients, present),
-                device_mesh=self.mesh,
-            )(*inputs)
+            if not any(isinstance(arg, Adapted) for arg in args):
+                return self._region(fn, ins, out)(*args)
+            leaves, axes, joined = split_adapted(args, ins)
+            return self._region(lambda *xs: fn(*joined(xs)), axes, out)(*leaves)
 
         return region
+
+    def _region(self, fn: Callable, ins: Sequence[Axes | None], out: Axes | list[Axes]) -> Callable:
+        """Make the local region of ``local_map`` for inputs that are tensors."""
+        assert self.mesh is not None
+        outs: Any = (
+            [self.placements(*axes) for axes in out]
+            if isinstance(out, list)
+            else self.placements(*out)
+        )
+        placements = [None if axes is None else self.placements(*axes) for axes in ins]
+        gradients = self.input_gradients(placements)
+        return local_region(fn, self.mesh, placements, gradients, outs, ins)
 
     def input_gradients(
         self, placements: Sequence[tuple[Placement, ...] | None]
     ) -> list[Sequence[Placement] | None]:
         """The placements of the gradients of a local region's inputs; see ``local_map``."""
-        given = [p for p in placements if p is not None]
-        splits = [any(p[i].is_shard() for p in given) for i in range(len(self.axes))]
-
-        def gradient(x: Placement, split: bool) -> Placement:
-            if x.is_partial():  # each summand has the gradient of the sum
-                return Replicate()
-            return Partial() if split and x.is_replicate() else x
-
-        return [
-            p and [gradient(x, split) for x, split in zip(p, splits, strict=True)]
-            for p in placements
-        ]
+        return input_gradients(placements, len(self.axes))
 
     def from_local(self, x: Tensor, *axes: str | None) -> Tensor:
         """Make a DTensor from this rank's local tensor. Not differentiable."""
@@ -294,7 +275,3 @@ class Layout(Leaf):
         """All-reduce, inside a local region, over the mesh axes of a logical axis. Not
         differentiable."""
         return x if self.mesh is None else all_reduce(x, self.mesh, self.dims(axis), op)
-
-
-def _present(xs: Sequence[Any], present: Sequence[bool]) -> tuple[Any, ...]:
-    return tuple(x for x, given in zip(xs, present, strict=True) if given)

@@ -49,7 +49,10 @@ class WeightSpec(Leaf):
     ``axes``, ``shape``: its logical axes, and the sizes of the axes.
     ``init``: its initialiser.
     ``twin``: another pipeline stage has the same weight, and that stage counts it.
-    ``frozen``: the optimizer does not update this tensor; it is only stored with the weights.
+    ``buffer``: no weight of the model's function, only stored with the weights: it is never cast,
+        and other code may set it between steps.
+    ``frozen``: training does not change the weight: it has no gradient, no optimizer state and no
+        master copy.
     ``summed``: the number of leading dims (after the expert dim) over which a matmul sums, if this
         matmul may run in FP8; 0: no such matmul.
     ``growth``: its sizes as multiples of the sizes at muP's base width (mup.py).
@@ -61,6 +64,7 @@ class WeightSpec(Leaf):
     shape: tuple[int, ...]
     init: Init
     twin: bool = False
+    buffer: bool = False
     frozen: bool = False
     summed: int = 0
     growth: Growth = Growth()
@@ -99,7 +103,7 @@ def weight(
     fan_in: int = 0,
     init: Init = normal,
     when: str | None = None,
-    frozen: bool = False,
+    buffer: bool = False,
     decays: bool | None = None,
 ) -> Any:
     """Declare a weight with these logical axes.
@@ -108,7 +112,7 @@ def weight(
     ``fan_in``: the same number for a matmul that is not ``linear``'s, or never in FP8. muP asks for
         either number.
     ``when``: the weight is absent (None) if ``dims[when]`` is false.
-    ``frozen``: the optimizer does not update the weight, and it is never cast. Other code may set
+    ``buffer``: the optimizer does not update the tensor, and it is never cast. Other code may set
         it between steps.
     ``decays``: whether weight decay applies (None: unless its initial value is a constant, as of
         norms and biases).
@@ -119,7 +123,7 @@ def weight(
             "axes": axes,
             "init": init,
             "when": when,
-            "frozen": frozen,
+            "buffer": buffer,
             "summed": summed,
             "fan_in": fan_in or summed,
         }
@@ -167,7 +171,7 @@ def declare(cls: type, dims: Dims, path: str = "", rename: Mapping[str, str] | N
         elif "axes" in meta:
             axes = tuple(rename.get(a, a) for a in meta["axes"])
             shape = tuple(_look_up(dims, a.removeprefix("act_"), field_path) for a in axes)
-            kind = {name: meta[name] for name in ("frozen", "summed", "decays")}
+            kind = {name: meta[name] for name in ("buffer", "summed", "decays")}
             kind["growth"] = growth(axes, meta["fan_in"], dims.get("width", 1.0))
             tree[f.name] = WeightSpec(field_path, axes, shape, meta["init"], **kind)
         elif meta["choose"]:
@@ -259,7 +263,7 @@ def unshard_all(
     from_buckets: dict[int, Tensor] = {}
     if once:
         pairs = enumerate(zip(weights, declarations, strict=True))
-        sharded = [i for i, (w, d) in pairs if not d.frozen and layout.needs_unshard(w, *d.axes)]
+        sharded = [i for i, (w, d) in pairs if not d.buffer and layout.needs_unshard(w, *d.axes)]
         goals = [layout.unsharded(*declarations[i].axes) for i in sharded]
         dtensors: list[Any] = [weights[i] for i in sharded]  # weights on one device need no unshard
         gathered = unshard_bucketed(dtensors, goals, layout.compute)
@@ -268,7 +272,7 @@ def unshard_all(
     for i, (w, d) in enumerate(zip(weights, declarations, strict=True)):
         if i in from_buckets:
             w = from_buckets[i]
-        elif not d.frozen:
+        elif not d.buffer:
             in_fp8 = fp8 is not None and fp8(d, layout.shape(w, *d.axes))
             w = layout.unshard(w, *d.axes, fp8=in_fp8)
         ready.append(w)

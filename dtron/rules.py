@@ -46,6 +46,7 @@ RULES: Rules = {
     "vocab": ("tp",),
     "positions": (),
     "taps": (),
+    "rank": (),  # of a low-rank update
     # experts: their tokens, and their weights
     "tokens_ep": ("dp_replicate", "edp", "ep"),
     "experts": ("ep",),

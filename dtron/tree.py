@@ -28,7 +28,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for name, child in _children(tree):
             if name in chosen and child is not None:
                 name = type(child).segment
-            yield from leaves(child, f"{path}.{name}" if path else name)
+            inner = f"{path}.{name}" if path else name
+            yield from leaves(child, path if name == "base" and issubclass(cls, Adapted) else inner)
     elif tree is not None:
         yield path, tree
 
@@ -126,8 +127,18 @@ class Declared:
     """The declaration of a leaf, read from its class. See ``params.WeightSpec``."""
 
     axes: tuple[str, ...]
-    frozen: bool
+    buffer: bool
     summed: int
+
+
+class Adapted:
+    """The base of nodes that stand where a params class declares one weight: the weight itself, as
+    ``base``, which keeps its path, and more leaves beside it (layers/lora.py). The axes of the
+    leaves follow from the axes of the weight."""
+
+    def split_axes(self, axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Return the axes of each field with a leaf, given the axes declared for the weight."""
+        raise NotImplementedError
 
 
 def declared(tree: Any) -> list[Declared]:
@@ -152,6 +163,12 @@ def _collect_declared(
         child = getattr(tree, name)
         if leaf is None:
             _collect_declared(child, changes, declarations)
+        elif isinstance(child, Adapted):
+            axes, buffer, summed = leaf
+            children = zip(_children(child), child.split_axes(axes), strict=True)
+            for i, ((_, x), own) in enumerate(children):
+                if x is not None:
+                    declarations.append(Declared(own, buffer, 0 if i else summed))
         elif child is not None:
             declarations.append(Declared(*leaf))
 
@@ -166,7 +183,7 @@ def _declarations(
     for f in fields(cls):
         if "axes" in f.metadata:
             axes = tuple(dict(rename).get(a, a) for a in f.metadata["axes"])
-            rows.append((f.name, (axes, f.metadata["frozen"], f.metadata["summed"]), ()))
+            rows.append((f.name, (axes, f.metadata["buffer"], f.metadata["summed"]), ()))
         elif "value" not in f.metadata:
             rows.append((f.name, None, tuple(f.metadata["rename"].items())))
     return tuple(rows)

@@ -4,8 +4,9 @@ Each rank writes its shards with their place in the whole tensor (shards.py), an
 ranges that it needs. So a run may load with another mesh and another ZeRO stage than the run that
 saved. This needs nothing else, because weights have the same paths and shapes on every mesh.
 
-A checkpoint holds the weights (with the routers' balance biases), the trees of the optimizer's
-state, the step number and the place in the data. It holds no state of the learning rate, which is a
+A checkpoint holds the trained weights (with the routers' balance biases), the trees of the
+optimizer's state, the step number and the place in the data. Frozen weights are those that the run
+began with, and are not in it. It holds no state of the learning rate, which is a
 function of the step. It holds no state of a random generator: after the initial weights no random
 number is drawn.
 
@@ -15,7 +16,8 @@ meta.py and files.py describe the files on disk. async_saver.py writes them whil
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from dtron.checkpoint import files
 from dtron.checkpoint.async_saver import AsyncSaver
 from dtron.checkpoint.files import read_meta
+from dtron.checkpoint.identity import Identity, check_identity
 from dtron.checkpoint.meta import Meta
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.checkpoint.shards import Shard, ShardReader
@@ -34,16 +37,12 @@ from dtron.checkpoint.stored_values import read_state, read_values
 from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
 from dtron.errors import UserError
-from dtron.layers.gated_delta_net import DeltaNetConfig
-from dtron.layers.mamba2 import Mamba2Config
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
 from dtron.training.state_formats import is_part
 from dtron.training.weight_average import NAME as EMA
 from dtron.tree import flat, tree_map, unflatten, with_specs
-
-Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainS
     if not has_average(meta):
         saved_as = {name: _without_average(name) for name in whole}
     fits = {saved_as[n] for n in whole if not is_part(n.partition(".")[0])} <= meta.tensors.keys()
-    _same(path, meta.identity, identity, other_optimizer=fits)
+    check_identity(path, meta.identity, identity, other_optimizer=fits)
     verify_checksums(path, meta)
     with paused(), torch.no_grad(), ShardReader(path, meta) as reader:
         read_state(reader, whole, saved_as)
@@ -155,15 +154,19 @@ def load_params(
     dtype: torch.dtype,
     device: str,
     average: bool = False,
+    frozen: Callable[[WeightSpec], Tensor] | None = None,
 ) -> Any:
     """Load the weights alone, in ``dtype``, one at a time. Every rank calls this. A run that
     resumes training needs ``load``.
 
-    ``average``: the averages of the weights."""
+    ``average``: the averages of the weights.
+    ``frozen``: loads a frozen weight (None: the tree has none)."""
     meta = read_meta(path)
     verify_checksums(path, meta)
 
     def one(w: WeightSpec) -> Tensor:
+        if w.frozen and frozen is not None:
+            return frozen(w)
         ranges = shard_range(w, layout, device)
         with paused():
             x = _weight(reader, w, average, ranges or [(0, n) for n in w.shape]).to(device, dtype)
@@ -178,63 +181,6 @@ def _weight(reader: ShardReader, w: WeightSpec, average: bool, ranges: list[Rang
     part = torch.empty([b - a for a, b in ranges], device="meta")
     shard = Shard(tuple(w.shape), tuple(a for a, _ in ranges), part)
     return read_values(reader, EMA if average else "params", w.path, shard).float()
-
-
-def _with_unrecorded(saved: Identity) -> Identity:
-    """Return the identity with the entries that older checkpoints lack, each with the value that
-    their runs had."""
-    latent = bool(saved.get("model.mla.kv_rank"))
-    mixers: dict[str, Any] = {"delta": DeltaNetConfig(), "mamba": Mamba2Config()}  # none had these
-    values = {
-        "optim.name": "adamw",
-        "model.pattern": "A",
-        "model.rope.attention_factor": 0.0,
-        "model.mup_base_width": 0,
-        "model.mup_base_head_dim": 0,
-        "model.feed_forwards": "F",
-        "model.attention_gate": False,
-        "model.norm_position": "pre",
-        "model.qk_norm_over": "head",
-        "model.rope.partial": 1.0,
-        "model.embedding_scale": 1.0,
-        "model.residual_scale": 1.0,
-        "model.logit_scale": 1.0,
-        # The norms of latents had the epsilon of the other norms.
-        "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
-        **{
-            f"model.{part}.{name}": value
-            for part, config in mixers.items()
-            for name, value in asdict(config).items()
-        },
-    }
-    return values | saved
-
-
-def _same(path: Path, saved: Identity, now: Identity, other_optimizer: bool) -> None:
-    """Raise UserError for the first entry that differs.
-
-    ``other_optimizer``: the name of the optimizer may differ."""
-    saved = _with_unrecorded(saved)
-    for name, value in now.items():
-        was = saved.get(name)
-        if was == value or (name == "optim.name" and other_optimizer):
-            continue
-        if name == "text":
-            raise UserError(
-                f"{path}: was trained on other text, or with another tokenizer; give the "
-                "--data.path and --data.tokenizer it was started with, or another --run-dir"
-            )
-        stem, _, last = name.replace("_", "-").rpartition(".")
-        dot = f"--{stem}." if stem else "--"
-        flag = (
-            f"{dot}{'' if was else 'no-'}{last}"
-            if isinstance(value, bool)
-            else f"{dot}{last} {was}"
-        )
-        raise UserError(
-            f"{path}: was made with {name}={was}, this run has {value}; "
-            f"use {flag}, or another --run-dir"
-        )
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -258,13 +204,14 @@ def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
 
 
 def _named(state: TrainState, spec: Any, twins: bool = True) -> dict[str, Tensor]:
-    """Return the tensors by kind and path. The copies of a tied weight have one name.
+    """Return the tensors by kind and path. The copies of a tied weight have one name. Frozen weights
+    are not among them.
 
     ``twins``: whether a copy counts that another stage has too."""
     named: dict[str, Tensor] = {}
     for kind, tree in _trees(state).items():
         for w, t in with_specs(spec, tree):
-            if twins or not w.twin:
+            if (twins or not w.twin) and not w.frozen:
                 named.setdefault(f"{kind}.{w.path}", t)
     if any(is_simulated(t) for t in _locals(state)):
         named = {name: full(t) for name, t in named.items()}
@@ -275,7 +222,7 @@ def _fill_twins(state: TrainState, spec: Any, loaded: dict[str, Tensor]) -> None
     """Copy a tied weight where this rank holds both copies: only the first copy has been read."""
     for kind, tree in _trees(state).items():
         for w, t in with_specs(spec, tree):
-            if loaded[f"{kind}.{w.path}"] is not t:
+            if not w.frozen and loaded[f"{kind}.{w.path}"] is not t:
                 to_local(t).copy_(to_local(loaded[f"{kind}.{w.path}"]))
 
 
@@ -285,7 +232,9 @@ def _placed(state: TrainState, spec: Any, whole: dict[str, Tensor]) -> TrainStat
 
     def place(kind: str, tree: Any) -> Any:
         pairs = with_specs(spec, tree)
-        return unflatten(tree, [shard_like(whole[f"{kind}.{w.path}"], t) for w, t in pairs])
+        return unflatten(
+            tree, [t if w.frozen else shard_like(whole[f"{kind}.{w.path}"], t) for w, t in pairs]
+        )
 
     trees = {kind: place(kind, tree) for kind, tree in _trees(state).items()}
     params = trees.pop("params")

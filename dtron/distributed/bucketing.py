@@ -8,8 +8,9 @@ An all-gather does the same in reverse. (DDP's buckets, Li et al. 2020, arXiv:20
 3.2.3, hold gradients of any size and are hidden behind backward. Here nothing has to wait for a
 bucket to fill, and large weights are sent without a copy to a bucket.)
 
-Left out: tensors that are sharded over other axes too, tensors that cannot be split into equal
-shards, and ZeRO-3's all-gathers in every block, which are overlapped one by one."""
+Left out: reduce-scatters and all-gathers of tensors that are sharded over other axes too, tensors
+that cannot be split into equal shards, and ZeRO-3's all-gathers in every block, which are overlapped
+one by one."""
 
 from __future__ import annotations
 
@@ -91,16 +92,17 @@ def unshard_bucketed(
 
 def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
     """Reduce gradients to the placements of their weights. First come the reduce-scatters, which
-    shrink the gradients, then the remaining sums. Small gradients (norms, biases) are concatenated
-    for these sums too."""
+    shrink the gradients, then the remaining sums. Small gradients (norms, biases, low-rank updates)
+    are concatenated for these sums too."""
     reduced = reduce_scatter_all(grads, goals)
 
     def bucket_key(i: int) -> Any:
         g, (goal, dtype) = reduced[i], goals[i]
         if g.placements == tuple(goal):
             return "complete"
-        small = g.numel() < SMALL and not any(p.is_shard() for p in g.placements)
-        return (tuple(g.placements), dtype) if small else None
+        sums = all(p.is_partial() for p, q in zip(g.placements, goal, strict=True) if p != q)
+        pending = tuple(p if p.is_partial() else Replicate() for p in g.placements)
+        return (pending, dtype) if sums and g.numel() < SMALL else None
 
     for key, members in _by_key(len(reduced), bucket_key):
         if key is None:
@@ -109,17 +111,22 @@ def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
                 reduced[i] = cast(reduced[i], dtype).redistribute(reduced[i].device_mesh, goal)
         elif key != "complete":
             pending, dtype = key
-            mesh, parts = reduced[members[0]].device_mesh, [reduced[i] for i in members]
-            bucket = torch.cat([x.to_local().flatten().to(dtype) for x in parts])
+            mesh, parts = reduced[members[0]].device_mesh, [to_local(reduced[i]) for i in members]
+            bucket = torch.cat([x.flatten().to(dtype) for x in parts])
             bucket = DTensor.from_local(bucket, mesh, pending, run_check=False).redistribute(
                 mesh, [Replicate()] * mesh.ndim
             )
             sums = bucket.to_local().split([x.numel() for x in parts])
-            for i, x in zip(members, sums, strict=True):
-                reduced[i] = DTensor.from_local(
-                    x.view(reduced[i].shape), mesh, bucket.placements, run_check=False
-                )
+            for i, x, part in zip(members, sums, parts, strict=True):
+                reduced[i] = _like(x.view(part.shape), reduced[i], goals[i][0])
     return reduced
+
+
+def _like(x: Tensor, g: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """Make a DTensor of the shape of ``g`` from a local tensor."""
+    return DTensor.from_local(
+        x, g.device_mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
+    )
 
 
 def _changed(now: Sequence[Placement], goal: Sequence[Placement]) -> tuple[int, ...]:
@@ -159,10 +166,7 @@ def _reduce_scatter_bucket(
         )
         rows = bucket.to_local()[0].split([x[0].numel() for x in shards])
         parts = [row.view(x.shape[1:]) for row, x in zip(rows, shards, strict=True)]
-    return [
-        DTensor.from_local(x, mesh, t, run_check=False, shape=g.shape, stride=g.stride())
-        for x, t, g in zip(parts, targets, grads, strict=True)
-    ]
+    return [_like(x, g, t) for x, g, t in zip(parts, grads, targets, strict=True)]
 
 
 def _all_gather_bucket(
@@ -179,8 +183,5 @@ def _all_gather_bucket(
             for shard, x, d in zip(shards, parts, dims, strict=True)
         ]
     return [
-        DTensor.from_local(
-            x.contiguous(), mesh, goal, run_check=False, shape=w.shape, stride=w.stride()
-        )
-        for x, goal, w in zip(parts, goals, weights, strict=True)
+        _like(x.contiguous(), w, goal) for x, w, goal in zip(parts, weights, goals, strict=True)
     ]

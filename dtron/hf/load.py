@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
+from dtron.data.cache import digest
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.hf.config import CONFIG, read_config
@@ -117,6 +118,15 @@ class Source:
     def bytes_read(self) -> int:
         return self.reader.bytes_read
 
+    def digest(self) -> str:
+        """Return a digest of config.json and of the names, shapes and places of all tensors. The
+        bytes of the tensors are not read."""
+        parts = [(self.folder / CONFIG).read_bytes()]
+        for name, e in sorted(self.reader.entries.items()):
+            place = name, e.file.name, e.dtype, e.shape, e.start, e.stop
+            parts.append(repr(place).encode())
+        return digest(parts)
+
     def _notes(self, said: ModelConfig) -> tuple[str, ...]:
         """Return the notes. ``said``: the model of config.json."""
         out = []
@@ -188,10 +198,11 @@ class Source:
         ``spec``: the declared tree; the result is a tree like it.
         ``dtype``: dtype of the weights."""
         with torch.no_grad():
-            read = partial(self._weight, layout=layout, dtype=dtype, device=device)
+            read = partial(self.weight, layout=layout, dtype=dtype, device=device)
             return tree_map(read, spec)
 
-    def _weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
+    def weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
+        """Load one weight. Not differentiable."""
         shard = shard_range(w, layout, device)
         with paused():  # simulated ranks share the weights that are read
             where = place(w, self.family, self._stored)

@@ -22,6 +22,7 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, noop_context_fn
 
 from dtron.torch_compile import tracing
+from dtron.tree import tree_map
 
 
 def checkpointed(fn: Callable, *xs: Any, context_fn: Callable = noop_context_fn) -> Any:
@@ -74,15 +75,14 @@ def in_chunks(fn: Callable, size: int) -> Callable:
     independently. Each chunk keeps only its x for backward, which recomputes the rest. Rank-local:
     takes no DTensors."""
 
-    def run(x: Tensor, *weights: Tensor | None) -> Tensor:
+    def run(x: Tensor, *weights: Any) -> Tensor:
         # A weight's gradient is a sum over chunks. The chunks use a wider copy of the weight, so
         # this sum is accumulated in float32. Casting a weight to the wider dtype and back does not
         # change the weight, and a compiler removes both casts.
-        wide = [w if w is None else w.to(_at_least_float32(w.dtype)) for w in weights]
+        wide = tree_map(lambda w: w.to(_at_least_float32(w.dtype)), weights)
 
-        def chunk(x: Tensor, *wide: Tensor | None) -> Tensor:
-            pairs = zip(wide, weights, strict=True)
-            return fn(x, *(w if o is None or w is None else w.to(o.dtype) for w, o in pairs))
+        def chunk(x: Tensor, *wide: Any) -> Tensor:
+            return fn(x, *tree_map(lambda w, narrow: w.to(narrow.dtype), wide, weights))
 
         each = partial(checkpointed, chunk) if torch.is_grad_enabled() else chunk
         return torch.cat([each(rows, *wide) for rows in x.split(size)])

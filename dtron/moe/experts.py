@@ -22,6 +22,7 @@ from torch import Tensor
 from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.fp8.matmul import grouped_matmul
 from dtron.fp8.recipe import Recipe
+from dtron.layers.lora import LoRA
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 from dtron.torch_compile import tracing
@@ -77,9 +78,19 @@ def compute(
 
 
 def product(
-    x: Tensor, w: Tensor, b: Tensor | None, ends_E: Tensor | None, recipe: Recipe | None = None
+    x: Tensor,
+    w: Tensor | LoRA,
+    b: Tensor | None,
+    ends_E: Tensor | None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
-    """Compute ``x @ w[e] + b[e]`` for the rows of each expert e."""
+    """Compute ``x @ w[e] + b[e]`` for the rows of each expert e.
+
+    ``w``: a weight, or a ``LoRA`` in its place."""
+    if isinstance(w, LoRA):
+        low = product(x, w.lora_a, None, ends_E) * w.scale
+        y = product(x, w.base, b, ends_E, recipe)
+        return y + product(low, w.lora_b, None, ends_E)
     y = grouped_matmul(x, w, ends_E, recipe)
     if y is None:
         y = x @ w if ends_E is None else _grouped_mm(x)(x, w, ends_E)

@@ -47,7 +47,7 @@ class Router:
 
     w: Tensor = weight("embed", "act_experts", fan_in=1)
     b: Tensor | None = weight("act_experts", init=zeros, when="router_bias")
-    balance: Tensor | None = weight("act_experts", init=zeros, when="balance_bias", frozen=True)
+    balance: Tensor | None = weight("act_experts", init=zeros, when="balance_bias", buffer=True)
 
 
 class TokenInfo(NamedTuple):

@@ -46,7 +46,7 @@ class StepPlan:
     @property
     def tflops(self) -> float:
         """TFLOP/s of one GPU, of the model's FLOPs without recomputation."""
-        each = flops_per_token(self.config.model, self.config.data.seq_len)
+        each = flops_per_token(self.config.model, self.config.data.seq_len, self.config.lora)
         return self.tokens_per_second * each / 1e12
 
     @property

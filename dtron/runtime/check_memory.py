@@ -21,9 +21,9 @@ import torch
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.model.activation_bytes import host_bytes
-from dtron.model.transformer import declare_model
 from dtron.runtime.config import RunConfig
 from dtron.schedules.table import peaks
+from dtron.training.config import RunPlan
 from dtron.training.low_bit_state import master_bytes
 from dtron.training.offloaded_state import OffloadedState
 from dtron.training.optim_config import build_optimizer
@@ -34,13 +34,17 @@ from dtron.tree import flat
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(config: RunConfig, shape: MeshShape, device: str, master: torch.dtype) -> None:
+def check_memory(config: RunConfig, plan: RunPlan) -> None:
     """Raise UserError if weights and optimizer state cannot fit into the memory of a rank, or of
     all ranks of this machine, even if they are sharded over all ranks."""
-    optimizer, element = build_optimizer(config.optim), master.itemsize
-    weights = flat(declare_model(config.model))
+    optimizer, element = build_optimizer(config.optim), plan.master.itemsize
+    shape, device = plan.shape, plan.device
+    weights = flat(config.declare())
     whole = sum(
-        w.numel * master_bytes(optimizer, w, element) + optimizer.state_bytes(w, w.shape, element)
+        w.numel * plan.compute.itemsize
+        if w.frozen
+        else w.numel * master_bytes(optimizer, w, element)
+        + optimizer.state_bytes(w, w.shape, element)
         for w in weights
     )
     offloaded = find(optimizer, OffloadedState)

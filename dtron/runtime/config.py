@@ -154,4 +154,4 @@ def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
         "text": text,
         "optim.name": config.optim.name,
     }
-    return dotted(asdict(config.model), "model.") | same
+    return dotted(asdict(config.model), "model.") | dotted(asdict(config.lora), "lora.") | same

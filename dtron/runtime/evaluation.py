@@ -10,6 +10,7 @@ import torch
 from dtron.checkpoint import TrainState
 from dtron.data import Data
 from dtron.distributed.redistribute import full
+from dtron.frozen import with_frozen
 from dtron.params import unshard
 from dtron.runtime.batches import split, to_host
 from dtron.runtime.config import RunConfig
@@ -28,7 +29,8 @@ def validation_losses(
     """Return the validation loss by its name in metrics.jsonl, and that of the average of the
     weights if the run keeps one."""
     average = state.opt.trees.get(EMA)  # on the host with --optim.offload-state
-    average = None if average is None else on_device(average, plan.device)
+    if average is not None:
+        average = with_frozen(pipe.spec, state.params, on_device(average, plan.device))
     params = {"validation_loss": state.params, "ema_validation_loss": average}
     return {
         name: validate(tree, data, config, plan, pipe)

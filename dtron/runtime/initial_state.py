@@ -6,30 +6,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dtron import checkpoint
 from dtron.data import Data
 from dtron.distributed.symmetric_memory import publish_weights
 from dtron.errors import UserError
+from dtron.frozen import stored_dtype
 from dtron.hf import Source
-from dtron.params import init
+from dtron.mesh import Layout
+from dtron.model.lora import is_update
+from dtron.params import WeightSpec, draw
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.launch import same_on_all_ranks
 from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
-from dtron.tree import flat
+from dtron.tree import flat, tree_map
 
 
-def identity(config: RunConfig, data: Data) -> dict[str, Any]:
+def identity(config: RunConfig, data: Data, source: Source | None = None) -> dict[str, Any]:
     """Return the settings that must be the same when the run is resumed. Raises UserError if the
-    flags or the data differ between ranks."""
+    flags or the data differ between ranks.
+
+    ``source``: the folder of the frozen weights, which are in no checkpoint."""
     settings = identity_of(config, data.digest())
+    if source is not None and config.lora.rank:
+        settings["frozen weights"] = source.digest()
     if data.samples is not None:
         settings["data.samples"] = data.samples
     may_change = {"batch": config.batch, "optim": config.optim, "steps": config.steps}
     same_on_all_ranks(settings | may_change)
     return settings
+
+
+def source_of(config: RunConfig) -> Source | None:
+    """Open the folder of the weights that a run begins with; None: they are random."""
+    return Source(config.init_from, config.model) if config.init_from else None
+
+
+def initial_weight(
+    w: WeightSpec,
+    config: RunConfig,
+    source: Source | None,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: str,
+) -> Tensor:
+    """Return a weight as a run begins with it. The updates of LoRA are in no folder.
+
+    ``source``: see ``source_of``."""
+    with torch.no_grad():
+        if source is not None and not is_update(w):
+            return source.weight(w, layout, dtype, device)
+        return layout.shard(draw(w, config.model.dims(), config.seed, device).to(dtype), *w.axes)
 
 
 def initial_state(
@@ -43,16 +75,16 @@ def initial_state(
     """Return weights and optimizer state, with the placements of this run.
 
     ``resumed``: the checkpoint to resume from, or None.
-    ``source``: the Hugging Face folder of the initial weights, or None. If both are None, the
-        weights are random.
+    ``source``: the Hugging Face folder of the initial weights, or None: they are random.
 
     Raises UserError for a checkpoint of another run, or of a run that has reached its last step."""
     spec, layout = pipe.spec, pipe.layout
-    if source is not None:
-        params = source.load(spec, layout, plan.master, plan.device)
-    else:
-        dims = config.model.dims()
-        params = init(spec, dims, config.seed, layout, plan.master, plan.device)
+
+    def load(w: WeightSpec) -> Tensor:
+        dtype = stored_dtype(w, layout, plan.master)
+        return initial_weight(w, config, source, layout, dtype, plan.device)
+
+    params = tree_map(load, spec)
     opt = init_state(build_optimizer(config.optim), spec, params)
     state = checkpoint.TrainState(0, 0, stored_params(params, spec, opt), opt)
     del params

@@ -22,6 +22,7 @@ from dtron.distributed.simulated_ranks import check_ranks, simulated
 from dtron.distributed.symmetric_memory import backends
 from dtron.errors import UserError
 from dtron.mesh import Layout, build_mesh, stage_mesh
+from dtron.model.lora import check_lora
 from dtron.model.transformer import declare_model
 from dtron.rules import rules_for, zero_axes
 from dtron.runtime.check_memory import check_host_memory, check_memory
@@ -58,7 +59,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         check_ranks(shape)
     plan, pipe = resolve(config, shape, _device(config))
     check_capability(config.how, plan.device)
-    check_memory(config, shape, plan.device, plan.master)
+    check_memory(config, plan)
     check_host_memory(config, pipe, shape, plan.rows, plan.compute)
     return plan
 
@@ -68,7 +69,8 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
     plan, and the pipeline with all its ranks. Raises UserError for an invalid config."""
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     optimizer = build_optimizer(config.optim, config.model.mup)
-    check_groups(optimizer, declare_model(config.model))
+    check_lora(declare_model(config.model), config.lora)
+    check_groups(optimizer, config.declare())
     counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
     # Checks schedule and layers.
     pipe = pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
@@ -90,7 +92,7 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
     check_dispatch(config.how, config.model, compiles)
     check_expert_sizes(config.how, config.model, shape, compute)
     master = torch.promote_types(compute, torch.float32)
-    check_formats(optimizer, declare_model(config.model), shape, config.zero, compute)
+    check_formats(optimizer, config.declare(), shape, config.zero, compute)
     plan = RunPlan(
         shape=shape,
         device=device,

@@ -56,7 +56,7 @@ class StepLog:
     ):
         self._config, self._device, self._awaited = config, plan.device, awaited
         self.guard = NonFiniteGuard(config.max_nonfinite_steps, config.optim.skip_grad_norm)
-        flops = flops_per_token(config.model, config.data.seq_len)
+        flops = flops_per_token(config.model, config.data.seq_len, config.lora)
         throughput = Throughput(plan.device, plan.shape.size, flops)
         self._metrics = Metrics(
             run_dir, throughput, config.steps, start, plan.main, config.tensorboard

@@ -169,7 +169,7 @@ def run(
             assert gx is not None
             if here.entered is None:
                 links.send(a, gx)
-            else:
+            elif here.entered.requires_grad:  # not where the embedding is frozen
                 edge = get_gradient_edge(here.entered)
                 here.later = _and_enter(here.later, edge, gx, flat[stage])
         if a.kind != "I":

@@ -9,11 +9,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from dtron import checkpoint
 from dtron.data.files import one_line
@@ -26,10 +29,14 @@ from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
 from dtron.hf.source_files import ORIGIN
 from dtron.json_files import is_there, read_object
+from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
+from dtron.model.lora import NO_LORA, LoraConfig
+from dtron.params import WeightSpec
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
 from dtron.runtime.generation import Sampling, check_prompts, generate
+from dtron.runtime.initial_state import initial_weight, source_of
 from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.output import write_line
 from dtron.runtime.run_directory import read_run
@@ -40,7 +47,7 @@ def run(o: Namespace) -> int:
     check_sampling(o.tokens, o.temperature, o.top_p, o.seed)
     check_text(o.prompt)
     folder = _folder(o.folder)
-    load_weights, m = _open(folder, o.ema)
+    load_weights, m, lora = _open(folder, o.ema)
     if not is_there(folder / "tokenizer.json"):
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
@@ -48,7 +55,7 @@ def run(o: Namespace) -> int:
     with library("--prompt: the tokenizer cannot encode it", NO_TOKEN):
         prompts = [encoder.encode(text).ids for text in o.prompt]
     check_prompts(prompts, o.tokens, m)
-    config = _run_config(o, m)
+    config = replace(_run_config(o, m), lora=lora)
     plan = plan_run(config)
     ends, sampling = _ends(folder, tokenizer), Sampling(o.temperature, o.top_p, o.seed)
     with start_ranks(config, plan) as pipe:
@@ -93,9 +100,9 @@ def _run_config(o: Namespace, m: ModelConfig) -> RunConfig:
     )
 
 
-def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig]:
-    """Open a run directory or a Hugging Face folder. Return a function that loads its weights, and
-    its model.
+def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig, LoraConfig]:
+    """Open a run directory or a Hugging Face folder. Return a function that loads its weights, its
+    model, and the updates of the model.
 
     ``average``: the average of the weights, in place of the weights."""
     if checkpoint.folder(folder).is_dir():
@@ -103,11 +110,37 @@ def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig]
         meta = checkpoint.read_meta(found)  # raises UserError if it is incomplete
         if average:
             checkpoint.check_average(found, meta)
-        return partial(checkpoint.load_params, found, average=average), config.model
+        load = partial(
+            _load_run,
+            found,
+            config,
+            source=source_of(config) if config.lora.rank else None,
+            average=average,
+        )
+        return load, config.model, config.lora
     if average:
         raise UserError(f"--from {folder}: a model's folder has no average; leave --ema out")
     source = Source(folder)
-    return source.load, source.model
+    return source.load, source.model, NO_LORA
+
+
+def _load_run(
+    found: Path,
+    config: RunConfig,
+    spec: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: str,
+    source: Source | None,
+    average: bool,
+) -> Any:
+    """Load the weights of a run: its trained weights from the checkpoint ``found``, and its frozen
+    weights from where the run began."""
+
+    def frozen(w: WeightSpec) -> Tensor:
+        return initial_weight(w, config, source, layout, dtype, device)
+
+    return checkpoint.load_params(found, spec, layout, dtype, device, average, frozen)
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:

@@ -100,7 +100,7 @@ class Search:
         self.too_large = 0
         self._costs: dict[tuple[int, ...], BlockCost] = {}
         self._states: dict[tuple[MeshShape, int], tuple[Sequence[int], float]] = {}
-        self._flops = flops_per_token(config.model, config.data.seq_len)
+        self._flops = flops_per_token(config.model, config.data.seq_len, config.lora)
 
     def run(self) -> list[Choice]:
         """Return the choices that fit, the fastest first. Raises UserError if not even one device

@@ -35,6 +35,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.context_parallel import Method
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
+from dtron.model.lora import LoraConfig, check_lora
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
@@ -107,6 +108,7 @@ class VerifyConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def run(self) -> RunConfig:
         """Return the config of the training run whose step is taken."""
@@ -129,6 +131,7 @@ class VerifyConfig:
             pipeline=self.pipeline,
             optim=self.optim,
             model=self.model,
+            lora=self.lora,
             data=DataConfig(seq_len=self.seq_len, document_mask=self.document_mask),
         )
 
@@ -142,7 +145,8 @@ def main(argv: Sequence[str]) -> int:
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
     check_expert_sizes(config.how, config.model, shape, dtype)
-    optimizer, spec = build_optimizer(config.optim), declare_model(config.model)
+    optimizer, spec = build_optimizer(config.optim), config.declare()
+    check_lora(declare_model(config.model), config.lora)
     check_formats(optimizer, spec, shape, config.zero, dtype)
     count, _ = microbatches(config.ramp.sizes[0], config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid

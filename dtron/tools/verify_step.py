@@ -13,10 +13,11 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused, simulated
+from dtron.frozen import stored_dtype
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch, valid_tokens
-from dtron.params import WeightSpec, draw
+from dtron.params import WeightSpec, draw, normal, zeros
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import microbatches
@@ -56,7 +57,10 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
             documents, positions = _random_documents(config)
 
     def place(w: WeightSpec) -> Tensor:
-        return layout.shard(draw(w, m.dims(), config.seed).to(dtype), *w.axes)
+        # Zeros in a product would hide a wrong gradient of the other factor.
+        w = replace(w, init=normal) if w.init is zeros and not w.buffer else w
+        x = draw(w, m.dims(), config.seed)
+        return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 
     def parts(x: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * count if x is None else x.chunk(count)

@@ -13,7 +13,7 @@ For the zero-bubble schedules the backward of a unit is two graphs (backward_hal
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from dtron.torch_compile import own_generator
 from dtron.training.backward_halves import BackwardHalves
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gathered_weight import LocalWeight
-from dtron.training.gradients import add_all
+from dtron.training.gradients import add_all, leaf
 from dtron.training.traced_function import GraphCompiler, TracedFunction
 from dtron.training.zero3_prefetch import Prefetch, pack, sum_rows
 from dtron.tree import declared, flat, unflatten
@@ -115,7 +115,7 @@ class LocalWeights:
     """A stage's weights as its compiled functions take them.
 
     ``tree``: a ``LocalWeight`` for each weight.
-    ``specs``: the placements, shape and stride of each weight.
+    ``specs``: the placements, shape and stride of each trained weight.
     ``prefetch``: all-gathers the weights of units under ZeRO-3, and sends their gradients."""
 
     tree: Any
@@ -147,15 +147,19 @@ class CompiledStage:
         units = self._units.gathering(p.prefetch)
         return self._functions.stage(p.tree, x, batch, *before, call=units)
 
-    def leaves(self, params: Any, once: bool) -> tuple[LocalWeights, list[Tensor]]:
+    def leaves(
+        self, params: Any, once: bool, frozen: Sequence[bool]
+    ) -> tuple[LocalWeights, list[Tensor]]:
         weights = flat(params)
         tensors, specs = [to_local(w) for w in weights], [ShardSpec.of(w) for w in weights]
         if once:
             tensors, specs = self._unshard(params, tensors, specs)
-        tensors = [t.detach().requires_grad_() for t in tensors]
+        tensors = [leaf(t, not is_frozen) for t, is_frozen in zip(tensors, frozen, strict=True)]
         local = [LocalWeight(w, spec) for w, spec in zip(tensors, specs, strict=True)]
         prefetch = Prefetch(self._layout, self._sum_rows, self._pack)
-        return LocalWeights(unflatten(params, local), specs, prefetch), tensors
+        trained = [w for w in local if w.local.requires_grad]
+        specs = [w.spec for w in trained]
+        return LocalWeights(unflatten(params, local), specs, prefetch), [w.local for w in trained]
 
     def finish(self, weights: LocalWeights) -> None:
         weights.prefetch.finish()
@@ -176,7 +180,7 @@ class CompiledStage:
         """Undo the ZeRO sharding of all weights. Return their local tensors and specs."""
         declarations, layout = declared(params), self._layout
         ready = [
-            d.frozen or layout.ready(w, *d.axes)
+            d.buffer or layout.ready(w, *d.axes)
             for w, d in zip(flat(params), declarations, strict=True)
         ]
         unsharded = [

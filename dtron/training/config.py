@@ -20,7 +20,8 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import ComputeConfig, Fp8
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import declare_model
+from dtron.model.lora import LoraConfig, with_lora
+from dtron.model.transformer import Transformer, declare_model
 from dtron.moe.dispatch import Dispatch
 from dtron.rules import RULES, place, whole
 from dtron.training.optim_config import OptimConfig
@@ -120,6 +121,11 @@ class StepConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def declare(self) -> Transformer:
+        """Declare the weights of the model, with LoRA's updates."""
+        return with_lora(declare_model(self.model), self.lora)
 
     @property
     def how(self) -> ComputeConfig:
@@ -152,7 +158,7 @@ class StepConfig:
         axes = tuple(shape.atoms)
         sharded = any(
             place(RULES, axes, *w.axes) != place(whole(RULES), axes, *w.axes)
-            for w in flat(declare_model(self.model))
+            for w in flat(self.declare())
         )
         return not (self.gathers_each(shape) and sharded)
 

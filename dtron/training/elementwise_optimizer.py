@@ -143,7 +143,7 @@ class ElementwiseOptimizer(Optimizer):
     ) -> tuple[Any, OptimizerState]:
         groups: dict[ElementwiseOptimizer, list[int]] = {}
         for i, w in enumerate(flat(spec)):
-            if not w.frozen:
+            if not w.buffer:
                 groups.setdefault(self.for_weight(w), []).append(i)
         weights = stored_weights(spec, params, state.trees)
         trees = [stored_tree(spec, state.trees, name) for name in self.state_names]

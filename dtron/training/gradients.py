@@ -29,22 +29,24 @@ from torch.distributed.tensor import DTensor
 
 from dtron.distributed.bucketing import GradTargets, reduce_grads, reduce_scatter_all
 from dtron.distributed.redistribute import cast, full, to_local
+from dtron.frozen import trained
 from dtron.mesh import Layout
 from dtron.params import unshard
 from dtron.schedules.runner import Program, forward_table, run, run_forward
 from dtron.training.pipeline import Pipeline
-from dtron.tree import flat, tree_map, unflatten
+from dtron.tree import flat, unflatten
 
 
 class StageWeights(Protocol):
     """The weights that a program's functions take, and the gradients that they return: DTensors
     (``EagerWeights``), or local tensors of each rank (``compiled_stage.CompiledStage``).
-    ``grads`` and ``params`` are lists in the order of a stage's weights."""
+    ``grads`` and ``params`` are lists in the order of a stage's trained weights."""
 
-    def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
+    def leaves(self, params: Any, once: bool, frozen: Sequence[bool]) -> tuple[Any, list[Tensor]]:
         """Return a stage's weights for its functions, and the tensors to differentiate by.
 
-        ``once``: all-gather the weights now, and not inside the functions."""
+        ``once``: all-gather the weights now, and not inside the functions.
+        ``frozen``: for each weight, whether it has no gradient."""
 
     def finish(self, weights: Any) -> None:
         """Wait for gradients that are still on their way, after the backward of a microbatch."""
@@ -77,9 +79,10 @@ class EagerWeights:
 
     layout: Layout
 
-    def leaves(self, params: Any, once: bool) -> tuple[Any, list[Tensor]]:
-        weights = tree_map(_leaf, unshard(params, self.layout, once) if once else params)
-        return weights, flat(weights)
+    def leaves(self, params: Any, once: bool, frozen: Sequence[bool]) -> tuple[Any, list[Tensor]]:
+        ready = flat(unshard(params, self.layout, once) if once else params)
+        tensors = [leaf(w, not is_frozen) for w, is_frozen in zip(ready, frozen, strict=True)]
+        return unflatten(params, tensors), [w for w in tensors if w.requires_grad]
 
     def finish(self, weights: Any) -> None:
         """An eager backward has waited for its gradients."""
@@ -140,12 +143,15 @@ def gradients(
     The reports of this process's stages, by stage and name, are plain tensors, summed over
     microbatches and ranks, or maxima over them."""
     layout, stage_weights = pipe.layout, functions.stage_weights or EagerWeights(pipe.layout)
+    by_stage = {s: (p, pipe.specs[s]) for s, p in zip(pipe.stages, params, strict=True)}
+    once = zero < 3 or not gather_each
     leaves = {
-        s: stage_weights.leaves(p, once=zero < 3 or not gather_each)
-        for s, p in zip(pipe.stages, params, strict=True)
+        s: stage_weights.leaves(p, once, [w.frozen for w in flat(spec)])
+        for s, (p, spec) in by_stage.items()
     }
     weights, tensors = ({s: pair[i] for s, pair in leaves.items()} for i in (0, 1))
-    targets = {s: flat(p) for s, p in zip(pipe.stages, params, strict=True)}
+    changed = {s: trained(spec, p) for s, (p, spec) in by_stage.items()}
+    targets = {s: flat(p) for s, p in changed.items()}
     sums: dict[int, list[Tensor]] = {}
     several = len(microbatches) > 1
 
@@ -176,7 +182,7 @@ def gradients(
         for s in pipe.stages
         for g in stage_weights.reduce(weights[s], sums.pop(s), targets[s], zero >= 2)
     ]
-    tree = pipe.reduce_tied_embedding(unflatten(params, grads))
+    tree = pipe.reduce_tied_embedding(unflatten(tuple(changed.values()), grads))
     loss = None if out.total is None else out.total / tokens
     reports = {s: _summed(r, layout) for s, r in out.reports.items()}
     for s, maxima in out.maxima.items():
@@ -205,8 +211,9 @@ def _summed(report: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return {name: x.view(part.shape) for name, part, x in zip(report, parts, split, strict=True)}
 
 
-def _leaf(w: Tensor) -> Tensor:
-    return w.detach().requires_grad_()
+def leaf(w: Tensor, trained: bool) -> Tensor:
+    """Return a weight as the leaf of a new autograd graph."""
+    return w.detach().requires_grad_(trained)
 
 
 def _zeros(w: Tensor) -> Tensor:

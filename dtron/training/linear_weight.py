@@ -24,7 +24,7 @@ from dtron.training.state_formats import Stored
 
 def is_matrix(w: WeightSpec) -> bool:
     """Whether this is the weight of a linear layer."""
-    return w.summed > 0 and not w.frozen
+    return w.summed > 0 and not w.buffer
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class LowBitState(WrappedOptimizer):
                 if stored is not None and stored.more is not None:
                     scales = ROOT_SCALES if name in squares else SCALES
                     trees[f"{name}{scales}"] = (stored.more,)
-            if self.masters == "split" and not w.frozen:
+            if self.masters == "split" and not w.buffer:
                 trees[MASTERS_LOW] = (split_tensor(x).more,)
             return trees
 
@@ -108,12 +108,12 @@ class LowBitState(WrappedOptimizer):
 
     def _in_few_bits(self, w: WeightSpec) -> bool:
         """Whether the moments of a weight are in few bits. Norms and biases are small."""
-        matrix = len(w.shape) > 1 and not w.frozen
+        matrix = len(w.shape) > 1 and not w.buffer
         blocks = self.moments != "float8" or block_dim(w.shape) is not None
         return matrix and self.moments != "float32" and blocks
 
     def state_bytes(self, w: WeightSpec, shape: Sequence[int], element: int) -> int:
-        count, low = math.prod(shape), self.masters == "split" and not w.frozen
+        count, low = math.prod(shape), self.masters == "split" and not w.buffer
         low_bytes = 2 * count if low else 0
         if not self._in_few_bits(w):
             return low_bytes + self.base.state_bytes(w, shape, element)
@@ -139,7 +139,7 @@ def master_bytes(optimizer: Optimizer, w: WeightSpec, element: int) -> int:
 
     ``element``: the bytes of a master weight that is not split."""
     low = find(optimizer, LowBitState)
-    return 2 if low is not None and low.masters == "split" and not w.frozen else element
+    return 2 if low is not None and low.masters == "split" and not w.buffer else element
 
 
 def block_dim(shape: Sequence[int]) -> int | None:

@@ -34,6 +34,7 @@ from torch import Tensor
 from dtron.distributed.redistribute import cast, to_local
 from dtron.distributed.symmetric_memory import publish_weights, to_symmetric_memory
 from dtron.errors import UserError
+from dtron.frozen import trained
 from dtron.mesh import Layout
 from dtron.params import WeightSpec
 from dtron.training.state_formats import MASTERS_LOW, split_tensor
@@ -68,7 +69,8 @@ class Optimizer(Protocol):
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         """Make the trees of the state, by name.
 
-        ``spec``: the declared tree, with a ``WeightSpec`` for each weight."""
+        ``spec``: the declared tree, with a ``WeightSpec`` for each weight. Like params, it has no
+            frozen weights."""
 
     def update(
         self,
@@ -80,7 +82,7 @@ class Optimizer(Protocol):
         layout: Layout,
     ) -> tuple[Any, OptimizerState]:
         """Take one step and return params and state, overwritten in place. The compute copies of
-        the state are written too. Frozen weights stay.
+        the state are written too. Buffers stay. The trees have no frozen weights.
 
         ``scalars``: here ``scale`` and ``ok`` are tensors, and ``step`` is not None.
         ``layout``: the mesh, for updates that communicate."""
@@ -162,7 +164,7 @@ def init_each(
 
 def init_state(optimizer: Optimizer, spec: Any, params: Any) -> OptimizerState:
     """Return the state before the first update. Raises ValueError for a name that is not saved."""
-    trees = optimizer.init(spec, params)
+    trees = optimizer.init(trained(spec, spec), trained(spec, params))
     for name in trees:
         if name == "params" or "." in name:  # a checkpoint calls a tensor NAME.PATH
             raise ValueError(f"a tree of {type(optimizer).__name__} is called {name!r}; rename it")
@@ -175,20 +177,22 @@ def stored_params(params: Any, spec: Any, state: OptimizerState) -> Any:
     if MASTERS_LOW not in state.trees:
         return params
     pairs = zip(flat(spec), flat(params), strict=True)
-    weights = to_symmetric_memory([p if w.frozen else split_tensor(p).data for w, p in pairs])
+    weights = to_symmetric_memory(
+        [p if w.buffer or w.frozen else split_tensor(p).data for w, p in pairs]
+    )
     return unflatten(params, weights)
 
 
 def with_compute_copies(
     state: OptimizerState, params: Any, spec: Any, dtype: torch.dtype | None
 ) -> OptimizerState:
-    """Return the state with copies of the params in ``dtype`` (None: no copies). Frozen weights are
-    not cast. Split master weights need no copies. Copies that copy engines all-gather are in
-    symmetric memory (``symmetric_memory``)."""
+    """Return the state with copies of the params in ``dtype`` (None: no copies). Buffers are not
+    cast, and frozen weights have this dtype already. Split master weights need no copies. Copies
+    that copy engines all-gather are in symmetric memory (``symmetric_memory``)."""
     if dtype is None or MASTERS_LOW in state.trees:
         return replace(state, compute_copies=None)
     pairs = zip(flat(spec), flat(params), strict=True)
-    copies = to_symmetric_memory([p if w.frozen else cast(p, dtype) for w, p in pairs])
+    copies = to_symmetric_memory([p if w.buffer or w.frozen else cast(p, dtype) for w, p in pairs])
     return replace(state, compute_copies=unflatten(params, copies))
 
 
@@ -212,6 +216,9 @@ def apply_update(
         ok=torch.ones((), dtype=torch.bool, device=first.device) if ok is None else ok,
         step=state.step + 1 if scalars.step is None else scalars.step,
     )
-    params, state = optimizer.update(spec, params, grads, state, scalars, layout)
+    copies = state.compute_copies
+    part = replace(state, compute_copies=None if copies is None else trained(spec, copies))
+    changed = trained(spec, params)
+    optimizer.update(trained(spec, spec), changed, grads, part, scalars, layout)
     publish_weights(weights)
     return params, replace(state, step=state.step + 1)

@@ -186,7 +186,7 @@ def describe_groups(optimizer: Optimizer, spec: Any) -> list[str]:
         return []
     groups: dict[Group, list[WeightSpec]] = {}
     for w in flat(spec):
-        if not w.frozen:
+        if not w.buffer:
             groups.setdefault(table.group(w), []).append(w)
     usual, lines = typing.cast(Any, table.base), []
     for (other, rate), weights in groups.items():

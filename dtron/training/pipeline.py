@@ -28,6 +28,7 @@ from dtron.mesh import Layout, axes_of
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
+from dtron.model.lora import with_lora
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, embed, embed_params, stage
 from dtron.schedules import Table, make
@@ -195,6 +196,8 @@ class Pipeline:
         first, last = self.twins
         trees = dict(zip(self.stages, grads, strict=True))
         copies = {s: trees[s].embedding.w_tokens for s in self.twins if s in trees}
+        if None in copies.values():  # the embedding is frozen
+            return grads
         if len(copies) == 2:
             total = copies[first] + copies[last]
             sums = {first: total, last: total.clone()}
@@ -293,5 +296,5 @@ def pipeline(
     counts = dict.fromkeys((microbatches, *others))
     t, *tables = (make(p.schedule, shape.pp, n, p.stages_per_rank) for n in counts)
     layers = layers_per_stage(config.model, t.stages, seq_len, p.layer_counts)
-    stages = tuple(split_into_stages(config.model, layers))
+    stages = tuple(with_lora(s, config.lora) for s in split_into_stages(config.model, layers))
     return Pipeline(t, stages, layout, tables=tuple(tables))

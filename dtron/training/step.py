@@ -3,7 +3,7 @@
 These five lines are training:
 
     total, grads, reports = gradients(functions, weights, microbatches, ...)
-    norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
+    norm = global_norm(grads, trained(pipe.spec, pipe.spec), pipe.sum) / tokens
     scale = clip_scale(norm, optim.max_grad_norm) / tokens
     params, opt = apply_update(optimizer, spec, params, grads, opt, UpdateScalars(lr, scale), ...)
     params = update_router_bias(params, reports, pipe, moe.bias_rate, ok)
@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from dtron.distributed.redistribute import full
+from dtron.frozen import trained
 from dtron.model.batch import Batch
 from dtron.schedules.runner import Program
 from dtron.training.clip_factors import clip_factors
@@ -117,7 +118,7 @@ class TrainStep:
         total, grads, reports = forward_backward
         forward_backward.clear()
         loss = pipe.sum(None if total is None else full(total)) / tokens
-        norm = global_norm(grads, pipe.spec, pipe.sum) / tokens
+        norm = global_norm(grads, trained(pipe.spec, pipe.spec), pipe.sum) / tokens
         scale = clip_scale(norm, config.max_grad_norm) / tokens
         ok = loss.isfinite() & norm.isfinite()  # else the update would make every weight NaN
         if config.skip_grad_norm:

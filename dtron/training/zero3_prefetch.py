@@ -82,6 +82,8 @@ class Prefetch:
         for finish in self._in_flight:
             finish()
         self._in_flight.clear()
+        for unit in self._units.values():
+            unit.release_frozen()
 
     def _unit(self, place: int, tree: Any, fp8: Fp8GatherRule | None) -> UnitWeights:
         leaves = flat(tree)
@@ -91,7 +93,7 @@ class Prefetch:
         weights = []
         for i, (w, d) in enumerate(zip(leaves, declared(tree), strict=True)):
             goal = self.layout.unsharded(*d.axes)
-            if not d.frozen and goal != w.spec.placements:
+            if not d.buffer and goal != w.spec.placements:
                 in_fp8 = fp8 is not None and fp8(d, self.layout.shape(w.spec, *d.axes))
                 weights.append(GatheredWeight(self.layout, i, w, goal, in_fp8))
         self._units[key] = UnitWeights(self, weights)
@@ -120,6 +122,12 @@ class UnitWeights:
         embedding of the first stage is such a unit, and its gradients may be added to those of the
         head, or of multi-token prediction."""
         return self.next is None and self.before is None
+
+    def release_frozen(self) -> None:
+        """Free the weights after backward, if no weight of the unit has a gradient: autograd does
+        not call ``backward`` then."""
+        if self._in_backward and not any(w.weight.local.requires_grad for w in self.weights):
+            self._whole, self._in_backward = None, False
 
     def start(self) -> None:
         """Start the all-gather, unless it is on its way or has arrived."""
@@ -180,6 +188,8 @@ class UnitWeights:
             return saved
         if not self._in_backward:
             self._in_backward = True
+            if self.next is not None:
+                self.next.release_frozen()
             self.start()
             if self.before is not None:
                 self.before.start()
@@ -226,7 +236,10 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.unit = unit
         ctx.set_materialize_grads(False)
-        return tuple([w.carrier(x) for w, x in zip(unit.weights, arrived, strict=True)])
+        whole = [w.carrier(x) for w, x in zip(unit.weights, arrived, strict=True)]
+        pairs = zip(whole, unit.weights, strict=True)
+        ctx.mark_non_differentiable(*(x for x, w in pairs if not w.weight.local.requires_grad))
+        return tuple(whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -45,7 +45,7 @@ def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
     family = replace(source.family, weights={**source.family.weights, **source.family.stacked})
     out: dict[str, Tensor] = {}
     for w, (declared, place) in zip(flat(params), weights_of(m, family), strict=True):
-        if declared.frozen:
+        if declared.buffer:
             continue
         p = pattern(place.row.pattern)
         g = w.grad.narrow(p.ours.index("v"), 0, m.vocab) if "v" in p.ours else w.grad

@@ -55,7 +55,7 @@ class NormalizedSGD(Optimizer):
     momentum: float = 0.9
 
     def _is_matrix(self, w: WeightSpec) -> bool:
-        return len(w.axes) > 1 and not w.frozen
+        return len(w.axes) > 1 and not w.buffer
 
     def init(self, spec: Any, params: Any) -> dict[str, Any]:
         state = lambda w, x: torch.zeros_like(x) if self._is_matrix(w) else None
@@ -68,7 +68,7 @@ class NormalizedSGD(Optimizer):
         copies = flat(state.compute_copies) or [None] * len(flat(params))
         momenta = iter(flat(state.trees["momentum"]))
         for w, p, g, copy in zip(flat(spec), flat(params), flat(grads), copies, strict=True):
-            if w.frozen:
+            if w.buffer:
                 continue
             old, new = [to_local(p)], [to_local(g).to(p.dtype) * scalars.scale]
             if self._is_matrix(w):
