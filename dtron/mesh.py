@@ -40,10 +40,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement
 
 from dtron.distributed.collectives import AxisGroup, all_reduce
-from dtron.distributed.local_region import input_gradients, local_region, split_adapted
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.redistribute import Unshard, part_of, shard
 from dtron.errors import PlacementError
+from dtron.local_region import input_gradients, local_region, split_adapted
 from dtron.rules import EXCHANGED, RULES, Rules, expand, place, place_gathered
 from dtron.tree import Adapted, Leaf
 

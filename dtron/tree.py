@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+Kind = TypeVar("Kind")
 
 
 class Leaf:
@@ -39,6 +41,14 @@ def flat(tree: Any) -> list[Any]:
     collected: list[Any] = []
     _collect(tree, collected)
     return collected
+
+
+def nodes(tree: Any, kind: type[Kind]) -> list[Kind]:
+    """Return the nodes of a class, in the order of ``leaves``."""
+    if isinstance(tree, kind):
+        return [tree]
+    children = _children(tree) if _is_node(tree) else []
+    return [node for _, child in children for node in nodes(child, kind)]
 
 
 def _collect(tree: Any, collected: list[Any]) -> None:

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 LEVELS = [
     {"errors", "bounds", "json_files", "lazy_names", "renamed", "torch_compile"},
     {"distributed"},
-    {"rules", "mesh", "mup", "params", "tree"},
+    {"rules", "mesh", "local_region", "mup", "params", "frozen", "tree"},
     {"fp8"},
     {"layers", "moe"},
     {"schedules"},

@@ -14,6 +14,7 @@ one by one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
             return "complete"
         sums = all(p.is_partial() for p, q in zip(g.placements, goal, strict=True) if p != q)
         pending = tuple(p if p.is_partial() else Replicate() for p in g.placements)
-        return (pending, dtype) if sums and g.numel() < SMALL else None
+        small = sums and g.numel() < SMALL and equal_parts(g, g.placements)
+        return (pending, dtype) if small else None
 
     for key, members in _by_key(len(reduced), bucket_key):
         if key is None:
@@ -123,9 +125,10 @@ def reduce_grads(grads: Sequence[DTensor], goals: GradTargets) -> list[DTensor]:
 
 
 def _like(x: Tensor, g: DTensor, placements: Sequence[Placement]) -> DTensor:
-    """Make a DTensor of the shape of ``g`` from a local tensor."""
+    """Make a DTensor of the shape of ``g`` from a local tensor, which is contiguous."""
+    strides = [math.prod(g.shape[i + 1 :]) for i in range(g.ndim)]
     return DTensor.from_local(
-        x, g.device_mesh, placements, run_check=False, shape=g.shape, stride=g.stride()
+        x, g.device_mesh, placements, run_check=False, shape=g.shape, stride=tuple(strides)
     )
 
 

@@ -1,4 +1,5 @@
-"""``python -m dtron.hf export RUN DIR``: exports a run as a Hugging Face folder.
+"""``python -m dtron.hf export RUN DIR``: exports a run as a Hugging Face folder, or its updates as
+PEFT adapter files.
 
 The run's newest checkpoint is exported.
 """
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
-from dtron.runtime.run_directory import export_run
+from dtron.runtime.export_run import export_adapter, export_run
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
 
@@ -58,11 +60,23 @@ def parser() -> Parser:
         metavar="N",
         help="maximum size of one file, as 500MB (5GB)",
     )
+    add(
+        "--adapter",
+        action="store_true",
+        help="write the updates of LoRA alone, as adapter files of PEFT; by default they are "
+        "merged into the model",
+    )
     add("--ema", action="store_true", help="export the average of the weights (--optim.ema)")
     return made
 
 
 def run_export(o: Namespace) -> int:
+    if o.adapter:
+        if flag := "--dtype" if o.dtype else "--family" if o.family else "":
+            raise UserError(f"--adapter {flag}: is for whole models; drop {flag}")
+        count = export_adapter(Path(o.run), Path(o.out), o.ema)
+        print(f"{o.out}: {count} tensors of updates")
+        return 0
     dtype = None if o.dtype is None else getattr(torch, o.dtype)
     what = {"dtype": dtype, "family": o.family, "largest": o.shard_size, "average": o.ema}
     done = export_run(Path(o.run), Path(o.out), **what)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,12 @@ from dtron.hf.source_files import ORIGIN, TOKENIZER, copy_file
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.hf.weight_files import write
 from dtron.json_files import is_there, read_object
+from dtron.layers.lora import LoRA
 from dtron.model.config import ModelConfig
+from dtron.model.lora import NO_LORA, LoraConfig, with_lora
+from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
+from dtron.tree import flat, nodes, tree_map
 
 _DROPPED_KEYS = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -71,17 +76,18 @@ def export(
     run_dir: Path,
     out: Path,
     options: ExportOptions = ExportOptions(),
+    lora: LoraConfig = NO_LORA,
+    frozen: Callable[[WeightSpec], Tensor] | None = None,
 ) -> Exported:
     """Write the checkpoint ``found`` of the model ``m``, saved by the run in ``run_dir``, into
-    ``out``.
+    ``out``. Updates are merged into their weights.
 
     ``out``: a folder that is empty or does not exist.
+    ``lora``, ``frozen``: the updates in the checkpoint, and a function that loads a frozen weight.
 
     Raises UserError for a model that no family has, and if ``out`` cannot be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
-    origin = run_dir / ORIGIN / CONFIG
-    entries = read_object(origin) if is_there(origin) else {}
+    _check_empty(out)
+    entries = _origin(run_dir)
     kind, dtype = _family(options.family, entries, m), options.dtype
     written = to_hf(m, kind)
     meta = checkpoint.read_meta(found)
@@ -93,16 +99,29 @@ def export(
         dtype = {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     entries = {k: v for k, v in entries.items() if k not in _DROPPED_KEYS} or _tokens_of(run_dir)
     entries |= written | {"dtype": str(dtype).removeprefix("torch.")}
-    part = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with new_folder(out) as part:
         with checkpoint.ShardReader(found, meta) as reader:
-            read = partial(checkpoint.read_weight, reader, average=options.average)
+            read: Callable = partial(checkpoint.read_weight, reader, average=options.average)
+            if frozen is not None:
+                read = merged(m, lora, read, frozen)
             maker = _Maker(m, kind, read, dtype)
             files = write(part, maker.shapes, dtype, maker, options.largest)
         (part / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         _write_tokenizer(run_dir, part)
+    size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
+    return Exported(kind.kind, meta.step, len(maker.shapes), size, [out / f.name for f in files])
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into. It becomes ``out`` when the block ends, and is deleted after an
+    error. Raises UserError if ``out`` is not empty or cannot be written."""
+    _check_empty(out)
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
         if out.exists():
             out.rmdir()
         part.rename(out)
@@ -113,8 +132,47 @@ def export(
         raise UserError(
             f"{out}: cannot be written ({error.strerror}); free space, or choose another"
         ) from error
-    size = sum(math.prod(shape) for shape in maker.shapes.values()) * dtype.itemsize
-    return Exported(kind.kind, meta.step, len(maker.shapes), size, [out / f.name for f in files])
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty, and nothing is written over; choose another folder")
+
+
+def _origin(run_dir: Path) -> dict[str, Any]:
+    """Return config.json of the model that a run began with."""
+    origin = run_dir / ORIGIN / CONFIG
+    return read_object(origin) if is_there(origin) else {}
+
+
+def family_of_run(run_dir: Path, m: ModelConfig) -> Family:
+    """Return the family of the model that a run began with, or the first family that can express
+    the run's model."""
+    return _family(None, _origin(run_dir), m)
+
+
+def merged(
+    m: ModelConfig,
+    lora: LoraConfig,
+    read: Callable[[WeightSpec], Tensor],
+    frozen: Callable[[WeightSpec], Tensor],
+) -> Callable[[WeightSpec], Tensor]:
+    """Return a function that reads the whole weights of a model with updates merged into them.
+
+    ``read``: reads a trained weight.
+    ``frozen``: reads a frozen weight."""
+    spec: Any = with_lora(declare_model(m), lora)
+    all_nodes: list[Any] = nodes(spec, LoRA)
+    updates = {node.base.path: node for node in all_nodes}
+    trained = {w.path for w in flat(spec) if not w.frozen}
+
+    def read_merged(w: WeightSpec) -> Tensor:
+        if w.path in updates:
+            node = updates[w.path]
+            return tree_map(lambda w: frozen(w) if w.frozen else read(w), node).merged()
+        return read(w) if w.path in trained else frozen(w)
+
+    return read_merged
 
 
 def _family(wanted: str | None, entries: dict[str, Any], m: ModelConfig) -> Family:

@@ -67,6 +67,13 @@ class LoRA(Adapted):
         """The shape of the weight."""
         return self.base.shape
 
+    def merged(self) -> Tensor:
+        """Return the weight with its update, of tensors that are whole."""
+        ahead = int(self.experts)
+        inputs = self.lora_a.flatten(ahead, self.first - 1)
+        update = inputs @ self.lora_b.flatten(ahead + 1)
+        return self.base + self.scale * update.view(self.base.shape)
+
     def update(self, x: Tensor) -> Tensor:
         """Return the update's part of ``linear`` for ``x [T, I]``: ``[T, O]``, both flattened."""
         return low_rank(x, self.lora_a.flatten(0, -2), self.lora_b.flatten(1), self.scale)

@@ -40,6 +40,9 @@ class LoraConfig:
     trained: str = ""
     """weights to train whole beside the updates, as patterns of their paths: 'embedding.*,*norm*'
     (empty: none)"""
+    adapter: str = ""
+    """folder of PEFT adapter files with the initial updates of the --init-from model; it gives
+    rank, alpha and targets"""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -96,8 +99,13 @@ def is_update(w: WeightSpec) -> bool:
 
 
 def is_target(w: WeightSpec, config: LoraConfig) -> bool:
-    """Whether a weight has an update: a weight of a matmul, in a block, that a pattern names."""
-    return w.summed > 0 and _in_block(w) is not None and _matches(w, config.target_patterns)
+    """Whether a weight has an update: a pattern names it, and it can have one."""
+    return can_update(w) and _matches(w, config.target_patterns)
+
+
+def can_update(w: WeightSpec) -> bool:
+    """Whether a weight can have an update: a weight of a matmul, in a block."""
+    return w.summed > 0 and in_block(w) is not None
 
 
 def declare_lora(w: WeightSpec, config: LoraConfig) -> Any:
@@ -127,7 +135,7 @@ def check_lora(spec: Any, config: LoraConfig) -> None:
     ``spec``: the declared tree of the whole model, without updates."""
     if not config.rank:
         return
-    targets = [w for w in flat(spec) if w.summed > 0 and _in_block(w) is not None]
+    targets = [w for w in flat(spec) if can_update(w)]
     _check("targets", config.target_patterns, targets)
     _check("trained", config.trained_patterns, flat(spec))
 
@@ -135,7 +143,7 @@ def check_lora(spec: Any, config: LoraConfig) -> None:
 def _check(name: str, patterns: Sequence[str], weights: Sequence[WeightSpec]) -> None:
     for pattern in patterns:
         if not any(_matches(w, (pattern,)) for w in weights):
-            known = list(dict.fromkeys(_in_block(w) or w.path for w in weights))
+            known = list(dict.fromkeys(in_block(w) or w.path for w in weights))
             near = (difflib.get_close_matches(pattern, known, n=1, cutoff=0.0) or ["*"])[0]
             raise UserError(
                 f"--lora.{name} {pattern!r}: names no weight that can have "
@@ -144,11 +152,11 @@ def _check(name: str, patterns: Sequence[str], weights: Sequence[WeightSpec]) ->
 
 
 def _matches(w: WeightSpec, patterns: Sequence[str]) -> bool:
-    names = w.path, _in_block(w) or w.path
+    names = w.path, in_block(w) or w.path
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def _in_block(w: WeightSpec) -> str | None:
+def in_block(w: WeightSpec) -> str | None:
     """Return the path of a weight inside its block, such as ``attention.w_q``; None if it is in no
     block."""
     found = re.fullmatch(r"(?:blocks|mtp)\.\d+\.(?:block\.)?(.+)", w.path)

@@ -28,6 +28,7 @@ from dtron.errors import UserError
 from dtron.hf.config import CONFIG
 from dtron.json_files import is_there, read_object
 from dtron.model.config import ModelConfig
+from dtron.model.lora import LoraConfig
 from dtron.model.presets import preset
 from dtron.renamed import current_tree, refuse_old_flags
 from dtron.runtime.check_values import check_path, check_values
@@ -90,6 +91,9 @@ def _parsed(argv: Sequence[str], default: Any, prog: str) -> Any:
         default = replace(default, model=loaded)
     if name is not None:
         default = replace(default, model=preset(name))
+    updates = _value_of(argv, "--lora.adapter", "FOLDER") if "--lora.adapter" in known else None
+    if updates and previous is None:
+        default = replace(default, lora=_updates(updates, _source(argv)))
     values = _shallow(default)
     named = {f.name: values[f.name] for f in fields(command_line) if f.name in values}
     start = command_line(**named, preset=name or "tiny")
@@ -113,6 +117,11 @@ def _parsed(argv: Sequence[str], default: Any, prog: str) -> Any:
     del values["preset"]
     config = config_class(**values)
     check_values(config)
+    if updates and previous is None and config.lora != default.lora:
+        raise UserError(
+            f"--lora.adapter {updates}: gives rank, alpha and targets of the updates; drop the "
+            "other flags of --lora"
+        )
     return config if loaded is None else _with_tokenizer(config, loaded)
 
 
@@ -153,6 +162,22 @@ def _loaded(folder: str, name: str | None) -> ModelConfig:
             f"--model {name} --init-from {folder}: its config.json is the model; drop --model"
         )
     return read_model(Path(folder))[1]
+
+
+def _updates(folder: str, base: str | None) -> LoraConfig:
+    """Read the config of the ``--lora.adapter`` folder.
+
+    ``base``: the folder of its model."""
+    from dtron.hf import read_model
+    from dtron.hf.adapter import Adapter
+
+    check_path("--lora.adapter", folder)
+    if base is None:
+        raise UserError(
+            f"--lora.adapter {folder}: has the updates of a model; give the model's folder too, "
+            "with --init-from"
+        )
+    return Adapter(folder, *read_model(Path(base))).config
 
 
 def _with_tokenizer(config: RunConfig, loaded: ModelConfig) -> RunConfig:

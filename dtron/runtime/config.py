@@ -154,4 +154,6 @@ def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
         "text": text,
         "optim.name": config.optim.name,
     }
-    return dotted(asdict(config.model), "model.") | dotted(asdict(config.lora), "lora.") | same
+    lora = asdict(config.lora)
+    del lora["adapter"]  # a checkpoint has the updates
+    return dotted(asdict(config.model), "model.") | dotted(lora, "lora.") | same

@@ -28,9 +28,11 @@ def validation_losses(
 ) -> dict[str, float]:
     """Return the validation loss by its name in metrics.jsonl, and that of the average of the
     weights if the run keeps one."""
-    average = state.opt.trees.get(EMA)  # on the host with --optim.offload-state
-    if average is not None:
-        average = with_frozen(pipe.spec, state.params, on_device(average, plan.device))
+    average = None
+    if config.optim.ema:
+        # On the host with --optim.offload-state. A stage whose weights are all frozen has none.
+        trained = on_device(state.opt.trees.get(EMA, ()), plan.device)
+        average = with_frozen(pipe.spec, state.params, trained)
     params = {"validation_loss": state.params, "ema_validation_loss": average}
     return {
         name: validate(tree, data, config, plan, pipe)

@@ -15,6 +15,7 @@ from dtron.distributed.symmetric_memory import publish_weights
 from dtron.errors import UserError
 from dtron.frozen import stored_dtype
 from dtron.hf import Source
+from dtron.hf.adapter import Adapter
 from dtron.mesh import Layout
 from dtron.model.lora import is_update
 from dtron.params import WeightSpec, draw
@@ -54,13 +55,16 @@ def initial_weight(
     layout: Layout,
     dtype: torch.dtype,
     device: str,
+    adapter: Adapter | None = None,
 ) -> Tensor:
-    """Return a weight as a run begins with it. The updates of LoRA are in no folder.
+    """Return a weight as a run begins with it.
 
-    ``source``: see ``source_of``."""
+    ``source``: see ``source_of``.
+    ``adapter``: the initial updates of LoRA (None: random ones, whose effect is 0)."""
     with torch.no_grad():
-        if source is not None and not is_update(w):
-            return source.weight(w, layout, dtype, device)
+        folder = adapter if is_update(w) else source
+        if folder is not None:
+            return folder.weight(w, layout, dtype, device)
         return layout.shard(draw(w, config.model.dims(), config.seed, device).to(dtype), *w.axes)
 
 
@@ -79,10 +83,13 @@ def initial_state(
 
     Raises UserError for a checkpoint of another run, or of a run that has reached its last step."""
     spec, layout = pipe.spec, pipe.layout
+    adapter = None
+    if config.lora.adapter and resumed is None and source is not None:
+        adapter = Adapter(config.lora.adapter, source.family, config.model)
 
     def load(w: WeightSpec) -> Tensor:
         dtype = stored_dtype(w, layout, plan.master)
-        return initial_weight(w, config, source, layout, dtype, plan.device)
+        return initial_weight(w, config, source, layout, dtype, plan.device, adapter)
 
     params = tree_map(load, spec)
     opt = init_state(build_optimizer(config.optim), spec, params)

@@ -1,6 +1,6 @@
 """A run's directory: its resolved config, its checkpoints, and a record of every start.
 
-``RunDirectory`` is the directory that a run writes. ``read_run`` and ``export_run`` are for
+``RunDirectory`` is the directory that a run writes. ``read_run`` is for
 programs that read the directory of another run.
 """
 
@@ -28,7 +28,6 @@ from dtron.data.special_tokens import save_tokenizer
 from dtron.errors import LostRank, UserError
 from dtron.hf import keep_origin
 from dtron.hf.config import CONFIG
-from dtron.hf.export import Exported, ExportOptions, export
 from dtron.json_files import is_there, read_bytes
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
@@ -254,11 +253,3 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
     if newest is None:
         raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
     return config, newest
-
-
-def export_run(run_dir: Path, out: Path, **options: Any) -> Exported:
-    """Write the newest checkpoint of a run as a Hugging Face folder.
-
-    ``options``: the fields of ``ExportOptions``."""
-    config, newest = read_run(run_dir)
-    return export(config.model, newest, run_dir, out, ExportOptions(**options))

@@ -25,13 +25,14 @@ from dtron.data.tokenization import NO_TOKEN, encoder_of, load_tokenizer, text_o
 from dtron.data.tokenizer_library import library
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.hf.adapter import Adapter
 from dtron.hf.config import CONFIG
 from dtron.hf.load import Source
 from dtron.hf.source_files import ORIGIN
 from dtron.json_files import is_there, read_object
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
-from dtron.model.lora import NO_LORA, LoraConfig
+from dtron.model.lora import NO_LORA, LoraConfig, is_update
 from dtron.params import WeightSpec
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.exit import Parser
@@ -40,6 +41,7 @@ from dtron.runtime.initial_state import initial_weight, source_of
 from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.output import write_line
 from dtron.runtime.run_directory import read_run
+from dtron.tree import tree_map
 
 
 def run(o: Namespace) -> int:
@@ -47,7 +49,7 @@ def run(o: Namespace) -> int:
     check_sampling(o.tokens, o.temperature, o.top_p, o.seed)
     check_text(o.prompt)
     folder = _folder(o.folder)
-    load_weights, m, lora = _open(folder, o.ema)
+    load_weights, m, lora = _open(folder, o.ema, o.adapter)
     if not is_there(folder / "tokenizer.json"):
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
@@ -100,13 +102,18 @@ def _run_config(o: Namespace, m: ModelConfig) -> RunConfig:
     )
 
 
-def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig, LoraConfig]:
+def _open(
+    folder: Path, average: bool, adapter: str | None
+) -> tuple[Callable[..., Any], ModelConfig, LoraConfig]:
     """Open a run directory or a Hugging Face folder. Return a function that loads its weights, its
     model, and the updates of the model.
 
-    ``average``: the average of the weights, in place of the weights."""
+    ``average``: the average of the weights, in place of the weights.
+    ``adapter``: a folder of PEFT adapter files for the model."""
     if checkpoint.folder(folder).is_dir():
         config, found = read_run(folder)
+        if adapter is not None:
+            raise UserError(f"--adapter {adapter}: is for the folder of a model; leave it out")
         meta = checkpoint.read_meta(found)  # raises UserError if it is incomplete
         if average:
             checkpoint.check_average(found, meta)
@@ -121,7 +128,17 @@ def _open(folder: Path, average: bool) -> tuple[Callable[..., Any], ModelConfig,
     if average:
         raise UserError(f"--from {folder}: a model's folder has no average; leave --ema out")
     source = Source(folder)
-    return source.load, source.model, NO_LORA
+    if adapter is None:
+        return source.load, source.model, NO_LORA
+    updates = Adapter(adapter, source.family, source.model)
+
+    def load_both(spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
+        def load(w: WeightSpec) -> Tensor:
+            return (updates if is_update(w) else source).weight(w, layout, dtype, device)
+
+        return tree_map(load, spec)
+
+    return load_both, source.model, updates.config
 
 
 def _load_run(
@@ -227,6 +244,7 @@ def parser() -> Parser:
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--ema", action="store_true", help="use the average of the weights (--optim.ema)")
+    add("--adapter", metavar="DIR", help="PEFT adapter files for the model of --from")
     add("--mesh", default="", metavar="MESH", help="axes of the mesh, as tp=2")
     add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
     add(

@@ -20,15 +20,19 @@ from dtron.tree import flat
 
 
 def global_norm(
-    grads: Any, spec: Any = None, over_stages: Callable[[Tensor], Tensor] | None = None
+    grads: Any, spec: Any = None, over_stages: Callable[[Tensor | None], Tensor] | None = None
 ) -> Tensor:
     """Return the Euclidean norm of the whole gradient, exact on every mesh. The norm is a scalar on
     the device, and the host does not wait for it. It is float64 if the gradients are float64.
 
     ``spec``: the declared tree. With it, twins are not counted.
-    ``over_stages``: sums a number over the pipeline ranks. None: all stages are here."""
+    ``over_stages``: sums a number over the pipeline ranks, where None counts as 0. None: all stages
+        are here."""
     twins = [False] * len(flat(grads)) if spec is None else [w.twin for w in flat(spec)]
     counted = [g for g, twin in zip(flat(grads), twins, strict=True) if not twin]
+    if not counted:  # all weights of these stages are frozen
+        assert over_stages is not None
+        return over_stages(None).sqrt()
     wide = torch.promote_types(counted[0].dtype, torch.float32)
     norms = _norms([to_local(g) for g in counted], wide)
     mesh = next((g.device_mesh for g in counted if isinstance(g, DTensor)), None)

@@ -219,6 +219,7 @@ def apply_update(
     copies = state.compute_copies
     part = replace(state, compute_copies=None if copies is None else trained(spec, copies))
     changed = trained(spec, params)
-    optimizer.update(trained(spec, spec), changed, grads, part, scalars, layout)
+    if flat(changed):  # a stage may have frozen weights alone
+        optimizer.update(trained(spec, spec), changed, grads, part, scalars, layout)
     publish_weights(weights)
     return params, replace(state, step=state.step + 1)

@@ -20,8 +20,8 @@ from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
+from dtron.runtime.export_run import export_run
 from dtron.runtime.generation import Sampling, generate
-from dtron.runtime.run_directory import export_run
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 from tests.helpers.hf_models import FAMILIES, folder, model

@@ -28,7 +28,7 @@ from dtron.rules import rules_for
 from dtron.runtime import cli
 from dtron.runtime.cli import parse
 from dtron.runtime.config import RunConfig
-from dtron.runtime.run_directory import export_run
+from dtron.runtime.export_run import export_run
 from dtron.training.optimizer import init_state
 from dtron.tree import flat
 from tests.helpers.hf_models import FAMILIES, folder

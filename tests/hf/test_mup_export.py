@@ -14,7 +14,7 @@ from dtron.model.mtp import MTPConfig
 from dtron.model.transformer import declare_model
 from dtron.runtime.cli import parse
 from dtron.runtime.config import ModelConfig
-from dtron.runtime.run_directory import export_run
+from dtron.runtime.export_run import export_run
 from dtron.tree import flat
 from tests.helpers.hf_models import FAMILIES, folder
 from tests.helpers.texts import one_line

@@ -112,10 +112,9 @@ def test_mla_gathers_its_latents_and_scatters_its_tokens_once_each_way(mesh, q_r
     assert got.forward.count == counts(all_gather_tp=1, reduce_scatter_tp=1, all_gather_dp=gathered)
     tp = {c: n for c, n in got.total.count.items() if c.axis == "tp" and c.kind != "all_reduce"}
     assert tp == counts(all_gather_tp=2, reduce_scatter_tp=2)
-    # Replicated over tp, so summed at the end: the down-projections. The weights that dp does not
-    # shard are in one bucket with the norms.
-    cut = (2 if q_rank else 1) if zero and dp else 0
-    assert got.total.count[Collective("all_reduce", "tp")] == 1 + cut
+    # Replicated over tp, so summed at the end: the down-projections. Those that dp shards are in a
+    # bucket of their own, and the others are in one bucket with the norms.
+    assert got.total.count[Collective("all_reduce", "tp")] == 1 + bool(zero and dp)
 
 
 def test_it_is_the_definition():

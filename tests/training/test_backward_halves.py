@@ -32,6 +32,7 @@ from dtron.training.compiled_stage import CompiledStage
 from dtron.training.compiled_units import CompiledUnits
 from dtron.training.pipeline import Pipeline, program
 from dtron.training.traced_function import TracedFunction
+from dtron.tree import flat
 from tests.helpers.compiled import ROWS, lone_rank
 from tests.helpers.runs import MODEL
 
@@ -159,7 +160,7 @@ def gradients(model, compiles: bool) -> list[torch.Tensor]:
     stage = CompiledStage(functions, layout, CompiledUnits(layout.mesh, compiler), Eager())
     functions = replace(functions, enter=stage.enter, stage=stage.stage, halves=halves)
     params = init(pipe.spec, model.dims(), 0, layout, torch.float64)
-    leaves = [stage.leaves(tree, False) for tree in params]
+    leaves = [stage.leaves(tree, False, [False] * len(flat(tree))) for tree in params]
     found: dict[tuple[int, int], torch.Tensor] = {}
 
     def take(number, microbatch, grads):

@@ -21,6 +21,7 @@ from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.mla import MLAConfig
 from dtron.layers.rope import RopeConfig
+from dtron.model.lora import LoraConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe import experts
 from dtron.moe.config import MoEConfig
@@ -168,6 +169,8 @@ def runs(draw, axis: str) -> RunConfig:
     unit = sequence_unit(shape, zigzag=True)
     clips = not model.qk_norm and any(mixer.has_logits for mixer in model.mixers)
     threshold = pick(0.0, 0.005) if clips else 0.0  # about the middle of the logits
+    targets, trained = pick("*", "*", "blocks.0.*"), pick("", "", "*norm*", "embedding.*")
+    lora = LoraConfig(pick(0, 0, 2), targets=targets, trained=trained)
     return RunConfig(
         mesh=str(shape),
         zero=draw(zero_stages()),
@@ -181,7 +184,8 @@ def runs(draw, axis: str) -> RunConfig:
         moe_dispatch=pick("alltoall", "static", "allgather"),
         pipeline=pipeline,
         model=model,
-        optim=OptimConfig(qk_clip=threshold),
+        optim=OptimConfig(qk_clip=0.0 if lora.rank else threshold),
+        lora=lora,
         data=DataConfig(seq_len=unit * math.ceil(12 / unit), document_mask=pick(False, True)),
         seed=draw(st.integers(0, 99)),
     )

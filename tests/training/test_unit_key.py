@@ -22,6 +22,7 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.pipeline import one_stage, program
 from dtron.training.traced_function import Kind, TracedFunction
 from dtron.training.unit_key import disk_key
+from dtron.tree import flat
 from tests.helpers.compiled import BLOCK, ONE, ROWS, lone_rank
 from tests.helpers.paths import ROOT
 
@@ -60,7 +61,9 @@ def keys(mesh: str, change: dict, how: dict) -> list[str | None]:
         functions = compiled(program(model, layout, config, splits=False), layout, config)
         pipe = one_stage(model, 1, layout)
         params = init(pipe.spec, model.dims(), 0, layout)
-        weights = params[0] if mesh == "dp=1" else functions.stage_weights.leaves(params[0], 0)[0]
+        weights, none = params[0], [False] * len(flat(params[0]))
+        if mesh != "dp=1":
+            weights, _ = functions.stage_weights.leaves(params[0], False, none)
         batch = make_batch(ROWS, layout)
         with torch.no_grad():
             functions.stage(weights, functions.enter(weights, batch), batch)
