@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from dtron.mesh import Layout
-from dtron.params import WeightSpec
 from dtron.tree import flat, unflatten
 
 
@@ -31,10 +27,3 @@ def with_frozen(spec: Any, params: Any, part: Any) -> Any:
     rest = iter(flat(part))
     pairs = zip(flat(spec), flat(params), strict=True)
     return unflatten(params, [x if w.frozen else next(rest) for w, x in pairs])
-
-
-def stored_dtype(w: WeightSpec, layout: Layout, master: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a weight is kept: a frozen one needs no master weight.
-
-    ``master``: the dtype of master weights."""
-    return (layout.compute or master) if w.frozen else master

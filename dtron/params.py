@@ -219,6 +219,13 @@ def draw(w: WeightSpec, dims: Dims, seed: int, device: str = "cpu") -> Tensor:
         return w.init(w, dims, generator)
 
 
+def stored_dtype(w: WeightSpec, layout: Layout, master: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a weight is kept: a frozen one needs no master weight.
+
+    ``master``: the dtype of master weights."""
+    return (layout.compute or master) if w.frozen else master
+
+
 def init(
     spec: Any,
     dims: Dims,
@@ -227,10 +234,13 @@ def init(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Any:
-    """Draw the weights of a declared tree one at a time and keep only this rank's shard of each."""
+    """Draw the weights of a declared tree one at a time and keep only this rank's shard of each.
+
+    ``dtype``: of master weights."""
 
     def placed(w: WeightSpec) -> Tensor:
-        return layout.shard(draw(w, dims, seed, device).to(dtype), *w.axes)
+        x = draw(w, dims, seed, device)
+        return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 
     with torch.no_grad():
         return tree_map(placed, spec)

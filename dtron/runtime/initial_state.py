@@ -13,12 +13,11 @@ from dtron import checkpoint
 from dtron.data import Data
 from dtron.distributed.symmetric_memory import publish_weights
 from dtron.errors import UserError
-from dtron.frozen import stored_dtype
 from dtron.hf import Source
 from dtron.hf.adapter import Adapter
 from dtron.mesh import Layout
 from dtron.model.lora import is_update
-from dtron.params import WeightSpec, draw
+from dtron.params import WeightSpec, draw, stored_dtype
 from dtron.runtime.config import RunConfig, identity_of
 from dtron.runtime.launch import same_on_all_ranks
 from dtron.training.config import RunPlan

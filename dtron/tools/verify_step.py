@@ -13,11 +13,10 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused, simulated
-from dtron.frozen import stored_dtype
 from dtron.layers.cross_entropy import IGNORE
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch, valid_tokens
-from dtron.params import WeightSpec, draw, normal, zeros
+from dtron.params import WeightSpec, draw, normal, stored_dtype, zeros
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import microbatches

@@ -15,13 +15,12 @@ from dtron import checkpoint
 from dtron.checkpoint.safetensors import TensorReader, header
 from dtron.checkpoint.safetensors_writer import write_file
 from dtron.errors import UserError
-from dtron.frozen import stored_dtype
 from dtron.hf import Source
 from dtron.hf.adapter import CONFIG, WEIGHTS, Adapter, places
 from dtron.model.batch import make_batch
 from dtron.model.lora import LoraConfig, can_update, is_update, with_lora
 from dtron.model.transformer import declare_model, predict
-from dtron.params import draw, normal
+from dtron.params import draw, normal, stored_dtype
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.export_run import export_adapter, export_run
@@ -110,7 +109,7 @@ def test_a_run_as_adapter_files_and_merged(name, tmp_path):
     source = Source(folder(name))
     m = source.model
     able = [w for w in flat(declare_model(m)) if can_update(w) and places(w, source.family, m)]
-    stacked = ".experts." if name == "qwen3-moe" else "none"  # transformers has them in one tensor
+    stacked = ".experts."  # transformers has them in one tensor
     paths = [w.path for w in able if stacked not in w.path]
     config = LoraConfig(rank=2, alpha=3, targets=",".join(paths))
     as_run(source, config, tmp_path)
