@@ -17,7 +17,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.errors import PlacementError
-from dtron.tree import Adapted, flat, unflatten
+from dtron.tree import Adapted, flat, leaf_axes, unflatten
 
 Placements = tuple[Placement, ...]
 
@@ -94,7 +94,7 @@ def split_adapted(
     for arg, own in zip(args, axes, strict=True):
         adapted = isinstance(arg, Adapted) and own is not None
         leaves += flat(arg) if adapted else [arg]
-        split += arg.split_axes(own) if adapted and own is not None else [own]
+        split += leaf_axes(arg, own) if adapted and own is not None else [own]
 
     def joined(xs: Sequence[Tensor]) -> list[Any]:
         rest = iter(xs)

@@ -168,7 +168,7 @@ class Layout(Leaf):
         is already ``ready`` is returned as it is, without an autograd node.
 
         ``fp8``: all-gather in 8 bits, for a matmul that rounds the weight to 8 bits anyway."""
-        dtype = self.compute or w.dtype
+        dtype = self.compute_dtype(w)
         if self.mesh is None:
             return w.to(dtype)
         if self.ready(w, *axes):
@@ -177,7 +177,11 @@ class Layout(Leaf):
 
     def ready(self, w: Tensor, *axes: str | None) -> bool:
         """Whether ``unshard`` has nothing to do for this weight."""
-        return w.dtype == (self.compute or w.dtype) and not self.needs_unshard(w, *axes)
+        return w.dtype == self.compute_dtype(w) and not self.needs_unshard(w, *axes)
+
+    def compute_dtype(self, w: Tensor) -> torch.dtype:
+        """The dtype in which a weight computes. Codes of a quantised weight (1 byte) stay codes."""
+        return w.dtype if self.compute is None or w.itemsize == 1 else self.compute
 
     def summed(self, w: Tensor) -> torch.dtype:
         """The dtype in which a weight's gradients are summed."""

@@ -35,7 +35,7 @@ from dtron.distributed.bucketing import unshard_bucketed
 from dtron.distributed.simulated_ranks import paused
 from dtron.mesh import Layout
 from dtron.mup import Growth, growth
-from dtron.tree import Declared, Leaf, declared, flat, tree_map, unflatten
+from dtron.tree import Declared, Leaf, declared, fill, flat, unflatten
 
 Dims = Mapping[str, Any]
 Init = Callable[["WeightSpec", Dims, torch.Generator], Tensor]
@@ -57,6 +57,7 @@ class WeightSpec(Leaf):
         matmul may run in FP8; 0: no such matmul.
     ``growth``: its sizes as multiples of the sizes at muP's base width (mup.py).
     ``decays``: whether weight decay applies: to matrices, but not to norms, biases and the like.
+    ``dtype``: the dtype in which the weight is kept (None: the dtype of the run's weights).
     """
 
     path: str
@@ -69,6 +70,7 @@ class WeightSpec(Leaf):
     summed: int = 0
     growth: Growth = Growth()
     decays: bool = True
+    dtype: torch.dtype | None = None
 
     @property
     def numel(self) -> int:
@@ -223,6 +225,8 @@ def stored_dtype(w: WeightSpec, layout: Layout, master: torch.dtype) -> torch.dt
     """Return the dtype in which a weight is kept: a frozen one needs no master weight.
 
     ``master``: the dtype of master weights."""
+    if w.dtype is not None:
+        return w.dtype
     return (layout.compute or master) if w.frozen else master
 
 
@@ -243,7 +247,7 @@ def init(
         return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 
     with torch.no_grad():
-        return tree_map(placed, spec)
+        return fill(spec, placed)
 
 
 # Whether the matmul with this weight runs in FP8. The second argument is the shape of a rank's
@@ -273,7 +277,13 @@ def unshard_all(
     from_buckets: dict[int, Tensor] = {}
     if once:
         pairs = enumerate(zip(weights, declarations, strict=True))
-        sharded = [i for i, (w, d) in pairs if not d.buffer and layout.needs_unshard(w, *d.axes)]
+        sharded = [
+            i
+            for i, (w, d) in pairs
+            if not d.buffer
+            and layout.needs_unshard(w, *d.axes)
+            and layout.compute in (None, layout.compute_dtype(w))
+        ]
         goals = [layout.unsharded(*declarations[i].axes) for i in sharded]
         dtensors: list[Any] = [weights[i] for i in sharded]  # weights on one device need no unshard
         gathered = unshard_bucketed(dtensors, goals, layout.compute)

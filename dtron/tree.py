@@ -51,6 +51,13 @@ def nodes(tree: Any, kind: type[Kind]) -> list[Kind]:
     return [node for _, child in children for node in nodes(child, kind)]
 
 
+def units(tree: Any) -> list[Any]:
+    """Return the leaves, and each ``Adapted`` weight as one."""
+    if isinstance(tree, Adapted) or not _is_node(tree):
+        return [] if tree is None else [tree]
+    return [unit for _, child in _children(tree) for unit in units(child)]
+
+
 def _collect(tree: Any, collected: list[Any]) -> None:
     if _is_node(tree):
         for _, child in _children(tree):
@@ -125,6 +132,24 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     return type(like)(**children, **{name: getattr(like, name) for name in plain})
 
 
+def fill(spec: Any, load: Callable[[Any], Any]) -> Any:
+    """Make a tree of weights from a declared tree: ``load`` returns the weight of a declaration.
+    An ``Adapted`` node decides by itself how it is made of loaded weights."""
+    if spec is None:
+        return None
+    if isinstance(spec, Adapted):
+        return spec.filled(load)
+    return _fill_children(spec, load) if _is_node(spec) else load(spec)
+
+
+def _fill_children(spec: Any, load: Callable[[Any], Any]) -> Any:
+    if isinstance(spec, (tuple, list)):
+        return tuple(fill(child, load) for child in spec)
+    names, plain = _names(spec.__class__)
+    children = {name: fill(getattr(spec, name), load) for name in names}
+    return type(spec)(**children, **{name: getattr(spec, name) for name in plain})
+
+
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Apply ``fn`` leaf by leaf to trees of one shape."""
     return unflatten(
@@ -136,7 +161,7 @@ def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
 class Declared:
     """The declaration of a leaf, read from its class. See ``params.WeightSpec``."""
 
-    axes: tuple[str, ...]
+    axes: tuple[Any, ...]
     buffer: bool
     summed: int
 
@@ -147,8 +172,31 @@ class Adapted:
     leaves follow from the axes of the weight."""
 
     def split_axes(self, axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Return the axes of each field with a leaf, given the axes declared for the weight."""
+        """Return the axes of each field with a leaf, given the axes declared for the weight. A
+        field may be such a node itself."""
         raise NotImplementedError
+
+    def declared(self, whole: Declared) -> list[Declared]:
+        """Return the declaration of each leaf, given that of the weight."""
+        found: list[Declared] = []
+        for i, ((_, child), axes) in enumerate(
+            zip(_children(self), self.split_axes(whole.axes), strict=True)
+        ):
+            own = Declared(axes, whole.buffer, 0 if i else whole.summed)
+            if isinstance(child, Adapted):
+                found += child.declared(own)
+            elif child is not None:
+                found.append(own)
+        return found
+
+    def filled(self, load: Callable[[Any], Any]) -> Any:
+        """Return a node of weights, given a node of declarations; see ``fill``."""
+        return _fill_children(self, load)
+
+
+def leaf_axes(node: Adapted, axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Return the axes of each leaf of a node, given the axes of the weight."""
+    return [d.axes for d in node.declared(Declared(axes, False, 0))]
 
 
 def declared(tree: Any) -> list[Declared]:
@@ -174,11 +222,7 @@ def _collect_declared(
         if leaf is None:
             _collect_declared(child, changes, declarations)
         elif isinstance(child, Adapted):
-            axes, buffer, summed = leaf
-            children = zip(_children(child), child.split_axes(axes), strict=True)
-            for i, ((_, x), own) in enumerate(children):
-                if x is not None:
-                    declarations.append(Declared(own, buffer, 0 if i else summed))
+            declarations += child.declared(Declared(*leaf))
         elif child is not None:
             declarations.append(Declared(*leaf))
 

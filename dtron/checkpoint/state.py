@@ -42,7 +42,7 @@ from dtron.params import WeightSpec
 from dtron.training.optimizer import OptimizerState
 from dtron.training.state_formats import is_part
 from dtron.training.weight_average import NAME as EMA
-from dtron.tree import flat, tree_map, unflatten, with_specs
+from dtron.tree import fill, flat, unflatten, with_specs
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def load_params(
         return place_shard(x, w, layout, ranges)
 
     with torch.no_grad(), ShardReader(path, meta) as reader:
-        return tree_map(one, spec)
+        return fill(spec, one)
 
 
 def _weight(reader: ShardReader, w: WeightSpec, average: bool, ranges: list[Range]) -> Tensor:

@@ -57,9 +57,9 @@ def start_exchange(x: Tensor, mesh: DeviceMesh, dim: int) -> tuple[Tensor, Tenso
 
 
 def start_all_gathers(xs: Sequence[Tensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
-    """Start the all-gathers of several tensors along a dim of the mesh, as one collective. Call
-    ``wait`` on each result before its use: the rows of all ranks, concatenated. Not
-    differentiable."""
+    """Start the all-gathers of several tensors of one dtype along a dim of the mesh, as one
+    collective. Call ``wait`` on each result before its use: the rows of all ranks, concatenated.
+    Not differentiable. (With several dtypes gloo returns wrong values, and no error.)"""
     n, group = mesh.size(dim), mesh.get_group(dim).group_name
     return list(torch.ops._c10d_functional.all_gather_into_tensor_coalesced([*xs], n, group))
 

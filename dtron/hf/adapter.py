@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,7 +224,8 @@ def write_adapter(
     ``base``: the name of the model's folder."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
-    for node in nodes(with_lora(declare_model(m), config), LoRA):
+    whole = replace(config, quantize_base="none")
+    for node in nodes(with_lora(declare_model(m), whole), LoRA):
         w: Any = node.base
         at = places(w, family, m)
         if at is None:

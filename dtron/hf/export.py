@@ -35,11 +35,12 @@ from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.hf.weight_files import write
 from dtron.json_files import is_there, read_object
 from dtron.layers.lora import LoRA
+from dtron.layers.quantized_weight import dense
 from dtron.model.config import ModelConfig
 from dtron.model.lora import NO_LORA, LoraConfig, with_lora
 from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
-from dtron.tree import flat, nodes, tree_map
+from dtron.tree import fill, flat, units
 
 _DROPPED_KEYS = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -161,16 +162,18 @@ def merged(
 
     ``read``: reads a trained weight.
     ``frozen``: reads a frozen weight."""
-    spec: Any = with_lora(declare_model(m), lora)
-    all_nodes: list[Any] = nodes(spec, LoRA)
-    updates = {node.base.path: node for node in all_nodes}
-    trained = {w.path for w in flat(spec) if not w.frozen}
+    declared: dict[str, Any] = {}
+    for place, node in zip(
+        flat(declare_model(m)), units(with_lora(declare_model(m), lora)), strict=True
+    ):
+        declared[place.path] = node
+
+    def load(w: WeightSpec) -> Tensor:
+        return frozen(w) if w.frozen else read(w)
 
     def read_merged(w: WeightSpec) -> Tensor:
-        if w.path in updates:
-            node = updates[w.path]
-            return tree_map(lambda w: frozen(w) if w.frozen else read(w), node).merged()
-        return read(w) if w.path in trained else frozen(w)
+        made = fill(declared[w.path], load)
+        return made.merged() if isinstance(made, LoRA) else dense(made)
 
     return read_merged
 

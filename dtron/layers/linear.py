@@ -12,17 +12,22 @@ from torch import Tensor
 from dtron.fp8.matmul import matmul
 from dtron.fp8.recipe import Recipe
 from dtron.layers.lora import LoRA
+from dtron.layers.quantized_weight import QuantizedWeight, dense
 
 
 def linear(
-    x: Tensor, w: Tensor | LoRA, b: Tensor | None = None, recipe: Recipe | None = None
+    x: Tensor,
+    w: Tensor | LoRA | QuantizedWeight,
+    b: Tensor | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """Return ``x [..., I] @ w [I, *O] (+ b [*O])``, ``[..., *O]``. If I is sharded, the sum over I
     stays pending. A bias must not be added before this sum: pass no bias here, and add the bias
     after the constrain.
 
-    ``w``: a weight, or a ``LoRA`` in its place.
+    ``w``: a weight, or in its place a ``LoRA`` or a ``QuantizedWeight``.
     ``recipe``: the recipe for an FP8 matmul, or None."""
+    w = dense(w)
     if isinstance(w, LoRA):
         y = linear(x, w.base, recipe=recipe) + w.update(x).unflatten(-1, w.shape[1:])
     elif w.ndim > 2:
@@ -32,8 +37,11 @@ def linear(
     return y if b is None else y + b
 
 
-def linear_in(x: Tensor, w: Tensor | LoRA, recipe: Recipe | None = None) -> Tensor:
+def linear_in(
+    x: Tensor, w: Tensor | LoRA | QuantizedWeight, recipe: Recipe | None = None
+) -> Tensor:
     """Return ``x [T, *I] @ w [*I, O]``, ``[T, O]``: contract all of w's leading axes."""
+    w = dense(w)
     if isinstance(w, LoRA):
         return linear_in(x, w.base, recipe) + w.update(x.flatten(1))
     return matmul(x.flatten(1), w.flatten(0, -2), recipe)

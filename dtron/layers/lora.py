@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from dtron.errors import PlacementError
+from dtron.layers.quantized_weight import dense
 from dtron.params import value
 from dtron.tree import Adapted
 
@@ -44,8 +45,8 @@ _PLACEMENTS = (
 class LoRA(Adapted):
     """A frozen weight and its update.
 
-    ``base``: ``[*E, *I, *O]``. E is the axis of experts, or no axis; I are the axes over which a
-        matmul sums.
+    ``base``: the weight, which may be a ``QuantizedWeight``: ``[*E, *I, *O]``. E is the axis of
+        experts, or no axis; I are the axes over which a matmul sums.
     ``lora_a``, ``lora_b``: ``[*E, *I, rank]`` and ``[*E, rank, *O]``.
     ``scale``: alpha / rank.
     ``first``: the number of axes E and I together.
@@ -72,7 +73,7 @@ class LoRA(Adapted):
         ahead = int(self.experts)
         inputs = self.lora_a.flatten(ahead, self.first - 1)
         update = inputs @ self.lora_b.flatten(ahead + 1)
-        return self.base + self.scale * update.view(self.base.shape)
+        return dense(self.base) + self.scale * update.view(self.shape)
 
     def update(self, x: Tensor) -> Tensor:
         """Return the update's part of ``linear`` for ``x [T, I]``: ``[T, O]``, both flattened."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dtron.model.config import ModelConfig
 from dtron.model.lora import NO_LORA, LoraConfig, with_lora
 from dtron.model.transformer import declare_model
@@ -33,7 +35,7 @@ def flops_per_token(m: ModelConfig, seq_len: int, lora: LoraConfig = NO_LORA) ->
     Mixers add their ``flops``. For causal attention ``flops`` is 6 * layers * heads * head_dim *
     seq_len, half of the full square (PaLM, arXiv:2204.02311, appendix B, halved). Multi-token
     prediction counts by its blocks and heads."""
-    spec = with_lora(declare_model(m), lora)
+    spec = with_lora(declare_model(m), replace(lora, quantize_base="none"))
     assert spec.embedding is not None
     looked_up = {w.path for w in flat(spec.embedding)}
     if m.tied:

@@ -15,15 +15,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.lora import LoRA
+from dtron.layers.quantized_weight import BLOCK, QuantizedWeight, declare_quantized
 from dtron.params import Dims, WeightSpec, zeros
-from dtron.tree import flat, tree_map
+from dtron.rules import place, rules_for
+from dtron.tree import flat, nodes, tree_map
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class LoraConfig:
     trained: str = ""
     """weights to train whole beside the updates, as patterns of their paths: 'embedding.*,*norm*'
     (empty: none)"""
+    quantize_base: Literal["none", "nf4", "fp8"] = "none"
+    """format of the frozen weights of matmuls in blocks: nf4 has 4 bits (QLoRA), fp8 has 8"""
     adapter: str = ""
     """folder of PEFT adapter files with the initial updates of the --init-from model; it gives
     rank, alpha and targets"""
@@ -88,7 +93,7 @@ def with_lora(spec: Any, config: LoraConfig) -> Any:
             return w
         if is_target(w, config):
             return declare_lora(w, config)
-        return w if _matches(w, config.trained_patterns) else replace(w, frozen=True)
+        return w if _matches(w, config.trained_patterns) else _frozen(w, config)
 
     return tree_map(changed, spec)
 
@@ -117,8 +122,15 @@ def declare_lora(w: WeightSpec, config: LoraConfig) -> Any:
     shapes = (*w.shape[:first], rank), (*w.shape[:ahead], rank, *w.shape[first:])
     a = WeightSpec(f"{w.path}.lora_a", of_a, shapes[0], rows_uniform)
     b = WeightSpec(f"{w.path}.lora_b", of_b, shapes[1], zeros)
-    leaves: Any = {"base": replace(w, frozen=True), "lora_a": a, "lora_b": b}
+    leaves: Any = {"base": _frozen(w, config), "lora_a": a, "lora_b": b}
     return LoRA(**leaves, scale=config.scale, first=first, experts=experts)
+
+
+def _frozen(w: WeightSpec, config: LoraConfig) -> Any:
+    """Return the declaration of a weight that is frozen."""
+    if config.quantize_base == "none" or not can_update(w):
+        return replace(w, frozen=True)
+    return declare_quantized(w, config.quantize_base)
 
 
 def rows_uniform(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tensor:
@@ -129,12 +141,25 @@ def rows_uniform(w: WeightSpec, dims: Dims, generator: torch.Generator) -> Tenso
     return x.uniform_(-bound, bound, generator=generator)
 
 
-def check_lora(spec: Any, config: LoraConfig) -> None:
-    """Raise UserError for a pattern that names no weight.
+def check_lora(spec: Any, config: LoraConfig, shape: MeshShape, zero: int) -> None:
+    """Raise UserError for a pattern that names no weight, and for weights that cannot be stored in
+    the format of the config on this mesh.
 
     ``spec``: the declared tree of the whole model, without updates."""
     if not config.rank:
         return
+    atoms = {axis: n for axis, n in shape.atoms.items() if axis != "pp"}
+    for node in nodes(with_lora(spec, config), QuantizedWeight):
+        w, last = cast(WeightSpec, node.base), node.shape[-1]
+        at = place(rules_for(zero), list(atoms), *w.axes)
+        sizes = zip(at, atoms.values(), strict=True)
+        shards = math.prod(n for p, n in sizes if p.is_shard(len(w.shape) - 1))
+        if last % (shards * BLOCK):
+            raise UserError(
+                f"--lora.quantize-base {config.quantize_base}: the last axis of {w.path} is {last}, "
+                f"and its {shards} shards are not whole blocks of {BLOCK}; leave it out, or use "
+                "another mesh"
+            )
     targets = [w for w in flat(spec) if can_update(w)]
     _check("targets", config.target_patterns, targets)
     _check("trained", config.trained_patterns, flat(spec))

@@ -23,6 +23,7 @@ from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.fp8.matmul import grouped_matmul
 from dtron.fp8.recipe import Recipe
 from dtron.layers.lora import LoRA
+from dtron.layers.quantized_weight import QuantizedWeight, dense
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 from dtron.torch_compile import tracing
@@ -79,14 +80,15 @@ def compute(
 
 def product(
     x: Tensor,
-    w: Tensor | LoRA,
+    w: Tensor | LoRA | QuantizedWeight,
     b: Tensor | None,
     ends_E: Tensor | None,
     recipe: Recipe | None = None,
 ) -> Tensor:
     """Compute ``x @ w[e] + b[e]`` for the rows of each expert e.
 
-    ``w``: a weight, or a ``LoRA`` in its place."""
+    ``w``: a weight, or in its place a ``LoRA`` or a ``QuantizedWeight``."""
+    w = dense(w)
     if isinstance(w, LoRA):
         low = product(x, w.lora_a, None, ends_E) * w.scale
         y = product(x, w.base, b, ends_E, recipe)

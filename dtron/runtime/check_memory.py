@@ -41,7 +41,7 @@ def check_memory(config: RunConfig, plan: RunPlan) -> None:
     shape, device = plan.shape, plan.device
     weights = flat(config.declare())
     whole = sum(
-        w.numel * plan.compute.itemsize
+        w.numel * (w.dtype or plan.compute).itemsize
         if w.frozen
         else w.numel * master_bytes(optimizer, w, element)
         + optimizer.state_bytes(w, w.shape, element)

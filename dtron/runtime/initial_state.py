@@ -24,7 +24,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
-from dtron.tree import flat, tree_map
+from dtron.tree import fill, flat
 
 
 def identity(config: RunConfig, data: Data, source: Source | None = None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def initial_state(
         dtype = stored_dtype(w, layout, plan.master)
         return initial_weight(w, config, source, layout, dtype, plan.device, adapter)
 
-    params = tree_map(load, spec)
+    params = fill(spec, load)
     opt = init_state(build_optimizer(config.optim), spec, params)
     state = checkpoint.TrainState(0, 0, stored_params(params, spec, opt), opt)
     del params

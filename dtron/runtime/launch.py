@@ -69,7 +69,7 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
     plan, and the pipeline with all its ranks. Raises UserError for an invalid config."""
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     optimizer = build_optimizer(config.optim, config.model.mup)
-    check_lora(declare_model(config.model), config.lora)
+    check_lora(declare_model(config.model), config.lora, shape, config.zero)
     check_groups(optimizer, config.declare())
     counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
     # Checks schedule and layers.

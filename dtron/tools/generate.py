@@ -41,7 +41,7 @@ from dtron.runtime.initial_state import initial_weight, source_of
 from dtron.runtime.launch import plan_run, start_ranks
 from dtron.runtime.output import write_line
 from dtron.runtime.run_directory import read_run
-from dtron.tree import tree_map
+from dtron.tree import fill
 
 
 def run(o: Namespace) -> int:
@@ -136,7 +136,7 @@ def _open(
         def load(w: WeightSpec) -> Tensor:
             return (updates if is_update(w) else source).weight(w, layout, dtype, device)
 
-        return tree_map(load, spec)
+        return fill(spec, load)
 
     return load_both, source.model, updates.config
 

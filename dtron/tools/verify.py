@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     check_recompute(config.how, flags.compile)
     check_expert_sizes(config.how, config.model, shape, dtype)
     optimizer, spec = build_optimizer(config.optim), config.declare()
-    check_lora(declare_model(config.model), config.lora)
+    check_lora(declare_model(config.model), config.lora, shape, config.zero)
     check_formats(optimizer, spec, shape, config.zero, dtype)
     count, _ = microbatches(config.ramp.sizes[0], config.micro_batch, shape)
     pipeline(config, shape, count, config.data.seq_len, Layout())  # raises if invalid

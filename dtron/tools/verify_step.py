@@ -30,7 +30,7 @@ from dtron.training.optimizer import init_state, stored_params, with_compute_cop
 from dtron.training.pipeline import Pipeline, pipeline
 from dtron.training.state_formats import values
 from dtron.training.step import TrainStep
-from dtron.tree import flat, tree_map
+from dtron.tree import fill, flat
 
 Watch = Callable[[Any], AbstractContextManager]
 
@@ -76,7 +76,7 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
         )
         for r, d, at in zip(rows.chunk(count), parts(documents), parts(positions), strict=True)
     ]
-    return StepInputs(tree_map(place, pipe.spec), batches, valid_tokens(rows))
+    return StepInputs(fill(pipe.spec, place), batches, valid_tokens(rows))
 
 
 def one_step(

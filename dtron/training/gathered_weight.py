@@ -80,7 +80,7 @@ class GatheredWeight:
         self.layout, self.index, self.weight, self.goal = layout, index, weight, goal
         spec, mesh = weight.spec, layout.mesh
         assert mesh is not None
-        self.dtype = layout.compute or weight.local.dtype
+        self.dtype = layout.compute_dtype(weight.local)
         self.reduce = layout.summed(weight.local)
         self.axes = [i for i in range(mesh.ndim) if spec.placements[i] != goal[i]]
         whole = weight.spec.to_dtensor(weight.local.detach(), mesh)

@@ -141,9 +141,10 @@ class UnitWeights:
         if packed:
             messages = self.prefetch.pack([parts[i] for i in packed])
             parts |= dict(zip(packed, messages, strict=True))
-        for axis in dict.fromkeys(self.weights[i].axis for i in single):
-            ours = [i for i in single if self.weights[i].axis == axis]
-            rows = start_all_gathers([parts[i] for i in ours], mesh, axis)
+        kinds = {i: (self.weights[i].axis, parts[i].dtype) for i in single}
+        for kind in dict.fromkeys(kinds.values()):
+            ours = [i for i in single if kinds[i] == kind]
+            rows = start_all_gathers([parts[i] for i in ours], mesh, kind[0])
             self._coming |= dict(zip(ours, rows, strict=True))
 
     def take(self) -> list[Tensor]:
