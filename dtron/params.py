@@ -58,6 +58,7 @@ class WeightSpec(Leaf):
     ``growth``: its sizes as multiples of the sizes at muP's base width (mup.py).
     ``decays``: whether weight decay applies: to matrices, but not to norms, biases and the like.
     ``dtype``: the dtype in which the weight is kept (None: the dtype of the run's weights).
+    ``derived``: its initial value follows from other weights, and is not drawn.
     """
 
     path: str
@@ -71,6 +72,7 @@ class WeightSpec(Leaf):
     growth: Growth = Growth()
     decays: bool = True
     dtype: torch.dtype | None = None
+    derived: bool = False
 
     @property
     def numel(self) -> int:
@@ -242,7 +244,9 @@ def init(
 
     ``dtype``: of master weights."""
 
-    def placed(w: WeightSpec) -> Tensor:
+    def placed(w: WeightSpec) -> Tensor | None:
+        if w.derived:
+            return None
         x = draw(w, dims, seed, device)
         return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 

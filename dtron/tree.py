@@ -132,22 +132,26 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     return type(like)(**children, **{name: getattr(like, name) for name in plain})
 
 
+def map_units(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply ``fn`` to each leaf, and to each ``Adapted`` weight as one."""
+    if tree is None:
+        return None
+    whole = isinstance(tree, Adapted) or not _is_node(tree)
+    return fn(tree) if whole else _map_children(fn, tree)
+
+
+def _map_children(fn: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, (tuple, list)):
+        return tuple([map_units(fn, child) for child in tree])
+    names, plain = _names(tree.__class__)
+    children = {name: map_units(fn, getattr(tree, name)) for name in names}
+    return type(tree)(**children, **{name: getattr(tree, name) for name in plain})
+
+
 def fill(spec: Any, load: Callable[[Any], Any]) -> Any:
     """Make a tree of weights from a declared tree: ``load`` returns the weight of a declaration.
     An ``Adapted`` node decides by itself how it is made of loaded weights."""
-    if spec is None:
-        return None
-    if isinstance(spec, Adapted):
-        return spec.filled(load)
-    return _fill_children(spec, load) if _is_node(spec) else load(spec)
-
-
-def _fill_children(spec: Any, load: Callable[[Any], Any]) -> Any:
-    if isinstance(spec, (tuple, list)):
-        return tuple(fill(child, load) for child in spec)
-    names, plain = _names(spec.__class__)
-    children = {name: fill(getattr(spec, name), load) for name in names}
-    return type(spec)(**children, **{name: getattr(spec, name) for name in plain})
+    return map_units(lambda w: w.filled(load) if isinstance(w, Adapted) else load(w), spec)
 
 
 def tree_map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
@@ -191,7 +195,7 @@ class Adapted:
 
     def filled(self, load: Callable[[Any], Any]) -> Any:
         """Return a node of weights, given a node of declarations; see ``fill``."""
-        return _fill_children(self, load)
+        return _map_children(lambda w: fill(w, load), self)
 
 
 def leaf_axes(node: Adapted, axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -2,9 +2,9 @@
 
 A folder has ``adapter_config.json`` (rank, alpha) and ``adapter_model.safetensors``, with two
 matrices for each updated layer: ``lora_A.weight [rank, inputs]`` and ``lora_B.weight [outputs,
-rank]``. Their places follow from the family's table of weights (weight_tables.py): the pattern of A
-is that of the weight with the axis ``rank`` in the place of the outputs, and the pattern of B has it
-in the place of the inputs.
+rank]``, and with DoRA a vector ``lora_magnitude_vector [outputs]``. Their places follow from the
+family's table of weights (weight_tables.py): the pattern of A is that of the weight with the axis
+``rank`` in the place of the outputs, and the pattern of B has it in the place of the inputs.
 
 Left out: layers that hold several dtron weights in one matrix (``qkv_proj`` of Phi-3, ``c_attn`` of
 GPT-2, experts in one tensor). There the updates of dtron have an A each, and PEFT has one A.
@@ -32,19 +32,17 @@ from dtron.hf.load import Place, place, rotary_columns
 from dtron.hf.tensor_pattern import halves, pairs, pattern
 from dtron.hf.weight_files import some
 from dtron.json_files import read_object
-from dtron.layers.lora import LoRA
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
 from dtron.model.lora import LoraConfig, can_update, in_block, with_lora
 from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
-from dtron.tree import flat, nodes
+from dtron.tree import Adapted, flat, units
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What a folder may say without a change of the result, and with which values.
 _REFUSED = {
-    "use_dora": False,
     "fan_in_fan_out": False,
     "bias": "none",
     "lora_bias": False,
@@ -54,16 +52,17 @@ _REFUSED = {
 
 
 class FactorPlace(NamedTuple):
-    """The place of A or of B of a weight: the names of its matrices, one or one for each expert,
-    and the pattern of each."""
+    """The place of A, of B or of the magnitude of a weight: the names of its tensors, one or one
+    for each expert, and the pattern of each."""
 
     names: tuple[str, ...]
     place: Place
     experts: bool
 
 
-def places(w: WeightSpec, family: Family, m: ModelConfig) -> tuple[FactorPlace, FactorPlace] | None:
-    """Return the places of A and B of a weight; None if PEFT has no place for them.
+def places(w: WeightSpec, family: Family, m: ModelConfig, dora: bool) -> list[FactorPlace] | None:
+    """Return the places of A and B of a weight, and with ``dora`` of its magnitude; None if PEFT
+    has no place for them.
 
     ``w``: the declaration of the weight, which can have an update."""
     whole = place(w, family, m)
@@ -75,23 +74,23 @@ def places(w: WeightSpec, family: Family, m: ModelConfig) -> tuple[FactorPlace, 
     ins, outs = _letters(" ".join(ours[ahead:first])), _letters(" ".join(ours[first:]))
     if {*groups} != {ins, outs} or any(mark in left for mark in "+/:"):
         return None
-    experts = " ".join(ours[:ahead])
-    module = whole.row.name.removesuffix(".weight")
-    rows = (
-        (f"rank {groups[ins]} -> {experts} {' '.join(ours[ahead:first])} rank", "lora_A", False),
-        (
-            f"{groups[outs]} rank -> {experts} rank {' '.join(ours[first:])}",
-            "lora_B",
-            whole.row.paired,
-        ),
+    experts, inputs, outputs = (
+        " ".join(part) for part in (ours[:ahead], ours[ahead:first], ours[first:])
     )
+    module, paired = whole.row.name.removesuffix(".weight"), whole.row.paired
+    rows = [
+        (f"rank {groups[ins]} -> {experts} {inputs} rank", "lora_A.weight", False),
+        (f"{groups[outs]} rank -> {experts} rank {outputs}", "lora_B.weight", paired),
+    ]
+    if dora:
+        rows.append((f"{groups[outs]} -> {experts} {outputs}", "lora_magnitude_vector", paired))
     made = []
-    for text, factor, paired in rows:
-        name = f"{_PREFIX}{module}.{factor}.weight"
-        row = whole.row._replace(name=name, pattern=text, paired=paired)
+    for text, factor, is_paired in rows:
+        name = f"{_PREFIX}{module}.{factor}"
+        row = whole.row._replace(name=name, pattern=text, paired=is_paired)
         at = Place(row, whole.sizes)
         made.append(FactorPlace(tuple(at.names()), at, bool(whole.outside)))
-    return made[0], made[1]
+    return made
 
 
 def _letters(text: str) -> tuple[str, ...]:
@@ -117,12 +116,14 @@ class Adapter:
             )
         if said.get("use_rslora"):  # arXiv:2312.03732: alpha / sqrt(rank)
             alpha *= math.sqrt(rank)
+        dora = bool(said.get("use_dora"))
         self._places = {
             w.path: (w, at)
             for w in flat(declare_model(m))
-            if can_update(w) and (at := places(w, family, m)) is not None
+            if can_update(w) and (at := places(w, family, m, dora)) is not None
         }
-        self.config = LoraConfig(rank, float(alpha), self._targets(rank), adapter=str(folder))
+        targets = self._targets(rank)
+        self.config = LoraConfig(rank, float(alpha), targets, dora, adapter=str(folder))
 
     def _check(self, said: dict[str, Any]) -> None:
         file = self.folder / CONFIG
@@ -172,11 +173,11 @@ class Adapter:
         return ",".join(_shortest(targets, names))
 
     def weight(self, w: WeightSpec, layout: Layout, dtype: torch.dtype, device: str) -> Tensor:
-        """Load A or B of a weight. Not differentiable.
+        """Load A, B or the magnitude of a weight. Not differentiable.
 
         ``w``: its declaration; see ``model.lora.declare_lora``."""
         path, _, factor = w.path.rpartition(".")
-        at = self._places[path][1][factor == "lora_b"]
+        at = self._places[path][1][("lora_a", "lora_b", "magnitude").index(factor)]
         with paused(), torch.no_grad():  # simulated ranks share the weights that are read
             x = torch.stack([self._read(name, at, w) for name in at.names])
             x = x if at.experts else x[0]
@@ -225,15 +226,17 @@ def write_adapter(
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
     whole = replace(config, quantize_base="none")
-    for node in nodes(with_lora(declare_model(m), whole), LoRA):
-        w: Any = node.base
-        at = places(w, family, m)
+    for node in units(with_lora(declare_model(m), whole)):
+        if not isinstance(node, Adapted):
+            continue
+        w, *factors = flat(node)
+        at = places(w, family, m, config.dora)
         if at is None:
             raise UserError(
                 f"{w.path}: a {family.kind} has it in one matrix with other weights, and adapter "
                 "files have no place for its update; export the merged model, without --adapter"
             )
-        for spec, factor in zip((node.lora_a, node.lora_b), at, strict=True):
+        for spec, factor in zip(factors, at, strict=True):
             sizes = {**factor.place.sizes, "rank": config.rank}
             shape = pattern(factor.place.row.pattern).shape(sizes)
             for e, name in enumerate(factor.names):
@@ -248,6 +251,7 @@ def write_adapter(
         "r": config.rank,
         "lora_alpha": config.scale * config.rank,
         "lora_dropout": 0.0,
+        "use_dora": config.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": _shortest({*map(_module, tensors)}, _last_names(m, family)),
@@ -263,10 +267,11 @@ def _module(name: str) -> str:
 
 
 def _last_names(m: ModelConfig, family: Family) -> dict[str, str]:
-    """Return the last part of the name of every layer that can have an update."""
-    found = [places(w, family, m) for w in flat(declare_model(m)) if can_update(w)]
+    """Return the last part of the name of every layer that can have an update. With experts it is
+    the whole name: there PEFT takes a last part for the experts, too."""
+    found = [places(w, family, m, False) for w in flat(declare_model(m)) if can_update(w)]
     modules = [_module(name) for at in found if at is not None for name in at[0].names]
-    return {module: module.rpartition(".")[2] for module in modules}
+    return {name: name if m.moe.experts else name.rpartition(".")[2] for name in modules}
 
 
 def _maker(

@@ -34,6 +34,7 @@ from dtron.hf.source_files import ORIGIN, TOKENIZER, copy_file
 from dtron.hf.tensor_pattern import pairs, pattern
 from dtron.hf.weight_files import write
 from dtron.json_files import is_there, read_object
+from dtron.layers.dora import DoRA
 from dtron.layers.lora import LoRA
 from dtron.layers.quantized_weight import dense
 from dtron.model.config import ModelConfig
@@ -173,7 +174,7 @@ def merged(
 
     def read_merged(w: WeightSpec) -> Tensor:
         made = fill(declared[w.path], load)
-        return made.merged() if isinstance(made, LoRA) else dense(made)
+        return made.merged() if isinstance(made, (LoRA, DoRA)) else dense(made)
 
     return read_merged
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from dtron.fp8.matmul import matmul
 from dtron.fp8.recipe import Recipe
+from dtron.layers.dora import ScaledWeight
 from dtron.layers.lora import LoRA
-from dtron.layers.quantized_weight import QuantizedWeight, dense
+from dtron.layers.quantized_weight import dense
+from dtron.tree import Adapted
 
 
 def linear(
     x: Tensor,
-    w: Tensor | LoRA | QuantizedWeight,
+    w: Tensor | Adapted,
     b: Tensor | None = None,
     recipe: Recipe | None = None,
 ) -> Tensor:
@@ -25,10 +27,12 @@ def linear(
     stays pending. A bias must not be added before this sum: pass no bias here, and add the bias
     after the constrain.
 
-    ``w``: a weight, or in its place a ``LoRA`` or a ``QuantizedWeight``.
+    ``w``: a weight, or an ``Adapted`` weight: ``LoRA``, ``ScaledWeight``, ``QuantizedWeight``.
     ``recipe``: the recipe for an FP8 matmul, or None."""
     w = dense(w)
-    if isinstance(w, LoRA):
+    if isinstance(w, ScaledWeight):
+        y = w.scaled(linear(x, w.base, recipe=recipe))
+    elif isinstance(w, LoRA):
         y = linear(x, w.base, recipe=recipe) + w.update(x).unflatten(-1, w.shape[1:])
     elif w.ndim > 2:
         y = matmul(x, w.flatten(1), recipe).unflatten(-1, w.shape[1:])
@@ -37,11 +41,11 @@ def linear(
     return y if b is None else y + b
 
 
-def linear_in(
-    x: Tensor, w: Tensor | LoRA | QuantizedWeight, recipe: Recipe | None = None
-) -> Tensor:
+def linear_in(x: Tensor, w: Tensor | Adapted, recipe: Recipe | None = None) -> Tensor:
     """Return ``x [T, *I] @ w [*I, O]``, ``[T, O]``: contract all of w's leading axes."""
     w = dense(w)
+    if isinstance(w, ScaledWeight):
+        return w.scaled(linear_in(x, w.base, recipe))
     if isinstance(w, LoRA):
         return linear_in(x, w.base, recipe) + w.update(x.flatten(1))
     return matmul(x.flatten(1), w.flatten(0, -2), recipe)

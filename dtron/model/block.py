@@ -22,6 +22,7 @@ from torch import Tensor
 from dtron.distributed.host_memory import HostMemory
 from dtron.fp8.recipe import Recipe
 from dtron.layers.cross_entropy import IGNORE
+from dtron.layers.dora import with_factors
 from dtron.layers.mixer import Mixer, MixerInputs, StageInputs
 from dtron.layers.mlp import MLP, mlp
 from dtron.layers.norm import Norm, norm_if
@@ -97,6 +98,7 @@ def block(
 
     ``before_E``: for experts, see ``route``."""
     logits: list[Tensor] = []
+    p = with_factors(p)
     if p.mixer is not None:
         h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
         mixer, more = inputs.mixer, inputs.mixer_inputs

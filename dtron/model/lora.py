@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.layers.dora import DoRA
 from dtron.layers.lora import LoRA
 from dtron.layers.quantized_weight import BLOCK, QuantizedWeight, declare_quantized
 from dtron.params import Dims, WeightSpec, zeros
@@ -40,6 +41,8 @@ class LoraConfig:
     targets: str = "*"
     """weights with an update, as patterns of their paths in a block: 'attention.*,mlp.w_up'. The
     weights of matmuls in blocks can have one"""
+    dora: bool = False
+    """DoRA (arXiv:2402.09353): also train the magnitude of each output of an updated weight"""
     trained: str = ""
     """weights to train whole beside the updates, as patterns of their paths: 'embedding.*,*norm*'
     (empty: none)"""
@@ -100,7 +103,7 @@ def with_lora(spec: Any, config: LoraConfig) -> Any:
 
 def is_update(w: WeightSpec) -> bool:
     """Whether a weight belongs to an update."""
-    return "rank" in w.axes
+    return "rank" in w.axes or w.derived
 
 
 def is_target(w: WeightSpec, config: LoraConfig) -> bool:
@@ -123,7 +126,14 @@ def declare_lora(w: WeightSpec, config: LoraConfig) -> Any:
     a = WeightSpec(f"{w.path}.lora_a", of_a, shapes[0], rows_uniform)
     b = WeightSpec(f"{w.path}.lora_b", of_b, shapes[1], zeros)
     leaves: Any = {"base": _frozen(w, config), "lora_a": a, "lora_b": b}
-    return LoRA(**leaves, scale=config.scale, first=first, experts=experts)
+    node = LoRA(**leaves, scale=config.scale, first=first, experts=experts)
+    if not config.dora:
+        return node
+    axes, shape = (*w.axes[:ahead], *w.axes[first:]), (*w.shape[:ahead], *w.shape[first:])
+    magnitude: Any = WeightSpec(
+        f"{w.path}.magnitude", axes, shape, zeros, decays=False, derived=True
+    )
+    return DoRA(node, magnitude)
 
 
 def _frozen(w: WeightSpec, config: LoraConfig) -> Any:

@@ -22,11 +22,13 @@ from torch import Tensor
 from dtron.fp8.grouped_mm import grouped, looped, masked
 from dtron.fp8.matmul import grouped_matmul
 from dtron.fp8.recipe import Recipe
+from dtron.layers.dora import ScaledWeight
 from dtron.layers.lora import LoRA
-from dtron.layers.quantized_weight import QuantizedWeight, dense
+from dtron.layers.quantized_weight import dense
 from dtron.moe.config import ExpertActivation
 from dtron.params import residual_out, weight, zeros
 from dtron.torch_compile import tracing
+from dtron.tree import Adapted
 
 LIMIT, SLOPE = 7.0, 1.702  # constants of gpt-oss's SwiGLU
 
@@ -80,15 +82,18 @@ def compute(
 
 def product(
     x: Tensor,
-    w: Tensor | LoRA | QuantizedWeight,
+    w: Tensor | Adapted,
     b: Tensor | None,
     ends_E: Tensor | None,
     recipe: Recipe | None = None,
 ) -> Tensor:
     """Compute ``x @ w[e] + b[e]`` for the rows of each expert e.
 
-    ``w``: a weight, or in its place a ``LoRA`` or a ``QuantizedWeight``."""
+    ``w``: a weight, or an ``Adapted`` weight; see ``linear``."""
     w = dense(w)
+    if isinstance(w, ScaledWeight):
+        y = product(x, w.base, None, ends_E, recipe) * _of_rows(w.factor, x, ends_E)
+        return y if b is None else y + _of_rows(b, x, ends_E)
     if isinstance(w, LoRA):
         low = product(x, w.lora_a, None, ends_E) * w.scale
         y = product(x, w.base, b, ends_E, recipe)
@@ -96,16 +101,19 @@ def product(
     y = grouped_matmul(x, w, ends_E, recipe)
     if y is None:
         y = x @ w if ends_E is None else _grouped_mm(x)(x, w, ends_E)
-    if b is None:
-        return y
+    return y if b is None else y + _of_rows(b, x, ends_E)
+
+
+def _of_rows(b: Tensor, x: Tensor, ends_E: Tensor | None) -> Tensor:
+    """Return, for each row of x, the row ``[O]`` of its expert in ``b [E, O]``."""
     if ends_E is None:
-        return y + b[:, None]
+        return b[:, None]
     # Kernels leave the rows after the last end unwritten, in backward too. These rows get an
     # extra bias row of zeros. With the last expert's bias, the gradient of this bias would sum
     # undefined values.
     places = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(ends_E.to(places.dtype), places, right=True)
-    return y + F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)
+    return F.pad(b, (0, 0, 0, 1)).index_select(0, expert_R)
 
 
 def _grouped_mm(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -31,7 +31,9 @@ def export_run(run_dir: Path, out: Path, **options: Any) -> Exported:
     source = source_of(config)
 
     def frozen(w: WeightSpec) -> Tensor:
-        return initial_weight(w, config, source, Layout(), torch.float32, "cpu")
+        loaded = initial_weight(w, config, source, Layout(), torch.float32, "cpu")
+        assert loaded is not None  # no frozen weight is derived
+        return loaded
 
     return export(config.model, newest, run_dir, out, what, config.lora, frozen)
 

@@ -55,8 +55,8 @@ def initial_weight(
     dtype: torch.dtype,
     device: str,
     adapter: Adapter | None = None,
-) -> Tensor:
-    """Return a weight as a run begins with it.
+) -> Tensor | None:
+    """Return a weight as a run begins with it; None: it follows from other weights.
 
     ``source``: see ``source_of``.
     ``adapter``: the initial updates of LoRA (None: random ones, whose effect is 0)."""
@@ -64,6 +64,8 @@ def initial_weight(
         folder = adapter if is_update(w) else source
         if folder is not None:
             return folder.weight(w, layout, dtype, device)
+        if w.derived:
+            return None
         return layout.shard(draw(w, config.model.dims(), config.seed, device).to(dtype), *w.axes)
 
 
@@ -86,7 +88,7 @@ def initial_state(
     if config.lora.adapter and resumed is None and source is not None:
         adapter = Adapter(config.lora.adapter, source.family, config.model)
 
-    def load(w: WeightSpec) -> Tensor:
+    def load(w: WeightSpec) -> Tensor | None:
         dtype = stored_dtype(w, layout, plan.master)
         return initial_weight(w, config, source, layout, dtype, plan.device, adapter)
 

@@ -155,7 +155,9 @@ def _load_run(
     weights from where the run began."""
 
     def frozen(w: WeightSpec) -> Tensor:
-        return initial_weight(w, config, source, layout, dtype, device)
+        loaded = initial_weight(w, config, source, layout, dtype, device)
+        assert loaded is not None  # no frozen weight is derived
+        return loaded
 
     return checkpoint.load_params(found, spec, layout, dtype, device, average, frozen)
 

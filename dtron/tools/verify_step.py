@@ -57,8 +57,9 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
 
     def place(w: WeightSpec) -> Tensor:
         # Zeros in a product would hide a wrong gradient of the other factor.
-        w = replace(w, init=normal) if w.init is zeros and not w.buffer else w
-        x = draw(w, m.dims(), config.seed)
+        drawn = w.init is zeros and not w.buffer
+        x = draw(replace(w, init=normal) if drawn else w, m.dims(), config.seed)
+        x = 1 + x if w.derived else x
         return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 
     def parts(x: Tensor | None) -> Sequence[Tensor | None]:

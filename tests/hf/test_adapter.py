@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.export_run import export_adapter, export_run
 from dtron.training.optimizer import init_state
-from dtron.tree import flat, tree_map
+from dtron.tree import fill, flat
 from tests.helpers.hf_models import folder, model
 from tests.helpers.values import ADAMW, ONE
 from tests.helpers.wide_transformers import in_float64, module_of
@@ -58,32 +59,39 @@ def ours(source: Source, config: LoraConfig, updates: Adapter | None) -> torch.T
         return (updates if is_update(w) else source).weight(w, ONE, torch.float64, "cpu")
 
     with torch.no_grad():
-        return predict(tree_map(load, spec), make_batch(rows(), ONE), source.model, ONE)
+        return predict(fill(spec, load), make_batch(rows(), ONE), source.model, ONE)
 
 
 @pytest.fixture
 def trained(request, tmp_path) -> tuple[torch.nn.Module, Path]:
     """A model with updates that have an effect, by ``peft``, and its adapter files."""
     torch.manual_seed(0)
-    base = copy.deepcopy(model(request.param))
+    name, _, dora = request.param.partition(" ")
+    layers = rf".*\.({LAYERS[name]})"
     config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=rf".*\.({LAYERS[request.param]})", init_lora_weights=False
+        r=3, lora_alpha=5, target_modules=layers, use_dora=bool(dora), init_lora_weights=False
     )
-    made = peft.get_peft_model(base, config)
+    made = peft.get_peft_model(copy.deepcopy(model(name)), config)
+    for path, w in made.named_parameters():
+        if "magnitude" in path:
+            w.data.mul_(torch.rand_like(w) + 0.5)
     made.save_pretrained(tmp_path / "adapter")
     return made, tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("trained", LAYERS, indirect=True)
+@pytest.mark.parametrize(
+    "trained", [*LAYERS, "llama dora", "deepseek-v3 dora"], indirect=True, ids=str
+)
 def test_adapter_files_of_peft(trained, request):
-    """The comparison notices updates without effect, and rotary columns in another order."""
+    """The comparison notices updates without effect."""
     made, at = trained
-    source = Source(folder(request.node.callspec.params["trained"]))
+    name = request.node.callspec.params["trained"].partition(" ")[0]
+    source = Source(folder(name))
     updates = Adapter(at, source.family, source.model)
     assert (updates.config.rank, updates.config.scale) == (3, 5 / 3)
     want = theirs(made)
     assert (ours(source, updates.config, updates) - want).abs().max() <= 1e-4
-    assert (theirs(model(request.node.callspec.params["trained"])) - want).abs().max() > 1e-2
+    assert (theirs(model(name)) - want).abs().max() > 1e-2
 
 
 def as_run(source: Source, config: LoraConfig, run_dir: Path) -> None:
@@ -93,31 +101,34 @@ def as_run(source: Source, config: LoraConfig, run_dir: Path) -> None:
     def load(w):
         if not is_update(w):
             return source.weight(w, ONE, stored_dtype(w, ONE, torch.float32), "cpu")
-        return draw(replace(w, init=normal), {"init_std": 0.1}, 0)
+        x = draw(replace(w, init=normal), {"init_std": 0.1}, 0)
+        return 1 + x if w.derived else x
 
-    params = tree_map(load, spec)
+    params = fill(spec, load)
     run = RunConfig(model=source.model, lora=config, init_from=str(source.folder))
     cli.save(run, run_dir / "config.json")
     state = checkpoint.TrainState(0, 0, params, init_state(ADAMW, spec, params))
     checkpoint.save(run_dir, state, spec, {})
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_run_as_adapter_files_and_merged(name, tmp_path):
+@pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in LAYERS), ("qwen3", True)])
+def test_a_run_as_adapter_files_and_merged(name, dora, tmp_path):
     """Both give the logits of the run: with peft, and without it. The checkpoint has no frozen
     weight."""
     source = Source(folder(name))
     m = source.model
-    able = [w for w in flat(declare_model(m)) if can_update(w) and places(w, source.family, m)]
+    able = [
+        w for w in flat(declare_model(m)) if can_update(w) and places(w, source.family, m, dora)
+    ]
     stacked = ".experts."  # transformers has them in one tensor
     paths = [w.path for w in able if stacked not in w.path]
-    config = LoraConfig(rank=2, alpha=3, targets=",".join(paths))
+    config = LoraConfig(rank=2, alpha=3, targets=",".join(paths), dora=dora)
     as_run(source, config, tmp_path)
     newest = checkpoint.newest(tmp_path)
     names = checkpoint.read_meta(newest).tensors
-    assert all("lora_" in n for n in names if "balance" not in n)
+    assert all(re.search("lora_|magnitude|balance", n) for n in names)
     count = export_adapter(tmp_path, tmp_path / "adapter")
-    assert count == 2 * len(paths)
+    assert count == (3 if dora else 2) * len(paths)
     updates = Adapter(tmp_path / "adapter", source.family, m)
     assert {*updates.config.target_patterns} != set() and updates.config.scale == config.scale
     want = ours(source, updates.config, updates)
@@ -155,7 +166,7 @@ def changed(at: Path, **entries) -> None:
     "entries, message",
     [
         ({"peft_type": "IA3"}, "dtron has LORA alone"),
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
         ({"rank_pattern": {"q_proj": 4}}, "one of each"),
         ({"r": 4}, "for this model and r=4 must be"),
         ({"r": "many"}, "must be numbers"),
