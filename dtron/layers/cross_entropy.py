@@ -124,9 +124,9 @@ class _ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         z_total = torch.zeros_like(total)
-        train = any(ctx.needs_input_grad[:2])
+        of_x, of_w = ctx.needs_input_grad[:2]
         dx: list[Tensor] = []
-        dw = torch.zeros_like(w_VD, dtype=wide) if train else None
+        dw = torch.zeros_like(w_VD, dtype=wide) if of_w else None  # not where the head is frozen
         chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
         for x_CD, targets_C in chunks:
             logits_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
@@ -143,7 +143,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total = total + ((logsum_C - target_C) * counts).sum()
             if loss.z:
                 z_total = z_total + (logsum_C.square() * counts).sum()
-            if dw is not None:
+            if of_x or dw is not None:
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
                 d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
@@ -151,14 +151,17 @@ class _ChunkedLoss(torch.autograd.Function):
                     tanh_CV = (logits_CV / loss.softcap).clamp(min=-1)
                     d_CV = d_CV * (1 - tanh_CV.square())
                 d_CV = d_CV.to(x_TD.dtype)
-                dx.append(d_CV @ w_VD)
-                dw += d_CV.mT @ x_CD
-        if dw is not None:
-            ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
+                if of_x:
+                    dx.append(d_CV @ w_VD)
+                if dw is not None:
+                    dw += d_CV.mT @ x_CD
+        ctx.save_for_backward(
+            torch.cat(dx) if of_x else None, None if dw is None else dw.to(w_VD.dtype)
+        )
         ctx.mark_non_differentiable(z_total)
         return total, z_total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dw * g.to(dw.dtype), None, None, None, None
+        dx, dw = (None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors)
+        return dx, dw, None, None, None, None
