@@ -27,13 +27,15 @@ from rich.table import Table
 from dtron.course.grade import Grade, Limits, grade
 from dtron.course.lab import check_lab
 from dtron.course.labs import LABS, lab, start
+from dtron.course.notebook_files import notebook_name, notebook_text
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 
 def start_course(o: Namespace) -> int:
     """Make the folder of a student."""
-    names = start(Path(o.dir))
+    more = {notebook_name(n): notebook_text(n) for n in LABS} if o.notebooks else {}
+    names = start(Path(o.dir), more)
     print(f"{o.dir}: {', '.join(names)}")
     return 0
 
@@ -114,6 +116,7 @@ def parser() -> Parser:
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("start", help="make a student's folder")
     one.add_argument("dir", metavar="DIR")
+    one.add_argument("--notebooks", action="store_true", help="also a notebook of each lab")
     one = commands.add_parser("check", help="check one lab, and say what is wrong in one line")
     one.add_argument("lab", type=int, metavar="N", help=f"one of {', '.join(map(str, LABS))}")
     one.add_argument("--dir", default=".", help="the student's folder (this one)")
