@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+LONGEST = 2000  # characters of a line
+
 
 class Wrong(Exception):
     """A mistake in a student's file. The message is one line: what is wrong, and where.
@@ -133,7 +135,14 @@ def _check_part(part: Part, module: ModuleType, place: Place) -> PartResult:
         points, line = round(part.points * wrong.share), str(wrong)
     except (Exception, SystemExit) as error:
         points, line = 0, describe(error, place)
-    return PartResult(part.name, points, part.points, part.hidden, " ".join(line.split()))
+    return PartResult(part.name, points, part.points, part.hidden, one_line(line))
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line. A message of a student's code may have megabytes; its end is cut
+    off."""
+    line = " ".join(text[: 4 * LONGEST].split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def load(path: Path) -> ModuleType:
@@ -154,7 +163,7 @@ def describe(error: BaseException, place: Place) -> str:
     """Say in one line what has happened in a student's code, and in which line of it."""
     frames = traceback.walk_tb(error.__traceback__)
     found = [(f.f_code.co_name, at) for f, line in frames if (at := place(f, line))]
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     if isinstance(error, NotImplementedError) and found:
         return f"{found[-1][0]} is not written yet ({found[-1][1]})"
     where = found[-1][1] if found else "an answer has a wrong form"

@@ -12,13 +12,15 @@ from dtron.course.lab import LabResult, Place, check_parts
 from dtron.course.labs import lab
 from dtron.errors import UserError
 
+_STYLE = ".dtron-view svg { max-width: 100%; height: auto }"
+
 
 def check(number: int, namespace: Mapping[str, Any]) -> None:
     """Print the line of ``dtron course check`` for the functions of a notebook, and the points of
     each part.
 
     ``namespace``: ``globals()``. Raises UserError if there is no such lab."""
-    print(rubric(checked(number, namespace)))
+    print(with_points(checked(number, namespace)))
 
 
 def checked(number: int, namespace: Mapping[str, Any]) -> LabResult:
@@ -28,7 +30,7 @@ def checked(number: int, namespace: Mapping[str, Any]) -> LabResult:
     return check_parts(lab(number), module, _place(namespace))
 
 
-def rubric(result: LabResult) -> str:
+def with_points(result: LabResult) -> str:
     """Return the line of a result, above the points of each part."""
     parts = (f"  {p.points} of {p.of}  {p.name}{' (hidden)' * p.hidden}" for p in result.parts)
     return "\n".join([str(result), *parts])
@@ -85,10 +87,10 @@ def play(view: Callable[..., str], **choices: Sequence[Any]) -> Any:
 
 
 def drawn(view: Callable[..., str], values: Mapping[str, Any]) -> str:
-    """Return the picture of a view, in a box as wide as the page. If the values do not fit
+    """Return the picture of a view, no wider than the page. If the values do not fit
     together, return the line that says so."""
     try:
-        return f'<div style="overflow-x: auto">{view(**values)}</div>'
+        return f'<div class="dtron-view"><style>{_STYLE}</style>{view(**values)}</div>'
     except UserError as error:
         return f"<p>{escape(str(error))}</p>"
 
