@@ -1,4 +1,5 @@
-"""``python docs/draw/figures.py`` draws every figure of the docs into docs/figures/.
+"""``python docs/draw/figures.py`` draws every figure of the docs into docs/figures/, and twelve of
+them on one page, docs/sheet.html.
 
 No figure is drawn by hand. The shards come from the placements of real DTensors on simulated ranks,
 and the collectives from a counter of a real step. A test draws the figures too and compares.
@@ -16,6 +17,7 @@ import torch
 from expert_figure import experts
 from plan_figure import example, plans
 from report_figure import losses
+from sheet import sheet
 from torch import Tensor
 from width_figure import coordinates
 
@@ -157,6 +159,9 @@ def figures() -> dict[str, str]:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, svg in (figures() | plans(example())).items():
+    drawn = figures() | plans(example())
+    for name, svg in drawn.items():
         (FOLDER / name).write_text(svg)
         print(FOLDER / name)
+    (FOLDER.parent / "sheet.html").write_text(sheet(drawn))
+    print(FOLDER.parent / "sheet.html")

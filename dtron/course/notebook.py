@@ -64,7 +64,7 @@ def play(view: Callable[..., str], **choices: Sequence[Any]) -> Any:
 
     ``view``: returns SVG or HTML. A UserError of the view is shown in the picture's place.
     ``choices``: the values of each argument; the first is shown first."""
-    import ipywidgets  # type: ignore[import-untyped]
+    import ipywidgets
 
     controls = {
         name: ipywidgets.SelectionSlider(
