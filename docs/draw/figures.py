@@ -14,6 +14,7 @@ from pathlib import Path
 
 import context_figures
 import course_figures
+import lab_figures
 import layer_figures
 import torch
 from expert_figure import experts
@@ -22,6 +23,7 @@ from optimizer_figure import owners
 from plan_figure import example, plans
 from report_figure import losses
 from torch import Tensor
+from trace_figure import trace
 from width_figure import coordinates
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -247,6 +249,10 @@ def figures() -> dict[str, str]:
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
         "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
         "course-gradient.svg": course_figures.gradient_of_a_scale(MeshShape(dp=2, tp=2)),
+        "course-experts.svg": lab_figures.slots_and_rows(),
+        "course-numbers.svg": lab_figures.casts(),
+        "course-trace.svg": trace(),
+        "course-own-layer.svg": lab_figures.own_layer(3, (5, 16)),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 
