@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import course_figures
+import lab_figures
 import layer_figures
 import torch
 from expert_figure import experts
@@ -19,6 +20,7 @@ from plan_figure import example, plans
 from report_figure import losses
 from sheet import sheet
 from torch import Tensor
+from trace_figure import trace
 from width_figure import coordinates
 
 from dtron.course.views.context import ring, zigzag
@@ -153,6 +155,10 @@ def figures() -> dict[str, str]:
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
         "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
         "course-gradient.svg": gradient_of_a_scale(MeshShape(dp=2, tp=2)),
+        "course-experts.svg": lab_figures.slots_and_rows(),
+        "course-numbers.svg": lab_figures.casts(),
+        "course-trace.svg": trace(),
+        "course-own-layer.svg": lab_figures.own_layer(3, (5, 16)),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 

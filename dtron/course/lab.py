@@ -132,7 +132,7 @@ def _check_part(part: Part, module: ModuleType, place: Place) -> PartResult:
     try:
         part.check(module)
     except Wrong as wrong:
-        points, line = round(part.points * wrong.share), str(wrong)
+        points, line = int(part.points * wrong.share + 1e-9), str(wrong)
     except (Exception, SystemExit) as error:
         points, line = 0, describe(error, place)
     return PartResult(part.name, points, part.points, part.hidden, one_line(line))

@@ -18,6 +18,7 @@ from dtron.course.views import (
     layer,
     norm_gradient,
     owners,
+    planned_step,
     rounding,
     schedules,
     tensors,
@@ -197,3 +198,18 @@ def test_a_caption_has_the_axes_that_shard_each_dim():
     with simulated(MeshShape(dp=2)) as mesh:
         x = Layout(mesh).shard(torch.ones(4, 4), "embed", "mlp")
         assert tensors.pending(x) == "" and tensors.caption(x, "DF") == "[D@dp, F]"
+
+
+def test_the_plan_is_that_of_the_command(monkeypatch):
+    plan = planned_step.plan_of("dp=2", 1, 1)
+    monkeypatch.setattr(planned_step, "plan_of", lambda *_: plan)
+    said = words(planned_step.planned_step("dp=2", 1, 1))
+    assert f"{plan.gib:.2f} GiB on the GPU with the most" in said
+    assert {f"waits for {axis}" for axis in plan.times[0].exposed} <= {*said}
+    busy = sum(plan.times[0].busy.values()) + sum(plan.times[0].exposed.values())
+    assert abs(busy - plan.seconds) < 1e-3
+
+
+def test_a_mesh_that_cannot_be_planned_is_said():
+    with pytest.raises(UserError):
+        planned_step.planned_step("tp=3")
