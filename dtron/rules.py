@@ -55,6 +55,7 @@ RULES: Rules = {
     "expert_mlp": ("etp",),
     "shared_mlp": ("tp",),  # the MLP of the expert that every token goes to
 }
+"""The mesh axes that shard each logical axis. Every parallelism is a row."""
 
 # The rows that shard a weight at rest. The weight is all-gathered over these axes for compute.
 ZERO = ("embed", "q_rank", "kv_rank", "gate_rank", "expert_embed")

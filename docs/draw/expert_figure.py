@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from layer_figures import COLOURS, draw
 
+from dtron.course.views.layer import COLOURS
+from dtron.course.views.tensors import draw
 from dtron.distributed.mesh_shape import MeshShape, parts
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout

@@ -1,4 +1,5 @@
-"""``python docs/draw/figures.py`` draws every figure of the docs into docs/figures/.
+"""``python docs/draw/figures.py`` draws every figure of the docs into docs/figures/, and twelve of
+them on one page, docs/sheet.html.
 
 No figure is drawn by hand. The shards come from the placements of real DTensors on simulated ranks,
 and the collectives from a counter of a real step. A test draws the figures too and compares.
@@ -8,120 +9,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-import context_figures
 import course_figures
+import lab_figures
 import layer_figures
 import torch
 from expert_figure import experts
-from layer_figures import COLOURS
-from optimizer_figure import owners
 from plan_figure import example, plans
 from report_figure import losses
+from sheet import sheet
 from torch import Tensor
+from trace_figure import trace
 from width_figure import coordinates
 
+from dtron.course.views.context import ring, zigzag
+from dtron.course.views.layer import layer
+from dtron.course.views.norm_gradient import gradient_of_a_scale
+from dtron.course.views.owners import owners
+from dtron.course.views.schedules import schedules
+from dtron.course.views.zero import legend, zero
 from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.attention_mask import AttentionMask, allowed
-from dtron.mesh import Layout
-from dtron.model.batch import make_batch
 from dtron.model.config import ModelConfig
-from dtron.params import init
-from dtron.rules import rules_for
-from dtron.schedules import SCHEDULES, Costs, make, peaks, simulate
-from dtron.tools.count_collectives import Collective, CollectiveCounter
-from dtron.tools.draw_schedules import svg as timelines
+from dtron.schedules import Costs
 from dtron.tools.drawing import FAINT, Canvas
-from dtron.tools.show import picture, rows, size, total
-from dtron.training.gradients import gradients
-from dtron.training.pipeline import one_stage, program
+from dtron.tools.show import picture
 
 FOLDER = Path(__file__).parents[1] / "figures"
-
-
-def zero_step(zero: int, shape: MeshShape, microbatches: int) -> list[Collective | str]:
-    """Return the collectives of one real step over dp in order, with marks where the forward and
-    the backward of a microbatch begin."""
-    m = ModelConfig(
-        vocab=32, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32, vocab_multiple=1
-    )
-    with simulated(shape) as mesh, CollectiveCounter(mesh) as counter:
-        layout = Layout(mesh, rules_for(zero))
-        pipe, functions = one_stage(m, microbatches, layout), program(m, layout)
-        params = init(pipe.spec, m.dims(), 0, layout)
-        batch = make_batch(torch.zeros(2, 9, dtype=torch.long), layout)
-
-        def enter(weights, batch):
-            counter.order.append("forward")
-            return functions.enter(weights, batch)
-
-        def stage(weights, x, batch):
-            loss, extra = functions.stage(weights, x, batch)
-            counter.order.append("backward")
-            return loss, extra
-
-        marked = replace(functions, enter=enter, stage=stage)
-        gradients(marked, params, [batch] * microbatches, 16 * microbatches, pipe, zero)
-    return counter.order
-
-
-def zero(shape: MeshShape) -> str:
-    """Draw the memory of a rank in each ZeRO stage, and below the order of its collectives."""
-    canvas, model = Canvas(1180), ModelConfig()
-    canvas.text(
-        20, 28, f"What one rank of {shape} keeps, bf16 compute (model tiny)", bold=True, size=16
-    )
-    kinds = (("weights", "#4a8fd0"), ("gradients", "#50b060"), ("optimizer", "#d0a050"))
-    most = sum(total(rows(model, shape, 0)))
-    for stage in range(4):
-        y, x = 44 + stage * 30, 90.0
-        canvas.text(20, y + 16, f"zero {stage}")
-        for (_, fill), n in zip(kinds, total(rows(model, shape, stage)), strict=True):
-            canvas.rect(x, y, 800 * n / most, 22, fill)
-            if 800 * n / most > 56:
-                canvas.text(x + 6, y + 15, size(n))
-            x += 800 * n / most
-        canvas.text(x + 14, y + 15, size(sum(total(rows(model, shape, stage)))), bold=True)
-    legend(canvas, 90, 180, kinds)
-    canvas.text(
-        20,
-        228,
-        "One step of two microbatches on dp=2 (2 blocks), as it was recorded",
-        bold=True,
-        size=16,
-    )
-    for stage in range(4):
-        y, x = 250 + stage * 46, 90.0
-        canvas.text(20, y + 16, f"zero {stage}")
-        for event in zero_step(stage, MeshShape(dp=2), 2):
-            if isinstance(event, str):
-                canvas.rect(x + 2, y - 2, 18, 26, "#eee")
-                canvas.text(x + 11, y + 15, event[0].upper(), anchor="middle", bold=True)
-                x += 22
-            else:
-                canvas.rect(x, y, 9, 22, COLOURS[event.kind])
-                x += 10
-    legend(canvas, 90, 250 + 4 * 46, [(k.replace("_", "-"), c) for k, c in COLOURS.items()])
-    canvas.text(
-        500, 250 + 4 * 46 + 12, "F, B: a microbatch's forward and backward begin", colour=FAINT
-    )
-    return canvas.svg()
-
-
-def schedules(ranks: int, microbatches: int, costs: Costs, names: Iterable[str] = SCHEDULES) -> str:
-    """Draw schedules on one scale of time. With n stages per rank, a stage takes 1/n of the
-    costs."""
-    lines = {}
-    for name in names:
-        t = make(name, ranks, microbatches)
-        n = t.per_rank
-        line = simulate(t, Costs(costs.F / n, costs.I / n, costs.W / n, costs.transfer))
-        lines[f"{name}: bubble {line.bubble:.1%}, at most {max(peaks(t)) / n:g} activations"] = line
-    return timelines(lines)
 
 
 def curves() -> str:
@@ -220,39 +135,39 @@ def masks() -> str:
     return canvas.svg()
 
 
-def legend(canvas: Canvas, x: float, y: float, entries) -> None:
-    for name, fill in entries:
-        canvas.rect(x, y, 14, 14, fill)
-        canvas.text(x + 20, y + 12, name)
-        x += 130
-
-
 def figures() -> dict[str, str]:
     """Return every figure by file name, but for those of a plan."""
     return {
         "experts.svg": experts(MeshShape(dp=4, tp=2, ep=4)),
         "placements.svg": picture(ModelConfig(), MeshShape(dp=2, tp=2), 1),
-        "zero.svg": zero(MeshShape(dp=8)),
-        "tensor-parallelism.svg": layer_figures.layer(MeshShape(tp=4)),
-        "data-and-tensor-parallelism.svg": layer_figures.layer(MeshShape(dp=2, tp=2)),
+        "zero.svg": zero(MeshShape(dp=8), MeshShape(dp=2)),
+        "tensor-parallelism.svg": layer(MeshShape(tp=4)),
+        "data-and-tensor-parallelism.svg": layer(MeshShape(dp=2, tp=2)),
         "latent-attention.svg": layer_figures.latent(MeshShape(tp=4)),
         "masks.svg": masks(),
         "schedules.svg": schedules(4, 8, Costs()),
         "losses.svg": curves(),
         "report-loss.svg": losses(),
-        "zigzag.svg": context_figures.zigzag(),
-        "ring.svg": context_figures.ring(),
-        "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), 3),
+        "zigzag.svg": zigzag(),
+        "ring.svg": ring(),
+        "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), ModelConfig(layers=3)),
         "coordinate-check.svg": coordinates(),
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
         "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
-        "course-gradient.svg": course_figures.gradient_of_a_scale(MeshShape(dp=2, tp=2)),
+        "course-gradient.svg": gradient_of_a_scale(MeshShape(dp=2, tp=2)),
+        "course-experts.svg": lab_figures.slots_and_rows(),
+        "course-numbers.svg": lab_figures.casts(),
+        "course-trace.svg": trace(),
+        "course-own-layer.svg": lab_figures.own_layer(3, (5, 16)),
         "costs.svg": schedules(4, 8, Costs(1.0, 1.2, 0.8, 0.1)),
     }
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, svg in (figures() | plans(example())).items():
+    drawn = figures() | plans(example())
+    for name, svg in drawn.items():
         (FOLDER / name).write_text(svg)
         print(FOLDER / name)
+    (FOLDER.parent / "sheet.html").write_text(sheet(drawn))
+    print(FOLDER.parent / "sheet.html")

@@ -3,6 +3,7 @@
 dtron course start my-course
 dtron course check 1 --dir my-course
 dtron course grade submissions/* --json grades.json
+dtron course rubric
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if __name__ == "__main__":
     before_imports()
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,15 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.course.grade import Grade, Limits, grade
-from dtron.course.lab import check_lab
+from dtron.course.lab import Lab, check_lab
 from dtron.course.labs import LABS, lab, start
+from dtron.course.notebook_files import notebook_name, notebook_text
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 
 def start_course(o: Namespace) -> int:
     """Make the folder of a student."""
-    names = start(Path(o.dir))
+    more = {notebook_name(n): notebook_text(n) for n in LABS} if o.notebooks else {}
+    names = start(Path(o.dir), more)
     print(f"{o.dir}: {', '.join(names)}")
     return 0
 
@@ -62,6 +65,28 @@ def grade_all(o: Namespace) -> int:
     for line in first_mistakes(grades):
         print(line)
     return 0
+
+
+def print_rubric(o: Namespace) -> int:
+    """Print the parts of labs with their points."""
+    labs = [lab(n) for n in o.labs]
+    Console().print(rubric(labs))
+    return 0
+
+
+def rubric(labs: Sequence[Lab]) -> Table:
+    """Return a row for each part of each lab. The JSON of a grade has the points of the same
+    parts."""
+    grid = Table()
+    for name in ("lab", "part", "points", "cases"):
+        grid.add_column(name, justify="right" if name in ("lab", "points") else "left")
+    for made in labs:
+        grid.add_section()
+        for part in made.parts:
+            cases = "hidden" if part.hidden else "of the page"
+            grid.add_row(str(made.number), part.name, str(part.points), cases)
+        grid.add_row(str(made.number), made.name, str(sum(p.points for p in made.parts)), "all")
+    return grid
 
 
 def as_json(g: Grade) -> dict:
@@ -114,13 +139,15 @@ def parser() -> Parser:
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("start", help="make a student's folder")
     one.add_argument("dir", metavar="DIR")
+    one.add_argument("--notebooks", action="store_true", help="also a notebook of each lab")
     one = commands.add_parser("check", help="check one lab, and say what is wrong in one line")
     one.add_argument("lab", type=int, metavar="N", help=f"one of {', '.join(map(str, LABS))}")
     one.add_argument("--dir", default=".", help="the student's folder (this one)")
+    one = commands.add_parser("rubric", help="print the parts of each lab, with their points")
+    _add_labs(one)
     one = commands.add_parser("grade", help="grade many folders")
     one.add_argument("dir", nargs="+", metavar="DIR")
-    text = "labs, as 1,2 (all)"
-    one.add_argument("--labs", type=numbers, default=list(LABS), metavar="N,N", help=text)
+    _add_labs(one)
     text = "submissions that are checked at once (2)"
     one.add_argument("--jobs", type=positive, default=2, metavar="N", help=text)
     text = "CPU seconds for one lab of one submission (60)"
@@ -131,9 +158,15 @@ def parser() -> Parser:
     return made
 
 
+def _add_labs(parser: ArgumentParser) -> None:
+    text = "labs, as 1,2 (all)"
+    parser.add_argument("--labs", type=numbers, default=list(LABS), metavar="N,N", help=text)
+
+
 def main(argv: Sequence[str]) -> int:
     o = parser().parse_args(list(argv))
-    return {"start": start_course, "check": check, "grade": grade_all}[o.command](o)
+    commands = {"start": start_course, "check": check, "grade": grade_all, "rubric": print_rubric}
+    return commands[o.command](o)
 
 
 if __name__ == "__main__":

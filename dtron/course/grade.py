@@ -1,9 +1,10 @@
 """Grading of many submissions: every lab of every folder in a process of its own, with limits of
 time and memory.
 
-The processes are forked from this one, which has imported torch. So a check starts at once. The
-limits end an endless loop and a tensor that is too large. They are no protection against code that
-attacks the check or the machine: run the command in a container for files of strangers.
+The processes are forked from this one, which has imported torch and has simulated a mesh once. So a
+check starts at once. The limits end an endless loop and a tensor that is too large. They are no
+protection against code that attacks the check or the machine: run the command in a container for
+files of strangers.
 
 The results do not depend on the number of processes: they are in the order of the folders, and have
 no times. (Linux enforces the limit of memory on all memory of a process, macOS only on a part.)
@@ -28,6 +29,9 @@ from typing import Any
 import torch
 
 from dtron.course.lab import Lab, LabResult, check_lab, failed
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.simulated_ranks import simulated
+from dtron.mesh import Layout
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,14 @@ class Limits:
     """Limits of one lab of one submission.
 
     ``seconds``: of CPU. A process that sleeps ends after ``PATIENCE`` times as long.
-    ``memory``: bytes of data that the process may allocate."""
+    ``memory``: bytes of data that the process may allocate, and bytes of a file that it writes."""
 
     seconds: int = 60
     memory: int = 4 << 30
 
 
 PATIENCE = 10
+LOOK_EVERY = 0.5  # seconds between looks for processes that have ended without a result
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,23 @@ def grade(
     folders: Sequence[Path], labs: Sequence[Lab], jobs: int, limits: Limits
 ) -> tuple[Grade, ...]:
     """Grade submissions, ``jobs`` at a time."""
+    _warm_up()
     todo = [(folder, lab) for folder in folders for lab in labs]
     results = dict(_results(todo, jobs, limits))
     by_folder = (
         tuple(results[i * len(labs) + j] for j in range(len(labs))) for i in range(len(folders))
     )
     return tuple(Grade(str(f), r) for f, r in zip(folders, by_folder, strict=True))
+
+
+def _warm_up() -> None:
+    """Simulate a mesh, because the first time takes half a second and each check has a process of
+    its own. No backward: torch refuses a backward in a fork of a process that has run one on a
+    GPU."""
+    with simulated(MeshShape(dp=2)) as mesh, torch.no_grad():
+        layout = Layout(mesh)
+        x_TD = layout.shard(torch.ones(4, 4), "tokens_sp", "act_embed")
+        _ = layout.constrain(x_TD, "tokens", "act_embed") @ x_TD
 
 
 def _results(
@@ -90,10 +106,11 @@ def _results(
                 receiver, process = _begin(folder, lab, limits)
                 deadline = time.monotonic() + PATIENCE * limits.seconds
                 running[receiver] = i, _Running(process, deadline)
-            first = min(r.deadline for _, r in running.values())
-            done: list[Any] = wait(list(running), timeout=max(0.0, first - time.monotonic()))
+            done: list[Any] = wait(list(running), timeout=LOOK_EVERY)
+            # A process that a submission has forked keeps the connection open after the check.
+            ended = [c for c, (_, r) in running.items() if not r.process.is_alive()]
             late = [c for c, (_, r) in running.items() if r.deadline <= time.monotonic()]
-            for receiver in {*done, *late}:
+            for receiver in dict.fromkeys((*done, *ended, *late)):
                 i, run = running.pop(receiver)
                 yield i, _end(receiver, run.process, todo[i][1], limits)
     finally:
@@ -120,6 +137,7 @@ def _check(folder: Path, lab: Lab, limits: Limits, sender: Connection) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_DATA, limits.memory)
     _limit(resource.RLIMIT_CPU, limits.seconds)
+    _limit(resource.RLIMIT_FSIZE, limits.memory)
     random.seed(0)  # a file that draws numbers has the same result every time
     torch.manual_seed(0)
     try:
@@ -138,20 +156,19 @@ def _limit(kind: int, most: int) -> None:
 
 def _end(receiver: Connection, process: ForkProcess, lab: Lab, limits: Limits) -> LabResult:
     """Return the result of a process. If there is none, say why."""
-    late = not receiver.poll()
+    late = not receiver.poll() and process.is_alive()
     try:
-        result: LabResult | None = None if late else receiver.recv()
+        result: LabResult | None = receiver.recv() if receiver.poll() else None
     except (EOFError, OSError):
         result = None
     receiver.close()
-    if late:
-        _kill(process)
-        return failed(lab, f"no result in {PATIENCE * limits.seconds} seconds; does it wait?")
-    if result is None:
+    if result is None and not late:
         process.join()
-        return failed(lab, _cause(process.exitcode, limits))
+    code = process.exitcode
     _kill(process)
-    return result
+    if late:
+        return failed(lab, f"no result in {PATIENCE * limits.seconds} seconds; does it wait?")
+    return failed(lab, _cause(code, limits)) if result is None else result
 
 
 def _cause(code: int | None, limits: Limits) -> str:

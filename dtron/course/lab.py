@@ -9,8 +9,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
+
+LONGEST = 2000  # characters of a line
 
 
 class Wrong(Exception):
@@ -86,17 +88,37 @@ class LabResult:
         return f"lab {self.lab} ({self.name}): {self.points} of {self.of} points; {what}"
 
 
+Place = Callable[[FrameType, int], str | None]
+"""Names a line of a student's code: from its frame and its number. None: code of others."""
+
+
 def check_lab(lab: Lab, folder: Path) -> LabResult:
     """Check the student's file of a lab. Every part is checked, also after a mistake."""
     path = folder / lab.file
     if not path.is_file():
         return failed(lab, f"{folder} has no {lab.file}")
+    path = path.resolve()  # as Python's tracebacks have it
     try:
-        path = path.resolve()  # as Python's tracebacks have it
         module = load(path)
+    except SyntaxError as error:
+        if error.filename == str(path):
+            return failed(lab, f"line {error.lineno} of {path.name} is no Python: {error.msg}")
+        return failed(lab, describe(error, _lines_of(path)))
     except (Exception, SystemExit) as error:
-        return failed(lab, describe(error, path))
-    return LabResult(lab.number, lab.name, tuple(_check_part(p, module, path) for p in lab.parts))
+        return failed(lab, describe(error, _lines_of(path)))
+    return check_parts(lab, module, _lines_of(path))
+
+
+def check_parts(lab: Lab, module: ModuleType, place: Place) -> LabResult:
+    """Check the answers of a student's module. ``place`` names its lines."""
+    return LabResult(lab.number, lab.name, tuple(_check_part(p, module, place) for p in lab.parts))
+
+
+def _lines_of(path: Path) -> Place:
+    def place(frame: FrameType, line: int) -> str | None:
+        return f"line {line} of {path.name}" if frame.f_code.co_filename == str(path) else None
+
+    return place
 
 
 def failed(lab: Lab, line: str) -> LabResult:
@@ -105,15 +127,22 @@ def failed(lab: Lab, line: str) -> LabResult:
     return LabResult(lab.number, lab.name, parts)
 
 
-def _check_part(part: Part, module: ModuleType, path: Path) -> PartResult:
+def _check_part(part: Part, module: ModuleType, place: Place) -> PartResult:
     points, line = part.points, ""
     try:
         part.check(module)
     except Wrong as wrong:
-        points, line = round(part.points * wrong.share), str(wrong)
+        points, line = int(part.points * wrong.share + 1e-9), str(wrong)
     except (Exception, SystemExit) as error:
-        points, line = 0, describe(error, path)
-    return PartResult(part.name, points, part.points, part.hidden, " ".join(line.split()))
+        points, line = 0, describe(error, place)
+    return PartResult(part.name, points, part.points, part.hidden, one_line(line))
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line. A message of a student's code may have megabytes; its end is cut
+    off."""
+    line = " ".join(text[: 4 * LONGEST].split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def load(path: Path) -> ModuleType:
@@ -130,18 +159,16 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def describe(error: BaseException, path: Path) -> str:
-    """Say in one line what has happened in a student's file, and in which line of the file."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f"line {error.lineno} of {path.name} is no Python: {error.msg}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    where = (
-        f"line {frames[-1].lineno} of {path.name}: " if frames else "an answer has a wrong form: "
-    )
-    text = " ".join(str(error).split())
-    if isinstance(error, NotImplementedError) and frames:
-        return f"{frames[-1].name} is not written yet (line {frames[-1].lineno} of {path.name})"
-    return f"{where}{type(error).__name__}: {text}" if text else f"{where}{type(error).__name__}"
+def describe(error: BaseException, place: Place) -> str:
+    """Say in one line what has happened in a student's code, and in which line of it."""
+    frames = traceback.walk_tb(error.__traceback__)
+    found = [(f.f_code.co_name, at) for f, line in frames if (at := place(f, line))]
+    text = one_line(str(error))
+    if isinstance(error, NotImplementedError) and found:
+        return f"{found[-1][0]} is not written yet ({found[-1][1]})"
+    where = found[-1][1] if found else "an answer has a wrong form"
+    what = type(error).__name__
+    return f"{where}: {what}: {text}" if text else f"{where}: {what}"
 
 
 def answer(module: ModuleType, name: str) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.course.lab import Lab, Part, Wrong, answer
+from dtron.course.lab import Lab, Part, Wrong, answer, caught
+from dtron.course.lab7_mixtures import MUTANTS, RIGHT
 from dtron.mesh import Layout
 from dtron.params import weight
 from dtron.testing import Axes, Outcome, assert_equivalent
@@ -269,6 +270,10 @@ def _layer(dispatch: Callable[..., Tensor]) -> Callable[[Weights, Tensor, Layout
     return layer
 
 
+def test_of_the_student(module: ModuleType) -> None:
+    caught(answer(module, "check_experts"), [(f,) for f in RIGHT], [(f,) for f in MUTANTS])
+
+
 LAB = Lab(
     7,
     "experts",
@@ -282,5 +287,6 @@ LAB = Lab(
         Part("capacity, other sizes", 1, rooms(((10, 3, 5, 0.5), (4, 2, 4, 8.0))), hidden=True),
         Part("balance_loss, other meshes", 1, balance(("dp_replicate=2", "tp=2")), hidden=True),
         Part("dispatch, other meshes", 2, dispatching(("dp=4,ep=4", "dp=4,ep=2")), hidden=True),
+        Part("check_experts", 4, test_of_the_student, hidden=True),
     ),
 )

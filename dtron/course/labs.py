@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +21,8 @@ LABS = {
     7: "experts",
     8: "numbers",
     9: "optimizers",
+    10: "speed",
+    11: "own_layer",
 }
 """The labs that exist, by number; the module of a lab is ``dtron.course.lab<number>_<name>``."""
 
@@ -51,11 +54,14 @@ def lab(number: int) -> Lab:
         ) from error
 
 
-def start(folder: Path) -> list[str]:
+def start(folder: Path, more: Mapping[str, str] | None = None) -> list[str]:
     """Write the files of a student into a folder and return their names. Raises UserError if the
-    folder has one of the files: a student's work is never overwritten."""
-    texts = {f"lab{n}_{name}.py": _starting_file(n) for n, name in LABS.items()}
+    folder has one of the files: a student's work is never overwritten.
+
+    ``more``: further files: names and texts."""
+    texts = {f"lab{n}_{name}.py": starting_file(n) for n, name in LABS.items()}
     texts["README.md"] = README + "".join(f"1. `{name}`\n" for name in texts)
+    texts |= more or {}
     for name in texts:
         if (folder / name).exists():
             raise UserError(f"{folder}: has {name} already; name an empty folder")
@@ -65,5 +71,6 @@ def start(folder: Path) -> list[str]:
     return list(texts)
 
 
-def _starting_file(number: int) -> str:
+def starting_file(number: int) -> str:
+    """Return the file of a lab as a student gets it."""
     return (files("dtron.course") / "files" / f"lab{number}_{LABS[number]}.py.txt").read_text()

@@ -4,13 +4,16 @@ folders."""
 from __future__ import annotations
 
 import json
+import os
+import re
+import select
 import sys
 
 import pytest
 
 from dtron.course.__main__ import main
 from dtron.course.grade import Limits, grade
-from dtron.course.lab import check_lab
+from dtron.course.lab import LONGEST, check_lab
 from dtron.course.labs import LABS, lab
 from dtron.errors import UserError
 from tests.course.wrong.mistake import SOLUTIONS
@@ -132,3 +135,42 @@ def test_too_much_memory_is_refused(tmp_path):
     assert "can't allocate memory" in line(hog)
     bytes_ = submission(tmp_path / "b", "x = bytearray(1 << 35)\n")
     assert "MemoryError" in line(bytes_)
+
+
+def test_processes_of_a_file_end_with_its_check(tmp_path):
+    """Forked processes have the connection of the check, and would keep it open. They also have the
+    end of a pipe, which is closed when the last of them has ended."""
+    os.mkfifo(tmp_path / "pipe")
+    text = f"""
+import os, time
+end = os.open({str(tmp_path / "pipe")!r}, os.O_WRONLY)
+for _ in range(3):
+    if os.fork() == 0:
+        time.sleep(1000)
+os._exit(5)
+"""
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    said = line(submission(tmp_path / "a", text), Limits(seconds=20))
+    assert "the process has ended before the check (exit code 5)" in said
+    assert select.select([pipe], [], [], 60)[0] and os.read(pipe, 1) == b""
+    os.close(pipe)
+
+
+def test_a_message_of_megabytes_is_cut_off(tmp_path):
+    long = submission(tmp_path / "a", "print('x' * 10**7)\nraise ValueError('y' * 10**7)\n")
+    assert len(said := line(long)) < 2 * LONGEST and "line 2 of" in said and said.endswith("y...")
+
+
+def test_a_file_of_gigabytes_is_refused(tmp_path):
+    text = f"with open({str(tmp_path / 'big')!r}, 'wb') as f:\n    f.seek(5 << 30)\n    f.write(b'1')\n"
+    assert "File too large" in line(submission(tmp_path / "a", text))
+
+
+def test_the_rubric_has_every_part(capsys):
+    assert main(["rubric", "--labs", "1,5"]) == 0
+    printed = capsys.readouterr().out
+    for made in (lab(1), lab(5)):
+        for part in made.parts:
+            cases = "hidden" if part.hidden else "of the page"
+            row = rf"│ +{made.number} │ {re.escape(part.name)} +│ +{part.points} │ {cases} +│"
+            assert re.search(row, printed), part.name

@@ -32,6 +32,8 @@ STARTING = {
     9: "cost: cost is not written yet (line 11 of lab9_optimizers.py)",
     8: "unit_roundoff, stalls_at, sum_bound: unit_roundoff is not written yet (line 13 of "
     "lab8_numbers.py)",
+    10: "step_flops: step_flops is not written yet (line 14 of lab10_speed.py)",
+    11: "the weights: Weights has no w_up; declare it: w_up = weight(...)",
     3: "embed_row: embed_row is not written yet (line 8 of lab3_zero.py)",
 }
 

@@ -100,5 +100,27 @@ def test_the_reading_order_has_the_lines_it_says():
     assert not wrong and len(said) == 2 and all(near(n, total) for n in said)
 
 
+def test_the_reading_is_an_afternoon():
+    page = (ROOT / "docs" / "reading-order.md").read_text()
+    (said, minutes) = re.search(r"([\d,]{5,}) lines.*?of (\d+) minutes", page, re.S).groups()
+    assert near(minutes, int(said.replace(",", "")) / 20) and int(minutes) <= 5 * 60
+
+
+ROW = re.compile(r"^\| \d \| \[[^\]]+\]\(([\w/-]+\.md)\) \| (\d+) \|", re.M)
+
+
+def test_the_front_page_has_the_minutes_of_its_pages():
+    """Words of prose, tables and code at 150 a minute."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    _, *paths = re.split(r"^## I ", index, flags=re.M)
+    assert [path.split()[0] for path in paths] == ["train", "teach", "fork"]
+    for path in paths:
+        rows = ROW.findall(path)
+        assert len(rows) >= 6
+        for page, minutes in rows:
+            words = len((ROOT / "docs" / page).read_text().split())
+            assert abs(int(minutes) - words / 150) <= 1, page
+
+
 def test_a_size_that_has_changed_is_noticed():
     assert near("1,000", 1050) and not near("1,000", 1060) and not near("1,060", 1000)

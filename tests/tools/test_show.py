@@ -122,6 +122,18 @@ def test_the_figures_of_the_docs_are_current(monkeypatch):
     assert all(f"figures/{name}" in pages for name in (*drawn, *FILES))
 
 
+def test_the_sheet_has_twelve_figures_and_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "draw"))
+    from sheet import sheet
+
+    figures = {f.name: f.read_text() for f in (ROOT / "docs" / "figures").iterdir()}
+    page = (ROOT / "docs" / "sheet.html").read_text()
+    assert page == sheet(figures), "run python docs/draw/figures.py"
+    shown = [i.get("src") for i in ET.fromstring(page.partition("\n")[2]).iter("img")]
+    assert len({*shown}) == len(shown) == 12
+    assert all((ROOT / "docs" / src).is_file() for src in shown)
+
+
 def test_the_command_prints_every_weight(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "mesh.svg"

@@ -55,3 +55,35 @@ def dispatch(x_TD, weights_TK, index_TK, run, experts, ranks):
     y = run(rows[order_R], own_E)[back_R]
     y = all_to_all(y, ranks, sent, received)
     return unpermute(y, weights_TK, place_S)
+
+
+def by_token(x_TD, scores_TE, w_EDF, k, factor):
+    tokens, experts = scores_TE.shape
+    weights_TK, index_TK = scores_TE.topk(k)
+    room = tokens if factor is None else capacity(tokens, k, experts, factor)
+    mask = kept(index_TK.flatten(), weights_TK.flatten(), experts, room).view(tokens, k)
+    rows = []
+    for t in range(tokens):
+        each = [
+            weights_TK[t, j] * (x_TD[t] @ w_EDF[index_TK[t, j]]).tanh() * mask[t, j]
+            for j in range(k)
+        ]
+        rows.append(sum(each))
+    load_E = torch.bincount(index_TK.flatten(), minlength=experts) / (tokens * k)
+    return torch.stack(rows), experts * (scores_TE * load_E).sum()
+
+
+def check_experts(layer):
+    generator = torch.Generator().manual_seed(0)
+    for experts, k, factor in ((6, 2, None), (5, 2, 1.1), (5, 1, 0.7)):
+        shapes = (12, 6), (12, experts), (experts, 6, 3)
+        x, logits, w = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        liked = torch.zeros(experts, dtype=torch.float64)
+        liked[0], liked[1] = -50, 3  # expert 0 has no token, and expert 1 has many
+        inputs = [t.requires_grad_() for t in (x, (logits + liked).softmax(-1), w)]
+        results = []
+        for fn in (layer, by_token):
+            y, loss = fn(*inputs, k, factor)
+            results += [(y, loss, *torch.autograd.grad(y.sin().sum() + loss, inputs))]
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, atol=1e-9)

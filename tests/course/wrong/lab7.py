@@ -150,4 +150,31 @@ MISTAKES = [
             "    all_to_all(y, ranks, received, sent)\n    return unpermute(y, weights_TK, place_S)",
         ),
     ),
+    mistake(
+        7,
+        "a test without gradients",
+        "check_experts: your test catches 11 of 13 mutants",
+        ("(y, loss, *torch.autograd.grad(y.sin().sum() + loss, inputs))", "(y, loss)"),
+    ),
+    mistake(
+        7,
+        "a test without a capacity",
+        "check_experts: your test catches 8 of 13 mutants",
+        ("((6, 2, None), (5, 2, 1.1), (5, 1, 0.7))", "((6, 2, None), (5, 2, None))"),
+    ),
+    mistake(
+        7,
+        "a test of the balance loss alone",
+        "check_experts: your test catches 3 of 13 mutants",
+        ("(y, loss, *torch.autograd.grad(y.sin().sum() + loss, inputs))", "(loss,)"),
+    ),
+    mistake(
+        7,
+        "a test that counts kept slots",
+        "check_experts: your test fails on a solution that is right",
+        (
+            "torch.bincount(index_TK.flatten(), minlength=experts) / (tokens * k)",
+            "torch.bincount(index_TK[mask], minlength=experts) / mask.sum()",
+        ),
+    ),
 ]

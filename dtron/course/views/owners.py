@@ -1,11 +1,10 @@
-"""The figure of docs/optimizers.md: the owner of each matrix, and the collectives of an update."""
+"""A picture of Muon: the owner of each matrix, and the collectives of an update."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from layer_figures import COLOURS
-
+from dtron.course.views.layer import COLOURS
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
 from dtron.mesh import Layout
@@ -23,10 +22,10 @@ from dtron.tree import flat
 FILLS = ("#8fb8e8", "#9fd8a8", "#e8c88f", "#d8a0c8", "#a0d0d8", "#c8c0f0")
 
 
-def owners(shape: MeshShape, layers: int) -> str:
+def owners(shape: MeshShape, m: ModelConfig) -> str:
     """Draw the matrices of each rank, as wide as their work, and count a real update's
     collectives."""
-    m, canvas = ModelConfig(layers=layers), Canvas(1080)
+    canvas = Canvas(1080)
     spec = declare_model(m)
     with simulated(shape) as mesh:
         layout = Layout(mesh)
@@ -44,7 +43,7 @@ def owners(shape: MeshShape, layers: int) -> str:
             held[rank] += [one.weights[i] for i in row if i is not None]
     most = max(sum(w.cost for w in ws) for ws in held.values())
     canvas.text(20, 28, f"Muon on {shape}: the owner of each matrix", bold=True, size=16)
-    canvas.text(20, 48, f"{layers} blocks; a box is as wide as its work", colour=FAINT)
+    canvas.text(20, 48, f"{m.layers} blocks; a box is as wide as its work", colour=FAINT)
     for rank, ws in held.items():
         x, y = 90.0, 64 + rank * 36
         canvas.text(20, y + 19, f"rank {rank}")
@@ -65,3 +64,9 @@ def owners(shape: MeshShape, layers: int) -> str:
         20, y + 20, f"{len(work)} kinds of matrices, to their owners and back", colour=FAINT
     )
     return canvas.svg()
+
+
+def owners_on(mesh: str, layers: int) -> str:
+    """Draw the owners of the matrices of a small model with so many blocks."""
+    m = ModelConfig(layers=layers, embed=96, heads=6, kv_heads=6, head_dim=16, mlp=320, vocab=64)
+    return owners(MeshShape.parse(mesh), m)
