@@ -56,7 +56,8 @@ def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = True) -> bytes:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise UserError(f"{path}: has {size} bytes; such a file has at most {limit}")
-            return file.read(limit)
+            # A read allocates as many bytes as it may return. A file of /proc has the size 0.
+            return file.read(min(limit, max(size, 1 << 20)))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); make it readable") from error

@@ -22,7 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dtron.course.grade import Grade, Limits, grade
@@ -31,6 +30,7 @@ from dtron.course.labs import LABS, lab, start
 from dtron.course.notebook_files import notebook_name, notebook_text
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
+from dtron.tools.console import wide_console
 
 
 def start_course(o: Namespace) -> int:
@@ -61,7 +61,7 @@ def grade_all(o: Namespace) -> int:
         except OSError as error:
             why = f"cannot be written ({error.strerror}); choose another"
             raise UserError(f"--json {o.json}: {why}") from error
-    Console().print(table(grades))
+    wide_console().print(table(grades))
     for line in first_mistakes(grades):
         print(line)
     return 0
@@ -97,10 +97,10 @@ def as_json(g: Grade) -> dict:
 
 def table(grades: Sequence[Grade]) -> Table:
     """Return a row for each submission: the points of each lab and of all."""
-    grid = Table()
-    grid.add_column("submission", overflow="fold")
+    grid = Table(title="points of each lab")
+    grid.add_column("submission", overflow="fold", min_width=10)
     for r in grades[0].labs:
-        grid.add_column(f"lab {r.lab}", justify="right", no_wrap=True)
+        grid.add_column(str(r.lab), justify="right", no_wrap=True)
     grid.add_column("sum", justify="right", no_wrap=True)
     for g in grades:
         row = (g.folder, *(str(r.points) for r in g.labs), str(g.points))

@@ -136,6 +136,8 @@ def planned(flags: str) -> Planned:
 def plan(module: ModuleType) -> None:
     """Plan the student's mesh, and compare the plan with the task."""
     flags = answer(module, "PLAN")
+    if not isinstance(flags, str):
+        raise Wrong(f"PLAN is {type(flags).__name__}, not a text of flags, as on the command line")
     for word in shlex.split(flags):
         if word.startswith("-") and word.partition("=")[0] not in FLAGS:
             raise Wrong(f"PLAN has {word}; its flags are {', '.join(FLAGS)}")

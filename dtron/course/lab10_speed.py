@@ -52,7 +52,7 @@ def _compare_kinds(module: ModuleType, names: Sequence[tuple[str, str]]) -> None
         if (got := mine(name)) not in CLASSES:
             raise Wrong(f"{name[:60]}: {got!r} is no class; the classes are {', '.join(CLASSES)}")
         if got != want:
-            raise Wrong(f"{name[:75]} is of the class {want}, and you say {got}")
+            raise Wrong(f"{name[:90]} is of the class {want}, and you say {got}")
 
 
 SMALL = (
@@ -98,10 +98,14 @@ def time_of_each(module: ModuleType) -> None:
         span = max(k.end for k in trace) - min(k.start for k in trace)
         want = {c: busy(k for k in trace if kind(k.name) == c) for c in CLASSES}
         for name, us in {**want, "idle": span - busy(trace)}.items():
-            if abs(got.get(name, 0.0) - us) > 1e-6 * span:
+            if name not in got:
                 raise Wrong(
-                    f"{what}: {name} takes {us:,.1f} us, and you say {got.get(name, 0.0):,.1f}"
+                    f"{what}: breakdown has no {name!r}; write 0 if none of its kernels run"
                 )
+            if abs(got[name] - us) > 1e-6 * span:
+                added = sum(k.end - k.start for k in trace if kind(k.name) == name)
+                why = ", the sum of durations; kernels overlap" if close(got[name], added) else ""
+                raise Wrong(f"{what}: {name} takes {us:,.1f} us, and you say {got[name]:,.1f}{why}")
 
 
 def questions() -> dict[str, tuple[float, str]]:
@@ -140,6 +144,8 @@ def answers(module: ModuleType) -> None:
         got = given.get(question)
         if got is None:
             mistakes.append(f"ANSWERS has no {question!r} yet")
+        elif not isinstance(got, (int, float)):
+            mistakes.append(f"{question!r}: {got!r} is no number")
         elif not close(got, want, 0.01):
             mistakes.append(
                 f"{question!r}: {got:.4g} is {got / want:.3f} of the right number; {advice}"

@@ -3,6 +3,7 @@ folders."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import select
 import sys
 
 import pytest
+from rich.console import Console
 
-from dtron.course.__main__ import main
-from dtron.course.grade import Limits, grade
+from dtron.course.__main__ import main, table
+from dtron.course.grade import Grade, Limits, grade
 from dtron.course.lab import LONGEST, check_lab
 from dtron.course.labs import LABS, lab
 from dtron.errors import UserError
@@ -117,6 +119,17 @@ def test_grades_do_not_depend_on_the_number_of_processes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{names[1]}: lab 1: predictions: w_vocab" in printed and "all points" in printed
     assert f"{names[0]}: " not in printed
+
+
+def test_the_table_of_all_labs_fits_a_terminal():
+    made = [lab(n) for n in LABS]
+    results = tuple(check_lab(one, SOLUTIONS / "nowhere") for one in made)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table([Grade("submissions/somebody", results)]))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["┃", "submission", *" ".join(f"┃ {n}" for n in (*LABS, "sum")).split(), "┃"] in rows
+    shown = "".join(row[1] for row in rows if row[0] == "│")
+    assert shown.startswith("submissions/somebody")
 
 
 def test_an_endless_loop_ends(tmp_path):

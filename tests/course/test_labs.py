@@ -8,8 +8,11 @@ import re
 
 import pytest
 
+from dtron.course import lab7_mixtures, lab10_plan, lab10_trace, lab11_layers
 from dtron.course.lab import check_lab
 from dtron.course.labs import LABS, lab, start
+from dtron.model.flops import parameter_count
+from dtron.model.presets import preset
 from tests.course.wrong.mistake import SOLUTIONS
 from tests.helpers.paths import ROOT
 
@@ -78,6 +81,20 @@ def test_the_index_has_every_lab_with_its_points():
         text = (ROOT / "docs" / "course" / f"{page}.md").read_text()
         assert f"File: `{made.file}`. Check: `dtron course check {n}`." in text
         assert any(part.hidden for part in made.parts)
+
+
+def test_the_numbers_of_the_pages_are_those_of_the_checks():
+    def page(name):
+        return " ".join((ROOT / "docs" / "course" / f"{name}.md").read_text().split())
+
+    assert f"{len(lab7_mixtures.MUTANTS)} hidden mutants" in page("experts")
+    assert f"{len(lab11_layers.MUTANTS)} hidden mutants" in page("own-layer")
+    m, speed = preset("bench-1.3b"), page("speed")
+    weights = f"{parameter_count(m):,} weights. AdamW updates all of them, and "
+    assert weights + f"{lab10_plan.multiplied(m):,} of them multiply a token" in speed
+    assert f"its {len(lab10_trace.kernels()):,} kernels" in speed
+    limit = f"At most {lab10_plan.MOST_GIB:g} GiB of each GPU are free, and each GPU should train "
+    assert limit + f"at least {lab10_plan.LEAST_TOKENS:,} tokens/s" in speed
 
 
 @pytest.mark.parametrize("number", LABS)

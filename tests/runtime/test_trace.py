@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
 
 from dtron.runtime.time_breakdown import Breakdown, breakdown
-from dtron.runtime.trace import classify, spans_of
+from dtron.runtime.trace import classify, read, spans_of
 
 # ---- names
 
@@ -155,3 +158,15 @@ def test_an_operator_of_the_cpu_counts_less_those_it_calls():
         (10, 15, "aten::linear"), (15, 20, "aten::copy_"), (20, 45, "aten::mm"),
         (40, 65, "gloo:all_reduce"), (45, 50, "aten::linear"), (60, 70, "aten::mul"),
     ]  # fmt: skip
+
+
+def test_reading_takes_the_memory_of_the_trace(tmp_path):
+    """And not that of the largest trace: a process with a limit of memory reads it too."""
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": device_trace()}))
+    tracemalloc.start()
+    try:
+        assert read(path) == spans_of(device_trace())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()

@@ -110,7 +110,7 @@ MISTAKES = [
     mistake(
         10,
         "fused kernels are what their names have",
-        "backward_clone_expand_ is of the class elementwise, and you say attention",
+        "backward_clone_expand_transpose_unsqu is of the class elementwise, and you say attention",
         ('("sdpa", "cudnn::fusion")', '("sdpa", "cudnn")'),
         ('if name.startswith("triton")', 'if name.startswith("triton") and "cudnn" not in name'),
     ),

@@ -43,6 +43,12 @@ MISTAKES = [
     ),
     mistake(
         11,
+        "the first rank sends nothing",
+        "the layer: the layer asks for the place of a rank; if some ranks do not call ring_shift",
+        ("if ranks is None else", "if ranks is None or ranks.place == 0 else"),
+    ),
+    mistake(
+        11,
         "the halo has no gradient",
         "the layer: mesh cp=2: gradient of w_up differs from one device by",
         ("ring_shift(h_TF[-1:], ranks)", "ring_shift(h_TF[-1:].detach(), ranks)"),
