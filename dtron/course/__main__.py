@@ -70,7 +70,7 @@ def grade_all(o: Namespace) -> int:
 def print_rubric(o: Namespace) -> int:
     """Print the parts of labs with their points."""
     labs = [lab(n) for n in o.labs]
-    Console().print(rubric(labs))
+    wide_console().print(rubric(labs))
     return 0
 
 

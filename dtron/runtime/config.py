@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dtron.data.config import DataConfig
 from dtron.errors import UserError
 from dtron.model.config import ModelConfig
+from dtron.model.lora import NO_LORA
 from dtron.renamed import dotted
 from dtron.training.batch_ramp import BatchRamp, parse_batch
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
@@ -99,6 +100,24 @@ class RunConfig(StepConfig):
             raise UserError("--run-dir '': has no name; use --run-dir runs/a")
         _ = self.how, self.ramp  # raise UserError for an invalid combination
         check_qk_clip(self.optim.qk_clip, self.model)
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if not self.lora.rank:
+            given = [name for name, x in asdict(self.lora).items() if x != getattr(NO_LORA, name)]
+            if given:
+                flag = f"--lora.{given[0].replace('_', '-')}"
+                raise UserError(f"{flag}: has no effect without updates; use --lora.rank 16 too")
+        elif self.optim.qk_clip:
+            raise UserError(
+                f"optim.qk_clip={self.optim.qk_clip:g} with --lora.rank {self.lora.rank}: it scales "
+                "query and key weights, which are frozen; use --optim.qk-clip 0"
+            )
+        elif self.model.mup_base_width:
+            raise UserError(
+                f"model.mup_base_width={self.model.mup_base_width} with --lora.rank "
+                f"{self.lora.rank}: muP has no rates for updates; use --model.mup-base-width 0"
+            )
 
     @cached_property
     def ramp(self) -> BatchRamp:

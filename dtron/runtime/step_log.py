@@ -24,6 +24,7 @@ from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, w
 from dtron.runtime.metrics import Metrics, Throughput, mark
 from dtron.training.config import RunPlan
 from dtron.training.reports import StepReports, describe_experts, describe_extras
+from dtron.tree import flat
 
 
 class Launched(NamedTuple):
@@ -160,6 +161,10 @@ def describe(config: RunConfig, plan: RunPlan, data: Data, step: int) -> str:
     parameters = f"{parameter_count(config.model):,} parameters"
     if config.model.moe.experts:
         parameters += f" ({active_count(config.model):,} for each token)"
+    if config.lora.rank:
+        trained = sum(w.numel for w in flat(config.declare()) if not (w.frozen or w.buffer))
+        parameters += f", of which {'magnitudes and ' if config.lora.dora else ''}updates "
+        parameters += f"with {trained:,} parameters are trained beside them"
     batch = " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes)))))
     count = _count(max(plan.counts), "microbatch", "es")
     if config.ramp.ramps:

@@ -35,6 +35,7 @@ from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.model.block import Block
 from dtron.model.config import ModelConfig
+from dtron.model.lora import LoraConfig, check_lora, with_lora
 from dtron.model.stages import layers_per_stage, split_into_stages
 from dtron.model.transformer import Transformer, declare_model
 from dtron.model.widths import describe_mup
@@ -69,6 +70,7 @@ class ShowConfig:
     """also draw the mesh and one block into this file"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,12 @@ def rows(
         gathered = local_shape(w.shape, sizes, place(rules_for(0), axes, *w.axes), first)
         local = local_shape(w.shape, sizes, placements, first)
         n, n_gathered = math.prod(local), math.prod(gathered)
-        element = master_bytes(optimizer, w, master)
-        copies = n * compute if compute != element else 0
-        copies += n_gathered * compute if zero < 3 and n != n_gathered else 0
+        in_use = w.dtype.itemsize if w.dtype else compute
+        element = in_use if w.frozen else master_bytes(optimizer, w, master)
+        copies = n * in_use if in_use != element else 0
+        copies += n_gathered * in_use if zero < 3 and n != n_gathered else 0
+        grads = 0 if w.frozen else master * (n_gathered if zero < 2 else n)
+        state = 0 if w.frozen else optimizer.state_bytes(w, local, master)
         shown = [f"{axis}: {_short(p)}" for axis, p in zip(axes, placements, strict=True)]
         found.append(
             Row(
@@ -136,8 +141,8 @@ def rows(
                 shape=w.shape,
                 local=local,
                 params=count * (n * element + copies),
-                grads=count * master * (n_gathered if zero < 2 else n),
-                optimizer=count * optimizer.state_bytes(w, local, master),
+                grads=count * grads,
+                optimizer=count * state,
             )
         )
     return found
@@ -228,12 +233,15 @@ def main(argv: Sequence[str]) -> int:
     model = replace(config.model, context=max(seq_len, config.model.context))
     check(model, shape, seq_len, config.cp_method, zigzag)
     optimizer = build_optimizer(config.optim, config.model.mup)
-    check_groups(optimizer, declare_model(config.model))
+    check_lora(declare_model(config.model), config.lora, shape, config.zero)
+    declared = with_lora(declare_model(config.model), config.lora)
+    check_groups(optimizer, declared)
     compute = 4 if config.dtype == "float32" else 2
     console = wide_console()
     layers = layers_per_stage(config.model, shape.pp, shape.tp)
     stages, most = split_into_stages(config.model, layers), 0
-    for number, spec in enumerate(stages):
+    for number, stage in enumerate(stages):
+        spec = with_lora(stage, config.lora)
         args = config.model, shape, config.zero, compute, 4, spec
         found = rows(*args, config.optim)
         which = f"stage {number} of {shape.pp}, " if shape.pp > 1 else ""
@@ -242,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
         beside = f", and {host} of state on the host" if config.optim.offload_state else ""
         console.print(f"{size(sum(total(found)))} on each rank{beside}, activations not counted")
         most = max(most, sum(total(found)))
-    for line in describe_groups(optimizer, declare_model(config.model)):
+    for line in describe_groups(optimizer, declared):
         console.print(f"optimizer group {line}")
     for line in describe_mup(config.model):
         console.print(f"muP {line}")

@@ -125,8 +125,8 @@ class UnitWeights:
 
     def release_frozen(self) -> None:
         """Free the weights after backward, if no weight of the unit has a gradient: autograd does
-        not call ``backward`` then."""
-        if self._in_backward and not any(w.weight.local.requires_grad for w in self.weights):
+        not call ``backward`` then. A unit that needs them again all-gathers them again."""
+        if not any(w.weight.local.requires_grad for w in self.weights):
             self._whole, self._in_backward = None, False
 
     def start(self) -> None:

@@ -16,6 +16,7 @@ import dtron.layers.dora as dora_module
 import dtron.layers.lora as lora_module
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
+from dtron.distributed.simulated_ranks import simulated
 from dtron.errors import PlacementError, UserError
 from dtron.layers.dora import DoRA
 from dtron.layers.linear import linear
@@ -39,7 +40,7 @@ from dtron.training.gradients import gradients
 from dtron.training.optimizer import init_state, with_compute_copies
 from dtron.training.pipeline import one_stage, pipeline, program
 from dtron.training.zero3_prefetch import UnitWeights
-from dtron.tree import fill, flat, nodes, units
+from dtron.tree import fill, flat, map_units, nodes, units
 from tests.helpers.compiled import BLOCK as SMALL
 from tests.helpers.compiled import ROWS, lone_rank
 from tests.helpers.same_step import assert_same_result, model_config
@@ -62,7 +63,7 @@ def same_step(mesh: str, lora: LoraConfig, **choices) -> None:
         ("dp=2,cp=2,tp=2", {"zero": 3, "recompute": "selective"}),
         ("pp=2,tp=2", {"zero": 1}),
         ("dp=2,tp=2,etp=2", {"zero": 3, "moe": MOE}),
-        ("dp=4,ep=2", {"zero": 2, "moe": replace(MOE, capacity_factor=1.0)}),
+        ("dp=4,ep=2", {"zero": 2, "moe": MOE}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -106,8 +107,6 @@ def test_a_wrong_magnitude_is_noticed(mutant, monkeypatch):
 
 
 def test_other_placements_are_refused():
-    from dtron.distributed.simulated_ranks import simulated
-
     with simulated(MeshShape(tp=2)) as mesh:
         layout = Layout(mesh)
         x = layout.shard(torch.ones(4, 6), "tokens", "mlp")
@@ -157,12 +156,10 @@ def test_merged_weights_are_the_same_model(choices, dora):
     m = model(**choices)
     _, p = tree(m, replace(LORA, dora=dora, alpha=1.0))
     merged = lambda w: w.merged() if isinstance(w, (LoRA, DoRA)) else w
-    from dtron.tree import map_units
-
     want, got = (predict(q, BATCH, m, ONE) for q in (p, map_units(merged, p)))
     assert (got - want).abs().max() < 1e-12
     base = lambda w: flat(w)[0] if isinstance(w, (LoRA, DoRA)) else w
-    assert (predict(map_units(base, p), BATCH, m, ONE) - want).abs().max() > 1e-3
+    assert (predict(map_units(base, p), BATCH, m, ONE) - want).abs().max() > 1e-4
 
 
 @settings(max_examples=20, deadline=None)
@@ -239,7 +236,7 @@ def test_updates_add_no_message_to_a_layer():
     # Nothing is differentiated by the embedding, so its gradient is not all-gathered.
     assert {k: before[k] - n for k, n in messages(adapted).items() if before[k] != n} in (
         {},
-        {k: 2 for k in before if k.kind == "all_gather"},
+        {k: 1 for k in before if k.kind == "all_gather"},
     )
 
 
@@ -280,9 +277,11 @@ def test_weights_in_few_bits(format):
 
 
 def test_nf4_is_that_of_torchao():
-    nf4 = pytest.importorskip("torchao.prototype._nf4tensor_api")
-    w = torch.randn(8, 4 * BLOCK, generator=torch.Generator().manual_seed(0))
-    theirs = nf4.to_nf4(w, BLOCK, 256)
+    pytest.importorskip("torchao")
+    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+
+    w = torch.randn(64, 4 * BLOCK, generator=torch.Generator().manual_seed(0))
+    theirs = nf4_tensor.to_nf4(w, BLOCK, 256)
     codes, scales = quantize(w, "nf4")
     assert torch.equal(theirs.quantized_data.view_as(codes), codes)
     torch.testing.assert_close(  # its scales are rounded to 8 bits
@@ -296,8 +295,6 @@ def test_a_weight_in_few_bits_is_that_of_its_merged_model():
     assert nodes(spec, QuantizedWeight) and all(
         w.frozen for n in nodes(spec, QuantizedWeight) for w in flat(n)
     )
-    from dtron.tree import map_units
-
     merged = lambda w: w.merged() if isinstance(w, LoRA) else dense(w)
     got, want = (predict(q, BATCH, m, ONE) for q in (p, map_units(merged, p)))
     assert (got - want).abs().max() < 1e-12
