@@ -170,7 +170,7 @@ def runs(draw, axis: str) -> RunConfig:
     clips = not model.qk_norm and any(mixer.has_logits for mixer in model.mixers)
     threshold = pick(0.0, 0.005) if clips else 0.0  # about the middle of the logits
     targets, trained = pick("*", "*", "blocks.0.*"), pick("", "", "*norm*", "embedding.*")
-    lora = LoraConfig(pick(0, 0, 2), targets=targets, trained=trained)
+    lora = LoraConfig(pick(0, 0, 2), targets=targets, dora=pick(False, True), trained=trained)
     return RunConfig(
         mesh=str(shape),
         zero=draw(zero_stages()),
