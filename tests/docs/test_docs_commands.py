@@ -21,8 +21,12 @@ from pyarrow import parquet
 
 from dtron.errors import UserError
 from dtron.fp8.recipes import RECIPES
+from dtron.hf import Source
+from dtron.hf.adapter import write_adapter
 from dtron.model.activation_checkpoint import POLICIES
 from dtron.model.config import MIXERS
+from dtron.model.lora import LoraConfig
+from dtron.params import draw
 from dtron.training.optim_config import OPTIMIZERS
 from tests.helpers.examples import examples
 from tests.helpers.hf_models import folder
@@ -61,6 +65,7 @@ def files(tmp_path_factory) -> Path:
     (tmp_path / "run.toml").write_text(toml)
     (tmp_path / "my_text").mkdir()
     (tmp_path / "my_text" / "a.txt").write_text(TEXT)
+    adapter(tmp_path / "Llama-3.2-1B-chat")
     (tmp_path / "model").mkdir()
     for place in (".", "model", "Llama-3.2-1B"):
         words(vocab, tmp_path / place / "tokenizer.json")
@@ -77,6 +82,14 @@ def files(tmp_path_factory) -> Path:
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 200)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     return tmp_path
+
+
+def adapter(at: Path) -> None:
+    """Write adapter files for the model."""
+    source, config = Source(folder("llama")), LoraConfig(rank=2)
+    at.mkdir()
+    read = lambda w: draw(w, {}, 0)
+    write_adapter(at, source.model, source.family, config, read, "Llama-3.2-1B")
 
 
 @pytest.fixture
