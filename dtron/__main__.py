@@ -28,6 +28,7 @@ COMMANDS = {
         "check that activations do not grow with the width (muP)",
     ),
     "generate": ("dtron.tools.generate", "generate text"),
+    "eval": ("dtron.tools.evaluate", "evaluate a model on tasks, or by its perplexity on a text"),
     "profile": ("dtron.tools.profile", "print the time breakdown of a recorded step"),
     "data": ("dtron.data.__main__", "make and describe token files"),
     "hf": ("dtron.hf.__main__", "export a run as a Hugging Face folder"),

@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -84,6 +84,13 @@ def ranks_along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh | None:
     if len(atoms) > 1:
         return mesh[atoms]._flatten(axis)
     return mesh if mesh.ndim == 1 else mesh[atoms[0]]
+
+
+def by_rows(layout: Layout) -> Layout:
+    """Return a layout in which cp shards rows, like dp, and no sequences. It is for programs that
+    do not train: their rows are many and short, or are one token. The placements of weights do not
+    change."""
+    return replace(layout, rules={**layout.rules, "rows": layout.rules["tokens"], "sequence": ()})
 
 
 def stage_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:

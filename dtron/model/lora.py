@@ -108,7 +108,7 @@ def is_update(w: WeightSpec) -> bool:
 
 def is_target(w: WeightSpec, config: LoraConfig) -> bool:
     """Whether a weight has an update: a pattern names it, and it can have one."""
-    return can_update(w) and _matches(w, config.target_patterns)
+    return config.rank > 0 and can_update(w) and _matches(w, config.target_patterns)
 
 
 def can_update(w: WeightSpec) -> bool:

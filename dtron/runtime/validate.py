@@ -14,6 +14,7 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
+from dtron.model.lora import NO_LORA, LoraConfig, is_target
 from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
 from dtron.training.batch_ramp import BatchRamp
@@ -87,7 +88,11 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
 
 
 def check_expert_sizes(
-    how: ComputeConfig, model: ModelConfig, mesh: MeshShape, compute: torch.dtype
+    how: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshShape,
+    compute: torch.dtype,
+    lora: LoraConfig = NO_LORA,
 ) -> None:
     """Raise UserError if the kernel of grouped matmuls does not take the sizes: in bfloat16 a row
     has a multiple of 16 bytes."""
@@ -96,6 +101,8 @@ def check_expert_sizes(
     if not c.experts or compute != torch.bfloat16 or padded:
         return
     sizes = {"model.embed": (model.embed, 1), "model.moe.mlp": (c.mlp, mesh.etp)}
+    if any(is_target(w, lora) and w.axes[0] == "experts" for w in flat(declare_model(model))):
+        sizes["lora.rank"] = lora.rank, 1
     for name, (size, cuts) in sizes.items():
         if size // cuts % 8:
             near = -(-size // (8 * cuts)) * 8 * cuts

@@ -24,13 +24,14 @@ from dtron.layers.lora import LoRA, low_rank
 from dtron.layers.quantized_weight import BLOCK, NF4, QuantizedWeight, dense, dequantize, quantize
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
-from dtron.model.compute_config import ComputeConfig
+from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.flops import flops_per_token
 from dtron.model.lora import NO_LORA, LoraConfig, check_lora, is_update, with_lora
 from dtron.model.transformer import declare_model, forward, predict
 from dtron.moe.config import MoEConfig
 from dtron.params import draw, init, normal
 from dtron.rules import rules_for
+from dtron.runtime.validate import check_expert_sizes
 from dtron.testing import assert_caught
 from dtron.tools.verify import on_one_device
 from dtron.tools.verify_step import one_step, plan_of, step_inputs
@@ -363,3 +364,14 @@ def test_full_of_an_update_is_independent_of_the_mesh():
     x = draw(a, {}, 0)
     assert x.shape == a.shape and x.abs().max() <= 1 / math.sqrt(10)
     assert torch.equal(full(x), draw(a, {}, 0))
+
+
+def test_experts_in_bfloat16_take_a_rank_of_whole_rows():
+    """The kernel reads rows of 16 bytes."""
+    m = replace(model(moe=replace(MOE, mlp=8)), embed=16)
+    refuse = lambda lora, dtype: check_expert_sizes(PLAIN, m, MeshShape(), dtype, lora)
+    with pytest.raises(UserError, match="lora.rank=4: .*use --lora.rank 8"):
+        refuse(replace(LORA, rank=4), torch.bfloat16)
+    refuse(replace(LORA, rank=4), torch.float32)
+    refuse(replace(LORA, rank=4, targets="attention.*"), torch.bfloat16)
+    refuse(replace(LORA, rank=8), torch.bfloat16)
