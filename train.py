@@ -24,7 +24,7 @@ from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
 from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
 from dtron.runtime.config import RunConfig
-from dtron.runtime.evaluation import validation_losses
+from dtron.runtime.evaluation import find_tasks, task_metrics, validation_losses
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
@@ -74,6 +74,7 @@ def train(
     ``source``: the Hugging Face folder of the initial weights; None: random weights, or those of
     the checkpoint ``run.resumed``."""
     same = identity(config, data, source)
+    tasks = find_tasks(config.eval_tasks, "--eval-tasks") if config.eval_tasks else None
     state = initial_state(config, plan, pipe, same, run.resumed, source)
     notes = data.notes + (source.notes if source else ())
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
@@ -114,6 +115,7 @@ def train(
                 log.finish()  # the host waits for the device
             if evaluates:
                 log.validation(validation_losses(state, data, config, plan, pipe))
+                log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
             if saves:
                 log.say(*run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))

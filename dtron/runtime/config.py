@@ -69,6 +69,9 @@ class RunConfig(StepConfig):
     """steps between progress lines; metrics.jsonl has every step"""
     eval_every: int = 50
     """steps between measurements of the validation loss; 0: only at the end"""
+    eval_tasks: str = ""
+    """tasks of lm-evaluation-harness, or files of YAML, with commas between, which are run with
+    each measurement of the validation loss"""
     sample_tokens: int = 60
     """tokens of text to generate at the end; 0: none"""
     tensorboard: bool = False

@@ -1,8 +1,10 @@
 """The validation loss of a run: the mean cross entropy over the same held-out rows on every mesh,
-so that runs can be compared."""
+so that runs can be compared. Tasks of lm-evaluation-harness, if the run has any
+(runtime/eval_harness.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ import torch
 from dtron.checkpoint import TrainState
 from dtron.data import Data
 from dtron.distributed.redistribute import full
+from dtron.errors import UserError
 from dtron.frozen import with_frozen
 from dtron.params import unshard
 from dtron.runtime.batches import split, to_host
 from dtron.runtime.config import RunConfig
+from dtron.runtime.generation import Sampling, generate
+from dtron.runtime.scoring import Scorer
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.offloaded_state import on_device
@@ -38,6 +43,47 @@ def validation_losses(
         name: validate(tree, data, config, plan, pipe)
         for name, tree in params.items()
         if tree is not None
+    }
+
+
+def find_tasks(text: str, flag: str) -> Any:
+    """Find tasks of lm-evaluation-harness. Raises UserError for an unknown task, and without the
+    harness.
+
+    ``text``: names of tasks or files of YAML, with commas between.
+    ``flag``: the flag that names them."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"{flag}: needs lm-evaluation-harness; pip install 'dtron[eval]'")
+    from dtron.runtime.eval_harness import find  # a slow import that few runs need
+
+    return find(text, flag)
+
+
+def task_metrics(
+    tasks: Any, state: TrainState, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline
+) -> dict[str, float]:
+    """Return the metrics of tasks by name, as ``tasks.arc_easy.acc``. Every rank calls this.
+
+    ``tasks``: the result of ``find_tasks``; None: no tasks."""
+    if tasks is None:
+        return {}
+    from dtron.runtime.eval_harness import HarnessModel, run_tasks
+
+    m, end = config.model, data.end or 0
+    if data.tokenizer is None:
+        raise UserError("--eval-tasks: the data has no tokenizer; give --data.tokenizer")
+
+    def continued(prompts: list[list[int]], most: int, temperature: float) -> list[list[int]]:
+        sampling = Sampling(temperature, seed=config.seed)
+        return generate(state.params, prompts, most, m, pipe, sampling, plan.device, {end})
+
+    scorer = Scorer(state.params, m, pipe, plan.device)
+    model = HarnessModel(scorer, continued, data.tokenizer, m.context, end)
+    found = run_tasks(model, tasks, None, None, False)
+    return {
+        f"tasks.{task}.{name}": value
+        for task, metrics in found.items()
+        for name, (value, _) in metrics.items()
     }
 
 

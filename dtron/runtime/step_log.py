@@ -111,6 +111,16 @@ class StepLog:
         more = "".join(f", of the average of the weights {x:.4f}" for x in of_average)
         self.say(f"step {step}: validation loss {loss:.4f}{more}")
 
+    def tasks(self, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of tasks to the finished step."""
+        assert self._record is not None  # ``finish`` has made it
+        self._record |= metrics
+        if metrics:
+            text = ", ".join(
+                f"{name.removeprefix('tasks.')} {x:.4f}" for name, x in metrics.items()
+            )
+            self.say(f"step {self._record['step']}: {text}")
+
     def saved_in(self, seconds: float) -> None:
         """Add the seconds for which a checkpoint after the finished step has stopped training."""
         assert self._record is not None  # ``finish`` has made it

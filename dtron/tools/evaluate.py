@@ -7,7 +7,6 @@ log-probabilities.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from argparse import Namespace
@@ -25,6 +24,7 @@ from dtron.data.tokenization import encoder_of, ids_of, load_tokenizer
 from dtron.errors import UserError
 from dtron.json_files import is_there
 from dtron.model.config import ModelConfig
+from dtron.runtime.evaluation import find_tasks
 from dtron.runtime.exit import Parser
 from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.launch import plan_run, start_ranks
@@ -33,8 +33,6 @@ from dtron.runtime.scoring import Scorer, Text
 from dtron.tools.console import wide_console
 from dtron.tools.model_source import add_model_flags, ends_of, model_folder, open_model, run_config
 
-NEEDS = "--tasks: needs lm-evaluation-harness; pip install 'dtron[eval]'"
-
 
 def run(o: Namespace) -> int:
     """Run the command."""
@@ -42,7 +40,7 @@ def run(o: Namespace) -> int:
         raise UserError("eval: has nothing to do; give --tasks arc_easy, or --text FILE")
     if o.limit is not None and o.limit < 1:
         raise UserError(f"--limit {o.limit}: at least 1 example is evaluated; raise it")
-    tasks = _tasks(o.tasks) if o.tasks else None
+    tasks = find_tasks(o.tasks, "--tasks") if o.tasks else None
     folder = model_folder(o.folder)
     opened = open_model(folder, o.ema, o.adapter)
     if not is_there(folder / "tokenizer.json"):
@@ -59,7 +57,7 @@ def run(o: Namespace) -> int:
         if text is not None:
             found["text"] = perplexity(scorer, text, tokenizer, m, min(ends, default=0))
         if tasks is not None:
-            from dtron.tools.eval_harness import HarnessModel, run_tasks
+            from dtron.runtime.eval_harness import HarnessModel, run_tasks
 
             def continued(prompts: list[list[int]], most: int, temperature: float) -> Any:
                 sampling = Sampling(temperature, seed=o.seed)
@@ -155,15 +153,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     return run(parser().parse_args(list(argv)))
-
-
-def _tasks(text: str) -> Any:
-    """Find the tasks; see ``find_tasks``."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(NEEDS)
-    from dtron.tools.eval_harness import find_tasks  # a slow import that few commands need
-
-    return find_tasks(text)
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from dtron.__main__ import main
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
@@ -18,10 +19,12 @@ from dtron.hf import Source
 from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
+from dtron.runtime.exit import run_cli
 from dtron.runtime.scoring import Scorer, Text
 from dtron.training.pipeline import one_stage
 from tests.helpers.hf_models import folder, model
 from tests.helpers.texts import words
+from tests.helpers.train_cli import enter
 from tests.helpers.values import ONE
 
 pytest.importorskip("lm_eval")
@@ -106,6 +109,23 @@ def test_the_results_are_those_of_the_harness_with_transformers(at, tmp_path, ca
         for metric, (value, _) in found[name].items():
             assert math.isclose(value, want[name][f"{metric},none"], rel_tol=1e-4), metric
     assert "acc_norm" in capsys.readouterr().out
+
+
+def test_tasks_of_a_run(at, tmp_path, monkeypatch, capsys):
+    """The metrics of the last step are those of the run's export."""
+    enter(tmp_path, monkeypatch)
+    (tmp_path / "text.txt").write_text(text(1, 3000))
+    task = at / "choices.yaml"
+    argv = [f"--init-from={at}/model", "--data.path=text.txt", f"--eval-tasks={task}"]
+    argv += ["--steps=2", "--batch=4", "--data.seq-len=16", "--device=cpu", "--run-dir=run"]
+    assert run_cli(train.main, [*argv, "--save-every=2", "--simulate", "--mesh=dp=2,tp=2"]) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "dtron_choices.acc" in capsys.readouterr().out
+    args = ["eval", "--from", "run", "--tasks", str(task), "--json", "out.json", "--device", "cpu"]
+    assert main(args) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["tasks"]["dtron_choices"]
+    for name, (value, _) in found.items():
+        assert math.isclose(last[f"tasks.dtron_choices.{name}"], value, rel_tol=1e-5)
 
 
 TEXTS = [Text([5, 7, 9, 3, 2], 3), Text([1, 2], 1), Text([8, 8, 8, 4, 1, 9, 30], 6)]

@@ -143,14 +143,15 @@ class Tasks(NamedTuple):
     manager: TaskManager
 
 
-def find_tasks(text: str) -> Tasks:
+def find(text: str, flag: str) -> Tasks:
     """Find tasks. Raises UserError for a task that the harness does not know.
 
-    ``text``: names of tasks or files of YAML, with commas between."""
+    ``text``: names of tasks or files of YAML, with commas between.
+    ``flag``: the flag that names them."""
     names, folders = [], list[str]()
     for task in filter(None, (part.strip() for part in text.split(","))):
         if task.endswith((".yaml", ".yml")):
-            names.append(_name_in(Path(task)))
+            names.append(_name_in(Path(task), flag))
             folders.append(str(Path(task).parent))
         else:
             names.append(task)
@@ -159,7 +160,7 @@ def find_tasks(text: str) -> Tasks:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-            raise UserError(f"--tasks {name}: is unknown; did you mean {near[0]}?")
+            raise UserError(f"{flag} {name}: is unknown; did you mean {near[0]}?")
     return Tasks(names, manager)
 
 
@@ -180,20 +181,20 @@ def run_tasks(
         )
     except (OSError, ConnectionError) as error:  # no such file of the task's data, or no network
         raise UserError(
-            f"--tasks {','.join(tasks.names)}: the data of a task cannot be read "
+            f"{','.join(tasks.names)}: the data of a task cannot be read "
             f"({one_line(error)[:120]}); give tasks whose data this machine has"
         ) from error
     assert done is not None
     return {name: _metrics(values) for name, values in done["results"].items()}
 
 
-def _name_in(file: Path) -> str:
+def _name_in(file: Path, flag: str) -> str:
     """Return the name of the task in a file of YAML."""
     if not file.is_file():
-        raise UserError(f"--tasks {file}: is no file; give a file of YAML, or the name of a task")
+        raise UserError(f"{flag} {file}: is no file; give a file of YAML, or the name of a task")
     found = re.search(r"^task:\s*['\"]?([\w.-]+)", file.read_text(), re.M)
     if found is None:
-        raise UserError(f"--tasks {file}: has no line 'task: NAME'; give the task a name")
+        raise UserError(f"{flag} {file}: has no line 'task: NAME'; give the task a name")
     return found[1]
 
 
