@@ -95,12 +95,17 @@ class Search:
     ``refused``: one reason for each mesh that cannot be."""
 
     def __init__(self, config: RunConfig, gpu: Gpu, gpus: int, batch: int):
+        if config.lora.rank:
+            raise UserError(
+                f"plan search --lora.rank {config.lora.rank}: it counts every weight as trained; "
+                "plan single meshes with dtron plan"
+            )
         self.config, self.gpu, self.gpus, self.batch = config, gpu, gpus, batch
         self.refused: dict[str, str] = {}
         self.too_large = 0
         self._costs: dict[tuple[int, ...], BlockCost] = {}
         self._states: dict[tuple[MeshShape, int], tuple[Sequence[int], float]] = {}
-        self._flops = flops_per_token(config.model, config.data.seq_len, config.lora)
+        self._flops = flops_per_token(config.model, config.data.seq_len)
 
     def run(self) -> list[Choice]:
         """Return the choices that fit, the fastest first. Raises UserError if not even one device
