@@ -164,8 +164,8 @@ class Search:
         stretch, in_flight = _pipeline(c.pipeline, shape.pp, count)
         state, gathered = self._weights(shape, c.zero)
         exposed = self._exchange(c, shape, gathered, compute, count)
-        update = sum(state) * 1.6 / self.gpu.memory_gbs * 1e-9
-        seconds = compute * count * stretch + exposed + update
+        moved = sum(state) * 1.6 + _moved(c, gathered, state[1] / 4, count)
+        seconds = compute * count * stretch + exposed + moved / self.gpu.memory_gbs * 1e-9
         kept = layers * cost.kept * c.micro_batch * in_flight
         nbytes = sum(state) + kept + cost.working * c.micro_batch
         if c.gathers_each(shape):
@@ -247,6 +247,19 @@ def _pipeline(pipe: PipelineConfig, pp: int, count: int) -> tuple[float, float]:
     return (span + 3 * (count - few) * table.per_rank) / (
         work + 3 * (count - few) * table.per_rank
     ), max(peaks(table)) / table.per_rank
+
+
+def _moved(c: RunConfig, gathered: float, reduced: float, count: int) -> float:
+    """Return the bytes that microbatches read and write beside a block's own work.
+
+    Under ZeRO-3 each microbatch brings weights that have arrived into order, twice (2 x 4 bytes for
+    an element), and sorts and sums gradients (8 bytes). The gradients of all but the first
+    microbatch are added to a sum: 2 bytes are read, and 4 bytes read and written.
+
+    ``gathered``, ``reduced``: elements of a rank's weights after the all-gather, and of its
+        gradients."""
+    each = 16 * gathered if c.zero == 3 and c.gathers_each(MeshShape.parse(c.mesh)) else 0.0
+    return each * count + 10 * reduced * (count - 1)
 
 
 def _in_flight(m: ModelConfig, shape: MeshShape, gathered: float, layers: int) -> float:
