@@ -102,13 +102,19 @@ def compare_rounded(
     An error is 1 where the mesh is ``ROUNDINGS`` times as far from float64 as one device is; so
     more than 1 is no rounding. Distances are Euclidean norms over a weight. ``FLOOR`` of the
     weight's norm, or of the largest weight's where a weight has rounding only, counts as rounding
-    too; twice that in a state, which may be a square of gradients. So does a quarter of the step's
-    change of a weight, and a change of sign of each number whose gradient is no larger than its
-    rounding: Adam's first step moves each number by the learning rate, and rounding decides the
-    sign of a small gradient."""
-    trees = [(want.grads, one.grads, got.grads)]
-    trees += [(want.state[name], one.state[name], got.state[name]) for name in want.state]
-    grads, *states = (_rounded(*three, share=1 + (i > 0)) for i, three in enumerate(trees))
+    too; twice that in a state. A state may be a square of gradients, so twice the relative rounding
+    of the weight's gradient counts there. So does a quarter of the step's change of a weight, and a
+    change of sign of each number whose gradient is no larger than its rounding: Adam's first step
+    moves each number by the learning rate, and rounding decides the sign of a
+    small gradient."""
+    grads = _rounded(want.grads, one.grads, got.grads)
+    of_grads = _relative_rounding(want.grads, one.grads)
+    states = []
+    for name, tree in want.state.items():
+        squares = {
+            path: 2 * of_grads.get(path, 0.0) * x.double().norm().item() for path, x in leaves(tree)
+        }
+        states.append(_rounded(tree, one.state[name], got.state[name], squares, share=2))
     before = {} if want.initial is None else dict(leaves(want.initial))
     small = _share_of_small(want.grads, one.grads)
     signs = {
@@ -136,6 +142,15 @@ def _share_of_small(want: Any, one: Any) -> dict[str, float]:
         error = ROUNDINGS * (ones[path].double() - g).abs().max() + FLOOR * g.abs().max()
         shares[path] = (g.abs() <= error).double().mean().item()
     return shares
+
+
+def _relative_rounding(want: Any, one: Any) -> dict[str, float]:
+    """Return how far rounding may move each gradient, as a share of its norm."""
+    ones = dict(leaves(one))
+    return {
+        path: ROUNDINGS * ((ones[path].double() - g).norm() / g.double().norm()).nan_to_num().item()
+        for path, g in leaves(want)
+    }
 
 
 def _rounded(
