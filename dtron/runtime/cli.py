@@ -74,7 +74,9 @@ def _parsed(argv: Sequence[str], default: Any, prog: str) -> Any:
     import tyro  # a slow import that only command lines need
 
     config_class: Any = type(default)
-    argv = with_value(argv)
+    from dtron.hf.hub import with_folders
+
+    argv = with_folders(with_value(argv), ("--init-from", "--lora.adapter"))
     if "--version" in argv:
         print(f"dtron {__version__}")
         raise SystemExit(0)

@@ -20,6 +20,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.adapter import Adapter
 from dtron.hf.config import CONFIG
+from dtron.hf.hub import hub_folder
 from dtron.hf.load import Source
 from dtron.hf.source_files import ORIGIN
 from dtron.json_files import is_there, read_object
@@ -34,8 +35,9 @@ from dtron.tree import fill
 
 
 def model_folder(name: str) -> Path:
+    """Return the folder of ``--from``, which may be a name on the Hugging Face hub."""
     try:
-        Path(name).exists()
+        name = hub_folder("--from", name)
     except OSError as error:  # a name that no file can have
         raise UserError(
             f"--from {name[:40]!a}: cannot be opened ({one_line(error)[:60]}); give a folder"
