@@ -207,12 +207,12 @@ def test_one_step(axis, data):
 
 def in_bfloat16(config: RunConfig) -> RunConfig:
     """A run with sizes that the kernel of grouped matmuls takes. Its tokens have given experts,
-    because rounding may choose others."""
+    because rounding may choose others. It has no updates: their narrow products are rounded on each
+    rank before they are summed, which may be a little further off than one device's rounding."""
     moe, etp = config.model.moe, MeshShape.parse(config.mesh).etp
     if moe.experts:
         moe = replace(moe, mlp=8 * etp, balanced=True)
-    lora = replace(config.lora, rank=8 if config.lora.rank else 0)
-    return replace(config, model=replace(config.model, embed=16, moe=moe), lora=lora)
+    return replace(config, model=replace(config.model, embed=16, moe=moe), lora=LoraConfig())
 
 
 def assert_same_rounded(config: RunConfig, mutate=lambda layout: layout) -> None:
