@@ -21,7 +21,7 @@ from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.mla import MLAConfig
 from dtron.layers.rope import RopeConfig
-from dtron.model.lora import LoraConfig
+from dtron.model.lora import NO_LORA, LoraConfig
 from dtron.model.mtp import MTPConfig
 from dtron.moe import experts
 from dtron.moe.config import MoEConfig
@@ -170,7 +170,8 @@ def runs(draw, axis: str) -> RunConfig:
     clips = not model.qk_norm and any(mixer.has_logits for mixer in model.mixers)
     threshold = pick(0.0, 0.005) if clips else 0.0  # about the middle of the logits
     targets, trained = pick("*", "*", "blocks.0.*"), pick("", "", "*norm*", "embedding.*")
-    lora = LoraConfig(pick(0, 0, 2), targets=targets, dora=pick(False, True), trained=trained)
+    lora = LoraConfig(2, targets=targets, dora=pick(False, True), trained=trained)
+    lora = pick(NO_LORA, NO_LORA, lora)
     return RunConfig(
         mesh=str(shape),
         zero=draw(zero_stages()),
@@ -212,7 +213,7 @@ def in_bfloat16(config: RunConfig) -> RunConfig:
     moe, etp = config.model.moe, MeshShape.parse(config.mesh).etp
     if moe.experts:
         moe = replace(moe, mlp=8 * etp, balanced=True)
-    return replace(config, model=replace(config.model, embed=16, moe=moe), lora=LoraConfig())
+    return replace(config, model=replace(config.model, embed=16, moe=moe), lora=NO_LORA)
 
 
 def assert_same_rounded(config: RunConfig, mutate=lambda layout: layout) -> None:
