@@ -99,6 +99,9 @@ class Mixer(Leaf):
     """whether a block has this layer at all; see ``NoMixer``"""
     has_logits: ClassVar[bool] = False
     """whether tokens attend by logits of heads, whose axis is ``heads``"""
+    paged: ClassVar[bool] = False
+    """whether the decoding cache has pages that the rows share, and no state of constant size for
+    each row"""
     widths: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     """the sizes in the model's config that grow with its width (model/widths.py)"""
 
@@ -154,8 +157,8 @@ class Mixer(Leaf):
         draws samples on its own mesh, which may have cp: then each cp rank has whole rows.
         ``dtron.generate`` refuses cp.
 
-        ``rows``: the number of rows over all ranks.
-        ``slots``: the largest number of tokens of a row."""
+        ``rows``: the number of rows over all ranks. For a ``paged`` mixer, the number of pages.
+        ``slots``: the largest number of tokens of a row. For a ``paged`` mixer, of a page."""
         raise NotImplementedError
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:

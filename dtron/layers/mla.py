@@ -35,7 +35,7 @@ from dtron.bounds import under
 from dtron.errors import UserError
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, largest
-from dtron.layers.kv_cache import Past
+from dtron.layers.kv_cache import Past, past_axes
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import RopeConfig, rotate
@@ -142,7 +142,7 @@ def mla_outputs(
     q_TNH = linear(q_TR, w_q, recipe=recipe)  # local
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
-    ins = (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",))
+    ins = (heads, heads, shared, shared, ("rows",), *past_axes("heads"))
 
     def on_rank(
         q_TNH: Tensor,

@@ -1,0 +1,66 @@
+"""Forwards of generation as CUDA graphs.
+
+A decode of a small batch is hundreds of small kernels. The host launches them more slowly than a GPU
+runs them. A CUDA graph is a recording of all launches, which the host launches in one call. The
+inputs of a forward are copied into the buffers that the recorded kernels read. forward_inputs.py
+keeps the number of kinds of shapes small: each kind has a recording.
+
+Not for pipelines, whose messages are sent by the host, and not for experts, whose kernels the host
+launches by numbers of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.generation.cached_model import CachedModel
+from dtron.generation.forward_inputs import ForwardInputs
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded forward.
+
+    ``inputs``: the buffers that it reads.
+    ``logits``: the output, which a replay overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: ForwardInputs
+    logits: Tensor
+
+
+class RecordedForward:
+    """A forward that is recorded as a CUDA graph, once for each kind of inputs, and replayed.
+
+    ``plain``: the number of first calls of a kind that run unrecorded. In these calls libraries
+        start and collectives connect their ranks."""
+
+    def __init__(self, model: CachedModel, plain: int = 2):
+        self._model, self._plain = model, plain
+        self._calls: dict[Any, int] = {}
+        self._recordings: dict[Any, Recording] = {}
+
+    def __call__(self, x: ForwardInputs) -> Tensor | None:
+        """Run the forward. The result is overwritten by the next call of the same kind."""
+        kind = tuple(None if t is None else t.shape for t in x.tensors())
+        if kind in self._recordings:
+            recording = self._recordings[kind]
+            for buffer, new in zip(recording.inputs.tensors(), x.tensors(), strict=True):
+                if buffer is not None and new is not None:
+                    buffer.copy_(new)
+            recording.graph.replay()
+            return recording.logits
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        if calls <= self._plain:
+            return self._model(x)
+        graph, logits = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph):
+            logits = self._model(x)
+        assert logits is not None  # one stage has the whole model
+        self._recordings[kind] = Recording(graph, x, logits)
+        graph.replay()
+        return logits
