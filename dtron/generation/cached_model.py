@@ -78,7 +78,7 @@ class CachedModel:
             layout,
             positions_BS=x.positions_BS,
             counted_BS=x.counted_BS,
-            needed=m.moe.experts > 0,  # padding takes no room of an expert
+            needed=m.moe.capacity_factor > 0,  # padding takes no room of an expert
         )
         used = [[self._used(c, x) for c in caches] for caches in self._caches]
         functions = _functions(m, layout, layout.shard(x.last_B, "tokens"))
@@ -127,9 +127,7 @@ def _like(x: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False)
 
 
-def page_bytes(
-    m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype, device: str
-) -> int:
+def page_bytes(m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype, device: str) -> int:
     """Return the bytes of a page on the rank that has the most layers with pages."""
     layout = by_rows(pipe.layout)
     pools = layout.parts("tokens")
@@ -144,7 +142,9 @@ def page_bytes(
     kinds = {b.letter: 0 for spec in pipe.specs for b in spec.blocks}
     kinds = {letter: of_block(letter) for letter in kinds}
     ranks = [pipe.table.stages_of(r) for r in range(len(pipe.table.rows))]
-    return max(sum(kinds[b.letter] for s in stages for b in pipe.specs[s].blocks) for stages in ranks)
+    return max(
+        sum(kinds[b.letter] for s in stages for b in pipe.specs[s].blocks) for stages in ranks
+    )
 
 
 def by_rows(layout: Layout) -> Layout:

@@ -132,9 +132,7 @@ class Engine:
             if logits_BV is None or not rows:
                 return torch.zeros(len(rows), dtype=torch.long, device=self._device)
             requests = [piece.request for piece in pieces]
-            uniform = [
-                torch.rand((), dtype=torch.float64, generator=r.generator) for r in requests
-            ]
+            uniform = [torch.rand((), dtype=torch.float64, generator=r.generator) for r in requests]
             index = torch.tensor(rows, device=self._device)
             return draw_tokens(
                 logits_BV[index],

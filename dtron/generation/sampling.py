@@ -109,9 +109,7 @@ def penalised(
     return logits_BV.scatter(1, texts_BS, seen_BS.to(logits_BV.dtype))
 
 
-def probabilities(
-    logits_BV: Tensor, samplings: Sequence[Sampling]
-) -> tuple[Tensor, Tensor | None]:
+def probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor | None]:
     """Return the probabilities that tokens are drawn with, in float64, up to a factor for each row;
     and the token of each of them (None: in order)."""
     order_BV, top = None, logits_BV.amax(-1, keepdim=True)
@@ -144,7 +142,9 @@ def _inverse(p_BV: Tensor, order_BV: Tensor | None, uniform_B: Tensor) -> Tensor
     """Return the token at which the cumulative probability passes the random number."""
     cumulative_BV = p_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    place_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(total_B1.new_zeros(1)))
+    place_B1 = torch.minimum(
+        uniform_B[:, None] * total_B1, total_B1.nextafter(total_B1.new_zeros(1))
+    )
     # A token of probability 0 is never drawn: the sum before it is not smaller than its own.
     drawn_B1 = torch.searchsorted(cumulative_BV, place_B1, right=True)
     return (drawn_B1 if order_BV is None else order_BV.gather(1, drawn_B1))[:, 0]

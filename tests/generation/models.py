@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dtron.distributed.mesh_shape import MeshShape
+from dtron.generation.cached_model import CachedModel
+from dtron.generation.forward_inputs import decode_inputs, prefill_inputs
+from dtron.generation.sampling import Sampling
+from dtron.generation.scheduler import CacheSize, Piece, Request, Scheduler
 from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.mla import MLAConfig
@@ -16,7 +21,10 @@ from dtron.model.batch import make_batch
 from dtron.model.transformer import declare_model, predict
 from dtron.moe.config import MoEConfig
 from dtron.params import init
-from dtron.runtime.config import ModelConfig
+from dtron.runtime.config import ModelConfig, RunConfig
+from dtron.runtime.generation import generate
+from dtron.training.pipeline import Pipeline, on_ranks, one_stage, pipeline
+from tests.helpers.real_mesh import destroy_groups
 from tests.helpers.runs import MODEL
 from tests.helpers.values import ONE
 
@@ -64,3 +72,50 @@ def greedy_text(m: ModelConfig, prompt: Sequence[int], tokens: int) -> list[int]
     for _ in range(tokens):
         text.append(int(uncached(m, text, params)[-1].argmax()))
     return text
+
+
+PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
+
+
+def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES) -> None:
+    """Rows of unequal lengths, fed in these pieces, have the logits of whole rows."""
+    rows = texts(*map(sum, pieces))
+    scheduler = Scheduler(CacheSize(len(rows), pages=64, page=4), 1)
+    model = CachedModel(weights(m), m, one_stage(m, 1, ONE), scheduler.size, "cpu")
+    for i, row in enumerate(rows):
+        generator = torch.Generator()
+        scheduler.add(Request(i, row, len(row), 1, Sampling(0.0), frozenset(), generator))
+    scheduler.plan()  # takes the pages
+    found: list[list[Tensor]] = [[] for _ in rows]
+    for step, counts in enumerate(zip(*pieces, strict=True)):
+        now = [Piece(r, n) for r, n in zip(scheduler.running, counts, strict=True)]
+        inputs, index = prefill_inputs(scheduler, now, tp=1)
+        if step and set(counts) == {1}:
+            inputs, index = decode_inputs(scheduler, now), [piece.request.row for piece in now]
+        logits = model(inputs)
+        for piece, i in zip(now, index, strict=True):
+            found[piece.request.number].append(logits[i])
+            scheduler.commit(piece)
+    for row, cuts, got in zip(rows, pieces, found, strict=True):
+        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
+        torch.testing.assert_close(torch.stack(got), want[ends], rtol=1e-5, atol=1e-5)
+
+
+SOME = texts(5, 2, 7)  # outside, because every simulated rank would draw its own
+
+
+def greedy(m: ModelConfig, params, pipe: Pipeline) -> list[list[int]]:
+    return generate(params, SOME, 12, m, pipe, Sampling(0.0))
+
+
+def on_mesh(
+    m: ModelConfig, mesh: str, layout: Layout, device_mesh=None, run: Callable = greedy
+) -> list[list[int]]:
+    """The texts on the ranks of a mesh."""
+    shape = MeshShape.parse(mesh)
+    config = RunConfig(mesh=mesh, model=m)
+    template = torch.empty(0, m.embed, dtype=F64)
+    pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
+    found = run(m, weights(m, layout, pipe.spec), pipe)
+    destroy_groups(pipe)
+    return found

@@ -22,10 +22,10 @@ from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
 from dtron.runtime.generation import generate
 from dtron.testing import assert_caught, meshes
-from dtron.training.pipeline import Pipeline, on_ranks, one_stage, pipeline
+from dtron.training.pipeline import Pipeline, one_stage, pipeline
 from dtron.tree import flat, tree_map
-from tests.generation.models import F64, MODELS, greedy_text, texts, weights
-from tests.helpers.real_mesh import destroy_groups, real_mesh
+from tests.generation.models import F64, MODELS, assert_cached, greedy_text, on_mesh, texts, weights
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.texts import one_line
 from tests.helpers.values import ONE
 
@@ -114,6 +114,13 @@ def test_batching_changes_no_text(name, arrivals, size):
     assert_same_texts(name, arrivals, size)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=4)
+@given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
+def test_the_cache_changes_no_logits(name, pieces):
+    assert_cached(MODELS[name], pieces)
+
+
 CROWD = [Arrival(i, 13 - 3 * i, 9) for i in range(3)]
 CROWDED = CacheSize(rows=3, pages=9, page=4, chunk=4, prefill_rows=2)
 
@@ -160,11 +167,6 @@ def freed_page(scheduler, pieces):
         if len(r.pages) > 1 and r.pages[0] not in scheduler.free.pools[0]:
             scheduler.free = scheduler.free.give(0, r.pages[:1])
     return forward_inputs.decode_inputs(scheduler, pieces)
-
-
-def kept_state(self, t):
-    """A new row finds the state of the last one."""
-    return t
 
 
 MUTANTS = [
@@ -228,16 +230,6 @@ def streamed(m: ModelConfig, params, pipe: Pipeline, size: CacheSize = SMALL, de
     return run(Engine(params, m, pipe, size, device), STREAM)
 
 
-def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list[list[int]]:
-    shape = MeshShape.parse(mesh)
-    config = RunConfig(mesh=mesh, model=m)
-    template = torch.empty(0, m.embed, dtype=F64)
-    pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
-    found = streamed(m, weights(m, layout, pipe.spec), pipe)
-    destroy_groups(pipe)
-    return found
-
-
 @cache
 def on_one_device(name: str, wide: bool) -> list[list[int]]:
     m = WIDE[name] if wide else MODELS[name]
@@ -246,7 +238,7 @@ def on_one_device(name: str, wide: bool) -> list[list[int]]:
 
 def same_on(mesh: str, name: str) -> None:
     with simulated(MeshShape.parse(mesh)) as device_mesh:
-        got = on_mesh(WIDE[name], mesh, Layout(device_mesh, rules_for(1)))
+        got = on_mesh(WIDE[name], mesh, Layout(device_mesh, rules_for(1)), run=streamed)
     assert got == on_one_device(name, wide=True)
 
 
@@ -275,7 +267,7 @@ def on_pool(mesh: str) -> list[list[int]]:
     """A job for the pool: text on real ranks."""
     device_mesh = real_mesh(mesh)
     layout = Layout(stage_mesh(device_mesh), rules_for(1))
-    return on_mesh(MODELS["grouped"], mesh, layout, device_mesh)
+    return on_mesh(MODELS["grouped"], mesh, layout, device_mesh, streamed)
 
 
 @pytest.mark.xdist_group("pool")

@@ -7,36 +7,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from dtron import checkpoint
 from dtron.data.tokenization import load_tokenizer
-from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.mla import MLAConfig
-from dtron.mesh import Layout, stage_mesh
-from dtron.model.batch import make_batch
-from dtron.model.transformer import declare_model, predict
-from dtron.moe.config import MoEConfig
+from dtron.model.transformer import declare_model
 from dtron.params import init
-from dtron.rules import rules_for
 from dtron.runtime import cli
-from dtron.runtime.config import ModelConfig, RunConfig
-from dtron.runtime.generation import Decoder, Sampling, draw_tokens, generate
-from dtron.testing import meshes
-from dtron.tools.generate import check_sampling, main
+from dtron.runtime.config import RunConfig
+from dtron.runtime.generation import generate
+from dtron.tools.generate import main
 from dtron.training.optimizer import init_state
-from dtron.training.pipeline import on_ranks, one_stage, pipeline
-from dtron.tree import flat, tree_map
-from tests.helpers.real_mesh import destroy_groups, real_mesh
-from tests.helpers.runs import MODEL
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
+
 
 def run_directory(folder: Path) -> Tokenizer:
     """Write a run with a byte-level tokenizer."""
@@ -139,5 +123,3 @@ def test_a_run_stops_as_the_model_that_it_began_with(tmp_path, monkeypatch):
     (tmp_path / "hf" / "config.json").unlink()
     eos = load_tokenizer(str(tmp_path)).id_to_token(new[second])
     assert stopped("tokenizer_config.json", {"eos_token": eos}) == second + 1
-
-
