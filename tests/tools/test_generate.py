@@ -1,5 +1,4 @@
-"""Generation: neither the cache nor the mesh changes anything, and sampling follows its
-settings."""
+"""The command ``dtron generate``."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from dtron.runtime.config import RunConfig
 from dtron.runtime.generation import generate
 from dtron.tools.generate import main
 from dtron.training.optimizer import init_state
+from tests.generation.models import MODELS
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
 
