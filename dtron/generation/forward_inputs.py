@@ -8,7 +8,7 @@ number of pages of the block tables is. So a forward of a kind can be recorded o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def decode_inputs(scheduler: Scheduler, pieces: Sequence[Piece]) -> ForwardInput
     """Return the inputs of a decode: one token in each row."""
     by_row = {piece.request.row: piece for piece in pieces}
     rows = [by_row.get(row) for row in range(len(scheduler.rows))]
-    return ForwardInputs(*_tokens(rows, 1, scheduler.size.page))
+    return _inputs(rows, 1, scheduler.size.page)
 
 
 def prefill_inputs(
@@ -76,15 +76,15 @@ def prefill_inputs(
         rows += [*(piece for _, piece in pool), *[None] * fill]
         places += [*(place for place, _ in pool), *[scratch] * fill]
     longest = power_of_two(max(piece.count for piece in pieces))
-    inputs = _tokens(rows, -(-longest // tp) * tp, scheduler.size.page)
+    inputs = _inputs(rows, -(-longest // tp) * tp, scheduler.size.page)
     fresh = [piece is not None and piece.request.cached == 0 for piece in rows]
     index = {id(piece): i for i, piece in enumerate(rows)}
-    made = ForwardInputs(*inputs, torch.tensor(places), torch.tensor(fresh))
-    return made, [index[id(piece)] for piece in pieces]
+    states = {"places_B": torch.tensor(places), "fresh_B": torch.tensor(fresh)}
+    return replace(inputs, **states), [index[id(piece)] for piece in pieces]
 
 
-def _tokens(rows: Sequence[Piece | None], seq_len: int, page: int) -> list[Tensor]:
-    """Return the first fields of ``ForwardInputs``, which all forwards have."""
+def _inputs(rows: Sequence[Piece | None], seq_len: int, page: int) -> ForwardInputs:
+    """Return the inputs that all forwards have."""
     starts = torch.tensor([0 if p is None else p.request.cached for p in rows])
     counts = torch.tensor([0 if p is None else p.count for p in rows])
     tokens = torch.zeros(len(rows), seq_len + 1, dtype=torch.long)
@@ -99,7 +99,7 @@ def _tokens(rows: Sequence[Piece | None], seq_len: int, page: int) -> list[Tenso
     counted = torch.arange(seq_len) < counts[:, None]
     positions = (starts[:, None] + torch.arange(seq_len)) * counted
     slots = table.gather(1, positions // page) * page + positions % page
-    return [tokens, positions, counted, slots * counted, counts - 1, table]
+    return ForwardInputs(tokens, positions, counted, slots * counted, counts - 1, table)
 
 
 def power_of_two(n: int) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -87,7 +88,7 @@ class Request:
         return 0 < self.cached == len(self.text) - 1
 
     @property
-    def finished(self) -> str | None:
+    def finished(self) -> Literal["stop", "length"] | None:
         """Why the text has ended, in the words of OpenAI's API; None: it goes on."""
         if len(self.text) > self.prompt and self.text[-1] in self.ends:
             return "stop"

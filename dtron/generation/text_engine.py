@@ -17,6 +17,14 @@ from dtron.generation.sampling import Sampling
 from dtron.generation.text_stream import TextStream
 
 
+def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    """Return the tokens of a prompt.
+
+    ``special``: whether to add the tokens that the tokenizer begins a text with."""
+    with library("--prompt: the tokenizer cannot encode it", NO_TOKEN):
+        return tokenizer.encode(text, add_special_tokens=special).ids
+
+
 @dataclass(frozen=True)
 class TextEvent:
     """A piece of a text.
@@ -45,13 +53,6 @@ class TextEngine:
         """Whether any request waits or runs."""
         return self._engine.busy
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Return the tokens of a text.
-
-        ``special``: whether to add the tokens that the tokenizer begins a text with."""
-        with library("--prompt: the tokenizer cannot encode it", NO_TOKEN):
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
-
     def add(
         self,
         prompt: Sequence[int],
@@ -61,7 +62,7 @@ class TextEngine:
     ) -> int:
         """Add a request, and return its number; see ``Engine.add``.
 
-        ``prompt``: its tokens; see ``encode``.
+        ``prompt``: its tokens.
         ``stops``: the strings that end the text. They are not part of it."""
         if not all(stops):
             raise UserError("--stop '': an empty text is everywhere; give at least one character")
