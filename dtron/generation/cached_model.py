@@ -8,6 +8,7 @@ more place in each pool takes the states of padding rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtron.distributed.redistribute import full, to_local
+from dtron.errors import UserError
 from dtron.generation.forward_inputs import ForwardInputs
 from dtron.generation.scheduler import CacheSize
 from dtron.mesh import Layout
@@ -127,7 +129,24 @@ def _like(x: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False)
 
 
-def page_bytes(m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype, device: str) -> int:
+def pages_in(memory: int, m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype) -> int:
+    """Return the number of pages of a pool that has this memory on each rank. Without layers with
+    pages, a row of the whole context has room. Raises UserError if a page has no room.
+
+    ``memory``: in bytes.
+    ``page``: the number of tokens of a page."""
+    size = page_bytes(m, pipe, page, dtype)
+    if not size:
+        return 1 + -(-m.context // page)
+    if memory < 2 * size:
+        raise UserError(
+            f"a KV cache of {memory} bytes: a page of {page} tokens has {size} bytes, and two are "
+            "needed; give it more memory"
+        )
+    return memory // size
+
+
+def page_bytes(m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype) -> int:
     """Return the bytes of a page on the rank that has the most layers with pages."""
     layout = by_rows(pipe.layout)
     pools = layout.parts("tokens")
@@ -136,15 +155,17 @@ def page_bytes(m: ModelConfig, pipe: Pipeline, page: int, dtype: torch.dtype, de
         mixer = m.mixer(letter)
         if not mixer.paged:
             return 0
-        cache = mixer.empty_cache(pools, page, layout, dtype, device)
+        cache = mixer.empty_cache(pools, page, layout, dtype, "cpu")
         return sum(to_local(x).nbytes for x in flat(cache))
 
-    kinds = {b.letter: 0 for spec in pipe.specs for b in spec.blocks}
-    kinds = {letter: of_block(letter) for letter in kinds}
-    ranks = [pipe.table.stages_of(r) for r in range(len(pipe.table.rows))]
-    return max(
-        sum(kinds[b.letter] for s in stages for b in pipe.specs[s].blocks) for stages in ranks
-    )
+    kinds = {letter: of_block(letter) for letter in {b.letter for b in _blocks(pipe.specs)}}
+    ranks = range(len(pipe.table.rows))
+    specs = [[pipe.specs[s] for s in pipe.table.stages_of(rank)] for rank in ranks]
+    return max(sum(kinds[b.letter] for b in _blocks(own)) for own in specs)
+
+
+def _blocks(specs: Sequence[Transformer]) -> list[Block]:
+    return [block for spec in specs for block in spec.blocks]
 
 
 def by_rows(layout: Layout) -> Layout:

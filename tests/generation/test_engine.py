@@ -339,6 +339,10 @@ def test_bytes_of_a_page():
     m = MODELS["grouped"]
     one = one_stage(m, 1, ONE)
     a_layer = 2 * 4 * m.kv_heads * m.head_dim * 8
-    assert cached_model.page_bytes(m, one, 4, F64, "cpu") == m.layers * a_layer
+    assert cached_model.page_bytes(m, one, 4, F64) == m.layers * a_layer
     split = pipeline(RunConfig(mesh="pp=2", model=m), MeshShape.parse("pp=2"), 1, 64, ONE)
-    assert cached_model.page_bytes(m, split, 4, F64, "cpu") == m.layers // 2 * a_layer
+    assert cached_model.page_bytes(m, split, 4, F64) == m.layers // 2 * a_layer
+    assert cached_model.pages_in(5 * m.layers * a_layer + 1, m, one, 4, F64) == 5
+    one_line(lambda: cached_model.pages_in(9, m, one, 4, F64), "9 bytes", "more memory")
+    only_states = replace(MODELS["mamba"], pattern="S")
+    assert cached_model.pages_in(9, only_states, one_stage(only_states, 1, ONE), 4, F64) == 17
