@@ -1,11 +1,5 @@
 """The engine: requests in, tokens out, with continuous batching.
 
-    engine = Engine(params, m, pipe, CacheSize(rows=16, pages=2048))
-    number = engine.add([5, 17, 2], tokens=64, sampling=Sampling(0.0))
-    while engine.busy:
-        for event in engine.step():
-            print(event.number, event.token, event.finished)
-
 The caches are updated in place, so the engine is an object and not a value. scheduler.py decides
 which tokens a step runs; cached_model.py runs them; sampling.py draws the next ones.
 """

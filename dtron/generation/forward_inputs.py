@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class ForwardInputs:
     @staticmethod
     def of(tensors: Sequence[Tensor | None]) -> ForwardInputs:
         """Return inputs of these tensors, in the order of ``tensors()``."""
-        return ForwardInputs(*tensors)  # type: ignore[arg-type]
+        return ForwardInputs(*cast(Sequence[Tensor], tensors))
 
 
 def decode_inputs(scheduler: Scheduler, pieces: Sequence[Piece]) -> ForwardInputs:

@@ -20,7 +20,7 @@ pair are adjacent. The difference is a permutation of the rotary columns of ``w_
 ``w_kv_down``. The code that reads these weights must apply it.
 
 Left out: attention in the space of latents, with absorbed up-projections, which is for serving.
-Generation in dtron caches keys and values of all heads (kv_cache.py).
+The pages of the cache have keys and values of all heads (kv_cache.py).
 """
 
 from __future__ import annotations
