@@ -32,13 +32,13 @@ from dtron.mesh import Layout
 class KVCache:
     """The cache of one layer.
 
-    ``k_PSKH``, ``v_PSKH``: the pages, ``[pages@tokens, page, K@kv_heads, H]`` (in latent attention
-        all heads).
+    ``k_PSKH``, ``v_PSKH``: the pages, ``[pages@tokens, page, K@kv_heads, H]``. No ``v_PSKH``: the
+        values are the first channels of the keys, as in latent attention (mla_decoding.py).
     ``slots_T [T@tokens]``: the slots of the new tokens: page * page size + offset.
     ``table_BP [B@tokens, P]``: the block tables of the rows."""
 
     k_PSKH: Tensor
-    v_PSKH: Tensor
+    v_PSKH: Tensor | None
     slots_T: Tensor | None = None
     table_BP: Tensor | None = None
 
@@ -56,10 +56,10 @@ class Past(NamedTuple):
     positions_T: Tensor | None = None
 
 
-def past_axes(axis: str) -> tuple[tuple[str | None, ...], ...]:
+def past_axes(axis: str | None) -> tuple[tuple[str | None, ...], ...]:
     """Return the axes of the fields of ``Past``.
 
-    ``axis``: the logical axis of the heads of keys and values."""
+    ``axis``: the logical axis of the heads of keys and values (None: every rank has them all)."""
     pages = ("tokens", None, axis, None)
     return pages, pages, ("tokens",), ("tokens", None), ("tokens",)
 
@@ -95,7 +95,9 @@ def recall(
     assert slots_T is not None and table_BP is not None and positions_T is not None
     of_rows = []
     for new, pages in ((k, past.k_PSKH), (v, past.v_PSKH)):
-        assert pages is not None
+        if pages is None:  # the values are in the keys
+            of_rows.append(of_rows[0][..., : v.shape[-1]])
+            continue
         pages.flatten(0, 1)[slots_T] = new.to(pages.dtype)
         of_rows.append(pages[table_BP].flatten(1, 2).transpose(1, 2))
     k, v = of_rows
