@@ -43,9 +43,11 @@ class RecordedForward:
         self._model, self._plain = model, plain
         self._calls: dict[Any, int] = {}
         self._recordings: dict[Any, Recording] = {}
+        self._pool: Any = None
 
     def __call__(self, x: ForwardInputs) -> Tensor | None:
-        """Run the forward. The result is overwritten by the next call of the same kind."""
+        """Run the forward. The next call may overwrite the result: all recordings share their
+        memory, because they run one after the other."""
         kind = tuple(None if t is None else t.shape for t in x.tensors())
         if kind in self._recordings:
             recording = self._recordings[kind]
@@ -58,7 +60,8 @@ class RecordedForward:
         if calls <= self._plain:
             return self._model(x)
         graph, logits = torch.cuda.CUDAGraph(), None
-        with torch.cuda.graph(graph):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
             logits = self._model(x)
         assert logits is not None  # one stage has the whole model
         self._recordings[kind] = Recording(graph, x, logits)

@@ -172,15 +172,19 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move requests to free rows. A request takes the pages of all its text, in the pool with
-        the most free pages."""
+        the most free pages. A page for each text that runs there stays free. Otherwise a request
+        that has just been preempted would come back, only to be preempted again."""
         while self.waiting:
             request = self.waiting[0]
             rows = [i for i, other in enumerate(self.rows) if other is None]
             row = max(rows, key=lambda i: self.free.count(self._pool(i)), default=None)
-            count = self.size.pages_for(len(request.text))
-            if row is None or count > self.free.count(self._pool(row)):
+            if row is None:
                 return
-            self.free, request.pages = self.free.take(self._pool(row), count)
+            pool, count = self._pool(row), self.size.pages_for(len(request.text))
+            spare = sum(self._pool(r.row) == pool for r in self.running if r.row is not None)
+            if count + spare > self.free.count(pool):
+                return
+            self.free, request.pages = self.free.take(pool, count)
             request.row, self.rows[row] = row, self.waiting.pop(0)
 
     def _grow(self, request: Request) -> bool:

@@ -93,7 +93,7 @@ def recall(
     the new tokens' positions. Rank-local."""
     slots_T, table_BP, positions_T = past.slots_T, past.table_BP, past.positions_T
     assert slots_T is not None and table_BP is not None and positions_T is not None
-    of_rows = []
+    of_rows: list[Tensor] = []
     for new, pages in ((k, past.k_PSKH), (v, past.v_PSKH)):
         if pages is None:  # the values are in the keys
             of_rows.append(of_rows[0][..., : v.shape[-1]])

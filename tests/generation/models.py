@@ -77,11 +77,12 @@ def greedy_text(m: ModelConfig, prompt: Sequence[int], tokens: int) -> list[int]
 PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
 
 
-def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES) -> None:
+def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES, params=None) -> None:
     """Rows of unequal lengths, fed in these pieces, have the logits of whole rows."""
+    params = weights(m) if params is None else params
     rows = texts(*map(sum, pieces))
     scheduler = Scheduler(CacheSize(len(rows), pages=64, page=4), 1)
-    model = CachedModel(weights(m), m, one_stage(m, 1, ONE), scheduler.size, "cpu")
+    model = CachedModel(params, m, one_stage(m, 1, ONE), scheduler.size, "cpu")
     for i, row in enumerate(rows):
         generator = torch.Generator()
         scheduler.add(Request(i, row, len(row), 1, Sampling(0.0), frozenset(), generator))
@@ -97,7 +98,7 @@ def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES) -> None:
             found[piece.request.number].append(logits[i])
             scheduler.commit(piece)
     for row, cuts, got in zip(rows, pieces, found, strict=True):
-        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
+        want, ends = uncached(m, row, params), torch.tensor(cuts).cumsum(0) - 1
         torch.testing.assert_close(torch.stack(got), want[ends], rtol=1e-5, atol=1e-5)
 
 
