@@ -198,7 +198,11 @@ def main(argv: list[str]) -> int:
         size = CacheSize(o.batch, pages, 16)
         engine = Engine(weights, opened.model, pipe, size, plan.device)
         text_engine = TextEngine(engine, opened.tokenizer, opened.ends)
-        with Server(o.port, text_engine, opened, str(Path(o.folder))) as server:
+        try:
+            server = Server(o.port, text_engine, opened, str(Path(o.folder)))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {o.port}: cannot be opened ({error}); use another") from error
+        with server:
             print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
             server.serve_forever()
     return 0

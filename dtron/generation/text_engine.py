@@ -25,6 +25,12 @@ def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=special).ids
 
 
+def check_stops(stops: Sequence[str]) -> None:
+    """Raise UserError for a stop string without characters."""
+    if not all(stops):
+        raise UserError("--stop '': an empty text is everywhere; give at least one character")
+
+
 @dataclass(frozen=True)
 class TextEvent:
     """A piece of a text.
@@ -64,8 +70,7 @@ class TextEngine:
 
         ``prompt``: its tokens.
         ``stops``: the strings that end the text. They are not part of it."""
-        if not all(stops):
-            raise UserError("--stop '': an empty text is everywhere; give at least one character")
+        check_stops(stops)
         number = self._engine.add(prompt, tokens, sampling, self._ends)
         self._streams[number] = TextStream(partial(text_of, self._tokenizer), prompt, stops)
         return number

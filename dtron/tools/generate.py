@@ -16,7 +16,7 @@ from dtron.data.tokenization import text_of
 from dtron.errors import UserError
 from dtron.generation.engine import Engine, check_prompts
 from dtron.generation.sampling import Sampling
-from dtron.generation.text_engine import TextEngine, encode
+from dtron.generation.text_engine import TextEngine, check_stops, encode
 from dtron.runtime.exit import Parser
 from dtron.runtime.generation import cache_for, seeded
 from dtron.runtime.launch import plan_run, start_ranks
@@ -110,6 +110,7 @@ class Printer:
 def _check(o: Namespace) -> None:
     """Raise UserError for options that no text can be generated with."""
     check_text(o.stop, "--stop")
+    check_stops(o.stop)
     if o.tokens < 1:
         raise UserError(f"--tokens {o.tokens}: at least 1 is generated; raise it")
     if o.batch < 1:

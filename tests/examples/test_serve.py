@@ -21,6 +21,7 @@ from dtron.generation.text_engine import TextEngine
 from dtron.runtime.open_model import open_model
 from dtron.training.pipeline import one_stage
 from tests.helpers.paths import ROOT
+from tests.helpers.texts import one_line
 from tests.helpers.values import ONE
 from tests.tools.test_generate import run_directory
 
@@ -147,6 +148,12 @@ def test_a_client_that_leaves_is_cancelled(server):
     done = SimpleQueue()
     server.thread.inbox.put(lambda: done.put(server.thread._engine.busy))
     assert done.get(timeout=60) is False and not server.thread._queues
+
+
+def test_a_port_that_cannot_be_opened_is_one_line(server):
+    for port in (server.server_port, 10**6):
+        argv = ["--from", server.name, "--device", "cpu", "--port", str(port)]
+        one_line(lambda argv=argv: serve.main(argv), f"--port {port}", "use another")
 
 
 def test_models_and_errors(server):
