@@ -46,8 +46,9 @@ class StageInputs:
     ``batch``: the microbatch.
     ``windows``: the attention windows of the stage's blocks with this mixer, each once.
     ``kernel``, ``cp_method``: the requested attention kernels, and the requested method over cp.
-    ``last_B [B@tokens]``: in generation, the index of the last token of each row. Later tokens are
-        padding. Generation always gives it (None: training)."""
+    ``last_B [B@tokens]``: in generation, the index of the last token of each row; -1 if all tokens
+        of the row are padding. Later tokens are padding. Generation always gives it (None:
+        training)."""
 
     batch: TokenData
     x_TD: Tensor

@@ -25,6 +25,7 @@ from dtron.testing import assert_caught, meshes
 from dtron.training.pipeline import Pipeline, one_stage, pipeline
 from dtron.tree import flat, tree_map
 from tests.generation.models import F64, MODELS, assert_cached, greedy_text, on_mesh, texts, weights
+from tests.helpers.examples import examples
 from tests.helpers.real_mesh import real_mesh
 from tests.helpers.texts import one_line
 from tests.helpers.values import ONE
@@ -108,14 +109,14 @@ def sizes(draw) -> CacheSize:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=6)
+@settings(max_examples=examples(6, thorough=150))
 @given(arrivals=ARRIVALS, size=sizes())
 def test_batching_changes_no_text(name, arrivals, size):
     assert_same_texts(name, arrivals, size)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=4)
+@settings(max_examples=examples(4, thorough=100))
 @given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
 def test_the_cache_changes_no_logits(name, pieces):
     assert_cached(MODELS[name], pieces)
