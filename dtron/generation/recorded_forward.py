@@ -1,9 +1,10 @@
-"""Forwards of generation as CUDA graphs.
+"""Decodes as CUDA graphs.
 
 A decode of a small batch is hundreds of small kernels. The host launches them more slowly than a GPU
 runs them. A CUDA graph is a recording of all launches, which the host launches in one call. The
 inputs of a forward are copied into the buffers that the recorded kernels read. forward_inputs.py
-keeps the number of kinds of shapes small: each kind has a recording.
+keeps the number of kinds of shapes small: each kind has a recording. Prefill is not recorded: its
+kernels are large, and its shapes have more kinds.
 
 Not for pipelines, whose messages are sent by the host, and not for experts, whose kernels the host
 launches by numbers of tokens.
@@ -34,7 +35,8 @@ class Recording:
 
 
 class RecordedForward:
-    """A forward that is recorded as a CUDA graph, once for each kind of inputs, and replayed.
+    """A forward whose decodes are recorded as CUDA graphs, once for each kind of inputs, and
+    replayed.
 
     ``plain``: the number of first calls of a kind that run unrecorded. In these calls libraries
         start and collectives connect their ranks."""
@@ -48,6 +50,8 @@ class RecordedForward:
     def __call__(self, x: ForwardInputs) -> Tensor | None:
         """Run the forward. The next call may overwrite the result: all recordings share their
         memory, because they run one after the other."""
+        if x.places_B is not None:  # prefill
+            return self._model(x)
         kind = tuple(None if t is None else t.shape for t in x.tensors())
         if kind in self._recordings:
             recording = self._recordings[kind]
