@@ -172,8 +172,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move requests to free rows. A request takes the pages of all its text, in the pool with
-        the most free pages. A page for each text that runs there stays free. Otherwise a request
-        that has just been preempted would come back, only to be preempted again."""
+        the most free pages. A page for each text there that still grows stays free. Otherwise a
+        request that has just been preempted would come back, only to be preempted again."""
         while self.waiting:
             request = self.waiting[0]
             rows = [i for i, other in enumerate(self.rows) if other is None]
@@ -181,7 +181,7 @@ class Scheduler:
             if row is None:
                 return
             pool, count = self._pool(row), self.size.pages_for(len(request.text))
-            spare = sum(self._pool(r.row) == pool for r in self.running if r.row is not None)
+            spare = sum(self._grows(r) for r in self._of_pool(pool))
             if count + spare > self.free.count(pool):
                 return
             self.free, request.pages = self.free.take(pool, count)
@@ -200,7 +200,7 @@ class Scheduler:
 
     def _preempt(self, pool: int) -> None:
         """Let the youngest request of a pool wait again."""
-        youngest = max(r for r in self.running if r.row is not None and self._pool(r.row) == pool)
+        youngest = max(self._of_pool(pool))
         self._leave(youngest)
         insort(self.waiting, youngest)
 
@@ -209,6 +209,14 @@ class Scheduler:
         self.free = self.free.give(self._pool(request.row), request.pages)
         self.rows[request.row] = None
         request.row, request.cached, request.pages = None, 0, ()
+
+    def _grows(self, request: Request) -> bool:
+        """Whether a request may need more pages than it has."""
+        return self.size.pages_for(request.prompt + request.tokens - 1) > len(request.pages)
+
+    def _of_pool(self, pool: int) -> list[Request]:
+        """Return the requests in the rows of a pool."""
+        return [r for r in self.rows[pool * self._own : (pool + 1) * self._own] if r is not None]
 
     def _pool(self, row: int) -> int:
         return row // self._own

@@ -218,8 +218,7 @@ class AttentionMixer(Mixer):
         )
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:
-        """Prefer zig-zag, which gives all ranks the same work. Under ulysses all ranks have the
-        same work in any order."""
+        """Prefer zig-zag: all ranks have the same work, as they have under ulysses in any order."""
         return ("contiguous", "zigzag") if method == "ulysses" else ("zigzag", "contiguous")
 
     def flops(self, seq_len: int, window: int | None) -> float:

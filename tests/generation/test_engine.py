@@ -20,7 +20,7 @@ from dtron.generation.scheduler import CacheSize, Scheduler
 from dtron.mesh import Layout, stage_mesh
 from dtron.rules import rules_for
 from dtron.runtime.config import ModelConfig, RunConfig
-from dtron.runtime.generation import generate
+from dtron.runtime.generation import cache_for, generate
 from dtron.testing import assert_caught, meshes
 from dtron.training.pipeline import Pipeline, one_stage, pipeline
 from dtron.tree import flat, tree_map
@@ -320,6 +320,21 @@ def test_logits_that_are_not_finite_are_one_line(bad):
     flat(params)[0][3] = bad
     call = lambda: generate(params, texts(5, 2, 7), 12, m, pipe, Sampling(0.0))
     one_line(call, "logits are not finite", "earlier checkpoint")
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [(3, 2), (7, 9), (4, 1)])
+def test_texts_that_have_room_run_at_once(prompt, tokens):
+    """A cache for some texts takes all of them in the first step, and preempts none."""
+    m = MODELS["grouped"]
+    pipe = one_stage(m, 1, ONE)
+    size = replace(cache_for(4, prompt + tokens, pipe), page=4, prefill_rows=4)
+    size = replace(size, pages=1 + 4 * size.pages_for(prompt + tokens))
+    engine = Engine(weights(m), m, pipe, size)
+    for _ in range(4):
+        engine.add(PROMPTS[prompt - 1], tokens, Sampling(0.0))
+    for _ in range(tokens):
+        assert len(engine.step()) == 4
+    assert not engine.busy
 
 
 def test_what_has_no_room_is_one_line():
