@@ -22,6 +22,7 @@ LEVELS = [
     {"model"},
     {"training"},
     {"checkpoint", "data", "hf"},
+    {"generation"},
     {"runtime"},
     {"planner"},
     {"tools", "testing"},

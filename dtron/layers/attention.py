@@ -23,7 +23,7 @@ from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, l
 from dtron.layers.attention_kernels import LEAST_HEAD_DIM, AttentionPath
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import Method, RowSharding, prepare
-from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache
+from dtron.layers.kv_cache import KVCache, Past, empty_kv_cache, past_axes
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mixer import Mixer, StageInputs
 from dtron.layers.norm import HeadsNorm, Norm, norm, norm_over_heads
@@ -78,7 +78,7 @@ def attention_outputs(
         q_TNH = norm_over_heads(p.q_heads_norm, q_TNH, inputs.eps, layout)
         k_TKH = norm_over_heads(p.k_heads_norm, k_TKH, inputs.eps, layout)
     q, kv = ("tokens", "heads", None), ("tokens", "kv_heads", None)
-    ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), kv, kv, ("tokens",))
+    ins = (q, kv, kv, ("tokens", None), ("rows",), ("heads",), *past_axes("kv_heads"))
 
     def on_rank(
         q_TNH: Tensor,
@@ -115,6 +115,7 @@ class AttentionMixer(Mixer):
 
     params: ClassVar[type] = Attention
     has_logits: ClassVar[bool] = True
+    paged: ClassVar[bool] = True
     kv_axis: ClassVar[str] = "kv_heads"
     width_name: ClassVar[str] = "model.head_dim="
 
@@ -217,8 +218,7 @@ class AttentionMixer(Mixer):
         )
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:
-        """Prefer zig-zag, which gives all ranks the same work. Under ulysses all ranks have the
-        same work in any order."""
+        """Prefer zig-zag: all ranks have the same work, as they have under ulysses in any order."""
         return ("contiguous", "zigzag") if method == "ulysses" else ("zigzag", "contiguous")
 
     def flops(self, seq_len: int, window: int | None) -> float:

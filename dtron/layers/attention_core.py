@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dtron.layers.attention_kernels import CORES, AttentionPath, with_bias
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import ContextParallelMask, attend, largest_of_shard
-from dtron.layers.kv_cache import Past, recall
+from dtron.layers.kv_cache import KVCache, Past, recall
 from dtron.layers.mixer import MixerInputs
 from dtron.mesh import Layout
 
@@ -26,7 +26,7 @@ class AttentionInputs(MixerInputs):
     ``table_TH``: the rotary angles of each token, ``[T@tokens, H]`` (None: no rotation).
     ``path``: the kernels, see attention_kernels.py.
     ``cache``: a ``KVCache``, to which the new keys and values are added.
-    ``positions_T [T@tokens]``: the slots of the new tokens in the cache."""
+    ``positions_T [T@tokens]``: the positions of the tokens in their rows."""
 
     mask: AttentionMask | ContextParallelMask
     table_TH: Tensor | None = None
@@ -35,10 +35,11 @@ class AttentionInputs(MixerInputs):
 
     @property
     def past(self) -> Past:
-        """The cache and the new tokens' slots."""
+        """The cache, and where the new tokens are in it."""
         if self.cache is None:
             return Past()
-        return Past(self.cache.k_TKH, self.cache.v_TKH, self.positions_T)
+        c: KVCache = self.cache
+        return Past(c.k_PSKH, c.v_PSKH, c.slots_T, c.table_BP, self.positions_T)
 
 
 class Heads(NamedTuple):
@@ -65,13 +66,22 @@ def core(
     ``documents_T``: ``[T@rows]``, a rank's shard.
     ``inputs``: its ``mask`` and ``path`` are used."""
     mask = inputs.mask
-    if past.k_TKH is None:
+    if past.k_PSKH is None:
         return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
     assert isinstance(mask, AttentionMask)  # rows are whole
     q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
     k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
     attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
-    return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+    if sinks_N is not None:
+        return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
+    # The queries of a group of heads become more queries of one head. So the cache is read once,
+    # and not repeated for every query head.
+    group, queries = q.shape[1] // k.shape[1], mask.queries
+    assert queries is not None
+    q_grouped = q.unflatten(1, (-1, group)).flatten(2, 3)
+    mask = replace(mask, queries=queries.repeat(1, group))
+    o = attend_to_all(q_grouped, k, v, None, None, mask)
+    return o.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
 
 
 def largest(

@@ -124,7 +124,8 @@ def attention_sdpa(
     def repeat(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return repeated(k, q), repeated(v, q)
 
-    k, v = recompute_in_backward(repeat, k, v)
+    if q.shape[1] != k.shape[1]:
+        k, v = recompute_in_backward(repeat, k, v)
     plain = not mask.windowed and documents_BS is None and mask.queries is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     if q.is_cuda:
@@ -155,6 +156,8 @@ _FASTEST = [
 
 def repeated(k: Tensor, q: Tensor) -> Tensor:
     """Repeat keys or values, once for every query head that shares them."""
+    if q.shape[1] == k.shape[1]:
+        return k
     return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 

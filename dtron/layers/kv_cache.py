@@ -1,14 +1,19 @@
-"""KV cache: keys and values of earlier tokens, so that generating a token computes only one token.
+"""Paged KV cache (Kwon et al. 2023, arXiv:2309.06180, section 4): keys and values of earlier tokens,
+so that generating a token computes only one token.
 
-A row of the cache has a slot for every position, and a key is stored in the slot of its position.
-So rows of unequal lengths need no left padding and no bookkeeping. A query sees the slots up to its
-own position, by the rule ``sees`` of attention_mask.py. The content of later slots is
-overwritten before any query sees it.
+The cache is a pool of pages of a fixed number of tokens, which all rows share. A row's *block table*
+names its pages in order: the token at position p is in entry p // page of the table, at offset
+p % page. So a row takes memory for the tokens that it has, and not for the tokens that it may have.
+A query sees the tokens up to its own position, by the rule ``sees`` of attention_mask.py. Entries of
+the table after a row's last page, and the content of a page after its last token, are never seen.
+
+A rank of data parallelism has its own pool and its own rows. Page numbers count a rank's own pages.
+Page 0 of each pool is the *null page*: padding is written into it, and nobody reads it.
 
 The layers are the same as in training. They pass the cache to the core of attention together with
-the new keys, the new values and their positions. The core writes them into their slots and attends
-to all of them. The cache is updated in place, like an optimizer's moments: a copy per token would
-cost as much as reading the cache.
+the new keys, the new values and their slots. The core writes them into their slots and attends to
+all of a row. The cache is updated in place, like an optimizer's moments: a copy per token would cost
+as much as reading the cache. All shapes are known on the host: no kernel waits for a number.
 """
 
 from __future__ import annotations
@@ -27,28 +32,41 @@ from dtron.mesh import Layout
 class KVCache:
     """The cache of one layer.
 
-    ``k_TKH``, ``v_TKH``: ``[rows * slots @tokens, K@kv_heads, H]`` (in latent attention all
-        heads)."""
+    ``k_PSKH``, ``v_PSKH``: the pages, ``[pages@tokens, page, K@kv_heads, H]``. No ``v_PSKH``: the
+        values are the first channels of the keys, as in latent attention (mla_decoding.py).
+    ``slots_T [T@tokens]``: the slots of the new tokens: page * page size + offset.
+    ``table_BP [B@tokens, P]``: the block tables of the rows."""
 
-    k_TKH: Tensor
-    v_TKH: Tensor
+    k_PSKH: Tensor
+    v_PSKH: Tensor | None
+    slots_T: Tensor | None = None
+    table_BP: Tensor | None = None
 
 
 class Past(NamedTuple):
     """Keys and values of earlier tokens in generation, as arguments of a local region (None: no
-    cache).
+    cache). The first fields are those of ``KVCache``.
 
-    ``k_TKH``, ``v_TKH``: see ``KVCache``.
-    ``slots_T``: the slots of the new tokens."""
+    ``positions_T``: the positions of the new tokens in their rows."""
 
-    k_TKH: Tensor | None = None
-    v_TKH: Tensor | None = None
+    k_PSKH: Tensor | None = None
+    v_PSKH: Tensor | None = None
     slots_T: Tensor | None = None
+    table_BP: Tensor | None = None
+    positions_T: Tensor | None = None
+
+
+def past_axes(axis: str | None) -> tuple[tuple[str | None, ...], ...]:
+    """Return the axes of the fields of ``Past``.
+
+    ``axis``: the logical axis of the heads of keys and values (None: every rank has them all)."""
+    pages = ("tokens", None, axis, None)
+    return pages, pages, ("tokens",), ("tokens", None), ("tokens",)
 
 
 def empty_kv_cache(
-    rows: int,
-    slots: int,
+    pages: int,
+    page: int,
     heads: int,
     widths: tuple[int, int],
     axis: str,
@@ -56,29 +74,34 @@ def empty_kv_cache(
     dtype: torch.dtype,
     device: str,
 ) -> KVCache:
-    """Make an empty cache for ``rows`` rows over all ranks, sharded into ``layout.parts("tokens")``
+    """Make an empty cache of ``pages`` pages over all ranks, sharded into ``layout.parts("tokens")``
     equal shards.
 
+    ``page``: the number of tokens of a page.
     ``widths``: the width of a head's keys, and the width of its values.
     ``axis``: the logical axis of the heads of keys and values."""
-    tokens, own = rows * slots // layout.parts("tokens"), heads // layout.parts(axis)
-    zeros = [torch.zeros(tokens, own, width, dtype=dtype, device=device) for width in widths]
-    return KVCache(*(layout.from_local(x, "tokens", axis, None) for x in zeros))
+    shape = pages // layout.parts("tokens"), page, heads // layout.parts(axis)
+    zeros = [torch.zeros(*shape, width, dtype=dtype, device=device) for width in widths]
+    return KVCache(*(layout.from_local(x, "tokens", None, axis, None) for x in zeros))
 
 
 def recall(
     k: Tensor, v: Tensor, past: Past, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, AttentionMask]:
-    """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return all keys and all values,
-    ``[B, K, slots, H]`` each, and the mask for queries in the new tokens' slots. Rank-local."""
-    slots_T, k_TKH, v_TKH = past.slots_T, past.k_TKH, past.v_TKH
-    assert slots_T is not None and k_TKH is not None and v_TKH is not None
-    slots_BS = slots_T.unflatten(0, (-1, mask.seq_len))
-    rows = torch.arange(len(slots_BS), device=k.device)[:, None]
-    updated = []
-    for new, cache in ((k, k_TKH), (v, v_TKH)):
-        cache = cache.unflatten(0, (len(slots_BS), -1))
-        cache[rows, slots_BS] = new.unflatten(0, (-1, mask.seq_len)).to(cache.dtype)
-        updated.append(cache.transpose(1, 2))
-    k, v = updated
-    return k, v, replace(mask, seq_len=k.shape[2], queries=slots_BS)
+    """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return the keys and the values of
+    each row's pages in order, ``[B, K, S, H]`` each with S = P * page, and the mask for queries at
+    the new tokens' positions. Rank-local."""
+    slots_T, table_BP, positions_T = past.slots_T, past.table_BP, past.positions_T
+    assert slots_T is not None and table_BP is not None and positions_T is not None
+    of_rows: list[Tensor] = []
+    for new, pages in ((k, past.k_PSKH), (v, past.v_PSKH)):
+        if pages is None:  # the values are in the keys
+            of_rows.append(of_rows[0][..., : v.shape[-1]])
+            continue
+        pages.flatten(0, 1)[slots_T] = new.to(pages.dtype)
+        # On a CPU, index_select is faster than pages[table_BP].
+        of_row = pages.index_select(0, table_BP.flatten()).unflatten(0, table_BP.shape)
+        of_rows.append(of_row.flatten(1, 2).transpose(1, 2))
+    k, v = of_rows
+    queries = positions_T.unflatten(0, (-1, mask.seq_len))
+    return k, v, replace(mask, seq_len=k.shape[2], queries=queries)

@@ -46,8 +46,9 @@ class StageInputs:
     ``batch``: the microbatch.
     ``windows``: the attention windows of the stage's blocks with this mixer, each once.
     ``kernel``, ``cp_method``: the requested attention kernels, and the requested method over cp.
-    ``last_B [B@tokens]``: in generation, the index of the last token of each row. Later tokens are
-        padding. Generation always gives it (None: training)."""
+    ``last_B [B@tokens]``: in generation, the index of the last token of each row; -1 if all tokens
+        of the row are padding. Later tokens are padding. Generation always gives it (None:
+        training)."""
 
     batch: TokenData
     x_TD: Tensor
@@ -99,6 +100,9 @@ class Mixer(Leaf):
     """whether a block has this layer at all; see ``NoMixer``"""
     has_logits: ClassVar[bool] = False
     """whether tokens attend by logits of heads, whose axis is ``heads``"""
+    paged: ClassVar[bool] = False
+    """whether the decoding cache has pages that the rows share, and no state of constant size for
+    each row"""
     widths: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     """the sizes in the model's config that grow with its width (model/widths.py)"""
 
@@ -154,8 +158,8 @@ class Mixer(Leaf):
         draws samples on its own mesh, which may have cp: then each cp rank has whole rows.
         ``dtron.generate`` refuses cp.
 
-        ``rows``: the number of rows over all ranks.
-        ``slots``: the largest number of tokens of a row."""
+        ``rows``: the number of rows over all ranks. For a ``paged`` mixer, the number of pages.
+        ``slots``: the largest number of tokens of a row. For a ``paged`` mixer, of a page."""
         raise NotImplementedError
 
     def orders(self, method: Method) -> tuple[TokenOrder, ...]:

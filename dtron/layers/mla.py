@@ -19,8 +19,7 @@ Rotation pairs dim i with i + H/2, as everywhere in dtron. In DeepSeek's weights
 pair are adjacent. The difference is a permutation of the rotary columns of ``w_q_up`` and
 ``w_kv_down``. The code that reads these weights must apply it.
 
-Left out: attention in the space of latents, with absorbed up-projections, which is for serving.
-Generation in dtron caches keys and values of all heads (kv_cache.py).
+In generation, attention runs in the space of latents, and the cache has latents (mla_decoding.py).
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ from dtron.bounds import under
 from dtron.errors import UserError
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, largest
-from dtron.layers.kv_cache import Past
+from dtron.layers.kv_cache import KVCache, Past
 from dtron.layers.linear import linear, linear_in
+from dtron.layers.mla_decoding import attend_to_latents, empty_latent_cache
 from dtron.layers.norm import Norm, norm
 from dtron.layers.rope import RopeConfig, rotate
 from dtron.mesh import Layout
@@ -140,9 +140,13 @@ def mla_outputs(
     w_q = p.w_q if p.w_q_up is None else p.w_q_up
     assert w_q is not None
     q_TNH = linear(q_TR, w_q, recipe=recipe)  # local
+    if inputs.cache is not None:
+        o_TNH = attend_to_latents(q_TNH, c_TR, k_TH, p.w_kv_up, inputs, layout)
+        y_TD = linear_in(o_TNH, p.w_o, recipe)
+        return (layout.constrain(y_TD, "tokens_sp", "act_embed"),)  # reduce-scatter over tp
     kv_TNH = linear(c_TR, p.w_kv_up, recipe=recipe)
     heads, shared = ("tokens", "heads", None), ("tokens", None)
-    ins = (heads, heads, shared, shared, ("rows",), heads, heads, ("tokens",))
+    ins = (heads, heads, shared, shared, ("rows",))
 
     def on_rank(
         q_TNH: Tensor,
@@ -150,15 +154,14 @@ def mla_outputs(
         k_TH: Tensor,
         table_TH: Tensor | None,
         documents_T: Tensor | None,
-        *past: Tensor | None,
     ) -> tuple[Tensor, ...]:
         own = _heads(q_TNH, kv_TNH, k_TH, table_TH)
-        o_TNH = core(own, documents_T, None, Past(*past), inputs, layout)
+        o_TNH = core(own, documents_T, None, Past(), inputs, layout)
         return (o_TNH, largest(own, documents_T, inputs, layout)) if logits else (o_TNH,)
 
     # Communication over cp: see context_parallel.py.
     o_TNH, *largest_N = layout.local_map(on_rank, ins, [heads, LARGEST] if logits else [heads])(
-        q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T, *inputs.past
+        q_TNH, kv_TNH, k_TH, table_TH, inputs.documents_T
     )
     y_TD = linear_in(o_TNH, p.w_o, recipe)  # {+tp}: a sum still pending
     return layout.constrain(y_TD, "tokens_sp", "act_embed"), *largest_N  # reduce-scatter over tp
@@ -213,6 +216,12 @@ class MLAMixer(AttentionMixer):
         self, p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout
     ) -> tuple[Tensor, ...]:
         return mla_outputs(p, x_TD, inputs, layout, logits=True)
+
+    def empty_cache(
+        self, rows: int, slots: int, layout: Layout, dtype: torch.dtype, device: str
+    ) -> KVCache:
+        width = self.model.mla.kv_rank + self.model.mla.rope_dim
+        return empty_latent_cache(rows, slots, width, layout, dtype, device)
 
     def logit_factors(self, p: Any, factor_N: Tensor) -> dict[str, Tensor]:
         """All heads share the rotary key, so it stays, and the rotary queries take the whole

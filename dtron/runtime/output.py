@@ -44,8 +44,10 @@ class Output:
             complain(text)
 
 
-def write_line(stream: TextIO | None, text: str) -> str | None:
+def write_line(stream: TextIO | None, text: str, end: str = "\n") -> str | None:
     """Write a line at once. Return why it could not be written; None: it was written.
+
+    ``end``: what ends the line; nothing: a piece of a line.
 
     Control characters are dropped, except for line feeds and tabs. They may come from a file, and
     could change the state of a terminal."""
@@ -54,7 +56,7 @@ def write_line(stream: TextIO | None, text: str) -> str | None:
         return "it is closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
         stream.flush()
     except (OSError, ValueError) as error:  # ValueError: a stream that was closed
         return getattr(error, "strerror", None) or str(error)

@@ -11,7 +11,6 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,18 @@ from tokenizers import Tokenizer
 
 from dtron.data.chat_template import template_beside
 from dtron.data.files import one_line
-from dtron.data.tokenization import encoder_of, ids_of, load_tokenizer
+from dtron.data.tokenization import encoder_of, ids_of
 from dtron.errors import UserError
-from dtron.json_files import is_there
 from dtron.model.config import ModelConfig
 from dtron.runtime.evaluation import find_tasks
 from dtron.runtime.exit import Parser
 from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.launch import plan_run, start_ranks
+from dtron.runtime.open_model import open_model
 from dtron.runtime.output import replace_file, writing
 from dtron.runtime.scoring import Scorer, Text
 from dtron.tools.console import wide_console
-from dtron.tools.model_source import add_model_flags, ends_of, model_folder, open_model, run_config
+from dtron.tools.generate import add_model_flags
 
 
 def run(o: Namespace) -> int:
@@ -41,15 +40,11 @@ def run(o: Namespace) -> int:
     if o.limit is not None and o.limit < 1:
         raise UserError(f"--limit {o.limit}: at least 1 example is evaluated; raise it")
     tasks = find_tasks(o.tasks, "--tasks") if o.tasks else None
-    folder = model_folder(o.folder)
-    opened = open_model(folder, o.ema, o.adapter)
-    if not is_there(folder / "tokenizer.json"):
-        raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
-    tokenizer, m = load_tokenizer(str(folder), flag="--from"), opened.model
+    opened = open_model(o.folder, o.ema, o.adapter)
+    tokenizer, m, ends = opened.tokenizer, opened.model, opened.ends
     text = _read(Path(o.text)) if o.text else None
-    config = replace(run_config(o, m), lora=opened.lora)
+    config = opened.config(o.mesh, o.simulate, o.device, o.dtype)
     plan = plan_run(config)
-    ends = ends_of(folder, tokenizer)
     found: dict[str, Any] = {}
     with start_ranks(config, plan) as pipe:
         weights = opened.load(pipe.spec, pipe.layout, plan.compute, plan.device)
@@ -64,7 +59,12 @@ def run(o: Namespace) -> int:
                 return generate(weights, prompts, most, m, pipe, sampling, plan.device, ends)
 
             harness = HarnessModel(
-                scorer, continued, tokenizer, m.context, min(ends, default=0), chat_of(folder)
+                scorer,
+                continued,
+                tokenizer,
+                m.context,
+                min(ends, default=0),
+                chat_of(Path(o.folder)),
             )
             found["tasks"] = run_tasks(harness, tasks, o.fewshot, o.limit, o.chat)
     if plan.main:

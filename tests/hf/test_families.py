@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dtron import checkpoint
+from dtron.generation.sampling import Sampling
 from dtron.hf import Source
 from dtron.hf.config import best_family, from_hf, to_hf
 from dtron.hf.families import FAMILIES as TABLES
@@ -21,7 +22,7 @@ from dtron.model.transformer import declare_model, predict
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.export_run import export_run
-from dtron.runtime.generation import Sampling, generate
+from dtron.runtime.generation import generate
 from dtron.training.optimizer import init_state
 from dtron.training.pipeline import one_stage
 from tests.helpers.hf_models import FAMILIES, folder, model

@@ -9,10 +9,11 @@ import torch
 
 from dtron.distributed import bucketing
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.generation.sampling import Sampling
 from dtron.mesh import Layout
 from dtron.params import init
 from dtron.runtime.config import DataConfig, ModelConfig, RunConfig
-from dtron.runtime.generation import Sampling, generate
+from dtron.runtime.generation import generate
 from dtron.runtime.validate import check
 from dtron.tools.count_collectives import Collective
 from dtron.tools.verify_step import one_step

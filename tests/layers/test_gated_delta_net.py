@@ -47,12 +47,12 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat
+from tests.generation.models import M as ATTENTION
+from tests.generation.models import assert_cached, greedy, on_mesh, weights
 from tests.helpers.examples import examples
 from tests.helpers.values import ONE, close, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
 from tests.model.test_activation_memory import kept_by
-from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import assert_cached, greedy, on_mesh, weights
 
 SIZES = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=3, value_dim=5, chunk=3)
 M = replace(ATTENTION, pattern="L", delta=SIZES)

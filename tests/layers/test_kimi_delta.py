@@ -16,12 +16,12 @@ from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.layers.kimi_delta import KimiDelta, KimiDeltaMixer, kimi_delta
 from dtron.model.activation_bytes import block_bytes
 from dtron.testing import assert_caught, assert_equivalent, unsummed
+from tests.generation.models import assert_cached
 from tests.helpers.values import ONE, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
 from tests.layers.test_gated_delta_net import M as DELTA
 from tests.layers.test_gated_delta_net import inputs_of
 from tests.model.test_activation_memory import kept_by
-from tests.tools.test_generate import assert_cached
 
 SIZES = DeltaNetConfig(key_heads=2, value_heads=2, key_dim=5, value_dim=5, chunk=3)
 M = replace(DELTA, pattern="K", delta=SIZES)

@@ -44,14 +44,14 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat
+from tests.generation.models import M as ATTENTION
+from tests.generation.models import assert_cached, weights
 from tests.helpers.examples import examples
 from tests.helpers.values import ONE, close, normal, same, tree
 from tests.helpers.wide_transformers import in_float64
 from tests.layers.test_delta_rule import decays_twice, forgets_the_state
 from tests.layers.test_gated_delta_net import inputs_of
 from tests.model.test_activation_memory import kept_by
-from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import assert_cached, weights
 
 SIZES = Mamba2Config(heads=4, head_dim=5, groups=2, state=3, chunk=3, time_step_min=0.3)
 M = replace(ATTENTION, pattern="S", mamba=SIZES)

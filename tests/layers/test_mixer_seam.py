@@ -39,6 +39,8 @@ from dtron.training.compiled_stage import compiled
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.tree import flat, leaves
+from tests.generation.models import M as ATTENTION
+from tests.generation.models import assert_cached, greedy, on_mesh, weights
 from tests.helpers.paths import ROOT
 from tests.helpers.values import ONE, close, normal, same, tree
 from tests.layers import toy_mixer
@@ -54,8 +56,6 @@ from tests.layers.toy_mixer import (
     with_cache,
 )
 from tests.model.test_activation_memory import kept_by
-from tests.tools.test_generate import M as ATTENTION
-from tests.tools.test_generate import assert_cached, greedy, on_mesh, weights
 
 M = ConvolutionModel(**vars(ATTENTION) | {"pattern": "C"})
 

@@ -28,10 +28,10 @@ from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
 from dtron.training.reports import describe_experts, expert_totals
 from dtron.tree import flat, tree_map
+from tests.generation.models import M as BASE
+from tests.generation.models import assert_cached
 from tests.helpers.values import F64, ONE, close
 from tests.layers.test_context_parallel import assert_same_step
-from tests.tools.test_generate import M as BASE
-from tests.tools.test_generate import assert_cached
 
 MAMBA = Mamba2Config(heads=4, head_dim=4, groups=2, state=3, chunk=3)
 BOTH = replace(BASE, layers=2, pattern="SA", mamba=MAMBA, norm_position="sandwich")

@@ -20,7 +20,7 @@ from dtron.model.lora import with_lora
 from dtron.runtime.exit import run_cli
 from dtron.runtime.export_run import export_run
 from dtron.runtime.generation import Sampling, generate
-from dtron.tools.model_source import open_model
+from dtron.runtime.open_model import open_model
 from dtron.training.pipeline import one_stage
 from tests.helpers.train_cli import enter
 
@@ -87,7 +87,7 @@ def tune(source: Path, run_dir: Path, rows: list[dict], steps: int, *flags: str)
 
 def exact(folder: Path, rows: list[dict], tokenizer: Path) -> int:
     """The number of conversations whose answer is right, to the last word."""
-    opened, layout = open_model(folder, False), Layout()
+    opened, layout = open_model(str(folder)), Layout()
     pipe = one_stage(opened.model, 1, layout)
     pipe = replace(pipe, specs=tuple(with_lora(s, opened.lora) for s in pipe.specs))
     weights = opened.load(pipe.spec, layout, torch.float32, "cpu")

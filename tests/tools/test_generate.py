@@ -1,5 +1,4 @@
-"""Generation: neither the cache nor the mesh changes anything, and sampling follows its
-settings."""
+"""The command ``dtron generate``."""
 
 from __future__ import annotations
 
@@ -7,240 +6,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from dtron import checkpoint
 from dtron.data.tokenization import load_tokenizer
-from dtron.distributed.mesh_shape import MeshShape
-from dtron.distributed.simulated_ranks import simulated
-from dtron.layers.mla import MLAConfig
-from dtron.mesh import Layout, stage_mesh
-from dtron.model.batch import make_batch
-from dtron.model.transformer import declare_model, predict
-from dtron.moe.config import MoEConfig
+from dtron.generation.engine import Engine
+from dtron.model.transformer import declare_model
 from dtron.params import init
-from dtron.rules import rules_for
 from dtron.runtime import cli
-from dtron.runtime.config import ModelConfig, RunConfig
-from dtron.runtime.generation import Decoder, Sampling, draw_tokens, generate
-from dtron.testing import meshes
-from dtron.tools.generate import check_sampling, main
+from dtron.runtime.config import RunConfig
+from dtron.tools.generate import main
 from dtron.training.optimizer import init_state
-from dtron.training.pipeline import on_ranks, one_stage, pipeline
-from dtron.tree import flat, tree_map
-from tests.helpers.real_mesh import destroy_groups, real_mesh
-from tests.helpers.runs import MODEL
+from tests.generation.models import MODELS
 from tests.helpers.texts import one_line
 from tests.helpers.values import ADAMW, ONE
-
-M = replace(MODEL, qk_norm=False, context=64, init_std=0.3)
-MODELS = {
-    "grouped": replace(M, kv_heads=2, qk_norm=True),
-    "window": replace(M, window=5),
-    "sinks": replace(M, sinks=True, window=5, full_every=2, qkv_bias=True, bias=True),
-    "softcap": replace(M, softcap=2.0),
-    "learned": replace(M, positions="learned", norm="layernorm", activation="gelu", tied=True),
-    "latent": replace(M, mla=MLAConfig(kv_rank=12, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)),
-    "experts": replace(M, moe=MoEConfig(experts=4, top_k=2, mlp=16)),
-}
-F64 = torch.float64
-
-
-def weights(m: ModelConfig, layout: Layout = ONE, spec=None):
-    spec = (declare_model(m),) if spec is None else spec
-    return init(spec, m.dims(), 0, layout, F64)
-
-
-def texts(*lengths: int) -> list[list[int]]:
-    g = torch.Generator().manual_seed(2)
-    return [torch.randint(61, (n,), generator=g).tolist() for n in lengths]
-
-
-def uncached(m: ModelConfig, text: list[int]) -> Tensor:
-    rows = torch.tensor([[*text, 0]])
-    with torch.no_grad():
-        return predict(weights(m)[0], make_batch(rows, ONE), m, ONE)
-
-
-def cached(
-    m: ModelConfig, rows: list[list[int]], pieces: list[list[int]], late: int = 0
-) -> list[list[Tensor]]:
-    """The logits after each piece, when rows are fed in pieces of these lengths.
-
-    ``late``: the error of the second piece's positions."""
-    decoder, found = (
-        Decoder(weights(m), len(rows), 40, m, one_stage(m, 1, ONE), "cpu"),
-        [[] for _ in rows],
-    )
-    starts = [0] * len(rows)
-    for step in range(len(pieces[0])):
-        ends = [a + piece[step] for a, piece in zip(starts, pieces, strict=True)]
-        new = [row[a:b] for row, a, b in zip(rows, starts, ends, strict=True)]
-        at = [a + late if step else a for a in starts]
-        logits = decoder(new, at)
-        for row, got in zip(found, logits, strict=True):
-            row.append(got)
-        starts = ends
-    return found
-
-
-PIECES = [[3, 1, 4], [1, 1, 1], [6, 2, 1]]
-
-
-def assert_cached(m: ModelConfig, pieces: list[list[int]] = PIECES) -> None:
-    """Rows of unequal lengths, fed in these pieces, have the logits of whole rows."""
-    rows = texts(*map(sum, pieces))
-    for row, cuts, got in zip(rows, pieces, cached(m, rows, pieces), strict=True):
-        want, ends = uncached(m, row), torch.tensor(cuts).cumsum(0) - 1
-        torch.testing.assert_close(torch.stack(got), want[ends].float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=4)
-@given(st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
-def test_the_cache_changes_nothing(name, pieces):
-    """Rows of unequal lengths, fed in any pieces. A position that is off by one is noticed."""
-    m, rows = MODELS[name], texts(*(sum(row) for row in pieces))
-    assert_cached(m, pieces)
-    late = cached(m, rows, pieces, late=1)
-    assert any(
-        (b[1] - uncached(m, r)[c[0] + c[1] - 1]).abs().max() > 1e-4
-        for r, c, b in zip(rows, pieces, late)
-    )
-
-
-PROMPTS = texts(5, 2, 7)  # outside, because every simulated rank would draw its own
-
-
-def greedy(
-    m: ModelConfig, params, pipe, ends=frozenset(), device="cpu", **options
-) -> list[list[int]]:
-    sampling = Sampling(**{"temperature": 0.0, **options})
-    return generate(params, PROMPTS, 12, m, pipe, sampling, device, ends)
-
-
-def on_mesh(m: ModelConfig, mesh: str, layout: Layout, device_mesh=None) -> list[list[int]]:
-    shape = MeshShape.parse(mesh)
-    config = RunConfig(mesh=mesh, model=m)
-    template = torch.empty(0, m.embed, dtype=F64)
-    pipe = on_ranks(pipeline(config, shape, 1, config.data.seq_len, layout), device_mesh, template)
-    text = greedy(m, weights(m, layout, pipe.spec), pipe)
-    destroy_groups(pipe)
-    return text
-
-
-WIDE = {
-    name: replace(
-        MODELS[name], layers=1, heads=12, kv_heads=12, mlp=48, moe=replace(MODELS[name].moe, mlp=24)
-    )
-    for name in ("grouped", "latent", "experts")
-}
-
-
-def same_on(mesh: str, name: str) -> None:
-    m = WIDE[name]
-    with simulated(MeshShape.parse(mesh)) as device_mesh:
-        got = on_mesh(m, mesh, Layout(device_mesh, rules_for(1)))
-    assert got == greedy(m, weights(m), one_stage(m, 1, ONE))
-
-
-@pytest.mark.parametrize(
-    "mesh, name",
-    [("tp=3", "grouped"), ("dp=2,tp=2", "latent"), ("tp=2,ep=2", "experts"), ("cp=2", "latent")],
-)
-def test_the_mesh_changes_nothing(mesh, name):
-    same_on(mesh, name)
-
-
-@pytest.mark.slow
-@settings(max_examples=12)
-@given(meshes(6, ("dp", "cp", "tp")), st.sampled_from(sorted(WIDE)))
-def test_no_mesh_changes_anything(mesh, name):
-    same_on(mesh, name)
-
-
-def on_pool(mesh: str) -> list[list[int]]:
-    """A job for the pool: text on real ranks."""
-    device_mesh = real_mesh(mesh)
-    return on_mesh(
-        MODELS["grouped"], mesh, Layout(stage_mesh(device_mesh), rules_for(1)), device_mesh
-    )
-
-
-@pytest.mark.xdist_group("pool")
-@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2,tp=2"])
-def test_real_ranks(pool, mesh):
-    m = MODELS["grouped"]
-    want = greedy(m, weights(m), one_stage(m, 1, ONE))
-    assert pool.run(on_pool, mesh) == [want] * 4
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", MODELS)
-def test_a_gpu_changes_nothing(name):
-    m = MODELS[name]
-    there = tree_map(lambda w: w.cuda(), weights(m))
-    got = greedy(m, there, one_stage(m, 1, ONE), device="cuda")
-    assert got == greedy(m, weights(m), one_stage(m, 1, ONE))
-
-
-def test_a_row_ends_where_its_text_does():
-    """A row ends at its end token. The other rows go on unchanged."""
-    m = MODELS["grouped"]
-    pipe, params = one_stage(m, 1, ONE), weights(m)
-    free = greedy(m, params, pipe)
-    end = free[0][5 + 3]  # the fourth token of the first row
-    stopped = greedy(m, params, pipe, ends={end})
-    for prompt, full, cut in zip(PROMPTS, free, stopped, strict=True):
-        new = full[len(prompt) :]
-        n = new.index(end) + 1 if end in new else len(new)
-        assert cut == full[: len(prompt) + n]
-    assert len(stopped[0]) < len(free[0])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_one_line(bad):
-    m = MODELS["grouped"]
-    pipe, params = one_stage(m, 1, ONE), weights(m)
-    flat(params)[0][3] = bad
-    one_line(lambda: greedy(m, params, pipe), "logits are not finite", "earlier checkpoint")
-
-
-@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
-def test_only_the_likeliest_are_drawn(seed, top_p, temperature):
-    """The smallest set of tokens that has this probability."""
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(40, 9, generator=g) * 2
-    drawn = draw_tokens(logits, Sampling(temperature, top_p), g)
-    odds = (logits / temperature).softmax(-1)
-    for row, token in zip(odds, drawn, strict=True):
-        likelier = row[row > row[token]].sum()
-        assert likelier < top_p + 1e-5
-
-
-def test_draws_follow_the_odds():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    g = torch.Generator().manual_seed(0)
-
-    def share(**options) -> torch.Tensor:
-        drawn = draw_tokens(logits, Sampling(**options), g)
-        return torch.bincount(drawn, minlength=3) / 20_000
-
-    torch.testing.assert_close(
-        share(temperature=1.0, top_p=1.0), torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0
-    )
-    torch.testing.assert_close(
-        share(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0.0]), atol=0.02, rtol=0
-    )
-    torch.testing.assert_close(
-        share(temperature=0.5, top_p=1.0), torch.tensor([25.0, 9, 4]) / 38, atol=0.02, rtol=0
-    )
-    assert share(temperature=0.0, top_p=1.0).tolist() == [1.0, 0.0, 0.0]
 
 
 def run_directory(folder: Path) -> Tokenizer:
@@ -320,23 +99,26 @@ def test_a_run_stops_as_the_model_that_it_began_with(tmp_path, monkeypatch):
     """A run with --init-from keeps the model's generation_config.json in hf/."""
     run_directory(tmp_path)
     argv = ["--from", str(tmp_path), "--tokens", "9", "--temperature", "0", "--prompt", "def"]
-    texts: list[list[int]] = []
+    tokens: list[int] = []
 
-    def recorded(*args, **options):
-        texts[:] = generate(*args, **options)
-        return texts
+    class Recorded(Engine):
+        def step(self):
+            events = super().step()
+            tokens.extend(event.token for event in events)
+            return events
 
-    monkeypatch.setattr("dtron.tools.generate.generate", recorded)
+    monkeypatch.setattr("dtron.tools.generate.Engine", Recorded)
     assert main(argv) == 0
-    new = texts[0][3:]
+    new = list(tokens)
     second = next(i for i, token in enumerate(new) if token != new[0])
     unused = next(i for i in range(256) if i not in new)
     (tmp_path / "hf").mkdir()
 
     def stopped(name: str, entries: object) -> int:
         (tmp_path / name).write_text(json.dumps(entries))
+        tokens.clear()
         assert main(argv) == 0
-        return len(texts[0]) - 3
+        return len(tokens)
 
     assert stopped("hf/config.json", {"eos_token_id": new[second]}) == second + 1
     assert stopped("hf/generation_config.json", {"eos_token_id": [unused, new[0]]}) == 1
@@ -346,28 +128,68 @@ def test_a_run_stops_as_the_model_that_it_began_with(tmp_path, monkeypatch):
     assert stopped("tokenizer_config.json", {"eos_token": eos}) == second + 1
 
 
-def test_extreme_settings_draw_as_their_limits_do():
-    """A tiny temperature takes the most likely token, a large one draws from all alike."""
-    logits = torch.tensor([[0.0, 3.0, 2.9, -80.0], [70.0, 1.0, -70.0, 69.9]])
-    for rows in (logits, logits.bfloat16().float()):
-        for temperature in (1e-40, 5e-324, 1e-300, 1e-4):
-            drawn = draw_tokens(rows, Sampling(temperature), torch.Generator().manual_seed(0))
-            assert drawn.tolist() == [1, 0]
-        for top_p in (5e-324, 1e-300, 1e-40):
-            drawn = draw_tokens(rows, Sampling(1.0, top_p), torch.Generator().manual_seed(0))
-            assert drawn.tolist() == [1, 0]
-    hot = draw_tokens(logits[:1].expand(400, 4), Sampling(1.7e308), torch.Generator())
-    assert (torch.bincount(hot, minlength=4) > 60).all()
+def printed(capsys, argv: list[str], *more: str) -> str:
+    assert main([*argv, *more]) == 0
+    return capsys.readouterr().out
 
 
-def test_what_cannot_be_sampled():
-    for bad in (2**64, -(2**63) - 1, 10**30):
-        one_line(lambda bad=bad: check_sampling(1, 1.0, 1.0, bad), "--seed", "64 bits")
-    for good in (2**64 - 1, -(2**63)):
-        torch.Generator().manual_seed(good)
-        check_sampling(1, 1.0, 1.0, good)
-    one_line(lambda: check_sampling(0, 1.0, 1.0), "--tokens 0")
-    for bad in (-0.5, float("nan"), float("inf")):
-        one_line(lambda bad=bad: check_sampling(1, bad, 1.0), "--temperature")
-    for bad in (0.0, 1.5, float("nan")):
-        one_line(lambda bad=bad: check_sampling(1, 1.0, bad), "--top-p")
+def test_prompts_of_a_file_and_outputs(tmp_path, capsys, monkeypatch):
+    """The same texts from any source, with any number of rows, whole or in pieces."""
+    run_directory(tmp_path)
+    argv = ["--from", str(tmp_path), "--tokens", "6", "--seed", "3"]
+    lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("\ufeffdef\r\n\n€ x\nq\n", encoding="utf-8")
+    rows.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("def", "€ x", "q")))
+    want = printed(capsys, argv, "--prompt", "def", "--prompt", "€ x", "--prompt", "q")
+    assert want.startswith("def") and "\n€ x" in want and "\nq" in want
+    assert printed(capsys, argv, "--prompts", str(lines)) == want
+    assert printed(capsys, argv, "--prompts", str(rows), "--batch", "1") == want
+    assert printed(capsys, argv, "--prompt", "def", "--prompts", str(rows))[: len("def")] == "def"
+    assert printed(capsys, argv, "--prompts", str(lines), "--stream") == want
+    found = printed(capsys, argv, "--prompts", str(lines), "--jsonl").splitlines()
+    answers = [json.loads(line) for line in found]
+    assert [a["prompt"] for a in answers] == ["def", "€ x", "q"]
+    assert all(a["tokens"] == 6 and a["finish_reason"] == "length" for a in answers)
+    pieces: list[str] = []
+    monkeypatch.setattr(
+        "dtron.tools.generate.write_line", lambda stream, text, end="\n": pieces.append(text + end)
+    )
+    printed(capsys, argv, "--prompts", str(lines), "--stream")
+    assert len(pieces) > 5
+
+
+def test_stop_and_the_ways_to_sample(tmp_path, capsys):
+    run_directory(tmp_path)
+    argv = ["--from", str(tmp_path), "--tokens", "24", "--prompt", "def", "--jsonl"]
+    greedy = json.loads(printed(capsys, argv, "--temperature", "0"))["text"]
+    for more in (["--top-k", "1"], ["--min-p", "1"], ["--top-p", "1e-9"]):
+        assert json.loads(printed(capsys, argv, *more))["text"] == greedy
+    other = json.loads(printed(capsys, argv, "--temperature", "0", "--repetition-penalty", "9"))
+    assert other["text"] != greedy
+    stop = greedy[5:7]
+    stopped = json.loads(
+        printed(capsys, argv, "--temperature", "0", "--stop", "~~", "--stop", stop)
+    )
+    assert stopped["text"] == greedy[: greedy.find(stop)]
+    assert stopped["finish_reason"] == "stop" and stopped["tokens"] < 24
+    (tmp_path / "bad.txt").write_bytes(b"a\xff")
+    (tmp_path / "none.txt").write_text("\n \n")
+    (tmp_path / "no.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "a"\n')
+    refused = lambda more, *said: one_line(lambda: main([*argv, *more]), *said)
+    refused(["--prompts", str(tmp_path / "bad.txt")], "bad.txt", "UTF-8 at byte 1")
+    refused(["--prompts", str(tmp_path / "no.jsonl")], "no.jsonl, line 2", '"prompt"')
+    refused(["--prompts", str(tmp_path / "cut.jsonl")], "cut.jsonl, line 1", "JSON")
+    refused(["--prompts", str(tmp_path)], "cannot be read")
+    one_line(
+        lambda: main(["--from", str(tmp_path), "--prompts", str(tmp_path / "none.txt")]),
+        "none.txt",
+        "no prompt",
+    )
+    one_line(lambda: main(["--from", str(tmp_path)]), "no prompt")
+    refused(["--stop", ""], "--stop", "at least one character")
+    refused(["--stop", "caf\udce9"], "--stop", "UTF-8")
+    refused(["--batch", "0"], "--batch 0")
+    refused(["--tokens", "0"], "--tokens 0")
+    refused(["--stream"], "--stream with --jsonl")
+    refused(["--top-k", "-1"], "--top-k -1")

@@ -1,13 +1,13 @@
-"""The model of a command: a run directory or a Hugging Face folder, with the flags of its ranks."""
+"""Opens a model for generation: a run directory or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -16,6 +16,7 @@ from torch import Tensor
 from dtron import checkpoint
 from dtron.data.files import one_line
 from dtron.data.special_tokens import end_id
+from dtron.data.tokenization import encoder_of, load_tokenizer
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.adapter import Adapter
@@ -33,11 +34,69 @@ from dtron.runtime.initial_state import initial_weight, source_of
 from dtron.runtime.run_directory import read_run
 from dtron.tree import fill
 
+LoadWeights = Callable[[Any, Layout, torch.dtype, str], Any]
 
-def model_folder(name: str) -> Path:
-    """Return the folder of ``--from``, which may be a name on the Hugging Face hub."""
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can generate.
+
+    ``load``: loads the weights, as ``load(spec, layout, dtype, device)``.
+    ``lora``: the updates of the model.
+    ``tokenizer``: neither truncates nor pads, and knows special tokens that are spelled out.
+    ``ends``: the tokens that end a text."""
+
+    load: LoadWeights
+    model: ModelConfig
+    lora: LoraConfig
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+
+    def config(
+        self, mesh: str = "", simulate: bool = False, device: Any = "auto", dtype: Any = "auto"
+    ) -> RunConfig:
+        """Return a config for these ranks. A config needs a batch and a sequence length, as for
+        training: here the smallest that the mesh allows. Raises UserError for a mesh with cp."""
+        shape = MeshShape.parse(mesh, None if simulate else int(os.environ.get("WORLD_SIZE", 1)))
+        if shape.cp > 1:
+            raise UserError(
+                f"--mesh {mesh}: cp shards sequences, and a step has single tokens; use dp or tp"
+            )
+        return RunConfig(
+            mesh=str(shape),
+            simulate=simulate,
+            device=device,
+            dtype=dtype,
+            zero=0,
+            compile="off",
+            cuda_graph="off",
+            batch=shape.data,
+            micro_batch=1,
+            data=DataConfig(seq_len=min(shape.tp, self.model.context)),
+            model=self.model,
+            lora=self.lora,
+        )
+
+
+def open_model(name: str, average: bool = False, adapter: str | None = None) -> OpenModel:
+    """Open a run directory or a Hugging Face folder. Raises UserError if it is neither, or has no
+    tokenizer.
+
+    ``average``: the average of the weights, in place of the weights.
+    ``adapter``: a folder of PEFT adapter files for the model."""
+    folder = _folder(name)
+    load, model, lora = _open(folder, average, adapter)
+    if not is_there(folder / "tokenizer.json"):
+        raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
+    tokenizer = load_tokenizer(str(folder), flag="--from")
+    ends = frozenset(_ends(folder, tokenizer))
+    return OpenModel(load, model, lora, encoder_of(tokenizer, special=True), ends)
+
+
+def _folder(name: str) -> Path:
     try:
         name = hub_folder("--from", name)
+        Path(name).exists()
     except OSError as error:  # a name that no file can have
         raise UserError(
             f"--from {name[:40]!a}: cannot be opened ({one_line(error)[:60]}); give a folder"
@@ -45,45 +104,11 @@ def model_folder(name: str) -> Path:
     return Path(name)
 
 
-def run_config(o: Namespace, m: ModelConfig) -> RunConfig:
-    """Return a config for these ranks. A config needs a batch and a sequence length, as for
-    training: here the smallest that the mesh allows."""
-    shape = MeshShape.parse(o.mesh, None if o.simulate else int(os.environ.get("WORLD_SIZE", 1)))
-    if shape.cp > 1:
-        raise UserError(
-            f"--mesh {o.mesh}: cp shards sequences, and a step has single tokens; use dp or tp"
-        )
-    return RunConfig(
-        mesh=str(shape),
-        simulate=o.simulate,
-        device=o.device,
-        dtype=o.dtype,
-        zero=0,
-        compile="off",
-        cuda_graph="off",
-        batch=shape.data,
-        micro_batch=1,
-        data=DataConfig(seq_len=min(shape.tp, m.context)),
-        model=m,
-    )
-
-
-class Opened(NamedTuple):
-    """A model in a folder.
-
-    ``load(spec, layout, dtype, device)``: loads its weights.
-    ``model``, ``lora``: the model, and its updates."""
-
-    load: Callable[..., Any]
-    model: ModelConfig
-    lora: LoraConfig
-
-
-def open_model(folder: Path, average: bool, adapter: str | None = None) -> Opened:
-    """Open a run directory or a Hugging Face folder.
-
-    ``average``: the average of the weights, in place of the weights.
-    ``adapter``: a folder of PEFT adapter files for the model."""
+def _open(
+    folder: Path, average: bool, adapter: str | None
+) -> tuple[LoadWeights, ModelConfig, LoraConfig]:
+    """Return a function that loads the weights of a folder, its model, and the updates of the
+    model; see ``open_model``."""
     if checkpoint.folder(folder).is_dir():
         config, found = read_run(folder)
         if adapter is not None:
@@ -98,12 +123,12 @@ def open_model(folder: Path, average: bool, adapter: str | None = None) -> Opene
             source=source_of(config) if config.lora.rank else None,
             average=average,
         )
-        return Opened(load, config.model, config.lora)
+        return load, config.model, config.lora
     if average:
         raise UserError(f"--from {folder}: a model's folder has no average; leave --ema out")
     source = Source(folder)
     if adapter is None:
-        return Opened(source.load, source.model, NO_LORA)
+        return source.load, source.model, NO_LORA
     updates = Adapter(adapter, source.family, source.model)
 
     def load_both(spec: Any, layout: Layout, dtype: torch.dtype, device: str) -> Any:
@@ -112,7 +137,7 @@ def open_model(folder: Path, average: bool, adapter: str | None = None) -> Opene
 
         return fill(spec, load)
 
-    return Opened(load_both, source.model, updates.config)
+    return load_both, source.model, updates.config
 
 
 def _load_run(
@@ -136,7 +161,7 @@ def _load_run(
     return checkpoint.load_params(found, spec, layout, dtype, device, average, frozen)
 
 
-def ends_of(folder: Path, tokenizer: Tokenizer) -> set[int]:
+def _ends(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a text: from the model's config, or else from its tokenizer.
 
     A run directory has the config of the model that the run began with in a folder of its own."""
@@ -156,19 +181,3 @@ def _ids(value: Any, where: Path) -> list[int]:
     if not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{where}: eos_token_id is {value!r}, and must be an id or a list of ids")
     return ids
-
-
-def add_model_flags(add: Callable[..., Any]) -> None:
-    """Add the flags of a model and its ranks to a parser's."""
-    add("--ema", action="store_true", help="use the average of the weights (--optim.ema)")
-    add("--adapter", metavar="DIR", help="PEFT adapter files for the model of --from")
-    add("--mesh", default="", metavar="MESH", help="axes of the mesh, as tp=2")
-    add("--simulate", action="store_true", help="run all ranks in this one process, on the CPU")
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    dtypes = ["auto", "float32", "bfloat16", "float64"]
-    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
