@@ -24,6 +24,7 @@ from dtron.distributed.host_memory import HostMemory
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
 from dtron.distributed.symmetric_memory import on_one_host, shared
+from dtron.losses.objective import CROSS_ENTROPY, Objective
 from dtron.mesh import Layout, axes_of
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
@@ -48,12 +49,17 @@ from dtron.tree import tree_map
 
 
 def program(
-    m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig = PLAIN,
+    splits: bool = True,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Program:
     """Return the model's functions, as the schedule runner takes them."""
+    run = partial(stage, m=m, layout=layout, how=how, host=HostMemory(), objective=objective)
     return Program(
         partial(embed, m=m, layout=layout),
-        partial(stage, m=m, layout=layout, how=how, host=HostMemory()),
+        run,
         splits and how.policy.splits,
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
         enter_params=embed_params,
