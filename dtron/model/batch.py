@@ -85,7 +85,6 @@ def make_batch(
     if positions_BS is None:
         positions_BS = torch.arange(s, device=rows_BS.device).repeat(b, 1)
     rows = torch.arange(b, device=rows_BS.device)[:, None].expand(b, s)
-    ahead = look_ahead(tokens, targets, depth, documents_BS) if depth else ()
 
     def own_tokens(x_BS: Tensor) -> Tensor:
         return layout.shard(as_tokens(x_BS, layout, zigzag), "tokens")
@@ -94,7 +93,8 @@ def make_batch(
     t, u, p, r = (own_tokens(x_BS) for x_BS in (tokens, targets, positions_BS, rows))
     batch = Batch(t, u, p, r, documents, s, zigzag)
     if depth:
-        batch = replace(batch, tokens_TA=own_tokens(ahead[0]), targets_TA=own_tokens(ahead[1]))
+        more, further = map(own_tokens, look_ahead(tokens, targets, depth, documents_BS))
+        batch = replace(batch, tokens_TA=more, targets_TA=further)
     if sequences:
         row_documents_BS = torch.zeros_like(tokens) if documents_BS is None else documents_BS
         slots_BS = slots_of(row_documents_BS, b // layout.parts("rows"))

@@ -28,8 +28,8 @@ from dtron.model.lora import LoraConfig, without_updates
 from dtron.model.transformer import embed, stage_then
 from dtron.params import unshard
 from dtron.schedules.runner import Program
-from dtron.training.gradients import forwards
 from dtron.training.config import StepConfig
+from dtron.training.gradients import forwards
 from dtron.training.pipeline import Pipeline, pipeline
 
 
