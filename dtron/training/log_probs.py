@@ -60,7 +60,9 @@ def log_probs(
 
     functions = Program(partial(embed, m=m, layout=layout), stage)
     found = forwards(functions, weights, microbatches, pipe)
-    return [_by_row(x_T, b, pipe) for x_T, b in zip(found, microbatches if found else (), strict=True)]
+    return [
+        _by_row(x_T, b, pipe) for x_T, b in zip(found, microbatches if found else (), strict=True)
+    ]
 
 
 def _by_row(log_probs_T: Tensor, batch: Batch, pipe: Pipeline) -> LogProbs:
