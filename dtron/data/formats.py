@@ -46,13 +46,8 @@ def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) 
     """Yield the texts of some lines of a .jsonl file.
 
     ``first``: the number of the first line, from 1."""
-    return _strings(
-        (
-            (where, row[column])
-            for where, row in _objects(file, _line_rows(file, lines, first), column)
-        ),
-        column,
-    )
+    rows = _objects(file, _line_rows(file, lines, first), column)
+    return _strings(((where, row[column]) for where, row in rows), column)
 
 
 def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
