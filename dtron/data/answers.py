@@ -104,7 +104,8 @@ class Answers(Chats):
         prompt = parts["prompt"]
         given = [value for value in parts.values() if value is not None]
         if not all(isinstance(value, str) for value in given):
-            for name, value in parts.items():
+            # A value of a third kind comes first: it is wrong beside texts and beside messages.
+            for name, value in sorted(parts.items(), key=lambda part: isinstance(part[1], str)):
                 listed = isinstance(value, list) and all(isinstance(m, dict) for m in value)
                 if value is not None and not listed:
                     raise UserError(
