@@ -148,7 +148,7 @@ def run_info(o: Namespace, console: Console) -> int:
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowRowsConfig:
     """Print the first samples of a run, with the tokens that are learned: in colour on a terminal,
     between [[ and ]] elsewhere."""
 
@@ -163,7 +163,7 @@ class ShowConfig:
 def run_show(argv: Sequence[str], console: Console) -> int:
     from dtron.runtime.cli import parse  # the other commands need no flags of train.py
 
-    o = parse(argv, ShowConfig(), prog="python -m dtron.data show")
+    o = parse(argv, ShowRowsConfig(), prog="python -m dtron.data show")
     if o.rows < 1:
         raise UserError(f"--rows {o.rows}: must be at least 1; use --rows 1")
     data = open_data(o.data, o.model.vocab, o.seed, o.rows)
