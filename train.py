@@ -33,13 +33,14 @@ from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
 from dtron.runtime.run_directory import RunDirectory
-from dtron.runtime.second_model import needs_initial_weights, second_model
+from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import learning_rate, weight_decay_factor
 from dtron.training.pipeline import Pipeline
+from dtron.training.reference import needs_initial_weights
 
 
 def main(argv: list[str]) -> int:

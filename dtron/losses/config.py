@@ -69,7 +69,9 @@ class LossConfig:
                 f"--loss.name {self.name}: there is no such loss; use {' or '.join(LOSSES)}"
             )
         chosen: Any = LOSSES[self.name]
-        return chosen(**{f.name: getattr(self, f.name) for f in _options(chosen)})
+        flags = {f.name for f in fields(self)}
+        own = [f.name for f in _options(chosen) if f.name in flags]
+        return chosen(**{name: getattr(self, name) for name in own})
 
     @property
     def folder(self) -> str:

@@ -18,12 +18,6 @@ from dtron.training.reference import Reference, second_pipeline, uses_frozen_bas
 from dtron.tree import fill, flat
 
 
-def needs_initial_weights(config: RunConfig) -> bool:
-    """Whether the second model is the model as the run begins, also where the run goes on from a
-    checkpoint."""
-    return config.loss.objective.second_model is not None and not config.loss.folder
-
-
 def second_model(
     config: RunConfig, plan: RunPlan, pipe: Pipeline, source: Source | None
 ) -> Reference | None:

@@ -71,6 +71,12 @@ def uses_frozen_base(config: StepConfig) -> bool:
     return second is not None and config.lora.rank > 0 and not config.loss.folder
 
 
+def needs_initial_weights(config: StepConfig) -> bool:
+    """Whether the second model is the model as the run begins, also where the run goes on from a
+    checkpoint."""
+    return config.loss.objective.second_model is not None and not config.loss.folder
+
+
 def second_pipeline(
     config: StepConfig, m: ModelConfig, pipe: Pipeline, shape: MeshShape, seq_len: int
 ) -> Pipeline:

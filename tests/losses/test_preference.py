@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from dtron.layers.cross_entropy import IGNORE
 from dtron.losses import sequence_sums
-from dtron.losses.config import LossConfig
+from dtron.losses.config import LOSSES, LossConfig
 from dtron.losses.preference import Preference
 from dtron.mesh import Layout
 from dtron.model import batch as batches
@@ -98,6 +98,28 @@ def test_a_step_with_experts_is_the_same():
 
 def test_the_reference_of_lora_is_the_model_without_updates():
     assert_equal_to(by_trl(DPO), run_of(DPO, lora=LoraConfig(rank=2)))
+
+
+@dataclass(frozen=True)
+class Hinge(Preference):
+    """SLiC (arXiv:2305.10425): a loss in one function, as another project would add it."""
+
+    def pair_loss(self, chosen_P, rejected_P):
+        return (1 - self.beta * (chosen_P - rejected_P)).relu()
+
+
+def test_a_new_loss_of_pairs_is_one_function():
+    def plain(scores, other, batch):
+        ours, theirs = (own_log_probs(x, batch) for x in (scores, other))
+        s = ours - theirs
+        pairs = pairs_of(batch)
+        terms = [(1 - 0.3 * (s[c].sum() - s[r].sum())).clamp(min=0) for c, r, *_ in pairs]
+        return torch.stack(terms).sum(), len(pairs)
+
+    with mock.patch.dict(LOSSES, hinge=Hinge):
+        hinge = LossConfig(name="hinge", beta=0.3)
+        assert_equal_to(plain, run_of(hinge))
+        assert_equal_on("cp=2,tp=2", hinge)
 
 
 # ---------------------------------------------------------------------------- mutants
