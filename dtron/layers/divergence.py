@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtron.errors import UserError
 from dtron.layers.cross_entropy import (
     IGNORE,
     Loss,
@@ -91,17 +90,12 @@ def largest_logits(
     x_TD: Tensor, w_head: Tensor, k: int, loss: Loss, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest logits of each token and their words, ``[T@tokens, k]`` each. Not
-    differentiable. Raises UserError if a rank of tp has fewer words."""
+    differentiable. Every rank of tp must have ``k`` words (``fewest_words``)."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
     loss = with_chunk(loss, x_TD, w_head, layout)
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
     parts = layout.parts("vocab")
     width = -(-w_head.shape[0] // parts)  # words of a rank; the last rank may have fewer
-    fewest = min(loss.vocab, w_head.shape[0] - width * (parts - 1))
-    if k > fewest:
-        raise UserError(
-            f"--loss.top-k {k}: a rank of tp={parts} has {fewest} words; use --loss.top-k {fewest}"
-        )
 
     def on_rank(x_TD: Tensor, w_VD: Tensor, ids_V: Tensor) -> tuple[Tensor, Tensor]:
         values, words = [], []
@@ -121,6 +115,14 @@ def largest_logits(
     ins = (("tokens", "act_embed"), ("vocab", "act_embed"), ("vocab",))
     outs: list[Any] = [("tokens", None), ("tokens", None)]
     return layout.local_map(on_rank, ins, outs)(x_TD, w_head, ids_V)
+
+
+def fewest_words(words: int, parts: int) -> int:
+    """Return the number of words of the last rank of tp, which has the fewest.
+
+    ``words``: the rows of the head.
+    ``parts``: the size of tp."""
+    return words - -(-words // parts) * (parts - 1)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -144,7 +146,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         wide, t = torch.promote_types(x_TD.dtype, torch.float32), rule.temperature
         entropy = torch.zeros((), dtype=wide, device=x_TD.device)
         divergence = torch.zeros_like(entropy)
-        dx, dw = [], torch.zeros_like(w_VD, dtype=wide)
+        train = any(ctx.needs_input_grad[:2])
+        dx: list[Tensor] = []
+        dw = torch.zeros_like(w_VD, dtype=wide) if train else None
         columns = [x_TD, targets_T, teacher_T, *([teacher_V] if top else [])]
         for x_CD, targets_C, *of_teacher in zip(
             *(x.split(loss.chunk) for x in columns), strict=True
@@ -162,8 +166,6 @@ class _ChunkedDivergence(torch.autograd.Function):
             target_C = layout.all_reduce(target_C, "vocab")
             log_sum_C = log_sum_exp(logits_CV, layout)
             entropy = entropy + ((log_sum_C - target_C) * counts).sum()
-            d_CV = (logits_CV - log_sum_C[:, None]).exp()
-            d_CV = d_CV.scatter_add(1, place_C[:, None], -mine[:, None].to(wide))
             # The divergence.
             q_CV = _log_softmax(logits_CV / t, layout)
             p_CV = _log_softmax(teacher_CV / t, layout)
@@ -171,6 +173,10 @@ class _ChunkedDivergence(torch.autograd.Function):
             gap_CV = torch.where(a_CV.isinf(), 0, a_CV - b_CV)  # 0 log 0 is 0
             kl_C = layout.all_reduce((a_CV.exp() * gap_CV).sum(-1), "vocab")
             divergence = divergence + (kl_C * counts).sum()
+            if dw is None:
+                continue
+            d_CV = (logits_CV - log_sum_C[:, None]).exp()
+            d_CV = d_CV.scatter_add(1, place_C[:, None], -mine[:, None].to(wide))
             slope_CV = (
                 q_CV.exp() * (gap_CV - kl_C[:, None]) if rule.reverse else q_CV.exp() - p_CV.exp()
             )
@@ -179,7 +185,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             d_CV = d_CV.to(x_TD.dtype)
             dx.append(d_CV @ w_VD)
             dw += d_CV.mT @ x_CD
-        ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
+        if dw is not None:
+            ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
         total = (1 - rule.weight) * entropy + rule.weight * t * t * divergence
         ctx.mark_non_differentiable(entropy, divergence)
         return total, entropy, divergence

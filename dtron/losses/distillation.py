@@ -22,7 +22,7 @@ from torch import Tensor
 from dtron.bounds import from_to
 from dtron.errors import UserError
 from dtron.layers.cross_entropy import Loss
-from dtron.layers.divergence import Divergence, distillation_loss, largest_logits
+from dtron.layers.divergence import Divergence, distillation_loss, fewest_words, largest_logits
 from dtron.losses.objective import LossInputs, Objective
 from dtron.mesh import Layout
 
@@ -50,6 +50,14 @@ class Distillation(Objective):
             raise UserError(
                 f"--loss.top-k {self.top_k} --loss.reverse: the reverse divergence is infinite where the "
                 "teacher's probability is 0; drop one of the two"
+            )
+
+    def check(self, options: Loss, words: int, tp: int) -> None:
+        fewest = min(options.vocab, fewest_words(words, tp))
+        if self.top_k > fewest:
+            raise UserError(
+                f"--loss.top-k {self.top_k}: a rank of tp={tp} has {fewest} words; use "
+                f"--loss.top-k {fewest}"
             )
 
     def stats(self, options: Loss) -> tuple[str, ...]:

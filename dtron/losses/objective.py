@@ -49,6 +49,12 @@ class Objective:
         """Return the names of the statistics in metrics.jsonl."""
         return ()
 
+    def check(self, options: Loss, words: int, tp: int) -> None:
+        """Raise UserError if the loss does not fit the mesh.
+
+        ``words``: the rows of the head, with padding.
+        ``tp``: the number of their shards."""
+
     def __call__(
         self, x_TD: Tensor, w_head: Tensor, inputs: LossInputs, options: Loss, layout: Layout
     ) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.hf.config import read_config
 from dtron.model.config import ModelConfig
+from dtron.model.head import loss_options
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import check
 from dtron.training.reference import uses_frozen_base
@@ -20,6 +21,7 @@ def check_loss(config: RunConfig, shape: MeshShape) -> None:
     _check_data(config)
     _check_model(config)
     loss, objective = config.loss, config.loss.objective
+    objective.check(loss_options(config.model), config.model.padded_vocab, shape.tp)
     if objective.requires_folder and not loss.folder:
         raise UserError(
             f"--loss.name {loss.name}: learns from a second model; give its folder by "

@@ -40,6 +40,7 @@ from dtron.layers.context_parallel import Method
 from dtron.losses.config import LossConfig
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
+from dtron.model.head import loss_options
 from dtron.model.lora import LoraConfig, check_lora
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
@@ -158,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
         )
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
+    config.loss.objective.check(loss_options(config.model), config.model.padded_vocab, shape.tp)
     check_expert_sizes(config.how, config.model, shape, dtype)
     optimizer, spec = build_optimizer(config.optim), config.declare()
     check_lora(declare_model(config.model), config.lora, shape, config.zero)

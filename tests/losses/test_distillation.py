@@ -68,8 +68,12 @@ def test_a_step_is_the_same_on_every_mesh(mesh, loss, choices):
 
 
 def test_more_words_than_a_rank_has_are_refused():
-    with pytest.raises(UserError, match="--loss.top-k 29: a rank of tp=2 has 14 words; use"):
-        assert_equal_on("tp=2", replace(TOP, top_k=29))
+    many = replace(TOP, top_k=15).objective
+    many.check(Loss(29), 29, 1)
+    with pytest.raises(UserError, match="--loss.top-k 15: a rank of tp=2 has 14 words; use"):
+        many.check(Loss(29), 29, 2)
+    with pytest.raises(UserError, match="has 14 words"):  # the others are padding
+        many.check(Loss(14), 128, 1)
 
 
 def test_the_largest_logits_are_those_of_the_whole_vocabulary():

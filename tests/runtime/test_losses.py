@@ -108,6 +108,7 @@ def test_a_student_learns_from_a_teacher_of_another_family(models):
         ([*STUDENT, "--loss.weight=2"], ["loss.weight=2", "from 0 to 1"]),
         ([*STUDENT, "--loss.reverse", "--loss.top-k=4"], ["--loss.top-k 4", "--loss.reverse"]),
         ([*STUDENT[:2], "--loss.teacher=gone"], ["gone"]),
+        ([*STUDENT, "--loss.top-k=1000"], ["--loss.top-k 1000", "words"]),
         ([*DPO, "--cuda-graph=on"], ["--cuda-graph on"]),
     ],
 )
