@@ -16,7 +16,7 @@ from dtron.layers import attention, mla
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
-from dtron.model import stage_output
+from dtron.model import stage_output, transformer
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.mtp import MTPConfig
