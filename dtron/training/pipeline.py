@@ -56,10 +56,9 @@ def program(
     objective: Objective = CROSS_ENTROPY,
 ) -> Program:
     """Return the model's functions, as the schedule runner takes them."""
-    run = partial(stage, m=m, layout=layout, how=how, host=HostMemory(), objective=objective)
     return Program(
         partial(embed, m=m, layout=layout),
-        run,
+        partial(stage, m=m, layout=layout, how=how, host=HostMemory(), objective=objective),
         splits and how.policy.splits,
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
         enter_params=embed_params,
@@ -268,9 +267,8 @@ def on_ranks(
     ``copy_engines``: whether GPUs of one host send messages by copy engines."""
     if mesh is None or "pp" not in axes_of(mesh):
         return pipe
-    lines = (
-        mesh.mesh.movedim(axes_of(mesh).index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
-    )
+    ranks = mesh.mesh.movedim(axes_of(mesh).index("pp"), -1)
+    lines = ranks.reshape(-1, len(pipe.table.rows)).tolist()
     pairs = pipe.table.pairs
     if pipe.twins is not None:
         first, last = (pipe.table.rank_of[s] for s in pipe.twins)
