@@ -92,7 +92,7 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
         )
     check_attention(config.attention_kernel, config.model, compute, device)
     check_dispatch(config.how, config.model, compiles)
-    check_expert_sizes(config.how, config.model, shape, compute)
+    check_expert_sizes(config.how, config.model, shape, compute, config.lora)
     master = torch.promote_types(compute, torch.float32)
     check_formats(optimizer, config.declare(), shape, config.zero, compute)
     plan = RunPlan(

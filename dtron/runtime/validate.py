@@ -14,6 +14,7 @@ from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
+from dtron.model.lora import NO_LORA, LoraConfig, is_target
 from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
 from dtron.training.batch_ramp import BatchRamp
@@ -87,7 +88,11 @@ def check_experts(model: ModelConfig, mesh: MeshShape) -> None:
 
 
 def check_expert_sizes(
-    how: ComputeConfig, model: ModelConfig, mesh: MeshShape, compute: torch.dtype
+    how: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshShape,
+    compute: torch.dtype,
+    lora: LoraConfig = NO_LORA,
 ) -> None:
     """Raise UserError if the kernel of grouped matmuls does not take the sizes: in bfloat16 a row
     has a multiple of 16 bytes."""
@@ -105,6 +110,12 @@ def check_expert_sizes(
                 f"{name}={size}{over}: the kernel of experts in bfloat16 takes multiples of 8 on a "
                 f"rank; use --{flag} {near}, or --moe-dispatch static"
             )
+    updated = any(w.axes[0] == "experts" and is_target(w, lora) for w in flat(declare_model(model)))
+    if lora.rank % 8 and updated:
+        raise UserError(
+            f"--lora.rank {lora.rank}: the kernel of experts in bfloat16 takes multiples of 8; use "
+            f"--lora.rank {-(-lora.rank // 8) * 8}, or --moe-dispatch static"
+        )
 
 
 def check_recompute(how: ComputeConfig, compiles: bool) -> None:

@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
     config.loss.objective.check(loss_options(config.model), config.model.padded_vocab, shape.tp)
-    check_expert_sizes(config.how, config.model, shape, dtype)
+    check_expert_sizes(config.how, config.model, shape, dtype, config.lora)
     optimizer, spec = build_optimizer(config.optim), config.declare()
     check_lora(declare_model(config.model), config.lora, shape, config.zero)
     check_formats(optimizer, spec, shape, config.zero, dtype)

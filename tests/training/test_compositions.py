@@ -211,7 +211,8 @@ def in_bfloat16(config: RunConfig) -> RunConfig:
     moe, etp = config.model.moe, MeshShape.parse(config.mesh).etp
     if moe.experts:
         moe = replace(moe, mlp=8 * etp, balanced=True)
-    return replace(config, model=replace(config.model, embed=16, moe=moe))
+    lora = replace(config.lora, rank=8) if moe.experts and config.lora.rank else config.lora
+    return replace(config, model=replace(config.model, embed=16, moe=moe), lora=lora)
 
 
 def assert_same_rounded(config: RunConfig, mutate=lambda layout: layout) -> None:
