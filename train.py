@@ -33,12 +33,14 @@ from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
 from dtron.runtime.run_directory import RunDirectory
+from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import learning_rate, weight_decay_factor
 from dtron.training.pipeline import Pipeline
+from dtron.training.reference import needs_initial_weights
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +54,9 @@ def main(argv: list[str]) -> int:
             return 0
         samples = config.ramp.samples_after(config.steps)
         data = open_data(config.data, config.model.vocab, config.seed, samples)
-        frozen = config.lora.rank > 0  # such weights are in no checkpoint
-        source = source_of(config) if frozen or not run.resumed else None
+        # Frozen weights, and those of a second model, are in no checkpoint.
+        again = config.lora.rank > 0 or needs_initial_weights(config)
+        source = source_of(config) if again or not run.resumed else None
         timeout = config.timeout_seconds
         with start_ranks(config, plan) as pipe, StopSignal(host_group(timeout)) as stop:
             train(config, plan, pipe, data, run, stop, source)
@@ -89,7 +92,8 @@ def train(
         log.say(describe(config, plan, data, state.step), *notes)
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
-        step = build_step(config, plan, pipe)
+        second = second_model(config, plan, pipe, source)
+        step = build_step(config, plan, pipe, reference=second)
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
@@ -114,7 +118,7 @@ def train(
             if recorder.end() or evaluates or saves:
                 log.finish()  # the host waits for the device
             if evaluates:
-                log.validation(validation_losses(state, data, config, plan, pipe))
+                log.validation(validation_losses(state, data, config, plan, pipe, second))
                 log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
             if saves:
                 log.say(*run.restore())

@@ -18,6 +18,7 @@ LEVELS = [
     {"rules", "mesh", "local_region", "mup", "params", "frozen", "tree"},
     {"fp8"},
     {"layers", "moe"},
+    {"losses"},
     {"schedules"},
     {"model"},
     {"training"},

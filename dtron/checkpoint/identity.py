@@ -73,6 +73,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
         # The norms of latents had the epsilon of the other norms.
         "model.mla.norm_eps": saved.get("model.norm_eps") if latent else 1e-6,
         **dotted(asdict(LoraConfig()), "lora."),
+        "loss.name": "cross_entropy",
         **{
             f"model.{part}.{name}": value
             for part, config in mixers.items()

@@ -1,7 +1,9 @@
-"""``python -m dtron.data prepare`` makes token files from text; ``info`` describes token files.
+"""``python -m dtron.data prepare`` makes token files from text; ``info`` describes token files;
+``show`` prints samples of a run, with the tokens that are learned.
 
 python -m dtron.data prepare corpus.jsonl --tokenizer tokenizer.json --out corpus
 python -m dtron.data info corpus
+python -m dtron.data show --data.path pairs.jsonl --data.kind preference --rows 2
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ if __name__ == "__main__":
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -23,14 +26,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tokenizers import Tokenizer
 
 from dtron.data.cache import cache_dir
+from dtron.data.config import DataConfig
 from dtron.data.documents import Documents
 from dtron.data.files import expand, find_files
 from dtron.data.indexed import NAMES, Indexed, Writer, prefix_of, token_dtype
-from dtron.data.open import Turns, beside
+from dtron.data.open import Turns, beside, open_data
 from dtron.data.prepare import prepare
+from dtron.data.show_rows import shown
 from dtron.data.special_tokens import CONFIG, end_id, file_beside, save_tokenizer
 from dtron.data.tokenization import get_tokenizer, load_tokenizer, text_of, vocab_of
 from dtron.errors import UserError
+from dtron.model.config import ModelConfig
 from dtron.runtime.exit import Parser, run_cli
 
 _PIECE = 1 << 24  # tokens read at once
@@ -141,6 +147,36 @@ def run_info(o: Namespace, console: Console) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class ShowRowsConfig:
+    """Print the first samples of a run, with the tokens that are learned: in colour on a terminal,
+    between [[ and ]] elsewhere."""
+
+    rows: int = 2
+    """number of samples"""
+    seed: int = 0
+    """random seed of the run"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def run_show(argv: Sequence[str], console: Console) -> int:
+    from dtron.runtime.cli import parse  # the other commands need no flags of train.py
+
+    o = parse(argv, ShowRowsConfig(), prog="python -m dtron.data show")
+    if o.rows < 1:
+        raise UserError(f"--rows {o.rows}: must be at least 1; use --rows 1")
+    data = open_data(o.data, o.model.vocab, o.seed, o.rows)
+    rows = data.train.rows(0, o.rows)
+    if o.data.masked and not o.data.learn_next_document:
+        rows = rows.within_documents()
+    for line in data.notes:
+        console.print(line, soft_wrap=True, markup=False)
+    for text in shown(rows, data.decode, console.is_terminal):
+        console.print(text, soft_wrap=True)
+    return 0
+
+
 def parser() -> Parser:
     made = Parser(prog="python -m dtron.data", description="Make and describe token files.")
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -175,10 +211,13 @@ def parser() -> Parser:
     add("--overwrite", action="store_true", help="replace OUT's files")
     look = commands.add_parser("info", help="describe a pair of files")
     look.add_argument("path", help="the OUT of prepare")
+    commands.add_parser("show", help="print samples of a run; takes the --data flags of train.py")
     return made
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "show":  # its flags are those of train.py
+        return run_show(list(argv[1:]), Console(highlight=False))
     o = parser().parse_args(list(argv))
     return {"prepare": run_prepare, "info": run_info}[o.command](o, Console(highlight=False))
 

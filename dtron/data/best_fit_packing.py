@@ -7,6 +7,9 @@ documents from the longest to the shortest. Put each document into the fullest r
 room for it. Open a new row if no row has room. On text this fills rows within a fraction of a
 percent. A document longer than a row is first split into segments of one row each.
 
+Documents that belong together, such as the two answers of a pair, are one item of a row, and follow
+each other in it.
+
 A row knows where its documents begin and end. So documents never attend to each other, and
 positions restart in each document. The rows are packed once, and every epoch has its own order of
 the rows. Left out: packing again in each epoch.
@@ -69,12 +72,15 @@ class TokenizedDocuments:
 
     Document i is ``tokens[starts[i] : starts[i] + lengths[i]]``.
 
-    ``learn``: for each token, whether it is learned as a target (None: all tokens are)."""
+    ``learn``: for each token, whether it is learned as a target (None: all tokens are).
+    ``group``: so many documents in a row belong together, such as the two answers of a pair. A
+        group fits into a row."""
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     learn: np.ndarray | None = None
+    group: int = 1
 
     def part(self, documents: slice) -> TokenizedDocuments:
         """Return some of the documents."""
@@ -100,7 +106,9 @@ class Fitted:
         self.starts, self.lengths = split_into_segments(
             documents.starts, documents.lengths, seq_len
         )
-        self.bins = best_fit(self.lengths, seq_len + 1)
+        groups = np.arange(len(self.lengths)).reshape(-1, documents.group)
+        bins = best_fit(self.lengths[groups].sum(1), seq_len + 1)
+        self.bins = [groups[items].flatten().tolist() for items in bins]
         self.size = int(documents.lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:

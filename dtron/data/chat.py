@@ -55,11 +55,14 @@ _CHARACTERS = 1 << 22  # and the number of their characters: an encoded one take
 
 
 class Conversation(NamedTuple):
-    """A row: its place, for error messages, its messages and its tools."""
+    """A row: its place, for error messages, its messages and its tools.
+
+    ``learned_from``: the number of messages at the beginning that are not learned."""
 
     where: str
     messages: Messages
     tools: Tools
+    learned_from: int = 0
 
 
 class Chats:
@@ -120,16 +123,16 @@ class Chats:
         """Return the samples of a conversation.
 
         ``counts``: counts the conversations, and what is left out of them."""
-        where, messages, tools = conversation
+        where, messages, tools, first = conversation
         counts["conversations"] += 1
         try:
             if self.template is None:
-                samples = [chatml(messages)]
+                samples = [chatml(messages, learned_from=first)]
                 keys = {key for m in messages for key, value in m.items() if value is not None}
                 counts.update(f"key {key}" for key in keys - {"role", "content"})
                 counts["key tools"] += tools is not None
             else:
-                samples = samples_of(self.template, messages, tools, counts)
+                samples = samples_of(self.template, messages, tools, counts, first)
                 counts["tools"] += bool(tools) and not self.template.reads("tools", tools)
             for sample in samples:
                 sample.text.encode()
@@ -192,8 +195,9 @@ class Chats:
             for conversation in batch:
                 self.samples(conversation, counts)
             contents = (m["content"] for c in batch for m in c.messages)
-            encoder, *markers = sealed(text, unused_character(contents))
-            for ids in signed_ids(encoder, [chatml(c.messages, *markers) for c in batch]):
+            encoder, start, stop = sealed(text, unused_character(contents))
+            written = [chatml(c.messages, start, stop, c.learned_from) for c in batch]
+            for ids in signed_ids(encoder, written):
                 yield np.array([*ids, *closing], np.int64)
 
     def _checked(self, value: Any, where: str) -> Messages:

@@ -20,7 +20,7 @@ Left out: answers in a prefix that the template refuses to render. They are coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -41,42 +41,53 @@ class ChatSample:
     learned: tuple[Span, ...]
 
 
-def chatml(messages: Messages, start: str = START, end: str = END) -> ChatSample:
+def chatml(
+    messages: Messages, start: str = START, end: str = END, learned_from: int = 0
+) -> ChatSample:
     """Write messages with the simple template. An answer is learned with the marker after it.
 
-    ``start``, ``end``: the markers."""
+    ``start``, ``end``: the markers.
+    ``learned_from``: the number of messages at the beginning that are not learned."""
     text, learned = "", []
-    for message in messages:
+    for number, message in enumerate(messages):
         text += f"{start}{message['role']}\n"
         body = len(text)
         text += message["content"] + end
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and number >= learned_from:
             learned.append((body, len(text)))
         text += "\n"
     return ChatSample(text, tuple(learned))
 
 
 def samples_of(
-    template: ChatTemplate, messages: Messages, tools: Tools, counts: Counter[str]
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Tools,
+    counts: Counter[str],
+    learned_from: int = 0,
 ) -> list[ChatSample]:
     """Return the samples of a conversation: one, or one for each answer if the template rewrites
     earlier turns. Raises UserError if the template fails.
 
-    ``counts``: counts what is left out, and ``rewritten`` conversations."""
+    ``counts``: counts what is left out, and ``rewritten`` conversations.
+    ``learned_from``: the number of messages at the beginning that are not learned."""
     whole = template.render(messages, tools)
-    turns = _turns(template, messages, tools, whole)
+    answers = _answers(messages, learned_from)
+    turns = _turns(template, messages, tools, whole, answers)
     found = [turn for turn in turns if turn is not None]
     if turns and not found:
-        template.render(messages[: _answers(messages)[0] + 1], tools)  # raises the reason
+        template.render(messages[: answers[0] + 1], tools)  # raises the reason
         raise UserError(
             "the tokenizer's chat template does not show where an answer begins; give one that "
             "writes an answer's content"
         )
     counts["unfound"] += len(turns) - len(found)
     if not template.tagged(tools):
-        counts["calls"] += len(_answers(messages)) - len(turns)
+        counts["calls"] += len(answers) - len(turns)
     if all(whole.text.startswith(prefix.text) for prefix, _ in found):
         spans = whole.generated if template.tagged(tools) else tuple(_disjoint(found))
+        if learned_from and found:
+            spans = tuple(span for span in spans if span[1] > found[0][1])
         return [ChatSample(whole.text, spans)]
     counts["rewritten"] += 1
     samples = []
@@ -124,18 +135,25 @@ Turn = tuple[Rendered, int]
 """A prefix that ends with an answer, and where in its text the answer begins."""
 
 
-def _answers(messages: Messages) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def _answers(messages: Messages, first: int) -> list[int]:
+    """Return the numbers of the answers, from message ``first`` on."""
+    return [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
 
 
 def _turns(
-    template: ChatTemplate, messages: Messages, tools: Tools, whole: Rendered
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Tools,
+    whole: Rendered,
+    answers: Sequence[int],
 ) -> list[Turn | None]:
     """Return the turn of each answer that is learned. None for an answer whose prefix the template
-    refuses."""
+    refuses.
+
+    ``answers``: the numbers of the answers."""
     calls = template.reads("tool_calls", tools)
     turns: list[Turn | None] = []
-    for i in _answers(messages):
+    for i in answers:
         if messages[i].get("tool_calls") and not calls:
             continue  # the template leaves out what the answer does
         last = i + 1 == len(messages)

@@ -7,6 +7,9 @@ from typing import Literal
 
 from dtron.errors import UserError
 
+FIELDS = {"completion": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected")}
+"""The parts of a row, by ``DataConfig.kind``. The prompt of a preference may be missing."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -28,6 +31,11 @@ class DataConfig:
     packing: Literal["concatenate", "best-fit"] = "concatenate"
     """concatenate: split the concatenated documents into rows; best-fit: pack whole documents into
     rows, masked from each other"""
+    kind: Literal["documents", "completion", "preference"] = "documents"
+    """rows of documents; completion: a prompt and its completion; preference: a chosen and a
+    rejected answer, with or without a prompt. Only completions and answers are learned"""
+    columns: str = ""
+    """fields of rows by their names, as prompt=question,completion=answer"""
     chat: bool = False
     """rows are conversations, packed by best fit; only the assistant's messages are learned"""
     streaming: bool = False
@@ -59,8 +67,21 @@ class DataConfig:
             raise UserError(
                 f"data.samples={self.samples}: must be at least 1; raise it, or leave it out"
             )
+        if self.kind != "documents" and (self.chat or self.column):
+            flag = "--data.chat" if self.chat else f"--data.column {self.column}"
+            raise UserError(
+                f"{flag} with --data.kind {self.kind}: its rows may be messages already, and "
+                f"--data.columns names their fields; leave {flag} out"
+            )
+        if self.columns and self.kind == "documents":
+            raise UserError(
+                f"--data.columns {self.columns}: documents have one field; use --data.column, or "
+                "--data.kind completion"
+            )
+        _ = self.fields  # raises UserError for a name that rows do not have
         if self.streaming and self.fitted:
             name = "--data.chat" if self.chat else "--data.packing best-fit"
+            name = name if self.kind == "documents" else f"--data.kind {self.kind}"
             raise UserError(
                 f"--data.streaming {name}: all lengths must be known first; drop one of the two"
             )
@@ -68,7 +89,22 @@ class DataConfig:
     @property
     def fitted(self) -> bool:
         """Whether whole documents are packed by best fit."""
-        return self.chat or self.packing == "best-fit"
+        return self.chat or self.kind != "documents" or self.packing == "best-fit"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The field or column of each part of a row. Raises UserError for a part that rows of this
+        kind do not have."""
+        names = {name: name for name in FIELDS.get(self.kind, ())}
+        for part in filter(None, (p.strip() for p in self.columns.split(","))):
+            name, equals, column = (word.strip() for word in part.partition("="))
+            if name not in names or not equals or not column:
+                raise UserError(
+                    f"--data.columns {part!r}: is no field of --data.kind {self.kind}; write "
+                    + ",".join(f"{name}=NAME" for name in names)
+                )
+            names[name] = column
+        return names
 
     @property
     def masked(self) -> bool:

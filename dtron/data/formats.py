@@ -46,13 +46,8 @@ def texts_of_lines(file: Path, lines: Iterable[bytes], first: int, column: str) 
     """Yield the texts of some lines of a .jsonl file.
 
     ``first``: the number of the first line, from 1."""
-    return _strings(
-        (
-            (where, row[column])
-            for where, row in _objects(file, _line_rows(file, lines, first), column)
-        ),
-        column,
-    )
+    rows = _objects(file, _line_rows(file, lines, first), column)
+    return _strings(((where, row[column]) for where, row in rows), column)
 
 
 def _strings(found: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
@@ -79,17 +74,18 @@ def cells(file: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def records(
-    file: Path, column: str, optional: tuple[str, ...] = ()
+    file: Path, column: str, optional: tuple[str, ...] = (), flag: str = "--data.column"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each row (for error messages), and its values by column.
 
-    ``optional``: more columns, which a file or a row may lack."""
+    ``optional``: more columns, which a file or a row may lack.
+    ``flag``: the flag that names the column, for errors."""
     match suffix_of(file):
         case ".jsonl" | ".json":
-            yield from _objects(file, _json_rows(file), column)
+            yield from _objects(file, _json_rows(file), column, flag)
         case ".parquet" | ".arrow":
             number = 0
-            for _, columns in _columns(file, column, optional):
+            for _, columns in _columns(file, column, optional, flag):
                 for values in zip(*(c.to_pylist() for c in columns.values()), strict=True):
                     number += 1
                     yield f"{str(file)!r} row {number}", dict(zip(columns, values, strict=True))
@@ -99,7 +95,7 @@ def records(
 
 
 def _objects(
-    file: Path, found: Iterable[tuple[str, Any]], column: str
+    file: Path, found: Iterable[tuple[str, Any]], column: str, flag: str = "--data.column"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows, each an object that has the column."""
     for where, row in found:
@@ -107,7 +103,7 @@ def _objects(
         if not isinstance(row, dict):
             raise _not_row(where, column, row)
         if column not in row:
-            raise _missing(where, column, list(row))
+            raise missing(where, column, list(row), flag)
         yield where, row
 
 
@@ -174,7 +170,7 @@ def _parse(source: str, where: str) -> Any:
 
 
 def _columns(
-    file: Path, column: str, optional: tuple[str, ...] = ()
+    file: Path, column: str, optional: tuple[str, ...] = (), flag: str = "--data.column"
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield batches: the type of the column, and the columns by name. The types and the columns are
     pyarrow objects.
@@ -197,7 +193,7 @@ def _columns(
             with _reading(file, "Parquet"):
                 table = parquet.ParquetFile(source)
                 present = table.schema_arrow.names
-                _has(file, table.schema_arrow, column)
+                _has(file, table.schema_arrow, column, flag)
                 names = [column, *(name for name in optional if name in present)]
                 yield from map(batch_of, table.iter_batches(batch_size=256, columns=names))
             return
@@ -210,7 +206,7 @@ def _columns(
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             else:
                 batches = table = ipc.open_stream(source)
-            _has(file, table.schema, column)
+            _has(file, table.schema, column, flag)
             yield from map(batch_of, batches)
 
 
@@ -269,9 +265,9 @@ def _reading(file: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def _has(file: Path, schema: Any, column: str) -> None:
+def _has(file: Path, schema: Any, column: str, flag: str) -> None:
     if column not in schema.names:
-        raise _missing(repr(str(file)), column, schema.names)
+        raise missing(repr(str(file)), column, schema.names, flag)
     if schema.names.count(column) > 1:
         raise UserError(
             f"{str(file)!r} has several columns {column!r}; give each column a name of its own"
@@ -285,11 +281,12 @@ def _not_row(where: str, column: str, value: Any) -> UserError:
     )
 
 
-def _missing(where: str, column: str, present: list[str]) -> UserError:
+def missing(where: str, column: str, present: list[str], flag: str) -> UserError:
+    """Return the error of a row without a column.
+
+    ``flag``: the flag that names the column."""
     names = ", ".join(map(repr, present[:20])) or "none"
-    return UserError(
-        f"{where} has no column {column!r}; set --data.column to one that is there: {names}"
-    )
+    return UserError(f"{where} has no column {column!r}; set {flag} to one that is there: {names}")
 
 
 def _not_text(where: str, column: str, kind: str) -> UserError:

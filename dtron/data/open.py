@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from dtron.data.answers import Answers
 from dtron.data.best_fit_packing import Fitted, TokenizedDocuments
 from dtron.data.cache import cache_dir, digest
 from dtron.data.chat import Chats
+from dtron.data.chat_rows import learned_rows
 from dtron.data.chunks import check_length, split_text
 from dtron.data.documents import Documents
 from dtron.data.files import expand
@@ -93,7 +95,7 @@ def open_data(
             continue
         assert tokenizer is not None  # only indexed files may lack one
         if isinstance(text, Chats):
-            train, held, note = _chats(d, text, text.encode(tokenizer, cache, end), seed)
+            train, held, note = learned_rows(d, text, text.encode(tokenizer, cache, end), seed)
             found.append((train, held))
             notes += [*text.notes, note]
         elif d.streaming:
@@ -148,11 +150,14 @@ def _open(d: DataConfig, path: str | None, cache: Path) -> Text:
         and prefix
         and (Path(path).suffix in (".bin", ".idx") or not expand(path).is_file())
     ):
-        if d.chat:
+        if d.chat or d.kind != "documents":
+            flag = "--data.chat" if d.chat else f"--data.kind {d.kind}"
             raise UserError(
-                f"--data.chat with --data.path {path!r}: tokens have no roles; give a .jsonl"
+                f"{flag} with --data.path {path!r}: tokens have no roles; give a .jsonl"
             )
         return Indexed(prefix)
+    if d.kind != "documents":
+        return Answers(path, d.fields, d.tokenizer, d.end_token)
     if d.chat:
         return Chats(path, d.column or "messages", d.tokenizer, d.end_token)
     return Documents(path, d.column or "text", cache, d.streaming)
@@ -218,42 +223,6 @@ def _documents(tokens: np.ndarray, end: int) -> TokenizedDocuments:
         ends = np.append(ends, len(tokens))
     starts = np.concatenate([[0], ends[:-1]])
     return TokenizedDocuments(tokens, starts, ends - starts)
-
-
-def _chats(
-    d: DataConfig, chats: Chats, encoded: tuple[np.ndarray, np.ndarray, np.ndarray], seed: int
-) -> tuple[Source, Source, str | None]:
-    """Return samples of conversations, and a line about what is dropped or cut."""
-    tokens, learn, lengths = encoded
-    starts = np.cumsum(lengths) - lengths
-    kept = np.minimum(lengths, d.seq_len + 1)  # a longer conversation loses its end
-    taught = np.concatenate([[0], np.cumsum(learn)])
-    some = taught[starts + kept] > taught[np.minimum(starts + 1, starts + kept)]
-    cut = int((some & (kept < lengths)).sum())
-    starts, kept = starts[some], kept[some]
-    held_out = len(kept) - int(len(kept) * d.validation_ratio)
-    if held_out == len(kept):
-        raise UserError(
-            f"--data.path {chats.path!r}: {len(kept)} of {len(lengths)} conversations have "
-            f"something to learn in their first {d.seq_len} tokens, and a share of "
-            f"{d.validation_ratio} of them is not one to validate with; raise --data.seq-len or "
-            "--data.validation-ratio, or give more"
-        )
-    documents = TokenizedDocuments(tokens, starts, kept, learn)
-    train, held = documents.part(slice(held_out)), documents.part(slice(held_out, None))
-    note = None
-    if len(kept) < len(lengths) or cut:
-        what = "conversations" if len(lengths) == chats.count else "samples of conversations"
-        note = (
-            f"{chats.path}: {len(lengths) - len(kept):,} of {len(lengths):,} {what} have "
-            f"nothing to learn in their first {d.seq_len:,} tokens and are dropped; {cut:,} are "
-            "cut; raise --data.seq-len"
-        )
-    return (
-        Fitted(train, d.seq_len, seed),
-        Fitted(held, d.seq_len, seed, shuffle=False),
-        note,
-    )
 
 
 def _indexed(

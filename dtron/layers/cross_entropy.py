@@ -59,10 +59,7 @@ def cross_entropy(
     The gradient of the cross entropy includes the gradient of the z-loss, times ``loss.z``. The
     z-loss itself is not differentiable."""
     x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-    if loss.chunk is None:
-        words = w_head.shape[0] // layout.parts("vocab")
-        tokens = x_TD.shape[0] // layout.parts("tokens")
-        loss = replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
+    loss = with_chunk(loss, x_TD, w_head, layout)
     ids_V = layout.iota("vocab", w_head.shape[0], w_head.device)
 
     def on_rank(
@@ -76,6 +73,38 @@ def cross_entropy(
         [("+tokens",), ("+tokens",)],
     )
     return region(x_TD, w_head, targets_T, ids_V)
+
+
+def with_chunk(loss: Loss, x_TD: Tensor, w_head: Tensor, layout: Layout) -> Loss:
+    """Return the settings with a number of tokens in ``chunk``."""
+    if loss.chunk is not None:
+        return loss
+    words = w_head.shape[0] // layout.parts("vocab")
+    tokens = x_TD.shape[0] // layout.parts("tokens")
+    return replace(loss, chunk=max(1, min(2**27 // words, (tokens + 1) // 2)))
+
+
+def chunk_logits(x_CD: Tensor, w_VD: Tensor, ids_V: Tensor, loss: Loss) -> Tensor:
+    """Compute the logits ``[C, V]`` of a chunk of tokens, in float32 at least. Padding of the
+    vocabulary has -inf. Rank-local."""
+    wide = torch.promote_types(x_CD.dtype, torch.float32)
+    logits_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
+    return logits_CV.masked_fill(ids_V >= loss.vocab, float("-inf"))
+
+
+def uncapped_gradient(d_CV: Tensor, logits_CV: Tensor, cap: float | None) -> Tensor:
+    """Return the gradient of the logits before their soft-cap, given that of the bounded ones."""
+    if cap is None:
+        return d_CV
+    tanh_CV = (logits_CV / cap).clamp(min=-1)  # the derivative of tanh is 0 for padding
+    return d_CV * (1 - tanh_CV.square())
+
+
+def own_words(targets_C: Tensor, ids_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(mine, place)``: whether each target is one of this rank's words, and its place
+    among them (0 if it is not)."""
+    mine = (targets_C >= ids_V[0]) & (targets_C <= ids_V[-1])
+    return mine, (targets_C - ids_V[0]) * mine
 
 
 def over_all(loss: Tensor, layout: Layout) -> Tensor:
@@ -129,13 +158,11 @@ class _ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=wide) if of_w else None  # not where the head is frozen
         chunks = zip(x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True)
         for x_CD, targets_C in chunks:
-            logits_CV = soft_cap((x_CD @ w_VD.mT).to(wide), loss.softcap)
-            logits_CV = logits_CV.masked_fill(ids_V >= loss.vocab, float("-inf"))
+            logits_CV = chunk_logits(x_CD, w_VD, ids_V, loss)
             top_C = layout.all_reduce(logits_CV.amax(-1), "vocab", "max")
             exp_CV = (logits_CV - top_C[:, None]).exp()
             counts = targets_C != IGNORE
-            mine = (targets_C >= ids_V[0]) & (targets_C <= ids_V[-1])
-            place_C = (targets_C - ids_V[0]) * mine
+            mine, place_C = own_words(targets_C, ids_V)
             target_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
             sums = layout.all_reduce(torch.stack([exp_CV.sum(-1), target_C]), "vocab")
             sum_C, target_C = sums.unbind()
@@ -147,10 +174,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope_C = (1 + 2 * loss.z * logsum_C) / sum_C * counts
                 d_CV = exp_CV * slope_C[:, None]
                 d_CV.scatter_add_(1, place_C[:, None], -mine[:, None].to(wide))
-                if loss.softcap is not None:  # the derivative of tanh, and 0 for padding
-                    tanh_CV = (logits_CV / loss.softcap).clamp(min=-1)
-                    d_CV = d_CV * (1 - tanh_CV.square())
-                d_CV = d_CV.to(x_TD.dtype)
+                d_CV = uncapped_gradient(d_CV, logits_CV, loss.softcap).to(x_TD.dtype)
                 if of_x:
                     dx.append(d_CV @ w_VD)
                 if dw is not None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dtron.layers.cross_entropy import Loss, cross_entropy
+from dtron.layers.cross_entropy import Loss
 from dtron.layers.norm import Norm, norm
+from dtron.losses.objective import LossInputs, Objective
 from dtron.mesh import Layout
 from dtron.model.activation_checkpoint import BlockPolicy, run_end
 from dtron.model.config import ModelConfig
@@ -56,25 +57,34 @@ def last_norm(
     return (run_end(partial(norm, eps=m.norm_eps), unshard(p, layout), x_TD, last),)
 
 
+def loss_options(m: ModelConfig) -> Loss:
+    """Return the settings of the loss that belong to the model."""
+    return Loss(m.vocab, z=m.z_loss, softcap=m.final_softcap)
+
+
 def loss(
-    x_TD: Tensor, w_head: Tensor, targets_T: Tensor, m: ModelConfig, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Apply the head ``w_head``, and return the loss and the z-loss: see ``cross_entropy``."""
+    x_TD: Tensor,
+    w_head: Tensor,
+    inputs: LossInputs,
+    objective: Objective,
+    m: ModelConfig,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """Apply the head ``w_head``, and return the loss and its statistics: see ``Objective``."""
     (w_head,) = unshard_head(w_head, layout)
-    x_TD = head_input(x_TD, m)
-    options = Loss(m.vocab, z=m.z_loss, softcap=m.final_softcap)
-    return cross_entropy(x_TD, w_head, targets_T, options, layout)
+    return objective(head_input(x_TD, m), w_head, inputs, loss_options(m), layout)
 
 
 def norm_and_loss(
     p: Any,
     x_TD: Tensor,
-    targets_T: Tensor,
+    inputs: LossInputs,
+    objective: Objective,
     m: ModelConfig,
     layout: Layout,
     last: BlockPolicy,
-) -> tuple[Tensor, Tensor]:
-    """Apply the norm and the head, and return the loss and the z-loss: see ``cross_entropy``."""
+) -> tuple[Tensor, ...]:
+    """Apply the norm and the head, and return the loss and its statistics: see ``Objective``."""
     assert p.norm is not None
     (x_TD,) = last_norm(p.norm, x_TD, m, layout, last)
-    return loss(x_TD, head_weight(p), targets_T, m, layout)
+    return loss(x_TD, head_weight(p), inputs, objective, m, layout)

@@ -27,7 +27,7 @@ from dtron.layers.lora import LoRA
 from dtron.layers.quantized_weight import BLOCK, QuantizedWeight, declare_quantized
 from dtron.params import Dims, WeightSpec, zeros
 from dtron.rules import place, rules_for
-from dtron.tree import flat, nodes, tree_map
+from dtron.tree import flat, map_units, nodes, tree_map
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ def with_lora(spec: Any, config: LoraConfig) -> Any:
         return w if _matches(w, config.trained_patterns) else _frozen(w, config)
 
     return tree_map(changed, spec)
+
+
+def without_updates(weights: Any) -> Any:
+    """Return the weights of the model as it was before training: the frozen weights alone."""
+
+    def frozen(unit: Any) -> Any:
+        while isinstance(unit, (LoRA, DoRA)):
+            unit = unit.base
+        return unit
+
+    return map_units(frozen, weights)
 
 
 def is_update(w: WeightSpec) -> bool:

@@ -7,7 +7,7 @@ summed loss. block.py has the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,31 +16,27 @@ import torch
 from torch import Tensor
 
 from dtron.distributed.host_memory import HostMemory
-from dtron.layers.attention_core import LARGEST
-from dtron.layers.cross_entropy import IGNORE, logits, over_all
+from dtron.layers.cross_entropy import IGNORE, logits
 from dtron.layers.embedding import Embedding, embedding
 from dtron.layers.norm import Norm
+from dtron.losses.objective import CROSS_ENTROPY, LossInputs, Objective
 from dtron.mesh import Layout
 from dtron.model import head
 from dtron.model.batch import Batch
 from dtron.model.block import (
-    LARGEST_LOGITS,
-    LAYER_STATS,
     Block,
     BlockRunner,
     Decoding,
     block_runner,
-    output_names,
 )
 from dtron.model.compute_config import PLAIN, ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.model.head import end_params, head_input, head_weight, last_norm, unshard_head
 from dtron.model.mtp import module
+from dtron.model.stage_output import MTPLosses, stage_output
 from dtron.params import declare, part, unshard, weight
 from dtron.schedules.runner import StageOutput
 from dtron.torch_compile import DIRECT, Units
-
-MTPLosses = tuple[list[Tensor], list[Tensor]]  # by module: summed loss, number of targets
 
 
 @dataclass(frozen=True)
@@ -101,16 +97,18 @@ def stage(
     how: ComputeConfig = PLAIN,
     call: Units = DIRECT,
     host: HostMemory | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Tensor, StageOutput | None]:
     """Run the blocks of a stage, and in the last stage the head.
 
-    Returns x_TD, or in the last stage the loss summed over the batch's valid tokens. The loss's sum
-    over data ranks is still pending. Also returns the stage's terms of the loss and its report.
+    Returns x_TD, or in the last stage the loss summed over the batch's valid tokens, or pairs. The
+    loss's sum over data ranks is still pending. Also returns the stage's terms of the loss and its report.
 
     ``x_TD``: ``[T@tokens_sp, D]``.
     ``before``: the summed reports of the step so far, where they are needed.
     ``call``: calls the units that are compiled: each block, and the loss.
-    ``host``: buffers of earlier steps for activations that move to the host (None: new ones)."""
+    ``host``: buffers of earlier steps for activations that move to the host (None: new ones).
+    ``objective``: the loss."""
     runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, before, call=call)
     runner = runner.offloading(host or HostMemory())
     order = [(p.blocks[i], runner.fp8_gather(end)) for i, end in enumerate(_ends(p, m))]
@@ -119,17 +117,47 @@ def stage(
     weights = call.gathered(order, to_loss=p.norm is not None)
     x_TD, outputs = _blocks(p, weights, x_TD, runner)
     if p.norm is None:
-        return x_TD, _stage_output(outputs, None, m, layout)
-    mtp, last = None, how.policy.block(len(p.blocks) - 1)
+        return x_TD, stage_output(outputs, None, m, layout)
+    mtp, last, rest = None, how.policy.block(len(p.blocks) - 1), (objective, m, layout)
+    inputs = batch.loss_inputs(layout)
     if batch.targets_TA is None:
-        loss, z = call(head.norm_and_loss, next(weights), x_TD, batch.targets_T, m, layout, last)
+        loss, *stats = call(head.norm_and_loss, next(weights), x_TD, inputs, *rest, last)
     else:
         end = next(weights)
         (x_TD,) = call(last_norm, end.norm, x_TD, m, layout, last)
-        loss, z = call(head.loss, x_TD, head_weight(end), batch.targets_T, m, layout)
+        loss, *stats = call(head.loss, x_TD, head_weight(end), inputs, *rest)
         mtp, more = _mtp(p, end, x_TD, batch, runner)
         outputs = [*outputs, *more]
-    return loss, _stage_output(outputs, mtp, m, layout, z if m.z_loss else None)
+    named = dict(zip(objective.stats(head.loss_options(m)), stats, strict=True))
+    return loss, stage_output(outputs, mtp, m, layout, named)
+
+
+def stage_then(
+    p: Transformer,
+    x_TD: Tensor,
+    batch: Batch,
+    end: Callable[[Tensor, Tensor], Any],
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig = PLAIN,
+) -> tuple[Any, None]:
+    """Run a stage like ``stage``, but the last stage returns ``end(x_TD, w_head)``.
+
+    ``end``: gets the input of the head, ``[T@tokens_sp, D]``, and the head, ``[V@vocab, D]``."""
+    runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how)
+    return _then(p, x_TD, runner, end), None
+
+
+def _then(
+    p: Transformer, x_TD: Tensor, runner: BlockRunner, end: Callable[[Tensor, Tensor], Any]
+) -> Any:
+    m, layout = runner.m, runner.layout
+    x_TD, _ = _blocks(p, iter(p.blocks), x_TD, runner)
+    if p.norm is None:
+        return x_TD
+    (x_TD,) = last_norm(p.norm, x_TD, m, layout, runner.how.policy.block(len(p.blocks) - 1))
+    (w_head,) = unshard_head(head_weight(p), layout)
+    return end(head_input(x_TD, m), w_head)
 
 
 def stage_logits(
@@ -150,21 +178,19 @@ def stage_logits(
         token's logits are returned: ``[B@tokens, vocab]``."""
     # With a cache the mask is an explicit matrix: no kernel needs anything prepared for it.
     how = PLAIN if caches is None else replace(PLAIN, attention_kernel="reference")
-    decoding = Decoding(caches, last_B)
-    runner = block_runner(p.all_blocks, x_TD, batch, m, layout, how, decoding=decoding)
-    x_TD, _ = _blocks(p, iter(p.blocks), x_TD, runner)
-    if p.norm is None:
-        return x_TD, None
-    (x_TD,) = last_norm(p.norm, x_TD, m, layout, how.policy.block(len(p.blocks) - 1))
-    if last_B is not None:
-        x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-        ins = (("tokens", "act_embed"), ("tokens",))
-        x_TD = layout.local_map(partial(_pick_rows, seq_len=batch.seq_len), ins, ins[0])(
-            x_TD, last_B
-        )
-    x_TD = head_input(x_TD, m)
-    (w_head,) = unshard_head(head_weight(p), layout)
-    return logits(x_TD, w_head, m.vocab, layout, m.final_softcap), None
+    runner = block_runner(
+        p.all_blocks, x_TD, batch, m, layout, how, decoding=Decoding(caches, last_B)
+    )
+
+    def end(x_TD: Tensor, w_head: Tensor) -> Tensor:
+        if last_B is not None:
+            x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+            ins = (("tokens", "act_embed"), ("tokens",))
+            pick = partial(_pick_rows, seq_len=batch.seq_len)
+            x_TD = layout.local_map(pick, ins, ins[0])(x_TD, last_B)
+        return logits(x_TD, w_head, m.vocab, layout, m.final_softcap)
+
+    return _then(p, x_TD, runner, end), None
 
 
 def _pick_rows(x_TD: Tensor, places_B: Tensor, seq_len: int) -> Tensor:
@@ -225,7 +251,8 @@ def _mtp(
         (e_TD,) = runner.call(_embed_ahead, w_tokens, tokens_T, batch.positions_T, m, layout)
         wrap = partial(_in_module, e_TD=e_TD, eps=m.norm_eps)
         h_TD, more = runner.run(p_k, h_TD, len(p.blocks) + k, True, wrap, targets_T)
-        losses.append(runner.call(head.loss, h_TD, w_head, targets_T, ahead, layout)[0])
+        rest = LossInputs(targets_T), CROSS_ENTROPY, ahead, layout
+        losses.append(runner.call(head.loss, h_TD, w_head, *rest)[0])
         counts.append(count(targets_T))
         outputs.append(more)
     return (losses, counts), outputs
@@ -245,55 +272,3 @@ def _count_targets(targets_T: Tensor) -> Tensor:
 def _in_module(block: Callable, e_TD: Tensor, eps: float) -> Callable:
     """Return the module of multi-token prediction that contains this block."""
     return partial(module, e_TD=e_TD, block=block, eps=eps)
-
-
-def _stage_output(
-    outputs: Sequence[Mapping[str, Tensor]],
-    mtp: MTPLosses | None,
-    m: ModelConfig,
-    layout: Layout,
-    z: Tensor | None = None,
-) -> StageOutput | None:
-    """Collect a stage's terms of the loss and its report. A report has one row per layer with
-    experts, per layer with attention, or per module of multi-token prediction.
-
-    ``outputs``: the outputs of each block, see ``output_names``.
-    ``mtp``: the losses of multi-token prediction (None: it has no module).
-    ``z``: the head's z-loss, which is in the gradient already (None: it has no weight)."""
-    terms: list[Tensor] = []
-    report: dict[str, Tensor] = {}
-    by_name = {
-        name: [x[name] for x in outputs if name in x]
-        for name in output_names(logits=True, sparse=True)
-    }
-    if by_name["aux"]:
-        report = {name: _stack(by_name[name], layout) for name in LAYER_STATS}
-        terms += by_name["aux"] if m.moe.aux_loss or m.moe.z_loss else ()
-    if mtp:
-        losses, counts = ([over_all(x, layout) for x in xs] for xs in mtp)
-        report["mtp"], report["mtp_tokens"] = _stack(losses, layout), _stack(counts, layout)
-        terms += [loss * (m.mtp.weight / len(losses)) for loss in losses]
-    if z is not None:
-        report["z_loss"] = _stack([over_all(z, layout)], layout)
-    # sum() starts with 0, and 0 is not a pending sum.
-    aux = sum(terms[1:], terms[0]) if terms else None
-    largest, maxima = by_name[LARGEST_LOGITS], {}
-    if largest:
-        maxima[LARGEST_LOGITS] = _stack(largest, layout, LARGEST, (None, *LARGEST))
-    return StageOutput(aux, report, maxima) if report or maxima else None
-
-
-def _stack(
-    xs: Sequence[Tensor],
-    layout: Layout,
-    axes: tuple[str | None, ...] = ("+tokens_sp",),
-    out: tuple[str | None, ...] = ("+tokens_sp",),
-) -> Tensor:
-    """Stack pending sums, or tensors with other axes, without gradients. Rank-local.
-
-    ``axes``, ``out``: the axes of each tensor, and those of the stack."""
-
-    def stack(*rows: Tensor) -> Tensor:
-        return torch.stack(rows)
-
-    return layout.local_map(stack, [axes] * len(xs), out)(*(x.detach() for x in xs))

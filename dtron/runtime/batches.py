@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtron.data import Data, Prefetch, Rows
+from dtron.losses.sequence_sums import count_pairs
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
 from dtron.runtime.config import RunConfig
@@ -24,28 +25,32 @@ class HostBatch(NamedTuple):
     """A global batch in host memory.
 
     ``columns``: tokens, documents, positions, counted targets, as in ``Rows``; None if not used.
-    ``valid``: the number of targets in the loss."""
+    ``valid``: the number of targets in the loss.
+    ``terms``: the number of terms of the loss: targets, or pairs."""
 
     columns: tuple[Tensor | None, ...]
     valid: int
+    terms: int
 
 
 class GlobalBatch(NamedTuple):
     """A global batch on the device.
 
     ``valid``: the number of targets in the loss, over all ranks.
+    ``terms``: the number of terms of the loss, over all ranks: targets, or pairs.
     ``size``: the number of samples.
     ``wait_seconds``: the time that this rank's host waited for the data."""
 
     microbatches: list[Batch]
     valid: int
+    terms: int
     size: int
     wait_seconds: float
 
     @property
     def inputs(self) -> tuple[list[Batch], int]:
         """The arguments of a training step."""
-        return self.microbatches, self.valid
+        return self.microbatches, self.terms
 
 
 class Batches:
@@ -74,7 +79,9 @@ class Batches:
         microbatches = split(batch, self._config, self._plan, self._layout)
         tokens = batch.columns[0]
         assert tokens is not None  # ``Rows`` always has tokens
-        return GlobalBatch(microbatches, batch.valid, len(tokens), self._prefetch.waited)
+        return GlobalBatch(
+            microbatches, batch.valid, batch.terms, len(tokens), self._prefetch.waited
+        )
 
 
 def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
@@ -88,10 +95,14 @@ def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:
     documents = rows.documents if config.data.masked else None
     positions = rows.positions if config.data.restarts else None
     columns = (rows.tokens, documents, positions, rows.counted)
-    tensors = (None if x is None else torch.from_numpy(x) for x in columns)
-    return HostBatch(
-        tuple(x.pin_memory() if gpu and x is not None else x for x in tensors), rows.valid
-    )
+    tensors = [None if x is None else torch.from_numpy(x) for x in columns]
+    terms = rows.valid
+    if config.loss.objective.sequences:
+        _, document, _, counted = tensors
+        assert document is not None and counted is not None  # rows of pairs have both
+        terms = count_pairs(document, counted)
+    pinned = tuple(x.pin_memory() if gpu and x is not None else x for x in tensors)
+    return HostBatch(pinned, rows.valid, terms)
 
 
 def split(batch: HostBatch, config: RunConfig, plan: RunPlan, layout: Layout) -> list[Batch]:
@@ -109,4 +120,8 @@ def split(batch: HostBatch, config: RunConfig, plan: RunPlan, layout: Layout) ->
     parts = zip(rows, documents, positions, counted, strict=True)
     depth, zigzag = config.model.mtp.depth, config.zigzags
     limited = config.model.moe.capacity_factor > 0
-    return [make_batch(one, layout, d, p, c, depth, zigzag, limited) for one, d, p, c in parts]
+    sequences = config.loss.objective.sequences
+    return [
+        make_batch(one, layout, d, p, c, depth, zigzag, limited, sequences)
+        for one, d, p, c in parts
+    ]

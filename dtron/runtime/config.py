@@ -175,6 +175,7 @@ def identity_of(config: RunConfig, text: str) -> dict[str, Any]:
         "data.seq_len": config.data.seq_len,
         "text": text,
         "optim.name": config.optim.name,
+        "loss.name": config.loss.name,
     }
     lora = asdict(config.lora)
     del lora["adapter"]  # a checkpoint has the updates

@@ -1,6 +1,6 @@
-"""The validation loss of a run: the mean cross entropy over the same held-out rows on every mesh,
-so that runs can be compared. Tasks of lm-evaluation-harness, if the run has any
-(runtime/eval_harness.py)."""
+"""The validation loss of a run: the mean loss over the same held-out rows on every mesh, so that
+runs can be compared. Tasks of lm-evaluation-harness, if the run has any (runtime/eval_harness.py).
+"""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.offloaded_state import on_device
 from dtron.training.pipeline import Pipeline, program
+from dtron.training.reference import Reference
 from dtron.training.weight_average import NAME as EMA
 
 VALIDATION_ROWS = 32
 
 
 def validation_losses(
-    state: TrainState, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    plan: RunPlan,
+    pipe: Pipeline,
+    reference: Reference | None = None,
 ) -> dict[str, float]:
     """Return the validation loss by its name in metrics.jsonl, and that of the average of the
     weights if the run keeps one."""
@@ -40,7 +46,7 @@ def validation_losses(
         average = with_frozen(pipe.spec, state.params, trained)
     params = {"validation_loss": state.params, "ema_validation_loss": average}
     return {
-        name: validate(tree, data, config, plan, pipe)
+        name: validate(tree, data, config, plan, pipe, reference)
         for name, tree in params.items()
         if tree is not None
     }
@@ -88,12 +94,22 @@ def task_metrics(
 
 
 @torch.no_grad()
-def validate(params: Any, data: Data, config: RunConfig, plan: RunPlan, pipe: Pipeline) -> float:
-    """Return the mean cross entropy per valid target of the held-out rows. Every rank calls this;
+def validate(
+    params: Any,
+    data: Data,
+    config: RunConfig,
+    plan: RunPlan,
+    pipe: Pipeline,
+    reference: Reference | None = None,
+) -> float:
+    """Return the mean loss of the held-out rows, per valid target or pair. Every rank calls this;
     all get the same number. Padding rows of a microbatch do not count."""
     held_out = data.validation.rows(0, min(VALIDATION_ROWS, len(data.validation)))
     batch = to_host(held_out.filled(plan.rows), config, plan)
     microbatches = split(batch, config, plan, pipe.layout)
     weights = params if plan.gather_each else unshard(params, pipe.layout)
-    total = evaluate(program(config.model, pipe.layout), weights, microbatches, pipe)
-    return pipe.sum(None if total is None else full(total)).item() / batch.valid
+    if reference is not None:
+        microbatches = reference.attach(params, microbatches)
+    functions = program(config.model, pipe.layout, objective=config.loss.objective)
+    total = evaluate(functions, weights, microbatches, pipe)
+    return pipe.sum(None if total is None else full(total)).item() / batch.terms

@@ -24,6 +24,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline
+from dtron.training.reference import needs_initial_weights
 from dtron.tree import fill, flat
 
 
@@ -33,7 +34,7 @@ def identity(config: RunConfig, data: Data, source: Source | None = None) -> dic
 
     ``source``: the folder of the frozen weights, which are in no checkpoint."""
     settings = identity_of(config, data.digest())
-    if source is not None and config.lora.rank:
+    if source is not None and (config.lora.rank or needs_initial_weights(config)):
         settings["frozen weights"] = source.digest()
     if data.samples is not None:
         settings["data.samples"] = data.samples

@@ -25,6 +25,7 @@ from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.model.lora import check_lora
 from dtron.model.transformer import declare_model
 from dtron.rules import rules_for, zero_axes
+from dtron.runtime.check_loss import check_loss
 from dtron.runtime.check_memory import check_host_memory, check_memory
 from dtron.runtime.check_values import check_unused
 from dtron.runtime.config import RunConfig
@@ -71,6 +72,7 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
     optimizer = build_optimizer(config.optim, config.model.mup)
     check_lora(declare_model(config.model), config.lora, shape, config.zero)
     check_groups(optimizer, config.declare())
+    check_loss(config, shape)
     counts, rows = ramp_microbatches(config.ramp, config.micro_batch, shape)
     # Checks schedule and layers.
     pipe = pipeline(config, shape, counts[0], config.data.seq_len, Layout(), counts)
@@ -110,6 +112,13 @@ def resolve(config: RunConfig, shape: MeshShape, device: str) -> tuple[RunPlan, 
 
 def _records(config: RunConfig, compiled_on_gpu: bool) -> bool:
     """Whether the step is recorded as a CUDA graph."""
+    if config.loss.objective.second_model is not None:
+        if config.cuda_graph == "on":
+            raise UserError(
+                f"--cuda-graph on --loss.name {config.loss.name}: a step with a second model is not "
+                "recorded; use --cuda-graph auto"
+            )
+        return False
     if config.cuda_graph == "on" and not compiled_on_gpu:
         raise UserError(
             "--cuda-graph on: it takes a GPU and compiled stages; use --cuda-graph auto"

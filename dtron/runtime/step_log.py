@@ -18,6 +18,7 @@ from torch import Tensor
 from dtron.checkpoint import TrainState
 from dtron.data import Data
 from dtron.model.flops import active_count, flops_per_token, parameter_count
+from dtron.model.head import loss_options
 from dtron.runtime.batches import GlobalBatch
 from dtron.runtime.config import RunConfig
 from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, wait_for_step
@@ -38,6 +39,7 @@ class Launched(NamedTuple):
     lr: float
     decay: float | None
     valid: int
+    terms: int
     wait_seconds: float
     end: Any
 
@@ -62,6 +64,7 @@ class StepLog:
         self._metrics = Metrics(
             run_dir, throughput, config.steps, start, plan.main, config.tensorboard
         )
+        self._stats = config.loss.objective.stats(loss_options(config.model))
         self._launched: Launched | None = None
         self._record: dict[str, Any] | None = None
 
@@ -89,6 +92,7 @@ class StepLog:
             lr,
             decay,
             batch.valid,
+            batch.terms,
             batch.wait_seconds,
             end,
         )
@@ -156,7 +160,7 @@ class StepLog:
             record["weight_decay"] = x.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model)
-        record |= describe_extras(x.reports, x.valid)
+        record |= describe_extras(x.reports, self._stats, x.terms)
         if x.step % config.log_every == 0 or x.step in (1, config.steps):
             self._metrics.line(record)
         return record

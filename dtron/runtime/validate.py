@@ -101,8 +101,6 @@ def check_expert_sizes(
     if not c.experts or compute != torch.bfloat16 or padded:
         return
     sizes = {"model.embed": (model.embed, 1), "model.moe.mlp": (c.mlp, mesh.etp)}
-    if any(is_target(w, lora) and w.axes[0] == "experts" for w in flat(declare_model(model))):
-        sizes["lora.rank"] = lora.rank, 1
     for name, (size, cuts) in sizes.items():
         if size // cuts % 8:
             near = -(-size // (8 * cuts)) * 8 * cuts
@@ -112,6 +110,12 @@ def check_expert_sizes(
                 f"{name}={size}{over}: the kernel of experts in bfloat16 takes multiples of 8 on a "
                 f"rank; use --{flag} {near}, or --moe-dispatch static"
             )
+    updated = any(w.axes[0] == "experts" and is_target(w, lora) for w in flat(declare_model(model)))
+    if lora.rank % 8 and updated:
+        raise UserError(
+            f"--lora.rank {lora.rank}: the kernel of experts in bfloat16 takes multiples of 8; use "
+            f"--lora.rank {-(-lora.rank // 8) * 8}, or --moe-dispatch static"
+        )
 
 
 def check_recompute(how: ComputeConfig, compiles: bool) -> None:

@@ -215,10 +215,10 @@ def run_forward(
     weights: Mapping[int, Any],
     batches: Sequence[Any],
     links: Links,
-) -> Tensor | None:
-    """Execute a table of forwards. Return the last stage's outputs, summed; None if that stage
-    is in another process."""
-    total = None
+) -> list[Any]:
+    """Execute a table of forwards. Return the last stage's output for each microbatch; an empty
+    list if that stage is in another process."""
+    results = []
     for rank, a in t.order:
         if rank not in ranks:
             continue
@@ -229,11 +229,11 @@ def run_forward(
             x = links.receive(Action("F", stage - 1, m))
         y, _ = program.stage(weights[stage], x, batches[m])
         if stage == t.stages - 1:
-            total = y if total is None else total + y
+            results.append(y)
         else:
             links.send(a, y)
     links.finish()
-    return total
+    return results
 
 
 def forward_table(t: Table, microbatches: int) -> Table:

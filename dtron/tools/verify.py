@@ -15,6 +15,9 @@ expert, which is no small change; ``--model.moe.balanced`` sets the choice.
 With ``--compile`` the mesh is not simulated. The command starts a process for each rank, and the
 processes take the compiled step on the CPU, where inductor generates C++.
 
+With a ``--loss.name`` that has a second model, such as dpo, the second model has random weights,
+or with LoRA the frozen weights. The documents of a row are the answers of pairs.
+
 The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
 faults of the network or of a device.
 """
@@ -32,9 +35,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
+from dtron.losses.config import LossConfig
 from dtron.mesh import Layout
 from dtron.model.config import ModelConfig
+from dtron.model.head import loss_options
 from dtron.model.lora import LoraConfig, check_lora
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
@@ -109,6 +115,7 @@ class VerifyConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def run(self) -> RunConfig:
         """Return the config of the training run whose step is taken."""
@@ -116,6 +123,8 @@ class VerifyConfig:
         usual = 2 if shape.pp == 1 else 1
         micro_batch = usual if self.micro_batch is None else self.micro_batch
         count = 2 if shape.pp == 1 else 2 * shape.pp + 1  # odd, and fills any pipeline
+        # The documents of a row are the answers of its pairs.
+        masked = self.document_mask or self.loss.objective.sequences
         return RunConfig(
             mesh=self.mesh,
             zero=self.zero,
@@ -132,7 +141,8 @@ class VerifyConfig:
             optim=self.optim,
             model=self.model,
             lora=self.lora,
-            data=DataConfig(seq_len=self.seq_len, document_mask=self.document_mask),
+            loss=self.loss,
+            data=DataConfig(seq_len=self.seq_len, document_mask=masked),
         )
 
 
@@ -142,8 +152,14 @@ def main(argv: Sequence[str]) -> int:
     flags = parse(argv, VerifyConfig(), prog="python -m dtron.verify")
     config, dtype, console = flags.run(), getattr(torch, flags.dtype), Console()
     shape = MeshShape.parse(config.mesh)
+    if config.loss.folder:
+        raise UserError(
+            f"--loss.{config.loss.objective.second_model} {config.loss.folder}: the second model "
+            "has random weights here; leave it out"
+        )
     check(config.model, shape, config.data.seq_len, config.cp_method, config.zigzags)
     check_recompute(config.how, flags.compile)
+    config.loss.objective.check(loss_options(config.model), config.model.padded_vocab, shape.tp)
     check_expert_sizes(config.how, config.model, shape, dtype, config.lora)
     optimizer, spec = build_optimizer(config.optim), config.declare()
     check_lora(declare_model(config.model), config.lora, shape, config.zero)

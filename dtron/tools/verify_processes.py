@@ -26,7 +26,7 @@ from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.tools.compare_steps import StepResult
-from dtron.tools.verify_step import compute_copies_in, plan_of, take_step
+from dtron.tools.verify_step import compute_copies_in, plan_of, second_model, take_step
 from dtron.training.build import build_step
 from dtron.training.pipeline import Pipeline, on_ranks, pipeline
 from dtron.training.step import TrainStep
@@ -80,7 +80,8 @@ def _rank(
     layout = Layout(stage_mesh(mesh), rules_for(config.zero), compute=compute_copies_in(dtype))
     template = torch.empty(0, config.model.embed, dtype=dtype)
     pipe = pipeline(config, shape, plan.count, config.data.seq_len, layout)
-    step = build_step(config, plan, on_ranks(pipe, mesh, template), backend)
+    pipe = on_ranks(pipe, mesh, template)
+    step = build_step(config, plan, pipe, backend, reference=second_model(config, pipe, plan))
     assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
     taken = take_step(config, step, plan, partial(_whole, step.pipe))
     groups = {"grads": taken.grads, "params": taken.params}

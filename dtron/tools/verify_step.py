@@ -14,9 +14,10 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import paused, simulated
 from dtron.layers.cross_entropy import IGNORE
+from dtron.losses.sequence_sums import count_pairs
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch, valid_tokens
-from dtron.params import WeightSpec, draw, normal, stored_dtype, zeros
+from dtron.params import WeightSpec, draw, init, normal, stored_dtype, zeros
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
 from dtron.runtime.validate import microbatches
@@ -28,15 +29,17 @@ from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
+from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
 from dtron.training.state_formats import values
 from dtron.training.step import TrainStep
-from dtron.tree import fill, flat
+from dtron.tree import fill, flat, tree_map
 
 Watch = Callable[[Any], AbstractContextManager]
 
 
 class StepInputs(NamedTuple):
-    """The weights before the step, by stage, its microbatches, and the number of valid targets."""
+    """The weights before the step, by stage, its microbatches, and the number of valid targets or
+    pairs."""
 
     params: Any
     batches: list[Batch]
@@ -50,15 +53,14 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
     ``dtype``: of the weights."""
     m, layout = config.model, pipe.layout
     documents = positions = None
+    sequences = config.loss.objective.sequences
     with paused():  # all ranks have the same global batch
         rows = _random_rows(config)
-        if config.data.document_mask:
+        if config.data.masked:
             documents, positions = _random_documents(config)
 
     def place(w: WeightSpec) -> Tensor:
-        # Zeros in a product would hide a wrong gradient of the other factor.
-        drawn = w.init is zeros and not w.buffer
-        x = draw(replace(w, init=normal) if drawn else w, m.dims(), config.seed)
+        x = draw(_normal(w), m.dims(), config.seed)
         x = 1 + x if w.derived else x
         return layout.shard(x.to(stored_dtype(w, layout, dtype)), *w.axes)
 
@@ -74,10 +76,34 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
             depth=m.mtp.depth,
             zigzag=config.zigzags,
             needed=m.moe.capacity_factor > 0,
+            sequences=sequences,
         )
         for r, d, at in zip(rows.chunk(count), parts(documents), parts(positions), strict=True)
     ]
-    return StepInputs(fill(pipe.spec, place), batches, valid_tokens(rows))
+    terms = valid_tokens(rows)
+    if sequences:
+        assert documents is not None  # the config of such a loss masks documents
+        terms = count_pairs(documents, rows[:, 1:] != IGNORE)
+    return StepInputs(fill(pipe.spec, place), batches, terms)
+
+
+def second_model(config: RunConfig, pipe: Pipeline, plan: RunPlan) -> Reference | None:
+    """Return the second model of the loss: random weights, or with LoRA the frozen weights of the
+    step. None if the loss has no second model."""
+    objective, m = config.loss.objective, config.model
+    if objective.second_model is None:
+        return None
+    if uses_frozen_base(config):
+        return Reference(objective, m, pipe, None, plan.gather_each)
+    plain = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
+    spec = tree_map(_normal, plain.spec)
+    weights = init(spec, m.dims(), config.seed + 1, pipe.layout, plan.master)
+    return Reference(objective, m, plain, weights, plan.gather_each)
+
+
+def _normal(w: WeightSpec) -> WeightSpec:
+    """Zeros in a product would hide a wrong gradient of the other factor."""
+    return replace(w, init=normal) if w.init is zeros and not w.buffer else w
 
 
 def one_step(
@@ -108,7 +134,8 @@ def one_step(
         def whole(trees: Any) -> Any:
             return pipe.whole(trees, _unsharded)
 
-        step = build_step(config, plan, pipe, wrap=_guarded)
+        second = second_model(config, pipe, plan)
+        step = build_step(config, plan, pipe, wrap=_guarded, reference=second)
         assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
         return replace(take_step(config, step, plan, whole, around), collectives=counter)
 

@@ -18,6 +18,7 @@ from dtron.errors import UserError
 from dtron.fp8.recipe import MIN_WEIGHTS
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
+from dtron.losses.config import LossConfig
 from dtron.model.compute_config import ComputeConfig, Fp8
 from dtron.model.config import ModelConfig
 from dtron.model.lora import LoraConfig, with_lora
@@ -122,6 +123,7 @@ class StepConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def declare(self) -> Transformer:
         """Declare the weights of the model, with LoRA's updates."""

@@ -195,6 +195,15 @@ def evaluate(
 ) -> Tensor | None:
     """Return the last stage's outputs, summed over any number of microbatches, without gradients.
     None if the last stage is on another rank."""
+    first, *others = forwards(functions, weights, microbatches, pipe) or [None]
+    return sum(others, first)
+
+
+def forwards(
+    functions: Program, weights: Any, microbatches: Sequence[Any], pipe: Pipeline
+) -> list[Any]:
+    """Return the last stage's output for each of any number of microbatches, without gradients. An
+    empty list if the last stage is on another rank."""
     t = forward_table(pipe.table, len(microbatches))
     by_stage = dict(zip(pipe.stages, weights, strict=True))
     return run_forward(

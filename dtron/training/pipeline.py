@@ -24,6 +24,7 @@ from dtron.distributed.host_memory import HostMemory
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full, to_local
 from dtron.distributed.symmetric_memory import on_one_host, shared
+from dtron.losses.objective import CROSS_ENTROPY, Objective
 from dtron.mesh import Layout, axes_of
 from dtron.model.batch import Batch
 from dtron.model.compute_config import PLAIN, ComputeConfig
@@ -48,12 +49,16 @@ from dtron.tree import tree_map
 
 
 def program(
-    m: ModelConfig, layout: Layout, how: ComputeConfig = PLAIN, splits: bool = True
+    m: ModelConfig,
+    layout: Layout,
+    how: ComputeConfig = PLAIN,
+    splits: bool = True,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Program:
     """Return the model's functions, as the schedule runner takes them."""
     return Program(
         partial(embed, m=m, layout=layout),
-        partial(stage, m=m, layout=layout, how=how, host=HostMemory()),
+        partial(stage, m=m, layout=layout, how=how, host=HostMemory(), objective=objective),
         splits and how.policy.splits,
         carries=m.moe.experts > 0 and m.moe.aux_loss > 0 and m.moe.aux_level == "global_batch",
         enter_params=embed_params,
@@ -262,9 +267,8 @@ def on_ranks(
     ``copy_engines``: whether GPUs of one host send messages by copy engines."""
     if mesh is None or "pp" not in axes_of(mesh):
         return pipe
-    lines = (
-        mesh.mesh.movedim(axes_of(mesh).index("pp"), -1).reshape(-1, len(pipe.table.rows)).tolist()
-    )
+    ranks = mesh.mesh.movedim(axes_of(mesh).index("pp"), -1)
+    lines = ranks.reshape(-1, len(pipe.table.rows)).tolist()
     pairs = pipe.table.pairs
     if pipe.twins is not None:
         first, last = (pipe.table.rank_of[s] for s in pipe.twins)

@@ -8,6 +8,7 @@ attention logits, the maximum takes the place of the sum.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,12 @@ class StepReports(NamedTuple):
     ``experts``: load and sums of the expert layers (``expert_totals``, moe/balance.py).
     ``mtp``: ``[depth, 2]``, of each module of multi-token prediction (model/mtp.py) the summed loss
         and the number of targets.
-    ``z_loss``: the summed z-loss of the head, without its weight.
+    ``loss``: the summed statistics of the loss, in the order of their names (losses/objective.py).
     ``attention_logit``: the largest attention logit of all heads, if it is measured."""
 
     experts: Tensor | None
     mtp: Tensor | None
-    z_loss: Tensor | None
+    loss: Tensor | None
     attention_logit: Tensor | None = None
 
 
@@ -96,15 +97,14 @@ def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:
     return pipe.sum(torch.stack([last["mtp"], last["mtp_tokens"]], -1).double())
 
 
-def head_z_loss(reports: Reports, pipe: Pipeline, weight: float) -> Tensor | None:
-    """Return the head's z-loss summed over the tokens of a step, on every rank. None without a
-    weight."""
-    if not weight:
+def loss_stats(reports: Reports, pipe: Pipeline, names: Sequence[str]) -> Tensor | None:
+    """Return the statistics of the loss summed over a step, on every rank. None without names."""
+    if not names:
         return None
-    last = next((r["z_loss"][0] for r in reports.values() if "z_loss" in r), None)
+    last = next((r for r in reports.values() if names[0] in r), None)
     if last is None:
-        return pipe.sum(torch.zeros((), dtype=torch.float64, device=pipe.device))
-    return pipe.sum(last.double())
+        return pipe.sum(torch.zeros(len(names), dtype=torch.float64, device=pipe.device))
+    return pipe.sum(torch.cat([last[name] for name in names]).double())
 
 
 def max_attention_logit(reports: Reports, pipe: Pipeline, threshold: float) -> Tensor | None:
@@ -116,18 +116,20 @@ def max_attention_logit(reports: Reports, pipe: Pipeline, threshold: float) -> T
     return pipe.maximum(torch.stack(own).max() if own else None)
 
 
-def describe_extras(reports: StepReports, valid: int) -> dict[str, float]:
+def describe_extras(reports: StepReports, names: Sequence[str], count: int) -> dict[str, float]:
     """Return the numbers beside the loss by name. A module of multi-token prediction has fewer
     targets than the model; its loss is NaN if it has none.
 
-    ``valid``: the number of targets of the step."""
+    ``names``: of the statistics of the loss.
+    ``count``: the divisor of the loss: the number of targets or pairs of the step."""
     rows = [] if reports.mtp is None else reports.mtp.tolist()
     numbers = {
         f"mtp.{k}.loss": total / count if count else math.nan
         for k, (total, count) in enumerate(rows, start=1)
     }
-    if reports.z_loss is not None:
-        numbers["z_loss"] = reports.z_loss.item() / valid
+    if reports.loss is not None:
+        sums = reports.loss.tolist()
+        numbers |= {name: total / count for name, total in zip(names, sums, strict=True)}
     if reports.attention_logit is not None:
         numbers["max_attention_logit"] = reports.attention_logit.item()
     return numbers

@@ -27,6 +27,7 @@ from torch import Tensor
 from dtron.distributed.redistribute import full
 from dtron.frozen import trained
 from dtron.model.batch import Batch
+from dtron.model.head import loss_options
 from dtron.schedules.runner import Program
 from dtron.training.clip_factors import clip_factors
 from dtron.training.config import StepConfig
@@ -34,10 +35,11 @@ from dtron.training.grad_norm import clip_scale, global_norm
 from dtron.training.gradients import Reports, gradients
 from dtron.training.optimizer import Optimizer, OptimizerState, apply_update
 from dtron.training.pipeline import Pipeline
+from dtron.training.reference import Reference
 from dtron.training.reports import (
     StepReports,
     expert_totals,
-    head_z_loss,
+    loss_stats,
     max_attention_logit,
     mtp_losses,
 )
@@ -54,13 +56,15 @@ class TrainStep:
 
     ``functions``: the model, eager or compiled.
     ``optimizer``: the optimizer of ``config``, eager or compiled.
-    ``gather_each``: ZeRO-3 unshards weights in every block and microbatch, and not once a step."""
+    ``gather_each``: ZeRO-3 unshards weights in every block and microbatch, and not once a step.
+    ``reference``: the second model of the loss (None: the loss has none)."""
 
     functions: Program
     pipe: Pipeline
     config: StepConfig
     optimizer: Optimizer
     gather_each: bool = True
+    reference: Reference | None = None
 
     def gradients(
         self, weights: Any, microbatches: Sequence[Batch], look: Look | None = None
@@ -68,6 +72,8 @@ class TrainStep:
         """Return the summed loss, its gradients, and the stages' reports: see
         ``training.gradients``."""
         zero, pipe = self.config.zero, self.pipe.for_count(len(microbatches))
+        if self.reference is not None:
+            microbatches = self.reference.attach(weights, microbatches)
         return gradients(
             self.functions, weights, microbatches, 1, pipe, zero, self.gather_each, look
         )
@@ -85,7 +91,8 @@ class TrainStep:
         """Take a step and return ``(loss, gradient norm, reports, params, optimizer state)``.
         Params and state are overwritten in place.
 
-        ``tokens``: the number of valid targets of the global batch; the loss is their mean.
+        ``tokens``: the number of valid targets of the global batch, or of pairs; the loss is their
+            mean.
         ``number``: the number of this update, as a tensor that the device reads. None: one more
             than the state's.
         ``decay``: the factor of the weight decay (``UpdateScalars``).
@@ -133,7 +140,7 @@ class TrainStep:
         step_reports = StepReports(
             expert_totals(reports, pipe, m.moe),
             mtp_losses(reports, pipe, m.mtp.depth),
-            head_z_loss(reports, pipe, m.z_loss),
+            loss_stats(reports, pipe, self.config.loss.objective.stats(loss_options(m))),
             max_attention_logit(reports, pipe, config.qk_clip),
         )
         return loss, norm, step_reports, params, opt

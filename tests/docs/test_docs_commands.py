@@ -63,6 +63,7 @@ def files(tmp_path_factory) -> Path:
     page = (ROOT / "docs" / "config-files.md").read_text()
     (toml,) = re.findall(r"```toml\n(.*?)```", page, re.S)
     (tmp_path / "run.toml").write_text(toml)
+    shutil.copytree(tmp_path / "Llama-3.2-1B", tmp_path / "Llama-3.1-8B")
     (tmp_path / "my_text").mkdir()
     (tmp_path / "my_text" / "a.txt").write_text(TEXT)
     adapter(tmp_path / "Llama-3.2-1B-chat")
@@ -80,6 +81,10 @@ def files(tmp_path_factory) -> Path:
         ]
     }
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 200)
+    pair = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}
+    answer = {"question": "w1 w2", "answer": "w3 w4"}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 200)
+    (tmp_path / "answers.jsonl").write_text((json.dumps(answer) + "\n") * 200)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     return tmp_path
 

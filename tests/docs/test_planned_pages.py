@@ -11,6 +11,7 @@ import pytest
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
+from dtron.losses.config import LossConfig
 from dtron.planner.gpu_rates import load_gpu
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
@@ -51,8 +52,8 @@ def config_of(command: Command) -> RunConfig | None:
     same = {f.name: getattr(found, f.name) for f in fields(RunConfig) if hasattr(found, f.name)}
     if command.program in ("show", "verify"):  # they have no batch of a run
         same |= {"batch": MeshShape.parse(found.mesh).data, "micro_batch": 1}
-    if command.program == "verify":  # it computes on a CPU
-        same |= {"compile": "auto", "dtype": "auto"}
+    if command.program == "verify":  # it computes on a CPU, and draws what a loss needs
+        same |= {"compile": "auto", "dtype": "auto", "loss": LossConfig()}
     return RunConfig(**same)
 
 

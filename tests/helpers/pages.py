@@ -18,6 +18,7 @@ from textwrap import dedent
 from unittest.mock import patch
 
 from dtron.__main__ import COMMANDS, program
+from dtron.data.__main__ import ShowRowsConfig
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.runtime import check_memory, cli, flags
@@ -198,6 +199,8 @@ def check(command: Command) -> None:
                 plan_run(replace(config, simulate=True))
         if command.processes > 1:
             MeshShape.parse(config.mesh, command.processes)
+    elif command.program == "data" and command.args[:1] == ("show",):
+        cli.parse(command.args[1:], ShowRowsConfig())
     elif command.program == "pip":
         for extra in EXTRA.findall(command.text):
             if extra not in EXTRAS:
@@ -226,6 +229,7 @@ def all_flags() -> frozenset[str]:
     )
     others = {"--hypothesis-profile", "--local-dir", "--max-restarts", "--nproc-per-node"}
     others |= {"--no-python", "--shutdown-timeout", "--signals-to-handle"}  # of torchrun
+    others |= set(flags.flags_of(ShowRowsConfig))
     return frozenset(others.union(*(flags_of(name) for name in (*COMMANDS, *bench))))
 
 

@@ -370,7 +370,7 @@ def test_experts_in_bfloat16_take_a_rank_of_whole_rows():
     """The kernel reads rows of 16 bytes."""
     m = replace(model(moe=replace(MOE, mlp=8)), embed=16)
     refuse = lambda lora, dtype: check_expert_sizes(PLAIN, m, MeshShape(), dtype, lora)
-    with pytest.raises(UserError, match="lora.rank=4: .*use --lora.rank 8"):
+    with pytest.raises(UserError, match="--lora.rank 4: .*use --lora.rank 8"):
         refuse(replace(LORA, rank=4), torch.bfloat16)
     refuse(replace(LORA, rank=4), torch.float32)
     refuse(replace(LORA, rank=4, targets="attention.*"), torch.bfloat16)

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers import attention as attention_module
 from dtron.layers.norm import HeadsNorm, Norm, norm_if, norm_over_heads
+from dtron.losses import objective as loss_module
 from dtron.model import block as block_module
-from dtron.model import head as head_module
 from dtron.model import transformer as transformer_module
 from dtron.testing import assert_caught
 from dtron.tools.verify import on_one_device
@@ -71,12 +71,12 @@ def cap_of_one_device(x, w, targets_T, loss, layout):
     return CROSS_ENTROPY(x, w, targets_T, loss, layout)
 
 
-EMBEDDING, CROSS_ENTROPY = transformer_module.embedding, head_module.cross_entropy
+EMBEDDING, CROSS_ENTROPY = transformer_module.embedding, loss_module.cross_entropy
 MUTANTS = [
     (block_module, "_add", norm_of_own_tokens),
     (attention_module, "norm_over_heads", norm_over_own_heads),
     (transformer_module, "embedding", scale_of_each_rank),
-    (head_module, "cross_entropy", cap_of_one_device),
+    (loss_module, "cross_entropy", cap_of_one_device),
 ]
 
 

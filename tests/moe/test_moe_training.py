@@ -17,6 +17,7 @@ from dtron.mesh import Layout
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.flops import active_count, flops_per_token, parameter_count
+from dtron.model.lora import LoraConfig
 from dtron.model.stages import layers_per_stage
 from dtron.model.transformer import declare_model
 from dtron.moe.config import MoEConfig
@@ -280,6 +281,21 @@ def test_sizes_that_the_kernel_of_bfloat16_does_not_take(embed, mlp, mesh, messa
         refuse(ComputeConfig(), torch.bfloat16)
     refuse(ComputeConfig(), torch.float32)
     refuse(ComputeConfig(moe_dispatch="static"), torch.bfloat16)
+
+
+def test_ranks_of_updates_that_the_kernel_of_bfloat16_does_not_take():
+    """Known bug: such a run failed in its first step."""
+    model = replace(MODEL, moe=MoEConfig(4, 2, 16))
+
+    def refuse(targets: str, rank: int, dispatch: str = "auto") -> None:
+        how, lora = ComputeConfig(moe_dispatch=dispatch), LoraConfig(rank=rank, targets=targets)
+        check_expert_sizes(how, model, MeshShape(), torch.bfloat16, lora)
+
+    with pytest.raises(ValueError, match=r"--lora.rank 12: .* multiples of 8; use --lora.rank 16"):
+        refuse("*", 12)
+    refuse("*", 16)
+    refuse("attention.*", 12)
+    refuse("*", 12, "static")
 
 
 def test_dispatchers_that_cannot_be():

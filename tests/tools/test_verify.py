@@ -177,6 +177,12 @@ def test_a_mesh_or_a_model_that_cannot_be_is_refused(capsys):
         assert re.fullmatch(r"error: [^\n]+\n", err) and not out
 
 
+def test_a_folder_of_a_second_model_is_refused(capsys):
+    """The second model of a proof has random weights."""
+    assert run_cli(verify.main, ["--loss.name=dpo", "--loss.reference=folder"]) == 2
+    assert "--loss.reference folder" in capsys.readouterr().err
+
+
 def test_the_compiled_step_of_processes_is_that_of_one_device():
     """The comparison can fail: with another learning rate the weights differ."""
     small = replace(verify.VerifyConfig(), mesh="dp=2", zero=3, model=MODEL).run()

@@ -16,7 +16,7 @@ from dtron.layers import attention, mla
 from dtron.layers.attention import AttentionMixer
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
-from dtron.model import transformer
+from dtron.model import stage_output, transformer
 from dtron.model.batch import make_batch
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.mtp import MTPConfig
@@ -239,7 +239,7 @@ def test_the_maximum_of_some_tokens_is_caught(mesh):
     own = ("heads",)
     with (
         mock.patch.object(attention, "LARGEST", own),
-        mock.patch.object(transformer, "LARGEST", own),
+        mock.patch.object(stage_output, "LARGEST", own),
     ):
         assert_caught(lambda: assert_same_step(config))
 

@@ -13,9 +13,11 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.layers.cross_entropy import IGNORE
+from dtron.losses.objective import CROSS_ENTROPY
 from dtron.mesh import Layout
 from dtron.model import transformer
 from dtron.model.batch import make_batch, valid_tokens
+from dtron.model.head import loss_options
 from dtron.model.mtp import MTPConfig
 from dtron.params import init
 from dtron.rules import rules_for
@@ -23,7 +25,7 @@ from dtron.runtime.config import ModelConfig
 from dtron.testing import assert_caught
 from dtron.training.gradients import gradients
 from dtron.training.pipeline import one_stage, program
-from dtron.training.reports import StepReports, describe_extras, head_z_loss, mtp_losses
+from dtron.training.reports import StepReports, describe_extras, loss_stats, mtp_losses
 from tests.helpers.runs import MODEL
 
 # Each row has 14 targets. The last ones do not count, so a module that looks further has few left.
@@ -41,12 +43,13 @@ def numbers(model: ModelConfig, mesh: str = "") -> dict[str, float]:
         batches = [make_batch(rows, layout, depth=model.mtp.depth) for rows in ROWS.chunk(2)]
         valid = valid_tokens(ROWS)
         loss, _, reports = gradients(functions, params, batches, valid, pipe, 1)
+        names = CROSS_ENTROPY.stats(loss_options(model))
         extras = StepReports(
             None,
             mtp_losses(reports, pipe, model.mtp.depth),
-            head_z_loss(reports, pipe, model.z_loss),
+            loss_stats(reports, pipe, names),
         )
-        return {"loss": full(loss).item()} | describe_extras(extras, valid)
+        return {"loss": full(loss).item()} | describe_extras(extras, names, valid)
 
 
 AHEAD = replace(MODEL, layers=1, mtp=MTPConfig(3))

@@ -1,0 +1,43 @@
+"""The weights of the second model of a run's loss: from a folder, or as the run begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dtron.distributed.symmetric_memory import publish_weights
+from dtron.hf import Source
+from dtron.params import WeightSpec
+from dtron.runtime.check_loss import second_config
+from dtron.runtime.config import RunConfig
+from dtron.runtime.initial_state import initial_weight
+from dtron.training.config import RunPlan
+from dtron.training.pipeline import Pipeline
+from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
+from dtron.tree import fill, flat
+
+
+def second_model(
+    config: RunConfig, plan: RunPlan, pipe: Pipeline, source: Source | None
+) -> Reference | None:
+    """Return the second model, with the placements of this run. None if the loss has none.
+
+    ``source``: the Hugging Face folder of the initial weights; None: they are random."""
+    objective = config.loss.objective
+    if objective.second_model is None:
+        return None
+    if uses_frozen_base(config):
+        return Reference(objective, config.model, pipe, None, plan.gather_each)
+    m = second_config(config)
+    own = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
+    folder = Source(config.loss.folder, m) if config.loss.folder else source
+
+    def load(w: WeightSpec) -> Tensor | None:
+        # In the dtype that computes: these weights are never updated.
+        dtype = w.dtype or (plan.master if w.buffer else plan.compute)
+        return initial_weight(w, config, folder, pipe.layout, dtype, plan.device)
+
+    weights: Any = fill(own.spec, load)
+    publish_weights(flat(weights))
+    return Reference(objective, m, own, weights, plan.gather_each)
