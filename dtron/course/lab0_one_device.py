@@ -115,11 +115,16 @@ def _why(s: Sizes, seq_len: int, got: float, want: float) -> str:
         "the embedding is looked up, not multiplied": want + 6 * s.vocab * s.embed,
         "under a causal mask a token sees half of the sequence": want + attention,
         "attention itself is missing": want - attention,
+        "the head is a matmul, also if it is tied": want - 6 * s.vocab * s.embed,
+        "the scales of norms count, too": want - 6 * (2 * s.layers + 1) * s.embed,
         "attention works on heads * head_dim, not on embed": (
             want - attention + 6.0 * s.layers * s.embed * seq_len
         ),
         "forward alone; a backward takes twice as much again": want / 3,
         "a multiplication and an addition are two FLOPs": want / 2,
+        "half of attention is missing: it is in every block, and has two matmuls": (
+            want - attention / 2
+        ),
     }
     why = [text for text, value in reasons.items() if abs(got - value) <= 1e-9 * want]
     return f"; {why[0]}" if why else ""

@@ -3,6 +3,7 @@ device, and the student's test with mutants."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,12 @@ def on_meshes(meshes: Sequence[str]) -> Callable[[ModuleType], None]:
                 raise Wrong(f"{error}{why}") from error
             except RuntimeError as error:
                 text = f"a placement does not fit its tensor, and torch says: {error}"
+                raise Wrong(f"mesh {mesh}: {text}") from error
+            except ValueError as error:
+                says, found = re.subn(r"(?s)arg DTensor\(.*\) in local_map", "an input", str(error))
+                if not found:
+                    raise
+                text = f"in_placements do not fit the inputs, and torch says: {says}"
                 raise Wrong(f"mesh {mesh}: {text}") from error
 
     return check

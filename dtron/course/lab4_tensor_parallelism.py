@@ -76,7 +76,9 @@ def _compare_collectives(name: str, mesh: str, got: Outcome) -> None:
             n = counts[Collective(kind, "tp")]
             if n != want[kind]:
                 what = kind.replace("_", "-")
-                raise Wrong(f"{when} on {mesh} has {n} x {what} over tp, not {want[kind]}")
+                line = f"{when} on {mesh} has {n} x {what} over tp, not {want[kind]}"
+                missing_f = name == "tensor_parallel" and when == "backward" and not n
+                raise Wrong(f"{line}; f sums the gradient of x_TD" if missing_f else line)
 
 
 def messages(module: ModuleType) -> None:

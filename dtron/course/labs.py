@@ -60,7 +60,7 @@ def start(folder: Path, more: Mapping[str, str] | None = None) -> list[str]:
 
     ``more``: further files: names and texts."""
     texts = {f"lab{n}_{name}.py": starting_file(n) for n, name in LABS.items()}
-    texts["README.md"] = README + "".join(f"1. `{name}`\n" for name in texts)
+    texts["README.md"] = README + "".join(f"- `{name}`\n" for name in texts)
     texts |= more or {}
     for name in texts:
         if (folder / name).exists():

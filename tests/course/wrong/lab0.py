@@ -68,6 +68,24 @@ MISTAKES = [
     ),
     mistake(
         0,
+        "attention of one block",
+        "half of attention is missing: it is in every block, and has two matmuls",
+        ("6 * layers * heads", "6 * heads"),
+    ),
+    mistake(
+        0,
+        "no FLOPs of the head",
+        "the head is a matmul, also if it is tied",
+        ("6 * (weights + vocab * embed)", "6 * weights"),
+    ),
+    mistake(
+        0,
+        "no FLOPs of scales",
+        "the scales of norms count, too",
+        ("mlp) + 2 * embed) + embed\n", "mlp))\n"),
+    ),
+    mistake(
+        0,
         "forward alone",
         "forward alone; a backward takes twice as much again",
         (

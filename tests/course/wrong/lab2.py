@@ -37,6 +37,12 @@ MISTAKES = [
     ),
     mistake(
         2,
+        "the scale is a sum too",
+        "mesh tp=2: in_placements do not fit the inputs, and torch says: an input has a mismatched",
+        ("in_placements=(rows, whole)", 'in_placements=(rows, list(layout.placements("+vocab")))'),
+    ),
+    mistake(
+        2,
         "the gradient of the tokens is a sum too",
         "mesh tp=2: gradient of input x differs from one device",
         ("(rows, list(", '(list(layout.placements("+tokens_sp")), list('),

@@ -8,7 +8,7 @@ MISTAKES = [
     mistake(
         4,
         "f is missing",
-        "tensor_parallel: backward on tp=2 has 0 x all-reduce over tp, not 1",
+        "tensor_parallel: backward on tp=2 has 0 x all-reduce over tp, not 1; f sums the gradient",
         (
             '    x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # f: all-reduce in backward\n',
             "",

@@ -88,7 +88,7 @@ MISTAKES = [
     mistake(
         6,
         "one exchange too many",
-        "mesh cp=2: k and v are sent 4 times in all; 1 times each are enough",
+        "mesh cp=2: k and v are sent 4 times in all; once each is enough",
         (
             "        result = merge(result, attention_and_lse(q, k, v, None, mask))\n",
             "        result = merge(result, attention_and_lse(q, k, v, None, mask))\n"
