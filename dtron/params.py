@@ -227,9 +227,7 @@ def stored_dtype(w: WeightSpec, layout: Layout, master: torch.dtype) -> torch.dt
     """Return the dtype in which a weight is kept: a frozen one needs no master weight.
 
     ``master``: the dtype of master weights."""
-    if w.dtype is not None:
-        return w.dtype
-    return (layout.compute or master) if w.frozen else master
+    return w.dtype or (layout.compute if w.frozen else None) or master
 
 
 def init(
@@ -281,13 +279,7 @@ def unshard_all(
     from_buckets: dict[int, Tensor] = {}
     if once:
         pairs = enumerate(zip(weights, declarations, strict=True))
-        sharded = [
-            i
-            for i, (w, d) in pairs
-            if not d.buffer
-            and layout.needs_unshard(w, *d.axes)
-            and layout.compute in (None, layout.compute_dtype(w))
-        ]
+        sharded = [i for i, (w, d) in pairs if not d.buffer and layout.needs_unshard(w, *d.axes)]
         goals = [layout.unsharded(*declarations[i].axes) for i in sharded]
         dtensors: list[Any] = [weights[i] for i in sharded]  # weights on one device need no unshard
         gathered = unshard_bucketed(dtensors, goals, layout.compute)

@@ -80,6 +80,7 @@ def unshard_bucketed(
         w, goal = weights[i], tuple(goals[i])
         axes = _changed(w.placements, goal)
         small = w.numel() < SMALL and axes and not any(p.is_shard() for p in goal)
+        small = small and w.itemsize > 1  # codes are not cast to the dtype of a bucket
         return (axes, w.dtype) if small and equal_parts(w, w.placements) else None
 
     gathered: dict[int, DTensor] = {}

@@ -138,8 +138,7 @@ class Pipeline:
         if self.groups is None:
             return InProcessLinks()
         t, tokens = table or self.table, self._tokens(batch)
-        axes, device = ("tokens_sp", "act_embed"), self.device
-        kind = (t.name, tokens)
+        axes, device, kind = ("tokens_sp", "act_embed"), self.device, (t.name, tokens)
         if not by_host:
             by_host = kind not in self.sent_kinds
             self.sent_kinds.add(kind)
@@ -201,8 +200,7 @@ class Pipeline:
         first, last = self.twins
         trees = dict(zip(self.stages, grads, strict=True))
         copies = {s: trees[s].embedding.w_tokens for s in self.twins if s in trees}
-        if None in copies.values():  # the embedding is frozen
-            return grads
+        copies = {s: g for s, g in copies.items() if g is not None}  # None if it is frozen
         if len(copies) == 2:
             total = copies[first] + copies[last]
             sums = {first: total, last: total.clone()}
@@ -246,8 +244,7 @@ class Pipeline:
         return total
 
     def whole(self, trees: tuple[Any, ...], fn: Callable[[Tensor], Tensor] = full) -> Transformer:
-        """Merge the trees of all stages into one tree of the model. All stages must be in this
-        process."""
+        """Merge the trees of all stages, which are all in this process, into one tree."""
         first, last = trees[0], trees[-1]
         blocks = tuple(b for tree in trees for b in tree.blocks)
         return tree_map(fn, replace(last, embedding=first.embedding, blocks=blocks))
