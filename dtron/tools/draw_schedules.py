@@ -12,7 +12,7 @@ from dtron.errors import UserError
 from dtron.schedules.table import Action, Timeline
 from dtron.tools.svg import FAINT, Canvas
 
-HUES = {"F": 0.60, "B": 0.40, "I": 0.40, "W": 0.09}
+HUES = {"F": 0.60, "B": 0.47, "I": 0.30, "W": 0.09}
 _MOST_CELLS = 1 << 16  # in a row of text
 NAMES = (("F", "forward"), ("B", "backward"), ("I", "input gradient"), ("W", "weight gradient"))
 
