@@ -63,16 +63,26 @@ def hub_folder(flag: str, name: str) -> str:
 
 
 def with_folders(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """Return the arguments with folders in the place of names of models on the hub.
+    """Return the arguments with folders in the place of names of models on the hub. A run that is
+    resumed may not need the model any more, so a name that cannot be looked up stays.
 
     ``flags``: the flags whose values may be such names."""
-    found = [*argv]
+    found, resumes = [*argv], any(word.partition("=")[0] == "--resume" for word in argv)
+
+    def folder(flag: str, name: str) -> str:
+        try:
+            return hub_folder(flag, name)
+        except UserError:
+            if resumes:
+                return name
+            raise
+
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag.replace("_", "-") not in flags:
             continue
         if equals:
-            found[i] = f"{flag}={hub_folder(flag, value)}"
+            found[i] = f"{flag}={folder(flag, value)}"
         elif i + 1 < len(argv):
-            found[i + 1] = hub_folder(flag, argv[i + 1])
+            found[i + 1] = folder(flag, argv[i + 1])
     return found

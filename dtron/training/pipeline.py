@@ -80,8 +80,7 @@ class Pipeline:
     ``copy_engines``: whether copy engines send the messages of a recorded step.
     ``slots``: for each number of microbatches, and of tokens in a message, the slots of messages to
         and from other pipeline ranks.
-    ``tables``: the schedules of steps with other numbers of microbatches than ``table``, for a
-        batch ramp."""
+    ``tables``: the schedules of other numbers of microbatches, for a batch ramp."""
 
     table: Table
     specs: tuple[Transformer, ...]
