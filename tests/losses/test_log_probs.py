@@ -8,6 +8,9 @@ import torch
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
+from dtron.generation.cached_model import CachedModel
+from dtron.generation.forward_inputs import ForwardInputs
+from dtron.generation.scheduler import CacheSize
 from dtron.layers import token_log_probs as layer
 from dtron.layers.cross_entropy import IGNORE, Loss
 from dtron.layers.token_log_probs import token_log_probs
@@ -17,7 +20,6 @@ from dtron.model.transformer import predict
 from dtron.params import init, unshard
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, RunConfig
-from dtron.runtime.generation import Decoder
 from dtron.testing import assert_caught
 from dtron.training.log_probs import log_probs
 from dtron.training.pipeline import pipeline
@@ -95,10 +97,13 @@ def test_generation_gives_the_same(pattern):
     config = RunConfig(model=m, data=DataConfig(seq_len=16))
     pipe = pipeline(config, MeshShape(), 1, 16, ONE)
     weights = init(pipe.spec, m.dims(), 0, ONE, torch.float64)
-    decoder = Decoder(weights, 4, 17, m, pipe, "cpu")
+    decoder = CachedModel(weights, m, pipe, CacheSize(rows=4, pages=5, page=16), "cpu")
+    pages = torch.arange(1, 5)[:, None]  # page 0 is for padding; a text has a page
     steps = []
     for i in range(16):
-        scores = decoder([[int(t)] for t in ROWS[:, i]], [i] * 4)
+        place, all_count = torch.full((4, 1), i), torch.ones(4, 1, dtype=torch.bool)
+        tokens, last = ROWS[:, i : i + 2], torch.zeros(4, dtype=torch.long)
+        scores = decoder(ForwardInputs(tokens, place, all_count, 16 * pages + place, last, pages))
         steps.append(scores.log_softmax(-1).gather(1, ROWS[:, i + 1, None])[:, 0])
     (got,) = log_probs(weights, [make_batch(ROWS, ONE)], m, pipe)
     torch.testing.assert_close(torch.stack(steps, 1).double(), got.tokens_BS, rtol=0, atol=1e-5)
