@@ -7,8 +7,8 @@ line for each system and batch.
 - **dtron** is the engine of dtron/generation/, with CUDA graphs on a GPU.
 - **transformers** is ``generate`` with its static cache, which compiles the decode on a GPU.
 - **The work** is the same: the same weights, the same random prompts of one length, greedy, and the
-  same number of new tokens. ``same_tokens`` is the share of tokens that both have. It is less than 1
-  in bfloat16, where one other token changes the rest of a text.
+  same number of new tokens. ``same_tokens`` is the share of tokens that both have. It is less than
+  1 in bfloat16, where one other token changes the rest of a text.
 - **first_s** is the median time until all texts have their first token.
 - **decode_tokens_per_s** counts the tokens after it, of all texts together; the median.
 - Each time is measured ``--repeat`` times, after two runs that compile and record.

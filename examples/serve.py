@@ -4,8 +4,8 @@
     curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 8}'
 
 It shows how the engine serves several connections: one thread runs the engine, and each connection
-has a queue for its events. It is for tests on one machine: it has no keys, no limits, and listens to
-this machine alone. To serve others, see docs/generation.md."""
+has a queue for its events. It is for tests on one machine: it has no keys, no limits, and listens
+to this machine alone. To serve others, see docs/generation.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``python docs/draw/notebooks.py`` writes the notebook of every lab into docs/course/notebooks/."""
+"""``python docs/draw/notebooks.py`` writes the notebook of every lab into
+docs/course/notebooks/."""
 
 from __future__ import annotations
 

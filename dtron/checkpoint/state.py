@@ -204,8 +204,8 @@ def tensors(state: TrainState, spec: Any) -> dict[str, Tensor]:
 
 
 def _named(state: TrainState, spec: Any, twins: bool = True) -> dict[str, Tensor]:
-    """Return the tensors by kind and path. The copies of a tied weight have one name. Frozen weights
-    are not among them.
+    """Return the tensors by kind and path. The copies of a tied weight have one name. Frozen
+    weights are not among them.
 
     ``twins``: whether a copy counts that another stage has too."""
     named: dict[str, Tensor] = {}

@@ -1,5 +1,6 @@
-"""Lab 10: speed. The student's arithmetic is compared with dtron's counts, the mesh with a plan, and
-the reading of a trace with right answers on the shipped trace and on traces that are made up."""
+"""Lab 10: speed. The student's arithmetic is compared with dtron's counts, the mesh with a plan,
+and the reading of a trace with right answers on the shipped trace and on traces that are made
+up."""
 
 from __future__ import annotations
 

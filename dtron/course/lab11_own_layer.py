@@ -130,8 +130,8 @@ def meshes(places: Sequence[Place]) -> Callable[[ModuleType], None]:
 
 
 class SameOnAllRanks:
-    """The ranks along an axis, without the place of this rank. On simulated ranks the place has many
-    values, and a comparison with it says no more than that they differ."""
+    """The ranks along an axis, without the place of this rank. On simulated ranks the place has
+    many values, and a comparison with it says no more than that they differ."""
 
     def __init__(self, group: AxisGroup):
         self.ranks, self.args = group.ranks, group.args

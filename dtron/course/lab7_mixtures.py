@@ -1,5 +1,5 @@
-"""The layers of experts that a student's test of lab 7 judges, on one device: right ones, and mutants
-with one fault each."""
+"""The layers of experts that a student's test of lab 7 judges, on one device: right ones, and
+mutants with one fault each."""
 
 from __future__ import annotations
 

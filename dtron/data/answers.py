@@ -134,8 +134,8 @@ class Answers(Chats):
             messages = self._checked([*prompt, *answer], where)
             if not any(m["role"] == "assistant" for m in answer):
                 raise UserError(
-                    f"{where} has an answer without a message of the assistant, so there is nothing "
-                    "to learn; add one"
+                    f"{where} has an answer without a message of the assistant, so there is "
+                    "nothing to learn; add one"
                 )
             yield Conversation(where, messages, None, len(prompt))
 

@@ -48,9 +48,9 @@ def learned_rows(
     note = None
     if group > 1 and groups < len(lengths) // group:
         note = (
-            f"{chats.path}: {len(lengths) // group - groups:,} of {len(lengths) // group:,} pairs do "
-            f"not fit into {d.seq_len:,} tokens or have nothing to learn, and are dropped; raise "
-            "--data.seq-len"
+            f"{chats.path}: {len(lengths) // group - groups:,} of {len(lengths) // group:,} pairs "
+            f"do not fit into {d.seq_len:,} tokens or have nothing to learn, and are dropped; "
+            "raise --data.seq-len"
         )
     elif len(kept) < len(lengths) or cut:
         what = what if len(lengths) == chats.count else f"samples of {what}"

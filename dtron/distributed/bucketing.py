@@ -9,8 +9,8 @@ An all-gather does the same in reverse. (DDP's buckets, Li et al. 2020, arXiv:20
 bucket to fill, and large weights are sent without a copy to a bucket.)
 
 Left out: reduce-scatters and all-gathers of tensors that are sharded over other axes too, tensors
-that cannot be split into equal shards, and ZeRO-3's all-gathers in every block, which are overlapped
-one by one."""
+that cannot be split into equal shards, and ZeRO-3's all-gathers in every block, which are
+overlapped one by one."""
 
 from __future__ import annotations
 

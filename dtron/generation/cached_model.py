@@ -1,9 +1,9 @@
 """The model with its decoding caches: the sharded forward that trains, run for generation.
 
-A mixer has one of two kinds of cache. Keys and values of attention are in pages (layers/kv_cache.py).
-The state of a recurrent mixer has a constant size, and each row of the batch has one. A forward of
-all rows updates the states in place. A forward of some rows copies their states out and back. One
-more place in each pool takes the states of padding rows.
+A mixer has one of two kinds of cache. Keys and values of attention are in pages
+(layers/kv_cache.py). The state of a recurrent mixer has a constant size, and each row of the batch
+has one. A forward of all rows updates the states in place. A forward of some rows copies their
+states out and back. One more place in each pool takes the states of padding rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The tensors of one forward of generation, made on the host from the pieces of a step.
 
 Their shapes come from a small set. Decode has one token in every row of the batch, also in rows
-without a text. Prefill has some rows of each pool, and chunks whose length is a power of two, as the
-number of pages of the block tables is. So a forward of a kind can be recorded once and replayed.
+without a text. Prefill has some rows of each pool, and chunks whose length is a power of two, as
+the number of pages of the block tables is. So a forward of a kind can be recorded once and
+replayed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decodes as CUDA graphs.
 
-A decode of a small batch is hundreds of small kernels. The host launches them more slowly than a GPU
-runs them. A CUDA graph is a recording of all launches, which the host launches in one call. The
+A decode of a small batch is hundreds of small kernels. The host launches them more slowly than a
+GPU runs them. A CUDA graph is a recording of all launches, which the host launches in one call. The
 inputs of a forward are copied into the buffers that the recorded kernels read. forward_inputs.py
 keeps the number of kinds of shapes small: each kind has a recording. Prefill is not recorded: its
 kernels are large, and its shapes have more kinds.

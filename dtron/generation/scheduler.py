@@ -1,9 +1,10 @@
-"""The scheduler of continuous batching (Yu et al. 2022, Orca, OSDI): which tokens the next step runs.
+"""The scheduler of continuous batching (Yu et al. 2022, Orca, OSDI): which tokens the next step
+runs.
 
 Requests join and leave between steps. A request waits until a row is free and there are pages for
-its text. Then its text is run in chunks (*prefill*), and after that one token per step (*decode*). A
-step has a chunk of some rows beside the decoding of the others, so a long prompt does not stop the
-other texts (Agrawal et al. 2023, arXiv:2308.16369).
+its text. Then its text is run in chunks (*prefill*), and after that one token per step (*decode*).
+A step has a chunk of some rows beside the decoding of the others, so a long prompt does not stop
+the other texts (Agrawal et al. 2023, arXiv:2308.16369).
 
 Requests are served in the order of their arrival. A row takes a page when it needs one. If no page
 is free, the youngest request of the pool is preempted: its pages are freed, and it waits again and

@@ -1,5 +1,5 @@
-"""The divergence between the words of two models, over a vocabulary that is sharded over tp, a chunk
-of tokens at a time.
+"""The divergence between the words of two models, over a vocabulary that is sharded over tp, a
+chunk of tokens at a time.
 
 With p the teacher's and q the student's probabilities of a token at a temperature t, the forward
 divergence is ``KL(p || q)`` and the reverse one ``KL(q || p)``. As in ``cross_entropy``, the

@@ -1,19 +1,20 @@
-"""Paged KV cache (Kwon et al. 2023, arXiv:2309.06180, section 4): keys and values of earlier tokens,
-so that generating a token computes only one token.
+"""Paged KV cache (Kwon et al. 2023, arXiv:2309.06180, section 4): keys and values of earlier
+tokens, so that generating a token computes only one token.
 
-The cache is a pool of pages of a fixed number of tokens, which all rows share. A row's *block table*
-names its pages in order: the token at position p is in entry p // page of the table, at offset
-p % page. So a row takes memory for the tokens that it has, and not for the tokens that it may have.
-A query sees the tokens up to its own position, by the rule ``sees`` of attention_mask.py. Entries of
-the table after a row's last page, and the content of a page after its last token, are never seen.
+The cache is a pool of pages of a fixed number of tokens, which all rows share. A row's *block
+table* names its pages in order: the token at position p is in entry p // page of the table, at
+offset p % page. So a row takes memory for the tokens that it has, and not for the tokens that it
+may have. A query sees the tokens up to its own position, by the rule ``sees`` of attention_mask.py.
+Entries of the table after a row's last page, and the content of a page after its last token, are
+never seen.
 
 A rank of data parallelism has its own pool and its own rows. Page numbers count a rank's own pages.
 Page 0 of each pool is the *null page*: padding is written into it, and nobody reads it.
 
 The layers are the same as in training. They pass the cache to the core of attention together with
 the new keys, the new values and their slots. The core writes them into their slots and attends to
-all of a row. The cache is updated in place, like an optimizer's moments: a copy per token would cost
-as much as reading the cache. All shapes are known on the host: no kernel waits for a number.
+all of a row. The cache is updated in place, like an optimizer's moments: a copy per token would
+cost as much as reading the cache. All shapes are known on the host: no kernel waits for a number.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def empty_kv_cache(
     dtype: torch.dtype,
     device: str,
 ) -> KVCache:
-    """Make an empty cache of ``pages`` pages over all ranks, sharded into ``layout.parts("tokens")``
-    equal shards.
+    """Make an empty cache of ``pages`` pages over all ranks, sharded into
+    ``layout.parts("tokens")`` equal shards.
 
     ``page``: the number of tokens of a page.
     ``widths``: the width of a head's keys, and the width of its values.

@@ -7,9 +7,9 @@ CE is the cross entropy, p and q are the probabilities of teacher and student at
 The reverse divergence KL(q || p) lets the student leave out what it cannot learn (MiniLLM, Gu et
 al. 2023, arXiv:2306.08543, section 2.1). layers/divergence.py computes both.
 
-The teacher's logits are not kept. Its last activations are, ``[T, E]`` per microbatch, and its logits are
-computed chunk by chunk beside the student's. With ``top_k``, its k largest logits are kept instead, and its
-probabilities are those of the k words alone.
+The teacher's logits are not kept. Its last activations are, ``[T, E]`` per microbatch, and its
+logits are computed chunk by chunk beside the student's. With ``top_k``, its k largest logits are
+kept instead, and its probabilities are those of the k words alone.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Distillation(Objective):
         from_to(self, "loss", {"weight": (0, 1), "temperature": (1e-3, 1e3), "top_k": (0, 1 << 20)})
         if self.top_k and self.reverse:
             raise UserError(
-                f"--loss.top-k {self.top_k} --loss.reverse: the reverse divergence is infinite where the "
-                "teacher's probability is 0; drop one of the two"
+                f"--loss.top-k {self.top_k} --loss.reverse: the reverse divergence is infinite "
+                "where the teacher's probability is 0; drop one of the two"
             )
 
     def check(self, options: Loss, words: int, tp: int) -> None:

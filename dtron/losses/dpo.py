@@ -2,8 +2,8 @@
 
     loss = -log sigmoid(beta (s(chosen) - s(rejected)))
 
-With ``length_normalized``, a score is divided by the number of tokens of its answer (Tulu 3, Lambert
-et al. 2024, arXiv:2411.15124, section 5.1). Long answers then have no advantage.
+With ``length_normalized``, a score is divided by the number of tokens of its answer (Tulu 3,
+Lambert et al. 2024, arXiv:2411.15124, section 5.1). Long answers then have no advantage.
 """
 
 from __future__ import annotations

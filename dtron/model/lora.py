@@ -177,9 +177,9 @@ def check_lora(spec: Any, config: LoraConfig, shape: MeshShape, zero: int) -> No
         shards = math.prod(n for p, n in sizes if p.is_shard(len(w.shape) - 1))
         if last % (shards * BLOCK):
             raise UserError(
-                f"--lora.quantize-base {config.quantize_base}: the last axis of {w.path} is {last}, "
-                f"and its {shards} shards are not whole blocks of {BLOCK}; leave it out, or use "
-                "another mesh"
+                f"--lora.quantize-base {config.quantize_base}: the last axis of {w.path} is "
+                f"{last}, and its {shards} shards are not whole blocks of {BLOCK}; leave it out, "
+                "or use another mesh"
             )
     targets = [w for w in flat(spec) if can_update(w)]
     _check("targets", config.target_patterns, targets)

@@ -102,7 +102,8 @@ def stage(
     """Run the blocks of a stage, and in the last stage the head.
 
     Returns x_TD, or in the last stage the loss summed over the batch's valid tokens, or pairs. The
-    loss's sum over data ranks is still pending. Also returns the stage's terms of the loss and its report.
+    loss's sum over data ranks is still pending. Also returns the stage's terms of the loss and its
+    report.
 
     ``x_TD``: ``[T@tokens_sp, D]``.
     ``before``: the summed reports of the step so far, where they are needed.

@@ -113,8 +113,8 @@ class RunConfig(StepConfig):
                 raise UserError(f"{flag}: has no effect without updates; use --lora.rank 16 too")
         elif self.optim.qk_clip:
             raise UserError(
-                f"optim.qk_clip={self.optim.qk_clip:g} with --lora.rank {self.lora.rank}: it scales "
-                "query and key weights, which are frozen; use --optim.qk-clip 0"
+                f"optim.qk_clip={self.optim.qk_clip:g} with --lora.rank {self.lora.rank}: it "
+                "scales query and key weights, which are frozen; use --optim.qk-clip 0"
             )
         elif self.model.mup_base_width:
             raise UserError(

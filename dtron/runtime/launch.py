@@ -115,8 +115,8 @@ def _records(config: RunConfig, compiled_on_gpu: bool) -> bool:
     if config.loss.objective.second_model is not None:
         if config.cuda_graph == "on":
             raise UserError(
-                f"--cuda-graph on --loss.name {config.loss.name}: a step with a second model is not "
-                "recorded; use --cuda-graph auto"
+                f"--cuda-graph on --loss.name {config.loss.name}: a step with a second model is "
+                "not recorded; use --cuda-graph auto"
             )
         return False
     if config.cuda_graph == "on" and not compiled_on_gpu:

@@ -1,5 +1,5 @@
-"""``dtron eval --from DIR --tasks NAMES``: evaluates a model on tasks of lm-evaluation-harness, on any
-mesh; ``--text FILE`` measures the perplexity of a text.
+"""``dtron eval --from DIR --tasks NAMES``: evaluates a model on tasks of lm-evaluation-harness, on
+any mesh; ``--text FILE`` measures the perplexity of a text.
 
 tools/eval_harness.py has the model that the harness asks, and runtime/scoring.py the
 log-probabilities.

@@ -2,8 +2,8 @@
 learning ask for beside generation.
 
 ``log_probs`` computes them without gradients, through the pipeline. A loss of log-probabilities is
-an ``Objective`` (losses/objective.py): it calls ``token_log_probs`` and ``sequence_sums``, which are
-differentiable, and trains through the pipeline like any other loss. losses/preference.py is an
+an ``Objective`` (losses/objective.py): it calls ``token_log_probs`` and ``sequence_sums``, which
+are differentiable, and trains through the pipeline like any other loss. losses/preference.py is an
 example.
 """
 

@@ -1,4 +1,5 @@
-"""Low-rank updates as PEFT adapter files, in and out: the logits of ``peft`` on transformers' model."""
+"""Low-rank updates as PEFT adapter files, in and out: the logits of ``peft`` on transformers'
+model."""
 
 from __future__ import annotations
 
