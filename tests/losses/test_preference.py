@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -21,6 +21,7 @@ from dtron.runtime.config import PipelineConfig
 from dtron.testing import assert_caught
 from dtron.training import reference
 from tests.losses.runs import SMALL, assert_equal_on, assert_equal_to, own_log_probs, run_of
+from tests.losses.toy_losses import Hinge
 
 DPO = LossConfig(name="dpo", beta=0.3)
 NORMALIZED = LossConfig(name="dpo", length_normalized=True, beta=2.0)
@@ -98,14 +99,6 @@ def test_a_step_with_experts_is_the_same():
 
 def test_the_reference_of_lora_is_the_model_without_updates():
     assert_equal_to(by_trl(DPO), run_of(DPO, lora=LoraConfig(rank=2)))
-
-
-@dataclass(frozen=True)
-class Hinge(Preference):
-    """SLiC (arXiv:2305.10425): a loss in one function, as another project would add it."""
-
-    def pair_loss(self, chosen_P, rejected_P):
-        return (1 - self.beta * (chosen_P - rejected_P)).relu()
 
 
 def test_a_new_loss_of_pairs_is_one_function():
