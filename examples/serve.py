@@ -156,13 +156,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The server. ``folder``: the model's folder, which may have a chat template."""
+    """The server. ``folder``: the model's folder as it was given, which is the model's name."""
 
     daemon_threads = True
 
     def __init__(self, port: int, engine: TextEngine, opened: OpenModel, folder: str):
         super().__init__(("127.0.0.1", port), Handler)
-        self._opened, self.name, self._chat = opened, folder, template_beside(folder)
+        self._opened, self.name, self._chat = opened, folder, template_beside(opened.folder)
         self.thread = EngineThread(engine)
         self.thread.start()
 

@@ -80,4 +80,5 @@ def sheet(svgs: Mapping[str, str]) -> str:
         "</small></h1>"
     )
     body = "\n".join([title, *rows])
-    return f"<!DOCTYPE html>\n<html lang='en'>\n<head>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
+    page = f"<head>\n{head}</head>\n<body>\n{body}\n</body>"
+    return f"<!DOCTYPE html>\n<html lang='en'>\n{page}\n</html>\n"

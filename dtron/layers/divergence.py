@@ -29,7 +29,7 @@ from dtron.layers.cross_entropy import (
     uncapped_gradient,
     with_chunk,
 )
-from dtron.layers.token_log_probs import log_sum_exp
+from dtron.layers.token_log_probs import log_sum_exp, target_logits
 from dtron.mesh import Layout
 
 
@@ -146,9 +146,10 @@ class _ChunkedDivergence(torch.autograd.Function):
         wide, t = torch.promote_types(x_TD.dtype, torch.float32), rule.temperature
         entropy = torch.zeros((), dtype=wide, device=x_TD.device)
         divergence = torch.zeros_like(entropy)
-        train = any(ctx.needs_input_grad[:2])
+        of_head = ctx.needs_input_grad[1]  # not where the head is frozen
+        train = of_head or ctx.needs_input_grad[0]
         dx: list[Tensor] = []
-        dw = torch.zeros_like(w_VD, dtype=wide) if train else None
+        dw = torch.zeros_like(w_VD, dtype=wide) if of_head else None
         columns = [x_TD, targets_T, teacher_T, *([teacher_V] if top else [])]
         for x_CD, targets_C, *of_teacher in zip(
             *(x.split(loss.chunk) for x in columns), strict=True
@@ -161,9 +162,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 teacher_CV = chunk_logits(of_teacher[0], teacher_V, ids_V, capped).to(wide)
             counts = targets_C != IGNORE
             # The cross entropy.
-            mine, place_C = own_words(targets_C, ids_V)
-            target_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
-            target_C = layout.all_reduce(target_C, "vocab")
+            target_C = target_logits(logits_CV, targets_C, ids_V, layout)
             log_sum_C = log_sum_exp(logits_CV, layout)
             entropy = entropy + ((log_sum_C - target_C) * counts).sum()
             # The divergence.
@@ -173,8 +172,9 @@ class _ChunkedDivergence(torch.autograd.Function):
             gap_CV = torch.where(a_CV.isinf(), 0, a_CV - b_CV)  # 0 log 0 is 0
             kl_C = layout.all_reduce((a_CV.exp() * gap_CV).sum(-1), "vocab")
             divergence = divergence + (kl_C * counts).sum()
-            if dw is None:
+            if not train:
                 continue
+            mine, place_C = own_words(targets_C, ids_V)
             d_CV = (logits_CV - log_sum_C[:, None]).exp()
             d_CV = d_CV.scatter_add(1, place_C[:, None], -mine[:, None].to(wide))
             slope_CV = (
@@ -184,17 +184,18 @@ class _ChunkedDivergence(torch.autograd.Function):
             d_CV = uncapped_gradient(d_CV * counts[:, None], logits_CV, loss.softcap)
             d_CV = d_CV.to(x_TD.dtype)
             dx.append(d_CV @ w_VD)
-            dw += d_CV.mT @ x_CD
-        if dw is not None:
-            ctx.save_for_backward(torch.cat(dx), dw.to(w_VD.dtype))
+            if dw is not None:
+                dw += d_CV.mT @ x_CD
+        if train:
+            ctx.save_for_backward(torch.cat(dx), None if dw is None else dw.to(w_VD.dtype))
         total = (1 - rule.weight) * entropy + rule.weight * t * t * divergence
         ctx.mark_non_differentiable(entropy, divergence)
         return total, entropy, divergence
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dw * g.to(dw.dtype), *(None,) * 8
+        dx, dw = (None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors)
+        return dx, dw, *(None,) * 8
 
 
 def _log_softmax(logits_CV: Tensor, layout: Layout) -> Tensor:

@@ -15,7 +15,7 @@ completes it. The layers then multiply by the factor, which is local.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,7 @@ def norms(w: LoRA) -> Tensor:
     """Return the norm of the weights of each output, ``[*E, *O]``, with the update. Sums over
     sharded inputs are all-reduced."""
     base = dense(w.base)
-    square = partial(_squares, scale=w.scale, first=w.first, experts=w.experts)
+    square = partial(_squares, w)
     if not isinstance(base, DTensor):
         return square(base, w.lora_a, w.lora_b).sqrt()
     tensors: Any = (base, w.lora_a, w.lora_b)
@@ -131,12 +131,11 @@ def norms(w: LoRA) -> Tensor:
     return region(*tensors).redistribute(base.device_mesh, after).sqrt()
 
 
-def _squares(base: Tensor, a: Tensor, b: Tensor, scale: float, first: int, experts: bool) -> Tensor:
-    ahead = int(experts)
-    update = a.flatten(ahead, first - 1) @ b.flatten(ahead + 1)
-    whole = base.flatten(ahead, first - 1).flatten(ahead + 1) + scale * update
+def _squares(w: LoRA, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the squared norms of a rank's shard, given its tensors."""
+    whole = replace(w, base=base, lora_a=a, lora_b=b).merged()
     wide = torch.promote_types(whole.dtype, torch.float32)
-    return whole.to(wide).square().sum(ahead).view(*base.shape[:ahead], *base.shape[first:])
+    return whole.to(wide).square().sum(tuple(range(int(w.experts), w.first)))
 
 
 def _of_squares(p: Placement, first: int, experts: bool) -> Placement:

@@ -52,6 +52,13 @@ def log_sum_exp(logits_CV: Tensor, layout: Layout) -> Tensor:
     return top_C + layout.all_reduce((logits_CV - top_C[:, None]).exp().sum(-1), "vocab").log()
 
 
+def target_logits(logits_CV: Tensor, targets_C: Tensor, ids_V: Tensor, layout: Layout) -> Tensor:
+    """Return the logit of each target, ``[C]``: inside a local region, by an all-reduce over tp."""
+    mine, place_C = own_words(targets_C, ids_V)
+    own_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
+    return layout.all_reduce(own_C, "vocab")
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """The log-probabilities on one rank. Rank-local, except for three small all-reduces over tp
     per chunk in forward."""
@@ -71,9 +78,7 @@ class _TokenLogProbs(torch.autograd.Function):
             x_TD.split(loss.chunk), targets_T.split(loss.chunk), strict=True
         ):
             logits_CV = chunk_logits(x_CD, w_VD, ids_V, loss)
-            mine, place_C = own_words(targets_C, ids_V)
-            target_C = torch.where(mine, logits_CV.gather(1, place_C[:, None])[:, 0], 0)
-            target_C = layout.all_reduce(target_C, "vocab")
+            target_C = target_logits(logits_CV, targets_C, ids_V, layout)
             log_sums.append(log_sum_exp(logits_CV, layout))
             found.append((target_C - log_sums[-1]) * (targets_C != IGNORE))
         ctx.loss = loss
@@ -84,7 +89,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, w_VD, targets_T, ids_V, log_sum_T = ctx.saved_tensors
         loss, dx = ctx.loss, []
-        dw = torch.zeros_like(w_VD, dtype=log_sum_T.dtype)
+        of_head = ctx.needs_input_grad[1]  # not where the head is frozen
+        dw = torch.zeros_like(w_VD, dtype=log_sum_T.dtype) if of_head else None
         g_T = g_T * (targets_T != IGNORE)
         columns = (x.split(loss.chunk) for x in (x_TD, targets_T, log_sum_T, g_T))
         for x_CD, targets_C, log_sum_C, g_C in zip(*columns, strict=True):
@@ -94,5 +100,6 @@ class _TokenLogProbs(torch.autograd.Function):
             d_CV = d_CV.scatter_add(1, place_C[:, None], (mine * g_C)[:, None])
             d_CV = uncapped_gradient(d_CV, logits_CV, loss.softcap).to(x_TD.dtype)
             dx.append(d_CV @ w_VD)
-            dw += d_CV.mT @ x_CD
-        return torch.cat(dx), dw.to(w_VD.dtype), None, None, None, None
+            if dw is not None:
+                dw += d_CV.mT @ x_CD
+        return torch.cat(dx), None if dw is None else dw.to(w_VD.dtype), None, None, None, None

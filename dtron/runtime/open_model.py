@@ -1,4 +1,4 @@
-"""Opens a model for generation: a run directory or a Hugging Face folder."""
+"""Opens a model to generate with or to evaluate: a run directory or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ LoadWeights = Callable[[Any, Layout, torch.dtype, str], Any]
 class OpenModel:
     """A model that can generate.
 
+    ``folder``: where it is.
     ``load``: loads the weights, as ``load(spec, layout, dtype, device)``.
     ``lora``: the updates of the model.
     ``tokenizer``: neither truncates nor pads, and knows special tokens that are spelled out.
     ``ends``: the tokens that end a text."""
 
+    folder: Path
     load: LoadWeights
     model: ModelConfig
     lora: LoraConfig
@@ -90,7 +92,7 @@ def open_model(name: str, average: bool = False, adapter: str | None = None) -> 
         raise UserError(f"--from {folder}: has no tokenizer.json; put the model's tokenizer there")
     tokenizer = load_tokenizer(str(folder), flag="--from")
     ends = frozenset(_ends(folder, tokenizer))
-    return OpenModel(load, model, lora, encoder_of(tokenizer, special=True), ends)
+    return OpenModel(folder, load, model, lora, encoder_of(tokenizer, special=True), ends)
 
 
 def _folder(name: str) -> Path:

@@ -1,7 +1,7 @@
 """``dtron eval --from DIR --tasks NAMES``: evaluates a model on tasks of lm-evaluation-harness, on
 any mesh; ``--text FILE`` measures the perplexity of a text.
 
-tools/eval_harness.py has the model that the harness asks, and runtime/scoring.py the
+runtime/eval_harness.py has the model that the harness asks, and runtime/scoring.py the
 log-probabilities.
 """
 
@@ -30,7 +30,7 @@ from dtron.runtime.open_model import open_model
 from dtron.runtime.output import replace_file, writing
 from dtron.runtime.scoring import Scorer, Text
 from dtron.tools.console import wide_console
-from dtron.tools.generate import add_model_flags
+from dtron.tools.generate import add_folder_flag, add_model_flags
 
 
 def run(o: Namespace) -> int:
@@ -64,7 +64,7 @@ def run(o: Namespace) -> int:
                 tokenizer,
                 m.context,
                 min(ends, default=0),
-                chat_of(Path(o.folder)),
+                chat_of(opened.folder),
             )
             found["tasks"] = run_tasks(harness, tasks, o.fewshot, o.limit, o.chat)
     if plan.main:
@@ -129,13 +129,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def parser() -> Parser:
     made = Parser(prog="dtron eval", description="Evaluate a model, on any mesh.")
     add = made.add_argument
-    add(
-        "--from",
-        dest="folder",
-        required=True,
-        metavar="DIR",
-        help="a Hugging Face folder, or a run directory",
-    )
+    add_folder_flag(add)
     add(
         "--tasks",
         metavar="NAMES",

@@ -124,13 +124,7 @@ def parser() -> Parser:
         prog="python -m dtron.generate", description="Generate text, on any mesh without cp."
     )
     add = made.add_argument
-    add(
-        "--from",
-        dest="folder",
-        required=True,
-        metavar="DIR",
-        help="a Hugging Face folder, or a run directory",
-    )
+    add_folder_flag(add)
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
     add(
         "--prompts",
@@ -151,6 +145,17 @@ def parser() -> Parser:
     add("--jsonl", action="store_true", help="print one JSON object for each text")
     add_model_flags(add)
     return made
+
+
+def add_folder_flag(add: Callable[..., Any]) -> None:
+    """Add the flag of a model's folder to a parser's."""
+    add(
+        "--from",
+        dest="folder",
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face folder, or a run directory",
+    )
 
 
 def add_model_flags(add: Callable[..., Any]) -> None:

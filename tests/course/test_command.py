@@ -175,7 +175,8 @@ def test_a_message_of_megabytes_is_cut_off(tmp_path):
 
 
 def test_a_file_of_gigabytes_is_refused(tmp_path):
-    text = f"with open({str(tmp_path / 'big')!r}, 'wb') as f:\n    f.seek(5 << 30)\n    f.write(b'1')\n"
+    text = f"with open({str(tmp_path / 'big')!r}, 'wb') as f:\n"
+    text += "    f.seek(5 << 30)\n    f.write(b'1')\n"
     assert "File too large" in line(submission(tmp_path / "a", text))
 
 
