@@ -4,7 +4,7 @@ line for each system and batch.
     python bench/generate.py --model bench-1.3b --batch 1 16 128
     python bench/generate.py --model tiny --batch 1 4 --prompt 8 --tokens 8
 
-- **dtron** is the engine of dtron/generation/, with CUDA graphs on a GPU.
+- **dtron** is the engine of dtron/generation/. On a GPU its decodes are compiled and recorded.
 - **transformers** is ``generate`` with its static cache, which compiles the decode on a GPU.
 - **The work** is the same: the same weights, the same random prompts of one length, greedy, and the
   same number of new tokens. ``same_tokens`` is the share of tokens that both have. It is less than
@@ -26,12 +26,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dtron.generation.engine import Engine
+from dtron.generation.recorded_forward import can_record
 from dtron.generation.sampling import Sampling
 from dtron.hf.config import best_family, to_hf
 from dtron.hf.load import Source
@@ -68,22 +71,31 @@ def main(argv: list[str]) -> int:
     for batch in o.batch:
         g = torch.Generator().manual_seed(0)
         prompts = torch.randint(m.vocab, (batch, o.prompt), generator=g).tolist()
-        size = cache_for(batch, o.prompt + o.tokens, pipe)
-        size = replace(size, chunk=o.prompt, prefill_rows=max(1, o.prefill // o.prompt))
-        graph = device == "cuda" and not m.moe.experts
-        engine = Engine(params, source.model, pipe, size, device, graph)
-        ours = measure(lambda p=prompts, e=engine: run(e, p, o.tokens, device), o.repeat)
-        other = measure(lambda p=prompts: run_transformers(theirs, p, o.tokens, device), o.repeat)
-        pairs = [
-            (x, y)
-            for a, b in zip(ours[-1].texts, other[-1].texts, strict=True)
-            for x, y in zip(a, b, strict=True)
-        ]
-        same = sum(x == y for x, y in pairs) / len(pairs)
-        for system, times in (("dtron", ours), ("transformers, static cache", other)):
+        found: dict[str, list[Timed]] = {}
+        if "dtron" in o.systems:
+            compile = device == "cuda" and not o.eager
+            size = cache_for(batch, o.prompt + o.tokens, pipe, compile)
+            size = replace(size, chunk=o.prompt, prefill_rows=max(1, o.prefill // o.prompt))
+            graph = device == "cuda" and can_record(m, pipe, compile)
+            engine = Engine(params, source.model, pipe, size, device, graph, compile)
+            ours = partial(run, engine, prompts, o.tokens, device)
+            found["dtron"] = measure(ours, o.repeat)
+        if "transformers" in o.systems:
+            other = partial(run_transformers, theirs, prompts, o.tokens, device)
+            found["transformers, static cache"] = measure(other, o.repeat)
+        same = same_tokens([times[-1].texts for times in found.values()])
+        for system, times in found.items():
             line = case(o, system, batch, times, parameter_count(m), str(dtype), device)
-            print(json.dumps(line | {"same_tokens": round(same, 4)}), flush=True)
+            print(json.dumps(line | same), flush=True)
     return 0
+
+
+def same_tokens(texts: list[Texts]) -> dict[str, float]:
+    """Return the share of tokens that two systems both have."""
+    if len(texts) < 2:
+        return {}
+    pairs = zip(*(list(chain.from_iterable(of_system)) for of_system in texts), strict=True)
+    return {"same_tokens": round(statistics.mean(x == y for x, y in pairs), 4)}
 
 
 def transformers_model(m: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
@@ -183,6 +195,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--prompt", type=int, default=512, help="tokens of a prompt (512)")
     add("--tokens", type=int, default=256, help="new tokens of a text (256)")
     add("--prefill", type=int, default=8192, help="tokens of prompts in a step of dtron (8192)")
+    systems = ["dtron", "transformers"]
+    add("--systems", nargs="+", default=systems, choices=systems, help="what is timed (both)")
+    add("--eager", action="store_true", help="do not compile dtron's decodes")
     add("--repeat", type=int, default=5, help="timed runs (5)")
     add("--device", choices=["cpu", "cuda"], help="a GPU if there is one")
     return p.parse_args(argv)

@@ -85,6 +85,8 @@ def flags(line: Mapping[str, Any]) -> Iterator[str]:
         "moments": "--moments",
         "master_weights": "--master-weights",
         "optim": "--optim",
+        "lora_rank": "--lora-rank",
+        "quantize_base": "--quantize-base",
         "attention_kernel": "--attention-kernel",
     }
     for name, flag in names.items():

@@ -86,7 +86,7 @@ def case_of(line: Line) -> Case:
         precision = f"fp8 {fp8}{' ends too' if line.get('fp8_first_last') else ''}"
         precision += ", gathered in FP8" if line.get("fp8_gather") else ""
     return Case(
-        line["model"],
+        line["model"] + trained(line),
         line["device"],
         shape.size,
         "one GPU" if shape.size == 1 else str(shape),
@@ -97,6 +97,12 @@ def case_of(line: Line) -> Case:
         line["rows"],
         line["seq_len"],
     )
+
+
+def trained(line: Line) -> str:
+    """Return what is trained of the model; empty if that is the whole model."""
+    rank, base = line.get("lora_rank"), line.get("quantize_base")
+    return (f" LoRA rank {rank}" if rank else "") + (f" on {base} weights" if base else "")
 
 
 def system_of(line: Line) -> str:

@@ -10,6 +10,7 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers.attention_kernels import AttentionPath
 from dtron.layers.context_parallel import Method
 from dtron.model.compute_config import Fp8
+from dtron.model.lora import LoraConfig
 from dtron.model.presets import preset
 from dtron.runtime.config import DataConfig, PipelineConfig, RunConfig
 from dtron.runtime.exit import Parser
@@ -17,7 +18,7 @@ from dtron.training.low_bit_state import Masters, Moments
 from dtron.training.optim_config import OptimConfig
 
 USUAL: dict[str, Any] = dict.fromkeys(("moments", "master_weights", "reduce_dtype"), "float32")
-USUAL |= {"optim": "adamw", "offload_state": False}
+USUAL |= {"optim": "adamw", "offload_state": False, "lora_rank": 0, "quantize_base": "none"}
 
 
 def run_config(o: argparse.Namespace, world: int | None = None) -> RunConfig:
@@ -44,6 +45,7 @@ def run_config(o: argparse.Namespace, world: int | None = None) -> RunConfig:
         copy_engines="off" if o.no_copy_engines else "auto",
         data=DataConfig(seq_len=o.seq_len),
         pipeline=PipelineConfig(o.schedule),
+        lora=LoraConfig(o.lora_rank, quantize_base=o.quantize_base),
         optim=OptimConfig(
             o.optim,
             moments=o.moments,
@@ -67,6 +69,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--moments", default=USUAL["moments"], choices=get_args(Moments))
     add("--master-weights", default=USUAL["master_weights"], choices=get_args(Masters))
     add("--offload-state", **on, help="keep the optimizer's state on the host")
+    add("--lora-rank", type=int, default=USUAL["lora_rank"], help="LoRA of this rank (0: none)")
+    add("--quantize-base", default=USUAL["quantize_base"], choices=("none", "nf4", "fp8"))
     add("--seq-len", type=int, default=4096, help="tokens per sequence (4096)")
     add("--steps", type=int, default=20, help="steps; the first is timed separately (20)")
     add("--recompute", default="none", help="activation policy (none)")

@@ -10,7 +10,8 @@ are random.
   in train.py, the host runs ahead and does not wait for the end of a step.
 - **The first step** includes compilation and is reported separately. ``--steps 1`` measures peak
   memory and no times.
-- **FLOPs** are counted by ``flops_per_token``: causal attention, no recomputation.
+- **FLOPs** are counted by ``flops_per_token``: causal attention, no recomputation. A frozen weight
+  counts 4 for each element and token, because it has no gradient.
 - **Host time** is the time from an idle device to the launch of the step's last kernel, the median
   of 3.
 - **--data** reads every batch from a file, as in train.py. The line then has the share of time that
@@ -190,7 +191,8 @@ def results(measured: Measured, config: RunConfig, plan: RunPlan) -> dict[str, A
     if measured.steps:
         seconds, peak = statistics.median(measured.steps), peak_tflops(plan.device)
         per_gpu = config.batch * config.data.seq_len / seconds / plan.shape.size
-        tflops = per_gpu * flops_per_token(config.model, config.data.seq_len) / 1e12
+        flops = flops_per_token(config.model, config.data.seq_len, config.lora)
+        tflops = per_gpu * flops / 1e12
         timed = {
             "tokens_per_s_per_gpu": round(per_gpu),
             "tflops_per_gpu": round(tflops, 1),

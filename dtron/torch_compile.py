@@ -4,8 +4,9 @@ single functions of tensors, outside of units."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -86,6 +87,22 @@ def jit(fn: Callable, backend: Any = "inductor") -> Callable:
             return inner(*args)
 
     return run
+
+
+def flex_in_trace() -> AbstractContextManager[None]:
+    """Return a context for calls of flex_attention, which compiles a part of itself while a unit is
+    traced. Without the context, the second shape of its arguments becomes symbolic, on which
+    inductor fails, and after 8 shapes torch gives up. torch also warns that it is not compiled."""
+    traced = tracing() and not torch.compiler.is_dynamo_compiling()
+    return _static_shapes() if traced else nullcontext()
+
+
+@contextmanager
+def _static_shapes() -> Iterator[None]:
+    settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=KINDS)
+    with settings, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
 
 
 def kernel_device(device: torch.device) -> str:

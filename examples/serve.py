@@ -25,8 +25,9 @@ from dtron.data.chat_template import template_beside
 from dtron.errors import UserError
 from dtron.generation.cached_model import pages_in
 from dtron.generation.engine import Engine
+from dtron.generation.recorded_forward import can_record
 from dtron.generation.sampling import Sampling
-from dtron.generation.scheduler import CacheSize
+from dtron.generation.scheduler import KERNEL_PAGE, CacheSize
 from dtron.generation.text_engine import TextEngine, TextEvent, encode
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.launch import plan_run, start_ranks
@@ -194,9 +195,12 @@ def main(argv: list[str]) -> int:
     plan = plan_run(config)
     with start_ranks(config, plan) as pipe:
         weights = opened.load(pipe.spec, pipe.layout, plan.compute, plan.device)
-        pages = pages_in(int(o.cache_gib * 2**30), opened.model, pipe, 16, plan.compute)
-        size = CacheSize(o.batch, pages, 16)
-        engine = Engine(weights, opened.model, pipe, size, plan.device)
+        m, compile = opened.model, plan.device.startswith("cuda")
+        page = KERNEL_PAGE if compile else 16
+        pages = pages_in(int(o.cache_gib * 2**30), m, pipe, page, plan.compute)
+        size = CacheSize(o.batch, pages, page)
+        graph = compile and can_record(m, pipe, compile)
+        engine = Engine(weights, m, pipe, size, plan.device, graph, compile)
         text_engine = TextEngine(engine, opened.tokenizer, opened.ends)
         try:
             server = Server(o.port, text_engine, opened, str(Path(o.folder)))

@@ -4,6 +4,10 @@ A mixer has one of two kinds of cache. Keys and values of attention are in pages
 (layers/kv_cache.py). The state of a recurrent mixer has a constant size, and each row of the batch
 has one. A forward of all rows updates the states in place. A forward of some rows copies their
 states out and back. One more place in each pool takes the states of padding rows.
+
+A decode runs the same few kernels for each token, so its units can be compiled
+(training/compiled_units.py), like those of a training step. On a GPU it then also reads pages in
+their places. Prefill is not compiled: its shapes have more kinds.
 """
 
 from __future__ import annotations
@@ -20,15 +24,20 @@ from dtron.distributed.redistribute import full, to_local
 from dtron.errors import UserError
 from dtron.generation.forward_inputs import ForwardInputs
 from dtron.generation.scheduler import CacheSize
+from dtron.layers.attention_kernels import LEAST_HEAD_DIM
+from dtron.layers.paged_attention import page_order
 from dtron.mesh import Layout, by_rows
-from dtron.model.batch import make_batch
+from dtron.model.batch import Batch, make_batch
 from dtron.model.block import Block
 from dtron.model.config import ModelConfig
-from dtron.model.transformer import Transformer, embed, stage_logits
+from dtron.model.transformer import Transformer, embed, embed_params, stage_logits
 from dtron.params import unshard
 from dtron.schedules.runner import Program
+from dtron.torch_compile import DIRECT, Units
+from dtron.training.compiled_units import CompiledUnits
 from dtron.training.gradients import evaluate
 from dtron.training.pipeline import Pipeline
+from dtron.training.traced_function import GraphCompiler
 from dtron.tree import flat, tree_map
 
 
@@ -44,7 +53,11 @@ class BlockCache:
 
 
 class CachedModel:
-    """The model with caches. ``size.rows`` must be a multiple of ``layout.parts("tokens_sp")``."""
+    """The model with caches. ``size.rows`` must be a multiple of ``layout.parts("tokens_sp")``.
+
+    ``backend``: compiles decodes; a backend of ``torch.compile``, or None: they are not compiled.
+    ``in_place``: whether decodes read pages in their places. By default, a compiled decode on a GPU
+        does so if flex_attention supports the model."""
 
     def __init__(
         self,
@@ -53,12 +66,17 @@ class CachedModel:
         pipe: Pipeline,
         size: CacheSize,
         device: str,
+        backend: Any = None,
+        in_place: bool | None = None,
     ):
         self._m, self._pipe, self._layout = m, pipe, by_rows(pipe.layout)
         pools = self._layout.parts("tokens")
         self._places = size.rows // pools + 1
         self._weights = unshard(params, self._layout)
-        dtype = flat(self._weights[0].blocks)[0].dtype
+        mesh, dtype = self._layout.mesh, flat(self._weights[0].blocks)[0].dtype
+        self._units = backend and CompiledUnits(mesh, GraphCompiler(backend))
+        flex = device.startswith("cuda") and dtype != torch.float64 and m.head_dim >= LEAST_HEAD_DIM
+        self._in_place, self._pages = backend and flex if in_place is None else in_place, size.pages
 
         def empty(p: Block) -> BlockCache:
             mixer = m.mixer(p.letter)
@@ -82,8 +100,11 @@ class CachedModel:
             counted_BS=x.counted_BS,
             needed=m.moe.capacity_factor > 0,  # padding takes no room of an expert
         )
-        used = [[self._used(c, x) for c in caches] for caches in self._caches]
-        functions = _functions(m, layout, layout.shard(x.last_B, "tokens"))
+        decode = x.places_B is None
+        order_BP = page_order(x.table_BP, self._pages) if decode and self._in_place else None
+        used = [[self._used(c, x, order_BP) for c in caches] for caches in self._caches]
+        call = self._units if decode and self._units else DIRECT
+        functions = _functions(m, layout, layout.shard(x.last_B, "tokens"), call)
         stages = list(zip(self._weights, used, strict=True))
         logits = evaluate(functions, stages, [batch], self._pipe)
         for caches, parts in zip(self._caches, used, strict=True):
@@ -91,13 +112,15 @@ class CachedModel:
                 self._put_back(c, part, x)
         return None if logits is None else full(logits)
 
-    def _used(self, c: BlockCache, x: ForwardInputs) -> Any:
+    def _used(self, c: BlockCache, x: ForwardInputs, order_BP: Tensor | None) -> Any:
         """Return the cache of a block for the rows of a forward."""
         layout = self._layout
         if c.paged:
             slots_T = layout.shard(x.slots_BS.flatten(), "tokens")
-            table_BP = layout.shard(x.table_BP, "tokens", None)
-            return replace(c.cache, slots_T=slots_T, table_BP=table_BP)
+            alone = x.all_fresh and c.cache.v_PSKH is not None
+            table_BP = None if alone else layout.shard(x.table_BP, "tokens", None)
+            order_BP = None if order_BP is None else layout.shard(order_BP, "tokens", None)
+            return replace(c.cache, slots_T=slots_T, table_BP=table_BP, order_BP=order_BP)
         if x.places_B is None or x.fresh_B is None:
             return tree_map(lambda t: _like(t, self._by_place(t)[:-1].flatten(0, 1)), c.cache)
         places, fresh = (to_local(layout.shard(i, "tokens")) for i in (x.places_B, x.fresh_B))
@@ -168,13 +191,17 @@ def _blocks(specs: Sequence[Transformer]) -> list[Block]:
     return [block for spec in specs for block in spec.blocks]
 
 
-def _functions(m: ModelConfig, layout: Layout, last_B: Tensor) -> Program:
+def _functions(m: ModelConfig, layout: Layout, last_B: Tensor, call: Units) -> Program:
     """Return the model's functions for stages whose params are pairs of weights and caches."""
 
     def enter(p: tuple[Transformer, Any], batch: Any) -> Tensor:
-        return embed(p[0], batch, m, layout)
+        return call(_embed, embed_params(p[0]), batch, m, layout)[0]
 
     def run(p: tuple[Transformer, Any], x_TD: Tensor, batch: Any) -> tuple[Tensor, None]:
-        return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B)
+        return stage_logits(p[0], x_TD, batch, m, layout, p[1], last_B, call)
 
     return Program(enter, run)
+
+
+def _embed(p: Transformer, batch: Batch, m: ModelConfig, layout: Layout) -> tuple[Tensor]:
+    return (embed(p, batch, m, layout),)

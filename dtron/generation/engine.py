@@ -17,7 +17,7 @@ from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
 from dtron.generation.cached_model import CachedModel
 from dtron.generation.forward_inputs import ForwardInputs, decode_inputs, prefill_inputs
-from dtron.generation.recorded_forward import RecordedForward
+from dtron.generation.recorded_forward import RecordedForward, can_record
 from dtron.generation.sampling import Sampling, draw_tokens
 from dtron.generation.scheduler import CacheSize, Piece, Request, Scheduler
 from dtron.mesh import by_rows
@@ -44,7 +44,8 @@ class Engine:
     ``params``: the weights of this process's stages.
     ``size``: the size of the cache. ``rows`` is rounded up to a multiple of the ranks that share
         tokens.
-    ``cuda_graph``: whether forwards are recorded as CUDA graphs; see recorded_forward.py.
+    ``cuda_graph``: whether decodes are recorded as CUDA graphs; see recorded_forward.py.
+    ``compile``: whether decodes are compiled, see cached_model.py. The first one takes seconds.
 
     All ranks must call the same methods with the same arguments."""
 
@@ -56,12 +57,21 @@ class Engine:
         size: CacheSize,
         device: str = "cpu",
         cuda_graph: bool = False,
+        compile: bool = False,
     ):
         layout = by_rows(pipe.layout)
         unit, pools = layout.parts("tokens_sp"), layout.parts("tokens")
         size = replace(size, rows=-(-size.rows // unit) * unit)
         self._m, self._pipe, self._device, self._tp = m, pipe, device, unit // pools
-        model = CachedModel(params, m, pipe, size, device)
+        if cuda_graph and not can_record(m, pipe, compile):
+            raise UserError(
+                f"cuda_graph with {len(pipe.table.rows)} stages and {m.moe.experts} experts: decodes "
+                "of pipelines are not recorded, and experts only where they are compiled; leave it "
+                "out"
+            )
+        model = CachedModel(params, m, pipe, size, device, "inductor" if compile else None)
+        # Block tables of one width are one kind of decode, which is compiled once.
+        self._width = min(size.pages_for(m.context), size.pages - 1) if compile else None
         self._forward = RecordedForward(model) if cuda_graph else model
         self._scheduler, self._count = Scheduler(size, pools), 0
 
@@ -108,7 +118,7 @@ class Engine:
             pieces += [p for p, _ in ready]
             drawn.append(self._run(inputs, [p for p, _ in ready], [row for _, row in ready]))
         if decode:
-            inputs = decode_inputs(self._scheduler, decode)
+            inputs = decode_inputs(self._scheduler, decode, self._width)
             pieces += decode
             drawn.append(self._run(inputs, decode, [p.request.row or 0 for p in decode]))
         for piece in [*prefill, *decode]:
@@ -127,12 +137,12 @@ class Engine:
             if logits_BV is None or not rows:
                 return torch.zeros(len(rows), dtype=torch.long, device=self._device)
             requests = [piece.request for piece in pieces]
-            uniform = [torch.rand((), dtype=torch.float64, generator=r.generator) for r in requests]
+            uniform = [_random_number(request) for request in requests]
             index = torch.tensor(rows, device=self._device)
             return draw_tokens(
                 logits_BV[index],
                 [r.sampling for r in requests],
-                torch.stack(uniform).to(self._device),
+                torch.tensor(uniform, dtype=torch.float64, device=self._device),
                 [r.text for r in requests],
             )
 
@@ -151,6 +161,13 @@ class Engine:
             if request.finished:
                 self._scheduler.remove(request)
         return events
+
+
+def _random_number(request: Request) -> float:
+    """Draw the number that decides the next token, if it depends on one."""
+    if request.sampling.temperature == 0:
+        return 0.0
+    return torch.rand((), dtype=torch.float64, generator=request.generator).item()
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], tokens: int, m: ModelConfig) -> int:

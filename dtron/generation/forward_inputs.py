@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class ForwardInputs:
     ``last_B``: the index of the last token of each row; -1: the row is padding.
     ``table_BP``: the block tables.
     ``places_B``: the place of each row's recurrent state in its pool (None: all rows, in order).
-    ``fresh_B``: whether a row starts with an empty state; given with ``places_B``."""
+    ``fresh_B``: whether a row starts with an empty state; given with ``places_B``.
+    ``all_fresh``: whether no row has earlier tokens."""
 
     tokens_BS: Tensor
     positions_BS: Tensor
@@ -40,25 +41,28 @@ class ForwardInputs:
     table_BP: Tensor
     places_B: Tensor | None = None
     fresh_B: Tensor | None = None
+    all_fresh: bool = False
 
     def to(self, device: str) -> ForwardInputs:
         """Return the same inputs on another device."""
-        return self.of([None if x is None else x.to(device) for x in self.tensors()])
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: Any = {k: x.to(device) for k, x in tensors.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def tensors(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor | None]) -> ForwardInputs:
-        """Return inputs of these tensors, in the order of ``tensors()``."""
-        return ForwardInputs(*cast(Sequence[Tensor], tensors))
+        """Return the tensors, in the order of the fields."""
+        return [getattr(self, f.name) for f in fields(self) if f.name != "all_fresh"]
 
 
-def decode_inputs(scheduler: Scheduler, pieces: Sequence[Piece]) -> ForwardInputs:
-    """Return the inputs of a decode: one token in each row."""
+def decode_inputs(
+    scheduler: Scheduler, pieces: Sequence[Piece], width: int | None = None
+) -> ForwardInputs:
+    """Return the inputs of a decode: one token in each row.
+
+    ``width``: the number of pages of the block tables (None: a power of two that suffices)."""
     by_row = {piece.request.row: piece for piece in pieces}
     rows = [by_row.get(row) for row in range(len(scheduler.rows))]
-    return _inputs(rows, 1, scheduler.size.page)
+    return _inputs(rows, 1, scheduler.size.page, width)
 
 
 def prefill_inputs(
@@ -80,28 +84,32 @@ def prefill_inputs(
     longest = power_of_two(max(piece.count for piece in pieces))
     inputs = _inputs(rows, -(-longest // tp) * tp, scheduler.size.page)
     fresh = [piece is not None and piece.request.cached == 0 for piece in rows]
+    all_fresh = sum(fresh) == len(pieces)
     index = {id(piece): i for i, piece in enumerate(rows)}
-    states = {"places_B": torch.tensor(places), "fresh_B": torch.tensor(fresh)}
-    return replace(inputs, **states), [index[id(piece)] for piece in pieces]
+    states: Any = {"places_B": torch.tensor(places), "fresh_B": torch.tensor(fresh)}
+    return replace(inputs, **states, all_fresh=all_fresh), [index[id(piece)] for piece in pieces]
 
 
-def _inputs(rows: Sequence[Piece | None], seq_len: int, page: int) -> ForwardInputs:
+def _inputs(
+    rows: Sequence[Piece | None], seq_len: int, page: int, width: int | None = None
+) -> ForwardInputs:
     """Return the inputs that all forwards have."""
     starts = torch.tensor([0 if p is None else p.request.cached for p in rows])
     counts = torch.tensor([0 if p is None else p.count for p in rows])
-    tokens = torch.zeros(len(rows), seq_len + 1, dtype=torch.long)
-    tables = [() if p is None else p.request.pages for p in rows]
-    table = torch.zeros(len(rows), power_of_two(max(map(len, tables))), dtype=torch.long)
-    for i, piece in enumerate(rows):
-        if piece is not None:
-            request, start = piece.request, piece.request.cached
-            new = request.text[start : start + piece.count]
-            tokens[i, : piece.count] = torch.tensor(new)
-            table[i, : len(request.pages)] = torch.tensor(request.pages)
+    new = [[] if p is None else p.request.text[p.request.cached :][: p.count] for p in rows]
+    pages = [() if p is None else p.request.pages for p in rows]
+    tokens = _padded(new, seq_len + 1)
+    table = _padded(pages, width or power_of_two(max(map(len, pages))))
     counted = torch.arange(seq_len) < counts[:, None]
     positions = (starts[:, None] + torch.arange(seq_len)) * counted
     slots = table.gather(1, positions // page) * page + positions % page
     return ForwardInputs(tokens, positions, counted, slots * counted, counts - 1, table)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Return a tensor of rows that are padded with 0. One tensor is made: the host makes the inputs
+    of a decode while the GPU waits."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def power_of_two(n: int) -> int:

@@ -6,8 +6,8 @@ inputs of a forward are copied into the buffers that the recorded kernels read. 
 keeps the number of kinds of shapes small: each kind has a recording. Prefill is not recorded: its
 kernels are large, and its shapes have more kinds.
 
-Not for pipelines, whose messages are sent by the host, and not for experts, whose kernels the host
-launches by numbers of tokens.
+Not for pipelines, whose messages are sent by the host. Experts must be compiled: otherwise the host
+launches their kernels by numbers of tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dtron.generation.cached_model import CachedModel
 from dtron.generation.forward_inputs import ForwardInputs
+from dtron.model.config import ModelConfig
+from dtron.training.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     inputs: ForwardInputs
     logits: Tensor
+
+
+def can_record(m: ModelConfig, pipe: Pipeline, compile: bool) -> bool:
+    """Return whether the decodes of a model can be recorded on a GPU.
+
+    ``compile``: whether they are compiled."""
+    return len(pipe.table.rows) == 1 and (compile or not m.moe.experts)
 
 
 class RecordedForward:

@@ -27,6 +27,9 @@ from dtron.errors import UserError
 from dtron.generation.pages import FreePages
 from dtron.generation.sampling import Sampling
 
+KERNEL_PAGE = 128
+"""the tokens of a page, where a kernel reads pages in their places: its blocks divide them"""
+
 
 @dataclass(frozen=True)
 class CacheSize:
@@ -34,7 +37,8 @@ class CacheSize:
 
     ``rows``: the number of texts that run at once, over all ranks.
     ``pages``: the number of pages of each pool, with the null page.
-    ``page``: the number of tokens of a page.
+    ``page``: the number of tokens of a page. A kernel that reads pages in their places needs
+        ``KERNEL_PAGE``.
     ``chunk``: the number of tokens of a text that prefill runs at once, at most.
     ``prefill_rows``: the number of texts of each pool that a step prefills at most."""
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from dtron.layers.attention_kernels import CORES, AttentionPath, with_bias
 from dtron.layers.attention_mask import AttentionMask
 from dtron.layers.context_parallel import ContextParallelMask, attend, largest_of_shard
-from dtron.layers.kv_cache import KVCache, Past, recall
+from dtron.layers.kv_cache import KVCache, Past, recall, write
 from dtron.layers.mixer import MixerInputs
+from dtron.layers.paged_attention import attend_to_pages
 from dtron.mesh import Layout
 
 LARGEST = ("heads", "^tokens")
@@ -39,7 +40,7 @@ class AttentionInputs(MixerInputs):
         if self.cache is None:
             return Past()
         c: KVCache = self.cache
-        return Past(c.k_PSKH, c.v_PSKH, c.slots_T, c.table_BP, self.positions_T)
+        return Past(c.k_PSKH, c.v_PSKH, c.slots_T, c.table_BP, c.order_BP, self.positions_T)
 
 
 class Heads(NamedTuple):
@@ -61,7 +62,8 @@ def core(
 ) -> Tensor:
     """Attend with a rank's own heads and its own tokens. Rank-local, except for communication over
     cp. The output is as wide as the values. With a past, rows are whole and there are no documents.
-    The mask is then an explicit matrix, whatever the path is.
+    Pages are then read in their places, or copied. In copies the mask is an explicit matrix,
+    whatever the path is. Rows without earlier tokens read no page.
 
     ``documents_T``: ``[T@rows]``, a rank's shard.
     ``inputs``: its ``mask`` and ``path`` are used."""
@@ -69,9 +71,16 @@ def core(
     if past.k_PSKH is None:
         return attend(*heads, documents_T, sinks_N, mask, layout, inputs.path)
     assert isinstance(mask, AttentionMask)  # rows are whole
+    path = with_bias(mask.softcap, sinks_N is not None)
+    if past.table_BP is None:
+        write(heads.k_TKH, heads.v_TKH, past)
+        return attend(*heads, None, sinks_N, mask, layout, path)
     q = heads.q_TNH.unflatten(0, (-1, mask.seq_len)).transpose(1, 2)
+    if past.order_BP is not None and past.v_PSKH is not None:
+        o = attend_to_pages(q, heads.k_TKH, heads.v_TKH, sinks_N, past, mask)
+        return o.transpose(1, 2).flatten(0, 1)
     k, v, mask = recall(heads.k_TKH, heads.v_TKH, past, mask)
-    attend_to_all = CORES[with_bias(mask.softcap, sinks_N is not None)]
+    attend_to_all = CORES[path]
     if sinks_N is not None:
         return attend_to_all(q, k, v, None, sinks_N, mask).transpose(1, 2).flatten(0, 1)
     # The queries of a group of heads become more queries of one head. So the cache is read once,

@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
-    FlexKernelOptions,
     create_block_mask,
     flex_attention,
 )
@@ -40,7 +39,7 @@ from torch.nn.attention.flex_attention import (
 from dtron.errors import UserError
 from dtron.layers.attention_mask import AttentionMask, FlexBlocks, MaskRule, allowed
 from dtron.layers.recompute import recompute_in_backward
-from dtron.torch_compile import jit, kernel_device, planned, tracing
+from dtron.torch_compile import flex_in_trace, jit, kernel_device, planned, tracing
 
 AttentionPath = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -93,7 +92,7 @@ def attention_and_lse(
     ``flex``: run through flex, and otherwise as plain matmuls."""
     if flex:
         mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
-        return _by_itself(_flex, q.device)(q, k, v, mask)
+        return flex_by_itself(q.device)(q, k, v, mask)
     k, v = repeated(k, q), repeated(v, q)
     scores = _scores(q, k, documents_BS, mask)
     top = scores.detach().amax(-1, keepdim=True)
@@ -174,7 +173,7 @@ def attention_flex(
     matrix that it is meant to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
-    o, lse = _by_itself(_flex, q.device)(q, k, v, mask, sinks_N is not None)
+    o, lse = flex_by_itself(q.device)(q, k, v, mask, sinks_N is not None)
     return o if sinks_N is None else with_sinks(o, lse, sinks_N)
 
 
@@ -208,9 +207,24 @@ def _blocks(rule: MaskRule, rows: int | None, q: int, kv: int, device: torch.dev
     return create_block_mask(seen, rows, None, q, kv, device)
 
 
+def flex_by_itself(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return ``_flex``, compiled by itself if it must be."""
+    return _by_itself(_flex, device)
+
+
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    lse: bool = True,
+    kernel: Literal["AUTO", "TRITON"] = "TRITON",
 ) -> tuple[Tensor, Tensor | None]:
+    """Run flex_attention.
+
+    ``lse``: whether the log-sum-exp is returned too.
+    ``kernel``: ``TRITON`` has a differentiable log-sum-exp. ``AUTO`` takes a kernel for decoding
+        where there are less than 128 queries."""
     if (plan := planned()) is not None:
         return plan.attention(q, k, v, mask)
 
@@ -218,23 +232,19 @@ def _flex(
         assert mask.softcap is not None
         return mask.softcap * torch.tanh(score / mask.softcap)
 
-    o, aux = flex_attention(
-        q,
-        k,
-        v,
-        score_mod=None if mask.softcap is None else capped,
-        block_mask=None if mask.blocks is None else mask.blocks.block_mask(),
-        scale=mask.scale,
-        enable_gqa=True,
-        kernel_options=_KERNEL,
-        return_aux=AuxRequest(lse=lse),
-    )
+    with flex_in_trace():
+        o, aux = flex_attention(
+            q,
+            k,
+            v,
+            score_mod=None if mask.softcap is None else capped,
+            block_mask=None if mask.blocks is None else mask.blocks.block_mask(),
+            scale=mask.scale,
+            enable_gqa=True,
+            kernel_options={"BACKEND": kernel},
+            return_aux=AuxRequest(lse=lse),
+        )
     return o, aux.lse
-
-
-# The kernel whose log-sum-exp is differentiable too. By default torch may take another kernel: for
-# sequences under 128 tokens it takes a kernel for decoding.
-_KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 
 def _by_itself(fn: Callable, device: torch.device) -> Callable:

@@ -6,6 +6,7 @@ of context parallelism (context_parallel.py) and for generation (kv_cache.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -92,10 +93,11 @@ class MaskRule:
 class FlexBlocks:
     """flex's block mask as plain data, so that a compiled block takes its tensors as inputs.
 
-    ``values``: the arguments of ``BlockMask`` but its rule."""
+    ``values``: the arguments of ``BlockMask`` but its rule.
+    ``rule``: ``MaskRule``, or another rule for one pair of indices."""
 
     values: dict[str, Any]
-    rule: MaskRule
+    rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     @classmethod
     def of(cls, made: BlockMask, rule: MaskRule) -> FlexBlocks:

@@ -35,7 +35,7 @@ state_chunks.py computes the quotients of decays. They are zero across the start
 keys has its own decay: a is then a diagonal matrix, and so are G_i and G_i / G_j.
 
 Everything here is in float32 at least, but the factors of matmuls are rounded to the dtype of the
-values (wide_product.py). The states that pass from chunk to chunk are not.
+values (wide_product.py). A state that passes from chunk to chunk is not: see state_passing.py.
 
 Left out: the inverse of the system as a product (I - N)(I + N^2)(I + N^4)..., which is matmuls
 alone: its factors grow far beyond the inverse where keys are alike.
@@ -118,7 +118,7 @@ def delta_rule(
     seq_len = tokens.k.shape[1]
     dtype = tokens.v.dtype
     chunks = _chunks(tokens.wide(), min(chunk, seq_len), dtype)
-    states, last = states_before(chunks.maps, state, ranks)
+    states, last = states_before(chunks.maps, state, ranks, dtype)
     new = chunks.u - wide_product(chunks.w, states, dtype)
     o = wide_product(chunks.q, states, dtype) + wide_product(chunks.scores, new, dtype)
     return joined(o, seq_len).to(dtype), last  # from [C, B, N, L, V]
@@ -154,9 +154,10 @@ def _chunks(tokens: DeltaTokens, size: int, dtype: torch.dtype) -> _Chunks:
     u, w = wide_product(inverse, right, dtype).split([v.shape[-1], k.shape[-1]], dim=-1)
 
     k_last = (g_last * k).mT
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    changed = wide_product(k_last, w, dtype)
-    maps = Maps(g_i[..., -1, :, None] * eye - changed, wide_product(k_last, u, dtype))
+    # A decay for each channel, also where they are equal: the gradient of one number is a sum over
+    # K and V, and the kernel of all such sums does not compile with torch 2.11's Triton.
+    decay = g_i[..., -1, :, None].expand(*g_i.shape[:-2], k.shape[-1], 1).contiguous()
+    maps = Maps(decay, -wide_product(k_last, w, dtype), wide_product(k_last, u, dtype))
     return _Chunks(g_i * q, _decayed_products(q, k, log_g, kept, dtype), u, w, maps)
 
 

@@ -36,12 +36,16 @@ class KVCache:
     ``k_PSKH``, ``v_PSKH``: the pages, ``[pages@tokens, page, K@kv_heads, H]``. No ``v_PSKH``: the
         values are the first channels of the keys, as in latent attention (mla_decoding.py).
     ``slots_T [T@tokens]``: the slots of the new tokens: page * page size + offset.
-    ``table_BP [B@tokens, P]``: the block tables of the rows."""
+    ``table_BP [B@tokens, P]``: the block tables of the rows (None: no row has earlier tokens, so
+        the new ones see each other alone).
+    ``order_BP [B@tokens, pages]``: the inverse of the block tables, see paged_attention.py. Only
+        there are pages read in their places (None: they are copied)."""
 
     k_PSKH: Tensor
     v_PSKH: Tensor | None
     slots_T: Tensor | None = None
     table_BP: Tensor | None = None
+    order_BP: Tensor | None = None
 
 
 class Past(NamedTuple):
@@ -54,6 +58,7 @@ class Past(NamedTuple):
     v_PSKH: Tensor | None = None
     slots_T: Tensor | None = None
     table_BP: Tensor | None = None
+    order_BP: Tensor | None = None
     positions_T: Tensor | None = None
 
 
@@ -62,7 +67,7 @@ def past_axes(axis: str | None) -> tuple[tuple[str | None, ...], ...]:
 
     ``axis``: the logical axis of the heads of keys and values (None: every rank has them all)."""
     pages = ("tokens", None, axis, None)
-    return pages, pages, ("tokens",), ("tokens", None), ("tokens",)
+    return pages, pages, ("tokens",), ("tokens", None), ("tokens", None), ("tokens",)
 
 
 def empty_kv_cache(
@@ -86,20 +91,30 @@ def empty_kv_cache(
     return KVCache(*(layout.from_local(x, "tokens", None, axis, None) for x in zeros))
 
 
+def write(k: Tensor, v: Tensor, past: Past) -> None:
+    """Write the new ``k`` and ``v [T, K, H]`` into their slots. Rank-local."""
+    assert past.slots_T is not None
+    for new, pages in ((k, past.k_PSKH), (v, past.v_PSKH)):
+        if pages is not None:
+            # Not through a view of the pages: torch 2.11's compiler would copy the whole pool.
+            page = pages.shape[1]
+            pages[past.slots_T // page, past.slots_T % page] = new.to(pages.dtype)
+
+
 def recall(
     k: Tensor, v: Tensor, past: Past, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Write the new ``k`` and ``v [T, K, H]`` into their slots. Return the keys and the values of
     each row's pages in order, ``[B, K, S, H]`` each with S = P * page, and the mask for queries at
     the new tokens' positions. Rank-local."""
-    slots_T, table_BP, positions_T = past.slots_T, past.table_BP, past.positions_T
-    assert slots_T is not None and table_BP is not None and positions_T is not None
+    table_BP, positions_T = past.table_BP, past.positions_T
+    assert table_BP is not None and positions_T is not None
+    write(k, v, past)
     of_rows: list[Tensor] = []
-    for new, pages in ((k, past.k_PSKH), (v, past.v_PSKH)):
+    for pages in (past.k_PSKH, past.v_PSKH):
         if pages is None:  # the values are in the keys
             of_rows.append(of_rows[0][..., : v.shape[-1]])
             continue
-        pages.flatten(0, 1)[slots_T] = new.to(pages.dtype)
         # On a CPU, index_select is faster than pages[table_BP].
         of_row = pages.index_select(0, table_BP.flatten()).unflatten(0, table_BP.shape)
         of_rows.append(of_row.flatten(1, 2).transpose(1, 2))

@@ -103,7 +103,7 @@ def ssd(
 
     dtype = tokens.v.dtype
     scores = wide_product(q, k.mT, dtype) * exp_or_zero(log_g - log_g.mT, ~kept)
-    maps = Maps(g_i[..., -1:, :], _for_each_head(k.mT, g_last * v, dtype))
+    maps = Maps(g_i[..., -1:, :], None, _for_each_head(k.mT, g_last * v, dtype))
     if state is not None:
         state = state.unflatten(1, (groups, -1))
     states, last = states_before(maps, state, ranks)

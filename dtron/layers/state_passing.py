@@ -4,9 +4,9 @@ A layer with a recurrent state S changes it, over any run of tokens, by an affin
 
     S  ->  A S + B
 
-``A`` is what the tokens leave of the state before them, and ``B`` is what they add. In the delta
-rule A is a matrix ``[K, K]``; in a state space model it is a number, ``[1, 1]``. Two maps in
-succession are one map of the same size:
+``A`` is what the tokens leave of the state before them, and ``B`` is what they add. In a state
+space model A is a number, the decay. In the delta rule A is a matrix ``[K, K]``: the decay, and the
+change by what the tokens have read. Two maps in succession are one map of the same size:
 
     A_2 (A_1 S + B_1) + B_2  =  (A_2 A_1) S + (A_2 B_1 + B_2)
 
@@ -15,6 +15,10 @@ parallel with all other pieces, and only the small maps are combined in order. `
 cuts three times: into chunks, into groups of chunks, and into the shards of the cp ranks. Chunks
 are combined group by group, all groups at once, and then the groups are combined. With C chunks
 this takes about 2 sqrt(C) dependent steps instead of C.
+
+Decay and change are kept apart for their rounding. A state that only decays is never rounded,
+however many chunks it passes. The product with the change has factors in few bits: it is a
+correction of the state.
 
 **Over cp** each rank has the map of its own shard. One all-gather gives every rank all maps, and
 each rank combines the maps of the ranks before it. Autograd's backward is one reduce-scatter of the
@@ -28,6 +32,7 @@ small beside the tokens of a shard that is worth a rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
@@ -36,16 +41,38 @@ from torch import Tensor
 
 from dtron.bounds import nearest_divisor
 from dtron.distributed.collectives import AxisGroup, all_gather
+from dtron.layers.wide_product import wide_product
 
 
 class Maps(NamedTuple):
-    """Affine maps of a state.
+    """Affine maps of a state, ``S -> decay S + change S + offset``.
 
-    ``transition``: ``[..., K, K]``, or ``[..., 1, 1]`` for a number.
+    ``decay``: ``[..., K, 1]``, or ``[..., 1, 1]`` for a number.
+    ``change``: ``[..., K, K]``; None: the transition is ``decay`` alone.
     ``offset``: ``[..., K, V]``."""
 
-    transition: Tensor
+    decay: Tensor
+    change: Tensor | None
     offset: Tensor
+
+    def each(self, fn: Callable[[Tensor], Tensor]) -> Maps:
+        """Return the maps with ``fn`` applied to each tensor."""
+        change = None if self.change is None else fn(self.change)
+        return Maps(fn(self.decay), change, fn(self.offset))
+
+    def unbind(self) -> list[Maps]:
+        """Return the maps along the first dim."""
+        decays, offsets = self.decay.unbind(0), self.offset.unbind(0)
+        changes = [None] * len(offsets) if self.change is None else self.change.unbind(0)
+        return [Maps(*parts) for parts in zip(decays, changes, offsets, strict=True)]
+
+    @property
+    def transition(self) -> Tensor:
+        """The matrix A, ``[..., K, K]``; or a number, ``[..., 1, 1]``."""
+        if self.change is None:
+            return self.decay
+        eye = torch.eye(self.change.shape[-1], dtype=self.decay.dtype, device=self.decay.device)
+        return self.decay * eye + self.change
 
 
 class SequenceRanks(NamedTuple):
@@ -59,48 +86,68 @@ class SequenceRanks(NamedTuple):
 
 
 def states_before(
-    maps: Maps, state: Tensor | None = None, ranks: SequenceRanks | None = None
+    maps: Maps,
+    state: Tensor | None = None,
+    ranks: SequenceRanks | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the state before each of C maps, ``[C, ..., K, V]``, and the state after the last one.
 
     ``maps``: the maps of C successive chunks, along the first dim.
     ``state``: the state before the first chunk (None: zero). Not together with ``ranks``.
-    ``ranks``: the ranks whose shards come before and after these chunks (None: no other shards)."""
-    count = len(maps.offset)
+    ``ranks``: the ranks whose shards come before and after these chunks (None: no other shards).
+    ``dtype``: the factors of matmuls are rounded to it, see wide_product.py (None: to none)."""
+    dtype, count = dtype or maps.offset.dtype, len(maps.offset)
     size = nearest_divisor(count, round(sqrt(count)))
-    groups = Maps(*(x.unflatten(0, (-1, size)).transpose(0, 1) for x in maps))
-    in_group, of_groups = combined(groups)
-    of_chunks, whole = combined(of_groups)
+    groups = maps.each(lambda x: x.unflatten(0, (-1, size)).transpose(0, 1))
+    in_group, of_groups = combined(groups, dtype)
+    of_chunks, whole = combined(of_groups, dtype)
     if ranks is not None:
         state = state_of_earlier_ranks(whole, ranks)
     elif state is None:
         state = torch.zeros_like(whole.offset)
-    states = applied(in_group, applied(of_chunks, state))  # [size, C / size, ...]
-    return states.transpose(0, 1).flatten(0, 1), applied(whole, state)
+    states = applied(in_group, applied(of_chunks, state, dtype), dtype)  # [size, C / size, ...]
+    return states.transpose(0, 1).flatten(0, 1), applied(whole, state, dtype)
 
 
-def applied(maps: Maps, state: Tensor) -> Tensor:
-    """Apply maps to a state: ``A S + B``."""
-    return product(maps.transition, state) + maps.offset
+def applied(maps: Maps, state: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply maps to a state.
+
+    ``dtype``: see ``states_before``."""
+    kept = maps.decay * state + maps.offset
+    if maps.change is None:
+        return kept
+    return kept + wide_product(maps.change, state.expand_as(maps.offset), dtype)
 
 
-def product(transition: Tensor, x: Tensor) -> Tensor:
-    """Multiply by a transition, which is a matrix or a number."""
-    return transition * x if transition.shape[-1] == 1 else transition @ x
+def after(second: Maps, first: Maps, dtype: torch.dtype) -> Maps:
+    """Return the map that applies ``first`` and then ``second``.
+
+    ``dtype``: see ``states_before``."""
+    decay = second.decay * first.decay
+    if second.change is None or first.change is None:
+        return Maps(decay, None, applied(second, first.offset, dtype))
+    widths = first.change.shape[-1], first.offset.shape[-1]
+    columns = torch.cat([first.change, first.offset], dim=-1)
+    changed, moved = wide_product(second.change, columns, dtype).split(widths, dim=-1)
+    change = second.decay * first.change + second.change * first.decay.mT + changed
+    return Maps(decay, change, second.decay * first.offset + moved + second.offset)
 
 
-def combined(maps: Maps) -> tuple[Maps, Maps]:
+def combined(maps: Maps, dtype: torch.dtype) -> tuple[Maps, Maps]:
     """Combine successive maps along the first dim. Return, for each map, the combination of the
-    maps before it, and the combination of all maps."""
-    like = maps.transition
-    eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-    before = Maps(eye.expand_as(like[0]), torch.zeros_like(maps.offset[0]))
-    found = [before]
-    for transition, offset in zip(*maps, strict=True):
-        last = found[-1]
-        moved = applied(Maps(transition, offset), last.offset)
-        found.append(Maps(product(transition, last.transition), moved))
-    return Maps(*(torch.stack(xs) for xs in zip(*found[:-1], strict=True))), found[-1]
+    maps before it, and the combination of all maps.
+
+    ``dtype``: see ``states_before``."""
+    first, *others = maps.unbind()
+    change = None if first.change is None else torch.zeros_like(first.change)
+    found = [Maps(torch.ones_like(first.decay), change, torch.zeros_like(first.offset)), first]
+    for one in others:
+        found.append(after(one, found[-1], dtype))
+    *before, whole = found
+    decays, changes, offsets = zip(*before, strict=True)
+    stacked = None if change is None else torch.stack(changes)
+    return Maps(torch.stack(decays), stacked, torch.stack(offsets)), whole
 
 
 def state_of_earlier_ranks(own: Maps, ranks: SequenceRanks) -> Tensor:
@@ -108,11 +155,17 @@ def state_of_earlier_ranks(own: Maps, ranks: SequenceRanks) -> Tensor:
     zero. Inside a local region; differentiable.
 
     ``own``: the map of this rank's shard."""
-    packed = torch.cat([x.flatten() for x in own])[None]
-    sizes = [x.numel() for x in own]
+    tensors = own.transition, own.offset
+    packed = torch.cat([x.flatten() for x in tensors])[None]
+    sizes = [x.numel() for x in tensors]
     gathered = all_gather(packed, ranks.group.ranks).split(sizes, dim=1)  # all-gather over cp
-    maps = Maps(*(x.unflatten(1, one.shape) for x, one in zip(gathered, own, strict=True)))
-    return combined(maps)[0].offset.index_select(0, ranks.place)[0]
+    transition, offset = (
+        x.unflatten(1, one.shape) for x, one in zip(gathered, tensors, strict=True)
+    )
+    maps = Maps(transition, None, offset)
+    if own.change is not None:
+        maps = Maps(torch.zeros_like(transition[..., :1, :1]), transition, offset)
+    return combined(maps, offset.dtype)[0].offset.index_select(0, ranks.place)[0]
 
 
 def map_elements(rows: int, heads: int, key_dim: int, value_dim: int, scalar: bool = False) -> int:

@@ -156,7 +156,8 @@ def _then(
     x_TD, _ = _blocks(p, iter(p.blocks), x_TD, runner)
     if p.norm is None:
         return x_TD
-    (x_TD,) = last_norm(p.norm, x_TD, m, layout, runner.how.policy.block(len(p.blocks) - 1))
+    policy = runner.how.policy.block(len(p.blocks) - 1)
+    (x_TD,) = runner.call(last_norm, p.norm, x_TD, m, layout, policy)
     (w_head,) = unshard_head(head_weight(p), layout)
     return end(head_input(x_TD, m), w_head)
 
@@ -169,6 +170,7 @@ def stage_logits(
     layout: Layout,
     caches: Sequence[Any] | None = None,
     last_B: Tensor | None = None,
+    call: Units = DIRECT,
 ) -> tuple[Tensor, None]:
     """Run a stage like ``stage``, but the last stage returns logits ``[T@tokens, vocab]``, in
     float32 at least.
@@ -176,22 +178,33 @@ def stage_logits(
     ``caches``: one decoding cache per block. The batch continues the cached tokens at its positions
         and is appended to the caches.
     ``last_B [B@tokens]``: the index of each row's last token; later tokens are padding. Only this
-        token's logits are returned: ``[B@tokens, vocab]``."""
+        token's logits are returned: ``[B@tokens, vocab]``.
+    ``call``: calls each block, the last norm, and the head."""
     # With a cache the mask is an explicit matrix: no kernel needs anything prepared for it.
     how = PLAIN if caches is None else replace(PLAIN, attention_kernel="reference")
     runner = block_runner(
-        p.all_blocks, x_TD, batch, m, layout, how, decoding=Decoding(caches, last_B)
+        p.all_blocks, x_TD, batch, m, layout, how, decoding=Decoding(caches, last_B), call=call
     )
 
     def end(x_TD: Tensor, w_head: Tensor) -> Tensor:
-        if last_B is not None:
-            x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
-            ins = (("tokens", "act_embed"), ("tokens",))
-            pick = partial(_pick_rows, seq_len=batch.seq_len)
-            x_TD = layout.local_map(pick, ins, ins[0])(x_TD, last_B)
-        return logits(x_TD, w_head, m.vocab, layout, m.final_softcap)
+        return call(_logits, x_TD, w_head, last_B, batch.seq_len, m, layout)[0]
 
     return _then(p, x_TD, runner, end), None
+
+
+def _logits(
+    x_TD: Tensor,
+    w_head: Tensor,
+    last_B: Tensor | None,
+    seq_len: int,
+    m: ModelConfig,
+    layout: Layout,
+) -> tuple[Tensor]:
+    if last_B is not None:
+        x_TD = layout.constrain(x_TD, "tokens", "act_embed")  # all-gather over tp
+        ins = (("tokens", "act_embed"), ("tokens",))
+        x_TD = layout.local_map(partial(_pick_rows, seq_len=seq_len), ins, ins[0])(x_TD, last_B)
+    return (logits(x_TD, w_head, m.vocab, layout, m.final_softcap),)
 
 
 def _pick_rows(x_TD: Tensor, places_B: Tensor, seq_len: int) -> Tensor:

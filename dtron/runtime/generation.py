@@ -13,7 +13,7 @@ from typing import Any
 from dtron.data import Data
 from dtron.generation.engine import Engine, check_prompts
 from dtron.generation.sampling import Sampling
-from dtron.generation.scheduler import CacheSize
+from dtron.generation.scheduler import KERNEL_PAGE, CacheSize
 from dtron.mesh import Layout, by_rows
 from dtron.model.config import ModelConfig
 from dtron.model.transformer import Transformer
@@ -49,9 +49,12 @@ def generate(
     return texts
 
 
-def cache_for(rows: int, tokens: int, pipe: Pipeline) -> CacheSize:
-    """Return a cache in which so many rows of so many tokens have room."""
+def cache_for(rows: int, tokens: int, pipe: Pipeline, compile: bool = False) -> CacheSize:
+    """Return a cache in which so many rows of so many tokens have room.
+
+    ``compile``: whether decodes are compiled."""
     size, pools = CacheSize(rows, pages=2), by_rows(pipe.layout).parts("tokens")
+    size = replace(size, page=KERNEL_PAGE if compile else size.page)
     return replace(size, pages=1 + -(-rows // pools) * size.pages_for(tokens))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from dtron.data.tokenization import text_of
 from dtron.errors import UserError
 from dtron.generation.engine import Engine, check_prompts
+from dtron.generation.recorded_forward import can_record
 from dtron.generation.sampling import Sampling
 from dtron.generation.text_engine import TextEngine, check_stops, encode
 from dtron.runtime.exit import Parser
@@ -38,8 +39,11 @@ def run(o: Namespace) -> int:
     plan = plan_run(config)
     with start_ranks(config, plan) as pipe:
         weights = opened.load(pipe.spec, pipe.layout, plan.compute, plan.device)
-        size = cache_for(min(o.batch, len(prompts)), longest + o.tokens, pipe)
-        engine = TextEngine(Engine(weights, m, pipe, size, plan.device), tokenizer, opened.ends)
+        compile = o.compile == "on"
+        size = cache_for(min(o.batch, len(prompts)), longest + o.tokens, pipe, compile)
+        graph = plan.device.startswith("cuda") and can_record(m, pipe, compile)
+        tokens = Engine(weights, m, pipe, size, plan.device, graph, compile)
+        engine = TextEngine(tokens, tokenizer, opened.ends)
         answers = []
         for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
             engine.add(prompt, o.tokens, seeded(sampling, i), o.stop)
@@ -139,6 +143,12 @@ def parser() -> Parser:
         default=[],
         metavar="TEXT",
         help="end the text before this text; may be repeated",
+    )
+    add(
+        "--compile",
+        choices=["on", "off"],
+        default="off",
+        help="compile decodes: some ten seconds at the start, and several times the speed (off)",
     )
     add("--batch", type=int, default=16, metavar="N", help="most texts at once (16)")
     add("--stream", action="store_true", help="print each text as it comes")

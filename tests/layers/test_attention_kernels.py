@@ -26,6 +26,8 @@ from dtron.layers.attention_kernels import (
 )
 from dtron.layers.attention_mask import AttentionMask
 from dtron.testing import assert_caught
+from dtron.training.compiled_units import CompiledUnits
+from dtron.training.traced_function import GraphCompiler
 from tests.helpers.examples import examples
 from tests.helpers.values import F64, close, flex_on_cpu, normal, same
 
@@ -263,3 +265,21 @@ def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
         *(torch.autograd.grad(y.square().sum(), [q, k, v, sinks]) for y in (got, want))
     ):
         close(a, b, 1e-5)
+
+
+def _attend(q: Tensor, mask: AttentionMask, documents: Tensor) -> tuple[Tensor]:
+    return (attention_kernels.attention_flex(q, q, q, documents, None, mask),)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_units_with_flex_have_any_number_of_shapes():
+    """flex_attention compiles a part of itself. The second shape must not be symbolic there."""
+    units = CompiledUnits(None, GraphCompiler("inductor"))
+    for rows, s in ((1, 128), (2, 256)):
+        q = torch.randn(rows, 2, s, 16)
+        documents = torch.arange(s).repeat(rows, 1) // 50
+        mask = with_blocks(AttentionMask(s), documents, q.device)
+        (got,) = units(_attend, q, mask, documents)
+        want = attention_reference(q, q, q, documents, None, AttentionMask(s))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

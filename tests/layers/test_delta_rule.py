@@ -15,7 +15,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from dtron.layers import delta_rule as module
 from dtron.layers.delta_rule import DeltaTokens, delta_rule, delta_rule_by_token
-from dtron.layers.state_passing import Maps, states_before
+from dtron.layers.state_passing import Maps, applied, states_before
 from dtron.testing import assert_caught
 from tests.helpers.examples import examples
 from tests.helpers.values import close, normal, same
@@ -64,14 +64,14 @@ def one_case(seq_len, chunk, documents, state, channels, seed):
 test_chunks_change_nothing = settings(max_examples=examples(15))(given(**CHOICES)(one_case))
 
 
-def decays_twice(maps: Maps, state: Tensor | None = None, ranks=None) -> tuple[Tensor, Tensor]:
+def decays_twice(maps: Maps, *others) -> tuple[Tensor, Tensor]:
     """Mutant: a chunk's decay is applied to the state before the chunk too."""
-    states, last = states_before(maps, state, ranks)
-    return maps.transition @ states, last
+    states, last = states_before(maps, *others)
+    return applied(maps._replace(offset=torch.zeros_like(maps.offset)), states, states.dtype), last
 
 
-def forgets_the_state(maps: Maps, state: Tensor | None = None, ranks=None):
-    states, last = states_before(maps, state, ranks)
+def forgets_the_state(maps: Maps, *others) -> tuple[Tensor, Tensor]:
+    states, last = states_before(maps, *others)
     return torch.zeros_like(states), last
 
 
@@ -116,16 +116,25 @@ def test_decays_of_channels_are_those_of_transformers(ours):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
-@pytest.mark.parametrize("scalar", [False, True])
-def test_maps_are_combined_in_order(count, scalar):
+@pytest.mark.parametrize(("decays", "changes"), [(1, False), (1, True), (KEY, True)])
+def test_maps_are_combined_in_order(count, decays, changes):
     """States are those of applying the maps one by one. A transition may be a number."""
-    size = 1 if scalar else KEY
-    transition, offset = normal(count, 2, size, size), normal(count, 2, KEY, VALUE, seed=1)
+    decay, offset = normal(count, 2, decays, 1), normal(count, 2, KEY, VALUE, seed=1)
+    change = normal(count, 2, KEY, KEY, seed=3) if changes else None
     first = normal(2, KEY, VALUE, seed=2)
-    state, want = first, []
-    for a, b in zip(transition, offset, strict=True):
+    maps, state, want = Maps(decay, change, offset), first, []
+    for a, b in zip(maps.transition, offset, strict=True):
         want.append(state)
-        a = a * torch.eye(KEY) if scalar else a
-        state = a @ state + b
-    states, last = states_before(Maps(transition, offset), first)
-    same(torch.cat([states, last[None]]), torch.stack([*want, state]), [transition, offset, first])
+        state = (a if changes else a * torch.eye(KEY)) @ state + b
+    states, last = states_before(maps, first)
+    inputs = [x for x in (*maps, first) if x is not None]
+    same(torch.cat([states, last[None]]), torch.stack([*want, state]), inputs)
+
+
+def test_a_state_that_decays_is_not_rounded():
+    """However many chunks it passes. Only the product with the change is rounded."""
+    state = torch.rand(4, 3, dtype=torch.float32)
+    decay = torch.full((40, 1, 1), 0.97, dtype=torch.float32)
+    maps = Maps(decay, torch.zeros(40, 4, 4, dtype=torch.float32), torch.zeros(40, 4, 3))
+    _, last = states_before(maps.each(lambda x: x.float()), state, dtype=torch.bfloat16)
+    torch.testing.assert_close(last, state * 0.97**40, rtol=1e-5, atol=0)

@@ -81,7 +81,7 @@ def blind(documents_T: Tensor, *others: Tensor, **sizes) -> Tensor:
 
 
 def detached(own: Maps, ranks) -> Tensor:
-    return earlier(Maps(*(x.detach() for x in own)), ranks)
+    return earlier(own.each(Tensor.detach), ranks)
 
 
 STATE, SEES = "state_passing.state_of_earlier_ranks", "short_convolution.same_document"
