@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         timeout = config.timeout_seconds
         with start_ranks(config, plan) as pipe, StopSignal(host_group(timeout)) as stop:
             train(config, plan, pipe, data, run, stop, source)
-    return 0
+    return stop.exit_code
 
 
 def train(

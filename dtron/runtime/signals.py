@@ -137,6 +137,13 @@ class StopSignal:
             self.name = self.REASONS[int(number.item()) - 1]
         return bool(number.item())
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the run: 0, also of a run that was asked to stop. A run that stopped
+        because a torchrun has ended is not over: the other torchruns start it again on the nodes
+        that are left (--max-restarts)."""
+        return 1 if self.name == LAUNCHER else 0
+
     def training_is_over(self) -> None:
         """Note that no step follows."""
         if launcher.watch is not None:
