@@ -58,9 +58,20 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / CONFIG
     if not is_there(path):
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
-    entries = read_object(path)
+    entries = text_entries(read_object(path), str(path))
     family = family_of(entries, str(path))
     return family, from_hf(entries, family, str(path))
+
+
+def text_entries(entries: Mapping[str, Any], where: str = CONFIG) -> Mapping[str, Any]:
+    """Return the entries of the text model. A folder with images too has them in ``text_config``;
+    transformers takes them for the text model alone."""
+    family = {f.container: f for f in FAMILIES}.get(entries.get("model_type") or "none")
+    if family is None:
+        return entries
+    own = {"model_type": family.kind, "architectures": [family.architecture]}
+    outer = {key: entries[key] for key in ("quantization_config", "dtype") if key in entries}
+    return {**outer, **object_of(entries, "text_config", where), **own}
 
 
 def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:

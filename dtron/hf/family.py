@@ -33,6 +33,8 @@ class Family:
     ``stacked``: the places of weights in the folders that have all experts in one tensor.
     ``ignored``: patterns of tensors that are no weights of the model. ``{later}`` is the number of
     a block after the model's last.
+    ``container``: the ``model_type`` of folders with images too, whose config.json has this model in
+    ``text_config``; empty: there are none.
     ``rope``: the RoPE entries that transformers reads.
     ``prefix``: the prefix of tensor names.
     ``renamed``: other names of the same tensors: regular expressions, each with its replacement.
@@ -49,6 +51,7 @@ class Family:
     demands: Mapping[str, Any] = field(default_factory=dict)
     stacked: Mapping[str, Row] = field(default_factory=dict)
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    container: str = ""
     rope: RopeFormat = RopeFormat()
     prefix: str = "model."
     renamed: tuple[tuple[str, str], ...] = ()

@@ -46,6 +46,31 @@ QWEN3_NEXT: Defaults = {
     "layer_types": None,
     "full_attention_interval": 4,
 }
+QWEN3_5_KEYS = LLAMA_KEYS | _DELTA_KEYS
+QWEN3_5: Defaults = {
+    **{key: value for key, value in QWEN3_NEXT.items() if key in {*QWEN3_5_KEYS.values()}},
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "rope_theta": 10_000.0,
+    "layer_types": None,
+    "full_attention_interval": 4,
+}
+QWEN3_5_MOE_KEYS = {
+    name: key for name, key in QWEN3_NEXT_KEYS.items() if name not in ("mlp", "moe.normalize")
+}
+QWEN3_5_MOE: Defaults = {
+    **{key: value for key, value in QWEN3_NEXT.items() if key in {*QWEN3_5_MOE_KEYS.values()}},
+    "vocab_size": 248_320,
+    "num_hidden_layers": 40,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "rope_theta": 10_000.0,
+    "layer_types": None,
+    "full_attention_interval": 4,
+}
 
 NEMOTRON_H_KEYS = LLAMA_KEYS | {
     "norm_eps": "layer_norm_epsilon",

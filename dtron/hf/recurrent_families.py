@@ -14,6 +14,8 @@ from dtron.hf.rope_config import RopeFormat
 from dtron.model.config import ModelConfig
 
 _IGNORED = (r".*\.rotary_emb\.inv_freq", r"mtp\..*")
+_IMAGES = (r"model\.visual\..*",)
+_IN_CONTAINER = ((r"^model\.language_model\.", "model."),)
 
 # ---------------------------------------------------------------------------- beyond the tables
 
@@ -37,23 +39,29 @@ def _types(m: ModelConfig, names: Mapping[str, str]) -> list[str]:
 _QWEN3_NEXT = {"linear_attention": "L", "full_attention": "A"}
 
 
-def _read_qwen3_next(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Every 4th layer has full attention, and every layer has experts, if nothing else is said."""
+def _read_qwen3_5(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every 4th layer has full attention, if nothing else is said."""
     layers, types = fields["layers"], entries["layer_types"]
     if types is None:
         every, names = entries["full_attention_interval"], list(_QWEN3_NEXT)
         types = [names[(i + 1) % every == 0] for i in range(layers)]
+    return {"pattern": _letters(types, layers, _QWEN3_NEXT)}
+
+
+def _write_qwen3_5(m: ModelConfig) -> dict[str, Any]:
+    return {"layer_types": _types(m, {letter: kind for kind, letter in _QWEN3_NEXT.items()})}
+
+
+def _read_qwen3_next(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every layer has experts, if nothing else is said."""
     dense, step = entries["mlp_only_layers"] or [], entries["decoder_sparse_step"]
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
-    return {
-        "pattern": _letters(types, layers, _QWEN3_NEXT),
-        "feed_forwards": "".join("DF"[one] for one in sparse),
-    }
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(fields["layers"])]
+    kinds = "".join("DF"[one] for one in sparse)
+    return _read_qwen3_5(entries, fields) | {"feed_forwards": kinds}
 
 
 def _write_qwen3_next(m: ModelConfig) -> dict[str, Any]:
-    return {
-        "layer_types": _types(m, {letter: kind for kind, letter in _QWEN3_NEXT.items()}),
+    return _write_qwen3_5(m) | {
         "mlp_only_layers": [i for i in range(m.layers) if m.dense(i)] if m.moe.experts else [],
         "decoder_sparse_step": 1,
     }
@@ -129,6 +137,8 @@ def _write_kimi_linear(m: ModelConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- families
 
 _QWEN3_NEXT_NORMED = tables.zero_centered(tables.ENDS | tables.NORMS | tables.GATED_ATTENTION)
+_QWEN3_NEXT_FIXED = {"qk_norm": True, "attention_gate": True}
+_QWEN3_NEXT_DEMANDS = {"hidden_act": "silu", "attention_bias": False}
 
 RECURRENT = (
     Family(
@@ -141,13 +151,47 @@ RECURRENT = (
         | tables.SHARED_EXPERT,
         keys=config.QWEN3_NEXT_KEYS,
         defaults=config.QWEN3_NEXT,
-        fixed={"qk_norm": True, "attention_gate": True, "moe.shared_gate": True},
-        demands={"hidden_act": "silu", "attention_bias": False},
+        fixed=_QWEN3_NEXT_FIXED | {"moe.shared_gate": True},
+        demands=_QWEN3_NEXT_DEMANDS,
         stacked=tables.STACKED_EXPERTS,
         ignored=_IGNORED,
         rope=RopeFormat(partial=0.25),
         read=_read_qwen3_next,
         write=_write_qwen3_next,
+    ),
+    Family(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        container="qwen3_5",
+        weights=_QWEN3_NEXT_NORMED | recurrent.QWEN3_5_DELTA_NET | tables.MLP,
+        keys=config.QWEN3_5_KEYS,
+        defaults=config.QWEN3_5,
+        fixed=_QWEN3_NEXT_FIXED,
+        demands=_QWEN3_NEXT_DEMANDS,
+        ignored=_IGNORED + _IMAGES,
+        rope=RopeFormat(partial=0.25),
+        renamed=_IN_CONTAINER,
+        read=_read_qwen3_5,
+        write=_write_qwen3_5,
+    ),
+    Family(
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
+        container="qwen3_5_moe",
+        weights=_QWEN3_NEXT_NORMED
+        | recurrent.QWEN3_5_DELTA_NET
+        | tables.EXPERTS
+        | tables.SHARED_EXPERT,
+        keys=config.QWEN3_5_MOE_KEYS,
+        defaults=config.QWEN3_5_MOE,
+        fixed=_QWEN3_NEXT_FIXED | {"moe.shared_gate": True},
+        demands=_QWEN3_NEXT_DEMANDS,
+        stacked=tables.STACKED_EXPERTS,
+        ignored=_IGNORED + _IMAGES,
+        rope=RopeFormat(partial=0.25),
+        renamed=_IN_CONTAINER,
+        read=_read_qwen3_5,
+        write=_write_qwen3_5,
     ),
     Family(
         "nemotron_h",

@@ -42,6 +42,18 @@ QWEN3_DELTA_NET = block_rows(
         "delta_net.norm.scale": ("norm.weight", "w -> w"),
     },
 )
+# Qwen3.5 has three kinds of projections in one tensor, and the others in tensors of their own.
+QWEN3_5_DELTA_NET = QWEN3_DELTA_NET | block_rows(
+    LAYER + "linear_attn.",
+    {
+        "delta_net.w_q": ("in_proj_qkv.weight", "([g c] + g c + g r w) d -> d g c"),
+        "delta_net.w_k": ("in_proj_qkv.weight", "(g c + [g c] + g r w) d -> d g c"),
+        "delta_net.w_v": ("in_proj_qkv.weight", "(g c + g c + [g r w]) d -> d (g r) w"),
+        "delta_net.w_gate": ("in_proj_z.weight", "(n w) d -> d n w"),
+        "delta_net.w_beta": ("in_proj_b.weight", "n d -> d n"),
+        "delta_net.w_decay": ("in_proj_a.weight", "n d -> d n"),
+    },
+)
 # In Kimi Linear, n is a head, a the width of the narrow vectors.
 _KDA: dict[str, Any] = {
     "kimi_delta.w_q": ("q_proj.weight", "(n c) d -> d n c"),

@@ -42,6 +42,8 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Glm4Moe": fields.glm4_moe,
     "MiniMaxM2": fields.minimax_m2,
     "Qwen3Next": recurrent.qwen3_next,
+    "Qwen3_5Text": recurrent.qwen3_5,
+    "Qwen3_5MoeText": recurrent.qwen3_5_moe,
     "NemotronH": recurrent.nemotron_h,
     "KimiLinear": recurrent.kimi_linear,
 }

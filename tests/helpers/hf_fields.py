@@ -98,7 +98,7 @@ _GEMMA = {
 }
 PHI3_ROPE = ("default", "default", "longrope")  # transformers refuses the others
 LAYERED_ROPE = ("Olmo3", "Gemma3Text")
-PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2", "Qwen3Next")
+PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2", "Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText")
 BIAS = {"attention_bias": rare(False, True)}
 
 

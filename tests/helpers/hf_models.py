@@ -74,6 +74,7 @@ _QWEN3_NEXT = _SIZES | {
     "shared_expert_intermediate_size": 24,
     "rope_parameters": _ROPE | {"partial_rotary_factor": 0.25},
 }
+_QWEN3_5 = {k: v for k, v in _QWEN3_NEXT.items() if "expert" not in k and "moe" not in k}
 _NEMOTRON_H = {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"} | {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
     "mamba_num_heads": 4,
@@ -192,6 +193,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
     ),
     "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
+    "qwen3.5": ("Qwen3_5Text", _QWEN3_5),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeText",
+        {key: value for key, value in _QWEN3_NEXT.items() if key != "intermediate_size"},
+    ),
     "nemotron-h": ("NemotronH", _NEMOTRON_H),
     "kimi-linear": ("KimiLinear", _KIMI_LINEAR),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),

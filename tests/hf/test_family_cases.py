@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from dtron.errors import UserError
 from dtron.hf import Source
+from dtron.hf.weight_files import Reader, write
 from dtron.model.config import ModelConfig
 from tests.helpers.hf_configs import saved
 from tests.hf.test_families import logits
@@ -34,6 +36,7 @@ NEXT = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
 }
+DELTA = {key: value for key, value in NEXT.items() if "linear" in key or "interval" in key}
 NEMOTRON = {
     "num_hidden_layers": "drop",
     "hybrid_override_pattern": "M-*-",
@@ -122,6 +125,13 @@ CASES = {
     "half of glm4's heads, if nothing is said": ("Glm4Moe", EXPERTS, rope(partial=1.0)),
     "a quarter of qwen3-next's heads, if nothing is said": ("Qwen3Next", NEXT, rope(partial=1.0)),
     "qwen3-next's layers without experts": ("Qwen3Next", NEXT | {"mlp_only_layers": [1]}, None),
+    "a quarter of qwen3.5's heads, if nothing is said": ("Qwen3_5Text", DELTA, rope(partial=1.0)),
+    "positions of images have no effect on text": (
+        "Qwen3_5Text",
+        DELTA
+        | {"head_dim": 16, "rope_parameters": {"rope_theta": 60.0, "mrope_section": [1, 0, 1]}},
+        rope(theta=1e4),
+    ),
     "nemotron-h's least time step": (
         "NemotronH",
         NEMOTRON | {"time_step_min": 0.8},
@@ -156,6 +166,31 @@ def test_a_case(name):
         want, source = theirs(at), Source(at)
         bad = Source(at, wrong(source.model))
         assert (logits(bad, torch.float64) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [None, True])
+def test_the_text_of_a_folder_with_images(tied, tmp_path):
+    """The weights and the entries of the text model have another place there. Where the outer
+    entries contradict the inner, the inner ones count, as in transformers."""
+    config = config_of("Qwen3_5Text", **DELTA, tie_word_embeddings="drop" if tied is None else tied)
+    with saved("Qwen3_5Text", config, "plain") as at:
+        reader = Reader(at)
+        tensors = {
+            name.replace("model.", "model.language_model."): reader.read(name)
+            for name in reader.entries
+        }
+        tensors["model.visual.blocks.0.norm1.weight"] = torch.zeros(3)
+        shapes = {name: x.shape for name, x in tensors.items()}
+        write(tmp_path, shapes, torch.float32, tensors.__getitem__, 10**9)
+        outer = {
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
+            "model_type": "qwen3_5",
+            "text_config": config | {"model_type": "qwen3_5_text"},
+            "tie_word_embeddings": not tied,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(outer))
+        assert compare(tmp_path) == "equal"
+        assert (logits(Source(tmp_path)) - logits(Source(at))).abs().max() == 0
 
 
 @pytest.mark.parametrize(
