@@ -65,6 +65,7 @@ def _with_unrecorded(saved: Identity) -> Identity:
         "model.feed_forwards": "F",
         "model.attention_gate": False,
         "model.norm_position": "pre",
+        "model.post_norm_mixers": "",
         "model.qk_norm_over": "head",
         "model.rope.partial": 1.0,
         "model.embedding_scale": 1.0,

@@ -180,9 +180,9 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     entries = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     entries |= {"model_type": family.kind, "architectures": [family.architecture]}
     entries |= family.demands
-    entries |= family.write(m)
     if m.positions == "rotary":
         entries |= family.rope.write(m)
+    entries |= family.write(m)
     again = from_hf(entries, family)
     different = _difference(_comparable(again), _comparable(m))
     if different:
@@ -247,6 +247,10 @@ def _comparable(m: ModelConfig) -> ModelConfig:
     for name, unused in (("delta", DeltaNetConfig()), ("mamba", Mamba2Config())):
         own = getattr(m, name) if name in used else unused
         same[name] = replace(own, chunk=unused.chunk)
+    if "delta" in used and m.delta.norm_eps is None:
+        same["delta.norm_eps"] = m.norm_eps
+    if set(m.post_norm_mixers) == {*map(m.letter, range(m.layers))}:
+        same |= {"norm_position": "post", "post_norm_mixers": ""}
     if not m.qk_norm:
         same["qk_norm_over"] = "head"
     if m.window is None or m.full_every > m.layers:

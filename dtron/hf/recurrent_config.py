@@ -6,13 +6,13 @@ from __future__ import annotations
 from dtron.hf.config_defaults import LLAMA, Defaults
 from dtron.hf.config_keys import DEEPSEEK_KEYS, LLAMA_KEYS, QWEN3_MOE_KEYS
 
-_DELTA_KEYS = {
+DELTA_SIZES = {
     "delta.key_heads": "linear_num_key_heads",
     "delta.value_heads": "linear_num_value_heads",
     "delta.key_dim": "linear_key_head_dim",
     "delta.value_dim": "linear_value_head_dim",
-    "delta.taps": "linear_conv_kernel_dim",
 }
+_DELTA_KEYS = DELTA_SIZES | {"delta.taps": "linear_conv_kernel_dim"}
 QWEN3_NEXT_KEYS = (
     QWEN3_MOE_KEYS
     | _DELTA_KEYS
@@ -70,6 +70,22 @@ QWEN3_5_MOE: Defaults = {
     "rope_theta": 10_000.0,
     "layer_types": None,
     "full_attention_interval": 4,
+}
+
+OLMO_HYBRID_KEYS = QWEN3_5_KEYS | {"delta.negative_eigenvalues": "linear_allow_neg_eigval"}
+OLMO_HYBRID: Defaults = {
+    **LLAMA,
+    "vocab_size": 100_352,
+    "hidden_size": 3840,
+    "num_attention_heads": 30,
+    "max_position_embeddings": 65_536,
+    "linear_num_key_heads": None,
+    "linear_num_value_heads": None,
+    "linear_key_head_dim": None,
+    "linear_value_head_dim": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": True,
+    "layer_types": None,
 }
 
 NEMOTRON_H_KEYS = LLAMA_KEYS | {

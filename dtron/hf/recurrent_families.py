@@ -10,7 +10,7 @@ from dtron.hf import recurrent_config as config
 from dtron.hf import recurrent_tables as recurrent
 from dtron.hf import weight_tables as tables
 from dtron.hf.family import Family
-from dtron.hf.rope_config import RopeFormat
+from dtron.hf.rope_config import RopeFormat, rope_base
 from dtron.model.config import ModelConfig
 
 _IGNORED = (r".*\.rotary_emb\.inv_freq", r"mtp\..*")
@@ -65,6 +65,36 @@ def _write_qwen3_next(m: ModelConfig) -> dict[str, Any]:
         "mlp_only_layers": [i for i in range(m.layers) if m.dense(i)] if m.moe.experts else [],
         "decoder_sparse_step": 1,
     }
+
+
+def _read_olmo_hybrid(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every 4th layer has full attention, or the last one, if nothing else is said. Attention does
+    not rotate if the base of the angles is null. Missing sizes follow from other sizes."""
+    layers, types, full = fields["layers"], entries["layer_types"], "full_attention"
+    if types is None:
+        types = [list(_QWEN3_NEXT)[(i + 1) % 4 == 0] for i in range(layers)]
+        types = types if full in types else [*types[:-1], full]
+    attention = "N" if rope_base(entries) is None else "A"
+    pattern = _letters(types, layers, _QWEN3_NEXT | {full: attention})
+    if set(pattern) != {"L", attention}:
+        raise UserError(f"layer_types has {', '.join(sorted(set(types)))} alone")
+    sizes = {name.removeprefix("delta."): fields[name] for name in config.DELTA_SIZES}
+    key_heads = sizes["key_heads"] or fields["heads"]
+    key_dim = sizes["key_dim"] or int(0.75 * fields["embed"] / key_heads)
+    return {
+        "pattern": pattern,
+        "post_norm_mixers": attention,
+        "delta.key_heads": key_heads,
+        "delta.value_heads": sizes["value_heads"] or fields["heads"],
+        "delta.key_dim": key_dim,
+        "delta.value_dim": sizes["value_dim"] or 2 * key_dim,
+    }
+
+
+def _write_olmo_hybrid(m: ModelConfig) -> dict[str, Any]:
+    rotates = {} if "A" in m.pattern else {"rope_theta": None, "rope_scaling": None}
+    names = {"L": "linear_attention", "A": "full_attention", "N": "full_attention"}
+    return {"layer_types": _types(m, names)} | rotates
 
 
 # The letters of dtron's mixer and feed-forward layer, of each type of a block of Nemotron-H.
@@ -136,6 +166,7 @@ def _write_kimi_linear(m: ModelConfig) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- families
 
+_ATTENTION = {path: row for path, row in tables.ATTENTION.items() if "norm" not in path}
 _QWEN3_NEXT_NORMED = tables.zero_centered(tables.ENDS | tables.NORMS | tables.GATED_ATTENTION)
 _QWEN3_NEXT_FIXED = {"qk_norm": True, "attention_gate": True}
 _QWEN3_NEXT_DEMANDS = {"hidden_act": "silu", "attention_bias": False}
@@ -194,6 +225,23 @@ RECURRENT = (
         write=_write_qwen3_5,
     ),
     Family(
+        "olmo_hybrid",
+        "OlmoHybridForCausalLM",
+        weights=tables.ENDS | _ATTENTION | tables.MLP | recurrent.OLMO_HYBRID_BLOCK,
+        keys=config.OLMO_HYBRID_KEYS,
+        defaults=config.OLMO_HYBRID,
+        fixed={"qk_norm": True, "qk_norm_over": "projection", "delta.norm_eps": 1e-5},
+        demands=_QWEN3_NEXT_DEMANDS,
+        stacked=recurrent.OLMO_HYBRID_STACKED,
+        rope=RopeFormat(optional=True),
+        renamed=(
+            (r"\.input_layernorm\.", ".attention_layer_norm."),
+            (r"\.post_attention_layernorm\.", ".feedforward_layer_norm."),
+        ),
+        read=_read_olmo_hybrid,
+        write=_write_olmo_hybrid,
+    ),
+    Family(
         "nemotron_h",
         "NemotronHForCausalLM",
         weights=recurrent.NEMOTRON_H_ENDS | recurrent.NEMOTRON_H_BLOCK,
@@ -220,7 +268,8 @@ RECURRENT = (
         weights=tables.ENDS | tables.NORMS | tables.MLP | recurrent.KIMI_BLOCK,
         keys=config.KIMI_LINEAR_KEYS,
         defaults=config.KIMI_LINEAR,
-        fixed={"moe.score": "sigmoid", "moe.bias_rate": 0.001},
+        # transformers never ties the head.
+        fixed={"moe.score": "sigmoid", "moe.bias_rate": 0.001, "tied": False},
         demands={"hidden_act": "silu", "attention_bias": False},
         stacked=recurrent.KIMI_STACKED,
         renamed=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),

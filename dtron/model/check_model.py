@@ -63,6 +63,12 @@ def check_model(m: Any) -> None:
             f"{m.qk_norm}: all heads together have an RMSNorm; give --model.qk-norm and "
             "--model.norm rmsnorm, or use --model.qk-norm-over head"
         )
+    letters = {m.letter(i) for i in m.blocks}
+    if not set(m.post_norm_mixers) <= letters:
+        raise UserError(
+            f"model.post_norm_mixers={m.post_norm_mixers}: the blocks have the mixers "
+            f"{', '.join(sorted(letters))}; use some of these letters, or none"
+        )
     _check_mup(m)
     if m.full_every < 0:
         raise UserError(f"model.full_every={m.full_every}: a number of layers; use 0 for none")

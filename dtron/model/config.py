@@ -73,6 +73,9 @@ class ModelConfig(Leaf):
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     """norms of attention and the feed-forward layer: before them, on their outputs (OLMo 2), or
     both (Gemma 2)"""
+    post_norm_mixers: str = ""
+    """mixers, letters of pattern, whose blocks have norms on outputs alone, whatever norm_position
+    is: attention in OLMo Hybrid"""
     norm_eps: float = 1e-5
     """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
@@ -239,10 +242,11 @@ class ModelConfig(Leaf):
 
     def _block(self, i: int) -> dict[str, Any]:
         """Return the names that differ from block to block, for block i."""
-        pre, post = self.norm_position != "post", self.norm_position != "pre"
         sparse, dense = self.sparse(i), self.dense(i)
         full = self.full_every and (i + 1) % self.full_every == 0
         letter = self.letter(i)
+        position = "post" if letter in self.post_norm_mixers else self.norm_position
+        pre, post = position != "post", position != "pre"
         mixer = self.mixer(letter)
         return {
             "letter": letter,

@@ -44,6 +44,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Qwen3Next": recurrent.qwen3_next,
     "Qwen3_5Text": recurrent.qwen3_5,
     "Qwen3_5MoeText": recurrent.qwen3_5_moe,
+    "OlmoHybrid": recurrent.olmo_hybrid,
     "NemotronH": recurrent.nemotron_h,
     "KimiLinear": recurrent.kimi_linear,
 }

@@ -198,6 +198,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5MoeText",
         {key: value for key, value in _QWEN3_NEXT.items() if key != "intermediate_size"},
     ),
+    "olmo-hybrid": (
+        "OlmoHybrid",
+        _SIZES
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 12,  # transformers saves channels in three equal parts
+            "linear_value_head_dim": 6,
+            "rope_theta": 500.0,
+            "pad_token_id": None,
+        },
+    ),
     "nemotron-h": ("NemotronH", _NEMOTRON_H),
     "kimi-linear": ("KimiLinear", _KIMI_LINEAR),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),

@@ -52,6 +52,29 @@ def qwen3_next(draw: Any) -> dict[str, Any]:
     return made | _EXPERTS
 
 
+def olmo_hybrid(draw: Any) -> dict[str, Any]:
+    """transformers saves the channels of queries, keys and values in three equal parts, whatever
+    their numbers are. Only if these are equal, the parts have the shapes of a published folder."""
+    made = dense(
+        draw,
+        **BIAS,
+        layer_types=st.sampled_from(
+            [None, [_TYPES[0], _TYPES[1], _TYPES[0]], [_TYPES[1]] * LAYERS]
+        ),
+        linear_allow_neg_eigval=st.booleans(),
+        linear_conv_kernel_dim=st.sampled_from([2, 4]),
+    )
+    if made["num_attention_heads"] == made["num_key_value_heads"]:
+        del made["num_key_value_heads"]
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": draw(st.sampled_from([2, 4])),
+        "linear_key_head_dim": 12,
+    }
+    width = {"linear_value_head_dim": 24 // sizes["linear_num_value_heads"]}
+    return made | draw(st.sampled_from([sizes | width] * 4 + [sizes, {}])) | {"pad_token_id": None}
+
+
 def nemotron_h(draw: Any) -> dict[str, Any]:
     kinds = ("linear_attention", "full_attention", "mlp")
     groups = draw(st.sampled_from([1, 2]))

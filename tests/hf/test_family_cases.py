@@ -37,6 +37,13 @@ NEXT = {
     "linear_value_head_dim": 4,
 }
 DELTA = {key: value for key, value in NEXT.items() if "linear" in key or "interval" in key}
+EQUAL = {  # transformers saves channels in three equal parts
+    "pad_token_id": None,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 6,
+}
 NEMOTRON = {
     "num_hidden_layers": "drop",
     "hybrid_override_pattern": "M-*-",
@@ -132,6 +139,22 @@ CASES = {
         | {"head_dim": 16, "rope_parameters": {"rope_theta": 60.0, "mrope_section": [1, 0, 1]}},
         rope(theta=1e4),
     ),
+    "olmo-hybrid without positions": (
+        "OlmoHybrid",
+        {"rope_parameters": {"rope_theta": None}} | EQUAL,
+        fields(pattern="LA", post_norm_mixers="A"),
+    ),
+    "olmo-hybrid's norm of outputs": (
+        "OlmoHybrid",
+        {"rms_norm_eps": 0.1} | EQUAL,
+        lambda m: replace(m, delta=replace(m.delta, norm_eps=None)),
+    ),
+    "olmo-hybrid's eigenvalues": (
+        "OlmoHybrid",
+        EQUAL,
+        lambda m: replace(m, delta=replace(m.delta, negative_eigenvalues=False)),
+    ),
+    "olmo-hybrid has attention in the last of few layers": ("OlmoHybrid", EQUAL, None),
     "nemotron-h's least time step": (
         "NemotronH",
         NEMOTRON | {"time_step_min": 0.8},

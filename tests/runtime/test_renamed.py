@@ -304,6 +304,7 @@ def test_a_run_of_an_older_version_has_the_identity_of_its_config():
         "model.feed_forwards",
         "model.attention_gate",
         "model.norm_position",
+        "model.post_norm_mixers",
         "model.qk_norm_over",
         "model.rope.partial",
         "model.window_rope_theta",

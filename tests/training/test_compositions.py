@@ -116,7 +116,9 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         layers=layers,
         pattern=pattern,
         feed_forwards=pick("F", "_F", "DF") if every and not moe.dense_layers else "F",
-        delta=DeltaNetConfig(shape.tp, shape.tp, key_dim=3, value_dim=3, taps=2, chunk=3),
+        delta=DeltaNetConfig(
+            shape.tp, shape.tp, key_dim=3, value_dim=3, taps=2, chunk=3, negative_eigenvalues=flag()
+        ),
         mamba=Mamba2Config(2 * shape.tp, 3, shape.tp, state=3, taps=2, chunk=3),
         heads=kv * pick(1, 2, 3),
         kv_heads=kv,
@@ -125,6 +127,7 @@ def models(draw, shape: MeshShape, layers: int, cp_method: str, zigzag: bool) ->
         activation=pick("swiglu", "gelu", "geglu"),
         norm=norm,
         norm_position=pick("pre", "post", "sandwich"),
+        post_norm_mixers=pick("", pattern[0]),
         positions="rotary" if latent else pick("rotary", "rotary", "learned"),
         rope=replace(WARM if flag() else RopeConfig(), partial=1.0 if latent else pick(1.0, 0.5)),
         mla=LATENT if latent else MLAConfig(),
