@@ -82,7 +82,8 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
             '["LlamaForCausalLM"]'
         )
     for family in FAMILIES:
-        if family.architecture in names or (not names and entries.get("model_type") == family.kind):
+        kinds = (family.kind, *family.aliases)
+        if family.architecture in names or (not names and entries.get("model_type") in kinds):
             return family
     what = ", ".join(map(str, names)) or entries.get("model_type") or "none"
     known = ", ".join(f.kind for f in FAMILIES)

@@ -132,6 +132,7 @@ EXPERTS = (
     Family(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
+        aliases=("kimi_k2",),
         weights=tables.ENDS | _DEEPSEEK_BLOCK | tables.mtp_module(_DEEPSEEK_BLOCK),
         keys=keys.DEEPSEEK_KEYS,
         rope=RopeFormat(latent=True),

@@ -43,7 +43,13 @@ from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
 from dtron.tree import fill, flat, units
 
-_DROPPED_KEYS = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
+_DROPPED_KEYS = (
+    "rope_parameters",
+    "torch_dtype",
+    "quantization_config",
+    "transformers_version",
+    "auto_map",  # code, which is not copied
+)
 
 
 @dataclass(frozen=True)

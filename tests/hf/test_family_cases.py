@@ -191,6 +191,22 @@ def test_a_case(name):
         assert (logits(bad, torch.float64) - want).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("names", [None, ["DeepseekV3ForCausalLM"]])
+def test_kimi_k2_is_a_deepseek_v3(names):
+    """transformers has no model_type kimi_k2. It reads the same folder as deepseek_v3. The ramp of
+    this YaRN is between two neighbouring pairs."""
+    ramp = {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}
+    ramp["original_max_position_embeddings"] = 128
+    config = config_of("DeepseekV3", rope_scaling=yarn(**ramp), n_group=1, topk_group=1)
+    with saved("DeepseekV3", config, "plain") as at:
+        assert compare(at) == "equal"
+        m, bad = Source(at).model, Source(at, rope(beta_fast=32.0)(Source(at).model))
+        assert (logits(bad, torch.float64) - theirs(at)).abs().max() > 1e-3
+        own = config | {"model_type": "kimi_k2", "architectures": names, "auto_map": {"a": "b.C"}}
+        (at / "config.json").write_text(json.dumps(own))
+        assert Source(at).model == m and Source(at).family.kind == "deepseek_v3"
+
+
 @pytest.mark.parametrize("tied", [None, True])
 def test_the_text_of_a_folder_with_images(tied, tmp_path):
     """The weights and the entries of the text model have another place there. Where the outer
