@@ -256,6 +256,10 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         same["qk_norm_over"] = "head"
     if m.window is None or m.full_every > m.layers:
         same["full_every"] = 0
+    if m.window is None:
+        same["window_kind"] = "sliding"
+    if not m.attention_temperature:
+        same["attention_temperature_floor"] = 8192
     if m.positions != "rotary" or m.window is None:
         same["window_rope_theta"] = None
     elif m.window_rope_theta is None and m.rope.scaling == "none":

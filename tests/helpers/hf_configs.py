@@ -41,6 +41,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Granite": fields.granite,
     "Glm4Moe": fields.glm4_moe,
     "MiniMaxM2": fields.minimax_m2,
+    "Llama4Text": fields.llama4,
     "Qwen3Next": recurrent.qwen3_next,
     "Qwen3_5Text": recurrent.qwen3_5,
     "Qwen3_5MoeText": recurrent.qwen3_5_moe,

@@ -192,6 +192,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | _EXPERTS
         | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
     ),
+    "llama4": (
+        "Llama4Text",
+        {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
+        | _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "moe_layers": [0, 2],
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "attention_chunk_size": 7,
+            "floor_scale": 5,
+            "attn_scale": 0.3,
+            "rope_parameters": _LLAMA3,
+        },
+    ),
     "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
     "qwen3.5": ("Qwen3_5Text", _QWEN3_5),
     "qwen3.5-moe": (

@@ -63,7 +63,7 @@ SWAPPED = {
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
 SWAPPED |= dict.fromkeys(
-    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "qwen3.5-moe", "kimi-linear"),
+    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "qwen3.5-moe", "llama4", "kimi-linear"),
     SWAPPED["mixtral"],
 )
 
