@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,21 @@ KIMI = {
     "pad_token_id": None,
 }
 GEMMA = {"query_pre_attn_scalar": 60, "pad_token_id": 0}
+
+
+LLAMA4 = {
+    "num_local_experts": 4,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 48,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 6,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+}
+
+
+def experts(**values: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda m: replace(m, moe=replace(m.moe, **values))
 
 
 def mamba(**values: Any) -> Callable[[ModelConfig], ModelConfig]:
@@ -155,6 +171,15 @@ CASES = {
         lambda m: replace(m, delta=replace(m.delta, negative_eigenvalues=False)),
     ),
     "olmo-hybrid has attention in the last of few layers": ("OlmoHybrid", EQUAL, None),
+    "llama4's chunks": ("Llama4Text", LLAMA4, fields(window_kind="sliding")),
+    "llama4's norm after rotation": (
+        "Llama4Text",
+        LLAMA4,
+        fields(qk_norm=False, qk_norm_over="head"),
+    ),
+    "llama4's factor of queries": ("Llama4Text", LLAMA4, fields(attention_temperature=0.0)),
+    "llama4's scores": ("Llama4Text", LLAMA4, experts(scores_on="outputs")),
+    "llama4's layers without experts": ("Llama4Text", LLAMA4 | {"moe_layers": [1]}, None),
     "nemotron-h's least time step": (
         "NemotronH",
         NEMOTRON | {"time_step_min": 0.8},
@@ -207,25 +232,44 @@ def test_kimi_k2_is_a_deepseek_v3(names):
         assert Source(at).model == m and Source(at).family.kind == "deepseek_v3"
 
 
-@pytest.mark.parametrize("tied", [None, True])
-def test_the_text_of_a_folder_with_images(tied, tmp_path):
+IN_CONTAINERS = {
+    "qwen3.5": (
+        "Qwen3_5Text",
+        DELTA,
+        "qwen3_5",
+        r"^model\.",
+        "model.language_model.",
+        "model.visual.a",
+    ),
+    "qwen3.5, tied": (
+        "Qwen3_5Text",
+        DELTA | {"tie_word_embeddings": True},
+        "qwen3_5",
+        r"^model\.",
+        "model.language_model.",
+        "model.visual.a",
+    ),
+    "llama4": ("Llama4Text", LLAMA4, "llama4", "^", "language_model.", "vision_model.a"),
+}
+
+
+@pytest.mark.parametrize("name", IN_CONTAINERS)
+def test_the_text_of_a_folder_with_images(name, tmp_path):
     """The weights and the entries of the text model have another place there. Where the outer
     entries contradict the inner, the inner ones count, as in transformers."""
-    config = config_of("Qwen3_5Text", **DELTA, tie_word_embeddings="drop" if tied is None else tied)
-    with saved("Qwen3_5Text", config, "plain") as at:
+    kind, changes, container, old, new, image = IN_CONTAINERS[name]
+    config = config_of(kind, **changes)
+    with saved(kind, config, "plain") as at:
         reader = Reader(at)
-        tensors = {
-            name.replace("model.", "model.language_model."): reader.read(name)
-            for name in reader.entries
-        }
-        tensors["model.visual.blocks.0.norm1.weight"] = torch.zeros(3)
+        tensors = {re.sub(old, new, name): reader.read(name) for name in reader.entries}
+        tensors[image] = torch.zeros(3)
         shapes = {name: x.shape for name, x in tensors.items()}
         write(tmp_path, shapes, torch.float32, tensors.__getitem__, 10**9)
         outer = {
-            "architectures": ["Qwen3_5ForConditionalGeneration"],
-            "model_type": "qwen3_5",
-            "text_config": config | {"model_type": "qwen3_5_text"},
-            "tie_word_embeddings": not tied,
+            "architectures": [f"{container}ForConditionalGeneration"],
+            "model_type": container,
+            "text_config": config | {"model_type": f"{container}_text"},
+            "tie_word_embeddings": not config.get("tie_word_embeddings"),
         }
         (tmp_path / "config.json").write_text(json.dumps(outer))
         assert compare(tmp_path) == "equal"

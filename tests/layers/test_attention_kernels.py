@@ -48,20 +48,21 @@ def _flex():
     h=st.sampled_from([4, 6]),
     s=st.integers(1, 9) | st.sampled_from([128, 150]),
     window=st.none() | st.integers(1, 10),
+    chunked=st.booleans(),
     packed=st.booleans(),
     softcap=st.sampled_from([None, 0.5]),
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_every_path_is_the_reference(
-    path, b, kv, group, h, s, window, packed, softcap, sinks, seed
+    path, b, kv, group, h, s, window, chunked, packed, softcap, sinks, seed
 ):
     assume(path == "flex" or not (softcap or sinks))
     q, k, v = (normal(b, n, s, h, seed=seed + 100 * i) for i, n in enumerate((kv * group, kv, kv)))
     documents = (normal(b, s, seed=seed) > 0.5).cumsum(-1) if packed else None
     sink = normal(kv * group, seed=seed + 300) if sinks else None
     got, want = (
-        f(q, k, v, documents, sink, AttentionMask(s, window, softcap))
+        f(q, k, v, documents, sink, AttentionMask(s, window, softcap, chunked=chunked))
         for f in (CORES[path], attention_reference)
     )
     same(got, want, [q, k, v, *([sink] if sinks else [])])
