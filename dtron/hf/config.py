@@ -66,7 +66,8 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 def text_entries(entries: Mapping[str, Any], where: str = CONFIG) -> Mapping[str, Any]:
     """Return the entries of the text model. A folder with images too has them in ``text_config``;
     transformers takes them for the text model alone."""
-    family = {f.container: f for f in FAMILIES}.get(entries.get("model_type") or "none")
+    kind = entries.get("model_type")
+    family = next((f for f in FAMILIES if f.container and f.container == kind), None)
     if family is None:
         return entries
     own = {"model_type": family.kind, "architectures": [family.architecture]}
