@@ -58,9 +58,21 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / CONFIG
     if not is_there(path):
         raise UserError(f"{folder}: has no {CONFIG}; give the folder of a model from Hugging Face")
-    entries = read_object(path)
+    entries = text_entries(read_object(path), str(path))
     family = family_of(entries, str(path))
     return family, from_hf(entries, family, str(path))
+
+
+def text_entries(entries: Mapping[str, Any], where: str = CONFIG) -> Mapping[str, Any]:
+    """Return the entries of the text model. A folder with images too has them in ``text_config``;
+    transformers takes them for the text model alone."""
+    kind = entries.get("model_type")
+    family = next((f for f in FAMILIES if f.container and f.container == kind), None)
+    if family is None:
+        return entries
+    own = {"model_type": family.kind, "architectures": [family.architecture]}
+    outer = {key: entries[key] for key in ("quantization_config", "dtype") if key in entries}
+    return {**outer, **object_of(entries, "text_config", where), **own}
 
 
 def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
@@ -71,7 +83,8 @@ def family_of(entries: Mapping[str, Any], where: str = CONFIG) -> Family:
             '["LlamaForCausalLM"]'
         )
     for family in FAMILIES:
-        if family.architecture in names or (not names and entries.get("model_type") == family.kind):
+        kinds = (family.kind, *family.aliases)
+        if family.architecture in names or (not names and entries.get("model_type") in kinds):
             return family
     what = ", ".join(map(str, names)) or entries.get("model_type") or "none"
     known = ", ".join(f.kind for f in FAMILIES)
@@ -169,9 +182,9 @@ def to_hf(m: ModelConfig, family: Family) -> dict[str, Any]:
     entries = {theirs.split("|")[0]: _get(m, ours) for ours, theirs in family.keys.items()}
     entries |= {"model_type": family.kind, "architectures": [family.architecture]}
     entries |= family.demands
-    entries |= family.write(m)
     if m.positions == "rotary":
         entries |= family.rope.write(m)
+    entries |= family.write(m)
     again = from_hf(entries, family)
     different = _difference(_comparable(again), _comparable(m))
     if different:
@@ -236,10 +249,18 @@ def _comparable(m: ModelConfig) -> ModelConfig:
     for name, unused in (("delta", DeltaNetConfig()), ("mamba", Mamba2Config())):
         own = getattr(m, name) if name in used else unused
         same[name] = replace(own, chunk=unused.chunk)
+    if "delta" in used and m.delta.norm_eps is None:
+        same["delta.norm_eps"] = m.norm_eps
+    if set(m.post_norm_mixers) == {*map(m.letter, range(m.layers))}:
+        same |= {"norm_position": "post", "post_norm_mixers": ""}
     if not m.qk_norm:
         same["qk_norm_over"] = "head"
     if m.window is None or m.full_every > m.layers:
         same["full_every"] = 0
+    if m.window is None:
+        same["window_kind"] = "sliding"
+    if not m.attention_temperature:
+        same["attention_temperature_floor"] = 8192
     if m.positions != "rotary" or m.window is None:
         same["window_rope_theta"] = None
     elif m.window_rope_theta is None and m.rope.scaling == "none":

@@ -71,3 +71,12 @@ GLM4_MOE_KEYS = {
     "qkv_bias": "attention_bias",
 }
 MINIMAX_M2_KEYS = {name: key for name, key in MIXTRAL_KEYS.items() if name != "window"}
+LLAMA4_KEYS = LLAMA_KEYS | {
+    "mlp": "intermediate_size_mlp",
+    "moe.mlp": "intermediate_size",
+    "moe.shared": "intermediate_size",
+    "moe.experts": "num_local_experts|num_experts",
+    "moe.top_k": "num_experts_per_tok",
+    "qk_norm": "use_qk_norm",
+    "attention_temperature_floor": "floor_scale",
+}

@@ -60,6 +60,25 @@ def _read_glm4_moe(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dic
     }
 
 
+def _read_llama4(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every nth layer has experts, if nothing else is said."""
+    sparse, step = entries["moe_layers"], entries["interleave_moe_layer_step"]
+    if sparse is None:
+        sparse = range(step - 1, fields["layers"], step)
+    kinds = "".join("DF"[i in sparse] for i in range(fields["layers"]))
+    return layer_types.read_llama4(entries, fields) | {
+        "feed_forwards": kinds,
+        "qk_norm_over": "rotated" if fields["qk_norm"] else "head",
+    }
+
+
+def _write_llama4(m: ModelConfig) -> dict[str, Any]:
+    return layer_types.write_llama4(m) | {
+        "moe_layers": [i for i in range(m.layers) if m.sparse(i)],
+        "interleave_moe_layer_step": 1,
+    }
+
+
 def _write_shared(m: ModelConfig) -> dict[str, Any]:
     return {"n_shared_experts": m.moe.shared // m.moe.mlp}
 
@@ -132,6 +151,7 @@ EXPERTS = (
     Family(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
+        aliases=("kimi_k2",),
         weights=tables.ENDS | _DEEPSEEK_BLOCK | tables.mtp_module(_DEEPSEEK_BLOCK),
         keys=keys.DEEPSEEK_KEYS,
         rope=RopeFormat(latent=True),
@@ -181,5 +201,24 @@ EXPERTS = (
         demands={"hidden_act": "silu"},
         stacked=tables.MINIMAX_STACKED,
         rope=RopeFormat(partial=1.0, partial_key="rotary_dim"),
+    ),
+    Family(
+        "llama4_text",
+        "Llama4ForCausalLM",
+        container="llama4",
+        weights=tables.ENDS | tables.NORMS | tables.LLAMA4_BLOCK,
+        keys=keys.LLAMA4_KEYS,
+        defaults=defaults.LLAMA4,
+        fixed={
+            "moe.score": "sigmoid",
+            "moe.normalize": False,
+            "moe.scores_on": "inputs",
+            "window_kind": "chunked",
+        },
+        demands=_SILU,
+        ignored=(r".*\.rotary_emb\.inv_freq", r"vision_model\..*", r"multi_modal_projector\..*"),
+        renamed=((r"^language_model\.", ""),),
+        read=_read_llama4,
+        write=_write_llama4,
     ),
 )

@@ -25,7 +25,7 @@ from dtron import checkpoint
 from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import load_tokenizer
 from dtron.errors import UserError
-from dtron.hf.config import CONFIG, best_family, family_of, to_hf
+from dtron.hf.config import CONFIG, best_family, family_of, text_entries, to_hf
 from dtron.hf.families import FAMILIES
 from dtron.hf.family import Family
 from dtron.hf.load import Place, rotary_columns, weights_of
@@ -43,7 +43,13 @@ from dtron.model.transformer import declare_model
 from dtron.params import WeightSpec
 from dtron.tree import fill, flat, units
 
-_DROPPED_KEYS = ("rope_parameters", "torch_dtype", "quantization_config", "transformers_version")
+_DROPPED_KEYS = (
+    "rope_parameters",
+    "torch_dtype",
+    "quantization_config",
+    "transformers_version",
+    "auto_map",  # code, which is not copied
+)
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,9 @@ def _check_empty(out: Path) -> None:
 
 
 def _origin(run_dir: Path) -> dict[str, Any]:
-    """Return config.json of the model that a run began with."""
+    """Return the entries of config.json of the text model that a run began with."""
     origin = run_dir / ORIGIN / CONFIG
-    return read_object(origin) if is_there(origin) else {}
+    return dict(text_entries(read_object(origin))) if is_there(origin) else {}
 
 
 def family_of_run(run_dir: Path, m: ModelConfig) -> Family:

@@ -4,11 +4,19 @@ family.py says what a family is: a record of tables. weight_tables.py has the pl
 config_keys.py the keys of config.json, and config_defaults.py their defaults. A model belongs to a
 family if these tables can express all its properties. No property is guessed.
 
-Left out: ``llama4``. Five of its properties have no field in dtron: scores multiply the inputs of
-experts, not their outputs; attention is within chunks of a row; experts are in every nth layer;
-queries and keys are normalised after their rotation, without weights; and in layers without
-positions, queries are scaled by the position. And ``longrope`` of phi3: its frequencies depend on
-the length of the batch.
+Left out, with what dtron lacks:
+
+- ``gemma4``. In the small models, each block adds embeddings of its own (per-layer embeddings), and
+  the last blocks attend to the keys and values of an earlier block, which may be in another
+  pipeline stage. In all models, layers without a window have another width of heads, and may have
+  another number of key heads, and values that are the keys before their norm and rotation. Values
+  have a norm without a weight; the RoPE of these layers is ``proportional``; a block's output has a
+  factor. Models with experts have them beside a dense layer, each with norms of its own, and the
+  router has a norm, a factor for each channel and one for each expert.
+- ``falcon_h1``. A block has attention and Mamba-2 side by side, so its decoding cache has pages and
+  states at once. Mamba-2 may lack its norm. Each projection of both, and two of the feed-forward
+  layer, has a factor (muP's multipliers).
+- ``longrope`` of phi3: its frequencies depend on the length of the batch.
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ class Family:
     ``stacked``: the places of weights in the folders that have all experts in one tensor.
     ``ignored``: patterns of tensors that are no weights of the model. ``{later}`` is the number of
     a block after the model's last.
+    ``aliases``: other values of ``model_type`` of the same model.
+    ``container``: the ``model_type`` of folders with images too, whose config.json has this model in
+    ``text_config``; empty: there are none.
     ``rope``: the RoPE entries that transformers reads.
     ``prefix``: the prefix of tensor names.
     ``renamed``: other names of the same tensors: regular expressions, each with its replacement.
@@ -49,6 +52,8 @@ class Family:
     demands: Mapping[str, Any] = field(default_factory=dict)
     stacked: Mapping[str, Row] = field(default_factory=dict)
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    aliases: tuple[str, ...] = ()
+    container: str = ""
     rope: RopeFormat = RopeFormat()
     prefix: str = "model."
     renamed: tuple[tuple[str, str], ...] = ()

@@ -114,3 +114,36 @@ def write_windows(m: ModelConfig) -> dict[str, Any]:
     if m.window is None:
         return {"sliding_window": None, "layer_types": ["full_attention"] * m.layers}
     return {"sliding_window": m.window, "layer_types": _types_of(m)}
+
+
+def read_llama4(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers that rotate have chunks, if there are chunks and nothing else is said."""
+    layers, rotated = fields["layers"], entries["no_rope_layers"]
+    if not rotated:
+        rotated = [(i + 1) % entries["no_rope_layer_interval"] != 0 for i in range(layers)]
+    if len(rotated) < layers:
+        raise UserError(f"no_rope_layers has {len(rotated)} entries for {layers} layers")
+    rotated = [bool(one) for one in rotated[:layers]]
+    size, names = entries["attention_chunk_size"], {"chunked_attention": "sliding_attention"}
+    types = _given_types(entries, [_KINDS[not (one and size is not None)] for one in rotated])
+    if "sliding_attention" in (entries["layer_types"] or ()):
+        raise UserError("layer_types has sliding_attention")
+    types = [names.get(kind, kind) for kind in types]
+    tuned = entries["attn_temperature_tuning"] and not all(rotated)
+    return {
+        **_window_of({"sliding_window": size}, types),
+        "pattern": "".join("NA"[one] for one in rotated),
+        "attention_temperature": entries["attn_scale"] if tuned else 0.0,
+    }
+
+
+def write_llama4(m: ModelConfig) -> dict[str, Any]:
+    kinds = {"sliding_attention": "chunked_attention"}
+    types = ["full_attention"] * m.layers if m.window is None else _types_of(m)
+    return {
+        "no_rope_layers": [int(m.letter(i) != "N") for i in range(m.layers)],
+        "attention_chunk_size": m.window,
+        "layer_types": [kinds.get(kind, kind) for kind in types],
+        "attn_temperature_tuning": m.attention_temperature > 0,
+        "attn_scale": m.attention_temperature,
+    }

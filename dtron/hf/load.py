@@ -31,7 +31,7 @@ from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.data.cache import digest
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import UserError
-from dtron.hf.config import CONFIG, read_config
+from dtron.hf.config import CONFIG, read_config, text_entries
 from dtron.hf.family import Family
 from dtron.hf.open_folder import HEAD, open_reader, row_chunks, tensor_table, with_own_head
 from dtron.hf.recurrent_tables import axis_sizes
@@ -177,7 +177,7 @@ class Source:
 
     def _left_out(self) -> str:
         """Return the sizes that config.json does not give, for an error."""
-        entries = read_object(self.folder / CONFIG)
+        entries = text_entries(read_object(self.folder / CONFIG))
         keys = [theirs.split("|") for theirs in self.family.keys.values()]
         lacking = [names[0] for names in keys if not any(name in entries for name in names)]
         said = [f"{name} ({self.family.defaults[name]} then)" for name in lacking]

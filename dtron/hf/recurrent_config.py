@@ -6,13 +6,13 @@ from __future__ import annotations
 from dtron.hf.config_defaults import LLAMA, Defaults
 from dtron.hf.config_keys import DEEPSEEK_KEYS, LLAMA_KEYS, QWEN3_MOE_KEYS
 
-_DELTA_KEYS = {
+DELTA_SIZES = {
     "delta.key_heads": "linear_num_key_heads",
     "delta.value_heads": "linear_num_value_heads",
     "delta.key_dim": "linear_key_head_dim",
     "delta.value_dim": "linear_value_head_dim",
-    "delta.taps": "linear_conv_kernel_dim",
 }
+_DELTA_KEYS = DELTA_SIZES | {"delta.taps": "linear_conv_kernel_dim"}
 QWEN3_NEXT_KEYS = (
     QWEN3_MOE_KEYS
     | _DELTA_KEYS
@@ -45,6 +45,47 @@ QWEN3_NEXT: Defaults = {
     "decoder_sparse_step": 1,
     "layer_types": None,
     "full_attention_interval": 4,
+}
+QWEN3_5_KEYS = LLAMA_KEYS | _DELTA_KEYS
+QWEN3_5: Defaults = {
+    **{key: value for key, value in QWEN3_NEXT.items() if key in {*QWEN3_5_KEYS.values()}},
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "rope_theta": 10_000.0,
+    "layer_types": None,
+    "full_attention_interval": 4,
+}
+QWEN3_5_MOE_KEYS = {
+    name: key for name, key in QWEN3_NEXT_KEYS.items() if name not in ("mlp", "moe.normalize")
+}
+QWEN3_5_MOE: Defaults = {
+    **{key: value for key, value in QWEN3_NEXT.items() if key in {*QWEN3_5_MOE_KEYS.values()}},
+    "vocab_size": 248_320,
+    "num_hidden_layers": 40,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "rope_theta": 10_000.0,
+    "layer_types": None,
+    "full_attention_interval": 4,
+}
+
+OLMO_HYBRID_KEYS = QWEN3_5_KEYS | {"delta.negative_eigenvalues": "linear_allow_neg_eigval"}
+OLMO_HYBRID: Defaults = {
+    **LLAMA,
+    "vocab_size": 100_352,
+    "hidden_size": 3840,
+    "num_attention_heads": 30,
+    "max_position_embeddings": 65_536,
+    "linear_num_key_heads": None,
+    "linear_num_value_heads": None,
+    "linear_key_head_dim": None,
+    "linear_value_head_dim": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": True,
+    "layer_types": None,
 }
 
 NEMOTRON_H_KEYS = LLAMA_KEYS | {

@@ -15,6 +15,7 @@ from dtron.hf.weight_tables import (
     LATENT,
     LAYER,
     MIXTRAL_EXPERTS,
+    QK_HEADS_NORM,
     STACKED_EXPERTS,
     Row,
     block_rows,
@@ -42,6 +43,50 @@ QWEN3_DELTA_NET = block_rows(
         "delta_net.norm.scale": ("norm.weight", "w -> w"),
     },
 )
+# Qwen3.5 has three kinds of projections in one tensor, and the others in tensors of their own.
+QWEN3_5_DELTA_NET = QWEN3_DELTA_NET | block_rows(
+    LAYER + "linear_attn.",
+    {
+        "delta_net.w_q": ("in_proj_qkv.weight", "([g c] + g c + g r w) d -> d g c"),
+        "delta_net.w_k": ("in_proj_qkv.weight", "(g c + [g c] + g r w) d -> d g c"),
+        "delta_net.w_v": ("in_proj_qkv.weight", "(g c + g c + [g r w]) d -> d (g r) w"),
+        "delta_net.w_gate": ("in_proj_z.weight", "(n w) d -> d n w"),
+        "delta_net.w_beta": ("in_proj_b.weight", "n d -> d n"),
+        "delta_net.w_decay": ("in_proj_a.weight", "n d -> d n"),
+    },
+)
+# OLMo Hybrid as it is published. transformers saves it so, too.
+OLMO_HYBRID_BLOCK = (
+    block_rows(
+        LAYER,
+        {
+            "norm_1.scale": ("attention_layer_norm.weight", "d -> d"),
+            "norm_2.scale": ("feedforward_layer_norm.weight", "d -> d"),
+            "post_norm_1.scale": ("feedforward_layer_norm.weight", "d -> d"),
+            "post_norm_2.scale": ("post_feedforward_layernorm.weight", "d -> d"),
+        },
+    )
+    | QK_HEADS_NORM
+    | block_rows(
+        LAYER + "linear_attn.",
+        {
+            "delta_net.w_q": ("q_proj.weight", "(g c) d -> d g c"),
+            "delta_net.w_k": ("k_proj.weight", "(g c) d -> d g c"),
+            "delta_net.w_v": ("v_proj.weight", "(n w) d -> d n w"),
+            "delta_net.w_gate": ("g_proj.weight", "(n w) d -> d n w"),
+            "delta_net.w_beta": ("b_proj.weight", "n d -> d n"),
+            "delta_net.w_decay": ("a_proj.weight", "n d -> d n"),
+            "delta_net.w_o": ("o_proj.weight", "d (n w) -> n w d"),
+            "delta_net.taps_q": ("q_conv1d.weight", "(g c) 0/1 t -> t g c", *FLIPPED),
+            "delta_net.taps_k": ("k_conv1d.weight", "(g c) 0/1 t -> t g c", *FLIPPED),
+            "delta_net.taps_v": ("v_conv1d.weight", "(n w) 0/1 t -> t n w", *FLIPPED),
+            "delta_net.a_log": ("A_log", "n -> n"),
+            "delta_net.dt_bias": ("dt_bias", "n -> n"),
+            "delta_net.norm.scale": ("o_norm.weight", "w -> w"),
+        },
+    )
+)
+OLMO_HYBRID_STACKED = {path: row for path, row in QWEN3_DELTA_NET.items() if ".taps_" in path}
 # In Kimi Linear, n is a head, a the width of the narrow vectors.
 _KDA: dict[str, Any] = {
     "kimi_delta.w_q": ("q_proj.weight", "(n c) d -> d n c"),

@@ -71,7 +71,8 @@ class RopeFormat:
     ``partial_key``: another key for the same, in dims.
     ``window_theta``: the default base in layers with a window, which have entries of their own;
         None: one RoPE for all layers.
-    ``window_key``: another key for this base."""
+    ``window_key``: another key for this base.
+    ``optional``: no layer rotates if the base is null."""
 
     latent: bool = False
     kinds: tuple[str, ...] = ("default", *_KEYS)
@@ -79,6 +80,7 @@ class RopeFormat:
     partial_key: str | None = None
     window_theta: float | None = None
     window_key: str | None = None
+    optional: bool = False
 
     def read(
         self, entries: Mapping[str, Any], fields: Mapping[str, Any], where: str
@@ -88,6 +90,8 @@ class RopeFormat:
         ``entries``: config.json, with the family's defaults.
         ``fields``: the model's other fields.
         ``where``: the name of config.json in errors."""
+        if self.optional and rope_base(entries) is None:
+            return {}
         if self.window_theta is None:
             rope = read_rope(entries, fields["context"], where, self)
             return {"rope": replace(rope, partial=self._partial(entries, fields, where))}
@@ -148,6 +152,12 @@ class RopeFormat:
         return entries | own | {"rope_scaling": None, "rope_parameters": layered}
 
 
+def rope_base(entries: Mapping[str, Any]) -> Any:
+    """Return the base of one RoPE for all layers, as config.json has it."""
+    rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
+    return rope.get("rope_theta", entries["rope_theta"])
+
+
 def _object(entries: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return object_of(entries, "rope_scaling", where) or object_of(entries, "rope_parameters", where)
 
@@ -166,7 +176,7 @@ def read_rope(entries: Mapping[str, Any], context: int, where: str, form: RopeFo
             f"{where}: RoPE differs between layers ({', '.join(layered)}); this family has one "
             "RoPE for all layers"
         )
-    theta = float(rope.get("rope_theta", entries["rope_theta"]))
+    theta = float(rope_base(entries))
     share = rope.get("partial_rotary_factor", entries.get("partial_rotary_factor"))
     if form.partial is None and share not in (None, 1.0):
         raise UserError(

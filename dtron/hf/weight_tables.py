@@ -176,6 +176,25 @@ GPT_OSS_EXPERTS = block_rows(
         "moe.experts.b_down": ("experts.down_proj_bias", "e d -> e d"),
     },
 )
+LLAMA4_BLOCK = block_rows(
+    LAYER,
+    {
+        "attention.w_q": ("self_attn.q_proj.weight", "(n h) d -> d n h", True),
+        "attention.w_k": ("self_attn.k_proj.weight", "(k h) d -> d k h", True),
+        "attention.w_v": ("self_attn.v_proj.weight", "(k h) d -> d k h"),
+        "attention.w_o": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
+        "mlp.w_gate": ("feed_forward.gate_proj.weight", "f d -> d f"),
+        "mlp.w_up": ("feed_forward.up_proj.weight", "f d -> d f"),
+        "mlp.w_down": ("feed_forward.down_proj.weight", "d f -> f d"),
+        "moe.router.w": ("feed_forward.router.weight", "e d -> d e"),
+        "moe.experts.w_gate": ("feed_forward.experts.gate_up_proj", "e d (0/2 f) -> e d f"),
+        "moe.experts.w_up": ("feed_forward.experts.gate_up_proj", "e d (1/2 f) -> e d f"),
+        "moe.experts.w_down": ("feed_forward.experts.down_proj", "e f d -> e f d"),
+        "moe.shared.w_gate": ("feed_forward.shared_expert.gate_proj.weight", "f d -> d f"),
+        "moe.shared.w_up": ("feed_forward.shared_expert.up_proj.weight", "f d -> d f"),
+        "moe.shared.w_down": ("feed_forward.shared_expert.down_proj.weight", "d f -> f d"),
+    },
+)
 GPT2_BLOCK = block_rows(
     "transformer.h.{l}.",
     {

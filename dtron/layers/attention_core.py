@@ -27,12 +27,16 @@ class AttentionInputs(MixerInputs):
     ``table_TH``: the rotary angles of each token, ``[T@tokens, H]`` (None: no rotation).
     ``path``: the kernels, see attention_kernels.py.
     ``cache``: a ``KVCache``, to which the new keys and values are added.
-    ``positions_T [T@tokens]``: the positions of the tokens in their rows."""
+    ``positions_T [T@tokens]``: the positions of the tokens in their rows.
+    ``query_factor_T [T@tokens]``: the factor of each token's queries (None: no factor).
+    ``norm_rotated``: whether queries and keys are normalised after their rotation."""
 
     mask: AttentionMask | ContextParallelMask
     table_TH: Tensor | None = None
     path: AttentionPath = "auto"
     positions_T: Tensor | None = None
+    query_factor_T: Tensor | None = None
+    norm_rotated: bool = False
 
     @property
     def past(self) -> Past:

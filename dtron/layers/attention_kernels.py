@@ -92,7 +92,7 @@ def attention_and_lse(
     ``flex``: run through flex, and otherwise as plain matmuls."""
     if flex:
         mask = mask if mask.blocks is not None else with_blocks(mask, documents_BS, q.device)
-        return flex_by_itself(q.device)(q, k, v, mask)
+        return by_itself(run_flex, q.device)(q, k, v, mask)
     k, v = repeated(k, q), repeated(v, q)
     scores = _scores(q, k, documents_BS, mask)
     top = scores.detach().amax(-1, keepdim=True)
@@ -173,7 +173,7 @@ def attention_flex(
     matrix that it is meant to avoid."""
     if mask.blocks is None:
         mask = with_blocks(mask, documents_BS, q.device)
-    o, lse = flex_by_itself(q.device)(q, k, v, mask, sinks_N is not None)
+    o, lse = by_itself(run_flex, q.device)(q, k, v, mask, sinks_N is not None)
     return o if sinks_N is None else with_sinks(o, lse, sinks_N)
 
 
@@ -196,7 +196,7 @@ def with_blocks(
     sizes = (mask.seq_len if x is None else x.shape[-1] for x in (queries, mask.keys))
 
     rule = MaskRule(mask, documents_BS, queries)
-    make = _by_itself(_blocks, device)
+    make = by_itself(_blocks, device)
     return replace(mask, blocks=FlexBlocks.of(make(rule, rows, *sizes, device), rule))
 
 
@@ -207,12 +207,7 @@ def _blocks(rule: MaskRule, rows: int | None, q: int, kv: int, device: torch.dev
     return create_block_mask(seen, rows, None, q, kv, device)
 
 
-def flex_by_itself(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return ``_flex``, compiled by itself if it must be."""
-    return _by_itself(_flex, device)
-
-
-def _flex(
+def run_flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -247,7 +242,7 @@ def _flex(
     return o, aux.lse
 
 
-def _by_itself(fn: Callable, device: torch.device) -> Callable:
+def by_itself(fn: Callable, device: torch.device) -> Callable:
     """Return fn, compiled if it runs on a GPU and no enclosing stage is being compiled."""
     if tracing():
         return fn

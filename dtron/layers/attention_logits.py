@@ -41,6 +41,7 @@ def largest_logits(
             mask.seq_len,
             mask.window if mask.windowed else None,
             mask.scale,
+            mask.chunked,
         )
 
 
@@ -49,7 +50,7 @@ def largest_logits(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor? documents, Tensor? queries, Tensor? keys, int seq_len, "
-        "int? window, float? scale) -> Tensor"
+        "int? window, float? scale, bool chunked) -> Tensor"
     ),
 )
 def _largest_logits(
@@ -61,8 +62,9 @@ def _largest_logits(
     seq_len: int,
     window: int | None,
     scale: float | None,
+    chunked: bool,
 ) -> Tensor:
-    mask = AttentionMask(seq_len, window, None, scale, queries, keys)
+    mask = AttentionMask(seq_len, window, None, scale, queries, keys, chunked=chunked)
     (rows, heads, length, width), (key_heads, key_count) = q.shape, k.shape[1:3]
     b = torch.arange(rows, device=q.device)[:, None, None]
     i_BS, j_S = mask.places(q.device)

@@ -23,6 +23,8 @@ class AttentionMask:
 
     ``seq_len``: the number of tokens of a sequence.
     ``window``: the number of tokens that a token sees at most, itself included.
+    ``chunked``: the sequence has chunks of ``window`` tokens, and a token sees only tokens of its
+        own chunk (Llama 4). Otherwise it sees the last ``window`` tokens.
     ``softcap``: bounds scores to (-softcap, softcap) by tanh (Gemma 2, arXiv:2408.00118).
     ``scale``: the factor on scores, applied before the soft-cap (None: 1 / sqrt(H)).
     ``queries [B, S]``, ``keys [S]``: the places of the given queries and keys in the sequence
@@ -37,6 +39,7 @@ class AttentionMask:
     queries: Tensor | None = None
     keys: Tensor | None = None
     blocks: FlexBlocks | None = None
+    chunked: bool = False
 
     @property
     def windowed(self) -> bool:
@@ -57,7 +60,8 @@ def sees(
     cores use this rule: the reference for all pairs at once, a compiled kernel for one pair."""
     ok = j <= i
     if mask.window is not None and mask.windowed:
-        ok = ok & (i - j < mask.window)
+        near = i // mask.window == j // mask.window if mask.chunked else i - j < mask.window
+        ok = ok & near
     if documents_BS is not None:
         ok = ok & (documents_BS[b, i] == documents_BS[b, j])
     return ok
@@ -109,3 +113,16 @@ class FlexBlocks:
             return self.rule(b, n, i, j)
 
         return BlockMask(**self.values, mask_mod=rule)
+
+
+def chunks_of_documents(documents_T: Tensor, seq_len: int, size: int) -> Tensor:
+    """Return documents that are the chunks of ``size`` tokens of the given documents, ``[T]``.
+    Rank-local.
+
+    ``documents_T``: the document of each token of whole rows."""
+    documents_BS = documents_T.unflatten(0, (-1, seq_len))
+    places_S = torch.arange(seq_len, device=documents_T.device)
+    first_BS = documents_BS != documents_BS.roll(1, 1)
+    first_BS = first_BS | (places_S == 0)
+    start_BS = torch.where(first_BS, places_S, 0).cummax(1).values
+    return (((places_S - start_BS) % size == 0) | first_BS).cumsum(1).flatten()

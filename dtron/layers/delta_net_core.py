@@ -77,6 +77,7 @@ def _on_rank(*tensors: Any, inputs: RecurrentInputs, gate: Gate, layout: Layout)
     parts, taps = (x.q_TNH, x.k_TNH, x.v_TNH), (w.taps_q, w.taps_k, w.taps_v)
     q, k, v = convolved(parts, taps, (), sees_TK, past, inputs, layout)
     beta = by_rows(x.beta_TN, seq_len).sigmoid()
+    beta = beta if inputs.largest_beta == 1 else inputs.largest_beta * beta
     dtype = torch.promote_types(v.dtype, torch.float32)
     # Each [..., N, K], or [..., N, 1] for a decay of the whole head.
     a, dt_bias, a_log = (

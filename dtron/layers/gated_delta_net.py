@@ -24,24 +24,30 @@ layer receives two messages from other ranks, both of constant size. They are th
 previous shard for the convolution (short_convolution.py), and the state at the start of the shard
 (state_passing.py). Attention in the same model then has contiguous shards too.
 
-Left out: negative eigenvalues (beta up to 2), and a variant without the short convolution.
+``negative_eigenvalues`` doubles beta, to values up to 2 (Grazzi et al. 2024, arXiv:2411.12537). A
+token's update of the state has the eigenvalue ``a (1 - beta)`` along its key, which may be negative
+then. So a state can alternate from token to token. OLMo Hybrid has it.
+
+Left out: a variant without the short convolution.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dtron.bounds import divides, from_to, nearest_divisor
+from dtron.bounds import divides, from_to, nearest_divisor, under
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
 from dtron.layers.delta_net_core import HeadWeights, Projected, delta_net_core
 from dtron.layers.linear import linear, linear_in
+from dtron.layers.mixer import StageInputs
 from dtron.layers.norm import Norm
 from dtron.layers.recurrent_mixer import RecurrentInputs, RecurrentMixer
 from dtron.layers.short_convolution import taps_init
@@ -66,10 +72,16 @@ class DeltaNetConfig:
     """tokens of the short convolution, counting the token itself"""
     chunk: int = 64
     """tokens that are computed at once; the results do not depend on it"""
+    negative_eigenvalues: bool = False
+    """beta is up to 2 instead of 1, so an update of the state may have a negative eigenvalue"""
+    norm_eps: float | None = None
+    """epsilon of the norm of the outputs; None: model.norm_eps"""
 
     def __post_init__(self) -> None:
         sizes = ("key_heads", "value_heads", "key_dim", "value_dim", "chunk")
         from_to(self, "model.delta", {**dict.fromkeys(sizes, (1, 1 << 20)), "taps": (2, 64)})
+        if self.norm_eps is not None:
+            under(self, "model.delta", {"norm_eps": float("inf")})
         if self.value_heads % self.key_heads:
             raise UserError(
                 f"model.delta.value_heads={self.value_heads}, "
@@ -160,6 +172,11 @@ class GatedDeltaNetMixer(RecurrentMixer):
         return self.model.delta
 
     @property
+    def norm_eps(self) -> float:
+        own = self.config.norm_eps
+        return self.model.norm_eps if own is None else own
+
+    @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.config.value_heads, self.config.key_dim, self.config.value_dim
 
@@ -168,6 +185,10 @@ class GatedDeltaNetMixer(RecurrentMixer):
 
     def dims(self) -> dict[str, Any]:
         return self.config.dims()
+
+    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, RecurrentInputs]:
+        inputs, largest = super().prepare(stage, layout), 1.0 + self.config.negative_eigenvalues
+        return {window: replace(shared, largest_beta=largest) for window, shared in inputs.items()}
 
     def apply(self, p: Any, x_TD: Tensor, inputs: RecurrentInputs, layout: Layout) -> Tensor:
         return gated_delta_net(p, x_TD, inputs, layout)

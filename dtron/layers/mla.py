@@ -32,8 +32,8 @@ from torch import Tensor
 
 from dtron.bounds import under
 from dtron.errors import UserError
-from dtron.layers.attention import AttentionMixer
 from dtron.layers.attention_core import LARGEST, AttentionInputs, Heads, core, largest
+from dtron.layers.attention_mixer import AttentionMixer
 from dtron.layers.kv_cache import KVCache, Past
 from dtron.layers.linear import linear, linear_in
 from dtron.layers.mla_decoding import attend_to_latents, empty_latent_cache

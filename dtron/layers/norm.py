@@ -43,6 +43,12 @@ def norm(p: Norm, x: Tensor, eps: float = 1e-5) -> Tensor:
     return y if p.bias is None else y + p.bias
 
 
+def rms_normalized(x: Tensor, eps: float) -> Tensor:
+    """Apply RMSNorm without a weight to the last dim, as ``norm`` does."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def norm_if(p: Norm | None, x: Tensor, eps: float) -> Tensor:
     """Normalise, where the model has this norm."""
     return x if p is None else norm(p, x, eps)

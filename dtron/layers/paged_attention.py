@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtron.layers.attention_kernels import flex_by_itself, with_sinks
+from dtron.layers.attention_kernels import by_itself, run_flex, with_sinks
 from dtron.layers.attention_mask import AttentionMask, FlexBlocks, sees
 from dtron.layers.kv_cache import Past, write
 
@@ -77,5 +77,5 @@ def attend_to_pages(
     }
     whole = replace(whole, blocks=FlexBlocks(values, PageRule(whole, order_BP, page)))
     keys, vals = (x.flatten(0, 1).transpose(0, 1)[None] for x in (pages, past.v_PSKH))
-    o, lse = flex_by_itself(q.device)(q, keys, vals, whole, sinks_N is not None, "AUTO")
+    o, lse = by_itself(run_flex, q.device)(q, keys, vals, whole, sinks_N is not None, "AUTO")
     return o if sinks_N is None else with_sinks(o, lse, sinks_N)

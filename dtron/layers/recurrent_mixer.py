@@ -46,6 +46,7 @@ class RecurrentInputs(MixerInputs):
     ``sees_TK``: see short_convolution.py.
     ``place [1]``: the index of this rank's shard of each row.
     ``last_B``: see ``StageInputs``.
+    ``largest_beta``: of a delta net, the upper limit of beta.
     ``cache``: a ``RecurrentCache``."""
 
     chunk: int
@@ -53,6 +54,7 @@ class RecurrentInputs(MixerInputs):
     sees_TK: Tensor
     place: Tensor
     last_B: Tensor | None
+    largest_beta: float = 1.0
 
     def region_inputs(self) -> tuple[Tensor | None, ...]:
         """Return ``sees_TK``, and the fields of ``Past``: the last inputs of a local region."""
@@ -97,7 +99,7 @@ class RecurrentMixer(Mixer):
         """Return the channels of the convolution on one of ``tp`` ranks."""
         raise NotImplementedError
 
-    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, MixerInputs]:
+    def prepare(self, stage: StageInputs, layout: Layout) -> Mapping[int | None, RecurrentInputs]:
         parts, device = layout.parts("sequence"), stage.x_TD.device
         inputs = RecurrentInputs(
             chunk=self.config.chunk,

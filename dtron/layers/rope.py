@@ -63,7 +63,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         fine = 1 < self.theta < math.inf and 1 <= self.factor < math.inf and self.low < self.high
-        fine = fine and self.original >= 1 and 0 < self.beta_slow < self.beta_fast
+        fine = fine and self.original >= 1 and 0 < self.beta_slow <= self.beta_fast
         fine = fine and 0 <= self.mscale < math.inf and 0 <= self.mscale_all < math.inf
         fine = fine and 0 <= self.attention_factor < math.inf and 0 < self.partial <= 1
         if not fine:
@@ -72,8 +72,8 @@ class RopeConfig:
                 f"low={self.low}, high={self.high}, beta_slow={self.beta_slow}, "
                 f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}, "
                 f"attention_factor={self.attention_factor}, partial={self.partial}: theta must be "
-                "over 1, factor and original at least 1, low under high, 0 under beta_slow under "
-                "beta_fast, mscales and attention_factor at least 0, partial over 0 and at most 1"
+                "over 1, factor and original at least 1, low under high, beta_slow over 0 and at "
+                "most beta_fast, mscales and attention_factor at least 0, partial over 0 and at most 1"
             )
 
     @property

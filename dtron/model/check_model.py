@@ -63,6 +63,29 @@ def check_model(m: Any) -> None:
             f"{m.qk_norm}: all heads together have an RMSNorm; give --model.qk-norm and "
             "--model.norm rmsnorm, or use --model.qk-norm-over head"
         )
+    letters = {m.letter(i) for i in m.blocks}
+    if not set(m.post_norm_mixers) <= letters:
+        raise UserError(
+            f"model.post_norm_mixers={m.post_norm_mixers}: the blocks have the mixers "
+            f"{', '.join(sorted(letters))}; use some of these letters, or none"
+        )
+    if m.qk_norm_over == "rotated" and not (m.qk_norm and m.positions == "rotary"):
+        raise UserError(
+            f"model.qk_norm_over=rotated with model.positions={m.positions} and model.qk_norm="
+            f"{m.qk_norm}: heads are normalised after a rotation; give --model.qk-norm and "
+            "--model.positions rotary, or use --model.qk-norm-over head"
+        )
+    if not 0 <= m.attention_temperature < float("inf") or m.attention_temperature_floor < 1:
+        raise UserError(
+            f"model.attention_temperature={m.attention_temperature}, "
+            f"model.attention_temperature_floor={m.attention_temperature_floor}: must be from 0, "
+            "and from 1; change them"
+        )
+    if m.attention_temperature and "N" not in letters:
+        raise UserError(
+            f"model.attention_temperature={m.attention_temperature} with model.pattern={m.pattern}:"
+            " it is of attention without positions; use 0, or a pattern with N"
+        )
     _check_mup(m)
     if m.full_every < 0:
         raise UserError(f"model.full_every={m.full_every}: a number of layers; use 0 for none")
@@ -97,6 +120,11 @@ def _check_mup(m: Any) -> None:
                 f"model.{name}={getattr(m, name)}: a width of the base model, or 0 for "
                 "none; change it"
             )
+    if m.mup_base_head_dim and m.qk_norm_over == "rotated":
+        raise UserError(
+            f"model.mup_base_head_dim={m.mup_base_head_dim} with model.qk_norm_over=rotated: "
+            "queries have no weight that could have muP's factor; use 0"
+        )
     if m.mup_base_head_dim and not m.mup:
         raise UserError(
             f"model.mup_base_head_dim={m.mup_base_head_dim} with model.mup_base_width=0, "

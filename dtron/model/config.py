@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dtron.layers.attention import AttentionMixer, NoPEMixer
+from dtron.layers.attention_mixer import AttentionMixer, NoPEMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
@@ -73,6 +73,9 @@ class ModelConfig(Leaf):
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     """norms of attention and the feed-forward layer: before them, on their outputs (OLMo 2), or
     both (Gemma 2)"""
+    post_norm_mixers: str = ""
+    """mixers, letters of pattern, whose blocks have norms on outputs alone, whatever norm_position
+    is: attention in OLMo Hybrid"""
     norm_eps: float = 1e-5
     """added to the variance"""
     positions: Literal["rotary", "learned"] = "rotary"
@@ -86,8 +89,9 @@ class ModelConfig(Leaf):
     """longest sequence; learned positions have this many rows"""
     qk_norm: bool = False
     """normalise every head's queries and keys"""
-    qk_norm_over: Literal["head", "projection"] = "head"
-    """with qk_norm: normalise each head by itself, or all heads of a token together (OLMo 2)"""
+    qk_norm_over: Literal["head", "projection", "rotated"] = "head"
+    """with qk_norm: normalise each head by itself, all heads of a token together (OLMo 2), or each
+    head after its rotation, without a weight (Llama 4)"""
     qkv_bias: bool = False
     """biases on queries, keys and values"""
     bias: bool = False
@@ -95,7 +99,10 @@ class ModelConfig(Leaf):
     tied: bool = False
     """the output head is the token embedding"""
     window: int | None = None
-    """sliding-window attention: tokens seen back, counting itself"""
+    """sliding-window attention: tokens seen back, counting itself; or the tokens of a chunk"""
+    window_kind: Literal["sliding", "chunked"] = "sliding"
+    """with a window: a token sees the last model.window tokens, or the earlier tokens of its chunk
+    of model.window tokens (Llama 4)"""
     full_every: int = 0
     """with a window: every layer of this number has no window; 0: all layers have the window"""
     softcap: float | None = None
@@ -104,6 +111,11 @@ class ModelConfig(Leaf):
     """base of the rotary frequencies in layers with a window, without scaling; None: model.rope"""
     attention_scale: float | None = None
     """factor on attention scores; None: 1 / sqrt(head_dim)"""
+    attention_temperature: float = 0.0
+    """attention without positions, N: queries are multiplied by 1 + this
+    * log(1 + floor((position + 1) / attention_temperature_floor)); 0: no factor (Llama 4)"""
+    attention_temperature_floor: int = 8192
+    """tokens after which this factor grows"""
     embedding_scale: float = 1.0
     """factor on the embedding of tokens"""
     residual_scale: float = 1.0
@@ -239,10 +251,11 @@ class ModelConfig(Leaf):
 
     def _block(self, i: int) -> dict[str, Any]:
         """Return the names that differ from block to block, for block i."""
-        pre, post = self.norm_position != "post", self.norm_position != "pre"
         sparse, dense = self.sparse(i), self.dense(i)
         full = self.full_every and (i + 1) % self.full_every == 0
         letter = self.letter(i)
+        position = "post" if letter in self.post_norm_mixers else self.norm_position
+        pre, post = position != "post", position != "pre"
         mixer = self.mixer(letter)
         return {
             "letter": letter,

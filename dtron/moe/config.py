@@ -34,6 +34,8 @@ class MoEConfig:
     """the scores of a token's experts are divided by their sum"""
     scale: float = 1.0
     """factor on the scores of a token's experts, applied last"""
+    scores_on: Literal["outputs", "inputs"] = "outputs"
+    """the scores of a token's experts multiply their outputs, or their inputs (Llama 4)"""
     groups: int = 1
     """groups of experts, all of one size"""
     group_top_k: int = 1

@@ -37,7 +37,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtron.distributed.collectives import all_gather, all_to_all, reduce_scatter
-from dtron.moe.permutation import by_expert, by_room, permute, permuted, unpermute
+from dtron.moe.permutation import (
+    TokenPermutation,
+    by_expert,
+    by_room,
+    permute,
+    permuted,
+    unpermute,
+)
 from dtron.torch_compile import tracing
 
 Dispatch = Literal["auto", "alltoall", "static", "allgather"]
@@ -52,11 +59,12 @@ class ExpertGroup:
     ``total``: the number of experts on all ranks.
     ``ranks``: the ranks that the experts are sharded over (None: all experts are on this rank).
     ``capacity_factor``: rows per expert, as a multiple of the mean load (0: room for all tokens).
-    """
+    ``scores_on_inputs``: a token's scores multiply its rows, not the experts' outputs."""
 
     total: int
     ranks: DeviceMesh | None
     capacity_factor: float = 0.0
+    scores_on_inputs: bool = False
 
     @property
     def parts(self) -> int:
@@ -69,6 +77,24 @@ class ExpertGroup:
         return self.total // self.parts
 
 
+def _rows(
+    x_TD: Tensor, weights_TK: Tensor, permutation: TokenPermutation, experts: ExpertGroup
+) -> Tensor:
+    """Return the inputs of the experts: a row for each slot."""
+    rows = permute(x_TD, permutation)
+    if not experts.scores_on_inputs:
+        return rows
+    return (rows * permute(weights_TK.reshape(-1, 1), permutation)).to(rows.dtype)
+
+
+def _combined(
+    y_RD: Tensor, weights_TK: Tensor, permutation: TokenPermutation, experts: ExpertGroup
+) -> Tensor:
+    """Sum the outputs of each token's experts."""
+    weights_TK = torch.ones_like(weights_TK) if experts.scores_on_inputs else weights_TK
+    return unpermute(y_RD, weights_TK, permutation)
+
+
 def local(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -79,7 +105,9 @@ def local(
 ) -> Combined:
     """Compute without communication."""
     permutation, ends_E = by_expert(index_TK.flatten(), experts.total)
-    return unpermute(run(permute(x_TD, permutation), ends_E), weights_TK, permutation), None
+    return _combined(
+        run(_rows(x_TD, weights_TK, permutation, experts), ends_E), weights_TK, permutation, experts
+    ), None
 
 
 def alltoall(
@@ -96,12 +124,12 @@ def alltoall(
     counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(experts.parts, experts.per_rank)
     received_RE = all_to_all(counts_RE, experts.ranks)  # rows from each rank per local expert
     sent, received = counts_RE.sum(1).tolist(), received_RE.sum(1).tolist()  # the host waits
-    rows = all_to_all(permute(x_TD, permutation), experts.ranks, received, sent)
+    rows = all_to_all(_rows(x_TD, weights_TK, permutation, experts), experts.ranks, received, sent)
     own = torch.arange(experts.per_rank, device=rows.device).repeat(experts.parts)
     mine, ends_E = by_expert(own.repeat_interleave(received_RE.flatten()), experts.per_rank)
     y = run(permuted(rows, mine.slot_R, mine.place_S), ends_E)
     y = all_to_all(permuted(y, mine.place_S, mine.slot_R), experts.ranks, sent, received)
-    return unpermute(y, weights_TK, permutation), None
+    return _combined(y, weights_TK, permutation, experts), None
 
 
 def static(
@@ -122,7 +150,7 @@ def static(
         limit = torch.ceil(experts.capacity_factor * sent_S.sum().double() / experts.total)
     weights_S = weights_TK.detach().flatten()
     permutation = by_room(index_TK.flatten(), weights_S, experts.total, room, limit)
-    rows = permute(x_TD, permutation)  # [E * room, D]
+    rows = _rows(x_TD, weights_TK, permutation, experts)  # [E * room, D]
     if experts.ranks is not None:
         rows = all_to_all(rows, experts.ranks)
     rows = rows.view(experts.parts, experts.per_rank, room, -1).transpose(0, 1).flatten(1, 2)
@@ -131,7 +159,7 @@ def static(
     if experts.ranks is not None:
         y = all_to_all(y.contiguous(), experts.ranks)
     assert permutation.kept_S is not None  # by_room gives it
-    return unpermute(y, weights_TK, permutation), (sent_S & ~permutation.kept_S).sum()
+    return _combined(y, weights_TK, permutation, experts), (sent_S & ~permutation.kept_S).sum()
 
 
 def allgather(
@@ -152,7 +180,9 @@ def allgather(
     permutation, ends_E = by_expert(
         torch.where(kept_S, own_S, experts.per_rank), experts.per_rank, kept_S
     )
-    y_TD = unpermute(run(permute(x_TD, permutation), ends_E), weights_TK, permutation)
+    y_TD = _combined(
+        run(_rows(x_TD, weights_TK, permutation, experts), ends_E), weights_TK, permutation, experts
+    )
     return reduce_scatter(y_TD, experts.ranks), None
 
 

@@ -118,7 +118,8 @@ def _experts(
     """Dispatch, compute and combine. Rank-local, except for the dispatcher's communication over
     ep."""
     group = layout.group("ep")
-    experts = ExpertGroup(c.experts, None if group is None else group.ranks, c.capacity_factor)
+    ranks = None if group is None else group.ranks
+    experts = ExpertGroup(c.experts, ranks, c.capacity_factor, c.scores_on == "inputs")
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     dispatcher = choose_dispatcher(dispatch, experts)

@@ -26,6 +26,9 @@ def pairs(mask: AttentionMask, queries: int, keys: int) -> int:
     pairs of whole rows."""
     s, window = mask.seq_len, mask.window if mask.windowed else None
     whole = s * (s + 1) // 2 if window is None else window * s - window * (window - 1) // 2
+    if window is not None and mask.chunked:
+        count, rest = divmod(s, window)
+        whole = (count * window * (window + 1) + rest * (rest + 1)) // 2
     return whole * queries * keys // (s * s)
 
 

@@ -33,6 +33,17 @@ DELTA = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=6, value_dim=5, chunk
 MODELS = {
     "grouped": replace(M, kv_heads=2, qk_norm=True),
     "window": replace(M, window=5),
+    "chunked": replace(
+        M,
+        pattern="AN",
+        window=5,
+        window_kind="chunked",
+        full_every=2,
+        qk_norm=True,
+        qk_norm_over="rotated",
+        attention_temperature=0.7,
+        attention_temperature_floor=3,
+    ),
     "sinks": replace(M, sinks=True, window=5, full_every=2, qkv_bias=True, bias=True),
     "softcap": replace(M, softcap=2.0),
     "learned": replace(M, positions="learned", norm="layernorm", activation="gelu", tied=True),

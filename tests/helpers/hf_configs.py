@@ -15,6 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from dtron.hf.weight_files import INDEX, SINGLE, Reader, write
+from tests.helpers import hf_expert_fields as experts
 from tests.helpers import hf_fields as fields
 from tests.helpers import hf_recurrent_fields as recurrent
 from tests.helpers.hf_models import causal, draw_weights
@@ -39,9 +40,13 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "SmolLM3": fields.smollm3,
     "SeedOss": fields.seed_oss,
     "Granite": fields.granite,
-    "Glm4Moe": fields.glm4_moe,
-    "MiniMaxM2": fields.minimax_m2,
+    "Glm4Moe": experts.glm4_moe,
+    "MiniMaxM2": experts.minimax_m2,
+    "Llama4Text": experts.llama4,
     "Qwen3Next": recurrent.qwen3_next,
+    "Qwen3_5Text": recurrent.qwen3_5,
+    "Qwen3_5MoeText": recurrent.qwen3_5_moe,
+    "OlmoHybrid": recurrent.olmo_hybrid,
     "NemotronH": recurrent.nemotron_h,
     "KimiLinear": recurrent.kimi_linear,
 }

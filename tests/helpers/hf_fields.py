@@ -98,7 +98,7 @@ _GEMMA = {
 }
 PHI3_ROPE = ("default", "default", "longrope")  # transformers refuses the others
 LAYERED_ROPE = ("Olmo3", "Gemma3Text")
-PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2", "Qwen3Next")
+PARTIAL = ("Phi3", "Glm4Moe", "MiniMaxM2", "Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText")
 BIAS = {"attention_bias": rare(False, True)}
 
 
@@ -257,31 +257,3 @@ def granite(draw: Any) -> dict[str, Any]:
         logits_scaling=numbers(1, 4),
         mlp_bias=rare(False, True),
     ) | {"attention_multiplier": draw(numbers(0.05, 0.4))}
-
-
-def glm4_moe(draw: Any) -> dict[str, Any]:
-    made = dense(
-        draw,
-        attention_bias=st.booleans(),
-        use_qk_norm=st.booleans(),
-        routed_scaling_factor=st.sampled_from([1.0, 2.5]),
-        norm_topk_prob=st.booleans(),
-        first_k_dense_replace=st.sampled_from([0, 1, 2]),
-        num_nextn_predict_layers=st.sampled_from([0, 1]),
-    )
-    groups = draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 1}, {}]))
-    return (
-        made
-        | groups
-        | {
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 8,
-            "n_shared_experts": draw(st.sampled_from([1, 2])),
-            "num_experts_per_tok": draw(st.sampled_from([2, 3])),
-        }
-    )
-
-
-def minimax_m2(draw: Any) -> dict[str, Any]:
-    made = dense(draw, rotary_dim=st.sampled_from([4, 6, 8]))
-    return made | {"num_local_experts": 8, "num_experts_per_tok": draw(st.sampled_from([1, 3]))}

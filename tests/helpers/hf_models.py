@@ -74,6 +74,7 @@ _QWEN3_NEXT = _SIZES | {
     "shared_expert_intermediate_size": 24,
     "rope_parameters": _ROPE | {"partial_rotary_factor": 0.25},
 }
+_QWEN3_5 = {k: v for k, v in _QWEN3_NEXT.items() if "expert" not in k and "moe" not in k}
 _NEMOTRON_H = {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"} | {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
     "mamba_num_heads": 4,
@@ -191,7 +192,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | _EXPERTS
         | {"rotary_dim": 6, "rope_theta": 500.0, "num_experts_per_tok": 3, "num_local_experts": 8},
     ),
+    "llama4": (
+        "Llama4Text",
+        {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
+        | _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "moe_layers": [0, 2],
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "attention_chunk_size": 7,
+            "floor_scale": 5,
+            "attn_scale": 0.3,
+            "rope_parameters": _LLAMA3,
+        },
+    ),
     "qwen3-next": ("Qwen3Next", _QWEN3_NEXT),
+    "qwen3.5": ("Qwen3_5Text", _QWEN3_5),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeText",
+        {key: value for key, value in _QWEN3_NEXT.items() if key != "intermediate_size"},
+    ),
+    "olmo-hybrid": (
+        "OlmoHybrid",
+        _SIZES
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 12,  # transformers saves channels in three equal parts
+            "linear_value_head_dim": 6,
+            "rope_theta": 500.0,
+            "pad_token_id": None,
+        },
+    ),
     "nemotron-h": ("NemotronH", _NEMOTRON_H),
     "kimi-linear": ("KimiLinear", _KIMI_LINEAR),
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),

@@ -8,29 +8,71 @@ from hypothesis import strategies as st
 
 from tests.helpers.hf_fields import BIAS, LAYERS, dense, optional, rare
 
+_TYPES = ("linear_attention", "full_attention")
+_EXPERTS = {
+    "num_experts": 4,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16,
+}
 
-def qwen3_next(draw: Any) -> dict[str, Any]:
-    types = ("linear_attention", "full_attention")
+
+def qwen3_5(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
     heads = draw(st.sampled_from([1, 2]))
     made = dense(
         draw,
         **BIAS,
-        layer_types=st.sampled_from([None, [types[0], types[1], types[0]], [types[1]] * LAYERS]),
+        layer_types=st.sampled_from(
+            [None, [_TYPES[0], _TYPES[1], _TYPES[0]], [_TYPES[1]] * LAYERS]
+        ),
         full_attention_interval=st.sampled_from([2, 3]),
-        norm_topk_prob=st.booleans(),
-        decoder_sparse_step=rare(1, 2),
-        mlp_only_layers=rare([], [0]),
+        **more,
     )
     return made | {
         "linear_num_key_heads": heads,
         "linear_num_value_heads": heads * draw(st.sampled_from([1, 2])),
         "linear_key_head_dim": 6,
         "linear_value_head_dim": draw(st.sampled_from([4, 6])),
-        "num_experts": 4,
-        "moe_intermediate_size": 16,
-        "num_experts_per_tok": 2,
-        "shared_expert_intermediate_size": 16,
     }
+
+
+def qwen3_5_moe(draw: Any) -> dict[str, Any]:
+    made = qwen3_5(draw)
+    del made["intermediate_size"]
+    return made | _EXPERTS
+
+
+def qwen3_next(draw: Any) -> dict[str, Any]:
+    made = qwen3_5(
+        draw,
+        norm_topk_prob=st.booleans(),
+        decoder_sparse_step=rare(1, 2),
+        mlp_only_layers=rare([], [0]),
+    )
+    return made | _EXPERTS
+
+
+def olmo_hybrid(draw: Any) -> dict[str, Any]:
+    """transformers saves the channels of queries, keys and values in three equal parts, whatever
+    their numbers are. Only if these are equal, the parts have the shapes of a published folder."""
+    made = dense(
+        draw,
+        **BIAS,
+        layer_types=st.sampled_from(
+            [None, [_TYPES[0], _TYPES[1], _TYPES[0]], [_TYPES[1]] * LAYERS]
+        ),
+        linear_allow_neg_eigval=st.booleans(),
+        linear_conv_kernel_dim=st.sampled_from([2, 4]),
+    )
+    if made["num_attention_heads"] == made["num_key_value_heads"]:
+        del made["num_key_value_heads"]
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": draw(st.sampled_from([2, 4])),
+        "linear_key_head_dim": 12,
+    }
+    width = {"linear_value_head_dim": 24 // sizes["linear_num_value_heads"]}
+    return made | draw(st.sampled_from([sizes | width] * 4 + [sizes, {}])) | {"pad_token_id": None}
 
 
 def nemotron_h(draw: Any) -> dict[str, Any]:

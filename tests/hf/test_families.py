@@ -17,6 +17,7 @@ from dtron.hf.families import FAMILIES as TABLES
 from dtron.hf.weight_files import INDEX, Reader
 from dtron.json_files import read_object
 from dtron.model.batch import make_batch
+from dtron.model.flops import parameter_count
 from dtron.model.presets import PRESETS
 from dtron.model.transformer import declare_model, predict
 from dtron.runtime import cli
@@ -62,7 +63,8 @@ SWAPPED = {
     "mixtral": ("moe.experts.w_gate", "moe.experts.w_up"),
 }
 SWAPPED |= dict.fromkeys(
-    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "kimi-linear"), SWAPPED["mixtral"]
+    ("qwen3-moe", "gpt-oss", "minimax-m2", "qwen3-next", "qwen3.5-moe", "llama4", "kimi-linear"),
+    SWAPPED["mixtral"],
 )
 
 
@@ -76,6 +78,14 @@ def test_logits(name):
     table = source.family.weights
     source.family = replace(source.family, weights={**table, a: table[b], b: table[a]})
     assert (logits(source) - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_are_counted(name):
+    """The bias that balances experts is no parameter there, but a buffer."""
+    m, made = replace(Source(folder(name)).model, vocab_multiple=1), model(name)
+    biases = (b for path, b in made.named_buffers() if path.endswith("e_score_correction_bias"))
+    assert parameter_count(m) == sum(w.numel() for w in (*made.parameters(), *biases))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("deepseek")])

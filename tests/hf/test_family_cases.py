@@ -34,6 +34,14 @@ NEXT = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
 }
+DELTA = {key: value for key, value in NEXT.items() if "linear" in key or "interval" in key}
+EQUAL = {  # transformers saves channels in three equal parts
+    "pad_token_id": None,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 6,
+}
 NEMOTRON = {
     "num_hidden_layers": "drop",
     "hybrid_override_pattern": "M-*-",
@@ -59,6 +67,21 @@ KIMI = {
     "pad_token_id": None,
 }
 GEMMA = {"query_pre_attn_scalar": 60, "pad_token_id": 0}
+
+
+LLAMA4 = {
+    "num_local_experts": 4,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 48,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 6,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+}
+
+
+def experts(**values: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda m: replace(m, moe=replace(m.moe, **values))
 
 
 def mamba(**values: Any) -> Callable[[ModelConfig], ModelConfig]:
@@ -122,6 +145,38 @@ CASES = {
     "half of glm4's heads, if nothing is said": ("Glm4Moe", EXPERTS, rope(partial=1.0)),
     "a quarter of qwen3-next's heads, if nothing is said": ("Qwen3Next", NEXT, rope(partial=1.0)),
     "qwen3-next's layers without experts": ("Qwen3Next", NEXT | {"mlp_only_layers": [1]}, None),
+    "a quarter of qwen3.5's heads, if nothing is said": ("Qwen3_5Text", DELTA, rope(partial=1.0)),
+    "positions of images have no effect on text": (
+        "Qwen3_5Text",
+        DELTA
+        | {"head_dim": 16, "rope_parameters": {"rope_theta": 60.0, "mrope_section": [1, 0, 1]}},
+        rope(theta=1e4),
+    ),
+    "olmo-hybrid without positions": (
+        "OlmoHybrid",
+        {"rope_parameters": {"rope_theta": None}} | EQUAL,
+        fields(pattern="LA", post_norm_mixers="A"),
+    ),
+    "olmo-hybrid's norm of outputs": (
+        "OlmoHybrid",
+        {"rms_norm_eps": 0.1} | EQUAL,
+        lambda m: replace(m, delta=replace(m.delta, norm_eps=None)),
+    ),
+    "olmo-hybrid's eigenvalues": (
+        "OlmoHybrid",
+        EQUAL,
+        lambda m: replace(m, delta=replace(m.delta, negative_eigenvalues=False)),
+    ),
+    "olmo-hybrid has attention in the last of few layers": ("OlmoHybrid", EQUAL, None),
+    "llama4's chunks": ("Llama4Text", LLAMA4, fields(window_kind="sliding")),
+    "llama4's norm after rotation": (
+        "Llama4Text",
+        LLAMA4,
+        fields(qk_norm=False, qk_norm_over="head"),
+    ),
+    "llama4's factor of queries": ("Llama4Text", LLAMA4, fields(attention_temperature=0.0)),
+    "llama4's scores": ("Llama4Text", LLAMA4, experts(scores_on="outputs")),
+    "llama4's layers without experts": ("Llama4Text", LLAMA4 | {"moe_layers": [1]}, None),
     "nemotron-h's least time step": (
         "NemotronH",
         NEMOTRON | {"time_step_min": 0.8},

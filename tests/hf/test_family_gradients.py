@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,8 @@ def theirs(name: str) -> dict[str, Tensor]:
         scores = made(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
         named = {n: w for n, w in made.named_parameters() if w.requires_grad}
+        for old, new in Source(folder(name)).family.renamed:  # other names than in memory
+            named = {re.sub(old, new, n): w for n, w in named.items()}
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
@@ -52,8 +55,6 @@ def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
         g = pairs(g, rotary_columns(m)) if place.row.paired else g
         g = g.flip(0) if place.row.flipped else g
         for e, name in enumerate(place.names()):
-            if family.prefix == "backbone.":  # transformers has another prefix in memory
-                name = name.replace(family.prefix, "model.", 1)
             at = out.setdefault(name, torch.zeros(place.shape, dtype=torch.float64))
             p.put(at, g[e] if place.outside else g, place.sizes)
     return out

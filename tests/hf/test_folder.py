@@ -81,6 +81,7 @@ def test_another_config_is_refused(copy, tmp_path):
     for key in ("quantization_config", "rope_parameters", "rope_scaling"):
         refused(change(copy(), **{"rope_parameters": "drop", key: "x"}), f"{key} is 'x'", "object")
     refused(change(copy(), architectures="x"), "architectures is 'x'", "list")
+    refused(change(copy(), model_type="llama4", text_config="x"), "text_config is 'x'", "object")
     (at / "config.json").write_text("{")
     refused(at, "JSON")
 

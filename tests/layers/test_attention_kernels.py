@@ -50,20 +50,21 @@ def _flex():
     h=st.sampled_from([4, 6]),
     s=st.integers(1, 9) | st.sampled_from([128, 150]),
     window=st.none() | st.integers(1, 10),
+    chunked=st.booleans(),
     packed=st.booleans(),
     softcap=st.sampled_from([None, 0.5]),
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_every_path_is_the_reference(
-    path, b, kv, group, h, s, window, packed, softcap, sinks, seed
+    path, b, kv, group, h, s, window, chunked, packed, softcap, sinks, seed
 ):
     assume(path == "flex" or not (softcap or sinks))
     q, k, v = (normal(b, n, s, h, seed=seed + 100 * i) for i, n in enumerate((kv * group, kv, kv)))
     documents = (normal(b, s, seed=seed) > 0.5).cumsum(-1) if packed else None
     sink = normal(kv * group, seed=seed + 300) if sinks else None
     got, want = (
-        f(q, k, v, documents, sink, AttentionMask(s, window, softcap))
+        f(q, k, v, documents, sink, AttentionMask(s, window, softcap, chunked=chunked))
         for f in (CORES[path], attention_reference)
     )
     same(got, want, [q, k, v, *([sink] if sinks else [])])
@@ -253,7 +254,7 @@ def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
     q, k, v = (normal(2, n, 6, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     mask, sinks = AttentionMask(6, 3, 0.5), normal(4, seed=3)
     compiled = torch.compile(
-        attention_kernels._flex, fullgraph=True, dynamic=False, backend="aot_eager"
+        attention_kernels.run_flex, fullgraph=True, dynamic=False, backend="aot_eager"
     )
     attend = lambda q, k, v, sinks, mask: with_sinks(*compiled(q, k, v, mask), sinks)
     got = checkpoint(

@@ -29,7 +29,10 @@ def by_loops(q, k, documents, mask: AttentionMask) -> list[float]:
             i = s if mask.queries is None else int(mask.queries[b % len(mask.queries), s])
             for t in range(k.shape[2]):
                 j = t if mask.keys is None else int(mask.keys[t])
-                hidden = j > i or (mask.window is not None and i - j >= mask.window)
+                hidden = j > i
+                if mask.window is not None:
+                    w = mask.window
+                    hidden |= i // w != j // w if mask.chunked else i - j >= w
                 if hidden or (documents is not None and documents[b, i] != documents[b, j]):
                     continue
                 for n in range(heads):
@@ -52,7 +55,8 @@ def cases(draw):
     k = normal(rows, heads, length, 4, seed=seed + 1)
     documents = torch.randint(2, (rows, length), generator=g) if draw(st.booleans()) else None
     window, scale = draw(st.sampled_from([None, 1, 3, 9])), draw(st.sampled_from([None, 0.3]))
-    return q, k, documents, AttentionMask(length, window, 2.0, scale, queries, keys)
+    mask = AttentionMask(length, window, 2.0, scale, queries, keys, chunked=draw(st.booleans()))
+    return q, k, documents, mask
 
 
 def agrees(case, at_once: int) -> None:

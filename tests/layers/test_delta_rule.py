@@ -33,7 +33,7 @@ def tokens(
     beta = normal(ROWS, seq_len, HEADS, seed=seed + 4).detach()
     q, k = (F.normalize(x, dim=-1).detach().requires_grad_() for x in (q, k))
     log_decay = (-2 * log_decay.abs()).requires_grad_()
-    return DeltaTokens(q, k, v, log_decay, beta.sigmoid().requires_grad_(), starts)
+    return DeltaTokens(q, k, v, log_decay, (2 * beta.sigmoid()).requires_grad_(), starts)
 
 
 def both(x: DeltaTokens, state: Tensor | None, chunk: int) -> None:

@@ -234,6 +234,12 @@ def test_flops_and_memory():
     assert 1 <= of_a_block / block_bytes(wide, MeshShape(), 2 * 128, element=4).all <= 3
 
 
+def test_its_options():
+    own = replace(M, delta=replace(SIZES, negative_eigenvalues=True, norm_eps=0.3))
+    assert [inputs_of(m, 1, 9, None, ONE).largest_beta for m in (M, own)] == [1.0, 2.0]
+    assert [m.mixers[0].norm_eps for m in (M, own)] == [M.norm_eps, 0.3]
+
+
 def test_another_width_scales_its_heads():
     m = at_width(replace(M, pattern="LA"), 2 * M.embed)
     assert (m.delta.key_heads, m.delta.value_heads) == (4, 8) and m.heads == 2 * M.heads
@@ -262,3 +268,5 @@ def test_what_its_checks_refuse():
         DeltaNetConfig(key_heads=3, value_heads=4)
     with pytest.raises(UserError, match="model.delta.taps=1: must be from 2 to 64"):
         DeltaNetConfig(taps=1)
+    with pytest.raises(UserError, match="model.delta.norm_eps=-1.0: must be from 0"):
+        DeltaNetConfig(norm_eps=-1.0)

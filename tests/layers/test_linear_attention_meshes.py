@@ -21,6 +21,7 @@ from tests.layers.test_context_parallel import assert_same_step
 from tests.layers.test_gated_delta_net import M
 
 MAMBA = Mamba2Config(heads=4, head_dim=4, groups=1, state=3, chunk=3)
+OLMO = {"delta": replace(M.delta, negative_eigenvalues=True), "post_norm_mixers": "A"}
 
 
 def configured(mesh: str, pattern: str = "L", documents: bool = False, **choices) -> RunConfig:
@@ -44,7 +45,7 @@ STEPS = [
     ("cp=2,tp=2", "L", {"zero": 3, "documents": True, "recompute": "full"}),
     ("dp=2,cp=2", "AL", {"zero": 3, "cp_method": "ulysses", "recompute": "offload"}),
     ("pp=2,cp=2", "LA", {"zero": 1, "recompute": "selective", "documents": True}),
-    ("pp=2,tp=2", "LA", {"zero": 0}),
+    ("pp=2,tp=2", "LA", {"zero": 0, "model": OLMO}),
     ("cp=2,tp=2", "K", {"zero": 3, "documents": True, "recompute": "selective"}),
     ("dp=2,cp=2,tp=2", "S", {"zero": 3, "documents": True}),
     ("pp=2,tp=2", "SA", {"model": {"mamba": replace(MAMBA, groups=2)}, "recompute": "full"}),

@@ -77,6 +77,14 @@ def test_check(values, message, remedy):
             {"qk_norm": True, "qk_norm_over": "projection", "norm": "layernorm"},
             "model.qk_norm_over=projection with model.norm=layernorm.*--model.norm rmsnorm",
         ),
+        ({"qk_norm_over": "rotated"}, "model.qk_norm_over=rotated.*--model.qk-norm and"),
+        ({"attention_temperature": -1.0}, "model.attention_temperature=-1.0.*must be from 0"),
+        ({"attention_temperature": 0.1}, "model.attention_temperature=0.1.*a pattern with N"),
+        (
+            {"mup_base_width": 64, "mup_base_head_dim": 8, "qk_norm": True}
+            | {"qk_norm_over": "rotated"},
+            "model.mup_base_head_dim=8 with model.qk_norm_over=rotated.*use 0",
+        ),
         ({"rope": RopeConfig(partial=0.1), "head_dim": 16}, "model.rope.partial=0.1.*1 dims"),
         ({"mla": MLAConfig(8), "rope": RopeConfig(partial=0.5)}, "rope.partial=0.5 with .*kv_rank"),
     ],

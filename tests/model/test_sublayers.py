@@ -114,6 +114,7 @@ def test_the_cache_changes_nothing():
 REFUSED = [
     ({"feed_forwards": "FX"}, "model.feed_forwards='FX'.*letters F, D, _"),
     ({"feed_forwards": ""}, "model.feed_forwards=''"),
+    ({"post_norm_mixers": "AK"}, "post_norm_mixers=AK: the blocks have the mixers"),
     ({"pattern": "A_", "feed_forwards": "F_"}, "block 1 has neither a mixer nor"),
     ({"pattern": "_"}, "no block has a mixer"),
     ({"feed_forwards": "D", "moe": MoEConfig(4)}, "feed_forwards=D: no layer would have experts"),

@@ -38,14 +38,18 @@ def random_layer(tokens: int, experts: int, k: int, seed: int = 0):
     return e, make(tokens, 6), torch.rand(tokens, k, generator=g, dtype=F64).requires_grad_(), index
 
 
-def by_definition(e: Experts, x: Tensor, weights: Tensor, index: Tensor, kept: Tensor) -> Tensor:
+def by_definition(
+    e: Experts, x: Tensor, weights: Tensor, index: Tensor, kept: Tensor, on_inputs: bool
+) -> Tensor:
     rows = []
     for t in range(len(x)):
         y = x[t] * 0
         for w, i, keep in zip(weights[t], index[t], kept[t], strict=True):
             if keep:
-                h = torch.nn.functional.silu(x[t] @ e.w_gate[i]) * (x[t] @ e.w_up[i])
-                y = y + w * (h @ e.w_down[i])
+                before, after = (w, 1.0) if on_inputs else (1.0, w)
+                row = before * x[t]
+                h = torch.nn.functional.silu(row @ e.w_gate[i]) * (row @ e.w_up[i])
+                y = y + after * (h @ e.w_down[i])
         rows.append(y)
     return torch.stack(rows)
 
@@ -67,8 +71,9 @@ def most_weighted(weights: Tensor, index: Tensor, experts: int, room: int) -> Te
     k=st.integers(1, 4),
     seed=st.integers(0, 99),
     capacity=st.sampled_from([None, 0.0, 0.5, 1.0, 100.0]),
+    on_inputs=st.booleans(),
 )
-def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
+def test_dispatchers_by_definition(tokens, experts, k, seed, capacity, on_inputs):
     """No token is dropped. With too little capacity, exactly the slots with the smallest weights
     are dropped."""
     k = min(k, experts)
@@ -78,10 +83,10 @@ def test_dispatchers_by_definition(tokens, experts, k, seed, capacity):
     run = lambda rows, ends: compute(e, rows, ends, "swiglu")
     dispatch, over = (
         (local if capacity is None else static),
-        ExpertGroup(experts, None, capacity or 0.0),
+        ExpertGroup(experts, None, capacity or 0.0, on_inputs),
     )
     got, lost = dispatch(x, weights, index, torch.tensor(0), run, over)
-    want = by_definition(e, x, weights, index, kept)
+    want = by_definition(e, x, weights, index, kept, on_inputs)
     torch.testing.assert_close(got, want)
     assert (0 if lost is None else lost) == (~kept).sum()
     inputs = [x, weights, e.w_gate, e.w_up, e.w_down]

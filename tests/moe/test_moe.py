@@ -41,6 +41,7 @@ from tests.helpers.experts import T, config, dims, expert_meshes, last_experts, 
     shared=st.booleans(),
     score=st.sampled_from(["softmax", "topk_softmax", "sigmoid"]),
     activation=st.sampled_from(["swiglu", "clamped_swiglu"]),
+    scores_on=st.sampled_from(["outputs", "inputs"]),
 )
 @pytest.mark.slow
 def test_experts_on_any_mesh(mesh, zero, seed, dispatch, skew, shared, **choices):
@@ -65,7 +66,9 @@ FOLDED = [
 @pytest.mark.parametrize(("mesh", "skew"), [*zip(FOLDED, ["even", "one", "few"] * 2, strict=True)])
 def test_experts(mesh, skew, dispatch):
     """All dispatchers agree with each other and with one device, if none drops tokens."""
-    c = config(mesh, bias=True, shared=4 * MeshShape.parse(mesh).tp, shared_gate=True)
+    shared = 4 * MeshShape.parse(mesh).tp
+    on = "inputs" if skew == "few" else "outputs"
+    c = config(mesh, bias=True, shared=shared, shared_gate=True, scores_on=on)
     zero = 3 if dispatch == "static" else 1
     assert_equivalent(layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero)
 
@@ -96,7 +99,8 @@ def check_in_bfloat16(mesh: str, dispatch: str, **choices) -> None:
 @pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
 @pytest.mark.parametrize("mesh", ["dp=2,ep=2", "dp=2,tp=2,ep=2,etp=2"])
 def test_biases_in_bfloat16_with_poisoned_memory(mesh, dispatch, activation):
-    check_in_bfloat16(mesh, dispatch, activation=activation)
+    on = "inputs" if activation == "swiglu" else "outputs"
+    check_in_bfloat16(mesh, dispatch, activation=activation, scores_on=on)
 
 
 def test_a_bias_that_reads_unwritten_rows_is_caught(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.layers import attention, mla
-from dtron.layers.attention import AttentionMixer
+from dtron.layers.attention_mixer import AttentionMixer
 from dtron.layers.cross_entropy import IGNORE
 from dtron.layers.rope import RopeConfig
 from dtron.model import stage_output, transformer

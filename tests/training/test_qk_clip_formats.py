@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
-from dtron.layers.attention import AttentionMixer
+from dtron.layers.attention_mixer import AttentionMixer
 from dtron.mesh import Layout, stage_mesh
 from dtron.model.batch import make_batch
 from dtron.model.block import LARGEST_LOGITS
