@@ -36,9 +36,9 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(folder)
 
 
-def run(run_dir: Path, *argv: str) -> list[dict]:
-    """Run train.py, which must succeed, and return the records of metrics.jsonl."""
-    assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", *argv]) == 0
+def run(run_dir: Path, *argv: str, code: int = 0) -> list[dict]:
+    """Run train.py, which must end with an exit code, and return the records of metrics.jsonl."""
+    assert run_cli(train.main, [*TINY, f"--run-dir={run_dir}", *argv]) == code
     return records(run_dir)
 
 

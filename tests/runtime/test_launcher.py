@@ -81,7 +81,7 @@ def test_a_run_saves_and_says_so(run_dir, monkeypatch, capsys):
     gone = lambda: calls.append(1) or len(calls) > 3
     watch = SimpleNamespace(gone=gone, training_is_over=lambda: None)
     monkeypatch.setattr(launcher, "watch", watch)
-    assert len(run(run_dir, *SIX, "--save-every=0")) == 3
+    assert len(run(run_dir, *SIX, "--save-every=0", code=1)) == 3
     assert f"stopped by {LAUNCHER} after step 3; go on with --resume" in capsys.readouterr().out
     monkeypatch.setattr(launcher, "watch", None)
     found = run(run_dir, *SIX, "--resume")
@@ -123,6 +123,15 @@ def stop_on_pool(lost: int) -> tuple[bool, str]:
 @pytest.mark.xdist_group("pool")
 def test_the_ranks_of_all_hosts_agree_to_stop(pool):
     assert pool.run(stop_on_pool, 1) == [(True, LAUNCHER)] * 4
+
+
+def test_a_run_that_lost_a_launcher_is_not_over():
+    """The torchruns of other nodes start it again, if it ends with an error."""
+    stop = StopSignal()
+    codes = {}
+    for stop.name in ("", "SIGTERM", LAUNCHER):
+        codes[stop.name] = stop.exit_code
+    assert codes == {"": 0, "SIGTERM": 0, LAUNCHER: 1}
 
 
 def test_only_torchrun_is_watched(monkeypatch):
