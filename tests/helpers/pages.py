@@ -227,7 +227,13 @@ def all_flags() -> frozenset[str]:
     bench = (
         f"bench/{p.name}" for p in (ROOT / "bench").glob("*.py") if "__main__" in p.read_text()
     )
-    others = {"--hypothesis-profile", "--local-dir", "--max-restarts", "--nproc-per-node"}
+    others = {
+        "--hypothesis-profile",
+        "--local-dir",
+        "--max-restarts",
+        "--nproc-per-node",
+        "--rdzv-endpoint",
+    }
     others |= {"--no-python", "--shutdown-timeout", "--signals-to-handle"}  # of torchrun
     others |= set(flags.flags_of(ShowRowsConfig))
     return frozenset(others.union(*(flags_of(name) for name in (*COMMANDS, *bench))))
