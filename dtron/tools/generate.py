@@ -41,7 +41,8 @@ def run(o: Namespace) -> int:
         weights = opened.load(pipe.spec, pipe.layout, plan.compute, plan.device)
         compile = o.compile == "on"
         size = cache_for(min(o.batch, len(prompts)), longest + o.tokens, pipe, compile)
-        graph = plan.device.startswith("cuda") and can_record(m, pipe, compile)
+        alone = plan.device.startswith("cuda") and plan.shape.size == 1
+        graph = alone and can_record(m, pipe, compile)
         tokens = Engine(weights, m, pipe, size, plan.device, graph, compile)
         engine = TextEngine(tokens, tokenizer, opened.ends)
         answers = []

@@ -15,11 +15,14 @@ from dtron.generation.engine import Engine
 from dtron.generation.forward_inputs import decode_inputs
 from dtron.generation.scheduler import CacheSize
 from dtron.layers import paged_attention
+from dtron.mesh import Layout, stage_mesh
+from dtron.rules import rules_for
 from dtron.testing import assert_caught
 from dtron.training.pipeline import one_stage
 from dtron.tree import tree_map
-from tests.generation.models import MODELS, weights
-from tests.generation.test_engine import SMALL, STREAM, run
+from tests.generation.models import MODELS, on_mesh, weights
+from tests.generation.test_engine import SMALL, STREAM, on_one_device, run
+from tests.helpers.real_mesh import real_mesh
 from tests.helpers.values import ONE
 
 HEADS = ("grouped", "window", "sinks", "softcap", "learned")  # keys and values of heads
@@ -78,6 +81,25 @@ def test_compiled_decodes_change_no_text(name):
     assert texts(name, forward, width) == texts(name)
     kinds = {(b.letter, b.window) for b in weights(MODELS[name])[0].blocks}
     assert len(forward._units.kinds) == 3 + len(kinds)  # embedding, blocks, last norm, head
+
+
+def compiled_stream(m, params, pipe, size: CacheSize = SMALL, device="cpu") -> list[list[int]]:
+    engine = Engine(params, m, pipe, size, device)
+    engine._forward = CachedModel(params, m, pipe, size, device, "aot_eager")
+    engine._width = size.pages - 1
+    return run(engine, STREAM)
+
+
+def on_pool(mesh: str) -> list[list[int]]:
+    """A job for the pool: text of compiled decodes on real ranks."""
+    device_mesh = real_mesh(mesh)
+    layout = Layout(stage_mesh(device_mesh), rules_for(1))
+    return on_mesh(MODELS["grouped"], mesh, layout, device_mesh, compiled_stream)
+
+
+@pytest.mark.xdist_group("pool")
+def test_compiled_decodes_on_real_ranks(pool):
+    assert pool.run(on_pool, "dp=2,tp=2") == [on_one_device("grouped", wide=False)] * 4
 
 
 @pytest.mark.slow
