@@ -36,6 +36,7 @@ from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
+from dtron.runtime.trackers.tracker import check_installed
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import learning_rate, weight_decay_factor
@@ -46,6 +47,7 @@ from dtron.training.reference import needs_initial_weights
 def main(argv: list[str]) -> int:
     config = parse(argv)
     plan = plan_run(config)  # refuses an invalid config before any rank is started
+    check_installed(config.trackers)
     if plan.compile:
         open_compile_cache(config.compile_cache)
     with RunDirectory.open(config) as run:
@@ -84,7 +86,7 @@ def train(
         notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
     with (
-        StepLog(config, plan, run.path, state.step, pipe.awaited) as log,
+        StepLog(config, plan, run.path, state.step, run.start, pipe.awaited) as log,
         AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
     ):
         if config.save_every:
@@ -134,7 +136,7 @@ def train(
         elif config.sample_tokens:
             log.say("sample: " + sample(state.params, data, config, plan, pipe))
         saver.wait()
-        log.say(*saver.drain_messages())
+        log.say(*saver.drain_messages(), *log.summary())
 
 
 if __name__ == "__main__":
