@@ -32,6 +32,7 @@ from dtron.runtime.initial_state import identity, initial_state, source_of
 from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
+from dtron.runtime.rank_watch import RankWatch
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
@@ -85,13 +86,15 @@ def train(
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
         notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
+    watch, note = RankWatch.of_run(config, plan, stop.group)
     with (
+        watch,
         StepLog(config, plan, run.path, state.step, run.start, pipe.awaited) as log,
         AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        log.say(describe(config, plan, data, state.step), *notes)
+        log.say(describe(config, plan, data, state.step), *notes, *filter(None, [note]))
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
         second = second_model(config, plan, pipe, source)
@@ -99,6 +102,7 @@ def train(
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
+            watch.begin()
             batch = batches.next()
             progress = config.progress(state.step, state.samples)
             lr = learning_rate(config.optim, progress)
@@ -107,11 +111,14 @@ def train(
             loss, norm, reports, params, opt = step(
                 state.params, state.opt, *batch.inputs, lr, decay=decay
             )
+            launch = time.perf_counter() - start
             if plan.compile and state.step == first:
-                log.say(describe_first_step(time.perf_counter() - start))
+                log.say(describe_first_step(launch))
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
             # Writes the step before, which is over.
             log.launched(state, loss, norm, reports, lr, batch, decay)
+            waited = batch.wait_seconds, launch, log.wait_seconds
+            log.note(watch.end(state.step, batch.valid, *waited))
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)

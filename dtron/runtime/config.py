@@ -81,6 +81,9 @@ class RunConfig(StepConfig):
     """project of wandb, experiment of mlflow"""
     track_name: str = ""
     """name of the run in wandb and mlflow; empty: the name of run_dir"""
+    watch_every: int = 100
+    """steps between two looks at all ranks: which is slow and why, and the health of the GPUs; 0:
+    never"""
     profile: bool = False
     """record one step (the fifth or the last): write a trace of each process to run_dir, and print
     a time breakdown"""
@@ -170,6 +173,7 @@ _SMALLEST = {
     "max_nonfinite_steps": 1,
     "log_every": 1,
     "eval_every": 0,
+    "watch_every": 0,
     "sample_tokens": 0,
     "timeout_seconds": 1,
 }

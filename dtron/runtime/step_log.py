@@ -9,6 +9,7 @@ anyway.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from dtron.runtime.batches import GlobalBatch
 from dtron.runtime.config import RunConfig
 from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, wait_for_step
 from dtron.runtime.metrics import Metrics, Throughput, mark
+from dtron.runtime.rank_watch import Look
 from dtron.runtime.summary import Summary
 from dtron.runtime.trackers.tracked_run import TrackedRun
 from dtron.runtime.trackers.tracker import About
@@ -52,6 +54,7 @@ class Launched(NamedTuple):
 class StepLog:
     """Logs the steps of a run after step ``start``. Only the main rank writes.
 
+    ``wait_seconds``: the seconds in which the host waited for the device, at the last step.
     ``about``: the record of this start (``RunDirectory.start``), for the trackers.
     ``awaited``: says what a step that does not end waits for, see ``wait_for_step``."""
 
@@ -72,6 +75,8 @@ class StepLog:
         self._metrics = Metrics(run_dir, throughput, config.steps, start, plan.main, tracked)
         self._summary = Summary()
         self._stats = config.loss.objective.stats(loss_options(config.model))
+        self._noted: dict[str, float] = {}  # metrics for the next record
+        self.wait_seconds = 0.0
         self._done = start  # the last step that was written
         self._launched: Launched | None = None
         self._record: dict[str, Any] | None = None
@@ -106,6 +111,12 @@ class StepLog:
         )
         if previous is not None:
             self._write(self._read(previous))
+
+    def note(self, look: Look | None) -> None:
+        """Print the warnings of a look at the ranks, and add its metrics to the next record."""
+        if look is not None:
+            self.say(*look.warnings)
+            self._noted |= look.metrics
 
     def finish(self) -> None:
         """Wait for the last launched step and print its line."""
@@ -168,7 +179,9 @@ class StepLog:
 
     def _read(self, x: Launched) -> dict[str, Any]:
         """Return the record of a step. The host waits for the step here."""
+        begun = time.perf_counter()
         wait_for_step(x.end, self._config.timeout_seconds, self._awaited)
+        self.wait_seconds = time.perf_counter() - begun
         loss, norm, config = x.loss.item(), x.grad_norm.item(), self._config
         if warning := self.guard.note(x.step, loss, norm):
             self.say(warning)
@@ -178,7 +191,8 @@ class StepLog:
             record["weight_decay"] = x.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model)
-        record |= describe_extras(x.reports, self._stats, x.terms)
+        record |= describe_extras(x.reports, self._stats, x.terms) | self._noted
+        self._noted = {}
         if x.step % config.log_every == 0 or x.step in (1, config.steps):
             self._metrics.line(record)
         return record
