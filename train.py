@@ -33,6 +33,7 @@ from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
 from dtron.runtime.rank_watch import RankWatch
+from dtron.runtime.replica_check import ReplicaCheck
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
@@ -99,6 +100,7 @@ def train(
         batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
         second = second_model(config, plan, pipe, source)
         step = build_step(config, plan, pipe, reference=second)
+        replicas = ReplicaCheck(config.check_replicas_every, pipe, plan.shape.atoms, stop.group)
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
@@ -115,10 +117,12 @@ def train(
             if plan.compile and state.step == first:
                 log.say(describe_first_step(launch))
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
+            replicas.launch(state)
             # Writes the step before, which is over.
             log.launched(state, loss, norm, reports, lr, batch, decay)
             waited = batch.wait_seconds, launch, log.wait_seconds
             log.note(watch.end(state.step, batch.valid, *waited))
+            replicas.advance(state.step)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)
@@ -130,13 +134,16 @@ def train(
                 log.validation(validation_losses(state, data, config, plan, pipe, second))
                 log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
             if saves:
+                replicas.check(state)
                 log.say(*run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
             log.write()
         stop.training_is_over()
         log.finish()
         log.write()
+        replicas.finish()
         if stopped:
+            replicas.check(state)
             log.say(*run.restore())
             checkpoint.start_save(saver, state, pipe.spec, same)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")

@@ -84,6 +84,9 @@ class RunConfig(StepConfig):
     watch_every: int = 100
     """steps between two looks at all ranks: which is slow and why, and the health of the GPUs; 0:
     never"""
+    check_replicas_every: int = 0
+    """steps between two checks that all ranks with the same shard of weights and optimizer state
+    have the same bits; 0: only before each checkpoint"""
     profile: bool = False
     """record one step (the fifth or the last): write a trace of each process to run_dir, and print
     a time breakdown"""
@@ -174,6 +177,7 @@ _SMALLEST = {
     "log_every": 1,
     "eval_every": 0,
     "watch_every": 0,
+    "check_replicas_every": 0,
     "sample_tokens": 0,
     "timeout_seconds": 1,
 }

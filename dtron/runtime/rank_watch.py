@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dtron.distributed.redistribute import rank
 from dtron.runtime import gpu_health
 from dtron.runtime.config import RunConfig
 from dtron.runtime.gpu_health import HealthSampler, health_faults, health_metrics, open_nvml
@@ -138,8 +139,8 @@ class RankWatch:
         self._begun = self._clock()
 
     def end(self, step: int, tokens: int, data: float, launch: float, wait: float) -> Look | None:
-        """Mark the end of a step on the host. Return what the look before has found, if this step
-        has a look.
+        """Mark the end of a step on the host. Return what the look before has found, on rank 0, if
+        this step has a look.
 
         ``tokens``: the tokens of the step, over all ranks.
         ``data``: the seconds in which the host waited for data.
@@ -187,6 +188,8 @@ class RankWatch:
         if work is not None:
             work.wait()  # the message came long ago
         self._message = None
+        if rank() != 0:
+            return None
         return self._judge.note(step, tokens, table.tolist())
 
     def __enter__(self) -> RankWatch:
