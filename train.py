@@ -24,6 +24,7 @@ from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
 from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
 from dtron.runtime.config import RunConfig
+from dtron.runtime.determinism import deterministic
 from dtron.runtime.evaluation import find_tasks, task_metrics, validation_losses
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     check_installed(config.trackers)
     if plan.compile:
         open_compile_cache(config.compile_cache)
-    with RunDirectory.open(config) as run:
+    with deterministic(config.deterministic), RunDirectory.open(config) as run:
         if run.finished:
             Output(plan.main).say(f"{run.resumed}: the run is finished; nothing to do")
             return 0

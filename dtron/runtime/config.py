@@ -87,6 +87,8 @@ class RunConfig(StepConfig):
     check_replicas_every: int = 0
     """steps between two checks that all ranks with the same shard of weights and optimizer state
     have the same bits; 0: only before each checkpoint"""
+    deterministic: bool = False
+    """the same run twice, on the same devices and versions, has the same bits; slower on a GPU"""
     profile: bool = False
     """record one step (the fifth or the last): write a trace of each process to run_dir, and print
     a time breakdown"""
