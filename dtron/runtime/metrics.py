@@ -223,10 +223,11 @@ class Metrics:
             for message in self._tracked.drain_messages():
                 self.say(message)
 
-    def close(self, ending: Ending = "finished") -> None:
+    def close(self, ending: Ending = "finished", seconds: float = 60.0) -> None:
+        """End the output. The trackers get so many seconds for the last records."""
         self._output.end_live()
         if self._tracked is not None:
-            self._tracked.close(ending)
+            self._tracked.close(ending, seconds)
             self._say_of_trackers()
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from dtron.checkpoint import TrainState
 from dtron.data import Data
+from dtron.errors import LostRank, UserError
 from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.model.head import loss_options
 from dtron.renamed import dotted
 from dtron.runtime.batches import GlobalBatch
 from dtron.runtime.config import RunConfig
+from dtron.runtime.exit import OTHERS_WAIT
 from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, wait_for_step
 from dtron.runtime.metrics import Metrics, Throughput, mark
 from dtron.runtime.rank_watch import Look
@@ -174,8 +176,12 @@ class StepLog:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        over = self._done >= self._config.steps
-        self._metrics.close("failed" if kind else "finished" if over else "stopped")
+        if kind is None:
+            over = self._done >= self._config.steps
+            self._metrics.close("finished" if over else "stopped")
+        else:  # the other ranks wait for the report of this rank, or for its roll call
+            shared = issubclass(kind, UserError) and not issubclass(kind, LostRank)
+            self._metrics.close("failed", OTHERS_WAIT / 2 if shared else 1.0)
 
     def _read(self, x: Launched) -> dict[str, Any]:
         """Return the record of a step. The host waits for the step here."""

@@ -110,11 +110,15 @@ def test_names_of_trackers_are_checked():
             parse_trackers(text)
 
 
-def test_a_missing_package_ends_before_any_rank_starts(run_dir, capsys, monkeypatch):
+def test_a_missing_package_ends_before_any_rank_starts(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(TRACKERS, "wandb", "no_such_package")
     err = refused(capsys, f"--run-dir={run_dir}", "--track=wandb")
     assert "pip install 'dtron[wandb]'" in err and not run_dir.exists()
     check_installed(["tensorboard"])
+    (tmp_path / "no_such_package").mkdir()  # a folder of this name is no package
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="not installed"):
+        check_installed(["wandb"])
 
 
 @pytest.mark.parametrize(
@@ -149,9 +153,9 @@ class Broken:
         self.ended = ending
 
 
-def fed(tmp_path: Path, patience: float = 60.0, **trackers: Broken) -> TrackedRun:
+def fed(tmp_path: Path, **trackers: Broken) -> TrackedRun:
     about = About("a", "p", tmp_path, {}, {}, 0)
-    return TrackedRun(list(trackers), about, lambda name, about: trackers[name], patience)
+    return TrackedRun(list(trackers), about, lambda name, about: trackers[name])
 
 
 def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path):
@@ -173,9 +177,9 @@ def test_a_tracker_that_hangs_does_not_keep_the_run(tmp_path):
         def write(self, records):
             free.wait(30)
 
-    tracked = fed(tmp_path, 0.01, wandb=Hangs())
+    tracked = fed(tmp_path, wandb=Hangs())
     tracked.write({"step": 1})
-    tracked.close("finished")
+    tracked.close("finished", 0.01)
     assert "may not have been sent" in tracked.drain_messages()[-1]
     free.set()
 

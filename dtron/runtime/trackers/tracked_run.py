@@ -23,7 +23,6 @@ from dtron.runtime.trackers.tracker import About, Ending, Tracker, open_tracker
 
 FILE = "trackers.json"
 MOST = 100  # records that are written at once
-OF_A_FAILURE = 2.0  # seconds for the last records; other ranks wait for an answer about it
 
 
 class TrackedRun:
@@ -31,15 +30,13 @@ class TrackedRun:
 
     A tracker that fails later is reported once, and training goes on.
 
-    ``opened``: opens a tracker.
-    ``patience``: the seconds in which the last records are sent."""
+    ``opened``: opens a tracker."""
 
     def __init__(
         self,
         names: Sequence[str],
         about: About,
         opened: Callable[[str, About], Tracker] = open_tracker,
-        patience: float = 60.0,
     ) -> None:
         ids = _ids(about.run_dir) if about.step else {}
         self._trackers: dict[str, Tracker] = {}
@@ -48,7 +45,6 @@ class TrackedRun:
             self._trackers[name] = _open(opened, name, own)
         self._messages = [f"tracked by {name}: {x.place}" for name, x in self._trackers.items()]
         self._reported: set[str] = set()
-        self._patience = patience
         self._queue: queue.SimpleQueue[Mapping[str, Any] | Ending] = queue.SimpleQueue()
         found = {name: x.known_as for name, x in self._trackers.items() if x.known_as}
         if found:
@@ -70,12 +66,12 @@ class TrackedRun:
         messages, self._messages = self._messages, []
         return messages
 
-    def close(self, ending: Ending) -> None:
-        """Wait until everything is written, for a limited time."""
+    def close(self, ending: Ending, seconds: float = 60.0) -> None:
+        """Wait until everything is written, at most for so long."""
         if not self._trackers:
             return
         self._queue.put(ending)
-        self._thread.join(OF_A_FAILURE if ending == "failed" else self._patience)
+        self._thread.join(seconds)
         if self._thread.is_alive():
             names = ", ".join(self._trackers)
             self._messages.append(f"warning: {names}: the last records may not have been sent")

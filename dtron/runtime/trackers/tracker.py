@@ -75,7 +75,9 @@ def parse_trackers(text: str) -> tuple[str, ...]:
 def check_installed(names: Sequence[str]) -> None:
     """Raise UserError for the first tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(TRACKERS[name]) is None:
+        spec = importlib.util.find_spec(TRACKERS[name])
+        # A folder of this name is no package; W&B makes such a folder where a program runs.
+        if spec is None or spec.origin is None:
             raise UserError(f"--track {name}: {name} is not installed; pip install 'dtron[{name}]'")
 
 
