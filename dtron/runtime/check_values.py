@@ -74,6 +74,10 @@ def check_unused(config: RunConfig, shape: MeshShape) -> None:
             config.pipeline.schedule != usual.pipeline.schedule and shape.pp == 1,
             "a mesh without pp",
         ),
+        "--check-replicas-every": (
+            config.check_replicas_every > 0 and (shape.size == 1 or config.simulate),
+            "all ranks in one process",
+        ),
         "--track-project": (
             config.track_project != usual.track_project and not set(config.trackers) & PROJECTS,
             "no tracker that has projects; give --track wandb or --track mlflow too",
