@@ -24,6 +24,7 @@ from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
 from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
 from dtron.runtime.config import RunConfig
+from dtron.runtime.determinism import deterministic
 from dtron.runtime.evaluation import find_tasks, task_metrics, validation_losses
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
@@ -32,10 +33,13 @@ from dtron.runtime.initial_state import identity, initial_state, source_of
 from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.output import Output
 from dtron.runtime.profiler import Recorder
+from dtron.runtime.rank_watch import RankWatch
+from dtron.runtime.replica_check import ReplicaCheck
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
 from dtron.runtime.step_log import StepLog, describe
+from dtron.runtime.trackers.tracker import check_installed
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import learning_rate, weight_decay_factor
@@ -46,9 +50,10 @@ from dtron.training.reference import needs_initial_weights
 def main(argv: list[str]) -> int:
     config = parse(argv)
     plan = plan_run(config)  # refuses an invalid config before any rank is started
+    check_installed(config.trackers)
     if plan.compile:
         open_compile_cache(config.compile_cache)
-    with RunDirectory.open(config) as run:
+    with deterministic(config.deterministic), RunDirectory.open(config) as run:
         if run.finished:
             Output(plan.main).say(f"{run.resumed}: the run is finished; nothing to do")
             return 0
@@ -83,20 +88,24 @@ def train(
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
         notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
+    watch, note = RankWatch.of_run(config, plan, stop.group)
     with (
-        StepLog(config, plan, run.path, state.step, pipe.awaited) as log,
+        watch,
+        StepLog(config, plan, run.path, state.step, run.start, pipe.awaited) as log,
         AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        log.say(describe(config, plan, data, state.step), *notes)
+        log.say(describe(config, plan, data, state.step), *notes, *filter(None, [note]))
         recorder = Recorder.of_run(config, run.path, state.step, plan.device)
         batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
         second = second_model(config, plan, pipe, source)
         step = build_step(config, plan, pipe, reference=second)
+        replicas = ReplicaCheck(config.check_replicas_every, pipe, plan.shape.atoms, stop.group)
         stopped, first = False, state.step
         while state.step < config.steps and not (stopped := stop.asked()):
             recorder.begin()
+            watch.begin()
             batch = batches.next()
             progress = config.progress(state.step, state.samples)
             lr = learning_rate(config.optim, progress)
@@ -105,11 +114,16 @@ def train(
             loss, norm, reports, params, opt = step(
                 state.params, state.opt, *batch.inputs, lr, decay=decay
             )
+            launch = time.perf_counter() - start
             if plan.compile and state.step == first:
-                log.say(describe_first_step(time.perf_counter() - start))
+                log.say(describe_first_step(launch))
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
+            replicas.launch(state)
             # Writes the step before, which is over.
             log.launched(state, loss, norm, reports, lr, batch, decay)
+            waited = batch.wait_seconds, launch, log.wait_seconds
+            log.note(watch.end(state.step, batch.valid, *waited))
+            replicas.advance(state.step)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)
@@ -121,20 +135,23 @@ def train(
                 log.validation(validation_losses(state, data, config, plan, pipe, second))
                 log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
             if saves:
+                replicas.check(state)
                 log.say(*run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
             log.write()
         stop.training_is_over()
         log.finish()
         log.write()
+        replicas.finish()
         if stopped:
+            replicas.check(state)
             log.say(*run.restore())
             checkpoint.start_save(saver, state, pipe.spec, same)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
         elif config.sample_tokens:
             log.say("sample: " + sample(state.params, data, config, plan, pipe))
         saver.wait()
-        log.say(*saver.drain_messages())
+        log.say(*saver.drain_messages(), *log.summary())
 
 
 if __name__ == "__main__":

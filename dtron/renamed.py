@@ -56,6 +56,10 @@ def _no_resume(_: bool) -> dict[str, Any]:
     return {"resume": "off"}
 
 
+def _track(tensorboard: bool) -> dict[str, Any]:
+    return {"track": "tensorboard" if tensorboard else "none"}
+
+
 def _recompute(value: Any) -> dict[str, Any]:
     """Split ``budget=0.5`` into the policy and its share. Other values stay the same."""
     policy, _, share = str(value).partition("=")
@@ -86,6 +90,7 @@ RENAMED = (
     Renamed("recompute", "recompute", _recompute),
     Renamed("resume", "resume", _resume),
     Renamed("no_resume", "resume", _no_resume, switch=True),
+    Renamed("tensorboard", "track", _track, switch=True),
     Renamed("optim.min_lr", "optim.min_lr_ratio"),
     Renamed("optim.decay", "optim.wsd_decay_ratio"),
     Renamed("optim.clip", "optim.max_grad_norm"),

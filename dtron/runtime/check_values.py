@@ -19,6 +19,7 @@ from dtron.runtime.config import RunConfig
 from dtron.training.batch_ramp import LARGEST_BATCH
 
 _PATHS = ("run_dir", "init_from", "compile_cache", "data.path", "data.tokenizer")
+PROJECTS = {"wandb", "mlflow"}  # trackers with projects and names of runs
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _LARGEST = {
     "batch": LARGEST_BATCH,
@@ -72,6 +73,18 @@ def check_unused(config: RunConfig, shape: MeshShape) -> None:
         "--pipeline.schedule": (
             config.pipeline.schedule != usual.pipeline.schedule and shape.pp == 1,
             "a mesh without pp",
+        ),
+        "--check-replicas-every": (
+            config.check_replicas_every > 0 and (shape.size == 1 or config.simulate),
+            "all ranks in one process",
+        ),
+        "--track-project": (
+            config.track_project != usual.track_project and not set(config.trackers) & PROJECTS,
+            "no tracker that has projects; give --track wandb or --track mlflow too",
+        ),
+        "--track-name": (
+            config.track_name != usual.track_name and not set(config.trackers) & PROJECTS,
+            "no tracker that names runs; give --track wandb or --track mlflow too",
         ),
         "--data.learn-next-document": (
             d.learn_next_document and not d.masked,

@@ -15,6 +15,7 @@ from dtron.errors import UserError
 from dtron.model.config import ModelConfig
 from dtron.model.lora import NO_LORA
 from dtron.renamed import dotted
+from dtron.runtime.trackers.tracker import parse_trackers
 from dtron.training.batch_ramp import BatchRamp, parse_batch
 from dtron.training.config import PipelineConfig, Schedule, StepConfig
 from dtron.training.lr_schedule import Progress
@@ -74,8 +75,20 @@ class RunConfig(StepConfig):
     each measurement of the validation loss"""
     sample_tokens: int = 60
     """tokens of text to generate at the end; 0: none"""
-    tensorboard: bool = False
-    """also write TensorBoard events to run_dir"""
+    track: str = "none"
+    """where metrics also go, with commas between: wandb, mlflow, tensorboard; none"""
+    track_project: str = "dtron"
+    """project of wandb, experiment of mlflow"""
+    track_name: str = ""
+    """name of the run in wandb and mlflow; empty: the name of run_dir"""
+    watch_every: int = 100
+    """steps between two looks at all ranks: which is slow and why, and the health of the GPUs; 0:
+    never"""
+    check_replicas_every: int = 0
+    """steps between two checks that all ranks with the same shard of weights and optimizer state
+    have the same bits; 0: only before each checkpoint"""
+    deterministic: bool = False
+    """the same run twice, on the same devices and versions, has the same bits; slower on a GPU"""
     profile: bool = False
     """record one step (the fifth or the last): write a trace of each process to run_dir, and print
     a time breakdown"""
@@ -101,7 +114,12 @@ class RunConfig(StepConfig):
                 )
         if not self.run_dir:
             raise UserError("--run-dir '': has no name; use --run-dir runs/a")
-        _ = self.how, self.ramp  # raise UserError for an invalid combination
+        if not self.track_project.strip():
+            raise UserError(
+                f"--track-project {self.track_project!r}: has no name; use --track-project dtron"
+            )
+        # These raise UserError for an invalid combination.
+        _ = self.how, self.ramp, self.trackers
         check_qk_clip(self.optim.qk_clip, self.model)
         self._check_lora()
 
@@ -121,6 +139,11 @@ class RunConfig(StepConfig):
                 f"model.mup_base_width={self.model.mup_base_width} with --lora.rank "
                 f"{self.lora.rank}: muP has no rates for updates; use --model.mup-base-width 0"
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``track``."""
+        return parse_trackers(self.track)
 
     @cached_property
     def ramp(self) -> BatchRamp:
@@ -155,6 +178,8 @@ _SMALLEST = {
     "max_nonfinite_steps": 1,
     "log_every": 1,
     "eval_every": 0,
+    "watch_every": 0,
+    "check_replicas_every": 0,
     "sample_tokens": 0,
     "timeout_seconds": 1,
 }

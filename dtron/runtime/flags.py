@@ -95,6 +95,12 @@ _ALIASES = {
     "end-weight-decay": "--optim.final-weight-decay",
     "weight-decay-incr-style": "--optim.weight-decay-schedule",
     **dict.fromkeys(("tp", "dp", "pp", "gpus"), "--mesh"),
+    "wandb-project": "--track-project",
+    "wandb-exp-name": "--track-name",
+    **dict.fromkeys(("wandb", "mlflow", "tensorboard-dir", "report-to"), "--track"),
+    "log-straggler": "--watch-every",
+    "check-weight-hash-across-dp-replicas-interval": "--check-replicas-every",
+    "deterministic-mode": "--deterministic",
 }
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress line, ``metrics.jsonl`` for plots, and optionally TensorBoard.
+"""Metrics of a run: a progress line, ``metrics.jsonl`` for plots, and trackers (trackers/).
 
 ``metrics.jsonl`` has one JSON object per step. An unknown number is null, such as the MFU of a
 device with no listed peak. A resumed run first drops the steps after its checkpoint, so every step
@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dtron.errors import UserError
 from dtron.runtime.output import Output, append_line, replace_file, writing
 from dtron.runtime.step_records import METRICS, read_steps
+from dtron.runtime.summary import duration
+from dtron.runtime.trackers.tracked_run import TrackedRun
+from dtron.runtime.trackers.tracker import Ending
 
 # Dense bf16 TFLOP/s from the vendors' datasheets, keyed by a substring of the device name.
 PEAK_TFLOPS = {
@@ -102,7 +105,8 @@ class Metrics:
 
     ``steps``: the last step of the run.
     ``start``: the step after which the run resumes; 0: a new run. A new run keeps the file of an
-        earlier run under another name."""
+        earlier run under another name.
+    ``tracked``: the trackers, which get the same records."""
 
     def __init__(
         self,
@@ -111,11 +115,11 @@ class Metrics:
         steps: int,
         start: int,
         main: bool,
-        tensorboard: bool = False,
+        tracked: TrackedRun | None = None,
     ):
         self._throughput, self._device = throughput, throughput.device
         self._steps, self._main, self._output = steps, main, Output(main)
-        self._tokens, self._board = 0, None
+        self._tokens, self._tracked = 0, tracked
         self._path = run_dir / METRICS
         self._mark, self._begun, self._first = mark(self._device), time.perf_counter(), start
         self._reported: set[str] = set()  # warnings
@@ -130,8 +134,6 @@ class Metrics:
                 lines = "".join(json.dumps(record) + "\n" for record in kept)
                 replace_file(self._path, lines.encode())
             self._tokens = kept[-1]["tokens"] if kept else 0
-            if tensorboard:
-                self._board = _tensorboard(run_dir, start)
 
     def step(
         self,
@@ -164,7 +166,7 @@ class Metrics:
         }
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record to ``metrics.jsonl``, and to TensorBoard if enabled."""
+        """Append a record to ``metrics.jsonl``, and hand it to the trackers."""
         if not self._main:
             return
         known = {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
@@ -172,21 +174,20 @@ class Metrics:
             if not self._path.exists():
                 self._report(self._path, "was deleted; it begins anew")
             append_line(self._path, json.dumps(known, allow_nan=False))
-        if self._board is not None:
-            with self._going_on("TensorBoard's events"):
-                for name, value in known.items():
-                    if value is not None and name != "step":
-                        self._board.add_scalar(name, value, record["step"])
+        if self._tracked is not None:
+            self._tracked.write(known)
+            self._say_of_trackers()
+        self._output.live(partial(self._text, record))
 
     @contextmanager
-    def _going_on(self, output: Path | str) -> Iterator[None]:
+    def _going_on(self, output: Path) -> Iterator[None]:
         """Report that an output cannot be written, once: a full disk is no reason to stop."""
         try:
             yield
         except OSError as error:
             self._report(output, f"cannot be written ({error.strerror}); training goes on")
 
-    def _report(self, output: Path | str, problem: str) -> None:
+    def _report(self, output: Path, problem: str) -> None:
         warning = f"warning: {output}: {problem}"
         if warning not in self._reported:
             self._reported.add(warning)
@@ -198,26 +199,36 @@ class Metrics:
 
     def line(self, record: Mapping[str, Any]) -> None:
         """Print the progress line of a step."""
+        self.say(self._text(record))
+
+    def _text(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
         trained = step - self._first  # by this process
         left = (time.perf_counter() - self._begun) / max(trained, 1) * (self._steps - step)
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        self.say(
+        return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
             f"grad norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
             f"{_extras(record)}{_experts(record)}{_short(record['samples'])} samples  "
             f"{_short(record['tokens'])} tokens  {_short(record['tokens_per_s'])} tokens/s  "
             f"{record['tflops_per_device']:.3g} TFLOP/s{mfu}  "
-            f"{record['peak_memory_gib']:.1f} GiB  left {_clock(left)}"
+            f"{record['peak_memory_gib']:.1f} GiB  left {duration(left)}"
         )
 
     def say(self, text: str) -> None:
         self._output.say(text)
 
-    def close(self) -> None:
-        if self._board is not None:
-            with self._going_on("TensorBoard's events"):
-                self._board.close()
+    def _say_of_trackers(self) -> None:
+        if self._tracked is not None:
+            for message in self._tracked.drain_messages():
+                self.say(message)
+
+    def close(self, ending: Ending = "finished", seconds: float = 60.0) -> None:
+        """End the output. The trackers get so many seconds for the last records."""
+        self._output.end_live()
+        if self._tracked is not None:
+            self._tracked.close(ending, seconds)
+            self._say_of_trackers()
 
 
 def _aside(path: Path) -> str:
@@ -226,16 +237,6 @@ def _aside(path: Path) -> str:
     name = next(name for name in names if not path.with_name(name).exists())
     path.rename(path.with_name(name))
     return name
-
-
-def _tensorboard(run_dir: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--tensorboard: TensorBoard is not installed; pip install 'dtron[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(run_dir), purge_step=start + 1)
 
 
 def _extras(record: Mapping[str, Any]) -> str:
@@ -265,9 +266,3 @@ def _short(n: float) -> str:
     if n >= 1e9:
         return f"{n / 1e9:.2f}B"
     return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -13,16 +13,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
+import shutil
 import stat
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from dtron.errors import UserError
+
+RENEWED = 0.2  # seconds between two live lines
+CLEAR = "\x1b[K"  # removes the rest of a line of a terminal
 
 
 class Output:
@@ -31,11 +37,13 @@ class Output:
 
     def __init__(self, main: bool = True) -> None:
         self._main, self._reported = main, False
+        self._live, self._shown = False, -math.inf  # whether a live line stands, and since when
 
     def say(self, text: str) -> None:
         """Print a text. A warning goes to stderr if the standard output cannot be written."""
         if not self._main:
             return
+        self.end_live()
         reason = write_line(sys.stdout, text)
         if reason and not self._reported:
             self._reported = True
@@ -43,11 +51,36 @@ class Output:
         if reason and text.startswith("warning: "):
             complain(text)
 
+    def live(self, text: Callable[[], str]) -> None:
+        """Show a line that the next line replaces. It is shown in a terminal only, cut to its
+        width, and not more often than every ``RENEWED`` seconds."""
+        now = time.monotonic()
+        if not self._main or now - self._shown < RENEWED or not is_terminal(sys.stdout):
+            return
+        width = shutil.get_terminal_size().columns - 1
+        if write_line(sys.stdout, text()[:width], CLEAR, begin="\r") is None:
+            self._live, self._shown = True, now
 
-def write_line(stream: TextIO | None, text: str, end: str = "\n") -> str | None:
+    def end_live(self) -> None:
+        """Remove the live line."""
+        if self._live:
+            self._live = False
+            write_line(sys.stdout, "", CLEAR, begin="\r")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that can replace a line."""
+    try:
+        return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # it is closed
+        return False
+
+
+def write_line(stream: TextIO | None, text: str, end: str = "\n", begin: str = "") -> str | None:
     """Write a line at once. Return why it could not be written; None: it was written.
 
     ``end``: what ends the line; nothing: a piece of a line.
+    ``begin``: what is written before the line.
 
     Control characters are dropped, except for line feeds and tabs. They may come from a file, and
     could change the state of a terminal."""
@@ -56,7 +89,7 @@ def write_line(stream: TextIO | None, text: str, end: str = "\n") -> str | None:
         return "it is closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
+        stream.write(begin + text.encode(encoding, "backslashreplace").decode(encoding) + end)
         stream.flush()
     except (OSError, ValueError) as error:  # ValueError: a stream that was closed
         return getattr(error, "strerror", None) or str(error)

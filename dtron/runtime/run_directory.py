@@ -46,12 +46,14 @@ class RunDirectory:
 
     ``resumed``: the checkpoint to resume from, or None.
     ``previous``: the config of the run that is resumed; None if its file is gone.
-    ``finished``: the run has reached its last step, and ``--resume auto`` has nothing to do."""
+    ``finished``: the run has reached its last step, and ``--resume auto`` has nothing to do.
+    ``start``: the record of this start, a line of ``starts.jsonl``; ``begin`` makes it."""
 
     path: Path
     resumed: Path | None
     previous: RunConfig | None = None
     finished: bool = False
+    start: dict[str, Any] = field(default_factory=dict)
     _lock: RunLock | None = None
     _written: dict[Path, bytes] = field(default_factory=dict)
 
@@ -105,7 +107,7 @@ class RunDirectory:
                 previous = cli.load(path / CONFIG)
         if newest and config.resume == "auto":
             over = finished(config, newest)
-        return cls(path, newest, previous, over, lock)
+        return cls(path, newest, previous, over, _lock=lock)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -136,7 +138,8 @@ class RunDirectory:
             self._write_tokenizer(data.tokenizer, data.end)
         starts = self.path / STARTS
         with writing(starts):
-            append_line(starts, json.dumps(_start(plan, step)))
+            self.start = _start(plan, step)
+            append_line(starts, json.dumps(self.start))
             self._written[starts] = read_bytes(starts)
         notes = [] if self._lock is None or self._lock.warning is None else [self._lock.warning]
         if self.previous is not None:

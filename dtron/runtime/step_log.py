@@ -9,7 +9,9 @@ anyway.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +19,19 @@ from torch import Tensor
 
 from dtron.checkpoint import TrainState
 from dtron.data import Data
+from dtron.errors import LostRank, UserError
 from dtron.model.flops import active_count, flops_per_token, parameter_count
 from dtron.model.head import loss_options
+from dtron.renamed import dotted
 from dtron.runtime.batches import GlobalBatch
 from dtron.runtime.config import RunConfig
+from dtron.runtime.exit import OTHERS_WAIT
 from dtron.runtime.fault_tolerance import NonFiniteGuard, diverged, some_rank, wait_for_step
 from dtron.runtime.metrics import Metrics, Throughput, mark
+from dtron.runtime.rank_watch import Look
+from dtron.runtime.summary import Summary
+from dtron.runtime.trackers.tracked_run import TrackedRun
+from dtron.runtime.trackers.tracker import About
 from dtron.training.config import RunPlan
 from dtron.training.reports import StepReports, describe_experts, describe_extras
 from dtron.tree import flat
@@ -47,6 +56,8 @@ class Launched(NamedTuple):
 class StepLog:
     """Logs the steps of a run after step ``start``. Only the main rank writes.
 
+    ``wait_seconds``: the seconds in which the host waited for the device, at the last step.
+    ``about``: the record of this start (``RunDirectory.start``), for the trackers.
     ``awaited``: says what a step that does not end waits for, see ``wait_for_step``."""
 
     def __init__(
@@ -55,16 +66,20 @@ class StepLog:
         plan: RunPlan,
         run_dir: Path,
         start: int,
+        about: Mapping[str, Any],
         awaited: Callable[[], str] = some_rank,
     ):
         self._config, self._device, self._awaited = config, plan.device, awaited
         self.guard = NonFiniteGuard(config.max_nonfinite_steps, config.optim.skip_grad_norm)
         flops = flops_per_token(config.model, config.data.seq_len, config.lora)
         throughput = Throughput(plan.device, plan.shape.size, flops)
-        self._metrics = Metrics(
-            run_dir, throughput, config.steps, start, plan.main, config.tensorboard
-        )
+        tracked = _tracked(config, run_dir, start, about) if plan.main else None
+        self._metrics = Metrics(run_dir, throughput, config.steps, start, plan.main, tracked)
+        self._summary = Summary()
         self._stats = config.loss.objective.stats(loss_options(config.model))
+        self._noted: dict[str, float] = {}  # metrics for the next record
+        self.wait_seconds = 0.0
+        self._done = start  # the last step that was written
         self._launched: Launched | None = None
         self._record: dict[str, Any] | None = None
 
@@ -97,7 +112,13 @@ class StepLog:
             end,
         )
         if previous is not None:
-            self._metrics.write(self._read(previous))
+            self._write(self._read(previous))
+
+    def note(self, look: Look | None) -> None:
+        """Print the warnings of a look at the ranks, and add its metrics to the next record."""
+        if look is not None:
+            self.say(*look.warnings)
+            self._noted |= look.metrics
 
     def finish(self) -> None:
         """Wait for the last launched step and print its line."""
@@ -133,9 +154,18 @@ class StepLog:
     def write(self) -> None:
         """Write the finished step. The time since its end is not counted to the next step."""
         if self._record is not None:
-            self._metrics.write(self._record)
+            self._write(self._record)
             self._metrics.restart_clock()
             self._record = None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        self._summary.note(record)
+        self._done = record["step"]
+
+    def summary(self) -> tuple[str, ...]:
+        """Return lines about all steps of this process; none without a step."""
+        return tuple(filter(None, [self._summary.text()]))
 
     def say(self, *lines: str) -> None:
         """Print lines, on the main rank."""
@@ -145,12 +175,19 @@ class StepLog:
     def __enter__(self) -> StepLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._metrics.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            over = self._done >= self._config.steps
+            self._metrics.close("finished" if over else "stopped")
+        else:  # the other ranks wait for the report of this rank, or for its roll call
+            shared = issubclass(kind, UserError) and not issubclass(kind, LostRank)
+            self._metrics.close("failed", OTHERS_WAIT / 2 if shared else 1.0)
 
     def _read(self, x: Launched) -> dict[str, Any]:
         """Return the record of a step. The host waits for the step here."""
+        begun = time.perf_counter()
         wait_for_step(x.end, self._config.timeout_seconds, self._awaited)
+        self.wait_seconds = time.perf_counter() - begun
         loss, norm, config = x.loss.item(), x.grad_norm.item(), self._config
         if warning := self.guard.note(x.step, loss, norm):
             self.say(warning)
@@ -160,10 +197,19 @@ class StepLog:
             record["weight_decay"] = x.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model)
-        record |= describe_extras(x.reports, self._stats, x.terms)
+        record |= describe_extras(x.reports, self._stats, x.terms) | self._noted
+        self._noted = {}
         if x.step % config.log_every == 0 or x.step in (1, config.steps):
             self._metrics.line(record)
         return record
+
+
+def _tracked(config: RunConfig, run_dir: Path, step: int, start: Mapping[str, Any]) -> TrackedRun:
+    """Open the trackers of a run."""
+    name = config.track_name or run_dir.resolve().name
+    values = dotted(asdict(config))
+    about = About(name, config.track_project, run_dir, values, start, step)
+    return TrackedRun(config.trackers, about)
 
 
 def describe(config: RunConfig, plan: RunPlan, data: Data, step: int) -> str:

@@ -68,6 +68,20 @@ class Difference:
         return self.within(TOLERANCE)
 
 
+def different_bits(a: StepResult, b: StepResult) -> str | None:
+    """Return the first value whose bits differ between two steps; None: all bits are the same."""
+    for name, x, y in (("the loss", a.loss, b.loss), (NORM, a.norm, b.norm)):
+        if x != y:
+            return name
+    trees = {"the gradient of ": (a.grads, b.grads), "": (a.params, b.params)}
+    trees |= {f"the state {name} of ": (a.state[name], b.state[name]) for name in a.state}
+    for what, (one, other) in trees.items():
+        for (path, x), y in zip(leaves(one), flat(other), strict=True):
+            if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, y))):
+                return f"{what}{path}"
+    return None
+
+
 def compare(want: StepResult, got: StepResult) -> tuple[float, list[Difference]]:
     """Return ``(relative error of the loss, errors of every weight, and last of the gradient
     norm)``. Some weights have zero gradient except for rounding (a key's bias: softmax ignores

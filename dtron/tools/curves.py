@@ -61,6 +61,11 @@ METRICS = (
     Metric("mtp.*.loss", "Largest loss of multi-token prediction", "nats per token", smooth=True),
     Metric("z_loss", "z-loss of the head", smooth=True),
     Metric("max_attention_logit", "Largest attention logit", smooth=True),
+    Metric("gpu.sm_clock_mhz", "Lowest clock of a GPU's SMs", "MHz"),
+    Metric("gpu.power_watts", "Power of all GPUs", "W", from_zero=True),
+    Metric("gpu.temperature_c", "Highest temperature of a GPU", "degrees Celsius"),
+    Metric("joules_per_token", "Energy of a token", "J", from_zero=True),
+    Metric("ranks.data_seconds.max", "Longest wait of a rank for data", "s a step", True),
 )
 
 

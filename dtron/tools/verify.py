@@ -18,6 +18,9 @@ processes take the compiled step on the CPU, where inductor generates C++.
 With a ``--loss.name`` that has a second model, such as dpo, the second model has random weights,
 or with LoRA the frozen weights. The documents of a row are the answers of pairs.
 
+With ``--bitwise`` the step on the mesh is taken twice, and all bits of the two results must be the
+same. The processes of ``--compile`` are new ones each time.
+
 The command also prints the collectives of the step by kind and mesh axis. A simulation cannot show
 faults of the network or of a device.
 """
@@ -45,8 +48,15 @@ from dtron.model.lora import LoraConfig, check_lora
 from dtron.model.transformer import declare_model
 from dtron.moe.dispatch import Dispatch
 from dtron.runtime.config import DataConfig, OptimConfig, PipelineConfig, RunConfig
+from dtron.runtime.determinism import deterministic
 from dtron.runtime.validate import check, check_expert_sizes, check_recompute, microbatches
-from dtron.tools.compare_steps import TOLERANCE, Difference, compare, compare_rounded
+from dtron.tools.compare_steps import (
+    TOLERANCE,
+    Difference,
+    compare,
+    compare_rounded,
+    different_bits,
+)
 from dtron.tools.count_collectives import (
     CollectiveCounter,
     HiddenCommunication,
@@ -109,6 +119,8 @@ class VerifyConfig:
     """bfloat16: compute as training does, with NaN in memory that no kernel has written"""
     compile: bool = False
     """take the compiled step; the command starts a process for each rank"""
+    bitwise: bool = False
+    """take the step on the mesh twice, with --deterministic: all bits must be the same"""
     seed: int = 0
     """random seed of weights and batch"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -134,6 +146,7 @@ class VerifyConfig:
             recompute_budget=self.recompute_budget,
             zero3_gather=self.zero3_gather,
             moe_dispatch=self.moe_dispatch,
+            deterministic=self.bitwise,
             seed=self.seed,
             cp_method=self.cp_method,
             zigzag=self.zigzag,
@@ -172,10 +185,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         want = one_step(_exact(on_one_device(config)), MeshShape())
         one = want if exact else one_step(on_one_device(config), MeshShape(), dtype=dtype)
-        if flags.compile:
-            got = step_of_processes(config, shape, want, dtype)
-        else:
-            got = one_step(config, shape, dtype=dtype)
+        with deterministic(flags.bitwise):
+            got, *again = (
+                step_of_processes(config, shape, want, dtype)
+                if flags.compile
+                else one_step(config, shape, dtype=dtype)
+                for _ in range(1 + flags.bitwise)
+            )
     except (HiddenCommunication, ValueError) as error:
         for each in filter(None, (error, error.__cause__)):
             # A checkpointed block that was left has hooks on saved tensors until its frame ends.
@@ -195,10 +211,14 @@ def main(argv: Sequence[str]) -> int:
     console.print(_error_table(shape, config, loss_error, rows, limit))
     if got.collectives is not None:
         console.print(_collective_table(got.collectives))
+    if differs := [what for other in again if (what := different_bits(got, other))]:
+        console.print(f"{name}: other bits the second time, first in {differs[0]}", soft_wrap=True)
+        return 1
     wrong = next((r for r in rows if not r.within(limit)), None)
     if wrong is None and loss_error <= limit:
         within = f"to {TOLERANCE:.0e}" if exact else f"within the rounding of {flags.dtype}"
-        console.print(f"{name}: the same result as one device, {within}", soft_wrap=True)
+        twice = "; the same bits twice" if again else ""
+        console.print(f"{name}: the same result as one device, {within}{twice}", soft_wrap=True)
         return 0
     first = f"loss {loss_error:.1e}" if wrong is None else _described(wrong)
     if not exact and config.model.moe.experts and not config.model.moe.balanced:

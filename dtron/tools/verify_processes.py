@@ -25,6 +25,7 @@ from dtron.distributed.redistribute import full
 from dtron.mesh import Layout, build_mesh, stage_mesh
 from dtron.rules import rules_for
 from dtron.runtime.config import RunConfig
+from dtron.runtime.determinism import deterministic
 from dtron.tools.compare_steps import StepResult
 from dtron.tools.verify_step import compute_copies_in, plan_of, second_model, take_step
 from dtron.training.build import build_step
@@ -83,7 +84,8 @@ def _rank(
     pipe = on_ranks(pipe, mesh, template)
     step = build_step(config, plan, pipe, backend, reference=second_model(config, pipe, plan))
     assert isinstance(step, TrainStep)  # ``plan`` records no CUDA graph
-    taken = take_step(config, step, plan, partial(_whole, step.pipe))
+    with deterministic(config.deterministic):
+        taken = take_step(config, step, plan, partial(_whole, step.pipe))
     groups = {"grads": taken.grads, "params": taken.params}
     groups |= {f"state.{name}": tree for name, tree in taken.state.items()}
     numbers = {"loss": taken.loss, "norm": taken.norm}

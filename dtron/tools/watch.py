@@ -69,6 +69,8 @@ class Look:
             ("mfu", "mfu", "{:.1%}".format),
             ("peak_memory_gib", "GiB", "{:.1f}".format),
             ("data_wait_ratio", "waiting for data", "{:.1%}".format),
+            ("gpu.temperature_c", "hottest GPU, C", "{:.0f}".format),
+            ("joules_per_token", "J/token", "{:.3g}".format),
         )
         for name, shown, text in formats:
             if (x := self.newest(name)) is not None:

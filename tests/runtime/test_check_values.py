@@ -58,6 +58,7 @@ def test_a_value_that_no_run_can_have(flags, said):
         (["--cp-method", "ulysses"], ["--cp-method", "a mesh without cp"]),
         (["--pipeline.schedule", "zb-v"], ["--pipeline.schedule", "a mesh without pp"]),
         (["--data.learn-next-document"], ["--data.learn-next-document", "--data.document-mask"]),
+        (["--check-replicas-every", "9"], ["--check-replicas-every", "one process"]),
         (["--mesh", "dp=4097", "--batch", "4097"], ["4097 simulated ranks", "4096"]),
         (["--mesh", "dp=999999999"], ["999999999 ranks", "1048576"]),
         (["--batch", "100000", "--micro-batch", "1"], ["100000 microbatches", "--micro-batch"]),

@@ -55,6 +55,8 @@ FIELDS = [
     ("max_skips", 3, "--max-skips 3", "--max-nonfinite-steps 3"),
     ("sample", 0, "--sample 0", "--sample-tokens 0"),
     ("timeout", 60, "--timeout 60", "--timeout-seconds 60"),
+    ("tensorboard", True, "--tensorboard", "--track tensorboard"),
+    ("tensorboard", False, "--no-tensorboard", "--track none"),
     (
         "recompute",
         "budget=0.5",
@@ -240,7 +242,7 @@ def test_every_field_of_an_older_run_is_a_flag_or_is_answered():
     test."""
     known, old = flags_of(RunConfig), dotted(json.loads((OLD_RUN / "config.json").read_text()))
     gone = [f for f in old if "--" + f.replace("_", "-") not in known]
-    assert len(gone) == 20  # and recompute, which still has its name
+    assert len(gone) == 21  # and recompute, which still has its name
     for field in gone:
         with pytest.raises(UserError, match="was replaced; use --"):
             renamed.refuse_old_flags([f"--{field.replace('_', '-')}"], known)

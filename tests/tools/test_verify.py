@@ -114,6 +114,23 @@ def test_one_wrong_gradient_or_weight_is_named(capsys, monkeypatch, tree, factor
         assert code == 1 and f"differs from one device, first in {path} (" in out
 
 
+def test_a_step_has_the_same_bits_twice(capsys, monkeypatch):
+    code, out = run(capsys, "--bitwise")
+    assert code == 0 and out.endswith("to 1e-09; the same bits twice")
+    taken = []
+
+    def change(step, *args: Any) -> StepResult:
+        """Change the lowest bit of a weight, the second time."""
+        taken.append(step_of(*args))
+        params = tree_map(torch.clone, taken[0].params)
+        dict(leaves(params))["w_head"].view(torch.int64)[3, 4] ^= len(taken) - 1
+        return replace(taken[0], params=params)
+
+    spoil(monkeypatch, change)
+    code, out = run(capsys, "--bitwise")
+    assert code == 1 and out.endswith("other bits the second time, first in w_head")
+
+
 MOE = ["--model.moe.experts=4", "--model.moe.top-k=2", "--model.moe.mlp=16", "--model.moe.bias"]
 MOE += ["--mesh=dp=2,ep=2", "--zero=1"]
 

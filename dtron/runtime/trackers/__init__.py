@@ -1,0 +1,1 @@
+"""Trackers: services and files of others that show a run's metrics."""
