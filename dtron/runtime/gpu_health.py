@@ -91,19 +91,32 @@ class HealthSampler:
             self._newest = list(self._read())
 
 
-def open_nvml(device: str) -> tuple[Callable[[], Sequence[float]] | None, str]:
+def uuid_of(device: str) -> str:
+    """Return the UUID of a GPU as NVML writes it. Its number may be another one for NVML: the
+    environment may hide GPUs from torch."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return f"GPU-{uuid.removeprefix('GPU-')}"
+
+
+def open_nvml(
+    device: str,
+    load: Callable[[str], Any] = importlib.import_module,
+    uuid: Callable[[str], str] = uuid_of,
+) -> tuple[Callable[[], Sequence[float]] | None, str]:
     """Return a function that reads the health of a device, and a note for the log. Without a GPU
-    there is neither."""
+    there is neither.
+
+    ``load``: imports the module of NVML.
+    ``uuid``: returns the UUID of the device."""
     if not device.startswith("cuda"):
         return None, ""
     try:
-        nvml: Any = importlib.import_module("pynvml")
+        nvml = load("pynvml")
     except ImportError:
         return None, "the health of GPUs is not measured; pip install 'dtron[gpu-health]'"
     try:
         nvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid(device))
     except nvml.NVMLError as error:
         return None, f"the health of GPUs is not measured ({error})"
 

@@ -21,6 +21,7 @@ from dtron.runtime.gpu_health import (
     HealthSampler,
     health_faults,
     health_metrics,
+    open_nvml,
     read_health,
 )
 from dtron.runtime.probes import stride_of
@@ -271,6 +272,26 @@ def test_a_thread_reads_the_gpu_and_nobody_waits():
     sampler.close()
     thread.join(30)
     assert sampler.newest == [1.0] * len(COLUMNS) and not thread.is_alive()
+
+
+def test_a_gpu_is_opened_by_its_uuid_or_a_note_says_why_not():
+    handles = {"GPU-1": "handle"}
+
+    def handle_of(uuid):
+        return handles.get(uuid) or unsupported()
+
+    module = nvml(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handle_of)
+    module.nvmlDeviceGetPowerUsage = {"handle": 1000}.__getitem__
+    read, note = open_nvml("cuda:3", lambda name: module, lambda device: "GPU-1")
+    assert read()[2] == 1 and note == ""
+    read, note = open_nvml("cuda:3", lambda name: module, lambda device: "GPU-2")
+    assert read is None and "Not Supported" in note
+
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    assert "pip install 'dtron[gpu-health]'" in open_nvml("cuda:3", missing)[1]
+    assert open_nvml("cpu", missing) == (None, "")
 
 
 def test_the_flag_is_checked(run_dir, capsys):

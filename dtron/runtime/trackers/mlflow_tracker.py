@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +37,8 @@ class MlflowRun:
             run = self._client.get_run(about.known_as)
             self._client.update_run(about.known_as, status="RUNNING")
         self.known_as: str = run.info.run_id
-        self.place = f"run {self.known_as} of {self._client.tracking_uri}"
+        where = re.sub(r"//[^/@]*@", "//", self._client.tracking_uri)  # without a password
+        self.place = f"run {self.known_as} of {where}"
         old = run.data.params
         values = {name: str(value)[:LONGEST] for name, value in about.config.items()}
         params = [Param(name, x) for name, x in values.items() if name not in old]
