@@ -22,7 +22,7 @@ import torch
 
 from dtron.errors import UserError
 from dtron.runtime.output import Output, append_line, replace_file, writing
-from dtron.runtime.step_records import METRICS, read_steps
+from dtron.runtime.step_records import METRICS, each_step
 
 # Dense bf16 TFLOP/s from the vendors' datasheets, keyed by a substring of the device name.
 PEAK_TFLOPS = {
@@ -121,7 +121,7 @@ class Metrics:
         self._reported: set[str] = set()  # warnings
         if main:
             with writing(self._path):
-                records = read_steps(self._path)
+                records = list(each_step(self._path))
                 if records and not start:
                     self.say(
                         f"{self._path}: the file of an earlier run is now {_aside(self._path)}"
