@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dtron.tools.curve_chart import curve_chart
-from dtron.tools.curves import METRICS, Point
+from dtron.tools.curves import METRICS, Curve
 from dtron.tools.html_page import LINE_THEME, THEME, line_colour
 
 RESULTS = Path(__file__).with_name("report_runs.json")
@@ -16,9 +16,10 @@ RESULTS = Path(__file__).with_name("report_runs.json")
 def losses() -> str:
     """Draw the losses of two runs as a report does, with a legend."""
     measured = json.loads(RESULTS.read_text())["losses"]
-    runs: dict[str, list[Point]] = {
-        name: [(i, loss) for i, loss in enumerate(found, 1)] for name, found in measured.items()
-    }
+    runs: dict[str, Curve] = {}
+    for name, found in measured.items():
+        points = list(enumerate(found, 1))
+        runs[name] = Curve(points, points)
     canvas = curve_chart(METRICS[0], runs, width=900, height=260)
     assert canvas is not None
     y = canvas.height + 22

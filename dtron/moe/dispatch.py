@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -59,12 +60,15 @@ class ExpertGroup:
     ``total``: the number of experts on all ranks.
     ``ranks``: the ranks that the experts are sharded over (None: all experts are on this rank).
     ``capacity_factor``: rows per expert, as a multiple of the mean load (0: room for all tokens).
-    ``scores_on_inputs``: a token's scores multiply its rows, not the experts' outputs."""
+    ``scores_on_inputs``: a token's scores multiply its rows, not the experts' outputs.
+    ``all_sent``: every slot has an expert. Otherwise the expert of a slot that is not sent is
+        ``total``, and its output is zero."""
 
     total: int
     ranks: DeviceMesh | None
     capacity_factor: float = 0.0
     scores_on_inputs: bool = False
+    all_sent: bool = True
 
     @property
     def parts(self) -> int:
@@ -75,6 +79,10 @@ class ExpertGroup:
     def per_rank(self) -> int:
         """The number of experts on each rank."""
         return self.total // self.parts
+
+    def sent(self, index_TK: Tensor) -> Tensor | None:
+        """Return whether each slot is sent, ``[T * K]`` (None: all are)."""
+        return None if self.all_sent else index_TK.flatten() < self.total
 
 
 def _rows(
@@ -104,7 +112,7 @@ def local(
     experts: ExpertGroup,
 ) -> Combined:
     """Compute without communication."""
-    permutation, ends_E = by_expert(index_TK.flatten(), experts.total)
+    permutation, ends_E = by_expert(index_TK.flatten(), experts.total, experts.sent(index_TK))
     return _combined(
         run(_rows(x_TD, weights_TK, permutation, experts), ends_E), weights_TK, permutation, experts
     ), None
@@ -120,15 +128,19 @@ def alltoall(
 ) -> Combined:
     """Send a number of rows that depends on the data, over ep."""
     assert experts.ranks is not None  # choose_dispatcher: one rank needs no sends
-    permutation, ends_E = by_expert(index_TK.flatten(), experts.total)
+    permutation, ends_E = by_expert(index_TK.flatten(), experts.total, experts.sent(index_TK))
     counts_RE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(experts.parts, experts.per_rank)
     received_RE = all_to_all(counts_RE, experts.ranks)  # rows from each rank per local expert
     sent, received = counts_RE.sum(1).tolist(), received_RE.sum(1).tolist()  # the host waits
-    rows = all_to_all(_rows(x_TD, weights_TK, permutation, experts), experts.ranks, received, sent)
+    rows = _rows(x_TD, weights_TK, permutation, experts)
+    rows = rows if experts.all_sent else rows[: sum(sent)]
+    rows = all_to_all(rows, experts.ranks, received, sent)
     own = torch.arange(experts.per_rank, device=rows.device).repeat(experts.parts)
     mine, ends_E = by_expert(own.repeat_interleave(received_RE.flatten()), experts.per_rank)
     y = run(permuted(rows, mine.slot_R, mine.place_S), ends_E)
     y = all_to_all(permuted(y, mine.place_S, mine.slot_R), experts.ranks, sent, received)
+    if not experts.all_sent:
+        y = F.pad(y, (0, 0, 0, index_TK.numel() - sum(sent)))  # a row for each slot again
     return _combined(y, weights_TK, permutation, experts), None
 
 

@@ -78,7 +78,14 @@ def moe(
     weights_TK = layout.constrain(routed.weights_TK, *chosen)
     index_TK = layout.constrain(routed.index_TK, *chosen)
     region = layout.local_map(
-        partial(_experts, c=c, layout=layout, dispatch=dispatch, recipe=recipe),
+        partial(
+            _experts,
+            c=c,
+            layout=layout,
+            dispatch=dispatch,
+            recipe=recipe,
+            all_sent=info.needed_T is None,
+        ),
         (tokens, chosen, chosen, ("experts",), *WEIGHTS),
         [(*tokens, "+expert_mlp"), ("+tokens_sp",)],
     )
@@ -114,12 +121,14 @@ def _experts(
     layout: Layout,
     dispatch: Dispatch,
     recipe: Recipe | None,
+    all_sent: bool,
 ) -> tuple[Tensor, Tensor]:
     """Dispatch, compute and combine. Rank-local, except for the dispatcher's communication over
     ep."""
     group = layout.group("ep")
     ranks = None if group is None else group.ranks
-    experts = ExpertGroup(c.experts, ranks, c.capacity_factor, c.scores_on == "inputs")
+    on_inputs = c.scores_on == "inputs"
+    experts = ExpertGroup(c.experts, ranks, c.capacity_factor, on_inputs, all_sent)
     cuts = layout.parts("expert_mlp")
     run = partial(compute, Experts(*weights), activation=c.activation, cuts=cuts, recipe=recipe)
     dispatcher = choose_dispatcher(dispatch, experts)

@@ -4,6 +4,9 @@ The program is the one that trains (training/build.py), with its declarations, i
 all-gathers and its compiled units. Weights, optimizer state and batches are made, and one step
 runs.
 
+The second model of a loss runs before the step, as in training. Left out for it: the waits of
+pipeline ranks for each other.
+
 Left out: fragmentation of memory, and memory that is no tensor of the program, such as workspaces
 of cuBLAS and buffers of NCCL (``Gpu.overhead_gib``)."""
 
@@ -13,31 +16,38 @@ from dataclasses import dataclass, field, fields, replace
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from dtron.mesh import Layout
 from dtron.model.batch import Batch, make_batch
-from dtron.params import init
+from dtron.params import WeightSpec, init
 from dtron.planner.fake_mesh import fake_mesh
 from dtron.planner.operators import Operator, with_rows
 from dtron.planner.planned_pipeline import MarkedTable, PlannedPipeline
 from dtron.planner.rank_trace import Counting, RankTrace, fake_tensors
 from dtron.rules import rules_for
+from dtron.runtime.check_loss import second_config
 from dtron.runtime.config import RunConfig
+from dtron.runtime.second_memory import second_dtype
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
+from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
 from dtron.training.step import TrainStep
+from dtron.tree import fill
 
 STATE = ("parameters", "optimizer", "copies")
+SECOND = "second model"
 
 
 @dataclass(frozen=True)
 class RankPlan:
     """What one pipeline rank has and does in a step.
 
-    ``state``: bytes of parameters, optimizer state and copies in the compute dtype.
+    ``state``: bytes of parameters, optimizer state, copies in the compute dtype, and the second
+        model of the loss.
     ``peak``: bytes by kind at the largest total of the step, the state included.
     ``at_start``: the largest total while the state is made.
     ``host``: the most bytes in the host's memory.
@@ -117,12 +127,19 @@ class _Step:
                 params = stored_params(params, spec, opt)
             with trace.making("copies"):
                 opt = with_compute_copies(opt, params, spec, layout.compute)
-            state = {name: memory.live[name] for name in STATE}
+            with trace.making(SECOND):
+                second = self._second_model(pipe, trace)
+            state = {name: memory.live[name] for name in (*STATE, SECOND)}
             at_start, step = memory.largest, self._step(pipe, trace)
             tokens = self.plan.count * self.plan.rows * self.config.data.seq_len
             memory.begin()
             trace.operators.clear()
             weights = params if opt.compute_copies is None else opt.compute_copies
+            if second is not None:
+                batches = second.attach(weights, batches)
+                # The marks and the messages of the step have the same names.
+                kept = [op for op in trace.operators if op.kind not in ("mark", "message")]
+                trace.operators[:] = kept
             results = [*step.gradients(weights, batches)]
             trace.mark("reduce")
             if self.update:
@@ -142,9 +159,25 @@ class _Step:
         template = torch.empty(0, self.config.model.embed, dtype=self.plan.compute)
         t = self.pipe.table
         table = MarkedTable(t.name, t.stages, t.microbatches, t.rows, rank, trace)
-        own = {f.name: getattr(self.pipe, f.name) for f in fields(Pipeline)}
-        own |= {"template": template, "table": table}
-        return PlannedPipeline(**own, rank=rank, trace=trace)
+        return _planned(replace(self.pipe, template=template, table=table), rank, trace)
+
+    def _second_model(self, pipe: PlannedPipeline, trace: RankTrace) -> Reference | None:
+        """Return the second model of the loss, with the placements of runtime/second_model.py."""
+        config, plan = self.config, self.plan
+        objective = config.loss.objective
+        if objective.second_model is None:
+            return None
+        if uses_frozen_base(config):
+            return Reference(objective, config.model, pipe, None, plan.gather_each)
+        m = second_config(config)
+        made = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
+        own = _planned(made, pipe.rank, trace)
+
+        def place(w: WeightSpec) -> Tensor:
+            x = torch.empty(w.shape, dtype=second_dtype(w, plan.compute, plan.master))
+            return pipe.layout.shard(x, *w.axes)
+
+        return Reference(objective, m, own, fill(own.spec, place), plan.gather_each)
 
     def _step(self, pipe: PlannedPipeline, trace: RankTrace) -> TrainStep:
         """Return the step of a rank, with the functions that the first rank has compiled."""
@@ -158,13 +191,16 @@ class _Step:
 
     def _batches(self, layout: Layout) -> list[Batch]:
         m, data = self.config.model, self.config.data
-        shape = self.plan.rows, data.seq_len
+        shape, sequences = (self.plan.rows, data.seq_len), self.config.loss.objective.sequences
 
         def batch() -> Batch:
             rows = torch.empty(shape[0], shape[1] + 1, dtype=torch.long)
-            documents = torch.empty(shape, dtype=torch.long) if data.document_mask else None
-            zigzag = self.config.zigzags
-            return make_batch(rows, layout, documents, depth=m.mtp.depth, zigzag=zigzag)
+            masked = data.document_mask or sequences
+            documents = torch.empty(shape, dtype=torch.long) if masked else None
+            depth, zigzag = m.mtp.depth, self.config.zigzags
+            return make_batch(
+                rows, layout, documents, depth=depth, zigzag=zigzag, sequences=sequences
+            )
 
         return [batch() for _ in range(self.plan.count)]
 
@@ -174,6 +210,11 @@ class _Step:
         shape, moe = self.plan.shape, self.config.model.moe
         ranks = shape.dp_replicate * shape.dp * shape.cp * shape.tp // shape.etp
         return self.plan.rows * self.config.data.seq_len * moe.top_k // ranks
+
+
+def _planned(pipe: Pipeline, rank: int, trace: RankTrace) -> PlannedPipeline:
+    own = {f.name: getattr(pipe, f.name) for f in fields(Pipeline)}
+    return PlannedPipeline(**own, rank=rank, trace=trace)
 
 
 def _axes_of_groups(layout: Layout) -> dict[str, str]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.model.flops import flops_per_token
 from dtron.planner.gpu_rates import Gpu
-from dtron.planner.plan_step import STATE, RankPlan
+from dtron.planner.plan_step import SECOND, STATE, RankPlan
 from dtron.planner.step_time import RankTime, link_of
 from dtron.runtime.config import RunConfig
 
@@ -68,16 +68,20 @@ class StepPlan:
 def memory_table(plan: StepPlan) -> Table:
     """A row for each pipeline rank: what its memory holds at the largest total of a step."""
     out = Table(title=f"GiB of a GPU of {plan.gpu.memory_gib:g} GiB, mesh {plan.shape}")
-    columns = ("rank", "stages", *STATE, *STEP, "libraries", "total", "at start", "host")
+    second = (SECOND,) if any(r.state[SECOND] for r in plan.ranks) else ()
+    names = (*STATE, *second, *STEP)
+    on_host = any(r.host for r in plan.ranks)
+    columns = ("rank", "stages", *names, "libraries", "total", "at start")
+    columns += ("host",) if on_host else ()
     for name in columns:
         out.add_column(name, justify="right", no_wrap=True)
     for r in plan.ranks:
-        kinds = [_gib(r.peak.get(kind, 0)) for kind in (*STATE, *STEP)]
+        kinds = [_gib(r.peak.get(kind, 0)) for kind in names]
         total = sum(r.peak.values()) / GIB + plan.gpu.overhead_gib
         stages = ",".join(map(str, r.stages))
-        start, host = _gib(r.at_start), _gib(r.host) if r.host else ""
+        host = [_gib(r.host)] if on_host else []
         libraries = f"{plan.gpu.overhead_gib:.2f}"
-        out.add_row(str(r.rank), stages, *kinds, libraries, f"{total:.2f}", start, host)
+        out.add_row(str(r.rank), stages, *kinds, libraries, f"{total:.2f}", _gib(r.at_start), *host)
     return out
 
 

@@ -20,8 +20,14 @@ def check_loss(config: RunConfig, shape: MeshShape) -> None:
     """Raise UserError for a loss that cannot be trained with this model, data and mesh."""
     _check_data(config)
     _check_model(config)
-    loss, objective = config.loss, config.loss.objective
+    objective = config.loss.objective
     objective.check(loss_options(config.model), config.model.padded_vocab, shape.tp)
+    check_second_model(config, shape)
+
+
+def check_second_model(config: RunConfig, shape: MeshShape) -> None:
+    """Raise UserError for a second model that is missing, or cannot be on this mesh."""
+    loss, objective = config.loss, config.loss.objective
     if objective.requires_folder and not loss.folder:
         raise UserError(
             f"--loss.name {loss.name}: learns from a second model; give its folder by "

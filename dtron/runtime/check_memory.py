@@ -22,7 +22,8 @@ from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.model.activation_bytes import host_bytes
 from dtron.runtime.config import RunConfig
-from dtron.schedules.table import peaks
+from dtron.runtime.second_memory import second_model_bytes
+from dtron.schedules.table import Table, peaks
 from dtron.training.config import RunPlan
 from dtron.training.low_bit_state import master_bytes
 from dtron.training.offloaded_state import OffloadedState
@@ -34,9 +35,12 @@ from dtron.tree import flat
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(config: RunConfig, plan: RunPlan) -> None:
+def check_memory(config: RunConfig, plan: RunPlan, table: Table) -> None:
     """Raise UserError if weights and optimizer state cannot fit into the memory of a rank, or of
-    all ranks of this machine, even if they are sharded over all ranks."""
+    all ranks of this machine, even if they are sharded over all ranks. The weights of a second
+    model count as they are sharded.
+
+    ``table``: the schedule, which places the stages on pipeline ranks."""
     optimizer, element = build_optimizer(config.optim), plan.master.itemsize
     shape, device = plan.shape, plan.device
     weights = flat(config.declare())
@@ -59,11 +63,15 @@ def check_memory(config: RunConfig, plan: RunPlan) -> None:
             "--optim.moments bfloat16, or more ranks (--mesh)"
         )
     needed = whole / processes if on_gpu else (whole + on_host) / processes * here
+    second = second_model_bytes(config, shape, table, plan.compute, plan.master)
+    ranks = shape.size if config.simulate else here
+    needed += max(second) if on_gpu else sum(second) / len(second) * ranks
     memory = _gpu_memory(device) if on_gpu else _host_memory()
     if needed > memory:
         where = "each GPU" if on_gpu else "this machine"
+        what = "weights and optimizer state" + (" and the second model" if any(second) else "")
         raise UserError(
-            f"model: its weights and optimizer state take {needed / 2**30:,.0f} GiB or more on "
+            f"model: its {what} take {needed / 2**30:,.0f} GiB or more on "
             f"{where}, which has {memory / 2**30:,.0f} GiB; use a smaller model, or more ranks "
             "(--mesh) with --zero 3"
         )

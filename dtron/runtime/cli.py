@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -64,6 +65,8 @@ def parse(argv: Sequence[str], default: Any = None, prog: str = "train.py") -> A
         config = _parsed([*(file.words if file else ()), *rest], default, prog)
     except UserError as error:
         raise (file.explain(error) if file else error) from None
+    if file and (note := file.note(prog)):
+        print(note, file=sys.stderr)
     if len(rest) < len(argv):
         print(toml_text(asdict(config)), end="")
         raise SystemExit(0)

@@ -20,17 +20,17 @@ import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from dtron.errors import UserError
 from dtron.json_files import decode, read_bytes
-from dtron.renamed import current, current_tree
+from dtron.renamed import current, current_tree, dotted
 from dtron.runtime.config import RunConfig
-from dtron.runtime.flags import fields_of, nearest
+from dtron.runtime.flags import fields_of, nearest, rule_of
 
 _LIMIT = 1 << 20  # bytes
 _FLAG = re.compile(r"--([a-z][\w.-]*)|\b([a-z]\w*(?:\.\w+)+)=")
@@ -40,11 +40,19 @@ _FLAG = re.compile(r"--([a-z][\w.-]*)|\b([a-z]\w*(?:\.\w+)+)=")
 class ConfigFile:
     """A file's flags, as the words of a command line.
 
-    ``own``: the names of the flags on the command line itself."""
+    ``own``: the names of the flags on the command line itself.
+    ``left_out``: sections, as ``[data]``, and keys that are flags of train.py, but not of the
+        command. A key with its default value changes nothing, and is in no list."""
 
     path: str
     words: tuple[str, ...]
     own: frozenset[str]
+    left_out: tuple[str, ...] = ()
+
+    def note(self, command: str) -> str:
+        """Return a line about what is left out; nothing if all of the file is taken."""
+        text = f"{self.path}: {command} has no flags for {', '.join(self.left_out)}; left out"
+        return text if self.left_out else ""
 
     def explain(self, error: UserError) -> UserError:
         """Return an error with the name of this file, unless its flag is on the command line."""
@@ -58,7 +66,8 @@ def take_file(argv: Sequence[str], config_class: Any) -> tuple[list[str], Config
     that cannot be read, and for the first key that is no flag or has a value of another type.
 
     ``config_class``: the config of the command. A key that is a flag of train.py but not of this
-        command is checked and left out. So one file serves all commands."""
+        command, or has a value that only train.py takes, is checked and left out. So one file
+        serves all commands."""
     rest, path = list[str](), None
     words = iter(argv)
     for word in words:
@@ -74,9 +83,18 @@ def take_file(argv: Sequence[str], config_class: Any) -> tuple[list[str], Config
     if path is None:
         return rest, None
     own = frozenset(w[2:].partition("=")[0].replace("_", "-") for w in rest if w.startswith("--"))
-    flags = _flags(path, _read(Path(path)), config_class)
-    kept = [w for name, w in flags if "model" not in own or name.partition(".")[0] != "model"]
-    return rest, ConfigFile(path, tuple(kept), own)
+    values = _read(Path(path))
+    flags = list(_flags(path, values, config_class))
+    taken = {name: word for name, word in flags if word is not None}
+    kept = [w for name, w in taken.items() if "model" not in own or _section(name) != "model"]
+    sections = {_section(name) for name in taken}
+    others = [name for name, word in flags if word is None]
+    left = [f"[{s}]" if (s := _section(name)) and s not in sections else name for name in others]
+    return rest, ConfigFile(path, tuple(kept), own, tuple(dict.fromkeys(left)))
+
+
+def _section(name: str) -> str:
+    return name.partition(".")[0] if "." in name else ""
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -155,10 +173,14 @@ def _yaml(text: str) -> Any:
     return {} if values is None else values
 
 
-def _flags(path: str, values: Mapping[str, Any], config_class: Any) -> Iterator[tuple[str, str]]:
-    """Yield the name of each flag, and the flag with its value as a word of a command line."""
+def _flags(
+    path: str, values: Mapping[str, Any], config_class: Any
+) -> Iterator[tuple[str, str | None]]:
+    """Yield the name of each flag, and the flag with its value as a word of a command line. The
+    word is None for a key that the command leaves out and that changes a run."""
+    usual, of_train = dotted(asdict(RunConfig())), fields_of(RunConfig)
     taken = {**fields_of(config_class), "model.preset": str}
-    known, seen = {**fields_of(RunConfig), **taken}, set[str]()
+    known, seen = {**of_train, **taken}, set[str]()
     groups = {name.rpartition(".")[0] for name in known}
     groups |= {name.rpartition(".")[0] for name in groups}
     for written, value in _leaves(values):
@@ -177,9 +199,13 @@ def _flags(path: str, values: Mapping[str, Any], config_class: Any) -> Iterator[
             )
         if name not in known:
             raise _unknown(path, written, known)
-        word = _word(path, written, name, value, known[name])
-        if name in taken:
+        hints = [hint for kinds in (taken, of_train) if (hint := kinds.get(name)) is not None]
+        hint = next((hint for hint in hints if _fits(value, hint)), hints[0])
+        word = _word(path, written, name, value, hint)
+        if hint is taken.get(name):
             yield name.replace("_", "-"), word
+        elif _section(name) or value != ("None" if usual[name] is None else usual[name]):
+            yield name, None
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,7 +222,7 @@ def _unknown(path: str, written: str, known: Mapping[str, Any]) -> UserError:
     parts = name.split(".")
     for i in range(1, len(parts)):
         if (group := ".".join(parts[:i])) in known:
-            rule = _rule(known[group])
+            rule = rule_of(known[group])
             return UserError(f"{path}: {group}: must be {rule}, and no table; give one value")
     new = ", ".join(current({name: None}))
     if new != name:
@@ -209,14 +235,11 @@ def _unknown(path: str, written: str, known: Mapping[str, Any]) -> UserError:
 
 def _word(path: str, written: str, name: str, value: Any, hint: Any) -> str:
     """Return a flag with its value. Raises UserError for a value of another type."""
-    optional = type(None) in typing.get_args(hint)
-    if optional and value == "None":
-        value = None
     try:
-        value = msgspec.convert(value, hint)
+        value = msgspec.convert(_nothing(value, hint), hint)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"{path}: {written} is {value!r:.60}: must be {_rule(hint)}; change it"
+            f"{path}: {written} is {value!r:.60}: must be {rule_of(hint)}; change it"
         ) from error
     group, dot, last = name.replace("_", "-").rpartition(".")
     if name == "model.preset":
@@ -226,16 +249,17 @@ def _word(path: str, written: str, name: str, value: Any, hint: Any) -> str:
     return f"--{group}{dot}{last}={value}"
 
 
-def _rule(hint: Any) -> str:
-    """Say in words which values a field takes."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if hint in words:
-        return words[hint]
-    if hint is type(None):
-        return "'None'"
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    return " or ".join(map(_rule, typing.get_args(hint)))
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        msgspec.convert(_nothing(value, hint), hint)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _nothing(value: Any, hint: Any) -> Any:
+    """Return None for the text that stands for it."""
+    return None if value == "None" and type(None) in typing.get_args(hint) else value
 
 
 def toml_text(values: Mapping[str, Any]) -> str:

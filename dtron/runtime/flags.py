@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dtron.model.presets import PRESETS
 from dtron.renamed import last_component
@@ -114,3 +114,15 @@ def nearest(flag: str, known: Sequence[str]) -> str | None:
     ends = (name, last_component(name))
     same_end = [k for k in known if k.rpartition(".")[2] in ends]
     return next(iter(same_end or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)), None)
+
+
+def rule_of(hint: Any) -> str:
+    """Say in words which values a field takes."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if hint in words:
+        return words[hint]
+    if hint is type(None):
+        return "'None'"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    return " or ".join(map(rule_of, typing.get_args(hint)))

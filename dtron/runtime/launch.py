@@ -60,7 +60,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         check_ranks(shape)
     plan, pipe = resolve(config, shape, _device(config))
     check_capability(config.how, plan.device)
-    check_memory(config, plan)
+    check_memory(config, plan, pipe.table)
     check_host_memory(config, pipe, shape, plan.rows, plan.compute)
     return plan
 

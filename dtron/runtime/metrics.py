@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dtron.runtime.output import Output, append_line, replace_file, writing
-from dtron.runtime.step_records import METRICS, read_steps
+from dtron.runtime.step_records import METRICS, each_step
 from dtron.runtime.summary import duration
 from dtron.runtime.trackers.tracked_run import TrackedRun
 from dtron.runtime.trackers.tracker import Ending
@@ -125,7 +125,7 @@ class Metrics:
         self._reported: set[str] = set()  # warnings
         if main:
             with writing(self._path):
-                records = read_steps(self._path)
+                records = list(each_step(self._path))
                 if records and not start:
                     self.say(
                         f"{self._path}: the file of an earlier run is now {_aside(self._path)}"

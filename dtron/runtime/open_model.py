@@ -31,7 +31,7 @@ from dtron.model.lora import NO_LORA, LoraConfig, is_update
 from dtron.params import WeightSpec
 from dtron.runtime.config import DataConfig, RunConfig
 from dtron.runtime.initial_state import initial_weight, source_of
-from dtron.runtime.run_directory import read_run
+from dtron.runtime.run_directory import is_run, read_run
 from dtron.tree import fill
 
 LoadWeights = Callable[[Any, Layout, torch.dtype, str], Any]
@@ -111,7 +111,7 @@ def _open(
 ) -> tuple[LoadWeights, ModelConfig, LoraConfig]:
     """Return a function that loads the weights of a folder, its model, and the updates of the
     model; see ``open_model``."""
-    if checkpoint.folder(folder).is_dir():
+    if checkpoint.folder(folder).is_dir() or is_run(folder):
         config, found = read_run(folder)
         if adapter is not None:
             raise UserError(f"--adapter {adapter}: is for the folder of a model; leave it out")

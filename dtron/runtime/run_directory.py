@@ -178,8 +178,7 @@ def _refuse_foreign(path: Path) -> None:
     """Raise UserError if the directory has files of the names that a run writes, and no run wrote
     them: it may be the folder of a model."""
     if (path / CONFIG).is_file():
-        with contextlib.suppress(*cli.UNREADABLE):
-            cli.load(path / CONFIG)
+        if is_run(path):
             return
     elif not (path / "tokenizer.json").is_file():
         return
@@ -236,6 +235,15 @@ def _commit() -> str | None:
     return result.stdout.strip()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder has the config of a run. A model's folder has one of another form."""
+    try:
+        cli.load(folder / CONFIG)
+    except cli.UNREADABLE:
+        return False
+    return True
+
+
 def read_config(run_dir: Path) -> RunConfig:
     """Return the config of a run. Raises UserError for a folder that is no run directory."""
     if not is_there(run_dir / CONFIG):
@@ -254,5 +262,8 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
     """Return the config and the newest whole checkpoint of a run."""
     config, newest = read_config(run_dir), checkpoint.newest(run_dir)
     if newest is None:
-        raise UserError(f"{run_dir}: has no checkpoint; train with --save-every")
+        raise UserError(
+            f"{run_dir}: the run has no checkpoint yet; wait for its first one, or train with "
+            "--save-every"
+        )
     return config, newest

@@ -12,6 +12,7 @@ from dtron.params import WeightSpec
 from dtron.runtime.check_loss import second_config
 from dtron.runtime.config import RunConfig
 from dtron.runtime.initial_state import initial_weight
+from dtron.runtime.second_memory import second_dtype
 from dtron.training.config import RunPlan
 from dtron.training.pipeline import Pipeline
 from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
@@ -34,8 +35,7 @@ def second_model(
     folder = Source(config.loss.folder, m) if config.loss.folder else source
 
     def load(w: WeightSpec) -> Tensor | None:
-        # In the dtype that computes: these weights are never updated.
-        dtype = w.dtype or (plan.master if w.buffer else plan.compute)
+        dtype = second_dtype(w, plan.compute, plan.master)
         return initial_weight(w, config, folder, pipe.layout, dtype, plan.device)
 
     weights: Any = fill(own.spec, load)

@@ -5,16 +5,19 @@ over, such as half a line at the end."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dtron.json_files import is_there, read_bytes
+from dtron.errors import UserError
+from dtron.json_files import is_there, open_regular
 from dtron.renamed import current
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
-_LARGEST = 1 << 34  # bytes of metrics.jsonl, some hundred a step
+_LONGEST = 1 << 20  # bytes of a line that are read at once; a record has some hundred
 
 
 def parse_objects(content: bytes) -> list[dict[str, Any]]:
@@ -30,13 +33,21 @@ def parse_objects(content: bytes) -> list[dict[str, Any]]:
     return found
 
 
-def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file; an absent file has none. Raises UserError for a file that
-    cannot be read."""
-    return parse_objects(read_bytes(path, _LARGEST)) if is_there(path) else []
+def each_object(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file, which is read line by line; an absent file has none. Raises
+    UserError for a file that cannot be read."""
+    if not is_there(path):
+        return
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            while line := file.readline(_LONGEST):
+                yield from parse_objects(line)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); make it readable") from error
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the steps in a ``metrics.jsonl``, of any version of dtron."""
+def each_step(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of the steps in a ``metrics.jsonl``, of any version of dtron."""
     whole = ("step", "tokens")
-    return [x for x in read_objects(path) if all(isinstance(x.get(name), int) for name in whole)]
+    return (x for x in each_object(path) if all(isinstance(x.get(name), int) for name in whole))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dtron.tools.charts import tick_text
-from dtron.tools.curves import Metric, Point, segments, smooth, thin
+from dtron.tools.curves import Curve, Metric, Point, segments, smooth, thin
 from dtron.tools.html_page import COLOURS, FAINT, INK, PAPER, RULE, line_colour
 from dtron.tools.svg import Canvas
 
@@ -106,24 +106,24 @@ def is_dashed(i: int) -> bool:
 
 
 def curve_chart(
-    metric: Metric, runs: Mapping[str, Sequence[Point]], width: float = 548, height: float = 190
+    metric: Metric, runs: Mapping[str, Curve], width: float = 548, height: float = 190
 ) -> Canvas | None:
     """Draw a number over steps. Return None if no run has this number.
 
-    ``runs``: the points of each run, by its name; the order of the runs gives the colours.
+    ``runs``: the curve of each run, by its name; the order of the runs gives the colours.
     ``width``: pixels of the picture.
     ``height``: pixels of the plot in it."""
-    numbers = [x for points in runs.values() for _, x in points if x is not None]
-    steps = [step for points in runs.values() for step, _ in points]
+    numbers = [x for curve in runs.values() for _, x in curve.points if x is not None]
+    steps = [step for curve in runs.values() for step, _ in curve.points]
     if not numbers:
         return None
     canvas = Canvas(width, INK, PAPER)
     across = Axis(min(steps), max(max(steps), min(steps) + 1), LEFT, width - LEFT - RIGHT)
     up = Axis(*_ends(metric, numbers), TOP + height, -height)
     _axes(canvas, metric, across, up)
-    for i, (name, points) in enumerate(runs.items()):
-        if points:
-            _curve(canvas, metric, name, i, points, across, up)
+    for i, (name, curve) in enumerate(runs.items()):
+        if curve.points:
+            _curve(canvas, metric, name, i, curve, across, up)
     return canvas
 
 
@@ -161,11 +161,11 @@ def _curve(
     metric: Metric,
     name: str,
     i: int,
-    points: Sequence[Point],
+    curve: Curve,
     across: Axis,
     up: Axis,
 ) -> None:
-    shown, last = thin(points), points[-1]
+    shown, last = thin(curve.points), curve.points[-1]
     number = "not finite" if last[1] is None else f"{last[1]:.6g}"
     extra = {"data_smoothed": "yes"} if metric.smooth else {}
     with canvas.mark(
@@ -181,7 +181,7 @@ def _curve(
         _lines(canvas, shown, i, across, up)
     if metric.smooth:
         with canvas.mark(f"{name}, smoothed", data_kind="smooth"):
-            _lines(canvas, thin(smooth(points)), i, across, up)
+            _lines(canvas, thin(smooth(curve.means)), i, across, up)
 
 
 def _lines(canvas: Canvas, points: Sequence[Point], i: int, across: Axis, up: Axis) -> None:

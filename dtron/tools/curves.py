@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 Point = tuple[int, float | None]  # a step and a number; None: the number is not finite
 MOST = 1000  # points of a curve, about
@@ -69,10 +70,101 @@ METRICS = (
 )
 
 
-def points_of(metric: Metric, records: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """Return the points of a curve, of the steps that have this number."""
-    found = ((record["step"], metric.of(record)) for record in records)
-    return [(step, x) for step, x in found if x is None or not math.isnan(x)]
+class Curve(NamedTuple):
+    """A curve of a bounded number of points.
+
+    ``points``: its points; of a long curve the extremes of each part (``ThinnedCurve``).
+    ``means``: the mean of each part, for smoothing."""
+
+    points: Sequence[Point]
+    means: Sequence[Point]
+
+
+@dataclass
+class ThinnedCurve:
+    """Takes the points of a curve one after the other, and keeps some thousands.
+
+    The curve is kept in parts of ``size`` points each. Of each part the minimum, the maximum and a
+    gap are kept, and the mean. When there are ``2 * most`` parts, each two become one."""
+
+    most: int = MOST
+    size: int = 1
+    ends: list[Point] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
+
+    def add(self, step: int, x: float | None) -> None:
+        """Add the next point."""
+        self.ends = [*self.ends[:1], (step, x)]
+        one = _Part(1, step, 0 if x is None else 1, x or 0.0, [(step, x)])
+        if self.parts and self.parts[-1].count < self.size:
+            self.parts[-1] = self.parts[-1].joined(one)
+            return
+        if len(self.parts) == 2 * self.most:
+            self.parts = [a.joined(b) for a, b in zip(*[iter(self.parts)] * 2, strict=True)]
+            self.size *= 2
+        self.parts.append(one)
+
+    def curve(self) -> Curve:
+        """Return the curve so far, with its first and its last point."""
+        points = [point for part in self.parts for point in part.kept]
+        first, last = self.ends[:1], self.ends[-1:]
+        points = (first if points[:1] != first else []) + points
+        points += last if points[-1:] != last else []
+        known = [part for part in self.parts if part.known]
+        means = [(round(p.steps / p.count), p.total / p.known) for p in known]
+        return Curve(points, means)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive points of a curve.
+
+    ``count``, ``steps``: the number of points, and the sum of their steps.
+    ``known``, ``total``: the number of the finite ones, and their sum.
+    ``kept``: the extremes, in order."""
+
+    count: int
+    steps: int
+    known: int
+    total: float
+    kept: list[Point]
+
+    def joined(self, other: _Part) -> _Part:
+        """Return this part and the next one as one part."""
+        return _Part(
+            self.count + other.count,
+            self.steps + other.steps,
+            self.known + other.known,
+            self.total + other.total,
+            _extremes(self.kept + other.kept),
+        )
+
+
+def _extremes(points: Sequence[Point]) -> list[Point]:
+    """Return the minimum, the maximum and the first gap of some points, in order."""
+    numbers = {i: x for i, (_, x) in enumerate(points) if x is not None}
+    keep = set([i for i in range(len(points)) if i not in numbers][:1])
+    if numbers:
+        keep |= {min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)}
+    return [points[i] for i in sorted(keep)]
+
+
+@dataclass
+class EvenSample:
+    """Takes numbers one after the other, and keeps some thousands at even distances."""
+
+    most: int = 4 * MOST
+    kept: list[float] = field(default_factory=list)
+    seen: int = 0
+    distance: int = 1
+
+    def add(self, x: float) -> None:
+        """Add the next number."""
+        if self.seen % self.distance == 0:
+            self.kept.append(x)
+        self.seen += 1
+        if len(self.kept) > self.most:
+            self.kept, self.distance = self.kept[::2], 2 * self.distance
 
 
 def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
@@ -80,15 +172,10 @@ def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
     minimum, its maximum and a gap. So no spike is lost."""
     if len(points) <= most:
         return list(points)
-    parts = max(1, (most - 2) // 2)
-    keep = {0, len(points) - 1}
-    for i in range(parts):
-        part = range(i * len(points) // parts, (i + 1) * len(points) // parts)
-        numbers = {j: x for j in part if (x := points[j][1]) is not None}
-        if numbers:
-            keep |= {min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)}
-        keep |= set([j for j in part if j not in numbers][:1])
-    return [points[i] for i in sorted(keep)]
+    parts, inner = max(1, (most - 2) // 2), points[1:-1]
+    cuts = [i * len(inner) // parts for i in range(parts + 1)]
+    kept = [p for a, b in pairwise(cuts) for p in _extremes(inner[a:b])]
+    return [points[0], *kept, points[-1]]
 
 
 def smooth(points: Sequence[Point], share: float = 0.005) -> list[Point]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dtron.planner.plan_step import STATE
+from dtron.planner.plan_step import SECOND, STATE
 from dtron.planner.report import GIB, STEP, StepPlan
 from dtron.planner.step_time import Message, RankTime, Span, link_of
 from dtron.tools.charts import Scale, axis_below, lane, shares
@@ -13,7 +13,7 @@ from dtron.tools.svg import Canvas
 
 WIDTH = 1100
 LIBRARIES = "libraries"
-MEMORY = {kind: series(i) for i, kind in enumerate((*STATE, *STEP, LIBRARIES))}
+MEMORY = {kind: series(i) for i, kind in enumerate((*STATE, *STEP, LIBRARIES, SECOND))}
 WORK = {
     "forward": series(0),
     "backward": series(2),
@@ -30,7 +30,8 @@ CROWDED = 16  # pipeline ranks from which a timeline has thin rows
 def memory_of(plan: StepPlan) -> list[dict[str, float]]:
     """Return the bytes of each pipeline rank at its peak, by kind."""
     libraries = {LIBRARIES: plan.gpu.overhead_gib * GIB}
-    return [{kind: r.peak.get(kind, 0) for kind in (*STATE, *STEP)} | libraries for r in plan.ranks]
+    kinds = (*STATE, SECOND, *STEP)
+    return [{kind: r.peak.get(kind, 0) for kind in kinds} | libraries for r in plan.ranks]
 
 
 def memory_chart(plan: StepPlan, width: float = WIDTH) -> Canvas:

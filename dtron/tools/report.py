@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from statistics import median
 
 from dtron import __version__
 from dtron.distributed.mesh_shape import MeshShape
@@ -23,7 +22,7 @@ from dtron.runtime.config_file import toml_text
 from dtron.runtime.exit import Parser
 from dtron.tools import html_page as html
 from dtron.tools.curve_chart import SCRIPT, STYLE, curve_chart, is_dashed
-from dtron.tools.curves import METRICS, points_of
+from dtron.tools.curves import METRICS
 from dtron.tools.run_record import (
     RunRecord,
     count_text,
@@ -54,12 +53,12 @@ def report_page(runs: Sequence[RunRecord], argv: Sequence[str]) -> str:
 
 
 def _cards(run: RunRecord) -> list[tuple[str, str, str]]:
-    best, speeds = run.best_validation, run.numbers("tokens_per_s")
+    best, median = run.best_validation, run.tokens_per_s
     found = [(run.state, f"mesh {run.mesh}" if run.mesh else "one device", "")]
     found.append((_number(run.last.get("loss")), "last loss", ""))
     if best:
         found.append((_number(best[0]), f"best validation loss, step {best[1]:,}", ""))
-    speed = f", {count_text(median(speeds))} a second (median)" if speeds else ""
+    speed = "" if median is None else f", {count_text(median)} a second (median)"
     found.append((count_text(run.last.get("tokens", 0)), f"tokens{speed}", ""))
     return [*found, (time_text(run.hours), "in training steps", "")]
 
@@ -69,24 +68,24 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     headers += ("time in steps", "tokens/s, median")
     rows = []
     for run in runs:
-        best, speeds = run.best_validation, run.numbers("tokens_per_s")
+        best, median = run.best_validation, run.tokens_per_s
         cells = [run.name, run.state, _number(run.last.get("loss"))]
         cells += [_number(best[0]), f"{best[1]:,}"] if best else ["", ""]
         cells += [count_text(run.last.get("tokens", 0)), time_text(run.hours)]
-        rows.append([*cells, count_text(median(speeds)) if speeds else ""])
+        rows.append([*cells, "" if median is None else count_text(median)])
     return html.table(headers, rows, right=range(1, len(headers)))
 
 
 def _curves(runs: Sequence[RunRecord]) -> str:
     drawn, smoothed = [], False
     for metric in METRICS:
-        chart = curve_chart(metric, {run.name: points_of(metric, run.steps) for run in runs})
+        chart = curve_chart(metric, {run.name: run.curves[metric.name] for run in runs})
         if chart is not None:
             smoothed |= metric.smooth
             drawn.append(html.drawing(chart, f"{metric.title} over steps"))
     if not drawn:
         return html.section("Curves", "No step is recorded yet.")
-    long = any(len(run.steps) > LONG for run in runs)
+    long = any(run.steps > LONG for run in runs)
     box = '<input type="checkbox" id="smooth"' + (' checked="checked"/>' if long else "/>")
     toggle = f'<p class="faint"><label>{box}{SMOOTHED}</label></p>' if smoothed else ""
     text = "Over steps. The pointer over a chart shows the numbers of a step."

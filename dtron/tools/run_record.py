@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeGuard
 
 from dtron.errors import UserError
 from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
 from dtron.runtime.run_directory import read_config
-from dtron.runtime.step_records import METRICS, STARTS, read_objects, read_steps
+from dtron.runtime.step_records import METRICS as STEPS
+from dtron.runtime.step_records import STARTS, each_object, each_step
+from dtron.tools.curves import METRICS, Curve, EvenSample, ThinnedCurve
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,22 @@ class RunRecord:
 
     ``name``: what tells it from the other runs.
     ``starts``: a line of ``starts.jsonl`` for each start.
-    ``steps``: the records of its steps."""
+    ``steps``: the number of its steps.
+    ``last``: the record of the last step; empty if there is none.
+    ``hours``: the hours of all steps. Validation and checkpoints are not counted.
+    ``best_validation``: the lowest validation loss and its step; None if none was measured.
+    ``tokens_per_s``: the median; None if no step has a speed.
+    ``curves``: the curves of ``METRICS``, by the metric's name."""
 
     name: str
     config: RunConfig
     starts: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
-
-    @property
-    def last(self) -> Mapping[str, Any]:
-        """The record of the last step; empty if there is none."""
-        return self.steps[-1] if self.steps else {}
+    steps: int
+    last: Mapping[str, Any]
+    hours: float
+    best_validation: tuple[float, int] | None
+    tokens_per_s: float | None
+    curves: Mapping[str, Curve]
 
     @property
     def state(self) -> str:
@@ -40,29 +48,13 @@ class RunRecord:
         return f"{done:,}{rest} steps"
 
     @property
-    def hours(self) -> float:
-        """The hours of all steps. Validation and checkpoints are not counted."""
-        return sum(self.numbers("step_seconds")) / 3600
-
-    @property
-    def best_validation(self) -> tuple[float, int] | None:
-        """The lowest validation loss and its step; None if none was measured."""
-        name = "validation_loss"
-        found = [(x[name], x["step"]) for x in self.steps if is_number(x.get(name))]
-        return min(found, default=None)
-
-    def numbers(self, name: str) -> list[float]:
-        """Return the finite numbers of this name, of all steps that have one."""
-        return [x[name] for x in self.steps if is_number(x.get(name))]
-
-    @property
     def mesh(self) -> str:
         """The mesh of the last start; without a start, that of the config."""
         found = self.starts[-1].get("mesh") if self.starts else None
         return found if isinstance(found, str) else self.config.mesh
 
 
-def is_number(x: Any) -> bool:
+def is_number(x: Any) -> TypeGuard[float]:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
@@ -78,8 +70,26 @@ def read_records(paths: Sequence[str]) -> list[RunRecord]:
 
 
 def _read(place: Path, name: str) -> RunRecord:
-    config = read_config(place)
-    return RunRecord(name, config, read_objects(place / STARTS), read_steps(place / METRICS))
+    """Read a run. The memory that this takes does not grow with the number of steps."""
+    config, starts = read_config(place), list(each_object(place / STARTS))
+    curves = {metric.name: ThinnedCurve() for metric in METRICS}
+    best: tuple[float, int] | None = None
+    steps, seconds, last, speeds = 0, 0.0, dict[str, Any](), EvenSample()
+    for last in each_step(place / STEPS):
+        steps += 1
+        for metric in METRICS:
+            x = metric.of(last)
+            if x is None or not math.isnan(x):
+                curves[metric.name].add(last["step"], x)
+        took, speed, loss = map(last.get, ("step_seconds", "tokens_per_s", "validation_loss"))
+        seconds += took if is_number(took) else 0.0
+        if is_number(speed):
+            speeds.add(speed)
+        if is_number(loss):
+            best = min(best or (loss, last["step"]), (loss, last["step"]))
+    middle = median(speeds.kept) if speeds.kept else None
+    found = {key: thinned.curve() for key, thinned in curves.items()}
+    return RunRecord(name, config, starts, steps, last, seconds / 3600, best, middle, found)
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:

@@ -28,11 +28,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.table import Table
 
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.errors import UserError
 from dtron.layers.context_parallel import Method
+from dtron.losses.config import LossConfig
 from dtron.model.block import Block
 from dtron.model.config import ModelConfig
 from dtron.model.lora import LoraConfig, check_lora, with_lora
@@ -41,7 +43,11 @@ from dtron.model.transformer import Transformer, declare_model
 from dtron.model.widths import describe_mup
 from dtron.params import WeightSpec
 from dtron.rules import RULES, place, rules_for
+from dtron.runtime.check_loss import check_second_model
+from dtron.runtime.config import DataConfig, RunConfig
+from dtron.runtime.second_memory import second_model_bytes
 from dtron.runtime.validate import check, sequence_unit
+from dtron.schedules import make
 from dtron.tools import memory_estimate
 from dtron.tools.console import wide_console
 from dtron.tools.drawing import Canvas, TensorPicture, draw_mesh, draw_tensor
@@ -71,6 +77,7 @@ class ShowConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,16 @@ def picture(model: ModelConfig, shape: MeshShape, zero: int) -> str:
     return canvas.svg()
 
 
+def _second_bytes(config: ShowConfig, shape: MeshShape, seq_len: int) -> list[int]:
+    """Return the bytes of the second model of the loss on each pipeline rank."""
+    names = ("zero", "cp_method", "model", "lora", "loss")
+    own: Any = {name: getattr(config, name) for name in names}
+    run = RunConfig(**own, data=DataConfig(seq_len=seq_len))
+    check_second_model(run, shape)
+    compute = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return second_model_bytes(run, shape, make("1f1b", shape.pp, 1), compute, torch.float32)
+
+
 def main(argv: Sequence[str]) -> int:
     from dtron.runtime.cli import parse
 
@@ -238,8 +255,9 @@ def main(argv: Sequence[str]) -> int:
     check_groups(optimizer, declared)
     compute = 4 if config.dtype == "float32" else 2
     console = wide_console()
-    layers = layers_per_stage(config.model, shape.pp, shape.tp)
+    layers = layers_per_stage(config.model, shape.pp, seq_len)
     stages, most = split_into_stages(config.model, layers), 0
+    second = _second_bytes(config, shape, unit)  # a length that any second model has
     for number, stage in enumerate(stages):
         spec = with_lora(stage, config.lora)
         args = config.model, shape, config.zero, compute, 4, spec
@@ -248,8 +266,11 @@ def main(argv: Sequence[str]) -> int:
         console.print(table(found, f"{which}mesh {shape}: {shape.size} ranks, zero {config.zero}"))
         host = size(total(rows(*args, replace(config.optim, offload_state=False)))[2])
         beside = f", and {host} of state on the host" if config.optim.offload_state else ""
-        console.print(f"{size(sum(total(found)))} on each rank{beside}, activations not counted")
-        most = max(most, sum(total(found)))
+        if second[number]:
+            beside += f", {size(second[number])} of it for the {config.loss.objective.second_model}"
+        on_rank = sum(total(found)) + second[number]
+        console.print(f"{size(on_rank)} on each rank{beside}, activations not counted")
+        most = max(most, on_rank)
     for line in describe_groups(optimizer, declared):
         console.print(f"optimizer group {line}")
     for line in describe_mup(config.model):

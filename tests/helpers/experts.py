@@ -72,14 +72,16 @@ def skewed(kind: str, experts: int) -> Tensor:
     return far[kind].double()
 
 
-def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False):
+def layer(c: MoEConfig, dispatch="auto", skew="even", aux: bool = False, padding: bool = False):
     """Build a layer of experts for ``assert_equivalent``: its output, or its auxiliary loss.
 
-    Sequences have 6 tokens. Every fifth token does not count."""
+    Sequences have 6 tokens. Every fifth token does not count. ``padding``: no loss depends on every
+    third token."""
 
     def fn(p: MoELayer, x: Tensor, layout: Layout) -> Tensor:
         place = layout.iota("tokens_sp", x.shape[0], "cpu")
-        seen = TokenInfo(place % 5 != 0, place // 6, T // 6)
+        needed = place % 3 != 0 if padding else None
+        seen = TokenInfo(place % 5 != 0, place // 6, T // 6, needed_T=needed)
         b = p.router.b + layout.shard(skewed(skew, c.experts), "act_experts")
         p = replace(p, router=replace(p.router, b=b))
         y, loss, _ = moe(p, x, seen, c, layout, dispatch=dispatch)

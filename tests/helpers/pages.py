@@ -227,14 +227,10 @@ def all_flags() -> frozenset[str]:
     bench = (
         f"bench/{p.name}" for p in (ROOT / "bench").glob("*.py") if "__main__" in p.read_text()
     )
-    others = {
-        "--hypothesis-profile",
-        "--local-dir",
-        "--max-restarts",
-        "--nproc-per-node",
-        "--rdzv-endpoint",
-    }
-    others |= {"--no-python", "--shutdown-timeout", "--signals-to-handle"}  # of torchrun
+    others = {"--hypothesis-profile", "--local-dir", "--max-restarts", "--nproc-per-node"}
+    # Of torchrun and torchx.
+    others |= {"--no-python", "--rdzv-endpoint", "--script", "--shutdown-timeout"}
+    others |= {"--signals-to-handle"}
     others |= set(flags.flags_of(ShowRowsConfig))
     return frozenset(others.union(*(flags_of(name) for name in (*COMMANDS, *bench))))
 

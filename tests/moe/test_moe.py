@@ -13,7 +13,9 @@ from torch import Tensor
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.redistribute import full
 from dtron.mesh import Layout
+from dtron.moe.dispatch import ExpertGroup
 from dtron.moe.layer import MoELayer
+from dtron.params import declare, init
 from dtron.testing import (
     LayerCase,
     assert_caught,
@@ -25,7 +27,7 @@ from dtron.testing import (
     zero_stages,
 )
 from dtron.tree import tree_map
-from tests.helpers.experts import T, config, dims, expert_meshes, last_experts, layer
+from tests.helpers.experts import ONE, T, config, dims, expert_meshes, last_experts, layer
 
 
 @settings(max_examples=40)
@@ -71,6 +73,34 @@ def test_experts(mesh, skew, dispatch):
     c = config(mesh, bias=True, shared=shared, shared_gate=True, scores_on=on)
     zero = 3 if dispatch == "static" else 1
     assert_equivalent(layer(c, dispatch, skew), MoELayer, mesh, dims(c), tokens=T, zero=zero)
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "static", "allgather"])
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2,ep=4", "dp=2,tp=2,ep=2,etp=2"])
+def test_tokens_that_are_not_sent(mesh, dispatch):
+    c = config(mesh, bias=True)
+    assert_equivalent(layer(c, dispatch, padding=True), MoELayer, mesh, dims(c), tokens=T)
+
+
+def padding_has_no_output() -> None:
+    """Padding gets zeros, and other tokens what they get without padding."""
+    c = replace(config("dp=1", bias=True), mlp=8)
+    sizes = dims(c) | {"embed": 16, "expert_embed": 16}
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(T, 16, generator=g, dtype=torch.float64)
+    p = init(declare(MoELayer, sizes), sizes, 0, ONE, torch.float64)
+    want = in_bfloat16(layer(c))(p, x, ONE)
+    want[::3] = 0
+    with poisoned_memory():
+        got = in_bfloat16(layer(c, padding=True))(p, x, ONE)
+    torch.testing.assert_close(got, want)
+
+
+def test_padding_has_no_output(monkeypatch):
+    """Mutant: the rows of padding, which no kernel writes, are summed."""
+    padding_has_no_output()
+    monkeypatch.setattr(ExpertGroup, "sent", lambda experts, index_TK: None)
+    assert_caught(padding_has_no_output)
 
 
 def in_bfloat16(fn):

@@ -26,6 +26,7 @@ from dtron.runtime.flags import fields_of, flags_of
 from dtron.testing import assert_caught
 from dtron.tools.plan import PlanConfig
 from dtron.tools.show import ShowConfig
+from dtron.tools.verify import VerifyConfig
 from tests.helpers.examples import examples
 
 SAME = """
@@ -180,6 +181,26 @@ def test_a_file_of_train_serves_the_other_commands(written):
     whole = written(toml_text(asdict(RunConfig())))
     assert parse(["--config", whole], ShowConfig()).model == RunConfig().model
     assert "gpu: unknown key" in refused("--config", written("gpu = 'h200'"))
+
+
+def test_verify_takes_a_whole_config(capsys, written):
+    """The part of the step. A line names what is left out: sections, and keys that are not as
+    usual. A value that no command takes is refused, and so is an unknown name."""
+    config = replace(RunConfig(), zero=3, optim=replace(RunConfig().optim, lr=0.5))
+    file = written(toml_text(asdict(config)))
+    assert parse(["--config", file, "--seed=4"], VerifyConfig()) == replace(
+        VerifyConfig(), mesh="", zero=3, batch=16, seed=4, optim=config.optim
+    )
+    assert capsys.readouterr().err == f"{file}: train.py has no flags for [data]; left out\n"
+    more = "compile = 'on'\nbatch = '8:0, 16:1K'\nsteps = 5\nzero3_gather = 'step'\n"
+    assert parse(["--config", written(more)], VerifyConfig()) == VerifyConfig()
+    assert "has no flags for compile, batch, steps; left out\n" in capsys.readouterr().err
+    assert parse(["--config", written("compile = true")], VerifyConfig()).compile
+    assert not capsys.readouterr().err
+    for wrong in ("compile = 3", "steps = 'x'", "stpes = 1", "data.sek_len = 1", "wall = 1"):
+        assert wrong.partition(" ")[0] in refused(
+            "--config", written(wrong), default=VerifyConfig()
+        )
 
 
 def test_a_file_may_resume_and_name_the_run(tmp_path, written):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dtron.testing import assert_caught
 from dtron.tools import curve_chart, curves
-from dtron.tools.curves import smooth, thin
+from dtron.tools.curves import EvenSample, Point, ThinnedCurve, smooth, thin
 
 NUMBERS = st.none() | st.floats(-1e6, 1e6)
 
@@ -30,6 +30,56 @@ def test_a_thinned_curve_keeps_ends_and_extremes(numbers, most):
         assert (min(known), max(known)) == (min(shown), max(shown))
     if len(points) <= most:
         assert kept == points
+
+
+def thinned(numbers: list[float | None], most: int) -> ThinnedCurve:
+    curve = ThinnedCurve(most)
+    for step, x in enumerate(numbers):
+        curve.add(step, x)
+    return curve
+
+
+@given(st.lists(NUMBERS, max_size=300), st.integers(1, 20))
+def test_a_curve_that_is_read_step_by_step_keeps_ends_and_extremes(numbers, most):
+    points: list[Point] = list(enumerate(numbers))
+    reader = thinned(numbers, most)
+    kept, means = reader.curve()
+    assert len(reader.parts) <= 2 * most and len(kept) <= 6 * most + 2
+    assert len(set(kept)) == len(kept) and [s for s, _ in kept] == sorted(s for s, _ in kept)
+    assert set(kept) <= set(points) and kept[:1] == points[:1] and kept[-1:] == points[-1:]
+    known, shown = ([x for _, x in ps if x is not None] for ps in (points, kept))
+    assert bool(known) == bool(shown) == bool(means)
+    if len(known) < len(points):
+        assert None in [x for _, x in kept]
+    if known:
+        assert (min(known), max(known)) == (min(shown), max(shown))
+        assert all(min(known) - 1e-6 <= x <= max(known) + 1e-6 for _, x in means)
+        total = sum(part.total for part in reader.parts)
+        assert math.isclose(total, sum(known), rel_tol=1e-9, abs_tol=1e-3)
+    if len(points) <= 2 * most:
+        assert kept == points and means == [p for p in points if p[1] is not None]
+
+
+def keeps_a_spike() -> None:
+    numbers: list[float | None] = [0.0] * 300
+    numbers[137] = 9.0
+    assert (137, 9.0) in thinned(numbers, 10).curve().points
+
+
+def test_a_reader_that_loses_a_spike_is_caught():
+    """Mutant: of each part the first point is kept, and no extreme."""
+    keeps_a_spike()
+    with mock.patch.object(curves, "_extremes", lambda points: points[:1]):
+        assert_caught(keeps_a_spike)
+
+
+@given(st.integers(0, 400))
+def test_an_even_sample_is_even(count):
+    sample = EvenSample(most=20)
+    for i in range(count):
+        sample.add(i)
+    assert sample.kept == list(range(0, count, sample.distance))
+    assert min(count, 10) <= len(sample.kept) <= 20
 
 
 @given(st.lists(NUMBERS, max_size=60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def test_from_a_run_directory(tmp_path, capsys):
     assert capsys.readouterr().out == want
     (tmp_path / "tokenizer.json").unlink()
     refused([], "has no tokenizer.json")
+    for places in ("checkpoints/step-00000003", "checkpoints"):  # an empty folder, and none
+        shutil.rmtree(tmp_path / places)
+        refused([], f"{tmp_path}: the run has no checkpoint yet", "--save-every")
 
 
 def test_padding_and_truncation_of_a_tokenizer_are_left_out(tmp_path, capsys):

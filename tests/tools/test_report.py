@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import tracemalloc
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -16,9 +19,10 @@ from dtron.model.config import ModelConfig
 from dtron.runtime.cli import text
 from dtron.runtime.config import RunConfig
 from dtron.runtime.exit import run_cli
+from dtron.runtime.step_records import each_step
 from dtron.testing import assert_caught
 from dtron.tools import curve_chart
-from dtron.tools.curves import METRICS, points_of, segments, thin
+from dtron.tools.curves import METRICS, EvenSample, Metric, Point, ThinnedCurve, segments, thin
 from dtron.tools.report import main, report_page
 from dtron.tools.run_record import differences, read_records
 from tests.helpers.browser import CHROMIUM, in_browser
@@ -75,14 +79,21 @@ def drawn(root: ET.Element) -> dict[tuple[str, str], ET.Element]:
 # ---- the page
 
 
+def points_of(metric: Metric, run: str) -> list[Point]:
+    """The points of the steps that have this number, in the file of a run."""
+    steps = list(each_step(Path(run) / "metrics.jsonl"))
+    found = ((x["step"], metric.of(x)) for x in steps)
+    return [(step, x) for step, x in found if x is None or not math.isnan(x)]
+
+
 def assert_curves_are_the_numbers(paths: list[str]) -> None:
     """Each number of a run has a curve, whose heights are the numbers on one linear scale."""
     page, root = page_of(*paths)
     found = drawn(root)
     want = {}
-    for run in read_records(paths):
+    for run, path in zip(read_records(paths), paths, strict=True):
         for metric in METRICS:
-            points = points_of(metric, run.steps)
+            points = points_of(metric, path)
             if any(x is not None for _, x in points):
                 want[metric.title, run.name] = thin(points)
     assert found.keys() == want.keys()
@@ -188,6 +199,30 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path):
     assert_curves_are_the_numbers([str(run)])
     g = drawn(page_of(str(run))[1])["Loss", "a"]
     assert len(list(g.iter("polyline"))) == 2
+
+
+def used(place: Path, count: int) -> int:
+    """The peak of memory of reading a run of so many steps."""
+    run = write(place, [])
+    line = json.dumps(record(7, padding="x" * 20000)) + "\n"
+    (run / "metrics.jsonl").write_text(line * count)
+    tracemalloc.start()
+    (found,) = read_records([str(run)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.steps == count and found.hours == pytest.approx(count / 100)
+    return peak
+
+
+def test_a_long_run_takes_no_more_memory(tmp_path, monkeypatch):
+    """And an older reader of whole files is caught."""
+    for kept in (ThinnedCurve, EvenSample):
+        monkeypatch.setattr(f"dtron.tools.run_record.{kept.__name__}", partial(kept, most=20))
+    read = lambda short, long: used(tmp_path / long, 400) < 1.3 * used(tmp_path / short, 100)
+    assert read("a", "b")
+    whole = lambda path: iter(list(each_step(path)))
+    monkeypatch.setattr("dtron.tools.run_record.each_step", whole)
+    assert not read("c", "d")
 
 
 def test_a_single_step_is_a_dot(tmp_path):
