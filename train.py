@@ -135,8 +135,7 @@ def train(
                 log.validation(validation_losses(state, data, config, plan, pipe, second))
                 log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
             if saves:
-                replicas.check(state)
-                log.say(*run.restore())
+                log.say(*replicas.check(state), *run.restore())
                 log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
             log.write()
         stop.training_is_over()
@@ -144,8 +143,7 @@ def train(
         log.write()
         replicas.finish()
         if stopped:
-            replicas.check(state)
-            log.say(*run.restore())
+            log.say(*replicas.check(state), *run.restore())
             checkpoint.start_save(saver, state, pipe.spec, same)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
         elif config.sample_tokens:

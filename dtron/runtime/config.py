@@ -81,12 +81,12 @@ class RunConfig(StepConfig):
     """project of wandb, experiment of mlflow"""
     track_name: str = ""
     """name of the run in wandb and mlflow; empty: the name of run_dir"""
-    watch_every: int = 100
+    watch_every: int = 0
     """steps between two looks at all ranks: which is slow and why, and the health of the GPUs; 0:
     never"""
     check_replicas_every: int = 0
     """steps between two checks that all ranks with the same shard of weights and optimizer state
-    have the same bits; 0: only before each checkpoint"""
+    have the same bits; if not, the run ends. 0: only before each checkpoint, and with a warning"""
     deterministic: bool = False
     """the same run twice, on the same devices and versions, has the same bits; slower on a GPU"""
     profile: bool = False

@@ -2,7 +2,8 @@
 
 A check after a step goes on beside the next steps, so nobody waits: the device hashes, and the sums
 are sent when the step is over. They are judged one step later. A check before a save is judged at
-once: wrong bits must not replace a checkpoint.
+once: wrong bits must not replace a checkpoint. A run that did not ask for checks gets a warning
+there, and saves.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class ReplicaCheck:
     """Checks the replicas of a run. All ranks make the same calls. Each call may raise UserError,
     on all ranks: two ranks differ.
 
-    ``every``: the number of steps between two checks; 0: only before saves.
+    ``every``: the number of steps between two checks; 0: only before saves, with a warning instead
+        of the error.
     ``sizes``: the mesh axes of all ranks (``MeshShape.atoms``).
     ``group``: a gloo group of all processes that only the main thread uses. None: all ranks are in
         one process, and nothing is checked."""
@@ -78,13 +80,20 @@ class ReplicaCheck:
         self._read()
         self._send(step)
 
-    def check(self, state: TrainState) -> None:
-        """Check a step at once, before a save. The device has finished the step."""
+    def check(self, state: TrainState) -> list[str]:
+        """Check a step at once, before a save. The device has finished the step. Return a warning
+        if ranks differ and no regular checks were asked for."""
         if self._group is None:
-            return
+            return []
         if not any(check.step == state.step for check in self._hashed):
             self._hash(state)
-        self.finish()
+        try:
+            self.finish()
+        except UserError as error:
+            if self._every:
+                raise
+            return [f"warning: {error}"]
+        return []
 
     def finish(self) -> None:
         """Finish all checks. The host waits for the device."""

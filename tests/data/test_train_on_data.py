@@ -167,7 +167,7 @@ def test_without_a_tokenizer_ids_are_shown(folder, run_dir, capsys):
     for suffix in (".bin", ".idx"):
         shutil.copy(folder / f"tokens{suffix}", run_dir.parent / f"bare{suffix}")
     run(run_dir, f"--data.path={run_dir.parent / 'bare'}", "--steps=1")
-    shown = capsys.readouterr().out.split("sample: ")[1].split()
+    shown = capsys.readouterr().out.split("sample: ")[1].splitlines()[0].split()
     assert len(shown) == 13 and all(word.isdigit() for word in shown)
     assert not (run_dir / "tokenizer.json").exists()
 

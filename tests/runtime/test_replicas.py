@@ -257,3 +257,18 @@ def test_real_ranks_find_the_rank_the_weight_and_the_step(pool):
     assert error.startswith("step 4: params.blocks.1.norm_2.scale ")
     assert "rank 2 (" in error and "all ranks agreed after step 2" in error
     assert "resume from a checkpoint of step 2 or before" in error
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_run_that_asked_for_no_checks_gets_a_warning(every, monkeypatch):
+    def differ(self) -> None:
+        raise UserError("step 4: w differs")
+
+    monkeypatch.setattr(ReplicaCheck, "_hash", lambda self, state: None)
+    monkeypatch.setattr(ReplicaCheck, "finish", differ)
+    checks = ReplicaCheck(every, None, {}, object())
+    if every:
+        with pytest.raises(UserError, match="w differs"):
+            checks.check(TrainState(4, 0, (), None))
+    else:
+        assert checks.check(TrainState(4, 0, (), None)) == ["warning: step 4: w differs"]
