@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from dtron.distributed.redistribute import full, to_local
 from dtron.errors import UserError
 from dtron.generation.forward_inputs import ForwardInputs
-from dtron.generation.scheduler import CacheSize
+from dtron.generation.scheduler import KERNEL_PAGE, CacheSize
 from dtron.layers.attention_kernels import LEAST_HEAD_DIM
 from dtron.layers.paged_attention import page_order
 from dtron.mesh import Layout, by_rows
@@ -57,7 +57,7 @@ class CachedModel:
 
     ``backend``: compiles decodes; a backend of ``torch.compile``, or None: they are not compiled.
     ``in_place``: whether decodes read pages in their places. By default, a compiled decode on a GPU
-        does so if flex_attention supports the model."""
+        does so if flex_attention supports the model and the size of a page."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class CachedModel:
         mesh, dtype = self._layout.mesh, flat(self._weights[0].blocks)[0].dtype
         self._units = backend and CompiledUnits(mesh, GraphCompiler(backend))
         flex = device.startswith("cuda") and dtype != torch.float64 and m.head_dim >= LEAST_HEAD_DIM
+        flex = flex and size.page % KERNEL_PAGE == 0
         self._in_place, self._pages = backend and flex if in_place is None else in_place, size.pages
 
         def empty(p: Block) -> BlockCache:
