@@ -268,8 +268,8 @@ def test_flex_compiled_by_itself_in_a_recomputed_region(documents):
         close(a, b, 1e-5)
 
 
-def _attend(q: Tensor, mask: AttentionMask, documents: Tensor) -> tuple[Tensor]:
-    return (attention_kernels.attention_flex(q, q, q, documents, None, mask),)
+def _attend(heads: list[Tensor], mask: AttentionMask, documents: Tensor) -> tuple[Tensor]:
+    return (attention_kernels.attention_flex(*heads, documents, None, mask),)
 
 
 @pytest.mark.slow
@@ -278,9 +278,9 @@ def test_units_with_flex_have_any_number_of_shapes():
     """flex_attention compiles a part of itself. The second shape must not be symbolic there."""
     units = CompiledUnits(None, GraphCompiler("inductor"))
     for rows, s in ((1, 128), (2, 256)):
-        q = torch.randn(rows, 2, s, 16)
+        heads = [torch.randn(rows, 2, s, 16) for _ in range(3)]
         documents = torch.arange(s).repeat(rows, 1) // 50
-        mask = with_blocks(AttentionMask(s), documents, q.device)
-        (got,) = units(_attend, q, mask, documents)
-        want = attention_reference(q, q, q, documents, None, AttentionMask(s))
+        mask = with_blocks(AttentionMask(s), documents, documents.device)
+        (got,) = units(_attend, heads, mask, documents)
+        want = attention_reference(*heads, documents, None, AttentionMask(s))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
