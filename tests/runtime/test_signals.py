@@ -17,12 +17,14 @@ from tests.helpers.paths import ROOT
 
 COMMANDS = ("verify", "generate", "show", "hf", "fp8")
 
+# The programs wait in short sleeps: a signal that arrives just before a sleep begins does not end it.
 # A library in the middle of its import, which hides the interrupt from the program.
 TORCH = """
 import sys, time
 print("ready", flush=True)
 try:
-    time.sleep(600)
+    for _ in range(6000):
+        time.sleep(0.1)
 except BaseException as error:
     raise ImportError("the library is broken") from error
 """
@@ -32,7 +34,8 @@ from dtron.runtime.exit import before_imports, run_cli
 before_imports()
 def main(argv):
     print("ready", flush=True)
-    time.sleep(600)
+    for _ in range(6000):
+        time.sleep(0.1)
 sys.exit(run_cli(main, []))
 """
 FORKED = """
@@ -43,10 +46,11 @@ read, write = os.pipe()
 if os.fork() == 0:
     os.close(read)
     os.write(write, b"x")
-    time.sleep(600)
-os.read(read, 1)
-print("ready", flush=True)
-time.sleep(600)
+else:
+    os.read(read, 1)
+    print("ready", flush=True)
+for _ in range(6000):
+    time.sleep(0.1)
 """
 
 
