@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 
 COMMANDS = ("verify", "generate", "show", "hf", "fp8")
 
-# The programs wait in short sleeps: a signal that arrives just before a sleep begins does not end it.
+# The programs wait in short sleeps: a signal that arrives just before a sleep does not end it.
 # A library in the middle of its import, which hides the interrupt from the program.
 TORCH = """
 import sys, time
