@@ -110,11 +110,10 @@ def disturb(job: str, kind: str, node: str) -> None:
         return
     own = processes(job, node)
     if kind == "node":
-        steps = {
-            int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) for pid in own
-        }
-        parents = [pid for pid in steps if "slurmstepd" in command_of(pid)]
-        kill([*daemon_of(node), *parents, *own])
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in own]
+        parents = {int(stat.rsplit(")", 1)[1].split()[1]) for stat in stats}
+        steps = [pid for pid in parents if "slurmstepd" in command_of(pid)]
+        kill([*daemon_of(node), *steps, *own])
         return
     ranks = [pid for pid, pairs in own.items() if "LOCAL_RANK" in pairs]
     launchers = [pid for pid in own if pid not in ranks and "torchrun" in command_of(pid)]

@@ -91,7 +91,8 @@ def collectives(cases: Sequence[tuple[int, int]]) -> Callable[[ModuleType], None
                     if got.get(kind, 0) != want[kind]:
                         raise Wrong(
                             f"zero {zero}, blocks={blocks}, microbatches={microbatches}: a step "
-                            f"has {want[kind]} x {SENT[kind]} over dp, and you say {got.get(kind, 0)}"
+                            f"has {want[kind]} x {SENT[kind]} over dp, and you say "
+                            f"{got.get(kind, 0)}"
                         )
 
     return check

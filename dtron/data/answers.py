@@ -109,8 +109,9 @@ class Answers(Chats):
                 listed = isinstance(value, list) and all(isinstance(m, dict) for m in value)
                 if value is not None and not listed:
                     raise UserError(
-                        f"{where} has in {self.fields[name]!r} {str(value)[:40]!r}; a row has texts "
-                        'alone, or lists of messages alone, as [{"role": "user", "content": "..."}]'
+                        f"{where} has in {self.fields[name]!r} {str(value)[:40]!r}; a row has "
+                        "texts alone, or lists of messages alone, as "
+                        '[{"role": "user", "content": "..."}]'
                     )
         if prompt is None:
             prompt, answers = _without_shared(answers)

@@ -6,7 +6,7 @@ has one. A forward of all rows updates the states in place. A forward of some ro
 states out and back. One more place in each pool takes the states of padding rows.
 
 A decode runs the same few kernels for each token, so its units can be compiled
-(training/compiled_units.py), like those of a training step. On a GPU it then also reads pages in
+(training/compiled_units.py), like the units of a training step. On a GPU it then also reads pages in
 their places. Prefill is not compiled: its shapes have more kinds.
 """
 
@@ -102,7 +102,9 @@ class CachedModel:
             needed=m.moe.capacity_factor > 0,  # padding takes no room of an expert
         )
         decode = x.places_B is None
-        order_BP = page_order(x.table_BP, self._pages) if decode and self._in_place else None
+        order_BP = None
+        if decode and self._in_place:
+            order_BP = layout.shard(page_order(x.table_BP, self._pages), "tokens", None)
         used = [[self._used(c, x, order_BP) for c in caches] for caches in self._caches]
         call = self._units if decode and self._units else DIRECT
         functions = _functions(m, layout, layout.shard(x.last_B, "tokens"), call)
@@ -120,7 +122,6 @@ class CachedModel:
             slots_T = layout.shard(x.slots_BS.flatten(), "tokens")
             alone = x.all_fresh and c.cache.v_PSKH is not None
             table_BP = None if alone else layout.shard(x.table_BP, "tokens", None)
-            order_BP = None if order_BP is None else layout.shard(order_BP, "tokens", None)
             return replace(c.cache, slots_T=slots_T, table_BP=table_BP, order_BP=order_BP)
         if x.places_B is None or x.fresh_B is None:
             return tree_map(lambda t: _like(t, self._by_place(t)[:-1].flatten(0, 1)), c.cache)

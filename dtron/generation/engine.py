@@ -65,9 +65,9 @@ class Engine:
         self._m, self._pipe, self._device, self._tp = m, pipe, device, unit // pools
         if cuda_graph and not can_record(m, pipe, compile):
             raise UserError(
-                f"cuda_graph with {len(pipe.table.rows)} stages and {m.moe.experts} experts: decodes "
-                "of pipelines are not recorded, and experts only where they are compiled; leave it "
-                "out"
+                f"cuda_graph with {len(pipe.table.rows)} stages and {m.moe.experts} experts: "
+                "decodes of pipelines are not recorded, and experts only where they are compiled; "
+                "leave it out"
             )
         model = CachedModel(params, m, pipe, size, device, "inductor" if compile else None)
         # Block tables of one width are one kind of decode, which is compiled once.

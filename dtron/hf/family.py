@@ -34,8 +34,8 @@ class Family:
     ``ignored``: patterns of tensors that are no weights of the model. ``{later}`` is the number of
     a block after the model's last.
     ``aliases``: other values of ``model_type`` of the same model.
-    ``container``: the ``model_type`` of folders with images too, whose config.json has this model in
-    ``text_config``; empty: there are none.
+    ``container``: the ``model_type`` of folders with images too, whose config.json has this model
+    in ``text_config``; empty: there are none.
     ``rope``: the RoPE entries that transformers reads.
     ``prefix``: the prefix of tensor names.
     ``renamed``: other names of the same tensors: regular expressions, each with its replacement.

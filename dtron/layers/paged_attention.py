@@ -58,8 +58,8 @@ def page_order(table_BP: Tensor, pages: int) -> Tensor:
 def attend_to_pages(
     q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, past: Past, mask: AttentionMask
 ) -> Tensor:
-    """Write the new ``k`` and ``v [T, K, H]`` into their slots, and attend to the pages of each row:
-    ``q [B, N, S, H]`` -> the same shape. Rank-local."""
+    """Write the new ``k`` and ``v [T, K, H]`` into their slots, and attend to the pages of each
+    row: ``q [B, N, S, H]`` -> the same shape. Rank-local."""
     table_BP, order_BP, pages = past.table_BP, past.order_BP, past.k_PSKH
     assert table_BP is not None and order_BP is not None and pages is not None
     assert past.positions_T is not None and past.v_PSKH is not None

@@ -73,7 +73,8 @@ class RopeConfig:
                 f"beta_fast={self.beta_fast}, mscale={self.mscale}, mscale_all={self.mscale_all}, "
                 f"attention_factor={self.attention_factor}, partial={self.partial}: theta must be "
                 "over 1, factor and original at least 1, low under high, beta_slow over 0 and at "
-                "most beta_fast, mscales and attention_factor at least 0, partial over 0 and at most 1"
+                "most beta_fast, mscales and attention_factor at least 0, partial over 0 and at "
+                "most 1"
             )
 
     @property

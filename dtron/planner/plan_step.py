@@ -13,7 +13,7 @@ of cuBLAS and buffers of NCCL (``Gpu.overhead_gib``)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from dtron.training.config import RunPlan
 from dtron.training.optim_config import build_optimizer
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
-from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
+from dtron.training.reference import Reference, build_reference
 from dtron.training.step import TrainStep
 from dtron.tree import fill
 
@@ -128,7 +128,7 @@ class _Step:
             with trace.making("copies"):
                 opt = with_compute_copies(opt, params, spec, layout.compute)
             with trace.making(SECOND):
-                second = self._second_model(pipe, trace)
+                second = self._second_model(pipe)
             state = {name: memory.live[name] for name in (*STATE, SECOND)}
             at_start, step = memory.largest, self._step(pipe, trace)
             tokens = self.plan.count * self.plan.rows * self.config.data.seq_len
@@ -159,25 +159,23 @@ class _Step:
         template = torch.empty(0, self.config.model.embed, dtype=self.plan.compute)
         t = self.pipe.table
         table = MarkedTable(t.name, t.stages, t.microbatches, t.rows, rank, trace)
-        return _planned(replace(self.pipe, template=template, table=table), rank, trace)
+        own = {f.name: getattr(self.pipe, f.name) for f in fields(Pipeline)}
+        own |= {"template": template, "table": table}
+        return PlannedPipeline(**own, rank=rank, trace=trace)
 
-    def _second_model(self, pipe: PlannedPipeline, trace: RankTrace) -> Reference | None:
+    def _second_model(self, pipe: PlannedPipeline) -> Reference | None:
         """Return the second model of the loss, with the placements of runtime/second_model.py."""
         config, plan = self.config, self.plan
-        objective = config.loss.objective
-        if objective.second_model is None:
-            return None
-        if uses_frozen_base(config):
-            return Reference(objective, config.model, pipe, None, plan.gather_each)
-        m = second_config(config)
-        made = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
-        own = _planned(made, pipe.rank, trace)
 
-        def place(w: WeightSpec) -> Tensor:
-            x = torch.empty(w.shape, dtype=second_dtype(w, plan.compute, plan.master))
-            return pipe.layout.shard(x, *w.axes)
+        def load(own: Pipeline) -> Any:
+            def place(w: WeightSpec) -> Tensor:
+                x = torch.empty(w.shape, dtype=second_dtype(w, plan.compute, plan.master))
+                return own.layout.shard(x, *w.axes)
 
-        return Reference(objective, m, own, fill(own.spec, place), plan.gather_each)
+            return fill(own.spec, place)
+
+        m, seq_len = second_config(config), config.data.seq_len
+        return build_reference(config, m, pipe, plan, seq_len, load)
 
     def _step(self, pipe: PlannedPipeline, trace: RankTrace) -> TrainStep:
         """Return the step of a rank, with the functions that the first rank has compiled."""
@@ -210,11 +208,6 @@ class _Step:
         shape, moe = self.plan.shape, self.config.model.moe
         ranks = shape.dp_replicate * shape.dp * shape.cp * shape.tp // shape.etp
         return self.plan.rows * self.config.data.seq_len * moe.top_k // ranks
-
-
-def _planned(pipe: Pipeline, rank: int, trace: RankTrace) -> PlannedPipeline:
-    own = {f.name: getattr(pipe, f.name) for f in fields(Pipeline)}
-    return PlannedPipeline(**own, rank=rank, trace=trace)
 
 
 def _axes_of_groups(layout: Layout) -> dict[str, str]:

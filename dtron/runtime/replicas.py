@@ -65,8 +65,8 @@ def entries(state: TrainState, pipe: Pipeline) -> list[Entry]:
 
 
 def hashes(found: Sequence[Entry], weights: Tensor) -> dict[int, Tensor]:
-    """Return ``{rank: hashes}``: for this rank, or for each simulated rank, the hash of each tensor,
-    ``[tensors]`` int64 on the device.
+    """Return ``{rank: hashes}``: for this rank, or for each simulated rank, the hash of each
+    tensor, ``[tensors]`` int64 on the device.
 
     ``weights``: see ``bit_hash``."""
     every: dict[int, list[Tensor]] = defaultdict(list)
@@ -96,8 +96,8 @@ def differ(sizes: Mapping[str, int], axes: Sequence[str], table: Tensor) -> bool
     """Whether two ranks differ that hold the same shards.
 
     ``sizes``: the mesh axes of all ranks, outermost first.
-    ``table``: the numbers of ``joined`` of all ranks, ``[ranks, axes]`` int64. A 0 of ``TIED`` is of
-        a rank without such a tensor."""
+    ``table``: the numbers of ``joined`` of all ranks, ``[ranks, axes]`` int64. A 0 of ``TIED`` is
+        of a rank without such a tensor."""
     grid, dims = table.view(*sizes.values(), len(axes)), list(sizes)
     for axis, x in zip(axes, grid.unbind(-1), strict=True):
         low = high = x

@@ -15,7 +15,7 @@ from dtron.runtime.initial_state import initial_weight
 from dtron.runtime.second_memory import second_dtype
 from dtron.training.config import RunPlan
 from dtron.training.pipeline import Pipeline
-from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
+from dtron.training.reference import Reference, build_reference
 from dtron.tree import fill, flat
 
 
@@ -25,19 +25,16 @@ def second_model(
     """Return the second model, with the placements of this run. None if the loss has none.
 
     ``source``: the Hugging Face folder of the initial weights; None: they are random."""
-    objective = config.loss.objective
-    if objective.second_model is None:
-        return None
-    if uses_frozen_base(config):
-        return Reference(objective, config.model, pipe, None, plan.gather_each)
     m = second_config(config)
-    own = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
     folder = Source(config.loss.folder, m) if config.loss.folder else source
 
-    def load(w: WeightSpec) -> Tensor | None:
-        dtype = second_dtype(w, plan.compute, plan.master)
-        return initial_weight(w, config, folder, pipe.layout, dtype, plan.device)
+    def load(own: Pipeline) -> Any:
+        def weight(w: WeightSpec) -> Tensor | None:
+            dtype = second_dtype(w, plan.compute, plan.master)
+            return initial_weight(w, config, folder, own.layout, dtype, plan.device)
 
-    weights: Any = fill(own.spec, load)
-    publish_weights(flat(weights))
-    return Reference(objective, m, own, weights, plan.gather_each)
+        weights: Any = fill(own.spec, weight)
+        publish_weights(flat(weights))
+        return weights
+
+    return build_reference(config, m, pipe, plan, config.data.seq_len, load)

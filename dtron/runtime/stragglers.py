@@ -88,7 +88,7 @@ def describe(slow: Slow) -> str:
             return f"its host works {of} a step, the median rank {median}"
         case "compute":
             return f"its device takes {of} for a fixed matmul, the median rank {median}"
-    return f"its messages take {of}, those of the median rank {median}"
+    return f"its messages take {of}, the messages of the median rank {median}"
 
 
 def _seconds(x: float) -> str:

@@ -29,7 +29,7 @@ from dtron.training.build import build_step
 from dtron.training.config import RunPlan
 from dtron.training.optimizer import init_state, stored_params, with_compute_copies
 from dtron.training.pipeline import Pipeline, pipeline
-from dtron.training.reference import Reference, second_pipeline, uses_frozen_base
+from dtron.training.reference import Reference, build_reference
 from dtron.training.state_formats import values
 from dtron.training.step import TrainStep
 from dtron.tree import fill, flat, tree_map
@@ -90,15 +90,13 @@ def step_inputs(config: RunConfig, pipe: Pipeline, count: int, dtype: torch.dtyp
 def second_model(config: RunConfig, pipe: Pipeline, plan: RunPlan) -> Reference | None:
     """Return the second model of the loss: random weights, or with LoRA the frozen weights of the
     step. None if the loss has no second model."""
-    objective, m = config.loss.objective, config.model
-    if objective.second_model is None:
-        return None
-    if uses_frozen_base(config):
-        return Reference(objective, m, pipe, None, plan.gather_each)
-    plain = second_pipeline(config, m, pipe, plan.shape, config.data.seq_len)
-    spec = tree_map(_normal, plain.spec)
-    weights = init(spec, m.dims(), config.seed + 1, pipe.layout, plan.master)
-    return Reference(objective, m, plain, weights, plan.gather_each)
+    m, seq_len = config.model, config.data.seq_len
+
+    def load(own: Pipeline) -> Any:
+        spec = tree_map(_normal, own.spec)
+        return init(spec, m.dims(), config.seed + 1, own.layout, plan.master)
+
+    return build_reference(config, m, pipe, plan, seq_len, load)
 
 
 def _normal(w: WeightSpec) -> WeightSpec:

@@ -10,8 +10,8 @@ Left out: a compiled second model; a second model on other ranks than the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from dtron.model.lora import LoraConfig, without_updates
 from dtron.model.transformer import embed, stage_then
 from dtron.params import unshard
 from dtron.schedules.runner import Program
-from dtron.training.config import StepConfig
+from dtron.training.config import RunPlan, StepConfig
 from dtron.training.gradients import forwards
 from dtron.training.pipeline import Pipeline, pipeline
 
@@ -77,16 +77,40 @@ def needs_initial_weights(config: StepConfig) -> bool:
     return config.loss.objective.second_model is not None and not config.loss.folder
 
 
+def build_reference(
+    config: StepConfig,
+    m: ModelConfig,
+    pipe: Pipeline,
+    plan: RunPlan,
+    seq_len: int,
+    load: Callable[[Pipeline], Any],
+) -> Reference | None:
+    """Return the second model of the loss. None if the loss has none.
+
+    ``m``: the config of the second model.
+    ``pipe``: the pipeline of the step.
+    ``load``: returns the weights of the second model, for its own pipeline."""
+    objective = config.loss.objective
+    if objective.second_model is None:
+        return None
+    if uses_frozen_base(config):
+        return Reference(objective, config.model, pipe, None, plan.gather_each)
+    own = second_pipeline(config, m, pipe, plan.shape, seq_len)
+    return Reference(objective, m, own, load(own), plan.gather_each)
+
+
 def second_pipeline(
     config: StepConfig, m: ModelConfig, pipe: Pipeline, shape: MeshShape, seq_len: int
 ) -> Pipeline:
     """Return the pipeline of a second model on the ranks of ``pipe``, with its process groups."""
-    own = replace(config.pipeline, layers="")
-    plain = replace(config, model=m, lora=LoraConfig(), pipeline=own)
+    schedule = replace(config.pipeline, layers="")
+    plain = replace(config, model=m, lora=LoraConfig(), pipeline=schedule)
     counts = [t.microbatches for t in (pipe.table, *pipe.tables)]
     made = pipeline(plain, shape, counts[0], seq_len, pipe.layout, counts)
     template = None if pipe.template is None else pipe.template.new_empty(0, m.embed)
-    return replace(made, groups=pipe.groups, template=template, timeout=pipe.timeout)
+    own = {f.name: getattr(made, f.name) for f in fields(made)}
+    own |= {"groups": pipe.groups, "template": template, "timeout": pipe.timeout}
+    return replace(pipe, **own)  # a plan has a pipeline of another class
 
 
 def reference_program(objective: Objective, m: ModelConfig, layout: Layout) -> Program:
