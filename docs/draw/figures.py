@@ -16,6 +16,7 @@ import lab_figures
 import layer_figures
 import torch
 from expert_figure import experts
+from optimizer_figure import optimizers
 from plan_figure import example, plans
 from report_figure import losses
 from sheet import sheet
@@ -152,6 +153,7 @@ def figures() -> dict[str, str]:
         "ring.svg": ring(),
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), ModelConfig(layers=3)),
         "coordinate-check.svg": coordinates(),
+        "adamw-and-muon.svg": optimizers("gpt2-124m"),
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
         "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
         "course-gradient.svg": gradient_of_a_scale(MeshShape(dp=2, tp=2)),
