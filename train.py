@@ -9,7 +9,6 @@ library.
 """
 
 import sys
-import time
 
 if __name__ == "__main__":
     from dtron.runtime.exit import before_imports
@@ -22,29 +21,26 @@ from dtron.data import Data, open_data
 from dtron.hf import Source
 from dtron.runtime.batches import Batches
 from dtron.runtime.cli import parse
-from dtron.runtime.compile_cache import describe_first_step, open_compile_cache
+from dtron.runtime.compile_cache import open_compile_cache
 from dtron.runtime.config import RunConfig
 from dtron.runtime.determinism import deterministic
-from dtron.runtime.evaluation import find_tasks, task_metrics, validation_losses
+from dtron.runtime.evaluation import Evaluator, find_tasks
 from dtron.runtime.exit import run_cli
 from dtron.runtime.fault_tolerance import diagnose, diverged
 from dtron.runtime.generation import sample
 from dtron.runtime.initial_state import identity, initial_state, source_of
 from dtron.runtime.launch import host_group, plan_run, start_ranks
+from dtron.runtime.monitor import monitor
 from dtron.runtime.output import Output
-from dtron.runtime.profiler import Recorder
-from dtron.runtime.rank_watch import RankWatch
-from dtron.runtime.replica_check import ReplicaCheck
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
-from dtron.runtime.step_log import StepLog, describe
+from dtron.runtime.step_log import describe
 from dtron.runtime.trackers.tracker import check_installed
 from dtron.training.build import build_step
 from dtron.training.config import RunPlan
-from dtron.training.lr_schedule import learning_rate, weight_decay_factor
+from dtron.training.lr_schedule import scheduled_rates
 from dtron.training.pipeline import Pipeline
-from dtron.training.reference import needs_initial_weights
 
 
 def main(argv: list[str]) -> int:
@@ -59,11 +55,9 @@ def main(argv: list[str]) -> int:
             return 0
         samples = config.ramp.samples_after(config.steps)
         data = open_data(config.data, config.model.vocab, config.seed, samples)
-        # Frozen weights, and those of a second model, are in no checkpoint.
-        again = config.lora.rank > 0 or needs_initial_weights(config)
-        source = source_of(config) if again or not run.resumed else None
-        timeout = config.timeout_seconds
-        with start_ranks(config, plan) as pipe, StopSignal(host_group(timeout)) as stop:
+        source = source_of(config, run.resumed)
+        group = host_group(config.timeout_seconds)
+        with start_ranks(config, plan) as pipe, StopSignal(group) as stop:
             train(config, plan, pipe, data, run, stop, source)
     return stop.exit_code
 
@@ -88,63 +82,48 @@ def train(
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
         notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
-    watch, note = RankWatch.of_run(config, plan, stop.group)
     with (
-        watch,
-        StepLog(config, plan, run.path, state.step, run.start, pipe.awaited) as log,
+        monitor(config, plan, pipe, run, state, stop.group) as observer,
         AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
     ):
+        log = observer.log
+
+        def save(state: TrainState) -> float:
+            log.say(*observer.replicas.check(state), *run.restore())
+            return checkpoint.start_save(saver, state, pipe.spec, same)
+
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
-        log.say(describe(config, plan, data, state.step), *notes, *filter(None, [note]))
-        recorder = Recorder.of_run(config, run.path, state.step, plan.device)
+        log.say(describe(config, plan, data, state.step), *notes, *observer.notes)
         batches = Batches(config, plan, pipe.layout, data, state.step, state.samples)
         second = second_model(config, plan, pipe, source)
         step = build_step(config, plan, pipe, reference=second)
-        replicas = ReplicaCheck(config.check_replicas_every, pipe, plan.shape.atoms, stop.group)
-        stopped, first = False, state.step
+        evaluate = Evaluator(config, plan, pipe, data, second, tasks)
+        stopped = False
         while state.step < config.steps and not (stopped := stop.asked()):
-            recorder.begin()
-            watch.begin()
+            observer.begin()
             batch = batches.next()
-            progress = config.progress(state.step, state.samples)
-            lr = learning_rate(config.optim, progress)
-            decay = weight_decay_factor(config.optim, progress)
-            start = time.perf_counter()
+            rates = scheduled_rates(config.optim, config.progress(state.step, state.samples))
             loss, norm, reports, params, opt = step(
-                state.params, state.opt, *batch.inputs, lr, decay=decay
+                state.params, state.opt, *batch.inputs, rates.lr, decay=rates.decay
             )
-            launch = time.perf_counter() - start
-            if plan.compile and state.step == first:
-                log.say(describe_first_step(launch))
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
-            replicas.launch(state)
-            # Writes the step before, which is over.
-            log.launched(state, loss, norm, reports, lr, batch, decay)
-            waited = batch.wait_seconds, launch, log.wait_seconds
-            log.note(watch.end(state.step, batch.valid, *waited))
-            replicas.advance(state.step)
+            observer.launched(state, batch, rates, loss, norm, reports)
             log.say(*saver.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)
                 raise diverged(state.step - 1, f"{log.guard.reason}; {why}")
             evaluates, saves = config.evaluates_after(state.step), config.saves_after(state.step)
-            if recorder.end() or evaluates or saves:
-                log.finish()  # the host waits for the device
+            observer.end(evaluates or saves)
             if evaluates:
-                log.validation(validation_losses(state, data, config, plan, pipe, second))
-                log.tasks(task_metrics(tasks, state, data, config, plan, pipe))
+                evaluate(state, log)
             if saves:
-                log.say(*replicas.check(state), *run.restore())
-                log.saved_in(checkpoint.start_save(saver, state, pipe.spec, same))
+                log.saved_in(save(state))
             log.write()
         stop.training_is_over()
-        log.finish()
-        log.write()
-        replicas.finish()
+        observer.finish()
         if stopped:
-            log.say(*replicas.check(state), *run.restore())
-            checkpoint.start_save(saver, state, pipe.spec, same)
+            save(state)
             log.say(f"stopped by {stop.name} after step {state.step}; go on with --resume")
         elif config.sample_tokens:
             log.say("sample: " + sample(state.params, data, config, plan, pipe))

@@ -8,6 +8,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,15 @@ class GlobalBatch(NamedTuple):
     ``valid``: the number of targets in the loss, over all ranks.
     ``terms``: the number of terms of the loss, over all ranks: targets, or pairs.
     ``size``: the number of samples.
-    ``wait_seconds``: the time that this rank's host waited for the data."""
+    ``wait_seconds``: the time that this rank's host waited for the data.
+    ``ready``: when the batch was ready, in seconds of ``time.perf_counter``."""
 
     microbatches: list[Batch]
     valid: int
     terms: int
     size: int
     wait_seconds: float
+    ready: float
 
     @property
     def inputs(self) -> tuple[list[Batch], int]:
@@ -79,9 +82,9 @@ class Batches:
         microbatches = split(batch, self._config, self._plan, self._layout)
         tokens = batch.columns[0]
         assert tokens is not None  # ``Rows`` always has tokens
-        return GlobalBatch(
-            microbatches, batch.valid, batch.terms, len(tokens), self._prefetch.waited
-        )
+        size, waited = len(tokens), self._prefetch.waited
+        ready = time.perf_counter()
+        return GlobalBatch(microbatches, batch.valid, batch.terms, size, waited, ready)
 
 
 def to_host(rows: Rows, config: RunConfig, plan: RunPlan) -> HostBatch:

@@ -5,6 +5,7 @@ runs can be compared. Tasks of lm-evaluation-harness, if the run has any (runtim
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dtron.runtime.batches import split, to_host
 from dtron.runtime.config import RunConfig
 from dtron.runtime.generation import Sampling, generate
 from dtron.runtime.scoring import Scorer
+from dtron.runtime.step_log import StepLog
 from dtron.training.config import RunPlan
 from dtron.training.gradients import evaluate
 from dtron.training.offloaded_state import on_device
@@ -27,6 +29,28 @@ from dtron.training.reference import Reference
 from dtron.training.weight_average import NAME as EMA
 
 VALIDATION_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a run. All ranks make the same calls.
+
+    ``second``: the second model of the loss (None: it has none).
+    ``tasks``: the result of ``find_tasks``; None: no tasks."""
+
+    config: RunConfig
+    plan: RunPlan
+    pipe: Pipeline
+    data: Data
+    second: Reference | None
+    tasks: Any
+
+    def __call__(self, state: TrainState, log: StepLog) -> None:
+        """Log the validation losses of a finished step, then the metrics of its tasks. Raises
+        UserError if a loss is not finite."""
+        own = self.config, self.plan, self.pipe
+        log.validation(validation_losses(state, self.data, *own, self.second))
+        log.tasks(task_metrics(self.tasks, state, self.data, *own))
 
 
 def validation_losses(

@@ -33,6 +33,7 @@ from dtron.runtime.summary import Summary
 from dtron.runtime.trackers.tracked_run import TrackedRun
 from dtron.runtime.trackers.tracker import About
 from dtron.training.config import RunPlan
+from dtron.training.lr_schedule import Rates
 from dtron.training.reports import StepReports, describe_experts, describe_extras
 from dtron.tree import flat
 
@@ -45,8 +46,7 @@ class Launched(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     reports: StepReports
-    lr: float
-    decay: float | None
+    rates: Rates
     valid: int
     terms: int
     wait_seconds: float
@@ -86,16 +86,13 @@ class StepLog:
     def launched(
         self,
         state: TrainState,
+        batch: GlobalBatch,
+        rates: Rates,
         loss: Tensor,
         grad_norm: Tensor,
         reports: StepReports,
-        lr: float,
-        batch: GlobalBatch,
-        decay: float | None = None,
     ) -> None:
-        """Take the results of a step and the state after it, and write the step before.
-
-        ``decay``: the factor of the weight decay; None: it is constant."""
+        """Take the results of a step and the state after it, and write the step before."""
         end = mark(self._device)
         previous = self._launched
         self._launched = Launched(
@@ -104,8 +101,7 @@ class StepLog:
             loss,
             grad_norm,
             reports,
-            lr,
-            decay,
+            rates,
             batch.valid,
             batch.terms,
             batch.wait_seconds,
@@ -191,10 +187,10 @@ class StepLog:
         loss, norm, config = x.loss.item(), x.grad_norm.item(), self._config
         if warning := self.guard.note(x.step, loss, norm):
             self.say(warning)
-        record = self._metrics.step(x.step, loss, norm, x.lr, x.valid, x.end, x.wait_seconds)
+        record = self._metrics.step(x.step, loss, norm, x.rates.lr, x.valid, x.end, x.wait_seconds)
         record["samples"] = x.samples
-        if x.decay is not None:
-            record["weight_decay"] = x.decay * config.optim.largest_weight_decay
+        if x.rates.decay is not None:
+            record["weight_decay"] = x.rates.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model)
         record |= describe_extras(x.reports, self._stats, x.terms) | self._noted

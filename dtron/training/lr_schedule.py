@@ -27,6 +27,21 @@ class Progress(NamedTuple):
     last: int
 
 
+class Rates(NamedTuple):
+    """The numbers of an update that follow a schedule.
+
+    ``lr``: the learning rate.
+    ``decay``: the factor of the weight decay; None: it is constant."""
+
+    lr: float
+    decay: float | None
+
+
+def scheduled_rates(config: OptimConfig, at: Progress) -> Rates:
+    """Return the numbers of an update."""
+    return Rates(learning_rate(config, at), weight_decay_factor(config, at))
+
+
 def learning_rate(config: OptimConfig, at: Progress) -> float:
     """Return the learning rate of an update: warm-up to ``lr``, then the schedule. The schedule
     reaches ``min_lr_ratio * lr`` at the last update."""

@@ -24,7 +24,7 @@ from tests.helpers.train_cli import SIX, TINY, refused, run
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsys, number):
     run(run_dir.with_name("whole"), *SIX)
-    rate, calls = train.learning_rate, []
+    rate, calls = train.scheduled_rates, []
     if signal.getsignal(number) == signal.SIG_IGN:  # the tests were started by nohup
         signal.signal(number, signal.SIG_DFL)
 
@@ -34,7 +34,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(run_dir, monkeypatch, capsy
             signal.raise_signal(number)
         return rate(*args)
 
-    monkeypatch.setattr(train, "learning_rate", interrupted)
+    monkeypatch.setattr(train, "scheduled_rates", interrupted)
     found = run(run_dir, *SIX, "--save-every=0")
     assert [r["step"] for r in found] == [1, 2, 3] and files.newest(run_dir).name == "step-00000003"
     assert f"stopped by {number.name} after step 3; go on with --resume" in capsys.readouterr().out

@@ -35,14 +35,14 @@ sys.exit(run_cli(lambda argv: 0, []))
 
 def in_step(step: int, patch: pytest.MonkeyPatch, fault) -> None:
     """Call ``fault`` in this step of the next run."""
-    rate = train.learning_rate
+    rate = train.scheduled_rates
 
     def with_fault(optim, at: Progress) -> float:
         if at.done + 1 == step:
             fault()
         return rate(optim, at)
 
-    patch.setattr(train, "learning_rate", with_fault)
+    patch.setattr(train, "scheduled_rates", with_fault)
 
 
 # ---- the standard output

@@ -51,14 +51,14 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     """The next run of this process gets a signal in this step. It finishes the step, saves, and
     exits."""
-    rate = train.learning_rate
+    rate = train.scheduled_rates
 
     def signalled(optim, at: Progress) -> float:
         if at.done + 1 == step:
             signal.raise_signal(signal.SIGUSR1)
         return rate(optim, at)
 
-    patch.setattr(train, "learning_rate", signalled)
+    patch.setattr(train, "scheduled_rates", signalled)
 
 
 @pytest.mark.parametrize(
