@@ -92,7 +92,7 @@ def train(
     with (
         watch,
         StepLog(config, plan, run.path, state.step, run.start, pipe.awaited) as log,
-        AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
+        AsyncSaver(run.checkpoints, group, config.keep, config.keep_every) as saver,
     ):
         if config.save_every:
             saver.prepare(checkpoint.tensors(state, pipe.spec))
