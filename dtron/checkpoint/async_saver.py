@@ -16,6 +16,7 @@ save.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from torch import Tensor
 from dtron.checkpoint import files
 from dtron.checkpoint.meta import FORMAT, FileMeta, Meta, TensorMeta
 from dtron.checkpoint.shards import Shard, merged, shards_to_write, write_shards
+from dtron.checkpoint.slow_writes import Write, slow_writes
 from dtron.checkpoint.storage import AnyPath, storage_of
 from dtron.distributed.redistribute import rank
 from dtron.distributed.simulated_ranks import paused
@@ -127,12 +129,14 @@ class AsyncSaver:
         try:
             self._on_all_ranks(partial(self._begin, part))
             written = self._on_all_ranks(partial(self._write_file, file, copies))
-            listed = {name: entry for name, entry, _ in written}
-            tensors = merged([described for _, _, described in written])
+            listed = {name: entry for name, entry, *_ in written}
+            tensors = merged([described for _, _, described, _ in written])
             whole = Meta(format=FORMAT, step=step, files=listed, tensors=tensors, **meta)
             self._on_all_ranks(partial(self._finish, part, goal, whole))
             self.failed = None
             self._messages.append(f"saved {goal}")
+            for line in slow_writes([write for *_, write in written], goal.parent):
+                self._messages.append(f"warning: {goal.name}: {line}")
         except _Failed as failure:
             self.failed = f"{goal}: cannot write the checkpoint ({failure}); {storage.remedy}"
             self._messages.append(f"warning: {self.failed}; training goes on")
@@ -144,8 +148,11 @@ class AsyncSaver:
 
     def _write_file(
         self, file: AnyPath, copies: dict[str, Shard]
-    ) -> tuple[str, FileMeta, dict[str, TensorMeta]]:
-        return file.name, *write_shards(file, copies)
+    ) -> tuple[str, FileMeta, dict[str, TensorMeta], Write]:
+        start = time.perf_counter()
+        entry, described = write_shards(file, copies)
+        seconds = time.perf_counter() - start
+        return file.name, entry, described, Write(socket.gethostname(), entry.size, seconds)
 
     def _finish(self, part: AnyPath, goal: AnyPath, meta: Meta) -> None:
         if rank() == 0:
