@@ -84,7 +84,7 @@ def train(
     group = host_group(config.timeout_seconds)
     with (
         monitor(config, plan, pipe, run, state, stop.group) as observer,
-        AsyncSaver(run.path, group, config.keep, config.keep_every) as saver,
+        AsyncSaver(run.checkpoints, group, config.keep, config.keep_every) as saver,
     ):
         log = observer.log
 

@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": ("dtron.tools.evaluate", "evaluate a model on tasks, or by its perplexity on a text"),
     "profile": ("dtron.tools.profile", "print the time breakdown of a recorded step"),
     "data": ("dtron.data.__main__", "make and describe token files"),
-    "hf": ("dtron.hf.__main__", "export a run as a Hugging Face folder"),
+    "hf": ("dtron.hf.__main__", "export a run as a Hugging Face folder, or push it to the hub"),
     "checkpoint": ("dtron.checkpoint.__main__", "inspect the checkpoints of a run"),
     "schedules": ("dtron.schedules.__main__", "time pipeline schedules and draw them"),
     "fp8": ("dtron.fp8.__main__", "measure the rounding errors of each FP8 recipe"),

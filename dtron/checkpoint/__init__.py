@@ -8,7 +8,7 @@ from dtron.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dtron.checkpoint.async_saver import AsyncSaver
-    from dtron.checkpoint.files import folder, newest, read_meta
+    from dtron.checkpoint.files import FOLDER, folder, newest, read_meta
     from dtron.checkpoint.meta import FORMAT, Meta
     from dtron.checkpoint.shards import ShardReader
     from dtron.checkpoint.state import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "async_saver": ["AsyncSaver"],
-    "files": ["folder", "newest", "read_meta"],
+    "files": ["FOLDER", "folder", "newest", "read_meta"],
     "meta": ["FORMAT", "Meta"],
     "shards": ["ShardReader"],
     "state": [
@@ -44,6 +44,7 @@ _NAMES = {
 }
 
 __all__ = [  # noqa: F822
+    "FOLDER",
     "FORMAT",
     "Identity",
     "AsyncSaver",

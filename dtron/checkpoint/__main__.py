@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dtron.checkpoint import files
-from dtron.checkpoint.meta import Meta
+from dtron.checkpoint.meta import META, Meta
+from dtron.checkpoint.storage import AnyPath, any_path, storage_of
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
@@ -30,7 +31,9 @@ from dtron.runtime.exit import Parser, run_cli
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m dtron.checkpoint", description="Inspect checkpoints.")
     parser.add_argument("command", choices=["inspect", "convert"])
-    parser.add_argument("dir", type=Path, help="a run directory, or one checkpoint in it")
+    parser.add_argument(
+        "dir", help="a run directory, one checkpoint in it, or the same in an object store"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -40,14 +43,14 @@ def main(argv: list[str]) -> int:
     o = parser.parse_args(argv)
     console = Console(highlight=False)
     if o.command == "convert":
-        return _convert(o.dir, o.trust, console)
+        return _convert(Path(o.dir), o.trust, console)
     if o.trust:
         raise UserError("--trust: is for convert; leave it out")
-    return _inspect(o.dir, console)
+    return _inspect(any_path(o.dir), console)
 
 
-def _inspect(at: Path, console: Console) -> int:
-    if (at / files.META).exists():
+def _inspect(at: AnyPath, console: Console) -> int:
+    if META in storage_of(at).sizes(at, [META]):
         return _one(at, console)
     found = files.whole(at)
     if not found:
@@ -66,7 +69,7 @@ def _inspect(at: Path, console: Console) -> int:
     return 0 if all(state == "whole" for _, state in states) else 1
 
 
-def _state(path: Path) -> tuple[Meta | None, str]:
+def _state(path: AnyPath) -> tuple[Meta | None, str]:
     try:
         meta = files.read_meta(path)
     except ValueError as error:
@@ -75,7 +78,7 @@ def _state(path: Path) -> tuple[Meta | None, str]:
     return meta, f"damaged: {', '.join(bad)}" if bad else "whole"
 
 
-def _one(path: Path, console: Console) -> int:
+def _one(path: AnyPath, console: Console) -> int:
     """Print the weights of one checkpoint."""
     meta, state = _state(path)
     if meta is None:

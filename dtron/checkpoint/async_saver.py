@@ -4,9 +4,10 @@
               buffers each time. With a GPU the memory is pinned, so the copy has the full speed of
               the bus
     write     each rank writes one safetensors file, in a thread
-    check     each rank reads its file back and computes the checksum
-    finish    rank 0 lists files and tensors in ``meta.json``, renames the folder, and deletes
-              checkpoints that need not be kept
+    check     each rank computes the checksum of its file: read back from a disk, or summed up
+              during an upload
+    finish    rank 0 lists files and tensors in ``meta.json``, and deletes checkpoints that need not
+              be kept
 
 A save that fails (a full disk, a deleted folder) fails on all ranks. Nothing else is lost: the last
 good checkpoint stays, and ``drain_messages`` returns the reason. A save waits for the previous
@@ -15,13 +16,11 @@ save.
 
 from __future__ import annotations
 
-import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtron.checkpoint import files
-from dtron.checkpoint.meta import FORMAT, Meta
+from dtron.checkpoint.meta import FORMAT, FileMeta, Meta, TensorMeta
 from dtron.checkpoint.shards import Shard, merged, shards_to_write, write_shards
+from dtron.checkpoint.slow_writes import Write, slow_writes
+from dtron.checkpoint.storage import AnyPath, storage_of
 from dtron.distributed.redistribute import rank
 from dtron.distributed.simulated_ranks import paused
 from dtron.errors import LostRank, UserError
@@ -39,12 +40,13 @@ from dtron.errors import LostRank, UserError
 class AsyncSaver:
     """Saves checkpoints in a thread. ``save`` copies and returns; the thread writes.
 
+    ``place``: the run's directory, or a place in an object store (see files.py).
     ``group``: a gloo group of all processes that nothing else uses (None: one process).
     ``keep``, ``keep_every``: see ``files.prune``.
     ``failed``: why the last save failed, or None."""
 
-    def __init__(self, run_dir: Path, group: Any = None, keep: int = 0, keep_every: int = 0):
-        self._run_dir, self._group, self._keep, self._keep_every = run_dir, group, keep, keep_every
+    def __init__(self, place: AnyPath, group: Any = None, keep: int = 0, keep_every: int = 0):
+        self._place, self._group, self._keep, self._keep_every = place, group, keep, keep_every
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._messages: list[str] = []
@@ -121,29 +123,41 @@ class AsyncSaver:
         return {name: s._replace(local=self._buffers[name]) for name, s in shards.items()}
 
     def _write(self, step: int, copies: dict[str, Shard], meta: dict[str, Any]) -> None:
-        goal = files.target(self._run_dir, step)
-        part = goal.with_name(goal.name + ".part")
-        file = part / f"rank-{rank():05d}.safetensors"
+        goal, storage = files.target(self._place, step), storage_of(self._place)
+        part = storage.part(goal)
+        file = part / storage.file_name(rank())
         try:
-            self._on_all_ranks(partial(_make_empty, part))
-            tensors = merged(self._on_all_ranks(partial(write_shards, file, copies)))
-            described = self._on_all_ranks(partial(files.describe_files, [file]))
-            listed = {name: entry for each in described for name, entry in each.items()}
+            self._on_all_ranks(partial(self._begin, part))
+            written = self._on_all_ranks(partial(self._write_file, file, copies))
+            listed = {name: entry for name, entry, *_ in written}
+            tensors = merged([described for _, _, described, _ in written])
             whole = Meta(format=FORMAT, step=step, files=listed, tensors=tensors, **meta)
             self._on_all_ranks(partial(self._finish, part, goal, whole))
             self.failed = None
             self._messages.append(f"saved {goal}")
+            for line in slow_writes([write for *_, write in written], goal.parent):
+                self._messages.append(f"warning: {goal.name}: {line}")
         except _Failed as failure:
-            remedy = "free space, or choose another --run-dir"
-            self.failed = f"{goal}: cannot write the checkpoint ({failure}); {remedy}"
+            self.failed = f"{goal}: cannot write the checkpoint ({failure}); {storage.remedy}"
             self._messages.append(f"warning: {self.failed}; training goes on")
-            if rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
+            storage.discard(part, file)
 
-    def _finish(self, part: Path, goal: Path, meta: Meta) -> None:
+    def _begin(self, part: AnyPath) -> None:
         if rank() == 0:
-            files.finish(part, goal, meta)
-            files.prune(self._run_dir, meta.step, self._keep, self._keep_every)
+            storage_of(part).begin(part)
+
+    def _write_file(
+        self, file: AnyPath, copies: dict[str, Shard]
+    ) -> tuple[str, FileMeta, dict[str, TensorMeta], Write]:
+        start = time.perf_counter()
+        entry, described = write_shards(file, copies)
+        seconds = time.perf_counter() - start
+        return file.name, entry, described, Write(socket.gethostname(), entry.size, seconds)
+
+    def _finish(self, part: AnyPath, goal: AnyPath, meta: Meta) -> None:
+        if rank() == 0:
+            storage_of(part).finish(part, goal, meta)
+            files.prune(self._place, meta.step, self._keep, self._keep_every)
 
     def _on_all_ranks(self, fn: Callable[[], Any]) -> list[Any]:
         """Run ``fn`` on every rank and return all results. A failure on one rank is a failure on
@@ -152,7 +166,7 @@ class AsyncSaver:
         try:
             value = fn()
         except (OSError, RuntimeError, UserError) as error:
-            problem = reason(error, self._run_dir)
+            problem = reason(error, self._place)
         outcomes: list[Any] = [(value, problem)]
         if self._group is not None:
             outcomes = [None] * dist.get_world_size(self._group)
@@ -170,17 +184,10 @@ class _Failed(Exception):
     pass
 
 
-def reason(error: BaseException, folder: Path) -> str:
-    """Return in one line why a file in ``folder`` could not be written."""
-    with suppress(OSError):
-        if shutil.disk_usage(folder).free < 1 << 20:
-            return "No space left on device"
+def reason(error: BaseException, place: AnyPath) -> str:
+    """Return in one line why a file could not be written there."""
+    if storage_of(place).is_full(place):
+        return "No space left on device"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().splitlines()[-1]
-
-
-def _make_empty(folder: Path) -> None:
-    if rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import files
-from dtron.checkpoint.meta import FORMAT, META, Meta, Part, TensorMeta, peek
+from dtron.checkpoint.local_storage import LocalStorage, describe
+from dtron.checkpoint.meta import FORMAT, META, Meta, Part, TensorMeta
 from dtron.checkpoint.safetensors_writer import DTYPE_NAMES, write_file
 from dtron.errors import UserError
 from dtron.json_files import read_object
@@ -31,8 +32,8 @@ _FILE = "rank-00000.safetensors"
 
 def old_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run that have format 3."""
-    heads = ((path, peek(path)) for path in files.whole(run_dir))
-    return [path for path, head in heads if head and head[0] == OLD_FORMAT]
+    old = (one.path for one in files.found(run_dir) if one.format == OLD_FORMAT)
+    return [path for path in old if isinstance(path, Path)]
 
 
 def convert(path: Path) -> None:
@@ -71,10 +72,10 @@ def convert(path: Path) -> None:
         samples=old["samples"],
         updates=old["updates"],
         identity=old["identity"],
-        files=files.describe_files([part / _FILE]),
+        files={_FILE: describe(part / _FILE)},
         tensors=described,
     )
-    files.finish(part, path, meta)
+    LocalStorage().finish(part, path, meta)
 
 
 def _check(path: Path, old: dict[str, Any]) -> None:
@@ -89,5 +90,5 @@ def _check(path: Path, old: dict[str, Any]) -> None:
         raise UserError(f"{path}: {wrong}: the files are not the files that {META} lists")
     for name, (size, crc) in listed.items():
         file = path / name
-        if file.stat().st_size != size or files.checksum(file) != crc:
+        if file.stat().st_size != size or describe(file).crc32 != crc:
             raise UserError(f"{file}: is damaged, its checksum is another")

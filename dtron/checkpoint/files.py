@@ -1,8 +1,9 @@
-"""A checkpoint on disk: where it is, whether it is complete, and the checkpoints to keep. Nothing
-here needs torch.
+"""The checkpoints of a run: where they are, whether they are whole, and which to keep. Nothing here
+needs torch.
 
-``checkpoints/step-00000100`` is written as ``step-00000100.part`` and renamed when it is complete.
-So a reader sees a complete checkpoint or none. meta.py describes its ``meta.json``.
+``place`` is the run's directory, or the place in an object store that the run has chosen for its
+checkpoints (storage.py). A checkpoint is ``place/checkpoints/step-00000100``. A reader sees a whole
+checkpoint or none. meta.py describes its ``meta.json``.
 
 A checkpoint is what its ``meta.json`` says, whatever its folder is called: a renamed or copied
 checkpoint is found at its own step. Only folders that this program has named are ever deleted:
@@ -16,178 +17,123 @@ unnoticed.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from dtron.checkpoint.meta import (
-    META,
-    REMEDY,
-    FileMeta,
-    Meta,
-    decode_meta,
-    encode_meta,
-    peek_step,
-)
+from dtron.checkpoint.meta import META, REMEDY, Meta, decode_meta, parse_head
+from dtron.checkpoint.storage import AnyPath, storage_of
 from dtron.errors import UserError
-from dtron.json_files import is_there, open_regular, read_bytes
 
-_CHUNK = 1 << 24  # bytes
+FOLDER = "checkpoints"  # in a run's directory, or in its store
 _LARGEST_META = 1 << 32  # bytes
 _NAME = re.compile(r"step-(\d{8,})")
-_HALF_WRITTEN = re.compile(r"step-\d{8,}(\.old)?\.part")
 
 
 class Found(NamedTuple):
-    """A checkpoint in a run's directory.
+    """A checkpoint of a run.
 
-    ``named``: whether it has the name that this program gives to a checkpoint of this step."""
+    ``named``: whether it has the name that this program gives to a checkpoint of this step, and is
+        no link.
+    ``format``: of its files; 0: unknown."""
 
     step: int
     named: bool
-    path: Path
+    path: AnyPath
+    format: int
 
 
-def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+def folder(place: AnyPath) -> AnyPath:
+    return place / FOLDER
 
 
-def target(run_dir: Path, step: int) -> Path:
-    return folder(run_dir) / f"step-{step:08d}"
+def target(place: AnyPath, step: int) -> AnyPath:
+    return folder(place) / f"step-{step:08d}"
 
 
-def found(run_dir: Path) -> list[Found]:
+def found(place: AnyPath) -> list[Found]:
     """Return the finished checkpoints of a run, by step. Raises UserError if one of the folders may
     not be read, because a run that saw nothing there would begin anew."""
-    if not is_there(folder(run_dir)):
-        return []
+    storage = storage_of(place)
     try:
-        names = sorted(os.listdir(folder(run_dir)))
+        heads = storage.heads(folder(place))
     except OSError as error:
         raise UserError(
-            f"{folder(run_dir)}: cannot be listed ({error.strerror}), so nothing says whether it "
+            f"{folder(place)}: cannot be listed ({error.strerror}), so nothing says whether it "
             "holds checkpoints; give this user access, or choose another --run-dir"
         ) from error
     out = []
-    for name in names:
-        path = folder(run_dir) / name
-        if _HALF_WRITTEN.fullmatch(name) or not is_there(path / META):
-            continue
-        if not (path / META).is_file():
-            continue
+    for name, data in heads.items():
+        path, head = folder(place) / name, parse_head(data)
         match = _NAME.fullmatch(name)
         by_name = int(match[1]) if match else None
-        step = peek_step(path)
-        if step is not None:
-            out.append(Found(step, step == by_name, path))
+        if head is not None:
+            named = head[1] == by_name and not storage.is_link(path)
+            out.append(Found(head[1], named, path, head[0]))
         elif by_name is not None:  # damaged, which the reader will say if it is chosen
-            out.append(Found(by_name, False, path))
+            out.append(Found(by_name, False, path, 0))
     return sorted(out)
 
 
-def whole(run_dir: Path) -> list[Path]:
+def whole(place: AnyPath) -> list[AnyPath]:
     """Return the finished checkpoints of a run, oldest first."""
-    return [one.path for one in found(run_dir)]
+    return [one.path for one in found(place)]
 
 
-def newest(run_dir: Path) -> Path | None:
+def newest(place: AnyPath) -> AnyPath | None:
     """Return the newest finished checkpoint of a run."""
-    return next(reversed(whole(run_dir)), None)
+    return next(reversed(whole(place)), None)
 
 
-def checksum(file: Path) -> int:
-    """Return the CRC-32 of a file's bytes."""
-    out = 0
-    with os.fdopen(open_regular(file, follow=False), "rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            out = zlib.crc32(chunk, out)
-    return out
-
-
-def describe_files(files: Sequence[Path]) -> dict[str, FileMeta]:
-    """Return size and CRC-32 of each file by name, read back from the disk."""
-    return {file.name: FileMeta(file.stat().st_size, checksum(file)) for file in files}
-
-
-def finish(part: Path, goal: Path, meta: Meta) -> None:
-    """Turn a written folder into the checkpoint: write ``meta.json``, then rename the folder. An
-    older checkpoint of the same step is replaced; any other folder of this name is an error."""
-    with (part / META).open("wb") as file:
-        file.write(encode_meta(meta))
-        file.flush()
-        os.fsync(file.fileno())
-    old = None
-    if goal.exists():
-        if any(goal.iterdir()) and peek_step(goal) is None:
-            raise OSError(0, f"{goal.name} is there already, and is no checkpoint")
-        old = _set_aside(goal)
-    part.rename(goal)
-    opened = os.open(goal.parent, os.O_RDONLY)
-    os.fsync(opened)  # so that the new name survives a crash of the machine
-    os.close(opened)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _set_aside(path: Path) -> Path:
-    """Give a folder the name of a half-written one, so that no interrupted deletion leaves a
-    checkpoint that lacks files."""
-    aside = path.with_name(path.name + ".old.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    return aside
-
-
-def prune(run_dir: Path, saved: int, keep: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints and return the deleted paths. The last ``keep`` checkpoints up to the
+def prune(place: AnyPath, saved: int, keep: int, keep_every: int) -> list[AnyPath]:
+    """Delete old checkpoints and return the deleted ones. The last ``keep`` checkpoints up to the
     step ``saved`` stay (0: all stay). Checkpoints of steps that are multiples of ``keep_every``
     stay too, and so do renamed ones."""
-    own = [
-        one
-        for one in found(run_dir)
-        if one.named and one.step <= saved and not one.path.is_symlink()
-    ]
+    own = [one for one in found(place) if one.named and one.step <= saved]
     old = own[:-keep] if keep else []
     gone = [one.path for one in old if not (keep_every and one.step % keep_every == 0)]
     for path in gone:
-        shutil.rmtree(_set_aside(path))
+        storage_of(place).remove(path)
     return gone
 
 
-def clear_parts(run_dir: Path) -> None:
+def clear_parts(place: AnyPath) -> None:
     """Remove checkpoints that earlier processes left half-written."""
-    for path in folder(run_dir).glob("step-*.part"):
-        if _HALF_WRITTEN.fullmatch(path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    storage_of(place).clear(folder(place))
 
 
-def read_meta(path: Path) -> Meta:
+def read_meta(path: AnyPath) -> Meta:
     """Return the checkpoint's ``meta.json``. Raises UserError unless every file that it lists is
     present and has the listed size."""
-    meta = decode_meta(read_bytes(path / META, _LARGEST_META, follow=False), path)
+    storage = storage_of(path)
+    meta = decode_meta(storage.read(path / META, _LARGEST_META), path)
+    try:
+        sizes = storage.sizes(path, meta.files)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     for name, listed in meta.files.items():
-        file = path / name
-        have = file.stat().st_size if file.is_file() and not file.is_symlink() else 0
-        if have != listed.size:
+        if (have := sizes.get(name, 0)) != listed.size:
             raise UserError(
-                f"{file}: has {have} of {listed.size} bytes, so the checkpoint is not whole; "
-                f"{REMEDY}"
+                f"{path / name}: has {have} of {listed.size} bytes, so the checkpoint is not "
+                f"whole; {REMEDY}"
             )
     return meta
 
 
-def damaged(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> list[str]:
+def damaged(path: AnyPath, meta: Meta, part: int = 0, parts: int = 1) -> list[str]:
     """Return the names of the files whose checksum differs from the listed one. Of several
     processes each process checks every ``parts``-th file, from file ``part`` on."""
-    names = list(meta.files)[part::parts]
-    return [name for name in names if checksum(path / name) != meta.files[name].crc32]
+    names, storage = list(meta.files)[part::parts], storage_of(path)
+    try:
+        return [name for name in names if storage.checksum(path / name) != meta.files[name].crc32]
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def before(path: Path) -> Path | None:
+def _unreadable(path: AnyPath, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")
+
+
+def before(path: AnyPath) -> AnyPath | None:
     """Return the newest checkpoint before this one that is complete to the last byte."""
     known = {one.path: one.step for one in found(path.parent.parent)}
     for other, step in reversed(known.items()):

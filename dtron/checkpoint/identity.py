@@ -7,9 +7,9 @@ change between saving and resuming: the mesh, the ZeRO stage, the batch, the lea
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from dtron.checkpoint.storage import AnyPath
 from dtron.errors import UserError
 from dtron.layers.gated_delta_net import DeltaNetConfig
 from dtron.layers.mamba2 import Mamba2Config
@@ -19,7 +19,7 @@ from dtron.renamed import dotted
 Identity = dict[str, Any]
 
 
-def check_identity(path: Path, saved: Identity, now: Identity, other_optimizer: bool) -> None:
+def check_identity(path: AnyPath, saved: Identity, now: Identity, other_optimizer: bool) -> None:
     """Raise UserError for the first entry that differs.
 
     ``other_optimizer``: the name of the optimizer may differ."""

@@ -16,7 +16,6 @@ all tensors of a rank into memory a second time to write them, and reads every f
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from pathlib import Path
@@ -26,11 +25,12 @@ import msgspec
 from msgspec import Struct
 
 from dtron.errors import UserError
-from dtron.json_files import decode, open_regular
+from dtron.json_files import decode
 from dtron.renamed import current
 
 FORMAT = 4
 META = "meta.json"
+HEAD_BYTES = 256
 REMEDY = "delete it to resume from the one before"
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -87,11 +87,11 @@ def encode_meta(meta: Meta) -> bytes:
     return body + f',\n"crc32": {zlib.crc32(body)}\n}}\n'.encode()
 
 
-def decode_meta(data: bytes, path: Path) -> Meta:
+def decode_meta(data: bytes, path: Any) -> Meta:
     """Return the content of ``meta.json``. The identity of an older version gets today's names.
     Raises UserError for a damaged file, and for one that contradicts itself.
 
-    ``path``: the folder of the checkpoint."""
+    ``path``: the place of the checkpoint, of a disk or of an object store."""
     where = f"{path / META}"
     head = _HEAD.match(data)
     if head and int(head[1]) != FORMAT:
@@ -123,18 +123,8 @@ def decode_meta(data: bytes, path: Path) -> Meta:
     return msgspec.structs.replace(meta, identity=current(meta.identity))
 
 
-def peek(path: Path) -> tuple[int, int] | None:
-    """Return format and step of a checkpoint by the first bytes of its ``meta.json``, or None."""
-    try:
-        handle = open_regular(path / META, follow=False)
-    except OSError:
-        return None
-    head = _HEAD.match(os.read(handle, 256))
-    os.close(handle)
+def parse_head(data: bytes) -> tuple[int, int] | None:
+    """Return format and step of a checkpoint by the first ``HEAD_BYTES`` bytes of its
+    ``meta.json``. None: they are no such bytes."""
+    head = _HEAD.match(data)
     return (int(head[1]), int(head[2])) if head else None
-
-
-def peek_step(path: Path) -> int | None:
-    """Return the step of a checkpoint by the first bytes of its ``meta.json``, or None."""
-    head = peek(path)
-    return head[1] if head else None

@@ -6,27 +6,26 @@ end of its bytes. Nothing in a file can be executed, which is the purpose of the
 checkpoint is refused.
 
 The ``safetensors`` library reads slices through a memory map, so the number of bytes read is
-unknown. Here a rank reads with ``pread`` exactly the contiguous runs of bytes of its shard, and
-counts them. safetensors_writer.py writes the format.
+unknown. Here a rank reads exactly the contiguous runs of bytes of its shard, and counts them. The
+file may be in an object store (storage.py). safetensors_writer.py writes the format.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtron.checkpoint.shard_range import Range
+from dtron.checkpoint.storage import AnyPath, OpenFile, open_file
 from dtron.errors import UserError
-from dtron.json_files import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The other dtypes: quantised weights and their scales, and states in integers.
@@ -42,14 +41,13 @@ STORED = DTYPES | {
     "BOOL": torch.bool,
 }
 _LARGEST_HEADER = 100_000_000  # bytes; the library has the same limit
-_ONE_READ = 1 << 30  # Linux reads at most 2 GiB at a time
 
 
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file. Its bytes are ``start`` to ``stop``."""
 
-    file: Path
+    file: AnyPath
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -65,7 +63,7 @@ class TensorReader:
 
     def __init__(self, entries: dict[str, Entry], *, follow: bool = True):
         self.entries, self.bytes_read, self._follow = entries, 0, follow
-        self._open: dict[Path, int] = {}
+        self._open: dict[AnyPath, OpenFile] = {}
 
     def read(self, name: str, box: Sequence[Range] | None = None) -> Tensor:
         """Return the slice of a tensor inside ``box``, one range per dim (None: the whole tensor),
@@ -95,29 +93,24 @@ class TensorReader:
         if out.numel():
             memory = out.view(-1).view(torch.uint8).numpy().data
             size, filled = out.element_size(), 0
+            ranges = []
             for first, count in _runs(entry.shape, box):
                 part = memory[filled : filled + count * size]
-                self._fill(entry, part, entry.start + first * size)
+                ranges.append((entry.start + first * size, part))
                 filled += count * size
+            self._fill(entry, ranges)
+            self.bytes_read += filled
         return out
 
-    def _fill(self, entry: Entry, memory: memoryview, offset: int) -> None:
-        if entry.file not in self._open:
-            try:
-                self._open[entry.file] = open_regular(entry.file, follow=self._follow)
-            except OSError as error:
-                raise UserError(
-                    f"{entry.file}: cannot be read ({error.strerror}); make it readable"
-                ) from error
-        done = 0
-        while done < len(memory):
-            n = os.preadv(self._open[entry.file], [memory[done : done + _ONE_READ]], offset + done)
-            if not n:
-                raise UserError(
-                    f"{entry.file}: ends early; it was changed while it was read, start again"
-                )
-            done += n
-        self.bytes_read += done
+    def _fill(self, entry: Entry, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        try:
+            if entry.file not in self._open:
+                self._open[entry.file] = open_file(entry.file, follow=self._follow)
+            self._open[entry.file].read_ranges(ranges)
+        except OSError as error:
+            raise UserError(
+                f"{entry.file}: cannot be read ({error.strerror}); make it readable"
+            ) from error
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors new names, by the old names."""
@@ -125,7 +118,7 @@ class TensorReader:
 
     def close(self) -> None:
         for handle in self._open.values():
-            os.close(handle)
+            handle.close()
         self._open.clear()
 
 
@@ -146,16 +139,17 @@ def _runs(shape: Sequence[int], box: Sequence[Range]) -> Iterator[tuple[int, int
         yield start + sum(i * stride for i, stride in zip(outer, strides)), count
 
 
-def header(path: Path, *, follow: bool = True) -> dict[str, Entry]:
+def header(path: AnyPath, *, follow: bool = True) -> dict[str, Entry]:
     """Return the entries of a file, checked against the file's size. Raises UserError for a file
     that is not in safetensors format or is truncated.
 
     ``follow``: whether the file may be a symbolic link."""
     try:
-        with os.fdopen(open_regular(path, follow=follow), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= min(_LARGEST_HEADER, size - 8) else b""
+        with closing(open_file(path, follow=follow)) as file:
+            size = file.size
+            length = int.from_bytes(_read(file, 0, min(8, size)), "little")
+            fits = length <= min(_LARGEST_HEADER, size - 8)
+            text = _read(file, 8, length) if fits else b""
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
     base = 8 + length
@@ -191,6 +185,12 @@ def header(path: Path, *, follow: bool = True) -> dict[str, Entry]:
     return found
 
 
+def _read(file: OpenFile, offset: int, count: int) -> bytearray:
+    data = bytearray(count)
+    file.read_ranges([(offset, memoryview(data))])
+    return data
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object. Two equal keys are an error: each program would take another one."""
     out = dict(pairs)
@@ -199,7 +199,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _entry(path: Path, base: int, entries: Mapping[str, Any]) -> Entry:
+def _entry(path: AnyPath, base: int, entries: Mapping[str, Any]) -> Entry:
     (begin, end), shape = entries["data_offsets"], tuple(entries["shape"])
     numbers = (begin, end, *shape)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or begin > end:

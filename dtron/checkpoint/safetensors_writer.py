@@ -30,12 +30,28 @@ def write_file(
     *,
     sync: bool = False,
 ) -> None:
-    """Write tensors into a file in this order.
+    """Write tensors into a file at a path; see ``write_tensors``.
 
+    ``sync``: whether to wait until the disk has the bytes."""
+    with path.open("wb") as file:
+        write_tensors(file, tensors, make, metadata)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_tensors(
+    file: Any,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write tensors in this order.
+
+    ``file``: has ``write``, and is written from its begin to its end.
     ``tensors``: dtype and shape of each tensor by name.
     ``make``: makes the tensor of a name.
-    ``metadata``: strings for the header.
-    ``sync``: whether to wait until the disk has the bytes."""
+    ``metadata``: strings for the header."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for name, (dtype, shape) in tensors.items():
@@ -49,14 +65,8 @@ def write_file(
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (dtype, shape) in tensors.items():
-            x = make(name).to(dtype).contiguous()
-            assert x.shape == tuple(shape), (
-                f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
-            )
-            file.write(x.view(-1).view(torch.uint8).numpy().data)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, (dtype, shape) in tensors.items():
+        x = make(name).to(dtype).contiguous()
+        assert x.shape == tuple(shape), f"{name}: made {tuple(x.shape)}, announced {tuple(shape)}"
+        file.write(x.view(-1).view(torch.uint8).numpy().data)

@@ -11,15 +11,15 @@ differ from the mesh that wrote.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtron.checkpoint.meta import REMEDY, Meta, Part, TensorMeta
+from dtron.checkpoint.meta import REMEDY, FileMeta, Meta, Part, TensorMeta
 from dtron.checkpoint.safetensors import STORED, TensorReader, header
-from dtron.checkpoint.safetensors_writer import DTYPE_NAMES, write_file
+from dtron.checkpoint.safetensors_writer import DTYPE_NAMES, write_tensors
+from dtron.checkpoint.storage import AnyPath, storage_of
 from dtron.distributed.redistribute import shard_start, to_local
 from dtron.errors import UserError
 
@@ -64,15 +64,20 @@ def _is_writer(x: Tensor, i: int) -> bool:
     return replica == i % replicas
 
 
-def write_shards(path: Path, shards: Mapping[str, Shard]) -> dict[str, TensorMeta]:
-    """Write shards into a file, and return their description."""
+def write_shards(
+    path: AnyPath, shards: Mapping[str, Shard]
+) -> tuple[FileMeta, dict[str, TensorMeta]]:
+    """Write shards into a file. Return the descriptions of the file and of the shards."""
     tensors = {name: (s.local.dtype, s.local.shape) for name, s in shards.items()}
 
     def make(name: str) -> Tensor:
         return shards[name].local
 
-    write_file(path, tensors, make, {"format": "pt"}, sync=True)
-    return {name: s.part(path.name) for name, s in shards.items()}
+    def fill(file: Any) -> None:
+        write_tensors(file, tensors, make, {"format": "pt"})
+
+    written = storage_of(path).write(path, fill)
+    return written, {name: s.part(path.name) for name, s in shards.items()}
 
 
 def merged(described: Sequence[Mapping[str, TensorMeta]]) -> dict[str, TensorMeta]:
@@ -89,9 +94,9 @@ def merged(described: Sequence[Mapping[str, TensorMeta]]) -> dict[str, TensorMet
 class ShardReader:
     """Reads shards of the tensors of a checkpoint.
 
-    ``path``: the folder of the checkpoint."""
+    ``path``: the place of the checkpoint."""
 
-    def __init__(self, path: Path, meta: Meta) -> None:
+    def __init__(self, path: AnyPath, meta: Meta) -> None:
         self.path, self.meta = path, meta
         self._files: dict[str, TensorReader] = {}
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from dtron.checkpoint.identity import Identity, check_identity
 from dtron.checkpoint.meta import Meta
 from dtron.checkpoint.shard_range import Range, place_shard, shard_range
 from dtron.checkpoint.shards import Shard, ShardReader
+from dtron.checkpoint.storage import AnyPath
 from dtron.checkpoint.stored_values import read_state, read_values
 from dtron.distributed.redistribute import full, rank, shard_like, to_local
 from dtron.distributed.simulated_ranks import is_simulated, paused
@@ -57,13 +57,13 @@ class TrainState:
     opt: OptimizerState
 
 
-def save(run_dir: Path, state: TrainState, spec: Any, identity: Identity) -> Path:
+def save(place: AnyPath, state: TrainState, spec: Any, identity: Identity) -> AnyPath:
     """Write the state now. Every rank calls this. ``spec``: the declared tree, which names the
-    weights. Raises UserError if the folder cannot be written."""
-    saver = AsyncSaver(run_dir, dist.group.WORLD if _processes() else None)
+    weights. ``place``: see files.py. Raises UserError if the place cannot be written."""
+    saver = AsyncSaver(place, dist.group.WORLD if _processes() else None)
     start_save(saver, state, spec, identity)
     saver.close()
-    return files.target(run_dir, state.step)
+    return files.target(place, state.step)
 
 
 def start_save(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identity) -> float:
@@ -73,7 +73,7 @@ def start_save(saver: AsyncSaver, state: TrainState, spec: Any, identity: Identi
     return saver.save(state.step, tensors(state, spec), meta)
 
 
-def load(path: Path, state: TrainState, spec: Any, identity: Identity) -> TrainState:
+def load(path: AnyPath, state: TrainState, spec: Any, identity: Identity) -> TrainState:
     """Fill ``state`` from a checkpoint. The tensors of ``state`` have this run's placements and are
     overwritten.
 
@@ -106,7 +106,7 @@ def has_average(meta: Meta) -> bool:
     return any(name.startswith(f"{EMA}.") for name in meta.tensors)
 
 
-def check_average(path: Path, meta: Meta) -> None:
+def check_average(path: AnyPath, meta: Meta) -> None:
     """Raise UserError if a checkpoint has no average of the weights."""
     if not has_average(meta):
         raise UserError(
@@ -120,7 +120,7 @@ def _without_average(name: str) -> str:
     return f"params.{path}" if tree == EMA else name
 
 
-def verify_checksums(path: Path, meta: Meta) -> None:
+def verify_checksums(path: AnyPath, meta: Meta) -> None:
     """Compare the checksum of every file; raises UserError if a byte has changed. Every rank calls
     this. Each file is read once, by one of the ranks."""
     found = files.damaged(
@@ -148,7 +148,7 @@ def read_weight(reader: ShardReader, w: WeightSpec, average: bool = False) -> Te
 
 
 def load_params(
-    path: Path,
+    path: AnyPath,
     spec: Any,
     layout: Layout,
     dtype: torch.dtype,

@@ -1,5 +1,6 @@
 """``python -m dtron.hf export RUN DIR``: exports a run as a Hugging Face folder, or its updates as
-PEFT adapter files.
+PEFT adapter files. ``python -m dtron.hf push RUN org/name`` exports a run and uploads the export to
+the Hugging Face hub. In the place of a run it takes a folder that is exported already.
 
 The run's newest checkpoint is exported.
 """
@@ -13,15 +14,19 @@ if __name__ == "__main__":
 
     before_imports()
 
+import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dtron.errors import UserError
+from dtron.hf.push import check_push, push
 from dtron.runtime.exit import Parser, run_cli
 from dtron.runtime.export_run import export_adapter, export_run
+from dtron.runtime.run_directory import is_run
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
 
@@ -42,6 +47,20 @@ def parser() -> Parser:
     ).add_argument
     add("run", metavar="RUN", help="a run directory with a checkpoint")
     add("out", metavar="DIR", help="the folder to write, which must be empty or not exist")
+    _add_options(add)
+    add = commands.add_parser(
+        "push", help="export a run, and upload it to the Hugging Face hub"
+    ).add_argument
+    add("run", metavar="RUN", help="a run directory with a checkpoint, or the folder of an export")
+    add("name", metavar="ORG/NAME", help="the repository on the hub; it is made if it is not there")
+    add("--public", action="store_true", help="everyone may see it; a new one is private otherwise")
+    add("--message", metavar="TEXT", help="message of the commit")
+    _add_options(add)
+    return made
+
+
+def _add_options(add: Callable[..., Any]) -> None:
+    """Add the flags that say how a run is exported."""
     add(
         "--dtype",
         choices=["bfloat16", "float32"],
@@ -67,7 +86,6 @@ def parser() -> Parser:
         "merged into the model",
     )
     add("--ema", action="store_true", help="export the average of the weights (--optim.ema)")
-    return made
 
 
 def run_export(o: Namespace) -> int:
@@ -88,8 +106,26 @@ def run_export(o: Namespace) -> int:
     return 0
 
 
+def run_push(o: Namespace) -> int:
+    check_push(o.name)
+    folder = Path(o.run)
+    if is_run(folder):
+        with tempfile.TemporaryDirectory(prefix="dtron-push-") as made:
+            o.out = f"{made}/{o.name.rpartition('/')[2]}"
+            run_export(o)
+            url = push(Path(o.out), o.name, o.public, o.message or f"Export of {folder.name}")
+    else:
+        given = {"--dtype": o.dtype, "--family": o.family, "--adapter": o.adapter, "--ema": o.ema}
+        for flag in (flag for flag, value in given.items() if value):
+            raise UserError(f"{flag}: is for a run, and {folder} is none; leave {flag} out")
+        url = push(folder, o.name, o.public, o.message or "Upload with dtron")
+    print(f"{o.name}: {url}")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
-    return run_export(parser().parse_args(list(argv)))
+    o = parser().parse_args(list(argv))
+    return run_export(o) if o.command == "export" else run_push(o)
 
 
 if __name__ == "__main__":

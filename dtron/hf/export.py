@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.storage import AnyPath
 from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import load_tokenizer
 from dtron.errors import UserError
@@ -80,7 +81,7 @@ class ExportOptions:
 
 def export(
     m: ModelConfig,
-    found: Path,
+    found: AnyPath,
     run_dir: Path,
     out: Path,
     options: ExportOptions = ExportOptions(),

@@ -18,7 +18,14 @@ from dtron.renamed import dotted
 from dtron.runtime.config import RunConfig
 from dtron.training.batch_ramp import LARGEST_BATCH
 
-_PATHS = ("run_dir", "init_from", "compile_cache", "data.path", "data.tokenizer")
+_PATHS = (
+    "run_dir",
+    "checkpoint_store",
+    "init_from",
+    "compile_cache",
+    "data.path",
+    "data.tokenizer",
+)
 PROJECTS = {"wandb", "mlflow"}  # trackers with projects and names of runs
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _LARGEST = {

@@ -36,7 +36,7 @@ from dtron.runtime.check_values import check_path, check_values
 from dtron.runtime.config import RunConfig
 from dtron.runtime.config_file import take_file, toml_text
 from dtron.runtime.flags import OF_EVERY_COMMAND, flags_of, nearest, parsed_class
-from dtron.runtime.resume import check_source, of_this_start, with_value
+from dtron.runtime.resume import check_source, of_this_start, place_of_run, with_value
 
 # What ``load`` raises for a file that is no config. (UserError is a ValueError.)
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -133,19 +133,21 @@ def _parsed(argv: Sequence[str], default: Any, prog: str) -> Any:
 def _resumed(argv: Sequence[str]) -> RunConfig | None:
     """Return the config of the run that the arguments resume; None if they begin a run."""
     run_dir = _value_of(argv, "--run-dir") or RunConfig().run_dir
-    file = Path(run_dir) / CONFIG
+    store = _value_of(argv, "--checkpoint-store")
+    file, previous, reason = Path(run_dir) / CONFIG, RunConfig(), ""
     if _value_of(argv, "--resume") not in ("on", "auto") or not os.path.lexists(file):
-        return None
-    if checkpoint.newest(Path(run_dir)) is None:
         return None
     try:
         previous = load(file)
     except UNREADABLE as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if checkpoint.newest(place_of_run(store or previous.checkpoint_store, Path(run_dir))) is None:
+        return None
+    if reason:
         raise UserError(
             f"{file}: --resume cannot read the config of the run ({reason}); restore the file, or "
             "delete it and give all flags of the run"
-        ) from error
+        )
     check_source(_source(argv), previous)
     return of_this_start(previous, run_dir)
 

@@ -43,6 +43,9 @@ class RunConfig(StepConfig):
     """random seed of weights and data order"""
     run_dir: str = "runs/latest"
     """folder for metrics, the resolved config and checkpoints"""
+    checkpoint_store: str | None = None
+    """where checkpoints are, if not in run_dir: another folder, or a place in an object store, as
+    s3://bucket/runs/a"""
     init_from: str | None = None
     """Hugging Face folder (config.json and safetensors) with the model and its initial weights"""
     resume: Literal["off", "on", "auto"] = "off"

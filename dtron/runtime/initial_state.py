@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.storage import AnyPath
 from dtron.data import Data
 from dtron.distributed.symmetric_memory import publish_weights
 from dtron.errors import UserError
@@ -77,7 +77,7 @@ def initial_state(
     plan: RunPlan,
     pipe: Pipeline,
     identity: dict[str, Any],
-    resumed: Path | None,
+    resumed: AnyPath | None,
     source: Source | None,
 ) -> checkpoint.TrainState:
     """Return weights and optimizer state, with the placements of this run.

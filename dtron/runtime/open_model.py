@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.storage import AnyPath
 from dtron.data.files import one_line
 from dtron.data.special_tokens import end_id
 from dtron.data.tokenization import encoder_of, load_tokenizer
@@ -111,7 +112,7 @@ def _open(
 ) -> tuple[LoadWeights, ModelConfig, LoraConfig]:
     """Return a function that loads the weights of a folder, its model, and the updates of the
     model; see ``open_model``."""
-    if checkpoint.folder(folder).is_dir() or is_run(folder):
+    if (folder / checkpoint.FOLDER).is_dir() or is_run(folder):
         config, found = read_run(folder)
         if adapter is not None:
             raise UserError(f"--adapter {adapter}: is for the folder of a model; leave it out")
@@ -143,7 +144,7 @@ def _open(
 
 
 def _load_run(
-    found: Path,
+    found: AnyPath,
     config: RunConfig,
     spec: Any,
     layout: Layout,

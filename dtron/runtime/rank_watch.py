@@ -22,6 +22,7 @@ from dtron.distributed.redistribute import rank
 from dtron.runtime import gpu_health
 from dtron.runtime.config import RunConfig
 from dtron.runtime.gpu_health import HealthSampler, health_faults, health_metrics, open_nvml
+from dtron.runtime.pauses import Pauses
 from dtron.runtime.probes import Probes, stride_of
 from dtron.runtime.stragglers import CAUSES, Persistent, describe, slow_ranks
 from dtron.training.config import RunPlan
@@ -97,6 +98,7 @@ class RankWatch:
     ``every``: the number of steps between two looks; 0: never.
     ``group``: a gloo group of all processes that only the main thread uses (None: one process).
     ``health``: the GPU of this rank.
+    ``pauses``: of this process.
     ``clock``: returns seconds."""
 
     def __init__(
@@ -105,11 +107,12 @@ class RankWatch:
         device: str,
         group: Any = None,
         health: HealthSampler | None = None,
+        pauses: Pauses | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._every, self._group, self._clock = every, group, clock
         self._on_cpu = not device.startswith("cuda")
-        self._health = health or HealthSampler(None)
+        self._health, self._pauses = health or HealthSampler(None), pauses or Pauses()
         self._message: Message | None = None
         self._sample = self._health.newest
         self._tokens, self._tokens_of_samples = 0, 0
@@ -132,7 +135,9 @@ class RankWatch:
         if not config.watch_every or config.simulate or (group is None and on_cpu):
             return cls(0, plan.device), ""
         read, note = open_nvml(plan.device)
-        return cls(config.watch_every, plan.device, group, HealthSampler(read)), note
+        pauses = Pauses()
+        pauses.start()
+        return cls(config.watch_every, plan.device, group, HealthSampler(read), pauses), note
 
     def begin(self) -> None:
         """Mark the begin of a step on the host."""
@@ -169,7 +174,7 @@ class RankWatch:
         """Send what this rank has measured since the look before."""
         newest = self._health.newest
         energy = newest[ENERGY] - self._sample[ENERGY]
-        own = [x / self._steps for x in self._spent]
+        own = [x / self._steps for x in (*self._spent, self._pauses.read())]
         numbers = torch.tensor([*own, *self._probes.read(), energy, *newest], dtype=torch.float64)
         work = None
         if self._group is None:
@@ -199,6 +204,7 @@ class RankWatch:
         if kind is None:
             self._receive()  # no group may be destroyed while a message is under way
         self._health.close()
+        self._pauses.close()
 
 
 def _names(device: str, group: Any, ranks: int) -> list[str]:

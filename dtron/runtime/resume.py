@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dtron import checkpoint
+from dtron.checkpoint.storage import AnyPath, any_path
 from dtron.errors import UserError
 from dtron.hf.source_files import ORIGIN
 from dtron.renamed import dotted
@@ -88,7 +89,13 @@ def _shown(value: Any) -> str:
     return str(value) if value != "" else "''"
 
 
-def finished(config: RunConfig, newest: Path) -> bool:
+def place_of_run(store: str | None, run_dir: Path) -> AnyPath:
+    """Return where the checkpoints of a run are. ``store``: the value of ``--checkpoint-store``.
+    Raises UserError for a store that cannot be opened."""
+    return run_dir if store in (None, "None") else any_path(store, "--checkpoint-store")
+
+
+def finished(config: RunConfig, newest: AnyPath) -> bool:
     """Whether the newest checkpoint is the end of the run."""
     return checkpoint.read_meta(newest).step >= config.steps
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from dtron import checkpoint
 from dtron.checkpoint.files import clear_parts
+from dtron.checkpoint.storage import AnyPath, storage_of
 from dtron.data import Data
 from dtron.data.special_tokens import save_tokenizer
 from dtron.errors import LostRank, UserError
@@ -32,7 +33,7 @@ from dtron.json_files import is_there, read_bytes
 from dtron.runtime import cli
 from dtron.runtime.config import RunConfig
 from dtron.runtime.output import append_line, replace_file, writing
-from dtron.runtime.resume import changes, finished
+from dtron.runtime.resume import changes, finished, place_of_run
 from dtron.runtime.run_lock import LOCK, RunLock
 from dtron.runtime.step_records import STARTS
 from dtron.training.config import RunPlan
@@ -44,13 +45,15 @@ RESTART_PATIENCE = 30.0  # seconds for rank 0 of the attempt before to end
 class RunDirectory:
     """The directory that a run writes to. The body of ``with`` has the only run there.
 
+    ``checkpoints``: where its checkpoints are.
     ``resumed``: the checkpoint to resume from, or None.
     ``previous``: the config of the run that is resumed; None if its file is gone.
     ``finished``: the run has reached its last step, and ``--resume auto`` has nothing to do.
     ``start``: the record of this start, a line of ``starts.jsonl``; ``begin`` makes it."""
 
     path: Path
-    resumed: Path | None
+    checkpoints: AnyPath
+    resumed: AnyPath | None
     previous: RunConfig | None = None
     finished: bool = False
     start: dict[str, Any] = field(default_factory=dict)
@@ -64,18 +67,20 @@ class RunDirectory:
         written, belongs to a run that trains now, has nothing to resume, or holds another run that
         training would overwrite."""
         path = Path(config.run_dir)
+        place = place_of_run(config.checkpoint_store, path)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if config.resume == "on" and not (checkpoint.newest(path) or os.path.lexists(path / LOCK)):
-            raise _nothing_to_resume(path)  # a directory that the user mistyped is not created
+        if config.resume == "on" and not (checkpoint.newest(place) or os.path.lexists(path / LOCK)):
+            raise _nothing_to_resume(place)  # a directory that the user mistyped is not created
         lock = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             if int(os.environ.get("RANK", 0)) == 0:
                 lock = RunLock(path, RESTART_PATIENCE if restarted else 0.0)
+                check_store(config.checkpoint_store, place)
             with tempfile.TemporaryFile(dir=path):
                 pass
             # Not earlier: until the lock is held, another run may write checkpoints.
-            return cls._locked(config, path, restarted, lock)
+            return cls._locked(config, path, place, restarted, lock)
         except BaseException as error:
             if lock is not None:
                 lock.release()
@@ -89,15 +94,16 @@ class RunDirectory:
 
     @classmethod
     def _locked(
-        cls, config: RunConfig, path: Path, restarted: bool, lock: RunLock | None
+        cls, config: RunConfig, path: Path, place: AnyPath, restarted: bool, lock: RunLock | None
     ) -> RunDirectory:
-        newest = checkpoint.newest(path)
+        newest = checkpoint.newest(place)
         if config.resume == "on" and not newest:
-            raise _nothing_to_resume(path)
+            raise _nothing_to_resume(place)
         if newest and config.resume == "off" and not restarted:
+            flag = "--run-dir" if config.checkpoint_store is None else "--checkpoint-store"
             raise UserError(
-                f"--run-dir {path}: holds checkpoints of another run, up to {newest.name}; go on "
-                "from there with --resume, choose another --run-dir, or delete it"
+                f"{flag} {place}: holds checkpoints of another run, up to {newest.name}; go on "
+                f"from there with --resume, choose another {flag}, or delete it"
             )
         if not newest:
             _refuse_foreign(path)
@@ -107,7 +113,7 @@ class RunDirectory:
                 previous = cli.load(path / CONFIG)
         if newest and config.resume == "auto":
             over = finished(config, newest)
-        return cls(path, newest, previous, over, _lock=lock)
+        return cls(path, place, newest, previous, over, _lock=lock)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -129,7 +135,7 @@ class RunDirectory:
         Return lines for the log: what differs from the config of the run.
 
         ``step``, ``samples``: the steps that are done, and the samples that they have used."""
-        clear_parts(self.path)
+        clear_parts(self.checkpoints)
         self._write(self.path / CONFIG, cli.text(config).encode())
         with writing(self.path):
             if config.init_from and not self.resumed:
@@ -189,7 +195,24 @@ def _refuse_foreign(path: Path) -> None:
     )
 
 
-def _nothing_to_resume(path: Path) -> UserError:
+def check_store(store: str | None, place: AnyPath) -> None:
+    """Raise UserError if checkpoints cannot be written to the store of a run: hours may pass before
+    the first save.
+
+    ``store``: the value of ``--checkpoint-store``; None: the run directory, which is checked
+    already."""
+    if store is None:
+        return
+    storage = storage_of(place)
+    try:
+        storage.check(place)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint-store {store}: cannot be written ({error.strerror}); {storage.remedy}"
+        ) from error
+
+
+def _nothing_to_resume(path: AnyPath) -> UserError:
     return UserError(
         f"--resume: {path} has no checkpoint; drop --resume, train with --save-every, or use "
         "--resume auto"
@@ -258,9 +281,10 @@ def read_config(run_dir: Path) -> RunConfig:
         ) from error
 
 
-def read_run(run_dir: Path) -> tuple[RunConfig, Path]:
+def read_run(run_dir: Path) -> tuple[RunConfig, AnyPath]:
     """Return the config and the newest whole checkpoint of a run."""
-    config, newest = read_config(run_dir), checkpoint.newest(run_dir)
+    config = read_config(run_dir)
+    newest = checkpoint.newest(place_of_run(config.checkpoint_store, run_dir))
     if newest is None:
         raise UserError(
             f"{run_dir}: the run has no checkpoint yet; wait for its first one, or train with "

@@ -7,6 +7,8 @@ other rank has a part in them:
     data            seconds a step in which the rank's host waits for data, and its device for the
                     host
     host            seconds a step in which the rank's host works, and its device waits for it
+    pauses          seconds a step in which the rank's process stands still: it is stopped, or other
+                    programs have its CPU cores
     compute         seconds of a small fixed matmul on the rank's device
     communication   seconds of a small fixed message to the next rank and from the previous rank
 
@@ -23,8 +25,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-CAUSES = ("data", "host", "compute", "communication")
-OF_A_STEP = 0.1  # seconds of data and host above the median, over the seconds of a step
+CAUSES = ("data", "host", "pauses", "compute", "communication")
+OF_A_STEP = 0.1  # seconds of data, host and pauses above the median, over the seconds of a step
 OF_COMPUTE = 1.15  # a probe's time over the median
 OF_MESSAGES = 1.5
 LOOKS = 2  # in a row in which a rank must be slow
@@ -73,7 +75,7 @@ def slow_ranks(
 
 
 def _is_slow(cause: str, x: float, median: float, step: float) -> bool:
-    if cause in ("data", "host"):
+    if cause in ("data", "host", "pauses"):
         return x - median > OF_A_STEP * step
     return x > median * (OF_COMPUTE if cause == "compute" else OF_MESSAGES)
 
@@ -86,6 +88,11 @@ def describe(slow: Slow) -> str:
             return f"its host waits {of} a step for data, the median rank {median}"
         case "host":
             return f"its host works {of} a step, the median rank {median}"
+        case "pauses":
+            return (
+                f"its process stands still {of} a step, the median rank {median}; something stops "
+                "it, or other programs have its CPU cores"
+            )
         case "compute":
             return f"its device takes {of} for a fixed matmul, the median rank {median}"
     return f"its messages take {of}, the messages of the median rank {median}"

@@ -106,7 +106,10 @@ def _differences(runs: Sequence[RunRecord]) -> str:
     found = differences(runs)
     if not found:
         return html.section("Differences", "The configs of the runs are equal.")
-    rows = [[f"--{name.replace('_', '-')}", *map(str, row)] for name, row in found.items()]
+    rows = [
+        [f"--{name.replace('_', '-')}", *(str(x) if x != "" else "''" for x in row)]
+        for name, row in found.items()
+    ]
     headers = ["flag", *(run.name for run in runs)]
     text = "The values of the configs in which the runs differ."
     return html.section("Differences", text, html.table(headers, rows, code=(0,)))

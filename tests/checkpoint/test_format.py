@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dtron import checkpoint
 from dtron.checkpoint import files
 from dtron.checkpoint.__main__ import main as command
+from dtron.checkpoint.local_storage import describe
 from dtron.checkpoint.meta import META, Part, decode_meta, encode_meta
 from dtron.distributed.mesh_shape import MeshShape
 from dtron.distributed.simulated_ranks import simulated
@@ -91,7 +92,7 @@ def test_a_pickle_in_a_checkpoint_is_not_read(tmp_path, name):
     meta = files.read_meta(path) if name == "rank-00001.safetensors" else None
     if meta is None:
         meta = decode_meta((path / META).read_bytes(), path)
-        meta = with_files(meta, {**meta.files, **files.describe_files([path / name])})
+        meta = with_files(meta, {**meta.files, name: describe(path / name)})
         (path / META).write_bytes(encode_meta(meta))
     command(["inspect", str(path)])
     if name == "rank-00000.safetensors":

@@ -32,7 +32,7 @@ from dtron.testing import assert_caught
 from tests.helpers.train_cli import refused
 
 STEP = 1.0
-TYPICAL = {"data": 0.001, "host": 0.02, "compute": 1e-4, "communication": 5e-5}
+TYPICAL = {"data": 0.001, "host": 0.02, "pauses": 0.002, "compute": 1e-4, "communication": 5e-5}
 
 
 def numbers(ranks: int, seed: int) -> dict[str, list[float]]:
@@ -44,7 +44,7 @@ def numbers(ranks: int, seed: int) -> dict[str, list[float]]:
 def planted(found: dict[str, list[float]], rank: int, cause: str, stride: int) -> None:
     """Make a rank slow. Its messages go to one neighbour, and come from the other."""
     if cause != "communication":
-        found[cause][rank] += 0.2 if cause in ("data", "host") else 0.3 * TYPICAL[cause]
+        found[cause][rank] += 0.2 if cause in ("data", "host", "pauses") else 0.3 * TYPICAL[cause]
         return
     n = len(found[cause])
     for r in (rank - stride, rank, rank + stride):
@@ -70,7 +70,7 @@ def test_the_slow_rank_is_named_with_its_cause_and_no_other(ranks, place, cause,
 
 
 def test_the_fast_rank_of_two_is_the_measure():
-    for cause in ("data", "host", "compute"):
+    for cause in ("data", "host", "pauses", "compute"):
         names_the_slow_rank(2, 1, 1, cause, 0)
 
 
@@ -101,7 +101,8 @@ def test_messages_between_hosts_use_the_stride():
 def test_texts_have_a_unit():
     texts = [stragglers.describe(Slow(1, c, 2 * x, x)) for c, x in TYPICAL.items()]
     assert texts[0] == "its host waits 2 ms a step for data, the median rank 1 ms"
-    assert "200 us" in texts[2] and "100 us" in texts[3]
+    assert "stands still 4 ms a step, the median rank 2 ms" in texts[2]
+    assert "200 us" in texts[3] and "100 us" in texts[4]
 
 
 # ---- looks

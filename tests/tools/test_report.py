@@ -26,6 +26,7 @@ from dtron.tools.curves import METRICS, EvenSample, Metric, Point, ThinnedCurve,
 from dtron.tools.report import main, report_page
 from dtron.tools.run_record import differences, read_records
 from tests.helpers.browser import CHROMIUM, in_browser
+from tests.helpers.paths import ROOT
 
 MODEL = ModelConfig(layers=2, vocab=300)
 START = {"time": "2026-11-30T12:00:00+00:00", "step": 0, "commit": "c0ffee", "mesh": "dp=2"}
@@ -264,6 +265,22 @@ def test_runs_of_one_name_have_their_paths(tmp_path):
     assert [r.name for r in read_records([str(a), str(b)])] == [str(a), str(b)]
     with pytest.raises(UserError, match="given twice"):
         read_records([str(a), str(a)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium: apt-get install chromium")
+def test_the_screenshots_of_the_page_can_be_taken_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "draw"))
+    import report_screenshots as program
+
+    made = program.screenshots(tmp_path, tmp_path, steps=30)
+    pictures = sorted(program.FOLDER.glob("report-*.png"))
+    assert [file.name for file in pictures] == sorted(file.name for file in made)
+    for file in made:
+        picture = program.FOLDER / file.name
+        assert program.size_of(file) == program.size_of(picture), f"run {program.__file__}"
+        assert picture.stat().st_size <= program.LARGEST
+        assert file.stat().st_size > program.LARGEST / 5  # an empty page has few bytes
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium: apt-get install chromium")
