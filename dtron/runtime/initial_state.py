@@ -43,7 +43,7 @@ def identity(config: RunConfig, data: Data, source: Source | None = None) -> dic
     return settings
 
 
-def source_of(config: RunConfig, resumed: Path | None = None) -> Source | None:
+def source_of(config: RunConfig, resumed: AnyPath | None = None) -> Source | None:
     """Open the folder of the weights that a run begins with; None: they are random, or all of them
     are in the checkpoint ``resumed``. Frozen weights and a second model are in no checkpoint."""
     needed = resumed is None or config.lora.rank > 0 or needs_initial_weights(config)
