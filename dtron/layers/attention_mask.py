@@ -123,8 +123,9 @@ class FlexBlocks:
 
     @classmethod
     def of_selected(cls, mask: AttentionMask, size: int = 128) -> FlexBlocks:
-        """Return the blocks of ``mask.selected``. A block is empty if none of its queries selects one of
-        its keys. Otherwise flex asks for each pair. Plain operators make them, in any region."""
+        """Return the blocks of ``mask.selected``. A block is empty if none of its queries selects
+        one of its keys. Otherwise flex asks for each pair. Plain operators make the blocks, so they
+        may be in a recomputed region."""
         assert mask.selected is not None
         queries, keys = mask.selected.shape[1:]
         pairs = F.pad(mask.selected, (0, -keys % size, 0, -queries % size))
