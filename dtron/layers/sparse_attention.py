@@ -194,7 +194,11 @@ class SparseMLAMixer(MLAMixer):
         return sparse_mla(p, x_TD, inputs, layout, self.config, logits)
 
     def prepare(self, stage: StageInputs, layout: Layout) -> dict[int | None, AttentionInputs]:
-        """Choose the kernels again: a choice of keys, like documents, is no plain causal mask."""
+        """Choose the kernels again: a choice of keys, like documents, is no plain causal mask.
+        Forwards for validation and scoring ask for the default method over cp, whatever training
+        has: a ring, which becomes ``allgather``."""
+        if stage.cp_method == "ring":
+            stage = replace(stage, cp_method="allgather")
         found = super().prepare(stage, layout)
         x, least = stage.x_TD, min(self.head_dims)
         for window, inputs in found.items():

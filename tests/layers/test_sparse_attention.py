@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtron.distributed.mesh_shape import MeshShape
+from dtron.distributed.redistribute import full
 from dtron.distributed.simulated_ranks import simulated
 from dtron.errors import UserError
 from dtron.generation.cached_model import page_bytes
@@ -31,6 +32,7 @@ from dtron.model.batch import make_batch
 from dtron.model.block_outputs import MIXER_LOSS
 from dtron.model.flops import flops_per_token
 from dtron.model.mtp import MTPConfig
+from dtron.model.transformer import forward
 from dtron.moe.config import MoEConfig
 from dtron.rules import rules_for
 from dtron.runtime.config import DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -293,6 +295,22 @@ def test_mutants(name):
     config = configured(mesh, True, cp_method="allgather")
     with mock.patch.object(lightning_indexer, attribute, mutant):
         assert_caught(lambda: assert_same_step(config))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_validation_over_cp(documents):
+    """Known bug here: it asks for the default method over cp, which is a ring."""
+    rows = torch.arange(4 * 17).view(4, 17) * 7 % 61
+    of_rows = (rows[:, :-1] % 5 == 0).cumsum(1) if documents else None
+
+    @torch.no_grad()
+    def loss(layout: Layout) -> Tensor:
+        (params,) = weights(M, layout)
+        return full(forward(params, make_batch(rows, layout, of_rows), M, layout))
+
+    want = loss(ONE)
+    with simulated(MeshShape.parse("cp=2")) as device_mesh:
+        close(loss(Layout(device_mesh)), want)
 
 
 def test_the_report_is_that_of_one_device():
