@@ -52,6 +52,8 @@ FIXED = frozenset(
         "kv_dim",
         "v_dim",
         "gate_rank",
+        "index_heads",
+        "index_dim",
         "vocab",
         "positions",
         "taps",

@@ -28,6 +28,7 @@ RULES: Rules = {
     "act_kv_rank": (),
     "act_gate_rank": (),
     "kv_latent": (),
+    "act_index_heads": (),
     "act_key_heads": (),  # of a Mamba-2 with one group
     # weights
     "embed": ("dp", "cp"),  # the ZeRO row
@@ -36,12 +37,14 @@ RULES: Rules = {
     "gate_rank": ("dp", "cp"),  # and for the gates of Kimi delta attention
     "heads": ("tp",),
     "kv_heads": ("tp",),
+    "index_heads": ("tp",),  # of the indexer of sparse attention
     "key_heads": ("tp",),  # of linear attention
     "value_heads": ("tp",),
     "head_dim": (),
     "qk_dim": (),
     "kv_dim": (),
     "v_dim": (),
+    "index_dim": (),
     "mlp": ("tp",),
     "vocab": ("tp",),
     "positions": (),

@@ -12,6 +12,7 @@ from typing import Any
 from dtron.checkpoint.storage import AnyPath
 from dtron.errors import UserError
 from dtron.layers.gated_delta_net import DeltaNetConfig
+from dtron.layers.lightning_indexer import IndexerConfig
 from dtron.layers.mamba2 import Mamba2Config
 from dtron.model.lora import LoraConfig
 from dtron.renamed import dotted
@@ -55,7 +56,11 @@ def _with_unrecorded(saved: Identity) -> Identity:
     """Return the identity with the entries that older checkpoints lack, each with the value that
     their runs had."""
     latent = bool(saved.get("model.mla.kv_rank"))
-    mixers: dict[str, Any] = {"delta": DeltaNetConfig(), "mamba": Mamba2Config()}  # none had these
+    mixers: dict[str, Any] = {  # none had these
+        "delta": DeltaNetConfig(),
+        "mamba": Mamba2Config(),
+        "indexer": IndexerConfig(),
+    }
     values = {
         "optim.name": "adamw",
         "model.pattern": "A",

@@ -19,6 +19,7 @@ from dtron.hf.family import Family
 from dtron.hf.rope_config import explicit, object_of
 from dtron.json_files import is_there, read_object
 from dtron.layers.gated_delta_net import DeltaNetConfig
+from dtron.layers.lightning_indexer import IndexerConfig
 from dtron.layers.mamba2 import Mamba2Config
 from dtron.layers.rope import RopeConfig
 from dtron.model.check_model import LARGEST
@@ -38,6 +39,8 @@ FREE = (
     "init_std",
     "vocab_multiple",
     "mtp",
+    "indexer.loss",
+    "indexer.warmup",
     "moe.aux_loss",
     "moe.aux_level",
     "moe.z_loss",
@@ -227,6 +230,8 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         "mup_base_head_dim": 0,
         "vocab_multiple": 1,
         "mtp": MTPConfig(),
+        "indexer.loss": IndexerConfig().loss,
+        "indexer.warmup": False,
         "moe.aux_loss": 0.0,
         "moe.aux_level": "micro_batch",
         "moe.z_loss": 0.0,
@@ -238,6 +243,8 @@ def _comparable(m: ModelConfig) -> ModelConfig:
         same["mlp"] = 1
     if not m.moe.experts:
         same["moe"] = MoEConfig()
+    if not any(mixer.chooses for mixer in m.mixers):
+        same["indexer"] = IndexerConfig()
     if m.latent:
         same |= {"kv_heads": 1, "head_dim": 2}
     elif m.attention_scale is None:

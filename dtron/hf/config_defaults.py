@@ -144,6 +144,15 @@ DEEPSEEK_V3: Defaults = {
     "topk_group": 4,
     "topk_method": "noaux_tc",
 }
+DEEPSEEK_V32: Defaults = {
+    **{key: value for key, value in DEEPSEEK_V3.items() if key != "topk_method"},
+    "head_dim": 64,
+    "max_position_embeddings": 163_840,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "mlp_layer_types": None,
+}
 OLMO2: Defaults = {**LLAMA, "vocab_size": 50_304, "rms_norm_eps": 1e-5}
 OLMO3: Defaults = {
     **OLMO2,

@@ -55,6 +55,11 @@ DEEPSEEK_KEYS = {
     "moe.groups": "n_group",
     "moe.group_top_k": "topk_group",
 }
+DEEPSEEK_V32_KEYS = DEEPSEEK_KEYS | {
+    "indexer.heads": "index_n_heads",
+    "indexer.head_dim": "index_head_dim",
+    "indexer.top_k": "index_topk",
+}
 _GEMMA_KEYS = LLAMA_KEYS | {"final_softcap": "final_logit_softcapping"}
 GEMMA2_KEYS = _GEMMA_KEYS | {"softcap": "attn_logit_softcapping"}
 GEMMA3_KEYS = _GEMMA_KEYS

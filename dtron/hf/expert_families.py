@@ -17,6 +17,7 @@ from dtron.model.config import ModelConfig
 _SILU = {"hidden_act": "silu", "attention_bias": False}
 _DEEPSEEK_DEMANDS = _SILU | {"moe_layer_freq": 1}
 _DEEPSEEK_BLOCK = tables.NORMS | tables.LATENT | tables.MLP | tables.EXPERTS
+_DEEPSEEK_V32_BLOCK = _DEEPSEEK_BLOCK | tables.INDEXER
 _ATTENTION = {path: row for path, row in tables.ATTENTION.items() if "norm" not in path}
 
 # ---------------------------------------------------------------------------- beyond the tables
@@ -39,6 +40,23 @@ def _write_deepseek(m: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": m.heads,
         "head_dim": m.mla.rope_dim,
     }
+
+
+def _read_deepseek_v32(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A list of the layers' types counts, and not the number of dense layers."""
+    types, more = entries["mlp_layer_types"], _read_deepseek(entries, fields)
+    if types is None:
+        return more
+    if not set(types) <= {"dense", "sparse"} or len(types) != fields["layers"]:
+        raise UserError(f"mlp_layer_types is {types} for {fields['layers']} layers")
+    kinds = "".join("DF"[kind == "sparse"] for kind in types)
+    return more | {"feed_forwards": kinds, "moe.dense_layers": 0}
+
+
+def _write_deepseek_v32(m: ModelConfig) -> dict[str, Any]:
+    types = [("dense", "sparse")[m.sparse(i)] for i in range(m.layers)]
+    first = next((i for i in range(m.layers) if m.sparse(i)), m.layers)
+    return _write_deepseek(m) | {"mlp_layer_types": types, "first_k_dense_replace": first}
 
 
 def _read_deepseek_v2(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +185,25 @@ EXPERTS = (
         ignored=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{later}\..*"),
         read=_read_deepseek,
         write=_write_deepseek,
+    ),
+    Family(
+        "deepseek_v32",
+        "DeepseekV32ForCausalLM",
+        weights=tables.ENDS | _DEEPSEEK_V32_BLOCK | tables.mtp_module(_DEEPSEEK_V32_BLOCK),
+        keys=keys.DEEPSEEK_V32_KEYS,
+        rope=RopeFormat(latent=True),
+        defaults=defaults.DEEPSEEK_V32,
+        fixed={"pattern": "I", "moe.score": "sigmoid", "moe.bias_rate": 0.001},
+        demands={
+            **_DEEPSEEK_DEMANDS,
+            "mlp_bias": False,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+        stacked=tables.STACKED_EXPERTS,
+        ignored=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.{later}\..*"),
+        read=_read_deepseek_v32,
+        write=_write_deepseek_v32,
     ),
     Family(
         "glm4_moe",

@@ -112,6 +112,16 @@ LATENT = block_rows(
         "mla.w_o": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
     },
 )
+INDEXER = block_rows(
+    LAYER + "self_attn.indexer.",
+    {
+        "mla.indexer.w_q": ("wq_b.weight", "(n h) r -> r n h"),
+        "mla.indexer.w_k": ("wk.weight", "h d -> d h"),
+        "mla.indexer.k_scale": ("k_norm.weight", "h -> h"),
+        "mla.indexer.k_bias": ("k_norm.bias", "h -> h"),
+        "mla.indexer.w_heads": ("weights_proj.weight", "n d -> d n"),
+    },
+)
 MLP = block_rows(
     LAYER,
     {

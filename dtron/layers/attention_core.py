@@ -92,7 +92,8 @@ def core(
     group, queries = q.shape[1] // k.shape[1], mask.queries
     assert queries is not None
     q_grouped = q.unflatten(1, (-1, group)).flatten(2, 3)
-    mask = replace(mask, queries=queries.repeat(1, group))
+    selected = None if mask.selected is None else mask.selected.repeat(1, group, 1)
+    mask = replace(mask, queries=queries.repeat(1, group), selected=selected)
     o = attend_to_all(q_grouped, k, v, None, None, mask)
     return o.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
 

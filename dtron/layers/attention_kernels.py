@@ -125,7 +125,7 @@ def attention_sdpa(
 
     if q.shape[1] != k.shape[1]:
         k, v = recompute_in_backward(repeat, k, v)
-    plain = not mask.windowed and documents_BS is None and mask.queries is None
+    plain = mask.plain and documents_BS is None
     bias = None if plain else allowed(mask, documents_BS, q.device)
     if q.is_cuda:
         kernels = sdpa_kernel(_FASTEST, set_priority=True)
@@ -191,6 +191,8 @@ def with_blocks(
     the block is empty, full or partial. All layers share the block mask. A stage makes it once,
     before its transformer blocks, because torch does not compile this construction inside a
     recomputed region."""
+    if mask.selected is not None:
+        return replace(mask, blocks=FlexBlocks.of_selected(mask))
     rows = None if documents_BS is None else len(documents_BS)
     queries = None if mask.queries is None else mask.queries.expand(rows or 1, -1)
     sizes = (mask.seq_len if x is None else x.shape[-1] for x in (queries, mask.keys))
@@ -281,7 +283,7 @@ def choose(
     if path != "auto":
         return path
     slow = with_bias(mask.softcap, sinks)
-    if slow == "sdpa" and not documents and not mask.windowed and mask.queries is None:
+    if slow == "sdpa" and not documents and mask.plain:
         return "sdpa"
     if kernel_device(device) == "cuda" and head_dim >= LEAST_HEAD_DIM and dtype != torch.float64:
         return "flex"

@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -30,7 +31,9 @@ class AttentionMask:
     ``queries [B, S]``, ``keys [S]``: the places of the given queries and keys in the sequence
         (None: the whole sequence in order; B = 1: the same in every row). kv_cache.py and
         context_parallel.py set the places.
-    ``blocks``: for flex only, see ``with_blocks`` in attention_kernels.py."""
+    ``blocks``: for flex only, see ``with_blocks`` in attention_kernels.py.
+    ``selected [B, queries, keys]``: the pairs that see each other. No other rule counts beside it
+        (sparse_attention.py)."""
 
     seq_len: int
     window: int | None = None
@@ -40,6 +43,12 @@ class AttentionMask:
     keys: Tensor | None = None
     blocks: FlexBlocks | None = None
     chunked: bool = False
+    selected: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token of a whole row sees itself and all earlier tokens."""
+        return not self.windowed and self.queries is None and self.selected is None
 
     @property
     def windowed(self) -> bool:
@@ -70,6 +79,8 @@ def sees(
 def allowed(mask: AttentionMask, documents_BS: Tensor | None, device: torch.device) -> Tensor:
     """Return ``[B, 1, S, S]``: True where the query (row) may see the key (column). B = 1 if all
     batch rows are the same."""
+    if mask.selected is not None:
+        return mask.selected[:, None]
     i, j = mask.places(device)
     rows = max(len(i), 1 if documents_BS is None else len(documents_BS))
     b = torch.arange(rows, device=device)[:, None, None, None]
@@ -88,6 +99,8 @@ class MaskRule:
 
     def __call__(self, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Return whether query i of row b may see key j. All heads n have one mask."""
+        if self.mask.selected is not None:
+            return self.mask.selected[b, i, j]
         query = i if self.queries is None else self.queries[b, i]
         key = j if self.mask.keys is None else self.mask.keys[j]
         return sees(self.mask, self.documents_BS, b, query, key)
@@ -107,6 +120,23 @@ class FlexBlocks:
     def of(cls, made: BlockMask, rule: MaskRule) -> FlexBlocks:
         names = [name for name in signature(BlockMask).parameters if name != "mask_mod"]
         return cls({name: getattr(made, name) for name in names}, rule)
+
+    @classmethod
+    def of_selected(cls, mask: AttentionMask, size: int = 128) -> FlexBlocks:
+        """Return the blocks of ``mask.selected``. A block is empty if none of its queries selects
+        one of its keys. Otherwise flex asks for each pair. Plain operators make the blocks, so they
+        may be in a recomputed region."""
+        assert mask.selected is not None
+        queries, keys = mask.selected.shape[1:]
+        pairs = F.pad(mask.selected, (0, -keys % size, 0, -queries % size))
+        some_BQK = pairs.unflatten(2, (-1, size)).unflatten(1, (-1, size)).any(-1).any(2)
+        counts = some_BQK.sum(-1, dtype=torch.int32)[:, None]
+        order = some_BQK.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
+        rule = MaskRule(mask, None, None)
+        made = BlockMask.from_kv_blocks(
+            counts, order, BLOCK_SIZE=size, mask_mod=rule, seq_lengths=(queries, keys)
+        )
+        return cls.of(made, rule)
 
     def block_mask(self) -> BlockMask:
         def rule(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:

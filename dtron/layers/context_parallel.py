@@ -207,7 +207,7 @@ def by_allgather(
 ) -> Tensor:
     """Compute attention by ``allgather``; see the module."""
     widths = (k.shape[1] * k.shape[2], v.shape[1] * v.shape[2])
-    rows = _whole_rows(torch.cat([k.flatten(1), v.flatten(1)], dim=-1), context, layout)
+    rows = whole_rows(torch.cat([k.flatten(1), v.flatten(1)], dim=-1), context, layout)
     k, v = (
         _heads_first(x.unflatten(-1, like.shape[1:]))
         for x, like in zip(rows.split(widths, dim=-1), (k, v), strict=True)
@@ -217,11 +217,22 @@ def by_allgather(
     return o.transpose(1, 2).flatten(0, 1)
 
 
-def _whole_rows(x_TC: Tensor, context: ContextParallelMask, layout: Layout) -> Tensor:
+def whole_rows(x_TC: Tensor, mask: AttentionMask | ContextParallelMask, layout: Layout) -> Tensor:
     """Return ``[B, S, C]``, in the order of ``order_S``, from this rank's shard of each row."""
+    if isinstance(mask, AttentionMask):
+        return x_TC.unflatten(0, (-1, mask.seq_len))
     n = layout.parts(AXIS)
     x_TC = all_gather(x_TC, _peers(layout).ranks)  # over cp; backward: reduce-scatter
-    return x_TC.unflatten(0, (n, -1, len(context.order_S) // n)).transpose(0, 1).flatten(1, 2)
+    return x_TC.unflatten(0, (n, -1, len(mask.order_S) // n)).transpose(0, 1).flatten(1, 2)
+
+
+def own_queries(mask: AttentionMask | ContextParallelMask, layout: Layout) -> AttentionMask:
+    """Return the mask between this rank's queries and all keys of their rows, in the order of
+    ``order_S``."""
+    if isinstance(mask, AttentionMask):
+        return mask
+    shards_PC = mask.order_S.unflatten(0, (layout.parts(AXIS), -1))
+    return replace(mask.mask, queries=shards_PC[mask.place], keys=mask.order_S)
 
 
 def largest_of_shard(
@@ -236,15 +247,9 @@ def largest_of_shard(
 
     ``documents_T``: ``[T@rows]``.
     ``mask``: a result of ``prepare``."""
-    if isinstance(mask, AttentionMask):
-        whole = mask
-        q, k = (x.unflatten(0, (-1, mask.seq_len)) for x in (q_TNH, k_TKH))
-    else:
-        shards_PC = mask.order_S.unflatten(0, (layout.parts(AXIS), -1))
-        whole = replace(mask.mask, queries=shards_PC[mask.place], keys=mask.order_S)
-        k = _whole_rows(k_TKH.detach().flatten(1), mask, layout)
-        k = k.unflatten(-1, k_TKH.shape[1:])
-        q = q_TNH.unflatten(0, (len(k), -1))
+    whole = own_queries(mask, layout)
+    k = whole_rows(k_TKH.detach().flatten(1), mask, layout).unflatten(-1, k_TKH.shape[1:])
+    q = q_TNH.unflatten(0, (len(k), -1))
     documents = None if documents_T is None else documents_T.unflatten(0, (-1, whole.seq_len))
     return largest_logits(_heads_first(q), _heads_first(k), documents, whole)
 

@@ -67,12 +67,15 @@ class MixerInputs:
         per seq_len).
     ``eps``: the epsilon of norms.
     ``recipe``: the recipe for FP8 matmuls, or None.
-    ``cache``: the decoding cache of this block, see ``Mixer.empty_cache`` (None: no generation)."""
+    ``cache``: the decoding cache of this block, see ``Mixer.empty_cache`` (None: no generation).
+    ``valid_T [T@tokens_sp]``: whether a token counts in a loss (None: the layer need not return a
+        term of the loss, see ``Mixer.loss_name``)."""
 
     documents_T: Tensor | None = None
     eps: float = 1e-5
     recipe: Recipe | None = None
     cache: Any = None
+    valid_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,9 @@ class Mixer(Leaf):
     paged: ClassVar[bool] = False
     """whether the decoding cache has pages that the rows share, and no state of constant size for
     each row"""
+    chooses: ClassVar[bool] = False
+    """whether the layer makes a choice that backward must not make again
+    (model/activation_checkpoint.py)"""
     widths: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     """the sizes in the model's config that grow with its width (model/widths.py)"""
 
@@ -110,6 +116,11 @@ class Mixer(Leaf):
     def norm_eps(self) -> float:
         """The epsilon of the norms inside the layer."""
         return self.model.norm_eps
+
+    @property
+    def loss_name(self) -> str | None:
+        """The name of the layer's own term of the loss in reports; None: the layer has none."""
+        return None
 
     @property
     def score_growth(self) -> float:
@@ -136,6 +147,15 @@ class Mixer(Leaf):
         """Return the result of ``apply``, and the largest attention logit of each head over this
         microbatch: ``[N@heads]``, where a maximum over tokens is pending (attention_logits.py). For
         a mixer that ``has_logits``."""
+        raise NotImplementedError
+
+    def apply_with_loss(
+        self, p: Any, x_TD: Tensor, inputs: Any, layout: Layout, logits: bool
+    ) -> tuple[Tensor, ...]:
+        """Return the result of ``apply``, or with ``logits`` of ``apply_with_logits``, and two sums
+        over tokens that are pending: the layer's term of the loss, and for the report ``[2]``, the
+        loss without its weight and the number of tokens that count. For a mixer with a
+        ``loss_name``; ``inputs.valid_T`` has the tokens that count."""
         raise NotImplementedError
 
     def logit_factors(self, p: Any, factor_N: Tensor) -> dict[str, Tensor]:

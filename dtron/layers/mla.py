@@ -127,16 +127,8 @@ def mla_outputs(
 ) -> tuple[Tensor, ...]:
     """Return the result of ``mla``, and with ``logits`` also the largest logit of each head:
     ``[N@heads]``, a pending maximum over tokens."""
-    table_TH, recipe, eps = inputs.table_TH, inputs.recipe, inputs.eps
-    q_TR = x_TD  # local, like the next lines: each rank has its own tokens
-    if p.w_q_down is not None and p.q_norm is not None:
-        q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
-    rank = p.kv_norm.scale.shape[0]
-    rope_dim = p.w_kv_down.shape[-1] - rank
-    c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rope_dim], dim=-1)
-    latents_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH], dim=-1)
-    latents_TR = layout.constrain(latents_TR, "tokens", None)  # all-gather over tp
-    q_TR, c_TR, k_TH = latents_TR.split([q_TR.shape[-1], rank, rope_dim], dim=-1)
+    table_TH, recipe = inputs.table_TH, inputs.recipe
+    q_TR, c_TR, k_TH = latents(p, x_TD, inputs, layout)
     w_q = p.w_q if p.w_q_up is None else p.w_q_up
     assert w_q is not None
     q_TNH = linear(q_TR, w_q, recipe=recipe)  # local
@@ -155,7 +147,7 @@ def mla_outputs(
         table_TH: Tensor | None,
         documents_T: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        own = _heads(q_TNH, kv_TNH, k_TH, table_TH)
+        own = heads_of(q_TNH, kv_TNH, k_TH, table_TH)
         o_TNH = core(own, documents_T, None, Past(), inputs, layout)
         return (o_TNH, largest(own, documents_T, inputs, layout)) if logits else (o_TNH,)
 
@@ -167,7 +159,28 @@ def mla_outputs(
     return layout.constrain(y_TD, "tokens_sp", "act_embed"), *largest_N  # reduce-scatter over tp
 
 
-def _heads(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor | None) -> Heads:
+def latents(
+    p: MLA, x_TD: Tensor, inputs: AttentionInputs, layout: Layout, *more_TX: Tensor
+) -> list[Tensor]:
+    """Return the latent of queries (without one: the residual stream), the latent of keys and
+    values, and the rotary key: ``[T@tokens, ...]`` each.
+
+    ``more_TX``: other numbers of each token, ``[T@tokens_sp, ...]``, for the same all-gather. They
+        are returned too."""
+    recipe, eps = inputs.recipe, inputs.eps
+    q_TR = x_TD  # local, like the next lines: each rank has its own tokens
+    if p.w_q_down is not None and p.q_norm is not None:
+        q_TR = norm(p.q_norm, linear(x_TD, p.w_q_down, recipe=recipe), eps)
+    rank = p.kv_norm.scale.shape[0]
+    rope_dim = p.w_kv_down.shape[-1] - rank
+    c_TR, k_TH = linear(x_TD, p.w_kv_down, recipe=recipe).split([rank, rope_dim], dim=-1)
+    all_TR = torch.cat([q_TR, norm(p.kv_norm, c_TR, eps), k_TH, *more_TX], dim=-1)
+    all_TR = layout.constrain(all_TR, "tokens", None)  # all-gather over tp
+    widths = [q_TR.shape[-1], rank, rope_dim, *(x.shape[-1] for x in more_TX)]
+    return list(all_TR.split(widths, dim=-1))
+
+
+def heads_of(q_TNH: Tensor, kv_TNH: Tensor, k_TH: Tensor, table_TH: Tensor | None) -> Heads:
     """Rotate, and concatenate the two parts of queries and of keys. Rank-local.
 
     ``k_TH``: the rotary key, which all heads share.

@@ -43,14 +43,22 @@ def empty_latent_cache(
 
 
 def attend_to_latents(
-    q_TNH: Tensor, c_TR: Tensor, k_TH: Tensor, w_kv_up: Any, inputs: AttentionInputs, layout: Layout
+    q_TNH: Tensor,
+    c_TR: Tensor,
+    k_TH: Tensor,
+    w_kv_up: Any,
+    inputs: AttentionInputs,
+    layout: Layout,
+    selected_TS: Tensor | None = None,
 ) -> Tensor:
     """Return the heads' outputs, ``[T@tokens, N@heads, V]``.
 
     ``q_TNH``: the queries, ``[T@tokens, N@heads, qk_dim]``.
-    ``c_TR``, ``k_TH``: the latents and the rotary keys of the new tokens, before the rotation."""
+    ``c_TR``, ``k_TH``: the latents and the rotary keys of the new tokens, before the rotation.
+    ``selected_TS [T@tokens, S]``: the keys of its row's pages that a token sees (None: all earlier
+        tokens)."""
     heads, shared = ("tokens", "heads", None), ("tokens", None)
-    ins = (heads, shared, shared, shared, (None, "heads", None), *past_axes(None))
+    ins = (heads, shared, shared, shared, (None, "heads", None), shared, *past_axes(None))
     mask = inputs.mask
     assert isinstance(mask, AttentionMask)  # rows are whole
     if mask.scale is None:  # by the width of a head, which the absorbed query does not have
@@ -63,6 +71,7 @@ def attend_to_latents(
         k_TH: Tensor,
         table_TH: Tensor | None,
         w_RNH: Tensor,
+        selected_TS: Tensor | None,
         *past: Tensor | None,
     ) -> Tensor:
         rank, nope = c_TR.shape[-1], q_TNH.shape[-1] - k_TH.shape[-1]
@@ -72,12 +81,16 @@ def attend_to_latents(
         absorbed_q = torch.einsum("tnh,rnh->tnr", plain_q, w_RNH[..., :nope])
         k_T1H = torch.cat([c_TR, k_TH], dim=-1)[:, None]
         own = Heads(torch.cat([absorbed_q, rotary_q], dim=-1), k_T1H, k_T1H[..., :rank])
-        o_TNR = core(own, None, None, Past(*past), inputs, layout)
+        some = inputs
+        if selected_TS is not None:
+            selected = selected_TS.unflatten(0, (-1, mask.seq_len))
+            some = replace(inputs, mask=replace(mask, selected=selected))
+        o_TNR = core(own, None, None, Past(*past), some, layout)
         return torch.einsum("tnr,rnh->tnh", o_TNR, w_RNH[..., nope:])
 
     w_RNH = _whole(w_kv_up, c_TR, layout)
     region = layout.local_map(on_rank, ins, heads)
-    return region(q_TNH, c_TR, k_TH, inputs.table_TH, w_RNH, *inputs.past)
+    return region(q_TNH, c_TR, k_TH, inputs.table_TH, w_RNH, selected_TS, *inputs.past)
 
 
 def _whole(w: Any, c_TR: Tensor, layout: Layout) -> Tensor:

@@ -8,9 +8,9 @@ backward. ``selective`` keeps the outputs of matmuls and attention and recompute
 nothing: the activations of all blocks but the last of a stage move to the host
 (activation_offload.py).
 
-No policy recomputes a choice of experts. A second run may round a score differently, and then a
-token would have its loss from one expert and its gradient from another. The choice is a few numbers
-a token, so it is kept; the scores are recomputed.
+No policy recomputes a choice of experts, or of keys in sparse attention. A second run may round a
+score differently, and then a token would have its loss from one expert and its gradient from
+another. The choice is a few numbers a token, so it is kept; the scores are recomputed.
 
 Under ZeRO-3 a block all-gathers its weights inside, and no gathered weight may stay in memory until
 backward. So under ZeRO-3 a block is always a recomputed region. ``none`` then means: keep
@@ -51,13 +51,13 @@ class BlockFunction:
 
     ``block``: the block with gathered weights, called as ``block(p, x_TD, load_E)``.
     ``load_E``: for experts, see ``moe``.
-    ``routes``: whether the block chooses experts.
+    ``chooses``: whether the block chooses experts or keys.
     ``fp8_gather``: the rule that selects weights to all-gather in 8 bits."""
 
     block: Callable[..., tuple[Tensor, ...]]
     load_E: Tensor | None
     layout: Layout
-    routes: bool = False
+    chooses: bool = False
     fp8_gather: Fp8GatherRule | None = None
 
     def run(self, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
@@ -176,8 +176,8 @@ def keep_matmuls(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
 
 
 def keep_input(fn: BlockFunction, p: Any, x_TD: Tensor) -> tuple[Tensor, ...]:
-    """Run a block and keep its input alone, and the choice of experts."""
-    if not fn.routes:
+    """Run a block and keep its input alone, and its choices."""
+    if not fn.chooses:
         return checkpointed(fn.run, p, x_TD)
     contexts = partial(create_selective_checkpoint_contexts, choices)
     return checkpointed(fn.run, p, x_TD, context_fn=contexts)

@@ -32,6 +32,7 @@ from dtron.mesh import Layout
 from dtron.model.activation_checkpoint import BlockFunction, BlockPolicy, run_block
 from dtron.model.activation_offload import StageActivations
 from dtron.model.batch import Batch
+from dtron.model.block_outputs import output_names
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.config import ModelConfig
 from dtron.moe.dispatch import Dispatch
@@ -81,10 +82,6 @@ class BlockInputs:
     logits: bool = False
 
 
-LARGEST_LOGITS = "largest_logits"
-LAYER_STATS = ("load", "router", "dropped")  # the fields of ``LayerStats``
-
-
 def block(
     p: Block,
     x_TD: Tensor,
@@ -97,42 +94,38 @@ def block(
     other outputs.
 
     ``before_E``: for experts, see ``route``."""
-    logits: list[Tensor] = []
+    others: list[Tensor] = []
     p = with_factors(p)
     if p.mixer is not None:
         h_TD = norm_if(p.norm_1, x_TD, m.norm_eps)
         mixer, more = inputs.mixer, inputs.mixer_inputs
-        if inputs.logits:
-            mixed_TD, *logits = mixer.apply_with_logits(p.mixer, h_TD, more, layout)
+        if more.valid_T is not None:
+            mixed_TD, *others = mixer.apply_with_loss(p.mixer, h_TD, more, layout, inputs.logits)
+        elif inputs.logits:
+            mixed_TD, *others = mixer.apply_with_logits(p.mixer, h_TD, more, layout)
         else:
             mixed_TD = mixer.apply(p.mixer, h_TD, more, layout)
         x_TD = _add(x_TD, mixed_TD, p.post_norm_1, m)
     if p.mlp is None and p.moe is None:
-        return x_TD, *logits
+        return x_TD, *others
     h_TD = norm_if(p.norm_2, x_TD, m.norm_eps)
     if p.moe is None:
         assert p.mlp is not None
         y_TD = mlp(p.mlp, h_TD, layout, m.activation, inputs.recipe, inputs.chunk)
-        return _add(x_TD, y_TD, p.post_norm_2, m), *logits
+        return _add(x_TD, y_TD, p.post_norm_2, m), *others
     assert inputs.token_info is not None
     y_TD, aux, stats = moe(
         p.moe, h_TD, inputs.token_info, m.moe, layout, before_E, inputs.dispatch, inputs.recipe
     )
     if p.moe.shared is not None:
         y_TD = y_TD + shared_expert(p.moe, h_TD, layout, m.activation, inputs.recipe)
-    return _add(x_TD, y_TD, p.post_norm_2, m), *logits, aux, *stats
+    return _add(x_TD, y_TD, p.post_norm_2, m), *others, aux, *stats
 
 
 def _add(x_TD: Tensor, y_TD: Tensor, p: Norm | None, m: ModelConfig) -> Tensor:
     """Add the output of a mixer or feed-forward layer, after its norm ``p``. Rank-local."""
     y_TD = norm_if(p, y_TD, m.norm_eps)
     return x_TD + (y_TD if m.residual_scale == 1 else m.residual_scale * y_TD)
-
-
-def output_names(logits: bool, sparse: bool) -> tuple[str, ...]:
-    """Return the names of a block's outputs after x_TD: its largest attention logits, and with
-    experts its term of the loss and the fields of its ``LayerStats``."""
-    return (LARGEST_LOGITS,) * logits + ("aux", *LAYER_STATS) * sparse
 
 
 @dataclass(frozen=True)
@@ -188,12 +181,14 @@ class BlockRunner:
         ``targets_T``: decides which tokens count (None: the batch's targets)."""
         policy, recipe = self.policies[i], self.how.recipe(end)
         mixer = self.m.mixer(self.blocks[i].letter)
-        logits = self.how.attention_logits and mixer.has_logits and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled()
+        logits = self.how.attention_logits and mixer.has_logits and trains
+        learns = mixer.loss_name is not None and trains
         sparse = self.blocks[i].moe is not None
         targets_T = self.batch.targets_T if targets_T is None else targets_T
         inputs = BlockInputs(
             mixer=mixer,
-            mixer_inputs=self._mixer_inputs(i, recipe),
+            mixer_inputs=self._mixer_inputs(i, recipe, targets_T if learns else None),
             token_info=self._token_info(targets_T) if sparse else None,
             dispatch=self.how.moe_dispatch,
             recipe=recipe,
@@ -203,13 +198,14 @@ class BlockRunner:
         run_it = partial(block, inputs=inputs, m=self.m, layout=self.layout)
         run_it = run_it if wrap is None else wrap(run_it)
         load_E = self._load(i) if self.before and sparse else None
-        fn = BlockFunction(run_it, load_E, self.layout, sparse, self.fp8_gather(end))
+        chooses = sparse or mixer.chooses
+        fn = BlockFunction(run_it, load_E, self.layout, chooses, self.fp8_gather(end))
         call = partial(self.call, run_block, fn, p, x_TD, policy.run)
         if self.offload is None:
             x_TD, *more = call()
         else:
             x_TD, *more = self.offload.run(call, (fn, p), x_TD, policy.offload_bytes)
-        return x_TD, dict(zip(output_names(logits, sparse), more, strict=True))
+        return x_TD, dict(zip(output_names(logits, learns, sparse), more, strict=True))
 
     def fp8_gather(self, end: bool) -> Fp8GatherRule | None:
         """Return the rule that selects weights of a block to all-gather in 8 bits.
@@ -217,12 +213,16 @@ class BlockRunner:
         ``end``: whether the block is the first or the last of the model."""
         return self.how.fp8_gather_rule(end, self.tokens)
 
-    def _mixer_inputs(self, i: int, recipe: Recipe | None) -> MixerInputs:
+    def _mixer_inputs(self, i: int, recipe: Recipe | None, targets_T: Tensor | None) -> MixerInputs:
+        valid_T = None
+        if targets_T is not None:
+            valid_T = self.layout.constrain(targets_T != IGNORE, "tokens_sp")  # local
         return replace(
             self.prepared[self.blocks[i].letter][self.blocks[i].window],
             eps=self.m.mixer(self.blocks[i].letter).norm_eps,
             recipe=recipe,
             cache=None if self.caches is None else self.caches[i],
+            valid_T=valid_T,
         )
 
     def _token_info(self, targets_T: Tensor) -> TokenInfo:

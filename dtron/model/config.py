@@ -14,11 +14,13 @@ from dtron.layers.attention_mixer import AttentionMixer, NoPEMixer
 from dtron.layers.context_parallel import Method
 from dtron.layers.gated_delta_net import DeltaNetConfig, GatedDeltaNetMixer
 from dtron.layers.kimi_delta import KimiDeltaMixer
+from dtron.layers.lightning_indexer import IndexerConfig
 from dtron.layers.mamba2 import Mamba2Config, Mamba2Mixer
 from dtron.layers.mixer import Mixer, NoMixer
 from dtron.layers.mla import MLAConfig, MLAMixer, NoPEMLAMixer
 from dtron.layers.mlp import Activation
 from dtron.layers.rope import RopeConfig
+from dtron.layers.sparse_attention import SparseMLAMixer
 from dtron.layers.token_order import TokenOrder
 from dtron.model.check_model import check_model
 from dtron.model.mtp import MTPConfig
@@ -29,6 +31,7 @@ from dtron.tree import Leaf
 MIXERS: dict[str, type[Mixer]] = {
     "A": AttentionMixer,
     "M": MLAMixer,
+    "I": SparseMLAMixer,
     "L": GatedDeltaNetMixer,
     "K": KimiDeltaMixer,
     "N": NoPEMixer,
@@ -52,9 +55,9 @@ class ModelConfig(Leaf):
     """transformer blocks"""
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
-    latent attention, N and P the same two without positions (NoPE), L linear attention (gated delta
-    net), K Kimi delta attention, S Mamba-2, _ none; with model.mla.kv_rank, A is M too, unless the
-    pattern has an M"""
+    latent attention, N and P the same two without positions (NoPE), I latent attention to the keys
+    that an indexer selects, L linear attention (gated delta net), K Kimi delta attention, S Mamba-2,
+    _ none; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
     feed_forwards: str = "F"
     """feed-forward layers of the blocks, a letter each, repeated over the layers: F as model.moe
     says, D a dense one, _ none; a block needs a mixer or a feed-forward layer"""
@@ -82,6 +85,7 @@ class ModelConfig(Leaf):
     """positional encoding"""
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
     delta: DeltaNetConfig = field(default_factory=DeltaNetConfig)
     mamba: Mamba2Config = field(default_factory=Mamba2Config)
     mtp: MTPConfig = field(default_factory=MTPConfig)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy
 
-_CHOICES = ("topk",)
+_CHOICES = ("topk", "select_keys")
 _MATMULS = (
     "mm",
     "addmm",
@@ -32,12 +32,12 @@ def _keep(op: Any, names: tuple[str, ...]) -> CheckpointPolicy:
 
 
 def choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the choice of experts."""
+    """Keep the choice of experts, and the choice of keys in sparse attention."""
     return _keep(op, _CHOICES)
 
 
 def matmuls(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the outputs of matmuls and attention, and the choice of experts."""
+    """Keep the outputs of matmuls and attention, and the choices."""
     return _keep(op, (*_MATMULS, *_CHOICES))
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtron.errors import UserError
+from dtron.layers.lightning_indexer import IndexerConfig
 from dtron.layers.mla import MLAConfig
 from dtron.layers.rope import RopeConfig
 from dtron.model.config import ModelConfig
@@ -189,6 +190,8 @@ _V3 = _deepseek(
     mtp=MTPConfig(1),
 )
 
+_V32 = replace(_V3, pattern="I", indexer=IndexerConfig(64, 128, 2048))
+
 # A small DeepSeek-V3 with all of its features.
 _TINY_DEEPSEEK = ModelConfig(
     embed=64,
@@ -210,6 +213,10 @@ _TINY_DEEPSEEK = ModelConfig(
     ),
 )
 
+_TINY_SPARSE = replace(
+    _TINY_DEEPSEEK, pattern="I", mtp=MTPConfig(), indexer=IndexerConfig(8, 32, 128)
+)
+
 # llama3-8b and qwen3-30b-a3b with 6 layers of them; here every expert has the same load.
 _BENCH_8B = _llama(32768, 4096, 6, 32, 8, 14336, 4096)
 _BENCH_MOE = replace(
@@ -226,6 +233,7 @@ PRESETS: dict[str, ModelConfig] = {
         embed=128, layers=2, heads=4, kv_heads=2, moe=MoEConfig(8, 2, 128, aux_loss=0.01)
     ),
     "tiny-deepseek":  _TINY_DEEPSEEK,
+    "tiny-deepseek-v3.2": _TINY_SPARSE,
     "bench-1.3b":     _llama(32768, 2048, 24, 16, 8, 5632, 4096),
     "bench-8b-width": _BENCH_8B,
     "bench-moe":      _BENCH_MOE,
@@ -265,6 +273,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-oss-20b":     _GPT_OSS,
     "deepseek-v2-lite": _V2_LITE,
     "deepseek-v3":      _V3,
+    "deepseek-v3.2":    _V32,
     **RECURRENT,
 }
 # fmt: on

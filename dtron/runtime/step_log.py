@@ -34,7 +34,7 @@ from dtron.runtime.trackers.tracked_run import TrackedRun
 from dtron.runtime.trackers.tracker import About
 from dtron.training.config import RunPlan
 from dtron.training.lr_schedule import Rates
-from dtron.training.reports import StepReports, describe_experts, describe_extras
+from dtron.training.reports import StepReports, describe_experts, describe_extras, describe_mixers
 from dtron.tree import flat
 
 
@@ -193,6 +193,7 @@ class StepLog:
             record["weight_decay"] = x.rates.decay * config.optim.largest_weight_decay
         record["skipped_steps"] = self.guard.skipped_steps
         record |= describe_experts(x.reports.experts, config.model)
+        record |= describe_mixers(x.reports.mixers, config.model)
         record |= describe_extras(x.reports, self._stats, x.terms) | self._noted
         self._noted = {}
         if x.step % config.log_every == 0 or x.step in (1, config.steps):

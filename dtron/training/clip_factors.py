@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtron.model.block import LARGEST_LOGITS
+from dtron.model.block_outputs import LARGEST_LOGITS
 from dtron.model.config import ModelConfig
 from dtron.training.gradients import Reports
 from dtron.training.pipeline import Pipeline

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtron.model.block import LARGEST_LOGITS
+from dtron.model.block_outputs import LARGEST_LOGITS, MIXER_LOSS
 from dtron.model.config import ModelConfig
 from dtron.moe.config import MoEConfig
 from dtron.moe.router import TOTALS
@@ -29,12 +29,15 @@ class StepReports(NamedTuple):
     ``mtp``: ``[depth, 2]``, of each module of multi-token prediction (model/mtp.py) the summed loss
         and the number of targets.
     ``loss``: the summed statistics of the loss, in the order of their names (losses/objective.py).
-    ``attention_logit``: the largest attention logit of all heads, if it is measured."""
+    ``attention_logit``: the largest attention logit of all heads, if it is measured.
+    ``mixers``: ``[layers, 2]``, of each layer whose mixer has a loss of its own the summed loss and
+        the number of tokens."""
 
     experts: Tensor | None
     mtp: Tensor | None
     loss: Tensor | None
     attention_logit: Tensor | None = None
+    mixers: Tensor | None = None
 
 
 COLUMNS = (*TOTALS, "dropped")
@@ -81,6 +84,38 @@ def describe_experts(totals: Tensor | None, m: ModelConfig) -> dict[str, float]:
         each |= {name: sums[name] / tokens for name in ("aux_loss", "z_loss")}
         numbers |= {f"experts.{i}.{name}": value for name, value in each.items()}
     return numbers
+
+
+def mixer_losses(reports: Reports, pipe: Pipeline, m: ModelConfig) -> Tensor | None:
+    """Return, for each layer whose mixer has a loss of its own, the loss summed over the tokens of a
+    step and the number of tokens: ``[layers, 2]``, on every rank. None without such a layer. The
+    host does not wait for the result."""
+    counts = [sum(_learns(m, p.letter) for p in spec.all_blocks) for spec in pipe.specs]
+    if not sum(counts):
+        return None
+    name = MIXER_LOSS[1]
+    own = {stage: r[name] for stage, r in reports.items() if name in r}
+    sample = next(iter(own.values()), None)
+    device = pipe.device if sample is None else sample.device
+    rows = torch.zeros(sum(counts), 2, dtype=torch.float64, device=device)
+    for stage, sums in own.items():
+        start = sum(counts[:stage])
+        rows[start : start + counts[stage]] = sums
+    return pipe.sum(rows)
+
+
+def _learns(m: ModelConfig, letter: str) -> bool:
+    return m.mixer(letter).loss_name is not None
+
+
+def describe_mixers(losses: Tensor | None, m: ModelConfig) -> dict[str, float]:
+    """Return the losses of mixers per token by name, such as ``indexer.3.loss`` for layer 3."""
+    if losses is None:
+        return {}
+    names = (m.mixer(m.letter(i)).loss_name for i in m.blocks)
+    found = [f"{name}.{i}.loss" for i, name in zip(m.blocks, names, strict=True) if name]
+    rows = zip(found, losses.tolist(), strict=True)
+    return {name: total / max(tokens, 1) for name, (total, tokens) in rows}
 
 
 def mtp_losses(reports: Reports, pipe: Pipeline, depth: int) -> Tensor | None:

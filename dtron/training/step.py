@@ -41,6 +41,7 @@ from dtron.training.reports import (
     expert_totals,
     loss_stats,
     max_attention_logit,
+    mixer_losses,
     mtp_losses,
 )
 from dtron.training.router_bias import update_router_bias
@@ -142,5 +143,6 @@ class TrainStep:
             mtp_losses(reports, pipe, m.mtp.depth),
             loss_stats(reports, pipe, self.config.loss.objective.stats(loss_options(m))),
             max_attention_logit(reports, pipe, config.qk_clip),
+            mixer_losses(reports, pipe, m),
         )
         return loss, norm, step_reports, params, opt

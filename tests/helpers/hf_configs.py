@@ -32,6 +32,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "GptOss": fields.gpt_oss,
     "DeepseekV2": fields.deepseek_v2,
     "DeepseekV3": fields.deepseek_v3,
+    "DeepseekV32": experts.deepseek_v32,
     "Olmo2": fields.olmo2,
     "Olmo3": fields.olmo3,
     "Gemma2": fields.gemma2,

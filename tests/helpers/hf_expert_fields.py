@@ -6,7 +6,25 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.helpers.hf_fields import BIAS, dense, numbers
+from tests.helpers.hf_fields import BIAS, deepseek, dense, numbers
+
+
+def deepseek_v32(draw: Any) -> dict[str, Any]:
+    """With many heads of the indexer, so that no two keys have a score of 0: the choice of one of
+    them is not theirs."""
+    kinds = ("dense", "sparse")
+    made = deepseek(
+        draw,
+        mlp_layer_types=st.sampled_from([None, [kinds[0], kinds[1], kinds[0]], [kinds[1]] * 3]),
+        num_nextn_predict_layers=st.sampled_from([0, 1]),
+    )
+    made |= draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 4}]))
+    return made | {
+        "q_lora_rank": draw(st.sampled_from([12, 12, 12, None])),
+        "index_n_heads": draw(st.sampled_from([16, 24])),
+        "index_head_dim": draw(st.sampled_from([8, 12])),
+        "index_topk": draw(st.sampled_from([1, 5, 30, 64])),
+    }
 
 
 def glm4_moe(draw: Any) -> dict[str, Any]:

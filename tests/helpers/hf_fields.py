@@ -160,7 +160,7 @@ def gpt_oss(draw: Any) -> dict[str, Any]:
     return made | {"num_local_experts": 4}
 
 
-def _deepseek(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
+def deepseek(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
     made = dense(
         draw,
         **BIAS,
@@ -187,12 +187,12 @@ def _deepseek(draw: Any, **more: st.SearchStrategy) -> dict[str, Any]:
 
 
 def deepseek_v2(draw: Any) -> dict[str, Any]:
-    made = _deepseek(draw, topk_method=st.sampled_from(["greedy", "group_limited_greedy"]))
+    made = deepseek(draw, topk_method=st.sampled_from(["greedy", "group_limited_greedy"]))
     return made | {"n_group": 4, "topk_group": draw(st.sampled_from([2, 3]))}
 
 
 def deepseek_v3(draw: Any) -> dict[str, Any]:
-    made = _deepseek(draw, rope_interleave=rare(True, False))
+    made = deepseek(draw, rope_interleave=rare(True, False))
     return made | draw(st.sampled_from([{"n_group": 2, "topk_group": 1}, {"n_group": 4}]))
 
 

@@ -233,6 +233,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2": ("DeepseekV2", _DEEPSEEK | _GROUPS | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", _DEEPSEEK | _LITE),
     "deepseek-v3": ("DeepseekV3", _DEEPSEEK | _GROUPS),
+    "deepseek-v32": (
+        "DeepseekV32",
+        _DEEPSEEK | _GROUPS | {"index_n_heads": 16, "index_head_dim": 12, "index_topk": 7},
+    ),
 }
 
 

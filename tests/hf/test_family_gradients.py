@@ -36,7 +36,8 @@ def theirs(name: str) -> dict[str, Tensor]:
         named = {n: w for n, w in made.named_parameters() if w.requires_grad}
         for old, new in Source(folder(name)).family.renamed:  # other names than in memory
             named = {re.sub(old, new, n): w for n, w in named.items()}
-        return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
 
 
 def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def ours(source: Source, m: ModelConfig) -> dict[str, Tensor]:
     family = replace(source.family, weights={**source.family.weights, **source.family.stacked})
     out: dict[str, Tensor] = {}
     for w, (declared, place) in zip(flat(params), weights_of(m, family), strict=True):
-        if declared.buffer:
+        if declared.buffer or ".indexer." in declared.path:  # has a loss of its own
             continue
         p = pattern(place.row.pattern)
         g = w.grad.narrow(p.ours.index("v"), 0, m.vocab) if "v" in p.ours else w.grad

@@ -47,6 +47,7 @@ PUBLISHED = {
     "deepseek-v2-lite": 15_706_484_224,
     "qwen3-next-80b-a3b": 79_674_391_296,
     "deepseek-v3": 671_026_419_200,  # and 11.6e9 of its own, in multi-token prediction
+    "deepseek-v3.2": 671_877_944_064,  # 61 indexers of 13,959,424 more
 }
 # Active parameters of a token (the card of gpt-oss says 3.6e9, without the embedding).
 ACTIVE = {
@@ -59,9 +60,10 @@ ACTIVE = {
 ACTIVE |= {
     "deepseek-v2-lite": 2.66e9,
     "deepseek-v3": 37.5e9,
+    "deepseek-v3.2": 38.4e9,
 }  # the card of V2-Lite: 2.4e9, without it
 OURS = {"tiny", "tiny-moe", "tiny-deepseek", "bench-1.3b", "bench-8b-width", "bench-moe"}
-OURS |= {"tiny-qwen3-next", "tiny-nemotron-h", "bench-1.3b-hybrid"}
+OURS |= {"tiny-deepseek-v3.2", "tiny-qwen3-next", "tiny-nemotron-h", "bench-1.3b-hybrid"}
 
 each = pytest.mark.parametrize("name", PRESETS)
 

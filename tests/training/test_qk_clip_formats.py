@@ -15,7 +15,7 @@ from dtron.distributed.redistribute import full
 from dtron.layers.attention_mixer import AttentionMixer
 from dtron.mesh import Layout, stage_mesh
 from dtron.model.batch import make_batch
-from dtron.model.block import LARGEST_LOGITS
+from dtron.model.block_outputs import LARGEST_LOGITS
 from dtron.model.compute_config import ComputeConfig
 from dtron.model.transformer import declare_model
 from dtron.params import init
