@@ -1,9 +1,11 @@
 """Run many cases of bench/train.py: a batch compiles together, each case is timed alone.
 
     python bench/cases.py bench/results/cases.txt --gpus 2 | tee -a bench/results/results.jsonl
+    python bench/cases.py bench/results/named_cases.txt --gpus 2 --only llama3.1-8b llama3.1-8b-fp8
     python bench/report.py --write docs/performance.md
 
-A line of the file is a case: the flags of bench/train.py. The ranks of its ``--mesh`` are processes
+A line of the file is a case: the flags of bench/train.py, after a name and a colon if the case has
+a name. ``--only`` runs the cases of these names. The ranks of its ``--mesh`` are processes
 of torchrun. An empty line ends a batch, and # begins a comment.
 
 Compilation takes minutes of the host and hardly any time of the GPU; the timed steps take seconds.
@@ -89,15 +91,18 @@ class Case:
             self.process.wait()
 
 
-def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
-    """Read the batches of a file. Raises UserError if the file cannot be read, or if a case needs
-    more than ``gpus`` GPUs."""
+def read(path: Path, folder: Path, gpus: int, only: Sequence[str] = ()) -> list[list[Case]]:
+    """Read the batches of a file. Raises UserError if the file cannot be read, if a case needs more
+    than ``gpus`` GPUs, or for a name that no case has.
+
+    ``only``: the names of the cases to read; all without names."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "not UTF-8")
         raise UserError(f"{path}: cannot be read ({why}); give a file of cases") from error
     batches: list[list[Case]] = [[]]
+    names = set()
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             batches.append([])
@@ -108,11 +113,20 @@ def read(path: Path, folder: Path, gpus: int) -> list[list[Case]]:
             raise UserError(f"{path}:{number}: {error}") from error
         if not flags:
             continue
+        name = flags.pop(0)[:-1] if flags[0].endswith(":") else ""
+        names.add(name)
+        if only and name not in only:
+            continue
         if ranks > gpus:
             raise UserError(
                 f"{path}:{number}: {line!r} takes {ranks} GPUs of {gpus}; give more with --gpus"
             )
         batches[-1].append(Case(flags, ranks, folder / f"case{number}"))
+    if unknown := set(only) - names:
+        known = ", ".join(sorted(filter(None, names))) or "none"
+        raise UserError(
+            f"--only {' '.join(sorted(unknown))}: {path} has no such case; its names are {known}"
+        )
     return [b for b in batches if b]
 
 
@@ -133,6 +147,7 @@ def main(argv: list[str]) -> int:
         default=1,
         help="number of GPUs to use; the first ones of CUDA_VISIBLE_DEVICES if it is set",
     )
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run the cases named so")
     o = p.parse_args(argv)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus, failed = visible.split(",") if visible else [str(i) for i in range(o.gpus)], 0
@@ -141,7 +156,7 @@ def main(argv: list[str]) -> int:
             f"--gpus {o.gpus}: CUDA_VISIBLE_DEVICES={visible} has {len(gpus)}; give fewer"
         )
     with tempfile.TemporaryDirectory() as folder:
-        for batch in read(o.file, Path(folder), o.gpus):
+        for batch in read(o.file, Path(folder), o.gpus, o.only):
             try:
                 for case in batch:
                     case.start(gpus)

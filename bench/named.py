@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from report import FOLDER, Case, Line, case_of
+from report import FOLDER, Case, Line, case_of, latest
 from step_flags import USUAL, arguments
 
 from dtron.distributed.mesh_shape import MeshShape
@@ -52,7 +52,8 @@ def line_of(flags: list[str]) -> Line:
     o = arguments(flags)
     model = f"{o.model} of {o.layers} layers" if o.layers else o.model
     fixed = {"model": model, "mesh": str(MeshShape.parse(o.mesh)), "dtype": "bfloat16"}
-    return vars(o) | fixed | {"device": DEVICE}
+    chosen = {name: x for name, x in vars(o).items() if x != USUAL.get(name)}
+    return chosen | fixed | {"device": DEVICE}
 
 
 def options_of(line: Line) -> tuple[Any, ...]:
@@ -63,7 +64,8 @@ def options_of(line: Line) -> tuple[Any, ...]:
 
 
 def newest(flags: list[str], lines: Iterable[Line]) -> Line | None:
-    """Return the newest line of a case, and the fastest one of its date. None if there is none."""
+    """Return the newest line of a case. Of several ways to run it on one date, the fastest counts.
+    None if there is no line."""
     wanted = line_of(flags)
     schedule = wanted["schedule"] if "pp=" in wanted["mesh"] else None
     found = [
@@ -116,7 +118,7 @@ def row(
 
 def named_table(lines: list[Line], peers: list[Line]) -> str:
     """Return the table in Markdown."""
-    published = read_published()
+    published, lines = read_published(), latest(lines)
     rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, flags in read_named().items():
         line = newest(flags, lines)

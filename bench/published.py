@@ -9,9 +9,11 @@ with the rates of an H100 that were not measured (planner/gpu/h100.json). Needs 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from named import read_published
 from report import replaced
 
 from dtron.model.flops import flops_per_token
@@ -21,20 +23,6 @@ from dtron.runtime.exit import Parser, run_cli
 from dtron.tools.plan import plan_config, quiet
 
 FP8 = "--fp8 tensorwise --fp8-first-last"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published run.
-
-    ``flags``: the flags of train.py for dtron's plan.
-    ``tokens``: published tokens per second and GPU."""
-
-    name: str
-    gpus: int
-    tokens: float
-    source: str
-    flags: str
 
 
 EIGHT_B = "--model llama3.1-8b --mesh dp=8 --zero 3 --batch 128 --micro-batch 1 --data.seq-len 8192"
@@ -54,26 +42,25 @@ V3 = (
     "--model deepseek-v3 --mesh dp=64,tp=2,pp=8,ep=64 --batch 1024 --micro-batch 1"
     " --data.seq-len 4096 --recompute full --fp8 tensorwise"
 )
-NVIDIA = "NVIDIA dgxc-benchmarking v25.04"
-BRIDGE = "Megatron-Bridge 25.11"
-RUNS = [
-    Published("Llama-3.1-8B bf16", 8, 10_682, NVIDIA, EIGHT_B),
-    Published("Llama-3.1-8B FP8", 8, 14_451, BRIDGE, f"{EIGHT_B} {FP8}"),
-    Published("Llama-3.1-70B bf16", 64, 1_118, NVIDIA, SEVENTY_B),
-    Published("Llama-3.1-70B FP8", 64, 1_662, BRIDGE, f"{SEVENTY_B} {FP8}"),
-    Published("Llama-3.1-405B FP8", 1024, 330, BRIDGE, f"{LARGEST} {FP8}"),
-    Published("Qwen3-30B-A3B bf16", 8, 12_040, "NeMo Automodel", QWEN),
-    Published("DeepSeek-V3 FP8", 1024, 1_297, BRIDGE, V3),
-]
+FLAGS = {
+    "Llama-3.1-8B bf16": EIGHT_B,
+    "Llama-3.1-8B FP8": f"{EIGHT_B} {FP8}",
+    "Llama-3.1-70B bf16": SEVENTY_B,
+    "Llama-3.1-70B FP8": f"{SEVENTY_B} {FP8}",
+    "Llama-3.1-405B FP8": f"{LARGEST} {FP8}",
+    "Qwen3-30B-A3B bf16": QWEN,
+    "DeepSeek-V3 FP8": V3,
+}
+"""The flags of train.py for the plan beside a published run, by the name of the run."""
 
 
-def row(run: Published, plan: StepPlan) -> str:
+def row(run: Mapping[str, Any], plan: StepPlan) -> str:
     each = flops_per_token(plan.config.model, plan.config.data.seq_len) / 1e12
     fits = "" if plan.fits else ", does not fit"
     return (
-        f"| {run.name}, {run.gpus} x H100 | {run.tokens:,.0f} | {run.tokens * each:,.0f} | "
-        f"{run.source} | {plan.tokens_per_second:,.0f} | {plan.tflops:,.0f} | "
-        f"{plan.gib:.0f} GiB{fits} | `{plan.shape}` |"
+        f"| {run['name']}, {run['gpus']} x {run['device']} | {run['tokens_per_s_per_gpu']:,.0f} | "
+        f"{run['tokens_per_s_per_gpu'] * each:,.0f} | {run['source']} | "
+        f"{plan.tokens_per_second:,.0f} | {plan.tflops:,.0f} | {plan.gib:.0f} GiB{fits} | `{plan.shape}` |"
     )
 
 
@@ -90,9 +77,9 @@ def main(argv: list[str]) -> int:
         "| mesh of the plan |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for run in RUNS:
-        if o.only in run.name:
-            rows.append(row(run, plan_config(parse(run.flags.split()), "h100")))
+    for run in read_published():
+        if run["name"] in FLAGS and o.only in run["name"]:
+            rows.append(row(run, plan_config(parse(FLAGS[run["name"]].split()), "h100")))
             print(rows[-1], file=sys.stderr)
     text = "\n".join(rows)
     if o.write:

@@ -1,14 +1,17 @@
-"""Make the table of docs/performance.md from the lines that benchmarks printed.
+"""Make the tables of two pages from the lines that benchmarks printed.
 
     python bench/train.py ... | tail -1 >> bench/results/results.jsonl
-    python bench/report.py --write docs/performance.md    # writes the table between its two marks
-    python bench/report.py --check docs/performance.md    # exit code 1 if the page differs
+    python bench/report.py --write docs/performance.md     # the newest line of each named case
+    python bench/report.py --write docs/measurements.md    # every measured case
+    python bench/report.py --check docs/measurements.md    # exit code 1 if the page differs
+
+A table is written between two marks in the page, and the name in the marks says which table it is.
+The table of named cases is in named.py. The rest is about the table of every case.
 
 No number is copied by hand. If a case was measured several times in the same way, the line with the
 latest date counts; of one date, the last line in the file. The rows of other systems are in
 results/peers.json. A row of another system is printed if dtron has a row of the same case: the same
-model, mesh, ZeRO stage, precision, sizes and device. Needs dtron, but not
-torch."""
+model, mesh, ZeRO stage, precision, sizes and device. Needs dtron, and torch for the named cases."""
 
 from __future__ import annotations
 
@@ -242,10 +245,28 @@ def replaced(page: Path, new: str, name: str = "table") -> tuple[str, str]:
     return old, f"{head}{first}\n{new}\n{last}{tail}"
 
 
+def tables(page: Path, files: Iterable[Path]) -> tuple[str, str]:
+    """Return the page as it is, and as it is to be. Raises UserError: see ``replaced``."""
+    old, lines = replaced(page, "", _name_of(page))[0], [x for file in files for x in read(file)]
+    return old, replaced(page, _made(_name_of(page), lines), _name_of(page))[1]
+
+
+def _name_of(page: Path) -> str:
+    """Return the name of the table that a page has a place for."""
+    named = page.is_file() and "<!-- named: begin -->" in page.read_text()
+    return "named" if named else "table"
+
+
+def _made(name: str, lines: list[Line]) -> str:
+    if name == "table":
+        return table(lines, read_peers())
+    from named import named_table  # which needs torch
+
+    return named_table(lines, read_peers())
+
+
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(
-        description="Make the table of docs/performance.md from measured lines."
-    )
+    p = argparse.ArgumentParser(description="Make the tables of measured lines.")
     p.add_argument("files", nargs="*", type=Path, default=[RESULTS], help="lines of benchmarks")
     do = p.add_mutually_exclusive_group()
     do.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
@@ -253,11 +274,10 @@ def main(argv: list[str]) -> int:
         "--check", type=Path, metavar="PAGE", help="exit code 1 unless the page has this table"
     )
     o = p.parse_args(argv)
-    new = table([line for file in o.files for line in read(file)], read_peers())
     if o.write:
-        o.write.write_text(replaced(o.write, new)[1])
+        o.write.write_text(tables(o.write, o.files)[1])
     elif o.check:
-        old, want = replaced(o.check, new)
+        old, want = tables(o.check, o.files)
         if old != want:
             print(
                 f"{o.check}: not what was measured; run bench/report.py --write {o.check}",
@@ -265,7 +285,7 @@ def main(argv: list[str]) -> int:
             )
             return 1
     else:
-        print(new)
+        print(_made("table", [line for file in o.files for line in read(file)]))
     return 0
 
 

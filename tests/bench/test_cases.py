@@ -69,6 +69,14 @@ def test_a_batch_compiles_together_and_is_timed_one_by_one(tmp_path, monkeypatch
     )
 
 
+def test_cases_are_chosen_by_name(tmp_path, monkeypatch, capsys):
+    code, log = run(tmp_path, monkeypatch, "a: --a\n--b\nc: --c\n", WAIT, "--only", "c")
+    assert code == 0 and one_by_one(log, ["--c"])
+    capsys.readouterr()
+    assert run(tmp_path, monkeypatch, "a: --a\n--b\n", WAIT, "--only", "d")[0] == 2
+    assert "has no such case; its names are a" in capsys.readouterr().err
+
+
 def test_of_many_ranks_the_first_reason_is_given(tmp_path, monkeypatch, capsys):
     """The reason is not torchrun's last line."""
     code, log = run(tmp_path, monkeypatch, "--mesh=dp=2 --broken\n--a\n", WAIT, "--gpus=2")

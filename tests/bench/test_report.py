@@ -1,4 +1,5 @@
-"""The table of docs/performance.md shows measurements, and the latest of each case."""
+"""The tables of docs/performance.md and docs/measurements.md show measurements, and the latest of
+each case."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from dtron.runtime.exit import run_cli
 from tests.helpers.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-import report  # noqa: E402  (the benchmarks are no part of the package)
+import named  # noqa: E402  (the benchmarks are no part of the package)
+import report  # noqa: E402
+import step_flags  # noqa: E402
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "measurements.md"
+FIRST = ROOT / "docs" / "performance.md"
 
 
 def line(**changes) -> dict:
@@ -40,8 +44,33 @@ def cells(*args) -> list[list[str]]:
     ]
 
 
-def test_the_page_has_the_table():
-    assert report.main(["--check", str(PAGE)]) == 0
+@pytest.mark.parametrize("page", [PAGE, FIRST])
+def test_the_pages_have_their_tables(page):
+    assert report.main(["--check", str(page)]) == 0
+
+
+def test_the_first_table_is_short_and_of_named_cases():
+    lines = report.read(report.RESULTS)
+    rows = named.named_table(lines, report.read_peers()).splitlines()[2:]
+    assert 10 <= len(rows) <= 20
+    for flags in named.read_named().values():
+        step_flags.run_config(step_flags.arguments(flags))  # raises for a case that cannot be
+    cited = {name for run in named.read_published() for name in run["cases"]}
+    assert cited <= set(named.read_named())
+
+
+def test_the_newest_plain_line_is_the_one_of_a_case():
+    plain = {"fp8": "none", "cuda_graph": True}
+    old = line(**plain, date="2026-11-24", tokens_per_s_per_gpu=3)
+    new = line(**plain, date="2026-11-25", tokens_per_s_per_gpu=1)
+    others = [
+        line(**plain, date="2026-11-26", **more)
+        for more in ({"optim": "muon"}, {"moments": "bfloat16"}, {"mesh": "tp=2"}, {"rows": 4})
+    ]
+    others.append(line(**plain, date="2026-11-26", device="NVIDIA H100 80GB HBM3"))
+    flags = ["--mesh", "dp=2", "--zero", "3"]
+    assert named.newest(flags, [new, old, *others]) is new
+    assert named.newest(flags, others) is None
 
 
 @pytest.mark.parametrize(
