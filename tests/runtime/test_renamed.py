@@ -294,7 +294,7 @@ def test_a_run_of_an_older_version_has_the_identity_of_its_config():
     meta = read_object(newest(OLD_RUN) / "meta.json")
     meta["identity"] = current(meta["identity"])
     want = identity_of(config, meta["identity"]["text"])
-    later = ("model.delta.", "model.mamba.", "lora.", "loss.")
+    later = ("model.delta.", "model.mamba.", "model.indexer.", "lora.", "loss.")
     for name in (  # were not recorded: there was one value of each
         "optim.name",
         "model.pattern",
