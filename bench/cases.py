@@ -5,8 +5,8 @@
     python bench/report.py --write docs/performance.md
 
 A line of the file is a case: the flags of bench/train.py, after a name and a colon if the case has
-a name. ``--only`` runs the cases of these names. The ranks of its ``--mesh`` are processes
-of torchrun. An empty line ends a batch, and # begins a comment.
+a name. ``--only`` runs the cases of these names. The ranks of a case's ``--mesh`` are processes of
+torchrun. An empty line ends a batch, and # begins a comment.
 
 Compilation takes minutes of the host and hardly any time of the GPU; the timed steps take seconds.
 So all cases of a batch start at the same time, wait after their first step, and continue one after

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from report import FOLDER, Case, Line, case_of, latest
-from step_flags import USUAL, arguments
+from report import FOLDER, Case, Line, case_of, latest, number
+from step_flags import USUAL, arguments, model_name
 
 from dtron.distributed.mesh_shape import MeshShape
 
@@ -50,8 +50,7 @@ def read_published() -> list[dict[str, Any]]:
 def line_of(flags: list[str]) -> Line:
     """Return the fields of a line that these flags choose."""
     o = arguments(flags)
-    model = f"{o.model} of {o.layers} layers" if o.layers else o.model
-    fixed = {"model": model, "mesh": str(MeshShape.parse(o.mesh)), "dtype": "bfloat16"}
+    fixed = {"model": model_name(o), "mesh": str(MeshShape.parse(o.mesh)), "dtype": "bfloat16"}
     chosen = {name: x for name, x in vars(o).items() if x != USUAL.get(name)}
     return chosen | fixed | {"device": DEVICE}
 
@@ -79,18 +78,12 @@ def newest(flags: list[str], lines: Iterable[Line]) -> Line | None:
     return max(found, key=lambda x: (x["date"], x["tokens_per_s_per_gpu"]), default=None)
 
 
-def row(
-    flags: list[str], line: Line, peers: Iterable[Line], published: Iterable[Mapping[str, Any]]
-) -> list[str]:
+def row(line: Line, peers: Iterable[Line], published: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the cells of a case. Unknown values are blank."""
     case: Case = case_of(line)
     same = [x for x in peers if case_of(x) == case]
     best = max(same, key=lambda x: x["tokens_per_s_per_gpu"], default=None)
-    speed = line["tokens_per_s_per_gpu"]
     beside = "" if best is None else f"{best['tokens_per_s_per_gpu']:,} ({best['system']})"
-
-    def number(name: str, form: str) -> str:
-        return "" if line.get(name) is None else format(line[name], form)
 
     def elsewhere(x: Mapping[str, Any]) -> str:
         tokens = f", {x['tokens_per_step']:,} tokens in a step" if "tokens_per_step" in x else ""
@@ -105,11 +98,11 @@ def row(
     return [
         f"{case}, {schedule}" if schedule else str(case),
         f"{tokens:,}",
-        f"**{speed:,}**",
-        number("tflops_per_gpu", ".0f"),
-        number("mfu", ".1%").replace("%", " %"),
-        number("peak_memory_gib", ".1f"),
-        number("step_ms", ",.1f"),
+        f"**{line['tokens_per_s_per_gpu']:,}**",
+        number(line, "tflops_per_gpu", ".0f"),
+        number(line, "mfu", ".1%").replace("%", " %"),
+        number(line, "peak_memory_gib", ".1f"),
+        number(line, "step_ms", ",.1f"),
         beside,
         "; ".join(map(elsewhere, published)),
         line["date"],
@@ -124,5 +117,5 @@ def named_table(lines: list[Line], peers: list[Line]) -> str:
         line = newest(flags, lines)
         if line is not None:
             own = [x for x in published if name in x["cases"]]
-            rows.append(f"| {' | '.join(row(flags, line, peers, own))} |")
+            rows.append(f"| {' | '.join(row(line, peers, own))} |")
     return "\n".join(rows)

@@ -6,13 +6,13 @@
 
 The question is how many steps Muon needs for the validation loss that AdamW ends with. AdamW trains
 ``--steps`` steps at each of its rates, and its best rate counts. Muon trains ``--share`` of these
-steps at each of its rates, with a schedule that ends there: the loss of a longer run at that step
-would be that of a higher rate. Each run is one of train.py, with the same seed, so both optimizers
-begin with the same weights and read the same samples.
+steps at each of its rates, with a schedule that ends there. In the middle of a longer run the rate
+would still be high, and so would the loss. Each run is one of train.py, with the same seed. So both
+optimizers begin with the same weights and read the same samples.
 
-First a run of ``--timed`` steps with each optimizer measures the time of a step, and fills the cache
-of compiled code. Then ``--at-once`` runs share the device. bench/results/optimizers.json gets an
-entry for each ``--name``, which python docs/draw/figures.py draws. Needs the dependencies of
+First a run of ``--timed`` steps with each optimizer measures the time of a step, and fills the
+cache of compiled code. Then ``--at-once`` runs share the device. bench/results/optimizers.json gets
+an entry for each ``--name``, which python docs/draw/figures.py draws. Needs the dependencies of
 train.py."""
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from typing import Any
 
 import torch
 
+from dtron.errors import UserError
+from dtron.runtime.exit import Parser, run_cli
+
 ROOT = Path(__file__).resolve().parents[1]
 Curve = list[tuple[int, float]]
 """Steps, and the validation loss after each."""
@@ -49,8 +52,8 @@ class Trial:
         return f"{self.optimizer} {self.rate:g}"
 
 
-def main() -> None:
-    o = arguments()
+def main(argv: list[str]) -> int:
+    o = arguments(argv)
     times = {name: step_ms(train(Trial(name, 1e-3, o.timed), o)) for name in ("muon", "adamw")}
     trials = [Trial("adamw", rate, o.steps) for rate in o.adamw]
     trials += [Trial("muon", rate, round(o.share * o.steps)) for rate in o.muon]
@@ -75,12 +78,11 @@ def main() -> None:
         f"muon {reaches} adamw's loss in {o.share:.2f} of its steps and {time:.2f} of its time "
         f"({times['muon']:.1f} and {times['adamw']:.1f} ms a step)"
     )
+    return 0
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description="Compare AdamW at several rates with Muon in fewer steps."
-    )
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser(description="Compare AdamW at several rates with Muon in fewer steps.")
     p.add_argument("--name", default="tiny", help="name of the entry in the results")
     p.add_argument("--flags", default="", help="flags of train.py for all runs")
     p.add_argument("--steps", type=int, default=2000, help="steps of AdamW")
@@ -91,7 +93,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--timed", type=int, default=100, help="steps of a run for the time of a step")
     p.add_argument("--device", default="auto")
     p.add_argument("--out", default=str(ROOT / "bench" / "results" / "optimizers.json"))
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def train(trial: Trial, o: argparse.Namespace) -> list[dict[str, Any]]:
@@ -103,7 +105,8 @@ def train(trial: Trial, o: argparse.Namespace) -> list[dict[str, Any]]:
         command += [*flags.split(), *common.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{trial}: {done.stderr.strip().splitlines()[-1:]}")
+            why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{trial}: train.py failed ({why}); change --flags")
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -135,4 +138,4 @@ def step_ms(rows: list[dict[str, Any]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main, sys.argv[1:]))

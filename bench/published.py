@@ -60,7 +60,8 @@ def row(run: Mapping[str, Any], plan: StepPlan) -> str:
     return (
         f"| {run['name']}, {run['gpus']} x {run['device']} | {run['tokens_per_s_per_gpu']:,.0f} | "
         f"{run['tokens_per_s_per_gpu'] * each:,.0f} | {run['source']} | "
-        f"{plan.tokens_per_second:,.0f} | {plan.tflops:,.0f} | {plan.gib:.0f} GiB{fits} | `{plan.shape}` |"
+        f"{plan.tokens_per_second:,.0f} | {plan.tflops:,.0f} | {plan.gib:.0f} GiB{fits} | "
+        f"`{plan.shape}` |"
     )
 
 

@@ -204,23 +204,25 @@ def case_and_speed(line: Line) -> tuple[Case, float]:
     return case_of(line), -line["tokens_per_s_per_gpu"]
 
 
+def number(x: Line, name: str, form: str) -> str:
+    """Return a number of a line as text; blank if it is not known."""
+    return "" if x.get(name) is None else format(x[name], form)
+
+
 def cells(x: Line, best: float | None) -> list[str]:
     """Return the cells of a row. Unknown values are blank."""
 
-    def number(name: str, form: str) -> str:
-        return "" if x.get(name) is None else format(x[name], form)
-
-    times = [number("host_ms", ".1f"), number("step_ms", ".1f")]
+    times = [number(x, "host_ms", ".1f"), number(x, "step_ms", ".1f")]
     ratio = f"{x['tokens_per_s_per_gpu'] / best:.2f}x" if best and "system" not in x else ""
     return [
         system_of(x),
         str(case_of(x)),
-        number("tokens_per_s_per_gpu", ",.0f"),
-        number("tflops_per_gpu", ".0f"),
-        number("mfu", ".1%").replace("%", " %"),
-        number("peak_memory_gib", ".1f"),
+        number(x, "tokens_per_s_per_gpu", ",.0f"),
+        number(x, "tflops_per_gpu", ".0f"),
+        number(x, "mfu", ".1%").replace("%", " %"),
+        number(x, "peak_memory_gib", ".1f"),
         " / ".join(t or "-" for t in times) if any(times) else "",
-        number("first_step_s", ".0f"),
+        number(x, "first_step_s", ".0f"),
         ratio,
         f"{x['device']}, torch {x['torch']}, {x['date']}",
     ]
@@ -245,10 +247,10 @@ def replaced(page: Path, new: str, name: str = "table") -> tuple[str, str]:
     return old, f"{head}{first}\n{new}\n{last}{tail}"
 
 
-def tables(page: Path, files: Iterable[Path]) -> tuple[str, str]:
-    """Return the page as it is, and as it is to be. Raises UserError: see ``replaced``."""
-    old, lines = replaced(page, "", _name_of(page))[0], [x for file in files for x in read(file)]
-    return old, replaced(page, _made(_name_of(page), lines), _name_of(page))[1]
+def with_table(page: Path, files: Iterable[Path]) -> tuple[str, str]:
+    """Return the page as it is, and with its table made anew. Raises UserError as ``replaced``."""
+    name = _name_of(page)
+    return replaced(page, _made(name, [x for file in files for x in read(file)]), name)
 
 
 def _name_of(page: Path) -> str:
@@ -275,9 +277,9 @@ def main(argv: list[str]) -> int:
     )
     o = p.parse_args(argv)
     if o.write:
-        o.write.write_text(tables(o.write, o.files)[1])
+        o.write.write_text(with_table(o.write, o.files)[1])
     elif o.check:
-        old, want = tables(o.check, o.files)
+        old, want = with_table(o.check, o.files)
         if old != want:
             print(
                 f"{o.check}: not what was measured; run bench/report.py --write {o.check}",

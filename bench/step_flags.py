@@ -21,6 +21,11 @@ USUAL: dict[str, Any] = dict.fromkeys(("moments", "master_weights", "reduce_dtyp
 USUAL |= {"optim": "adamw", "offload_state": False, "lora_rank": 0, "quantize_base": "none"}
 
 
+def model_name(o: argparse.Namespace) -> str:
+    """Return the model of a case, with the number of its layers if that is not the preset's."""
+    return f"{o.model} of {o.layers} layers" if o.layers else o.model
+
+
 def run_config(o: argparse.Namespace, world: int | None = None) -> RunConfig:
     """Return the config of a case.
 

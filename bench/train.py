@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step_flags import USUAL, arguments, run_config
+from step_flags import USUAL, arguments, model_name, run_config
 from torch import Tensor
 from turns import await_turn
 
@@ -161,7 +161,7 @@ def case(o: argparse.Namespace, config: RunConfig, plan: RunPlan, pipe: Pipeline
     if plan.shape.cp > 1:
         optional |= {"cp_method": o.cp_method, "zigzag": config.zigzags}
     return {
-        "model": f"{o.model} of {o.layers} layers" if o.layers else o.model,
+        "model": model_name(o),
         "parameters": parameter_count(config.model),
         "mesh": str(plan.shape),
         "zero": config.zero,

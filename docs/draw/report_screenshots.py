@@ -1,5 +1,5 @@
-"""``python docs/draw/report_screenshots.py`` trains two small runs, draws their report, and takes the
-screenshots of docs/monitoring.md in a headless Chromium.
+"""``python docs/draw/report_screenshots.py`` trains two small runs, draws their report, and takes
+the screenshots of docs/monitoring.md in a headless Chromium.
 
 A browser's pixels differ from one version to the next. So a test takes the screenshots of shorter
 runs, and compares only their sizes with the sizes of the pictures in docs/figures/.
@@ -34,7 +34,7 @@ RUNS = {
     ],
 }
 
-# Scripts that bring the page to what a picture shows: the numbers under the pointer, and the tables.
+# Scripts that prepare the page for a picture: the numbers under the pointer, and the tables.
 POINTER = """
 const mark = document.querySelectorAll("svg")[0].querySelectorAll(".mark");
 const box = mark[Math.floor(mark.length * 0.6)].getBoundingClientRect();
@@ -57,8 +57,10 @@ SHOTS = {
 
 
 def screenshots(folder: Path, out: Path, steps: int) -> list[Path]:
-    """Write the pictures into ``out``, and return their files. ``folder``: for the runs, which train
-    for so many steps."""
+    """Write the pictures into ``out``, and return their files.
+
+    ``folder``: for the runs.
+    ``steps``: of each run."""
     with chdir(folder):
         for name, flags in RUNS.items():
             train([*COMMON, *flags, f"--steps={steps}", f"--run-dir=runs/{name}"])

@@ -6,8 +6,8 @@ has one. A forward of all rows updates the states in place. A forward of some ro
 states out and back. One more place in each pool takes the states of padding rows.
 
 A decode runs the same few kernels for each token, so its units can be compiled
-(training/compiled_units.py), like the units of a training step. On a GPU it then also reads pages in
-their places. Prefill is not compiled: its shapes have more kinds.
+(training/compiled_units.py), like the units of a training step. On a GPU it then also reads pages
+in their places. Prefill is not compiled: its shapes have more kinds.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def run_push(o: Namespace) -> int:
             url = push(Path(o.out), o.name, o.public, o.message or f"Export of {folder.name}")
     else:
         given = {"--dtype": o.dtype, "--family": o.family, "--adapter": o.adapter, "--ema": o.ema}
-        for flag in (flag for flag, value in given.items() if value):
+        if flag := next((flag for flag, value in given.items() if value), None):
             raise UserError(f"{flag}: is for a run, and {folder} is none; leave {flag} out")
         url = push(folder, o.name, o.public, o.message or "Upload with dtron")
     print(f"{o.name}: {url}")

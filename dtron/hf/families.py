@@ -13,11 +13,12 @@ Left out, with what dtron lacks:
   have a norm without a weight; the RoPE of these layers is ``proportional``; a block's output has a
   factor. Models with experts have them beside a dense layer, each with norms of its own, and the
   router has a norm, a factor for each channel and one for each expert.
-- ``deepseek_v4``. The residual stream is several streams, which each layer mixes (hyper-connections,
-  arXiv:2512.24880). dtron's stream is ``[T, embed]`` in the embedding, the blocks, the messages of
-  pipelines, the head, multi-token prediction and the estimates, and ``block`` adds a layer's output
-  itself: there is no object of a residual policy. Attention is to keys that are compressed over
-  several tokens, and its output projection has groups. Some routers choose by a hash.
+- ``deepseek_v4``. The residual stream is several streams, which each layer mixes
+  (hyper-connections, arXiv:2512.24880). dtron's stream is ``[T, embed]`` in the embedding, the
+  blocks, the messages of pipelines, the head, multi-token prediction and the estimates, and
+  ``block`` adds a layer's output itself: there is no object of a residual policy. Attention is to
+  keys that are compressed over several tokens, and its output projection has groups. Some routers
+  choose by a hash.
 - ``falcon_h1``. A block has attention and Mamba-2 side by side, so its decoding cache has pages and
   states at once. Mamba-2 may lack its norm. Each projection of both, and two of the feed-forward
   layer, has a factor (muP's multipliers).

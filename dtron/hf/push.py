@@ -80,8 +80,8 @@ def _check_visibility(name: str, private: bool, public: bool) -> None:
     if private == public:
         now, remedy = ("private", "leave --public out") if private else ("public", "add --public")
         raise UserError(
-            f"{name}: is {now} on the Hugging Face hub, and a push does not change it; {remedy}, or "
-            "change it there"
+            f"{name}: is {now} on the Hugging Face hub, and a push does not change it; {remedy}, "
+            "or change it there"
         )
 
 

@@ -149,8 +149,12 @@ def sparse_mla(
 
 def _selects(inputs: AttentionInputs, c: IndexerConfig) -> bool:
     """Whether a row has more keys than a query may attend to."""
-    mask = inputs.mask if isinstance(inputs.mask, AttentionMask) else inputs.mask.mask
-    return not c.warmup and mask.seq_len > c.top_k
+    return not c.warmup and _row_mask(inputs).seq_len > c.top_k
+
+
+def _row_mask(inputs: AttentionInputs) -> AttentionMask:
+    """Return the mask of whole rows."""
+    return inputs.mask if isinstance(inputs.mask, AttentionMask) else inputs.mask.mask
 
 
 def _selected_pages(
@@ -203,7 +207,7 @@ class SparseMLAMixer(MLAMixer):
         x, least = stage.x_TD, min(self.head_dims)
         for window, inputs in found.items():
             if _selects(inputs, self.config):
-                mask = inputs.mask if isinstance(inputs.mask, AttentionMask) else inputs.mask.mask
+                mask = _row_mask(inputs)
                 path = choose(stage.kernel, mask, True, False, least, x.dtype, x.device)
                 found[window] = replace(inputs, path=path)
         return found

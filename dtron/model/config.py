@@ -56,8 +56,8 @@ class ModelConfig(Leaf):
     pattern: str = "A"
     """mixers of the blocks, a letter each, repeated over the layers: A attention, M multi-head
     latent attention, N and P the same two without positions (NoPE), I latent attention to the keys
-    that an indexer selects, L linear attention (gated delta net), K Kimi delta attention, S Mamba-2,
-    _ none; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
+    that an indexer selects, L linear attention (gated delta net), K Kimi delta attention, S
+    Mamba-2, _ none; with model.mla.kv_rank, A is M too, unless the pattern has an M"""
     feed_forwards: str = "F"
     """feed-forward layers of the blocks, a letter each, repeated over the layers: F as model.moe
     says, D a dense one, _ none; a block needs a mixer or a feed-forward layer"""

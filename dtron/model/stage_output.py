@@ -26,8 +26,8 @@ def stage_output(
     stats: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StageOutput | None:
     """Collect a stage's terms of the loss and its report. A report has one row per layer with
-    experts, per layer with attention, per mixer with a loss of its own, or per module of multi-token
-    prediction.
+    experts, per layer with attention, per mixer with a loss of its own, or per module of
+    multi-token prediction.
 
     ``outputs``: the outputs of each block, see ``output_names``.
     ``mtp``: the losses of multi-token prediction (None: it has no module).

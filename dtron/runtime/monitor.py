@@ -1,9 +1,9 @@
-"""All that observes a run while it trains: the log, the watch of ranks, the check of replicas, and
-the profile of one step.
+"""Observes a run while it trains: the log, the watch of ranks, the check of replicas, and the
+profile of one step.
 
 None of them makes a rank wait for its device or for another rank in the middle of training. So each
-has two moments in a step: the begin, and the moment when the host has launched the step. Each reads
-then what an earlier step has left.
+has two moments in a step: the begin, and the moment when the host has launched the step. At the
+second moment each reads the results of an earlier step.
 """
 
 from __future__ import annotations

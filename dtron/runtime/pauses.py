@@ -4,9 +4,9 @@ A process stands still while it is stopped (SIGSTOP, a debugger, a frozen contai
 programs have its CPU cores, and while its memory comes back from swap. Its own clocks do not tell:
 on a CPU the time is lost inside a step, in which this rank also waits for the others.
 
-A thread wakes every ``PERIOD`` seconds. What it is late, this process did not run. The other threads
-of the process hold Python's lock for a few milliseconds at most, so a thread that is later than
-``TOLERANCE`` has not waited for them.
+A thread wakes every ``PERIOD`` seconds. If it is late, this process has not run for so long. The
+other threads of the process hold Python's lock for a few milliseconds at most, so a thread that is
+later than ``TOLERANCE`` has not waited for them.
 """
 
 from __future__ import annotations

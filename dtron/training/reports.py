@@ -8,7 +8,7 @@ attention logits, the maximum takes the place of the sum.)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,15 +50,27 @@ def expert_totals(reports: Reports, pipe: Pipeline, c: MoEConfig) -> Tensor | No
     if not c.experts:
         return None
     counts = [sum(p.moe is not None for p in spec.all_blocks) for spec in pipe.specs]
-    reports = {stage: r for stage, r in reports.items() if "load" in r}  # of stages with experts
-    sample = next(iter(reports.values()), None)
-    device = pipe.device if sample is None else sample["load"].device
-    rows = torch.zeros(sum(counts), c.experts + len(COLUMNS), dtype=torch.float64, device=device)
-    for stage, r in reports.items():
+    own = {
+        stage: torch.cat([r["load"], r["router"], r["dropped"][:, None]], 1)
+        for stage, r in reports.items()
+        if "load" in r  # of stages with experts
+    }
+    return _all_layers(own, counts, c.experts + len(COLUMNS), pipe)
+
+
+def _all_layers(
+    own: Mapping[int, Tensor], counts: Sequence[int], columns: int, pipe: Pipeline
+) -> Tensor:
+    """Return the rows of the layers of all stages, ``[layers, columns]``, on every rank.
+
+    ``own``: the rows of this process's stages that have such layers.
+    ``counts``: the number of such layers in each stage."""
+    sample = next(iter(own.values()), None)
+    device = pipe.device if sample is None else sample.device
+    rows = torch.zeros(sum(counts), columns, dtype=torch.float64, device=device)
+    for stage, x in own.items():
         start = sum(counts[:stage])
-        rows[start : start + counts[stage]] = torch.cat(
-            [r["load"], r["router"], r["dropped"][:, None]], 1
-        )
+        rows[start : start + counts[stage]] = x
     return pipe.sum(rows)
 
 
@@ -87,21 +99,15 @@ def describe_experts(totals: Tensor | None, m: ModelConfig) -> dict[str, float]:
 
 
 def mixer_losses(reports: Reports, pipe: Pipeline, m: ModelConfig) -> Tensor | None:
-    """Return, for each layer whose mixer has a loss of its own, the loss summed over the tokens of a
-    step and the number of tokens: ``[layers, 2]``, on every rank. None without such a layer. The
+    """Return, for each layer whose mixer has a loss of its own, the loss summed over the tokens of
+    a step and the number of tokens: ``[layers, 2]``, on every rank. None without such a layer. The
     host does not wait for the result."""
     counts = [sum(_learns(m, p.letter) for p in spec.all_blocks) for spec in pipe.specs]
     if not sum(counts):
         return None
     name = MIXER_LOSS[1]
     own = {stage: r[name] for stage, r in reports.items() if name in r}
-    sample = next(iter(own.values()), None)
-    device = pipe.device if sample is None else sample.device
-    rows = torch.zeros(sum(counts), 2, dtype=torch.float64, device=device)
-    for stage, sums in own.items():
-        start = sum(counts[:stage])
-        rows[start : start + counts[stage]] = sums
-    return pipe.sum(rows)
+    return _all_layers(own, counts, 2, pipe)
 
 
 def _learns(m: ModelConfig, letter: str) -> bool:

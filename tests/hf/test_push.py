@@ -1,5 +1,5 @@
-"""``dtron hf push`` against a local server that speaks the hub's protocol of uploads: small files in
-the commit, safetensors as LFS files."""
+"""``dtron hf push`` against a local server that speaks the hub's protocol of uploads: small files
+in the commit, safetensors as LFS files."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_a_slow_disk_of_data_is_named(run_dir):
 
 
 class SlowDisk(LocalFileSystem):
-    """A file system of fsspec that takes two seconds to open a file of rank ``SLOW`` for writing."""
+    """A file system of fsspec that opens a file of rank ``SLOW`` for writing in two seconds."""
 
     protocol = "slow"
 
