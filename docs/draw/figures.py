@@ -154,6 +154,7 @@ def figures() -> dict[str, str]:
         "matrix-owners.svg": owners(MeshShape(dp=2, tp=2), ModelConfig(layers=3)),
         "coordinate-check.svg": coordinates(),
         "adamw-and-muon.svg": optimizers("gpt2-124m"),
+        "adamw-and-muon-tiny.svg": optimizers("tiny"),
         "course-uneven-shards.svg": course_figures.uneven_shards(MeshShape(dp=2, tp=2)),
         "course-schedules.svg": schedules(4, 8, Costs(), ("1f1b", "zb-h1")),
         "course-gradient.svg": gradient_of_a_scale(MeshShape(dp=2, tp=2)),
