@@ -12,9 +12,10 @@ change by what the tokens have read. Two maps in succession are one map of the s
 
 So a run of tokens may be cut anywhere. Each piece computes its map without the state before it, in
 parallel with all other pieces, and only the small maps are combined in order. ``states_before``
-cuts three times: into chunks, into groups of chunks, and into the shards of the cp ranks. Chunks
-are combined group by group, all groups at once, and then the groups are combined. With C chunks
-this takes about 2 sqrt(C) dependent steps instead of C.
+cuts into the shards of the cp ranks, into chunks, and into groups of chunks. The chunks of a group
+are combined in order, all groups at once. Then the groups are combined in the same way, in groups
+of groups, until one map is left. With C chunks this takes about ``GROUP`` log(C) / log(``GROUP``)
+dependent steps instead of C, and each map is used once on the way up and once on the way down.
 
 Decay and change are kept apart for their rounding. A state that only decays is never rounded,
 however many chunks it passes. The product with the change has factors in few bits: it is a
@@ -33,7 +34,7 @@ small beside the tokens of a shard that is worth a rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import sqrt
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ from torch import Tensor
 from dtron.bounds import nearest_divisor
 from dtron.distributed.collectives import AxisGroup, all_gather
 from dtron.layers.wide_product import wide_product
+
+GROUP = 8  # maps that are combined in order
 
 
 class Maps(NamedTuple):
@@ -97,17 +100,27 @@ def states_before(
     ``state``: the state before the first chunk (None: zero). Not together with ``ranks``.
     ``ranks``: the ranks whose shards come before and after these chunks (None: no other shards).
     ``dtype``: the factors of matmuls are rounded to it, see wide_product.py (None: to none)."""
-    dtype, count = dtype or maps.offset.dtype, len(maps.offset)
-    size = nearest_divisor(count, round(sqrt(count)))
-    groups = maps.each(lambda x: x.unflatten(0, (-1, size)).transpose(0, 1))
-    in_group, of_groups = combined(groups, dtype)
-    of_chunks, whole = combined(of_groups, dtype)
+    dtype, levels = dtype or maps.offset.dtype, []
+    while (count := len(maps.offset)) > 1:
+        size = nearest_divisor(count, GROUP)
+        groups = maps.each(partial(_grouped, size=size if size > 1 else count))
+        before, maps = combined(groups, dtype)  # [size - 1, count / size, ...], [count / size, ...]
+        levels.append(before)
+    whole = maps.each(lambda x: x[0])
     if ranks is not None:
         state = state_of_earlier_ranks(whole, ranks)
     elif state is None:
         state = torch.zeros_like(whole.offset)
-    states = applied(in_group, applied(of_chunks, state, dtype), dtype)  # [size, C / size, ...]
-    return states.transpose(0, 1).flatten(0, 1), applied(whole, state, dtype)
+    states = state[None]
+    for before in reversed(levels):
+        later = applied(before, states, dtype)
+        states = torch.cat([states[None], later]).transpose(0, 1).flatten(0, 1)
+    return states, applied(whole, state, dtype)
+
+
+def _grouped(x: Tensor, size: int) -> Tensor:
+    """Split the first dim into groups of one size: ``[C, ...]`` -> ``[size, C / size, ...]``."""
+    return x.unflatten(0, (-1, size)).transpose(0, 1)
 
 
 def applied(maps: Maps, state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,18 +148,17 @@ def after(second: Maps, first: Maps, dtype: torch.dtype) -> Maps:
 
 
 def combined(maps: Maps, dtype: torch.dtype) -> tuple[Maps, Maps]:
-    """Combine successive maps along the first dim. Return, for each map, the combination of the
-    maps before it, and the combination of all maps.
+    """Combine two or more successive maps along the first dim. Return, for each map but the first,
+    the combination of the maps before it; and the combination of all maps.
 
     ``dtype``: see ``states_before``."""
     first, *others = maps.unbind()
-    change = None if first.change is None else torch.zeros_like(first.change)
-    found = [Maps(torch.ones_like(first.decay), change, torch.zeros_like(first.offset)), first]
+    found = [first]
     for one in others:
         found.append(after(one, found[-1], dtype))
     *before, whole = found
     decays, changes, offsets = zip(*before, strict=True)
-    stacked = None if change is None else torch.stack(changes)
+    stacked = None if first.change is None else torch.stack(changes)
     return Maps(torch.stack(decays), stacked, torch.stack(offsets)), whole
 
 
@@ -165,7 +177,9 @@ def state_of_earlier_ranks(own: Maps, ranks: SequenceRanks) -> Tensor:
     maps = Maps(transition, None, offset)
     if own.change is not None:
         maps = Maps(torch.zeros_like(transition[..., :1, :1]), transition, offset)
-    return combined(maps, offset.dtype)[0].offset.index_select(0, ranks.place)[0]
+    offsets = combined(maps, offset.dtype)[0].offset  # of the maps before each rank but the first
+    before = torch.cat([torch.zeros_like(offsets[:1]), offsets])
+    return before.index_select(0, ranks.place)[0]
 
 
 def map_elements(rows: int, heads: int, key_dim: int, value_dim: int, scalar: bool = False) -> int:

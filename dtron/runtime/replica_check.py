@@ -107,8 +107,8 @@ class ReplicaCheck:
         found = entries(state, self._pipe)
         if self._constants is None:
             device = found[0].tensor.device if found else torch.device("cpu")
-            longest = max((to_local(entry.tensor).numel() for entry in found), default=0)
-            weights = odd_weights(min(longest, CHUNK), device)
+            longest = max((to_local(entry.tensor).nbytes // 8 for entry in found), default=1)
+            weights = odd_weights(min(max(longest, 1), CHUNK), device)
             self._constants = weights, factors(found, self._axes, device)
             self._tensors = [(entry.name, entry.whole) for entry in found]
         weights, factor = self._constants

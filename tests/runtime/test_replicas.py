@@ -68,7 +68,7 @@ def finds_bits_and_exchanges(dtype, n, seed, hash_of: Callable[[Tensor], Tensor]
     assert hash_of(x) != before
     flip(x, i, bit)
     assert hash_of(x) == before
-    bits, j = x.view(INTEGERS[dtype.itemsize]), (i + 1) % n
+    bits, j = x.view(INTEGERS[dtype.itemsize]), (i + rng.choice([1, 8 // dtype.itemsize])) % n
     if bits[i] != bits[j]:
         bits[[i, j]] = bits[[j, i]]
         assert hash_of(x) != before
