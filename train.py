@@ -32,6 +32,7 @@ from dtron.runtime.initial_state import identity, initial_state, source_of
 from dtron.runtime.launch import host_group, plan_run, start_ranks
 from dtron.runtime.monitor import monitor
 from dtron.runtime.output import Output
+from dtron.runtime.recovery import memory_copies
 from dtron.runtime.run_directory import RunDirectory
 from dtron.runtime.second_model import second_model
 from dtron.runtime.signals import StopSignal
@@ -77,12 +78,14 @@ def train(
     the checkpoint ``run.resumed``."""
     same = identity(config, data, source)
     tasks = find_tasks(config.eval_tasks, "--eval-tasks") if config.eval_tasks else None
-    state = initial_state(config, plan, pipe, same, run.resumed, source)
+    copies = memory_copies(config, plan, pipe, same)
+    state = initial_state(config, plan, pipe, same, run.resumed, source, copies)
     notes = data.notes + (source.notes if source else ())
     if plan.main:  # not earlier: a refused resume leaves the directory as it was
         notes += run.begin(config, plan, data, state.step, state.samples)
     group = host_group(config.timeout_seconds)
     with (
+        copies,
         monitor(config, plan, pipe, run, state, stop.group) as observer,
         AsyncSaver(run.checkpoints, group, config.keep, config.keep_every) as saver,
     ):
@@ -109,17 +112,18 @@ def train(
             )
             state = TrainState(state.step + 1, state.samples + batch.size, params, opt)
             observer.launched(state, batch, rates, loss, norm, reports)
-            log.say(*saver.drain_messages())
+            log.say(*saver.drain_messages(), *copies.drain_messages())
             if log.guard.over:
                 why = diagnose(step, params, batch.microbatches, stop.group)
                 raise diverged(state.step - 1, f"{log.guard.reason}; {why}")
             evaluates, saves = config.evaluates_after(state.step), config.saves_after(state.step)
-            observer.end(evaluates or saves)
+            observer.end(evaluates or saves or copies.due(state.step))
             if evaluates:
                 evaluate(state, log)
             if saves:
                 log.saved_in(save(state))
             log.write()
+            copies.save(state)
         stop.training_is_over()
         observer.finish()
         if stopped:

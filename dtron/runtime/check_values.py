@@ -85,6 +85,14 @@ def check_unused(config: RunConfig, shape: MeshShape) -> None:
             config.check_replicas_every > 0 and (shape.size == 1 or config.simulate),
             "all ranks in one process",
         ),
+        "--memory-copies-every": (
+            config.memory_copies_every > 0 and config.simulate,
+            "--simulate",
+        ),
+        "--memory-copies-dir": (
+            config.memory_copies_dir is not None and not config.memory_copies_every,
+            "no copies; give --memory-copies-every too",
+        ),
         "--track-project": (
             config.track_project != usual.track_project and not set(config.trackers) & PROJECTS,
             "no tracker that has projects; give --track wandb or --track mlflow too",

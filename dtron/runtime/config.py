@@ -59,6 +59,11 @@ class RunConfig(StepConfig):
     """number of newest checkpoints to keep; 0: all"""
     keep_every: int = 0
     """also keep the checkpoints of steps that are multiples of this number"""
+    memory_copies_every: int = 0
+    """steps between two copies of the state in the memory of hosts, from which ranks that are
+    started again go on; 0: none"""
+    memory_copies_dir: str | None = None
+    """folder of these copies on each host; not given: one in /dev/shm, by the name of run_dir"""
     max_nonfinite_steps: int = 10
     """the run stops after this many consecutive steps with a non-finite loss or gradient; such
     steps are skipped"""
@@ -178,6 +183,7 @@ _SMALLEST = {
     "save_every": 0,
     "keep": 0,
     "keep_every": 0,
+    "memory_copies_every": 0,
     "max_nonfinite_steps": 1,
     "log_every": 1,
     "eval_every": 0,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dtron import checkpoint
+from dtron.checkpoint.memory_copies import MemoryCopies
 from dtron.checkpoint.storage import AnyPath
 from dtron.data import Data
 from dtron.distributed.symmetric_memory import publish_weights
@@ -79,11 +80,13 @@ def initial_state(
     identity: dict[str, Any],
     resumed: AnyPath | None,
     source: Source | None,
+    copies: MemoryCopies,
 ) -> checkpoint.TrainState:
     """Return weights and optimizer state, with the placements of this run.
 
     ``resumed``: the checkpoint to resume from, or None.
     ``source``: the Hugging Face folder of the initial weights, or None: they are random.
+    ``copies``: if they are newer than the checkpoint, the state is theirs.
 
     Raises UserError for a checkpoint of another run, or of a run that has reached its last step."""
     spec, layout = pipe.spec, pipe.layout
@@ -100,7 +103,10 @@ def initial_state(
     state = checkpoint.TrainState(0, 0, stored_params(params, spec, opt), opt)
     del params
     same_on_all_ranks({"the newest checkpoint": resumed and resumed.name})
-    if resumed is not None:
+    last = -1 if resumed is None else checkpoint.read_meta(resumed).step
+    if (newer := copies.resume(state, last)) is not None:
+        state = newer
+    elif resumed is not None:
         state = checkpoint.load(resumed, state, spec, identity)
         if state.step >= config.steps:
             raise UserError(

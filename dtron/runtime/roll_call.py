@@ -68,7 +68,9 @@ class Address:
             int(of["MASTER_PORT"]),
             int(of["RANK"]),
             int(of["WORLD_SIZE"]),
-            of.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            # Rank 0's own store is new in each attempt. Then the counts may differ: that of a spare
+            # node begins at 0.
+            of.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0",
             agent,
         )
 
