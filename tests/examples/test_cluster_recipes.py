@@ -14,7 +14,7 @@ from dtron.errors import UserError
 from dtron.runtime.cli import parse
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "cluster"
-SCRIPTS = ("slurm.sbatch", "ssh.sh")
+SCRIPTS = ("slurm.sbatch", "ssh.sh", "spare_nodes.sh")
 
 
 def flags_of(words: list[str]) -> list[str]:
@@ -37,7 +37,7 @@ def of_skypilot() -> list[str]:
 def of_script(name: str) -> list[str]:
     """The command in the comment at the top of a script."""
     text = (FOLDER / name).read_text()
-    (command,) = re.findall(r"^#   (.*examples/cluster/.*(?:\n#       .*)?)$", text, re.MULTILINE)
+    *_, command = re.findall(r"^#   (.*examples/cluster/.*(?:\n#       .*)?)$", text, re.MULTILINE)
     words = shlex.split(command.replace("#", "").replace("\\\n", " "))
     return words[words.index(f"examples/cluster/{name}") + 1 :]
 
