@@ -37,6 +37,7 @@ from dtron.errors import UserError
 
 ANSWER = 1.5  # seconds; an answer takes milliseconds, and GRACE (runtime/signals.py) is longer
 REACH = 3.0  # seconds to reach the store when a rank is lost; its host may be lost too
+PATIENCE = 8.0  # seconds for a whole roll call
 HANGS = 10.0  # seconds after an answer in which the main thread must end the process
 POLL = 0.05  # seconds
 FOREVER = timedelta(days=365)
@@ -144,6 +145,16 @@ class Roll:
         at about the same time, and get the same text."""
         if not self._store_lives():
             return self._lost_store()
+        # A network that is gone answers nothing, not even an error, and no call of a store that
+        # sends has a timeout then.
+        found: list[str] = []
+        call = threading.Thread(target=lambda: found.append(self._call()), daemon=True)
+        call.start()
+        call.join(PATIENCE)
+        return found[0] if found else self._lost_store()
+
+    def _call(self) -> str:
+        """See ``missing``. Waits for ever if the network is gone."""
         store = self._store
         try:
             store.set_timeout(timedelta(seconds=REACH))

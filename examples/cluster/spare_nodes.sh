@@ -8,7 +8,8 @@
 # The first command runs on a machine that stays, such as a login node. It needs no GPU. There the
 # nodes find each other. The second command runs on every node: the first NODES of them train, and
 # the others wait. NODES=1:4 trains on as many as there are, from one to four; leave dp out of the
-# mesh then. The run directory is on a shared file system.
+# mesh then. The run directory is on a shared file system. LOCAL_ADDR is the address of a node, if its
+# host name does not lead to it from other nodes.
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
@@ -26,4 +27,5 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$NODES" --nproc-per-node "${RANKS_PER_NODE:-1}" --max-restarts 100 \
     --rdzv-backend c10d --rdzv-id "${RUN_ID:-dtron}" --rdzv-endpoint "$STORE" \
-    --rdzv-conf is_host=0,keep_alive_interval=2,join_timeout=86400 train.py --resume auto "$@"
+    --rdzv-conf is_host=0,keep_alive_interval=2,join_timeout=86400 \
+    ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} train.py --resume auto "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -99,6 +100,22 @@ def test_the_host_of_a_store_that_ends_is_named(by_torchrun):
     del store
     who = "torchrun on host localhost" if by_torchrun else "no answer from rank 0 on host localhost"
     assert who in roll.missing()
+
+
+def test_a_network_that_is_gone_is_no_hang(present, monkeypatch):
+    """Then a call of the store neither returns nor fails."""
+    monkeypatch.setattr(roll_call, "PATIENCE", 0.1)
+    for_ever = threading.Event()
+    rolls = present(2)
+    monkeypatch.setattr(Roll, "_call", lambda self: for_ever.wait() or "")
+    assert "no answer from rank 0 on host" in replaced(rolls[1]).missing()
+    for_ever.set()
+
+
+def replaced(roll: Roll) -> Roll:
+    """As if rank 0 had the store."""
+    roll._at = replace(roll._at, hosted_by_torchrun=False)
+    return roll
 
 
 @pytest.mark.parametrize("host", ["no host", "x" * 300, "no-such-host.invalid", "localhost"])
