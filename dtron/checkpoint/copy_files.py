@@ -1,4 +1,5 @@
-"""The files of copies in memory (memory_copies.py): one for each step and rank.
+"""The files of copies in memory (memory_copies.py): one for each step and rank, and which of them a
+new start takes.
 
 A file is a line of JSON, ``Head``, and then the bytes of a rank's tensors in their order.
 """
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,32 @@ def whole(path: Path) -> Head | None:
         return head if head.name == path.name and crc == head.crc32 else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+class Held(NamedTuple):
+    """A whole file that the process ``by`` can read."""
+
+    head: Head
+    by: int
+
+
+def holders(
+    held: Sequence[Held], sizes: Sequence[int], hosts: Sequence[int]
+) -> tuple[int, dict[int, int]] | None:
+    """Return the newest step of which every rank's file is held, and the process from which each
+    rank takes it: one of its own host if there is one. None: there is no such step.
+
+    ``sizes``, ``hosts``: of each rank, the bytes of its tensors and its host."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for head, by in held:
+        if head.rank < len(sizes) and head.size == sizes[head.rank]:
+            steps.setdefault(head.step, {}).setdefault(head.rank, []).append(by)
+    complete = [step for step, files in steps.items() if len(files) == len(sizes)]
+    if not complete:
+        return None
+    step = max(complete)
+    near = {r: min(of, key=lambda p: (hosts[p] != hosts[r], p)) for r, of in steps[step].items()}
+    return step, near
 
 
 def octets(x: Tensor) -> memoryview:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,9 @@ from dtron.checkpoint.copy_files import (
     CHUNK,
     NAME,
     Head,
+    Held,
     check_room,
+    holders,
     octets,
     read,
     read_head,
@@ -54,32 +56,6 @@ from dtron.errors import UserError
 from dtron.tree import with_specs
 
 KEPT = 2  # steps: one is whole while the next one is written
-
-
-class Held(NamedTuple):
-    """A whole file that the process ``by`` can read."""
-
-    head: Head
-    by: int
-
-
-def holders(
-    held: Sequence[Held], sizes: Sequence[int], hosts: Sequence[int]
-) -> tuple[int, dict[int, int]] | None:
-    """Return the newest step of which every rank's file is held, and the process from which each
-    rank takes it: one of its own host if there is one. None: there is no such step.
-
-    ``sizes``, ``hosts``: of each rank, the bytes of its tensors and its host."""
-    steps: dict[int, dict[int, list[int]]] = {}
-    for head, by in held:
-        if head.rank < len(sizes) and head.size == sizes[head.rank]:
-            steps.setdefault(head.step, {}).setdefault(head.rank, []).append(by)
-    complete = [step for step, files in steps.items() if len(files) == len(sizes)]
-    if not complete:
-        return None
-    step = max(complete)
-    near = {r: min(of, key=lambda p: (hosts[p] != hosts[r], p)) for r, of in steps[step].items()}
-    return step, near
 
 
 def tensors(state: TrainState, spec: Any) -> list[Tensor]:

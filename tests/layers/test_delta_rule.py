@@ -115,7 +115,7 @@ def test_decays_of_channels_are_those_of_transformers(ours):
     same(torch.cat([got_o.flatten(), got_last.flatten()]), want, [*x[:5], state])
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 17, 64])
 @pytest.mark.parametrize(("decays", "changes"), [(1, False), (1, True), (KEY, True)])
 def test_maps_are_combined_in_order(count, decays, changes):
     """States are those of applying the maps one by one. A transition may be a number."""

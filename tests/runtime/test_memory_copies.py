@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtron.checkpoint import TrainState, copy_files, memory_copies
-from dtron.checkpoint.copy_files import HEAD_BYTES, Head, whole, write
-from dtron.checkpoint.memory_copies import Held, MemoryCopies, holders
+from dtron.checkpoint.copy_files import HEAD_BYTES, Head, Held, holders, whole, write
+from dtron.checkpoint.memory_copies import MemoryCopies
 from dtron.errors import UserError
 from dtron.params import WeightSpec, zeros
 from dtron.testing import assert_caught
