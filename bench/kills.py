@@ -1,7 +1,7 @@
 """Disturb runs under Slurm at random moments, and compare their ends with that of an undisturbed
 run.
 
-    python bench/kills.py --runs 50 --nodes 2 --out /shared/kills
+    python bench/kills.py --runs 50 --nodes 2 --out /shared/kills --flags "--steps 60"
 
 Each run is a job of examples/cluster/slurm.sbatch, and is disturbed once:
 
@@ -9,11 +9,18 @@ Each run is a job of examples/cluster/slurm.sbatch, and is disturbed once:
 - ``launcher``: a torchrun is killed.
 - ``node``: all processes of a node are killed, slurmd too. Slurm gives the job another node.
 - ``preemption``: Slurm asks the job to end, as before a time limit.
+- ``network``: the link of a node is taken down for some seconds. All packets vanish, without an
+  answer. The processes of the node live.
 
 The loss of the last step must be that of the undisturbed run, to the bit. One JSON line is printed
-for each run, with the seconds that the disturbance has cost. Needs Slurm with all nodes on this
-machine (several slurmd, each started by ``slurmd -N NAME``, and one more than a run has), and the
-rights to kill them."""
+for each run, and added to ``--results``, with the seconds that the disturbance has cost. Needs
+Slurm with all nodes on this machine (several slurmd, each started by ``slurmd -N NAME``, and one
+more than a run has), and root. For ``network``, each slurmd runs in a network namespace of its own
+with one veth, whose other end is in the namespace of this program:
+
+    ip link add link1 type veth peer name eth0 netns NAMESPACE
+    nsenter --net=/run/netns/NAMESPACE unshare --uts sh -c 'hostname NAME; exec slurmd -N NAME'
+"""
 
 from __future__ import annotations
 
@@ -22,31 +29,50 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtron.errors import UserError
 from dtron.runtime.exit import Parser, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("rank", "launcher", "node", "preemption")
-STEPS = 60
-FLAGS = f"--mesh dp=2 --device cpu --steps {STEPS} --save-every 10 --eval-every 0 --sample-tokens 0"
+KINDS = ("rank", "launcher", "node", "preemption", "network")
+OUTAGE = (5, 60)  # seconds without a network
+FLAGS = "--mesh dp=2 --device cpu --save-every 10 --eval-every 0 --sample-tokens 0 --steps"
 
 
 def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def submit(out: Path, nodes: int) -> str:
-    """Submit a run, and return its job's number."""
-    script, rest = str(ROOT / "examples" / "cluster" / "slurm.sbatch"), f"--run-dir {out}".split()
-    where = ["--chdir", str(ROOT), "--output", f"{out}.log", "--nodes", str(nodes)]
-    return slurm("sbatch", "--parsable", *where, script, *FLAGS.split(), *rest)
+@dataclass(frozen=True)
+class Job:
+    """What all runs share. ``limit``: most seconds of a run."""
+
+    nodes: int
+    steps: int
+    flags: list[str]
+    limit: float
+
+    def submit(self, out: Path) -> str:
+        """Submit a run, and return its job's number."""
+        script = str(ROOT / "examples" / "cluster" / "slurm.sbatch")
+        where = ["--chdir", str(ROOT), "--output", f"{out}.log", "--nodes", str(self.nodes)]
+        flags = [*FLAGS.split(), str(self.steps), *self.flags, "--run-dir", str(out)]
+        return slurm("sbatch", "--parsable", *where, script, *flags)
+
+    def last_loss(self, out: Path) -> float | None:
+        rows = [row for row in metrics(out) if row.get("step") == self.steps]
+        return rows[-1]["loss"] if rows else None
 
 
 def state(job: str) -> tuple[str, str]:
@@ -61,11 +87,6 @@ def metrics(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def last_loss(out: Path) -> float | None:
-    losses = [row["loss"] for row in metrics(out) if row.get("step") == STEPS and "loss" in row]
-    return losses[-1] if losses else None
 
 
 def processes(job: str, node: str) -> dict[int, dict[str, str]]:
@@ -103,21 +124,65 @@ def daemon_of(node: str) -> list[int]:
     return [int(row[0]) for row in rows if row[1].endswith("slurmd") and row[-1] == node]
 
 
-def disturb(job: str, kind: str, node: str) -> None:
-    """Disturb a job that runs."""
-    if kind == "preemption":
-        slurm("scancel", "--signal", "USR1", "--batch", job)
+def link_of(node: str) -> str:
+    """Return the name of the end of a node's veth that is in the namespace of this program."""
+    show = ["nsenter", f"--net=/proc/{daemon_of(node)[0]}/ns/net", "ip", "-j", "link", "show"]
+    text = subprocess.run([*show, "type", "veth"], check=True, capture_output=True).stdout
+    return socket.if_indextoname(json.loads(text)[0]["link_index"])
+
+
+@contextmanager
+def without_network(node: str, seconds: float) -> Iterator[None]:
+    """Take the link of a node down for some seconds. On exit it is up."""
+    turn = ["ip", "link", "set", link_of(node)]
+    subprocess.run([*turn, "down"], check=True)
+    later = threading.Timer(seconds, subprocess.run, [[*turn, "up"]])
+    later.start()
+    try:
+        yield
+    finally:
+        later.cancel()
+        subprocess.run([*turn, "up"], check=True)
+
+
+@contextmanager
+def without_node(job: str, node: str) -> Iterator[None]:
+    """Kill all processes of a node. On exit the node has a slurmd again, in its namespaces."""
+    daemon, own = daemon_of(node), processes(job, node)
+    spaces = [os.open(f"/proc/{daemon[0]}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts")]
+    stats = [Path(f"/proc/{pid}/stat").read_text() for pid in own]
+    parents = {int(stat.rsplit(")", 1)[1].split()[1]) for stat in stats}
+    steps = [pid for pid in parents if "slurmstepd" in command_of(pid)]
+    kill([*daemon, *steps, *own])
+    try:
+        yield
+    finally:
+        net, uts = (f"/proc/{os.getpid()}/fd/{space}" for space in spaces)
+        enter = ["nsenter", f"--net={net}", f"--uts={uts}"]
+        subprocess.run([*enter, "slurmd", "-N", node], check=True)
+        for space in spaces:
+            os.close(space)
+
+
+@contextmanager
+def disturbed(job: str, kind: str, node: str, seconds: float) -> Iterator[None]:
+    """Disturb a job that runs. The node is whole again on exit."""
+    if kind == "network":
+        with without_network(node, seconds):
+            yield
+        return
+    if kind == "node":
+        with without_node(job, node):
+            yield
         return
     own = processes(job, node)
-    if kind == "node":
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in own]
-        parents = {int(stat.rsplit(")", 1)[1].split()[1]) for stat in stats}
-        steps = [pid for pid in parents if "slurmstepd" in command_of(pid)]
-        kill([*daemon_of(node), *steps, *own])
-        return
     ranks = [pid for pid, pairs in own.items() if "LOCAL_RANK" in pairs]
     launchers = [pid for pid in own if pid not in ranks and "torchrun" in command_of(pid)]
-    kill(ranks[:1] if kind == "rank" else launchers)
+    if kind == "preemption":
+        slurm("scancel", "--signal", "USR1", "--batch", job)
+    else:
+        kill(ranks[:1] if kind == "rank" else launchers)
+    yield
 
 
 def finish(job: str, limit: float) -> str:
@@ -134,48 +199,83 @@ def finish(job: str, limit: float) -> str:
     return "too long"
 
 
-def one_run(out: Path, nodes: int, kind: str | None, wait: float, limit: float) -> dict:
-    """Run a job, disturbed by ``kind`` some seconds after its first step (None: not at all)."""
-    start, job, node = time.monotonic(), submit(out, nodes), ""
-    if kind is not None:
-        while not metrics(out):
-            if time.monotonic() - start > limit:
-                raise UserError(f"{out}.log: the job has made no step; read it")
-            time.sleep(0.2)
-        time.sleep(wait)
-        text = slurm("squeue", "--noheader", "--jobs", job, "--format", "%N")
-        node = random.choice(slurm("scontrol", "show", "hostnames", text).split())
-        disturb(job, kind, node)
-    ended = finish(job, limit)
-    seconds = time.monotonic() - start
-    if kind == "node":
-        subprocess.run(["slurmd", "-N", node], check=True)
-    return {"kind": kind, "state": ended, "seconds": round(seconds, 1), "loss": last_loss(out)}
+def first_error(out: Path) -> str:
+    """Return the first error that dtron has printed, without its run directory."""
+    text = Path(f"{out}.log").read_text(errors="replace")
+    found = re.search(r"^.*error: .*(?:died|hangs|answer|another run|has ended).*$", text, re.M)
+    return found[0].replace(str(out), out.name) if found else ""
+
+
+def one_run(run: Job, out: Path, kind: str | None, wait: float, outage: float) -> dict[str, Any]:
+    """Run a job, disturbed by ``kind`` some seconds after its first step (None: not at all).
+
+    ``outage``: seconds without a network."""
+    start, job = time.monotonic(), run.submit(out)
+    row: dict[str, Any] = {"kind": kind}
+    with ExitStack() as stack:
+        if kind is not None:
+            while not metrics(out):
+                if time.monotonic() - start > run.limit:
+                    raise UserError(f"{out}.log: the job has made no step; read it")
+                time.sleep(0.2)
+            time.sleep(wait)
+            text = slurm("squeue", "--noheader", "--jobs", job, "--format", "%N")
+            node = random.choice(slurm("scontrol", "show", "hostnames", text).split())
+            row |= {"node": node, "after_step": metrics(out)[-1]["step"]}
+            if kind == "network":
+                row["outage"] = round(outage, 1)
+            stack.enter_context(disturbed(job, kind, node, outage))
+        row["state"] = finish(job, run.limit)
+        row["seconds"] = round(time.monotonic() - start, 1)
+    restarts = re.search(r"Restarts=(\d+)", slurm("scontrol", "show", "job", job))
+    return row | {
+        "requeued": int(restarts[1]) if restarts else 0,
+        "loss": run.last_loss(out),
+        "error": first_error(out),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the seconds that the runs have lost, by kind of disturbance."""
+    lines = []
+    for kind in KINDS:
+        lost = [row["lost"] for row in rows if row["kind"] == kind]
+        if lost:
+            lines.append(f"{kind}: {len(lost)} runs, median {statistics.median(lost):.1f} s lost")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     p = Parser(description="Disturb runs under Slurm, and compare their ends.")
     p.add_argument("--runs", type=int, default=50, help="number of disturbed runs (50)")
     p.add_argument("--nodes", type=int, default=2, help="nodes of a run (2)")
+    p.add_argument("--steps", type=int, default=60, help="steps of a run (60)")
+    p.add_argument("--flags", default="", help="more flags of train.py")
     p.add_argument("--out", type=Path, required=True, help="folder of the run directories")
+    p.add_argument("--results", type=Path, help="file to which each run adds a line of JSON")
     p.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="disturbances (all)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=float, default=300, help="most seconds of a run (300)")
     o = p.parse_args(argv)
     random.seed(o.seed)
     o.out.mkdir(parents=True, exist_ok=True)
-    whole = one_run(o.out / "undisturbed", o.nodes, None, 0, o.limit)
-    print(json.dumps(whole), flush=True)
-    lost, wrong = [], 0
-    for i in range(o.runs):
-        kind = o.kinds[i % len(o.kinds)]
-        found = one_run(o.out / f"run-{i}", o.nodes, kind, 8 * random.random(), o.limit)
-        found["same"] = found["state"] == "COMPLETED" and found["loss"] == whole["loss"]
-        wrong += not found["same"]
-        lost.append(found["seconds"] - whole["seconds"])
-        print(json.dumps(found), flush=True)
-    if lost:
-        print(f"{o.runs} runs, {wrong} differ; seconds lost, median {statistics.median(lost):.1f}")
+    run = Job(o.nodes, o.steps, o.flags.split(), o.limit)
+    rows: list[dict[str, Any]] = []
+    whole: dict[str, Any] = {}
+    for i in range(o.runs + 1):
+        kind = o.kinds[i % len(o.kinds)] if i else None
+        wait, outage = 8 * random.random(), random.uniform(*OUTAGE)
+        row = one_run(run, o.out / f"seed-{o.seed}-run-{i}", kind, wait, outage)
+        whole = whole or row
+        row["same"] = row["state"] == "COMPLETED" and row["loss"] == whole["loss"]
+        row["lost"] = round(row["seconds"] - whole["seconds"], 1)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if o.results is not None:
+            with o.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    wrong = sum(not row["same"] for row in rows)
+    print(f"{table(rows)}\n{o.runs} disturbed runs, {wrong} differ")
     return 1 if wrong else 0
 
 
