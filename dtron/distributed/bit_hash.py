@@ -37,7 +37,7 @@ def bit_hash(x: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     parts = (*octets[:whole].view(torch.int64).split(len(weights)), *rest.split(len(weights)))
     for i, part in enumerate(part for part in parts if len(part)):
-        total += (part * weights[: len(part)]).sum() * _signed(_ODD**i)
+        total = total + (part * weights[: len(part)]).sum() * _signed(_ODD**i)
     return total
 
 

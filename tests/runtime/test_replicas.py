@@ -149,8 +149,7 @@ def no_false_alarm_and_no_miss(
         every = by_rank(to_local(entry.tensor), 0)
         r = rng.choice([r for r, x in every.items() if x.numel()] or [0])
         x = every[r]
-        shared = any(other.data_ptr() == x.data_ptr() for n, other in every.items() if n != r)
-        if not x.numel() or not x.is_contiguous() or shared:  # simulated ranks may share memory
+        if not x.numel() or not x.is_contiguous():
             continue
         place = rng.randrange(x.numel()), rng.randrange(8 * x.dtype.itemsize)
         flip(x, *place)
