@@ -1,5 +1,5 @@
-"""Nodes of examples/cluster/spare_nodes.sh on this machine: a spare node takes the place of one that
-is lost, and a node that joins later is used."""
+"""Nodes of examples/cluster/spare_nodes.sh on this machine: a spare node takes the place of a lost
+one, and a node that joins later is used."""
 
 from __future__ import annotations
 
